@@ -1,0 +1,49 @@
+"""The exception and warning types of kaun, and the words they share."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+__all__ = ["CaptureError", "EarlyStop", "MissingContext", "RecompilationWarning", "locate"]
+
+
+class EarlyStop(Exception):
+    """Raise inside ``report`` to end ``fit`` early; ``fit`` returns the state after that step.
+
+    >>> import kaun
+    >>> def report(step, loss, state):
+    ...     if loss < 0.01:
+    ...         raise kaun.EarlyStop
+    """
+
+
+class CaptureError(TypeError):
+    """A loss captures something that a compiled step cannot use faithfully; the message has the fix."""
+
+
+class MissingContext(KeyError):
+    """A layer asked its Context for a name that is not there; the message lists the names that are."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message, quotes and escapes included.
+        return str(self.args[0]) if self.args else ""
+
+
+class RecompilationWarning(UserWarning):
+    """One piece of code compiles again and again; the message names what keeps changing."""
+
+
+def locate(function: Any) -> str:
+    """The name of a callable and the file and line where it was written, for error messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    function = getattr(function, "__wrapped__", function)
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    name = name.rsplit("<locals>.", 1)[-1]
+    if code is None:
+        return f"`{name}`"
+    return f"`{name}` ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"

@@ -1,0 +1,427 @@
+"""The layer protocol: ``Layer`` (a pair of pure functions), ``Vars`` (what they pass along), and composition."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun import tree
+from kaun.context import Context
+from kaun.errors import locate
+
+__all__ = ["Float", "Int", "Layer", "Vars", "compose", "fn", "residual", "sequential"]
+
+
+class Float:
+    """Phantom kind of a floating array, for the type checker only."""
+
+
+class Int:
+    """Phantom kind of an integer array (token or class indices), for the type checker only."""
+
+
+In = TypeVar("In")
+Mid = TypeVar("Mid")
+Out = TypeVar("Out")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vars:
+    """The variables of a model: ``params`` (trained), ``state`` (running statistics, not trained), ``dtype``.
+
+    ``params`` and ``state`` are nested dicts and lists of arrays; ``dtype`` is the model's floating dtype. A pytree.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import Vars
+    >>> v = Vars(params={"weight": jnp.ones((2, 3))}, state={}, dtype=jnp.float32)
+    >>> v.replace(params={"weight": jnp.zeros((2, 3))}).params["weight"].sum()
+    Array(0., dtype=float32)
+    """
+
+    params: Any
+    state: Any
+    dtype: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+    def replace(self, **changes: Any) -> Vars:
+        """These variables with some of ``params``, ``state``, ``dtype`` replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        key = jax.tree_util.GetAttrKey
+        return ((key("params"), self.params), (key("state"), self.state)), self.dtype
+
+    @classmethod
+    def tree_unflatten(cls, dtype: Any, children: Sequence[Any]) -> Vars:
+        # Not through __init__: JAX unflattens with placeholders, and this runs at each step.
+        new = object.__new__(cls)
+        new.__dict__.update(params=children[0], state=children[1], dtype=dtype)
+        return new
+
+
+class Init(Protocol):
+    """Makes a layer's variables. Draws its keys with ``rng.next_key()``."""
+
+    def __call__(self, *, dtype: Any) -> Vars: ...
+
+
+class Apply(Protocol):
+    """A layer's forward pass: output and the variables after it (the same ones, unless ``state`` moved)."""
+
+    def __call__(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]: ...
+
+
+class Layer(Generic[In, Out]):
+    """A model or a part of one: a pair of pure functions, ``init`` and ``apply``.
+
+    ``In`` and ``Out`` are the phantom kinds (``layers.Float``, ``layers.Int``) of input and output: the type checker
+    refuses ``linear >> embedding``. They do not exist at run time.
+
+    Arguments:
+        init: ``init(*, dtype) -> Vars``; draws its keys with ``rng.next_key()``.
+        apply: ``apply(vars, x, *, training, ctx) -> (y, vars)``; draws keys the same way (dropout).
+        name: what ``repr`` and error messages call it, default ``"layer"``.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import Layer, Vars
+    >>> def init(*, dtype):
+    ...     return Vars(params={"scale": jnp.ones((), dtype)}, state={}, dtype=dtype)
+    >>> def apply(vars, x, *, training, ctx):
+    ...     return x * vars.params["scale"], vars
+    >>> scale = Layer(init=init, apply=apply, name="scale()")
+    >>> y, _ = scale.apply(scale.init(dtype=jnp.float32), jnp.ones(3))
+    >>> y
+    Array([1., 1., 1.], dtype=float32)
+    """
+
+    __slots__ = ("__weakref__", "_apply", "_init", "name")
+    _init: Init
+    _apply: Apply
+    name: str
+
+    def __init__(self, *, init: Init, apply: Apply, name: str = "layer") -> None:
+        for what, function in (("init", init), ("apply", apply)):
+            if not callable(function):
+                raise TypeError(f"Layer({what}=...) expected a function, received {function!r}.")
+        object.__setattr__(self, "_init", init)
+        object.__setattr__(self, "_apply", apply)
+        object.__setattr__(self, "name", name)
+
+    def init(self, *, dtype: Any = jnp.float32) -> Vars:
+        """Fresh variables in ``dtype`` (default float32), with keys from the RNG scope.
+
+        Raises:
+            TypeError: when ``dtype`` is not floating, or the layer's own ``init`` returns no ``Vars``.
+            ValueError: when ``dtype`` is float64 and JAX runs without x64.
+        """
+        made = self._init(dtype=_float_dtype(dtype))
+        if not isinstance(made, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"init of layer {here(self.name)} must return kaun.Vars, received {type(made).__name__} from "
+                f"{locate(self._init)}. Write: return Vars(params={{...}}, state={{}}, dtype=dtype)."
+            )
+        return made
+
+    def apply(
+        self, vars: Vars, x: Any, /, *, training: bool = False, ctx: Context | None = None
+    ) -> tuple[Any, Vars]:
+        """The output for ``x`` and the variables after it. Without a context the layer sees an empty one.
+
+        Raises:
+            TypeError: when the layer's own ``apply`` does not return ``(y, vars)``.
+        """
+        result = self._apply(vars, x, training=training, ctx=Context() if ctx is None else ctx)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+            raise TypeError(
+                f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
+                f"{locate(self._apply)}. Write: return y, vars."
+            )
+        return result
+
+    def __rshift__(self: Layer[In, Mid], other: Layer[Mid, Out]) -> Layer[In, Out]:
+        return compose(self, other)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Layer is immutable: make another with Layer(init=..., apply=..., name=...), not .{name} =.")
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+_path: ContextVar[tuple[str, ...]] = ContextVar("kaun_layer_path", default=())
+
+
+@contextlib.contextmanager
+def at(key: str) -> Iterator[None]:
+    """Inside, error messages say that we are below ``key`` in the model."""
+    token = _path.set((*_path.get(), key))
+    try:
+        yield
+    except Exception as err:
+        if not getattr(err, "__notes__", None):
+            err.add_note(f"In the model's layer {'.'.join(_path.get())!r}.")
+        raise
+    finally:
+        _path.reset(token)
+
+
+def here(name: str) -> str:
+    """A layer as error messages name it: what it is and its path in the model."""
+    head = name if "\n" not in name else name.split("(", 1)[0]
+    path = ".".join(_path.get())
+    return f"{head} at {path!r}" if path else head
+
+
+def float_input(
+    name: str, x: Any, dtype: Any = None, *, features: int | None = None, ndim: int | None = None, layout: str = "..."
+) -> jax.Array:
+    """``x`` as a JAX array, checked for a layer that works on floats.
+
+    Arguments:
+        name: the layer, for messages.
+        x: what came. NumPy arrays are canonicalized as JAX does (float64 becomes float32 without x64).
+        dtype: the model's dtype (``vars.dtype``); None takes any floating one.
+        features: the size that the last axis must have; None takes any.
+        ndim: the number of axes; None takes any from 1.
+        layout: the axes before the last, for messages: ``"batch, height, width"``.
+
+    Raises:
+        TypeError: not an array, or of another dtype.
+        ValueError: another shape.
+    """
+    x = _as_jax(name, x)
+    last = features if features is not None else "channels"
+    expected = f"{jnp.dtype(dtype).name if dtype is not None else 'float'}[{layout}, {last}]"
+    received = f"received {tree.describe(x)}"
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        fix = f"x.astype(jnp.{jnp.dtype(dtype).name if dtype is not None else 'float32'})"
+        raise TypeError(
+            f"{here(name)} expected {expected}, {received}: it works on floats. Convert the input, {fix}, or put "
+            "layers.embedding(...) first if these are indices."
+        )
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(
+            f"{here(name)} expected {expected}, {received}: the model is {jnp.dtype(dtype).name}. Convert the input, "
+            f"x.astype(jnp.{jnp.dtype(dtype).name}), or make the model with init(dtype=jnp.{x.dtype.name})."
+        )
+    if (ndim is not None and x.ndim != ndim) or x.ndim == 0:
+        raise ValueError(f"{here(name)} expected {expected}, {received}: {x.ndim} axes instead of {ndim or 'one or more'}.")
+    if features is not None and x.shape[-1] != features:
+        raise ValueError(
+            f"{here(name)} expected {expected}, {received}: the last axis is {x.shape[-1]}, not {features}. "
+            f"Make the layer {x.shape[-1]} wide, or the one before it {features}."
+        )
+    return x
+
+
+def int_input(name: str, x: Any, *, layout: str = "...") -> jax.Array:
+    """``x`` as a JAX array, checked for a layer that works on indices.
+
+    Raises:
+        TypeError: not an array, or not of an integer dtype.
+    """
+    x = _as_jax(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(
+            f"{here(name)} expected int[{layout}], received {tree.describe(x)}: it works on indices. "
+            "Convert the input, x.astype(jnp.int32)."
+        )
+    return x
+
+
+def _as_jax(name: str, x: Any) -> jax.Array:
+    if isinstance(x, jax.Array):
+        return x
+    if isinstance(x, (np.ndarray, np.generic, float, int)):
+        return jnp.asarray(x)
+    raise TypeError(
+        f"{here(name)} expected an array, received {type(x).__name__}. Pass a NumPy or JAX array, or write a layer "
+        "that takes a tree: Layer(init=..., apply=...)."
+    )
+
+
+def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
+    """The layer that applies ``first``, then ``second``; also ``first >> second``. Parameter paths: ``left``, ``right``.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import layers
+    >>> model = layers.embedding(10, 4) >> layers.linear(4, 2)
+    >>> sorted(model.init(dtype=jnp.float32).params)
+    ['left', 'right']
+    """
+    _must_be_layer("compose", first)
+    _must_be_layer("compose", second)
+
+    def init(*, dtype: Any) -> Vars:
+        left, right = first.init(dtype=dtype), second.init(dtype=dtype)
+        return Vars(
+            params={"left": left.params, "right": right.params},
+            state={"left": left.state, "right": right.state},
+            dtype=dtype,
+        )
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        state = dict(vars.state)
+        for key, layer in (("left", first), ("right", second)):
+            with at(key):
+                x, after = layer.apply(_below(vars, key), x, training=training, ctx=ctx)
+            state[key] = after.state
+        return x, vars.replace(state=state)
+
+    return Layer(init=init, apply=apply, name=_block("compose", [first, second]))
+
+
+def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
+    """The layer that applies each of ``layers`` in turn. Parameter paths are their positions: ``0.weight``.
+
+    A model that starts with an embedding is ``embedding(...) >> sequential([...])``: the type checker then knows that
+    it takes integers. (At run time an embedding may stand first in the list as well.)
+
+    Raises:
+        TypeError: when an element is not a Layer.
+        ValueError: when there are none.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import layers
+    >>> model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
+    >>> model
+    sequential([
+      linear(2, 4),
+      tanh(),
+      linear(4, 1),
+    ])
+    """
+    children = list(layers)
+    if not children:
+        raise ValueError("sequential expected at least one layer, received an empty list.")
+    for child in children:
+        _must_be_layer("sequential", child)
+
+    def init(*, dtype: Any) -> Vars:
+        made = [child.init(dtype=dtype) for child in children]
+        return Vars(params=[m.params for m in made], state=[m.state for m in made], dtype=dtype)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        if len(vars.params) != len(children):
+            raise ValueError(
+                f"{here('sequential')} has {len(children)} layers, received variables for {len(vars.params)}: they "
+                "belong to another model."
+            )
+        state: list[Any] = []
+        for i, child in enumerate(children):
+            with at(str(i)):
+                x, after = child.apply(_below(vars, i), x, training=training, ctx=ctx)
+            state.append(after.state)
+        return x, vars.replace(state=state)
+
+    return Layer(init=init, apply=apply, name=_block("sequential", children, "[", "]"))
+
+
+def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
+    """The layer ``x + inner(x)``. Parameter path: ``inner``.
+
+    Raises:
+        ValueError: when ``inner`` changes the shape.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from kaun import layers
+    >>> block = layers.residual(layers.linear(3, 3, weight_init=jax.nn.initializers.zeros))
+    >>> block.apply(block.init(dtype=jnp.float32), jnp.ones((1, 3)))[0]
+    Array([[1., 1., 1.]], dtype=float32)
+    """
+    _must_be_layer("residual", inner)
+
+    def init(*, dtype: Any) -> Vars:
+        made = inner.init(dtype=dtype)
+        return Vars(params={"inner": made.params}, state={"inner": made.state}, dtype=dtype)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        with at("inner"):
+            y, after = inner.apply(_below(vars, "inner"), x, training=training, ctx=ctx)
+        if jnp.shape(y) != jnp.shape(x):
+            raise ValueError(
+                f"{here('residual')} adds its input {tree.describe(x)} to its inner layer's output "
+                f"{tree.describe(y)}: the shapes must be equal. Make {inner.name.splitlines()[0]} keep the shape."
+            )
+        return x + y, vars.replace(state={"inner": after.state})
+
+    return Layer(init=init, apply=apply, name=_block("residual", [inner]))
+
+
+def fn(f: Callable[..., Any], *, name: str | None = None) -> Layer[Any, Any]:
+    """The layer without variables that applies a pure function of one argument.
+
+    Arguments:
+        f: any pure function of the input, an array or a tree of them.
+        name: what ``repr`` shows, default ``fn(<name of f>)``.
+
+    Raises:
+        TypeError: when ``f`` is not callable.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import layers
+    >>> model = layers.linear(2, 4) >> layers.fn(jnp.sin)
+    """
+    if not callable(f):
+        raise TypeError(f"fn expected a function of one argument, received {f!r}.")
+    return stateless(name or f"fn({getattr(f, '__name__', type(f).__name__)})", f)
+
+
+def stateless(name: str, f: Callable[..., Any]) -> Layer[Any, Any]:
+    """A layer without variables from a function of the input alone."""
+
+    def init(*, dtype: Any) -> Vars:
+        return Vars(params={}, state={}, dtype=dtype)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        return f(x), vars
+
+    return Layer(init=init, apply=apply, name=name)
+
+
+def _below(vars: Vars, key: Any) -> Vars:
+    try:
+        return Vars(params=vars.params[key], state=vars.state[key], dtype=vars.dtype)
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(
+            f"{here('the model')} expected variables with a part {key!r} in params and in state, received "
+            f"{_keys(vars.params)} and {_keys(vars.state)}: they belong to another model."
+        ) from None
+
+
+def _keys(part: Any) -> str:
+    return str(sorted(cast("dict[str, Any]", part))) if isinstance(part, dict) else f"{type(part).__name__} of {len(part)}"
+
+
+def _block(head: str, children: Sequence[Layer[Any, Any]], left: str = "", right: str = "") -> str:
+    inside = "".join(textwrap.indent(child.name, "  ") + ",\n" for child in children)
+    return f"{head}({left}\n{inside}{right})"
+
+
+def _must_be_layer(where: str, value: Any) -> None:
+    if not isinstance(value, Layer):
+        hint = ", did you forget to call it?" if callable(value) else ""
+        raise TypeError(f"{where} expected layers, received {value!r}{hint} Write layers.fn(f) for a plain function.")
+
+
+def _float_dtype(dtype: Any) -> Any:
+    wanted = jnp.dtype(dtype)
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise TypeError(f"dtype={wanted.name} is not floating; a model's parameters are. Use dtype=jnp.float32.")
+    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        raise ValueError(
+            f"dtype={wanted.name} needs JAX's x64 mode, which is off: arrays would silently become float32. "
+            'Set jax.config.update("jax_enable_x64", True) before any array is made, or use dtype=jnp.float32.'
+        )
+    return wanted

@@ -1,0 +1,128 @@
+"""Implicit randomness: a scope hands out keys in order, and every key is a function of (scope's key, position)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import secrets
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["next_key", "scope"]
+
+
+class _Scope:
+    """A key and a counter. ``trace`` is the JAX trace in which the scope was opened, None outside of any."""
+
+    __slots__ = ("counter", "key", "trace")
+
+    def __init__(self, key: jax.Array) -> None:
+        self.key = key
+        self.counter = itertools.count()  # its next() is atomic, so two threads never get one key
+        self.trace = _staging_trace(jnp.zeros((), jnp.uint32))
+
+
+_current: ContextVar[_Scope | None] = ContextVar("kaun_rng_scope", default=None)
+_process_scope: _Scope | None = None
+_process_lock = threading.Lock()
+
+
+def _staging_trace(fresh: Any) -> Any:
+    """The innermost trace that records operations into a program, read off a value just made; None if it ran.
+
+    grad and vmap alone record nothing and hand the value on, so drawing under them is as good as outside.
+    """
+    return getattr(fresh, "_trace", None)
+
+
+@contextlib.contextmanager
+def scope(seed_or_key: int | jax.Array) -> Iterator[None]:
+    """A region in which ``next_key`` (and so ``Layer.init``, ``Trainer.init``, ``Data.shuffle``) is reproducible.
+
+    Arguments:
+        seed_or_key: an integer seed, a typed key (``jax.random.key``) or a legacy uint32 key (``jax.random.PRNGKey``).
+
+    Scopes nest: an inner scope neither reads nor moves the outer one. Each thread has its own.
+
+    Raises:
+        TypeError: for anything that is neither a seed nor a key.
+
+    >>> from kaun import rng
+    >>> with rng.scope(42):
+    ...     a = rng.next_key()
+    >>> with rng.scope(42):
+    ...     b = rng.next_key()
+    >>> a == b
+    Array(True, dtype=bool)
+    """
+    token = _current.set(_Scope(_as_key(seed_or_key)))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def next_key() -> jax.Array:
+    """The next key of the innermost scope, a typed JAX key of shape ().
+
+    Outside of any scope keys come from a process-wide generator seeded by the operating system: convenient, not
+    reproducible. Inside kaun's compiled steps a scope is always open, on the step's own key.
+
+    Raises:
+        RuntimeError: inside a function compiled by the user's own ``jax.jit`` (or ``scan``, ``cond``, ``checkpoint``)
+            when the scope was opened outside of it: the key would be a constant of the compiled program.
+
+    >>> import jax
+    >>> from kaun import rng
+    >>> with rng.scope(0):
+    ...     noise = jax.random.normal(rng.next_key(), (3,))
+    >>> noise.shape
+    (3,)
+    """
+    current = _current.get() or _process_wide()
+    key = jax.random.fold_in(current.key, next(current.counter))
+    if _staging_trace(key) is not current.trace:
+        raise RuntimeError(
+            "rng.next_key() was called inside a function that JAX is compiling (jit, scan, cond, checkpoint), but its "
+            "scope was opened outside: the key would be frozen into the compiled program and every call would draw "
+            "the same numbers. Draw the key outside and pass it in,\n"
+            "    compiled(rng.next_key(), x)\n"
+            "or open a scope inside, on a key that is an argument:\n"
+            "    with rng.scope(key): ..."
+        )
+    return key
+
+
+def _as_key(seed_or_key: Any) -> jax.Array:
+    if isinstance(seed_or_key, bool):
+        raise TypeError(f"rng.scope expected an integer seed or a JAX key, received {seed_or_key!r}.")
+    if isinstance(seed_or_key, int):
+        return jax.random.key(seed_or_key)
+    dtype = getattr(seed_or_key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and seed_or_key.shape == ():
+        return seed_or_key
+    if dtype is not None and dtype == jnp.uint32 and getattr(seed_or_key, "ndim", 0) == 1:
+        return jax.random.wrap_key_data(jnp.asarray(seed_or_key))
+    if dtype is not None and jnp.issubdtype(dtype, jnp.integer) and seed_or_key.shape == ():
+        return jax.random.key(seed_or_key)
+    received = f"{dtype}{list(seed_or_key.shape)}" if dtype is not None else repr(seed_or_key)
+    raise TypeError(
+        f"rng.scope expected an integer seed or a single JAX key, received {received}. "
+        "Use rng.scope(42) or rng.scope(jax.random.key(42))."
+    )
+
+
+def _process_wide() -> _Scope:
+    global _process_scope
+    with _process_lock:
+        if _process_scope is None:
+            # Made outside of whatever is being traced, so that no traced value outlives its trace here.
+            with jax.ensure_compile_time_eval():
+                key = jax.random.fold_in(jax.random.key(secrets.randbits(31)), secrets.randbits(32))
+                _process_scope = _Scope(key)
+        return _process_scope

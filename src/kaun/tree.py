@@ -1,0 +1,66 @@
+"""Pytrees with readable paths: flattening, comparing, describing, and taking safe copies of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["describe", "difference", "flatten", "is_array", "map_with_path", "path_name", "snapshot"]
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """The readable form of a JAX key path: its keys joined by dots, ``"0.weight"``."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves of a pytree by readable path, in JAX's order, and its structure."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in pairs}, treedef
+
+
+def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
+    """The pytree whose leaves are ``f(path, leaf)``, paths in readable form."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: f(path_name(path), leaf), tree)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of JAX (traced ones too) or NumPy, NumPy scalars included."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
+def describe(value: Any) -> str:
+    """A value in a few characters: ``float32[3, 4]`` for arrays, the type's name for anything else."""
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+        return f"{jnp.dtype(value.dtype).name if _is_plain(value.dtype) else value.dtype}{list(value.shape)}"
+    return type(value).__name__
+
+
+def _is_plain(dtype: Any) -> bool:
+    return not jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
+def difference(expected: Any, found: Any) -> list[str]:
+    """One line for each leaf in which two trees differ: its path, the expected and the found shape and dtype.
+
+    Two trees of equal paths, shapes and dtypes give an empty list; the kinds of their containers are not compared.
+    """
+    left, _ = flatten(expected)
+    right, _ = flatten(found)
+    lines = [f"{p}: expected {describe(v)}, found nothing" for p, v in left.items() if p not in right]
+    lines += [f"{p}: expected nothing, found {describe(v)}" for p, v in right.items() if p not in left]
+    both = [(p, describe(left[p]), describe(right[p])) for p in left if p in right]
+    return lines + [f"{p}: expected {a}, found {b}" for p, a, b in both if a != b]
+
+
+def snapshot(value: Any) -> Any:
+    """The value itself where it cannot change any more, and a copy of it where it is a NumPy array.
+
+    XLA reads NumPy memory after a call has returned, so a later write would change a step already dispatched.
+    ``np.array`` and not ``jnp.array(copy=True)``: the latter let later writes through.
+    """
+    return np.array(value) if isinstance(value, np.ndarray) else value

@@ -1,0 +1,11 @@
+"""Strict mode for every test: no implicit dtype promotion, no implicit rank promotion (warnings are errors too)."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
