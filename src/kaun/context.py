@@ -69,6 +69,9 @@ class Context(Mapping[str, Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Context is immutable: use ctx = ctx.set({name!r}, value).")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Context, (self._values,)  # copy and pickle would otherwise set attributes
+
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}={_short(value)}" for name, value in self._values.items())
         return f"Context({inside})"

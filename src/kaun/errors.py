@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+from pathlib import Path
 from typing import Any
 
 __all__ = ["CaptureError", "EarlyStop", "MissingContext", "RecompilationWarning", "locate"]
@@ -46,4 +46,4 @@ def locate(function: Any) -> str:
     name = name.rsplit("<locals>.", 1)[-1]
     if code is None:
         return f"`{name}`"
-    return f"`{name}` ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+    return f"`{name}` ({Path(code.co_filename).name}:{code.co_firstlineno})"

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Any
 
@@ -41,16 +41,18 @@ def _staging_trace(fresh: Any) -> Any:
 
 
 @contextlib.contextmanager
-def scope(seed_or_key: int | jax.Array) -> Iterator[None]:
+def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
     """A region in which ``next_key`` (and so ``Layer.init``, ``Trainer.init``, ``Data.shuffle``) is reproducible.
 
     Arguments:
         seed_or_key: an integer seed, a typed key (``jax.random.key``) or a legacy uint32 key (``jax.random.PRNGKey``).
 
-    Scopes nest: an inner scope neither reads nor moves the outer one. Each thread has its own.
+    Scopes nest: an inner scope neither reads nor moves the outer one. Each thread has its own. Do not ``yield`` inside
+    a scope: until the generator goes on, the code that consumes it would draw from the generator's scope.
 
     Raises:
         TypeError: for anything that is neither a seed nor a key.
+        ValueError: for a seed that does not fit in 64 bits.
 
     >>> from kaun import rng
     >>> with rng.scope(42):
@@ -86,7 +88,8 @@ def next_key() -> jax.Array:
     """
     current = _current.get() or _process_wide()
     key = jax.random.fold_in(current.key, next(current.counter))
-    if _staging_trace(key) is not current.trace:
+    # The second look is for a scope on a vmapped key: such a key carries vmap's trace, which records nothing.
+    if _staging_trace(key) is not current.trace and _staging_trace(jnp.zeros((), jnp.uint32)) is not current.trace:
         raise RuntimeError(
             "rng.next_key() was called inside a function that JAX is compiling (jit, scan, cond, checkpoint), but its "
             "scope was opened outside: the key would be frozen into the compiled program and every call would draw "
@@ -102,12 +105,17 @@ def _as_key(seed_or_key: Any) -> jax.Array:
     if isinstance(seed_or_key, bool):
         raise TypeError(f"rng.scope expected an integer seed or a JAX key, received {seed_or_key!r}.")
     if isinstance(seed_or_key, int):
+        if not -(2**63) <= seed_or_key < 2**63:
+            raise ValueError(
+                f"rng.scope expected a seed that fits in 64 bits, received {seed_or_key}. Use seed % 2**63."
+            )
         return jax.random.key(seed_or_key)
     dtype = getattr(seed_or_key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and seed_or_key.shape == ():
         return seed_or_key
     if dtype is not None and dtype == jnp.uint32 and getattr(seed_or_key, "ndim", 0) == 1:
-        return jax.random.wrap_key_data(jnp.asarray(seed_or_key))
+        with contextlib.suppress(TypeError, ValueError):  # uint32, but not as long as a key: refused below
+            return jax.random.wrap_key_data(jnp.asarray(seed_or_key))
     if dtype is not None and jnp.issubdtype(dtype, jnp.integer) and seed_or_key.shape == ():
         return jax.random.key(seed_or_key)
     received = f"{dtype}{list(seed_or_key.shape)}" if dtype is not None else repr(seed_or_key)

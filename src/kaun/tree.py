@@ -18,9 +18,20 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """The leaves of a pytree by readable path, in JAX's order, and its structure."""
+    """The leaves of a pytree by readable path, in JAX's order, and its structure.
+
+    Raises:
+        ValueError: when two leaves have one readable path, as in ``{"a.b": x, "a": {"b": y}}``.
+    """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in pairs}, treedef
+    leaves = {path_name(path): leaf for path, leaf in pairs}
+    if len(leaves) < len(pairs):
+        spelled: dict[str, list[str]] = {}
+        for path, _ in pairs:
+            spelled.setdefault(path_name(path), []).append("tree" + jax.tree_util.keystr(path))
+        name, same = next((name, same) for name, same in spelled.items() if len(same) > 1)
+        raise ValueError(f"{len(same)} leaves have one readable path, {name!r}: {' and '.join(same)}. Rename a key.")
+    return leaves, treedef
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:

@@ -1,5 +1,14 @@
 """Layers: the protocol, composition, and the catalogue."""
 
+from kaun.layers.activation import gelu as gelu
+from kaun.layers.activation import relu as relu
+from kaun.layers.activation import sigmoid as sigmoid
+from kaun.layers.activation import silu as silu
+from kaun.layers.activation import tanh as tanh
+from kaun.layers.attention import multi_head_attention as multi_head_attention
+from kaun.layers.attention import rope as rope
+from kaun.layers.conv import conv1d as conv1d
+from kaun.layers.conv import conv2d as conv2d
 from kaun.layers.core import Float as Float
 from kaun.layers.core import Int as Int
 from kaun.layers.core import Layer as Layer
@@ -8,3 +17,13 @@ from kaun.layers.core import compose as compose
 from kaun.layers.core import fn as fn
 from kaun.layers.core import residual as residual
 from kaun.layers.core import sequential as sequential
+from kaun.layers.dropout import dropout as dropout
+from kaun.layers.embedding import embedding as embedding
+from kaun.layers.linear import linear as linear
+from kaun.layers.norm import batch_norm as batch_norm
+from kaun.layers.norm import group_norm as group_norm
+from kaun.layers.norm import layer_norm as layer_norm
+from kaun.layers.norm import rms_norm as rms_norm
+from kaun.layers.pool import avg_pool2d as avg_pool2d
+from kaun.layers.pool import flatten as flatten
+from kaun.layers.pool import max_pool2d as max_pool2d

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -52,6 +53,8 @@ class Vars:
     dtype: Any
 
     def __post_init__(self) -> None:
+        if self.dtype is None:  # NumPy reads None as float64
+            raise TypeError("Vars(dtype=...) expected a dtype, received None. Use dtype=jnp.float32.")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
     def replace(self, **changes: Any) -> Vars:
@@ -153,7 +156,11 @@ class Layer(Generic[In, Out]):
         return compose(self, other)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"Layer is immutable: make another with Layer(init=..., apply=..., name=...), not .{name} =.")
+        raise AttributeError(f"Layer is immutable: make another with Layer(init=..., apply=...), not .{name} =.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # copy would otherwise set attributes
+        return functools.partial(Layer, init=self._init, apply=self._apply, name=self.name), ()
 
     def __repr__(self) -> str:
         return self.name
@@ -163,7 +170,7 @@ _path: ContextVar[tuple[str, ...]] = ContextVar("kaun_layer_path", default=())
 
 
 @contextlib.contextmanager
-def at(key: str) -> Iterator[None]:
+def at(key: str) -> Generator[None, None, None]:
     """Inside, error messages say that we are below ``key`` in the model."""
     token = _path.set((*_path.get(), key))
     try:
@@ -252,7 +259,7 @@ def _as_jax(name: str, x: Any) -> jax.Array:
 
 
 def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
-    """The layer that applies ``first``, then ``second``; also ``first >> second``. Parameter paths: ``left``, ``right``.
+    """The layer that applies ``first``, then ``second``; also ``first >> second``. Parameters: ``left``, ``right``.
 
     >>> import jax.numpy as jnp
     >>> from kaun import layers
@@ -272,7 +279,7 @@ def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
         )
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        state = dict(vars.state)
+        state: dict[str, Any] = {}
         for key, layer in (("left", first), ("right", second)):
             with at(key):
                 x, after = layer.apply(_below(vars, key), x, training=training, ctx=ctx)
@@ -289,7 +296,7 @@ def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
     it takes integers. (At run time an embedding may stand first in the list as well.)
 
     Raises:
-        TypeError: when an element is not a Layer.
+        TypeError: when ``layers`` is not a list, or an element is not a Layer.
         ValueError: when there are none.
 
     >>> import jax.numpy as jnp
@@ -302,6 +309,8 @@ def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
       linear(4, 1),
     ])
     """
+    if isinstance(layers, Layer):
+        raise TypeError(f"sequential expected a list of layers, received {layers!r}. Write sequential([...]).")
     children = list(layers)
     if not children:
         raise ValueError("sequential expected at least one layer, received an empty list.")
@@ -313,10 +322,10 @@ def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
         return Vars(params=[m.params for m in made], state=[m.state for m in made], dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        if len(vars.params) != len(children):
+        if not len(children) == _length(vars.params) == _length(vars.state):
             raise ValueError(
-                f"{here('sequential')} has {len(children)} layers, received variables for {len(vars.params)}: they "
-                "belong to another model."
+                f"{here('sequential')} has {len(children)} layers, received variables with params {_keys(vars.params)} "
+                f"and state {_keys(vars.state)}: they belong to another model."
             )
         state: list[Any] = []
         for i, child in enumerate(children):
@@ -332,7 +341,7 @@ def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
     """The layer ``x + inner(x)``. Parameter path: ``inner``.
 
     Raises:
-        ValueError: when ``inner`` changes the shape.
+        ValueError: when ``inner`` changes the shape or the dtype.
 
     >>> import jax, jax.numpy as jnp
     >>> from kaun import layers
@@ -349,10 +358,10 @@ def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         with at("inner"):
             y, after = inner.apply(_below(vars, "inner"), x, training=training, ctx=ctx)
-        if jnp.shape(y) != jnp.shape(x):
+        if jnp.shape(y) != jnp.shape(x) or jnp.result_type(y) != jnp.result_type(x):
             raise ValueError(
                 f"{here('residual')} adds its input {tree.describe(x)} to its inner layer's output "
-                f"{tree.describe(y)}: the shapes must be equal. Make {inner.name.splitlines()[0]} keep the shape."
+                f"{tree.describe(y)}: shapes and dtypes must be equal. Make {inner.name.splitlines()[0]} keep them."
             )
         return x + y, vars.replace(state={"inner": after.state})
 
@@ -401,7 +410,13 @@ def _below(vars: Vars, key: Any) -> Vars:
 
 
 def _keys(part: Any) -> str:
-    return str(sorted(cast("dict[str, Any]", part))) if isinstance(part, dict) else f"{type(part).__name__} of {len(part)}"
+    if isinstance(part, dict):
+        return str(list(cast("dict[Any, Any]", part)))
+    return f"{type(part).__name__} of {_length(part)}" if isinstance(part, (list, tuple)) else type(part).__name__
+
+
+def _length(part: Any) -> int | None:
+    return len(part) if hasattr(part, "__len__") else None
 
 
 def _block(head: str, children: Sequence[Layer[Any, Any]], left: str = "", right: str = "") -> str:
@@ -411,11 +426,13 @@ def _block(head: str, children: Sequence[Layer[Any, Any]], left: str = "", right
 
 def _must_be_layer(where: str, value: Any) -> None:
     if not isinstance(value, Layer):
-        hint = ", did you forget to call it?" if callable(value) else ""
+        hint = ", did you forget to call it?" if callable(value) else "."
         raise TypeError(f"{where} expected layers, received {value!r}{hint} Write layers.fn(f) for a plain function.")
 
 
 def _float_dtype(dtype: Any) -> Any:
+    if dtype is None:  # NumPy reads None as float64
+        raise TypeError("init(dtype=...) expected a floating dtype, received None. Use dtype=jnp.float32.")
     wanted = jnp.dtype(dtype)
     if not jnp.issubdtype(wanted, jnp.floating):
         raise TypeError(f"dtype={wanted.name} is not floating; a model's parameters are. Use dtype=jnp.float32.")

@@ -1,0 +1,83 @@
+# The commands of this project. Each sets up what it needs the first time, and nothing after that.
+#
+#   make test PYTHON=python3.12    another Python (3.11 or newer); `make clean` first if there is a .venv already
+#   make test ARGS="-k data -x"    more arguments for pytest
+#   make test JOBS=8               more pytest workers
+
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+
+# The four below are what the targets with environments of their own change.
+VENV = .venv
+PINS = constraints.txt
+ALSO =
+TESTS =
+
+RUN = $(VENV)/bin/python
+# The pins hold for the tools that build kaun, too; an empty variable is none to pip.
+PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 \
+  $(RUN) -m pip install --quiet
+
+.PHONY: help demo test lint suite test-newest test-torch bench raises clean
+
+help:
+	@echo "make demo         train a small network on handwritten digits, with pictures of the result"
+	@echo "make test         lint and the whole test suite"
+	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
+	@echo "make test-torch   layers, losses and a training run against PyTorch"
+	@echo "make lint         ruff and basedpyright"
+	@echo "make bench        microseconds per step, beside hand-written loops"
+	@echo "make raises       raise statements that no test reaches"
+	@echo "make clean        remove the environments and caches"
+
+demo: $(VENV)/.demo
+	$(RUN) examples/digits.py
+
+test: lint suite
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m basedpyright --pythonpath $(RUN)
+
+suite: $(VENV)/.dev
+	$(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations 10 $(TESTS) $(ARGS)
+
+# To take in what was released since, remove .venv-newest.
+test-newest:
+	@newest="$$($(PYTHON) .ci/newest_python.py)" || exit 1; \
+	if [ -z "$$newest" ]; then \
+	  echo "make test-newest: skipped, no Python from 3.12 to 3.14 runs here (PATH and pyenv were searched)"; \
+	else \
+	  $(MAKE) --no-print-directory suite VENV=.venv-newest PINS= PYTHON="$$newest"; \
+	fi
+
+test-torch:
+	@$(MAKE) --no-print-directory suite VENV=.venv-torch ALSO=torch TESTS=tests/parity/torch
+
+bench: $(VENV)/.dev
+	$(RUN) bench/overhead.py
+
+raises: $(VENV)/.dev
+	$(RUN) -m coverage run --data-file=$(VENV)/.coverage --source=src -m pytest -q $(ARGS)
+	$(RUN) .ci/raises.py $(VENV)/.coverage
+
+clean:
+	rm -rf .venv .venv-newest .venv-torch .pytest_cache .ruff_cache .hypothesis demo-output build dist
+	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "kaun needs Python 3.11 or newer, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV): a minute or two, once"
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable ".[examples]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --editable ".[examples,lint,test]" $(ALSO)
+	@touch $@

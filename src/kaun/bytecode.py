@@ -1,0 +1,151 @@
+"""What a piece of user code reads and writes outside of itself, found in its bytecode once per code object."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from kaun.errors import CaptureError, locate
+
+__all__ = ["Plan", "attributes", "is_library", "is_own_module", "plan"]
+
+# The libraries a loss is written with: what they hold at module level never changes under a run.
+_LIBRARIES = frozenset(
+    ["kaun", "jax", "jaxlib", "numpy", "optax", "scipy", "flax", "equinox", "haiku", "chex", "einops", "torch"]
+)
+_PREFIXES = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib", "purelib", "platlib")})
+_MOST_PLANS = 4096
+
+
+class Plan:
+    """A code object and the names through which it reaches outside; equal only to itself.
+
+    Attributes:
+        code: the code object.
+        place: the file and line where it was written.
+        root: the top-level package of the module in which the function was defined.
+        own: whether that is the user's own code, whose globals may change between two batches.
+        global_names: the globals that it and the functions nested in it read.
+        names: every attribute name and identifier-like string in it, sorted out against objects later.
+    """
+
+    __slots__ = ("code", "global_names", "names", "own", "place", "root")
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.code = function.__code__
+        self.place = f"{os.path.basename(self.code.co_filename)}:{self.code.co_firstlineno}"
+        module = str(function.__globals__.get("__name__", ""))
+        self.root = module.partition(".")[0]
+        self.own = _is_own(self.root, self.code.co_filename)
+        self.global_names, self.names = _reads(self.code)
+        _refuse_writes(function)
+
+
+_plans: dict[int, Plan] = {}
+
+
+def plan(function: types.FunctionType) -> Plan:
+    """The Plan of a function's code, made once.
+
+    Raises:
+        CaptureError: when the code assigns to a ``nonlocal`` or ``global`` variable.
+    """
+    found = _plans.get(id(function.__code__))
+    if found is None:
+        found = Plan(function)
+        while len(_plans) >= _MOST_PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        # A Plan holds its code object, so the id stays taken for as long as it is a key here.
+        _plans[id(function.__code__)] = found
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def is_own_module(name: str) -> bool:
+    """Whether a module is the user's own and not an installed library's or Python's."""
+    module = sys.modules.get(name)
+    return module is not None and _is_own(name.partition(".")[0], getattr(module, "__file__", None) or "")
+
+
+def is_library(name: str) -> bool:
+    """Whether a module belongs to the libraries that losses are written with, whose objects do not change in a run."""
+    return name.partition(".")[0] in _LIBRARIES
+
+
+def _is_own(root: str, filename: str) -> bool:
+    if root in _LIBRARIES or filename.startswith("<frozen"):
+        return False
+    return root in ("", "__main__") or (root not in sys.stdlib_module_names and not filename.startswith(_PREFIXES))
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _nested(const)
+
+
+def _reads(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
+    global_names: dict[str, None] = {}
+    names: set[str] = set()
+    for part in _nested(code):
+        names.update(part.co_names)
+        # getattr(cfg, "alpha") names its attribute in a string constant.
+        names.update(c for c in part.co_consts if isinstance(c, str) and c.isidentifier())
+        for op in dis.get_instructions(part):
+            if op.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                global_names[str(op.argval)] = None
+    return tuple(global_names), frozenset(names)
+
+
+def _refuse_writes(function: types.FunctionType) -> None:
+    outer = set(function.__code__.co_freevars)
+    for part in _nested(function.__code__):
+        for op in dis.get_instructions(part):
+            wrote_global = op.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
+            wrote_outer = op.opname in ("STORE_DEREF", "DELETE_DEREF") and op.argval in outer & set(part.co_freevars)
+            if wrote_global or wrote_outer:
+                kind = "global" if wrote_global else "nonlocal"
+                raise CaptureError(
+                    f"loss {locate(function)} assigns to the {kind} variable `{op.argval}`. A compiled loss runs as "
+                    "Python only when it is traced, so the assignment would happen once and then never again. Compute "
+                    "the value from the model's output and keep it outside: read the loss in "
+                    f"report(step, loss, state), or call trainer.predict(state, x) and update `{op.argval}` there."
+                )
+
+
+def attributes(value: Any, names: frozenset[str]) -> list[tuple[str, Any]]:
+    """The attributes of an object that code using these names may read: (name, value), methods as functions.
+
+    Nothing of the object's own code is run: properties and methods are returned as the functions behind them.
+    """
+    found: list[tuple[str, Any]] = []
+    own: dict[str, Any] = getattr(value, "__dict__", None) or {}
+    kinds = value.__mro__ if isinstance(value, type) else type(value).__mro__
+    for name in sorted(names):
+        if name in own:
+            found.append((name, own[name]))
+            continue
+        for kind in kinds:
+            if name in vars(kind):
+                found += _from_class(value, name, vars(kind)[name], kind)
+                break
+    return found
+
+
+def _from_class(value: Any, name: str, entry: Any, kind: type) -> list[tuple[str, Any]]:
+    if isinstance(entry, types.MemberDescriptorType):  # __slots__
+        return [(name, getattr(value, name))] if hasattr(value, name) and not isinstance(value, type) else []
+    if not is_own_module(kind.__module__):
+        return []
+    if isinstance(entry, property):
+        return [(name, entry.fget)]
+    if isinstance(entry, (staticmethod, classmethod, functools.partialmethod)):
+        return [(name, getattr(entry, "__func__", None) or getattr(entry, "func", None))]
+    return [(name, getattr(entry, "func", entry) if isinstance(entry, functools.cached_property) else entry)]

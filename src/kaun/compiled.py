@@ -1,0 +1,288 @@
+"""Compiled steps: one program for each (loss code, static values, shapes, dtypes), found again in microseconds.
+
+``Programs`` holds them. ``Loop`` runs them over a state of its own, updated in place, and knows when a state that a
+user has seen must be left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun import lift, rebuild, tree
+from kaun.context import Context
+from kaun.errors import RecompilationWarning
+from kaun.staging import staged
+
+__all__ = ["Compilation", "Loop", "Programs"]
+
+_MANY = 8
+_NO_CONTEXT = jax.tree_util.tree_structure(Context())
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """One program that was compiled: where, for which code, why (again), and how long it took.
+
+    Attributes:
+        where: ``"step"``, ``"fit"`` or ``"predict"``.
+        code: the loss's name, file and line; for ``predict`` an empty string.
+        why: ``"first"``, or what changed since the same code was compiled before, from what to what.
+        seconds: tracing and compiling (the first run included).
+    """
+
+    where: str
+    code: str
+    why: str
+    seconds: float
+
+
+class _Program:
+    """A jitted function, whether it has run yet, and what it was made for in words (made only when it is needed)."""
+
+    __slots__ = ("fresh", "lock", "run")
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+        self.fresh = True
+        self.lock = threading.Lock()
+
+
+class Programs:
+    """The compiled programs of one trainer: a bounded table, least recently used out first.
+
+    Arguments:
+        advance: ``advance(carry, key, x, ctx, loss, training) -> (loss, carry)``, one pure training step.
+        forward: ``forward(carry, key, x, ctx) -> output``, the model in evaluation mode.
+        capacity: how many programs are kept.
+    """
+
+    def __init__(self, advance: Callable[..., Any], forward: Callable[..., Any], capacity: int = 256) -> None:
+        self._advance, self._forward = advance, forward
+        self._capacity = capacity
+        self._table: OrderedDict[Hashable, _Program] = OrderedDict()
+        self._lock = threading.Lock()
+        self._latest: OrderedDict[Hashable, tuple[dict[str, str], int]] = OrderedDict()
+        self.compilations: deque[Compilation] = deque(maxlen=1000)
+
+    def find(self, where: tuple[Any, ...], call: Call) -> _Program:
+        """The program for a call, made (not yet compiled) where there is none."""
+        key = (where, call.key)
+        with self._lock:
+            found = self._table.get(key)
+            if found is not None:
+                self._table.move_to_end(key)
+                return found
+            self._table[key] = found = _Program(self._jit(where, call))
+            if len(self._table) > self._capacity:
+                self._table.popitem(last=False)
+            return found
+
+    def _jit(self, where: tuple[Any, ...], call: Call) -> Callable[..., Any]:
+        entry, carry_def, training = where
+        loss_key, x_def, ctx_def = call.static
+        join = jax.tree_util.tree_unflatten
+
+        def step(leaves: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
+            carry, x, ctx = join(carry_def, leaves), join(x_def, xs), join(ctx_def, cs)
+            loss = lambda output: staged(loss_key, arrays, output)
+            value, after = self._advance(carry, key, x, ctx, loss, training)
+            return value, _as_before(carry, after)
+
+        def predict(leaves: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
+            return self._forward(join(carry_def, leaves), key, join(x_def, xs), join(ctx_def, cs))
+
+        if entry == "predict":
+            return jax.jit(predict)
+        return jax.jit(step, donate_argnums=(0,) if entry == "fit" else ())
+
+    def first_run(self, where: tuple[Any, ...], call: Call, program: _Program, run: Callable[[], None]) -> None:
+        """Run a program for the first time: it is traced and compiled, timed, and written down with its reason."""
+        with program.lock:
+            if not program.fresh:
+                return run()
+            start = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+            program.fresh = False
+        self._write_down(where, call, seconds)
+        return None
+
+    def _write_down(self, where: tuple[Any, ...], call: Call, seconds: float) -> None:
+        entry, _, training = where
+        now = {**call.words(), "training": str(training)}
+        with self._lock:
+            before, count = self._latest.pop((entry, call.plan), (None, 0))
+            self._latest[(entry, call.plan)] = (now, count + 1)
+            if len(self._latest) > self._capacity:
+                self._latest.popitem(last=False)
+        why = "first" if before is None else _change(before, now)
+        self.compilations.append(Compilation(where=entry, code=call.code, why=why, seconds=seconds))
+        if count + 1 == _MANY:
+            warnings.warn(
+                f"{entry} has compiled {_MANY} programs for {call.code or 'one model'}; the last because {why}. Each "
+                "costs a compilation. Capture numbers that change as arrays, alpha = jnp.asarray(alpha), keep one "
+                "object instead of making equal ones, and give batches few different shapes. trainer.compilations "
+                "lists them all.",
+                RecompilationWarning,
+                stacklevel=4,
+            )
+
+
+class Call:
+    """What one call brings: its arrays, and the static key that decides which program can run it."""
+
+    __slots__ = ("arrays", "cs", "key", "static", "xs")
+
+    def __init__(self, x: Any, loss: Callable[..., Any] | None, ctx: Context | None) -> None:
+        loss_key, self.arrays = lift.take_apart(loss) if loss is not None else (None, [])
+        self.xs, x_def = _leaves(x, "x")
+        self.cs, ctx_def = _leaves(ctx, "ctx") if ctx is not None else ([], _NO_CONTEXT)
+        self.static = (loss_key, x_def, ctx_def)
+        kinds = [_kind(a) for part in (self.xs, self.arrays, self.cs) for a in part]
+        self.key = (self.static, tuple(kinds))
+
+    @property
+    def plan(self) -> Any:
+        """The code of the loss."""
+        return rebuild.first_plan(self.static[0])
+
+    @property
+    def code(self) -> str:
+        """The name, file and line of the loss."""
+        plan = self.plan
+        return f"`{plan.code.co_qualname.rsplit('<locals>.', 1)[-1]}` ({plan.place})" if plan is not None else ""
+
+    def words(self) -> dict[str, str]:
+        """All that the program depends on, by name."""
+        loss_key, x_def, ctx_def = self.static
+        join = jax.tree_util.tree_unflatten
+        told = {f"x.{p}" if p else "x": _tell(a) for p, a in tree.flatten(join(x_def, self.xs))[0].items()}
+        told |= {f"ctx[{p!r}]": _tell(a) for p, a in tree.flatten(join(ctx_def, self.cs))[0].items()}
+        if loss_key is not None:
+            told |= {f"captured {n}": v for n, v in rebuild.captures(loss_key, self.arrays).items()}
+        return told
+
+
+class Loop:
+    """A run of steps over a state of its own, updated in place.
+
+    Arguments:
+        programs: where the compiled steps are.
+        carry: the state to start from, a pytree; it is copied before the first step.
+        key: the run's key.
+        ctx: the Context of every step.
+    """
+
+    def __init__(self, programs: Programs, carry: Any, key: jax.Array, ctx: Context | None) -> None:
+        self._programs = programs
+        self._given, self._def = jax.tree_util.tree_flatten(carry)
+        self._leaves: list[Any] = self._given
+        self._where = ("fit", self._def, True)
+        self._key, self._ctx = key, ctx
+        self._done: deque[tuple[jax.Array, list[Any]]] = deque(maxlen=1)
+        self._seen = True  # somebody else holds these leaves: they must not be updated in place
+        self.loss: jax.Array | None = None
+
+    def push(self, x: Any, loss: Callable[..., Any], ctx: Context | None) -> None:
+        """Run one step. Returns when it is dispatched, not when it is done."""
+        call = Call(x, loss, self._ctx.merge(ctx) if self._ctx is not None else ctx)
+        program = self._programs.find(self._where, call)
+        if self._seen:
+            self._leaves = _copy(self._leaves)
+            self._seen = False
+        if program.fresh:
+            self._programs.first_run(self._where, call, program, lambda: self._run(program, call))
+        else:
+            self._run(program, call)
+        self._take()
+        self._given = self._leaves
+
+    def _run(self, program: _Program, call: Call) -> None:
+        # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
+        # two bytecodes, and must not find the state given away and its successor in nobody's hands.
+        arguments = ((self._leaves,), (self._key,), (call.xs,), (call.arrays,), (call.cs,))
+        self._done.extend(map(program.run, *arguments))
+
+    def _take(self) -> None:
+        if self._done:
+            self.loss, self._leaves = self._done[0]
+            self._done.clear()
+
+    def carry(self) -> Any:
+        """The state after the last step that was run; the loop goes on with a copy of it."""
+        self._take()
+        if self._leaves and all(a.is_deleted() for a in self._leaves[:1] if isinstance(a, jax.Array)):
+            self._leaves = self._given  # interrupted while the first program ran, on a copy of what was given
+        self._seen = True
+        return jax.tree_util.tree_unflatten(self._def, self._leaves)
+
+
+@jax.jit
+def _copy(leaves: list[Any]) -> list[Any]:
+    return [jnp.copy(a) for a in leaves]
+
+
+def _as_before(carry: Any, after: Any) -> list[Any]:
+    """The leaves after a step, in the structure, shapes and dtypes of those before it."""
+    changed = tree.difference(carry, after)
+    if changed or jax.tree_util.tree_structure(carry) != jax.tree_util.tree_structure(after):
+        listed = "\n  ".join(changed[:10]) or f"{jax.tree_util.tree_structure(after)}"
+        raise TypeError(
+            "A step must give back a state of the structure, shapes and dtypes that it was given, but the model's or "
+            f"the optimizer's state changed (expected is before, found after the step):\n  {listed}\n"
+            "Keep the dtype in apply or update with new.astype(old.dtype)."
+        )
+    pairs = zip(jax.tree_util.tree_leaves(carry), jax.tree_util.tree_leaves(after), strict=True)
+    return [jax.lax.convert_element_type(new, old.dtype) if new.weak_type else new for old, new in pairs]
+
+
+def _leaves(value: Any, what: str) -> tuple[list[Any], Any]:
+    leaves, treedef = jax.tree_util.tree_flatten(value)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, np.ndarray):
+            # Copied at once: XLA reads NumPy memory after the call has returned, and the user may write to it by then.
+            leaves[i] = leaf = np.array(leaf)
+            if leaf.dtype.kind in "OSUMm":
+                _refuse_leaf(value, what)
+        elif not isinstance(leaf, (jax.Array, np.generic, bool, int, float, complex)):
+            _refuse_leaf(value, what)
+    return leaves, treedef
+
+
+def _refuse_leaf(value: Any, what: str) -> None:
+    for path, leaf in tree.flatten(value)[0].items():
+        numeric = tree.is_array(leaf) and getattr(leaf.dtype, "kind", "f") not in "OSUMm"
+        if not numeric and not isinstance(leaf, (bool, int, float, complex)):
+            received = f"an array of dtype {leaf.dtype}" if tree.is_array(leaf) else f"{type(leaf).__name__}"
+            raise TypeError(
+                f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received {received}. "
+                "Convert it, np.asarray(value, np.float32), or leave it out of the batch."
+            )
+
+
+def _kind(a: Any) -> tuple[Any, ...]:
+    if isinstance(a, jax.Array):
+        return a.shape, a.dtype, a.weak_type
+    return (a.shape, a.dtype) if isinstance(a, (np.ndarray, np.generic)) else (type(a),)
+
+
+def _tell(a: Any) -> str:
+    return tree.describe(a) + (" (weak)" if getattr(a, "weak_type", False) else "")
+
+
+def _change(before: dict[str, str], now: dict[str, str]) -> str:
+    names = [*now, *(n for n in before if n not in now)]
+    pairs = [(n, before.get(n, "nothing"), now.get(n, "nothing")) for n in names]
+    changes = [f"{n} changed from {a} to {b}" for n, a, b in pairs if a != b]
+    return "; ".join(changes[:3]) or "the program made for these arguments had been dropped, or its shardings changed"
+

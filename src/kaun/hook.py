@@ -1,0 +1,81 @@
+"""What ``fit`` does with a report: asks which steps it wants, hands it losses in blocks, and calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from kaun.errors import EarlyStop
+
+__all__ = ["Hook"]
+
+_BLOCK = 64
+
+
+class Hook:
+    """A report as ``fit`` uses it; every part of it is optional.
+
+    Arguments:
+        report: a function ``(step, loss, state)``, or an object with ``wants``, ``block``, ``begin``, ``end`` besides.
+        total: how many steps the fit will take, None where that is not known.
+
+    Raises:
+        TypeError: when the report cannot be called.
+    """
+
+    def __init__(self, report: Callable[..., None] | None, total: int | None) -> None:
+        if report is not None and not callable(report):
+            raise TypeError(
+                f"report expected a function (step, loss, state) -> None, received {report!r}. Write "
+                "report=lambda step, loss, state: print(step, loss), or use kaun.reports."
+            )
+        self._report = report
+        self._wants: Callable[[int], bool] | None = getattr(report, "wants", None)
+        self._block: Callable[..., None] | None = getattr(report, "block", None)
+        self._end: Callable[[], None] | None = getattr(report, "end", None)
+        self._losses: list[Any] = []
+        self._first = 1
+        begin = getattr(report, "begin", None)
+        if begin is not None:
+            begin(1, total)
+
+    def wants(self, step: int, loss: Any) -> bool:
+        """Whether the report is to be called for this step."""
+        if self._block is not None:
+            self._losses.append(loss)
+            # The newest block is left in flight: the losses of the one before it are there without waiting.
+            if len(self._losses) >= 2 * _BLOCK:
+                self._deliver(_BLOCK)
+        if self._report is None:
+            return False
+        return self._wants is None or bool(self._wants(step))
+
+    def stops(self, step: int, loss: Any, state: Any) -> bool:
+        """Call the report; whether it asked to stop. This waits for the step to be done."""
+        if self._block is not None:
+            self._deliver(len(self._losses))
+        assert self._report is not None
+        try:
+            self._report(step, float(loss), state)
+        except EarlyStop:
+            return True
+        return False
+
+    def finish(self) -> None:
+        """Hand over the losses that are left."""
+        if self._block is not None:
+            self._deliver(len(self._losses))
+
+    def end(self) -> None:
+        """Tell the report that the fit is over, however it ended."""
+        if self._end is not None:
+            self._end()
+
+    def _deliver(self, count: int) -> None:
+        ready, self._losses = self._losses[:count], self._losses[count:]
+        if ready and self._block is not None:
+            first, self._first = self._first, self._first + len(ready)
+            self._block(first, {"loss": np.array(jax.device_get(ready), np.float32)})

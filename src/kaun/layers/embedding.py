@@ -1,0 +1,77 @@
+"""The embedding layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun.context import Context
+from kaun.layers.core import Float, Int, Layer, Vars, here, int_input
+from kaun.layers.parts import Initializer, draw, size, spell
+
+__all__ = ["embedding"]
+
+
+def embedding(
+    vocab_size: int, embed_dim: int, scale: bool = True, *, weight_init: Initializer | None = None
+) -> Layer[Int, Float]:
+    """The layer that looks up a vector for each index: ``weight[x]``, times ``sqrt(embed_dim)`` if ``scale``.
+
+    Input ``[...]`` of any integer dtype, output ``[..., embed_dim]`` in the model's dtype. Parameter: ``weight``
+    ``[vocab_size, embed_dim]``.
+
+    An index outside of ``[0, vocab_size)``, a negative one too, is an error where the indices are concrete. Compiled
+    code cannot look at them: there its vector is NaN, so that the loss shows it, and never that of another index.
+
+    Arguments:
+        vocab_size: number of vectors.
+        embed_dim: size of each.
+        scale: whether vectors are multiplied by ``sqrt(embed_dim)`` (Vaswani et al., 2017, 3.4), default True.
+        weight_init: from ``jax.nn.initializers``, default normal such that each number of the output has variance 1:
+            standard deviation ``embed_dim ** -0.5`` with ``scale``, 1 without.
+
+    Raises:
+        TypeError: a size is not an int; applied, indices that are not of an integer dtype.
+        ValueError: a size below 1; applied to concrete indices, one outside of ``[0, vocab_size)``.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import layers
+    >>> layer = layers.embedding(100, 16)
+    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1, 2, 3]]))
+    >>> y.shape
+    (1, 3, 16)
+    """
+    vocab, dim = size("embedding", "vocab_size", vocab_size), size("embedding", "embed_dim", embed_dim)
+    name = spell(embedding, vocab_size=vocab, embed_dim=dim, scale=scale)
+    drawn_by = weight_init or jax.nn.initializers.normal(dim**-0.5 if scale else 1.0)
+
+    def init(*, dtype: Any) -> Vars:
+        params = {"weight": draw(name, "weight_init", drawn_by, (vocab, dim), dtype)}
+        return Vars(params=params, state={}, dtype=dtype)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        indices = int_input(name, x)
+        if not isinstance(indices, jax.core.Tracer):
+            # x and not indices: as a JAX array an int64 of NumPy has already wrapped around into int32.
+            _must_be_in_range(name, np.asarray(x), vocab)
+        # jnp.take and plain indexing would read a negative index from the end.
+        y = vars.params["weight"].at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return y * math.sqrt(dim) if scale else y, vars
+
+    return Layer(init=init, apply=apply, name=name)
+
+
+def _must_be_in_range(name: str, indices: np.ndarray[Any, Any], vocab: int) -> None:
+    outside = np.argwhere((indices < 0) | (indices >= vocab))
+    if len(outside):
+        position = tuple(int(i) for i in outside[0])
+        index = int(indices[position])
+        fix = f"Make vocab_size {index + 1} or more" if index >= vocab else "Give padding an index of its own"
+        raise ValueError(
+            f"{here(name)} expected indices in [0, {vocab}), received {index} at position {list(position)}. "
+            f"{fix}, or correct the indices."
+        )

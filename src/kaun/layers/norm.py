@@ -1,0 +1,227 @@
+"""Normalization: over features, groups of channels, or the batch.
+
+All sum in float32 where the model is in half precision, and return the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kaun import tree
+from kaun.context import Context
+from kaun.layers.core import Float, Layer, Vars, float_input, here
+from kaun.layers.parts import along_last, fraction, positive, size, spell, wide
+
+__all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
+
+
+def layer_norm(dim: int, eps: float = 1e-5) -> Layer[Float, Float]:
+    """The layer that gives each last axis mean 0 and variance 1, then scales and shifts it (Ba et al., 2016).
+
+    ``(x - mean) / sqrt(var + eps) * weight + bias`` with the biased variance. Input and output ``[..., dim]`` in the
+    model's dtype. Parameters: ``weight`` (ones) and ``bias`` (zeros), ``[dim]``.
+
+    Arguments:
+        dim: size of the last axis.
+        eps: added to the variance, default 1e-5.
+
+    Raises:
+        TypeError: an argument that is not a number; applied, another dtype.
+        ValueError: ``dim`` below 1, ``eps`` not above 0; applied, another width.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import layers
+    >>> layer = layers.layer_norm(4)
+    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[2.0, 2.0, 6.0, 6.0]]))
+    >>> y.round(3)
+    Array([[-1., -1.,  1.,  1.]], dtype=float32)
+    """
+    dim, eps = size("layer_norm", "dim", dim), positive("layer_norm", "eps", eps)
+    name = spell(layer_norm, dim=dim, eps=eps)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        x = float_input(name, x, vars.dtype, features=dim)
+        return _scaled(_standardize(x, -1, eps), vars), vars
+
+    return Layer(init=_weight_and_bias(dim), apply=apply, name=name)
+
+
+def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
+    """The layer that divides each last axis by its root mean square, then scales it (Zhang and Sennrich, 2019).
+
+    ``x / sqrt(mean(x**2) + eps) * weight``. Input and output ``[..., dim]`` in the model's dtype. Parameter:
+    ``weight`` (ones), ``[dim]``.
+
+    Arguments:
+        dim: size of the last axis.
+        eps: added to the mean square, default 1e-6.
+
+    Raises:
+        TypeError: an argument that is not a number; applied, another dtype.
+        ValueError: ``dim`` below 1, ``eps`` not above 0; applied, another width.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import layers
+    >>> layer = layers.rms_norm(2)
+    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1.0, 7.0]]))
+    >>> [f"{v:.3f}" for v in y[0]]
+    ['0.200', '1.400']
+    """
+    dim, eps = size("rms_norm", "dim", dim), positive("rms_norm", "eps", eps)
+    name = spell(rms_norm, dim=dim, eps=eps)
+
+    def init(*, dtype: Any) -> Vars:
+        return Vars(params={"weight": jnp.ones(dim, dtype)}, state={}, dtype=dtype)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        x = float_input(name, x, vars.dtype, features=dim)
+        z = x.astype(wide(x.dtype))
+        return _scaled(z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + eps), vars), vars
+
+    return Layer(init=init, apply=apply, name=name)
+
+
+def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[Float, Float]:
+    """The layer that gives each group of channels of each item mean 0 and variance 1 (Wu and He, 2018).
+
+    The statistics go over the channels of the group and all axes between the batch and the channels. Input and output
+    ``[batch, ..., num_channels]`` in the model's dtype. Parameters: ``weight`` (ones) and ``bias`` (zeros),
+    ``[num_channels]``, one for each channel.
+
+    Arguments:
+        num_groups: number of groups; it divides ``num_channels``.
+        num_channels: size of the last axis.
+        eps: added to the variance (the biased one), default 1e-5.
+
+    Raises:
+        TypeError: an argument that is not a number; applied, another dtype.
+        ValueError: a size below 1, ``num_groups`` that does not divide ``num_channels``, ``eps`` not above 0; applied,
+            another number of channels, or no batch axis.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import layers
+    >>> layer = layers.group_norm(2, 4)
+    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1.0, 3.0, 10.0, 30.0]]))
+    >>> y.round(3)
+    Array([[-1.,  1., -1.,  1.]], dtype=float32)
+    """
+    groups, channels = size("group_norm", "num_groups", num_groups), size("group_norm", "num_channels", num_channels)
+    eps = positive("group_norm", "eps", eps)
+    if channels % groups:
+        raise ValueError(
+            f"group_norm(num_groups={groups}, num_channels={channels}): the groups must divide the channels evenly, "
+            f"received {channels} / {groups} = {channels / groups:g}. "
+            f"Write num_groups={math.gcd(groups, channels)}, for example."
+        )
+    name = spell(group_norm, num_groups=groups, num_channels=channels, eps=eps)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        x = float_input(name, x, vars.dtype, features=channels, layout="batch, ...")
+        if x.ndim < 2:
+            raise ValueError(
+                f"{here(name)} expected [batch, ..., {channels}], received {tree.describe(x)}: there is no batch axis. "
+                "Add one, x[None]."
+            )
+        split = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), groups, channels // groups)
+        return _scaled(_standardize(split, (1, 3), eps).reshape(x.shape), vars), vars
+
+    return Layer(init=_weight_and_bias(channels), apply=apply, name=name)
+
+
+def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> Layer[Float, Float]:
+    """The layer that gives each feature mean 0 and variance 1 over the batch (Ioffe and Szegedy, 2015).
+
+    Input and output ``[..., num_features]`` in the model's dtype. In training the statistics are those of the batch,
+    over all axes but the last, and the running ones move: ``running = momentum * running + (1 - momentum) * batch``.
+    In evaluation the running ones are used and stay. Parameters: ``weight`` (ones) and ``bias`` (zeros); state:
+    ``running_mean`` (zeros) and ``running_var`` (ones); each ``[num_features]``.
+
+    The variance is the biased one in both places, as in Keras and Flax; PyTorch's running variance is larger by
+    n / (n - 1), and its momentum is one minus this one. In a half precision model the state is kept in float32: there
+    a step of 1 percent would be lost to rounding.
+
+    Arguments:
+        num_features: size of the last axis.
+        momentum: share of the running statistics that a training step keeps, in [0, 1), default 0.99.
+        eps: added to the variance, default 1e-5.
+
+    Raises:
+        TypeError: an argument that is not a number; applied, another dtype.
+        ValueError: ``num_features`` below 1, ``eps`` not above 0, ``momentum`` outside of [0, 1); applied, another
+            width; in training, fewer than two values for each feature (their variance says nothing).
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import layers
+    >>> layer = layers.batch_norm(1)
+    >>> variables = layer.init(dtype=jnp.float32)
+    >>> y, after = layer.apply(variables, jnp.array([[2.0], [4.0]]), training=True)
+    >>> y.round(3).ravel(), after.state["running_mean"].round(3)
+    (Array([-1.,  1.], dtype=float32), Array([0.03], dtype=float32))
+    """
+    features, eps = size("batch_norm", "num_features", num_features), positive("batch_norm", "eps", eps)
+    momentum = fraction("batch_norm", "momentum", momentum)
+    name = spell(batch_norm, num_features=features, momentum=momentum, eps=eps)
+
+    def init(*, dtype: Any) -> Vars:
+        params = _weight_and_bias(features)(dtype=dtype).params
+        state = {"running_mean": jnp.zeros(features, wide(dtype)), "running_var": jnp.ones(features, wide(dtype))}
+        return Vars(params=params, state=state, dtype=dtype)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        x = float_input(name, x, vars.dtype, features=features)
+        state = vars.state
+        if training:
+            mean, var = _batch_statistics(name, x)
+            state = {
+                "running_mean": _moved(state["running_mean"], mean, momentum),
+                "running_var": _moved(state["running_var"], var, momentum),
+            }
+        else:
+            mean, var = (state[key].astype(wide(x.dtype)) for key in ("running_mean", "running_var"))
+        z = jax.nn.standardize(
+            x.astype(mean.dtype), mean=along_last(mean, x.ndim), variance=along_last(var, x.ndim), epsilon=eps
+        )
+        return _scaled(z, vars), vars.replace(state=state) if training else vars
+
+    return Layer(init=init, apply=apply, name=name)
+
+
+def _weight_and_bias(dim: int) -> Any:
+    def init(*, dtype: Any) -> Vars:
+        return Vars(params={"weight": jnp.ones(dim, dtype), "bias": jnp.zeros(dim, dtype)}, state={}, dtype=dtype)
+
+    return init
+
+
+def _standardize(x: jax.Array, axis: int | tuple[int, ...], eps: float) -> jax.Array:
+    # The default algorithm, mean(x^2) - mean(x)^2, cancels where the mean is large against the spread.
+    return jax.nn.standardize(x.astype(wide(x.dtype)), axis, epsilon=eps, algorithm="stable")
+
+
+def _scaled(z: jax.Array, vars: Vars) -> jax.Array:
+    z = z * along_last(vars.params["weight"].astype(z.dtype), z.ndim)
+    if "bias" in vars.params:
+        z = z + along_last(vars.params["bias"].astype(z.dtype), z.ndim)
+    return z.astype(vars.dtype)
+
+
+def _batch_statistics(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    count = math.prod(x.shape[:-1])
+    if count < 2:
+        raise ValueError(
+            f"{here(name)} expected two or more values for each feature in training, received {tree.describe(x)}, "
+            f"{count} for each: the output would not depend on the input. Drop a last batch of one with "
+            "Data.batches(..., drop_last=True), or use layers.layer_norm."
+        )
+    z = x.astype(wide(x.dtype))
+    axes = tuple(range(x.ndim - 1))
+    return jnp.mean(z, axis=axes), jnp.var(z, axis=axes)
+
+
+def _moved(running: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:
+    # Back to the dtype it came in, so that a state never changes its type from one step to the next.
+    return (momentum * running.astype(batch.dtype) + (1 - momentum) * batch).astype(running.dtype)

@@ -1,0 +1,166 @@
+"""The record of a run's losses, and their curve."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["History", "history"]
+
+COLUMNS = 1000  # Agg gives up on lines of some hundred thousand strokes, and a page has not that many columns
+MEDIANS = 500
+PALE, STRONG = "#a9c6e8", "#1f5fa8"
+
+
+def history() -> History:
+    """The report that records the loss of every step, without making ``fit`` wait for any.
+
+    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits it goes on where it was.
+
+    >>> import numpy as np
+    >>> from kaun import reports
+    >>> history = reports.history()
+    >>> history.block(1, {"loss": np.array([0.9, 0.7, 0.6], np.float32)})  # fit does this
+    >>> history.losses
+    array([0.9, 0.7, 0.6], dtype=float32)
+    >>> history.steps
+    array([1, 2, 3])
+    """
+    return History()
+
+
+class History:
+    """The losses recorded so far; made by ``history()``. See there."""
+
+    def __init__(self) -> None:
+        self._losses = array("f")
+        self._first_step = 1
+
+    @property
+    def losses(self) -> np.ndarray:
+        """The loss of each step recorded, float32 of shape (n,), read-only; later steps do not change it."""
+        losses = np.array(self._losses, np.float32)
+        losses.flags.writeable = False
+        return losses
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The number of each step recorded, int64 of shape (n,): from the first fit's first step, counting on."""
+        return np.arange(self._first_step, self._first_step + len(self._losses))
+
+    def plot(self, path: str | os.PathLike[str], *, log: bool = False, window: int | None = None) -> Path:
+        """The file with the loss curve, drawn with matplotlib: the losses, pale, and their running median.
+
+        The median at a step is taken over the steps around it, cut off at the end of the run and narrowed at its start,
+        where the loss falls fast. Of a run longer than 1000 steps, the pale part is the band between the lowest
+        and the highest loss of neighbouring steps, so that no spike is lost. Losses that are not finite are left out.
+
+        Arguments:
+            path: where to write; the suffix says how (``.png``, ``.svg``, ``.pdf``), ``.png`` is added where none is.
+            log: whether the loss axis is logarithmic; losses of 0 or less are then left out. Default False.
+            window: the number of steps around one whose median is drawn, made odd; default a twentieth of the run, at
+                least 5.
+
+        Raises:
+            ImportError: when matplotlib is not installed.
+            ValueError: when there is no finite (with ``log``, no positive) loss to draw, or ``window`` is less than 1.
+            TypeError: when ``window`` is not an int.
+
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from kaun import reports
+        >>> history = reports.history()
+        >>> history.block(1, {"loss": np.geomspace(2.0, 0.1, 500, dtype=np.float32)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = history.plot(pathlib.Path(folder) / "loss.png", log=True)
+        ...     written.name, written.stat().st_size > 10_000
+        ('loss.png', True)
+        """
+        window = _checked_window(window, len(self._losses))
+        steps, losses = self.steps, self.losses.astype(np.float64)
+        losses[~np.isfinite(losses) | (log & (losses <= 0))] = np.nan
+        if np.isnan(losses).all():
+            raise ValueError(
+                f"history.plot has nothing to draw: of {len(losses)} losses recorded none is "
+                f"{'positive' if log else 'a finite number'}. Pass the history to fit first, "
+                "trainer.fit(state, data, report=history), and look at history.losses."
+            )
+        figure = _figure(steps, losses, window)
+        if log:
+            figure.axes[0].set_yscale("log")
+        path = Path(path)
+        path = path if path.suffix else path.with_suffix(".png")
+        figure.savefig(path)
+        return path
+
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Record a block of steps; called by ``fit``."""
+        if not self._losses:
+            self._first_step = first_step
+        self._losses.frombytes(values["loss"].astype(np.float32).tobytes())
+
+    def wants(self, step: int) -> bool:
+        """False: blocks are all that it needs."""
+        return False
+
+    def __call__(self, step: int, loss: float, state: Any, /) -> None:
+        """Record one step, where a user's own function calls this; ``fit`` uses ``block``."""
+        self.block(step, {"loss": np.array([loss], np.float32)})
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+
+def _checked_window(window: int | None, recorded: int) -> int:
+    if window is None:
+        return max(5, recorded // 20) | 1
+    if isinstance(window, bool) or not isinstance(window, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"history.plot expected window as a number of steps, an int, received {window!r}.")
+    if window < 1:
+        raise ValueError(f"history.plot expected a window of at least 1 step, received {window}.")
+    return window | 1
+
+
+def _figure(steps: np.ndarray, losses: np.ndarray, window: int) -> Any:
+    """A matplotlib Figure of its own: pyplot's figures, settings and windows are the user's."""
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as err:
+        raise ImportError('history.plot draws with matplotlib, which is missing: pip install "kaun[plot]"') from err
+    figure: Any = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    if len(losses) > COLUMNS:
+        left = np.linspace(0, len(losses), COLUMNS, endpoint=False).astype(int)
+        low, high = np.fmin.reduceat(losses, left), np.fmax.reduceat(losses, left)
+        axes.fill_between(steps[left], low, high, color=PALE, linewidth=0.5, label="loss, lowest to highest")
+    else:
+        marker = "o" if len(losses) <= 50 else None  # between gaps a lone step is no line
+        axes.plot(steps, losses, color=PALE, linewidth=1, marker=marker, markersize=3, label="loss")
+    centres, medians = _running_median(losses, window)
+    axes.plot(steps[centres], medians, color=STRONG, linewidth=2, label=f"median of {window} steps")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.margins(x=0.01)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _running_median(losses: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The medians of the finite losses around at most ``MEDIANS`` evenly spaced positions, and these positions."""
+    centres = np.unique(np.linspace(0, len(losses) - 1, MEDIANS).astype(int))
+    medians = np.full(len(centres), np.nan)
+    for i, centre in enumerate(centres):
+        half = min(window // 2, max(centre, 3))
+        around = losses[max(0, centre - half) : centre + half + 1]
+        finite = around[~np.isnan(around)]
+        if finite.size:
+            medians[i] = np.median(finite)
+    return centres, medians

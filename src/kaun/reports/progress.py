@@ -1,0 +1,213 @@
+"""The progress bar."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+from tqdm.std import TqdmDefaultWriteLock, tqdm  # pyright: ignore[reportAttributeAccessIssue]
+
+from kaun.reports.core import Report
+
+__all__ = ["progress"]
+
+REDRAW_SECONDS = 0.1  # in a terminal or a notebook
+LINE_SECONDS, LONGEST_LINE_SECONDS = 10.0, 600.0  # anywhere else
+
+
+def progress(total: int | None = None, *, description: str | None = None, file: TextIO | None = None) -> Report:
+    """The report that shows a tqdm bar: step, total where known, time, steps per second, the loss.
+
+    A terminal or a notebook gets a bar, redrawn about 10 times a second. Anything else, a log file or a pipe, gets a
+    line of its own after 10 seconds and from then on one every 10 seconds to 10 minutes, the rarer the longer the run.
+    Both end with a line for the last step. Between two redraws ``fit`` never waits for the device. One ``progress()``
+    can be used for several fits, also nested ones; each gets its own bar. ``TQDM_DISABLE=1`` in the environment
+    silences it.
+
+    A ``print`` in another report lands behind a bar in a terminal; ``tqdm.tqdm.write(text)`` puts the text above it.
+
+    Arguments:
+        total: the number of the last step, default the length of the data where it is known.
+        description: what stands at the left of the bar, default nothing.
+        file: a text stream, default standard error.
+
+    Raises:
+        TypeError: when ``total`` is not an int.
+        ValueError: when ``total`` is negative.
+
+    >>> import sys
+    >>> from kaun import reports
+    >>> report = reports.progress(description="digits", file=sys.stdout)
+    >>> report.begin(1, 200)
+    >>> report(200, 0.25, None)
+    >>> report.end()
+    digits: 100% 200/200 [00:00<00:00, ...step/s, loss=0.25]
+    """
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"progress expected a number of steps as total, an int, received {total!r}: progress(1000).")
+    if total is not None and total < 0:
+        raise ValueError(f"progress expected a total of at least 0 steps, received {total}: progress(1000).")
+    return _Progress(total, description, file)
+
+
+class _Progress:
+    """The clock, and what is known of the last step. ``_fits`` holds one entry for each fit running (fits may nest)."""
+
+    def __init__(self, total: int | None, description: str | None, file: TextIO | None) -> None:
+        self._total = total
+        self._description = description
+        self._file = file
+        self._fits: list[_Fit] = []
+
+    def begin(self, first_step: int, total: int | None) -> None:
+        known = total if self._total is None else self._total
+        self._fits.append(_Fit(_display(first_step - 1, known, self._description, self._file), first_step - 1))
+
+    def wants(self, step: int) -> bool:
+        return self._current(step).wants(step)
+
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
+        losses = values["loss"]
+        self._current(first_step).reached(first_step + len(losses) - 1, float(losses[-1]))
+
+    def __call__(self, step: int, loss: float, state: Any, /) -> None:
+        self._current(step).reached(step, loss)
+
+    def end(self) -> None:
+        if self._fits:
+            self._fits.pop().close()
+
+    def _current(self, step: int) -> _Fit:
+        if not self._fits:
+            self.begin(step, None)  # called by a user's own function, which did not hand on fit's begin
+        return self._fits[-1]
+
+
+class _Fit:
+    """One fit's progress: its display, the last step seen, and the time from which a redraw is due."""
+
+    def __init__(self, display: _Display, step: int) -> None:
+        self._display = display
+        self._step = step
+        self._loss: float | None = None
+        self._wanted: int | None = None
+        self._due = monotonic() + display.pause()
+
+    def wants(self, step: int) -> bool:
+        if monotonic() < self._due:
+            return False
+        # Counted as drawn now: fit may ask for many steps ahead before the first of them is there to draw.
+        self._due = monotonic() + self._display.pause()
+        self._wanted = step
+        return True
+
+    def reached(self, step: int, loss: float) -> None:
+        self._step, self._loss = step, loss
+        if step == self._wanted or monotonic() >= self._due:
+            self._wanted = None
+            self._display.draw(step, loss)
+            self._due = monotonic() + self._display.pause()
+
+    def close(self) -> None:
+        self._display.close(self._step, self._loss)
+
+
+class _Display(Protocol):
+    """What a fit draws on; ``pause`` is the time in seconds from one redraw to the next."""
+
+    def pause(self) -> float: ...
+
+    def draw(self, step: int, loss: float) -> None: ...
+
+    def close(self, step: int, loss: float | None) -> None: ...
+
+
+def _display(done: int, total: int | None, description: str | None, file: TextIO | None) -> _Display:
+    stream = sys.stderr if file is None else file
+    if stream is None or os.environ.get("TQDM_DISABLE"):  # pyright: ignore[reportUnnecessaryComparison]
+        stream = io.StringIO()  # a program without a console has no standard error
+    # A notebook's stream is no terminal, but it does go back to the start of a line.
+    notebook = type(stream).__module__.startswith("ipykernel")
+    if notebook or stream.isatty():
+        return _Bar(_tqdm(widget=notebook and file is None), done, total, description, stream)
+    return _Lines(done, total, description, stream)
+
+
+def _tqdm(*, widget: bool) -> Any:
+    """tqdm's bar class, without the thread that watches over all bars: these are redrawn by their own clock."""
+    base: Any = tqdm
+    if widget:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where ipywidgets is missing it says so, and gives the plain bar
+            from tqdm.autonotebook import tqdm as base
+    bar: Any = type("Bar", (base,), {"monitor_interval": 0})
+    # tqdm would make a lock for processes too, and with it fix multiprocessing's start method for the whole program.
+    bar.set_lock(TqdmDefaultWriteLock.th_lock)
+    return bar
+
+
+class _Bar:
+    """A bar that is redrawn in its place."""
+
+    def __init__(self, kind: Any, done: int, total: int | None, description: str | None, stream: TextIO) -> None:
+        # tqdm's own rate limits are off: each update draws.
+        limits = {"miniters": 1, "mininterval": 0}
+        self._bar = kind(
+            initial=done, total=total, desc=description, file=stream, unit="step", dynamic_ncols=True, **limits
+        )
+
+    def pause(self) -> float:
+        return REDRAW_SECONDS
+
+    def draw(self, step: int, loss: float) -> None:
+        self._bar.set_postfix_str(_loss(loss), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self, step: int, loss: float | None) -> None:
+        self._bar.n = step
+        self._bar.set_postfix_str(_loss(loss), refresh=False)
+        self._bar.close()
+
+
+class _Lines:
+    """Lines in a file, each with what a bar would have shown."""
+
+    def __init__(self, done: int, total: int | None, description: str | None, stream: TextIO) -> None:
+        self._fixed: dict[str, Any] = {
+            "initial": done,
+            "total": total,
+            "prefix": description or "",
+            "unit": "step",
+            "ncols": 0,  # no bar, and nothing cut off
+        }
+        self._stream = stream
+        self._start = monotonic()
+        self._last_step, self._last_time = done, self._start
+
+    def pause(self) -> float:
+        elapsed = monotonic() - self._start
+        return min(max(LINE_SECONDS, elapsed / 10), LONGEST_LINE_SECONDS)
+
+    def draw(self, step: int, loss: float) -> None:
+        now = monotonic()
+        # The speed since the line before, which compilation does not slow down; the last line has the overall one.
+        self._print(step, loss, rate=(step - self._last_step) / max(now - self._last_time, 1e-9))
+        self._last_step, self._last_time = step, now
+
+    def close(self, step: int, loss: float | None) -> None:
+        self._print(step, loss, rate=None)
+
+    def _print(self, step: int, loss: float | None, rate: float | None) -> None:
+        elapsed = monotonic() - self._start
+        line = tqdm.format_meter(n=step, elapsed=elapsed, rate=rate, postfix=_loss(loss), **self._fixed)
+        print(line, file=self._stream, flush=True)
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"loss={loss:.4g}"

@@ -1,0 +1,345 @@
+"""every, all_of, each_epoch under the report protocol, driven as ``fit`` drives a report."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kaun import EarlyStop, reports
+
+
+def drive(report, losses, *, ahead=1, first=1, total=None):
+    """What fit does with a report: asks up to ``ahead`` steps ahead, runs them, delivers blocks, calls; the last step."""
+    begin, end = getattr(report, "begin", None), getattr(report, "end", None)
+    wants, block = getattr(report, "wants", None), getattr(report, "block", None)
+    if begin is not None:
+        begin(first, total)
+    try:
+        for start in range(0, len(losses), ahead):
+            window = range(start, min(start + ahead, len(losses)))
+            wanted = [i for i in window if wants is None or wants(first + i)]
+            since = start
+            for i in window:
+                if i not in wanted and i != window[-1]:
+                    continue
+                if block is not None:
+                    block(first + since, {"loss": np.array(losses[since : i + 1], np.float32)})
+                since = i + 1
+                if i in wanted:
+                    try:
+                        report(first + i, float(losses[i]), f"state {first + i}")
+                    except EarlyStop:
+                        return first + i
+        return first + len(losses) - 1
+    finally:
+        if end is not None:
+            end()
+
+
+class Full:
+    """A report with every optional method, which notes what happens to it."""
+
+    def __init__(self, wanted=lambda step: True, log=None, name="full"):
+        self.wanted, self.log, self.name = wanted, [] if log is None else log, name
+        self.asked, self.called, self.losses, self.next = [], [], [], 1
+
+    def wants(self, step):
+        self.asked.append(step)
+        return self.wanted(step)
+
+    def block(self, first_step, values):
+        assert first_step == self.next
+        self.next += len(values["loss"])
+        self.losses.extend(values["loss"].tolist())
+        self.log.append((self.name, "block", first_step))
+
+    def begin(self, first_step, total):
+        self.next = first_step
+        self.log.append((self.name, "begin", first_step, total))
+
+    def end(self):
+        self.log.append((self.name, "end"))
+
+    def __call__(self, step, loss, state):
+        assert state == f"state {step}"
+        self.called.append(step)
+        self.log.append((self.name, step, loss))
+
+
+def note(log, name):
+    return lambda step, loss, state: log.append((name, step, loss, state))
+
+
+def stop_at(k):
+    def stopper(step, loss, state):
+        if step == k:
+            raise EarlyStop
+
+    return stopper
+
+
+SETTINGS = settings(max_examples=50, deadline=None)
+LOSSES = st.lists(st.floats(0, 10, width=32), min_size=1, max_size=60)
+AHEAD = st.integers(1, 17)
+
+
+@SETTINGS
+@given(LOSSES, AHEAD, st.integers(1, 20))
+def test_every_calls_at_the_multiples_and_nowhere_else(losses, ahead, n):
+    log = []
+    drive(reports.every(n, note(log, "f")), losses, ahead=ahead)
+    assert log == [("f", s, losses[s - 1], f"state {s}") for s in range(1, len(losses) + 1) if s % n == 0]
+
+
+@SETTINGS
+@given(LOSSES, AHEAD, st.integers(1, 6), st.integers(1, 6))
+def test_every_of_every_wants_their_common_multiples(losses, ahead, m, n):
+    log = []
+    drive(reports.every(m, reports.every(n, note(log, "f"))), losses, ahead=ahead)
+    assert [s for _, s, _, _ in log] == [s for s in range(1, len(losses) + 1) if s % m == 0 and s % n == 0]
+
+
+@SETTINGS
+@given(LOSSES, AHEAD, st.integers(1, 5))
+def test_every_asks_f_for_its_own_steps_only_and_hands_every_block_on(losses, ahead, n):
+    full = Full(wanted=lambda step: step % 2 == 0)
+    drive(reports.every(n, full), losses, ahead=ahead, total=len(losses))
+    multiples = [s for s in range(1, len(losses) + 1) if s % n == 0]
+    assert full.asked == multiples
+    assert full.called == [s for s in multiples if s % 2 == 0]
+    assert full.losses == np.array(losses, np.float32).tolist()
+    assert full.log[0] == ("full", "begin", 1, len(losses))
+    assert full.log[-1] == ("full", "end")
+
+
+@SETTINGS
+@given(LOSSES, AHEAD, st.lists(st.integers(1, 6), max_size=4))
+def test_all_of_is_each_report_by_itself_in_the_given_order(losses, ahead, periods):
+    log = []
+    drive(reports.all_of(*[reports.every(n, note(log, i)) for i, n in enumerate(periods)]), losses, ahead=ahead)
+    steps = range(1, len(losses) + 1)
+    assert log == [
+        (i, s, losses[s - 1], f"state {s}") for s in steps for i, n in enumerate(periods) if s % n == 0
+    ]
+
+
+@SETTINGS
+@given(LOSSES, AHEAD, st.lists(st.frozensets(st.integers(1, 60)), min_size=1, max_size=4))
+def test_all_of_keeps_each_answer_until_the_call_and_asks_all_in_order(losses, ahead, wanted):
+    full = [Full(wanted=w.__contains__) for w in wanted]
+    drive(reports.all_of(*full), losses, ahead=ahead)
+    for report, steps in zip(full, wanted, strict=True):
+        assert report.asked == list(range(1, len(losses) + 1))
+        assert report.called == [s for s in report.asked if s in steps]
+        assert report.losses == np.array(losses, np.float32).tolist()
+
+
+def test_all_of_asks_a_changing_answer_once():
+    """As a clock's: what was answered ahead holds at the call, whatever the report would answer by then."""
+    answers = iter([True, False, True, False])
+    full = Full(wanted=lambda step: next(answers))
+    drive(reports.all_of(full), [0.1, 0.2, 0.3, 0.4], ahead=4)
+    assert full.called == [1, 3]
+
+
+@SETTINGS
+@given(st.integers(1, 30), st.integers(1, 30), AHEAD)
+def test_early_stop_in_all_of_still_calls_the_reports_after_it(k, length, ahead):
+    log = []
+    last = drive(reports.all_of(stop_at(k), note(log, "after"), stop_at(k)), [0.5] * length, ahead=ahead)
+    assert last == min(k, length)
+    assert [s for _, s, _, _ in log] == list(range(1, last + 1))
+
+
+def test_all_of_raises_the_first_early_stop():
+    first, second = EarlyStop("first"), EarlyStop("second")
+
+    def raising(error):
+        def report(step, loss, state):
+            raise error
+
+        return report
+
+    report = reports.all_of(raising(first), raising(second))
+    report.begin(1, None)
+    assert report.wants(1)
+    with pytest.raises(EarlyStop, match="first"):
+        report(1, 0.5, None)
+
+
+def test_any_other_exception_in_all_of_goes_through_at_once():
+    log = []
+
+    def failing(step, loss, state):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        drive(reports.all_of(note(log, "before"), failing, note(log, "after")), [0.5])
+    assert [name for name, *_ in log] == ["before"]
+
+
+def test_all_of_hands_begin_block_and_end_on_in_order():
+    log = []
+    report = reports.all_of(Full(log=log, name="a"), note([], "plain"), Full(log=log, name="b"))
+    drive(report, [0.5], total=1)
+    kinds = [("a", "begin", 1, 1), ("b", "begin", 1, 1), ("a", "block", 1), ("b", "block", 1)]
+    assert log == [*kinds, ("a", 1, 0.5), ("b", 1, 0.5), ("a", "end"), ("b", "end")]
+
+
+def test_the_ends_of_all_reports_run_when_one_fails():
+    log = []
+
+    class Failing(Full):
+        def end(self):
+            super().end()
+            raise OSError("cannot close")
+
+    report = reports.all_of(Failing(log=log, name="a"), Full(log=log, name="b"))
+    with pytest.raises(OSError, match="cannot close"):
+        drive(report, [0.5])
+    assert log[-2:] == [("a", "end"), ("b", "end")]
+
+
+def test_a_failing_begin_and_a_failing_block_go_through_composites():
+    class Failing(Full):
+        def begin(self, first_step, total):
+            raise OSError("no server")
+
+    class FailingBlock(Full):
+        def block(self, first_step, values):
+            raise OSError("no disk")
+
+    for make in (functools.partial(reports.every, 2), reports.all_of):
+        with pytest.raises(OSError, match="no server"):
+            drive(make(Failing()), [0.5])
+        with pytest.raises(OSError, match="no disk"):
+            drive(make(FailingBlock()), [0.5])
+
+
+def test_end_twice_is_end():
+    for report in (reports.every(2, note([], "f")), reports.all_of(Full(), note([], "f"))):
+        drive(report, [0.5, 0.4])
+        report.end()
+        drive(report, [0.5, 0.4])
+
+
+def test_a_composite_has_a_block_only_where_a_part_of_it_has():
+    """fit collects values where it finds the method, and that costs."""
+    plain = note([], "f")
+    assert not hasattr(reports.every(2, plain), "block")
+    assert not hasattr(reports.all_of(plain, reports.every(2, plain)), "block")
+    assert not hasattr(reports.each_epoch([1, 2], lambda epoch, state: None), "block")
+    assert hasattr(reports.every(2, reports.history()), "block")
+    assert hasattr(reports.all_of(plain, reports.every(2, reports.history())), "block")
+
+
+def test_all_of_nothing_wants_nothing():
+    assert drive(reports.all_of(), [0.5, 0.4]) == 2
+    assert not reports.all_of().wants(1)
+
+
+def test_all_of_serves_a_fit_inside_a_fit():
+    """The inner fit asks about the same step numbers, and stops before it has called for all of them."""
+    log = []
+
+    def inner(step, loss, state):
+        log.append((step, state))
+        if step == 2 and len(log) < 5:
+            drive(both, [0.9, 0.8, 0.7, 0.6], ahead=4)
+
+    both = reports.all_of(inner, stop_at(3))
+    assert drive(both, [0.5, 0.4, 0.3, 0.2], ahead=4) == 3
+    inside = [1, 2, 1, 2, 1, 2, 3, 3, 3]
+    assert [step for step, _ in log] == inside
+
+
+@SETTINGS
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 11), AHEAD)
+def test_each_epoch_calls_after_each_whole_pass(length, epochs, extra, ahead):
+    log = []
+    steps = length * epochs + extra % length
+    report = reports.each_epoch(range(length), lambda epoch, state: log.append((epoch, state)))
+    drive(report, [0.5] * steps, ahead=ahead)
+    assert log == [(e, f"state {e * length}") for e in range(1, epochs + 1)]
+
+
+def test_each_epoch_counts_on_in_a_resumed_run():
+    log = []
+    drive(reports.each_epoch(range(10), lambda epoch, state: log.append((epoch, state))), [0.5] * 15, first=16)
+    assert log == [(2, "state 20"), (3, "state 30")]
+
+
+def test_early_stop_in_each_epoch_stops():
+    def f(epoch, state):
+        if epoch == 2:
+            raise EarlyStop
+
+    assert drive(reports.each_epoch(range(5), f), [0.5] * 20) == 10
+
+
+def test_every_and_each_epoch_keep_their_steps_when_a_function_calls_them_each_time():
+    log, epochs = [], []
+    every = reports.every(2, note(log, "f"))
+    epoch = reports.each_epoch(range(3), lambda e, state: epochs.append(e))
+
+    def mine(step, loss, state):
+        every(step, loss, state)
+        epoch(step, loss, state)
+
+    drive(mine, [0.5] * 6)
+    assert [s for _, s, _, _ in log] == [2, 4, 6]
+    assert epochs == [1, 2]
+
+
+def test_all_of_called_by_a_function_that_never_asked_is_an_error():
+    both = reports.all_of(note([], "f"), reports.history())
+    with pytest.raises(RuntimeError, match=r"called for step 1, which it was not asked about") as err:
+        drive(lambda step, loss, state: both(step, loss, state), [0.5])
+    assert "trainer.fit(state, data, report=reports.all_of(..., your_function))" in str(err.value)
+
+
+def two(step, loss):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: reports.every(True, two), TypeError, "every expected a number of steps as an int, received True. Write"),
+        (lambda: reports.every(2.0, two), TypeError, r"as an int, received 2\.0\. Write every\(100, report\)\."),
+        (lambda: reports.every(two, 2), TypeError, r"as an int, received <function two"),
+        (lambda: reports.every(0, two), ValueError, "every expected a number of steps of at least 1, received 0"),
+        (lambda: reports.every(-5, two), ValueError, "of at least 1, received -5"),
+        (lambda: reports.every(5, None), TypeError, r"every expected a report, callable as \(step, loss, state\), received None"),
+        (lambda: reports.every(5, two), TypeError, r"received `two` \(test_core\.py:\d+\), which takes \(step, loss\)\. Write def"),
+        (lambda: reports.every(5, reports.history), TypeError, r"`history` \(history\.py:\d+\).*or call it first"),
+        (lambda: reports.all_of(stop_at(1), 3), TypeError, r"all_of expected a report as argument 2, .* received 3"),
+        (lambda: reports.all_of(two), TypeError, r"all_of expected a report as argument 1, .* which takes \(step, loss\)"),
+        (lambda: reports.all_of([stop_at(1)]), TypeError, r"as argument 1, callable as .* received \[<function"),
+        (lambda: reports.each_epoch([1], stop_at(1)), TypeError, r"each_epoch expected a function, callable as \(epoch, state\)"),
+        (lambda: reports.each_epoch([], two), ValueError, r"pipeline of one epoch, received an empty one \(length 0\)"),
+        (lambda: reports.each_epoch(iter([1]), two), TypeError, r"received a list_iterator of unknown length\. Count .*: every\("),
+    ],
+)
+def test_errors(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_each_epoch_takes_a_pipeline_and_refuses_one_of_unknown_length():
+    from kaun import Data
+
+    batches = Data.batches((np.zeros((7, 2), np.float32),), batch_size=2)
+    report = reports.each_epoch(batches, lambda epoch, state: None)
+    assert [s for s in range(1, 13) if report.wants(s)] == [4, 8, 12]
+    unknown = Data.from_iterable(x for x in range(3))
+    with pytest.raises(TypeError, match="received a Data of unknown length"):
+        reports.each_epoch(unknown, lambda epoch, state: None)
+
+
+def test_a_builtin_without_a_signature_is_taken_at_its_word():
+    report = reports.every(3, max)
+    assert report.wants(3)
+    report(3, 0.5, 1)

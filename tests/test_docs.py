@@ -1,0 +1,231 @@
+"""Every fenced code block of README.md, docs/*.md and the other Markdown files is executed, or checked, or refused.
+
+What a block's info string means:
+
+    python                       runs; the blocks of one file run in order and share their names, as one program would
+    python raises=CaptureError   runs and must end in an exception of exactly that type
+    text output                  what the python block before it printed, compared as doctest does (`...` stands for
+                                 anything, runs of white space are equal); for a block that raises, the last line is the
+                                 exception as a traceback shows it, `CaptureError: the message`
+    console                      not run, but each `$ make x` must name a target and each `$ python x.py` a file
+    text                         not run
+
+Nothing else is allowed, so no block escapes by a typo, and there is no way to skip one. Blocks run as users run them:
+JAX's default promotion rules, and a working directory of their own. Warnings are errors.
+"""
+
+import contextlib
+import dataclasses
+import doctest
+import io
+import re
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*(.*?)[ \t]*$")
+RAISES = re.compile(r"python raises=(\w+)")
+
+
+@dataclasses.dataclass
+class Block:
+    """A fenced block: what stands after the opening fence, the text inside, and the line where that text starts."""
+
+    info: str
+    text: str
+    line: int
+
+
+def blocks_of(text):
+    """The fenced blocks of a Markdown text, in order. A fence closes with at least as many of its own characters."""
+    blocks, inside, fence = [], None, ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = FENCE.match(line)
+        if inside is None and match:
+            inside, fence = Block(info=match[3], text="", line=number + 1), match[2]
+        elif match and match[2].startswith(fence) and not match[3]:
+            inside.text = textwrap.dedent(inside.text)
+            blocks.append(inside)
+            inside = None
+        elif inside is not None:
+            inside.text += line + "\n"
+    assert inside is None, f"the block opened at line {inside.line - 1} is never closed"
+    return blocks
+
+
+def run_page(path):
+    """Runs and checks the blocks of one Markdown file; the first that is wrong fails, naming its line."""
+    module = types.ModuleType(f"page_{path.stem.replace('-', '_')}")
+    # A page is its user's program: classes defined there, for one, are looked up in their module.
+    sys.modules[module.__name__] = module
+    printed = None
+    try:
+        for block in blocks_of(path.read_text()):
+            if block.info.split(" ")[0] == "python":
+                printed = run_python(path, block, module.__dict__)
+            elif block.info == "text output":
+                compare(path, block, printed)
+                printed = None
+            else:
+                check_inert(path, block)
+                printed = None
+    finally:
+        del sys.modules[module.__name__]
+
+
+def run_python(path, block, namespace):
+    """What the block printed, and the exception it was to raise."""
+    expected = RAISES.fullmatch(block.info)
+    assert expected or block.info == "python", unknown(path, block)
+    # The blank lines put the block's own lines where they stand in the file, for tracebacks and error messages.
+    code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            exec(code, namespace)
+    except Exception as err:
+        if not expected or type(err).__name__ != expected[1]:
+            raise
+        return f"{out.getvalue()}{type(err).__name__}: {err}\n"
+    assert not expected, f"{path.name}:{block.line}: the block was to raise {expected[1]} and did not"
+    return out.getvalue()
+
+
+def compare(path, block, printed):
+    where = f"{path.name}:{block.line}"
+    assert printed is not None, f"{where}: a `text output` block must follow a python block directly"
+    same = doctest.OutputChecker().check_output(block.text, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert same, f"{where}: the page says\n{block.text}\nand the block before printed\n{printed}"
+
+
+def check_inert(path, block):
+    where = f"{path.name}:{block.line}"
+    if block.info == "console":
+        targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+        for target in re.findall(r"^\$ make ([\w-]+)", block.text, flags=re.MULTILINE):
+            assert target in targets, f"{where}: the Makefile has no target {target!r}, only {sorted(targets)}"
+        for script in re.findall(r"^\$ python3? (\S+\.py)", block.text, flags=re.MULTILINE):
+            assert (ROOT / script).is_file(), f"{where}: there is no {script}"
+    else:
+        assert block.info == "text", unknown(path, block)
+
+
+def unknown(path, block):
+    return (
+        f"{path.name}:{block.line - 1}: a block with {block.info!r} after its fence is none of python, "
+        "python raises=NameOfError, text output, console, text"
+    )
+
+
+@pytest.fixture
+def as_users_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_page(path, as_users_do):
+    run_page(path)
+
+
+def test_the_pages_are_found():
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {path.name for path in PAGES}
+
+
+def page(tmp_path, text):
+    path = tmp_path / "page.md"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+GOOD = """
+    # A page
+
+    ```python
+    import dataclasses, jax.numpy as jnp
+
+    @dataclasses.dataclass
+    class Point:
+        x: "int"
+    ```
+
+    - In a list, and using the names from above:
+
+      ```python
+      print(Point(x=1))
+      print(jnp.ones(2) + jnp.arange(2))
+      ```
+
+      ```text output
+      Point(x=1)
+      [1. ...]
+      ```
+
+    ```python raises=ValueError
+    print("before")
+    raise ValueError("no such thing as 3")
+    ```
+
+    ```text output
+    before
+    ValueError: no such thing as ...
+    ```
+
+    ```console
+    $ make test
+    ```
+
+    ````text
+    ```python
+    not run
+    ```
+    ````
+"""
+
+
+def test_a_good_page_passes(tmp_path, as_users_do):
+    run_page(page(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "text"),
+    [
+        ("x=1", "x=1 / 0", ZeroDivisionError, "division"),
+        ("[1. ...]", "[2. ...]", AssertionError, r"page\.md:20: the page says\s+Point.x=1.\s+\[2\. \.\.\.\]"),
+        ("Point(x=1)\n      [1", "[1", AssertionError, r"printed\s+Point\(x=1\)"),
+        ('raise ValueError("no such thing as 3")', "", AssertionError, r"page\.md:25: .* to raise ValueError and did not"),
+        ("raises=ValueError", "raises=TypeError", ValueError, "no such thing"),
+        ("raises=ValueError", "", ValueError, "no such thing"),
+        ("raises=ValueError", "raise=ValueError", AssertionError, r"page\.md:24: a block with 'python raise=ValueError'"),
+        ("thing as ...", "thing as 4", AssertionError, "ValueError: no such thing as 3"),
+        ("make test", "make tset", AssertionError, "no target 'tset'"),
+        ("make test", "python examples/none.py", AssertionError, "no examples/none.py"),
+        ("console", "bash", AssertionError, "a block with 'bash'"),
+        ("````text", "````", AssertionError, "a block with ''"),
+        ("console", "text output", AssertionError, "must follow a python block directly"),
+        ("    ```\n    ````\n", "", AssertionError, "opened at line 38 is never closed"),
+    ],
+)
+def test_a_bad_page_fails(tmp_path, as_users_do, old, new, error, text):
+    assert GOOD.count(old) >= 1
+    with pytest.raises(error, match=f"(?s){text}"):
+        run_page(page(tmp_path, GOOD.replace(old, new)))
+
+
+def test_a_warning_fails_a_page(tmp_path, as_users_do):
+    with pytest.raises(UserWarning, match="deprecated thing"):
+        run_page(page(tmp_path, "```python\nimport warnings\nwarnings.warn('deprecated thing')\n```"))
+
+
+def test_an_error_on_a_page_is_reported_at_its_line(tmp_path, as_users_do):
+    path = page(tmp_path, "Text.\n\n```python\nx = 1\nraise KeyError(x)\n```")
+    with pytest.raises(KeyError) as caught:
+        run_page(path)
+    assert (caught.traceback[-1].path, caught.traceback[-1].lineno + 1) == (path, 5)

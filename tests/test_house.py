@@ -1,0 +1,284 @@
+"""The rules of the house: imports run one way, sizes, the public names and their docs, and what no file may hold."""
+
+import ast
+import fnmatch
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SRC = ROOT / "src" / "kaun"
+
+# A module may import from its own level and from those above it. Cycles are excluded everywhere.
+LEVELS = [
+    {"errors", "rng", "tree", "bytecode", "rebuild", "lift"},
+    {"context", "data", "losses"},
+    {"layers.core", "metrics"},
+    {
+        "grad",
+        "layers",
+        "layers.activation",
+        "layers.attention",
+        "layers.conv",
+        "layers.dropout",
+        "layers.embedding",
+        "layers.linear",
+        "layers.norm",
+        "layers.parts",
+        "layers.pool",
+    },
+    {"staging", "compiled"},
+    {"checkpoint", "train"},
+    {"reports", "reports.core", "reports.history", "reports.progress"},
+    {"interop"},
+    {"kaun"},
+]
+
+# The vocabulary. A new name belongs here, in the docs and in the changelog.
+PUBLIC = {
+    "kaun": {
+        "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars",
+        "checkpoint", "grad", "layers", "losses", "metrics", "reports", "rng",
+    },
+    "kaun.checkpoint": {"load", "save"},
+    "kaun.grad": {"grad", "value_and_grad"},
+    "kaun.layers": {
+        "Float", "Int", "Layer", "Vars", "avg_pool2d", "batch_norm", "compose", "conv1d", "conv2d", "dropout",
+        "embedding", "flatten", "fn", "gelu", "group_norm", "layer_norm", "linear", "max_pool2d",
+        "multi_head_attention", "relu", "residual", "rms_norm", "rope", "sequential", "sigmoid", "silu", "tanh",
+    },
+    "kaun.losses": {"binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"},
+    "kaun.metrics": {
+        "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
+    },
+    "kaun.reports": {"all_of", "each_epoch", "every", "history", "progress"},
+    "kaun.rng": {"next_key", "scope"},
+}  # fmt: skip
+
+# They mean something to the type checker only, so there is nothing to run.
+PHANTOMS = {"Float", "Int"}
+# JAX's names, called by JAX.
+PYTREE_PROTOCOL = {"tree_flatten", "tree_flatten_with_keys", "tree_unflatten"}
+
+OPTIONAL = {
+    "IPython", "datasets", "equinox", "flax", "grain", "haiku", "matplotlib", "mlflow", "orbax", "pandas", "rich",
+    "sklearn", "tensorboardX", "torch", "tqdm.auto", "tqdm.notebook", "wandb",
+}  # fmt: skip
+
+
+def module_name(path):
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "kaun"
+
+
+MODULES = {module_name(path): path for path in sorted(SRC.rglob("*.py"))}
+
+
+def level(module):
+    # Adapters are placed by their package: nothing imports them.
+    name = "interop" if module.split(".")[0] == "interop" else module
+    return next((i for i, names in enumerate(LEVELS) if name in names), None)
+
+
+def imports_of(path):
+    """The modules of kaun that a file imports, wherever in the file it does: in a function, or for the type checker."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import; write from kaun..."
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner.removeprefix("kaun.") in MODULES else node.module)
+    return {name.removeprefix("kaun.") for name in found if name.split(".")[0] == "kaun"}
+
+
+IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def test_every_module_has_its_level():
+    unplaced = [name for name in MODULES if level(name) is None]
+    assert not unplaced, f"put {unplaced} into LEVELS in tests/test_house.py"
+
+
+def test_imports_run_one_way():
+    wrong = [f"{a} imports {b}" for a in MODULES for b in IMPORTS[a] if level(b) > level(a)]
+    assert not wrong
+
+
+def test_no_import_cycle():
+    def visit(name, trail):
+        assert name not in trail, f"an import cycle: {' > '.join((*trail, name))}"
+        if name not in done:
+            for other in IMPORTS[name] - {"kaun"}:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    done = set()
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_nothing_imports_the_adapters():
+    assert not [name for name in MODULES if level(name) != level("interop") and IMPORTS[name] & {"interop"}]
+
+
+def body_lines(function):
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return function.end_lineno - body[0].lineno + 1 if body else 0
+
+
+def functions():
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield name, node
+
+
+def test_functions_fit_on_a_screen():
+    long = [f"{name}:{f.lineno} {f.name}: {body_lines(f)} lines" for name, f in functions() if body_lines(f) > 50]
+    assert not long
+
+
+def test_fit_fits_on_half_a_screen():
+    (fit,) = [f for name, f in functions() if (name, f.name) == ("train", "fit")]
+    assert body_lines(fit) <= 30
+
+
+def test_modules_are_short():
+    lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert not {name: n for name, n in lines.items() if n > 400}
+
+
+def test_every_module_has_its_tests():
+    def test_file(name):
+        *folders, last = name.split(".")
+        return Path("tests", *folders, f"test_{last}.py").as_posix()
+
+    with_code = [name for name, path in MODULES.items() if path.name != "__init__.py"]
+    assert not [test_file(name) for name in with_code if not (ROOT / test_file(name)).is_file()]
+
+
+def exports(module):
+    """The public names of a module: its ``__all__``, or for a package what its ``__init__`` imports ``x as x``."""
+    if hasattr(module, "__all__"):
+        return set(module.__all__)
+    nodes = ast.parse(Path(module.__file__).read_text()).body
+    aliases = [a for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names]
+    return {alias.asname for alias in aliases if alias.asname}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_public_names_are_the_vocabulary(name):
+    module = importlib.import_module(name)
+    assert exports(module) == PUBLIC[name]
+    assert not [n for n in PUBLIC[name] if not hasattr(module, n)]
+
+
+def public_objects():
+    for name in PUBLIC:
+        module = importlib.import_module(name)
+        for public in sorted(PUBLIC[name]):
+            value = getattr(module, public)
+            if callable(value):
+                yield f"{name}.{public}", value
+
+
+def test_every_public_name_has_an_example():
+    without = [
+        name for name, value in public_objects()
+        if ">>> " not in (value.__doc__ or "") and name.split(".")[-1] not in PHANTOMS
+    ]  # fmt: skip
+    assert not without
+
+
+def test_every_public_method_has_a_docstring():
+    methods = [
+        (f"{name}.{attribute}", inspect.unwrap(getattr(value, attribute)))
+        for name, value in public_objects()
+        if inspect.isclass(value)
+        for attribute, member in vars(value).items()
+        if isinstance(member, classmethod | staticmethod | property) or callable(member)
+        if not attribute.startswith("_") and attribute not in PYTREE_PROTOCOL
+    ]
+    assert len(methods) > 20
+    assert not [name for name, method in methods if not method.__doc__]
+
+
+def test_import_kaun_pulls_in_nothing_optional():
+    code = "import sys, kaun; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "kaun.rng" in done.stdout.split()
+    assert not OPTIONAL & set(done.stdout.split())
+
+
+def test_modules_name_nothing_optional_at_their_top():
+    # What is not installed here would pass the test above behind a `try: import`.
+    tops = {
+        (name, alias)
+        for name, path in MODULES.items()
+        if level(name) != level("interop")
+        for node in ast.parse(path.read_text()).body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        for inner in ast.walk(node)
+        for alias in imported_names(inner)
+    }
+    assert not [(name, alias) for name, alias in tops if alias in OPTIONAL or alias.split(".")[0] in OPTIONAL]
+
+
+def imported_names(node):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+# Put together here, so that this file does not hold what it looks for.
+FORBIDDEN = re.compile(
+    "|".join(
+        [
+            *(r"\.".join(host) for host in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "(?:com|org)"))),
+            r"\.".join(("anaconda", "org")),
+            r"\.".join(("pytorch", "org/whl")),
+            *(f"(?<![\\w.~])/{folder}/\\w" for folder in ("home", "Users", "root", "work", "tmp/w")),
+        ]
+    )
+)
+
+
+def files_of_the_repository():
+    """Every file but those that .gitignore names; a checkout without git has the same ones."""
+    ignored = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())]
+    folders = [ROOT]
+    while folders:
+        for path in sorted(folders.pop().iterdir()):
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                folders.append(path)
+            elif path.is_file():
+                yield path
+
+
+def test_no_file_names_a_registry_or_a_place_on_a_machine():
+    files = list(files_of_the_repository())
+    assert {ROOT / "Makefile", ROOT / ".ci" / "run", SRC / "rng.py", Path(__file__).resolve()} <= set(files)
+    found = []
+    for path in files:
+        text = path.read_bytes()
+        if b"\0" not in text:
+            lines = enumerate(text.decode(errors="replace").splitlines(), start=1)
+            found += [f"{path.relative_to(ROOT)}:{n}: {line}" for n, line in lines if FORBIDDEN.search(line)]
+    assert not found
+
+
+@pytest.mark.parametrize("text", ["https://{}.org/simple", "cd /{}/ann/kaun", "see '/{}/main'"])
+def test_the_patterns_find_what_they_look_for(text):
+    place = {"h": "pypi", "c": "home", "s": "work"}[text[0]]
+    assert FORBIDDEN.search(text.format(place))
+    assert not FORBIDDEN.search(text.format("docs"))

@@ -1,0 +1,14 @@
+"""Pipelines whose items are not what the next stage takes."""
+
+# What a refused call returns is unknown: its own error is the one to mark.
+# pyright: reportUnknownVariableType=false, reportUnknownLambdaType=false
+
+from kaun import Data
+
+words = Data.from_items(["a", "bc"])
+lengths: Data[str] = words.map(len)  # E: reportAssignmentType
+words.map(lambda w: w.shape)  # E: reportAttributeAccessIssue
+words.map(3)  # E: reportArgumentType
+words.batch("2")  # E: reportArgumentType
+words.epochs()  # E: reportCallIssue
+number: int = next(iter(words))  # E: reportAssignmentType

@@ -1,0 +1,47 @@
+"""Calls that a trainer refuses, and states that cannot be written to."""
+
+# What a refused call returns is unknown: its own error is the one to mark.
+# pyright: reportUnknownVariableType=false, reportUnknownLambdaType=false
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kaun import Data, Trainer, TrainState, layers, losses, reports
+
+x = jnp.ones((4, 2))
+y = jnp.ones((4, 1))
+model = layers.linear(2, 1)
+
+Trainer(model=1, optimizer=optax.adam(0.01))  # E: reportArgumentType
+Trainer(model=model, optimizer=0.01)  # E: reportArgumentType
+Trainer(model, optax.adam(0.01))  # E: reportCallIssue
+
+trainer = Trainer(model=model, optimizer=optax.adam(0.01))
+state = trainer.init()
+trainer.model = model  # E: reportAttributeAccessIssue
+state.vars = state.vars  # E: reportAttributeAccessIssue
+state.vars.params = {}  # E: reportAttributeAccessIssue
+
+trainer.step(state, x)  # E: reportCallIssue
+trainer.step(state, x, loss=0.5)  # E: reportArgumentType
+state, loss = trainer.step(state, x, loss=lambda p: losses.mse(p, y))  # E: reportAssignmentType
+
+
+def swapped(loss: float, state: TrainState, step: int) -> None: ...
+
+
+def short(step: int, loss: float) -> None: ...
+
+
+def array_step(step: jax.Array, loss: float, state: TrainState) -> None: ...
+
+
+data = Data.repeat(3, (x, lambda p: losses.mse(p, y)))
+trainer.fit(state, data, report=swapped)  # E: reportArgumentType
+trainer.fit(state, data, report=short)  # E: reportArgumentType
+trainer.fit(state, data, report=array_step)  # E: reportArgumentType
+trainer.fit(state, data, report=reports.every(2, short))  # E: reportArgumentType
+trainer.fit(state, data, report=True)  # E: reportArgumentType
+trainer.fit(state, 3)  # E: reportArgumentType
+trainer.fit(state, Data.from_arrays(x, y))  # E: reportArgumentType

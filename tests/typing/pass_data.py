@@ -1,0 +1,32 @@
+"""The type of a pipeline's items flows through its stages."""
+
+from collections.abc import Iterator
+from typing import assert_type
+
+import numpy as np
+
+from kaun import Data
+
+words = Data.from_items(["a", "bc", "def"])
+assert_type(words, Data[str])
+assert_type(words.map(len), Data[int])
+assert_type(words.map(lambda w: (w, len(w))), Data[tuple[str, int]])
+assert_type(words.shuffle().skip(1).take(1).prefetch(2), Data[str])
+assert_type(words.epochs(3), Data[str])
+assert_type(words.epoch(1), Data[str])
+assert_type(words.map_batch(2, " ".join), Data[str])
+assert_type(Data.from_fn(3, lambda i: i * 0.5), Data[float])
+assert_type(Data.repeat(3, "x"), Data[str])
+assert_type(Data.from_iterable(range(3)), Data[int])
+
+
+def first(data: Data[str]) -> str:
+    return next(iter(data))
+
+
+assert_type(iter(words), Iterator[str])
+size: int = len(words)
+
+pairs = Data.from_arrays(np.zeros((4, 2), np.float32), np.zeros(4, np.int32))
+for x, y in pairs.batch(2):
+    shapes = (x.shape, y.shape)

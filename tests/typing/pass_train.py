@@ -1,0 +1,50 @@
+"""What a trainer takes and gives."""
+
+from typing import assert_type
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import kaun
+from kaun import Context, Data, Trainer, TrainState, Vars, layers, losses, reports, rng
+
+x = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32)
+y = jnp.array([[0], [1], [1], [0]], jnp.float32)
+
+with rng.scope(42):
+    model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
+    trainer = Trainer(model=model, optimizer=optax.adam(0.01))
+    state = trainer.init(dtype=jnp.float32)
+    assert_type(rng.next_key(), jax.Array)
+assert_type(state, TrainState)
+assert_type(state.vars, Vars)
+assert_type(state.step, jax.Array)
+assert_type(trainer.make_state(state.vars), TrainState)
+
+pair = trainer.step(state, x, loss=lambda logits: losses.binary_cross_entropy(logits, y))
+assert_type(pair, tuple[jax.Array, TrainState])
+loss, state = trainer.step(state, x, loss=lambda logits: losses.mse(logits, y), training=False, ctx=Context(mask=x))
+assert_type(loss, jax.Array)
+
+
+def report(step: int, loss: float, state: TrainState) -> None:
+    if step == 2:
+        raise kaun.EarlyStop
+
+
+repeated = Data.repeat(3, (x, lambda logits: losses.binary_cross_entropy(logits, y)))
+assert_type(trainer.fit(state, repeated, report=report), TrainState)
+state = trainer.fit(state, repeated, ctx=Context(), report=reports.every(2, report))
+state = trainer.fit(state, repeated, report=reports.all_of(report, reports.history()))
+
+batches = Data.batches((x, y), batch_size=2, shuffle=True)
+state = trainer.fit(state, batches.with_loss(losses.binary_cross_entropy).epochs(2))
+state = trainer.fit(state, batches.map(lambda b: (b[0], lambda logits: losses.mse(logits, b[1]))))
+
+# Any iterable will do.
+state = trainer.fit(state, [(x, lambda logits: losses.mse(logits, y))])
+state = trainer.fit(state, ((x, lambda logits: losses.mse(logits, y), Context(mask=m)) for m in (x, y)))
+
+predictions = trainer.predict(state, x, ctx=Context())
+variables: Vars = state.vars.replace(params=state.vars.params)
