@@ -13,7 +13,7 @@ from typing import Any
 
 from kaun.errors import CaptureError, locate
 
-__all__ = ["Plan", "attributes", "is_library", "is_own_module", "plan"]
+__all__ = ["Plan", "Same", "attributes", "is_library", "is_own_module", "plan"]
 
 # The libraries a loss is written with: what they hold at module level never changes under a run.
 _LIBRARIES = frozenset(
@@ -21,6 +21,21 @@ _LIBRARIES = frozenset(
 )
 _PREFIXES = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib", "purelib", "platlib")})
 _MOST_PLANS = 4096
+
+
+class Same:
+    """An object as a static value: equal only to itself, and kept alive so that its id is not used again."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Same and other.value is self.value
 
 
 class Plan:
@@ -31,17 +46,19 @@ class Plan:
         place: the file and line where it was written.
         root: the top-level package of the module in which the function was defined.
         own: whether that is the user's own code, whose globals may change between two batches.
+        scope: the globals of the function it was first met in.
         global_names: the globals that it and the functions nested in it read.
         names: every attribute name and identifier-like string in it, sorted out against objects later.
     """
 
-    __slots__ = ("code", "global_names", "names", "own", "place", "root")
+    __slots__ = ("code", "global_names", "names", "own", "place", "root", "scope")
 
     def __init__(self, function: types.FunctionType) -> None:
         self.code = function.__code__
         self.place = f"{os.path.basename(self.code.co_filename)}:{self.code.co_firstlineno}"
         module = str(function.__globals__.get("__name__", ""))
         self.root = module.partition(".")[0]
+        self.scope = Same(function.__globals__)
         self.own = _is_own(self.root, self.code.co_filename)
         self.global_names, self.names = _reads(self.code)
         _refuse_writes(function)

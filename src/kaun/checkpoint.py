@@ -73,7 +73,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     if "__metadata__" in tensors:
         raise ValueError("checkpoint.save: '__metadata__' is a reserved key of safetensors files. Rename that leaf.")
     # One entry: the library writes several in an order of its own, and equal trees should give equal files.
-    metadata = {"kaun": json.dumps(kinds, sort_keys=True)}
+    metadata = {"kaun": json.dumps(kinds)}
     with _replacing(target) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -126,7 +126,7 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
 def _as_path(path: Any, call: str) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"checkpoint.{call} expected a path first, received {type(path).__name__}.")
-    return Path(path)  # pyright: ignore[reportUnknownArgumentType]
+    return Path(path)
 
 
 def _encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
@@ -180,7 +180,9 @@ def _replacing(target: Path) -> Generator[Path, None, None]:
     temporary = target.parent / f".kaun-{secrets.token_hex(8)}.tmp"
     try:
         temporary.touch(exist_ok=False)
+        mode = (target if target.exists() else temporary).stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # the library makes its files readable to their owner alone
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(target)

@@ -26,6 +26,7 @@ from kaun.staging import staged
 __all__ = ["Compilation", "Loop", "Programs"]
 
 _MANY = 8
+_LEAF = jax.tree_util.tree_structure(0)
 _NO_CONTEXT = jax.tree_util.tree_structure(Context())
 
 
@@ -148,8 +149,7 @@ class Call:
         self.xs, x_def = _leaves(x, "x")
         self.cs, ctx_def = _leaves(ctx, "ctx") if ctx is not None else ([], _NO_CONTEXT)
         self.static = (loss_key, x_def, ctx_def)
-        kinds = [_kind(a) for part in (self.xs, self.arrays, self.cs) for a in part]
-        self.key = (self.static, tuple(kinds))
+        self.key = (self.static, tuple([_kind(a) for a in self.xs + self.arrays + self.cs]))
 
     @property
     def plan(self) -> Any:
@@ -191,17 +191,22 @@ class Loop:
         self._key, self._ctx = key, ctx
         self._done: deque[tuple[jax.Array, list[Any]]] = deque(maxlen=1)
         self._seen = True  # somebody else holds these leaves: they must not be updated in place
+        self._program: Any = None
+        self._key_of_program: Any = None
         self.loss: jax.Array | None = None
 
     def push(self, x: Any, loss: Callable[..., Any], ctx: Context | None) -> None:
         """Run one step. Returns when it is dispatched, not when it is done."""
         call = Call(x, loss, self._ctx.merge(ctx) if self._ctx is not None else ctx)
-        program = self._programs.find(self._where, call)
+        if call.key != self._key_of_program:
+            self._program = self._programs.find(self._where, call)
+            self._key_of_program = call.key
+        program = self._program
         if self._seen:
             self._leaves = _copy(self._leaves)
             self._seen = False
         if program.fresh:
-            self._programs.first_run(self._where, call, program, lambda: self._run(program, call))
+            self._programs.first_run(self._where, call, program, lambda: self._trace_and_run(program, call))
         else:
             self._run(program, call)
         self._take()
@@ -212,6 +217,10 @@ class Loop:
         # two bytecodes, and must not find the state given away and its successor in nobody's hands.
         arguments = ((self._leaves,), (self._key,), (call.xs,), (call.arrays,), (call.cs,))
         self._done.extend(map(program.run, *arguments))
+
+    def _trace_and_run(self, program: _Program, call: Call) -> None:
+        # Not through map: the user's loss runs in here, and a StopIteration of its would end the map in silence.
+        self._done.append(program.run(self._leaves, self._key, call.xs, call.arrays, call.cs))
 
     def _take(self) -> None:
         if self._done:
@@ -246,7 +255,13 @@ def _as_before(carry: Any, after: Any) -> list[Any]:
     return [jax.lax.convert_element_type(new, old.dtype) if new.weak_type else new for old, new in pairs]
 
 
+# Types seen to be JAX arrays; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
+_array_types: set[type] = set()
+
+
 def _leaves(value: Any, what: str) -> tuple[list[Any], Any]:
+    if type(value) in _array_types:
+        return [value], _LEAF
     leaves, treedef = jax.tree_util.tree_flatten(value)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, np.ndarray):
@@ -254,7 +269,9 @@ def _leaves(value: Any, what: str) -> tuple[list[Any], Any]:
             leaves[i] = leaf = np.array(leaf)
             if leaf.dtype.kind in "OSUMm":
                 _refuse_leaf(value, what)
-        elif not isinstance(leaf, (jax.Array, np.generic, bool, int, float, complex)):
+        elif isinstance(leaf, jax.Array):
+            _array_types.add(type(leaf))
+        elif not isinstance(leaf, (np.generic, bool, int, float, complex)):
             _refuse_leaf(value, what)
     return leaves, treedef
 
@@ -265,12 +282,14 @@ def _refuse_leaf(value: Any, what: str) -> None:
         if not numeric and not isinstance(leaf, (bool, int, float, complex)):
             received = f"an array of dtype {leaf.dtype}" if tree.is_array(leaf) else f"{type(leaf).__name__}"
             raise TypeError(
-                f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received {received}. "
-                "Convert it, np.asarray(value, np.float32), or leave it out of the batch."
+                f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received "
+                f"{received}. Convert it, np.asarray(value, np.float32), or leave it out of the batch."
             )
 
 
 def _kind(a: Any) -> tuple[Any, ...]:
+    if type(a) in _array_types:
+        return a.shape, a.dtype, a.weak_type
     if isinstance(a, jax.Array):
         return a.shape, a.dtype, a.weak_type
     return (a.shape, a.dtype) if isinstance(a, (np.ndarray, np.generic)) else (type(a),)

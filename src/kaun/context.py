@@ -76,7 +76,7 @@ class Context(Mapping[str, Any]):
         inside = ", ".join(f"{name}={_short(value)}" for name, value in self._values.items())
         return f"Context({inside})"
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
+    __hash__ = None
     _values: dict[str, Any]
 
     def tree_flatten_with_keys(self) -> tuple[Iterable[tuple[Any, Any]], tuple[str, ...]]:

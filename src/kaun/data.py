@@ -546,7 +546,7 @@ def _rows(where: str, arrays: Any) -> tuple[int, Callable[[Any], Any]]:
         raise ValueError(f"{where} expected arrays, received none in {_outline(arrays)}.")
     gets: list[Callable[[Any], Any]] = []
     for path, leaf in pairs:
-        if not isinstance(leaf, (np.ndarray, jax.Array)):
+        if not tree.is_array(leaf):
             raise TypeError(
                 f"{where} expected NumPy or JAX arrays, received {tree.describe(leaf)}{_at(path)}. Convert it first, "
                 "np.asarray(x); use Data.from_items for a list of items, Data.from_fn(n, f) for what is read by index."
@@ -713,7 +713,7 @@ def _ahead(open: Callable[[], Iterator[Any]], n: int) -> Iterator[Any]:
         slots.release()
         # Wait, so that the next pass over the same loader does not meet this thread in it; not for ever, it may hang.
         if thread.is_alive() and thread is not threading.current_thread():
-            thread.join(timeout=1.0)
+            thread.join(timeout=2.0)
 
 
 def _pull(open: Callable[[], Iterator[Any]], ready: Any, slots: threading.Semaphore, stopped: threading.Event) -> None:
@@ -733,7 +733,7 @@ def _pull(open: Callable[[], Iterator[Any]], ready: Any, slots: threading.Semaph
 
 def _count(where: str, name: str, value: Any, least: int) -> int:
     try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None:

@@ -23,8 +23,8 @@ def value_and_grad(f: Callable[[Any], Any], params: Any, has_aux: bool = False) 
         params: a pytree whose leaves are floating arrays (JAX or NumPy) or Python floats.
         has_aux: whether ``f`` returns ``(value, aux)``, default no.
 
-    ``grads`` has the structure, shapes and dtypes of ``params``, as JAX arrays. It is ``jax.value_and_grad(f)(params)``,
-    and can be compiled, mapped and differentiated like that.
+    ``grads`` has the structure, shapes and dtypes of ``params``, as JAX arrays. The computation is that of
+    ``jax.value_and_grad(f)(params)`` and can be compiled, mapped and differentiated like it.
 
     Raises:
         TypeError: f not callable or not returning a floating array (with ``has_aux`` a pair), a leaf that is not

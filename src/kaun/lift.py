@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 from kaun import bytecode
-from kaun.bytecode import Plan
+from kaun.bytecode import Plan, Same
 from kaun.errors import CaptureError, locate
-from kaun.rebuild import ARRAY, EMPTY, Content, Rebuilt, Same, Token
+from kaun.rebuild import ARRAY, EMPTY, Content, Rebuilt, Token
 
 __all__ = ["freeze", "take_apart"]
 
@@ -130,24 +130,37 @@ class _Walk:
         whose names occur in the code are looked at.
         """
         self.digest = True
-        found: list[Token] = []
-        for value in self.opaque:  # grows while it runs: objects lead to objects
-            if len(found) > _MOST_OBJECTS:
+        memo, roots = self.memo, self.opaque
+        while True:
+            names = self._names()
+            self.memo, self.opaque = dict(memo), list(roots)
+            found = [self._read(value, names) for value in self._reached()]
+            if self._names() == names:  # methods and properties met on the way may read more
+                return tuple(found)
+
+    def _names(self) -> frozenset[str]:
+        return frozenset[str]().union(*[p.names for p in self.plans])
+
+    def _reached(self) -> Iterator[Any]:
+        for count, value in enumerate(self.opaque):  # grows while it runs: objects lead to objects
+            if count > _MOST_OBJECTS:
                 raise _RefusedError(
                     f"an object through which it can reach more than {_MOST_OBJECTS} others. Capture the arrays "
                     "themselves, y = obj.y, and not the object."
                 )
-            read = bytecode.attributes(value, frozenset[str]().union(*[p.names for p in self.plans]))
-            self.alive.append(read)  # the memo goes by id
-            found.append((type(value).__name__, tuple([(name, self.token(v)) for name, v in read])))
-        return tuple(found)
+            yield value
+
+    def _read(self, value: Any, names: frozenset[str]) -> Token:
+        read = bytecode.attributes(value, names)
+        self.alive.append(read)  # the memo goes by id
+        return (type(value).__name__, tuple([(name, self.token(v)) for name, v in read]))
 
 
 Handler = Callable[[_Walk, Any], Token]
 
 
 def _static(walk: _Walk, value: Any) -> Token:
-    return ("static", type(value), value)
+    return ("typed", type(value), value)  # True is not 1
 
 
 def _float(walk: _Walk, value: float) -> Token:
@@ -224,7 +237,7 @@ def _function(walk: _Walk, value: types.FunctionType) -> Token:
     own = plan.own or plan.root == walk.home
     closure = value.__closure__
     if closure is None and not own:
-        return ("same", Same(value))
+        return ("static", value)
     index = walk.memo.get(id(value))
     if index is not None:
         return ("again", index)
@@ -237,7 +250,8 @@ def _function(walk: _Walk, value: types.FunctionType) -> Token:
     if own:
         names = value.__globals__
         outside = tuple([(n, walk.token(names[n])) for n in plan.global_names if n in names])
-    return ("function", plan, Same(value.__globals__), cells, defaults, keywords, outside)
+    scope = plan.scope if plan.scope.value is value.__globals__ else Same(value.__globals__)
+    return ("function", plan, scope, cells, defaults, keywords, outside)
 
 
 def _cells(walk: _Walk, closure: tuple[types.CellType, ...]) -> Token:
@@ -262,7 +276,7 @@ def _method(walk: _Walk, value: types.MethodType) -> Token:
 def _builtin(walk: _Walk, value: Any) -> Token:
     owner = getattr(value, "__self__", None)
     if owner is None or isinstance(owner, types.ModuleType):
-        return ("same", Same(value))
+        return ("static", value)
     return ("bound", value.__name__, walk.token(owner))  # [].append, array.sum
 
 
@@ -275,7 +289,7 @@ def _jitted(walk: _Walk, value: Any) -> Token:
     # A jitted function would hold its captured arrays as constants; the function under it is compiled with the step.
     inside = value.__wrapped__
     if isinstance(inside, types.FunctionType) and inside.__closure__ is None and not bytecode.plan(inside).own:
-        return ("same", Same(value))
+        return ("static", value)
     return walk.token(inside)
 
 
@@ -318,7 +332,7 @@ def _class(walk: _Walk, value: type) -> Token:
 
 
 def _module(walk: _Walk, value: types.ModuleType) -> Token:
-    return _opaque(walk, value) if bytecode.is_own_module(value.__name__) else ("same", Same(value))
+    return _opaque(walk, value) if bytecode.is_own_module(value.__name__) else ("static", value)
 
 
 def _refuse(reason: str) -> Handler:
@@ -373,7 +387,7 @@ def _handler(value: Any) -> Handler:
 
 
 def _classify(kind: type, value: Any) -> Handler:
-    if issubclass(kind, jax.Array):
+    if isinstance(value, jax.Array):
         return _array
     if issubclass(kind, (np.ndarray, np.generic)):
         return _numpy

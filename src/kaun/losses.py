@@ -27,8 +27,10 @@ from kaun import tree
 
 __all__ = ["binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"]
 
+Array = jax.Array | np.ndarray[Any, Any] | np.generic
 
-def cross_entropy(logits: Any, one_hot: Any) -> jax.Array:
+
+def cross_entropy(logits: Array, one_hot: Array) -> jax.Array:
     """The mean over rows of the softmax cross entropy against a distribution per row, a scalar.
 
     Arguments:
@@ -64,7 +66,7 @@ def cross_entropy(logits: Any, one_hot: Any) -> jax.Array:
     return jnp.where(valid.all(axis=-1), rows, jnp.nan).mean()
 
 
-def cross_entropy_sparse(logits: Any, indices: Any) -> jax.Array:
+def cross_entropy_sparse(logits: Array, indices: Array) -> jax.Array:
     """The mean over rows of the softmax cross entropy against a class index per row, a scalar.
 
     Arguments:
@@ -92,7 +94,7 @@ def cross_entropy_sparse(logits: Any, indices: Any) -> jax.Array:
     return jnp.where(valid, rows, jnp.nan).mean()
 
 
-def binary_cross_entropy(logits: Any, labels: Any) -> jax.Array:
+def binary_cross_entropy(logits: Array, labels: Array) -> jax.Array:
     """The mean over elements of the sigmoid cross entropy, a scalar.
 
     Arguments:
@@ -119,7 +121,7 @@ def binary_cross_entropy(logits: Any, labels: Any) -> jax.Array:
     return jnp.where(valid, elements, jnp.nan).mean()
 
 
-def mse(predictions: Any, targets: Any) -> jax.Array:
+def mse(predictions: Array, targets: Array) -> jax.Array:
     """The mean squared error over elements, a scalar.
 
     Arguments:
@@ -140,7 +142,7 @@ def mse(predictions: Any, targets: Any) -> jax.Array:
     return optax.losses.squared_error(*_floats_alike("mse", predictions, targets)).mean()
 
 
-def mae(predictions: Any, targets: Any) -> jax.Array:
+def mae(predictions: Array, targets: Array) -> jax.Array:
     """The mean absolute error over elements, a scalar; its gradient where the error is 0 is 0.
 
     Arguments:
@@ -159,10 +161,12 @@ def mae(predictions: Any, targets: Any) -> jax.Array:
     Array(1., dtype=float32)
     """
     predictions, targets = _floats_alike("mae", predictions, targets)
-    return jnp.abs(predictions - targets).mean()
+    errors = predictions - targets
+    # Not jnp.abs, whose derivative at 0 is 1: it would push what is already right.
+    return (errors * jnp.sign(errors)).mean()
 
 
-def huber(predictions: Any, targets: Any, delta: Any = 1.0) -> jax.Array:
+def huber(predictions: Array, targets: Array, delta: float | Array = 1.0) -> jax.Array:
     """The mean Huber loss over elements, a scalar: squared near the target, linear beyond ``delta``.
 
     Arguments:

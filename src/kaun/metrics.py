@@ -8,7 +8,7 @@ values are known, and makes the result NaN in compiled code; a score that is NaN
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
@@ -18,14 +18,15 @@ from jax.core import Tracer
 
 from kaun import tree
 from kaun.errors import locate
-from kaun.losses import as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
+from kaun.losses import Array, as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
 
 __all__ = ["Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall"]
 
 Average = Literal["macro", "micro", "weighted"]
+Score = float | jax.Array
 
 
-def accuracy(predictions: Any, targets: Any) -> float | jax.Array:
+def accuracy(predictions: Array, targets: Array) -> Score:
     """The share of rows whose predicted class is the target, from 0 to 1.
 
     Arguments:
@@ -42,11 +43,11 @@ def accuracy(predictions: Any, targets: Any) -> float | jax.Array:
     >>> metrics.accuracy(jnp.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), jnp.array([0, 1, 1]))
     0.6666666666666666
     """
-    predicted, wanted, valid = _class_ids("accuracy", predictions, targets, _ANY_CLASS)
+    predicted, wanted, valid, _ = _class_ids("accuracy", predictions, targets, None)
     return _share(predicted == wanted, valid)
 
 
-def binary_accuracy(predictions: Any, targets: Any, threshold: float = 0.5) -> float | jax.Array:
+def binary_accuracy(predictions: Array, targets: Array, threshold: float = 0.5) -> Score:
     """The share of elements where ``predictions > threshold`` agrees with the target, from 0 to 1.
 
     Arguments:
@@ -71,8 +72,8 @@ def binary_accuracy(predictions: Any, targets: Any, threshold: float = 0.5) -> f
 
 
 def precision(
-    predictions: Any, targets: Any, average: Average = "macro", *, num_classes: int | None = None
-) -> float | jax.Array:
+    predictions: Array, targets: Array, average: Average = "macro", *, num_classes: int | None = None
+) -> Score:
     """The share of right ones among the predictions of a class, averaged over the classes, from 0 to 1.
 
     Arguments:
@@ -100,9 +101,7 @@ def precision(
     return _score("precision", predictions, targets, average, num_classes, lambda tp, fp, fn: (tp, tp + fp))
 
 
-def recall(
-    predictions: Any, targets: Any, average: Average = "macro", *, num_classes: int | None = None
-) -> float | jax.Array:
+def recall(predictions: Array, targets: Array, average: Average = "macro", *, num_classes: int | None = None) -> Score:
     """The share of a class's targets that are predicted, averaged over the classes, from 0 to 1.
 
     Arguments, averages and errors are those of ``precision``; a class that is never a target scores 0. It is
@@ -116,9 +115,7 @@ def recall(
     return _score("recall", predictions, targets, average, num_classes, lambda tp, fp, fn: (tp, tp + fn))
 
 
-def f1(
-    predictions: Any, targets: Any, average: Average = "macro", *, num_classes: int | None = None
-) -> float | jax.Array:
+def f1(predictions: Array, targets: Array, average: Average = "macro", *, num_classes: int | None = None) -> Score:
     """The harmonic mean of a class's precision and recall, averaged over the classes, from 0 to 1.
 
     Arguments, averages and errors are those of ``precision``; a class never predicted and never a target scores 0. It
@@ -137,11 +134,9 @@ def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     """The mean of a metric over the items of ``data``, a float summed exactly on the host.
 
     Arguments:
-        f: ``f(item)`` is a pair ``(sum, count)``, or a scalar, which stands for ``(value, 1)``: the result is the sum of
-            sums over the sum of counts. Numbers, or NumPy or JAX scalars, of any real dtype.
+        f: ``f(item)`` is a pair ``(sum, count)`` or a scalar, which stands for ``(value, 1)``; the result is the sum of
+            sums over the sum of counts. Scalars are fetched some items later: a compiled ``f`` runs ahead of the host.
         data: a ``Data`` or any iterable.
-
-    Results are fetched some items later, so that a compiled ``f`` runs ahead of the host.
 
     Raises:
         TypeError: f not callable or not returning real scalars, data not iterable.
@@ -153,15 +148,14 @@ def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     >>> metrics.evaluate(lambda b: b.mean(), batches), metrics.evaluate(lambda b: (b.sum(), b.size), batches)
     (4.0, 3.0)
     """
-    return _means("evaluate", f, data, lambda result: {"": result})[""]
+    return _means("evaluate", f, data)[""]
 
 
-def evaluate_many(f: Callable[[Any], Mapping[str, Any]], data: Iterable[Any]) -> dict[str, float]:
+def evaluate_many(f: Callable[[Any], dict[str, Any]], data: Iterable[Any]) -> dict[str, float]:
     """The means of several metrics over the items of ``data``, floats by name, sorted by name.
 
     Arguments:
-        f: ``f(item)`` is a dict from names to scalars or pairs ``(sum, count)``, as in ``evaluate``; the same names for
-            every item.
+        f: ``f(item)`` is a dict from names, the same for every item, to scalars or pairs as in ``evaluate``.
         data: a ``Data`` or any iterable.
 
     Raises:
@@ -174,22 +168,13 @@ def evaluate_many(f: Callable[[Any], Mapping[str, Any]], data: Iterable[Any]) ->
     >>> metrics.evaluate_many(lambda b: {"mean": (b.sum(), b.size), "largest": b.max()}, batches)
     {'largest': 4.5, 'mean': 3.0}
     """
-
-    def named(result: Any) -> dict[str, Any]:
-        if not isinstance(result, Mapping) or not all(isinstance(name, str) for name in result):
-            raise TypeError(
-                f"evaluate_many: {locate(f)} must return a dict from names to scalars or (sum, count), received "
-                f'{tree.describe(result)}. Write: return {{"accuracy": ...}}.'
-            )
-        return dict(result)
-
-    return _means("evaluate_many", f, data, named)
+    return _means("evaluate_many", f, data)
 
 
 class Tracker:
-    """Running means of named scalars. Values stay on the device until a mean is read, so observing does not wait.
+    """Running means of named scalars, summed exactly on the host.
 
-    To bound memory, the oldest are fetched when a thousand newer ones have come. Sums are exact, in float64.
+    Observing does not wait for the device: a value is fetched when it is read or, to bound memory, a thousand later.
 
     >>> from kaun import metrics
     >>> tracker = metrics.Tracker()
@@ -208,32 +193,17 @@ class Tracker:
         self._totals: dict[str, _Total] = {}
 
     def observe(self, name: str, value: Any) -> None:
-        """Adds one value to the mean of ``name``: a real number, or a NumPy or JAX scalar.
-
-        Raises:
-            TypeError: a name that is not a string, a value that is not a real scalar or that is being traced.
-        """
-        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"Tracker.observe expected a name and a value, received {name!r} as the name.")
-        total = self._totals.get(name) or _Total(_UNREAD)
-        total.add(_real_scalar(f"Tracker.observe({name!r}, ...)", "expected a real scalar", value), 1)
-        self._totals[name] = total
+        """Adds a value to ``name``: a number or a NumPy or JAX scalar; TypeError if it is no real one, or traced."""
+        value = _real_scalar(f"Tracker.observe({name!r}, value)", "expected a real scalar", value)
+        self._totals.setdefault(name, _Total(_UNREAD)).add(value, 1)
 
     def mean(self, name: str) -> float:
-        """The mean of what was observed under ``name``.
-
-        Raises:
-            LookupError: nothing was; the message lists the names present.
-        """
+        """The mean of what was observed under ``name``; LookupError, with the names present, if nothing was."""
         return self._total(name).mean(name)
 
     def count(self, name: str) -> int:
-        """How many values were observed under ``name``.
-
-        Raises:
-            LookupError: none; the message lists the names present.
-        """
-        return int(self._total(name).read()[1])
+        """How many values were observed under ``name``; LookupError, with the names present, if none were."""
+        return self._total(name).added
 
     def reset(self) -> None:
         """Forgets all names and values."""
@@ -263,29 +233,27 @@ _UNREAD = 2048
 class _Total:
     """Sums of values and of counts, exact on the host; the newest are still on the device."""
 
-    __slots__ = ("_counts", "_pending", "_sums", "_window")
+    __slots__ = ("_counts", "_pending", "_sums", "_window", "added")
 
     def __init__(self, window: int) -> None:
         self._window = window
+        self.added = 0
         self._pending: list[tuple[Any, Any]] = []
         self._sums: list[float] = []
         self._counts: list[float] = []
 
     def add(self, value: Any, count: Any) -> None:
         self._pending.append((value, count))
+        self.added += 1
         if len(self._pending) >= self._window:
             # The older half: while this waits for it, the device has the newer half to work on.
             self._fetch(self._window // 2)
 
-    def read(self) -> tuple[float, float]:
-        self._fetch(len(self._pending))
-        return sum(self._sums), sum(self._counts)
-
     def mean(self, name: str) -> float:
-        total, count = self.read()
-        if count == 0:
+        self._fetch(len(self._pending))
+        if not (count := sum(self._counts)):
             raise ValueError(f"The counts{f' of {name!r}' if name else ''} add up to 0: there is nothing to average.")
-        return total / count
+        return sum(self._sums) / count
 
     def _fetch(self, n: int) -> None:
         fetched: list[tuple[Any, Any]] = jax.device_get(self._pending[:n])
@@ -303,7 +271,7 @@ def _exact(values: list[float]) -> list[float]:
     return [total, math.fsum([*values, -total])] if math.isfinite(total) else [total]
 
 
-def _means(where: str, f: Any, data: Any, named: Callable[[Any], dict[str, Any]]) -> dict[str, float]:
+def _means(where: str, f: Any, data: Any) -> dict[str, float]:
     if not callable(f) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         raise TypeError(
             f"{where} expected a function of an item and an iterable of items, received {tree.describe(f)} and "
@@ -311,22 +279,23 @@ def _means(where: str, f: Any, data: Any, named: Callable[[Any], dict[str, Any]]
         )
     totals: dict[str, _Total] = {}
     for i, item in enumerate(cast("Iterable[Any]", data)):
-        results = named(f(item))
+        results = f(item) if where == "evaluate_many" else {"": f(item)}
+        if not isinstance(results, dict):
+            raise TypeError(
+                f"{where}: {locate(f)} must return a dict from names to real scalars or pairs (sum, count), received "
+                f'{tree.describe(results)}. Write: return {{"accuracy": ...}}.'
+            )
         totals = totals or {name: _Total(_AHEAD) for name in sorted(results)}
         if not results or results.keys() != totals.keys():
             raise ValueError(
-                f"{where}: {locate(f)} returned {_names(results)} for item {i}, and {_names(totals)} for the first. "
-                "Return the same names, at least one, for every item."
+                f"{where}: {locate(f)} must return the same names for every item, at least one; received "
+                f"{sorted(results)} for item {i}, and {sorted(totals)} for the first."
             )
-        for name, result in results.items():
-            totals[name].add(*_value_and_count(f"{where}: {locate(f)}", name, result))
+        for name, total in totals.items():
+            total.add(*_value_and_count(f"{where}: {locate(f)}", name, results[name]))
     if not totals:
         raise ValueError(f"{where} expected at least one item, received none: the mean of nothing is not a number.")
     return {name: total.mean(name) for name, total in totals.items()}
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, sorted(names))) or "no names"
 
 
 def _value_and_count(where: str, name: str, result: Any) -> tuple[Any, Any]:
@@ -338,7 +307,7 @@ def _value_and_count(where: str, name: str, result: Any) -> tuple[Any, Any]:
 
 
 def _real_scalar(where: str, must: str, value: Any) -> Any:
-    """The value as it is, not waited for, once it is known to be a real number or an array of one of shape ()."""
+    """The value, not waited for, once it is known to be a real number or an array of shape () that holds one."""
     if isinstance(value, Tracer):
         raise TypeError(
             f"{where} received a value that JAX is tracing, {tree.describe(value)}: there is no number yet. Return it "
@@ -346,19 +315,15 @@ def _real_scalar(where: str, must: str, value: Any) -> Any:
         )
     real = isinstance(value, (bool, int, float))
     if tree.is_array(value):
-        kinds = (jnp.floating, jnp.integer, jnp.bool_)
-        real = value.shape == () and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        real = value.shape == () and any(jnp.issubdtype(value.dtype, k) for k in (jnp.floating, jnp.integer, jnp.bool_))
     if not real:
         fix = " Take its mean, value.mean()." if getattr(value, "shape", ()) else ""
         raise TypeError(f"{where} {must}, received {tree.describe(value)}.{fix}")
-    return value
+    return tree.snapshot(value)
 
 
 class _Counts(NamedTuple):
-    """Per class how often it was rightly predicted, wrongly predicted and missed; sums of batches add up.
-
-    int32 [classes] each; ``invalid``, an int32 scalar, is how many rows could not be counted.
-    """
+    """How often each class was right, wrongly predicted, missed (int32 [classes]), and how many rows cannot count."""
 
     tp: Any
     fp: Any
@@ -367,8 +332,12 @@ class _Counts(NamedTuple):
 
 
 def _class_counts(where: str, predictions: Any, targets: Any, num_classes: int | None) -> _Counts:
-    classes = _classes(where, as_array(where, "predictions", predictions), num_classes)
-    predicted, wanted, valid = _class_ids(where, predictions, targets, classes)
+    predicted, wanted, valid, classes = _class_ids(where, predictions, targets, num_classes)
+    if not isinstance(classes, (int, np.integer)) or classes < 1:
+        raise ValueError(
+            f"{where} of class ids expected the number of classes, received num_classes={classes!r}. Write "
+            f"{where}(predictions, targets, num_classes=10), or pass scores [..., classes]."
+        )
     right, wrong = valid & (predicted == wanted), (valid & (predicted != wanted)).astype(jnp.int32)
     none = jnp.zeros(classes, jnp.int32)
     return _Counts(
@@ -379,66 +348,51 @@ def _class_counts(where: str, predictions: Any, targets: Any, num_classes: int |
     )
 
 
-def _score(
-    where: str,
-    predictions: Any,
-    targets: Any,
-    average: str,
-    num_classes: int | None,
-    ratio: Callable[[Any, Any, Any], tuple[Any, Any]],
-) -> float | jax.Array:
-    """The average over classes of ``ratio(tp, fp, fn)``, a numerator and a denominator; 0 / 0 is 0."""
+def _score(where: str, predictions: Any, targets: Any, average: str, num_classes: int | None, of: Any) -> Score:
+    """The average over classes of ``of(tp, fp, fn)``, a numerator and a denominator; 0 / 0 is 0."""
     if average not in get_args(Average):
         raise ValueError(f'{where} expected average="macro", "micro" or "weighted", received {average!r}.')
     counts = _class_counts(where, predictions, targets, num_classes)
     traced = isinstance(counts.tp, Tracer)
     xp: Any = jnp if traced else np  # NumPy divides the int32 counts in float64
+
+    def ratio(a: Any, b: Any) -> Any:
+        return a / xp.where(b == 0, 1, b)
+
     tp, fp, fn, invalid = counts if traced else jax.device_get(counts)
-    support = tp + fn
+    weights = ratio(tp + fn, (tp + fn).sum())
     if average == "micro":
         tp, fp, fn = tp.sum(), fp.sum(), fn.sum()
-    numerator, denominator = ratio(tp, fp, fn)
-    scores = numerator / xp.where(denominator == 0, 1, denominator)
-    score = (scores * (support / support.sum())).sum() if average == "weighted" else scores.mean()
+    scores = ratio(*of(tp, fp, fn))
+    score = (scores * weights).sum() if average == "weighted" else scores.mean()
     score = xp.where(invalid > 0, xp.nan, score)
     return score if traced else float(score)
 
 
-def _share(right: jax.Array, valid: jax.Array) -> float | jax.Array:
+def _share(right: jax.Array, valid: jax.Array) -> Score:
     if isinstance(right, Tracer):
         return jnp.where(valid.all(), right.mean(), jnp.nan)
     return int(right.sum()) / right.size if bool(valid.all()) else math.nan
 
 
-# Ids of unknown classes: any that int32 holds.
-_ANY_CLASS = 2**31 - 1
-
-
-def _class_ids(where: str, predictions: Any, targets: Any, classes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Predicted and wanted class ids, and which rows can be counted; ``classes`` is for predictions that are ids."""
+def _class_ids(
+    where: str, predictions: Any, targets: Any, num_classes: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array, int | None]:
+    """Predicted and wanted class ids, which rows can be counted, and the number of classes, None where unknown."""
     scores, labels = as_array(where, "predictions", predictions), as_array(where, "targets", targets)
     not_empty(where, "predictions", scores)
-    if jnp.issubdtype(scores.dtype, jnp.floating):
-        index_shape(where, "predictions", scores, "targets", labels)
-        wanted, valid = class_indices(where, "targets", targets, scores.shape[-1])
-        return jnp.argmax(scores, axis=-1).astype(jnp.int32), wanted, valid & ~jnp.isnan(scores).any(axis=-1)
-    predicted, known = class_indices(where, "predictions", predictions, classes)
-    equal_shapes(where, "predictions", scores, "targets", labels)
-    wanted, valid = class_indices(where, "targets", targets, classes)
-    return predicted, wanted, valid & known
-
-
-def _classes(where: str, scores: jax.Array, num_classes: int | None) -> int:
-    columns = scores.shape[-1] if scores.ndim and jnp.issubdtype(scores.dtype, jnp.floating) else None
-    if columns is None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ValueError(
-            f"{where} of class ids, predictions {tree.describe(scores)}, expected the number of classes, received "
-            f"num_classes={num_classes!r}. Write {where}(predictions, targets, num_classes=10), or pass scores "
-            "[..., classes]."
-        )
-    if columns is not None and num_classes not in (None, columns):
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        equal_shapes(where, "predictions", scores, "targets", labels)
+        classes = 2**31 - 1 if num_classes is None else num_classes  # any id that int32 holds
+        predicted, known = class_indices(where, "predictions", predictions, classes)
+        wanted, valid = class_indices(where, "targets", targets, classes)
+        return predicted, wanted, valid & known, num_classes
+    index_shape(where, "predictions", scores, "targets", labels)
+    classes = scores.shape[-1]
+    if num_classes not in (None, classes):
         raise ValueError(
             f"{where} expected as many classes as the scores have columns, received num_classes={num_classes!r} and "
             f"predictions {tree.describe(scores)}. Leave num_classes out."
         )
-    return cast(int, num_classes if columns is None else columns)
+    wanted, valid = class_indices(where, "targets", targets, classes)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32), wanted, valid & ~jnp.isnan(scores).any(axis=-1), classes

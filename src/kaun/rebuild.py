@@ -13,28 +13,13 @@ from typing import Any
 import jax
 
 from kaun import tree
-from kaun.bytecode import Plan
+from kaun.bytecode import Plan, Same
 
-__all__ = ["ARRAY", "EMPTY", "Content", "Rebuilt", "Same", "Token", "captures", "first_plan", "hidden_arrays"]
+__all__ = ["ARRAY", "EMPTY", "Content", "Rebuilt", "Token", "captures", "first_plan", "hidden_arrays"]
 
 Token = tuple[Any, ...]
 ARRAY: Token = ("array",)
 EMPTY: Token = ("empty",)
-
-
-class Same:
-    """An object as a static value: equal only to itself, and kept alive so that its id is not used again."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is Same and other.value is self.value
 
 
 class Content:
@@ -158,7 +143,8 @@ def _same_items(now: Any, before: Any) -> bool:
 _REBUILD: dict[str, Callable[..., Any]] = {
     "array": Rebuilt.array,
     "again": Rebuilt.again,
-    "static": lambda made, kind, value: value,
+    "static": lambda made, value: value,
+    "typed": lambda made, kind, value: value,
     "same": lambda made, same: same.value,
     "float": lambda made, value: float.fromhex(value),
     "complex": lambda made, real, imag: complex(float.fromhex(real), float.fromhex(imag)),
@@ -227,7 +213,7 @@ def _tell(token: Token, name: str, arrays: Iterator[Any], found: dict[str, str])
 
 def _plain(token: Token) -> str:
     match token:
-        case ("static", _, value):
+        case ("static", value) | ("typed", _, value):
             return repr(value)
         case ("float", value):
             return repr(float.fromhex(value))

@@ -45,14 +45,15 @@ def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
     """A region in which ``next_key`` (and so ``Layer.init``, ``Trainer.init``, ``Data.shuffle``) is reproducible.
 
     Arguments:
-        seed_or_key: an integer seed, a typed key (``jax.random.key``) or a legacy uint32 key (``jax.random.PRNGKey``).
+        seed_or_key: an integer seed (0 to 2**32 - 1), a typed key (``jax.random.key``) or a legacy uint32 key
+            (``jax.random.PRNGKey``).
 
     Scopes nest: an inner scope neither reads nor moves the outer one. Each thread has its own. Do not ``yield`` inside
     a scope: until the generator goes on, the code that consumes it would draw from the generator's scope.
 
     Raises:
         TypeError: for anything that is neither a seed nor a key.
-        ValueError: for a seed that does not fit in 64 bits.
+        ValueError: for a seed outside of 0 to 2**32 - 1.
 
     >>> from kaun import rng
     >>> with rng.scope(42):
@@ -102,27 +103,29 @@ def next_key() -> jax.Array:
 
 
 def _as_key(seed_or_key: Any) -> jax.Array:
-    if isinstance(seed_or_key, bool):
-        raise TypeError(f"rng.scope expected an integer seed or a JAX key, received {seed_or_key!r}.")
-    if isinstance(seed_or_key, int):
-        if not -(2**63) <= seed_or_key < 2**63:
-            raise ValueError(
-                f"rng.scope expected a seed that fits in 64 bits, received {seed_or_key}. Use seed % 2**63."
-            )
-        return jax.random.key(seed_or_key)
-    dtype = getattr(seed_or_key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and seed_or_key.shape == ():
+    dtype, shape = getattr(seed_or_key, "dtype", None), getattr(seed_or_key, "shape", ())
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
         return seed_or_key
-    if dtype is not None and dtype == jnp.uint32 and getattr(seed_or_key, "ndim", 0) == 1:
+    if dtype is not None and dtype == jnp.uint32 and len(shape) == 1:
         with contextlib.suppress(TypeError, ValueError):  # uint32, but not as long as a key: refused below
             return jax.random.wrap_key_data(jnp.asarray(seed_or_key))
-    if dtype is not None and jnp.issubdtype(dtype, jnp.integer) and seed_or_key.shape == ():
-        return jax.random.key(seed_or_key)
-    received = f"{dtype}{list(seed_or_key.shape)}" if dtype is not None else repr(seed_or_key)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.integer) and shape == ():
+        traced = _staging_trace(seed_or_key) is not None
+        return jax.random.key(seed_or_key) if traced else _from_seed(int(seed_or_key))
+    if isinstance(seed_or_key, int) and not isinstance(seed_or_key, bool):
+        return _from_seed(seed_or_key)
+    received = f"{dtype}{list(shape)}" if dtype is not None else repr(seed_or_key)
     raise TypeError(
         f"rng.scope expected an integer seed or a single JAX key, received {received}. "
         "Use rng.scope(42) or rng.scope(jax.random.key(42))."
     )
+
+
+def _from_seed(seed: int) -> jax.Array:
+    # Without x64 JAX would drop all but 32 bits: 2**32 would be the seed 0, and another one with x64.
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"rng.scope expected a seed from 0 to 2**32 - 1, received {seed}. Use seed % 2**32.")
+    return jax.random.key(seed)
 
 
 def _process_wide() -> _Scope:

@@ -63,8 +63,8 @@ def _refuse_constants(closed: Any, key: Any, function: Any) -> None:
         if isinstance(constant, jax.core.Tracer):
             continue  # belongs to the user's own jit around the step, and is an argument there
         raise CaptureError(
-            f"loss {locate(function)} reads an array {tree.describe(constant)} through {where or 'an object'}, where it "
-            "cannot be found again for the next batch: the compiled loss would go on with this one. Bind the array to "
+            f"loss {locate(function)} reads an array {tree.describe(constant)} through {where or 'an object'}, where "
+            "it cannot be found again for the next batch: the compiled loss would go on with this one. Bind it to "
             "a name of its own first,\n    y = batch.y\n    loss = lambda output: losses.mse(output, y)\n"
             "or make the object a dataclass, whose fields are looked into."
         )
@@ -73,7 +73,9 @@ def _refuse_constants(closed: Any, key: Any, function: Any) -> None:
 def _is_same(constant: Any, array: Any) -> bool:
     if isinstance(constant, jax.Array):
         return constant is array
-    return isinstance(array, np.ndarray) and np.shares_memory(np.asarray(constant), array)
+    if not isinstance(array, np.ndarray) or array.ndim == 0 or constant.shape != array.shape:
+        return False  # a number is a literal of the program, and part of the key by its value
+    return bool(np.array_equal(np.asarray(constant), array.astype(constant.dtype)))
 
 
 def _constants(closed: Any) -> Iterator[Any]:

@@ -90,7 +90,8 @@ class TrainState:
 
     def replace(self, **changes: Any) -> TrainState:
         """This state with some of its fields replaced."""
-        return TrainState(**{n: changes.pop(n, getattr(self, n)) for n in ("vars", "opt_state", "step", "key")}, **changes)
+        kept = {n: getattr(self, n) for n in ("vars", "opt_state", "step", "key")}
+        return TrainState(**{**kept, **changes})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"TrainState is immutable: use state = state.replace({name}=...).")
@@ -174,11 +175,12 @@ class Trainer(Generic[In, Out]):
         Use it to start from pretrained or externally loaded weights. NumPy leaves become JAX arrays.
 
         Raises:
-            TypeError: when ``vars`` is no ``Vars``, a parameter is not floating, or the optimizer does not work on them.
-            ValueError: when they belong to another model (the message lists the leaves), or there are no parameters.
+            TypeError: when ``vars`` is no ``Vars``, a parameter is not floating, or the optimizer does not fit them.
+            ValueError: when they belong to another model (the message lists the leaves), or there are none to train.
         """
         if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"make_state expected kaun.Vars, received {type(vars).__name__}. Write make_state(state.vars).")
+            received = type(vars).__name__
+            raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
         vars = jax.tree_util.tree_map(_strong, vars)
         self._check(vars)
         _check_trainable(vars.params, self.model)
@@ -224,8 +226,8 @@ class Trainer(Generic[In, Out]):
             data: a ``Data`` or any iterable of ``(x, loss)`` or ``(x, loss, ctx)``; the names of an item's Context
                 override those of ``ctx``.
             ctx: a Context for the layers, at each step.
-            report: called after each step that it wants with ``(step, loss, state)``: the 1-based step of this fit, that
-                step's loss as a float, the state after it. Raise ``EarlyStop`` in it to end the fit there.
+            report: called after each step that it wants with ``(step, loss, state)``: the 1-based step of this fit,
+                that step's loss as a float, the state after it. Raise ``EarlyStop`` in it to end the fit there.
 
         Raises:
             ValueError: when there are no items.
@@ -242,6 +244,11 @@ class Trainer(Generic[In, Out]):
                 loop.push(*_split(item, step))
                 if hook.wants(step, loop.loss) and _stops(hook, step, loop.loss, now):
                     break
+            if loop.loss is None:
+                raise ValueError(
+                    "fit received no items: the data is empty. An iterator or generator that was used up gives nothing "
+                    "the second time; pass a list, a kaun.Data, or make a new one."
+                )
             hook.finish()
         return now()
 
@@ -284,7 +291,8 @@ class Trainer(Generic[In, Out]):
         (value, layer_state), gradient = jax.value_and_grad(objective, has_aux=True)(vars.params)
         extra = {"value": value, "grad": gradient, "value_fn": lambda params: objective(params)[0]}
         updates, opt_state = _update(self.optimizer, gradient, opt_state, vars.params, extra)
-        params = optax.apply_updates(vars.params, updates)
+        with _as_optax_expects():
+            params = optax.apply_updates(vars.params, updates)
         return value, (vars.replace(params=params, state=layer_state), opt_state, step + 1)
 
     def _forward(self, carry: Any, key: jax.Array, x: Any, ctx: Context) -> Any:
@@ -341,7 +349,7 @@ def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _items(data: Iterable[Any]) -> Iterator[Iterator[Any]]:
-    """An iterator over the data, closed at the end if it was made here; empty data is an error."""
+    """An iterator over the data, closed at the end if it was made here."""
     try:
         iterator = iter(data)
     except TypeError:
@@ -349,25 +357,12 @@ def _items(data: Iterable[Any]) -> Iterator[Iterator[Any]]:
             f"fit expected data, a kaun.Data or an iterable of (x, loss), received {type(data).__name__}. "
             "For one batch over and over write Data.repeat(1000, (x, loss))."
         ) from None
-    taken = 0
-
-    def counted() -> Iterator[Any]:
-        nonlocal taken
-        for item in iterator:
-            taken = 1
-            yield item
-
     try:
-        yield counted()
+        yield iterator
     finally:
         close = getattr(iterator, "close", None)
         if close is not None and iterator is not data:
             close()
-    if not taken:
-        raise ValueError(
-            "fit received no items: the data is empty. An iterator or generator that was used up gives nothing the "
-            "second time; pass a list, a kaun.Data, or make a new one."
-        )
 
 
 def _split(item: Any, step: int) -> tuple[Any, Loss, Context | None]:
@@ -380,8 +375,8 @@ def _split(item: Any, step: int) -> tuple[Any, Loss, Context | None]:
     else:
         received = tree.describe(item)
     raise TypeError(
-        f"fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item {step} is "
-        f"{received}. From (x, y) pairs make them with data.with_loss(losses.mse)."
+        "fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item "
+        f"{step} is {received}. From (x, y) pairs make them with data.with_loss(losses.mse)."
     )
 
 
@@ -445,7 +440,8 @@ def _check_trainable(params: Any, model: Layer[Any, Any]) -> None:
 def _opt_state(optimizer: Optimizer, params: Any) -> Any:
     """A fresh optimizer state, after a dry run that shows that its updates fit the parameters."""
     try:
-        opt_state = jax.tree_util.tree_map(_strong, optimizer.init(params))
+        with _as_optax_expects():
+            opt_state = jax.tree_util.tree_map(_strong, optimizer.init(params))
         extra = {"value": jnp.zeros(()), "grad": params, "value_fn": lambda p: optax.tree.sum(p)}
         updates, _ = jax.eval_shape(lambda g, o: _update(optimizer, g, o, g, extra), params, opt_state)
     except Exception as error:
@@ -466,7 +462,15 @@ def _misfit(optimizer: Optimizer, why: str = "") -> TypeError:
 
 
 def _update(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
-    return optimizer.update(gradient, opt_state, params, **(extra if _takes_extra(optimizer) else {}))
+    with _as_optax_expects():
+        return optimizer.update(gradient, opt_state, params, **(extra if _takes_extra(optimizer) else {}))
+
+
+@contextlib.contextmanager
+def _as_optax_expects() -> Iterator[None]:
+    """optax multiplies its counts and rates with floats: under strict promotion even adam raises."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _takes_extra(optimizer: Optimizer) -> bool:

@@ -2,12 +2,14 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun import EarlyStop, reports
+from kaun import Data, EarlyStop, Trainer, layers, losses, reports, rng
 
 
 def drive(report, losses, *, ahead=1, first=1, total=None):
@@ -63,7 +65,7 @@ class Full:
         self.log.append((self.name, "end"))
 
     def __call__(self, step, loss, state):
-        assert state == f"state {step}"
+        assert step == (int(state.split()[1]) if isinstance(state, str) else int(state.step))
         self.called.append(step)
         self.log.append((self.name, step, loss))
 
@@ -329,8 +331,6 @@ def test_errors(make, error, text):
 
 
 def test_each_epoch_takes_a_pipeline_and_refuses_one_of_unknown_length():
-    from kaun import Data
-
     batches = Data.batches((np.zeros((7, 2), np.float32),), batch_size=2)
     report = reports.each_epoch(batches, lambda epoch, state: None)
     assert [s for s in range(1, 13) if report.wants(s)] == [4, 8, 12]
@@ -343,3 +343,74 @@ def test_a_builtin_without_a_signature_is_taken_at_its_word():
     report = reports.every(3, max)
     assert report.wants(3)
     report(3, 0.5, 1)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
+
+
+@pytest.fixture(scope="module")
+def start(trainer):
+    with rng.scope(0):
+        return trainer.init(dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    x = np.linspace(-1, 1, 40, dtype=np.float32).reshape(20, 2)
+    return Data.batches((x, x.sum(axis=1, keepdims=True)), batch_size=4).with_loss(losses.mse)
+
+
+def test_fit_drives_them_as_here(trainer, start, batches):
+    """The same log from ``fit`` as from the driver of these tests, given the losses of a plain run."""
+    plain, real, driven = [], [], []
+    trainer.fit(start, batches.epochs(20), report=lambda step, loss, state: plain.append(loss))
+
+    def make(log):
+        note = lambda name: lambda step, loss, state: log.append((name, step, loss))
+        epoch = lambda e, state: log.append(("epoch", e))
+        return reports.all_of(reports.every(7, note("seven")), Full(log=log), reports.each_epoch(batches, epoch))
+
+    trainer.fit(start, batches.epochs(20), report=make(real))
+    drive(make(driven), plain, total=100)
+    steps = lambda log: [entry for entry in log if entry[1] != "block"]
+    assert steps(real) == steps(driven)
+    assert len(plain) == 100
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 100])
+def test_early_stop_in_all_of_stops_fit_there_and_the_others_saw_the_step(trainer, start, batches, k):
+    history, log = reports.history(), []
+    report = reports.all_of(history, stop_at(k), lambda step, loss, state: log.append((int(state.step), loss)))
+    state = trainer.fit(start, batches.epochs(20), report=report)
+    assert int(state.step) == k
+    assert [step for step, _ in log] == list(range(1, k + 1))
+    assert history.losses.tolist() == [loss for _, loss in log]
+
+
+def test_each_epoch_in_fit(trainer, start, batches):
+    log = []
+
+    def f(epoch, state):
+        log.append((epoch, int(state.step)))
+        if epoch == 3:
+            raise EarlyStop
+
+    state = trainer.fit(start, batches.epochs(9), report=reports.each_epoch(batches, f))
+    assert log == [(1, 5), (2, 10), (3, 15)]
+    assert int(state.step) == 15
+
+
+def test_reports_shared_by_a_fit_inside_a_fit(trainer, start, batches):
+    history, log = reports.history(), []
+
+    def inner(step, loss, state):
+        log.append(step)
+        if step == 2 and log == [1, 2]:
+            trainer.fit(state, batches, report=both)
+
+    both = reports.all_of(inner, history)
+    trainer.fit(start, batches.take(3), report=both)
+    assert log == [1, 2, 1, 2, 3, 4, 5, 3]
+    assert len(history) == 8

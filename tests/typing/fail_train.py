@@ -22,10 +22,11 @@ state = trainer.init()
 trainer.model = model  # E: reportAttributeAccessIssue
 state.vars = state.vars  # E: reportAttributeAccessIssue
 state.vars.params = {}  # E: reportAttributeAccessIssue
+params = state.params  # E: reportAttributeAccessIssue
 
 trainer.step(state, x)  # E: reportCallIssue
 trainer.step(state, x, loss=0.5)  # E: reportArgumentType
-state, loss = trainer.step(state, x, loss=lambda p: losses.mse(p, y))  # E: reportAssignmentType
+swap: tuple[TrainState, jax.Array] = trainer.step(state, x, loss=lambda p: losses.mse(p, y))  # E: reportAssignmentType
 
 
 def swapped(loss: float, state: TrainState, step: int) -> None: ...
@@ -37,11 +38,13 @@ def short(step: int, loss: float) -> None: ...
 def array_step(step: jax.Array, loss: float, state: TrainState) -> None: ...
 
 
-data = Data.repeat(3, (x, lambda p: losses.mse(p, y)))
+data = Data.from_items([(x, y)]).with_loss(losses.mse)
 trainer.fit(state, data, report=swapped)  # E: reportArgumentType
 trainer.fit(state, data, report=short)  # E: reportArgumentType
 trainer.fit(state, data, report=array_step)  # E: reportArgumentType
 trainer.fit(state, data, report=reports.every(2, short))  # E: reportArgumentType
 trainer.fit(state, data, report=True)  # E: reportArgumentType
 trainer.fit(state, 3)  # E: reportArgumentType
-trainer.fit(state, Data.from_arrays(x, y))  # E: reportArgumentType
+trainer.fit(state, [x, x])  # E: reportArgumentType
+trainer.fit(state, [(x, y)])  # E: reportArgumentType
+trainer.fit(state, Data.repeat(3, (x, 0.5)))  # E: reportArgumentType

@@ -45,7 +45,8 @@ def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, 
 
 
 scale: Layer[Float, Float] = Layer(init=init, apply=apply, name="scale()")
-variables = (scale >> layers.relu()).init(dtype=jnp.float32)
+model = scale >> layers.relu()
+variables = model.init(dtype=jnp.float32)
 assert_type(variables, Vars)
-output, after = scale.apply(variables, jnp.ones(3), training=True, ctx=Context())
+output, after = model.apply(variables, jnp.ones(3), training=True, ctx=Context())
 assert_type(after, Vars)

@@ -33,13 +33,13 @@ def report(step: int, loss: float, state: TrainState) -> None:
         raise kaun.EarlyStop
 
 
-repeated = Data.repeat(3, (x, lambda logits: losses.binary_cross_entropy(logits, y)))
-assert_type(trainer.fit(state, repeated, report=report), TrainState)
-state = trainer.fit(state, repeated, ctx=Context(), report=reports.every(2, report))
-state = trainer.fit(state, repeated, report=reports.all_of(report, reports.history()))
+state = trainer.fit(state, Data.repeat(3, (x, lambda logits: losses.binary_cross_entropy(logits, y))))
 
 batches = Data.batches((x, y), batch_size=2, shuffle=True)
-state = trainer.fit(state, batches.with_loss(losses.binary_cross_entropy).epochs(2))
+train = batches.with_loss(losses.binary_cross_entropy)
+assert_type(trainer.fit(state, train.epochs(2), report=report), TrainState)
+state = trainer.fit(state, train, ctx=Context(), report=reports.every(2, report))
+state = trainer.fit(state, train, report=reports.all_of(report, reports.history()))
 state = trainer.fit(state, batches.map(lambda b: (b[0], lambda logits: losses.mse(logits, b[1]))))
 
 # Any iterable will do.

@@ -142,10 +142,15 @@ class Layer(Generic[In, Out]):
         """The output for ``x`` and the variables after it. Without a context the layer sees an empty one.
 
         Raises:
-            TypeError: when the layer's own ``apply`` does not return ``(y, vars)``.
+            TypeError: when ``vars`` is no ``Vars``, or the layer's own ``apply`` does not return ``(y, vars)``.
         """
+        if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
+                "model.init(...) returns, or a trainer's state.vars."
+            )
         result = self._apply(vars, x, training=training, ctx=Context() if ctx is None else ctx)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
                 f"{locate(self._apply)}. Write: return y, vars."
@@ -223,7 +228,8 @@ def float_input(
             f"x.astype(jnp.{jnp.dtype(dtype).name}), or make the model with init(dtype=jnp.{x.dtype.name})."
         )
     if (ndim is not None and x.ndim != ndim) or x.ndim == 0:
-        raise ValueError(f"{here(name)} expected {expected}, {received}: {x.ndim} axes instead of {ndim or 'one or more'}.")
+        wanted = ndim or "one or more"
+        raise ValueError(f"{here(name)} expected {expected}, {received}: {x.ndim} axes instead of {wanted}.")
     if features is not None and x.shape[-1] != features:
         raise ValueError(
             f"{here(name)} expected {expected}, {received}: the last axis is {x.shape[-1]}, not {features}. "

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kaun.context import Context
 from kaun.layers.core import Float, Int, Layer, Vars, here, int_input
@@ -55,11 +56,12 @@ def embedding(
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         indices = int_input(name, x)
-        if not isinstance(indices, jax.core.Tracer):
+        if not isinstance(indices, Tracer):
             # x and not indices: as a JAX array an int64 of NumPy has already wrapped around into int32.
             _must_be_in_range(name, np.asarray(x), vocab)
         # jnp.take and plain indexing would read a negative index from the end.
-        y = vars.params["weight"].at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        rows = jnp.asarray(vars.params["weight"]).at[indices]
+        y = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return y * math.sqrt(dim) if scale else y, vars
 
     return Layer(init=init, apply=apply, name=name)

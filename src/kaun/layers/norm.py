@@ -198,8 +198,10 @@ def _weight_and_bias(dim: int) -> Any:
 
 
 def _standardize(x: jax.Array, axis: int | tuple[int, ...], eps: float) -> jax.Array:
-    # The default algorithm, mean(x^2) - mean(x)^2, cancels where the mean is large against the spread.
-    return jax.nn.standardize(x.astype(wide(x.dtype)), axis, epsilon=eps, algorithm="stable")
+    z = x.astype(wide(x.dtype))
+    # Left to itself it takes mean(x^2) - mean(x)^2, which cancels where the mean is large against the spread.
+    variance = jnp.var(z, axis, keepdims=True)
+    return jax.nn.standardize(z, axis, jnp.mean(z, axis, keepdims=True), variance, eps)
 
 
 def _scaled(z: jax.Array, vars: Vars) -> jax.Array:

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from kaun import rng, tree
 
-__all__ = ["GLOROT_UNIFORM", "Initializer", "along_last", "draw", "fraction", "pair", "positive", "size", "spell", "wide"]
+__all__ = [
+    "GLOROT_UNIFORM", "Initializer", "along_last", "draw", "fraction", "pair", "positive", "size", "spell", "wide",
+]  # fmt: skip
 
 Initializer = Callable[..., Any]
 """A function ``(key, shape, dtype) -> array``, as those of ``jax.nn.initializers``."""

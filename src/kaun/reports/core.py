@@ -23,21 +23,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sized
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from kaun.errors import EarlyStop, locate
+from kaun.train import Report, TrainState
 
-__all__ = ["Report", "all_of", "each_epoch", "every"]
+__all__ = ["all_of", "each_epoch", "every"]
 
 Block = Callable[[int, Mapping[str, np.ndarray]], None]
-
-
-class Report(Protocol):
-    """A function called after a step with its number (1-based), its loss, and the TrainState after it."""
-
-    def __call__(self, step: int, loss: float, state: Any, /) -> None: ...
 
 
 def every(n: int, f: Report) -> Report:
@@ -90,7 +85,7 @@ def all_of(*reports: Report) -> Report:
     return _AllOf(reports)
 
 
-def each_epoch(train: Sized, f: Callable[[int, Any], None]) -> Report:
+def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
     """The report that calls ``f(epoch, state)`` after each pass over ``train`` within one ``fit``.
 
     Arguments:
@@ -135,7 +130,7 @@ class _Every:
     def wants(self, step: int) -> bool:
         return step % self._n == 0 and _wants(self._f, step)
 
-    def __call__(self, step: int, loss: float, state: Any, /) -> None:
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         # fit calls for wanted steps only; a user's own function may hand on every one.
         if step % self._n == 0:
             self._f(step, loss, state)
@@ -170,7 +165,7 @@ class _AllOf:
             self._wanted[-1][step] = wanted
         return bool(wanted)
 
-    def __call__(self, step: int, loss: float, state: Any, /) -> None:
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         wanted = self._wanted[-1].pop(step, None)
         if wanted is None:
             raise RuntimeError(
@@ -201,14 +196,14 @@ class _AllOf:
 
 
 class _EachEpoch:
-    def __init__(self, length: int, f: Callable[[int, Any], None]) -> None:
+    def __init__(self, length: int, f: Callable[[int, TrainState], None]) -> None:
         self._length = length
         self._f = f
 
     def wants(self, step: int) -> bool:
         return step % self._length == 0
 
-    def __call__(self, step: int, loss: float, state: Any, /) -> None:
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         if self.wants(step):
             self._f(step // self._length, state)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from kaun.train import TrainState
+
 __all__ = ["History", "history"]
 
 COLUMNS = 1000  # Agg gives up on lines of some hundred thousand strokes, and a page has not that many columns
@@ -108,7 +110,7 @@ class History:
         """False: blocks are all that it needs."""
         return False
 
-    def __call__(self, step: int, loss: float, state: Any, /) -> None:
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         """Record one step, where a user's own function calls this; ``fit`` uses ``block``."""
         self.block(step, {"loss": np.array([loss], np.float32)})
 
@@ -129,7 +131,7 @@ def _checked_window(window: int | None, recorded: int) -> int:
 def _figure(steps: np.ndarray, losses: np.ndarray, window: int) -> Any:
     """A matplotlib Figure of its own: pyplot's figures, settings and windows are the user's."""
     try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+        from matplotlib.figure import Figure
     except ModuleNotFoundError as err:
         raise ImportError('history.plot draws with matplotlib, which is missing: pip install "kaun[plot]"') from err
     figure: Any = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")

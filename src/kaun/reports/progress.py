@@ -6,19 +6,19 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, Protocol, TextIO
 
 import numpy as np
-from tqdm.std import TqdmDefaultWriteLock, tqdm  # pyright: ignore[reportAttributeAccessIssue]
 
-from kaun.reports.core import Report
+from kaun.train import Report, TrainState
 
 __all__ = ["progress"]
 
 REDRAW_SECONDS = 0.1  # in a terminal or a notebook
 LINE_SECONDS, LONGEST_LINE_SECONDS = 10.0, 600.0  # anywhere else
+QUIET_SECONDS, QUIET_STEPS = 10.0, 20  # without news, after which it asks for a step
 
 
 def progress(total: int | None = None, *, description: str | None = None, file: TextIO | None = None) -> Report:
@@ -26,9 +26,10 @@ def progress(total: int | None = None, *, description: str | None = None, file: 
 
     A terminal or a notebook gets a bar, redrawn about 10 times a second. Anything else, a log file or a pipe, gets a
     line of its own after 10 seconds and from then on one every 10 seconds to 10 minutes, the rarer the longer the run.
-    Both end with a line for the last step. Between two redraws ``fit`` never waits for the device. One ``progress()``
-    can be used for several fits, also nested ones; each gets its own bar. ``TQDM_DISABLE=1`` in the environment
-    silences it.
+    Both end with a line for the last step. What is shown comes from finished blocks of steps; only where these bring no
+    news does ``fit`` wait for the device, at one step in twenty at most, or one in ten seconds. One ``progress()`` can
+    be used for several fits, also nested ones; each gets its own bar. ``TQDM_DISABLE=1`` in the environment silences
+    it.
 
     A ``print`` in another report lands behind a bar in a terminal; ``tqdm.tqdm.write(text)`` puts the text above it.
 
@@ -76,7 +77,7 @@ class _Progress:
         losses = values["loss"]
         self._current(first_step).reached(first_step + len(losses) - 1, float(losses[-1]))
 
-    def __call__(self, step: int, loss: float, state: Any, /) -> None:
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         self._current(step).reached(step, loss)
 
     def end(self) -> None:
@@ -90,29 +91,32 @@ class _Progress:
 
 
 class _Fit:
-    """One fit's progress: its display, the last step seen, and the time from which a redraw is due."""
+    """One fit's progress: its display, the last step known of, and when it was last drawn."""
 
     def __init__(self, display: _Display, step: int) -> None:
         self._display = display
         self._step = step
         self._loss: float | None = None
         self._wanted: int | None = None
-        self._due = monotonic() + display.pause()
+        self._drawn = monotonic()
 
     def wants(self, step: int) -> bool:
-        if monotonic() < self._due:
+        quiet = monotonic() - self._drawn
+        # Blocks bring the news for nothing. To be called for a step makes fit wait for it, and while it waits it cannot
+        # prepare the next: one step in twenty keeps that below 5%.
+        if quiet < self._display.pause() or (quiet < QUIET_SECONDS and step - self._step < QUIET_STEPS):
             return False
         # Counted as drawn now: fit may ask for many steps ahead before the first of them is there to draw.
-        self._due = monotonic() + self._display.pause()
+        self._drawn = monotonic()
         self._wanted = step
         return True
 
     def reached(self, step: int, loss: float) -> None:
         self._step, self._loss = step, loss
-        if step == self._wanted or monotonic() >= self._due:
+        if step == self._wanted or monotonic() - self._drawn >= self._display.pause():
             self._wanted = None
             self._display.draw(step, loss)
-            self._due = monotonic() + self._display.pause()
+            self._drawn = monotonic()
 
     def close(self) -> None:
         self._display.close(self._step, self._loss)
@@ -130,7 +134,7 @@ class _Display(Protocol):
 
 def _display(done: int, total: int | None, description: str | None, file: TextIO | None) -> _Display:
     stream = sys.stderr if file is None else file
-    if stream is None or os.environ.get("TQDM_DISABLE"):  # pyright: ignore[reportUnnecessaryComparison]
+    if stream is None or os.environ.get("TQDM_DISABLE"):
         stream = io.StringIO()  # a program without a console has no standard error
     # A notebook's stream is no terminal, but it does go back to the start of a line.
     notebook = type(stream).__module__.startswith("ipykernel")
@@ -141,6 +145,8 @@ def _display(done: int, total: int | None, description: str | None, file: TextIO
 
 def _tqdm(*, widget: bool) -> Any:
     """tqdm's bar class, without the thread that watches over all bars: these are redrawn by their own clock."""
+    from tqdm.std import TqdmDefaultWriteLock, tqdm  # pyright: ignore[reportAttributeAccessIssue]
+
     base: Any = tqdm
     if widget:
         with warnings.catch_warnings():
@@ -186,6 +192,9 @@ class _Lines:
             "unit": "step",
             "ncols": 0,  # no bar, and nothing cut off
         }
+        from tqdm.std import tqdm  # here and not above: a tenth of the time that importing kaun takes
+
+        self._format: Callable[..., str] = tqdm.format_meter
         self._stream = stream
         self._start = monotonic()
         self._last_step, self._last_time = done, self._start
@@ -205,7 +214,7 @@ class _Lines:
 
     def _print(self, step: int, loss: float | None, rate: float | None) -> None:
         elapsed = monotonic() - self._start
-        line = tqdm.format_meter(n=step, elapsed=elapsed, rate=rate, postfix=_loss(loss), **self._fixed)
+        line = self._format(n=step, elapsed=elapsed, rate=rate, postfix=_loss(loss), **self._fixed)
         print(line, file=self._stream, flush=True)
 
 

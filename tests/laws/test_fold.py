@@ -1,0 +1,178 @@
+"""Laws 1, 2 and 9: step is a function, fit is its fold, randomness is a function of (run key, step)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kaun
+from kaun import Context, Data, Layer, Vars, layers, losses, rng
+
+MODELS = ["mlp", "norms", "cnn", "attention"]
+OPTIMIZERS = ["adam", "adamw_schedule", "nesterov", "multi_steps", "inject", "ema"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_fit_is_the_fold_of_step_byte_for_byte(zoo, model, optimizer):
+    trainer, state = zoo.trainer(model, optimizer)
+    data = zoo.data(model)
+    seen = []
+    fitted = trainer.fit(state, data, report=lambda step, loss, state: seen.append((step, loss)))
+    states, folded = zoo.fold(trainer, state, data)
+    assert zoo.bytes(fitted) == zoo.bytes(states[-1])
+    assert seen == list(enumerate(folded, start=1))
+    assert zoo.bytes(trainer.fit(state, data)) == zoo.bytes(fitted), "a report must not change the bytes"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_step_is_a_function_and_leaves_its_arguments_alone(zoo, model):
+    trainer, state = zoo.trainer(model)
+    (x, loss), *_ = zoo.data(model)
+    before, x_before = zoo.bytes(state), x.tobytes()
+    first = trainer.step(state, x, loss=loss)
+    second = trainer.step(state, x, loss=loss)
+    assert zoo.bytes(first) == zoo.bytes(second)
+    assert zoo.bytes(state) == before and x.tobytes() == x_before
+    other, _ = zoo.trainer(model)
+    assert zoo.bytes(other.step(state, x, loss=loss)) == zoo.bytes(first), "nor may the trainer remember anything"
+
+
+@pytest.mark.parametrize("model", ["norms", "attention"])
+def test_same_seed_same_run_other_seed_other_run(zoo, model):
+    def run(seed):
+        trainer, state = zoo.trainer(model, seed=seed)
+        return zoo.bytes(trainer.fit(state, zoo.data(model, seed=seed, epochs=1)))
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_a_step_draws_by_run_key_and_step_number_alone(zoo):
+    trainer, state = zoo.trainer("norms")
+    (x, loss), *_ = zoo.data("norms")
+    with rng.scope(123):
+        rng.next_key()
+        inside, _ = trainer.step(state, x, loss=loss)
+    outside, _ = trainer.step(state, x, loss=loss)
+    assert float(inside) == float(outside)
+    later, _ = trainer.step(state.replace(step=state.step + 1), x, loss=loss)
+    rekeyed, _ = trainer.step(state.replace(key=jax.random.key(99)), x, loss=loss)
+    assert len({float(outside), float(later), float(rekeyed)}) == 3
+
+
+def test_one_run_key_is_drawn_besides_the_weights(zoo):
+    model = layers.linear(2, 2)
+    trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1))
+    with rng.scope(5):
+        made = trainer.init(dtype=jnp.float32)
+        after = rng.next_key()
+    with rng.scope(5):
+        vars = model.init(dtype=jnp.float32)
+        assert zoo.bytes(trainer.make_state(vars)) == zoo.bytes(made)
+        assert zoo.bytes(rng.next_key()) == zoo.bytes(after)
+
+
+@given(st.lists(st.integers(2, 6), min_size=1, max_size=8), st.integers(0, 2**31 - 1))
+@settings(max_examples=15, deadline=None)
+def test_fit_is_the_fold_for_any_sequence_of_batch_sizes(zoo_module, sizes, seed):
+    zoo, (trainer, state) = zoo_module
+    g = np.random.default_rng(seed)
+
+    def item(n):
+        x, y = g.normal(size=(n, 5)).astype(np.float32), g.integers(0, 3, n)
+        return x, lambda out: losses.cross_entropy_sparse(out, y)
+
+    items = [item(n) for n in sizes]
+    states, _ = zoo.fold(trainer, state, items)
+    assert zoo.bytes(trainer.fit(state, items)) == zoo.bytes(states[-1])
+
+
+@pytest.fixture(scope="module")
+def zoo_module(request):
+    import importlib.util
+    import pathlib
+
+    spec = importlib.util.spec_from_file_location("laws_zoo", pathlib.Path(__file__).with_name("conftest.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    from types import SimpleNamespace
+
+    zoo = SimpleNamespace(bytes=module._bytes, fold=module._fold)
+    return zoo, module._trainer("norms")
+
+
+def test_items_may_bring_a_context_of_their_own(zoo):
+    """A Context of an item overrides the names of fit's, for that step only."""
+
+    def apply(vars, x, *, training, ctx):
+        return x @ vars.params["w"] * ctx["scale"] + ctx["shift"], vars
+
+    init = lambda *, dtype: Vars(params={"w": jnp.ones((2, 1), dtype)}, state={}, dtype=dtype)
+    trainer = kaun.Trainer(model=Layer(init=init, apply=apply), optimizer=optax.sgd(0.1))
+    state = trainer.init()
+    x, y = jnp.ones((3, 2)), jnp.zeros((3, 1))
+    loss = lambda out: losses.mse(out, y)
+    ctx = Context(scale=jnp.float32(1), shift=jnp.float32(0))
+    own = Context(scale=jnp.float32(3))
+    items = [(x, loss), (x, loss, own), (x, loss)]
+    fitted = trainer.fit(state, items, ctx=ctx)
+    expected = state
+    for c in (ctx, ctx.merge(own), ctx):
+        _, expected = trainer.step(expected, x, loss=loss, ctx=c)
+    assert zoo.bytes(fitted) == zoo.bytes(expected)
+
+
+def test_inputs_and_outputs_may_be_any_pytree(zoo):
+    def apply(vars, x, *, training, ctx):
+        out = x["a"] @ vars.params["w"] + x["more"][0]
+        return {"sum": out, "pair": (out * 2.0, out.mean())}, vars
+
+    init = lambda *, dtype: Vars(params={"w": jnp.full((2, 1), 0.5, dtype)}, state={}, dtype=dtype)
+    trainer = kaun.Trainer(model=Layer(init=init, apply=apply), optimizer=optax.adam(0.1))
+    state = trainer.init()
+    x = {"a": np.ones((3, 2), np.float32), "more": (np.zeros((3, 1), np.float32),)}
+    items = [(x, lambda out: losses.mse(out["sum"], out["pair"][0]) + out["pair"][1])] * 4
+    states, _ = zoo.fold(trainer, state, items)
+    assert zoo.bytes(trainer.fit(state, items)) == zoo.bytes(states[-1])
+    predicted = trainer.predict(state, x)
+    assert sorted(predicted) == ["pair", "sum"] and predicted["sum"].shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax.polyak_sgd(max_learning_rate=0.1),
+        lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, cooldown=0)),
+        lambda: optax.lbfgs(),
+    ],
+    ids=["polyak", "reduce_on_plateau", "lbfgs"],
+)
+def test_optimizers_with_extra_arguments_receive_them(zoo, make):
+    """Against the loop that optax's documentation shows, and as a fold."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        optimizer = make()
+        trainer = kaun.Trainer(model=layers.linear(3, 1), optimizer=optimizer)
+        with rng.scope(0):
+            state = trainer.init()
+        g = np.random.default_rng(0)
+        x = jnp.asarray(g.normal(size=(8, 3)), jnp.float32)
+        y = x @ jnp.array([[1.0], [2.0], [3.0]])
+        data = Data.repeat(8, (x, lambda out: losses.mse(out, y)))
+        fitted = trainer.fit(state, data)
+        states, _ = zoo.fold(trainer, state, data)
+        assert zoo.bytes(fitted) == zoo.bytes(states[-1])
+
+        def f(p):
+            return jnp.mean((x @ p["weight"] + p["bias"] - y) ** 2)
+
+        params, opt = state.vars.params, optimizer.init(state.vars.params)
+        for _ in range(8):
+            value, grad = jax.value_and_grad(f)(params)
+            updates, opt = optimizer.update(grad, opt, params, value=value, grad=grad, value_fn=f)
+            params = optax.apply_updates(params, updates)
+        assert f(fitted.vars.params) < f(state.vars.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), fitted.vars.params, params)

@@ -1,0 +1,329 @@
+"""Attention against a plain softmax in NumPy, its masks, and the laws of rotary embedding."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from kaun import Context, layers, rng
+
+quick = settings(max_examples=15, deadline=None)
+seeds = st.integers(0, 99)
+BATCH, SEQ, EMBED, HEADS = 2, 5, 8, 4
+
+
+def filled(layer, seed=0, dtype=jnp.float32):
+    """Variables of the layer with random numbers everywhere, made without compiling anything."""
+
+    def init():
+        with rng.scope(0):
+            return layer.init(dtype=dtype)
+
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.asarray(0.5 * random.normal(size=a.shape), a.dtype), jax.eval_shape(init))
+
+
+def normal(seed, shape=(BATCH, SEQ, EMBED)):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@functools.cache
+def attention(training=False, **options):
+    """A layer, and its output as a compiled function of variables, input and mask."""
+    layer = layers.multi_head_attention(EMBED, HEADS, **options)
+
+    def apply(variables, x, mask=None, key=None):
+        ctx = Context() if mask is None else Context(attention_mask=mask)
+        with rng.scope(jax.random.key(0) if key is None else key):
+            return layer.apply(variables, x, training=training, ctx=ctx)[0]
+
+    return layer, jax.jit(apply)
+
+
+def rotated(x, theta):
+    """Rotary embedding of [batch, seq, heads, size] by complex numbers, in float64."""
+    half = x.shape[-1] // 2
+    angles = np.arange(x.shape[1])[:, None] * theta ** (-2.0 * np.arange(half) / x.shape[-1])
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None, :]
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def by_hand(variables, x, allowed, kv_heads=HEADS, theta=None):
+    """Softmax attention, one head after the other; ``allowed`` is bool [batch, query, key]."""
+    w = {key: np.asarray(variables.params[key]["weight"], np.float64) for key in variables.params}
+    x, size = np.asarray(x, np.float64), EMBED // HEADS
+    q, k, v = ((x @ w[key]).reshape(*x.shape[:2], -1, size) for key in ("q_proj", "k_proj", "v_proj"))
+    if theta is not None:
+        q, k = rotated(q, theta), rotated(k, theta)
+    outs = []
+    for h in range(HEADS):
+        g = h // (HEADS // kv_heads)
+        scores = np.exp(q[:, :, h] @ k[:, :, g].transpose(0, 2, 1) / math.sqrt(size)) * allowed
+        total = scores.sum(-1, keepdims=True)
+        outs.append(np.divide(scores, total, out=np.zeros_like(scores), where=total > 0) @ v[:, :, g])
+    return np.concatenate(outs, axis=-1) @ w["out_proj"]
+
+
+everything = np.ones((BATCH, SEQ, SEQ), bool)
+past = np.tril(everything)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("rope", [False, True])
+def test_against_a_plain_softmax(is_causal, kv_heads, rope):
+    layer, apply = attention(is_causal=is_causal, num_kv_heads=kv_heads, rope=rope, rope_theta=100.0)
+    variables, x = filled(layer), normal(1)
+    mask = np.random.default_rng(2).random((BATCH, SEQ)) < 0.6
+    theta = 100.0 if rope else None
+    allowed = past if is_causal else everything
+    np.testing.assert_allclose(apply(variables, x), by_hand(variables, x, allowed, kv_heads, theta), rtol=1e-4, atol=1e-5)
+    expected = by_hand(variables, x, allowed & mask[:, None, :], kv_heads, theta)
+    np.testing.assert_allclose(apply(variables, x, mask), expected, rtol=1e-4, atol=1e-5)
+
+
+@given(seeds, st.permutations(range(SEQ)))
+@quick
+def test_without_a_mask_a_permuted_input_gives_the_permuted_output(seed, order):
+    layer, apply = attention()
+    variables, x = filled(layer, seed), normal(seed)
+    order = np.array(order)
+    np.testing.assert_allclose(apply(variables, x[:, order]), apply(variables, x)[:, order], rtol=1e-4, atol=1e-5)
+
+
+@given(seeds, st.integers(0, SEQ - 2), st.booleans(), st.booleans())
+@quick
+def test_causal_does_not_look_ahead(seed, time, rope, dropping):
+    layer, apply = attention(training=True, is_causal=True, rope=rope, dropout=0.4 if dropping else 0.0)
+    variables, x = filled(layer, seed), np.asarray(normal(seed))
+    other = np.concatenate([x[:, : time + 1], x[:, time + 1 :] + 1], axis=1)
+    before, after = (np.asarray(apply(variables, v)) for v in (x, other))
+    assert np.array_equal(before[:, : time + 1], after[:, : time + 1])
+    assert not np.array_equal(before[:, time + 1 :], after[:, time + 1 :])
+
+
+@given(seeds, st.lists(st.booleans(), min_size=BATCH * SEQ, max_size=BATCH * SEQ), st.booleans(), st.booleans())
+@quick
+def test_masked_positions_do_not_matter(seed, mask, is_causal, dropping):
+    layer, apply = attention(training=True, is_causal=is_causal, dropout=0.4 if dropping else 0.0)
+    variables, x = filled(layer, seed), np.asarray(normal(seed))
+    mask = np.array(mask).reshape(BATCH, SEQ)
+    other = np.where(mask[..., None], x, x + 1)
+    before, after = (np.asarray(apply(variables, v, mask)) for v in (x, other))
+    assert np.isfinite(before).all()
+    assert np.array_equal(before[mask], after[mask])
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_position_that_may_attend_to_nothing_takes_nothing(is_causal, dropping):
+    layer, apply = attention(training=True, is_causal=is_causal, dropout=0.4 if dropping else 0.0)
+    variables, x = filled(layer), normal(1)
+    mask = np.array([[0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+    y = np.asarray(apply(variables, x, mask))
+    dead = np.array([[is_causal, is_causal, False, False, False], [True] * 5])
+    assert not y[dead].any() and y[~dead].any(-1).all()
+    slopes = jax.grad(lambda v, x: (apply(v, x, mask) ** 2).sum(), argnums=(0, 1))(variables, x)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize("mask", [np.array([[3, 0, 1, -1, 0]] * 2), jnp.array([[1, 0, 1, 1, 0]] * 2, jnp.int8)])
+def test_an_integer_mask_keeps_what_is_not_zero(mask):
+    layer, apply = attention()
+    variables, x = filled(layer), normal(1)
+    assert jnp.array_equal(apply(variables, x, mask), apply(variables, x, np.asarray(mask) != 0))
+
+
+def test_a_mask_of_ones_is_no_mask():
+    layer, apply = attention(is_causal=True)
+    variables, x = filled(layer), normal(1)
+    assert jnp.array_equal(apply(variables, x, np.ones((BATCH, SEQ), bool)), apply(variables, x))
+
+
+def test_the_context_may_hold_other_names():
+    layer, apply = attention()
+    variables, x = filled(layer), normal(1)
+    y, after = layer.apply(variables, x, ctx=Context(segment=jnp.zeros(3)))
+    np.testing.assert_allclose(y, apply(variables, x), rtol=1e-6, atol=1e-6)
+    assert after is variables
+
+
+@pytest.mark.parametrize(("is_causal", "kv_heads"), [(False, 4), (True, 2)])
+def test_dropout_leaves_the_expectation(is_causal, kv_heads):
+    layer, apply = attention(training=True, dropout=0.3, is_causal=is_causal, num_kv_heads=kv_heads)
+    variables, x = filled(layer), normal(1)
+    allowed = past if is_causal else everything
+    keys = jax.random.split(jax.random.key(5), 2000)
+    draws = np.asarray(jax.vmap(lambda key: apply(variables, x, None, key))(keys), np.float64)
+    errors = draws.std(0) / math.sqrt(len(keys))
+    # Six standard errors of the mean over the draws, for each number.
+    assert (np.abs(draws.mean(0) - by_hand(variables, x, allowed, kv_heads)) < 6 * errors + 1e-5).all()
+    assert (draws.std(0) > 0.01).any()
+
+
+def test_dropout_drops_weights_not_outputs():
+    layer, apply = attention(training=True, dropout=0.5)
+    eye = {key: {"weight": jnp.eye(EMBED)} for key in ("v_proj", "out_proj")}
+    zero = {key: {"weight": jnp.zeros((EMBED, EMBED))} for key in ("q_proj", "k_proj")}
+    variables = filled(layer).replace(params={**eye, **zero})
+    # Equal weights of 1/5 and values 2**i: an output is 2/5 of the sum of those that stayed.
+    x = jnp.broadcast_to(2.0 ** jnp.arange(SEQ)[None, :, None], (BATCH, SEQ, EMBED))
+    kept = np.asarray(apply(variables, x)) * SEQ / 2
+    np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
+    heads = kept.reshape(BATCH, SEQ, HEADS, EMBED // HEADS)
+    assert np.allclose(heads, heads[..., :1], atol=1e-4)
+    assert len(np.unique(heads[..., 0].round())) > 10
+
+
+def test_dropout_is_off_in_evaluation():
+    layer, apply = attention(dropout=0.5)
+    variables, x = filled(layer), normal(1)
+    assert jnp.array_equal(apply(variables, x), attention()[1](variables, x))
+
+
+def test_the_path_with_dropout_is_the_library_function_when_next_to_nothing_is_dropped():
+    for options in ({}, {"is_causal": True, "num_kv_heads": 2}):
+        layer, apply = attention(training=True, dropout=1e-9, **options)
+        variables, x, mask = filled(layer), normal(1), np.array([[1, 1, 0, 1, 1], [1, 0, 1, 0, 1]])
+        np.testing.assert_allclose(apply(variables, x, mask), attention(**options)[1](variables, x, mask), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_half_precision(dtype, dropout):
+    layer, apply = attention(training=True, is_causal=True, rope=True, dropout=dropout)
+    variables, x = filled(layer), normal(1)
+    half = filled(layer, dtype=dtype)
+    y = apply(half, x.astype(dtype), np.ones((BATCH, SEQ), bool))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.astype(jnp.float32), apply(variables, x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients(dropout):
+    layer, apply = attention(training=True, is_causal=True, rope=True, num_kv_heads=2, dropout=dropout)
+    variables, x = filled(layer), normal(1)
+    mask = np.array([[1, 1, 0, 1, 1], [0, 0, 1, 1, 1]], bool)
+    check_grads(lambda p, x: apply(variables.replace(params=p), x, mask), (variables.params, x), 1, rtol=2e-2, atol=2e-2)
+
+
+def test_parameters():
+    shapes = {k: {n: a.shape for n, a in v.items()} for k, v in filled(layers.multi_head_attention(8, 4, 2)).params.items()}
+    assert shapes == {
+        "q_proj": {"weight": (8, 8)}, "k_proj": {"weight": (8, 4)}, "v_proj": {"weight": (8, 4)}, "out_proj": {"weight": (8, 8)},
+    }  # fmt: skip
+    ones = layers.multi_head_attention(2, 1, weight_init=jax.nn.initializers.ones).init(dtype=jnp.float32)
+    assert all(leaf.tolist() == [[1, 1], [1, 1]] for leaf in jax.tree.leaves(ones.params)) and ones.state == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((6, 4), r"\(embed_dim=6, num_heads=4\): the heads must divide embed_dim evenly, received 6 / 4 = 1\.5\. Write embed_dim=8"),
+        ((8, 4, 3), r"\(num_heads=4, num_kv_heads=3\): num_kv_heads must divide .* 4 / 3 = 1\.33333\. Write num_kv_heads=1"),
+        ((0, 4), r"\(embed_dim=\.\.\.\) expected an int of at least 1, received 0"),
+        ((8, 0), r"\(num_heads=\.\.\.\) expected an int of at least 1, received 0"),
+        ((8, 4, 0), r"\(num_kv_heads=\.\.\.\) expected an int of at least 1, received 0"),
+        ((8, 4, None, 1.0), r"\(dropout=\.\.\.\) expected a number in \[0, 1\), received 1\.0"),
+        ((8, 4, None, 0.0, False, True, 0.0), r"\(rope_theta=\.\.\.\) expected a finite number above 0, received 0\.0"),
+        ((12, 4, None, 0.0, False, True), r"rope=True\) rotates pairs and needs an even head size, received 12 / 4 = 3\. Write embed_dim=24"),
+    ],
+)
+def test_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=r"^multi_head_attention" + message):
+        layers.multi_head_attention(*arguments)
+
+
+def test_other_inputs_name_the_layer():
+    model = layers.sequential([layers.multi_head_attention(8, 4)])
+    variables = filled(model)
+    with pytest.raises(ValueError, match=r"multi_head_attention\(8, 4\) at '0' expected float32\[batch, seq, 8\], received float32\[2, 5, 6\]"):
+        model.apply(variables, jnp.ones((2, 5, 6)))
+    with pytest.raises(ValueError, match=r"at '0' expected float32\[batch, seq, 8\], received float32\[5, 8\]: 2 axes instead of 3"):
+        model.apply(variables, jnp.ones((5, 8)))
+    with pytest.raises(TypeError, match=r"at '0' expected float32\[batch, seq, 8\], received int32\[2, 5, 8\]"):
+        model.apply(variables, jnp.ones((2, 5, 8), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "received"),
+    [
+        (np.ones((2, 4), bool), ValueError, r"received bool\[2, 4\]\. It says for each position"),
+        (np.ones((2, 1, 1, 5), bool), ValueError, r"received bool\[2, 1, 1, 5\]"),
+        (np.ones((2, 5), np.float32), TypeError, r"received float32\[2, 5\]\. Write Context\(attention_mask=mask != 0\)"),
+        (None, TypeError, "received NoneType"),
+    ],
+)
+def test_other_masks_name_the_layer(mask, kind, received):
+    model = layers.sequential([layers.multi_head_attention(8, 4)])
+    message = r"multi_head_attention\(8, 4\) at '0' expected ctx\['attention_mask'\] as bool or int \[2, 5\], \[batch, seq\], " + received
+    with pytest.raises(kind, match=message):
+        model.apply(filled(model), normal(0), ctx=Context(attention_mask=mask))
+
+
+def test_repr():
+    assert repr(layers.multi_head_attention(8, 4)) == "multi_head_attention(8, 4)"
+    layer = layers.multi_head_attention(8, 4, 2, dropout=0.1, is_causal=True, rope=True)
+    assert repr(layer) == "multi_head_attention(8, 4, num_kv_heads=2, dropout=0.1, is_causal=True, rope=True)"
+
+
+@given(seeds, st.sampled_from([10000.0, 50.0]))
+@quick
+def test_rope_against_complex_numbers(seed, theta):
+    x = normal(seed, (2, 6, 3, 4))
+    np.testing.assert_allclose(layers.rope(x, theta, seq_axis=1), rotated(np.asarray(x, np.float64), theta), rtol=1e-4, atol=1e-5)
+
+
+@given(seeds, st.integers(0, 5), st.integers(0, 5), st.integers(0, 10))
+@quick
+def test_rope_is_relative(seed, i, j, shift):
+    q, k = normal(seed, (8,)), normal(seed + 1, (8,))
+    everywhere = [np.asarray(layers.rope(np.broadcast_to(v, (16, 8))), np.float64) for v in (q, k)]
+    near, far = (everywhere[0][i + s] @ everywhere[1][j + s] for s in (0, shift))
+    assert near == pytest.approx(far, rel=1e-4, abs=1e-4)
+
+
+@given(seeds)
+@quick
+def test_rope_keeps_lengths_and_the_first_position(seed):
+    x = normal(seed, (3, 7, 6))
+    y = layers.rope(x)
+    assert jnp.array_equal(y[:, 0], x[:, 0])
+    np.testing.assert_allclose(np.linalg.norm(y, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
+
+
+def test_rope_axes():
+    x = normal(0, (2, 6, 3, 4))
+    swapped = layers.rope(x.swapaxes(1, 2), seq_axis=-2).swapaxes(1, 2)
+    for axis in (1, -3):
+        np.testing.assert_allclose(layers.rope(x, seq_axis=axis), swapped, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rope_computes_angles_in_float32(dtype):
+    # In bfloat16 the position 4001 would be 4000, in float16 the angle would be off by a radian.
+    x = jnp.ones((4002, 2), dtype)
+    y = layers.rope(x)
+    assert y.dtype == dtype
+    assert jnp.array_equal(y, layers.rope(x.astype(jnp.float32)).astype(dtype))
+
+
+@pytest.mark.parametrize("axis", [-1, 1, 2, -3])
+def test_rope_refuses_other_axes(axis):
+    with pytest.raises(ValueError, match=rf"rope expected seq_axis to name an axis before the last, received seq_axis={axis} for float32\[4, 2\]"):
+        layers.rope(jnp.ones((4, 2)), seq_axis=axis)
+
+
+def test_rope_refuses_other_inputs():
+    with pytest.raises(ValueError, match=r"rope rotates pairs and needs an even last axis, received float32\[4, 3\]"):
+        layers.rope(jnp.ones((4, 3)))
+    with pytest.raises(TypeError, match=r"rope expected float\[\.\.\., channels\], received int32\[4, 2\]"):
+        layers.rope(jnp.ones((4, 2), jnp.int32))
+    with pytest.raises(ValueError, match=r"rope\(theta=\.\.\.\) expected a finite number above 0, received -1\.0"):
+        layers.rope(jnp.ones((4, 2)), theta=-1.0)

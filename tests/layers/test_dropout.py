@@ -1,0 +1,105 @@
+"""The dropout layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kaun import layers, rng
+
+quick = settings(max_examples=20, deadline=None)
+
+
+def apply(layer, x, seed=0, training=True):
+    with rng.scope(seed):
+        return layer.apply(layer.init(dtype=jnp.float32), x, training=training)[0]
+
+
+@given(st.floats(0.05, 0.95), st.integers(0, 99))
+@quick
+def test_zeroes_the_share_and_scales_the_rest(rate, seed):
+    n = 4000
+    y = np.asarray(apply(layers.dropout(rate), jnp.full(n, 3.0), seed))
+    kept = y != 0
+    # Binomial: six standard deviations, so that no seed is unlucky.
+    assert abs(kept.mean() - (1 - rate)) < 6 * (rate * (1 - rate) / n) ** 0.5
+    np.testing.assert_allclose(y[kept], 3.0 / (1 - rate), rtol=1e-6)
+    assert abs(y.mean() - 3.0) < 6 * 3.0 * (rate / (1 - rate) / n) ** 0.5
+
+
+@given(st.floats(0, 0.95), st.integers(0, 99))
+@quick
+def test_the_mask_is_a_function_of_the_key(rate, seed):
+    layer, x = layers.dropout(rate), jnp.ones((8, 8))
+    assert jnp.array_equal(apply(layer, x, seed), apply(layer, x, seed))
+
+
+def test_two_layers_drop_independently():
+    layer, x = layers.dropout(0.5), jnp.ones(100)
+    with rng.scope(0):
+        variables = layer.init(dtype=jnp.float32)
+        first, second = (layer.apply(variables, x, training=True)[0] for _ in range(2))
+    assert not jnp.array_equal(first, second)
+
+
+@pytest.mark.parametrize(("rate", "training"), [(0.5, False), (0.0, True), (0, False)])
+def test_is_the_identity_and_draws_no_key(rate, training):
+    layer, x = layers.dropout(rate), jnp.arange(4.0)
+    with rng.scope(0):
+        assert jnp.array_equal(layer.apply(layer.init(dtype=jnp.float32), x, training=training)[0], x)
+        key = rng.next_key()
+    with rng.scope(0):
+        assert key == rng.next_key()
+
+
+def test_the_gradient_goes_where_the_value_goes():
+    layer, x = layers.dropout(0.25), jnp.ones(64)
+    slopes = jax.grad(lambda x: apply(layer, x).sum())(x)
+    assert jnp.array_equal(slopes, apply(layer, x))
+
+
+def test_what_is_dropped_is_zero_even_from_infinity():
+    y = apply(layers.dropout(0.5), jnp.full(100, jnp.inf))
+    assert set(y.tolist()) == {0.0, float("inf")}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_keeps_the_dtype(dtype):
+    y = apply(layers.dropout(0.5), jnp.ones((4, 4), dtype))
+    assert y.dtype == dtype and set(y.astype(jnp.float32).ravel().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, 50])
+def test_a_rate_outside_is_refused(rate):
+    with pytest.raises(ValueError, match=r"dropout\(rate=\.\.\.\) expected a number in \[0, 1\), received"):
+        layers.dropout(rate)
+
+
+def test_an_integer_input_is_refused():
+    with pytest.raises(TypeError, match=r"dropout\(0\.5\) expected float\[\.\.\., channels\], received int32\[3\]"):
+        apply(layers.dropout(0.5), jnp.arange(3), training=False)
+
+
+def test_a_compiled_function_with_its_scope_outside_is_refused():
+    layer = layers.dropout(0.5)
+    variables = layer.init(dtype=jnp.float32)
+    compiled = jax.jit(lambda x: layer.apply(variables, x, training=True)[0])
+    with rng.scope(0), pytest.raises(RuntimeError, match="frozen into the compiled program"):
+        compiled(jnp.ones(3))
+
+
+def test_compiled_with_its_scope_inside_it_is_the_same():
+    layer, x = layers.dropout(0.5), jnp.ones((8, 8))
+
+    @jax.jit
+    def compiled(key, x):
+        with rng.scope(key):
+            return layer.apply(layer.init(dtype=jnp.float32), x, training=True)[0]
+
+    assert jnp.array_equal(compiled(jax.random.key(0), x), apply(layer, x))
+
+
+def test_repr():
+    assert repr(layers.dropout(0.5)) == "dropout(0.5)"
