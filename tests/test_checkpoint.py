@@ -17,7 +17,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kaun import Context, Vars, checkpoint, rng
+from kaun import Context, Data, Trainer, Vars, checkpoint, layers, losses, rng
 
 DTYPES = [
     *(np.bool_, np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16, np.int32, np.int64),
@@ -196,6 +196,27 @@ def test_optimizer_states_come_back(file, optimizer):
         _, after = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
     assert same(round_trip(file, state), state)
     assert same(round_trip(file, after), after)
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(file):
+    model = layers.sequential([layers.linear(3, 4), layers.batch_norm(4), layers.dropout(0.5), layers.linear(4, 1)])
+    trainer = Trainer(model=model, optimizer=optax.adam(0.1))
+
+    def init():
+        with rng.scope(0):
+            return trainer.init(dtype=jnp.float32)
+
+    x, y = np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3), np.ones((8, 1), np.float32)
+    batches = Data.repeat(3, (x, lambda out: losses.mse(out, y)))
+    halfway = trainer.fit(init(), batches)
+    compiled = len(trainer.compilations)
+    checkpoint.save(file, halfway)
+    for like in (init(), jax.eval_shape(init)):
+        resumed = checkpoint.load(file, like=like)
+        assert same(resumed, halfway)
+        assert same(trainer.fit(resumed, batches), trainer.fit(halfway, batches))
+    assert len(trainer.compilations) == compiled
+    assert "vars.params.0.weight" in safetensors.numpy.load_file(file)
 
 
 def test_a_tree_of_shapes_is_a_template(file):
@@ -428,6 +449,16 @@ def test_an_array_that_cannot_be_read_names_its_leaf(file):
     with pytest.raises(jax.errors.TracerArrayConversionError) as traced:
         jax.jit(lambda x: checkpoint.save(file, {"w": x}))(jnp.ones(2))
     assert "checkpoint.save was reading leaf 'w'." in traced.value.__notes__
+
+
+def test_what_is_no_tree_is_an_error(file):
+    with pytest.raises(TypeError, match=r"checkpoint\.save: the tree itself is a Trainer; a file holds"):
+        checkpoint.save(file, Trainer(model=layers.linear(2, 2), optimizer=optax.sgd(0.1)))
+    checkpoint.save(file, jnp.ones(2))
+    with pytest.raises(TypeError, match=r"checkpoint\.load: the tree itself of `like` is a str"):
+        checkpoint.load(file, like="text")
+    with pytest.raises(ValueError, match=r"the tree: expected float32\[3\], found float32\[2\]"):
+        checkpoint.load(file, like=jnp.ones(3))
 
 
 def test_a_template_leaf_of_another_type_is_an_error(file):

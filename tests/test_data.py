@@ -3,6 +3,8 @@
 import contextvars
 import gc
 import itertools
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -733,6 +735,17 @@ def test_an_iterator_dropped_by_its_own_thread_does_not_wait_for_itself():
     consumer_waits.set()
     assert until(lambda: not prefetch_threads())
     assert dropped_by == ["kaun prefetch"]
+
+
+def test_an_iterator_left_open_at_exit_does_not_abort_python():
+    program = (
+        "import itertools, jax.numpy as jnp\n"
+        "from kaun.data import Data\n"
+        "it = iter(Data.from_iterable(lambda: itertools.count()).map(lambda i: jnp.ones(3) * i).prefetch(2))\n"
+        "print(next(it).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0.0, 0.0, 0.0]\n", "")
 
 
 def test_prefetch_sees_the_context_of_its_consumer():

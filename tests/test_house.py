@@ -32,7 +32,7 @@ LEVELS = [
         "layers.parts",
         "layers.pool",
     },
-    {"staging", "hook", "compiled"},
+    {"staging", "hook", "compiled", "optimizer", "state"},
     {"checkpoint", "train"},
     {"reports", "reports.core", "reports.history", "reports.progress"},
     {"interop"},

@@ -23,11 +23,7 @@ rare_ids = st.sampled_from([(0, 1), (3,), (1, 4), (2, 3, 4)]).flatmap(
 )
 REFERENCE = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
 AVERAGES = ("macro", "micro", "weighted")
-compiled = {
-    (name, average): jax.jit(lambda p, t, f=getattr(metrics, name), a=average: f(p, t, a))
-    for name in REFERENCE
-    for average in AVERAGES
-}
+compiled = {name: jax.jit(getattr(metrics, name), static_argnums=2) for name in REFERENCE}
 
 
 def scores_for(predicted, seed=0):
@@ -40,7 +36,7 @@ def scores_for(predicted, seed=0):
 
 
 @given(ids | rare_ids, ids | rare_ids, st.integers(0, 99))
-@quick
+@settings(max_examples=20, deadline=None)
 def test_they_are_scikit_learns(predicted, targets, seed):
     scores = scores_for(predicted, seed)
     assert metrics.accuracy(scores, targets) == accuracy_score(targets, predicted)
@@ -52,7 +48,7 @@ def test_they_are_scikit_learns(predicted, targets, seed):
             assert type(score) is float
             assert score == pytest.approx(expected, rel=1e-14)
             assert getattr(metrics, name)(predicted, targets, average, num_classes=CLASSES) == score
-            assert float(compiled[name, average](scores, targets)) == pytest.approx(expected, rel=1e-6)
+            assert float(compiled[name](scores, targets, average)) == pytest.approx(expected, rel=1e-6)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=ROWS, max_size=ROWS))
@@ -231,13 +227,13 @@ def test_the_average_is_one_of_three(name):
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-@pytest.mark.parametrize("num_classes", [None, 2.0, "2"])
+@pytest.mark.parametrize("num_classes", [None, 0, -2, 2.0, "2"])
 def test_class_ids_need_the_number_of_classes(name, num_classes):
     f, predicted, targets = getattr(metrics, name), np.array([0, 1]), np.array([0, 1])
     message = rf"{name} of class ids expected the number of classes, received num_classes={num_classes!r}\. Write {name}\(predictions, targets, num_classes=10\), or pass scores"
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         f(predicted, targets, num_classes=num_classes)
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         jax.jit(lambda p, t: f(p, t, num_classes=num_classes))(predicted, targets)
     assert f(predicted, targets, num_classes=np.int64(2)) == 1.0
 
@@ -246,6 +242,8 @@ def test_the_number_of_classes_is_that_of_the_columns():
     f, scores, targets = CALLS["precision"]
     with pytest.raises(ValueError, match=r"precision expected as many classes as the scores have columns, received num_classes=3 and predictions float32\[3, 5\]\. Leave num_classes out"):
         f(scores, targets, num_classes=3)
+    with pytest.raises(ValueError, match=r"received num_classes=2147483647"):
+        f(scores, targets, num_classes=2**31 - 1)
     assert f(scores, targets, num_classes=CLASSES) == f(scores, targets)
 
 
@@ -274,10 +272,11 @@ def test_class_ids_have_the_shape_of_the_targets():
 @pytest.mark.parametrize("name", ["accuracy", "precision"])
 def test_class_ids_are_integers(name):
     f, scores, targets = CALLS[name]
+    classes = {} if name == "accuracy" else {"num_classes": 2}
     with pytest.raises(TypeError, match=rf"{name} expected integer class indices for targets, received float32\[3\]\. Write targets\.astype\(jnp\.int32\)\."):
         f(scores, targets.astype(np.float32))
     with pytest.raises(TypeError, match=rf"{name} expected integer class indices for predictions, received bool\[3\]\. Write predictions\.astype"):
-        f(targets.astype(bool), targets)
+        f(targets.astype(bool), targets, **classes)
 
 
 def test_binary_accuracy_wants_scores_and_hard_labels():

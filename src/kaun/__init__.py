@@ -12,5 +12,5 @@ from kaun.data import Data as Data
 from kaun.errors import EarlyStop as EarlyStop
 from kaun.layers.core import Layer as Layer
 from kaun.layers.core import Vars as Vars
+from kaun.state import TrainState as TrainState
 from kaun.train import Trainer as Trainer
-from kaun.train import TrainState as TrainState

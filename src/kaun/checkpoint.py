@@ -114,7 +114,7 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
     for name, leaf in wanted.items():
         if not (is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or type(leaf) in _SCALARS):
             raise TypeError(
-                f"checkpoint.load: leaf {name!r} of `like` is a {type(leaf).__name__}; a leaf is an array, a "
+                f"checkpoint.load: {_leaf(name)} of `like` is a {type(leaf).__name__}; a leaf is an array, a "
                 "jax.ShapeDtypeStruct, a bool, an int or a float. Take it out of `like`."
             )
     found = _read(file)
@@ -135,13 +135,13 @@ def _encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     if type(leaf) in _SCALARS:
         if kind == "int" and not -(2**63) <= leaf < 2**63:
             raise ValueError(
-                f"checkpoint.save: leaf {name!r} is the int {leaf}, which does not fit in 64 bits. Save it in parts, "
+                f"checkpoint.save: {_leaf(name)} is the int {leaf}, which does not fit in 64 bits. Save it in parts, "
                 "divmod(n, 2**62)."
             )
         return np.asarray(leaf, _STORED[kind]), kind
     if not is_array(leaf) or isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(
-            f"checkpoint.save: leaf {name!r} is a {kind}; a file holds JAX and NumPy arrays, typed keys, bool, int and "
+            f"checkpoint.save: {_leaf(name)} is a {kind}; a file holds JAX and NumPy arrays, typed keys, bool, int and "
             "float. Take it out of the tree, or make arrays of it."
         )
     try:
@@ -150,14 +150,18 @@ def _encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
         # safetensors writes an array's raw buffer whatever its strides. (np.ascontiguousarray would give 0-d an axis.)
         array = np.asarray(leaf, order="C")
     except Exception as err:
-        err.add_note(f"checkpoint.save was reading leaf {name!r}.")
+        err.add_note(f"checkpoint.save was reading {_leaf(name)}.")
         raise
     if array.dtype.newbyteorder("=") not in _DTYPES.values():
         raise TypeError(
-            f"checkpoint.save: leaf {name!r} is {describe(leaf)}, a dtype that a safetensors file cannot hold. Convert "
+            f"checkpoint.save: {_leaf(name)} is {describe(leaf)}, a dtype that a safetensors file cannot hold. Convert "
             f"it to one of {', '.join(str(dtype) for dtype in _DTYPES.values())}: leaf.astype(...)."
         )
     return (array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))), None
+
+
+def _leaf(name: str) -> str:
+    return f"leaf {name!r}" if name else "the tree itself"
 
 
 def _is_key(leaf: Any) -> bool:
@@ -217,14 +221,14 @@ def _read(file: Path) -> dict[str, Any]:
 def _decode(name: str, entry: dict[str, Any], kind: str | None) -> Any:
     code, shape = entry["dtype"], entry["shape"]
     if code not in _DTYPES:
-        raise ValueError(f"leaf {name!r} is of dtype {code}, which kaun does not read")
+        raise ValueError(f"{_leaf(name)} is of dtype {code}, which kaun does not read")
     array = np.frombuffer(entry["data"], _DTYPES[code]).reshape(shape)
     if kind is None:
         return array
     if kind.startswith("key "):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key "))
     if kind not in _STORED or array.dtype != _STORED[kind] or array.shape != ():
-        raise ValueError(f"leaf {name!r} is marked as {kind!r} and holds {describe(array)}")
+        raise ValueError(f"{_leaf(name)} is marked as {kind!r} and holds {describe(array)}")
     return array.item()
 
 
@@ -285,7 +289,7 @@ def _converted(name: str, value: np.ndarray[Any, Any], dtype: Any) -> np.ndarray
     lost = int(np.count_nonzero(np.isfinite(value) & ~np.isfinite(made)))
     if lost:
         raise ValueError(
-            f"checkpoint.load: {lost} of the {value.size} values of leaf {name!r} do not fit {np.dtype(dtype).name}. "
+            f"checkpoint.load: {lost} of the {value.size} values of {_leaf(name)} do not fit {np.dtype(dtype).name}. "
             f"Load it as it is, a jnp.{value.dtype.name} leaf in `like`, and scale it before converting."
         )
     return made

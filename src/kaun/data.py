@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import functools
 import itertools
@@ -694,6 +695,16 @@ def _ahead(open: Callable[[], Iterator[Any]], n: int) -> Iterator[Any]:
     run = contextvars.copy_context().run
     # The thread must not refer to this generator, or dropping it would not end it. Daemon for a source that hangs.
     thread = threading.Thread(target=run, args=(_pull, open, ready, slots, stopped), name="kaun prefetch", daemon=True)
+
+    def end() -> None:
+        stopped.set()
+        slots.release()
+        # Wait, so that the next pass over the same loader does not meet this thread in it; not for ever, it may hang.
+        if thread.is_alive() and thread is not threading.current_thread():
+            thread.join(timeout=2.0)
+
+    # An iterator may still be referred to when Python exits, and a thread inside JAX would then abort the process.
+    atexit.register(end)
     try:
         thread.start()
         while True:
@@ -709,11 +720,8 @@ def _ahead(open: Callable[[], Iterator[Any]], n: int) -> Iterator[Any]:
                 case _:
                     return
     finally:
-        stopped.set()
-        slots.release()
-        # Wait, so that the next pass over the same loader does not meet this thread in it; not for ever, it may hang.
-        if thread.is_alive() and thread is not threading.current_thread():
-            thread.join(timeout=2.0)
+        atexit.unregister(end)
+        end()
 
 
 def _pull(open: Callable[[], Iterator[Any]], ready: Any, slots: threading.Semaphore, stopped: threading.Event) -> None:

@@ -69,7 +69,7 @@ def take_apart(loss: Callable[..., Any]) -> tuple[Hashable, list[Any]]:
         CaptureError: when it captures what a compiled step could not follow (an iterator, a random generator, an array
             of objects), or assigns to a variable outside of itself.
     """
-    if type(loss) is Frozen:
+    if isinstance(loss, Frozen):
         return loss.key, loss.arrays
     walk = _Walk(loss)
     try:
@@ -263,7 +263,7 @@ def _cells(walk: _Walk, closure: tuple[types.CellType, ...]) -> Token:
 
 def _is_empty(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents  # noqa: B018  # pyright: ignore[reportUnusedExpression]
+        cell.cell_contents  # noqa: B018
     except ValueError:
         return True
     return False

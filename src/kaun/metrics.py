@@ -43,7 +43,7 @@ def accuracy(predictions: Array, targets: Array) -> Score:
     >>> metrics.accuracy(jnp.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), jnp.array([0, 1, 1]))
     0.6666666666666666
     """
-    predicted, wanted, valid, _ = _class_ids("accuracy", predictions, targets, None)
+    predicted, wanted, valid, _ = _class_ids("accuracy", predictions, targets, 2**31 - 1)
     return _share(predicted == wanted, valid)
 
 
@@ -263,12 +263,16 @@ class _Total:
 
 
 def _exact(values: list[float]) -> list[float]:
-    """The sum, correctly rounded, and what the rounding left, so that nothing is lost when more is added."""
+    """The exact sum as a few floats: the rounded sum, what the rounding left, and so on."""
+    parts: list[float] = []
     try:
-        total = math.fsum(values)
+        while rest := math.fsum([*values, *(-part for part in parts)]):
+            if not math.isfinite(rest):
+                return [rest]
+            parts.append(rest)
     except (OverflowError, ValueError):  # beyond the largest float, or inf - inf
         return [sum(values)]
-    return [total, math.fsum([*values, -total])] if math.isfinite(total) else [total]
+    return parts
 
 
 def _means(where: str, f: Any, data: Any) -> dict[str, float]:
@@ -333,10 +337,10 @@ class _Counts(NamedTuple):
 
 def _class_counts(where: str, predictions: Any, targets: Any, num_classes: int | None) -> _Counts:
     predicted, wanted, valid, classes = _class_ids(where, predictions, targets, num_classes)
-    if not isinstance(classes, (int, np.integer)) or classes < 1:
+    if num_classes not in (None, classes):
         raise ValueError(
-            f"{where} of class ids expected the number of classes, received num_classes={classes!r}. Write "
-            f"{where}(predictions, targets, num_classes=10), or pass scores [..., classes]."
+            f"{where} expected as many classes as the scores have columns, received num_classes={num_classes!r} and "
+            f"predictions {tree.describe(predictions)}. Leave num_classes out."
         )
     right, wrong = valid & (predicted == wanted), (valid & (predicted != wanted)).astype(jnp.int32)
     none = jnp.zeros(classes, jnp.int32)
@@ -375,24 +379,21 @@ def _share(right: jax.Array, valid: jax.Array) -> Score:
     return int(right.sum()) / right.size if bool(valid.all()) else math.nan
 
 
-def _class_ids(
-    where: str, predictions: Any, targets: Any, num_classes: int | None
-) -> tuple[jax.Array, jax.Array, jax.Array, int | None]:
-    """Predicted and wanted class ids, which rows can be counted, and the number of classes, None where unknown."""
+def _class_ids(where: str, predictions: Any, targets: Any, num_classes: int | None) -> tuple[Any, Any, Any, int]:
+    """Predicted and wanted ids, which rows can be counted, how many classes (the scores' or, of ids, num_classes)."""
     scores, labels = as_array(where, "predictions", predictions), as_array(where, "targets", targets)
     not_empty(where, "predictions", scores)
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        equal_shapes(where, "predictions", scores, "targets", labels)
-        classes = 2**31 - 1 if num_classes is None else num_classes  # any id that int32 holds
-        predicted, known = class_indices(where, "predictions", predictions, classes)
+    if jnp.issubdtype(scores.dtype, jnp.floating):
+        index_shape(where, "predictions", scores, "targets", labels)
+        classes = scores.shape[-1]
         wanted, valid = class_indices(where, "targets", targets, classes)
-        return predicted, wanted, valid & known, num_classes
-    index_shape(where, "predictions", scores, "targets", labels)
-    classes = scores.shape[-1]
-    if num_classes not in (None, classes):
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32), wanted, valid & ~jnp.isnan(scores).any(axis=-1), classes
+    if not isinstance(num_classes, (int, np.integer)) or num_classes < 1:
         raise ValueError(
-            f"{where} expected as many classes as the scores have columns, received num_classes={num_classes!r} and "
-            f"predictions {tree.describe(scores)}. Leave num_classes out."
+            f"{where} of class ids expected the number of classes, received num_classes={num_classes!r}. Write "
+            f"{where}(predictions, targets, num_classes=10), or pass scores [..., classes]."
         )
-    wanted, valid = class_indices(where, "targets", targets, classes)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32), wanted, valid & ~jnp.isnan(scores).any(axis=-1), classes
+    equal_shapes(where, "predictions", scores, "targets", labels)
+    predicted, known = class_indices(where, "predictions", predictions, num_classes)
+    wanted, valid = class_indices(where, "targets", targets, num_classes)
+    return predicted, wanted, valid & known, int(num_classes)

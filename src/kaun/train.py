@@ -7,35 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from kaun import rng, tree
+from kaun import optimizer, rng, tree
 from kaun.compiled import Call, Compilation, Loop, Programs
 from kaun.context import Context
-from kaun.errors import locate
 from kaun.hook import Hook
 from kaun.layers.core import Layer, Vars
+from kaun.optimizer import Optimizer
+from kaun.state import TrainState
 
-__all__ = ["Loss", "Optimizer", "Report", "TrainState", "Trainer"]
+__all__ = ["Loss", "Report", "Trainer"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-
-class Optimizer(Protocol):
-    """Any object with optax's ``init`` and ``update``."""
-
-    @property
-    def init(self) -> Callable[[Any], Any]: ...
-    @property
-    def update(self) -> Callable[..., tuple[Any, Any]]: ...
 
 
 class Loss(Protocol):
@@ -48,72 +38,6 @@ class Report(Protocol):
     """Called after each step that it asked for; raises ``EarlyStop`` to end the fit."""
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None: ...
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class TrainState:
-    """Everything a training run carries from step to step; an immutable pytree that stays valid for ever.
-
-    Attributes:
-        vars: the model's variables.
-        opt_state: the optimizer's state.
-        step: how many updates made it, an int32 scalar.
-        key: the run's key; the randomness of a step is a function of it and ``step``.
-    """
-
-    __slots__ = ("__weakref__", "_make", "key", "opt_state", "step", "vars")
-    vars: Vars
-    opt_state: Any
-    step: jax.Array
-    key: jax.Array
-
-    def __init__(self, *, vars: Vars, opt_state: Any, step: jax.Array, key: jax.Array) -> None:
-        self._fill(vars, opt_state, step, key)
-
-    @classmethod
-    def _later(cls, make: Callable[[], TrainState]) -> TrainState:
-        """A state whose fields are made when they are first read: most reports read none of them."""
-        new = object.__new__(cls)
-        object.__setattr__(new, "_make", make)
-        return new
-
-    def _fill(self, vars: Vars, opt_state: Any, step: Any, key: Any) -> None:
-        for name, value in (("vars", vars), ("opt_state", opt_state), ("step", step), ("key", key)):
-            object.__setattr__(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:  # only asked for fields that are not there yet
-        if name not in ("vars", "opt_state", "step", "key"):
-            raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.")
-        made = self._make()
-        self._fill(made.vars, made.opt_state, made.step, made.key)
-        return getattr(self, name)
-
-    def replace(self, **changes: Any) -> TrainState:
-        """This state with some of its fields replaced."""
-        kept = {n: getattr(self, n) for n in ("vars", "opt_state", "step", "key")}
-        return TrainState(**{**kept, **changes})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"TrainState is immutable: use state = state.replace({name}=...).")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _state, (self.vars, self.opt_state, self.step, self.key)
-
-    def __repr__(self) -> str:
-        size = sum(a.size for a in jax.tree_util.tree_leaves(self.vars.params))
-        return f"TrainState(step={self.step}, {size} parameters in {self.vars.dtype})"
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        key = jax.tree_util.GetAttrKey
-        return tuple((key(n), getattr(self, n)) for n in ("vars", "opt_state", "step", "key")), None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> TrainState:
-        return _state(*children)
-
-
-def _state(vars: Vars, opt_state: Any, step: Any, key: Any) -> TrainState:
-    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,11 +105,11 @@ class Trainer(Generic[In, Out]):
         if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
             received = type(vars).__name__
             raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
-        vars = jax.tree_util.tree_map(_strong, vars)
+        vars = jax.tree_util.tree_map(tree.strong, vars)
         self._check(vars)
-        _check_trainable(vars.params, self.model)
-        opt_state = _opt_state(self.optimizer, vars.params)
-        return _state(vars, opt_state, jnp.zeros((), jnp.int32), rng.next_key())
+        optimizer.check_trainable(vars.params, self.model.name.splitlines()[0])
+        opt_state = optimizer.fresh_state(self.optimizer, vars.params)
+        return _state((vars, opt_state, jnp.zeros((), jnp.int32)), rng.next_key())
 
     def step(
         self, state: TrainState, x: Any, *, loss: Loss, training: bool = True, ctx: Context | None = None
@@ -210,12 +134,12 @@ class Trainer(Generic[In, Out]):
         call = Call(x, _as_loss(loss), _as_context(ctx))
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
         value, leaves = self._run(("step", structure, bool(training)), call, leaves, state.key)
-        return value, _state(*jax.tree_util.tree_unflatten(structure, leaves), state.key)
+        return value, _state(jax.tree_util.tree_unflatten(structure, leaves), state.key)
 
     def fit(
         self,
         state: TrainState,
-        data: Iterable[Any],
+        data: Iterable[tuple[Any, Loss] | tuple[Any, Loss, Context]],
         *,
         ctx: Context | None = None,
         report: Report | None = None,
@@ -237,7 +161,7 @@ class Trainer(Generic[In, Out]):
         """
         self._check_state(state, "fit")
         loop = Loop(self._programs, (state.vars, state.opt_state, state.step), state.key, _as_context(ctx))
-        now = lambda: _state(*loop.carry(), state.key)
+        now = lambda: _state(loop.carry(), state.key)
         hook = Hook(report, total=_length(data))
         with _nothing_lost(now, hook), _items(data) as items:
             for step, item in enumerate(items, start=1):
@@ -289,10 +213,8 @@ class Trainer(Generic[In, Out]):
                 return loss(output), after.state
 
         (value, layer_state), gradient = jax.value_and_grad(objective, has_aux=True)(vars.params)
-        extra = {"value": value, "grad": gradient, "value_fn": lambda params: objective(params)[0]}
-        updates, opt_state = _update(self.optimizer, gradient, opt_state, vars.params, extra)
-        with _as_optax_expects():
-            params = optax.apply_updates(vars.params, updates)
+        value_fn = lambda params: objective(params)[0]
+        params, opt_state = optimizer.update(self.optimizer, gradient, opt_state, vars.params, value, value_fn)
         return value, (vars.replace(params=params, state=layer_state), opt_state, step + 1)
 
     def _forward(self, carry: Any, key: jax.Array, x: Any, ctx: Context) -> Any:
@@ -321,9 +243,14 @@ class Trainer(Generic[In, Out]):
             raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
 
 
+def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
+    vars, opt_state, step = carry
+    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)
+
+
 def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:
     """Call the report; whether it asked to stop. A state that it keeps stays as it is."""
-    state = TrainState._later(now)  # pyright: ignore[reportPrivateUsage]
+    state = TrainState.later(now)
     kept = weakref.ref(state)
     try:
         return hook.stops(step, loss, state)
@@ -331,11 +258,11 @@ def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> b
         del state
         outlives = kept()
         if outlives is not None:
-            outlives.vars  # noqa: B018  # pyright: ignore[reportUnusedExpression]  # made now, before the loop goes on
+            outlives.now()  # before the loop goes on
 
 
 @contextlib.contextmanager
-def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Iterator[None]:
+def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
     try:
         yield
     except BaseException as error:
@@ -348,7 +275,7 @@ def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _items(data: Iterable[Any]) -> Iterator[Iterator[Any]]:
+def _items(data: Iterable[Any]) -> Generator[Iterator[Any]]:
     """An iterator over the data, closed at the end if it was made here."""
     try:
         iterator = iter(data)
@@ -369,7 +296,7 @@ def _split(item: Any, step: int) -> tuple[Any, Loss, Context | None]:
     if isinstance(item, (tuple, list)) and len(item) in (2, 3) and callable(item[1]):
         ctx = item[2] if len(item) == 3 else None
         if ctx is None or isinstance(ctx, Context):
-            return item[0], item[1], ctx
+            return item[0], cast("Loss", item[1]), ctx
     if isinstance(item, (tuple, list)):
         received = f"a {type(item).__name__} of ({', '.join(map(tree.describe, item))})"
     else:
@@ -386,7 +313,7 @@ def _as_loss(loss: Any) -> Loss:
             f"step(loss=...) expected a function of the model's output, received {tree.describe(loss)}. "
             "Write loss=lambda output: losses.mse(output, y)."
         )
-    return loss
+    return cast("Loss", loss)
 
 
 def _as_context(ctx: Any) -> Context | None:
@@ -402,12 +329,6 @@ def _length(data: Any) -> int | None:
         return None
 
 
-def _strong(leaf: Any) -> Any:
-    """A leaf as a JAX array of its own dtype; a weak type would change in the first step and compile twice."""
-    array = jnp.asarray(tree.snapshot(leaf))
-    return jax.lax.convert_element_type(array, array.dtype) if array.weak_type else array
-
-
 def _shapes(model: Layer[Any, Any], dtype: Any) -> Any:
     """The model's variables as shapes and dtypes."""
 
@@ -420,59 +341,3 @@ def _shapes(model: Layer[Any, Any], dtype: Any) -> Any:
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         made = init()  # an init that reads its own numbers, say through NumPy, has to be run
         return jax.eval_shape(lambda: jax.tree_util.tree_map(jnp.asarray, made))
-
-
-def _check_trainable(params: Any, model: Layer[Any, Any]) -> None:
-    leaves, _ = tree.flatten(params)
-    if not leaves:
-        raise ValueError(
-            f"The model {model.name.splitlines()[0]} has no parameters, so there is nothing to train. Add a layer that "
-            "has some, such as layers.linear(...), or call model.apply(vars, x) without a trainer."
-        )
-    for path, leaf in leaves.items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"Parameter {path!r} is {tree.describe(leaf)}, and only floating arrays can be differentiated. Put it "
-                "into the layer's state: Vars(params=..., state={...}, dtype=dtype)."
-            )
-
-
-def _opt_state(optimizer: Optimizer, params: Any) -> Any:
-    """A fresh optimizer state, after a dry run that shows that its updates fit the parameters."""
-    try:
-        with _as_optax_expects():
-            opt_state = jax.tree_util.tree_map(_strong, optimizer.init(params))
-        extra = {"value": jnp.zeros(()), "grad": params, "value_fn": lambda p: optax.tree.sum(p)}
-        updates, _ = jax.eval_shape(lambda g, o: _update(optimizer, g, o, g, extra), params, opt_state)
-    except Exception as error:
-        raise _misfit(optimizer) from error
-    lines = tree.difference(params, updates)
-    if lines:
-        raise _misfit(optimizer, "Its updates differ from them:\n  " + "\n  ".join(lines[:10]) + "\n")
-    return opt_state
-
-
-def _misfit(optimizer: Optimizer, why: str = "") -> TypeError:
-    return TypeError(
-        f"The optimizer ({locate(optimizer.update)}) does not work on the model's plain tree of parameters. {why}"
-        "An optimizer that wants parameters of a form of its own, such as optax.lookahead with its LookaheadParams, "
-        "cannot be used in a Trainer; use the optimizer inside it (optax.sgd, optax.adam), or keep the slow weights "
-        "with optax.ema or in a report."
-    )
-
-
-def _update(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
-    with _as_optax_expects():
-        return optimizer.update(gradient, opt_state, params, **(extra if _takes_extra(optimizer) else {}))
-
-
-@contextlib.contextmanager
-def _as_optax_expects() -> Iterator[None]:
-    """optax multiplies its counts and rates with floats: under strict promotion even adam raises."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def _takes_extra(optimizer: Optimizer) -> bool:
-    kinds = [p.kind for p in inspect.signature(optimizer.update).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["describe", "difference", "flatten", "is_array", "map_with_path", "path_name", "snapshot"]
+__all__ = ["describe", "difference", "flatten", "is_array", "map_with_path", "path_name", "snapshot", "strong"]
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -60,8 +60,7 @@ def difference(expected: Any, found: Any) -> list[str]:
 
     Two trees of equal paths, shapes and dtypes give an empty list; the kinds of their containers are not compared.
     """
-    left, _ = flatten(expected)
-    right, _ = flatten(found)
+    left, right = ({p or "the tree": v for p, v in flatten(t)[0].items()} for t in (expected, found))
     lines = [f"{p}: expected {describe(v)}, found nothing" for p, v in left.items() if p not in right]
     lines += [f"{p}: expected nothing, found {describe(v)}" for p, v in right.items() if p not in left]
     both = [(p, describe(left[p]), describe(right[p])) for p in left if p in right]
@@ -75,3 +74,9 @@ def snapshot(value: Any) -> Any:
     ``np.array`` and not ``jnp.array(copy=True)``: the latter let later writes through.
     """
     return np.array(value) if isinstance(value, np.ndarray) else value
+
+
+def strong(leaf: Any) -> jax.Array:
+    """A leaf as a JAX array of its own dtype; a weak type would change in the first step and compile it twice."""
+    array = jnp.asarray(snapshot(leaf))
+    return jax.lax.convert_element_type(array, array.dtype) if array.weak_type else array

@@ -74,9 +74,7 @@ everything = np.ones((BATCH, SEQ, SEQ), bool)
 past = np.tril(everything)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize(("is_causal", "kv_heads", "rope"), [(False, 4, False), (True, 4, True), (False, 2, True), (True, 1, False)])
 def test_against_a_plain_softmax(is_causal, kv_heads, rope):
     layer, apply = attention(is_causal=is_causal, num_kv_heads=kv_heads, rope=rope, rope_theta=100.0)
     variables, x = filled(layer), normal(1)
@@ -97,10 +95,10 @@ def test_without_a_mask_a_permuted_input_gives_the_permuted_output(seed, order):
     np.testing.assert_allclose(apply(variables, x[:, order]), apply(variables, x)[:, order], rtol=1e-4, atol=1e-5)
 
 
-@given(seeds, st.integers(0, SEQ - 2), st.booleans(), st.booleans())
+@given(seeds, st.integers(0, SEQ - 2), st.sampled_from([0.0, 0.4]))
 @quick
-def test_causal_does_not_look_ahead(seed, time, rope, dropping):
-    layer, apply = attention(training=True, is_causal=True, rope=rope, dropout=0.4 if dropping else 0.0)
+def test_causal_does_not_look_ahead(seed, time, dropout):
+    layer, apply = attention(training=True, is_causal=True, rope=True, dropout=dropout)
     variables, x = filled(layer, seed), np.asarray(normal(seed))
     other = np.concatenate([x[:, : time + 1], x[:, time + 1 :] + 1], axis=1)
     before, after = (np.asarray(apply(variables, v)) for v in (x, other))
@@ -108,10 +106,13 @@ def test_causal_does_not_look_ahead(seed, time, rope, dropping):
     assert not np.array_equal(before[:, time + 1 :], after[:, time + 1 :])
 
 
-@given(seeds, st.lists(st.booleans(), min_size=BATCH * SEQ, max_size=BATCH * SEQ), st.booleans(), st.booleans())
+paths = [(True, 0.0), (False, 0.4)]  # is_causal and dropout: through JAX's attention, and through our own
+
+
+@given(seeds, st.lists(st.booleans(), min_size=BATCH * SEQ, max_size=BATCH * SEQ), st.sampled_from(paths))
 @quick
-def test_masked_positions_do_not_matter(seed, mask, is_causal, dropping):
-    layer, apply = attention(training=True, is_causal=is_causal, dropout=0.4 if dropping else 0.0)
+def test_masked_positions_do_not_matter(seed, mask, path):
+    layer, apply = attention(training=True, is_causal=path[0], dropout=path[1])
     variables, x = filled(layer, seed), np.asarray(normal(seed))
     mask = np.array(mask).reshape(BATCH, SEQ)
     other = np.where(mask[..., None], x, x + 1)
@@ -120,10 +121,9 @@ def test_masked_positions_do_not_matter(seed, mask, is_causal, dropping):
     assert np.array_equal(before[mask], after[mask])
 
 
-@pytest.mark.parametrize("dropping", [False, True])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_a_position_that_may_attend_to_nothing_takes_nothing(is_causal, dropping):
-    layer, apply = attention(training=True, is_causal=is_causal, dropout=0.4 if dropping else 0.0)
+@pytest.mark.parametrize(("is_causal", "dropout"), paths)
+def test_a_position_that_may_attend_to_nothing_takes_nothing(is_causal, dropout):
+    layer, apply = attention(training=True, is_causal=is_causal, dropout=dropout)
     variables, x = filled(layer), normal(1)
     mask = np.array([[0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
     y = np.asarray(apply(variables, x, mask))
@@ -143,7 +143,7 @@ def test_an_integer_mask_keeps_what_is_not_zero(mask):
 def test_a_mask_of_ones_is_no_mask():
     layer, apply = attention(is_causal=True)
     variables, x = filled(layer), normal(1)
-    assert jnp.array_equal(apply(variables, x, np.ones((BATCH, SEQ), bool)), apply(variables, x))
+    np.testing.assert_allclose(apply(variables, x, np.ones((BATCH, SEQ), bool)), apply(variables, x), rtol=1e-6, atol=1e-6)
 
 
 def test_the_context_may_hold_other_names():
@@ -154,16 +154,14 @@ def test_the_context_may_hold_other_names():
     assert after is variables
 
 
-@pytest.mark.parametrize(("is_causal", "kv_heads"), [(False, 4), (True, 2)])
-def test_dropout_leaves_the_expectation(is_causal, kv_heads):
-    layer, apply = attention(training=True, dropout=0.3, is_causal=is_causal, num_kv_heads=kv_heads)
+def test_dropout_leaves_the_expectation():
+    layer, apply = attention(training=True, dropout=0.3, is_causal=True, num_kv_heads=2)
     variables, x = filled(layer), normal(1)
-    allowed = past if is_causal else everything
     keys = jax.random.split(jax.random.key(5), 2000)
     draws = np.asarray(jax.vmap(lambda key: apply(variables, x, None, key))(keys), np.float64)
     errors = draws.std(0) / math.sqrt(len(keys))
     # Six standard errors of the mean over the draws, for each number.
-    assert (np.abs(draws.mean(0) - by_hand(variables, x, allowed, kv_heads)) < 6 * errors + 1e-5).all()
+    assert (np.abs(draws.mean(0) - by_hand(variables, x, past, kv_heads=2)) < 6 * errors + 1e-5).all()
     assert (draws.std(0) > 0.01).any()
 
 
@@ -173,7 +171,7 @@ def test_dropout_drops_weights_not_outputs():
     zero = {key: {"weight": jnp.zeros((EMBED, EMBED))} for key in ("q_proj", "k_proj")}
     variables = filled(layer).replace(params={**eye, **zero})
     # Equal weights of 1/5 and values 2**i: an output is 2/5 of the sum of those that stayed.
-    x = jnp.broadcast_to(2.0 ** jnp.arange(SEQ)[None, :, None], (BATCH, SEQ, EMBED))
+    x = jnp.broadcast_to(2.0 ** jnp.arange(SEQ, dtype=jnp.float32)[None, :, None], (BATCH, SEQ, EMBED))
     kept = np.asarray(apply(variables, x)) * SEQ / 2
     np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
     heads = kept.reshape(BATCH, SEQ, HEADS, EMBED // HEADS)
@@ -188,10 +186,10 @@ def test_dropout_is_off_in_evaluation():
 
 
 def test_the_path_with_dropout_is_the_library_function_when_next_to_nothing_is_dropped():
-    for options in ({}, {"is_causal": True, "num_kv_heads": 2}):
-        layer, apply = attention(training=True, dropout=1e-9, **options)
-        variables, x, mask = filled(layer), normal(1), np.array([[1, 1, 0, 1, 1], [1, 0, 1, 0, 1]])
-        np.testing.assert_allclose(apply(variables, x, mask), attention(**options)[1](variables, x, mask), rtol=1e-5, atol=1e-6)
+    layer, apply = attention(training=True, dropout=1e-9, is_causal=True, num_kv_heads=2)
+    variables, x, mask = filled(layer), normal(1), np.array([[1, 1, 0, 1, 1], [0, 0, 1, 0, 1]])
+    library = attention(is_causal=True, num_kv_heads=2)[1]
+    np.testing.assert_allclose(apply(variables, x, mask), library(variables, x, mask), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -210,7 +208,7 @@ def test_gradients(dropout):
     layer, apply = attention(training=True, is_causal=True, rope=True, num_kv_heads=2, dropout=dropout)
     variables, x = filled(layer), normal(1)
     mask = np.array([[1, 1, 0, 1, 1], [0, 0, 1, 1, 1]], bool)
-    check_grads(lambda p, x: apply(variables.replace(params=p), x, mask), (variables.params, x), 1, rtol=2e-2, atol=2e-2)
+    check_grads(lambda p, x: apply(variables.replace(params=p), x, mask), (variables.params, x), 1, ["rev"], rtol=2e-2, atol=2e-2)
 
 
 def test_parameters():
@@ -232,7 +230,7 @@ def test_parameters():
         ((8, 4, 0), r"\(num_kv_heads=\.\.\.\) expected an int of at least 1, received 0"),
         ((8, 4, None, 1.0), r"\(dropout=\.\.\.\) expected a number in \[0, 1\), received 1\.0"),
         ((8, 4, None, 0.0, False, True, 0.0), r"\(rope_theta=\.\.\.\) expected a finite number above 0, received 0\.0"),
-        ((12, 4, None, 0.0, False, True), r"rope=True\) rotates pairs and needs an even head size, received 12 / 4 = 3\. Write embed_dim=24"),
+        ((12, 4, None, 0.0, False, True), r"\(embed_dim=12, num_heads=4, rope=True\) rotates pairs and needs an even head size, received 12 / 4 = 3\. Write embed_dim=24"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

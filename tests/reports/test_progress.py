@@ -16,6 +16,7 @@ import termios
 import textwrap
 import threading
 import types
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -284,6 +285,16 @@ def test_the_bar_is_closed_however_fit_ends(terminal, error):
     assert (" 2/10 [" if error else " 3/10 [") in screen(text)[0]
 
 
+def test_the_bar_is_closed_at_end_and_not_when_python_collects_it(clock):
+    stream = ScreenText()
+    report = reports.progress(file=stream)
+    report.begin(1, 10)
+    bar = report._fits[-1]
+    report.end()
+    assert stream.getvalue().endswith("\n")
+    del bar
+
+
 def test_one_object_serves_several_fits_each_with_a_bar_of_its_own(terminal):
     report = reports.progress(file=terminal.file)
     for total in (3, 5):
@@ -377,7 +388,6 @@ def test_tqdm_write_puts_text_above_the_bar(terminal, clock):
 
 
 def test_a_notebook_without_widgets_gets_the_plain_bar_silently(monkeypatch):
-    """tqdm warns there, and warnings are errors here."""
 
     class ZMQInteractiveShell:
         pass
@@ -393,7 +403,10 @@ def test_a_notebook_without_widgets_gets_the_plain_bar_silently(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", types.ModuleType("ipykernel.zmqshell"))
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     monkeypatch.setattr(sys, "stderr", OutStream())
-    drive(reports.progress(), [0.5] * 3, total=3)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        drive(reports.progress(), [0.5] * 3, total=3)
+    assert warned == []
     assert "\r100%|" in sys.stderr.getvalue()
     for name in ("tqdm.autonotebook", "tqdm.notebook"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -180,10 +180,11 @@ def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array | None, *, is_causal: bool, rate: float
 ) -> jax.Array:
     mask = None if keep is None else keep[:, None, None, :]
-    if rate > 0:
-        y = _attend_with_dropout(q, k, v, mask, is_causal=is_causal, rate=rate)
+    if rate > 0 or q.dtype == jnp.float16:
+        # It has no dropout, and for float16 asks for a precision that XLA:CPU refuses when it compiles.
+        y = _softmax_attention(q, k, v, mask, is_causal=is_causal, rate=rate)
     else:
-        # It mixes float32 into half precision by promotion, which the user's own code may have forbidden.
+        # It mixes float32 into bfloat16 by promotion, which the user may have forbidden.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
     if keep is None:
@@ -193,10 +194,10 @@ def _attend(
     return jnp.where(some[:, :, None, None], y, 0.0)
 
 
-def _attend_with_dropout(
+def _softmax_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, is_causal: bool, rate: float
 ) -> jax.Array:
-    """As ``jax.nn.dot_product_attention``, which has no dropout, with the attention weights dropped."""
+    """As ``jax.nn.dot_product_attention``, with dropout on the attention weights."""
     batch, seq, heads, head = q.shape
     q = q.reshape(batch, seq, k.shape[2], heads // k.shape[2], head)
     logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide(q.dtype)) / math.sqrt(head)

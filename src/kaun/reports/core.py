@@ -160,7 +160,6 @@ class _AllOf:
 
     def wants(self, step: int) -> bool:
         wanted = [report for report in self._reports if _wants(report, step)]
-        self._wanted[-1].pop(step, None)
         if wanted:
             self._wanted[-1][step] = wanted
         return bool(wanted)

@@ -1,0 +1,96 @@
+"""The optimizer as the trainer uses it: a fresh state that fits the parameters, and one update of them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kaun import tree
+from kaun.errors import locate
+
+__all__ = ["Optimizer", "check_trainable", "fresh_state", "update"]
+
+
+class Optimizer(Protocol):
+    """Any object with optax's ``init`` and ``update``."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]: ...
+    @property
+    def update(self) -> Callable[..., tuple[Any, Any]]: ...
+
+
+def check_trainable(params: Any, model: str) -> None:
+    """Refuse parameters that cannot be differentiated, or none at all."""
+    leaves, _ = tree.flatten(params)
+    if not leaves:
+        raise ValueError(
+            f"The model {model} has no parameters, so there is nothing to train. Add a layer that "
+            "has some, such as layers.linear(...), or call model.apply(vars, x) without a trainer."
+        )
+    for path, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"Parameter {path!r} is {tree.describe(leaf)}, and only floating arrays can be differentiated. Put it "
+                "into the layer's state: Vars(params=..., state={...}, dtype=dtype)."
+            )
+
+
+def fresh_state(optimizer: Optimizer, params: Any) -> Any:
+    """A fresh optimizer state, after a dry run that shows that its updates fit the parameters."""
+    extra = {"value": jnp.zeros(()), "grad": params, "value_fn": optax.tree.sum}
+    try:
+        with _as_optax_expects():
+            opt_state = jax.tree_util.tree_map(tree.strong, optimizer.init(params))
+            updates, _ = jax.eval_shape(lambda g, o: _updates(optimizer, g, o, g, extra), params, opt_state)
+    except Exception as error:
+        raise _misfit(optimizer) from error
+    lines = tree.difference(params, updates)
+    if lines:
+        raise _misfit(optimizer, "Its updates differ from them:\n  " + "\n  ".join(lines[:10]) + "\n")
+    return opt_state
+
+
+def _misfit(optimizer: Optimizer, why: str = "") -> TypeError:
+    return TypeError(
+        f"The optimizer ({locate(optimizer.update)}) does not work on the model's plain tree of parameters. {why}"
+        "An optimizer that wants parameters of a form of its own, such as optax.lookahead with its LookaheadParams, "
+        "cannot be used in a Trainer; use the optimizer inside it (optax.sgd, optax.adam), or keep the slow weights "
+        "with optax.ema or in a report."
+    )
+
+
+def update(
+    optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, value: Any, value_fn: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    """The parameters after an update, and the optimizer's state.
+
+    Arguments:
+        value: the loss, for optimizers that take extra arguments, as is ``value_fn``: the loss of other parameters.
+    """
+    extra = {"value": value, "grad": gradient, "value_fn": value_fn}
+    with _as_optax_expects():
+        updates, opt_state = _updates(optimizer, gradient, opt_state, params, extra)
+        return optax.apply_updates(params, updates), opt_state
+
+
+def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> Any:
+    return optimizer.update(gradient, opt_state, params, **(extra if _takes_extra(optimizer) else {}))
+
+
+@contextlib.contextmanager
+def _as_optax_expects() -> Generator[None]:
+    """optax multiplies its counts and rates with floats: under strict promotion even adam raises."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _takes_extra(optimizer: Optimizer) -> bool:
+    kinds = [p.kind for p in inspect.signature(optimizer.update).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds

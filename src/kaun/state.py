@@ -1,0 +1,107 @@
+"""TrainState: everything a training run carries from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from kaun.layers.core import Vars
+
+__all__ = ["TrainState"]
+
+Fields = tuple[Vars, Any, jax.Array, jax.Array]
+_NAMES = ("vars", "opt_state", "step", "key")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class TrainState:
+    """Everything a training run carries from step to step: an immutable pytree that stays valid for ever.
+
+    Attributes:
+        vars: the model's variables.
+        opt_state: the optimizer's state.
+        step: how many updates made it, an int32 scalar.
+        key: the run's key; the randomness of a step is a function of it and ``step``.
+
+    >>> import jax.numpy as jnp, optax, kaun
+    >>> from kaun import layers, rng
+    >>> with rng.scope(0):
+    ...     state = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1)).init(dtype=jnp.float32)
+    >>> state
+    TrainState(step=0, 3 parameters in float32)
+    >>> state.vars.params["weight"].shape
+    (2, 1)
+    """
+
+    __slots__ = ("__weakref__", "_held", "_make")
+    _held: Fields | None
+    _make: Callable[[], TrainState] | None
+
+    def __init__(self, *, vars: Vars, opt_state: Any, step: jax.Array, key: jax.Array) -> None:
+        object.__setattr__(self, "_held", (vars, opt_state, step, key))
+        object.__setattr__(self, "_make", None)
+
+    @classmethod
+    def later(cls, make: Callable[[], TrainState]) -> TrainState:
+        """The state that ``make`` gives, made when it is first looked at: most reports look at none."""
+        new = object.__new__(cls)
+        object.__setattr__(new, "_held", None)
+        object.__setattr__(new, "_make", make)
+        return new
+
+    def now(self) -> Fields:
+        """All four fields, made if they were not yet."""
+        held = self._held
+        if held is None:
+            assert self._make is not None
+            held = self._make().now()
+            object.__setattr__(self, "_held", held)
+        return held
+
+    @property
+    def vars(self) -> Vars:
+        """The model's variables."""
+        return self.now()[0]
+
+    @property
+    def opt_state(self) -> Any:
+        """The optimizer's state."""
+        return self.now()[1]
+
+    @property
+    def step(self) -> jax.Array:
+        """How many updates made it, an int32 scalar."""
+        return self.now()[2]
+
+    @property
+    def key(self) -> jax.Array:
+        """The run's key."""
+        return self.now()[3]
+
+    def replace(self, **changes: Any) -> TrainState:
+        """This state with some of its fields replaced."""
+        fields: dict[str, Any] = dict(zip(_NAMES, self.now(), strict=True))
+        return TrainState(**{**fields, **changes})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"TrainState is immutable: use state = state.replace({name}=...).")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TrainState.tree_unflatten, (None, self.now())
+
+    def __repr__(self) -> str:
+        size = sum(a.size for a in jax.tree_util.tree_leaves(self.vars.params))
+        return f"TrainState(step={self.step}, {size} parameters in {self.vars.dtype})"
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        keys = [jax.tree_util.GetAttrKey(name) for name in _NAMES]
+        return tuple(zip(keys, self.now(), strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Sequence[Any]) -> TrainState:
+        return cls(**dict(zip(_NAMES, children, strict=True)))
