@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from kaun.errors import EarlyStop
@@ -13,6 +14,8 @@ from kaun.errors import EarlyStop
 __all__ = ["Hook"]
 
 _BLOCK = 64
+_SLICE = 8
+_PATIENCE = 0.05  # seconds after which the losses that are ready are handed over, however few they are
 
 
 class Hook:
@@ -38,9 +41,14 @@ class Hook:
         self._end: Callable[[], None] | None = getattr(report, "end", None)
         self._losses: list[Any] = []
         self._first = 1
-        begin = getattr(report, "begin", None)
+        self._next = time.monotonic() + _PATIENCE
+        self._total = total
+
+    def begin(self) -> None:
+        """Tell the report that the fit begins: with the number of its first step and of its last, where known."""
+        begin = getattr(self._report, "begin", None)
         if begin is not None:
-            begin(1, total)
+            begin(1, self._total)
 
     def wants(self, step: int, loss: Any) -> bool:
         """Whether the report is to be called for this step."""
@@ -49,6 +57,8 @@ class Hook:
             # The newest block is left in flight: the losses of the one before it are there without waiting.
             if len(self._losses) >= 2 * _BLOCK:
                 self._deliver(_BLOCK)
+            elif time.monotonic() >= self._next:
+                self._deliver(bisect.bisect_left(self._losses, True, key=lambda loss: not loss.is_ready()))
         if self._report is None:
             return False
         return self._wants is None or bool(self._wants(step))
@@ -65,9 +75,9 @@ class Hook:
         return False
 
     def finish(self) -> None:
-        """Hand over the losses that are left."""
-        if self._block is not None:
-            self._deliver(len(self._losses))
+        """Hand over the losses that are left, as they get ready."""
+        while self._losses:
+            self._deliver(_SLICE)
 
     def end(self) -> None:
         """Tell the report that the fit is over, however it ended."""
@@ -76,6 +86,8 @@ class Hook:
 
     def _deliver(self, count: int) -> None:
         ready, self._losses = self._losses[:count], self._losses[count:]
+        self._next = time.monotonic() + _PATIENCE
         if ready and self._block is not None:
             first, self._first = self._first, self._first + len(ready)
-            self._block(first, {"loss": np.array(jax.device_get(ready), np.float32)})
+            # One by one: jax.device_get of a list takes ten times as long.
+            self._block(first, {"loss": np.array([np.asarray(loss) for loss in ready], np.float32)})

@@ -310,13 +310,6 @@ def _dataclass(walk: _Walk, value: Any) -> Token:
 
 def _pytree(walk: _Walk, value: Any) -> Token:
     leaves, treedef = jax.tree_util.tree_flatten(value, is_leaf=lambda v: v is None)
-    try:
-        hash(treedef)
-    except TypeError:
-        raise _RefusedError(
-            f"a {type(value).__name__}, a pytree whose static part cannot be hashed, so it cannot tell two apart. "
-            "Capture its arrays instead of the whole."
-        ) from None
     return ("pytree", treedef, walk.tokens(leaves))
 
 

@@ -264,6 +264,7 @@ def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> b
 @contextlib.contextmanager
 def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
     try:
+        hook.begin()
         yield
     except BaseException as error:
         with contextlib.suppress(Exception):

@@ -1,0 +1,87 @@
+"""Keys in words, and the watch over captured containers."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from kaun import lift
+from kaun.rebuild import Rebuilt, captures, first_plan, hidden_arrays
+
+Y = np.zeros((3, 1), np.float32)
+rate = 0.5
+
+
+@dataclasses.dataclass
+class Batch:
+    y: object
+    weight: float
+
+
+class Plain:
+    def __init__(self):
+        self.y = Y
+        self.alpha = 0.25
+
+
+def test_every_capture_has_a_name_and_a_description():
+    batch, table, plain = Batch(Y, 2.0), {"a": [Y, None], 3: "x"}, Plain()
+
+    def inner(out):
+        return out * rate
+
+    def loss(out, k=7, *, flag=True):
+        return inner(out), batch.y, table, plain.y, plain.alpha, k, flag
+
+    told = captures(*lift.take_apart(loss))
+    assert told["batch.y"] == "float32[3, 1]" and told["batch.weight"] == "2.0"
+    assert told["table['a'][0]"] == "float32[3, 1]" and told["table['a'][1]"] == "None" and told["table[3]"] == "'x'"
+    assert told["inner.rate"] == "0.5" and told["k"] == "7" and told["flag"] == "True"
+    assert told["Plain.alpha"] == "0.25" and "float32[3, 1] with digest" in told["Plain.y"]
+    assert list(hidden_arrays(lift.take_apart(loss)[0]))[0][0] == "`y` of a Plain"
+
+
+def test_partials_methods_and_frozen_losses_in_words():
+    class Objective:
+        def loss(self, out):
+            return out
+
+    told = captures(*lift.take_apart(functools.partial(lambda a, out, scale=1: out, Y, scale=3)))
+    assert told["(0)"] == "float32[3, 1]" and told["(scale)"] == "3"
+    assert "Objective object at" in captures(*lift.take_apart(Objective().loss))["self"]
+    frozen = lift.freeze(lambda: Y)
+    assert captures(*lift.take_apart(lambda: frozen()))["frozenY"] == "float32[3, 1]"
+
+
+def test_the_code_of_a_key():
+    def loss(out):
+        return out
+
+    for function in (loss, functools.partial(loss, 1)):
+        assert first_plan(lift.take_apart(function)[0]).code is loss.__code__
+    assert first_plan(("static", max)) is None
+
+
+@pytest.mark.parametrize("write", ["append", "setitem", "attribute", "field", "delete"])
+def test_writes_are_seen_and_undone(write):
+    items, table, plain, batch = [1, 2], {"a": 1}, Plain(), Batch(1, 2.0)
+
+    def function():
+        if write == "append":
+            items.append(3)
+        elif write == "setitem":
+            table["a"] = 2
+        elif write == "delete":
+            del table["a"]
+        elif write == "attribute":
+            plain.alpha = 9
+        else:
+            batch.weight = 9
+
+    made = Rebuilt(*lift.take_apart(function))
+    assert not made.written()
+    made.function()
+    assert made.written()
+    assert items == [1, 2] and table == {"a": 1} and plain.alpha == 0.25 and batch.weight == 2.0
+    assert not made.written()
