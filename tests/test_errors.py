@@ -26,12 +26,16 @@ class Model:
         return x
 
 
+noted = functools.partial(plain)
+noted.note = "Python does not merge this partial with another around it"
+
+
 @pytest.mark.parametrize(
     "function",
     [
         plain,
         functools.partial(plain, 1),
-        functools.partial(functools.partial(plain), x=1),
+        functools.partial(noted, x=1),
         jax.jit(plain),
         functools.partial(jax.jit(plain)),
     ],

@@ -160,13 +160,14 @@ def test_difference_names_exactly_the_leaves_that_differ(left, right):
 
 
 def test_difference_says_what_was_expected_and_what_was_found():
-    expected = {"a": jnp.ones(2), "b": jnp.ones(3), "c": 1.0}
-    found = {"a": jnp.ones(2, jnp.int32), "c": 1, "d": [np.ones(1)]}
+    expected = {"a": jnp.ones(2), "b": jnp.ones(3), "c": 1.0, "e": jnp.ones((3, 2))}
+    found = {"a": jnp.ones(2, jnp.int32), "c": 1, "d": [np.ones(1)], "e": jnp.ones((2, 3))}
     assert tree.difference(expected, found) == [
         "b: expected float32[3], found nothing",
         "d.0: expected nothing, found float64[1]",
         "a: expected float32[2], found int32[2]",
         "c: expected float, found int",
+        "e: expected float32[3, 2], found float32[2, 3]",
     ]
 
 

@@ -96,7 +96,9 @@ def is_library(name: str) -> bool:
 
 
 def _is_own(root: str, filename: str) -> bool:
-    if root in _LIBRARIES or filename.startswith("<frozen"):
+    if filename.startswith("<"):  # typed at a prompt, in a notebook, a doctest
+        return not filename.startswith("<frozen")
+    if root in _LIBRARIES:
         return False
     return root in ("", "__main__") or (root not in sys.stdlib_module_names and not filename.startswith(_PREFIXES))
 

@@ -264,27 +264,29 @@ def _leaves(value: Any, what: str) -> tuple[list[Any], Any]:
         return [value], _LEAF
     leaves, treedef = jax.tree_util.tree_flatten(value)
     for i, leaf in enumerate(leaves):
-        if isinstance(leaf, np.ndarray):
-            # Copied at once: XLA reads NumPy memory after the call has returned, and the user may write to it by then.
-            leaves[i] = leaf = np.array(leaf)
-            if leaf.dtype.kind in "OSUMm":
-                _refuse_leaf(value, what)
-        elif isinstance(leaf, jax.Array):
+        if not _is_numeric(leaf):
+            raise _no_number(value, what)
+        if isinstance(leaf, jax.Array):
             _array_types.add(type(leaf))
-        elif not isinstance(leaf, (np.generic, bool, int, float, complex)):
-            _refuse_leaf(value, what)
+        # Copied at once: XLA reads NumPy memory after the call has returned, and the user may write to it by then.
+        leaves[i] = tree.snapshot(leaf)
     return leaves, treedef
 
 
-def _refuse_leaf(value: Any, what: str) -> None:
-    for path, leaf in tree.flatten(value)[0].items():
-        numeric = tree.is_array(leaf) and getattr(leaf.dtype, "kind", "f") not in "OSUMm"
-        if not numeric and not isinstance(leaf, (bool, int, float, complex)):
-            received = f"an array of dtype {leaf.dtype}" if tree.is_array(leaf) else f"{type(leaf).__name__}"
-            raise TypeError(
-                f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received "
-                f"{received}. Convert it, np.asarray(value, np.float32), or leave it out of the batch."
-            )
+def _is_numeric(leaf: Any) -> bool:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind not in "OSUMmT" and not isinstance(leaf, np.ma.MaskedArray)
+    return isinstance(leaf, (jax.Array, bool, int, float, complex))
+
+
+def _no_number(value: Any, what: str) -> TypeError:
+    path, leaf = next((p, v) for p, v in tree.flatten(value)[0].items() if not _is_numeric(v))
+    kind = "a masked array" if isinstance(leaf, np.ma.MaskedArray) else "an array"
+    received = f"{kind} of dtype {leaf.dtype}" if tree.is_array(leaf) else type(leaf).__name__
+    return TypeError(
+        f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received {received}. "
+        "Convert it, np.asarray(value, np.float32), or leave it out of the batch."
+    )
 
 
 def _kind(a: Any) -> tuple[Any, ...]:

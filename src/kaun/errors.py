@@ -39,7 +39,6 @@ def locate(function: Any) -> str:
     """The name of a callable and the file and line where it was written, for error messages."""
     while isinstance(function, functools.partial):
         function = function.func
-    function = getattr(function, "__func__", function)
     function = getattr(function, "__wrapped__", function)
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", None) or type(function).__qualname__

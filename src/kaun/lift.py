@@ -113,7 +113,8 @@ class _Walk:
         self.alive: list[Any] = []
         self.digest = False
         function = getattr(loss, "__func__", loss)
-        self.home = bytecode.plan(function).root if type(function) is types.FunctionType else ""
+        root = bytecode.plan(function).root if type(function) is types.FunctionType else ""
+        self.home = "" if bytecode.is_library(root) else root
 
     def token(self, value: Any) -> Token:
         return (_HANDLERS.get(type(value)) or _handler(value))(self, value)
@@ -234,7 +235,7 @@ def _slice(walk: _Walk, value: slice) -> Token:
 
 def _function(walk: _Walk, value: types.FunctionType) -> Token:
     plan = bytecode.plan(value)
-    own = plan.own or plan.root == walk.home
+    own = plan.own or (plan.root == walk.home != "")
     closure = value.__closure__
     if closure is None and not own:
         return ("static", value)

@@ -448,6 +448,36 @@ def test_other_errors_get_a_note_with_the_path_of_the_innermost_layer():
     assert error.value.__notes__ == ["In the model's layer '1.inner'."]
 
 
+@pytest.mark.parametrize(
+    ("x", "error", "text"),
+    [
+        (jnp.ones((2, 3), jnp.int32), TypeError, r"received int32\[2, 3\]: it works on floats.*x\.astype\(jnp\.float32\)"),
+        (jnp.ones((2, 3), jnp.float16), TypeError, r"received float16\[2, 3\]: the model is float32.*jnp\.float16\)"),
+        (jnp.ones((2, 5)), ValueError, r"received float32\[2, 5\]: the last axis is 5, not 3\. Make the layer 5 wide"),
+        (jnp.ones(()), ValueError, r"received float32\[\]: 0 axes instead of one or more"),
+        ({"a": jnp.ones(3)}, TypeError, r"an array, received dict.*a layer that takes a tree: Layer\("),
+        (None, TypeError, "an array, received NoneType"),
+    ],
+    ids=str,
+)
+def test_float_inputs_that_do_not_fit(x, error, text):
+    with pytest.raises(error, match=rf"affine\(3, 3\) at '0' expected .*{text}"):
+        applied(MODELS["sequential"], made(MODELS["sequential"]), x)
+
+
+def test_float_inputs_of_the_wrong_number_of_axes():
+    with pytest.raises(ValueError, match=r"conv expected float\[batch, length, channels\].*: 2 axes instead of 3\."):
+        core.float_input("conv", jnp.ones((2, 3)), ndim=3, layout="batch, length")
+
+
+def test_int_inputs():
+    assert core.int_input("table", np.arange(3)).dtype == jnp.int32
+    with pytest.raises(TypeError, match=r"table expected int\[batch\], received float32\[2\]: it works on indices"):
+        core.int_input("table", jnp.ones(2), layout="batch")
+    with pytest.raises(TypeError, match="table expected an array, received list"):
+        core.int_input("table", [1, 2])
+
+
 MODELS = {
     "sequential": layers.sequential([affine(3), counter()]),
     "longer": layers.sequential([affine(3), counter(), counter()]),

@@ -4,6 +4,8 @@ Two arrays agree when their largest difference is at most 1e-5 of the largest nu
 the differences.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,8 +144,8 @@ def test_batch_norm_in_training():
     state = compare(layers.batch_norm(4, momentum=0.9), 2 + normal(0, IMAGE), function, training=True)
     agree("batch_norm running_mean", state["running_mean"], mean)
     # The documented difference: PyTorch's running variance is the unbiased one.
-    n = np.prod(IMAGE[:-1])
-    agree("batch_norm running_var", (state["running_var"] - 0.9) * n / (n - 1) + 0.9, var)
+    n = math.prod(IMAGE[:-1])
+    agree("batch_norm running_var", (state["running_var"] - 0.9) * (n / (n - 1)) + 0.9, var)
 
 
 def test_batch_norm_in_evaluation():
