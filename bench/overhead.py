@@ -52,7 +52,7 @@ def mlp():
         model = layers.sequential(parts)
         batches = Data.batches((images, labels), batch_size=128, shuffle=True)
     with rng.scope(0):
-        order = np.concatenate([b for b in Data.batches(np.arange(6400), batch_size=128, shuffle=True)])
+        order = np.concatenate(list(Data.batches(np.arange(6400), batch_size=128, shuffle=True)))
     data = batches.with_loss(losses.cross_entropy_sparse)
 
     def forward(params, x):
@@ -107,7 +107,7 @@ def runners(workload):
         "kaun, report each step": lambda: by_kaun(lambda f: f),
     }
     values = [v for v in (run() for run in table.values()) if v is not None]
-    if max(values) - min(values) > 1e-4 * abs(values[0]) and steps > 100 or not np.allclose(values[0], values[-1], rtol=1e-3):
+    if (max(values) - min(values) > 1e-4 * abs(values[0]) and steps > 100) or not np.allclose(values[0], values[-1], rtol=1e-3):
         raise SystemExit(f"{workload.__name__}: the runners disagree, {values}")
     return table, steps
 

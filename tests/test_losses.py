@@ -308,6 +308,13 @@ def test_an_index_out_of_range_is_nan_in_compiled_code(bad, dtype):
     assert not gradient[2].any()
 
 
+def test_class_indices_are_safe_to_use_where_they_are_not_valid():
+    checked = jax.jit(lambda indices: losses.class_indices("f", "indices", indices, CLASSES))
+    safe, valid = checked(np.array([-1, 0, 3, 4, 100], np.int8))
+    assert safe.tolist() == [0, 0, 3, 0, 0] and safe.dtype == jnp.int32
+    assert valid.tolist() == [False, True, True, False, False]
+
+
 def test_a_narrow_index_is_compared_with_all_classes():
     logits, indices = normal(0, (5, 200)), np.array([127, 3, 0, 0, 1], np.int8)
     expected = losses.cross_entropy_sparse(logits, indices.astype(np.int32))

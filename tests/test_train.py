@@ -134,7 +134,7 @@ def test_make_state_wants_variables_of_this_model(made):
 
 
 def test_a_state_of_another_model_is_refused_everywhere(made):
-    trainer, state = made
+    trainer, _state = made
     other = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1)).init()
     message = r"(?s)belong to another model.*params.0.weight: expected float32\[2, 3\], found nothing"
     for use in (

@@ -1,10 +1,8 @@
 """Closures taken apart into a static key and the arrays they capture, and put together again around other arrays.
 
 A loss that is a fresh closure for every batch would be a new function to ``jax.jit``, and compile every time. Here the
-code and everything static becomes a hashable key, and the arrays become arguments: two closures with equal keys share
-one compiled step, each with its own arrays.
-
-The key is a tree of tuples that ``rebuild`` turns into a callable again.
+code and all that is static becomes a hashable key, which ``rebuild`` turns into a callable again, and the arrays become
+arguments: closures with equal keys share one compiled step, each with its own arrays.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _MOST_TYPES = 4096
 
 
 class Frozen:
-    """A loss already taken apart: a callable that keeps the values its captures had when it was frozen."""
+    """A callable taken apart already, which keeps the values that its captures had then."""
 
     __slots__ = ("__weakref__", "arrays", "function", "key")
 
@@ -124,6 +122,12 @@ class _Walk:
         handlers = _HANDLERS
         return tuple([(handlers.get(type(v)) or _handler(v))(self, v) for v in values])
 
+    def met(self, value: Any) -> Token | None:
+        """A reference to a value met before, None for a new one: cycles end, and what is shared stays shared."""
+        count = len(self.memo)
+        index = self.memo.setdefault(id(value), count)
+        return ("again", index) if index < count else None
+
     def hidden(self) -> Token:
         """What the code may read of the objects that are static by identity: attributes by value, arrays by content.
 
@@ -177,12 +181,11 @@ def _identity(walk: _Walk, value: Any) -> Token:
 
 
 def _opaque(walk: _Walk, value: Any) -> Token:
-    if id(value) not in walk.memo:
-        walk.memo[id(value)] = len(walk.memo)
-        walk.opaque.append(value)
-        _own_methods(walk, type(value))
-        return ("object", Same(value))
-    return ("same", Same(value))
+    if walk.met(value) is not None:
+        return ("same", Same(value))
+    walk.opaque.append(value)
+    _own_methods(walk, type(value))
+    return ("object", Same(value))
 
 
 def _array(walk: _Walk, value: Any) -> Token:
@@ -210,18 +213,14 @@ def _tuple(walk: _Walk, value: tuple[Any, ...]) -> Token:
 
 
 def _list(walk: _Walk, value: list[Any]) -> Token:
-    index = walk.memo.get(id(value))
-    if index is not None:
-        return ("again", index)
-    walk.memo[id(value)] = len(walk.memo)
+    if (again := walk.met(value)) is not None:
+        return again
     return ("list", walk.tokens(value))
 
 
 def _dict(walk: _Walk, value: dict[Any, Any]) -> Token:
-    index = walk.memo.get(id(value))
-    if index is not None:
-        return ("again", index)
-    walk.memo[id(value)] = len(walk.memo)
+    if (again := walk.met(value)) is not None:
+        return again
     return ("dict", walk.tokens(value), walk.tokens(value.values()))
 
 
@@ -239,10 +238,8 @@ def _function(walk: _Walk, value: types.FunctionType) -> Token:
     closure = value.__closure__
     if closure is None and not own:
         return ("static", value)
-    index = walk.memo.get(id(value))
-    if index is not None:
-        return ("again", index)
-    walk.memo[id(value)] = len(walk.memo)
+    if (again := walk.met(value)) is not None:
+        return again
     walk.plans.append(plan)
     cells = _cells(walk, closure) if closure else ()
     defaults = walk.tokens(value.__defaults__) if value.__defaults__ else ()
@@ -300,10 +297,8 @@ def _frozen(walk: _Walk, value: Frozen) -> Token:
 
 
 def _dataclass(walk: _Walk, value: Any) -> Token:
-    index = walk.memo.get(id(value))
-    if index is not None:
-        return ("again", index)
-    walk.memo[id(value)] = len(walk.memo)
+    if (again := walk.met(value)) is not None:
+        return again
     names = tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
     _own_methods(walk, type(value))
     return ("dataclass", type(value), names, walk.tokens([getattr(value, n) for n in names]))

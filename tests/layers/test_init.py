@@ -115,18 +115,19 @@ def test_a_compiled_training_pass_returns_the_models_dtype(name, dtype):
 
 @every
 @pytest.mark.parametrize("training", [True, False])
-def test_in_double_precision(name, training):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_with_x64_every_dtype_is_the_models(name, dtype, training):
     layer, shape = CATALOGUE[name]
 
     def both(key, x):
         with rng.scope(key):
-            variables = layer.init(dtype="float64")
+            variables = layer.init(dtype=dtype)
         return variables, run(layer, variables, x, training, key)
 
     with jax.enable_x64(True):
-        x = jnp.zeros(shape, "int32" if shape is INDICES else "float64")
+        x = jnp.zeros(shape, "int32" if shape is INDICES else dtype)
         made = jax.eval_shape(both, jax.random.key(0), x)
-    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype("float64")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype(dtype)}
 
 
 @every

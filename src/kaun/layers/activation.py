@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kaun.layers.core import Float, Layer, float_input, stateless
+from kaun.layers.checks import float_input
+from kaun.layers.core import Float, Layer, stateless
 
 __all__ = ["gelu", "relu", "sigmoid", "silu", "tanh"]
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from kaun import tree
 from kaun.context import Context
-from kaun.layers.core import Float, Layer, Vars, float_input, here
+from kaun.layers.checks import float_input, here
+from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.dropout import drop
 from kaun.layers.parts import GLOROT_UNIFORM, Initializer, draw, fraction, positive, size, spell, wide
 
@@ -168,7 +169,10 @@ def _key_mask(name: str, x: jax.Array, ctx: Context) -> jax.Array | None:
     expected = f"{here(name)} expected ctx['attention_mask'] as bool or int {list(x.shape[:2])}, [batch, seq]"
     kinds = (jnp.bool_, jnp.integer)
     if not (tree.is_array(mask) and any(jnp.issubdtype(mask.dtype, kind) for kind in kinds)):
-        raise TypeError(f"{expected}, received {tree.describe(mask)}. Write Context(attention_mask=mask != 0).")
+        raise TypeError(
+            f"{expected}, received {tree.describe(mask)}. Write mask != 0 for a mask of zeros and ones, mask == 0 for one "
+            "that is added to the logits, and leave the name out for no mask."
+        )
     if mask.shape != x.shape[:2]:
         raise ValueError(
             f"{expected}, received {tree.describe(mask)}. It says for each position whether it is attended to."

@@ -10,7 +10,8 @@ from jax import lax
 
 from kaun import tree
 from kaun.context import Context
-from kaun.layers.core import Float, Layer, Vars, float_input, here
+from kaun.layers.checks import float_input, here
+from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.parts import GLOROT_UNIFORM, Initializer, along_last, draw, pair, size, spell
 
 __all__ = ["conv1d", "conv2d"]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from kaun import rng
 from kaun.context import Context
-from kaun.layers.core import Float, Layer, Vars, float_input
+from kaun.layers.checks import float_input
+from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.parts import fraction, spell
 
 __all__ = ["drop", "dropout"]

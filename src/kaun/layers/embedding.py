@@ -11,7 +11,8 @@ import numpy as np
 from jax.core import Tracer
 
 from kaun.context import Context
-from kaun.layers.core import Float, Int, Layer, Vars, here, int_input
+from kaun.layers.checks import here, int_input
+from kaun.layers.core import Float, Int, Layer, Vars
 from kaun.layers.parts import Initializer, draw, size, spell
 
 __all__ = ["embedding"]

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from kaun.context import Context
-from kaun.layers.core import Float, Layer, Vars, float_input
+from kaun.layers.checks import float_input
+from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.parts import GLOROT_UNIFORM, Initializer, along_last, draw, size, spell
 
 __all__ = ["linear"]

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from kaun import tree
 from kaun.context import Context
-from kaun.layers.core import Float, Layer, Vars, float_input, here
+from kaun.layers.checks import float_input, here
+from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.parts import along_last, fraction, positive, size, spell, wide
 
 __all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
