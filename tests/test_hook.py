@@ -87,3 +87,5 @@ def test_what_is_ready_is_delivered_after_a_moment_and_nothing_is_waited_for():
 def test_a_report_must_be_callable():
     with pytest.raises(TypeError, match="report expected a function"):
         Hook(3, None)
+    with pytest.raises(TypeError, match=r"report `<lambda>` \(test_hook.py:\d+\) must take three arguments, \(step, loss"):
+        Hook(lambda step, loss: None, None)

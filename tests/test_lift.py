@@ -110,7 +110,7 @@ def test_cells_that_are_not_filled_yet_stay_so():
 
     inner, made = make()
     assert inner() == 3
-    with pytest.raises(NameError, match="later"):
+    with pytest.raises(NameError, match=r"later"):
         made()
 
 
@@ -133,12 +133,12 @@ def test_an_endless_chain_of_objects_is_refused():
     for _ in range(1100):
         link.next = Link()
         link = link.next
-    with pytest.raises(CaptureError, match="reach more than 1000 others.*y = obj.y"):
+    with pytest.raises(CaptureError, match=r"reach more than 1000 others.*y = obj.y"):
         lift.take_apart(lambda: first.next)
 
 
 def test_a_global_that_is_refused_is_named():
-    with pytest.raises(CaptureError, match="captures `words`, a NumPy array of dtype <U1"):
+    with pytest.raises(CaptureError, match=r"captures `words`, a NumPy array of dtype <U1"):
         lift.take_apart(lambda: words)
 
 

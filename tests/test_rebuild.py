@@ -6,8 +6,8 @@ import functools
 import numpy as np
 import pytest
 
-from kaun import lift
-from kaun.rebuild import Rebuilt, captures, first_plan, hidden_arrays
+from kaun import Data, lift, losses
+from kaun.rebuild import Rebuilt, captures, hidden_arrays, subject
 
 Y = np.zeros((3, 1), np.float32)
 rate = 0.5
@@ -54,13 +54,20 @@ def test_partials_methods_and_frozen_losses_in_words():
     assert captures(*lift.take_apart(lambda: frozen()))["frozenY"] == "float32[3, 1]"
 
 
-def test_the_code_of_a_key():
+def test_what_a_key_is_about():
     def loss(out):
         return out
 
-    for function in (loss, functools.partial(loss, 1)):
-        assert first_plan(lift.take_apart(function)[0]).code is loss.__code__
-    assert first_plan(("static", max)) is None
+    class Objective:
+        def __call__(self, out):
+            return out
+
+    about = lambda f: subject(lift.take_apart(f)[0])
+    assert about(loss).__code__ is about(functools.partial(loss, 1)).__code__ is loss.__code__
+    assert about(functools.partial(losses.mse, Y)) is losses.mse
+    assert about(Data.from_items([(Y, Y)]).with_loss(losses.mse).__iter__().__next__()[1]) is losses.mse
+    assert about(Objective()) is Objective
+    assert subject((("static", max), ())) is None
 
 
 @pytest.mark.parametrize("write", ["append", "setitem", "attribute", "field", "delete"])

@@ -42,13 +42,15 @@ def both(made, error, match, *, x=X, loss=mse, ctx=None, trainer=None, state=Non
 def test_the_model_must_be_a_layer():
     with pytest.raises(TypeError, match=r"Trainer\(model=...\) expected a kaun Layer, received 3"):
         kaun.Trainer(model=3, optimizer=optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"did you forget to call it\? Write model=layers.sequential"):
+        kaun.Trainer(model=layers.linear, optimizer=optax.sgd(0.1))
 
 
 def test_the_optimizer_must_have_init_and_update():
     model = layers.linear(2, 1)
     with pytest.raises(TypeError, match=r"has no init and no update, did you forget to call it\? Write optimizer=optax.adam"):
         kaun.Trainer(model=model, optimizer=optax.sgd)
-    with pytest.raises(TypeError, match="received 'adam', which has no init and no update"):
+    with pytest.raises(TypeError, match=r"received 'adam', which has no init and no update"):
         kaun.Trainer(model=model, optimizer="adam")
 
 
@@ -85,7 +87,7 @@ def test_any_object_with_init_and_update_is_an_optimizer():
 
 def test_a_model_without_parameters_is_refused():
     trainer = kaun.Trainer(model=layers.tanh() >> layers.relu(), optimizer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match="has no parameters, so there is nothing to train.*model.apply"):
+    with pytest.raises(ValueError, match=r"has no parameters, so there is nothing to train.*model.apply"):
         trainer.init()
 
 
@@ -100,7 +102,7 @@ def test_dtypes_of_init(made):
     trainer, _ = made
     with pytest.raises(ValueError, match=r"dtype=float64 needs JAX's x64 mode.*jax_enable_x64"):
         trainer.init(dtype=jnp.float64)
-    with pytest.raises(TypeError, match="dtype=int32 is not floating"):
+    with pytest.raises(TypeError, match=r"dtype=int32 is not floating"):
         trainer.init(dtype=jnp.int32)
     half = trainer.init(dtype=jnp.bfloat16)
     assert half.vars.dtype == jnp.bfloat16
@@ -258,7 +260,7 @@ def test_empty_data(made):
     used = iter([(X, mse)])
     trainer.fit(state, used)
     for data in ([], used, Data.repeat(1, (X, mse)).take(0)):
-        with pytest.raises(ValueError, match="fit received no items: the data is empty.*used up"):
+        with pytest.raises(ValueError, match=r"fit received no items: the data is empty.*used up"):
             trainer.fit(state, data)
 
 
@@ -285,9 +287,9 @@ def test_context(made):
     init = lambda *, dtype: Vars(params={"w": jnp.ones((2, 1), dtype)}, state={}, dtype=dtype)
     masked = kaun.Trainer(model=Layer(init=init, apply=apply), optimizer=optax.sgd(0.1))
     both(made, MissingContext, "Context has no 'mask'; it has 'other'", trainer=masked, state=masked.init(), ctx=Context(other=Y))
-    with pytest.raises(TypeError, match="ctx at 'mask' expected a NumPy or JAX array of numbers, received str"):
+    with pytest.raises(TypeError, match=r"ctx at 'mask' expected a NumPy or JAX array of numbers, received str"):
         masked.predict(masked.init(), X, ctx=Context(mask="a"))
-    with pytest.raises(MissingContext, match="it has nothing"):
+    with pytest.raises(MissingContext, match=r"it has nothing"):
         masked.predict(masked.init(), X)
 
 
@@ -299,10 +301,10 @@ def test_a_state_is_an_immutable_pytree_that_says_what_it_is(made):
     assert repr(state) == "TrainState(step=0, 13 parameters in float32)"
     with pytest.raises(AttributeError, match=r"TrainState is immutable: use state = state.replace\(step=...\)"):
         state.step = 3
-    with pytest.raises(AttributeError, match="TrainState has no 'params'; it has vars, opt_state, step and key"):
+    with pytest.raises(AttributeError, match=r"TrainState has no 'params'.*Write state.vars.params"):
         state.params  # noqa: B018
     assert int(state.replace(step=jnp.int32(7)).step) == 7 and int(state.step) == 0
-    with pytest.raises(TypeError, match="unexpected keyword argument 'stepp'"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'stepp'"):
         state.replace(stepp=1)
     doubled = jax.tree.map(lambda a: a, state)
     assert isinstance(doubled, kaun.TrainState)
@@ -312,7 +314,7 @@ def test_a_state_is_an_immutable_pytree_that_says_what_it_is(made):
 
 def test_a_trainer_is_a_frozen_value(made):
     trainer, _ = made
-    with pytest.raises(AttributeError, match="cannot assign to field 'model'"):
+    with pytest.raises(AttributeError, match=r"cannot assign to field 'model'"):
         trainer.model = None
     assert trainer == kaun.Trainer(model=trainer.model, optimizer=trainer.optimizer)
     assert "sequential" in repr(trainer)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dis
 import functools
-import os
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
-from typing import Any
+from array import array
+from collections import UserList, deque
+from collections.abc import Iterable, Iterator, Mapping, MappingView
+from typing import Any, cast
 
 from kaun.errors import CaptureError, locate
 
@@ -21,6 +22,8 @@ _LIBRARIES = frozenset(
 )
 _PREFIXES = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib", "purelib", "platlib")})
 _MOST_PLANS = 4096
+_READ_ANYTHING = frozenset(["getattr", "vars", "__dict__", "asdict"])
+_INSIDE_WRAPPERS = ("__wrapped__", "fun", "fwd", "bwd", "jvp")  # lru_cache, jax.custom_jvp, jax.custom_vjp
 
 
 class Same:
@@ -43,7 +46,7 @@ class Plan:
 
     Attributes:
         code: the code object.
-        place: the file and line where it was written.
+        stub: a function of that code that captures nothing, to be named in messages.
         root: the top-level package of the module in which the function was defined.
         own: whether that is the user's own code, whose globals may change between two batches.
         scope: the globals of the function it was first met in.
@@ -51,19 +54,28 @@ class Plan:
         names: every attribute name and identifier-like string in it, sorted out against objects later.
     """
 
-    __slots__ = ("code", "global_names", "names", "own", "place", "root", "scope")
+    __slots__ = ("code", "global_names", "names", "own", "root", "scope", "stub")
 
     def __init__(self, function: types.FunctionType) -> None:
         self.code = function.__code__
-        self.place = f"{os.path.basename(self.code.co_filename)}:{self.code.co_firstlineno}"
+        cells = tuple(types.CellType() for _ in self.code.co_freevars)
+        self.stub = types.FunctionType(self.code, {}, None, None, cells)
         module = str(function.__globals__.get("__name__", ""))
         self.root = module.partition(".")[0]
         self.scope = Same(function.__globals__)
         self.own = _is_own(self.root, self.code.co_filename)
         self.global_names, self.names = _reads(self.code)
-        _refuse_writes(function)
+        if self.own:
+            _refuse_writes(function)
 
 
+_OPERATORS = frozenset([
+    "__call__", "__getitem__", "__contains__", "__iter__", "__len__", "__bool__", "__float__", "__int__",
+    "__index__", "__getattr__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__neg__", "__pos__",
+    "__abs__", "__invert__", "__add__", "__sub__", "__mul__", "__matmul__", "__truediv__", "__floordiv__",
+    "__mod__", "__pow__", "__and__", "__or__", "__xor__", "__radd__", "__rsub__", "__rmul__", "__rmatmul__",
+    "__rtruediv__", "__rpow__",
+])  # fmt: skip
 _plans: dict[int, Plan] = {}
 
 
@@ -144,10 +156,15 @@ def attributes(value: Any, names: frozenset[str]) -> list[tuple[str, Any]]:
 
     Nothing of the object's own code is run: properties and methods are returned as the functions behind them.
     """
-    found: list[tuple[str, Any]] = []
+    found = _contents(value)
     own: dict[str, Any] = getattr(value, "__dict__", None) or {}
     kinds = value.__mro__ if isinstance(value, type) else type(value).__mro__
-    for name in sorted(names):
+    wanted = set(names)
+    if names & _READ_ANYTHING:
+        wanted.update(n for n in own if n.isidentifier())
+    # obj(x), obj[i], obj + x: operators call methods that the code does not name
+    wanted.update(n for k in kinds if is_own_module(k.__module__) for n in vars(k) if n in _OPERATORS)
+    for name in sorted(wanted):
         if name in own:
             found.append((name, own[name]))
             continue
@@ -156,6 +173,20 @@ def attributes(value: Any, names: frozenset[str]) -> list[tuple[str, Any]]:
                 found += _from_class(value, name, vars(kind)[name], kind)
                 break
     return found
+
+
+def _contents(value: Any) -> list[tuple[str, Any]]:
+    """What is in a container of a kind that is not rebuilt, and in a wrapper around a function."""
+    if isinstance(value, Mapping):
+        return [("keys", list(value)), ("values", list(value.values()))]
+    if isinstance(value, (bytearray, memoryview)):
+        return [("bytes", bytes(value))]
+    if isinstance(value, (list, tuple, set, frozenset, deque, UserList, array, MappingView)):
+        return [("items", list(cast("Iterable[Any]", value)))]
+    if callable(value) and hasattr(value, "__wrapped__"):
+        inside = [(n, getattr(value, n, None)) for n in _INSIDE_WRAPPERS]
+        return [(n, f) for n, f in inside if isinstance(f, types.FunctionType)]
+    return []
 
 
 def _from_class(value: Any, name: str, entry: Any, kind: type) -> list[tuple[str, Any]]:

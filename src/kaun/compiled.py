@@ -20,7 +20,7 @@ import numpy as np
 
 from kaun import lift, rebuild, tree
 from kaun.context import Context
-from kaun.errors import RecompilationWarning
+from kaun.errors import RecompilationWarning, locate
 from kaun.staging import staged
 
 __all__ = ["Compilation", "Loop", "Programs"]
@@ -122,8 +122,8 @@ class Programs:
         entry, _, training = where
         now = {**call.words(), "training": str(training)}
         with self._lock:
-            before, count = self._latest.pop((entry, call.plan), (None, 0))
-            self._latest[(entry, call.plan)] = (now, count + 1)
+            before, count = self._latest.pop((entry, call.subject), (None, 0))
+            self._latest[(entry, call.subject)] = (now, count + 1)
             if len(self._latest) > self._capacity:
                 self._latest.popitem(last=False)
         why = "first" if before is None else _change(before, now)
@@ -135,7 +135,7 @@ class Programs:
                 "object instead of making equal ones, and give batches few different shapes. trainer.compilations "
                 "lists them all.",
                 RecompilationWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -152,15 +152,14 @@ class Call:
         self.key = (self.static, tuple([_kind(a) for a in self.xs + self.arrays + self.cs]))
 
     @property
-    def plan(self) -> Any:
-        """The code of the loss."""
-        return rebuild.first_plan(self.static[0])
+    def subject(self) -> Any:
+        """The user's code that the loss is about."""
+        return rebuild.subject(self.static[0]) if self.static[0] is not None else None
 
     @property
     def code(self) -> str:
-        """The name, file and line of the loss."""
-        plan = self.plan
-        return f"`{plan.code.co_qualname.rsplit('<locals>.', 1)[-1]}` ({plan.place})" if plan is not None else ""
+        """Its name, file and line."""
+        return locate(self.subject) if self.subject is not None else ""
 
     def words(self) -> dict[str, str]:
         """All that the program depends on, by name."""

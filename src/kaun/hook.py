@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import bisect
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from kaun.errors import EarlyStop
+from kaun.errors import EarlyStop, locate
 
 __all__ = ["Hook"]
 
 _BLOCK = 64
 _SLICE = 8
 _PATIENCE = 0.05  # seconds after which the losses that are ready are handed over, however few they are
+
+
+def _check_arguments(report: Any) -> None:
+    try:
+        inspect.signature(report).bind(1, 0.0, None)
+    except TypeError:
+        raise TypeError(
+            f"report {locate(report)} must take three arguments, (step, loss, state). Write "
+            "report=lambda step, loss, state: print(step, loss)."
+        ) from None
+    except ValueError:
+        pass  # a builtin that does not tell
 
 
 class Hook:
@@ -26,7 +39,7 @@ class Hook:
         total: how many steps the fit will take, None where that is not known.
 
     Raises:
-        TypeError: when the report cannot be called.
+        TypeError: when the report cannot be called, or not with three arguments.
     """
 
     def __init__(self, report: Callable[..., None] | None, total: int | None) -> None:
@@ -35,6 +48,8 @@ class Hook:
                 f"report expected a function (step, loss, state) -> None, received {report!r}. Write "
                 "report=lambda step, loss, state: print(step, loss), or use kaun.reports."
             )
+        if report is not None:
+            _check_arguments(report)
         self._report = report
         self._wants: Callable[[int], bool] | None = getattr(report, "wants", None)
         self._block: Callable[..., None] | None = getattr(report, "block", None)

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import random
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, MappingView
 from typing import Any
 
 import jax
@@ -176,10 +176,6 @@ def _complex(walk: _Walk, value: complex) -> Token:
     return ("complex", value.real.hex(), value.imag.hex())
 
 
-def _identity(walk: _Walk, value: Any) -> Token:
-    return ("same", Same(value))
-
-
 def _opaque(walk: _Walk, value: Any) -> Token:
     if walk.met(value) is not None:
         return ("same", Same(value))
@@ -226,10 +222,6 @@ def _dict(walk: _Walk, value: dict[Any, Any]) -> Token:
 
 def _set(walk: _Walk, value: Any) -> Token:
     return ("set", type(value), frozenset(walk.tokens(value)))
-
-
-def _slice(walk: _Walk, value: slice) -> Token:
-    return ("slice", walk.tokens((value.start, value.stop, value.step)))
 
 
 def _function(walk: _Walk, value: types.FunctionType) -> Token:
@@ -354,7 +346,7 @@ _HANDLERS: dict[type, Handler] = {
     dict: _dict,
     set: _set,
     frozenset: _set,
-    slice: _slice,
+    slice: lambda walk, value: ("slice", walk.tokens((value.start, value.stop, value.step))),
     type: _class,
     types.FunctionType: _function,
     types.MethodType: _method,
@@ -392,11 +384,15 @@ def _classify(kind: type, value: Any) -> Handler:
         return _refuse_iterator
     if kind.__name__ == "PjitFunction" and hasattr(value, "__wrapped__"):
         return _jitted
+    if isinstance(value, MappingView):
+        return _opaque
     if jax.tree_util.tree_structure(value) != jax.tree_util.tree_structure(0):
         return _pytree
     if dataclasses.is_dataclass(kind):
         return _dataclass
     if hasattr(kind, "__array__") or hasattr(kind, "__jax_array__"):
         return _refuse_foreign
+    if isinstance(value, Collection) or (callable(value) and hasattr(value, "__wrapped__")):
+        return _opaque
     holds = hasattr(value, "__dict__") or hasattr(kind, "__slots__")
-    return _opaque if holds and not bytecode.is_library(kind.__module__) else _identity
+    return _opaque if holds and not bytecode.is_library(kind.__module__) else lambda walk, value: ("same", Same(value))

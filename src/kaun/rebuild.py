@@ -15,7 +15,7 @@ import jax
 from kaun import tree
 from kaun.bytecode import Plan, Same
 
-__all__ = ["ARRAY", "EMPTY", "Content", "Rebuilt", "Token", "captures", "first_plan", "hidden_arrays"]
+__all__ = ["ARRAY", "EMPTY", "Content", "Rebuilt", "Token", "captures", "hidden_arrays", "subject"]
 
 Token = tuple[Any, ...]
 ARRAY: Token = ("array",)
@@ -241,10 +241,23 @@ def _arrays_in(token: Any) -> Iterator[Any]:
         yield token.value
 
 
-def first_plan(token: Any) -> Plan | None:
-    """The code that a key stands for, as far as it is one."""
-    if isinstance(token, Plan):
-        return token
-    if isinstance(token, tuple):
-        return next((p for p in map(first_plan, token) if p is not None), None)
-    return None
+def subject(key: Any) -> Any:
+    """The callable that a key is about, for messages: the user's own code in it, else the library function it uses."""
+    found = list(_callables(key[0]))
+    own = [f for mine, f in found if mine]
+    return own[0] if own else found[-1][1] if found else None
+
+
+def _callables(token: Any) -> Iterator[tuple[bool, Any]]:
+    match token:
+        case Plan():
+            yield token.own, token.stub
+        case ("static", types.FunctionType() as function):
+            yield False, function
+        case ("object" | "dataclass", Same(value=value), *_) | ("object" | "dataclass", value, *_):
+            yield True, value if isinstance(value, type) else type(value)
+        case tuple():
+            for part in token:
+                yield from _callables(part)
+        case _:
+            pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,14 +35,20 @@ def staged(key: Any, arrays: Sequence[Any], output: Any) -> jax.Array:
         with rng.scope(draw):
             value = rebuilt.function(output)
         if rebuilt.written():
-            _refuse_writes(rebuilt.function)
-        called.append(rebuilt.function)
-        return check_scalar(value, rebuilt.function, source="the model's output", role="loss")
+            _refuse_writes(function)
+        return check_scalar(value, function, source="the model's output", role="loss")
 
-    called: list[Callable[..., Any]] = []
+    function = rebuild.subject(key)
     arguments = (rng.next_key(), output, list(arrays))
-    closed = jax.make_jaxpr(run)(*arguments)
-    _refuse_constants(closed, key, called[0])
+    try:
+        closed = jax.make_jaxpr(run)(*arguments)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        error.add_note(
+            f"In loss {locate(function)}. A compiled loss sees shapes and dtypes, not numbers: write "
+            "jnp.where(c, a, b) for an if, jnp for np, and read numbers in report(step, loss, state)."
+        )
+        raise
+    _refuse_constants(closed, key, function)
     # What was looked at is what runs: the loss is not traced a second time.
     return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree_util.tree_leaves(arguments))[0]
 

@@ -89,7 +89,8 @@ class TrainState:
         raise AttributeError(f"TrainState is immutable: use state = state.replace({name}=...).")
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.")
+        hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
+        raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainState.tree_unflatten, (None, self.now())

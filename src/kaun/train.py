@@ -70,7 +70,11 @@ class Trainer(Generic[In, Out]):
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Layer):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"Trainer(model=...) expected a kaun Layer, received {self.model!r}. See kaun.layers.")
+            called = ", did you forget to call it?" if callable(self.model) else "."
+            raise TypeError(
+                f"Trainer(model=...) expected a kaun Layer, received {self.model!r}{called} Write "
+                "model=layers.sequential([layers.linear(2, 1)])."
+            )
         missing = [n for n in ("init", "update") if not callable(getattr(self.optimizer, n, None))]
         if missing:
             called = ", did you forget to call it?" if callable(self.optimizer) else "."

@@ -1,5 +1,7 @@
 """Laws 3 and 4: one compile, never stale, never silent."""
 
+import array
+import collections
 import dataclasses
 import enum
 import functools
@@ -331,7 +333,7 @@ def test_attributes_of_plain_objects_are_never_stale():
     cfg = Namespace(alpha=1.0, weights=np.ones(3), inner=Namespace(beta=2.0), unused=np.zeros(3))
 
     def loss(out):
-        return losses.mse(out, y_global) * cfg.alpha * float(cfg.weights.sum()) * getattr(cfg.inner, "beta")  # noqa: B009
+        return losses.mse(out, y_global) * cfg.alpha * float(cfg.weights.sum()) * cfg.inner.beta
 
     def check():
         value, _ = trainer.step(state, X, loss=loss)
@@ -371,6 +373,96 @@ def test_a_class_and_a_property_used_as_configuration_are_never_stale():
     check()
     config.base = 5.0
     check()
+
+
+class Scale:
+    def __init__(self):
+        self.held = 1.0
+
+    def __call__(self, value):
+        return value * SCALE
+
+    def __getitem__(self, i):
+        return self.held
+
+
+SCALE = 1.0
+
+
+@jax.custom_jvp
+def scaled(value):
+    return value * SCALE
+
+
+scaled.defjvp(lambda primals, tangents: (scaled(primals[0]), tangents[0] * SCALE))
+
+
+@functools.lru_cache
+def cached(n):
+    return SCALE * n
+
+
+def stale_cases():
+    """What a loss reads in roundabout ways, and how it is changed."""
+    deque, counter, table = collections.deque([1.0]), collections.Counter(a=1), collections.UserDict(a=1.0)
+    numbers, raw, view = array.array("d", [1.0]), bytearray(b"a"), {"a": 1.0}
+    values = view.values()
+    proxy, config, scale = types.MappingProxyType(view), Namespace(w1=1.0), Scale()
+
+    class Mine(list):
+        pass
+
+    mine = Mine([1.0])
+    n = 1
+
+    def set_scale(value):
+        global SCALE
+        SCALE = value
+        cached.cache_clear()
+
+    return {
+        "deque": (lambda out: out.mean() * deque[0], lambda: deque.append(deque.popleft() + 1)),
+        "counter": (lambda out: out.mean() * counter["a"], lambda: counter.update("a")),
+        "user dict": (lambda out: out.mean() * table["a"], lambda: table.update(a=3.0)),
+        "array": (lambda out: out.mean() * numbers[0], lambda: numbers.__setitem__(0, 3.0)),
+        "bytes": (lambda out: out.mean() * raw[0], lambda: raw.__setitem__(0, 7)),
+        "proxy": (lambda out: out.mean() * proxy["a"], lambda: view.update(a=9.0)),
+        "values": (lambda out: out.mean() * sum(values), lambda: view.update(b=4.0)),
+        "subclass": (lambda out: out.mean() * mine[0], lambda: mine.__setitem__(0, 5.0)),
+        "callable": (lambda out: scale(out.mean()), lambda: set_scale(SCALE + 1)),
+        "callable itself": (lambda out: out.mean() * scale[0], lambda: setattr(scale, "held", 8.0)),
+        "custom_jvp": (lambda out: scaled(out.mean()), lambda: set_scale(SCALE + 1)),
+        "lru_cache": (lambda out: out.mean() * cached(2), lambda: set_scale(SCALE + 1)),
+        "getattr": (lambda out: out.mean() * getattr(config, "w" + str(n)), lambda: setattr(config, "w1", 6.0)),
+        "vars": (lambda out: out.mean() * sum(vars(config).values()), lambda: setattr(config, "w2", 6.0)),
+    }
+
+
+@pytest.mark.parametrize("case", sorted(stale_cases()))
+def test_roundabout_reads_are_never_stale(linear, case):
+    trainer, state = linear
+    loss, change = stale_cases()[case]
+    for _ in range(3):
+        value, _ = trainer.step(state, X, loss=loss)
+        np.testing.assert_allclose(float(value), direct(trainer, state, loss), rtol=1e-6)
+        change()
+
+
+def test_vmapped_helpers_of_libraries_are_no_writes(linear):
+    trainer, state = linear
+    y = np.full((4, 1), 2.0, np.float32)
+    each = jax.vmap(lambda o, t: (o - t) ** 2)
+    loss = lambda out: each(out, y).mean()
+    value, _ = trainer.step(state, X, loss=loss)
+    np.testing.assert_allclose(float(value), direct(trainer, state, loss), rtol=1e-6)
+
+
+def test_numbers_read_from_a_traced_output_are_explained(linear):
+    trainer, state = linear
+    for loss in (lambda out: out.mean() * float(out.sum()), lambda out: jnp.mean(np.asarray(out))):
+        with pytest.raises(Exception, match=r"(?i)tracer") as caught:
+            trainer.step(state, X, loss=loss)
+        assert any("In loss `<lambda>` (test_closures.py:" in note for note in caught.value.__notes__)
 
 
 def test_writes_are_refused():

@@ -170,8 +170,8 @@ def _key_mask(name: str, x: jax.Array, ctx: Context) -> jax.Array | None:
     kinds = (jnp.bool_, jnp.integer)
     if not (tree.is_array(mask) and any(jnp.issubdtype(mask.dtype, kind) for kind in kinds)):
         raise TypeError(
-            f"{expected}, received {tree.describe(mask)}. Write mask != 0 for a mask of zeros and ones, mask == 0 for one "
-            "that is added to the logits, and leave the name out for no mask."
+            f"{expected}, received {tree.describe(mask)}. Write mask != 0 for a mask of zeros and ones, mask == 0 for "
+            "one that is added to the logits, and leave the name out for no mask."
         )
     if mask.shape != x.shape[:2]:
         raise ValueError(
