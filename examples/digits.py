@@ -1,10 +1,11 @@
-"""Handwritten digits: a small network learns to read them from 1,437 images of 8 x 8 pixels, and is tested on 360 others.
+"""Handwritten digits: a small network learns to read them from 1,437 images of 8 x 8 pixels.
 
 Run it with: python examples/digits.py           (half a minute; needs pip install "kaun[examples]")
          or: python examples/digits.py --epochs 5 --folder somewhere
 
-It shows a progress bar and, after each epoch, the accuracy on the test images. Then it draws the loss curve and a sheet
-of test images with their predictions, saves the weights, loads them again and checks that they predict the same.
+It shows a progress bar and, after each epoch, the accuracy on 360 images kept for the test. Then it draws the loss
+curve and a sheet of test images with their predictions, saves the weights, loads them again and checks that they
+predict the same.
 """
 
 import argparse

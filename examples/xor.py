@@ -11,7 +11,7 @@ import kaun
 from kaun import Data, layers, losses, rng
 
 
-def main(*, steps: int = 1000, seed: int = 42) -> jax.Array:
+def main(*, steps=1000, seed=42):
     x = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32)
     y = jnp.array([[0], [1], [1], [0]], jnp.float32)
 
@@ -28,7 +28,7 @@ def main(*, steps: int = 1000, seed: int = 42) -> jax.Array:
     predicted = jax.nn.sigmoid(trainer.predict(state, x))
     for (a, b), p in zip(x.tolist(), predicted[:, 0].tolist(), strict=True):
         print(f"{a:.0f} xor {b:.0f} = {p:.3f}")
-    return predicted
+    return trainer, state
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class _Program:
     def __init__(self, run: Callable[..., Any]) -> None:
         self.run = run
         self.fresh = True
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a loss may itself train
 
 
 class Programs:

@@ -1,0 +1,161 @@
+"""Each example in a short form: in strict mode with a look at what it made, and from the command line as users run it."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from kaun import checkpoint, losses, metrics, rng
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+# The options of the short form, and what it must print.
+SHORT = {
+    "xor": ([], [r"0 xor 0 = 0\.0", r"0 xor 1 = 0\.9", r"1 xor 0 = 0\.9", r"1 xor 1 = 0\.0"]),
+    "digits": (
+        ["--epochs", "1", "--folder", "made"],
+        [r"epoch  1: \d\d\.\d\d% of the test", r"the 360 test images", r"made.loss\.png: ", r"they predict exactly the same"],
+    ),
+    "chars": (["--steps", "12", "--characters", "5"], [r"The loss was \d\.\d{3} at the start", r"(?s)\n\nThe .{5}\n$"]),
+}
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_here_and_says_how_to_run_it():
+    files = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
+    assert set(files) == set(SHORT)
+    for name, text in files.items():
+        assert f"Run it with: python examples/{name}.py" in text
+        assert len(text.splitlines()) <= 110
+        for option in re.findall(rf"examples/{name}\.py.* (--\w+)", text):
+            assert f'add_argument("{option}"' in text
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_from_the_command_line(name, tmp_path):
+    options, printed = SHORT[name]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for text in printed:
+        assert re.search(text, done.stdout), done.stdout
+
+
+def test_xor_is_learned(capsys):
+    xor = example("xor")
+    trainer, state = xor.main()
+    predicted = trainer.predict(state, jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32))
+    np.testing.assert_array_equal(predicted > 0, [[False], [True], [True], [False]])
+    shown = [float(p) for p in re.findall(r"= (\S+)", capsys.readouterr().out)]
+    np.testing.assert_allclose(shown, 1 / (1 + np.exp(-np.asarray(predicted)[:, 0])), rtol=0, atol=5.1e-4)
+
+
+def red(path):
+    """How many pixels of a PNG are red, of an image that is large enough to be looked at."""
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    image = imread(path)
+    assert min(image.shape[:2]) > 500
+    r, g, b = np.moveaxis(image[..., :3], -1, 0)
+    return int(np.sum((r > 0.9) & (g < 0.1) & (b < 0.1)))
+
+
+def test_digits_are_learned_and_drawn_and_saved(tmp_path, capsys):
+    digits = example("digits")
+    folder = tmp_path / "not" / "there yet"
+    trainer, state = digits.main(epochs=2, folder=folder)
+    train_images, test_images, train_labels, test_labels = digits.load_data()
+    assert (train_images.shape, test_images.shape) == ((1437, 8, 8, 1), (360, 8, 8, 1))
+    assert (test_images.min(), test_images.max()) == (0, 1)
+
+    with rng.scope(0):
+        untrained = trainer.predict(trainer.init(dtype=jnp.float32), test_images)
+    logits = trainer.predict(state, test_images)
+    before, after = (losses.cross_entropy_sparse(z, test_labels) for z in (untrained, logits))
+    assert after < 0.5 < 2 < before
+    accuracy = metrics.accuracy(logits, test_labels)
+    assert accuracy > 0.85
+    shown = re.findall(r"(\d+\.\d\d)% of the", capsys.readouterr().out)
+    assert len(shown) == 3  # two epochs and the end
+    assert shown[1] == shown[2] == f"{100 * accuracy:.2f}"
+
+    assert {path.name for path in folder.iterdir()} == {"loss.png", "digits.png", "weights.safetensors"}
+    assert red(folder / "loss.png") == 0 < red(folder / "digits.png")
+    like = digits.make_model().init(dtype=jnp.float32)
+    loaded = trainer.make_state(checkpoint.load(folder / "weights.safetensors", like=like))
+    assert np.asarray(trainer.predict(loaded, test_images)).tobytes() == np.asarray(logits).tobytes()
+
+
+def test_only_mistakes_are_red_and_none_is_left_out(tmp_path):
+    digits = example("digits")
+    _, images, _, labels = digits.load_data()
+    one, two = labels.copy(), labels.copy()
+    one[350] = two[350] = (labels[350] + 1) % 10  # beyond the first 60, which is all that a sheet has room for
+    two[7] = (labels[7] + 1) % 10
+    reds = []
+    for predicted in (labels, one, two):
+        digits.draw_sheet(tmp_path / "sheet.png", images, labels, predicted)
+        reds.append(red(tmp_path / "sheet.png"))
+    assert reds[0] == 0 < reds[1] < reds[2]
+
+
+def test_windows_are_pieces_of_the_text():
+    chars = example("chars")
+    for seed in (0, 0, 1):
+        with rng.scope(seed):
+            batches = chars.make_batches(batch_size=4)
+        x, y = next(iter(batches))
+        assert x.shape == y.shape == (4, chars.WINDOW)
+        np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+        for row, last in zip(x, y[:, -1], strict=True):
+            assert "".join(chars.ALPHABET[n] for n in [*row, last]) in chars.TEXT
+
+
+def test_chars_learns_and_writes(capsys):
+    chars = example("chars")
+    trainer, state = chars.main(steps=40, characters=0)
+    first, last = map(float, re.findall(r"(\d\.\d{3}) at the", capsys.readouterr().out))
+    assert first > 4
+    assert last < first - 1.5
+
+    def write(seed):
+        with rng.scope(seed):
+            return chars.write(trainer, state, "The ", characters=chars.WINDOW + 6)
+
+    text = write(0)
+    assert text.startswith("The ")
+    assert len(text) == 4 + chars.WINDOW + 6
+    assert set(text) <= set(chars.ALPHABET)
+    assert text == write(0) != write(1)
+    assert [c.where for c in trainer.compilations].count("predict") == 1
+
+
+def test_what_fills_up_a_window_does_not_matter():
+    chars = example("chars")
+    with rng.scope(0):
+        trainer = chars.kaun.Trainer(model=chars.make_model(), optimizer=chars.optax.sgd(0.1))
+        state = trainer.init(dtype=jnp.float32)
+    windows = np.zeros((2, chars.WINDOW), np.int32)
+    windows[:, :5] = range(5)
+    windows[1, 5:] = len(chars.ALPHABET) - 1
+    logits = np.asarray(trainer.predict(state, windows))
+    np.testing.assert_array_equal(logits[0, :5], logits[1, :5])
+    assert not np.array_equal(logits[0, 5:], logits[1, 5:])
