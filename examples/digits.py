@@ -4,8 +4,7 @@ Run it with: python examples/digits.py           (half a minute; needs pip insta
          or: python examples/digits.py --epochs 5 --folder somewhere
 
 It shows a progress bar and, after each epoch, the accuracy on 360 images kept for the test. Then it draws the loss
-curve and a sheet of test images with their predictions, saves the weights, loads them again and checks that they
-predict the same.
+curve and a sheet of test images with their predictions, saves the weights, loads them again and predicts the same.
 """
 
 import argparse

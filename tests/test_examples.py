@@ -82,7 +82,7 @@ def test_digits_are_learned_and_drawn_and_saved(tmp_path, capsys):
     digits = example("digits")
     folder = tmp_path / "not" / "there yet"
     trainer, state = digits.main(epochs=2, folder=folder)
-    train_images, test_images, train_labels, test_labels = digits.load_data()
+    train_images, test_images, _, test_labels = digits.load_data()
     assert (train_images.shape, test_images.shape) == ((1437, 8, 8, 1), (360, 8, 8, 1))
     assert (test_images.min(), test_images.max()) == (0, 1)
 
@@ -98,7 +98,8 @@ def test_digits_are_learned_and_drawn_and_saved(tmp_path, capsys):
     assert shown[1] == shown[2] == f"{100 * accuracy:.2f}"
 
     assert {path.name for path in folder.iterdir()} == {"loss.png", "digits.png", "weights.safetensors"}
-    assert red(folder / "loss.png") == 0 < red(folder / "digits.png")
+    assert red(folder / "loss.png") == 0
+    assert (red(folder / "digits.png") > 0) == (accuracy < 1)
     like = digits.make_model().init(dtype=jnp.float32)
     loaded = trainer.make_state(checkpoint.load(folder / "weights.safetensors", like=like))
     assert np.asarray(trainer.predict(loaded, test_images)).tobytes() == np.asarray(logits).tobytes()

@@ -25,8 +25,11 @@ def at(key: str) -> Generator[None, None, None]:
     try:
         yield
     except Exception as err:
-        if not getattr(err, "__notes__", None):
-            err.add_note(f"In the model's layer {'.'.join(_path.get())!r}.")
+        path = ".".join(_path.get())
+        if not hasattr(err, "kaun_layer"):  # the innermost layer is the one to name
+            err.kaun_layer = path  # pyright: ignore[reportAttributeAccessIssue]
+            if repr(path) not in str(err):
+                err.add_note(f"In the model's layer {path!r}.")
         raise
     finally:
         _path.reset(token)
