@@ -1,0 +1,75 @@
+"""A loss traced on its own: it is what it would be if it were called, and its constants are seen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kaun import lift, losses, rng
+from kaun.errors import CaptureError
+from kaun.staging import staged
+
+
+def compiled(loss, output):
+    """Value and gradient of a staged loss under jit, as a step runs it."""
+    key, arrays = lift.take_apart(loss)
+
+    def run(output, arrays, draw):
+        with rng.scope(draw):
+            return jax.value_and_grad(lambda out: staged(key, arrays, out))(output)
+
+    return jax.jit(run)(output, arrays, jax.random.key(0))
+
+
+def test_value_and_gradient_are_those_of_a_plain_call():
+    y = np.array([1.0, 2.0], np.float32)
+    out = jnp.array([3.0, 5.0])
+    for loss in (lambda o: losses.mse(o, y), lambda o: losses.huber(o, y), lambda o: jax.nn.relu(o - y).sum()):
+        value, gradient = compiled(loss, out)
+        expected, reference = jax.value_and_grad(loss)(out)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(gradient, reference, rtol=1e-6)
+
+
+def test_the_python_of_a_loss_runs_once_for_a_trace(capsys):
+    def loss(o):
+        print("traced")
+        return o.sum()
+
+    compiled(loss, jnp.ones(2))
+    assert capsys.readouterr().out == "traced\n"
+
+
+def test_constants_are_found_inside_inner_programs():
+    hidden = {"y": jnp.ones(3)}
+
+    class Box:
+        pass
+
+    box = Box()
+    box.y = hidden["y"]
+    for loss in (
+        lambda o: jax.jit(lambda z: (z * box.y).sum())(o),
+        lambda o: jax.lax.cond(o.sum() > 0, lambda z: (z * box.y).sum(), lambda z: z.sum(), o),
+        lambda o: jax.lax.scan(lambda c, z: (c + (z * box.y).sum(), None), jnp.float32(0), o[None])[0],
+        lambda o: jax.checkpoint(lambda z: (z * box.y).sum())(o),
+    ):
+        with pytest.raises(CaptureError, match="through `y` of a Box"):
+            compiled(loss, jnp.ones(3))
+
+
+def test_effects_inside_a_loss_survive(capfd):
+    def loss(o):
+        jax.debug.print("loss is {}", o.sum())
+        return o.sum()
+
+    compiled(loss, jnp.ones(2))
+    jax.effects_barrier()
+    assert "loss is 2.0" in capfd.readouterr().out
+
+
+def test_draws_of_a_loss_come_from_the_steps_scope():
+    loss = lambda o: (o * jax.random.normal(rng.next_key(), (2,))).sum()
+    a, _ = compiled(loss, jnp.ones(2))
+    b, _ = compiled(loss, jnp.ones(2))
+    assert float(a) == float(b)
