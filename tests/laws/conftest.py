@@ -35,13 +35,13 @@ def _cnn():
 
 
 def _attention():
-    def block():
-        attend = layers.layer_norm(8) >> layers.multi_head_attention(8, 2, is_causal=True, rope=True, dropout=0.1)
+    def block(dropout):
+        attend = layers.layer_norm(8) >> layers.multi_head_attention(8, 2, is_causal=True, rope=True, dropout=dropout)
         return layers.residual(attend) >> layers.residual(
             layers.sequential([layers.layer_norm(8), layers.linear(8, 16), layers.gelu(), layers.linear(16, 8)])
         )
 
-    return layers.embedding(11, 8) >> block() >> block() >> layers.linear(8, 11)
+    return layers.embedding(11, 8) >> block(0.1) >> block(0.0) >> layers.linear(8, 11)
 
 
 MODELS = {"mlp": _mlp, "norms": _norms, "cnn": _cnn, "attention": _attention}
