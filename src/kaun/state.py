@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -88,9 +88,11 @@ class TrainState:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"TrainState is immutable: use state = state.replace({name}=...).")
 
-    def __getattr__(self, name: str) -> Any:
-        hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
-        raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
+    if not TYPE_CHECKING:  # the checker knows the fields, and must not take any other name for one
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
+            raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainState.tree_unflatten, (None, self.now())
