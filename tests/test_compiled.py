@@ -61,7 +61,7 @@ def test_a_carry_handed_out_is_not_updated_in_place(programs):
 def test_what_nobody_has_seen_is_updated_in_place(programs):
     run = loop(programs)
     run.push(ONE, mean, None)
-    mine = run._leaves[0]
+    mine = run._held[1][0]
     run.push(ONE, mean, None)
     assert mine.is_deleted()
 

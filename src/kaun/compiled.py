@@ -7,6 +7,7 @@ user has seen must be left alone.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
 import warnings
@@ -184,12 +185,14 @@ class Loop:
 
     def __init__(self, programs: Programs, carry: Any, key: jax.Array, ctx: Context | None) -> None:
         self._programs = programs
-        self._given, self._def = jax.tree_util.tree_flatten(carry)
-        self._leaves: list[Any] = self._given
+        leaves, self._def = jax.tree_util.tree_flatten(carry)
+        self._given: list[Any] | None = leaves
+        # Whether these arrays are the loop's own, to be updated in place, or others have seen them; and the arrays. One
+        # tuple, because an interrupt may come between any two assignments.
+        self._held: tuple[bool, list[Any]] = (False, leaves)
         self._where = ("fit", self._def, True)
         self._key, self._ctx = key, ctx
         self._done: deque[tuple[jax.Array, list[Any]]] = deque(maxlen=1)
-        self._seen = True  # somebody else holds these leaves: they must not be updated in place
         self._program: Any = None
         self._key_of_program: Any = None
         self.loss: jax.Array | None = None
@@ -201,38 +204,40 @@ class Loop:
             self._program = self._programs.find(self._where, call)
             self._key_of_program = call.key
         program = self._program
-        if self._seen:
-            self._leaves = _copy(self._leaves)
-            self._seen = False
+        own, arrays = self._held
+        if not own:
+            self._held = (True, _copy(arrays))
         if program.fresh:
             self._programs.first_run(self._where, call, program, lambda: self._trace_and_run(program, call))
         else:
             self._run(program, call)
         self._take()
-        self._given = self._leaves
+        self._given = None
 
     def _run(self, program: _Program, call: Call) -> None:
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not find the state given away and its successor in nobody's hands.
-        arguments = ((self._leaves,), (self._key,), (call.xs,), (call.arrays,), (call.cs,))
-        self._done.extend(map(program.run, *arguments))
+        arguments = (self._held[1], self._key, call.xs, call.arrays, call.cs)
+        self._done.extend(itertools.starmap(program.run, (arguments,)))
 
     def _trace_and_run(self, program: _Program, call: Call) -> None:
         # Not through map: the user's loss runs in here, and a StopIteration of its would end the map in silence.
-        self._done.append(program.run(self._leaves, self._key, call.xs, call.arrays, call.cs))
+        self._done.append(program.run(self._held[1], self._key, call.xs, call.arrays, call.cs))
 
     def _take(self) -> None:
         if self._done:
-            self.loss, self._leaves = self._done[0]
+            self.loss, arrays = self._done[0]
+            self._held = (True, arrays)
             self._done.clear()
 
     def carry(self) -> Any:
         """The state after the last step that was run; the loop goes on with a copy of it."""
         self._take()
-        if self._leaves and all(a.is_deleted() for a in self._leaves[:1] if isinstance(a, jax.Array)):
-            self._leaves = self._given  # interrupted while the first program ran, on a copy of what was given
-        self._seen = True
-        return jax.tree_util.tree_unflatten(self._def, self._leaves)
+        own, arrays = self._held
+        if own and self._given is not None:
+            arrays = self._given  # interrupted in the first step, on a copy of what was given
+        self._held = (False, arrays)
+        return jax.tree_util.tree_unflatten(self._def, arrays)
 
 
 @jax.jit
