@@ -67,7 +67,7 @@ def test_what_nobody_has_seen_is_updated_in_place(programs):
 
 
 def test_programs_are_found_by_code_static_values_shapes_and_dtypes(programs):
-    where = ("step", jax.tree_util.tree_structure((0, 0)), True)
+    where = ("step", jax.tree_util.tree_structure((0, 0)), True, None)
     find = lambda x, loss=mean, ctx=None: programs.find(where, Call(x, loss, ctx))
     first = find(np.ones(2, np.float32))
     assert find(np.zeros(2, np.float32)) is first

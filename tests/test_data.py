@@ -875,3 +875,8 @@ def test_repr_shows_the_chain():
         "  .prefetch(2)",
     ]
 
+
+def test_the_arrays_of_batches_are_one_argument():
+    x, y = np.zeros((4, 2), np.float32), np.zeros(4, np.int32)
+    with pytest.raises(TypeError, match=r"batch_size to be an int, received int32\[4\].*Data.batches\(\(x, y\), batch_size=64\)"):
+        Data.batches(x, y, 2)

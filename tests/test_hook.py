@@ -5,7 +5,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from kaun import EarlyStop
+from kaun import EarlyStop, reports
 from kaun.hook import Hook
 
 
@@ -89,3 +89,5 @@ def test_a_report_must_be_callable():
         Hook(3, None)
     with pytest.raises(TypeError, match=r"report `<lambda>` \(test_hook.py:\d+\) must take three arguments, \(step, loss"):
         Hook(lambda step, loss: None, None)
+    with pytest.raises(TypeError, match=r"report `progress` .*or call it if it makes a report: reports.progress\(\)"):
+        Hook(reports.progress, None)

@@ -22,6 +22,7 @@ import numpy as np
 from kaun import lift, rebuild, tree
 from kaun.context import Context
 from kaun.errors import RecompilationWarning, locate
+from kaun.packing import Packing, pack, packing_of, unpack
 from kaun.staging import staged
 
 __all__ = ["Compilation", "Loop", "Programs"]
@@ -73,8 +74,36 @@ class Programs:
         self._capacity = capacity
         self._table: OrderedDict[Hashable, _Program] = OrderedDict()
         self._lock = threading.Lock()
+        self._packings: dict[Any, Packing | None] = {}
         self._latest: OrderedDict[Hashable, tuple[dict[str, str], int]] = OrderedDict()
         self.compilations: deque[Compilation] = deque(maxlen=1000)
+
+    def packing(self, structure: Any, leaves: list[Any]) -> Packing | None:
+        """How a state of this structure is packed for its steps, if it is; the shapes follow from the structure."""
+        if structure not in self._packings:
+            self._packings[structure] = packing_of([jnp.asarray(a) for a in leaves])
+        return self._packings[structure]
+
+    def run(self, where: tuple[Any, ...], call: Call, leaves: list[Any], key: jax.Array) -> Any:
+        """Run the program for a call once, on arrays that stay as they are."""
+        program = self.find(where, call)
+        if not program.fresh:
+            return program.run(leaves, key, call.xs, call.arrays, call.cs)
+        out: list[Any] = []
+        run = lambda: out.append(program.run(leaves, key, call.xs, call.arrays, call.cs))
+        self.first_run(where, call, program, run)
+        return out[0]
+
+    def step(
+        self, structure: Any, leaves: list[Any], key: jax.Array, call: Call, training: bool
+    ) -> tuple[jax.Array, list[Any]]:
+        """The loss and the leaves after one step, in the very form in which a loop runs it."""
+        packing = self.packing(structure, leaves)
+        where = ("step", structure, training, packing)
+        if packing is None:
+            return self.run(where, call, leaves, key)
+        value, vectors = self.run(where, call, pack(packing, leaves), key)
+        return value, unpack(packing, vectors)
 
     def find(self, where: tuple[Any, ...], call: Call) -> _Program:
         """The program for a call, made (not yet compiled) where there is none."""
@@ -90,7 +119,7 @@ class Programs:
             return found
 
     def _jit(self, where: tuple[Any, ...], call: Call) -> Callable[..., Any]:
-        entry, carry_def, training = where
+        entry, carry_def, training, packing = where
         loss_key, x_def, ctx_def = call.static
         join = jax.tree_util.tree_unflatten
 
@@ -100,12 +129,16 @@ class Programs:
             value, after = self._advance(carry, key, x, ctx, loss, training)
             return value, _as_before(carry, after)
 
+        def packed(vectors: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
+            value, leaves = step(packing.unpack(vectors), key, xs, arrays, cs)
+            return value, packing.pack(leaves)
+
         def predict(leaves: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
             return self._forward(join(carry_def, leaves), key, join(x_def, xs), join(ctx_def, cs))
 
         if entry == "predict":
             return jax.jit(predict)
-        return jax.jit(step, donate_argnums=(0,) if entry == "fit" else ())
+        return jax.jit(packed if packing else step, donate_argnums=(0,) if entry == "fit" else ())
 
     def first_run(self, where: tuple[Any, ...], call: Call, program: _Program, run: Callable[[], None]) -> None:
         """Run a program for the first time: it is traced and compiled, timed, and written down with its reason."""
@@ -120,7 +153,7 @@ class Programs:
         return None
 
     def _write_down(self, where: tuple[Any, ...], call: Call, seconds: float) -> None:
-        entry, _, training = where
+        entry, _, training, _ = where
         now = {**call.words(), "training": str(training)}
         with self._lock:
             before, count = self._latest.pop((entry, call.subject), (None, 0))
@@ -187,10 +220,11 @@ class Loop:
         self._programs = programs
         leaves, self._def = jax.tree_util.tree_flatten(carry)
         self._given: list[Any] | None = leaves
-        # Whether these arrays are the loop's own, to be updated in place, or others have seen them; and the arrays. One
-        # tuple, because an interrupt may come between any two assignments.
+        self._packing = programs.packing(self._def, leaves)
+        # Whether these arrays are the loop's own, packed and to be updated in place, or leaves that others have seen;
+        # and the arrays. One tuple, because an interrupt may come between any two assignments.
         self._held: tuple[bool, list[Any]] = (False, leaves)
-        self._where = ("fit", self._def, True)
+        self._where = ("fit", self._def, True, self._packing)
         self._key, self._ctx = key, ctx
         self._done: deque[tuple[jax.Array, list[Any]]] = deque(maxlen=1)
         self._program: Any = None
@@ -206,7 +240,7 @@ class Loop:
         program = self._program
         own, arrays = self._held
         if not own:
-            self._held = (True, _copy(arrays))
+            self._held = (True, _copy(arrays) if self._packing is None else pack(self._packing, arrays))
         if program.fresh:
             self._programs.first_run(self._where, call, program, lambda: self._trace_and_run(program, call))
         else:
@@ -236,6 +270,8 @@ class Loop:
         own, arrays = self._held
         if own and self._given is not None:
             arrays = self._given  # interrupted in the first step, on a copy of what was given
+        elif own and self._packing is not None:
+            arrays = unpack(self._packing, arrays)
         self._held = (False, arrays)
         return jax.tree_util.tree_unflatten(self._def, arrays)
 

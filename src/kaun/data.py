@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
-from kaun import prefetch, stages
+from kaun import prefetch, stages, tree
 from kaun.stages import Item, Node
 
 __all__ = ["Data"]
@@ -163,6 +163,11 @@ class Data(Generic[T]):
         >>> [(batch["x"].shape, batch["y"].tolist()) for batch in data]
         [((2, 2), [0, 1]), ((2, 2), [2, 3]), ((1, 2), [4])]
         """
+        if tree.is_array(batch_size):
+            raise TypeError(
+                f"Data.batches expected batch_size to be an int, received {tree.describe(batch_size)}. The arrays are "
+                "one argument: Data.batches((x, y), batch_size=64)."
+            )
         size = stages.checked_count("Data.batches", "batch_size", batch_size, 1)
         n, take = stages.rows_of("Data.batches", arrays)
         order = stages.orders_of("Data.batches(..., shuffle=True)", n) if shuffle else None

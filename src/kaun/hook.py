@@ -25,7 +25,8 @@ def _check_arguments(report: Any) -> None:
     except TypeError:
         raise TypeError(
             f"report {locate(report)} must take three arguments, (step, loss, state). Write "
-            "report=lambda step, loss, state: print(step, loss)."
+            "report=lambda step, loss, state: print(step, loss), or call it if it makes a report: "
+            "reports.progress()."
         ) from None
     except ValueError:
         pass  # a builtin that does not tell

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 
@@ -12,6 +13,7 @@ from kaun.layers.core import Vars
 __all__ = ["TrainState"]
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
+_making = threading.RLock()
 _NAMES = ("vars", "opt_state", "step", "key")
 
 
@@ -53,12 +55,13 @@ class TrainState:
 
     def now(self) -> Fields:
         """All four fields, made if they were not yet."""
-        held = self._held
-        if held is None:
-            assert self._make is not None
-            held = self._make().now()
-            object.__setattr__(self, "_held", held)
-        return held
+        if self._held is None:
+            # A report may have handed the state to a thread that looks at it while the loop wants to go on.
+            with _making:
+                if self._held is None:
+                    assert self._make is not None
+                    object.__setattr__(self, "_held", self._make().now())
+        return cast("Fields", self._held)
 
     @property
     def vars(self) -> Vars:

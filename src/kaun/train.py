@@ -137,7 +137,7 @@ class Trainer(Generic[In, Out]):
         self._check_state(state, "step")
         call = Call(x, _as_loss(loss), _as_context(ctx))
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
-        value, leaves = self._run(("step", structure, bool(training)), call, leaves, state.key)
+        value, leaves = self._programs.step(structure, leaves, state.key, call, bool(training))
         return value, _state(jax.tree_util.tree_unflatten(structure, leaves), state.key)
 
     def fit(
@@ -192,16 +192,8 @@ class Trainer(Generic[In, Out]):
         """
         self._check_state(state, "predict")
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
-        return self._run(("predict", structure, False), Call(x, None, _as_context(ctx)), leaves, state.key)
-
-    def _run(self, where: tuple[Any, ...], call: Call, leaves: list[Any], key: jax.Array) -> Any:
-        program = self._programs.find(where, call)
-        if not program.fresh:
-            return program.run(leaves, key, call.xs, call.arrays, call.cs)
-        out: list[Any] = []
-        run = lambda: out.append(program.run(leaves, key, call.xs, call.arrays, call.cs))
-        self._programs.first_run(where, call, program, run)
-        return out[0]
+        call = Call(x, None, _as_context(ctx))
+        return self._programs.run(("predict", structure, False, None), call, leaves, state.key)
 
     def _advance(
         self, carry: Any, key: jax.Array, x: Any, ctx: Context, loss: Callable[[Any], jax.Array], training: bool

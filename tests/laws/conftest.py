@@ -44,7 +44,12 @@ def _attention():
     return layers.embedding(11, 8) >> block(0.1) >> block(0.0) >> layers.linear(8, 11)
 
 
-MODELS = {"mlp": _mlp, "norms": _norms, "cnn": _cnn, "attention": _attention}
+def _wide():
+    """Too large to be packed (kaun.packing), which the others are not."""
+    return layers.sequential([layers.linear(5, 1024), layers.batch_norm(1024), layers.relu(), layers.linear(1024, 3)])
+
+
+MODELS = {"wide": _wide, "mlp": _mlp, "norms": _norms, "cnn": _cnn, "attention": _attention}
 
 OPTIMIZERS = {
     "adam": lambda: optax.adam(1e-2),

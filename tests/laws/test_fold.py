@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import kaun
 from kaun import Context, Data, Layer, Vars, layers, losses, rng
 
-MODELS = ["mlp", "norms", "cnn", "attention"]
+MODELS = ["wide", "mlp", "norms", "cnn", "attention"]
 OPTIMIZERS = ["adam", "adamw_schedule", "nesterov", "multi_steps", "inject", "ema"]
 
 

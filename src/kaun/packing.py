@@ -1,0 +1,79 @@
+"""Small states packed into one vector for each dtype: calling a compiled step costs by the array, not by the byte."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Packing", "pack", "packing_of", "unpack"]
+
+# Above this the copies into and out of the vector cost more than the calls that they save.
+_MOST_BYTES = 1 << 16
+_FEWEST = 4
+
+
+class Packing:
+    """How the leaves of a state lie in vectors, one for each dtype. Equal layouts are equal keys.
+
+    Attributes:
+        layout: for each leaf its dtype, shape, and where it begins in the vector of that dtype.
+    """
+
+    __slots__ = ("layout",)
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        ends: dict[Any, int] = {}
+        layout: list[tuple[Any, tuple[int, ...], int]] = []
+        for leaf in leaves:
+            start = ends.get(leaf.dtype, 0)
+            layout.append((leaf.dtype, leaf.shape, start))
+            ends[leaf.dtype] = start + math.prod(leaf.shape)
+        self.layout = tuple(layout)
+
+    def __hash__(self) -> int:
+        return hash(self.layout)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Packing and other.layout == self.layout
+
+    def pack(self, leaves: Sequence[Any]) -> list[Any]:
+        """The vectors that hold these leaves."""
+        parts: dict[Any, list[Any]] = {}
+        for leaf, (dtype, _, _) in zip(leaves, self.layout, strict=True):
+            parts.setdefault(dtype, []).append(jnp.reshape(leaf, -1))
+        return [jnp.concatenate(vectors) for vectors in parts.values()]
+
+    def unpack(self, vectors: Sequence[Any]) -> list[Any]:
+        """The leaves that these vectors hold."""
+        held = {vector.dtype: vector for vector in vectors}
+        return [held[d][start : start + math.prod(shape)].reshape(shape) for d, shape, start in self.layout]
+
+
+def packing_of(leaves: Sequence[Any]) -> Packing | None:
+    """How to pack a state, None where it does not pay: few arrays, many bytes, or more than one device.
+
+    A rule about shapes and dtypes alone: packed and not packed may differ in the last bit, so ``step`` and ``fit`` must
+    come to the same answer for the same state.
+    """
+    if len(leaves) < _FEWEST or jax.device_count() > 1:
+        return None
+    if any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in leaves):
+        return None
+    return Packing(leaves) if sum(a.nbytes for a in leaves) <= _MOST_BYTES else None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pack(packing: Packing, leaves: list[Any]) -> list[Any]:
+    """``packing.pack``, compiled: vectors of their own, whatever becomes of the leaves."""
+    return packing.pack(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def unpack(packing: Packing, vectors: list[Any]) -> list[Any]:
+    """``packing.unpack``, compiled: leaves of their own, whatever becomes of the vectors."""
+    return packing.unpack(vectors)
