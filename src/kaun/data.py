@@ -163,7 +163,7 @@ class Data(Generic[T]):
         >>> [(batch["x"].shape, batch["y"].tolist()) for batch in data]
         [((2, 2), [0, 1]), ((2, 2), [2, 3]), ((1, 2), [4])]
         """
-        if tree.is_array(batch_size):
+        if getattr(batch_size, "ndim", 0) > 0:
             raise TypeError(
                 f"Data.batches expected batch_size to be an int, received {tree.describe(batch_size)}. The arrays are "
                 "one argument: Data.batches((x, y), batch_size=64)."
