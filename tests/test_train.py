@@ -148,6 +148,17 @@ def test_a_state_of_another_model_is_refused_everywhere(made):
             use()
 
 
+def test_a_state_of_equal_tree_and_other_shapes_is_refused_after_a_good_one(made):
+    """How a state is packed must not be remembered by its tree alone: other shapes would be cut to fit, silently."""
+    trainer, state = made
+    trainer.step(state, X, loss=mse)
+    wider = layers.sequential([layers.linear(2, 5), layers.tanh(), layers.linear(5, 1)])
+    other = kaun.Trainer(model=wider, optimizer=optax.sgd(0.1)).init()
+    for use in (lambda: trainer.step(other, X, loss=mse), lambda: trainer.fit(other, [(X, mse)])):
+        with pytest.raises(ValueError, match=r"params.0.weight: expected float32\[2, 3\], found float32\[2, 5\]"):
+            use()
+
+
 def test_a_state_must_be_a_train_state(made):
     trainer, state = made
     for use in (trainer.fit, trainer.predict):

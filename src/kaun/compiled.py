@@ -22,7 +22,7 @@ import numpy as np
 from kaun import lift, rebuild, tree
 from kaun.context import Context
 from kaun.errors import RecompilationWarning, locate
-from kaun.packing import Packing, pack, packing_of, unpack
+from kaun.packing import pack, packing_of, unpack
 from kaun.staging import staged
 
 __all__ = ["Compilation", "Loop", "Programs"]
@@ -74,15 +74,8 @@ class Programs:
         self._capacity = capacity
         self._table: OrderedDict[Hashable, _Program] = OrderedDict()
         self._lock = threading.Lock()
-        self._packings: dict[Any, Packing | None] = {}
         self._latest: OrderedDict[Hashable, tuple[dict[str, str], int]] = OrderedDict()
         self.compilations: deque[Compilation] = deque(maxlen=1000)
-
-    def packing(self, structure: Any, leaves: list[Any]) -> Packing | None:
-        """How a state of this structure is packed for its steps, if it is; the shapes follow from the structure."""
-        if structure not in self._packings:
-            self._packings[structure] = packing_of([jnp.asarray(a) for a in leaves])
-        return self._packings[structure]
 
     def run(self, where: tuple[Any, ...], call: Call, leaves: list[Any], key: jax.Array) -> Any:
         """Run the program for a call once, on arrays that stay as they are."""
@@ -98,7 +91,7 @@ class Programs:
         self, structure: Any, leaves: list[Any], key: jax.Array, call: Call, training: bool
     ) -> tuple[jax.Array, list[Any]]:
         """The loss and the leaves after one step, in the very form in which a loop runs it."""
-        packing = self.packing(structure, leaves)
+        packing = packing_of(leaves)
         where = ("step", structure, training, packing)
         if packing is None:
             return self.run(where, call, leaves, key)
@@ -220,7 +213,7 @@ class Loop:
         self._programs = programs
         leaves, self._def = jax.tree_util.tree_flatten(carry)
         self._given: list[Any] | None = leaves
-        self._packing = programs.packing(self._def, leaves)
+        self._packing = packing_of(leaves)
         # Whether these arrays are the loop's own, packed and to be updated in place, or leaves that others have seen;
         # and the arrays. One tuple, because an interrupt may come between any two assignments.
         self._held: tuple[bool, list[Any]] = (False, leaves)

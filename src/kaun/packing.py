@@ -26,13 +26,13 @@ class Packing:
 
     __slots__ = ("layout",)
 
-    def __init__(self, leaves: Sequence[Any]) -> None:
+    def __init__(self, kinds: Sequence[tuple[tuple[int, ...], Any]]) -> None:
         ends: dict[Any, int] = {}
         layout: list[tuple[Any, tuple[int, ...], int]] = []
-        for leaf in leaves:
-            start = ends.get(leaf.dtype, 0)
-            layout.append((leaf.dtype, leaf.shape, start))
-            ends[leaf.dtype] = start + math.prod(leaf.shape)
+        for shape, dtype in kinds:
+            start = ends.get(dtype, 0)
+            layout.append((dtype, shape, start))
+            ends[dtype] = start + math.prod(shape)
         self.layout = tuple(layout)
 
     def __hash__(self) -> int:
@@ -60,11 +60,18 @@ def packing_of(leaves: Sequence[Any]) -> Packing | None:
     A rule about shapes and dtypes alone: packed and not packed may differ in the last bit, so ``step`` and ``fit`` must
     come to the same answer for the same state.
     """
-    if len(leaves) < _FEWEST or jax.device_count() > 1:
+    arrays = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in leaves]
+    return _by_kinds(tuple([(a.shape, a.dtype) for a in arrays]))
+
+
+@functools.lru_cache(maxsize=256)
+def _by_kinds(kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> Packing | None:
+    if len(kinds) < _FEWEST or jax.device_count() > 1:
         return None
-    if any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in leaves):
+    if any(jnp.issubdtype(dtype, jax.dtypes.extended) for _, dtype in kinds):
         return None
-    return Packing(leaves) if sum(a.nbytes for a in leaves) <= _MOST_BYTES else None
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)
+    return Packing(kinds) if size <= _MOST_BYTES else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
