@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from kaun import optimizer, rng, tree
-from kaun.compiled import Call, Compilation, Loop, Programs
+from kaun.call import Call
+from kaun.compiled import Compilation, Loop, Programs
 from kaun.context import Context
+from kaun.data import runs
 from kaun.hook import Hook
 from kaun.layers.core import Layer, Vars
 from kaun.optimizer import Optimizer
+from kaun.runs import Run
 from kaun.state import TrainState
 
 __all__ = ["Loss", "Report", "Trainer"]
@@ -164,19 +167,25 @@ class Trainer(Generic[In, Out]):
                 ``kaun_state``.
         """
         self._check_state(state, "fit")
-        loop = Loop(self._programs, (state.vars, state.opt_state, state.step), state.key, _as_context(ctx))
-        now = lambda: _state(loop.carry(), state.key)
         hook = Hook(report, total=_length(data))
-        with _nothing_lost(now, hook), _items(data) as items:
-            for step, item in enumerate(items, start=1):
-                loop.push(*_split(item, step))
-                if hook.wants(step, loop.loss) and _stops(hook, step, loop.loss, now):
-                    break
-            if loop.loss is None:
+        carry = (state.vars, state.opt_state, state.step)
+        loop = Loop(self._programs, carry, state.key, _as_context(ctx), hook.ran)
+        now = lambda: _state(loop.carry(), state.key)
+        step = 0
+        with _nothing_lost(now, hook), _opened(data, lambda: hook.ahead(step, loop.room)) as found:
+            for item, count, rows in found:
+                loop.push(*_split(item, step + 1), count, rows)
+                step += count
+                if hook.wants(step):
+                    loop.flush()
+                    if _stops(hook, step, loop.loss, now):
+                        break
+            if step == 0:
                 raise ValueError(
                     "fit received no items: the data is empty. An iterator or generator that was used up gives nothing "
                     "the second time; pass a list, a kaun.Data, or make a new one."
                 )
+            loop.flush()
             hook.finish()
         return now()
 
@@ -192,8 +201,7 @@ class Trainer(Generic[In, Out]):
         """
         self._check_state(state, "predict")
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
-        call = Call(x, None, _as_context(ctx))
-        return self._programs.run(("predict", structure, False, None), call, leaves, state.key)
+        return self._programs.predict(structure, leaves, state.key, Call(x, None, _as_context(ctx)))
 
     def _advance(
         self, carry: Any, key: jax.Array, x: Any, ctx: Context, loss: Callable[[Any], jax.Array], training: bool
@@ -272,8 +280,8 @@ def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _items(data: Iterable[Any]) -> Generator[Iterator[Any]]:
-    """An iterator over the data, closed at the end if it was made here."""
+def _opened(data: Iterable[Any], most: Callable[[], int]) -> Generator[Iterator[Run]]:
+    """The data's ``runs``; its iterator is closed at the end if it was made here."""
     try:
         iterator = iter(data)
     except TypeError:
@@ -282,7 +290,7 @@ def _items(data: Iterable[Any]) -> Generator[Iterator[Any]]:
             "For one batch over and over write Data.repeat(1000, (x, loss))."
         ) from None
     try:
-        yield iterator
+        yield runs(data, iterator, most)
     finally:
         close = getattr(iterator, "close", None)
         if close is not None and iterator is not data:
