@@ -1,1 +1,0 @@
-def slow_in_loops(closed): return False
