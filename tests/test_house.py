@@ -32,7 +32,7 @@ LEVELS = [
         "layers.parts",
         "layers.pool",
     },
-    {"staging", "hook", "compiled", "optimizer", "state"},
+    {"blocks", "body", "call", "compilations", "compiled", "convolutions", "hook", "optimizer", "staging", "state"},
     {"checkpoint", "train"},
     {"reports", "reports.core", "reports.history", "reports.progress"},
     {"interop"},

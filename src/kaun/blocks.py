@@ -186,7 +186,7 @@ class Stage:
         """Whether this item can join the block."""
         columns = self._columns
         return call.key == self.key and (
-            self.count == 0 or all([c.takes(a) for c, a in zip(columns, call.leaves, strict=True)])
+            self.count == 0 or all(c.takes(a) for c, a in zip(columns, call.leaves, strict=True))
         )
 
     def add(self, call: Call) -> None:
@@ -199,7 +199,7 @@ class Stage:
     def room(self, sources: Mapping[int, Rows], call: Call) -> int:
         """How many items of a run one block can take."""
         columns = zip(self._columns, call.leaves, strict=True)
-        return 1 if any([c.alone and id(a) in sources for c, a in columns]) else self.capacity
+        return 1 if any(c.alone and id(a) in sources for c, a in columns) else self.capacity
 
     def fill(self, call: Call, sources: Mapping[int, Rows], start: int, count: int) -> None:
         """Make the block of ``count`` items of a run, from its number ``start`` on."""

@@ -18,8 +18,8 @@ from kaun.packing import Packing
 __all__ = ["ROWS", "Body", "Program"]
 
 ROWS = 1024  # the most steps of one dispatch
-# What does not depend on the item would be computed ahead of the loop, fused otherwise there, and differ in the last bit
-# from a loop in which it does: which items are stacked must not be seen in the numbers.
+# XLA would move what does not depend on the item ahead of the loop, fuse it otherwise there, and so change the last bit
+# by whether items are stacked or not. That must not be seen in the numbers.
 _OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
@@ -71,8 +71,8 @@ class Body:
         that are; it gives the losses, an array at least as long as the number of steps, and the state's arrays.
 
         Arguments:
-            entry: ``"fit"``; ``"fit in place"`` for one that takes its state's memory; ``"step"`` for one that gives the
-                loss of the first step alone.
+            entry: ``"fit"``; ``"fit in place"`` for one that takes its state's memory; ``"step"`` for one that gives
+                the loss of the first step alone.
             packing: how the state comes and goes.
         """
         with self._lock:
@@ -93,8 +93,9 @@ def _looped(body: Body, pattern: tuple[bool, ...], packing: Packing | None) -> C
     def run(held: list[Any], key: jax.Array, count: Any, shared: list[Any], stacked: list[Any]) -> Any:
         def one(i: Any, carried: Any) -> Any:
             leaves, losses = carried
-            given, items = iter(shared), iter(stacked)
-            item = [lax.dynamic_index_in_dim(next(items), i, keepdims=False) if many else next(given) for many in pattern]
+            given = iter(shared)
+            sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
+            item = [next(sliced) if many else next(given) for many in pattern]
             loss, leaves = body.step(leaves, key, item)
             return leaves, lax.dynamic_update_index_in_dim(losses, loss, i, 0)
 

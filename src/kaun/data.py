@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 import jax
 
 from kaun import prefetch, stages, tree
-from kaun.runs import Most, Run, of_batch, of_item, of_rows, singly, taken
+from kaun.runs import Most, Run, of_batch, of_item, of_rows, singly, skipped, taken, within
 from kaun.stages import Item, Node
 
 __all__ = ["Data", "runs"]
@@ -307,9 +307,8 @@ class Data(Generic[T]):
         e, base = stages.checked_count("epoch(e)", "e", e, 0), self._node
         get = base.item
         item = None if get is None else lambda epoch: get(e)
-        runs = None if base.runs is None else lambda epoch, start, most: base.runs(e, start, most)
         opened = lambda epoch, start: base.open(e, start)
-        return self._then(base._replace(open=opened, item=item, runs=runs), f".epoch({e})")
+        return self._then(base._replace(open=opened, item=item, runs=within(base.runs, e)), f".epoch({e})")
 
     def skip(self, n: int) -> Data[T]:
         """The items after the first ``n``, at no cost unless it is a stream. After ``epochs`` ``n`` may span passes.
@@ -322,7 +321,7 @@ class Data(Generic[T]):
             open=lambda epoch, start: base.open(epoch, start + n),
             length=None if base.length is None else max(0, base.length - n),
             item=stages.item_of(base, lambda get: lambda i: get(i + n)),
-            runs=None if base.runs is None else lambda epoch, start, most: base.runs(epoch, start + n, most),
+            runs=skipped(base.runs, n),
         )
         return self._then(node, f".skip({n})")
 
@@ -390,6 +389,6 @@ class Data(Generic[T]):
 
 
 def runs(data: Iterable[Any], iterator: Iterator[Any], most: Most) -> Iterator[Run]:
-    """The items of ``data`` as ``fit`` takes them: several at a time where a pipeline knows how, else the iterator's."""
+    """The items of ``data`` as ``fit`` takes them: several at a time where a pipeline knows how, else one by one."""
     node = data._node if isinstance(data, Data) else None  # pyright: ignore[reportPrivateUsage]
     return singly(iterator) if node is None or node.runs is None else node.runs(0, 0, most)

@@ -69,7 +69,7 @@ class Hook:
             begin(1, self._total)
 
     def ahead(self, done: int, most: int) -> int:
-        """How many steps after those done may run before the report is called, at most ``most``; it is asked for each."""
+        """How many steps after those done may run before the report is called, at most ``most``."""
         if self._report is None:
             return most
         if self._wants is None:

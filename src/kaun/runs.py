@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-__all__ = ["Most", "Rows", "Run", "Runs", "chained", "mapped", "of_batch", "of_item", "of_rows", "read_rows", "singly", "taken"]
+__all__ = [
+    "Most", "Rows", "Run", "Runs", "chained", "mapped", "of_batch", "of_item", "of_rows", "read_rows", "singly",
+    "skipped", "taken", "within",
+]  # fmt: skip
 
 Most = Callable[[], int]
 """How many items the next run may stand for; asked anew for each."""
@@ -21,12 +24,12 @@ class Run(NamedTuple):
     """Consecutive items that differ, if at all, in the contents of some arrays.
 
     item: the first of them.
-    count: how many they are.
+    n: how many they are.
     rows: for each array of the first item that differs in the others, by its id, where all of them come from.
     """
 
     item: Any
-    count: int
+    n: int
     rows: Mapping[int, Rows]
 
 
@@ -55,7 +58,7 @@ class Rows:
                 flat[...] = self._array[index]
 
     def on_device(self, start: int, count: int, capacity: int) -> jax.Array:
-        """Batches [capacity, size, ...] of a JAX array, from number ``start`` on; those after ``count`` are filled up."""
+        """Batches [capacity, size, ...] of a JAX array, from number ``start`` on; only ``count`` of them count."""
         index = self._at(start, count)
         index = np.arange(index.start, index.stop) if isinstance(index, slice) else index
         rows = np.resize(index, capacity * self._size)  # one program, whatever the count
@@ -137,7 +140,7 @@ def mapped(runs: Runs | None, call: Callable[[int, Any], Any]) -> Runs | None:
     def made(epoch: int, start: int, most: Most) -> Iterator[Run]:
         for run in runs(epoch, start, most):
             yield run._replace(item=call(start, run.item))
-            start += run.count
+            start += run.n
 
     return made
 
@@ -155,17 +158,29 @@ def chained(runs: Runs | None, n: int, length: int | None) -> Runs | None:
     return made
 
 
+def within(runs: Runs | None, e: int) -> Runs | None:
+    """The items of pass ``e``, whatever the pass."""
+    return None if runs is None else lambda epoch, start, most: runs(e, start, most)
+
+
+def skipped(runs: Runs | None, n: int) -> Runs | None:
+    """The items after the first ``n``."""
+    return None if runs is None else lambda epoch, start, most: runs(epoch, start + n, most)
+
+
 def taken(runs: Runs | None, n: int) -> Runs | None:
     """The first ``n`` items."""
     if runs is None:
         return None
 
     def made(epoch: int, start: int, most: Most) -> Iterator[Run]:
-        left = max(0, n - start)
-        for run in runs(epoch, start, lambda: min(most(), left)) if left else ():
+        if start >= n:
+            return
+        left = [n - start]
+        for run in runs(epoch, start, lambda: min(most(), left[0])):
+            left[0] -= run.n
             yield run
-            left -= run.count
-            if not left:
+            if not left[0]:
                 return
 
     return made

@@ -49,7 +49,7 @@ def item_of(base: Node, wrap: Callable[[Item], Item]) -> Callable[[int], Item] |
 
 
 def mapped_by(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: bool = False) -> Node:
-    """``keeps_arrays`` says that the arrays of an item are found in ``f(item)`` as they are, and nothing of the rest."""
+    """``keeps_arrays`` says that ``f`` looks at no array of an item, and hands all on."""
     call = noting_where(f, stage)
 
     def open(epoch: int, start: int) -> Iterator[Any]:
