@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from kaun import metrics
+from kaun import counting, metrics
 
 quick = settings(max_examples=40, deadline=None)
 ROWS, CLASSES = 12, 5
@@ -100,9 +100,9 @@ def test_recall_is_precision_with_the_sides_exchanged(predicted, targets):
 def test_counts_of_batches_add_up(predicted, targets, cut):
     # Cut with a mask and not a slice, for each length would compile.
     first = np.arange(ROWS) < cut
-    whole = metrics._class_counts("f1", predicted, targets, CLASSES)
+    whole = counting.class_counts("f1", predicted, targets, CLASSES)
     parts = [
-        metrics._class_counts("f1", np.where(m, predicted, CLASSES), np.where(m, targets, CLASSES), CLASSES + 1)
+        counting.class_counts("f1", np.where(m, predicted, CLASSES), np.where(m, targets, CLASSES), CLASSES + 1)
         for m in (first, ~first)
     ]
     for total, one, two in zip(whole[:3], parts[0][:3], parts[1][:3], strict=True):

@@ -51,7 +51,7 @@ def test_partials_methods_and_frozen_losses_in_words():
     assert told["(0)"] == "float32[3, 1]" and told["(scale)"] == "3"
     assert "Objective object at" in captures(*lift.take_apart(Objective().loss))["self"]
     frozen = lift.freeze(lambda: Y)
-    assert captures(*lift.take_apart(lambda: frozen()))["frozenY"] == "float32[3, 1]"
+    assert captures(*lift.take_apart(lambda: frozen()))["frozen.Y"] == "float32[3, 1]"
 
 
 def test_what_a_key_is_about():

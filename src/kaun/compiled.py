@@ -23,7 +23,7 @@ from kaun import lift, rebuild, tree
 from kaun.context import Context
 from kaun.errors import RecompilationWarning, locate
 from kaun.packing import pack, packing_of, unpack
-from kaun.staging import staged
+from kaun.staging import scored, staged
 
 __all__ = ["Compilation", "Loop", "Programs"]
 
@@ -37,8 +37,8 @@ class Compilation:
     """One program that was compiled: where, for which code, why (again), and how long it took.
 
     Attributes:
-        where: ``"step"``, ``"fit"`` or ``"predict"``.
-        code: the loss's name, file and line; for ``predict`` an empty string.
+        where: ``"step"``, ``"fit"``, ``"predict"`` or ``"evaluate"``.
+        code: the loss's (the first metric's) name, file and line; for ``predict`` an empty string.
         why: ``"first"``, or what changed since the same code was compiled before, from what to what.
         seconds: tracing and compiling (the first run included).
     """
@@ -129,8 +129,13 @@ class Programs:
         def predict(leaves: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
             return self._forward(join(carry_def, leaves), key, join(x_def, xs), join(ctx_def, cs))
 
-        if entry == "predict":
-            return jax.jit(predict)
+        def evaluate(leaves: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
+            item = join(x_def, xs)
+            output = self._forward(join(carry_def, leaves), key, item["x"], join(ctx_def, cs))
+            return scored(loss_key, arrays, key, output, item["y"])
+
+        if entry in ("predict", "evaluate"):
+            return jax.jit(predict if entry == "predict" else evaluate)
         return jax.jit(packed if packing else step, donate_argnums=(0,) if entry == "fit" else ())
 
     def first_run(self, where: tuple[Any, ...], call: Call, program: _Program, run: Callable[[], None]) -> None:
@@ -167,13 +172,17 @@ class Programs:
 
 
 class Call:
-    """What one call brings: its arrays, and the static key that decides which program can run it."""
+    """What one call brings: its arrays, and the static key that decides which program can run it.
 
-    __slots__ = ("arrays", "cs", "key", "static", "xs")
+    For ``evaluate`` x is a dict of x and y, called an item in messages, and the loss a dict of frozen metrics.
+    """
 
-    def __init__(self, x: Any, loss: Callable[..., Any] | None, ctx: Context | None) -> None:
+    __slots__ = ("arrays", "cs", "key", "static", "what", "xs")
+
+    def __init__(self, x: Any, loss: Any, ctx: Context | None, what: str = "x") -> None:
         loss_key, self.arrays = lift.take_apart(loss) if loss is not None else (None, [])
-        self.xs, x_def = _leaves(x, "x")
+        self.what = what
+        self.xs, x_def = _leaves(x, what)
         self.cs, ctx_def = _leaves(ctx, "ctx") if ctx is not None else ([], _NO_CONTEXT)
         self.static = (loss_key, x_def, ctx_def)
         self.key = (self.static, tuple([_kind(a) for a in self.xs + self.arrays + self.cs]))
@@ -192,7 +201,8 @@ class Call:
         """All that the program depends on, by name."""
         loss_key, x_def, ctx_def = self.static
         join = jax.tree_util.tree_unflatten
-        told = {f"x.{p}" if p else "x": _tell(a) for p, a in tree.flatten(join(x_def, self.xs))[0].items()}
+        x = tree.flatten(join(x_def, self.xs))[0]
+        told = {f"{self.what}.{p}" if p else self.what: _tell(a) for p, a in x.items()}
         told |= {f"ctx[{p!r}]": _tell(a) for p, a in tree.flatten(join(ctx_def, self.cs))[0].items()}
         if loss_key is not None:
             told |= {f"captured {n}": v for n, v in rebuild.captures(loss_key, self.arrays).items()}
