@@ -93,3 +93,28 @@ def test_a_report_must_be_callable():
         Hook(lambda step, loss: None, None)
     with pytest.raises(TypeError, match=r"report `progress` .*or call it if it makes a report: reports.progress\(\)"):
         Hook(reports.progress, None)
+
+
+def test_what_is_watched_must_be_measured():
+    def report(step, loss, state):
+        pass
+
+    report.watches = ("f1", "accuracy")
+    report.measures = ("accuracy", "mse")
+    with pytest.raises(ValueError, match=r"A report watches 'f1', which no report of this fit measures; measured are 'accuracy', 'mse'\. Put one beside it: reports\.all_of\(reports\.validate\(trainer, valid, {\"f1\": \.\.\.}"):
+        Hook(report, None)
+    report.measures = ()
+    with pytest.raises(ValueError, match=r"watches 'accuracy', .*measured are none"):
+        Hook(report, None)
+    report.measures = ("accuracy", "f1")
+    Hook(report, None)
+
+
+def test_compilation_is_told_to_those_who_listen():
+    told = []
+    recorder = Recorder()
+    Hook(recorder, None).compiled(1.0)
+    Hook(None, None).compiled(1.0)
+    recorder.compiled = told.append
+    Hook(recorder, None).compiled(2.0)
+    assert told == [2.0]

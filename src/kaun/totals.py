@@ -39,7 +39,8 @@ class Lagging:
 
     def flush(self) -> None:
         """Fetch what is left, and hand it on."""
-        self._fetch(len(self._pending))
+        if self._pending:
+            self._fetch(len(self._pending))
 
     def _fetch(self, n: int) -> None:
         self._take(jax.device_get(self._pending[:n]))
