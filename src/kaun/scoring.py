@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,9 +15,10 @@ import numpy as np
 from kaun import tree
 from kaun.errors import locate
 from kaun.metrics import Counted
+from kaun.packing import Packing
 from kaun.totals import AHEAD, Lagging, Total, is_real_scalar
 
-__all__ = ["Counts", "Mean", "Ratio", "Scores", "checked", "part_of", "summed"]
+__all__ = ["Counts", "Mean", "Packed", "Ratio", "Scores", "checked", "part_of", "summed"]
 
 Metric = Callable[[Any, Any], Any]
 
@@ -25,10 +28,6 @@ class Mean(NamedTuple):
 
     value: Any
     examples: Any
-
-    def weighted(self) -> tuple[float, int]:
-        """The sum over the examples, exact for a value of float32, and their number."""
-        return float(self.value) * int(self.examples), int(self.examples)
 
 
 class Ratio(NamedTuple):
@@ -130,6 +129,42 @@ def _is_real(leaf: Any) -> bool:
     )
 
 
+@jax.tree_util.register_pytree_node_class
+class Packed:
+    """The parts of one batch by name in one vector for each dtype: fetching costs by the array."""
+
+    __slots__ = ("form", "vectors")
+
+    def __init__(self, form: tuple[Packing, Any], vectors: Any) -> None:
+        self.form, self.vectors = form, vectors
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Mean | Ratio | Counts]) -> Packed:
+        leaves, structure = jax.tree_util.tree_flatten(dict(parts))
+        arrays = [jnp.asarray(leaf) for leaf in leaves]
+        packing = Packing([(a.shape, a.dtype) for a in arrays])
+        return cls((packing, structure), packing.pack(arrays))
+
+    @staticmethod
+    def stacked(form: tuple[Packing, Any], batches: list[Packed]) -> dict[str, Any]:
+        """The parts of some batches of one form that are on the host, along a new axis 0."""
+        packing, structure = form
+        stacks = [np.stack(vectors) for vectors in zip(*[b.vectors for b in batches], strict=True)]
+        held = {stack.dtype: stack for stack in stacks}
+        leaves = [
+            held[dtype][:, start : start + math.prod(shape)].reshape(-1, *shape)
+            for dtype, shape, start in packing.layout
+        ]
+        return jax.tree_util.tree_unflatten(structure, leaves)
+
+    def tree_flatten(self) -> tuple[tuple[Any], Any]:
+        return (self.vectors,), self.form
+
+    @classmethod
+    def tree_unflatten(cls, form: Any, children: tuple[Any]) -> Packed:
+        return cls(form, children[0])
+
+
 class Scores:
     """The totals of some metrics over batches, exact on the host; the newest are still on the device."""
 
@@ -138,24 +173,26 @@ class Scores:
         self._totals: dict[str, Total | _Sums] = {}
         self._lagging = Lagging(AHEAD, self._take)
 
-    def add(self, parts: Mapping[str, Mean | Ratio | Counts]) -> None:
+    def add(self, batch: Packed) -> None:
         """Add one batch's, without waiting for it."""
-        self._lagging.push(parts)
+        self._lagging.push(batch)
 
     def results(self) -> dict[str, float]:
         """The metrics of all batches together."""
         self._lagging.flush()
         return {name: self._result(name, self._totals[name]) for name in self._metrics}
 
-    def _take(self, batches: list[Mapping[str, Any]]) -> None:
-        for parts in batches:
-            for name, part in parts.items():
+    def _take(self, batches: list[Packed]) -> None:
+        for form, group in itertools.groupby(batches, key=lambda batch: batch.form):
+            for name, part in Packed.stacked(form, list(group)).items():
                 total = self._totals.setdefault(name, _Sums() if isinstance(part, Counts) else Total(AHEAD))
                 if isinstance(total, _Sums):
                     total.add(name, part.sums)
-                else:
-                    pair: Any = part.weighted() if isinstance(part, Mean) else part
-                    total.take([pair])
+                    continue
+                sums, counts = (np.asarray(a, np.float64) for a in part)
+                # Exact for a mean in float32: its 24 bits and those of the number of examples fit.
+                sums = sums * counts if isinstance(part, Mean) else sums
+                total.take(list(zip(sums.tolist(), counts.tolist(), strict=True)))
 
     def _result(self, name: str, total: Total | _Sums) -> float:
         if isinstance(total, Total):
@@ -178,7 +215,8 @@ class _Sums:
         self.sums: Any = None
 
     def add(self, name: str, counts: Any) -> None:
-        counts = jax.tree_util.tree_map(_widened, counts)
+        """Add the counts of some batches, along axis 0."""
+        counts = jax.tree_util.tree_map(_sum_of, counts)
         if self.sums is None:
             self.sums = counts
             return
@@ -191,5 +229,5 @@ class _Sums:
         self.sums = jax.tree_util.tree_map(np.add, self.sums, counts)
 
 
-def _widened(counts: Any) -> Any:
-    return np.asarray(counts, np.float64 if jnp.issubdtype(counts.dtype, jnp.floating) else np.int64)
+def _sum_of(counts: Any) -> Any:
+    return counts.sum(axis=0, dtype=np.float64 if jnp.issubdtype(counts.dtype, jnp.floating) else np.int64)

@@ -41,8 +41,8 @@ def staged(key: Any, arrays: Sequence[Any], output: Any) -> jax.Array:
         raise
 
 
-def scored(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any, targets: Any) -> dict[str, Any]:
-    """The metrics of a model's output, by name, as parts that add up over batches (``kaun.scoring``).
+def scored(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any, targets: Any) -> scoring.Packed:
+    """The metrics of a model's output, as parts that add up over batches (``kaun.scoring``), by name.
 
     Arguments:
         key: a dict of frozen metrics as ``lift.take_apart`` gave it.
@@ -73,7 +73,7 @@ def scored(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any, target
             if where not in str(error):
                 error.add_note(f"In {where}.")
             raise
-    return found
+    return scoring.Packed.of(found)
 
 
 def _staged(key: Any, arrays: Sequence[Any], given: tuple[Any, ...], check: Callable[[Any], Any], role: str) -> Any:
