@@ -156,13 +156,13 @@ class _Stack:
             )
 
     def take(self, batches: list[list[Any]]) -> None:
-        """Append fetched outputs."""
+        """Append outputs, read from the device."""
         for leaves in batches:
             if not self._buffers:
                 count = self._length()
-                self._buffers = [np.empty((max(count, 1) * len(a), *a.shape[1:]), a.dtype) for a in leaves]
+                self._buffers = [np.empty((max(count, 1) * a.shape[0], *a.shape[1:]), a.dtype) for a in leaves]
                 self._used = [0] * len(leaves)
-            for i, new in enumerate(leaves):
+            for i, new in enumerate(map(np.asarray, leaves)):
                 start, end = self._used[i], self._used[i] + len(new)
                 if end > len(self._buffers[i]):
                     grown = np.empty((max(end, 2 * start), *new.shape[1:]), new.dtype)

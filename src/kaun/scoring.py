@@ -21,6 +21,7 @@ from kaun.totals import AHEAD, Lagging, Total, is_real_scalar
 __all__ = ["Counts", "Mean", "Packed", "Ratio", "Scores", "checked", "part_of", "summed"]
 
 Metric = Callable[[Any, Any], Any]
+_AT_ONCE, _MOST_BYTES = 64, 1 << 20  # batches on the host that are added up in one go: NumPy costs by the call
 
 
 class Mean(NamedTuple):
@@ -171,7 +172,8 @@ class Scores:
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         self._metrics = metrics
         self._totals: dict[str, Total | _Sums] = {}
-        self._lagging = Lagging(AHEAD, self._take)
+        self._lagging = Lagging(AHEAD, self._read)
+        self._host: list[Packed] = []
 
     def add(self, batch: Packed) -> None:
         """Add one batch's, without waiting for it."""
@@ -180,9 +182,17 @@ class Scores:
     def results(self) -> dict[str, float]:
         """The metrics of all batches together."""
         self._lagging.flush()
+        self._take()
         return {name: self._result(name, self._totals[name]) for name in self._metrics}
 
-    def _take(self, batches: list[Packed]) -> None:
+    def _read(self, batches: list[Packed]) -> None:
+        # One by one: jax.device_get takes four times as long.
+        self._host += [Packed(batch.form, [np.asarray(vector) for vector in batch.vectors]) for batch in batches]
+        if len(self._host) >= _AT_ONCE or sum(v.nbytes for b in self._host for v in b.vectors) >= _MOST_BYTES:
+            self._take()
+
+    def _take(self) -> None:
+        batches, self._host = self._host, []
         for form, group in itertools.groupby(batches, key=lambda batch: batch.form):
             for name, part in Packed.stacked(form, list(group)).items():
                 total = self._totals.setdefault(name, _Sums() if isinstance(part, Counts) else Total(AHEAD))

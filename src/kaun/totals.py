@@ -18,11 +18,11 @@ AHEAD = 16
 
 
 class Lagging:
-    """Hands values on once they are fetched, in order and some later, so that the device always has work.
+    """Hands values on in order and some later, to be read from the device while that has newer work.
 
     Arguments:
-        window: how many values, any pytrees, may wait.
-        take: called with a list of fetched values.
+        window: how many values may wait.
+        take: called with a list of them; it reads them.
     """
 
     __slots__ = ("_pending", "_take", "_window")
@@ -35,15 +35,15 @@ class Lagging:
         self._pending.append(value)
         if len(self._pending) >= self._window:
             # The older half: while this waits for it, the device has the newer half to work on.
-            self._fetch(self._window // 2)
+            self._hand_on(self._window // 2)
 
     def flush(self) -> None:
-        """Fetch what is left, and hand it on."""
+        """Hand on what is left."""
         if self._pending:
-            self._fetch(len(self._pending))
+            self._hand_on(len(self._pending))
 
-    def _fetch(self, n: int) -> None:
-        self._take(jax.device_get(self._pending[:n]))
+    def _hand_on(self, n: int) -> None:
+        self._take(self._pending[:n])
         del self._pending[:n]
 
 
@@ -54,7 +54,7 @@ class Total:
 
     def __init__(self, window: int) -> None:
         self.added = 0
-        self._lagging = Lagging(window, self.take)
+        self._lagging = Lagging(window, lambda pairs: self.take(jax.device_get(pairs)))
         self._sums: list[float] = []
         self._counts: list[float] = []
 
