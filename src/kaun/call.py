@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +26,9 @@ class Call:
         x: the model's input, any tree of arrays.
         loss: a function of the model's output, None for the output itself.
         ctx: a Context, or None.
+        what: the name of x in messages.
+
+    For ``evaluate`` x is a dict of x and y, called an item in messages, and the loss a dict of frozen metrics.
 
     Attributes:
         leaves: the arrays of input, loss and context, in this order.
@@ -37,11 +39,12 @@ class Call:
         TypeError: for what is not an array of numbers.
     """
 
-    __slots__ = ("key", "leaves", "static")
+    __slots__ = ("key", "leaves", "static", "what")
 
-    def __init__(self, x: Any, loss: Callable[..., Any] | None, ctx: Context | None) -> None:
+    def __init__(self, x: Any, loss: Any, ctx: Context | None, what: str = "x") -> None:
         loss_key, arrays = lift.take_apart(loss) if loss is not None else (None, [])
-        xs, x_def = _leaves(x, "x")
+        self.what = what
+        xs, x_def = _leaves(x, what)
         cs, ctx_def = _leaves(ctx, "ctx") if ctx is not None else ([], _NO_CONTEXT)
         self.leaves = [*xs, *arrays, *cs]
         self.static = (loss_key, x_def, ctx_def, len(xs), len(arrays))
@@ -75,7 +78,7 @@ class Call:
     def words(self) -> dict[str, str]:
         """All that the program depends on, by name."""
         x, arrays, ctx = self.split(self.leaves)
-        told = {f"x.{p}" if p else "x": _tell(a) for p, a in tree.flatten(x)[0].items()}
+        told = {f"{self.what}.{p}" if p else self.what: _tell(a) for p, a in tree.flatten(x)[0].items()}
         told |= {f"ctx[{p!r}]": _tell(a) for p, a in tree.flatten(ctx)[0].items()}
         if self.loss_key is not None:
             told |= {f"captured {n}": v for n, v in rebuild.captures(self.loss_key, arrays).items()}

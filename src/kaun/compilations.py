@@ -21,8 +21,8 @@ class Compilation:
     """One program that was compiled: where, for which code, why (again), and how long it took.
 
     Attributes:
-        where: ``"step"``, ``"fit"`` or ``"predict"``.
-        code: the loss's name, file and line; for ``predict`` an empty string.
+        where: ``"step"``, ``"fit"``, ``"predict"`` or ``"evaluate"``.
+        code: the loss's (the first metric's) name, file and line; for ``predict`` an empty string.
         why: ``"first"``, or what changed since the same code was compiled before, from what to what.
         seconds: tracing and compiling, without the first run.
     """

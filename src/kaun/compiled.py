@@ -26,7 +26,7 @@ from kaun.compilations import Compilation, Record
 from kaun.context import Context
 from kaun.packing import pack, packing_of, unpack
 from kaun.runs import Rows
-from kaun.staging import staged
+from kaun.staging import scored, staged
 
 __all__ = ["Compilation", "Loop", "Programs"]
 
@@ -58,11 +58,11 @@ class Programs:
         """What was compiled, the newest last."""
         return self._record.compilations
 
-    def predict(self, structure: Any, leaves: list[Any], key: jax.Array, call: Call) -> Any:
-        """The model's output for a call, in evaluation mode."""
-        program = self._found(("predict", structure, call.key), lambda: self._forward_of(structure, call))
+    def run(self, entry: str, structure: Any, leaves: list[Any], key: jax.Array, call: Call) -> Any:
+        """What the model in evaluation mode gives for a call: its output (``"predict"``), metrics (``"evaluate"``)."""
+        program = self._found((entry, structure, call.key), lambda: self._forward_of(entry, structure, call))
         arguments = (leaves, key, call.owned())
-        self.compile(program, "predict", call, False, arguments)
+        self.compile(program, entry, call, False, arguments)
         return program.run(*arguments)
 
     def step(
@@ -126,14 +126,19 @@ class Programs:
         traced = jitted.trace(list(leaves), key, call.leaves)
         return Body(jitted, traced, call, time.perf_counter() - start)
 
-    def _forward_of(self, structure: Any, call: Call) -> Program:
-        split = call.split
+    def _forward_of(self, entry: str, structure: Any, call: Call) -> Program:
+        split, metrics = call.split, call.loss_key
 
         def predict(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
             x, _, ctx = split(given)
             return self._forward(jax.tree_util.tree_unflatten(structure, leaves), key, x, ctx)
 
-        return Program(jax.jit(predict))
+        def evaluate(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
+            item, arrays, ctx = split(given)
+            output = self._forward(jax.tree_util.tree_unflatten(structure, leaves), key, item["x"], ctx)
+            return scored(metrics, arrays, key, output, item["y"])
+
+        return Program(jax.jit(predict if entry == "predict" else evaluate))
 
 
 class Loop:
@@ -145,6 +150,7 @@ class Loop:
         key: the run's key.
         ctx: the Context of every step.
         ran: called after each dispatch with the number of its steps and their losses, an array at least as long.
+        compiled: called after each compilation with the seconds it took.
     """
 
     def __init__(
@@ -154,8 +160,9 @@ class Loop:
         key: jax.Array,
         ctx: Context | None,
         ran: Callable[[int, jax.Array], None] = lambda count, losses: None,
+        compiled: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._programs, self._key, self._ctx, self._ran = programs, key, ctx, ran
+        self._programs, self._key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
         self._given, self._def = jax.tree_util.tree_flatten(carry)
         self._packing = packing_of(self._given)
         # Memory is what a small state does not need to save; and what is never overwritten needs no copies.
@@ -258,7 +265,8 @@ class Loop:
         elif not own and self._packing is not None:
             self._held = (True, pack(self._packing, arrays), losses, before)
         arguments = (self._held[1], self._key, _number(count), shared, stacked)
-        self._programs.compile(program, entry, call, True, arguments, body)
+        if program.fresh:
+            self._compiled(self._programs.compile(program, entry, call, True, arguments, body))
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not find the state given away and its successor in nobody's hands.
         self._done.extend(zip(itertools.starmap(program.run, (arguments,)), (count,), strict=False))

@@ -31,18 +31,30 @@ def _check_arguments(report: Any) -> None:
         pass  # a builtin that does not tell
 
 
+def _check_names(report: Any) -> None:
+    measured = sorted(getattr(report, "measures", ()))
+    missing = sorted(set(getattr(report, "watches", ())) - set(measured))
+    if missing:
+        raise ValueError(
+            f"A report watches {missing[0]!r}, which no report of this fit measures; measured are "
+            f"{', '.join(map(repr, measured)) or 'none'}. Put one beside it: reports.all_of(reports.validate(trainer, "
+            f'valid, {{"{missing[0]}": ...}}, each=train), ...).'
+        )
+
+
 class Hook:
     """A report as ``fit`` uses it; every part of it is optional.
 
     Arguments:
-        report: a function ``(step, loss, state)``, or an object with ``wants``, ``block``, ``begin``, ``end`` besides.
+        report: a function ``(step, loss, state)``, or an object with more of the protocol in ``kaun.reports.core``.
         total: how many steps the fit will take, None where that is not known.
 
     Raises:
         TypeError: when the report cannot be called, or not with three arguments.
+        ValueError: when it watches a value that nothing in it measures.
     """
 
-    def __init__(self, report: Callable[..., None] | None, total: int | None) -> None:
+    def __init__(self, report: Callable[..., Any] | None, total: int | None) -> None:
         if report is not None and not callable(report):
             raise TypeError(
                 f"report expected a function (step, loss, state) -> None, received {report!r}. Write "
@@ -54,6 +66,8 @@ class Hook:
         self._wants: Callable[[int], bool] | None = getattr(report, "wants", None)
         self._block: Callable[..., None] | None = getattr(report, "block", None)
         self._end: Callable[[], None] | None = getattr(report, "end", None)
+        self._compiled: Callable[[float], None] | None = getattr(report, "compiled", None)
+        _check_names(report)
         self._waiting: list[tuple[int, Any]] = []
         self._steps = 0
         self._first = 1
@@ -114,6 +128,11 @@ class Hook:
         except EarlyStop:
             return True
         return False
+
+    def compiled(self, seconds: float) -> None:
+        """Tell the report that a program was compiled, and how long that took."""
+        if self._compiled is not None:
+            self._compiled(seconds)
 
     def finish(self) -> None:
         """Hand over the losses that are left, as they get ready."""

@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from kaun import optimizer, rng, tree
+from kaun import evaluation, optimizer, rng, tree
 from kaun.call import Call
 from kaun.compiled import Compilation, Loop, Programs
 from kaun.context import Context
-from kaun.data import runs
+from kaun.data import Data, runs
 from kaun.hook import Hook
 from kaun.layers.core import Layer, Vars
 from kaun.optimizer import Optimizer
@@ -38,9 +38,12 @@ class Loss(Protocol):
 
 
 class Report(Protocol):
-    """Called after each step that it asked for; raises ``EarlyStop`` to end the fit."""
+    """Called after each step that it asked for; raises ``EarlyStop`` to end the fit.
 
-    def __call__(self, step: int, loss: float, state: TrainState, /) -> None: ...
+    Most return None; values that are returned are for other reports (``kaun.reports.core``).
+    """
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> Mapping[str, float] | None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,7 @@ class Trainer(Generic[In, Out]):
         self._check_state(state, "fit")
         hook = Hook(report, total=_length(data))
         carry = (state.vars, state.opt_state, state.step)
-        loop = Loop(self._programs, carry, state.key, _as_context(ctx), hook.ran)
+        loop = Loop(self._programs, carry, state.key, _as_context(ctx), hook.ran, hook.compiled)
         now = lambda: _state(loop.carry(), state.key)
         step = 0
         with _nothing_lost(now, hook), _opened(data, lambda: hook.ahead(step, loop.room)) as found:
@@ -193,15 +196,61 @@ class Trainer(Generic[In, Out]):
         """The model's output for ``x`` in evaluation mode; changes nothing, and is the same each time.
 
         Arguments:
-            x: the model's input, an array or any pytree of arrays.
+            x: the model's input, an array or any pytree of arrays; or a ``Data`` of such inputs, whose outputs come as
+                NumPy arrays, concatenated along axis 0. From pairs write ``data.map(lambda b: b[0])``.
             ctx: a Context for the layers.
 
         Raises:
             TypeError, ValueError: for an input of the wrong kind.
+            ValueError: for a Data without items, or whose outputs differ in more than axis 0.
         """
         self._check_state(state, "predict")
+        run, ctx = self._runner("predict", state), _as_context(ctx)
+        return evaluation.predict(run, x, ctx) if isinstance(x, Data) else run(Call(x, None, ctx))
+
+    def evaluate(
+        self,
+        state: TrainState,
+        data: Iterable[tuple[Any, Any] | tuple[Any, Any, Context]],
+        metrics: Mapping[str, Callable[[Any, Any], Any]],
+        *,
+        ctx: Context | None = None,
+    ) -> dict[str, float]:
+        """The metrics of the model in evaluation mode over all items of ``data``: floats by name, sorted by name.
+
+        Model and metrics run as one compiled program for each shape of a batch; sums are exact, on the host, some
+        batches behind. Nothing is changed, and the result is the same each time.
+
+        Arguments:
+            data: a ``Data`` or any iterable of ``(x, y)`` or ``(x, y, ctx)``; the names of an item's Context override
+                those of ``ctx``.
+            metrics: by name, functions of ``(predictions, targets)``, the model's output and y. A scalar counts by the
+                number of examples in its batch (the length of y along axis 0), a pair ``(sum, count)`` by its count,
+                and ``metrics.accuracy``, ``precision``, ``recall``, ``f1``, their partials and any ``metrics.Counted``
+                by summed counts: their result is that of all rows at once, however they are cut into batches.
+            ctx: a Context for the layers.
+
+        Raises:
+            CaptureError: when a metric captures what cannot be compiled faithfully.
+            TypeError: for items, metrics, or what these return, of the wrong kind.
+            ValueError: when there are no items or no metrics, or counts add up to 0.
+            Exception: whatever data or metrics raise, unchanged.
+
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import Data, layers, metrics
+        >>> trainer = kaun.Trainer(model=layers.linear(1, 3), optimizer=optax.sgd(0.1))
+        >>> state = trainer.init()
+        >>> x = jnp.array([[0.0], [1.0], [2.0]])
+        >>> data = Data.batches((x, trainer.predict(state, x).argmax(axis=-1)), batch_size=2)
+        >>> trainer.evaluate(state, data, {"rows": lambda p, y: (y.size, 1), "accuracy": metrics.accuracy})
+        {'accuracy': 1.0, 'rows': 1.5}
+        """
+        self._check_state(state, "evaluate")
+        return evaluation.evaluate(self._runner("evaluate", state), data, metrics, _as_context(ctx))
+
+    def _runner(self, entry: str, state: TrainState) -> Callable[[Call], Any]:
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
-        return self._programs.predict(structure, leaves, state.key, Call(x, None, _as_context(ctx)))
+        return lambda call: self._programs.run(entry, structure, leaves, state.key, call)
 
     def _advance(
         self, carry: Any, key: jax.Array, x: Any, ctx: Context, loss: Callable[[Any], jax.Array], training: bool
