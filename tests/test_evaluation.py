@@ -349,7 +349,7 @@ def test_the_loop_runs_ahead_of_the_host_and_not_too_far():
             yield np.float32(k), np.float32(k)
 
     def run(call):
-        k = float(call.xs[0])
+        k = float(call.leaves[0])
         value = Pending(k, lambda: lags.append(len(pulled) - 1 - k))
         alive.append(weakref.ref(value))
         assert sum(r() is not None for r in alive) <= 20

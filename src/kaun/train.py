@@ -321,6 +321,7 @@ def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(Exception):
+            now()  # the steps whose items came before this are run
             hook.finish()
         error.kaun_state = now()  # pyright: ignore[reportAttributeAccessIssue]
         raise
