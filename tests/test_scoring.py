@@ -70,16 +70,26 @@ def test_packing_loses_nothing(parts):
         jax.tree.map(np.testing.assert_array_equal, one, given_)
 
 
-def test_counts_are_summed_in_int64_and_float64():
+@pytest.mark.parametrize("n", [1, 40, 200])
+def test_counts_are_summed_in_int64_and_float64(n):
     seen = []
     counted = metrics.Counted(lambda p, t: None, lambda sums: seen.append(sums) or 1.5)
     scores = Scores({"m": counted})
-    for _ in range(40):
+    for _ in range(n):
         scores.add(Packed.of({"m": Counts((jnp.int32(2**31 - 1), jnp.array([True, False]), jnp.float32(0.1)))}))
     assert scores.results() == {"m": 1.5}
     (big, flags, small), = seen
-    assert int(big) == 40 * (2**31 - 1) and flags.tolist() == [40, 0]
-    assert float(small) == pytest.approx(40 * float(np.float32(0.1)), rel=1e-14)
+    assert int(big) == n * (2**31 - 1) and flags.tolist() == [n, 0]
+    assert float(small) == pytest.approx(n * float(np.float32(0.1)), rel=1e-14)
+
+
+def test_what_waits_on_the_host_is_bounded_in_bytes_too():
+    scores = Scores({"m": metrics.Counted(lambda p, t: None, lambda sums: float(sums.sum()))})
+    batch = Packed.of({"m": Counts(np.ones(2**17, np.float32))})
+    for _ in range(40):
+        scores.add(batch)
+        assert sum(v.nbytes for b in scores._host for v in b.vectors) <= 2**20
+    assert scores.results() == {"m": 40 * 2.0**17}
 
 
 def test_checked_sorts_and_refuses():

@@ -369,6 +369,13 @@ def test_who_observes_may_stop_and_the_others_still_observe(shape, order):
     assert [s for s, _, _ in parts[1].seen] == [s for s, _, _ in parts[2].seen] == [1, 2, 3]
 
 
+def test_a_report_of_the_users_own_may_hand_values_to_a_composite():
+    stopper, observing = Observing(stop=1, name="stopper"), Observing()
+    with pytest.raises(EarlyStop, match="stopper"):
+        reports.all_of(stopper, note([], "f"), observing).observe(1, {"a": 0.5})
+    assert observing.seen == stopper.seen == [(1, {"a": 0.5}, 0)]
+
+
 def test_values_of_a_step_that_another_report_stops_are_still_handed_over():
     observing = Observing()
     assert drive(reports.all_of(stop_at(2), Measuring("m"), observing), [0.5] * 9) == 2
