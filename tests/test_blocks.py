@@ -56,6 +56,16 @@ def test_a_large_array_written_to_is_another_too():
     assert stage.varying == (True,)
 
 
+def test_what_is_the_same_can_be_stacked_all_the_same():
+    weights = np.ones(3, np.float32)
+    stage = Stage(call(weights), 8)
+    for value in (5, 6):  # buffers are used again, with what was in them before
+        weights[:] = value
+        for _ in range(3):
+            stage.add(call(weights))
+        np.testing.assert_array_equal(stage.arguments((True,))[1][0][:3], np.full((3, 3), value))
+
+
 def test_what_is_passed_once_was_copied_when_it_came():
     a = np.zeros(2, np.float32)
     stage = block(a)

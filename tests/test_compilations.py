@@ -73,6 +73,15 @@ def test_code_that_compiles_again_and_again_is_warned_about_once():
     assert "x changed from float32[7] to float32[8]" in text and "jnp.asarray(alpha)" in text
 
 
+def test_another_way_to_pass_equal_items_is_no_cause_for_a_warning():
+    record = Record(8)
+    for n in range(1, 8):
+        record.add("fit", call(n), "stacked", True, 0.1)
+        record.add("fit", call(n), "one at a time", True, 0.1, known=True)
+    with pytest.warns(RecompilationWarning, match="fit has compiled 8 programs"):
+        record.add("fit", call(8), "stacked", True, 0.1)
+
+
 def test_what_is_remembered_is_bounded():
     record = Record(2)
     losses = [lambda out: out.sum(), lambda out: out.max(), lambda out: out.min()]

@@ -62,7 +62,7 @@ def test_runs_are_the_items_of_the_pipeline(arrays, size, shuffle, drop_last, ch
     for name, n in chain:
         data = STAGES[name](data, n)
     asked = iter(mosts * 1000)
-    found = expanded(data, lambda: next(asked))
+    found = expanded(data, lambda left: min(left, next(asked)))
     expected = [[np.asarray(a) for a in jax.tree_util.tree_leaves(item)] for item in data]
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
@@ -71,17 +71,17 @@ def test_runs_are_the_items_of_the_pipeline(arrays, size, shuffle, drop_last, ch
 
 def test_a_run_is_never_longer_than_asked_and_asks_anew_for_each():
     mosts = iter([3, 1, 4, 2, 9])
-    assert [n for _, n, _ in opened(Data.repeat(12, "item"), lambda: next(mosts))] == [3, 1, 4, 2, 2]
+    assert [n for _, n, _ in opened(Data.repeat(12, "item"), lambda left: min(left, next(mosts)))] == [3, 1, 4, 2, 2]
 
 
 def test_a_last_batch_that_is_smaller_comes_alone():
     data = Data.batches((X, Y), 5).epochs(2)
-    assert [(len(item[0]), n) for item, n, _ in opened(data, lambda: 100)] == [(5, 4), (3, 1)] * 2
+    assert [(len(item[0]), n) for item, n, _ in opened(data, lambda left: min(left, 100))] == [(5, 4), (3, 1)] * 2
 
 
 def test_with_loss_keeps_runs_and_a_function_of_the_users_does_not():
     batches = Data.batches((X, Y), 5)
-    whole = lambda data: [n for _, n, _ in opened(data, lambda: 100)]
+    whole = lambda data: [n for _, n, _ in opened(data, lambda left: min(left, 100))]
     assert whole(batches.with_loss(losses.mse)) == [4, 1]
     assert whole(batches.map(lambda b: b)) == [1] * 5
     assert whole(batches.with_loss(losses.mse).prefetch(2)) == [1] * 5
@@ -91,7 +91,7 @@ def test_with_loss_keeps_runs_and_a_function_of_the_users_does_not():
 def test_an_item_that_is_refused_is_named():
     data = Data.batches(X, 5).with_loss(losses.mse)
     with pytest.raises(TypeError, match=r"with_loss expected items \(x, y\)") as caught:
-        next(opened(data, lambda: 3))
+        next(opened(data, lambda left: min(left, 3)))
     assert "item 0 (counted from 0)" in caught.value.__notes__[0]
 
 

@@ -59,8 +59,8 @@ class _Column(Protocol):
         """The one value of all items."""
         ...
 
-    def stacked(self) -> Any:
-        """All values, along a leading axis as long as the capacity."""
+    def stacked(self, count: int) -> Any:
+        """The values of ``count`` items, along a leading axis as long as the capacity."""
         ...
 
 
@@ -107,8 +107,11 @@ class _Host:
     def shared(self) -> Any:
         return self._buffers[self._turn][0]
 
-    def stacked(self) -> Any:
-        return self._buffers[self._turn]
+    def stacked(self, count: int) -> Any:
+        buffer = self._buffers[self._turn]
+        if not self.varies:
+            buffer[1:count] = buffer[0]
+        return buffer
 
 
 class _Device:
@@ -140,7 +143,7 @@ class _Device:
     def shared(self) -> Any:
         return self._values[0]
 
-    def stacked(self) -> Any:
+    def stacked(self, count: int) -> Any:
         return _stack(self._values, self._capacity) if self._stack is None else self._stack
 
 
@@ -165,7 +168,8 @@ class _Number:
     def shared(self) -> Any:
         return self._value
 
-    stacked = shared
+    def stacked(self, count: int) -> Any:
+        raise NotImplementedError
 
 
 class Stage:
@@ -219,8 +223,8 @@ class Stage:
     def arguments(self, pattern: Sequence[bool]) -> tuple[list[Any], list[Any]]:
         """The leaves of the block, those of one value and those that the pattern says to stack; it is empty then."""
         pairs = list(zip(self._columns, pattern, strict=True))
-        self.count = 0
-        return [c.shared() for c, many in pairs if not many], [c.stacked() for c, many in pairs if many]
+        count, self.count = self.count, 0
+        return [c.shared() for c, many in pairs if not many], [c.stacked(count) for c, many in pairs if many]
 
 
 def _column(leaf: Any, capacity: int) -> _Column:

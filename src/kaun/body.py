@@ -41,10 +41,11 @@ class Body:
     Attributes:
         looped: whether it runs in a loop, many steps for one dispatch.
         capacity: how many items one dispatch may hold.
+        compiled: the entries for which there is a compiled program.
         seconds: what tracing took; the first program that is compiled takes it over.
     """
 
-    __slots__ = ("_lock", "_programs", "capacity", "looped", "loss_dtype", "patterns", "seconds", "step")
+    __slots__ = ("_lock", "_programs", "capacity", "compiled", "looped", "loss_dtype", "patterns", "seconds", "step")
 
     def __init__(self, step: Any, traced: Any, call: Call, seconds: float) -> None:
         self.step = step
@@ -52,6 +53,7 @@ class Body:
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.capacity = capacity_of(call) if self.looped else 1
         self.seconds = seconds
+        self.compiled: set[str] = set()
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
         self.patterns: list[tuple[bool, ...]] = []

@@ -46,21 +46,24 @@ class Record:
         self._latest: OrderedDict[Hashable, tuple[dict[str, str], int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(self, where: str, call: Call, stacks: str, training: bool, seconds: float) -> None:
+    def add(
+        self, where: str, call: Call, stacks: str, training: bool, seconds: float, *, known: bool = False
+    ) -> None:
         """Write down a compilation; warns once where one piece of code is compiled again and again.
 
         Arguments:
-            stacks: how the items of a block were passed, in words.
+            stacks: how the items of a block are passed, in words.
+            known: whether there is a program for equal items already, which are passed otherwise.
         """
         now = {**call.words(), "training": str(training), "the items of a block": stacks}
         with self._lock:
             before, count = self._latest.pop((where, call.subject), (None, 0))
-            self._latest[(where, call.subject)] = (now, count + 1)
+            self._latest[(where, call.subject)] = (now, count := count + (not known))
             if len(self._latest) > self._capacity:
                 self._latest.popitem(last=False)
         why = "first" if before is None else _change(before, now)
         self.compilations.append(Compilation(where=where, code=call.code, why=why, seconds=seconds))
-        if count + 1 == _MANY:
+        if count == _MANY and not known:
             warnings.warn(
                 f"{where} has compiled {_MANY} programs for {call.code or 'one model'}; the last because {why}. Each "
                 "costs a compilation. Capture numbers that change as arrays, alpha = jnp.asarray(alpha), keep one "

@@ -85,18 +85,21 @@ class Programs:
         body: Body | None = None,
     ) -> float:  # fmt: skip
         """Compile a program for these arguments and write it down, where that was not done before; the seconds."""
-        if not program.fresh:
-            return 0.0
+        if not program.fresh or any(isinstance(a, jax.core.Tracer) for a in jax.tree_util.tree_leaves(arguments)):
+            return 0.0  # traced values: it becomes a part of what the user compiles
         with program.lock:
             if not program.fresh:
                 return 0.0
             start = time.perf_counter()
             program.run.lower(*arguments).compile()  # the first run then finds it
             seconds = time.perf_counter() - start
+            entry = entry.split()[0]
+            known = body is not None and entry in body.compiled
             if body is not None:
                 seconds, body.seconds = seconds + body.seconds, 0.0
+                body.compiled.add(entry)
             program.fresh = False
-        self._record.add(entry.split()[0], call, program.stacks, training, seconds)
+        self._record.add(entry, call, program.stacks, training, seconds, known=known)
         return seconds
 
     def _found(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -250,9 +253,14 @@ class Loop:
     def _push_run(self, call: Call, count: int, rows: Mapping[int, Rows]) -> None:
         stage, body, _ = self._open = self._stage(call)
         most = stage.room(rows, call) if rows else ROWS if body.looped else 1
+        leaves, once = call.owned(), (False,) * len(call.leaves)
         for start in range(0, count, most):
-            stage.fill(call, rows, start, min(most, count - start))
-            self.flush()
+            n = min(most, count - start)
+            if rows:
+                stage.fill(call, rows, start, n)
+                self.flush()
+            else:
+                self._dispatch(body, call, once, n, leaves, [])
 
     def _dispatch(
         self, body: Body, call: Call, pattern: tuple[bool, ...], count: int, shared: list[Any], stacked: list[Any]

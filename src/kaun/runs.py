@@ -13,8 +13,8 @@ __all__ = [
     "skipped", "taken", "within",
 ]  # fmt: skip
 
-Most = Callable[[], int]
-"""How many items the next run may stand for; asked anew for each."""
+Most = Callable[[int], int]
+"""``most(left)``: how many items the next run may stand for, of those that are left; asked anew for each."""
 
 Runs = Callable[[int, int, Most], "Iterator[Run]"]
 """``runs(epoch, start, most)``: the items of one pass from ``start`` on."""
@@ -84,7 +84,7 @@ def of_item(item: Any, n: int) -> Runs:
 
     def runs(epoch: int, start: int, most: Most) -> Iterator[Run]:
         while start < n:
-            count = min(most(), n - start)
+            count = most(n - start)
             yield Run(item, count, {})
             start += count
 
@@ -113,7 +113,7 @@ def of_rows(
     def runs(epoch: int, start: int, most: Most) -> Iterator[Run]:
         rows = order(epoch)
         while start < length:
-            count = max(1, min(most(), n // size - start))
+            count = most(max(1, n // size - start))
             first = take(of_batch(rows, start, size, n))
             sources: dict[int, Rows] = {}
             if count > 1:
@@ -177,7 +177,7 @@ def taken(runs: Runs | None, n: int) -> Runs | None:
         if start >= n:
             return
         left = [n - start]
-        for run in runs(epoch, start, lambda: min(most(), left[0])):
+        for run in runs(epoch, start, lambda more: most(min(more, left[0]))):
             left[0] -= run.n
             yield run
             if not left[0]:

@@ -175,7 +175,7 @@ class Trainer(Generic[In, Out]):
         loop = Loop(self._programs, carry, state.key, _as_context(ctx), hook.ran, hook.compiled)
         now = lambda: _state(loop.carry(), state.key)
         step = 0
-        with _nothing_lost(now, hook), _opened(data, lambda: hook.ahead(step, loop.room)) as found:
+        with _nothing_lost(now, hook), _opened(data, lambda left: hook.ahead(step, min(left, loop.room))) as found:
             for item, count, rows in found:
                 loop.push(*_split(item, step + 1), count, rows)
                 step += count
@@ -330,7 +330,7 @@ def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _opened(data: Iterable[Any], most: Callable[[], int]) -> Generator[Iterator[Run]]:
+def _opened(data: Iterable[Any], most: Callable[[int], int]) -> Generator[Iterator[Run]]:
     """The data's ``runs``; its iterator is closed at the end if it was made here."""
     try:
         iterator = iter(data)

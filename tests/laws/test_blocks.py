@@ -1,5 +1,7 @@
 """Many steps per dispatch cannot be seen: bytes, report calls, items taken and exceptions are those of single steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,11 +47,11 @@ SOURCES = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained():
+@functools.cache
+def trained(name):
     with rng.scope(7):
         parts = [layers.linear(5, 8), layers.batch_norm(8), layers.relu(), layers.dropout(0.5), layers.linear(8, 3)]
-        trainer = kaun.Trainer(model=layers.sequential(parts), optimizer=optax.adam(1e-2))
+        trainer = kaun.Trainer(model=layers.sequential(parts), optimizer=optax.sgd(1e-2, momentum=0.9))
         return trainer, trainer.init(dtype=jnp.float32)
 
 
@@ -59,18 +61,15 @@ def raw(tree):
     return [np.asarray(a).tobytes() for a in plain]
 
 
-folds = {}
-
-
-def fold(trained, name):
+@functools.cache
+def fold(name):
     """The state and the loss after each step of ``trainer.step`` over a source."""
-    if name not in folds:
-        trainer, state = trained
-        folds[name] = [(state, None)]
-        for x, loss in SOURCES[name]():
-            value, state = trainer.step(state, x, loss=loss)
-            folds[name].append((state, float(value)))
-    return folds[name]
+    trainer, state = trained(name)
+    steps = [(state, None)]
+    for x, loss in SOURCES[name]():
+        value, state = trainer.step(state, x, loss=loss)
+        steps.append((state, float(value)))
+    return steps
 
 
 class Watching:
@@ -97,9 +96,9 @@ class Watching:
 
 @given(st.sampled_from(sorted(SOURCES)), st.sets(st.integers(1, 40)), st.booleans(), st.one_of(st.none(), st.integers(1, 40)))
 @settings(max_examples=60, deadline=None)
-def test_what_is_reported_when_is_that_of_single_steps(trained, name, wanted, looks, stop):
-    trainer, state = trained
-    steps = fold(trained, name)
+def test_what_is_reported_when_is_that_of_single_steps(name, wanted, looks, stop):
+    trainer, state = trained(name)
+    steps = fold(name)
     total = len(steps) - 1
     last = stop if stop is not None and stop <= total else total
     report = Watching(wanted, looks, stop)
@@ -121,9 +120,9 @@ def test_what_is_reported_when_is_that_of_single_steps(trained, name, wanted, lo
 
 @given(st.integers(0, 20), st.sets(st.integers(1, 20), max_size=3), st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_an_exception_of_the_data_comes_after_all_steps_before_it(trained, good, wanted, prefetch):
-    trainer, state = trained
-    steps = fold(trained, "list")
+def test_an_exception_of_the_data_comes_after_all_steps_before_it(good, wanted, prefetch):
+    trainer, state = trained("list")
+    steps = fold("list")
 
     def source():
         yield from SOURCES["list"]()[:good]
@@ -139,9 +138,9 @@ def test_an_exception_of_the_data_comes_after_all_steps_before_it(trained, good,
 
 
 @pytest.mark.parametrize("bad", [1, 2, 3, 9])
-def test_an_exception_of_a_loss_comes_at_its_item(trained, bad):
-    trainer, state = trained
-    steps = fold(trained, "list")
+def test_an_exception_of_a_loss_comes_at_its_item(bad):
+    trainer, state = trained("list")
+    steps = fold("list")
     taken = []
 
     def source():
@@ -169,8 +168,8 @@ def test_one_program_for_blocks_of_any_size(name):
     assert len(found) == shapes * codes + (name == "captured weights"), [c.why for c in found]
 
 
-def test_a_user_may_write_to_arrays_between_items(trained):
-    trainer, state = trained
+def test_a_user_may_write_to_arrays_between_items():
+    trainer, state = trained("closures")
     x, y = np.empty((5, 5), np.float32), np.empty(5, np.int32)
 
     def source():
