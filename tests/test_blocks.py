@@ -117,7 +117,7 @@ def test_another_shape_ends_the_block():
 
 def test_large_arrays_are_never_stacked():
     big = np.zeros((1 << 20) // 4 + 1, np.float32)
-    assert capacity_of(call({"big": big, "small": np.zeros(2)})) == 256
+    assert capacity_of(call({"big": big, "small": np.zeros(2)})) == 128
     stage = block(big, big)
     assert not stage.takes(call(big.copy()))
     big[0] = 1
@@ -128,7 +128,7 @@ def test_large_arrays_are_never_stacked():
     assert stage.room(rows, call(big)) == 1
 
 
-@pytest.mark.parametrize(("shape", "items"), [((2,), 256), ((1 << 10, 32), 32), ((1 << 17, 2), 4), ((1 << 20,), 256)])
+@pytest.mark.parametrize(("shape", "items"), [((2,), 128), ((1 << 10, 32), 32), ((1 << 17, 2), 4), ((1 << 20,), 128)])
 def test_the_capacity_is_bounded_by_items_and_bytes(shape, items):
     assert capacity_of(call(np.zeros(shape, np.float32))) == items
 

@@ -99,7 +99,7 @@ def test_blocks_grow_up_to_the_capacity(programs):
     for i in range(600):
         run.push(np.full((1000,), i, np.float32), mean, None)
     run.flush()
-    assert max(blocks) == 256 and sum(blocks) == 600
+    assert max(blocks) == 128 and sum(blocks) == 600
     assert [c.why for c in programs.compilations] == ["first"]
 
 

@@ -17,7 +17,7 @@ __all__ = ["BUFFERS", "Stage", "aligned", "capacity_of"]
 
 # The stacked items of one dispatch: enough of small ones to hide what a dispatch costs, few enough to stay in a cache.
 _MOST_BYTES = 4 << 20
-_MOST_ITEMS = 256
+_MOST_ITEMS = 128
 _LARGE = _MOST_BYTES // 4  # larger leaves are never stacked
 _ALIGNMENT = 64  # what XLA:CPU wants of memory that it reads in place; anything else it copies
 _FEW = 16

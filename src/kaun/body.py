@@ -17,19 +17,22 @@ from kaun.packing import Packing
 
 __all__ = ["ROWS", "Body", "Program"]
 
-ROWS = 1024  # the most steps of one dispatch
+# The most steps of one dispatch. With room for the losses of more, XLA:CPU takes a tiny model for so costly that it
+# hands each dispatch to another thread, which costs more than their step.
+ROWS = 128
 # XLA would move what does not depend on the item ahead of the loop, fuse it otherwise there, and so change the last bit
 # by whether items are stacked or not. That must not be seen in the numbers.
 _OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class Program:
-    """A jitted function, and whether it has been compiled."""
+    """A function, jitted and plain, and whether it has been compiled."""
 
-    __slots__ = ("fresh", "lock", "run", "stacks")
+    __slots__ = ("fresh", "lock", "plain", "run", "stacks")
 
-    def __init__(self, run: Any, stacks: str = "") -> None:
-        self.run = run
+    def __init__(self, plain: Callable[..., Any], stacks: str = "", **options: Any) -> None:
+        self.plain = plain
+        self.run = jax.jit(plain, **options)
         self.stacks = stacks
         self.fresh = True
         self.lock = threading.RLock()  # a loss may itself train
@@ -83,8 +86,8 @@ class Body:
                 run = _looped(self, pattern, packing) if self.looped else _straight(self, packing)
                 run = _first_loss(run) if entry == "step" else run
                 donated = (0,) if entry == "fit in place" else ()
-                jitted = jax.jit(run, donate_argnums=donated, compiler_options=_OPTIONS)
-                found = Program(jitted, "stacked" if any(pattern) else "one at a time")
+                stacks = "stacked" if any(pattern) else "one at a time"
+                found = Program(run, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
                 self._programs[entry, pattern, packing] = found
             return found
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kaun import tree
 from kaun.blocks import Stage
@@ -61,9 +62,7 @@ class Programs:
     def run(self, entry: str, structure: Any, leaves: list[Any], key: jax.Array, call: Call) -> Any:
         """What the model in evaluation mode gives for a call: its output (``"predict"``), metrics (``"evaluate"``)."""
         program = self._found((entry, structure, call.key), lambda: self._forward_of(entry, structure, call))
-        arguments = (leaves, key, call.owned())
-        self.compile(program, entry, call, False, arguments)
-        return program.run(*arguments)
+        return self._run(program, entry, call, False, (leaves, key, call.owned()))
 
     def step(
         self, structure: Any, leaves: list[Any], key: jax.Array, call: Call, training: bool
@@ -71,9 +70,7 @@ class Programs:
         """The loss and the leaves after one step; what it was given stays as it is."""
         body = self.body(structure, leaves, key, call, training)
         program = body.program("step", (False,) * len(call.leaves))
-        arguments = (leaves, key, _number(1), call.owned(), [])
-        self.compile(program, "step", call, training, arguments, body)
-        return program.run(*arguments)
+        return self._run(program, "step", call, training, (leaves, key, _number(1), call.owned(), []), body)
 
     def body(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
         """The body of a step for a call, traced where there is none: here the user's own code runs."""
@@ -85,8 +82,8 @@ class Programs:
         body: Body | None = None,
     ) -> float:  # fmt: skip
         """Compile a program for these arguments and write it down, where that was not done before; the seconds."""
-        if not program.fresh or any(isinstance(a, jax.core.Tracer) for a in jax.tree_util.tree_leaves(arguments)):
-            return 0.0  # traced values: it becomes a part of what the user compiles
+        if not program.fresh:
+            return 0.0
         with program.lock:
             if not program.fresh:
                 return 0.0
@@ -101,6 +98,16 @@ class Programs:
             program.fresh = False
         self._record.add(entry, call, program.stacks, training, seconds, known=known)
         return seconds
+
+    def _run(
+        self, program: Program, entry: str, call: Call, training: bool, arguments: tuple[Any, ...],
+        body: Body | None = None,
+    ) -> Any:  # fmt: skip
+        if any([isinstance(a, jax.core.Tracer) for a in (*arguments[0], arguments[1], *call.leaves)]):
+            return program.plain(*arguments)  # it becomes a part of what the user compiles
+        if program.fresh:
+            self.compile(program, entry, call, training, arguments, body)
+        return program.run(*arguments)
 
     def _found(self, key: Hashable, make: Callable[[], Any]) -> Any:
         with self._lock:
@@ -141,7 +148,7 @@ class Programs:
             output = self._forward(jax.tree_util.tree_unflatten(structure, leaves), key, item["x"], ctx)
             return scored(metrics, arrays, key, output, item["y"])
 
-        return Program(jax.jit(predict if entry == "predict" else evaluate))
+        return Program(predict if entry == "predict" else evaluate)
 
 
 class Loop:
@@ -188,9 +195,9 @@ class Loop:
 
     @property
     def loss(self) -> Any:
-        """The loss of the last step that was run."""
+        """The loss of the last step that was run; waits for it."""
         _, _, losses, count = self._held
-        return losses[count - 1]
+        return np.asarray(losses)[count - 1]  # indexed on the device it would be a dispatch of its own
 
     def push(
         self,
