@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kaun import tree
 from kaun.blocks import Stage
@@ -103,7 +104,7 @@ class Programs:
         self, program: Program, entry: str, call: Call, training: bool, arguments: tuple[Any, ...],
         body: Body | None = None,
     ) -> Any:  # fmt: skip
-        if any([isinstance(a, jax.core.Tracer) for a in (*arguments[0], arguments[1], *call.leaves)]):
+        if any(isinstance(a, Tracer) for a in (*arguments[0], arguments[1], *call.leaves)):
             return program.plain(*arguments)  # it becomes a part of what the user compiles
         if program.fresh:
             self.compile(program, entry, call, training, arguments, body)
@@ -173,14 +174,16 @@ class Loop:
         compiled: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._programs, self._key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
-        self._given, self._def = jax.tree_util.tree_flatten(carry)
-        self._packing = packing_of(self._given)
+        leaves, self._def = jax.tree_util.tree_flatten(carry)
+        # Shapes and dtypes of the state: the arrays themselves must not be held on to.
+        self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
+        self._packing = packing_of(leaves)
         # Memory is what a small state does not need to save; and what is never overwritten needs no copies.
-        self._in_place = self._packing is None and sum(a.nbytes for a in self._given) > _SMALL
+        self._in_place = self._packing is None and sum(a.nbytes for a in leaves) > _SMALL
         # Whether these arrays are in the loop's own form (packed, or memory to be overwritten), the arrays, and the
         # losses of the newest dispatch with their number. One tuple, because an interrupt may come between any two
         # assignments.
-        self._held: tuple[bool, list[Any], Any, int] = (False, self._given, None, 0)
+        self._held: tuple[bool, list[Any], Any, int] = (False, leaves, None, 0)
         self._done: deque[Any] = deque(maxlen=1)
         self._stages: OrderedDict[Hashable, tuple[Stage, Body, Call]] = OrderedDict()
         self._open: tuple[Stage, Body, Call] | None = None
@@ -239,9 +242,7 @@ class Loop:
         self.flush()
         self._take()
         own, arrays, losses, count = self._held
-        if own and self._in_place and losses is None:
-            arrays = self._given  # interrupted in the first step, on a copy of what was given
-        elif own and self._packing is not None:
+        if own and self._packing is not None:
             return jax.tree_util.tree_unflatten(self._def, unpack(self._packing, arrays))
         if self._in_place:
             self._held = (False, arrays, losses, count)  # the loop goes on with a copy
@@ -250,7 +251,7 @@ class Loop:
     def _stage(self, call: Call) -> tuple[Stage, Body, Call]:
         found = self._stages.pop(call.key, None)
         if found is None:
-            body = self._programs.body(self._def, self._given, self._key, call, True)
+            body = self._programs.body(self._def, self._kinds, self._key, call, True)
             found = (Stage(call, body.capacity), body, call)
         self._stages[call.key] = found
         if len(self._stages) > _STAGES:
@@ -276,7 +277,9 @@ class Loop:
         program = body.program(entry, pattern, self._packing)
         own, arrays, losses, before = self._held
         if not own and self._in_place:
-            self._held = (True, _copy(arrays), losses, before)
+            for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
+                arrays[i] = _copy(arrays[i])
+            self._held = (True, arrays, losses, before)
         elif not own and self._packing is not None:
             self._held = (True, pack(self._packing, arrays), losses, before)
         arguments = (self._held[1], self._key, _number(count), shared, stacked)
@@ -312,8 +315,8 @@ class Loop:
 
 
 @jax.jit
-def _copy(leaves: list[Any]) -> list[Any]:
-    return [jnp.copy(a) for a in leaves]
+def _copy(leaf: Any) -> Any:
+    return jnp.copy(leaf)
 
 
 @functools.lru_cache(maxsize=2 * ROWS)

@@ -171,9 +171,10 @@ class Trainer(Generic[In, Out]):
         """
         self._check_state(state, "fit")
         hook = Hook(report, total=_length(data))
-        carry = (state.vars, state.opt_state, state.step)
-        loop = Loop(self._programs, carry, state.key, _as_context(ctx), hook.ran, hook.compiled)
-        now = lambda: _state(loop.carry(), state.key)
+        key, now = state.key, lambda: _state(loop.carry(), key)
+        start = (state.vars, state.opt_state, state.step)
+        loop = Loop(self._programs, start, key, _as_context(ctx), hook.ran, hook.compiled)
+        del state, start  # where the caller does not hold it either, its memory is free once it is copied
         step = 0
         with _nothing_lost(now, hook), _opened(data, lambda left: hook.ahead(step, min(left, loop.room))) as found:
             for item, count, rows in found:
