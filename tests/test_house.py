@@ -16,7 +16,7 @@ SRC = ROOT / "src" / "kaun"
 
 # A module may import from its own level and from those above it. Cycles are excluded everywhere.
 LEVELS = [
-    {"errors", "rng", "tree", "bytecode", "convolutions", "rebuild", "lift", "packing", "prefetch", "stages"},
+    {"errors", "rng", "tree", "bytecode", "convolutions", "rebuild", "lift", "packing", "prefetch", "products", "stages"},
     {"context", "data", "losses", "layers.checks"},
     {"layers.core", "metrics"},
     {
