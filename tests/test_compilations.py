@@ -30,15 +30,15 @@ def test_it_is_told_what_changed():
     record.add("fit", call(2), "stacked", True, 1.5)
     record.add("fit", call(3), "stacked", True, 0.5)
     record.add("fit", call(3, dtype=np.int32), "stacked", True, 0.5)
-    record.add("fit", call(3, dtype=np.int32), "one at a time", True, 0.5)
-    record.add("fit", call(3, dtype=np.int32), "one at a time", True, 0.5)
+    record.add("fit", call(3, dtype=np.int32), "passed once", True, 0.5)
+    record.add("fit", call(3, dtype=np.int32), "passed once", True, 0.5)
     record.add("step", call(3, scaled(2)), "", True, 0.5)
     record.add("step", call(3, scaled(3)), "", True, 0.5)
     assert whys(record) == [
         "first",
         "x changed from float32[2] to float32[3]",
         "x changed from float32[3] to int32[3]",
-        "the items of a block changed from stacked to one at a time",
+        "the items of a block, stacked before, are passed once",
         "the program made for these arguments had been dropped, or its shardings changed",
         "first",
         "captured by changed from 2 to 3",
@@ -77,7 +77,7 @@ def test_another_way_to_pass_equal_items_is_no_cause_for_a_warning():
     record = Record(8)
     for n in range(1, 8):
         record.add("fit", call(n), "stacked", True, 0.1)
-        record.add("fit", call(n), "one at a time", True, 0.1, known=True)
+        record.add("fit", call(n), "passed once", True, 0.1, known=True)
     with pytest.warns(RecompilationWarning, match="fit has compiled 8 programs"):
         record.add("fit", call(8), "stacked", True, 0.1)
 

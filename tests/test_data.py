@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun import EarlyStop, lift, rng, stages
+from kaun import EarlyStop, lift, rng, runs
 from kaun.context import Context
 from kaun.data import Data
 
@@ -487,9 +487,9 @@ def test_batches_in_order_are_read_only_windows_and_shuffled_ones_are_fresh():
 
 def test_batches_of_jax_arrays_compile_once_for_each_size():
     x = jnp.arange(131.0)
-    before = stages._gather._cache_size()
+    before = runs._gather._cache_size()
     assert len(list(Data.batches(x, 2))) == 66
-    assert stages._gather._cache_size() - before == 2
+    assert runs._gather._cache_size() - before == 2
 
 
 def test_batches_take_prng_keys():

@@ -86,7 +86,7 @@ class Body:
                 run = _looped(self, pattern, packing) if self.looped else _straight(self, packing)
                 run = _first_loss(run) if entry == "step" else run
                 donated = (0,) if entry == "fit in place" else ()
-                stacks = "stacked" if any(pattern) else "one at a time"
+                stacks = "stacked" if any(pattern) else "passed once"
                 found = Program(run, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
                 self._programs[entry, pattern, packing] = found
             return found

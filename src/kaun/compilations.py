@@ -14,6 +14,7 @@ from kaun.errors import RecompilationWarning
 __all__ = ["Compilation", "Record"]
 
 _MANY = 8
+_ITEMS = "the items of a block"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Record:
             stacks: how the items of a block are passed, in words.
             known: whether there is a program for equal items already, which are passed otherwise.
         """
-        now = {**call.words(), "training": str(training), "the items of a block": stacks}
+        now = {**call.words(), "training": str(training), _ITEMS: stacks}
         with self._lock:
             before, count = self._latest.pop((where, call.subject), (None, 0))
             self._latest[(where, call.subject)] = (now, count := count + (not known))
@@ -77,5 +78,7 @@ class Record:
 def _change(before: dict[str, str], now: dict[str, str]) -> str:
     names = [*now, *(n for n in before if n not in now)]
     pairs = [(n, before.get(n, "nothing"), now.get(n, "nothing")) for n in names]
-    changes = [f"{n} changed from {a} to {b}" for n, a, b in pairs if a != b]
+    changes = [f"{n} changed from {a} to {b}" for n, a, b in pairs if a != b and n != _ITEMS]
+    if not changes and before[_ITEMS] != now[_ITEMS]:
+        return f"{_ITEMS}, {before[_ITEMS]} before, are {now[_ITEMS]}"
     return "; ".join(changes[:3]) or "the program made for these arguments had been dropped, or its shardings changed"
