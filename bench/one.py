@@ -23,10 +23,11 @@ def measure(workload: Workload, runner: str, first_only: bool = False) -> dict:
     warm = timed(session.run, workload.steps)
     passes = [timed(session.run, workload.steps) for _ in range(workload.passes)]
     step = statistics.median(passes) / workload.steps
+    compiling = max(0.0, first + warm - (workload.steps + 1) * step)
     # Before the last check, which compiles and runs something of its own.
     peak = peak_memory()
     losses.append(session.check())
-    return {**found, "warm": warm, "step": step, "losses": losses, "peak": peak}
+    return {**found, "step": step, "compiling": compiling, "losses": losses, "peak": peak}
 
 
 def timed(run, steps: int) -> float:

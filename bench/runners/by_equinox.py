@@ -56,9 +56,7 @@ class Block(eqx.Module):
     def __init__(self, values):
         self.norm1, self.norm2 = norm(values["norm1"]), norm(values["norm2"])
         self.up, self.down = linear(values["up"]), linear(values["down"])
-        projections = lambda m: tuple(
-            p.weight for p in (m.query_proj, m.key_proj, m.value_proj, m.output_proj)
-        )
+        projections = lambda m: tuple(p.weight for p in (m.query_proj, m.key_proj, m.value_proj, m.output_proj))
         made = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=KEY)
         self.attention = put(projections, made, *(values[key].T for key in ("q", "k", "v", "out")))
 

@@ -65,14 +65,16 @@ def gpt(workload: Workload):
         return [{"inner": [block["norm1"], attention]}, {"inner": [block["norm2"], block["up"], {}, block["down"]]}]
 
     middle = [part for block in w["blocks"] for part in below(block)]
-    return model, {"left": {"weight": w["tokens"]}, "right": [{"weight": w["positions"]}, *middle, w["norm"], w["head"]]}
+    right = [{"weight": w["positions"]}, *middle, w["norm"], w["head"]]
+    return model, {"left": {"weight": w["tokens"]}, "right": right}
 
 
 def own(workload: Workload):
     """kaun's layers and their initial variables."""
     model, params = {"dense": dense, "cnn": cnn, "gpt": gpt}[workload.model](workload)
     shapes = jax.eval_shape(lambda: in_scope(model.init))
-    return model, shapes.replace(params=jax.tree.map(jnp.array, params), state=jax.tree.map(jnp.zeros_like, shapes.state))
+    # None of these models has a state, running statistics, that is.
+    return model, shapes.replace(params=jax.tree.map(jnp.array, params))
 
 
 def in_scope(init):

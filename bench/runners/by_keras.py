@@ -4,14 +4,14 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-import functools  # noqa: E402
+import functools
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-from keras import layers  # noqa: E402
+import keras
+import numpy as np
+from keras import layers
 
-from bench.runners import Session  # noqa: E402
-from bench.workloads import BLOCKS, HEADS, LENGTH, VOCAB, WIDTH, Workload  # noqa: E402
+from bench.runners import Session
+from bench.workloads import BLOCKS, HEADS, LENGTH, VOCAB, WIDTH, Workload
 
 
 def flat(values):
