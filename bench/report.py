@@ -178,18 +178,20 @@ def others(found: Results) -> Iterator[str]:
         yield f"- Taking a fresh closure apart: {have['closures']['microseconds']:.1f} us (median of 1,000)."
     if "import" in have:
         seconds = have["import"]
-        yield f"- `import kaun` after `import jax`: {seconds['kaun']:.2f} s; `import optax` alone: {seconds['optax']:.2f} s."
-    yield "- JAX keeps compiled programs from one process to the next when it is told where (the second number is for short"
-    yield "  compilations, which it would leave out). Nothing needs to change in a program:"
+        kaun, optax = seconds["kaun"], seconds["optax"]
+        yield f"- `import kaun` after `import jax`: {kaun:.2f} s; `import optax` alone: {optax:.2f} s."
+    yield "- JAX keeps compiled programs from one process to the next when it is told where. (The second setting is for"
+    yield "  short compilations, which it would leave out.) Nothing needs to change in a program:"
     yield "\n  ```text"
     yield "  JAX_COMPILATION_CACHE_DIR=~/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 python train.py"
     yield "  ```\n"
     for name, times in have.get("cache", {}).items():
         if name != "session":
             cold, again = median(times["cold"]), median(times["warm"])
-            yield f"  - First step of {name}: {cold:.2f} s in a process that fills the cache, {again:.2f} s in the next."
-    yield "- XLA reads flags of its own when a process starts, and kaun sets none. One of them is about loops over little"
-    yield "  data, so about tiny models:"
+            where = f"{cold:.2f} s in the process that fills the cache, {again:.2f} s in the next"
+            yield f"  - First step of {name}: {where}."
+    yield "- XLA reads flags of its own when a process starts, and kaun sets none. One of them is about loops over"
+    yield "  little data, so about tiny models:"
     yield f"\n  ```text\n  XLA_FLAGS={FLAG} python train.py\n  ```\n"
     for name, times in have.get("flag", {}).items():
         if name != "session":
