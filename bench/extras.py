@@ -14,7 +14,7 @@ from bench.launch import run_one
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHED = ("xor", "mlp", "cnn", "gpt")
-FLAG = "--xla_cpu_small_while_loop_byte_threshold=1048576"
+FLAG = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
 
 IMPORT = """
 import jax, jax.numpy, time
@@ -85,7 +85,7 @@ def cache(rounds: int) -> dict[str, Any]:
 
 
 def flag(rounds: int) -> dict[str, Any]:
-    """Seconds per step of xor with and without an XLA flag about small loops."""
+    """Seconds per step of xor with and without an XLA option about small loops."""
     found: dict[str, Any] = {runner: {"without": [], "with": []} for runner in ("hand-scan", "kaun")}
     for _ in range(rounds):
         for runner, times in found.items():
