@@ -16,9 +16,12 @@ SRC = ROOT / "src" / "kaun"
 
 # A module may import from its own level and from those above it. Cycles are excluded everywhere.
 LEVELS = [
-    {"errors", "rng", "tree", "bytecode", "rebuild", "lift", "packing", "prefetch", "stages"},
+    {
+        "bytecode", "convolutions", "errors", "lift", "packing", "prefetch", "products", "rebuild", "rng", "runs", "stages",
+        "totals", "tree",
+    },
     {"context", "data", "losses", "layers.checks"},
-    {"layers.core", "metrics"},
+    {"counting", "layers.core", "metrics", "scoring"},
     {
         "grad",
         "layers",
@@ -32,9 +35,9 @@ LEVELS = [
         "layers.parts",
         "layers.pool",
     },
-    {"staging", "hook", "compiled", "optimizer", "state"},
+    {"blocks", "body", "call", "compilations", "compiled", "evaluation", "hook", "optimizer", "staging", "state"},
     {"checkpoint", "train"},
-    {"reports", "reports.core", "reports.history", "reports.progress"},
+    {"reports", "reports.core", "reports.history", "reports.progress", "reports.validate"},
     {"interop"},
     {"kaun"},
 ]
@@ -54,9 +57,11 @@ PUBLIC = {
     },
     "kaun.losses": {"binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"},
     "kaun.metrics": {
-        "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
+        "Counted", "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
     },
-    "kaun.reports": {"History", "Report", "all_of", "each_epoch", "every", "history", "progress"},
+    "kaun.reports": {
+        "History", "Report", "Validation", "all_of", "each_epoch", "every", "history", "progress", "validate",
+    },
     "kaun.rng": {"next_key", "scope"},
 }  # fmt: skip
 

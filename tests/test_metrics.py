@@ -1,5 +1,6 @@
 """The metrics: against scikit-learn, their laws, means over items, and the tracker."""
 
+import functools
 import math
 import weakref
 from fractions import Fraction
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from kaun import metrics
+from kaun import counting, losses, metrics
 
 quick = settings(max_examples=40, deadline=None)
 ROWS, CLASSES = 12, 5
@@ -100,9 +101,9 @@ def test_recall_is_precision_with_the_sides_exchanged(predicted, targets):
 def test_counts_of_batches_add_up(predicted, targets, cut):
     # Cut with a mask and not a slice, for each length would compile.
     first = np.arange(ROWS) < cut
-    whole = metrics._class_counts("f1", predicted, targets, CLASSES)
+    whole = counting.class_counts("f1", predicted, targets, CLASSES)
     parts = [
-        metrics._class_counts("f1", np.where(m, predicted, CLASSES), np.where(m, targets, CLASSES), CLASSES + 1)
+        counting.class_counts("f1", np.where(m, predicted, CLASSES), np.where(m, targets, CLASSES), CLASSES + 1)
         for m in (first, ~first)
     ]
     for total, one, two in zip(whole[:3], parts[0][:3], parts[1][:3], strict=True):
@@ -466,6 +467,36 @@ def test_counts_of_nothing_are_an_error():
     with pytest.raises(ValueError, match=r"The counts of 'a' add up to 0"):
         metrics.evaluate_many(lambda v: {"a": (v, 0)}, [1.0])
     assert metrics.evaluate(lambda pair: pair, [(0.0, 0), (4.0, 2)]) == 2.0
+
+
+# Metrics in two parts.
+
+
+@given(ids | rare_ids, ids | rare_ids)
+@quick
+def test_the_parts_of_a_metric_are_the_metric(predicted, targets):
+    scores = scores_for(predicted)
+    for metric in (metrics.accuracy, *(functools.partial(getattr(metrics, n), average=a) for n in REFERENCE for a in AVERAGES)):
+        parts = metrics.Counted.of(metric)
+        assert parts(scores, targets) == metric(scores, targets)
+        again = metrics.Counted.of(functools.partial(parts))
+        assert again(scores, targets) == metric(scores, targets)
+    by_ids = functools.partial(metrics.f1, num_classes=CLASSES)
+    assert metrics.Counted.of(by_ids)(predicted, targets) == by_ids(predicted, targets)
+
+
+def test_parts_check_what_the_metric_checks():
+    with pytest.raises(ValueError, match=r'f1 expected average="macro"'):
+        metrics.Counted.of(functools.partial(metrics.f1, average="none"))(np.ones((2, 2), np.float32), np.zeros(2, np.int32))
+    threshold = metrics.Counted.of(functools.partial(metrics.binary_accuracy, threshold=0.7))
+    assert threshold(np.array([0.6, 0.8], np.float32), np.array([0, 1])) == 1.0
+
+
+@pytest.mark.parametrize("metric", [losses.mse, max, 3, functools.partial(metrics.f1, [1]), lambda p, t: metrics.f1(p, t)])
+def test_what_has_no_parts(metric):
+    with pytest.raises(TypeError, match=r'Counted\.of expected a metric that adds up from counts, received .*Counted\.of\(functools\.partial\(metrics\.f1, average="weighted"\)\)'):
+        metrics.Counted.of(metric)
+    assert metrics.Counted.find(metric) is None
 
 
 # The tracker.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kaun import Data, lift, losses
-from kaun.rebuild import Rebuilt, captures, hidden_arrays, subject
+from kaun.rebuild import Rebuilt, captures, hidden_arrays, parts, subject
 
 Y = np.zeros((3, 1), np.float32)
 rate = 0.5
@@ -51,7 +51,20 @@ def test_partials_methods_and_frozen_losses_in_words():
     assert told["(0)"] == "float32[3, 1]" and told["(scale)"] == "3"
     assert "Objective object at" in captures(*lift.take_apart(Objective().loss))["self"]
     frozen = lift.freeze(lambda: Y)
-    assert captures(*lift.take_apart(lambda: frozen()))["frozenY"] == "float32[3, 1]"
+    assert captures(*lift.take_apart(lambda: frozen()))["frozen.Y"] == "float32[3, 1]"
+
+
+def test_frozen_callables_taken_apart_as_one_dict():
+    def first(out):
+        return out + Y
+
+    frozen = {"a": lift.freeze(first), "b": lift.freeze(functools.partial(losses.huber, Y, delta=Y[0, 0]))}
+    key, arrays = lift.take_apart(frozen)
+    (a, a_key, a_arrays), (b, b_key, b_arrays) = parts(key, arrays)
+    assert (a, b) == ("a", "b") and len(a_arrays) == 1 and len(b_arrays) == 2
+    assert a_key == lift.take_apart(first)[0] and subject(b_key) is losses.huber
+    assert Rebuilt(a_key, [1]).function(2) == 3
+    assert captures(key, arrays)["['a'].Y"] == "float32[3, 1]"
 
 
 def test_what_a_key_is_about():

@@ -7,7 +7,8 @@ import pytest
 
 from kaun import lift, losses, rng
 from kaun.errors import CaptureError
-from kaun.staging import staged
+from kaun.scoring import Packed
+from kaun.staging import scored, staged
 
 
 def compiled(loss, output):
@@ -73,3 +74,46 @@ def test_draws_of_a_loss_come_from_the_steps_scope():
     a, _ = compiled(loss, jnp.ones(2))
     b, _ = compiled(loss, jnp.ones(2))
     assert float(a) == float(b)
+
+
+def run_scored(metrics, output, targets):
+    key, arrays = lift.take_apart({name: lift.freeze(f) for name, f in metrics.items()})
+    found = jax.jit(lambda arrays, *given: scored(key, arrays, jax.random.key(0), *given))(arrays, output, targets)
+    return Packed.stacked(found.form, [jax.device_get(found)])
+
+
+def test_metrics_come_as_parts_and_their_python_runs_once_for_a_trace(capsys):
+    y = np.array([1.0, 2.0], np.float32)
+
+    def first(p, t):
+        print("traced")
+        return (p * y).sum() + t.sum()
+
+    found = run_scored({"first": first, "second": lambda p, t: (p.sum(), 2)}, jnp.ones(2), jnp.ones(2))
+    assert capsys.readouterr().out == "traced\n"
+    assert tuple(found["first"]) == (5.0, 2)
+    assert tuple(found["second"]) == (2.0, 2)
+
+
+def test_what_a_metric_may_not_do_names_it():
+    held = {}
+
+    class Box:
+        y = jnp.ones(3)
+
+    def writes(p, t):
+        held["p"] = p
+        return p.sum()
+
+    box = Box()
+    box.y = jnp.ones(3)
+    good = lambda p, t: p.sum()
+    with pytest.raises(CaptureError, match=r"metric 'b' `writes` \(test_staging\.py:\d+\) writes to a list.* A compiled metric runs"):
+        run_scored({"a": good, "b": writes}, jnp.ones(3), jnp.ones(3))
+    assert held == {}
+    with pytest.raises(CaptureError, match=r"(?s)metric 'b' .* through `y` of a Box.*the compiled metric would.*metric = lambda p, t"):
+        run_scored({"a": good, "b": lambda p, t: (p * box.y).sum()}, jnp.ones(3), jnp.ones(3))
+    with pytest.raises(TypeError, match=r"metric 'b' `<lambda>` .* must return a real scalar"):
+        run_scored({"a": good, "b": lambda p, t: p}, jnp.ones(3), jnp.ones(3))
+    with pytest.raises(jax.errors.ConcretizationTypeError, match=r"(?s)In metric 'b' `<lambda>` .* sees shapes and dtypes"):
+        run_scored({"b": lambda p, t: float(p.sum())}, jnp.ones(3), jnp.ones(3))

@@ -1,64 +1,43 @@
-"""Compiled steps: one program for each (loss code, static values, shapes, dtypes), found again in microseconds.
+"""Compiled steps: many in one dispatch, each program compiled once and found again in microseconds.
 
-``Programs`` holds them. ``Loop`` runs them over a state of its own, updated in place, and knows when a state that a
-user has seen must be left alone.
+The body of a step is traced once for each (loss code, static values, shapes, dtypes). Every program that runs it, one
+step for ``step`` or a block of them for ``fit``, is that body in the same loop. ``Programs`` holds them; ``Loop`` runs
+blocks over a state of its own, and knows when a state that a user has seen must be left alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
 import threading
 import time
-import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from kaun import lift, rebuild, tree
+from kaun import tree
+from kaun.blocks import Stage
+from kaun.body import ROWS, Body, Program
+from kaun.call import Call
+from kaun.compilations import Compilation, Record
 from kaun.context import Context
-from kaun.errors import RecompilationWarning, locate
 from kaun.packing import pack, packing_of, unpack
-from kaun.staging import staged
+from kaun.runs import Rows
+from kaun.staging import scored, staged
 
 __all__ = ["Compilation", "Loop", "Programs"]
 
-_MANY = 8
-_LEAF = jax.tree_util.tree_structure(0)
-_NO_CONTEXT = jax.tree_util.tree_structure(Context())
-
-
-@dataclasses.dataclass(frozen=True)
-class Compilation:
-    """One program that was compiled: where, for which code, why (again), and how long it took.
-
-    Attributes:
-        where: ``"step"``, ``"fit"`` or ``"predict"``.
-        code: the loss's name, file and line; for ``predict`` an empty string.
-        why: ``"first"``, or what changed since the same code was compiled before, from what to what.
-        seconds: tracing and compiling (the first run included).
-    """
-
-    where: str
-    code: str
-    why: str
-    seconds: float
-
-
-class _Program:
-    """A jitted function, whether it has run yet, and what it was made for in words (made only when it is needed)."""
-
-    __slots__ = ("fresh", "lock", "run")
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-        self.fresh = True
-        self.lock = threading.RLock()  # a loss may itself train
-
+_BEGIN = 2  # the steps of the first ones
+_IN_FLIGHT = 2
+_LONGEST = 0.1  # seconds that one dispatch should take at most: so long Python cannot hear of Ctrl-C
+_SMALL = 1 << 20  # bytes of a state whose memory is not worth saving
+_STAGES = 4
+_SAME: Mapping[int, Rows] = {}
 
 class Programs:
     """The compiled programs of one trainer: a bounded table, least recently used out first.
@@ -66,212 +45,284 @@ class Programs:
     Arguments:
         advance: ``advance(carry, key, x, ctx, loss, training) -> (loss, carry)``, one pure training step.
         forward: ``forward(carry, key, x, ctx) -> output``, the model in evaluation mode.
-        capacity: how many programs are kept.
+        capacity: how many bodies are kept, each with its programs.
     """
 
     def __init__(self, advance: Callable[..., Any], forward: Callable[..., Any], capacity: int = 256) -> None:
         self._advance, self._forward = advance, forward
         self._capacity = capacity
-        self._table: OrderedDict[Hashable, _Program] = OrderedDict()
+        self._table: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
-        self._latest: OrderedDict[Hashable, tuple[dict[str, str], int]] = OrderedDict()
-        self.compilations: deque[Compilation] = deque(maxlen=1000)
+        self._record = Record(capacity)
 
-    def run(self, where: tuple[Any, ...], call: Call, leaves: list[Any], key: jax.Array) -> Any:
-        """Run the program for a call once, on arrays that stay as they are."""
-        program = self.find(where, call)
-        if not program.fresh:
-            return program.run(leaves, key, call.xs, call.arrays, call.cs)
-        out: list[Any] = []
-        run = lambda: out.append(program.run(leaves, key, call.xs, call.arrays, call.cs))
-        self.first_run(where, call, program, run)
-        return out[0]
+    @property
+    def compilations(self) -> deque[Compilation]:
+        """What was compiled, the newest last."""
+        return self._record.compilations
+
+    def run(self, entry: str, structure: Any, leaves: list[Any], key: jax.Array, call: Call) -> Any:
+        """What the model in evaluation mode gives for a call: its output (``"predict"``), metrics (``"evaluate"``)."""
+        program = self._found((entry, structure, call.key), lambda: self._forward_of(entry, structure, call))
+        return self._run(program, entry, call, False, (leaves, key, call.owned()))
 
     def step(
         self, structure: Any, leaves: list[Any], key: jax.Array, call: Call, training: bool
     ) -> tuple[jax.Array, list[Any]]:
-        """The loss and the leaves after one step, in the very form in which a loop runs it."""
-        packing = packing_of(leaves)
-        where = ("step", structure, training, packing)
-        if packing is None:
-            return self.run(where, call, leaves, key)
-        value, vectors = self.run(where, call, pack(packing, leaves), key)
-        return value, unpack(packing, vectors)
+        """The loss and the leaves after one step; what it was given stays as it is."""
+        body = self.body(structure, leaves, key, call, training)
+        program = body.program("step", (False,) * len(call.leaves))
+        return self._run(program, "step", call, training, (leaves, key, _number(1), call.owned(), []), body)
 
-    def find(self, where: tuple[Any, ...], call: Call) -> _Program:
-        """The program for a call, made (not yet compiled) where there is none."""
-        key = (where, call.key)
+    def body(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
+        """The body of a step for a call, traced where there is none: here the user's own code runs."""
+        where = ("train", structure, training, call.key)
+        return self._found(where, lambda: self._trace(structure, leaves, key, call, training))
+
+    def compile(
+        self, program: Program, entry: str, call: Call, training: bool, arguments: Sequence[Any],
+        body: Body | None = None,
+    ) -> float:  # fmt: skip
+        """Compile a program for these arguments and write it down, where that was not done before; the seconds."""
+        if not program.fresh:
+            return 0.0
+        with program.lock:
+            if not program.fresh:
+                return 0.0
+            start = time.perf_counter()
+            program.run.lower(*arguments).compile()  # the first run then finds it
+            seconds = time.perf_counter() - start
+            entry = entry.split()[0]
+            known = body is not None and entry in body.compiled
+            if body is not None:
+                seconds, body.seconds = seconds + body.seconds, 0.0
+                body.compiled.add(entry)
+            program.fresh = False
+        self._record.add(entry, call, program.stacks, training, seconds, known=known)
+        return seconds
+
+    def _run(
+        self, program: Program, entry: str, call: Call, training: bool, arguments: tuple[Any, ...],
+        body: Body | None = None,
+    ) -> Any:  # fmt: skip
+        if any(isinstance(a, Tracer) for a in (*arguments[0], arguments[1], *call.leaves)):
+            return program.plain(*arguments)  # it becomes a part of what the user compiles
+        if program.fresh:
+            self.compile(program, entry, call, training, arguments, body)
+        return program.run(*arguments)
+
+    def _found(self, key: Hashable, make: Callable[[], Any]) -> Any:
         with self._lock:
             found = self._table.get(key)
             if found is not None:
                 self._table.move_to_end(key)
                 return found
-            self._table[key] = found = _Program(self._jit(where, call))
+        made = make()  # without the lock: a loss may itself train
+        with self._lock:
+            found = self._table.setdefault(key, made)
             if len(self._table) > self._capacity:
                 self._table.popitem(last=False)
             return found
 
-    def _jit(self, where: tuple[Any, ...], call: Call) -> Callable[..., Any]:
-        entry, carry_def, training, packing = where
-        loss_key, x_def, ctx_def = call.static
-        join = jax.tree_util.tree_unflatten
+    def _trace(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
+        split, loss_key = call.split, call.loss_key
 
-        def step(leaves: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
-            carry, x, ctx = join(carry_def, leaves), join(x_def, xs), join(ctx_def, cs)
+        def step(leaves: list[Any], key: jax.Array, given: list[Any]) -> tuple[jax.Array, list[Any]]:
+            carry = jax.tree_util.tree_unflatten(structure, leaves)
+            x, arrays, ctx = split(given)
             loss = lambda output: staged(loss_key, arrays, output)
             value, after = self._advance(carry, key, x, ctx, loss, training)
             return value, _as_before(carry, after)
 
-        def packed(vectors: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
-            value, leaves = step(packing.unpack(vectors), key, xs, arrays, cs)
-            return value, packing.pack(leaves)
+        start, jitted = time.perf_counter(), jax.jit(step)
+        traced = jitted.trace(list(leaves), key, call.leaves)
+        return Body(jitted, traced, call, time.perf_counter() - start)
 
-        def predict(leaves: list[Any], key: jax.Array, xs: list[Any], arrays: list[Any], cs: list[Any]) -> Any:
-            return self._forward(join(carry_def, leaves), key, join(x_def, xs), join(ctx_def, cs))
+    def _forward_of(self, entry: str, structure: Any, call: Call) -> Program:
+        split, metrics = call.split, call.loss_key
 
-        if entry == "predict":
-            return jax.jit(predict)
-        return jax.jit(packed if packing else step, donate_argnums=(0,) if entry == "fit" else ())
+        def predict(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
+            x, _, ctx = split(given)
+            return self._forward(jax.tree_util.tree_unflatten(structure, leaves), key, x, ctx)
 
-    def first_run(self, where: tuple[Any, ...], call: Call, program: _Program, run: Callable[[], None]) -> None:
-        """Run a program for the first time: it is traced and compiled, timed, and written down with its reason."""
-        with program.lock:
-            if not program.fresh:
-                return run()
-            start = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - start
-            program.fresh = False
-        self._write_down(where, call, seconds)
-        return None
+        def evaluate(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
+            item, arrays, ctx = split(given)
+            output = self._forward(jax.tree_util.tree_unflatten(structure, leaves), key, item["x"], ctx)
+            return scored(metrics, arrays, key, output, item["y"])
 
-    def _write_down(self, where: tuple[Any, ...], call: Call, seconds: float) -> None:
-        entry, _, training, _ = where
-        now = {**call.words(), "training": str(training)}
-        with self._lock:
-            before, count = self._latest.pop((entry, call.subject), (None, 0))
-            self._latest[(entry, call.subject)] = (now, count + 1)
-            if len(self._latest) > self._capacity:
-                self._latest.popitem(last=False)
-        why = "first" if before is None else _change(before, now)
-        self.compilations.append(Compilation(where=entry, code=call.code, why=why, seconds=seconds))
-        if count + 1 == _MANY:
-            warnings.warn(
-                f"{entry} has compiled {_MANY} programs for {call.code or 'one model'}; the last because {why}. Each "
-                "costs a compilation. Capture numbers that change as arrays, alpha = jnp.asarray(alpha), keep one "
-                "object instead of making equal ones, and give batches few different shapes. trainer.compilations "
-                "lists them all.",
-                RecompilationWarning,
-                stacklevel=5,
-            )
-
-
-class Call:
-    """What one call brings: its arrays, and the static key that decides which program can run it."""
-
-    __slots__ = ("arrays", "cs", "key", "static", "xs")
-
-    def __init__(self, x: Any, loss: Callable[..., Any] | None, ctx: Context | None) -> None:
-        loss_key, self.arrays = lift.take_apart(loss) if loss is not None else (None, [])
-        self.xs, x_def = _leaves(x, "x")
-        self.cs, ctx_def = _leaves(ctx, "ctx") if ctx is not None else ([], _NO_CONTEXT)
-        self.static = (loss_key, x_def, ctx_def)
-        self.key = (self.static, tuple([_kind(a) for a in self.xs + self.arrays + self.cs]))
-
-    @property
-    def subject(self) -> Any:
-        """The user's code that the loss is about."""
-        return rebuild.subject(self.static[0]) if self.static[0] is not None else None
-
-    @property
-    def code(self) -> str:
-        """Its name, file and line."""
-        return locate(self.subject) if self.subject is not None else ""
-
-    def words(self) -> dict[str, str]:
-        """All that the program depends on, by name."""
-        loss_key, x_def, ctx_def = self.static
-        join = jax.tree_util.tree_unflatten
-        told = {f"x.{p}" if p else "x": _tell(a) for p, a in tree.flatten(join(x_def, self.xs))[0].items()}
-        told |= {f"ctx[{p!r}]": _tell(a) for p, a in tree.flatten(join(ctx_def, self.cs))[0].items()}
-        if loss_key is not None:
-            told |= {f"captured {n}": v for n, v in rebuild.captures(loss_key, self.arrays).items()}
-        return told
+        return Program(predict if entry == "predict" else evaluate)
 
 
 class Loop:
-    """A run of steps over a state of its own, updated in place.
+    """A run of steps over a state of its own, some of them waiting to be run in one dispatch.
 
     Arguments:
         programs: where the compiled steps are.
-        carry: the state to start from, a pytree; it is copied before the first step.
+        carry: the state to start from, a pytree; it stays as it is.
         key: the run's key.
         ctx: the Context of every step.
+        ran: called after each dispatch with the number of its steps and their losses, an array at least as long.
+        compiled: called after each compilation with the seconds it took.
     """
 
-    def __init__(self, programs: Programs, carry: Any, key: jax.Array, ctx: Context | None) -> None:
-        self._programs = programs
+    def __init__(
+        self,
+        programs: Programs,
+        carry: Any,
+        key: jax.Array,
+        ctx: Context | None,
+        ran: Callable[[int, jax.Array], None] = lambda count, losses: None,
+        compiled: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._programs, self._key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
         leaves, self._def = jax.tree_util.tree_flatten(carry)
-        self._given: list[Any] | None = leaves
+        # Shapes and dtypes of the state: the arrays themselves must not be held on to.
+        self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._packing = packing_of(leaves)
-        # Whether these arrays are the loop's own, packed and to be updated in place, or leaves that others have seen;
-        # and the arrays. One tuple, because an interrupt may come between any two assignments.
-        self._held: tuple[bool, list[Any]] = (False, leaves)
-        self._where = ("fit", self._def, True, self._packing)
-        self._key, self._ctx = key, ctx
-        self._done: deque[tuple[jax.Array, list[Any]]] = deque(maxlen=1)
-        self._program: Any = None
-        self._key_of_program: Any = None
-        self.loss: jax.Array | None = None
+        # Memory is what a small state does not need to save; and what is never overwritten needs no copies.
+        self._in_place = self._packing is None and sum(a.nbytes for a in leaves) > _SMALL
+        # Whether these arrays are in the loop's own form (packed, or memory to be overwritten), the arrays, and the
+        # losses of the newest dispatch with their number. One tuple, because an interrupt may come between any two
+        # assignments.
+        self._held: tuple[bool, list[Any], Any, int] = (False, leaves, None, 0)
+        self._done: deque[Any] = deque(maxlen=1)
+        self._stages: OrderedDict[Hashable, tuple[Stage, Body, Call]] = OrderedDict()
+        self._open: tuple[Stage, Body, Call] | None = None
+        self._flight: deque[tuple[Any, int]] = deque()
+        self._finished = time.perf_counter()
+        self._limit = _BEGIN
 
-    def push(self, x: Any, loss: Callable[..., Any], ctx: Context | None) -> None:
-        """Run one step. Returns when it is dispatched, not when it is done."""
+    @property
+    def room(self) -> int:
+        """How many steps one ``push`` may bring."""
+        return self._limit
+
+    @property
+    def loss(self) -> Any:
+        """The loss of the last step that was run; waits for it."""
+        _, _, losses, count = self._held
+        return np.asarray(losses)[count - 1]  # indexed on the device it would be a dispatch of its own
+
+    def push(
+        self,
+        x: Any,
+        loss: Callable[..., Any],
+        ctx: Context | None,
+        count: int = 1,
+        rows: Mapping[int, Rows] = _SAME,
+    ) -> None:
+        """Run one step, or ``count`` of them, now or together with the next ones; see ``flush``.
+
+        Arguments:
+            rows: as of a ``Run``, whose first item this is.
+        """
         call = Call(x, loss, self._ctx.merge(ctx) if self._ctx is not None else ctx)
-        if call.key != self._key_of_program:
-            self._program = self._programs.find(self._where, call)
-            self._key_of_program = call.key
-        program = self._program
-        own, arrays = self._held
-        if not own:
-            self._held = (True, _copy(arrays) if self._packing is None else pack(self._packing, arrays))
-        if program.fresh:
-            self._programs.first_run(self._where, call, program, lambda: self._trace_and_run(program, call))
-        else:
-            self._run(program, call)
-        self._take()
-        self._given = None
+        if count > 1:
+            self.flush()
+            return self._push_run(call, count, rows)
+        if self._open is None or not self._open[0].takes(call):
+            self.flush()
+            self._open = self._stage(call)
+        stage = self._open[0]
+        stage.add(call)
+        if stage.count >= min(self._limit, stage.capacity):
+            self.flush()
+        return None
 
-    def _run(self, program: _Program, call: Call) -> None:
+    def flush(self) -> None:
+        """Run the steps that wait. Returns when they are dispatched, not when they are done."""
+        if self._open is None or not self._open[0].count:
+            return
+        stage, body, call = self._open
+        pattern = body.pattern(stage.varying)
+        count = stage.count
+        self._dispatch(body, call, pattern, count, *stage.arguments(pattern))
+
+    def carry(self) -> Any:
+        """The state after the last step that was pushed."""
+        self.flush()
+        self._take()
+        own, arrays, losses, count = self._held
+        if own and self._packing is not None:
+            return jax.tree_util.tree_unflatten(self._def, unpack(self._packing, arrays))
+        if self._in_place:
+            self._held = (False, arrays, losses, count)  # the loop goes on with a copy
+        return jax.tree_util.tree_unflatten(self._def, arrays)
+
+    def _stage(self, call: Call) -> tuple[Stage, Body, Call]:
+        found = self._stages.pop(call.key, None)
+        if found is None:
+            body = self._programs.body(self._def, self._kinds, self._key, call, True)
+            found = (Stage(call, body.capacity), body, call)
+        self._stages[call.key] = found
+        if len(self._stages) > _STAGES:
+            self._stages.popitem(last=False)
+        return found
+
+    def _push_run(self, call: Call, count: int, rows: Mapping[int, Rows]) -> None:
+        stage, body, _ = self._open = self._stage(call)
+        most = stage.room(rows, call) if rows else ROWS if body.looped else 1
+        leaves, once = call.owned(), (False,) * len(call.leaves)
+        for start in range(0, count, most):
+            n = min(most, count - start)
+            if rows:
+                stage.fill(call, rows, start, n)
+                self.flush()
+            else:
+                self._dispatch(body, call, once, n, leaves, [])
+
+    def _dispatch(
+        self, body: Body, call: Call, pattern: tuple[bool, ...], count: int, shared: list[Any], stacked: list[Any]
+    ) -> None:
+        entry = "fit in place" if self._in_place else "fit"
+        program = body.program(entry, pattern, self._packing)
+        own, arrays, losses, before = self._held
+        if not own and self._in_place:
+            for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
+                arrays[i] = _copy(arrays[i])
+            self._held = (True, arrays, losses, before)
+        elif not own and self._packing is not None:
+            self._held = (True, pack(self._packing, arrays), losses, before)
+        arguments = (self._held[1], self._key, _number(count), shared, stacked)
+        if program.fresh:
+            self._compiled(self._programs.compile(program, entry, call, True, arguments, body))
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not find the state given away and its successor in nobody's hands.
-        arguments = (self._held[1], self._key, call.xs, call.arrays, call.cs)
-        self._done.extend(itertools.starmap(program.run, (arguments,)))
-
-    def _trace_and_run(self, program: _Program, call: Call) -> None:
-        # Not through map: the user's loss runs in here, and a StopIteration of its would end the map in silence.
-        self._done.append(program.run(self._held[1], self._key, call.xs, call.arrays, call.cs))
+        self._done.extend(zip(itertools.starmap(program.run, (arguments,)), (count,), strict=False))
+        self._take()
+        self._ran(count, self._held[2])
+        self._pace(count)
 
     def _take(self) -> None:
         if self._done:
-            self.loss, arrays = self._done[0]
-            self._held = (True, arrays)
+            (losses, arrays), count = self._done[0]
+            self._held = (True, arrays, losses, count)
             self._done.clear()
 
-    def carry(self) -> Any:
-        """The state after the last step that was run; the loop goes on with a copy of it."""
-        self._take()
-        own, arrays = self._held
-        if own and self._given is not None:
-            arrays = self._given  # interrupted in the first step, on a copy of what was given
-        elif own and self._packing is not None:
-            arrays = unpack(self._packing, arrays)
-        self._held = (False, arrays)
-        return jax.tree_util.tree_unflatten(self._def, arrays)
+    def _pace(self, count: int) -> None:
+        """Wait for the last dispatch but two, and let blocks grow until one takes long enough to hide its dispatch."""
+        self._flight.append((self._held[2], count))
+        if len(self._flight) <= _IN_FLIGHT:
+            return
+        losses, count = self._flight.popleft()
+        losses.block_until_ready()
+        now = time.perf_counter()
+        elapsed, self._finished = now - self._finished, now
+        # The clock decides how many steps share a dispatch, which changes no bit of them.
+        if elapsed > _LONGEST:
+            self._limit = max(1, self._limit // 4)
+        elif elapsed < _LONGEST / 4 and count * 4 >= self._limit:
+            self._limit = min(self._limit * 4, ROWS)
 
 
 @jax.jit
-def _copy(leaves: list[Any]) -> list[Any]:
-    return [jnp.copy(a) for a in leaves]
+def _copy(leaf: Any) -> Any:
+    return jnp.copy(leaf)
+
+
+@functools.lru_cache(maxsize=2 * ROWS)
+def _number(count: int) -> jax.Array:
+    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
+        return jnp.asarray(count, jnp.int32)
 
 
 def _as_before(carry: Any, after: Any) -> list[Any]:
@@ -286,57 +337,3 @@ def _as_before(carry: Any, after: Any) -> list[Any]:
         )
     pairs = zip(jax.tree_util.tree_leaves(carry), jax.tree_util.tree_leaves(after), strict=True)
     return [jax.lax.convert_element_type(new, old.dtype) if new.weak_type else new for old, new in pairs]
-
-
-# Types seen to be JAX arrays; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
-_array_types: set[type] = set()
-
-
-def _leaves(value: Any, what: str) -> tuple[list[Any], Any]:
-    if type(value) in _array_types:
-        return [value], _LEAF
-    leaves, treedef = jax.tree_util.tree_flatten(value)
-    for i, leaf in enumerate(leaves):
-        if not _is_numeric(leaf):
-            raise _no_number(value, what)
-        if isinstance(leaf, jax.Array):
-            _array_types.add(type(leaf))
-        # Copied at once: XLA reads NumPy memory after the call has returned, and the user may write to it by then.
-        leaves[i] = tree.snapshot(leaf)
-    return leaves, treedef
-
-
-def _is_numeric(leaf: Any) -> bool:
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.dtype.kind not in "OSUMmT" and not isinstance(leaf, np.ma.MaskedArray)
-    return isinstance(leaf, (jax.Array, bool, int, float, complex))
-
-
-def _no_number(value: Any, what: str) -> TypeError:
-    path, leaf = next((p, v) for p, v in tree.flatten(value)[0].items() if not _is_numeric(v))
-    kind = "a masked array" if isinstance(leaf, np.ma.MaskedArray) else "an array"
-    received = f"{kind} of dtype {leaf.dtype}" if tree.is_array(leaf) else type(leaf).__name__
-    return TypeError(
-        f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received {received}. "
-        "Convert it, np.asarray(value, np.float32), or leave it out of the batch."
-    )
-
-
-def _kind(a: Any) -> tuple[Any, ...]:
-    if type(a) in _array_types:
-        return a.shape, a.dtype, a.weak_type
-    if isinstance(a, jax.Array):
-        return a.shape, a.dtype, a.weak_type
-    return (a.shape, a.dtype) if isinstance(a, (np.ndarray, np.generic)) else (type(a),)
-
-
-def _tell(a: Any) -> str:
-    return tree.describe(a) + (" (weak)" if getattr(a, "weak_type", False) else "")
-
-
-def _change(before: dict[str, str], now: dict[str, str]) -> str:
-    names = [*now, *(n for n in before if n not in now)]
-    pairs = [(n, before.get(n, "nothing"), now.get(n, "nothing")) for n in names]
-    changes = [f"{n} changed from {a} to {b}" for n, a, b in pairs if a != b]
-    return "; ".join(changes[:3]) or "the program made for these arguments had been dropped, or its shardings changed"
-

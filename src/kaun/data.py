@@ -7,10 +7,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
+import jax
+
 from kaun import prefetch, stages, tree
+from kaun.runs import Most, Run, of_batch, of_item, of_rows, singly, skipped, taken, within
 from kaun.stages import Item, Node
 
-__all__ = ["Data"]
+__all__ = ["Data", "runs"]
 
 T = TypeVar("T", covariant=True)
 U = TypeVar("U")
@@ -110,7 +113,8 @@ class Data(Generic[T]):
         ['same', 'same', 'same']
         """
         n = stages.checked_count("Data.repeat(n, item)", "n", n, 0)
-        node = Node(lambda epoch, start: itertools.repeat(item, n - start), n, True, lambda epoch: lambda i: item)
+        opened = lambda epoch, start: itertools.repeat(item, n - start)
+        node = Node(opened, n, True, lambda epoch: lambda i: item, of_item(item, n))
         return cls._made(node, f"Data.repeat({n}, {stages.outline_of(item)})")
 
     @classmethod
@@ -170,16 +174,16 @@ class Data(Generic[T]):
             )
         size = stages.checked_count("Data.batches", "batch_size", batch_size, 1)
         n, take = stages.rows_of("Data.batches", arrays)
-        order = stages.orders_of("Data.batches(..., shuffle=True)", n) if shuffle else None
+        order = stages.orders_of("Data.batches(..., shuffle=True)", n) if shuffle else lambda epoch: None
 
         def item(epoch: int) -> Item:
-            if order is None:
-                return lambda i: take(slice(i * size, min(i * size + size, n)))
             rows = order(epoch)
-            return lambda i: take(rows[i * size : i * size + size])
+            return lambda i: take(of_batch(rows, i, size, n))
 
         settings = f"batch_size={size}" + ", shuffle=True" * bool(shuffle) + ", drop_last=True" * bool(drop_last)
-        made = stages.indexed_by(stages.group_count(n, size, drop_last), item)
+        length = stages.group_count(n, size, drop_last)
+        runs = of_rows(jax.tree_util.tree_leaves(arrays), take, order, size, length)
+        made = stages.indexed_by(length, item)._replace(runs=runs)
         return cls._made(made, f"Data.batches({stages.outline_of(arrays)}, {settings})")
 
     @staticmethod
@@ -249,7 +253,8 @@ class Data(Generic[T]):
         [2.0]
         """
         stage = f".with_loss({stages.name_of('with_loss', f)})"
-        return self._then(stages.mapped_by(self._node, functools.partial(stages.loss_of, f), stage), stage)
+        made = stages.mapped_by(self._node, functools.partial(stages.loss_of, f), stage, keeps_arrays=True)
+        return self._then(made, stage)
 
     def shuffle(self) -> Data[T]:
         """The items in a random order, another one in each epoch. Draws one key from the RNG scope, here and now.
@@ -302,7 +307,8 @@ class Data(Generic[T]):
         e, base = stages.checked_count("epoch(e)", "e", e, 0), self._node
         get = base.item
         item = None if get is None else lambda epoch: get(e)
-        return self._then(base._replace(open=lambda epoch, start: base.open(e, start), item=item), f".epoch({e})")
+        opened = lambda epoch, start: base.open(e, start)
+        return self._then(base._replace(open=opened, item=item, runs=within(base.runs, e)), f".epoch({e})")
 
     def skip(self, n: int) -> Data[T]:
         """The items after the first ``n``, at no cost unless it is a stream. After ``epochs`` ``n`` may span passes.
@@ -315,6 +321,7 @@ class Data(Generic[T]):
             open=lambda epoch, start: base.open(epoch, start + n),
             length=None if base.length is None else max(0, base.length - n),
             item=stages.item_of(base, lambda get: lambda i: get(i + n)),
+            runs=skipped(base.runs, n),
         )
         return self._then(node, f".skip({n})")
 
@@ -328,6 +335,7 @@ class Data(Generic[T]):
         node = base._replace(
             open=lambda epoch, start: itertools.islice(base.open(epoch, start), max(0, n - start)),
             length=None if base.length is None else min(n, base.length),
+            runs=taken(base.runs, n),
         )
         return self._then(node, f".take({n})")
 
@@ -348,7 +356,7 @@ class Data(Generic[T]):
         def open(epoch: int, start: int) -> Iterator[Any]:
             return prefetch.pulled_ahead(functools.partial(base.open, epoch, start), n)
 
-        return self._then(base._replace(open=open, item=None), f".prefetch({n})")
+        return self._then(base._replace(open=open, item=None, runs=None), f".prefetch({n})")
 
     def __iter__(self) -> Iterator[T]:
         # A generator, so that whoever iterates can close() it: that ends the threads of prefetch there and then.
@@ -378,3 +386,9 @@ class Data(Generic[T]):
         object.__setattr__(data, "_node", node)
         object.__setattr__(data, "_stages", chain)
         return data
+
+
+def runs(data: Iterable[Any], iterator: Iterator[Any], most: Most) -> Iterator[Run]:
+    """The items of ``data`` as ``fit`` takes them: several at a time where a pipeline knows how, else one by one."""
+    node = data._node if isinstance(data, Data) else None  # pyright: ignore[reportPrivateUsage]
+    return singly(iterator) if node is None or node.runs is None else node.runs(0, 0, most)

@@ -15,7 +15,6 @@ from kaun.errors import EarlyStop, locate
 __all__ = ["Hook"]
 
 _BLOCK = 64
-_SLICE = 8
 _PATIENCE = 0.05  # seconds after which the losses that are ready are handed over, however few they are
 
 
@@ -32,18 +31,30 @@ def _check_arguments(report: Any) -> None:
         pass  # a builtin that does not tell
 
 
+def _check_names(report: Any) -> None:
+    measured = sorted(getattr(report, "measures", ()))
+    missing = sorted(set(getattr(report, "watches", ())) - set(measured))
+    if missing:
+        raise ValueError(
+            f"A report watches {missing[0]!r}, which no report of this fit measures; measured are "
+            f"{', '.join(map(repr, measured)) or 'none'}. Put one beside it: reports.all_of(reports.validate(trainer, "
+            f'valid, {{"{missing[0]}": ...}}, each=train), ...).'
+        )
+
+
 class Hook:
     """A report as ``fit`` uses it; every part of it is optional.
 
     Arguments:
-        report: a function ``(step, loss, state)``, or an object with ``wants``, ``block``, ``begin``, ``end`` besides.
+        report: a function ``(step, loss, state)``, or an object with more of the protocol in ``kaun.reports.core``.
         total: how many steps the fit will take, None where that is not known.
 
     Raises:
         TypeError: when the report cannot be called, or not with three arguments.
+        ValueError: when it watches a value that nothing in it measures.
     """
 
-    def __init__(self, report: Callable[..., None] | None, total: int | None) -> None:
+    def __init__(self, report: Callable[..., Any] | None, total: int | None) -> None:
         if report is not None and not callable(report):
             raise TypeError(
                 f"report expected a function (step, loss, state) -> None, received {report!r}. Write "
@@ -55,10 +66,15 @@ class Hook:
         self._wants: Callable[[int], bool] | None = getattr(report, "wants", None)
         self._block: Callable[..., None] | None = getattr(report, "block", None)
         self._end: Callable[[], None] | None = getattr(report, "end", None)
-        self._losses: list[Any] = []
+        self._compiled: Callable[[float], None] | None = getattr(report, "compiled", None)
+        _check_names(report)
+        self._waiting: list[tuple[int, Any]] = []
+        self._steps = 0
         self._first = 1
         self._next = time.monotonic() + _PATIENCE
         self._total = total
+        self._asked = 0
+        self._wanted = 0
 
     def begin(self) -> None:
         """Tell the report that the fit begins: with the number of its first step and of its last, where known."""
@@ -66,23 +82,46 @@ class Hook:
         if begin is not None:
             begin(1, self._total)
 
-    def wants(self, step: int, loss: Any) -> bool:
+    def ahead(self, done: int, most: int) -> int:
+        """How many steps after those done may run before the report is called, at most ``most``."""
+        if self._report is None:
+            return most
+        if self._wants is None:
+            return 1
+        while self._wanted <= done and self._asked < done + most:
+            self._ask()
+        return min(self._wanted - done, most) if self._wanted > done else most
+
+    def wants(self, step: int) -> bool:
         """Whether the report is to be called for this step."""
-        if self._block is not None:
-            self._losses.append(loss)
-            # The newest block is left in flight: the losses of the one before it are there without waiting.
-            if len(self._losses) >= 2 * _BLOCK:
-                self._deliver(_BLOCK)
-            elif time.monotonic() >= self._next:
-                self._deliver(bisect.bisect_left(self._losses, True, key=lambda loss: not loss.is_ready()))
         if self._report is None:
             return False
-        return self._wants is None or bool(self._wants(step))
+        if self._wants is None:
+            return True
+        while self._asked < step:
+            self._ask()
+        return step == self._wanted
+
+    def _ask(self) -> None:
+        assert self._wants is not None
+        self._asked += 1
+        if self._wants(self._asked):
+            self._wanted = self._asked
+
+    def ran(self, count: int, losses: Any) -> None:
+        """Take the losses of a block of steps, which may not be done yet."""
+        if self._block is None:
+            return
+        self._waiting.append((count, losses))
+        self._steps += count
+        if self._steps >= _BLOCK or time.monotonic() >= self._next:
+            ready = bisect.bisect_left(self._waiting, True, key=lambda block: not block[1].is_ready())
+            self._deliver(ready)
 
     def stops(self, step: int, loss: Any, state: Any) -> bool:
         """Call the report; whether it asked to stop. This waits for the step to be done."""
         if self._block is not None:
-            self._deliver(len(self._losses))
+            self._deliver(len(self._waiting))
         assert self._report is not None
         try:
             self._report(step, float(loss), state)
@@ -90,20 +129,26 @@ class Hook:
             return True
         return False
 
+    def compiled(self, seconds: float) -> None:
+        """Tell the report that a program was compiled, and how long that took."""
+        if self._compiled is not None:
+            self._compiled(seconds)
+
     def finish(self) -> None:
         """Hand over the losses that are left, as they get ready."""
-        while self._losses:
-            self._deliver(_SLICE)
+        while self._waiting:
+            self._deliver(1)
 
     def end(self) -> None:
         """Tell the report that the fit is over, however it ended."""
         if self._end is not None:
             self._end()
 
-    def _deliver(self, count: int) -> None:
-        ready, self._losses = self._losses[:count], self._losses[count:]
+    def _deliver(self, blocks: int) -> None:
+        ready, self._waiting = self._waiting[:blocks], self._waiting[blocks:]
         self._next = time.monotonic() + _PATIENCE
         if ready and self._block is not None:
-            first, self._first = self._first, self._first + len(ready)
-            # One by one: jax.device_get of a list takes ten times as long.
-            self._block(first, {"loss": np.array([np.asarray(loss) for loss in ready], np.float32)})
+            count = sum(n for n, _ in ready)
+            first, self._first, self._steps = self._first, self._first + count, self._steps - count
+            losses = np.concatenate([np.asarray(losses)[:n] for n, losses in ready])
+            self._block(first, {"loss": losses.astype(np.float32)})

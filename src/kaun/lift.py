@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kaun import bytecode
+from kaun import bytecode, tree
 from kaun.bytecode import Plan, Same
 from kaun.errors import CaptureError, locate
 from kaun.rebuild import ARRAY, EMPTY, Content, Rebuilt, Token
@@ -38,7 +38,8 @@ class Frozen:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.key, self.arrays = take_apart(function)
+        self.key, arrays = take_apart(function)
+        self.arrays = [tree.snapshot(a) for a in arrays]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return Rebuilt(self.key, self.arrays).function(*args, **kwargs)
@@ -62,7 +63,7 @@ def freeze(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def take_apart(loss: Callable[..., Any]) -> tuple[Hashable, list[Any]]:
-    """The static key of a callable, and the arrays that it captures in a fixed order (NumPy ones copied).
+    """The static key of a callable, and the arrays that it captures in a fixed order: the very arrays, not copies.
 
     Raises:
         CaptureError: when it captures what a compiled step could not follow (an iterator, a random generator, an array
@@ -200,8 +201,7 @@ def _numpy(walk: _Walk, value: Any) -> Token:
         )
     if walk.digest:
         return ("content", Content(value, hashlib.blake2b(value.tobytes(), digest_size=16).digest()))
-    # Copied at once: XLA reads NumPy memory after the call has returned, and the user may write to it by then.
-    walk.arrays.append(np.array(value))
+    walk.arrays.append(value if type(value) is np.ndarray else np.array(value))
     return ARRAY
 
 

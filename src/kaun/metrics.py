@@ -7,23 +7,30 @@ values are known, and makes the result NaN in compiled code; a score that is NaN
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, cast
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
-from kaun import tree
+from kaun import counting, tree
+from kaun.counting import Average, Score
 from kaun.errors import locate
-from kaun.losses import Array, as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
+from kaun.losses import Array
+from kaun.totals import AHEAD, Total, is_real_scalar
 
-__all__ = ["Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall"]
-
-Average = Literal["macro", "micro", "weighted"]
-Score = float | jax.Array
+__all__ = [
+    "Counted",
+    "Tracker",
+    "accuracy",
+    "binary_accuracy",
+    "evaluate",
+    "evaluate_many",
+    "f1",
+    "precision",
+    "recall",
+]
 
 
 def accuracy(predictions: Array, targets: Array) -> Score:
@@ -43,8 +50,7 @@ def accuracy(predictions: Array, targets: Array) -> Score:
     >>> metrics.accuracy(jnp.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), jnp.array([0, 1, 1]))
     0.6666666666666666
     """
-    predicted, wanted, valid, _ = _class_ids("accuracy", predictions, targets, 2**31 - 1)
-    return _share(predicted == wanted, valid)
+    return counting.share(_accuracy(predictions, targets))
 
 
 def binary_accuracy(predictions: Array, targets: Array, threshold: float = 0.5) -> Score:
@@ -64,11 +70,7 @@ def binary_accuracy(predictions: Array, targets: Array, threshold: float = 0.5) 
     >>> metrics.binary_accuracy(jnp.array([0.9, 0.2, 0.6, 0.5]), jnp.array([1, 0, 0, 1]))
     0.5
     """
-    where = "binary_accuracy"
-    scores, labels = floats(where, "predictions", predictions), as_array(where, "targets", targets)
-    equal_shapes(where, "predictions", scores, "targets", labels)
-    ones, valid = zeros_and_ones(where, "targets", targets)
-    return _share((scores > threshold) == ones, valid & ~jnp.isnan(scores))
+    return counting.share(_binary_accuracy(predictions, targets, threshold))
 
 
 def precision(
@@ -86,7 +88,7 @@ def precision(
 
     All columns of the scores are classes: one that is never predicted (or never present) scores 0 and counts in the
     macro mean. That is scikit-learn's ``precision_score(targets, ids, labels=range(classes), average=average,
-    zero_division=0)``. The mean of it over batches is not that of the whole data set: predict first, then score.
+    zero_division=0)``. The mean of it over batches is not that of the whole data set; ``trainer.evaluate`` sums counts.
 
     Raises:
         TypeError: not arrays, targets not integers, predictions neither floating nor integers.
@@ -98,7 +100,7 @@ def precision(
     >>> metrics.precision(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 0]), num_classes=2)
     0.6666666666666666
     """
-    return _score("precision", predictions, targets, average, num_classes, lambda tp, fp, fn: (tp, tp + fp))
+    return _score("precision", predictions, targets, average, num_classes)
 
 
 def recall(predictions: Array, targets: Array, average: Average = "macro", *, num_classes: int | None = None) -> Score:
@@ -112,7 +114,7 @@ def recall(predictions: Array, targets: Array, average: Average = "macro", *, nu
     >>> metrics.recall(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 1]), num_classes=2)
     0.75
     """
-    return _score("recall", predictions, targets, average, num_classes, lambda tp, fp, fn: (tp, tp + fn))
+    return _score("recall", predictions, targets, average, num_classes)
 
 
 def f1(predictions: Array, targets: Array, average: Average = "macro", *, num_classes: int | None = None) -> Score:
@@ -127,7 +129,70 @@ def f1(predictions: Array, targets: Array, average: Average = "macro", *, num_cl
     >>> metrics.f1(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 0]), num_classes=2)
     0.5
     """
-    return _score("f1", predictions, targets, average, num_classes, lambda tp, fp, fn: (2 * tp, 2 * tp + fp + fn))
+    return _score("f1", predictions, targets, average, num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A metric in two parts, so that its value over many batches is that of all their rows at once.
+
+    ``trainer.evaluate`` sums the counts of all batches and takes the result of the sums. Called like any metric it is
+    ``result(counts(predictions, targets))``.
+
+    Attributes:
+        counts: ``counts(predictions, targets)`` is a pytree of arrays that add up over batches; runs compiled.
+        result: ``result(sums)`` is the float for their sums, in that tree; runs on the host, once, on NumPy arrays
+            (int64 for integers and bools, float64 for floats).
+
+    >>> import jax.numpy as jnp
+    >>> from kaun import metrics
+    >>> def squares(predictions, targets):
+    ...     return {"error": ((predictions - targets) ** 2).sum(), "rows": targets.size}
+    >>> rmse = metrics.Counted(counts=squares, result=lambda sums: float((sums["error"] / sums["rows"]) ** 0.5))
+    >>> round(rmse(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])), 4)
+    1.4142
+    """
+
+    counts: Callable[[Any, Any], Any]
+    result: Callable[[Any], Any]
+
+    def __call__(self, predictions: Any, targets: Any) -> Any:
+        return self.result(self.counts(predictions, targets))
+
+    @classmethod
+    def of(cls, metric: Any) -> Counted:
+        """The parts of ``accuracy``, ``binary_accuracy``, ``precision``, ``recall`` or ``f1``, or of a partial of one.
+
+        Use them where predictions or targets are more than one array.
+
+        Raises:
+            TypeError: for a metric that has no such parts.
+
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> f1 = metrics.Counted.of(metrics.f1)
+        >>> f1_of_head = metrics.Counted(lambda outputs, y: f1.counts(outputs["head"], y), f1.result)
+        >>> f1_of_head({"head": jnp.array([[0.9, 0.1], [0.2, 0.8]])}, jnp.array([0, 1]))
+        1.0
+        """
+        found = cls.find(metric)
+        if found is None:
+            raise TypeError(
+                f"Counted.of expected a metric that adds up from counts, received {tree.describe(metric)}. Write "
+                "Counted.of(metrics.f1), Counted.of(functools.partial(metrics.f1, average=\"weighted\")), or your own "
+                "Counted(counts=..., result=...)."
+            )
+        return found
+
+    @classmethod
+    def find(cls, metric: Any) -> Counted | None:
+        """As ``of``, with None for a metric that has no such parts."""
+        if isinstance(metric, Counted):
+            return metric
+        if isinstance(metric, functools.partial) and not metric.args and (inner := cls.find(metric.func)):
+            bind = functools.partial
+            return cls(bind(inner.counts, **metric.keywords), bind(inner.result, **metric.keywords))
+        return next((parts for whole, parts in _COUNTED if whole is metric), None)
 
 
 def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
@@ -190,12 +255,12 @@ class Tracker:
     __slots__ = ("_totals",)
 
     def __init__(self) -> None:
-        self._totals: dict[str, _Total] = {}
+        self._totals: dict[str, Total] = {}
 
     def observe(self, name: str, value: Any) -> None:
         """Adds a value to ``name``: a number or a NumPy or JAX scalar; TypeError if it is no real one, or traced."""
         value = _real_scalar(f"Tracker.observe({name!r}, value)", "expected a real scalar", value)
-        self._totals.setdefault(name, _Total(_UNREAD)).add(value, 1)
+        self._totals.setdefault(name, Total(_UNREAD)).add(value, 1)
 
     def mean(self, name: str) -> float:
         """The mean of what was observed under ``name``; LookupError, with the names present, if nothing was."""
@@ -217,62 +282,15 @@ class Tracker:
         """Names and means in one line, sorted by name, with four decimals."""
         return "  ".join(f"{name}: {mean:.4f}" for name, mean in self.items())
 
-    def _total(self, name: str) -> _Total:
+    def _total(self, name: str) -> Total:
         if name not in self._totals:
             present = ", ".join(map(repr, sorted(self._totals))) or "nothing"
             raise LookupError(f"Tracker has no {name!r}; it has {present}. Call observe({name!r}, value) first.")
         return self._totals[name]
 
 
-# How many results may wait on the device. In an evaluation each holds its batch until it is computed, so few; what a
-# Tracker observes are scalars and nothing else.
-_AHEAD = 16
+# What a Tracker observes are scalars and nothing else, so many may wait on the device.
 _UNREAD = 2048
-
-
-class _Total:
-    """Sums of values and of counts, exact on the host; the newest are still on the device."""
-
-    __slots__ = ("_counts", "_pending", "_sums", "_window", "added")
-
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self.added = 0
-        self._pending: list[tuple[Any, Any]] = []
-        self._sums: list[float] = []
-        self._counts: list[float] = []
-
-    def add(self, value: Any, count: Any) -> None:
-        self._pending.append((value, count))
-        self.added += 1
-        if len(self._pending) >= self._window:
-            # The older half: while this waits for it, the device has the newer half to work on.
-            self._fetch(self._window // 2)
-
-    def mean(self, name: str) -> float:
-        self._fetch(len(self._pending))
-        if not (count := sum(self._counts)):
-            raise ValueError(f"The counts{f' of {name!r}' if name else ''} add up to 0: there is nothing to average.")
-        return sum(self._sums) / count
-
-    def _fetch(self, n: int) -> None:
-        fetched: list[tuple[Any, Any]] = jax.device_get(self._pending[:n])
-        self._sums = _exact([*self._sums, *(float(value) for value, _ in fetched)])
-        self._counts = _exact([*self._counts, *(float(count) for _, count in fetched)])
-        del self._pending[:n]
-
-
-def _exact(values: list[float]) -> list[float]:
-    """The exact sum as a few floats: the rounded sum, what the rounding left, and so on."""
-    parts: list[float] = []
-    try:
-        while rest := math.fsum([*values, *(-part for part in parts)]):
-            if not math.isfinite(rest):
-                return [rest]
-            parts.append(rest)
-    except (OverflowError, ValueError):  # beyond the largest float, or inf - inf
-        return [sum(values)]
-    return parts
 
 
 def _means(where: str, f: Any, data: Any) -> dict[str, float]:
@@ -281,7 +299,7 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
             f"{where} expected a function of an item and an iterable of items, received {tree.describe(f)} and "
             f"{tree.describe(data)}. Write {where}(f, data)."
         )
-    totals: dict[str, _Total] = {}
+    sums: dict[str, Total] = {}
     for i, item in enumerate(cast("Iterable[Any]", data)):
         results = f(item) if where == "evaluate_many" else {"": f(item)}
         if not isinstance(results, dict):
@@ -289,17 +307,17 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
                 f"{where}: {locate(f)} must return a dict from names to real scalars or pairs (sum, count), received "
                 f'{tree.describe(results)}. Write: return {{"accuracy": ...}}.'
             )
-        totals = totals or {name: _Total(_AHEAD) for name in sorted(results)}
-        if not results or results.keys() != totals.keys():
+        sums = sums or {name: Total(AHEAD) for name in sorted(results)}
+        if not results or results.keys() != sums.keys():
             raise ValueError(
                 f"{where}: {locate(f)} must return the same names for every item, at least one; received "
-                f"{sorted(results)} for item {i}, and {sorted(totals)} for the first."
+                f"{sorted(results)} for item {i}, and {sorted(sums)} for the first."
             )
-        for name, total in totals.items():
+        for name, total in sums.items():
             total.add(*_value_and_count(f"{where}: {locate(f)}", name, results[name]))
-    if not totals:
+    if not sums:
         raise ValueError(f"{where} expected at least one item, received none: the mean of nothing is not a number.")
-    return {name: total.mean(name) for name, total in totals.items()}
+    return {name: total.mean(name) for name, total in sums.items()}
 
 
 def _value_and_count(where: str, name: str, result: Any) -> tuple[Any, Any]:
@@ -317,83 +335,54 @@ def _real_scalar(where: str, must: str, value: Any) -> Any:
             f"{where} received a value that JAX is tracing, {tree.describe(value)}: there is no number yet. Return it "
             "from the compiled function, and use it outside."
         )
-    real = isinstance(value, (bool, int, float))
-    if tree.is_array(value):
-        real = value.shape == () and any(jnp.issubdtype(value.dtype, k) for k in (jnp.floating, jnp.integer, jnp.bool_))
-    if not real:
+    if not is_real_scalar(value):
         fix = " Take its mean, value.mean()." if getattr(value, "shape", ()) else ""
         raise TypeError(f"{where} {must}, received {tree.describe(value)}.{fix}")
     return tree.snapshot(value)
 
 
-class _Counts(NamedTuple):
-    """How often each class was right, wrongly predicted, missed (int32 [classes]), and how many rows cannot count."""
-
-    tp: Any
-    fp: Any
-    fn: Any
-    invalid: Any
+# The metrics above in their two parts. Settings are given to both.
 
 
-def _class_counts(where: str, predictions: Any, targets: Any, num_classes: int | None) -> _Counts:
-    predicted, wanted, valid, classes = _class_ids(where, predictions, targets, num_classes)
-    if num_classes not in (None, classes):
-        raise ValueError(
-            f"{where} expected as many classes as the scores have columns, received num_classes={num_classes!r} and "
-            f"predictions {tree.describe(predictions)}. Leave num_classes out."
-        )
-    right, wrong = valid & (predicted == wanted), (valid & (predicted != wanted)).astype(jnp.int32)
-    none = jnp.zeros(classes, jnp.int32)
-    return _Counts(
-        tp=none.at[wanted].add(right.astype(jnp.int32)),
-        fp=none.at[predicted].add(wrong),
-        fn=none.at[wanted].add(wrong),
-        invalid=jnp.sum(~valid, dtype=jnp.int32),
-    )
+def _accuracy(predictions: Any, targets: Any) -> counting.Share:
+    return counting.class_share("accuracy", predictions, targets)
 
 
-def _score(where: str, predictions: Any, targets: Any, average: str, num_classes: int | None, of: Any) -> Score:
-    """The average over classes of ``of(tp, fp, fn)``, a numerator and a denominator; 0 / 0 is 0."""
-    if average not in get_args(Average):
-        raise ValueError(f'{where} expected average="macro", "micro" or "weighted", received {average!r}.')
-    counts = _class_counts(where, predictions, targets, num_classes)
-    traced = isinstance(counts.tp, Tracer)
-    xp: Any = jnp if traced else np  # NumPy divides the int32 counts in float64
-
-    def ratio(a: Any, b: Any) -> Any:
-        return a / xp.where(b == 0, 1, b)
-
-    tp, fp, fn, invalid = counts if traced else jax.device_get(counts)
-    weights = ratio(tp + fn, (tp + fn).sum())
-    if average == "micro":
-        tp, fp, fn = tp.sum(), fp.sum(), fn.sum()
-    scores = ratio(*of(tp, fp, fn))
-    score = (scores * weights).sum() if average == "weighted" else scores.mean()
-    score = xp.where(invalid > 0, xp.nan, score)
-    return score if traced else float(score)
+def _binary_accuracy(predictions: Any, targets: Any, threshold: float = 0.5) -> counting.Share:
+    return counting.binary_share("binary_accuracy", predictions, targets, threshold)
 
 
-def _share(right: jax.Array, valid: jax.Array) -> Score:
-    if isinstance(right, Tracer):
-        return jnp.where(valid.all(), right.mean(), jnp.nan)
-    return int(right.sum()) / right.size if bool(valid.all()) else math.nan
+def _share(sums: counting.Share, **settings: Any) -> Score:
+    return counting.share(sums)
 
 
-def _class_ids(where: str, predictions: Any, targets: Any, num_classes: int | None) -> tuple[Any, Any, Any, int]:
-    """Predicted and wanted ids, which rows can be counted, how many classes (the scores' or, of ids, num_classes)."""
-    scores, labels = as_array(where, "predictions", predictions), as_array(where, "targets", targets)
-    not_empty(where, "predictions", scores)
-    if jnp.issubdtype(scores.dtype, jnp.floating):
-        index_shape(where, "predictions", scores, "targets", labels)
-        classes = scores.shape[-1]
-        wanted, valid = class_indices(where, "targets", targets, classes)
-        return jnp.argmax(scores, axis=-1).astype(jnp.int32), wanted, valid & ~jnp.isnan(scores).any(axis=-1), classes
-    if not isinstance(num_classes, (int, np.integer)) or num_classes < 1:
-        raise ValueError(
-            f"{where} of class ids expected the number of classes, received num_classes={num_classes!r}. Write "
-            f"{where}(predictions, targets, num_classes=10), or pass scores [..., classes]."
-        )
-    equal_shapes(where, "predictions", scores, "targets", labels)
-    predicted, known = class_indices(where, "predictions", predictions, num_classes)
-    wanted, valid = class_indices(where, "targets", targets, num_classes)
-    return predicted, wanted, valid & known, int(num_classes)
+_RATIOS: dict[str, Callable[[Any, Any, Any], tuple[Any, Any]]] = {
+    "precision": lambda tp, fp, fn: (tp, tp + fp),
+    "recall": lambda tp, fp, fn: (tp, tp + fn),
+    "f1": lambda tp, fp, fn: (2 * tp, 2 * tp + fp + fn),
+}
+
+
+def _counts(
+    where: str, predictions: Any, targets: Any, average: str = "macro", *, num_classes: int | None = None
+) -> counting.ClassCounts:
+    counting.check_average(where, average)
+    return counting.class_counts(where, predictions, targets, num_classes)
+
+
+def _average(where: str, sums: counting.ClassCounts, average: str = "macro", **settings: Any) -> Score:
+    return counting.averaged(sums, average, _RATIOS[where])
+
+
+def _score(where: str, predictions: Any, targets: Any, average: str, num_classes: int | None) -> Score:
+    return _average(where, _counts(where, predictions, targets, average, num_classes=num_classes), average)
+
+
+_COUNTED: list[tuple[Any, Counted]] = [
+    (accuracy, Counted(_accuracy, _share)),
+    (binary_accuracy, Counted(_binary_accuracy, _share)),
+    *(
+        (metric, Counted(functools.partial(_counts, metric.__name__), functools.partial(_average, metric.__name__)))
+        for metric in (precision, recall, f1)
+    ),
+]

@@ -15,7 +15,7 @@ import jax
 from kaun import tree
 from kaun.bytecode import Plan, Same
 
-__all__ = ["ARRAY", "EMPTY", "Content", "Rebuilt", "Token", "captures", "hidden_arrays", "subject"]
+__all__ = ["ARRAY", "EMPTY", "Content", "Rebuilt", "Token", "captures", "hidden_arrays", "parts", "subject"]
 
 Token = tuple[Any, ...]
 ARRAY: Token = ("array",)
@@ -164,6 +164,14 @@ _REBUILD: dict[str, Callable[..., Any]] = {
 }
 
 
+def parts(key: Any, arrays: Iterable[Any]) -> Iterator[tuple[str, Any, list[Any]]]:
+    """Of a dict of frozen callables, taken apart as one: name, key and arrays of each."""
+    _, names, frozen = key[0]
+    each = iter(arrays)
+    for (*_, name), (_, inner, count) in zip(names, frozen, strict=True):
+        yield name, inner, [next(each) for _ in range(count)]
+
+
 # A key in words: for error messages, and to say why something was compiled again.
 
 
@@ -206,7 +214,8 @@ def _tell(token: Token, name: str, arrays: Iterator[Any], found: dict[str, str])
             _tell(function, name, arrays, found)
             _tell(owner, f"{name}.self" if name else "self", arrays, found)
         case ("frozen", key, count):
-            found.update({name + k: v for k, v in captures(key, [next(arrays) for _ in range(count)]).items()})
+            inner = captures(key, [next(arrays) for _ in range(count)])
+            found.update({f"{name}.{k}" if name and k else name + k: v for k, v in inner.items()})
         case _:
             found[name] = _plain(token)
 

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from kaun import rng, tree
 from kaun.errors import locate
 from kaun.prefetch import settled
+from kaun.runs import Runs, chained, mapped, read_rows
 
 Item = Callable[[int], Any]
 
@@ -27,12 +28,14 @@ class Node(NamedTuple):
     length: the number of items of a pass, None where it is not known.
     seekable: ``start`` costs nothing and ``length`` is exact (what a foreign loader says of its length may be wrong).
     item: ``item(epoch)`` is the function from index to item that a shuffle needs, None for a stream.
+    runs: iterates a pass several items at a time, see ``kaun.runs``; None where that gains nothing.
     """
 
     open: Callable[[int, int], Iterator[Any]]
     length: int | None
     seekable: bool
     item: Callable[[int], Item] | None
+    runs: Runs | None = None
 
 
 def indexed_by(n: int, item: Callable[[int], Item]) -> Node:
@@ -45,13 +48,15 @@ def item_of(base: Node, wrap: Callable[[Item], Item]) -> Callable[[int], Item] |
     return None if item is None else lambda epoch: wrap(item(epoch))
 
 
-def mapped_by(base: Node, f: Callable[[Any], Any], stage: str) -> Node:
+def mapped_by(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: bool = False) -> Node:
+    """``keeps_arrays`` says that ``f`` looks at no array of an item, and hands all on."""
     call = noting_where(f, stage)
 
     def open(epoch: int, start: int) -> Iterator[Any]:
         return map(call, itertools.count(start), base.open(epoch, start))
 
-    return base._replace(open=open, item=item_of(base, lambda get: lambda i: call(i, get(i))))
+    item = item_of(base, lambda get: lambda i: call(i, get(i)))
+    return base._replace(open=open, item=item, runs=mapped(base.runs, call) if keeps_arrays else None)
 
 
 def grouped_by(base: Node, n: int, f: Callable[[list[Any]], Any], drop_last: bool, stage: str) -> Node:
@@ -91,9 +96,9 @@ def over_passes(base: Node, n: int) -> Node:
         return itertools.chain.from_iterable(rest)
 
     if length is None:
-        return base._replace(open=open)
+        return base._replace(open=open, runs=None)
     item = None if base.item is None else functools.partial(_across_passes, base.item, n, length)
-    return Node(open, n * length, base.seekable, item)
+    return Node(open, n * length, base.seekable, item, chained(base.runs, n, length) if base.seekable else None)
 
 
 def _across_passes(item: Callable[[int], Item], n: int, length: int, epoch: int) -> Item:
@@ -200,18 +205,10 @@ def rows_of(where: str, arrays: Any) -> tuple[int, Callable[[Any], Any]]:
 
 def _reader(array: Any) -> Callable[[Any], Any]:
     if isinstance(array, jax.Array):
-        return functools.partial(_read_jax, array)
+        return functools.partial(read_rows, array)
     view = array.view()
     view.flags.writeable = False  # a batch is a window on the user's array: no one writes through it by accident
     return view.__getitem__
-
-
-def _read_jax(array: jax.Array, index: Any) -> jax.Array:
-    # Always by index array: slicing with the numbers themselves would compile anew for each batch.
-    return _gather(array, np.arange(index.start, index.stop) if isinstance(index, slice) else index)
-
-
-_gather = jax.jit(lambda array, index: array.at[index].get(mode="promise_in_bounds"))
 
 
 def orders_of(where: str, n: int) -> Callable[[int], Any]:

@@ -1,20 +1,20 @@
-"""The user's loss traced on its own, so that what it holds on to is seen before it is compiled into a step."""
+"""The user's loss, or a metric, traced on its own: what it holds on to is seen before it is compiled into a program."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import numpy as np
 
-from kaun import rebuild, rng, tree
+from kaun import rebuild, rng, scoring, tree
 from kaun.errors import CaptureError, locate
 from kaun.grad import check_scalar
 from kaun.rebuild import Rebuilt
 
-__all__ = ["staged"]
+__all__ = ["scored", "staged"]
 
 
 def staged(key: Any, arrays: Sequence[Any], output: Any) -> jax.Array:
@@ -29,51 +29,93 @@ def staged(key: Any, arrays: Sequence[Any], output: Any) -> jax.Array:
         CaptureError: when it reads an array that it was not given, or writes to something that it captures.
         TypeError, ValueError: when it does not return a real floating scalar.
     """
-
-    def run(draw: jax.Array, output: Any, arrays: Sequence[Any]) -> jax.Array:
-        rebuilt = Rebuilt(key, arrays)
-        with rng.scope(draw):
-            value = rebuilt.function(output)
-        if rebuilt.written():
-            _refuse_writes(function)
-        return check_scalar(value, function, source="the model's output", role="loss")
-
     function = rebuild.subject(key)
-    arguments = (rng.next_key(), output, list(arrays))
+    check = lambda value: check_scalar(value, function, source="the model's output", role="loss")
     try:
-        closed = jax.make_jaxpr(run)(*arguments)
+        return _staged(key, arrays, (output,), check, "loss")
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         error.add_note(
             f"In loss {locate(function)}. A compiled loss sees shapes and dtypes, not numbers: write "
             "jnp.where(c, a, b) for an if, jnp for np, and read numbers in report(step, loss, state)."
         )
         raise
-    _refuse_constants(closed, key, function)
+
+
+def scored(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any, targets: Any) -> scoring.Packed:
+    """The metrics of a model's output, as parts that add up over batches (``kaun.scoring``), by name.
+
+    Arguments:
+        key: a dict of frozen metrics as ``lift.take_apart`` gave it.
+        arrays: what they capture, traced.
+        draw: the key from which they draw, each the same.
+        output: the model's output, any pytree.
+        targets: what it is held against, any pytree.
+
+    Raises:
+        CaptureError: when one reads an array that it was not given, or writes to something that it captures.
+        TypeError, ValueError: when one does not return what adds up.
+    """
+    found: dict[str, Any] = {}
+    for name, inner, own in rebuild.parts(key, arrays):
+        metric = f"metric {name!r}"
+        where = f"{metric} {locate(rebuild.subject(inner))}"
+        check = lambda value, where=where: scoring.part_of(where, value, output, targets)
+        try:
+            with rng.scope(draw):
+                found[name] = _staged(inner, own, (output, targets), check, metric)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            error.add_note(
+                f"In {where}. A compiled metric sees shapes and dtypes, not numbers: write jnp.where(c, a, b) for an "
+                "if, and jnp for np. What only NumPy can compute takes the predictions: trainer.predict(state, data)."
+            )
+            raise
+        except Exception as error:
+            if where not in str(error):
+                error.add_note(f"In {where}.")
+            raise
+    return scoring.Packed.of(found)
+
+
+def _staged(key: Any, arrays: Sequence[Any], given: tuple[Any, ...], check: Callable[[Any], Any], role: str) -> Any:
+    def run(draw: jax.Array, given: tuple[Any, ...], arrays: Sequence[Any]) -> Any:
+        rebuilt = Rebuilt(key, arrays)
+        with rng.scope(draw):
+            value = rebuilt.function(*given)
+        if rebuilt.written():
+            _refuse_writes(f"{role} {locate(function)}")
+        return check(value)
+
+    function = rebuild.subject(key)
+    arguments = (rng.next_key(), given, list(arrays))
+    closed, out = jax.make_jaxpr(run, return_shape=True)(*arguments)
+    _refuse_constants(closed, key, f"{role} {locate(function)}")
     # What was looked at is what runs: the loss is not traced a second time.
-    return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree_util.tree_leaves(arguments))[0]
+    leaves = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree_util.tree_leaves(arguments))
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(out), leaves)
 
 
-def _refuse_writes(function: Any) -> None:
+def _refuse_writes(where: str) -> None:
     raise CaptureError(
-        f"loss {locate(function)} writes to a list, dict or object that it captures. A compiled loss runs as Python "
+        f"{where} writes to a list, dict or object that it captures. A compiled {where.split()[0]} runs as Python "
         "only when it is traced, so the write would happen once and then never again. Keep values outside: read the "
         "loss in report(step, loss, state), or call trainer.predict(state, x) there and store what you need."
     )
 
 
-def _refuse_constants(closed: Any, key: Any, function: Any) -> None:
+def _refuse_constants(closed: Any, key: Any, where: str) -> None:
     hidden = list(rebuild.hidden_arrays(key))
     for constant in _constants(closed):
-        where = next((name for name, array in hidden if _is_same(constant, array)), None)
-        if where is None and not isinstance(constant, jax.Array):
+        through = next((name for name, array in hidden if _is_same(constant, array)), None)
+        if through is None and not isinstance(constant, jax.Array):
             continue  # NumPy arrays made while the loss ran, np.array([0.1, 0.9]), are part of its code
         if isinstance(constant, jax.core.Tracer):
             continue  # belongs to the user's own jit around the step, and is an argument there
+        kind = where.split()[0]
+        bound = "loss = lambda output: losses.mse(output, y)" if kind == "loss" else "metric = lambda p, t: (p - t) @ y"
         raise CaptureError(
-            f"loss {locate(function)} reads an array {tree.describe(constant)} through {where or 'an object'}, where "
-            "it cannot be found again for the next batch: the compiled loss would go on with this one. Bind it to "
-            "a name of its own first,\n    y = batch.y\n    loss = lambda output: losses.mse(output, y)\n"
-            "or make the object a dataclass, whose fields are looked into."
+            f"{where} reads an array {tree.describe(constant)} through {through or 'an object'}, where it cannot be "
+            f"found again for the next batch: the compiled {kind} would go on with this one. Bind it to a name of its "
+            f"own first,\n    y = batch.y\n    {bound}\nor make the object a dataclass, whose fields are looked into."
         )
 
 

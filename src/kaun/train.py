@@ -8,18 +8,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from kaun import optimizer, rng, tree
-from kaun.compiled import Call, Compilation, Loop, Programs
+from kaun import evaluation, optimizer, rng, tree
+from kaun.call import Call
+from kaun.compiled import Compilation, Loop, Programs
 from kaun.context import Context
+from kaun.data import Data, runs
 from kaun.hook import Hook
 from kaun.layers.core import Layer, Vars
 from kaun.optimizer import Optimizer
+from kaun.runs import Run
 from kaun.state import TrainState
 
 __all__ = ["Loss", "Report", "Trainer"]
@@ -35,9 +38,12 @@ class Loss(Protocol):
 
 
 class Report(Protocol):
-    """Called after each step that it asked for; raises ``EarlyStop`` to end the fit."""
+    """Called after each step that it asked for; raises ``EarlyStop`` to end the fit.
 
-    def __call__(self, step: int, loss: float, state: TrainState, /) -> None: ...
+    Most return None; values that are returned are for other reports (``kaun.reports.core``).
+    """
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> Mapping[str, float] | None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,19 +170,26 @@ class Trainer(Generic[In, Out]):
                 ``kaun_state``.
         """
         self._check_state(state, "fit")
-        loop = Loop(self._programs, (state.vars, state.opt_state, state.step), state.key, _as_context(ctx))
-        now = lambda: _state(loop.carry(), state.key)
         hook = Hook(report, total=_length(data))
-        with _nothing_lost(now, hook), _items(data) as items:
-            for step, item in enumerate(items, start=1):
-                loop.push(*_split(item, step))
-                if hook.wants(step, loop.loss) and _stops(hook, step, loop.loss, now):
-                    break
-            if loop.loss is None:
+        key, now = state.key, lambda: _state(loop.carry(), key)
+        start = (state.vars, state.opt_state, state.step)
+        loop = Loop(self._programs, start, key, _as_context(ctx), hook.ran, hook.compiled)
+        del state, start  # where the caller does not hold it either, its memory is free once it is copied
+        step = 0
+        with _nothing_lost(now, hook), _opened(data, lambda left: hook.ahead(step, min(left, loop.room))) as found:
+            for item, count, rows in found:
+                loop.push(*_split(item, step + 1), count, rows)
+                step += count
+                if hook.wants(step):
+                    loop.flush()
+                    if _stops(hook, step, loop.loss, now):
+                        break
+            if step == 0:
                 raise ValueError(
                     "fit received no items: the data is empty. An iterator or generator that was used up gives nothing "
                     "the second time; pass a list, a kaun.Data, or make a new one."
                 )
+            loop.flush()
             hook.finish()
         return now()
 
@@ -184,16 +197,61 @@ class Trainer(Generic[In, Out]):
         """The model's output for ``x`` in evaluation mode; changes nothing, and is the same each time.
 
         Arguments:
-            x: the model's input, an array or any pytree of arrays.
+            x: the model's input, an array or any pytree of arrays; or a ``Data`` of such inputs, whose outputs come as
+                NumPy arrays, concatenated along axis 0. From pairs write ``data.map(lambda b: b[0])``.
             ctx: a Context for the layers.
 
         Raises:
             TypeError, ValueError: for an input of the wrong kind.
+            ValueError: for a Data without items, or whose outputs differ in more than axis 0.
         """
         self._check_state(state, "predict")
+        run, ctx = self._runner("predict", state), _as_context(ctx)
+        return evaluation.predict(run, x, ctx) if isinstance(x, Data) else run(Call(x, None, ctx))
+
+    def evaluate(
+        self,
+        state: TrainState,
+        data: Iterable[tuple[Any, Any] | tuple[Any, Any, Context]],
+        metrics: Mapping[str, Callable[[Any, Any], Any]],
+        *,
+        ctx: Context | None = None,
+    ) -> dict[str, float]:
+        """The metrics of the model in evaluation mode over all items of ``data``: floats by name, sorted by name.
+
+        Model and metrics run as one compiled program for each shape of a batch; sums are exact, on the host, some
+        batches behind. Nothing is changed, and the result is the same each time.
+
+        Arguments:
+            data: a ``Data`` or any iterable of ``(x, y)`` or ``(x, y, ctx)``; the names of an item's Context override
+                those of ``ctx``.
+            metrics: by name, functions of ``(predictions, targets)``, the model's output and y. A scalar counts by the
+                number of examples in its batch (the length of y along axis 0), a pair ``(sum, count)`` by its count,
+                and ``metrics.accuracy``, ``precision``, ``recall``, ``f1``, their partials and any ``metrics.Counted``
+                by summed counts: their result is that of all rows at once, however they are cut into batches.
+            ctx: a Context for the layers.
+
+        Raises:
+            CaptureError: when a metric captures what cannot be compiled faithfully.
+            TypeError: for items, metrics, or what these return, of the wrong kind.
+            ValueError: when there are no items or no metrics, or counts add up to 0.
+            Exception: whatever data or metrics raise, unchanged.
+
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import Data, layers, metrics
+        >>> trainer = kaun.Trainer(model=layers.linear(1, 3), optimizer=optax.sgd(0.1))
+        >>> state = trainer.init()
+        >>> x = jnp.array([[0.0], [1.0], [2.0]])
+        >>> data = Data.batches((x, trainer.predict(state, x).argmax(axis=-1)), batch_size=2)
+        >>> trainer.evaluate(state, data, {"rows": lambda p, y: (y.size, 1), "accuracy": metrics.accuracy})
+        {'accuracy': 1.0, 'rows': 1.5}
+        """
+        self._check_state(state, "evaluate")
+        return evaluation.evaluate(self._runner("evaluate", state), data, metrics, _as_context(ctx))
+
+    def _runner(self, entry: str, state: TrainState) -> Callable[[Call], Any]:
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
-        call = Call(x, None, _as_context(ctx))
-        return self._programs.run(("predict", structure, False, None), call, leaves, state.key)
+        return lambda call: self._programs.run(entry, structure, leaves, state.key, call)
 
     def _advance(
         self, carry: Any, key: jax.Array, x: Any, ctx: Context, loss: Callable[[Any], jax.Array], training: bool
@@ -264,6 +322,7 @@ def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
         yield
     except BaseException as error:
         with contextlib.suppress(Exception):
+            now()  # the steps whose items came before this are run
             hook.finish()
         error.kaun_state = now()  # pyright: ignore[reportAttributeAccessIssue]
         raise
@@ -272,8 +331,8 @@ def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _items(data: Iterable[Any]) -> Generator[Iterator[Any]]:
-    """An iterator over the data, closed at the end if it was made here."""
+def _opened(data: Iterable[Any], most: Callable[[int], int]) -> Generator[Iterator[Run]]:
+    """The data's ``runs``; its iterator is closed at the end if it was made here."""
     try:
         iterator = iter(data)
     except TypeError:
@@ -282,7 +341,7 @@ def _items(data: Iterable[Any]) -> Generator[Iterator[Any]]:
             "For one batch over and over write Data.repeat(1000, (x, loss))."
         ) from None
     try:
-        yield iterator
+        yield runs(data, iterator, most)
     finally:
         close = getattr(iterator, "close", None)
         if close is not None and iterator is not data:

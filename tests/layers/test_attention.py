@@ -106,7 +106,7 @@ def test_causal_does_not_look_ahead(seed, time, dropout):
     assert not np.array_equal(before[:, time + 1 :], after[:, time + 1 :])
 
 
-paths = [(True, 0.0), (False, 0.4)]  # is_causal and dropout: through JAX's attention, and through our own
+paths = [(True, 0.0), (False, 0.4)]  # is_causal and dropout
 
 
 @given(seeds, st.lists(st.booleans(), min_size=BATCH * SEQ, max_size=BATCH * SEQ), st.sampled_from(paths))
@@ -154,6 +154,39 @@ def test_the_context_may_hold_other_names():
     assert after is variables
 
 
+@pytest.mark.parametrize(("seq", "is_causal", "kv_heads"), [(64, True, 4), (131, True, 2), (300, True, 1), (131, False, 2)])
+def test_long_sequences_against_the_library(monkeypatch, seq, is_causal, kv_heads):
+    layer = layers.multi_head_attention(EMBED, HEADS, kv_heads, is_causal=is_causal)
+    variables, x, bars = filled(layer), normal(1, (2, seq, EMBED)), normal(2, (2, seq, EMBED))
+    mask = np.random.default_rng(3).random((2, seq)) < 0.7
+
+    def found(mask):
+        ctx = Context() if mask is None else Context(attention_mask=mask)
+        apply = lambda params, x: layer.apply(variables.replace(params=params), x, ctx=ctx)[0]
+        y, back = jax.vjp(apply, variables.params, x)
+        return y, back(bars), jax.jvp(apply, (variables.params, x), (variables.params, bars))[1]
+
+    for given_mask in (None, mask):
+        ours = jax.jit(found)(given_mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: "gpu")  # there it is the library's attention
+            theirs = jax.jit(lambda mask: found(mask))(given_mask)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()))
+
+
+def test_on_an_accelerator_it_is_the_library(monkeypatch):
+    called = []
+    library = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **options: called.append(1) or library(*a, **options))
+    layer = layers.multi_head_attention(EMBED, HEADS)
+    layer.apply(filled(layer), normal(1))
+    assert not called
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    layer.apply(filled(layer), normal(1))
+    assert called
+
+
 def test_dropout_leaves_the_expectation():
     layer, apply = attention(training=True, dropout=0.3, is_causal=True, num_kv_heads=2)
     variables, x = filled(layer), normal(1)
@@ -185,11 +218,11 @@ def test_dropout_is_off_in_evaluation():
     assert jnp.array_equal(apply(variables, x), attention()[1](variables, x))
 
 
-def test_the_path_with_dropout_is_the_library_function_when_next_to_nothing_is_dropped():
+def test_dropping_next_to_nothing_changes_nothing():
     layer, apply = attention(training=True, dropout=1e-9, is_causal=True, num_kv_heads=2)
     variables, x, mask = filled(layer), normal(1), np.array([[1, 1, 0, 1, 1], [0, 0, 1, 0, 1]])
-    library = attention(is_causal=True, num_kv_heads=2)[1]
-    np.testing.assert_allclose(apply(variables, x, mask), library(variables, x, mask), rtol=1e-5, atol=1e-6)
+    without = attention(is_causal=True, num_kv_heads=2)[1]
+    np.testing.assert_allclose(apply(variables, x, mask), without(variables, x, mask), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

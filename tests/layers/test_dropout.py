@@ -1,5 +1,8 @@
 """The dropout layer."""
 
+import math
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +30,67 @@ def test_zeroes_the_share_and_scales_the_rest(rate, seed):
     assert abs(kept.mean() - (1 - rate)) < 6 * (rate * (1 - rate) / n) ** 0.5
     np.testing.assert_allclose(y[kept], 3.0 / (1 - rate), rtol=1e-6)
     assert abs(y.mean() - 3.0) < 6 * 3.0 * (rate / (1 - rate) / n) ** 0.5
+
+
+@pytest.mark.parametrize(("rate", "bits"), [(0.5, 8), (0.125, 8), (0.1, 16), (1 / 3, 16), (0.98, 16), (0.01, 32), (0.999, 32)])
+def test_the_share_is_exact_to_the_documented_precision(monkeypatch, rate, bits):
+    # All numbers there are, each once (of 32 bits the 65,536 around the threshold): what is zero is the share itself.
+    least = rate * 2**bits
+    first = max(round(least) - 2**15, 0) if bits == 32 else 0
+    numbers = (first + np.arange(2 ** min(bits, 16))).astype(f"uint{bits}")
+    asked = []
+    monkeypatch.setattr(sys.modules["kaun.layers.dropout"], "_numbers", lambda key, bits, shape: asked.append(bits) or jnp.asarray(numbers))
+    dropped = int((apply(layers.dropout(rate), jnp.ones(len(numbers))) == 0).sum())
+    assert asked == [bits]
+    assert abs(first + dropped - least) <= 0.5
+
+
+def test_no_number_is_drawn_twice():
+    def numbers(bits, shape):
+        with rng.scope(0):
+            return np.asarray(sys.modules["kaun.layers.dropout"]._numbers(rng.next_key(), bits, shape)).ravel()
+
+    for shape in ((4096,), (64, 64), (3, 7, 195), (4095, 1)):
+        drawn = numbers(32, shape)
+        # Of 4,096 numbers out of 2**32 two are equal once in 500 draws, by chance; of this seed none are.
+        assert drawn.shape == (math.prod(shape),) and len(np.unique(drawn)) == len(drawn)
+    for bits, dtype in ((8, np.uint8), (16, np.uint16)):
+        drawn = numbers(bits, (8, 33, 1000))
+        assert drawn.dtype == dtype
+        share = np.bincount(drawn >> (bits - 4), minlength=16) / len(drawn)
+        assert np.abs(share - 1 / 16).max() < 6 * (1 / 16 / len(drawn)) ** 0.5
+
+
+def test_neighbours_are_dropped_independently():
+    mask = np.asarray(apply(layers.dropout(0.3), jnp.ones((40, 50, 61)))) == 0
+    for axis in range(3):
+        for apart in (1, 2, 3, 4, 8):
+            a, b = np.take(mask, range(apart, mask.shape[axis]), axis), np.take(mask, range(mask.shape[axis] - apart), axis)
+            n = a.size
+            assert abs((a & b).mean() - 0.09) < 6 * (0.09 * 0.91 / n) ** 0.5 * 2
+
+
+def test_a_loop_drops_what_is_dropped_outside():
+    keys, x = jax.random.split(jax.random.key(0), 3), jnp.ones((4, 9))
+
+    def dropped(key):
+        with rng.scope(key):
+            return layers.dropout(0.2).apply(layers.dropout(0.2).init(dtype=jnp.float32), x, training=True)[0]
+
+    looped = jax.jit(lambda keys: jax.lax.scan(lambda c, key: (c, dropped(key)), 0, keys)[1])(keys)
+    assert jnp.array_equal(looped, jnp.stack([dropped(key) for key in keys]))
+    assert jnp.array_equal(looped, jax.vmap(dropped)(keys))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_of_any_kind(impl):
+    y = apply(layers.dropout(0.25), jnp.ones((50, 80)), jax.random.key(1, impl=impl))
+    assert abs(float((y == 0).mean()) - 0.25) < 6 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (1,), (2, 1, 1)])
+def test_any_shape(shape):
+    assert apply(layers.dropout(0.5), jnp.ones(shape)).shape == shape
 
 
 @given(st.floats(0, 0.95), st.integers(0, 99))

@@ -12,7 +12,9 @@ from jax.test_util import check_grads
 
 from kaun import layers
 
-windowings = st.sampled_from([((2, 2), None), ((2, 3), (2, 3)), ((3, 2), (1, 2)), ((2, 3), (3, 1)), ((1, 5), (2, 1))])
+windowings = st.sampled_from(
+    [((2, 2), None), ((2, 3), (2, 3)), ((1, 1), None), ((5, 4), None), ((3, 2), (1, 2)), ((2, 3), (3, 1)), ((1, 5), (2, 1))]
+)
 quick = settings(max_examples=20, deadline=None)
 
 
@@ -70,6 +72,15 @@ def test_gradients(stride):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 4, 2)), jnp.float32)
     for make in (layers.max_pool2d, layers.avg_pool2d):
         check_grads(jax.jit(lambda x: apply(make(2, stride), x) ** 2), (x,), 1, rtol=1e-2, atol=1e-2)
+
+
+def test_second_derivatives_and_forward_mode_of_the_maximum():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 4, 1)), jnp.float32)
+    check_grads(jax.jit(lambda x: apply(layers.max_pool2d(2), x) ** 3), (x,), 2, rtol=2e-2, atol=2e-2)
+    stacked = jnp.stack([x, -x])
+    slopes = jax.vmap(jax.grad(lambda x: (apply(layers.max_pool2d(2), x) ** 2).sum()))(stacked)
+    for one, slope in zip(stacked, slopes, strict=True):
+        assert jnp.array_equal(slope, jax.grad(lambda x: (apply(layers.max_pool2d(2), x) ** 2).sum())(one))
 
 
 @pytest.mark.parametrize("stride", [2, 1])

@@ -302,6 +302,127 @@ def test_all_of_called_by_a_function_that_never_asked_is_an_error():
     assert "trainer.fit(state, data, report=reports.all_of(..., your_function))" in str(err.value)
 
 
+class Measuring(Full):
+    """A report that measures ``name`` after each of its steps: its number."""
+
+    def __init__(self, name, **options):
+        super().__init__(name=name, **options)
+        self.measures = [name]
+
+    def __call__(self, step, loss, state):
+        super().__call__(step, loss, state)
+        return {self.name: float(step)}
+
+
+class Observing(Full):
+    def __init__(self, stop=None, **options):
+        super().__init__(**options)
+        self.seen, self.seconds, self.stop = [], [], stop
+
+    def observe(self, step, values):
+        self.seen.append((step, dict(values), len(self.called)))
+        if step == self.stop:
+            raise EarlyStop(self.name)
+
+    def compiled(self, seconds):
+        self.seconds.append(seconds)
+
+
+def nested(reports_, shape):
+    """The same reports in one all_of, or some in another inside."""
+    if shape == "flat":
+        return reports.all_of(*reports_)
+    if shape == "left":
+        return reports.all_of(reports.all_of(*reports_[:2]), *reports_[2:])
+    if shape == "right":
+        return reports.all_of(reports_[0], reports.every(1, reports.all_of(*reports_[1:])))
+    return reports.all_of(*[reports.all_of(reports.every(1, r)) for r in reports_])
+
+
+@pytest.mark.parametrize("shape", ["flat", "left", "right", "each"])
+@settings(max_examples=20, deadline=None)
+@given(AHEAD, st.permutations(range(4)), st.integers(1, 5))
+def test_what_one_measures_is_handed_to_all_that_observe_in_any_order(shape, ahead, order, n):
+    """After all were called for the step, once each, and not to itself; also to those that do not want the step."""
+    even = Measuring("even", wanted=lambda step: step % 2 == 0)
+    third = Measuring("third", wanted=lambda step: step % 3 == 0)
+    third.seen = []
+    third.observe = lambda step, values: third.seen.append((step, dict(values)))
+    always, never = Observing(), Observing(wanted=lambda step: False)
+    parts = [even, third, always, never]
+    drive(nested([parts[i] for i in order], shape), [0.5] * (6 * n), ahead=ahead)
+    steps = range(1, 6 * n + 1)
+    expected = {(s, name) for s in steps for name, k in (("even", 2), ("third", 3)) if s % k == 0}
+    for observing in (always, never):
+        assert [s for s, _, _ in observing.seen] == sorted(s for s, _ in expected)
+        assert {(s, next(iter(v))) for s, v, _ in observing.seen} == expected
+        assert all(v == {next(iter(v)): float(s)} for s, v, _ in observing.seen)
+    assert all(calls == s for s, _, calls in always.seen), "called for the step before"
+    assert third.seen == [(s, {"even": float(s)}) for s in steps if s % 2 == 0]
+
+
+@pytest.mark.parametrize("shape", ["flat", "left", "right", "each"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_who_observes_may_stop_and_the_others_still_observe(shape, order):
+    parts = [Measuring("m"), Observing(stop=3, name="stopper"), Observing()]
+    assert drive(nested([parts[i] for i in order], shape), [0.5] * 9) == 3
+    assert [s for s, _, _ in parts[1].seen] == [s for s, _, _ in parts[2].seen] == [1, 2, 3]
+
+
+def test_a_report_of_the_users_own_may_hand_values_to_a_composite():
+    stopper, observing = Observing(stop=1, name="stopper"), Observing()
+    with pytest.raises(EarlyStop, match="stopper"):
+        reports.all_of(stopper, note([], "f"), observing).observe(1, {"a": 0.5})
+    assert observing.seen == stopper.seen == [(1, {"a": 0.5}, 0)]
+
+
+def test_values_of_a_step_that_another_report_stops_are_still_handed_over():
+    observing = Observing()
+    assert drive(reports.all_of(stop_at(2), Measuring("m"), observing), [0.5] * 9) == 2
+    assert [s for s, _, _ in observing.seen] == [1, 2]
+
+
+def test_composites_measure_and_watch_what_their_parts_do():
+    watching = Observing()
+    watching.watches = ["m", "accuracy"]
+    both = reports.all_of(reports.every(2, Measuring("m")), note([], "f"), reports.every(3, watching))
+    assert both.measures == {"m"} and both.watches == {"m", "accuracy"}
+    assert reports.every(2, both).measures == {"m"}
+    assert reports.every(2, note([], "f")).watches == reports.all_of().measures == frozenset()
+
+
+def test_what_a_plain_function_returns_is_nobodys_business():
+    observing = Observing()
+    drive(reports.all_of(lambda step, loss, state: {"a": 1.0}, observing), [0.5] * 3)
+    assert observing.seen == []
+
+
+def test_a_report_that_measures_nothing_this_time_returns_none():
+    quiet, observing = Full(), Observing()
+    quiet.measures = ["a"]
+    drive(reports.all_of(quiet, observing), [0.5] * 3)
+    assert observing.seen == []
+
+
+def test_what_is_measured_comes_by_name():
+    class Wrong(Full):
+        measures = ("accuracy",)
+
+        def __call__(self, step, loss, state):
+            return 0.9
+
+    with pytest.raises(TypeError, match=r'A report with `measures` must return a dict .*; `Wrong` returned float\. Write return {"accuracy": value}\.'):
+        drive(reports.all_of(Wrong()), [0.5])
+
+
+def test_compilation_is_told_to_all_parts():
+    a, b = Observing(), Observing()
+    report = reports.all_of(a, note([], "f"), reports.every(5, reports.all_of(b)))
+    report.compiled(1.5)
+    reports.every(2, note([], "f")).compiled(1.0)
+    assert a.seconds == b.seconds == [1.5]
+
+
 def two(step, loss):
     pass
 

@@ -74,6 +74,30 @@ def test_further_fits_are_appended_and_steps_count_on():
     assert history.steps.tolist() == [101, 102, 103, 104]
 
 
+def test_results_of_other_reports_are_kept_under_the_steps_of_the_record():
+    class Accuracy:
+        measures = ("accuracy",)
+
+        def __call__(self, step, loss, state):
+            return {"accuracy": loss / 2}
+
+    history = reports.history()
+    for _ in range(2):
+        report = reports.all_of(history, reports.every(2, Accuracy()))
+        report.begin(1, 5)
+        for k in range(1, 6):
+            wanted = report.wants(k)
+            report.block(k, {"loss": np.array([k], np.float32)})
+            if wanted:
+                report(k, float(k), None)
+        report.end()
+    assert history.results == [(s, {"accuracy": v}) for s, v in [(2, 1.0), (4, 2.0), (7, 1.0), (9, 2.0)]]
+    alone, values = reports.history(), {"accuracy": 0.5}
+    alone.observe(7, values)
+    values["accuracy"] = 0.0
+    assert alone.results == [(7, {"accuracy": 0.5})]
+
+
 def test_it_wants_no_step_also_in_composites():
     history = reports.history()
     report = reports.all_of(history, reports.every(2, history))

@@ -240,6 +240,81 @@ def test_a_line_has_the_speed_since_the_line_before_and_the_last_one_the_overall
     assert last == " 25% 101/400 [00:40<01:58,  2.52step/s, loss=0.5]"
 
 
+def test_compilation_is_shown_and_does_not_count_in_the_speed_of_lines(clock):
+    stream = io.StringIO()
+    report = reports.progress(file=stream)
+    report.begin(1, 400)
+    clock.now += 30
+    report.compiled(20.0)
+    report(1, 1.0, None)
+    clock.now += 10
+    report.block(2, {"loss": np.full(100, 0.5, np.float32)})
+    clock.now += 4
+    report.compiled(1.25)
+    report.end()
+    first, second, last = stream.getvalue().splitlines()
+    assert first == "  0% 1/400 [00:30<1:06:30, 10.00s/step, loss=1, compiled in 20.0 s]"
+    assert second == " 25% 101/400 [00:40<00:29, 10.00step/s, loss=0.5, compiled in 20.0 s]"
+    assert last == " 25% 101/400 [00:44<01:07,  4.44step/s, loss=0.5, compiled in 21.2 s]"
+
+
+def test_compilation_does_not_count_in_the_speed_of_a_bar(monkeypatch):
+    """tqdm's clock is a variable here, too: 30 s for the first step, of which 29 are compilation, then 1 s each."""
+    clock, stream = Clock(), ScreenText()
+    monkeypatch.setattr(MODULE, "monotonic", clock)
+    monkeypatch.setattr("tqdm.std.time", clock)
+    monkeypatch.setenv("COLUMNS", "200")
+    report = reports.progress(file=stream)
+    report.begin(1, 5)
+    clock.now += 30
+    report.compiled(29.0)
+    for k in range(1, 6):
+        report(k, 0.5, None)
+        clock.now += 1 if k < 5 else 0
+    report.end()
+    shown = re.findall(r"(\d)/5 \[(\d\d:\d\d)<[^,]*, ([^,]*), loss=0.5, compiled in 29.0 s\]", stream.getvalue())
+    assert [step for step, _, _ in shown] == [*"123455"]
+    assert shown[0][1] == "00:30" and shown[-1][1] == "00:34", "the time is the whole time"
+    assert {rate for _, _, rate in shown} == {" 1.00step/s"}
+
+
+def test_nothing_is_shown_where_nothing_was_compiled_and_before_begin_nobody_listens():
+    stream = io.StringIO()
+    report = reports.progress(file=stream)
+    report.compiled(3.0)
+    drive(report, [0.5], total=1)
+    assert stream.getvalue().endswith("loss=0.5]\n")
+
+
+def test_results_of_other_reports_stand_after_the_loss(clock):
+    stream = io.StringIO()
+    report = reports.progress(file=stream)
+    report.begin(1, 400)
+    report.compiled(0.5)
+    report(1, 1.0, None)
+    report.observe(1, {"accuracy": 0.91234, "f1": 0.5})
+    assert stream.getvalue() == "", "a log file gets its lines by the clock"
+    clock.now += 10
+    report.observe(1, {"accuracy": 0.5})
+    report.end()
+    line, last = stream.getvalue().splitlines()
+    assert line.endswith("loss=1, accuracy=0.5, f1=0.5, compiled in 0.5 s]") and line.startswith("  0% 1/400 [")
+    assert last.endswith("loss=1, accuracy=0.5, f1=0.5, compiled in 0.5 s]")
+
+
+def test_results_redraw_a_bar_that_is_due(terminal, clock):
+    report = reports.progress(file=terminal.file)
+    report.begin(1, 10)
+    clock.now += 1
+    report(1, 0.5, None)
+    clock.now += 1
+    report.observe(1, {"accuracy": 0.75})
+    report.end()
+    text = terminal.written()
+    assert "loss=0.5, accuracy=0.75]" in screen(text)[0]
+    assert text.count("accuracy") == 2, "when it was observed, and at the end"
+
+
 def test_unknown_length_ends_with_the_last_step_though_it_was_not_asked_for():
     stream = io.StringIO()
     report = reports.progress(file=stream)
@@ -467,7 +542,7 @@ def test_fit_in_a_terminal(terminal, fit, batches):
     text = terminal.written()
     assert screen(text)[0].startswith("fit: 100%|")
     assert " 200/200 [00:0" in text
-    assert f"step/s, loss={history.losses[-1]:.4g}]" in screen(text)[0]
+    assert f"step/s, loss={history.losses[-1]:.4g}, compiled in " in screen(text)[0]
 
 
 def test_fit_over_data_of_unknown_length_ends_with_its_last_step(fit, batches):

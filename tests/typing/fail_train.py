@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kaun import Data, Trainer, TrainState, layers, losses, reports
+from kaun import Data, Trainer, TrainState, layers, losses, metrics, reports
 
 x = jnp.ones((4, 2))
 y = jnp.ones((4, 1))
@@ -48,3 +48,22 @@ trainer.fit(state, 3)  # E: reportArgumentType
 trainer.fit(state, [x, x])  # E: reportArgumentType
 trainer.fit(state, [(x, y)])  # E: reportArgumentType
 trainer.fit(state, Data.repeat(3, (x, 0.5)))  # E: reportArgumentType
+
+pairs = Data.from_items([(x, y)])
+trainer.evaluate(state, pairs)  # E: reportCallIssue
+trainer.evaluate(state, pairs, [metrics.accuracy])  # E: reportArgumentType
+trainer.evaluate(state, pairs, {"accuracy": 0.5})  # E: reportArgumentType
+trainer.evaluate(state, pairs, {1: metrics.accuracy})  # E: reportArgumentType
+trainer.evaluate(state, [x], {"accuracy": metrics.accuracy})  # E: reportArgumentType
+trainer.evaluate(state.vars, pairs, {"accuracy": metrics.accuracy})  # E: reportArgumentType
+scores: dict[str, jax.Array] = trainer.evaluate(state, pairs, {"mse": losses.mse})  # E: reportAssignmentType
+reports.validate(trainer, pairs, {"mse": losses.mse})  # E: reportCallIssue
+reports.validate(trainer, pairs, {"mse": losses.mse}, each=2.0)  # E: reportArgumentType
+reports.validate(state, pairs, {"mse": losses.mse}, each=2)  # E: reportArgumentType
+metrics.Counted(metrics.accuracy)  # E: reportCallIssue
+
+
+def returns_a_number(step: int, loss: float, state: TrainState) -> float: ...
+
+
+trainer.fit(state, data, report=returns_a_number)  # E: reportArgumentType

@@ -1,13 +1,15 @@
 """What a trainer takes and gives."""
 
-from typing import assert_type
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, assert_type
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import kaun
-from kaun import Context, Data, Trainer, TrainState, Vars, layers, losses, reports, rng
+from kaun import Context, Data, Trainer, TrainState, Vars, layers, losses, metrics, reports, rng
 
 x = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32)
 y = jnp.array([[0], [1], [1], [0]], jnp.float32)
@@ -47,4 +49,50 @@ state = trainer.fit(state, [(x, lambda logits: losses.mse(logits, y))])
 state = trainer.fit(state, ((x, lambda logits: losses.mse(logits, y), Context(mask=m)) for m in (x, y)))
 
 predictions = trainer.predict(state, x, ctx=Context())
+stacked = trainer.predict(state, Data.batches(x, batch_size=2))
+
+
+def tokens(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, int]:
+    return (logits > 0).sum(), labels.size
+
+
+chosen: dict[str, Callable[[Any, Any], Any]] = {
+    "accuracy": functools.partial(metrics.binary_accuracy, threshold=0.0),
+    "loss": losses.binary_cross_entropy,
+    "mean": lambda logits, labels: (logits - labels).mean(),
+    "tokens": tokens,
+    "rmse": metrics.Counted(lambda p, t: {"e": ((p - t) ** 2).sum(), "n": t.size}, lambda s: (s["e"] / s["n"]) ** 0.5),
+}
+assert_type(trainer.evaluate(state, batches, chosen), dict[str, float])
+trainer.evaluate(state, [(x, y), (x, y)], {"loss": losses.mse}, ctx=Context())
+trainer.evaluate(state, ((x, y, Context(mask=m)) for m in (x, y)), {"loss": losses.mse})
+assert_type(metrics.Counted.of(metrics.accuracy), metrics.Counted)
+
+validation = reports.validate(trainer, batches, chosen, each=train)
+assert_type(validation, reports.Validation)
+history = reports.history()
+both = reports.all_of(reports.every(2, validation), history, report, reports.validate(trainer, [(x, y)], chosen, each=3))
+state = trainer.fit(state, train.epochs(2), report=both)
+state = trainer.fit(state, train.epochs(2), report=validation)
+assert_type(validation.latest, dict[str, float])
+assert_type(validation.results, list[tuple[int, dict[str, float]]])
+assert_type(history.results, list[tuple[int, dict[str, float]]])
+
+
+class Watching:
+    """A report with parts of the protocol that all_of and fit look for."""
+
+    watches = ("loss",)
+
+    def wants(self, step: int) -> bool:
+        return False
+
+    def observe(self, step: int, values: Mapping[str, float]) -> None:
+        if values.get("loss", 1.0) < 0.0:
+            raise kaun.EarlyStop
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None: ...
+
+
+state = trainer.fit(state, train, report=reports.all_of(Watching(), validation))
 variables: Vars = state.vars.replace(params=state.vars.params)

@@ -10,9 +10,10 @@ from jax import lax
 
 from kaun import tree
 from kaun.context import Context
+from kaun.convolutions import Windows, convolve
 from kaun.layers.checks import float_input, here
 from kaun.layers.core import Float, Layer, Vars
-from kaun.layers.parts import GLOROT_UNIFORM, Initializer, along_last, draw, pair, size, spell
+from kaun.layers.parts import GLOROT_UNIFORM, Initializer, along_last, draw, pair, size, spell, wide
 
 __all__ = ["conv1d", "conv2d"]
 
@@ -127,7 +128,7 @@ def conv2d(
     )  # fmt: skip
 
 
-_LAYOUTS = {1: ("batch, length", ("NWC", "WIO", "NWC")), 2: ("batch, height, width", ("NHWC", "HWIO", "NHWC"))}
+_LAYOUTS = {1: "batch, length", 2: "batch, height, width"}
 
 
 def _convolution(
@@ -146,7 +147,7 @@ def _convolution(
 ) -> Layer[Float, Float]:
     channels, filters, groups = _channels(name.split("(", 1)[0], in_channels, out_channels, groups)
     shape = (*kernel, channels // groups, filters)
-    layout, dimension_numbers = _LAYOUTS[len(kernel)]
+    layout = _LAYOUTS[len(kernel)]
 
     def init(*, dtype: Any) -> Vars:
         params = {"weight": draw(name, "weight_init", weight_init, shape, dtype)}
@@ -159,20 +160,27 @@ def _convolution(
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
         if padding == "VALID":
             _must_fit(name, x, reach)
-        y = lax.conv_general_dilated(
-            x,
-            vars.params["weight"],
-            window_strides=stride,
-            padding=[(r - 1, 0) for r in reach] if padding == "CAUSAL" else padding,
-            rhs_dilation=dilation,
-            dimension_numbers=dimension_numbers,
-            feature_group_count=groups,
-        )
+        y = _convolved(x, vars.params["weight"], stride, dilation, padding, groups)
         if bias:
             y = y + along_last(vars.params["bias"], y.ndim)
         return y, vars
 
     return Layer(init=init, apply=apply, name=name)
+
+
+def _convolved(
+    x: jax.Array, weight: jax.Array, stride: tuple[int, ...], dilation: tuple[int, ...], padding: str, groups: int
+) -> jax.Array:
+    if x.ndim == 3:  # a sequence is an image of one row
+        return _convolved(x[:, None], weight[None], (1, *stride), (1, *dilation), padding, groups)[:, 0]
+    reach = [(k - 1) * d + 1 for k, d in zip(weight.shape[:2], dilation, strict=True)]
+    if padding == "CAUSAL":
+        pads = [(r - 1, 0) for r in reach]
+    else:
+        pads = lax.padtype_to_pads(x.shape[1:3], reach, stride, padding)
+    windows = Windows((stride[0], stride[1]), (dilation[0], dilation[1]), pads)
+    dtype = wide(x.dtype)
+    return convolve(x.astype(dtype), weight.astype(dtype), windows, groups).astype(x.dtype)
 
 
 def _channels(head: str, in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from kaun.context import Context
 from kaun.layers.checks import float_input
 from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.parts import GLOROT_UNIFORM, Initializer, along_last, draw, size, spell
+from kaun.products import product
 
 __all__ = ["linear"]
 
@@ -57,7 +58,7 @@ def linear(
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=fan_in)
-        y = x @ vars.params["weight"]
+        y = product(x, vars.params["weight"])
         if bias:
             y = y + along_last(vars.params["bias"], y.ndim)
         return y, vars

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kaun import tree
@@ -50,7 +51,9 @@ def max_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | N
     def largest(x: jax.Array, axis: int) -> jax.Array:
         return functools.reduce(_larger, _taps(x, axis, window[axis - 1], step[axis - 1]))
 
-    return _pool(name, window, largest)
+    if window == step and math.prod(window) <= 16:
+        return _pool(name, window, lambda x: _largest(x, window))
+    return _pool(name, window, lambda x: largest(largest(x, 2), 1))
 
 
 def avg_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | None = None) -> Layer[Float, Float]:
@@ -83,7 +86,7 @@ def avg_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | N
             return _windows(x, axis, window[axis - 1]).mean(axis + 1)
         return functools.reduce(operator.add, _taps(x, axis, window[axis - 1], step[axis - 1])) / window[axis - 1]
 
-    return _pool(name, window, lambda x, axis: mean(x.astype(wide(x.dtype)), axis))
+    return _pool(name, window, lambda x: mean(mean(x.astype(wide(x.dtype)), 2), 1))
 
 
 def flatten() -> Layer[Float, Float]:
@@ -112,7 +115,7 @@ def _sizes(head: str, kernel_size: Any, stride: Any) -> tuple[tuple[int, int], t
     return window, window if stride is None else pair(head, "stride", stride)
 
 
-def _pool(name: str, window: tuple[int, int], along: Callable[[jax.Array, int], jax.Array]) -> Layer[Float, Float]:
+def _pool(name: str, window: tuple[int, int], reduce: Callable[[jax.Array], jax.Array]) -> Layer[Float, Float]:
     def pooled(x: Any) -> jax.Array:
         x = float_input(name, x, ndim=4, layout="batch, height, width")
         if window[0] > x.shape[1] or window[1] > x.shape[2]:
@@ -120,9 +123,42 @@ def _pool(name: str, window: tuple[int, int], along: Callable[[jax.Array, int], 
                 f"{here(name)} looks at windows of {window[0]} x {window[1]}, received {tree.describe(x)}: the image "
                 "is smaller. Use a smaller kernel_size, or pool less before."
             )
-        return along(along(x, 2), 1).astype(x.dtype)
+        return reduce(x).astype(x.dtype)
 
     return stateless(name, pooled)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """The largest number of each window, for windows side by side.
+
+    Its derivative picks by the place of that number. What JAX would derive puts the gradient back together from as
+    many padded arrays as a window has numbers, which takes 2 to 5 times as long.
+    """
+    return _largest_and_where(x, window)[0]
+
+
+def _derivative_of_largest(
+    window: tuple[int, int], primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    y, where = _largest_and_where(primals[0], window)
+    places = jnp.arange(math.prod(window), dtype=where.dtype).reshape(1, 1, window[0], 1, window[1], 1)
+    picked = where[:, :, None, :, None] == places
+    return y, jnp.where(picked, _windows(_windows(tangents[0], 2, window[1]), 1, window[0]), 0).sum((2, 4))
+
+
+_largest.defjvp(_derivative_of_largest)
+
+
+def _largest_and_where(x: jax.Array, window: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    split = _windows(_windows(x, 2, window[1]), 1, window[0])
+    largest = split[:, :, 0, :, 0]
+    where = jnp.zeros(largest.shape, jnp.int32)
+    for place, (i, j) in enumerate(np.ndindex(window)):
+        number = split[:, :, i, :, j]
+        take = (number > largest) | jnp.isnan(number)
+        largest, where = jnp.where(take, number, largest), jnp.where(take, place, where)
+    return largest, where
 
 
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:

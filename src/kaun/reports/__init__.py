@@ -6,4 +6,6 @@ from kaun.reports.core import every as every
 from kaun.reports.history import History as History
 from kaun.reports.history import history as history
 from kaun.reports.progress import progress as progress
+from kaun.reports.validate import Validation as Validation
+from kaun.reports.validate import validate as validate
 from kaun.train import Report as Report

@@ -16,17 +16,31 @@ can be called so may have any of these methods too; ``fit`` looks for each and d
     step, None where the data's length is unknown.
 ``end() -> None``
     Called when the fit ends, whichever way: at the end of the data, by EarlyStop, by any exception.
+``compiled(seconds) -> None``
+    Called when a program was compiled within the fit, ahead of the block of the steps that it ran: how long that took.
+
+Reports of one ``all_of`` hand values to each other, by name, in whatever order they stand:
+
+``measures``
+    The names of the values that a report measures. Its call returns them, a mapping from names to floats, or None.
+    What a report without ``measures`` returns is not looked at.
+``observe(step, values) -> None``
+    Called with the values that another report measured after this step, when all reports were called for the step;
+    also where this one does not want it. It may raise EarlyStop.
+``watches``
+    The names without which a report cannot work. ``fit`` refuses to start unless one of its reports measures each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import numpy as np
 
+from kaun import tree
 from kaun.errors import EarlyStop, locate
 from kaun.train import Report, TrainState
 
@@ -38,8 +52,8 @@ Block = Callable[[int, Mapping[str, np.ndarray]], None]
 def every(n: int, f: Report) -> Report:
     """The report that calls ``f`` after each ``n``-th step; in between, ``fit`` never waits for the device.
 
-    Where ``f`` itself has ``wants`` it is asked for those steps only; its ``block``, ``begin`` and ``end``, where it
-    has them, are called as if it were passed to ``fit`` alone.
+    Where ``f`` itself has ``wants`` it is asked for those steps only (an ``each_epoch`` or ``validate`` runs at common
+    multiples); everything else that it has of the report protocol works as if it were passed to ``fit`` alone.
 
     Arguments:
         n: the number of steps from one call to the next, at least 1.
@@ -61,6 +75,8 @@ def every(n: int, f: Report) -> Report:
     if n < 1:
         raise ValueError(f"every expected a number of steps of at least 1, received {n}. Write every(100, report).")
     _must_take("every", "a report", f, "step, loss, state")
+    if isinstance(f, _AllOf):  # so that what one of them measures is handed to reports outside, too
+        return _AllOf(tuple([_Every(n, report) for report in f.reports]))
     return _Every(n, f)
 
 
@@ -68,8 +84,9 @@ def all_of(*reports: Report) -> Report:
     """The report that calls each of ``reports`` in the given order, after the steps that it wants.
 
     When one raises EarlyStop, the later ones that want this step are still called, so that a logger after a stopper
-    does not miss the last step; then ``fit`` stops. Any other exception goes through at once. ``block``, ``begin`` and
-    ``end`` go to those that have them. Without any reports it wants no step.
+    does not miss the last step; then ``fit`` stops. Any other exception goes through at once. What one measures
+    (``validate``, say) is handed to the others that observe (``progress``, ``history``), whatever their order. Without
+    any reports it wants no step.
 
     Raises:
         TypeError: when one of them is not callable with ``(step, loss, state)``.
@@ -82,7 +99,8 @@ def all_of(*reports: Report) -> Report:
     """
     for position, report in enumerate(reports, start=1):
         _must_take("all_of", f"a report as argument {position}", report, "step, loss, state")
-    return _AllOf(reports)
+    flat = [inner for report in reports for inner in (report.reports if isinstance(report, _AllOf) else (report,))]
+    return _AllOf(tuple(flat))
 
 
 def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
@@ -106,16 +124,21 @@ def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
     epoch 2
     """
     _must_take("each_epoch", "a function", f, "epoch, state")
+    return _EachEpoch(steps_of_a_pass("each_epoch", train, "every(steps_per_epoch, report)"), f)
+
+
+def steps_of_a_pass(where: str, train: Sized, fix: str) -> int:
+    """The length of a one-epoch pipeline, which must be known and not 0."""
     try:
         length = len(train)
     except TypeError:
         raise TypeError(
-            f"each_epoch needs the number of steps in one pass, received a {type(train).__name__} of unknown length. "
-            "Count the steps yourself: every(steps_per_epoch, report)."
+            f"{where} needs the number of steps in one pass, received a {type(train).__name__} of unknown length. "
+            f"Count the steps yourself: {fix}."
         ) from None
     if length == 0:
-        raise ValueError("each_epoch expected the pipeline of one epoch, received an empty one (length 0).")
-    return _EachEpoch(length, f)
+        raise ValueError(f"{where} expected the pipeline of one epoch, received an empty one (length 0).")
+    return length
 
 
 class _Every:
@@ -124,29 +147,37 @@ class _Every:
     def __init__(self, n: int, f: Report) -> None:
         self._n = n
         self._f = f
+        self.measures, self.watches = names_of(f, "measures"), names_of(f, "watches")
         if (block := getattr(f, "block", None)) is not None:
             self.block = block
 
     def wants(self, step: int) -> bool:
         return step % self._n == 0 and _wants(self._f, step)
 
-    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> Any:
         # fit calls for wanted steps only; a user's own function may hand on every one.
-        if step % self._n == 0:
-            self._f(step, loss, state)
+        return self._f(step, loss, state) if step % self._n == 0 else None
+
+    def observe(self, step: int, values: Mapping[str, float]) -> None:
+        _tell(self._f, "observe", step, values)
 
     def begin(self, first_step: int, total: int | None) -> None:
-        _begin(self._f, first_step, total)
+        _tell(self._f, "begin", first_step, total)
+
+    def compiled(self, seconds: float) -> None:
+        _tell(self._f, "compiled", seconds)
 
     def end(self) -> None:
-        _end(self._f)
+        _tell(self._f, "end")
 
 
 class _AllOf:
     block: Block  # there only where one of the reports has one: to collect the values costs
 
     def __init__(self, reports: tuple[Report, ...]) -> None:
-        self._reports = reports
+        self.reports = reports
+        self.measures = frozenset[str]().union(*[names_of(report, "measures") for report in reports])
+        self.watches = frozenset[str]().union(*[names_of(report, "watches") for report in reports])
         # Who answered True, by step, until the step's call; one dict for each fit that is running (fits may nest).
         self._wanted: list[dict[int, list[Report]]] = [{}]
         blocks: list[Block] = [b for b in (getattr(r, "block", None) for r in reports) if b is not None]
@@ -159,7 +190,7 @@ class _AllOf:
             self.block = block
 
     def wants(self, step: int) -> bool:
-        wanted = [report for report in self._reports if _wants(report, step)]
+        wanted = [report for report in self.reports if _wants(report, step)]
         if wanted:
             self._wanted[-1][step] = wanted
         return bool(wanted)
@@ -172,26 +203,48 @@ class _AllOf:
                 "served. Do not call it from a function of your own; give that function to it, and it to fit:\n"
                 "    trainer.fit(state, data, report=reports.all_of(..., your_function))"
             )
-        stop: EarlyStop | None = None
+        stops: list[EarlyStop] = []
+        measured: list[tuple[Report, Any]] = []
         for report in wanted:
             try:
-                report(step, loss, state)
+                values: Any = report(step, loss, state)
+                if values is not None and names_of(report, "measures"):
+                    measured.append((report, _named(values, report)))
             except EarlyStop as err:
-                stop = err if stop is None else stop
-        if stop is not None:
-            raise stop
+                stops.append(err)
+        for report, values in measured:
+            stops += self._observe(step, values, [other for other in self.reports if other is not report])
+        if stops:
+            raise stops[0]
+
+    def observe(self, step: int, values: Mapping[str, float]) -> None:
+        if stops := self._observe(step, values, self.reports):
+            raise stops[0]
+
+    def _observe(self, step: int, values: Mapping[str, float], reports: Iterable[Report]) -> list[EarlyStop]:
+        stops: list[EarlyStop] = []
+        for report in reports:
+            try:
+                _tell(report, "observe", step, values)
+            except EarlyStop as err:
+                stops.append(err)
+        return stops
 
     def begin(self, first_step: int, total: int | None) -> None:
         self._wanted.append({})
-        for report in self._reports:
-            _begin(report, first_step, total)
+        for report in self.reports:
+            _tell(report, "begin", first_step, total)
+
+    def compiled(self, seconds: float) -> None:
+        for report in self.reports:
+            _tell(report, "compiled", seconds)
 
     def end(self) -> None:
         if len(self._wanted) > 1:
             self._wanted.pop()
         with contextlib.ExitStack() as stack:  # each gets its end, also when another's raises
-            for report in reversed(self._reports):
-                stack.callback(_end, report)
+            for report in reversed(self.reports):
+                stack.callback(_tell, report, "end")
 
 
 class _EachEpoch:
@@ -212,14 +265,24 @@ def _wants(report: Report, step: int) -> bool:
     return wants is None or bool(wants(step))
 
 
-def _begin(report: Report, first_step: int, total: int | None) -> None:
-    if (begin := getattr(report, "begin", None)) is not None:
-        begin(first_step, total)
+def _named(values: Any, report: Any) -> Mapping[str, float]:
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"A report with `measures` must return a dict from these names to floats, or None; {locate(report)} "
+            f'returned {tree.describe(values)}. Write return {{"{min(names_of(report, "measures"))}": value}}.'
+        )
+    return values
 
 
-def _end(report: Report) -> None:
-    if (end := getattr(report, "end", None)) is not None:
-        end()
+def names_of(report: Any, what: str) -> frozenset[str]:
+    """The names in a report's ``measures`` or ``watches``, none where it has no such attribute."""
+    return frozenset(getattr(report, what, ()))
+
+
+def _tell(report: Any, method: str, *values: Any) -> None:
+    """Call a method of the protocol, where the report has it."""
+    if (found := getattr(report, method, None)) is not None:
+        found(*values)
 
 
 def _must_take(where: str, what: str, f: Any, arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""The record of a run's losses, and their curve."""
+"""The record of a run's losses and of what was measured in it, and the losses' curve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ PALE, STRONG = "#a9c6e8", "#1f5fa8"
 def history() -> History:
     """The report that records the loss of every step, without making ``fit`` wait for any.
 
-    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits it goes on where it was.
+    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits it goes on where it was. In one
+    ``all_of`` with reports that measure (``validate``) it keeps their results, too.
 
     >>> import numpy as np
     >>> from kaun import reports
@@ -37,9 +38,14 @@ def history() -> History:
 
 
 class History:
-    """The losses recorded so far; made by ``history()``. See there."""
+    """The losses recorded so far; made by ``history()``. See there.
+
+    Attributes:
+        results: what other reports measured: pairs of a step, numbered as in ``steps``, and values by name.
+    """
 
     def __init__(self) -> None:
+        self.results: list[tuple[int, dict[str, float]]] = []
         self._losses = array("f")
         self._first_step = 1
 
@@ -105,6 +111,10 @@ class History:
         if not self._losses:
             self._first_step = first_step
         self._losses.frombytes(values["loss"].astype(np.float32).tobytes())
+
+    def observe(self, step: int, values: Mapping[str, float]) -> None:
+        """Record what another report measured after the last step recorded; called by ``all_of``."""
+        self.results.append((self._first_step + len(self._losses) - 1 if self._losses else step, dict(values)))
 
     def wants(self, step: int) -> bool:
         """False: blocks are all that it needs."""

@@ -22,7 +22,10 @@ QUIET_SECONDS, QUIET_STEPS = 10.0, 20  # without news, after which it asks for a
 
 
 def progress(total: int | None = None, *, description: str | None = None, file: TextIO | None = None) -> Report:
-    """The report that shows a tqdm bar: step, total where known, time, steps per second, the loss.
+    """The report that shows a tqdm bar: step, total where known, time, steps per second, the loss, and results.
+
+    Results are what other reports of one ``all_of`` measured last (``validate``), by name. The time that went into
+    compilation stands at the end, and does not count in the steps per second.
 
     A terminal or a notebook gets a bar, redrawn about 10 times a second. Anything else, a log file or a pipe, gets a
     line of its own after 10 seconds and from then on one every 10 seconds to 10 minutes, the rarer the longer the run.
@@ -80,6 +83,13 @@ class _Progress:
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         self._current(step).reached(step, loss)
 
+    def observe(self, step: int, values: Mapping[str, float]) -> None:
+        self._current(step).observed(values)
+
+    def compiled(self, seconds: float) -> None:
+        if self._fits:
+            self._fits[-1].compiled(seconds)
+
     def end(self) -> None:
         if self._fits:
             self._fits.pop().close()
@@ -97,6 +107,8 @@ class _Fit:
         self._display = display
         self._step = step
         self._loss: float | None = None
+        self._values: dict[str, float] = {}
+        self._compiled = 0.0
         self._wanted: int | None = None
         self._drawn = monotonic()
 
@@ -113,23 +125,43 @@ class _Fit:
 
     def reached(self, step: int, loss: float) -> None:
         self._step, self._loss = step, loss
-        if step == self._wanted or monotonic() - self._drawn >= self._display.pause():
-            self._wanted = None
-            self._display.draw(step, loss)
-            self._drawn = monotonic()
+        self._draw(due=step == self._wanted)
+
+    def observed(self, values: Mapping[str, float]) -> None:
+        self._values.update(values)
+        self._draw(due=False)
+
+    def compiled(self, seconds: float) -> None:
+        self._compiled += seconds
+        self._display.exclude(seconds)
 
     def close(self) -> None:
-        self._display.close(self._step, self._loss)
+        self._display.close(self._step, self._postfix())
+
+    def _draw(self, *, due: bool) -> None:
+        if due or monotonic() - self._drawn >= self._display.pause():
+            self._wanted = None
+            self._display.draw(self._step, self._postfix())
+            self._drawn = monotonic()
+
+    def _postfix(self) -> str:
+        named = ({} if self._loss is None else {"loss": self._loss}) | self._values
+        shown = [f"{name}={value:.4g}" for name, value in named.items()]
+        # Last, so that on a narrow terminal it is cut off first.
+        return ", ".join(shown + [f"compiled in {self._compiled:.1f} s"] * (self._compiled > 0))
 
 
 class _Display(Protocol):
-    """What a fit draws on; ``pause`` is the time in seconds from one redraw to the next."""
+    """What a fit draws on: ``pause`` is the time in seconds from one redraw to the next, ``exclude`` tells of time that
+    is to be left out of the speed."""
 
     def pause(self) -> float: ...
 
-    def draw(self, step: int, loss: float) -> None: ...
+    def draw(self, step: int, postfix: str) -> None: ...
 
-    def close(self, step: int, loss: float | None) -> None: ...
+    def exclude(self, seconds: float) -> None: ...
+
+    def close(self, step: int, postfix: str) -> None: ...
 
 
 def _display(done: int, total: int | None, description: str | None, file: TextIO | None) -> _Display:
@@ -152,10 +184,20 @@ def _tqdm(*, widget: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where ipywidgets is missing it says so, and gives the plain bar
             from tqdm.autonotebook import tqdm as base
-    bar: Any = type("Bar", (base,), {"monitor_interval": 0})
+    bar: Any = type("Bar", (base,), {"monitor_interval": 0, "excluded": 0.0, "format_dict": property(_overall)})
     # tqdm would make a lock for processes too, and with it fix multiprocessing's start method for the whole program.
     bar.set_lock(TqdmDefaultWriteLock.th_lock)
     return bar
+
+
+def _overall(bar: Any) -> dict[str, Any]:
+    """tqdm's ``format_dict``, with the overall speed without the excluded time where it shows that one, at the end."""
+    base: Any = super(type(bar), bar)
+    told: dict[str, Any] = base.format_dict
+    steps, seconds = bar.n - bar.initial, told["elapsed"] - bar.excluded
+    if told["rate"] is None and bar.excluded and steps and seconds > 0:
+        told["rate"] = steps / seconds
+    return told
 
 
 class _Bar:
@@ -171,13 +213,20 @@ class _Bar:
     def pause(self) -> float:
         return REDRAW_SECONDS
 
-    def draw(self, step: int, loss: float) -> None:
-        self._bar.set_postfix_str(_loss(loss), refresh=False)
-        self._bar.update(step - self._bar.n)
+    def draw(self, step: int, postfix: str) -> None:
+        self._bar.set_postfix_str(postfix, refresh=False)
+        if not self._bar.update(step - self._bar.n):
+            self._bar.refresh()
 
-    def close(self, step: int, loss: float | None) -> None:
+    def exclude(self, seconds: float) -> None:
+        if not self._bar.disable:
+            self._bar.excluded += seconds
+            # From here tqdm counts the time to its next update, whose speed it averages in.
+            self._bar.last_print_t += seconds
+
+    def close(self, step: int, postfix: str) -> None:
         self._bar.n = step
-        self._bar.set_postfix_str(_loss(loss), refresh=False)
+        self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.close()
 
 
@@ -197,26 +246,28 @@ class _Lines:
         self._format: Callable[..., str] = tqdm.format_meter
         self._stream = stream
         self._start = monotonic()
+        self._first, self._excluded = done, 0.0
         self._last_step, self._last_time = done, self._start
 
     def pause(self) -> float:
         elapsed = monotonic() - self._start
         return min(max(LINE_SECONDS, elapsed / 10), LONGEST_LINE_SECONDS)
 
-    def draw(self, step: int, loss: float) -> None:
+    def draw(self, step: int, postfix: str) -> None:
         now = monotonic()
-        # The speed since the line before, which compilation does not slow down; the last line has the overall one.
-        self._print(step, loss, rate=(step - self._last_step) / max(now - self._last_time, 1e-9))
+        # The speed since the line before; the last line has the overall one.
+        self._print(step, postfix, rate=(step - self._last_step) / max(now - self._last_time, 1e-9))
         self._last_step, self._last_time = step, now
 
-    def close(self, step: int, loss: float | None) -> None:
-        self._print(step, loss, rate=None)
+    def exclude(self, seconds: float) -> None:
+        self._excluded += seconds
+        self._last_time += seconds
 
-    def _print(self, step: int, loss: float | None, rate: float | None) -> None:
+    def close(self, step: int, postfix: str) -> None:
+        seconds = monotonic() - self._start - self._excluded
+        self._print(step, postfix, rate=(step - self._first) / seconds if step > self._first and seconds > 0 else None)
+
+    def _print(self, step: int, postfix: str, rate: float | None) -> None:
         elapsed = monotonic() - self._start
-        line = self._format(n=step, elapsed=elapsed, rate=rate, postfix=_loss(loss), **self._fixed)
+        line = self._format(n=step, elapsed=elapsed, rate=rate, postfix=postfix, **self._fixed)
         print(line, file=self._stream, flush=True)
-
-
-def _loss(loss: float | None) -> str:
-    return "" if loss is None else f"loss={loss:.4g}"

@@ -1,0 +1,115 @@
+"""Metrics on held-out data, measured as a fit goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+from kaun import tree
+from kaun.context import Context
+from kaun.reports.core import steps_of_a_pass
+from kaun.scoring import checked
+from kaun.train import Trainer, TrainState
+
+__all__ = ["Validation", "validate"]
+
+
+def validate(
+    trainer: Trainer[Any, Any],
+    data: Iterable[tuple[Any, Any] | tuple[Any, Any, Context]],
+    metrics: Mapping[str, Callable[[Any, Any], Any]],
+    each: Sized | int,
+    *,
+    ctx: Context | None = None,
+) -> Validation:
+    """The report that runs ``trainer.evaluate(state, data, metrics)`` after each pass, or every so many steps.
+
+    In one ``all_of`` with others, its results are shown by ``progress``, kept by ``history`` and handed to every report
+    that observes values; the order does not matter.
+
+    Arguments:
+        trainer: the trainer whose ``fit`` gets the report.
+        data: the held-out data, as for ``evaluate``; it is gone over anew each time.
+        metrics: as for ``evaluate``, by name.
+        each: the pipeline of one epoch, of known length, of which ``fit`` gets ``train.epochs(n)``; or a number of
+            steps, at least 1.
+        ctx: a Context for the layers.
+
+    Raises:
+        TypeError: when an argument is of the wrong kind, ``data`` can be gone over only once, or the length of ``each``
+            is unknown.
+        ValueError: when ``each`` is empty or less than 1, or there are no metrics.
+
+    >>> import jax.numpy as jnp, optax, kaun
+    >>> from kaun import Data, layers, losses, reports
+    >>> x = jnp.arange(8.0).reshape(4, 2)
+    >>> pairs = Data.batches((x, x @ jnp.array([[1.0], [2.0]])), batch_size=2)
+    >>> trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.adam(0.1))
+    >>> train = pairs.with_loss(losses.mse)
+    >>> validation = reports.validate(trainer, pairs, {"mse": losses.mse}, each=train)
+    >>> state = trainer.fit(trainer.init(), train.epochs(50), report=validation)
+    >>> [step for step, values in validation.results][-2:], validation.latest["mse"] < 0.5
+    ([98, 100], True)
+    """
+    if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"validate expected a Trainer first, received {tree.describe(trainer)}. Write "
+            "validate(trainer, data, metrics, each=train)."
+        )
+    if isinstance(data, Iterator) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"validate goes over its data many times, and received {tree.describe(data)}. Pass a kaun.Data or a list; "
+            "of a generator make one, Data.from_items(list(generator))."
+        )
+    if isinstance(each, (bool, float, str)) or not isinstance(each, (int, Sized)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"validate expected each as the pipeline of one epoch or a number of steps, received {each!r}. Write "
+            "each=train, where fit gets train.epochs(n), or each=1000."
+        )
+    if isinstance(each, int) and each < 1:
+        raise ValueError(f"validate expected each to be at least 1 step, received {each}. Write each=1000.")
+    if ctx is not None and not isinstance(ctx, Context):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
+    steps = each if isinstance(each, int) else steps_of_a_pass("validate", each, "each=steps_per_epoch")
+    return Validation(trainer, data, checked("validate", metrics), steps, ctx)
+
+
+class Validation:
+    """Results on held-out data, as far as a fit went; made by ``validate(...)``. See there.
+
+    Attributes:
+        results: pairs of a step and the metrics after it, floats by name, sorted by name.
+        measures: the names of the metrics.
+
+    >>> import optax, kaun
+    >>> from kaun import layers, metrics, reports
+    >>> trainer = kaun.Trainer(model=layers.linear(2, 3), optimizer=optax.adam(0.1))
+    >>> validation = reports.validate(trainer, [], {"accuracy": metrics.accuracy}, each=100)
+    >>> [step for step in range(1, 301) if validation.wants(step)], validation.results, validation.latest
+    ([100, 200, 300], [], {})
+    """
+
+    def __init__(
+        self, trainer: Trainer[Any, Any], data: Any, metrics: dict[str, Any], steps: int, ctx: Context | None
+    ) -> None:
+        self._trainer, self._data, self._metrics = trainer, data, metrics
+        self._steps, self._ctx = steps, ctx
+        self.results: list[tuple[int, dict[str, float]]] = []
+        self.measures = frozenset(metrics)
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The newest metrics by name; empty before the first time."""
+        return self.results[-1][1] if self.results else {}
+
+    def wants(self, step: int) -> bool:
+        """Whether it evaluates after this step."""
+        return step % self._steps == 0
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> dict[str, float] | None:
+        """Evaluate and keep the result; called by ``fit``."""
+        if not self.wants(step):  # called by a user's own function, for every step
+            return None
+        values = self._trainer.evaluate(state, self._data, self._metrics, ctx=self._ctx)
+        self.results.append((step, values))
+        return dict(values)
