@@ -3,6 +3,8 @@
 #   make test PYTHON=python3.12    another Python (3.11 or newer); `make clean` first if there is a .venv already
 #   make test ARGS="-k data -x"    more arguments for pytest
 #   make test JOBS=8               more pytest workers
+#   make bench ARGS="--quick"      arguments of `python -m bench`
+#   make bench ALSO=torch          with PyTorch beside the others
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -19,7 +21,7 @@ RUN = $(VENV)/bin/python
 PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 \
   $(RUN) -m pip install --quiet
 
-.PHONY: help demo test lint suite test-newest test-torch bench raises clean
+.PHONY: help demo test lint suite test-newest test-torch bench bench-run raises clean
 
 help:
 	@echo "make demo         train a small network on handwritten digits, with pictures of the result"
@@ -27,7 +29,7 @@ help:
 	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
 	@echo "make test-torch   layers, losses and a training run against PyTorch"
 	@echo "make lint         ruff and basedpyright"
-	@echo "make bench        microseconds per step, beside hand-written loops"
+	@echo "make bench        time per step, beside hand-written loops and other libraries; about an hour"
 	@echo "make raises       raise statements that no test reaches"
 	@echo "make clean        remove the environments and caches"
 
@@ -55,15 +57,18 @@ test-newest:
 test-torch:
 	@$(MAKE) --no-print-directory suite VENV=.venv-torch ALSO=torch TESTS=tests/parity/torch
 
-bench: $(VENV)/.dev
-	$(RUN) bench/overhead.py
+bench:
+	@$(MAKE) --no-print-directory bench-run VENV=.venv-bench
+
+bench-run: $(VENV)/.bench-$(firstword $(ALSO))
+	$(RUN) -m bench $(ARGS)
 
 raises: $(VENV)/.dev
 	$(RUN) -m coverage run --data-file=$(VENV)/.coverage --source=src -m pytest -q $(ARGS)
 	$(RUN) .ci/raises.py $(VENV)/.coverage
 
 clean:
-	rm -rf .venv .venv-newest .venv-torch .pytest_cache .ruff_cache .hypothesis demo-output build dist
+	rm -rf .venv .venv-newest .venv-torch .venv-bench .pytest_cache .ruff_cache .hypothesis demo-output build dist
 	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -80,4 +85,9 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable ".[examples,lint,test]" $(ALSO)
+	@touch $@
+
+# A mark for each extra library, so that asking for one installs it into an environment that is there already.
+$(VENV)/.bench-$(firstword $(ALSO)): $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable ".[bench]" $(ALSO)
 	@touch $@

@@ -1,0 +1,204 @@
+"""The benchmark in its smallest form: runners train alike, results merge, and the page is made of them."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def bench_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.fixture
+def as_users_do():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def module(name):
+    return importlib.import_module(f"bench.{name}")
+
+
+def trained(workload, runner, steps=2):
+    workloads = module("workloads")
+    return module("one").measure(workloads.quick(workloads.WORKLOADS[workload], steps), runner)
+
+
+# Those of this environment; each compiles.
+RUNS = {
+    "xor": ["hand", "hand-synced", "hand-scan", "kaun", "kaun-every100", "kaun-each", "kaun-hand"],
+    "mlp": ["hand", "kaun", "kaun-hand"],
+    "cnn": ["hand", "kaun", "kaun-hand"],
+}
+
+
+@pytest.mark.parametrize("workload", RUNS)
+def test_runners_train_alike(workload, as_users_do):
+    launch = module("launch")
+    runs = [trained(workload, runner) for runner in RUNS[workload]]
+    launch.compare(runs)
+    first, last = runs[0]["losses"]
+    assert np.isfinite([first, last]).all() and abs(first - last) > 1e-3 * first
+    for run in runs:
+        assert all(run[key] > 0 for key in ("first", "step", "peak")) and run["compiling"] >= 0
+    runs[-1]["losses"][0] *= 1 + 1e-4
+    with pytest.raises(SystemExit, match=rf"(?s){workload}: these runners did not train the same .*kaun-hand: "):
+        launch.compare(runs)
+
+
+@pytest.mark.slow
+def test_the_runners_of_gpt_train_alike(as_users_do):
+    module("launch").compare([trained("gpt", runner) for runner in ("hand", "kaun", "kaun-hand")])
+
+
+@pytest.mark.parametrize("runner", ["nnx", "equinox", "keras", "torch"])
+@pytest.mark.parametrize("workload", ["xor", "cnn"])
+def test_other_libraries_train_alike(workload, runner, as_users_do):
+    pytest.importorskip(module("runners").RUNNERS[runner].needs)
+    module("launch").compare([trained(workload, "hand"), trained(workload, runner)])
+
+
+def test_the_order_is_that_of_kauns_data(as_users_do):
+    workload = module("workloads").WORKLOADS["mlp"]
+    x, y = workload.data()
+    order = workload.order()
+    assert sorted(order.reshape(-1)) == list(range(len(x)))
+    items = module("runners.by_kaun").items(workload, x, y)
+    for (a, loss), (b, labels) in zip(items.take(3), workload.batches(x, y, order), strict=False):
+        np.testing.assert_array_equal(a, b)
+        assert any(np.array_equal(cell.cell_contents, labels) for cell in loss.__closure__ or ()) or np.array_equal(
+            loss.keywords.get("y", labels), labels
+        )
+
+
+def test_from_the_command_line(tmp_path):
+    file, page = tmp_path / "results.json", tmp_path / "page.md"
+    command = [sys.executable, "-m", "bench", "--only", "xor", "--steps", "2", "--rounds", "1", "--runners"]
+    for runners in ("kaun-each", "hand-scan"):
+        done = subprocess.run(
+            [*command, runners, "--json", file, "--page", page], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"round 1: xor +hand +[\d.]+ us per step", done.stdout)
+    # The second one adds to the first.
+    found = json.loads(file.read_text())
+    assert [(run["session"], run["runner"]) for run in found["runs"] if run["runner"] != "hand"] == [
+        ("1", "kaun-each"),
+        ("2", "hand-scan"),
+    ]
+    text = page.read_text()
+    assert "a report at each step" in text and "lax.scan" in text
+    assert "xor, a report at each step, to the synced loop" not in text  # which was not measured
+
+
+def test_unknown_names_are_refused():
+    main = module("__main__").main
+    with pytest.raises(SystemExit, match=r"'xorr' is none of xor, mlp, .*, width$"):
+        main(["--only", "xorr", "--quick"])
+    with pytest.raises(SystemExit, match=r"nothing to measure"):
+        main(["--only", "", "--quick"])
+
+
+def run(session, number, runner, step, workload="xor", **more):
+    made = {"workload": workload, "runner": runner, "session": session, "round": number, "step": step}
+    return {**made, "first": 1.0, "compiling": 1.0, "losses": [0.5, 0.25], "peak": 300.0, **more}
+
+
+def session_of(key, runs, **extras):
+    about = {"machine": f"machine {key}", "versions": {"Python": "3"}}
+    return {"sessions": {key: about}, "runs": runs, "extras": {n: {**e, "session": key} for n, e in extras.items()}}
+
+
+def test_ratios_are_taken_within_a_round():
+    results = module("results")
+    steps = {"hand": (1.0, 10.0, 4.0), "kaun": (0.5, 5.0, 3.0)}
+    found = session_of("1", [run("1", n, name, s) for name, found in steps.items() for n, s in enumerate(found)])
+    assert results.ratio(found, "xor", "kaun", "hand") == 0.5
+    assert results.ratio(found, "xor", "hand", "kaun") == 2
+    assert results.ratio(found, "xor", "torch", "hand") is None
+    assert results.ratio(found, "mlp", "kaun", "hand") is None
+
+
+def test_a_part_measured_again_takes_the_place_of_the_old_part(tmp_path):
+    results = module("results")
+    old = session_of("1", [run("1", 0, "hand", 2.0), run("1", 0, "kaun", 2.0), run("1", 0, "torch", 6.0)], import_={})
+    new = session_of("2", [run("2", 0, "hand", 8.0), run("2", 0, "kaun", 4.0)])
+    both = results.merged(old, new)
+    assert results.ratio(both, "xor", "kaun", "hand") == 0.5
+    assert results.ratio(both, "xor", "torch", "hand") == 3  # to the base of its own session
+    assert results.ratio(both, "xor", "kaun", "torch") == 0.5 / 3
+    assert results.median(both, "xor", "hand", "step") == 8
+    assert set(both["sessions"]) == {"1", "2"} and set(both["extras"]) == {"import_"}
+
+    third = session_of("3", [run("3", 0, "hand", 1.0), run("3", 0, "torch", 1.0)], import_={})
+    last = results.merged(both, third)
+    assert set(last["sessions"]) == {"2", "3"}
+    assert sorted((r["session"], r["runner"]) for r in last["runs"]) == [
+        ("2", "hand"), ("2", "kaun"), ("3", "hand"), ("3", "torch"),
+    ]  # fmt: skip
+    results.save(tmp_path / "r.json", last)
+    assert results.load(tmp_path / "r.json") == last
+
+
+def recorded():
+    """A session of everything, with made-up numbers: the runners' steps are 1, 2, 3, ... times their workload's."""
+    workloads, runners = module("workloads").WORKLOADS, module("runners").RUNNERS
+    runs = [
+        run("1", number, runner, (1 + i) * (1 + j) * 1e-5, workload=name)
+        for i, (name, workload) in enumerate(workloads.items())
+        for j, runner in enumerate(runners)
+        for number in range(2)
+        if workload.runners is None or runner in workload.runners
+    ]
+    cache = {name: {"cold": [2.0, 4.0], "warm": [1.0, 3.0]} for name in ("xor", "mlp", "cnn", "gpt")}
+    flag = {runner: {"without": [5e-6], "with": [1.4e-6]} for runner in ("kaun", "hand-scan")}
+    closures, importing = {"microseconds": 3.5}, {"kaun": 0.08, "optax": 0.05}
+    return session_of("1", runs, cache=cache, flag=flag, closures=closures, **{"import": importing})
+
+
+def test_the_page_of_recorded_results(tmp_path):
+    report = module("report")
+    page = tmp_path / "performance.md"
+    report.write(recorded(), page)
+    text = page.read_text()
+    for line in (
+        "Machine: machine 1; Python 3.",
+        "| by hand: jitted, donated, not synced | 50.0 us | 20,000 | 1.00 | 1.00 s | 1.00 s | 300 MB |",
+        "| **kaun**, no report | 10.0 us | 100,000 | 0.20 | 1.00 s | 1.00 s | 300 MB |",
+        "| xor, no report, to the scan | 1.40 | 0.14 | reached | 1.1 |",
+        "| adam50m, peak memory, to the unsynced loop's | 1.10 | 1.00 | reached |  |",
+        "| gpt, first step of a second process with JAX's compile cache, to the first's | 0.50 | 0.62 | **not reached** |  |",
+        "| 8 | 1.20 | 1.40 | 0.20 |",
+        "- Taking a fresh closure apart: 3.5 us (median of 1,000).",
+        "  - First step of cnn: 3.00 s in the process that fills the cache, 2.00 s in the next.",
+        "  - xor, **kaun**, no report: 5.0 us per step without it, 1.4 us with it.",
+    ):
+        assert line in text.splitlines(), line
+    assert "](performance-width.svg)" in text
+    picture = tmp_path / "performance-width.svg"
+    first = picture.read_bytes()
+    assert first.startswith(b"<?xml") and len(first) < 100_000
+    report.write(recorded(), page)
+    assert picture.read_bytes() == first
+
+
+def test_every_bar_is_measured():
+    report, found = module("report"), recorded()
+    assert not [claim for claim, _, value, _ in report.BARS if value(found) is None]
+    assert not report.bars(module("results").empty())
+
+
+def test_the_page_in_docs_is_what_the_results_say(tmp_path):
+    report = module("report")
+    report.write(module("results").load(report.RESULTS), tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == report.PAGE.read_text(), "run: python -m bench.report"
