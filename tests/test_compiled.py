@@ -1,6 +1,8 @@
 """Programs and loops: what is compiled, found again, dropped and written down."""
 
+import gc
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -198,3 +200,16 @@ def test_a_state_that_changes_its_form_is_refused():
     run = Loop(Programs(widening, forward), {"w": jnp.zeros(2)}, jax.random.key(0), None)
     with pytest.raises(TypeError, match=r"(?s)must give back a state.*w: expected float32\[2\], found float32\[3\].*astype"):
         run.push(ONE, mean, None)
+
+
+def test_what_is_dropped_is_freed(programs):
+    made = []
+    run = loop(programs)
+    for n in range(1, 8):
+        run.push(np.ones(n, np.float32), mean, None)
+        run.flush()
+        made.append(weakref.ref(run._open[1].step))
+        assert len(run._stages) <= 4
+    del run
+    gc.collect()
+    assert sum(ref() is not None for ref in made) <= 3, "the table's own"
