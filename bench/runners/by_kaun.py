@@ -108,18 +108,18 @@ def session(workload: Workload, report=None, model_of=own) -> Session:
     model, variables = model_of(workload)
     trainer = kaun.Trainer(model=model, optimizer=optax.adam(workload.rate))
     with rng.scope(1):
-        state = trainer.make_state(variables)
+        states = [trainer.make_state(variables)]
     del variables
     x, y = by_hand.data_of(workload) if model_of is wrapped or workload.repeats else workload.data()
     data = items(workload, x, y)
     loss = by_hand.loss_of(workload)
 
     def run(steps):
-        nonlocal state
-        state = trainer.fit(state, data if steps == workload.steps else data.take(steps), report=report)
-        jax.block_until_ready(state.vars)
+        # Handed over, so that nobody but fit holds the state from before: the memory of one, as by hand.
+        states.append(trainer.fit(states.pop(), data if steps == workload.steps else data.take(steps), report=report))
+        jax.block_until_ready(states[0].vars)
 
-    return Session(run, lambda: float(loss(trainer.predict(state, x[: workload.batch]), y[: workload.batch])))
+    return Session(run, lambda: float(loss(trainer.predict(states[0], x[: workload.batch]), y[: workload.batch])))
 
 
 def no_report(workload: Workload) -> Session:
