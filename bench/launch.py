@@ -50,6 +50,7 @@ def pairs(workloads: Sequence[str], runners: Sequence[str]) -> list[tuple[str, s
         for workload in workloads
         for runner in wanted
         if WORKLOADS[workload].runners is None or runner in WORKLOADS[workload].runners
+        if not RUNNERS[runner].only or workload in RUNNERS[runner].only
     ]
 
 

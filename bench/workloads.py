@@ -172,7 +172,7 @@ WORKLOADS = {
         ),
         Workload(
             "mlp", "784-256-128-10, batches of 128, shuffled host arrays.", "dense", _classified((784,), 10),
-            batch=128, steps=100, passes=5, rate=1e-3, tolerance=2e-3, sizes=(784, 256, 128, 10),
+            batch=128, steps=100, passes=5, rate=1e-4, tolerance=2e-3, sizes=(784, 256, 128, 10),
         ),
         Workload(
             "cnn", "28x28x1, conv 16, pool, conv 32, pool, 128, 10, batches of 64, shuffled host arrays.", "cnn",

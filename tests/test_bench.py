@@ -159,6 +159,7 @@ def recorded():
         for j, runner in enumerate(runners)
         for number in range(2)
         if workload.runners is None or runner in workload.runners
+        if not runners[runner].only or name in runners[runner].only
     ]
     cache = {name: {"cold": [2.0, 4.0], "warm": [1.0, 3.0]} for name in ("xor", "mlp", "cnn", "gpt")}
     flag = {runner: {"without": [5e-6], "with": [1.4e-6]} for runner in ("kaun", "hand-scan")}

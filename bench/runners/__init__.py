@@ -26,17 +26,20 @@ class Runner:
         label: what the tables call it.
         where: ``module:function``, in this package.
         needs: the module without which it is skipped.
+        only: the workloads that have it, none for all.
     """
 
     label: str
     where: str
     needs: str = "kaun"
+    only: tuple[str, ...] = ()
 
 
 RUNNERS = {
     "kaun": Runner("**kaun**, no report", "by_kaun:no_report"),
     "kaun-every100": Runner("**kaun**, `every(100)`", "by_kaun:every_hundred"),
     "kaun-each": Runner("**kaun**, a report at each step", "by_kaun:each_step"),
+    "kaun-held": Runner("**kaun**, no report, `state = fit(state, data)`", "by_kaun:held", only=("adam50m",)),
     "kaun-hand": Runner("kaun's loop around the hand-written forward pass", "by_kaun:by_hand_inside"),
     "hand": Runner("by hand: jitted, donated, not synced", "by_hand:unsynced"),
     "hand-synced": Runner("by hand, `float(loss)` at each step", "by_hand:synced"),

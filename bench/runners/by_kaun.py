@@ -104,7 +104,7 @@ def items(workload: Workload, x, y):
         return Data.batches((x, y), batch_size=workload.batch, shuffle=True).with_loss(loss)
 
 
-def session(workload: Workload, report=None, model_of=own) -> Session:
+def session(workload: Workload, report=None, model_of=own, hand_over=True) -> Session:
     model, variables = model_of(workload)
     trainer = kaun.Trainer(model=model, optimizer=optax.adam(workload.rate))
     with rng.scope(1):
@@ -116,7 +116,9 @@ def session(workload: Workload, report=None, model_of=own) -> Session:
 
     def run(steps):
         # Handed over, so that nobody but fit holds the state from before: the memory of one, as by hand.
+        kept = None if hand_over else states[0]
         states.append(trainer.fit(states.pop(), data if steps == workload.steps else data.take(steps), report=report))
+        del kept
         jax.block_until_ready(states[0].vars)
 
     return Session(run, lambda: float(loss(trainer.predict(states[0], x[: workload.batch]), y[: workload.batch])))
@@ -124,6 +126,11 @@ def session(workload: Workload, report=None, model_of=own) -> Session:
 
 def no_report(workload: Workload) -> Session:
     return session(workload)
+
+
+def held(workload: Workload) -> Session:
+    """With the state from before in the caller's hands until ``fit`` is done, as in ``state = fit(state, x)``."""
+    return session(workload, hand_over=False)
 
 
 def every_hundred(workload: Workload) -> Session:
