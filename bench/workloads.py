@@ -176,11 +176,11 @@ WORKLOADS = {
         ),
         Workload(
             "cnn", "28x28x1, conv 16, pool, conv 32, pool, 128, 10, batches of 64, shuffled host arrays.", "cnn",
-            _classified((28, 28, 1), 10), batch=64, steps=40, passes=3, rate=1e-3, tolerance=2e-3,
+            _classified((28, 28, 1), 10), batch=64, steps=40, passes=3, rate=1e-4, tolerance=2e-3,
         ),
         Workload(
             "gpt", "256 bytes, width 128, 4 layers, 4 heads, 128 learned positions, batches of 8 windows of text.",
-            "gpt", _text, batch=8, steps=20, passes=3, rate=1e-3, tolerance=2e-3,
+            "gpt", _text, batch=8, steps=20, passes=3, rate=2e-4, tolerance=2e-3,
         ),
         Workload(
             "adam50m", "4096-4096-4096-4096, 50M parameters, batches of 8: the optimizer is most of it.", "dense",
