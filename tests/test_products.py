@@ -36,6 +36,7 @@ def test_values_and_derivatives_are_those_of_the_operator(leading, n, m):
     x, weight, bars = normal(0, *leading, n), normal(1, n, m), normal(2, *leading, m)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_LARGE", 0)
+        patch.setattr(products, "_ROWS", 0)
         ours = jax.jit(lambda *a: everything(product, *a))(x, weight, bars)
     agree(ours, jax.jit(lambda *a: everything(jnp.matmul, *a))(x, weight, bars))
 
@@ -61,10 +62,11 @@ def test_half_precision(dtype):
 
 
 def test_it_is_the_operator_where_that_is_best(monkeypatch):
-    def plain(n):
-        x, weight = jax.ShapeDtypeStruct((n, 128), "float32"), jax.ShapeDtypeStruct((128, 128), "float32")
+    def plain(rows, n=128):
+        x, weight = jax.ShapeDtypeStruct((2, rows // 2, n), "float32"), jax.ShapeDtypeStruct((n, n), "float32")
         return "custom_jvp" not in str(jax.make_jaxpr(lambda x, w: product(x, w))(x, weight))
 
-    assert plain(32) and not plain(64)
+    assert not plain(256) and plain(256, n=32)
+    assert plain(8, n=4096), "few rows do not pay for two copies of the whole weight"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert plain(64)
+    assert plain(256)

@@ -63,6 +63,8 @@ class Body:
 
     def pattern(self, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         """Which leaves to stack in a block where these vary: as in an earlier block, where that is possible."""
+        if self.patterns and self.patterns[-1] == varying:
+            return varying
         for known in reversed(self.patterns):
             if all(k or not v for k, v in zip(known, varying, strict=True)):
                 return known
@@ -80,6 +82,9 @@ class Body:
                 the loss of the first step alone.
             packing: how the state comes and goes.
         """
+        found = self._programs.get((entry, pattern, packing))
+        if found is not None:
+            return found
         with self._lock:
             found = self._programs.get((entry, pattern, packing))
             if found is None:

@@ -24,7 +24,7 @@ class Packing:
         layout: for each leaf its dtype, shape, and where it begins in the vector of that dtype.
     """
 
-    __slots__ = ("layout",)
+    __slots__ = ("_hash", "layout")
 
     def __init__(self, kinds: Sequence[tuple[tuple[int, ...], Any]]) -> None:
         ends: dict[Any, int] = {}
@@ -34,12 +34,13 @@ class Packing:
             layout.append((dtype, shape, start))
             ends[dtype] = start + math.prod(shape)
         self.layout = tuple(layout)
+        self._hash = hash(self.layout)  # asked for at each dispatch
 
     def __hash__(self) -> int:
-        return hash(self.layout)
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is Packing and other.layout == self.layout
+        return self is other or (type(other) is Packing and other.layout == self.layout)
 
     def pack(self, leaves: Sequence[Any]) -> list[Any]:
         """The vectors that hold these leaves."""

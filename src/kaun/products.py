@@ -13,8 +13,9 @@ from jax.custom_derivatives import SymbolicZero
 
 __all__ = ["product"]
 
-# Multiply-adds below which the transposed copies cost more than the faster kernel saves.
+# Multiply-adds, and rows, below which the transposed copies cost more than the faster kernel saves.
 _LARGE = 2**20
+_ROWS = 256
 
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -28,7 +29,8 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     >>> product(jnp.ones((2, 5, 3)), jnp.ones((3, 4))).shape
     (2, 5, 4)
     """
-    if jax.default_backend() != "cpu" or math.prod(x.shape) * weight.shape[1] < _LARGE:
+    rows = math.prod(x.shape[:-1])
+    if jax.default_backend() != "cpu" or rows < _ROWS or rows * math.prod(weight.shape) < _LARGE:
         return x @ weight
     return _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
 
