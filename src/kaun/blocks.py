@@ -137,8 +137,11 @@ class _Device:
         self.varies = self.varies or value is not self._values[0]
 
     def fill(self, rows: Rows, start: int, count: int) -> None:
-        self.varies = True
-        self._stack = rows.on_device(start, count, self._capacity)
+        stack = rows.on_device(start, count, self._capacity)
+        if self.alone:
+            self._values, self.varies = [stack[0]], False
+        else:
+            self._stack, self.varies = stack, True
 
     def shared(self) -> Any:
         return self._values[0]

@@ -9,9 +9,10 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 import kaun
-from kaun import Data, layers, losses, rng
+from kaun import Data, Layer, Vars, layers, losses, rng
 
 X = np.random.default_rng(0).normal(size=(37, 5)).astype(np.float32)
 Y = np.random.default_rng(1).integers(0, 3, 37).astype(np.int32)
@@ -166,6 +167,39 @@ def test_one_program_for_blocks_of_any_size(name):
     if name in ("two losses", "numbers"):
         codes = 2
     assert len(found) == shapes * codes + (name == "captured weights"), [c.why for c in found]
+
+
+def foreign():
+    """A model of another library, say, with a convolution that XLA:CPU runs slowly inside of loops."""
+
+    def apply(vars, x, *, training, ctx):
+        y = lax.conv_general_dilated(x, vars.params["w"], (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+        return y.mean(axis=(2, 3)), vars
+
+    init = lambda *, dtype: Vars(params={"w": jnp.full((3, 2, 3, 3), 0.1, dtype)}, state={}, dtype=dtype)
+    return Layer(init=init, apply=apply, name="foreign")
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("large", [False, True], ids=["kept out of loops", "too large for a stack"])
+def test_what_is_not_stacked_is_right_too(of, large):
+    rows = np.random.default_rng(2).normal(size=(700, 1300) if large else (24, 2, 16, 16)).astype(np.float32)
+    labels = np.random.default_rng(3).integers(0, 3, len(rows)).astype(np.int32)
+    with rng.scope(4):
+        model = layers.linear(1300, 3) if large else foreign()
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(1e-2))
+        state = trainer.init()
+        data = Data.batches((of(rows), of(labels)), batch_size=220 if large else 5, shuffle=True)
+    data = data.with_loss(losses.cross_entropy_sparse).epochs(3)
+    expected = state
+    for x, loss in data:
+        _, expected = trainer.step(expected, x, loss=loss)
+    assert raw(trainer.fit(state, data)) == raw(expected)
+    repeated = Data.repeat(5, next(iter(data)))
+    expected = state
+    for x, loss in repeated:
+        _, expected = trainer.step(expected, x, loss=loss)
+    assert raw(trainer.fit(state, repeated)) == raw(expected)
 
 
 def test_a_user_may_write_to_arrays_between_items():
