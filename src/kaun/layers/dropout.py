@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
 
 from kaun import rng
 from kaun.context import Context
@@ -77,6 +76,8 @@ def _bits(rate: float) -> int:
 
 def _numbers(key: jax.Array, bits: int, shape: tuple[int, ...]) -> jax.Array:
     """Uniform integers of 8, 16 or 32 bits, a function of the key and the shape."""
+    from jax.extend.random import threefry2x32_p  # here and not above: half of the time that importing kaun takes
+
     rows, length = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     blocks = (rows, -(-length * bits // 64))
     if str(jax.random.key_impl(key)) == "threefry2x32":
