@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kaun import losses, rng
-from kaun.compiled import Call, Loop, Programs
+from kaun.call import Call
+from kaun.compiled import Loop, Programs, _copy
 from kaun.context import Context
 
 ONE = jnp.float32(1)
@@ -213,3 +214,13 @@ def test_what_is_dropped_is_freed(programs):
     del run
     gc.collect()
     assert sum(ref() is not None for ref in made) <= 3, "the table's own"
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_copy_is_other_memory_in_the_same_place(committed):
+    array = jnp.arange(1000.0)
+    array = jax.device_put(array, jax.devices()[0]) if committed else array
+    copied = _copy(array)
+    assert copied.committed is committed and copied.sharding == array.sharding
+    assert copied.unsafe_buffer_pointer() != array.unsafe_buffer_pointer()
+    np.testing.assert_array_equal(copied, array)

@@ -314,8 +314,14 @@ class Loop:
             self._limit = min(self._limit * 4, ROWS)
 
 
-@jax.jit
 def _copy(leaf: Any) -> Any:
+    # A copy by the runtime needs no program, of which there would be one for each shape. It is for arrays that may lie
+    # anywhere; one that was put somewhere stays there.
+    return _copied(leaf) if leaf.committed else jax.device_put(leaf, may_alias=False)
+
+
+@jax.jit
+def _copied(leaf: Any) -> Any:
     return jnp.copy(leaf)
 
 

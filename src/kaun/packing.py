@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["Packing", "pack", "packing_of", "unpack"]
 
@@ -75,10 +76,12 @@ def _by_kinds(kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> Packing | None:
     return Packing(kinds) if size <= _MOST_BYTES else None
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def pack(packing: Packing, leaves: list[Any]) -> list[Any]:
-    """``packing.pack``, compiled: vectors of their own, whatever becomes of the leaves."""
-    return packing.pack(leaves)
+def pack(packing: Packing, leaves: Sequence[Any]) -> list[Any]:
+    """As ``packing.pack``, on the host: it is done once in a fit, and a program would have to be compiled for it."""
+    parts: dict[Any, list[Any]] = {}
+    for leaf, (dtype, _, _) in zip(leaves, packing.layout, strict=True):
+        parts.setdefault(dtype, []).append(np.asarray(leaf).reshape(-1))
+    return [np.concatenate(vectors) for vectors in parts.values()]
 
 
 @functools.partial(jax.jit, static_argnums=0)
