@@ -77,7 +77,7 @@ def rows_of(found: Results, workload: str) -> Iterator[str]:
         if to_base is None or seconds is None:
             continue
         each = f"{seconds * 1e6:,.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:,.1f} ms"
-        cells = (about.label, each, f"{1 / seconds:,.0f}", f"{to_base:.2f}")
+        cells = (about.label, each, f"{1 / seconds:,.{0 if seconds < 0.1 else 1}f}", f"{to_base:.2f}")
         yield "| " + " | ".join((*cells, f"{first:.2f} s", f"{compiling:.2f} s", f"{peak:,.0f} MB")) + " |"
 
 
