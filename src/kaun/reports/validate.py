@@ -41,13 +41,15 @@ def validate(
         ValueError: when ``each`` is empty or less than 1, or there are no metrics.
 
     >>> import jax.numpy as jnp, optax, kaun
-    >>> from kaun import Data, layers, losses, reports
+    >>> from kaun import Data, layers, losses, reports, rng
     >>> x = jnp.arange(8.0).reshape(4, 2)
     >>> pairs = Data.batches((x, x @ jnp.array([[1.0], [2.0]])), batch_size=2)
     >>> trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.adam(0.1))
     >>> train = pairs.with_loss(losses.mse)
     >>> validation = reports.validate(trainer, pairs, {"mse": losses.mse}, each=train)
-    >>> state = trainer.fit(trainer.init(), train.epochs(50), report=validation)
+    >>> with rng.scope(0):
+    ...     state = trainer.init()
+    >>> state = trainer.fit(state, train.epochs(50), report=validation)
     >>> [step for step, values in validation.results][-2:], validation.latest["mse"] < 0.5
     ([98, 100], True)
     """
