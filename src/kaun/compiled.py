@@ -39,6 +39,7 @@ _SMALL = 1 << 20  # bytes of a state whose memory is not worth saving
 _STAGES = 4
 _SAME: Mapping[int, Rows] = {}
 
+
 class Programs:
     """The compiled programs of one trainer: a bounded table, least recently used out first.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from kaun.call import Call
 from kaun.context import Context
 from kaun.data import Data
 from kaun.errors import CaptureError
+from kaun.runs import opened
 from kaun.scoring import Metric, Scores, checked, summed
 from kaun.totals import AHEAD, Lagging
 
@@ -29,7 +30,11 @@ def evaluate(run: Callable[[Call], Any], data: Any, metrics: Any, ctx: Context |
     metrics = checked("evaluate", metrics)
     scores = Scores(metrics)
     number = 0
-    with _items(data) as items:
+    expected = (
+        f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
+        "From arrays write Data.batches((x, y), batch_size=256)."
+    )
+    with opened(data, expected) as items:
         for number, item in enumerate(items, start=1):
             x, y, own = _split(item, number)
             # Anew for each item, as a loss is: a metric may read what changes between two of them.
@@ -73,24 +78,6 @@ def _no_items(where: str) -> ValueError:
         f"{where} received no items: the data is empty. An iterator or generator that was used up gives nothing the "
         "second time; pass a list, a kaun.Data, or make a new one."
     )
-
-
-@contextlib.contextmanager
-def _items(data: Any) -> Generator[Iterator[Any]]:
-    """An iterator over the data, closed at the end if it was made here."""
-    try:
-        iterator = iter(data)
-    except TypeError:
-        raise TypeError(
-            f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
-            "From arrays write Data.batches((x, y), batch_size=256)."
-        ) from None
-    try:
-        yield iterator
-    finally:
-        close = getattr(iterator, "close", None)
-        if close is not None and iterator is not data:
-            close()
 
 
 def _split(item: Any, number: int) -> tuple[Any, Any, Context | None]:

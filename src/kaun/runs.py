@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 __all__ = [
-    "Most", "Rows", "Run", "Runs", "chained", "mapped", "of_batch", "of_item", "of_rows", "read_rows", "singly",
-    "skipped", "taken", "within",
+    "Most", "Rows", "Run", "Runs", "chained", "mapped", "of_batch", "of_item", "of_rows", "opened", "read_rows",
+    "singly", "skipped", "taken", "within",
 ]  # fmt: skip
 
 Most = Callable[[int], int]
@@ -124,6 +125,25 @@ def of_rows(
             start += count
 
     return runs
+
+
+@contextlib.contextmanager
+def opened(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
+    """An iterator over the data, closed at the end if it was made here.
+
+    Raises:
+        TypeError: with the text ``expected``, when it cannot be iterated.
+    """
+    try:
+        iterator = iter(data)
+    except TypeError:
+        raise TypeError(expected) from None
+    try:
+        yield iterator
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None and iterator is not data:
+            close()
 
 
 def singly(items: Iterator[Any]) -> Iterator[Run]:

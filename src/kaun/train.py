@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
@@ -22,7 +22,7 @@ from kaun.data import Data, runs
 from kaun.hook import Hook
 from kaun.layers.core import Layer, Vars
 from kaun.optimizer import Optimizer
-from kaun.runs import Run
+from kaun.runs import opened
 from kaun.state import TrainState
 
 __all__ = ["Loss", "Report", "Trainer"]
@@ -175,9 +175,9 @@ class Trainer(Generic[In, Out]):
         start = (state.vars, state.opt_state, state.step)
         loop = Loop(self._programs, start, key, _as_context(ctx), hook.ran, hook.compiled)
         del state, start  # where the caller does not hold it either, its memory is free once it is copied
-        step = 0
-        with _nothing_lost(now, hook), _opened(data, lambda left: hook.ahead(step, min(left, loop.room))) as found:
-            for item, count, rows in found:
+        step, most = 0, lambda left: hook.ahead(step, min(left, loop.room))
+        with _nothing_lost(now, hook), opened(data, _no_data(data)) as items:
+            for item, count, rows in runs(data, items, most):
                 loop.push(*_split(item, step + 1), count, rows)
                 step += count
                 if hook.wants(step):
@@ -330,22 +330,11 @@ def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
         hook.end()
 
 
-@contextlib.contextmanager
-def _opened(data: Iterable[Any], most: Callable[[int], int]) -> Generator[Iterator[Run]]:
-    """The data's ``runs``; its iterator is closed at the end if it was made here."""
-    try:
-        iterator = iter(data)
-    except TypeError:
-        raise TypeError(
-            f"fit expected data, a kaun.Data or an iterable of (x, loss), received {type(data).__name__}. "
-            "For one batch over and over write Data.repeat(1000, (x, loss))."
-        ) from None
-    try:
-        yield runs(data, iterator, most)
-    finally:
-        close = getattr(iterator, "close", None)
-        if close is not None and iterator is not data:
-            close()
+def _no_data(data: Any) -> str:
+    return (
+        f"fit expected data, a kaun.Data or an iterable of (x, loss), received {type(data).__name__}. "
+        "For one batch over and over write Data.repeat(1000, (x, loss))."
+    )
 
 
 def _split(item: Any, step: int) -> tuple[Any, Loss, Context | None]:
