@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kaun.blocks import capacity_of
@@ -15,7 +16,7 @@ from kaun.call import Call
 from kaun.convolutions import slow_in_loops
 from kaun.packing import Packing
 
-__all__ = ["ROWS", "Body", "Program"]
+__all__ = ["ROWS", "Body", "Program", "Ran"]
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU takes a tiny model for so costly that it
 # hands each dispatch to another thread, which costs more than their step.
@@ -23,6 +24,42 @@ ROWS = 128
 # XLA would move what does not depend on the item ahead of the loop, fuse it otherwise there, and so change the last bit
 # by whether items are stacked or not. That must not be seen in the numbers.
 _OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+class Ran(NamedTuple):
+    """Steps that were dispatched together, which may not be done yet.
+
+    first: the number of the first of them.
+    count: how many they are.
+    losses: an array at least as long.
+    names: of the other numbers.
+    numbers: these, a row for each step.
+    fault: after the last of them, as of ``kaun.guard``.
+    examples: how many each of them learns from, None where that cannot be told.
+    """
+
+    first: int
+    count: int
+    losses: jax.Array
+    names: tuple[str, ...]
+    numbers: jax.Array
+    fault: jax.Array
+    examples: int | None
+
+    @property
+    def good(self) -> int:
+        """How many of them there are before the one that ended the run; waits for them."""
+        if not np.asarray(self.fault)[0]:
+            return self.count
+        went = np.asarray(self.numbers)[: self.count, self.names.index("good")]
+        return int(np.argmin(went != 0)) if not went.all() else self.count
+
+    def values(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Loss and numbers by name, for those steps; waits for them."""
+        n = self.good
+        table = np.asarray(self.numbers)[:n]
+        losses = np.asarray(self.losses)[:n].astype(np.float32)
+        return {"loss": losses} | {name: table[:, i] for i, name in enumerate(self.names)}
 
 
 class Program:
@@ -46,13 +83,20 @@ class Body:
         capacity: how many items one dispatch may hold.
         compiled: the entries for which there is a compiled program.
         seconds: what tracing took; the first program that is compiled takes it over.
+        names: of the numbers that a step gives beside its loss, in the order of the columns.
+        traced: the jaxpr of the step.
     """
 
-    __slots__ = ("_lock", "_programs", "capacity", "compiled", "looped", "loss_dtype", "patterns", "seconds", "step")
+    __slots__ = (
+        "_lock", "_programs", "capacity", "compiled", "looped", "loss_dtype", "names", "patterns", "seconds", "step",
+        "traced",
+    )  # fmt: skip
 
     def __init__(self, step: Any, traced: Any, call: Call, seconds: float) -> None:
         self.step = step
-        self.loss_dtype = traced.out_info[0].dtype
+        self.traced = traced.jaxpr
+        loss, numbers, _, _ = traced.out_info
+        self.loss_dtype, self.names = loss.dtype, tuple(numbers)
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.capacity = capacity_of(call) if self.looped else 1
         self.seconds = seconds
@@ -74,8 +118,9 @@ class Body:
     def program(self, entry: str, pattern: tuple[bool, ...], packing: Packing | None = None) -> Program:
         """The program that runs the body over blocks stacked by a pattern, made (not yet compiled) where there is none.
 
-        It takes the state's arrays, the run's key, the number of steps, and the leaves that are not stacked and those
-        that are; it gives the losses, an array at least as long as the number of steps, and the state's arrays.
+        It takes the state's arrays, the run's key, the fault of the steps before (``kaun.guard``), the number of steps,
+        and the leaves that are not stacked and those that are; it gives the losses, an array at least as long as the
+        number of steps, the other numbers of each step, a row of float32 for each, the state's arrays and the fault.
 
         Arguments:
             entry: ``"fit"``; ``"fit in place"`` for one that takes its state's memory; ``"step"`` for one that gives
@@ -100,18 +145,20 @@ class Body:
 def _looped(body: Body, pattern: tuple[bool, ...], packing: Packing | None) -> Callable[..., Any]:
     rows = body.capacity if any(pattern) else ROWS
 
-    def run(held: list[Any], key: jax.Array, count: Any, shared: list[Any], stacked: list[Any]) -> Any:
+    def run(held: list[Any], key: jax.Array, fault: Any, count: Any, shared: list[Any], stacked: list[Any]) -> Any:
         def one(i: Any, carried: Any) -> Any:
-            leaves, losses = carried
+            leaves, fault, losses, rest = carried
             given = iter(shared)
             sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
             item = [next(sliced) if many else next(given) for many in pattern]
-            loss, leaves = body.step(leaves, key, item)
-            return leaves, lax.dynamic_update_index_in_dim(losses, loss, i, 0)
+            loss, numbers, leaves, fault = body.step(leaves, key, item, fault)
+            losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
+            return leaves, fault, losses, lax.dynamic_update_index_in_dim(rest, _row(body, numbers), i, 0)
 
         leaves = packing.unpack(held) if packing else held
-        leaves, losses = lax.fori_loop(0, count, one, (leaves, jnp.zeros(rows, body.loss_dtype)))
-        return losses, packing.pack(leaves) if packing else leaves
+        losses, rest = jnp.zeros(rows, body.loss_dtype), jnp.zeros((rows, len(body.names)), jnp.float32)
+        leaves, fault, losses, rest = lax.fori_loop(0, count, one, (leaves, fault, losses, rest))
+        return losses, rest, packing.pack(leaves) if packing else leaves, fault
 
     return run
 
@@ -119,16 +166,21 @@ def _looped(body: Body, pattern: tuple[bool, ...], packing: Packing | None) -> C
 def _straight(body: Body, packing: Packing | None) -> Callable[..., Any]:
     """One step without a loop, for what XLA runs badly inside of one."""
 
-    def run(held: list[Any], key: jax.Array, count: Any, shared: list[Any], stacked: list[Any]) -> Any:
-        loss, leaves = body.step(packing.unpack(held) if packing else held, key, shared)
-        return loss[None], packing.pack(leaves) if packing else leaves
+    def run(held: list[Any], key: jax.Array, fault: Any, count: Any, shared: list[Any], stacked: list[Any]) -> Any:
+        leaves = packing.unpack(held) if packing else held
+        loss, numbers, leaves, fault = body.step(leaves, key, shared, fault)
+        return loss[None], _row(body, numbers)[None], packing.pack(leaves) if packing else leaves, fault
 
     return run
 
 
+def _row(body: Body, numbers: dict[str, jax.Array]) -> jax.Array:
+    return jnp.stack([numbers[name] for name in body.names])
+
+
 def _first_loss(run: Callable[..., Any]) -> Callable[..., Any]:
     def step(*arguments: Any) -> Any:
-        losses, leaves = run(*arguments)
+        losses, _, leaves, _ = run(*arguments)
         return losses[0], leaves
 
     return step

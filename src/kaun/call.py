@@ -61,6 +61,12 @@ class Call:
         return join(x_def, leaves[:n]), leaves[n : n + m], join(ctx_def, leaves[n + m :])
 
     @property
+    def examples(self) -> int | None:
+        """The length of x's first array along its first axis, None where it has none."""
+        shape = np.shape(self.leaves[0]) if self.static[3] else ()
+        return shape[0] if shape else None
+
+    @property
     def loss_key(self) -> Any:
         """The loss as ``lift.take_apart`` gave it."""
         return self.static[0]

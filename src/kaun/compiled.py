@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kaun import tree
 from kaun.blocks import Stage
-from kaun.body import ROWS, Body, Program
+from kaun.body import ROWS, Body, Program, Ran
 from kaun.call import Call
 from kaun.compilations import Compilation, Record
 from kaun.context import Context
+from kaun.guard import as_before, no_fault
 from kaun.packing import pack, packing_of, unpack
 from kaun.runs import Rows
 from kaun.staging import scored, staged
@@ -44,7 +44,8 @@ class Programs:
     """The compiled programs of one trainer: a bounded table, least recently used out first.
 
     Arguments:
-        advance: ``advance(carry, key, x, ctx, loss, training) -> (loss, carry)``, one pure training step.
+        advance: ``advance(carry, key, x, ctx, loss, training, fault) -> (loss, numbers, carry, fault)``, one pure
+            training step; numbers are scalars by name, and the fault as of ``kaun.guard``.
         forward: ``forward(carry, key, x, ctx) -> output``, the model in evaluation mode.
         capacity: how many bodies are kept, each with its programs.
     """
@@ -72,7 +73,8 @@ class Programs:
         """The loss and the leaves after one step; what it was given stays as it is."""
         body = self.body(structure, leaves, key, call, training)
         program = body.program("step", (False,) * len(call.leaves))
-        return self._run(program, "step", call, training, (leaves, key, _number(1), call.owned(), []), body)
+        arguments = (leaves, key, no_fault(), _number(1), call.owned(), [])
+        return self._run(program, "step", call, training, arguments, body)
 
     def body(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
         """The body of a step for a call, traced where there is none: here the user's own code runs."""
@@ -127,15 +129,15 @@ class Programs:
     def _trace(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
         split, loss_key = call.split, call.loss_key
 
-        def step(leaves: list[Any], key: jax.Array, given: list[Any]) -> tuple[jax.Array, list[Any]]:
+        def step(leaves: list[Any], key: jax.Array, given: list[Any], fault: jax.Array) -> Any:
             carry = jax.tree_util.tree_unflatten(structure, leaves)
             x, arrays, ctx = split(given)
             loss = lambda output: staged(loss_key, arrays, output)
-            value, after = self._advance(carry, key, x, ctx, loss, training)
-            return value, _as_before(carry, after)
+            value, numbers, after, fault = self._advance(carry, key, x, ctx, loss, training, fault)
+            return value, numbers, jax.tree_util.tree_leaves(as_before(carry, after)), fault
 
         start, jitted = time.perf_counter(), jax.jit(step)
-        traced = jitted.trace(list(leaves), key, call.leaves)
+        traced = jitted.trace(list(leaves), key, call.leaves, no_fault())
         return Body(jitted, traced, call, time.perf_counter() - start)
 
     def _forward_of(self, entry: str, structure: Any, call: Call) -> Program:
@@ -161,8 +163,11 @@ class Loop:
         carry: the state to start from, a pytree; it stays as it is.
         key: the run's key.
         ctx: the Context of every step.
-        ran: called after each dispatch with the number of its steps and their losses, an array at least as long.
+        ran: called after each dispatch.
         compiled: called after each compilation with the seconds it took.
+        failed: gives the exception for a step that went wrong (``kaun.guard``), by its number, loss and fault; None
+            where no step can.
+        done: how many steps were run before.
     """
 
     def __init__(
@@ -171,10 +176,14 @@ class Loop:
         carry: Any,
         key: jax.Array,
         ctx: Context | None,
-        ran: Callable[[int, jax.Array], None] = lambda count, losses: None,
+        ran: Callable[[Ran], None] = lambda ran: None,
         compiled: Callable[[float], None] = lambda seconds: None,
+        failed: Callable[[int, float, Any], Exception] | None = None,
+        done: int = 0,
     ) -> None:
         self._programs, self._key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
+        self._failed, self._begun = failed, done + 1
+        self.failed = False  # whether a step went wrong, and that was told
         leaves, self._def = jax.tree_util.tree_flatten(carry)
         # Shapes and dtypes of the state: the arrays themselves must not be held on to.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
@@ -182,13 +191,12 @@ class Loop:
         # Memory is what a small state does not need to save; and what is never overwritten needs no copies.
         self._in_place = self._packing is None and sum(a.nbytes for a in leaves) > _SMALL
         # Whether these arrays are in the loop's own form (packed, or memory to be overwritten), the arrays, and the
-        # losses of the newest dispatch with their number. One tuple, because an interrupt may come between any two
-        # assignments.
-        self._held: tuple[bool, list[Any], Any, int] = (False, leaves, None, 0)
+        # newest dispatch. One tuple, because an interrupt may come between any two assignments.
+        self._held: tuple[bool, list[Any], Ran | None] = (False, leaves, None)
         self._done: deque[Any] = deque(maxlen=1)
         self._stages: OrderedDict[Hashable, tuple[Stage, Body, Call]] = OrderedDict()
         self._open: tuple[Stage, Body, Call] | None = None
-        self._flight: deque[tuple[Any, int]] = deque()
+        self._flight: deque[Ran] = deque()
         self._finished = time.perf_counter()
         self._limit = _BEGIN
 
@@ -199,9 +207,33 @@ class Loop:
 
     @property
     def loss(self) -> Any:
-        """The loss of the last step that was run; waits for it."""
-        _, _, losses, count = self._held
-        return np.asarray(losses)[count - 1]  # indexed on the device it would be a dispatch of its own
+        """The loss of the last step that was run; waits for it.
+
+        Raises:
+            Exception: what ``failed`` gives for the first step that went wrong.
+        """
+        self.wait()
+        ran = self._held[2]
+        assert ran is not None
+        return np.asarray(ran.losses)[ran.count - 1]  # indexed on the device it would be a dispatch of its own
+
+    def wait(self) -> None:
+        """Wait for the steps that were dispatched, where one of them may have gone wrong.
+
+        Raises:
+            Exception: what ``failed`` gives for the first step that did.
+        """
+        while self._failed is not None and self._flight:
+            self._check(self._flight.popleft())
+
+    def failure(self) -> Exception | None:
+        """The exception for the first step that went wrong, where one did of which nobody knows yet."""
+        try:
+            if not self.failed:
+                self.wait()
+        except Exception as error:
+            return error
+        return None
 
     def push(
         self,
@@ -242,11 +274,11 @@ class Loop:
         """The state after the last step that was pushed."""
         self.flush()
         self._take()
-        own, arrays, losses, count = self._held
+        own, arrays, ran = self._held
         if own and self._packing is not None:
             return jax.tree_util.tree_unflatten(self._def, unpack(self._packing, arrays))
         if self._in_place:
-            self._held = (False, arrays, losses, count)  # the loop goes on with a copy
+            self._held = (False, arrays, ran)  # the loop goes on with a copy
         return jax.tree_util.tree_unflatten(self._def, arrays)
 
     def _stage(self, call: Call) -> tuple[Stage, Body, Call]:
@@ -276,36 +308,47 @@ class Loop:
     ) -> None:
         entry = "fit in place" if self._in_place else "fit"
         program = body.program(entry, pattern, self._packing)
-        own, arrays, losses, before = self._held
+        own, arrays, ran = self._held
         if not own and self._in_place:
             for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
                 arrays[i] = _copy(arrays[i])
-            self._held = (True, arrays, losses, before)
+            self._held = (True, arrays, ran)
         elif not own and self._packing is not None:
-            self._held = (True, pack(self._packing, arrays), losses, before)
-        arguments = (self._held[1], self._key, _number(count), shared, stacked)
+            self._held = (True, pack(self._packing, arrays), ran)
+        first, fault = (self._begun, no_fault()) if ran is None else (ran.first + ran.count, ran.fault)
+        arguments = (self._held[1], self._key, fault, _number(count), shared, stacked)
         if program.fresh:
             self._compiled(self._programs.compile(program, entry, call, True, arguments, body))
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not find the state given away and its successor in nobody's hands.
-        self._done.extend(zip(itertools.starmap(program.run, (arguments,)), (count,), strict=False))
+        about = (first, count, body, call)
+        self._done.extend(zip(itertools.starmap(program.run, (arguments,)), (about,), strict=False))
         self._take()
-        self._ran(count, self._held[2])
-        self._pace(count)
+        ran = self._held[2]
+        assert ran is not None
+        self._ran(ran)
+        self._pace(ran)
 
     def _take(self) -> None:
         if self._done:
-            (losses, arrays), count = self._done[0]
-            self._held = (True, arrays, losses, count)
+            (losses, numbers, arrays, fault), (first, count, body, call) = self._done[0]
+            self._held = (True, arrays, Ran(first, count, losses, body.names, numbers, fault, call.examples))
             self._done.clear()
 
-    def _pace(self, count: int) -> None:
+    def _check(self, ran: Ran) -> None:
+        if self._failed is not None and (fault := np.asarray(ran.fault))[0]:
+            self.failed = True
+            raise self._failed(ran.first + ran.good, float(np.asarray(ran.losses)[ran.good]), fault)
+
+    def _pace(self, ran: Ran) -> None:
         """Wait for the last dispatch but two, and let blocks grow until one takes long enough to hide its dispatch."""
-        self._flight.append((self._held[2], count))
+        self._flight.append(ran)
         if len(self._flight) <= _IN_FLIGHT:
             return
-        losses, count = self._flight.popleft()
-        losses.block_until_ready()
+        ran = self._flight.popleft()
+        ran.losses.block_until_ready()
+        self._check(ran)
+        count = ran.count
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
         # The clock decides how many steps share a dispatch, which changes no bit of them.
@@ -330,17 +373,3 @@ def _copied(leaf: Any) -> Any:
 def _number(count: int) -> jax.Array:
     with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
         return jnp.asarray(count, jnp.int32)
-
-
-def _as_before(carry: Any, after: Any) -> list[Any]:
-    """The leaves after a step, in the structure, shapes and dtypes of those before it."""
-    changed = tree.difference(carry, after)
-    if changed or jax.tree_util.tree_structure(carry) != jax.tree_util.tree_structure(after):
-        listed = "\n  ".join(changed[:10]) or f"{jax.tree_util.tree_structure(after)}"
-        raise TypeError(
-            "A step must give back a state of the structure, shapes and dtypes that it was given, but the model's or "
-            f"the optimizer's state changed (expected is before, found after the step):\n  {listed}\n"
-            "Keep the dtype in apply or update with new.astype(old.dtype)."
-        )
-    pairs = zip(jax.tree_util.tree_leaves(carry), jax.tree_util.tree_leaves(after), strict=True)
-    return [jax.lax.convert_element_type(new, old.dtype) if new.weak_type else new for old, new in pairs]

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CaptureError", "EarlyStop", "MissingContext", "RecompilationWarning", "locate"]
+__all__ = ["CaptureError", "EarlyStop", "MissingContext", "NonFiniteLoss", "RecompilationWarning", "locate"]
 
 
 class EarlyStop(Exception):
@@ -17,6 +17,20 @@ class EarlyStop(Exception):
     ...     if loss < 0.01:
     ...         raise kaun.EarlyStop
     """
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A step's loss or gradient is nan or infinite; the state before that step is its ``kaun_state``.
+
+    Attributes:
+        step: the number of the step in this fit.
+        loss: its loss.
+        parameters: the paths of the first parameters whose gradient is not finite.
+    """
+
+    def __init__(self, message: str, step: int, loss: float, parameters: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.step, self.loss, self.parameters = step, loss, parameters
 
 
 class CaptureError(TypeError):

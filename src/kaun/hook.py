@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from kaun.body import Ran
 from kaun.errors import EarlyStop, locate
 
 __all__ = ["Hook"]
@@ -47,14 +49,19 @@ class Hook:
 
     Arguments:
         report: a function ``(step, loss, state)``, or an object with more of the protocol in ``kaun.reports.core``.
-        total: how many steps the fit will take, None where that is not known.
+        total: the number of the fit's last step, None where that is not known.
+        done: how many steps were done before, in a run that goes on.
+        before: ``state.step`` before the fit's first step.
+        skips: whether steps whose numbers are not finite are left out.
 
     Raises:
         TypeError: when the report cannot be called, or not with three arguments.
         ValueError: when it watches a value that nothing in it measures.
     """
 
-    def __init__(self, report: Callable[..., Any] | None, total: int | None) -> None:
+    def __init__(
+        self, report: Callable[..., Any] | None, total: int | None, done: int = 0, before: Any = 0, skips: bool = False
+    ) -> None:
         if report is not None and not callable(report):
             raise TypeError(
                 f"report expected a function (step, loss, state) -> None, received {report!r}. Write "
@@ -68,19 +75,21 @@ class Hook:
         self._end: Callable[[], None] | None = getattr(report, "end", None)
         self._compiled: Callable[[float], None] | None = getattr(report, "compiled", None)
         _check_names(report)
-        self._waiting: list[tuple[int, Any]] = []
+        self._waiting: list[Ran] = []
         self._steps = 0
-        self._first = 1
         self._next = time.monotonic() + _PATIENCE
-        self._total = total
-        self._asked = 0
-        self._wanted = 0
+        self._total, self._done, self._before, self._skips = total, done, before, skips
+        self._asked = done
+        self._wanted = done
+        self._clock = time.perf_counter()
+        self._seconds = 0.0  # of compilation since then
 
     def begin(self) -> None:
         """Tell the report that the fit begins: with the number of its first step and of its last, where known."""
+        self._clock = time.perf_counter()
         begin = getattr(self._report, "begin", None)
         if begin is not None:
-            begin(1, self._total)
+            begin(self._done + 1, self._total)
 
     def ahead(self, done: int, most: int) -> int:
         """How many steps after those done may run before the report is called, at most ``most``."""
@@ -108,20 +117,19 @@ class Hook:
         if self._wants(self._asked):
             self._wanted = self._asked
 
-    def ran(self, count: int, losses: Any) -> None:
-        """Take the losses of a block of steps, which may not be done yet."""
+    def ran(self, ran: Ran) -> None:
+        """Take the numbers of a block of steps, which may not be done yet."""
         if self._block is None:
             return
-        self._waiting.append((count, losses))
-        self._steps += count
+        self._waiting.append(ran)
+        self._steps += ran.count
         if self._steps >= _BLOCK or time.monotonic() >= self._next:
-            ready = bisect.bisect_left(self._waiting, True, key=lambda block: not block[1].is_ready())
+            ready = bisect.bisect_left(self._waiting, True, key=lambda ran: not ran.losses.is_ready())
             self._deliver(ready)
 
     def stops(self, step: int, loss: Any, state: Any) -> bool:
         """Call the report; whether it asked to stop. This waits for the step to be done."""
-        if self._block is not None:
-            self._deliver(len(self._waiting))
+        self._deliver(len(self._waiting))
         assert self._report is not None
         try:
             self._report(step, float(loss), state)
@@ -131,11 +139,12 @@ class Hook:
 
     def compiled(self, seconds: float) -> None:
         """Tell the report that a program was compiled, and how long that took."""
+        self._seconds += seconds
         if self._compiled is not None:
             self._compiled(seconds)
 
     def finish(self) -> None:
-        """Hand over the losses that are left, as they get ready."""
+        """Hand over the numbers that are left, as they get ready."""
         while self._waiting:
             self._deliver(1)
 
@@ -147,8 +156,28 @@ class Hook:
     def _deliver(self, blocks: int) -> None:
         ready, self._waiting = self._waiting[:blocks], self._waiting[blocks:]
         self._next = time.monotonic() + _PATIENCE
-        if ready and self._block is not None:
-            count = sum(n for n, _ in ready)
-            first, self._first, self._steps = self._first, self._first + count, self._steps - count
-            losses = np.concatenate([np.asarray(losses)[:n] for n, losses in ready])
-            self._block(first, {"loss": losses.astype(np.float32)})
+        self._steps -= sum(ran.count for ran in ready)
+        values = [(ran, ran.values()) for ran in ready]  # waits
+        taken = sum(len(v["loss"]) for _, v in values)
+        now = time.perf_counter()
+        seconds = max(now - self._clock - self._seconds, 0.0) / max(taken, 1)
+        self._clock, self._seconds = now, 0.0
+        for _, group in itertools.groupby(values, lambda pair: pair[0].names):
+            members = list(group)
+            joined = {name: np.concatenate([v[name] for _, v in members]) for name in members[0][1]}
+            if self._block is not None and len(joined["loss"]):
+                first = members[0][0].first
+                examples = [np.full(len(v["loss"]), ran.examples or np.nan) for ran, v in members]
+                self._block(first, self._completed(first, joined, np.concatenate(examples), seconds))
+
+    def _completed(self, first: int, values: dict[str, Any], examples: Any, seconds: float) -> dict[str, Any]:
+        """What the block of a report gets: numbers of the steps, with their place and their speed."""
+        n = len(values["loss"])
+        good = values.pop("good", None)
+        values["step"] = np.arange(n) + (int(self._before) - self._done + first)
+        values["step_time"] = np.full(n, seconds, np.float32)
+        if not np.isnan(examples).any():
+            values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
+        if self._skips and good is not None:
+            values["skipped"] = good == 0
+        return values

@@ -14,7 +14,7 @@ import optax
 from kaun import tree
 from kaun.errors import locate
 
-__all__ = ["Optimizer", "check_trainable", "fresh_state", "update"]
+__all__ = ["Optimizer", "check_trainable", "fresh_state", "learning_rate", "update"]
 
 
 class Optimizer(Protocol):
@@ -78,6 +78,15 @@ def update(
     with _as_optax_expects():
         updates, opt_state = _updates(optimizer, gradient, opt_state, params, extra)
         return optax.apply_updates(params, updates), opt_state
+
+
+def learning_rate(opt_state: Any) -> Any:
+    """The learning rate in an optimizer's state, where ``optax.inject_hyperparams`` put one; None elsewhere."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
+        if names == ["hyperparams", "learning_rate"] and leaf.ndim == 0:
+            return leaf
+    return None
 
 
 def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 from kaun import rebuild, rng, scoring, tree
@@ -14,11 +16,17 @@ from kaun.errors import CaptureError, locate
 from kaun.grad import check_scalar
 from kaun.rebuild import Rebuilt
 
-__all__ = ["scored", "staged"]
+__all__ = ["RESERVED", "scored", "staged"]
+
+RESERVED = frozenset(
+    {"examples_per_second", "good", "grad_norm", "learning_rate", "loss", "skipped", "step", "step_time"}
+)
 
 
-def staged(key: Any, arrays: Sequence[Any], output: Any) -> jax.Array:
+def staged(key: Any, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a model's output, a scalar, with every array that the loss captures given from outside.
+
+    And the other scalars that the loss returned beside it, by name, in float32.
 
     Arguments:
         key: the loss as ``lift.take_apart`` gave it.
@@ -30,7 +38,7 @@ def staged(key: Any, arrays: Sequence[Any], output: Any) -> jax.Array:
         TypeError, ValueError: when it does not return a real floating scalar.
     """
     function = rebuild.subject(key)
-    check = lambda value: check_scalar(value, function, source="the model's output", role="loss")
+    check = functools.partial(_with_scalars, function)
     try:
         return _staged(key, arrays, (output,), check, "loss")
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
@@ -39,6 +47,26 @@ def staged(key: Any, arrays: Sequence[Any], output: Any) -> jax.Array:
             "jnp.where(c, a, b) for an if, jnp for np, and read numbers in report(step, loss, state)."
         )
         raise
+
+
+def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    scalar = functools.partial(check_scalar, source="the model's output", role="loss")
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
+        return scalar(returned, function), {}
+    value, given = scalar(returned[0], function), dict(returned[1])
+    wrong = [n for n, v in given.items() if not isinstance(n, str) or n in RESERVED or np.shape(v) != () or not _real(v)]
+    if wrong:
+        name = wrong[0]
+        why = "the name is kaun's own" if name in RESERVED else f"received {tree.describe(given[name])}"
+        raise TypeError(
+            f"loss {locate(function)} must return (loss, dict of scalars by name); {name!r}: {why}. A scalar is a real "
+            f"number or an array of shape (): jnp.mean(value). Names that are taken: {', '.join(sorted(RESERVED))}."
+        )
+    return value, {name: jnp.asarray(v).astype(jnp.float32) for name, v in sorted(given.items())}
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or (tree.is_array(value) and value.dtype.kind in "biufV")
 
 
 def scored(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any, targets: Any) -> scoring.Packed:

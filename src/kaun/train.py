@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from kaun import evaluation, optimizer, rng, tree
+from kaun import evaluation, guard, optimizer, rng, tree
 from kaun.call import Call
 from kaun.compiled import Compilation, Loop, Programs
 from kaun.context import Context
 from kaun.data import Data, runs
 from kaun.hook import Hook
+from kaun.items import Loss, as_context, as_loss, length, no_data, no_items, split
 from kaun.layers.core import Layer, Vars
 from kaun.optimizer import Optimizer
 from kaun.runs import opened
@@ -29,12 +31,6 @@ __all__ = ["Loss", "Report", "Trainer"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-
-class Loss(Protocol):
-    """The scalar loss of a model's output; what belongs to the batch (labels) is in its closure."""
-
-    def __call__(self, output: Any, /) -> jax.Array: ...
 
 
 class Report(Protocol):
@@ -54,9 +50,13 @@ class Trainer(Generic[In, Out]):
         model: a ``Layer``.
         optimizer: any object with optax's ``init`` and ``update``. Those that take extra arguments (line searches,
             ``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``) receive ``value``, ``grad`` and ``value_fn``.
+        on_nonfinite: what becomes of a step whose loss or gradient is nan or infinite. ``"raise"``, the default: it
+            changes nothing, and ``fit`` raises ``NonFiniteLoss``; ``"skip"``: it changes nothing but ``state.step``,
+            and ``fit`` goes on; ``"ignore"``: it is a step like any other. ``step`` never raises.
 
     Raises:
         TypeError: when the model is not a Layer, or the optimizer has no ``init`` or ``update``.
+        ValueError: for another ``on_nonfinite``.
 
     >>> import jax.numpy as jnp, optax, kaun
     >>> from kaun import Data, layers, losses, rng
@@ -71,6 +71,7 @@ class Trainer(Generic[In, Out]):
 
     model: Layer[In, Out]
     optimizer: Optimizer
+    on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
     _programs: Programs = dataclasses.field(init=False, repr=False, compare=False)
     _expected: dict[Any, Any] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict[Any, Any])
 
@@ -87,6 +88,11 @@ class Trainer(Generic[In, Out]):
             raise TypeError(
                 "Trainer(optimizer=...) expected an object with init and update, as optax's have, received "
                 f"{self.optimizer!r}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
+            )
+        if self.on_nonfinite not in guard.MODES:
+            raise ValueError(
+                f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, guard.MODES))}, received "
+                f"{self.on_nonfinite!r}."
             )
         object.__setattr__(self, "_programs", Programs(self._advance, self._forward))
 
@@ -141,7 +147,7 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: for an input or loss of the wrong kind.
         """
         self._check_state(state, "step")
-        call = Call(x, _as_loss(loss), _as_context(ctx))
+        call = Call(x, as_loss(loss), as_context(ctx))
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
         value, leaves = self._programs.step(structure, leaves, state.key, call, bool(training))
         return value, _state(jax.tree_util.tree_unflatten(structure, leaves), state.key)
@@ -170,26 +176,24 @@ class Trainer(Generic[In, Out]):
                 ``kaun_state``.
         """
         self._check_state(state, "fit")
-        hook = Hook(report, total=_length(data))
-        key, now = state.key, lambda: _state(loop.carry(), key)
+        hook = Hook(report, length(data), before=state.step, skips=self.on_nonfinite == "skip")
+        key, now = state.key, lambda: _state(loop.carry(), key, loop.failed)
         start = (state.vars, state.opt_state, state.step)
-        loop = Loop(self._programs, start, key, _as_context(ctx), hook.ran, hook.compiled)
+        loop = Loop(self._programs, start, key, as_context(ctx), hook.ran, hook.compiled, self._failure(state))
         del state, start  # where the caller does not hold it either, its memory is free once it is copied
         step, most = 0, lambda left: hook.ahead(step, min(left, loop.room))
-        with _nothing_lost(now, hook), opened(data, _no_data(data)) as items:
+        with _nothing_lost(loop, now, hook), opened(data, no_data(data)) as items:
             for item, count, rows in runs(data, items, most):
-                loop.push(*_split(item, step + 1), count, rows)
+                loop.push(*split(item, step + 1), count, rows)
                 step += count
                 if hook.wants(step):
                     loop.flush()
                     if _stops(hook, step, loop.loss, now):
                         break
             if step == 0:
-                raise ValueError(
-                    "fit received no items: the data is empty. An iterator or generator that was used up gives nothing "
-                    "the second time; pass a list, a kaun.Data, or make a new one."
-                )
+                raise no_items()
             loop.flush()
+            loop.wait()
             hook.finish()
         return now()
 
@@ -206,7 +210,7 @@ class Trainer(Generic[In, Out]):
             ValueError: for a Data without items, or whose outputs differ in more than axis 0.
         """
         self._check_state(state, "predict")
-        run, ctx = self._runner("predict", state), _as_context(ctx)
+        run, ctx = self._runner("predict", state), as_context(ctx)
         return evaluation.predict(run, x, ctx) if isinstance(x, Data) else run(Call(x, None, ctx))
 
     def evaluate(
@@ -247,15 +251,15 @@ class Trainer(Generic[In, Out]):
         {'accuracy': 1.0, 'rows': 1.5}
         """
         self._check_state(state, "evaluate")
-        return evaluation.evaluate(self._runner("evaluate", state), data, metrics, _as_context(ctx))
+        return evaluation.evaluate(self._runner("evaluate", state), data, metrics, as_context(ctx))
 
     def _runner(self, entry: str, state: TrainState) -> Callable[[Call], Any]:
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
         return lambda call: self._programs.run(entry, structure, leaves, state.key, call)
 
     def _advance(
-        self, carry: Any, key: jax.Array, x: Any, ctx: Context, loss: Callable[[Any], jax.Array], training: bool
-    ) -> tuple[jax.Array, Any]:
+        self, carry: Any, key: jax.Array, x: Any, ctx: Context, loss: Callable[[Any], Any], training: bool, fault: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
         """One step, as it is compiled: forward pass, loss, gradient, update."""
         vars, opt_state, step = carry
         self._check(vars)
@@ -264,12 +268,27 @@ class Trainer(Generic[In, Out]):
         def objective(params: Any) -> tuple[jax.Array, Any]:
             with rng.scope(step_key):
                 output, after = self.model.apply(vars.replace(params=params), x, training=training, ctx=ctx)
-                return loss(output), after.state
+                value, scalars = loss(output)
+                return value, (after.state, scalars)
 
-        (value, layer_state), gradient = jax.value_and_grad(objective, has_aux=True)(vars.params)
-        value_fn = lambda params: objective(params)[0]
-        params, opt_state = optimizer.update(self.optimizer, gradient, opt_state, vars.params, value, value_fn)
-        return value, (vars.replace(params=params, state=layer_state), opt_state, step + 1)
+        (value, (layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(vars.params)
+
+        def update() -> tuple[Vars, Any]:
+            value_fn = lambda params: objective(params)[0]
+            params, after = optimizer.update(self.optimizer, gradient, opt_state, vars.params, value, value_fn)
+            return vars.replace(params=params, state=layer_state), after
+
+        step = step + (fault[0] == 0).astype(jnp.int32)
+        before = (vars, opt_state)
+        after, numbers, fault = guard.guarded(self.on_nonfinite, value, gradient, update, before, fault)
+        rate = optimizer.learning_rate(after[1])
+        rates = {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
+        return value, {**numbers, **rates, **scalars}, (*after, step), fault
+
+    def _failure(self, state: TrainState) -> Callable[[int, float, Any], Exception] | None:
+        if self.on_nonfinite != "raise":
+            return None
+        return functools.partial(guard.failure, jax.tree_util.tree_structure(state.vars.params))
 
     def _forward(self, carry: Any, key: jax.Array, x: Any, ctx: Context) -> Any:
         vars, step = carry
@@ -297,9 +316,10 @@ class Trainer(Generic[In, Out]):
             raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
 
 
-def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
+def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array, failed: bool = False) -> TrainState:
     vars, opt_state, step = carry
-    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)
+    # A step that went wrong changes nothing but its number.
+    return TrainState(vars=vars, opt_state=opt_state, step=step - 1 if failed else step, key=key)
 
 
 def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:
@@ -316,62 +336,22 @@ def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> b
 
 
 @contextlib.contextmanager
-def _nothing_lost(now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
+def _nothing_lost(loop: Loop, now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
     try:
         hook.begin()
         yield
     except BaseException as error:
+        first: BaseException = error
         with contextlib.suppress(Exception):
             now()  # the steps whose items came before this are run
+            first = loop.failure() or error
             hook.finish()
-        error.kaun_state = now()  # pyright: ignore[reportAttributeAccessIssue]
-        raise
+        first.kaun_state = now()  # pyright: ignore[reportAttributeAccessIssue]
+        if first is error:
+            raise
+        raise first from error
     finally:
         hook.end()
-
-
-def _no_data(data: Any) -> str:
-    return (
-        f"fit expected data, a kaun.Data or an iterable of (x, loss), received {type(data).__name__}. "
-        "For one batch over and over write Data.repeat(1000, (x, loss))."
-    )
-
-
-def _split(item: Any, step: int) -> tuple[Any, Loss, Context | None]:
-    if isinstance(item, (tuple, list)) and len(item) in (2, 3) and callable(item[1]):
-        ctx = item[2] if len(item) == 3 else None
-        if ctx is None or isinstance(ctx, Context):
-            return item[0], cast("Loss", item[1]), ctx
-    if isinstance(item, (tuple, list)):
-        received = f"a {type(item).__name__} of ({', '.join(map(tree.describe, item))})"
-    else:
-        received = tree.describe(item)
-    raise TypeError(
-        "fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item "
-        f"{step} is {received}. From (x, y) pairs make them with data.with_loss(losses.mse)."
-    )
-
-
-def _as_loss(loss: Any) -> Loss:
-    if not callable(loss):
-        raise TypeError(
-            f"step(loss=...) expected a function of the model's output, received {tree.describe(loss)}. "
-            "Write loss=lambda output: losses.mse(output, y)."
-        )
-    return cast("Loss", loss)
-
-
-def _as_context(ctx: Any) -> Context | None:
-    if ctx is not None and not isinstance(ctx, Context):
-        raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
-    return ctx
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
 
 
 def _shapes(model: Layer[Any, Any], dtype: Any) -> Any:

@@ -1,0 +1,74 @@
+"""What the guard against numbers that are not finite costs: `python -m bench.guard mlp cnn gpt adam50m`.
+
+One process, three trainers in turn: with the guard, with ``on_nonfinite="ignore"`` (which still takes the norm of the
+gradient), and "bare", a step without either. The medians, and the ratios to bare within each round.
+"""
+
+import contextlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import kaun
+from bench.runners import by_kaun
+from bench.workloads import WORKLOADS
+from kaun import Data, guard, losses, rng
+
+KINDS = {"raise": "raise", "skip": "skip", "ignore": "ignore", "bare": "ignore"}
+
+
+@contextlib.contextmanager
+def bare():
+    """Steps that are traced in here take no norm and have no guard."""
+    guarded = guard.guarded
+    guard.guarded = lambda mode, value, gradient, update, before, fault: (
+        update(),
+        {"grad_norm": jnp.zeros((), jnp.float32)},
+        fault,
+    )
+    try:
+        yield
+    finally:
+        guard.guarded = guarded
+
+
+def measure(name: str, rounds: int) -> dict[str, list[float]]:
+    workload = WORKLOADS[name]
+    x, y = workload.data()
+    model, vars = by_kaun.own(workload)
+    loss = losses.binary_cross_entropy if workload.binary else losses.cross_entropy_sparse
+    with rng.scope(0):
+        batches = Data.batches((x, y), workload.batch, shuffle=True).with_loss(loss)
+    data = Data.repeat(workload.steps, next(iter(batches))) if workload.repeats else batches
+    trainers = {}
+    for kind, mode in KINDS.items():
+        with rng.scope(0):
+            trainer = kaun.Trainer(model=model, optimizer=optax.adam(workload.rate), on_nonfinite=mode)
+            state = trainer.make_state(vars)
+        with bare() if kind == "bare" else contextlib.nullcontext():
+            jax.block_until_ready(trainer.fit(state, data).vars)
+        trainers[kind] = trainer, state
+    found = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind, (trainer, state) in trainers.items():
+            start = time.perf_counter()
+            jax.block_until_ready(trainer.fit(state, data).vars)
+            found[kind].append((time.perf_counter() - start) / workload.steps)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    rounds = int(arguments.pop(0)) if arguments and arguments[0].isdigit() else 15
+    for name in arguments or ["mlp", "cnn", "gpt", "adam50m"]:
+        found = measure(name, rounds if WORKLOADS[name].steps > 10 else max(3, rounds // 3))
+        for kind, seconds in found.items():
+            ratio = statistics.median(a / b for a, b in zip(seconds, found["bare"], strict=True))
+            print(f"{name:8} {kind:7} {statistics.median(seconds) * 1e3:9.4f} ms  {ratio:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
