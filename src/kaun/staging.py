@@ -54,7 +54,7 @@ def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, ja
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
         return scalar(returned, function), {}
     value, given = scalar(returned[0], function), dict(returned[1])
-    wrong = [n for n, v in given.items() if not isinstance(n, str) or n in RESERVED or np.shape(v) != () or not _real(v)]
+    wrong = [name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not _is_scalar(v)]
     if wrong:
         name = wrong[0]
         why = "the name is kaun's own" if name in RESERVED else f"received {tree.describe(given[name])}"
@@ -65,8 +65,10 @@ def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, ja
     return value, {name: jnp.asarray(v).astype(jnp.float32) for name, v in sorted(given.items())}
 
 
-def _real(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) or (tree.is_array(value) and value.dtype.kind in "biufV")
+def _is_scalar(value: Any) -> bool:
+    if tree.is_array(value):
+        return value.shape == () and (jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.kind in "biu")
+    return isinstance(value, (bool, int, float))
 
 
 def scored(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any, targets: Any) -> scoring.Packed:

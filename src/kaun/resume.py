@@ -1,0 +1,266 @@
+"""A fit with a checkpoint directory: where its run stands, what must be the same to go on, and when it is saved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun import fingerprint, rng, tree
+from kaun.body import Body
+from kaun.call import Call
+from kaun.checkpoint import Directory, ResumeMismatch
+from kaun.checkpoint.store import Saved, Store
+from kaun.items import length
+from kaun.signals import Signals
+from kaun.snapshots import packed, unpacked
+from kaun.state import TrainState
+
+__all__ = ["Run", "begun"]
+
+
+class Run:
+    """A run of steps over some data, which may have been begun by an earlier process.
+
+    Attributes:
+        state: where it stands, until ``fit`` takes it.
+        data: the items that are left.
+        done: how many steps it has taken.
+        total: how many it will have taken at the end, None where that is not known.
+        finished: whether there is nothing left to do.
+        again: the loss of the last step, where the report for it was interrupted and has to be called once more.
+    """
+
+    def __init__(self, state: TrainState, data: Iterable[Any], total: int | None) -> None:
+        self.state, self.data, self.total = state, data, total
+        self.done = 0
+        self.finished = False
+        self.again: float | None = None
+        self.signals = Signals(wanted=False)
+        self._keeper: _Keeper | None = None
+
+    def ahead(self, done: int, most: int) -> int:
+        """How many of the next ``most`` steps may run before a checkpoint is due."""
+        keeper = self._keeper
+        return most if keeper is None or keeper.each is None else min(most, keeper.each - done % keeper.each)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return self._keeper is not None and self._keeper.due(step)
+
+    def save(self, step: int, state: TrainState, *, ended: str = "", again: float | None = None) -> None:
+        """Write a checkpoint, where there is a directory for it: the file work is done by a thread.
+
+        Arguments:
+            step: how many steps the run has taken.
+            ended: how it ended, ``"data"`` or ``"stopped"``, empty while it goes on.
+            again: the loss of that step, where its report was interrupted.
+        """
+        if self._keeper is not None and step:
+            self._keeper.save(step, state, ended, again)
+
+    def traced(self, call: Call, body: Body) -> None:
+        """Hold the program of a step against the one that the run was begun with."""
+        if self._keeper is not None:
+            self._keeper.traced(call, body)
+
+
+@contextmanager
+def begun(
+    checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any
+) -> Generator[Run, None, None]:
+    """The run that a fit goes on with; what is being saved is saved at the end of the block.
+
+    Raises:
+        ResumeMismatch: when the directory holds another run.
+        ValueError: when a run could not be resumed.
+        TypeError: for what is no Directory, and for data that can be iterated once only.
+    """
+    run = Run(state, data, length(data))
+    if checkpoints is None:
+        yield run
+        return
+    _check(checkpoints, state, data)
+    with ExitStack() as stack:
+        store = Store.open(checkpoints)
+        stack.callback(store.close)
+        facts = _facts(state, data)
+        saved = None if checkpoints.resume == "never" else store.newest(like=state)
+        if saved is None and checkpoints.resume == "must":
+            raise ValueError(
+                f'Directory({str(checkpoints.path)!r}, resume="must") holds no checkpoint to go on from. Write '
+                'resume="auto" to begin a run there, or check the path.'
+            )
+        run._keeper = _Keeper(store, checkpoints, facts, report, saved)  # pyright: ignore[reportPrivateUsage]
+        if saved is not None:
+            _go_on(run, checkpoints, saved, facts, report)
+        run.signals = stack.enter_context(Signals(wanted=True))
+        yield run
+
+
+def _check(checkpoints: Any, state: TrainState, data: Any) -> None:
+    if not isinstance(checkpoints, Directory):
+        raise TypeError(
+            f"fit(checkpoints=...) expected a checkpoint.Directory, received {checkpoints!r}. Write "
+            'checkpoints=checkpoint.Directory("runs/digits", every=500).'
+        )
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"fit(checkpoints=...) is for one process, and this is one of {jax.process_count()}. Save the states of a "
+            "run over several hosts with Orbax, in a report."
+        )
+    keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
+    keyed += fingerprint.unscoped(data)
+    if keyed:
+        raise ValueError(
+            f"fit(checkpoints=...) cannot be resumed by another process: {' and '.join(keyed)} drew a key outside an "
+            "rng scope, which will be another one there. Make trainer, state and data in one:\n"
+            "    with rng.scope(42):\n        state = trainer.init()\n        train = Data.batches(..., shuffle=True)"
+        )
+    fingerprint.after(data, 0)
+
+
+def _facts(state: TrainState, data: Any) -> dict[str, Any]:
+    """What must be the same in the process that goes on, and what had better be."""
+    return {
+        "key": np.asarray(jax.random.key_data(state.key)).tobytes().hex(),
+        "start": int(state.step),
+        "data": fingerprint.of(data),
+        "machine": {
+            "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),
+            "devices": jax.device_count(), "cores": len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count(),
+        },
+    }  # fmt: skip
+
+
+_AFFINITY = hasattr(os, "sched_getaffinity")
+
+
+def _go_on(run: Run, directory: Directory, saved: Saved, facts: dict[str, Any], report: Any) -> None:
+    """Set a run to where a checkpoint left it, if that is the same run."""
+    found, done = saved.facts, saved.step
+    if found["key"] != facts["key"]:
+        _differs(directory, "key", done, ["the run's key: another seed (rng.scope) made this state"])
+    if found["start"] != facts["start"]:
+        line = f"the state's step at the start of the run was {found['start']}, is {facts['start']}"
+        _differs(directory, "key", done, [line])
+    lines = fingerprint.differences(found["data"], facts["data"], done)
+    if run.total is not None and run.total < done:
+        lines.append(f"the data has {run.total} items, and the run has taken {done}")
+    if lines:
+        _differs(directory, "data", done, lines)
+    _warn_of(found["machine"], facts["machine"])
+    run.state, run.done, run.data = saved.state, done, fingerprint.after(run.data, done)
+    longer = run.total > done if run.total is not None else found["data"] != facts["data"]
+    run.finished = found["ended"] == "stopped" or (found["ended"] == "data" and not longer)
+    run.again = None if found["again"] is None else float.fromhex(found["again"])
+    if (restore := getattr(report, "restore", None)) is not None and not run.finished:
+        try:
+            restore(unpacked(found["report"], saved.reports, saved.state))
+        except ValueError as error:
+            _differs(directory, "reports", done, [str(error)])
+
+
+def _differs(directory: Directory, what: str, step: int, lines: list[str]) -> None:
+    listed = "".join(f"\n  {line}" for line in lines)
+    where = f"{str(directory.path)!r} holds another run, at step {step}. Its {what} differ{'s' * (what != 'reports')}:"
+    if what not in directory.accept:
+        raise ResumeMismatch(
+            f"{where}{listed}\nMake them the same again to go on; begin another run in a directory of its own, "
+            f'checkpoints=runs.child("other"); or go on all the same, Directory(..., accept={{"{what}"}}).'
+        )
+    warnings.warn(f"{where}{listed}\nThe run goes on, because accept= names it.", stacklevel=6)
+
+
+def _warn_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        warnings.warn(
+            f"A run is resumed where {'; '.join(changed)}. It goes on from the same state, but the bytes of its results "
+            "may differ from those of a run without a break.",
+            stacklevel=6,
+        )
+
+
+class _Keeper:
+    """Writes the checkpoints of a run."""
+
+    def __init__(
+        self, store: Store, directory: Directory, facts: dict[str, Any], report: Any, saved: Saved | None
+    ) -> None:
+        every = directory.every
+        self.each = every if isinstance(every, int) else None
+        self._pause = every.total_seconds() if isinstance(every, timedelta) else None
+        self._next = None if self._pause is None else time.monotonic() + self._pause
+        self._store, self._directory, self._facts, self._report = store, directory, facts, report
+        same = saved is not None and saved.facts["machine"]["jax"] == jax.__version__
+        self._known: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
+        self._done = 0 if saved is None else saved.step
+
+    def due(self, step: int) -> bool:
+        if self.each is not None:
+            return step % self.each == 0
+        return self._next is not None and time.monotonic() >= self._next
+
+    def save(self, step: int, state: TrainState, ended: str, again: float | None) -> None:
+        snapshot = getattr(self._report, "snapshot", None)
+        told, arrays = packed({} if snapshot is None else snapshot())
+        facts = {
+            **self._facts, "programs": self._known, "report": told, "ended": ended,
+            "again": None if again is None else again.hex(),
+        }  # fmt: skip
+        self._store.save(step, state, arrays, facts)
+        self._next = None if self._pause is None else time.monotonic() + self._pause
+
+    def traced(self, call: Call, body: Body) -> None:
+        x, _, ctx = call.split(call.leaves)
+        # Not by the loss's code, which may be another where only the program is to be the same.
+        kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in tree.flatten((x, ctx))[0].items())
+        name = f"{getattr(call.subject, '__qualname__', type(call.subject).__name__)}: {kind}"
+        digest = digest_of(body.traced)
+        if self._known.setdefault(name, digest) != digest:
+            self._known[name] = digest
+            line = (
+                f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "
+                "or on_nonfinite was changed"
+            )
+            _differs(self._directory, "program", self._done, [line])
+
+
+def digest_of(closed: Any) -> str:
+    """The SHA-256 of a traced program, a closed jaxpr: its text, and the bytes of all its constants."""
+    digest = hashlib.sha256(_ADDRESS.sub("", str(closed.jaxpr)).encode())
+    for constant in _constants(closed):
+        if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
+            constant = jax.random.key_data(constant)
+        array = np.asarray(constant)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def _constants(closed: Any) -> Iterator[Any]:
+    """The arrays of a program that its text does not spell out, of all programs inside it too."""
+    yield from (c for c in getattr(closed, "consts", ()) if hasattr(c, "dtype"))
+    jaxpr = getattr(closed, "jaxpr", closed)
+    for equation in jaxpr.eqns:
+        values = (getattr(each, "val", None) for each in equation.invars)
+        yield from (value for value in values if getattr(value, "ndim", 0))
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
+                    yield from _constants(part)
