@@ -50,7 +50,7 @@ def test_nothing_that_is_there_is_written_over(tmp_path):
             act()
     (tmp_path / "d" / "x").touch()
     (tmp_path / "e").mkdir()
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError, match=r"."):
         disk.rename(tmp_path / "e", tmp_path / "d")
     assert (tmp_path / "f").read_bytes() == b"old"
 
@@ -60,7 +60,7 @@ def test_folders(tmp_path):
     disk.sync_folder(tmp_path)
     disk.rename(tmp_path / "a", tmp_path / "b")
     disk.close(disk.create(tmp_path / "b" / "f"))
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError, match=r"."):
         disk.remove_folder(tmp_path / "b")
     disk.remove(tmp_path / "b" / "f")
     disk.remove_folder(tmp_path / "b")
@@ -82,10 +82,10 @@ def test_links_are_neither_folders_nor_files_and_are_not_followed(tmp_path):
         Entry("c", False, False),
         Entry("d", False, False),
     ]
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError, match=r"."):
         disk.open(tmp_path / "c")
     (tmp_path / "e").symlink_to(tmp_path / "absent")
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError, match=r"."):
         disk.create(tmp_path / "e")
     disk.remove(tmp_path / "c")
     assert (tmp_path / "a").read_bytes() == b"secret"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -356,10 +357,10 @@ def test_a_sound_checkpoint_of_other_leaves_is_a_mismatch(disk, folder, make):
     put(disk, folder, make(3))
     with pytest.raises(ResumeMismatch, match=r"params.weight: expected float32\[3, 1\], found float32\[2, 1\]"):
         one.read(disk, folder, 7, make(3, width=3))
-    with pytest.raises(ResumeMismatch, match="opt_state.*: expected nothing, found float32"):
+    with pytest.raises(ResumeMismatch, match=r"opt_state.*: expected nothing, found float32"):
         one.read(disk, folder, 7, make(3, optimizer=optax.sgd(0.1)))
     like = make(3).replace(opt_state={"n": jax.ShapeDtypeStruct((2,), jnp.float64)})
-    with pytest.raises(ResumeMismatch, match="which JAX cannot make while x64 is off\n(?s:.*)jax_enable_x64"):
+    with pytest.raises(ResumeMismatch, match=r"which JAX cannot make while x64 is off\n(?s:.*)jax_enable_x64"):
         one.read(disk, folder, 7, like)
 
 
@@ -416,7 +417,7 @@ def test_no_thread_outlives_reading_or_writing(disk, folder, make):
     assert not ours()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of memory from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_loading_takes_the_state_once_and_verifying_nothing(disk, folder, make):
     put(disk, folder, make(3).replace(opt_state=[np.full(3_000_000, i, np.float32) for i in range(8)]))
     program = """

@@ -39,8 +39,8 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
+        self._released = False
+        file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
         about = os.fstat(file)
         self._id = about.st_dev, about.st_ino
         try:
@@ -53,6 +53,7 @@ class Lock:
         except BaseException:
             os.close(file)
             raise
+        self._file = file
         self._sign(file)
 
     def _sign(self, file: int) -> None:
@@ -65,9 +66,10 @@ class Lock:
     def release(self) -> None:
         """Lets go of the lock; a second time does nothing."""
         with _guard:
-            file = _held.pop(self._id, None)
-        if file is not None:
-            os.close(file)
+            if _held.get(self._id) != self._file or self._released:
+                return
+            self._released = True
+            os.close(_held.pop(self._id))
 
 
 def _take(file: int) -> bool:

@@ -252,17 +252,21 @@ def _make(disk: Disk, path: Path) -> None:
 
 def _tidy(disk: Disk, path: Path) -> None:
     for entry in disk.entries(path):
-        if entry.is_folder and _UNFINISHED.fullmatch(entry.name):
+        if not entry.is_file and _UNFINISHED.fullmatch(entry.name):
             _remove(disk, path / entry.name)
 
 
-def _remove(disk: Disk, folder: Path) -> None:
-    for entry in disk.entries(folder):
+def _remove(disk: Disk, path: Path) -> None:
+    """Removes a folder and all in it; of a link, the link."""
+    if path.is_symlink():
+        disk.remove(path)
+        return
+    for entry in disk.entries(path):
         if entry.is_folder:
-            _remove(disk, folder / entry.name)
+            _remove(disk, path / entry.name)
         else:
-            disk.remove(folder / entry.name)
-    disk.remove_folder(folder)
+            disk.remove(path / entry.name)
+    disk.remove_folder(path)
 
 
 def _probe(disk: Disk, path: Path) -> None:
