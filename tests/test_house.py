@@ -17,7 +17,7 @@ SRC = ROOT / "src" / "kaun"
 # A module may import from its own level and from those above it. Cycles are excluded everywhere.
 LEVELS = [
     {
-        "bytecode", "convolutions", "errors", "lift", "packing", "prefetch", "products", "rebuild", "rng", "runs", "stages",
+        "bytecode", "checkpoint.disk", "checkpoint.strict", "convolutions", "errors", "lift", "packing", "prefetch", "products", "rebuild", "rng", "runs", "stages",
         "totals", "tree",
     },
     {"context", "data", "losses", "layers.checks"},
@@ -36,7 +36,11 @@ LEVELS = [
         "layers.pool",
     },
     {"blocks", "body", "call", "compilations", "compiled", "evaluation", "hook", "optimizer", "staging", "state"},
-    {"checkpoint", "train"},
+    {
+        "checkpoint", "checkpoint.__main__", "checkpoint.directory", "checkpoint.files", "checkpoint.format",
+        "checkpoint.layout", "checkpoint.lock", "checkpoint.store",
+    },
+    {"train"},
     {"reports", "reports.core", "reports.history", "reports.progress", "reports.validate"},
     {"interop"},
     {"kaun"},
@@ -48,7 +52,7 @@ PUBLIC = {
         "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars",
         "checkpoint", "grad", "layers", "losses", "metrics", "reports", "rng",
     },
-    "kaun.checkpoint": {"load", "save"},
+    "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.grad": {"grad", "value_and_grad"},
     "kaun.layers": {
         "Float", "Int", "Layer", "Vars", "avg_pool2d", "batch_norm", "compose", "conv1d", "conv2d", "dropout",

@@ -6,7 +6,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CaptureError", "EarlyStop", "MissingContext", "NonFiniteLoss", "RecompilationWarning", "locate"]
+__all__ = [
+    "CaptureError", "EarlyStop", "MissingContext", "NonFiniteLoss", "RecompilationWarning", "ResumeMismatch", "locate",
+]  # fmt: skip
 
 
 class EarlyStop(Exception):
@@ -47,6 +49,23 @@ class MissingContext(KeyError):
 
 class RecompilationWarning(UserWarning):
     """One piece of code compiles again and again; the message names what keeps changing."""
+
+
+class ResumeMismatch(ValueError):
+    """A checkpoint is sound, but not of this run; the message names what differs, and the way out.
+
+    >>> import tempfile, jax.numpy as jnp, optax, kaun
+    >>> from kaun import checkpoint, layers, rng
+    >>> from kaun.checkpoint.store import Store
+    >>> with rng.scope(0):
+    ...     trainers = [kaun.Trainer(model=layers.linear(2, n), optimizer=optax.sgd(0.1)) for n in (3, 4)]
+    ...     small, large = (trainer.init(dtype=jnp.float32) for trainer in trainers)
+    >>> with tempfile.TemporaryDirectory() as folder, Store.open(checkpoint.Directory(folder)) as store:
+    ...     store.save(1, small, {}, {})
+    ...     store.newest(large)  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    kaun.errors.ResumeMismatch: the checkpoint of step 1 ... expected float32[2, 4], found float32[2, 3]
+    """
 
 
 def locate(function: Any) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: a pytree as one safetensors file with readable keys, and back, exactly."""
+"""A pytree as one safetensors file with readable keys, and back, exactly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,23 +16,17 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
+from kaun.checkpoint.layout import DTYPES
 from kaun.tree import describe, difference, flatten, is_array
 
-__all__ = ["load", "save"]
+__all__ = ["STORED", "WIDER", "check_template", "decode", "encode", "listing", "load", "mismatches", "restore", "save"]
 
 T = TypeVar("T")
 
-# fmt: off
-_DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(dtype) for code, dtype in {
-    "BOOL": np.bool_, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
-    "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32,
-    "F64": np.float64, "C64": np.complex64, "BF16": jnp.bfloat16, "F8_E4M3": jnp.float8_e4m3fn,
-    "F8_E5M2": jnp.float8_e5m2, "F8_E8M0": jnp.float8_e8m0fnu,
-}.items()}
-# fmt: on
 _SCALARS = (bool, int, float)
-_STORED = {"bool": np.dtype(np.bool_), "int": np.dtype(np.int64), "float": np.dtype(np.float64)}
+STORED = {"bool": np.dtype(np.bool_), "int": np.dtype(np.int64), "float": np.dtype(np.float64)}
 _LISTED = 20
+WIDER = 'For 64 bits: jax.config.update("jax_enable_x64", True), or a NumPy leaf in `like`.'
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
@@ -67,7 +61,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     kinds: dict[str, str] = {}
     for name, leaf in flatten(tree)[0].items():
-        tensors[name], kind = _encode(name, leaf)
+        tensors[name], kind = encode(name, leaf)
         if kind:
             kinds[name] = kind
     if "__metadata__" in tensors:
@@ -111,16 +105,11 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
     """
     file = _as_path(path, "load(path, like=tree)")
     wanted, structure = flatten(like)
-    for name, leaf in wanted.items():
-        if not (is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or type(leaf) in _SCALARS):
-            raise TypeError(
-                f"checkpoint.load: {_leaf(name)} of `like` is a {type(leaf).__name__}; a leaf is an array, a "
-                "jax.ShapeDtypeStruct, a bool, an int or a float. Take it out of `like`."
-            )
+    check_template(wanted)
     found = _read(file)
     _must_match(file, wanted, found, cast)
     # Popped one by one, so that no more than one leaf is in memory twice.
-    return jax.tree.unflatten(structure, [_restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
+    return jax.tree.unflatten(structure, [restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
 
 
 def _as_path(path: Any, call: str) -> Path:
@@ -129,7 +118,17 @@ def _as_path(path: Any, call: str) -> Path:
     return Path(path)
 
 
-def _encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
+def check_template(wanted: Mapping[str, Any]) -> None:
+    """Raises TypeError for a leaf of a template that no file can fill."""
+    for name, leaf in wanted.items():
+        if not (is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or type(leaf) in _SCALARS):
+            raise TypeError(
+                f"checkpoint.load: {_leaf(name)} of `like` is a {type(leaf).__name__}; a leaf is an array, a "
+                "jax.ShapeDtypeStruct, a bool, an int or a float. Take it out of `like`."
+            )
+
+
+def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     """A leaf as the array that the file holds, and what else it takes to make the leaf again from that."""
     kind = type(leaf).__name__
     if type(leaf) in _SCALARS:
@@ -138,7 +137,7 @@ def _encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
                 f"checkpoint.save: {_leaf(name)} is the int {leaf}, which does not fit in 64 bits. Save it in parts, "
                 "divmod(n, 2**62)."
             )
-        return np.asarray(leaf, _STORED[kind]), kind
+        return np.asarray(leaf, STORED[kind]), kind
     if not is_array(leaf) or isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(
             f"checkpoint.save: {_leaf(name)} is a {kind}; a file holds JAX and NumPy arrays, typed keys, bool, int and "
@@ -152,10 +151,10 @@ def _encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     except Exception as err:
         err.add_note(f"checkpoint.save was reading {_leaf(name)}.")
         raise
-    if array.dtype.newbyteorder("=") not in _DTYPES.values():
+    if array.dtype.newbyteorder("=") not in DTYPES.values():
         raise TypeError(
             f"checkpoint.save: {_leaf(name)} is {describe(leaf)}, a dtype that a safetensors file cannot hold. Convert "
-            f"it to one of {', '.join(str(dtype) for dtype in _DTYPES.values())}: leaf.astype(...)."
+            f"it to one of {', '.join(str(dtype) for dtype in DTYPES.values())}: leaf.astype(...)."
         )
     return (array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))), None
 
@@ -220,14 +219,22 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _decode(name: str, entry: dict[str, Any], kind: str | None) -> Any:
     code, shape = entry["dtype"], entry["shape"]
-    if code not in _DTYPES:
+    if code not in DTYPES:
         raise ValueError(f"{_leaf(name)} is of dtype {code}, which kaun does not read")
-    array = np.frombuffer(entry["data"], _DTYPES[code]).reshape(shape)
+    return decode(name, np.frombuffer(entry["data"], DTYPES[code]).reshape(shape), kind)
+
+
+def decode(name: str, array: np.ndarray[Any, Any], kind: str | None) -> Any:
+    """The leaf that ``encode`` made an array of.
+
+    Raises:
+        ValueError: when the array is not what that kind of leaf is stored as.
+    """
     if kind is None:
         return array
     if kind.startswith("key "):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key "))
-    if kind not in _STORED or array.dtype != _STORED[kind] or array.shape != ():
+    if kind not in STORED or array.dtype != STORED[kind] or array.shape != ():
         raise ValueError(f"{_leaf(name)} is marked as {kind!r} and holds {describe(array)}")
     return array.item()
 
@@ -237,19 +244,31 @@ def _must_match(file: Path, wanted: dict[str, Any], found: dict[str, Any], cast:
     compared = dict(found)
     if cast:
         compared |= {name: jax.ShapeDtypeStruct(found[name].shape, wanted[name].dtype) for name in floats}
-    lines = difference(wanted, compared)
-    too_wide = [name for name, leaf in wanted.items() if _needs_x64(leaf)]
-    lines += [f"{name}: expected {describe(wanted[name])}, which JAX cannot make while x64 is off" for name in too_wide]
+    lines, too_wide = mismatches(wanted, compared)
     if not lines:
         return
-    shown = lines[:_LISTED] + ([f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])
     fix = "Make `like` as the saved tree was made (same model, same optimizer), or save and load the same part of it."
     if too_wide:
-        fix += '\nFor 64 bits: jax.config.update("jax_enable_x64", True), or a NumPy leaf in `like`.'
+        fix += f"\n{WIDER}"
     if not cast and any(wanted[name].dtype != found[name].dtype for name in floats):
         fix += "\nTo convert between floating dtypes: checkpoint.load(path, like=..., cast=True)."
-    listing = "".join(f"\n  {line}" for line in shown)
-    raise ValueError(f"checkpoint.load: {str(file)!r} does not match `like`, nothing was loaded:{listing}\n{fix}")
+    raise ValueError(
+        f"checkpoint.load: {str(file)!r} does not match `like`, nothing was loaded:{listing(lines)}\n{fix}"
+    )
+
+
+def mismatches(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """One line for each leaf that a file cannot fill, and whether one is for want of 64 bits."""
+    lines = difference(dict(wanted), dict(found))
+    too_wide = [name for name, leaf in wanted.items() if _needs_x64(leaf)]
+    lines += [f"{name}: expected {describe(wanted[name])}, which JAX cannot make while x64 is off" for name in too_wide]
+    return lines, bool(too_wide)
+
+
+def listing(lines: Sequence[str]) -> str:
+    """Lines under each other for a message, cut where they are many."""
+    shown = [*lines[:_LISTED], *([f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])]
+    return "".join(f"\n  {line}" for line in shown)
 
 
 def _is_float(value: Any) -> bool:
@@ -263,8 +282,8 @@ def _needs_x64(leaf: Any) -> bool:
     return jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
 
 
-def _restore(name: str, value: Any, like: Any) -> Any:
-    """What the file holds as the kind of leaf that ``like`` is."""
+def restore(name: str, value: Any, like: Any) -> Any:
+    """What a file holds as the kind of leaf that ``like`` is."""
     if type(like) in _SCALARS:
         return value
     if isinstance(value, np.ndarray) and value.dtype != like.dtype:

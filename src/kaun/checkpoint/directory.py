@@ -1,0 +1,268 @@
+"""Directory: where the checkpoints of one run are, how often they are made, and how many are kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+from kaun.checkpoint import format as one
+from kaun.checkpoint.disk import Disk
+from kaun.errors import ResumeMismatch
+from kaun.state import TrainState
+
+__all__ = ["Directory", "Found", "all_damaged", "of_other_leaves", "scan"]
+
+_RESUME = ("auto", "must", "never")
+_ACCEPT = ("data", "key", "program", "reports")
+_STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,6}))?", re.ASCII)
+_CHILD = re.compile(r"\w(?:[\w .-]{0,98}\w)?")
+_OURS = re.compile(r"(step|damaged)-[0-9].*|lock", re.IGNORECASE)
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows has taken
+
+
+@dataclass(frozen=True, init=False)
+class Directory:
+    """A folder for the checkpoints of one run; give it to ``fit`` as ``checkpoints=``.
+
+    Arguments:
+        path: the folder, made when it is first used. One run at a time may use it.
+        every: how often a checkpoint is made: steps (an int) or time (a timedelta). Default None: only at the end, and
+            when the run is interrupted.
+        keep: how many of the newest checkpoints are kept, at least 1. Default 3.
+        resume: "auto" (default) goes on from the newest checkpoint, if there is one; "must" is an error if there is
+            none; "never" is an error if there is any, so that nothing is ever mixed or overwritten.
+        accept: names of differences past which a run may be resumed, with a warning: "data", "program", "key",
+            "reports". Default none: each is a ``ResumeMismatch``.
+
+    Raises:
+        TypeError: for an argument of another type.
+        ValueError: for an argument out of range.
+
+    >>> from datetime import timedelta
+    >>> from kaun import checkpoint
+    >>> runs = checkpoint.Directory("runs/digits", every=timedelta(minutes=10))
+    >>> runs.child("finetune").path.name
+    'finetune'
+    >>> runs.steps()
+    []
+    """
+
+    path: Path
+    every: int | timedelta | None
+    keep: int
+    resume: Literal["auto", "must", "never"]
+    accept: frozenset[str]
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        every: int | timedelta | None = None,
+        keep: int = 3,
+        resume: Literal["auto", "must", "never"] = "auto",
+        accept: Iterable[str] = (),
+    ) -> None:
+        fields = {
+            "path": _path(path),
+            "every": _every(every),
+            "keep": _keep(keep),
+            "resume": _resume(resume),
+            "accept": _accept(accept),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def child(self, name: str) -> Directory:
+        """A directory for another run, with the same settings, in a folder of this one.
+
+        Raises:
+            TypeError: when the name is no str.
+            ValueError: when it is not one plain name of at most 100 letters, digits, and `` _-.`` between them.
+
+        >>> from kaun import checkpoint
+        >>> checkpoint.Directory("runs", keep=5).child("second").keep
+        5
+        """
+        if not isinstance(cast("object", name), str):
+            raise TypeError(
+                f"Directory.child expected a name, received {type(name).__name__}. Write child('finetune')."
+            )
+        if not _CHILD.fullmatch(name) or _OURS.fullmatch(name) or _DEVICES.fullmatch(name):
+            raise ValueError(
+                f"Directory.child: {name!r:.120} is not a name for a folder: letters, digits, and ' _-.' between them, "
+                "at most 100, and none that kaun uses itself (step-1, lock). For a folder in a folder: "
+                "child('a').child('b')."
+            )
+        return Directory(self.path / name, every=self.every, keep=self.keep, resume=self.resume, accept=self.accept)
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint that verifies, ascending. Every byte of them is read for that.
+
+        >>> from kaun import checkpoint
+        >>> checkpoint.Directory("runs/of/tomorrow").steps()
+        []
+        """
+        disk = Disk()
+        sound: set[int] = set()
+        for found in scan(disk, self.path):
+            try:
+                one.verify(disk, found.path, found.step)
+                sound.add(found.step)
+            except one.Damaged:
+                continue
+        return sorted(sound)
+
+    def load(self, like: TrainState, step: int | None = None) -> TrainState:
+        """The state of a checkpoint: for ``predict`` after training, say. A run may be going on in the directory.
+
+        Arguments:
+            like: a state of the structure, shapes and dtypes to load: ``trainer.init()``. Its values are not looked at;
+                see ``checkpoint.load``.
+            step: the step of the checkpoint. Default: the newest that verifies, with a warning about a newer one that
+                does not.
+
+        Raises:
+            FileNotFoundError: when there is no checkpoint, or none of that step.
+            ValueError: when every one is damaged, or the one of that step; each is listed.
+            ResumeMismatch: when the state has other leaves, shapes or dtypes than ``like``.
+
+        >>> import tempfile, jax.numpy as jnp, optax, kaun
+        >>> from kaun import checkpoint, layers, rng
+        >>> with rng.scope(0):
+        ...     state = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1)).init(dtype=jnp.float32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.Directory(folder).load(state)
+        Traceback (most recent call last):
+        FileNotFoundError: there is no checkpoint in ...
+        """
+        disk = Disk()
+        bad: list[str] = []
+        seen: set[str] = set()
+        # Again and again, because a run may delete what was listed: then there is a newer one.
+        while todo := [f for f in scan(disk, self.path) if f.path.name not in seen and step in (None, f.step)]:
+            found = todo[0]
+            seen.add(found.path.name)
+            try:
+                state = one.read(disk, found.path, found.step, like).state
+            except one.Damaged as err:
+                if found.path.is_dir():
+                    bad.append(f"{found.path.name}: {err}")
+                continue
+            except ResumeMismatch as err:
+                raise of_other_leaves(self, found, err) from None
+            if bad:
+                warnings.warn(
+                    f"{str(self.path)!r}: loaded step {found.step}, because what is newer is damaged:\n  "
+                    + "\n  ".join(bad),
+                    UserWarning,
+                    stacklevel=2,
+                )
+            return state
+        if bad:
+            raise all_damaged(self, bad)
+        raise self._nothing(step, disk)
+
+    def _nothing(self, step: int | None, disk: Disk) -> FileNotFoundError:
+        steps = sorted({found.step for found in scan(disk, self.path)})
+        if step is None or not steps:
+            return FileNotFoundError(
+                f"there is no checkpoint in {str(self.path)!r}. Train with fit(..., checkpoints=...) first, or look "
+                "for the right folder."
+            )
+        return FileNotFoundError(f"there is no checkpoint of step {step} in {str(self.path)!r}. There is {steps}.")
+
+
+class Found(NamedTuple):
+    """A folder that is named as a checkpoint is. Of two of one step the one of the higher edition is the newer."""
+
+    step: int
+    edition: int
+    path: Path
+
+
+def scan(disk: Disk, path: Path) -> list[Found]:
+    """What is named as a checkpoint in a folder, the newest first; whether it is one is not looked at."""
+    try:
+        entries = disk.entries(path)
+    except FileNotFoundError:
+        return []
+    names = [(entry.name, _STEP.fullmatch(entry.name)) for entry in entries if not entry.is_file]
+    return sorted((Found(int(m[1]), int(m[2] or 0), path / name) for name, m in names if m), reverse=True)
+
+
+def all_damaged(directory: Directory, bad: list[str]) -> ValueError:
+    """The error when nothing is left to load."""
+    listed = "\n  ".join(bad)
+    return ValueError(
+        f"no checkpoint in {str(directory.path)!r} is as it was written:\n  {listed}\n"
+        "Bring back a copy of one of them, or start anew in a directory of its own: "
+        f"checkpoint.Directory({str(directory.path)!r}).child('again')."
+    )
+
+
+def of_other_leaves(directory: Directory, found: Found, listing: ResumeMismatch) -> ResumeMismatch:
+    """The error when a checkpoint is sound and is not what the template is."""
+    if not str(listing).startswith("\n"):
+        return listing
+    return ResumeMismatch(
+        f"the checkpoint of step {found.step} in {str(directory.path)!r} is of a state with other leaves:{listing}\n"
+        "Make the model and the optimizer as they were in that run, or start another run in a directory of its own: "
+        f"checkpoint.Directory({str(directory.path)!r}).child('second')."
+    )
+
+
+def _path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"checkpoint.Directory expected a path first, received {type(path).__name__}.")
+    return Path(path)
+
+
+def _every(every: object) -> object:
+    if every is None:
+        return None
+    if isinstance(every, timedelta):
+        if every <= timedelta(0):
+            raise ValueError(f"checkpoint.Directory: every={every!r} is no time at all. Write timedelta(minutes=10).")
+    elif isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(
+            f"checkpoint.Directory: every expected a number of steps or a datetime.timedelta, received {every!r:.40}. "
+            "Write every=500 or every=timedelta(minutes=10)."
+        )
+    elif every < 1:
+        raise ValueError(
+            f"checkpoint.Directory: every={every} steps is less than one. Write every=None for the end only."
+        )
+    return every
+
+
+def _keep(keep: object) -> int:
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"checkpoint.Directory: keep expected an int, received {keep!r:.40}. Write keep=3.")
+    if keep < 1:
+        raise ValueError(f"checkpoint.Directory: keep={keep}, and the newest checkpoint is always kept. Write keep=1.")
+    return keep
+
+
+def _resume(resume: object) -> object:
+    if resume not in _RESUME:
+        raise ValueError(f"checkpoint.Directory: resume={resume!r:.40} is none of 'auto', 'must', 'never'.")
+    return resume
+
+
+def _accept(accept: object) -> frozenset[str]:
+    if isinstance(accept, str) or not isinstance(accept, Iterable):
+        raise TypeError(
+            f"checkpoint.Directory: accept expected a set of names, received {accept!r:.40}. Write {{'data'}}."
+        )
+    names = frozenset(accept)
+    unknown = [name for name in names if name not in _ACCEPT]
+    if unknown:
+        known = ", ".join(map(repr, _ACCEPT))
+        raise ValueError(f"checkpoint.Directory: accept has {unknown[0]!r:.40}, which is none of {known}.")
+    return names

@@ -1,0 +1,373 @@
+"""One checkpoint: a folder of two or three files, written so that every byte can be verified, and read only then."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import queue
+import re
+import threading
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun.checkpoint import files, layout, strict
+from kaun.checkpoint.disk import Disk
+from kaun.errors import ResumeMismatch
+from kaun.state import TrainState
+from kaun.tree import flatten, is_array
+
+__all__ = ["MANIFEST", "REPORTS", "STATE", "Damaged", "Draft", "Manifest", "Saved", "leaves", "read", "verify"]
+
+STATE, REPORTS, MANIFEST = "state.safetensors", "reports.safetensors", "manifest.json"
+VERSION = 1
+_PIECE = 4 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_END = b'"}\n'
+# What reading says when a file is gone or something else is in its place, or when the disk cannot read it any more.
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
+_ALIGNED = 64  # JAX takes memory of the CPU as it is when it is aligned so, and copies it when not
+
+
+class Damaged(ValueError):
+    """A checkpoint is not what was written; the message says where."""
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    state: TrainState
+    reports: dict[str, Any]
+    facts: dict[str, Any]
+
+
+class Record(NamedTuple):
+    """What a manifest says about a file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """What a manifest says."""
+
+    step: int
+    files: dict[str, Record]
+    reports: dict[str, Any]
+    facts: dict[str, Any]
+
+
+class _Digest:
+    """SHA-256 on a thread of its own: hashing lets go of the interpreter, so it runs beside reading and writing."""
+
+    def __init__(self, waiting: int = 0) -> None:
+        self._hash = hashlib.sha256()
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(waiting)
+        self._thread = threading.Thread(target=self._run, name="kaun-sha256", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            self._hash.update(data)
+
+    def update(self, data: memoryview) -> None:
+        self._queue.put(data)
+
+    def finish(self) -> str:
+        self._queue.put(None)
+        self._thread.join()
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)
+
+
+class _Packed:
+    """Leaves as the bytes of a safetensors file, copied to memory that nothing else writes to."""
+
+    def __init__(self, leaves: Mapping[str, Any]) -> None:
+        for leaf in leaves.values():
+            if isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+                leaf.copy_to_host_async()
+        encoded = {name: files.encode(name, leaf) for name, leaf in leaves.items()}
+        arrays = {name: array for name, (array, _) in encoded.items()}
+        self.header = layout.header(arrays, {name: kind for name, (_, kind) in encoded.items() if kind})
+        self.data = np.empty(sum(array.nbytes for array in arrays.values()), np.uint8)
+        at = 0
+        for name in layout.in_order(arrays):
+            raw = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+            self.data[at : at + raw.size] = raw
+            at += raw.size
+
+    def write(self, disk: Disk, path: Path) -> Record:
+        pieces = [memoryview(self.header)]
+        pieces += [self.data[at : at + _PIECE].data for at in range(0, self.data.size, _PIECE)]
+        file = disk.create(path)
+        try:
+            with _Digest() as digest:
+                for piece in pieces:
+                    digest.update(piece)
+                    disk.write(file, piece)
+                disk.sync(file)
+                return Record(len(self.header) + self.data.size, digest.finish())
+        finally:
+            disk.close(file)
+
+
+class Draft:
+    """A checkpoint as it was when this was made, whatever becomes of the arguments: the copy from device to host.
+
+    Arguments:
+        step: the run's step.
+        state: the state.
+        reports: arrays, which come back as NumPy's, floats, and JSON values, by name.
+        facts: a JSON value.
+
+    Raises:
+        TypeError: for what JSON or a safetensors file cannot hold as it is.
+        ValueError: likewise, and when all that is not an array takes more than 16 MB.
+    """
+
+    def __init__(self, step: int, state: TrainState, reports: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        held = {name: v for name, v in reports.items() if is_array(v) or (type(v) is float and not np.isfinite(v))}
+        values = {name: value for name, value in reports.items() if name not in held}
+        self.step = step
+        self._text = f'"reports":{strict.dumps(values, "reports")},"facts":{strict.dumps(dict(facts), "facts")}'
+        if len(self._text) > strict.LARGEST - 1000:
+            raise ValueError(
+                f"the reports' values and the facts of a checkpoint take {len(self._text)} bytes as JSON, at most "
+                f"{strict.LARGEST >> 20} MB are stored. Give arrays: np.asarray(values)."
+            )
+        self._files = {STATE: _Packed(flatten(state)[0])}
+        if held:
+            self._files[REPORTS] = _Packed(held)
+
+    def write(self, disk: Disk, folder: Path) -> None:
+        """Makes the folder; when this comes back, all that is in it is on the disk."""
+        disk.make_folder(folder)
+        records = {name: file.write(disk, folder / name)._asdict() for name, file in self._files.items()}
+        about = strict.dumps({"kaun": VERSION, "step": self.step, "files": records}, "manifest")
+        raw = f'{about[:-1]},{self._text},"sha256":"'.encode()
+        raw += hashlib.sha256(raw).hexdigest().encode() + _END
+        file = disk.create(folder / MANIFEST)
+        try:
+            disk.write(file, memoryview(raw))
+            disk.sync(file)
+        finally:
+            disk.close(file)
+        disk.sync_folder(folder)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Generator[None, None, None]:
+    """Says of which file it was that reading failed, where that is the file's fault."""
+    try:
+        yield
+    except (Damaged, ResumeMismatch):
+        raise
+    except (ValueError, RecursionError) as err:
+        raise Damaged(f"{name}: {err}") from err
+    except OSError as err:
+        if err.errno is not None and err.errno not in _GONE:
+            raise
+        raise Damaged(f"{name}: {err.strerror or err}") from err
+
+
+class _Source:
+    """A file that is read from one end to the other and hashed meanwhile."""
+
+    def __init__(self, disk: Disk, path: Path, record: Record) -> None:
+        self._disk, self._record = disk, record
+        self._file, size = disk.open(path)
+        self.left = size
+        self._digest = _Digest(waiting=8)
+
+    def __enter__(self) -> Self:
+        if self.left != self._record.size:
+            self.__exit__()
+            raise ValueError(f"it is {self.left} bytes long, and {self._record.size} were written")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._digest.__exit__()
+        self._disk.close(self._file)
+
+    def take(self, into: memoryview) -> None:
+        """Reads the next bytes, as many as the memory holds."""
+        for at in range(0, len(into), _PIECE):
+            piece = into[at : at + _PIECE]
+            if self._disk.read(self._file, piece) < len(piece):
+                raise ValueError("it ended early")
+            self._digest.update(piece)
+        self.left -= len(into)
+
+    def places(self) -> list[layout.Place]:
+        """What the header says, which must be the first thing read."""
+        length = bytearray(8)
+        if self.left < 8:
+            raise ValueError("it has no header")
+        self.take(memoryview(length))
+        size = int.from_bytes(length, "little")
+        if size > min(self.left, layout.LARGEST):
+            raise ValueError(f"its header claims {size} bytes, and {self.left} are there")
+        text = bytearray(size)
+        self.take(memoryview(text))
+        return layout.parse(bytes(text), self.left)
+
+    def array(self, place: layout.Place) -> np.ndarray[Any, Any]:
+        """The next array of the file, in memory of its own."""
+        size = place.stop - place.start
+        memory = np.empty(size + _ALIGNED, np.uint8)
+        start = -memory.ctypes.data % _ALIGNED
+        raw = memory[start : start + size]
+        self.take(raw.data)
+        return raw.view(place.dtype).reshape(place.shape)
+
+    def finish(self) -> None:
+        """Reads what is left, and raises ValueError unless all bytes are those that were written."""
+        while self.left:
+            self.take(memoryview(bytearray(min(_PIECE, self.left))))
+        if self._digest.finish() != self._record.sha256:
+            raise ValueError("its bytes are not those that were written, their SHA-256 is another")
+
+
+def _manifest(disk: Disk, folder: Path, step: int) -> Manifest:
+    """The manifest of a step's folder, verified."""
+    file, size = disk.open(folder / MANIFEST)
+    try:
+        if size > strict.LARGEST:
+            raise ValueError(f"it is {size} bytes long, at most {strict.LARGEST} are read")
+        raw = bytearray(size)
+        if disk.read(file, memoryview(raw)) < size:
+            raise ValueError("it ended early")
+    finally:
+        disk.close(file)
+    at = len(raw) - 64 - len(_END)
+    start, digest, end = bytes(raw[:at]), bytes(raw[at : at + 64]), bytes(raw[at + 64 :])
+    if at < 0 or not start.endswith(b'"sha256":"') or end != _END:
+        raise ValueError("it does not end as a manifest does")
+    if hashlib.sha256(start).hexdigest().encode() != digest:
+        raise ValueError("its text is not what was written, the SHA-256 at its end is of another")
+    found = _checked(strict.loads(bytes(raw)))
+    if found.step != step:
+        raise ValueError(f"it is of step {found.step}, in a folder of step {step}")
+    return found
+
+
+def _checked(found: Any) -> Manifest:
+    if not isinstance(found, dict) or type(found.get("kaun")) is not int:
+        raise ValueError("it is not a manifest of kaun")
+    if found["kaun"] > VERSION:
+        raise ResumeMismatch(
+            f"a checkpoint of format {found['kaun']} was written by a newer kaun than this one, which reads format "
+            f"{VERSION}. Install the newer one."
+        )
+    if found.keys() != {"kaun", "step", "files", "reports", "facts", "sha256"} or type(found["step"]) is not int:
+        raise ValueError("its entries are not those of a manifest")
+    records, reports, facts = found["files"], found["reports"], found["facts"]
+    if not (isinstance(records, dict) and isinstance(reports, dict) and isinstance(facts, dict)):
+        raise ValueError("its entries are not those of a manifest")
+    if STATE not in records or not records.keys() <= {STATE, REPORTS} or not all(map(_is_record, records.values())):
+        raise ValueError("what it says of the files is not what a manifest says")
+    return Manifest(found["step"], {name: Record(**record) for name, record in records.items()}, reports, facts)
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or record.keys() != {"size", "sha256"}:
+        return False
+    size, digest = record["size"], record["sha256"]
+    return type(size) is int and size >= 0 and isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
+
+
+def verify(disk: Disk, folder: Path, step: int) -> Manifest:
+    """The manifest of a checkpoint of which every byte was read and is as it was written.
+
+    Raises:
+        Damaged: when it is not.
+        ResumeMismatch: when a newer kaun wrote it.
+    """
+    manifest = _open(disk, folder, step)
+    for name, record in manifest.files.items():
+        with _reading(name), _Source(disk, folder / name, record) as source:
+            source.finish()
+    return manifest
+
+
+def leaves(disk: Disk, folder: Path, step: int) -> tuple[Manifest, dict[str, list[layout.Place]]]:
+    """The manifest of a checkpoint that verifies, and what is in each of its files."""
+    manifest = _open(disk, folder, step)
+    found: dict[str, list[layout.Place]] = {}
+    for name, record in manifest.files.items():
+        with _reading(name), _Source(disk, folder / name, record) as source:
+            found[name] = source.places()
+            source.finish()
+    return manifest, found
+
+
+def _open(disk: Disk, folder: Path, step: int) -> Manifest:
+    if folder.is_symlink():
+        raise Damaged("it is a link, and no folder")
+    with _reading(MANIFEST):
+        return _manifest(disk, folder, step)
+
+
+def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
+    """A checkpoint in the structure of ``like``; see ``checkpoint.load`` for what a template is.
+
+    Raises:
+        Damaged: when any byte is not as it was written. Nothing of it was used.
+        ResumeMismatch: when it is sound, but not of the leaves, shapes and dtypes of ``like``; its text begins with
+            the listing.
+    """
+    wanted, structure = flatten(like)
+    files.check_template(wanted)
+    manifest = _open(disk, folder, step)
+    with _reading(STATE):
+        found, lines = _state(disk, folder / STATE, manifest.files[STATE], wanted)
+    if lines:
+        raise ResumeMismatch(lines)
+    state = jax.tree.unflatten(structure, [files.restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
+    reports = dict(manifest.reports)
+    if REPORTS in manifest.files:
+        with _reading(REPORTS), _Source(disk, folder / REPORTS, manifest.files[REPORTS]) as source:
+            held = [(place, source.array(place)) for place in source.places()]
+            source.finish()
+            reports |= {place.name: files.decode(place.name, array, place.kind) for place, array in held}
+    return Saved(step, state, reports, manifest.facts)
+
+
+def _state(disk: Disk, path: Path, record: Record, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The leaves of a state's file, or a listing of those that are not as wanted."""
+    with _Source(disk, path, record) as source:
+        places = source.places()
+        found = {place.name: _shape(place) for place in places}
+        lines, too_wide = files.mismatches(wanted, found)
+        if lines:
+            source.finish()  # for a damaged header may look like another model's
+            return {}, files.listing(lines) + (f"\n{files.WIDER}" if too_wide else "")
+        arrays = [source.array(place) for place in places]
+        source.finish()
+    return {p.name: files.decode(p.name, array, p.kind) for p, array in zip(places, arrays, strict=True)}, ""
+
+
+def _shape(place: layout.Place) -> Any:
+    """What ``decode`` will make of an array, without its numbers."""
+    plain = jax.ShapeDtypeStruct(place.shape, place.dtype)
+    kind = place.kind
+    if kind is None:
+        return plain
+    if kind.startswith("key "):
+        try:
+            return jax.eval_shape(lambda a: jax.random.wrap_key_data(a, impl=kind.removeprefix("key ")), plain)
+        except TypeError as err:
+            raise ValueError(f"{place.name!r} is marked as {kind!r} and is not one: {err}") from err
+    return files.decode(place.name, np.zeros(place.shape, place.dtype), kind)
