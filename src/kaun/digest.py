@@ -45,18 +45,22 @@ class Look:
         self._names: set[str] = set()
         self._known: dict[int, tuple[Any, tuple[str, str]]] = {}
         self._arrays: dict[int, tuple[Any, str]] = {}
+        self._codes: dict[int, tuple[types.CodeType, str]] = {}
+        self._outside: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}
         self._open: set[int] = set()
+        self._asked = False
         while True:
             before = len(self._names)
             for root in roots:
                 self.digest(root)
-            if len(self._names) == before:  # what was met on the way may name more
+            if len(self._names) == before or not self._asked:  # what was met on the way may name more
                 return
             self._known.clear()
 
     @property
     def names(self) -> frozenset[str]:
         """The attribute names in the code."""
+        self._asked = True
         return frozenset(self._names)
 
     def tell(self, value: Any) -> str:
@@ -70,7 +74,7 @@ class Look:
         if tree.is_array(value):
             if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number) and value.size == 1:
                 return f"{tree.describe(value)} {value.item()!r}"
-            return f"{tree.describe(value)} sha256:{self._array(value)}"
+            return f"{tree.describe(value)} sha256:{self.array(value)}"
         if isinstance(value, types.ModuleType) and not bytecode.is_own_module(value.__name__):
             return f"module {value.__name__}"
         inside, code = self.digest(value)
@@ -96,25 +100,34 @@ class Look:
 
     def code(self, function: types.FunctionType) -> str:
         """The digest of the code of one function, without what it captures; documentation does not count."""
-        sums = _Sums(self)
-        _put_code(sums, function.__code__, function.__doc__)
-        return sums.hex()[1]
+        code = function.__code__
+        known = self._codes.get(id(code))
+        if known is None:
+            sums = _Sums(self)
+            _put_code(sums, code, function.__doc__)
+            known = self._codes[id(code)] = (code, sums.hex()[1])
+        return known[1]
 
     def reads(self, code: types.CodeType) -> tuple[str, ...]:
         """The globals that code reads. Its names count from now on."""
-        outside, names = bytecode.reads(code)
-        self._names |= names
-        return outside
+        known = self._outside.get(id(code))
+        if known is None:
+            outside, names = bytecode.reads(code)
+            known = self._outside[id(code)] = (code, outside)
+            self._names |= names
+        return known[1]
 
-    def _array(self, value: Any) -> str:
+    def array(self, value: Any) -> str:
+        """The SHA-256 of an array's content, of one of objects that of its items."""
         known = self._arrays.get(id(value))
         if known is None:
             known = self._arrays[id(value)] = (value, self._objects(value) or content(value))
         return known[1]
 
     def _objects(self, value: Any) -> str:
-        is_of_objects = isinstance(value, np.ndarray) and (value.dtype.hasobject or value.dtype.kind == "T")
-        return self.digest((value.shape, cast("Any", value).ravel().tolist()))[0] if is_of_objects else ""
+        if not isinstance(value, np.ndarray) or not (value.dtype.hasobject or value.dtype.kind == "T"):
+            return ""
+        return self.digest((str(value.dtype), value.shape, cast("Any", value).ravel().tolist()))[0]
 
 
 def content(array: Any) -> str:
@@ -124,7 +137,7 @@ def content(array: Any) -> str:
     last.
     """
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return content(jax.random.key_data(array))
+        return hashlib.sha256(f"{array.dtype} {content(jax.random.key_data(array))}".encode()).hexdigest()
     whole: np.ndarray[Any, Any] = np.asarray(array)
     found = hashlib.sha256(f"{whole.dtype.name} {whole.dtype.str} {whole.shape}".encode())
     if whole.nbytes <= _MOST_BYTES:
@@ -200,7 +213,7 @@ def _put(sums: _Sums, value: Any) -> None:
     if kind in _PLAIN:
         sums.values([value])
     elif tree.is_array(value):
-        sums.put(tree.describe(value), sums.look._array(value))  # pyright: ignore[reportPrivateUsage]
+        sums.put("array", sums.look.array(value))
     elif kind in (tuple, list):
         sums.put(kind.__name__)
         sums.values(value)
@@ -248,7 +261,7 @@ def _put_callable(sums: _Sums, value: Any) -> None:
 
 def _put_function(sums: _Sums, function: types.FunctionType) -> None:
     sums.put("function", function.__qualname__)
-    _put_code(sums, function.__code__, function.__doc__)
+    sums.code(sums.look.code(function))
     sums.named(captures(sums.look, function))
 
 
