@@ -17,11 +17,11 @@ SRC = ROOT / "src" / "kaun"
 # A module may import from its own level and from those above it. Cycles are excluded everywhere.
 LEVELS = [
     {
-        "bytecode", "checkpoint.disk", "checkpoint.strict", "convolutions", "errors", "lift", "packing", "prefetch", "products", "rebuild", "rng", "runs", "stages",
-        "totals", "tree",
+        "bytecode", "checkpoint.disk", "checkpoint.strict", "convolutions", "digest", "errors", "lift", "packing",
+        "prefetch", "products", "rebuild", "rng", "runs", "signals", "stages", "totals", "tree",
     },
     {"context", "data", "losses", "layers.checks"},
-    {"counting", "layers.core", "metrics", "scoring"},
+    {"counting", "fingerprint", "layers.core", "metrics", "scoring"},
     {
         "grad",
         "layers",

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextvars
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -30,6 +32,42 @@ def drawn_in(seed_or_key, n=3):
 
 
 # The laws
+
+
+@given(seed=SEEDS, n=st.integers(1, 100))
+@settings(max_examples=20, deadline=None)
+def test_keys_from_outside_any_scope_are_known_and_no_others(seed, n):
+    outside = [rng.next_key() for _ in range(n)]
+    assert all(rng.unscoped(key) for key in (outside[0], outside[n // 2], outside[-1]))
+    with rng.scope(seed):
+        inside = [rng.next_key() for _ in range(3)]
+        assert rng.unscoped(outside[-1])
+    assert not any(rng.unscoped(key) for key in inside)
+    assert not rng.unscoped(jax.random.split(outside[0])[1])
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+def test_a_key_of_another_kind_is_from_no_scope_of_the_process(kind):
+    rng.next_key()
+    assert not rng.unscoped(jax.random.key(0, impl=kind))
+
+
+def test_keys_of_threads_outside_any_scope_are_known():
+    with ThreadPoolExecutor(8) as pool:
+        keys = list(pool.map(lambda _: rng.next_key(), range(200)))
+    assert all(rng.unscoped(key) for key in keys[::13])
+
+
+def test_the_kind_of_key_that_is_the_default_is_known():
+    program = (
+        "import jax; jax.config.update('jax_default_prng_impl', 'rbg')\n"
+        "from kaun import rng\n"
+        "assert not rng.unscoped(jax.random.key(0))\n"
+        "keys = [rng.next_key() for _ in range(5)]\n"
+        "print([rng.unscoped(key) for key in keys], rng.unscoped(jax.random.key(0)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[True, True, True, True, True] False\n", "")
 
 
 @given(seed=SEEDS, n=st.integers(1, 5))

@@ -34,9 +34,9 @@ def test_groups_cover_the_items(n, size, drop):
 @settings(max_examples=30, deadline=None)
 def test_orders_are_permutations_that_depend_on_key_and_pass_alone(n, epoch):
     with rng.scope(3):
-        first = stages.orders_of("shuffle()", n)
+        first = stages.Orders("shuffle()", n)
     with rng.scope(3):
-        again = stages.orders_of("shuffle()", n)
+        again = stages.Orders("shuffle()", n)
     assert sorted(first(epoch)) == list(range(n))
     assert np.array_equal(first(epoch), again(epoch))
 

@@ -14,13 +14,14 @@ from typing import Any, cast
 
 from kaun.errors import CaptureError, locate
 
-__all__ = ["Plan", "Same", "attributes", "is_library", "is_own_module", "plan"]
+__all__ = ["Plan", "Same", "attributes", "is_library", "is_own", "is_own_module", "methods", "plan", "reads"]
 
 # The libraries a loss is written with: what they hold at module level never changes under a run.
 _LIBRARIES = frozenset(
     ["kaun", "jax", "jaxlib", "numpy", "optax", "scipy", "flax", "equinox", "haiku", "chex", "einops", "torch"]
 )
 _PREFIXES = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib", "purelib", "platlib")})
+_NOT_CALLED_LATER = frozenset(["__init__", "__new__", "__post_init__", "__repr__", "__str__", "__del__"])
 _MOST_PLANS = 4096
 _READ_ANYTHING = frozenset(["getattr", "vars", "__dict__", "asdict"])
 _INSIDE_WRAPPERS = ("__wrapped__", "fun", "fwd", "bwd", "jvp")  # lru_cache, jax.custom_jvp, jax.custom_vjp
@@ -60,11 +61,10 @@ class Plan:
         self.code = function.__code__
         cells = tuple(types.CellType() for _ in self.code.co_freevars)
         self.stub = types.FunctionType(self.code, {}, None, None, cells)
-        module = str(function.__globals__.get("__name__", ""))
-        self.root = module.partition(".")[0]
+        self.root = _root(function)
         self.scope = Same(function.__globals__)
-        self.own = _is_own(self.root, self.code.co_filename)
-        self.global_names, self.names = _reads(self.code)
+        self.own = is_own(function)
+        self.global_names, self.names = reads(self.code)
         if self.own:
             _refuse_writes(function)
 
@@ -102,6 +102,22 @@ def is_own_module(name: str) -> bool:
     return module is not None and _is_own(name.partition(".")[0], getattr(module, "__file__", None) or "")
 
 
+def is_own(function: types.FunctionType) -> bool:
+    """Whether a function was written by the user, and not in an installed library or Python's."""
+    return _is_own(_root(function), function.__code__.co_filename)
+
+
+def _root(function: types.FunctionType) -> str:
+    return str(function.__globals__.get("__name__", "")).partition(".")[0]
+
+
+def methods(kind: type) -> list[types.FunctionType]:
+    """The methods of a class that are the user's own and may be called once an object is made."""
+    own = [vars(base) for base in kind.__mro__ if is_own_module(base.__module__)]
+    found = [f for members in own for name, f in members.items() if name not in _NOT_CALLED_LATER]
+    return [f for f in found if isinstance(f, types.FunctionType)]
+
+
 def is_library(name: str) -> bool:
     """Whether a module belongs to the libraries that losses are written with, whose objects do not change in a run."""
     return name.partition(".")[0] in _LIBRARIES
@@ -122,7 +138,8 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _nested(const)
 
 
-def _reads(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
+def reads(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The globals that code reads, nested functions included, and every attribute name and identifier-like string."""
     global_names: dict[str, None] = {}
     names: set[str] = set()
     for part in _nested(code):

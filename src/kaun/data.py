@@ -10,10 +10,10 @@ from typing import Any, Generic, TypeVar, cast
 import jax
 
 from kaun import prefetch, stages, tree
-from kaun.runs import Most, Run, of_batch, of_item, of_rows, singly, skipped, taken, within
-from kaun.stages import Item, Node
+from kaun.runs import Most, Run, of_batch, of_item, of_rows, singly
+from kaun.stages import Item, Node, Stage
 
-__all__ = ["Data", "runs"]
+__all__ = ["Data", "chain", "runs"]
 
 T = TypeVar("T", covariant=True)
 U = TypeVar("U")
@@ -39,7 +39,7 @@ class Data(Generic[T]):
 
     __slots__ = ("__weakref__", "_node", "_stages")
     _node: Node
-    _stages: tuple[str, ...]
+    _stages: tuple[Stage, ...]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(
@@ -65,7 +65,7 @@ class Data(Generic[T]):
             )
         stage = f"Data.from_items({len(held)} items)"
         get = held.__getitem__ if type(held) in (tuple, range) else stages.noting_where(held.__getitem__, stage)
-        return cls._made(stages.indexed_by(len(held), lambda epoch: get), stage)
+        return cls._made(stages.indexed_by(len(held), lambda epoch: get), stage, items=held)
 
     @classmethod
     def from_arrays(cls, *arrays: Any) -> Data[Any]:
@@ -88,7 +88,8 @@ class Data(Generic[T]):
         """
         whole: Any = arrays[0] if len(arrays) == 1 else arrays
         n, take = stages.rows_of("Data.from_arrays", whole)
-        return cls._made(stages.indexed_by(n, lambda epoch: take), f"Data.from_arrays({stages.outline_of(whole)})")
+        stage = f"Data.from_arrays({stages.outline_of(whole)})"
+        return cls._made(stages.indexed_by(n, lambda epoch: take), stage, arrays=whole)
 
     @classmethod
     def from_fn(cls, n: int, f: Callable[[int], U]) -> Data[U]:
@@ -103,7 +104,7 @@ class Data(Generic[T]):
         n = stages.checked_count("Data.from_fn(n, f)", "n", n, 0)
         stage = f"Data.from_fn({n}, {stages.name_of('Data.from_fn', f)})"
         get = stages.noting_where(f, stage)
-        return cls._made(stages.indexed_by(n, lambda epoch: get), stage)
+        return cls._made(stages.indexed_by(n, lambda epoch: get), stage, n=n, f=f)
 
     @classmethod
     def repeat(cls, n: int, item: U) -> Data[U]:
@@ -115,7 +116,7 @@ class Data(Generic[T]):
         n = stages.checked_count("Data.repeat(n, item)", "n", n, 0)
         opened = lambda epoch, start: itertools.repeat(item, n - start)
         node = Node(opened, n, True, lambda epoch: lambda i: item, of_item(item, n))
-        return cls._made(node, f"Data.repeat({n}, {stages.outline_of(item)})")
+        return cls._made(node, f"Data.repeat({n}, {stages.outline_of(item)})", n=n, item=item)
 
     @classmethod
     def from_iterable(cls, iterable: Iterable[U] | Callable[[], Iterable[U]]) -> Data[U]:
@@ -142,7 +143,8 @@ class Data(Generic[T]):
             )
         name = type(source).__name__ if hasattr(source, "__iter__") else stages.name_of("Data.from_iterable", source)
         stage = f"Data.from_iterable({name})"
-        return cls._made(Node(stages.stream_of(source, stage), stages.claimed_length(source), False, None), stage)
+        node = Node(stages.stream_of(source, stage), stages.claimed_length(source), False, None)
+        return cls._made(node, stage, source=source)
 
     @classmethod
     def batches(cls, arrays: U, batch_size: int, shuffle: bool = False, drop_last: bool = False) -> Data[U]:
@@ -174,7 +176,8 @@ class Data(Generic[T]):
             )
         size = stages.checked_count("Data.batches", "batch_size", batch_size, 1)
         n, take = stages.rows_of("Data.batches", arrays)
-        order = stages.orders_of("Data.batches(..., shuffle=True)", n) if shuffle else lambda epoch: None
+        orders = stages.Orders("Data.batches(..., shuffle=True)", n) if shuffle else None
+        order = orders or (lambda epoch: None)
 
         def item(epoch: int) -> Item:
             rows = order(epoch)
@@ -184,7 +187,8 @@ class Data(Generic[T]):
         length = stages.group_count(n, size, drop_last)
         runs = of_rows(jax.tree_util.tree_leaves(arrays), take, order, size, length)
         made = stages.indexed_by(length, item)._replace(runs=runs)
-        return cls._made(made, f"Data.batches({stages.outline_of(arrays)}, {settings})")
+        given = {"batch_size": size, "drop_last": bool(drop_last), "key": orders and orders.key}
+        return cls._made(made, f"Data.batches({stages.outline_of(arrays)}, {settings})", arrays=arrays, **given)
 
     @staticmethod
     def stack(items: Iterable[Any]) -> Any:
@@ -211,7 +215,7 @@ class Data(Generic[T]):
         [-1, -2]
         """
         stage = f".map({stages.name_of('map', f)})"
-        return self._then(stages.mapped_by(self._node, f, stage), stage)
+        return self._then(stages.mapped_by(self._node, f, stage), stage, f=f)
 
     def batch(self, n: int, drop_last: bool = False) -> Data[Any]:
         """Each ``n`` consecutive items collated by ``Data.stack``; the last group may be smaller, or is dropped.
@@ -224,7 +228,8 @@ class Data(Generic[T]):
         """
         n = stages.checked_count("batch(n)", "n", n, 1)
         stage = f".batch({n}{', drop_last=True' * bool(drop_last)})"
-        return self._then(stages.grouped_by(self._node, n, stages.stack_all, drop_last, stage), stage)
+        node = stages.grouped_by(self._node, n, stages.stack_all, drop_last, stage)
+        return self._then(node, stage, n=n, drop_last=bool(drop_last))
 
     def map_batch(self, n: int, f: Callable[[list[Any]], U], drop_last: bool = False) -> Data[U]:
         """The items ``f([...])`` of each list of ``n`` consecutive items; the last may be shorter, or is dropped.
@@ -237,7 +242,8 @@ class Data(Generic[T]):
         """
         n = stages.checked_count("map_batch(n, f)", "n", n, 1)
         stage = f".map_batch({n}, {stages.name_of('map_batch', f)}{', drop_last=True' * bool(drop_last)})"
-        return self._then(stages.grouped_by(self._node, n, f, drop_last, stage), stage)
+        node = stages.grouped_by(self._node, n, f, drop_last, stage)
+        return self._then(node, stage, n=n, f=f, drop_last=bool(drop_last))
 
     def with_loss(self, f: Callable[[Any, Any], Any]) -> Data[Any]:
         """The items that ``fit`` takes: ``(x, y)`` become ``(x, output -> f(output, y))``, ``(x, y, ctx)`` keep ctx.
@@ -254,7 +260,7 @@ class Data(Generic[T]):
         """
         stage = f".with_loss({stages.name_of('with_loss', f)})"
         made = stages.mapped_by(self._node, functools.partial(stages.loss_of, f), stage, keeps_arrays=True)
-        return self._then(made, stage)
+        return self._then(made, stage, f=f)
 
     def shuffle(self) -> Data[T]:
         """The items in a random order, another one in each epoch. Draws one key from the RNG scope, here and now.
@@ -278,13 +284,13 @@ class Data(Generic[T]):
                 f"shuffle() needs items by index, which this stream does not have: {self!r}. Shuffle before prefetch; "
                 "collect a small stream first, Data.from_items(list(data)).shuffle(); or let the loader shuffle."
             )
-        order = stages.orders_of("shuffle()", n)
+        orders = stages.Orders("shuffle()", n)
 
         def item(epoch: int) -> Item:
-            get, rows = base(epoch), order(epoch)
+            get, rows = base(epoch), orders(epoch)
             return lambda i: get(int(rows[i]))
 
-        return self._then(stages.indexed_by(n, item), ".shuffle()")
+        return self._then(stages.indexed_by(n, item), ".shuffle()", key=orders.key)
 
     def epochs(self, n: int) -> Data[T]:
         """The items of ``n`` passes, one after the other: ``epoch(0)``, ``epoch(1)``, ... Each shuffle reshuffles.
@@ -295,7 +301,7 @@ class Data(Generic[T]):
         [1, 2, 1, 2, 1, 2]
         """
         n = stages.checked_count("epochs(n)", "n", n, 0)
-        return self._then(stages.over_passes(self._node, n), f".epochs({n})")
+        return self._then(stages.over_passes(self._node, n), f".epochs({n})", n=n)
 
     def epoch(self, e: int) -> Data[T]:
         """Pass ``e`` alone, counted from 0, in its own order; ``epochs`` after it repeats that very pass.
@@ -304,11 +310,8 @@ class Data(Generic[T]):
         >>> list(data.epochs(2)) == list(data.epoch(0)) + list(data.epoch(1))
         True
         """
-        e, base = stages.checked_count("epoch(e)", "e", e, 0), self._node
-        get = base.item
-        item = None if get is None else lambda epoch: get(e)
-        opened = lambda epoch, start: base.open(e, start)
-        return self._then(base._replace(open=opened, item=item, runs=within(base.runs, e)), f".epoch({e})")
+        e = stages.checked_count("epoch(e)", "e", e, 0)
+        return self._then(stages.pass_of(self._node, e), f".epoch({e})", e=e)
 
     def skip(self, n: int) -> Data[T]:
         """The items after the first ``n``, at no cost unless it is a stream. After ``epochs`` ``n`` may span passes.
@@ -316,14 +319,8 @@ class Data(Generic[T]):
         >>> list(Data.from_items([1, 2, 3]).epochs(2).skip(4))
         [2, 3]
         """
-        n, base = stages.checked_count("skip(n)", "n", n, 0), self._node
-        node = base._replace(
-            open=lambda epoch, start: base.open(epoch, start + n),
-            length=None if base.length is None else max(0, base.length - n),
-            item=stages.item_of(base, lambda get: lambda i: get(i + n)),
-            runs=skipped(base.runs, n),
-        )
-        return self._then(node, f".skip({n})")
+        n = stages.checked_count("skip(n)", "n", n, 0)
+        return self._then(stages.after_first(self._node, n), f".skip({n})", n=n)
 
     def take(self, n: int) -> Data[T]:
         """The first ``n`` items, or all where there are fewer. Nothing after them is pulled.
@@ -331,13 +328,8 @@ class Data(Generic[T]):
         >>> list(Data.from_items([1, 2, 3]).take(2).epochs(2))
         [1, 2, 1, 2]
         """
-        n, base = stages.checked_count("take(n)", "n", n, 0), self._node
-        node = base._replace(
-            open=lambda epoch, start: itertools.islice(base.open(epoch, start), max(0, n - start)),
-            length=None if base.length is None else min(n, base.length),
-            runs=taken(base.runs, n),
-        )
-        return self._then(node, f".take({n})")
+        n = stages.checked_count("take(n)", "n", n, 0)
+        return self._then(stages.first_of(self._node, n), f".take({n})", n=n)
 
     def prefetch(self, n: int) -> Data[T]:
         """The same items, made by a thread that stays up to ``n`` items ahead of the one taken last.
@@ -356,7 +348,7 @@ class Data(Generic[T]):
         def open(epoch: int, start: int) -> Iterator[Any]:
             return prefetch.pulled_ahead(functools.partial(base.open, epoch, start), n)
 
-        return self._then(base._replace(open=open, item=None, runs=None), f".prefetch({n})")
+        return self._then(base._replace(open=open, item=None, runs=None), f".prefetch({n})", n=n)
 
     def __iter__(self) -> Iterator[T]:
         # A generator, so that whoever iterates can close() it: that ends the threads of prefetch there and then.
@@ -374,18 +366,27 @@ class Data(Generic[T]):
         raise AttributeError(f"Data is immutable: each method gives a new pipeline, data = data.map(f), not .{name} =.")
 
     def __repr__(self) -> str:
-        line = "".join(self._stages)
-        return line if len(line) <= 100 else "\n  ".join(self._stages)
+        texts = [stage.text for stage in self._stages]
+        return "".join(texts) if sum(map(len, texts)) <= 100 else "\n  ".join(texts)
 
-    def _then(self, node: Node, stage: str) -> Data[Any]:
-        return self._made(node, *self._stages, stage)
+    def _then(self, node: Node, text: str, **given: Any) -> Data[Any]:
+        return _data(node, *self._stages, Stage(text, given, node.length))
 
     @staticmethod
-    def _made(node: Node, *chain: str) -> Data[Any]:
-        data: Data[Any] = object.__new__(Data)
-        object.__setattr__(data, "_node", node)
-        object.__setattr__(data, "_stages", chain)
-        return data
+    def _made(node: Node, text: str, **given: Any) -> Data[Any]:
+        return _data(node, Stage(text, given, node.length))
+
+
+def _data(node: Node, *chain: Stage) -> Data[Any]:
+    data: Data[Any] = object.__new__(Data)
+    object.__setattr__(data, "_node", node)
+    object.__setattr__(data, "_stages", chain)
+    return data
+
+
+def chain(data: Any) -> tuple[Stage, ...]:
+    """The stages of a pipeline, its source first; none of what is no ``Data``."""
+    return data._stages if isinstance(data, Data) else ()  # pyright: ignore[reportPrivateUsage]
 
 
 def runs(data: Iterable[Any], iterator: Iterator[Any], most: Most) -> Iterator[Run]:

@@ -26,7 +26,6 @@ from kaun.rebuild import ARRAY, EMPTY, Content, Rebuilt, Token
 
 __all__ = ["freeze", "take_apart"]
 
-_NOT_CALLED_BY_A_LOSS = frozenset(["__init__", "__new__", "__post_init__", "__repr__", "__str__", "__del__"])
 _MOST_OBJECTS = 1000
 _MOST_TYPES = 4096
 
@@ -304,10 +303,7 @@ def _pytree(walk: _Walk, value: Any) -> Token:
 
 def _own_methods(walk: _Walk, kind: type) -> None:
     """Let the names in the methods of the user's class count as names in the loss."""
-    for base in kind.__mro__:
-        if bytecode.is_own_module(base.__module__):
-            methods = [f for name, f in vars(base).items() if name not in _NOT_CALLED_BY_A_LOSS]
-            walk.plans += [bytecode.plan(f) for f in methods if isinstance(f, types.FunctionType)]
+    walk.plans += [bytecode.plan(f) for f in bytecode.methods(kind)]
 
 
 def _class(walk: _Walk, value: type) -> Token:

@@ -19,11 +19,12 @@ __all__ = ["next_key", "scope"]
 class _Scope:
     """A key and a counter. ``trace`` is the JAX trace in which the scope was opened, None outside of any."""
 
-    __slots__ = ("counter", "key", "trace")
+    __slots__ = ("counter", "key", "newest", "trace")
 
     def __init__(self, key: jax.Array) -> None:
         self.key = key
         self.counter = itertools.count()  # its next() is atomic, so two threads never get one key
+        self.newest = 0
         self.trace = _staging_trace(jnp.zeros((), jnp.uint32))
 
 
@@ -88,7 +89,8 @@ def next_key() -> jax.Array:
     (3,)
     """
     current = _current.get() or _process_wide()
-    key = jax.random.fold_in(current.key, next(current.counter))
+    current.newest = index = next(current.counter)
+    key = jax.random.fold_in(current.key, index)
     # The second look is for a scope on a vmapped key: such a key carries vmap's trace, which records nothing.
     if _staging_trace(key) is not current.trace and _staging_trace(jnp.zeros((), jnp.uint32)) is not current.trace:
         raise RuntimeError(
@@ -100,6 +102,34 @@ def next_key() -> jax.Array:
             "    with rng.scope(key): ..."
         )
     return key
+
+
+def unscoped(key: jax.Array) -> bool:
+    """Whether ``next_key`` made this key outside of any scope in this process: another run would not draw it again.
+
+    Nothing is remembered: those keys are a function of the process-wide key and a count, so they are made once more.
+
+    >>> from kaun import rng
+    >>> with rng.scope(0):
+    ...     key = rng.next_key()
+    >>> rng.unscoped(key), rng.unscoped(rng.next_key())
+    (False, True)
+    """
+    if _process_scope is None:
+        return False
+    wanted = jax.random.key_data(key)
+    # A power of two, so that few programs are compiled. Beyond the newest, because of two threads the later one may
+    # have written its number first.
+    count = 1 << (_process_scope.newest + 64).bit_length()
+    return bool(_is_among(_process_scope.key, jnp.arange(count), wanted))
+
+
+@jax.jit
+def _is_among(key: jax.Array, counts: jax.Array, wanted: jax.Array) -> jax.Array:
+    made = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, counts))
+    if made.shape[1:] != wanted.shape:
+        return jnp.zeros((), bool)  # of another kind of key
+    return (made == wanted[None]).all(axis=-1).any()
 
 
 def _as_key(seed_or_key: Any) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from kaun import rng, tree
 from kaun.errors import locate
 from kaun.prefetch import settled
-from kaun.runs import Runs, chained, mapped, read_rows
+from kaun.runs import Runs, chained, mapped, read_rows, skipped, taken, within
 
 Item = Callable[[int], Any]
 
@@ -36,6 +36,24 @@ class Node(NamedTuple):
     seekable: bool
     item: Callable[[int], Item] | None
     runs: Runs | None = None
+
+
+class Stage(NamedTuple):
+    """One stage as it was asked for.
+
+    text: as the pipeline prints it.
+    given: its parameters by name; arrays, functions and keys as they are (``kaun.fingerprint`` looks at them).
+    length: the number of items of a pass after it, None where it is not known.
+    """
+
+    text: str
+    given: Mapping[str, Any]
+    length: int | None
+
+    @property
+    def name(self) -> str:
+        """The method of Data, ``"Data.map"``."""
+        return "Data." + self.text.partition("(")[0].removeprefix("Data").removeprefix(".")
 
 
 def indexed_by(n: int, item: Callable[[int], Item]) -> Node:
@@ -99,6 +117,29 @@ def over_passes(base: Node, n: int) -> Node:
         return base._replace(open=open, runs=None)
     item = None if base.item is None else functools.partial(_across_passes, base.item, n, length)
     return Node(open, n * length, base.seekable, item, chained(base.runs, n, length) if base.seekable else None)
+
+
+def pass_of(base: Node, e: int) -> Node:
+    get = base.item
+    item = None if get is None else lambda epoch: get(e)
+    return base._replace(open=lambda epoch, start: base.open(e, start), item=item, runs=within(base.runs, e))
+
+
+def after_first(base: Node, n: int) -> Node:
+    return base._replace(
+        open=lambda epoch, start: base.open(epoch, start + n),
+        length=None if base.length is None else max(0, base.length - n),
+        item=item_of(base, lambda get: lambda i: get(i + n)),
+        runs=skipped(base.runs, n),
+    )
+
+
+def first_of(base: Node, n: int) -> Node:
+    return base._replace(
+        open=lambda epoch, start: itertools.islice(base.open(epoch, start), max(0, n - start)),
+        length=None if base.length is None else min(n, base.length),
+        runs=taken(base.runs, n),
+    )
 
 
 def _across_passes(item: Callable[[int], Item], n: int, length: int, epoch: int) -> Item:
@@ -211,23 +252,28 @@ def _reader(array: Any) -> Callable[[Any], Any]:
     return view.__getitem__
 
 
-def orders_of(where: str, n: int) -> Callable[[int], Any]:
-    """The function from a pass to its order of ``n`` items. Draws the key."""
-    key = rng.next_key()
-    if isinstance(key, Tracer):
-        raise RuntimeError(
-            f"{where} was called inside compiled code, where keys have no values yet. Build the pipeline outside and "
-            "pass its batches in."
-        )
-    words = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
+class Orders:
+    """The order of ``n`` items in each pass: a function of the key, drawn here and now, and the pass.
 
-    def order(epoch: int) -> Any:
+    Attributes:
+        key: the key.
+    """
+
+    def __init__(self, where: str, n: int) -> None:
+        self.key = rng.next_key()
+        if isinstance(self.key, Tracer):
+            raise RuntimeError(
+                f"{where} was called inside compiled code, where keys have no values yet. Build the pipeline outside "
+                "and pass its batches in."
+            )
+        self._n = n
+        self._words = [int(word) for word in np.asarray(jax.random.key_data(self.key)).ravel()]
+
+    def __call__(self, epoch: int) -> Any:
         # RandomState, whose numbers NumPy has frozen, and not Generator, whose numbers a new version may change: a run
         # resumed after an upgrade must go on in the same order.
-        seed = np.random.SeedSequence([*words, epoch])
-        return np.random.RandomState(np.random.PCG64(seed)).permutation(n)
-
-    return order
+        seed = np.random.SeedSequence([*self._words, epoch])
+        return np.random.RandomState(np.random.PCG64(seed)).permutation(self._n)
 
 
 def stack_all(items: list[Any]) -> Any:

@@ -1,0 +1,290 @@
+"""What a pipeline is, in facts that go into a checkpoint: by them a run that starts again knows its data.
+
+A fact is JSON. Arrays count by shape, dtype and content; functions by name, code and what they capture; a loader by its
+type and length. Nothing is computed unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from kaun import digest, rng, stages, tree
+from kaun.data import Data, chain
+from kaun.digest import Look
+
+__all__ = ["after", "differences", "function", "of", "unscoped"]
+
+Fact = dict[str, Any]
+
+_MOST_LEAVES = 1000
+_CODE = re.compile(r"(python\d+\.\d+):\w+")
+# Stages that change no item, and stages that make one item of each.
+_FREE = frozenset(["Data.prefetch"])
+_ITEM_BY_ITEM = frozenset(["Data.map", "Data.with_loss"])
+_COUNTS = frozenset(["Data.epochs", "Data.take"])
+
+
+def of(data: Iterable[Any]) -> list[Fact]:
+    """The facts of each stage of a pipeline, its source first; of any other iterable one fact.
+
+    Each is a dict of JSON values: ``stage`` ("Data.batches"), ``length`` (items of a pass after it, or None), and its
+    parameters by name.
+
+    >>> from kaun import Data, fingerprint
+    >>> fingerprint.of(Data.from_items(range(6)).take(4))[1]
+    {'stage': 'Data.take', 'length': 4, 'n': 4}
+    """
+    found = chain(data)
+    if found:
+        return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in found]
+    return [{"stage": type(data).__name__, "length": stages.claimed_length(data), **_source(data)}]
+
+
+def unscoped(data: Iterable[Any]) -> list[str]:
+    """The stages, as they print, whose key was drawn outside of any rng scope in this process."""
+    return [s.text for s in chain(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
+
+
+def after(data: Iterable[Any], n: int) -> Iterable[Any]:
+    """The data from its item ``n`` on: at no cost where it has items by index, else what comes before is pulled.
+
+    Raises:
+        TypeError: when it is a one-shot iterator, also for ``n`` 0: it could not be resumed later.
+
+    >>> from kaun import Data, fingerprint
+    >>> list(fingerprint.after(Data.from_items([1, 2, 3]).epochs(2), 4))
+    [2, 3]
+    """
+    n = stages.checked_count("after(data, n)", "n", n, 0)
+    found = chain(data)
+    source = found[0].given.get("source") if found else data
+    if hasattr(source, "__next__"):
+        raise TypeError(
+            f"A run with checkpoints expected data that can be iterated again, received {type(source).__name__}, an "
+            "iterator that can be iterated once: a run that is started again could not find its place in it. Pass a "
+            "list, list(iterator); a Data, Data.batches((x, y), batch_size=64); or a function that makes a fresh one, "
+            "Data.from_iterable(lambda: make_iterator())."
+        )
+    if n == 0:
+        return data
+    if isinstance(data, Data):
+        return data.skip(n)
+    if isinstance(data, (list, tuple)):
+        return data[n:]
+    return Data.from_iterable(data if hasattr(data, "__iter__") else functools.partial(iter, data)).skip(n)
+
+
+def function(f: Callable[..., Any]) -> str:
+    """The digest of a function: its name, code, static values and captured arrays.
+
+    >>> from kaun import fingerprint
+    >>> make = lambda rate: lambda x: x * rate
+    >>> fingerprint.function(make(0.1)) == fingerprint.function(make(0.1))
+    True
+    >>> fingerprint.function(make(0.1)) == fingerprint.function(make(0.2))
+    False
+    """
+    return Look(f).tell(f)
+
+
+# Facts
+
+
+def _given(given: Mapping[str, Any]) -> Fact:
+    known: Mapping[str, Callable[[Any], Any]] = {
+        "arrays": _tree, "item": _item, "items": _items, "f": _function, "key": _key,
+    }  # fmt: skip
+    found: Fact = {}
+    for name, value in given.items():
+        if name == "source":
+            found |= _source(value)
+        elif name in known:
+            found[name] = known[name](value)
+        else:
+            found[name] = value
+    return found
+
+
+def _key(key: Any) -> str | None:
+    return None if key is None else " ".join(f"0x{int(word):08x}" for word in np.ravel(jax.random.key_data(key)))
+
+
+def _tree(value: Any) -> Fact | str:
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(value)
+    look = Look(value)
+    if len(pairs) > _MOST_LEAVES:
+        return look.tell(value)
+    found: Fact = {tree.path_name(path): look.tell(leaf) for path, leaf in pairs}
+    # Tuple or list, names of a dict's empty parts: all of the tree but its leaves.
+    return found if list(found) == [""] else {**found, "(structure)": Look().tell(treedef.unflatten([0] * len(pairs)))}
+
+
+def _item(item: Any) -> Fact | str:
+    if isinstance(item, (tuple, list)) and len(cast("Any", item)) in (2, 3) and callable(cast("Any", item)[1]):
+        x, loss, *ctx = cast("Sequence[Any]", item)
+        return {"x": _tree(x), "loss": _function(loss), **({"ctx": _tree(ctx[0])} if ctx else {})}
+    return _tree(item)
+
+
+def _items(items: Any) -> str:
+    look = Look(items)
+    return look.tell(items)
+
+
+def _source(source: Any) -> Fact:
+    """A list by its items; any other by type and length; the function that makes one as a function."""
+    if isinstance(source, (list, tuple, range)):
+        return {"items": _items(source)}
+    if not hasattr(source, "__iter__") and callable(source):
+        return {"f": _function(source)}
+    return {"type": type(source).__qualname__, "len": stages.claimed_length(source)}
+
+
+def _function(f: Any) -> Fact:
+    """A function by its name, its own code, and what it reads, each in a line."""
+    look = Look(f)
+    found: list[tuple[str, Any]] = []
+    while True:
+        if isinstance(f, functools.partial):
+            found += [(f"argument {i}", a) for i, a in enumerate(f.args)] + list(f.keywords.items())
+            f = f.func
+        elif isinstance(f, types.MethodType):
+            found.append(("self", f.__self__))
+            f = f.__func__
+        elif isinstance(getattr(f, "__wrapped__", None), types.FunctionType):
+            f = f.__wrapped__
+        else:
+            break
+    fact: Fact = {"function": getattr(f, "__qualname__", type(f).__qualname__)}
+    if isinstance(f, types.FunctionType):
+        fact["code"] = f"{digest.PYTHON}:{look.code(f)}"
+        found += digest.captures(look, f)
+    elif isinstance(f, (type, types.BuiltinFunctionType)):
+        fact["content"] = look.tell(f)
+    else:
+        found += digest.attributes(look, f)
+        fact["content"] = look.tell(f)
+    fact["reads"] = {name: look.tell(value) for name, value in found}
+    return fact
+
+
+# What differs
+
+
+def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[str]:
+    """One line for each thing that differs between the facts of a checkpoint and of now; none for the same data.
+
+    Arguments:
+        saved: facts of the run that is to go on.
+        now: facts of the data given to it.
+        done: items that the run has taken.
+
+    The count of the last ``epochs(n)``, ``take(n)`` or ``repeat(n)`` may differ, and such a stage may come or go at the
+    end, as long as ``done`` items are there: the items up to then are the same. How far ``prefetch`` pulls ahead
+    changes no item. Code is compared within one version of Python.
+
+    >>> from kaun import Data, fingerprint
+    >>> old, new = (fingerprint.of(Data.from_items(range(9)).batch(n).epochs(2)) for n in (2, 3))
+    >>> fingerprint.differences(old, new, 1)
+    ['Data.batch: n was 2, is 3']
+    """
+    before, current = ([fact for fact in facts if fact["stage"] not in _FREE] for facts in (saved, now))
+    open_before, open_current = _without_last_count(before), _without_last_count(current)
+    pairs = [(before, current), (before, open_current), (open_before, current), (open_before, open_current)]
+    if all(_lines(*pair) for pair in pairs):
+        same_end = [f["stage"] for f in open_before] == [f["stage"] for f in open_current]
+        return _lines(*(pairs[3] if same_end else pairs[0]))
+    length = current[-1]["length"]
+    if length is not None and length < done:
+        last = next((f["stage"] for f in reversed(current) if f["stage"] not in _ITEM_BY_ITEM), "the data")
+        return [f"{last}: there are {length} items now, and the run has taken {done} already"]
+    return []
+
+
+def _without_last_count(facts: list[Fact]) -> list[Fact]:
+    for i in reversed(range(len(facts))):
+        name = facts[i]["stage"]
+        if name == "Data.repeat":
+            return [*facts[:i], {**facts[i], "n": None}, *facts[i + 1 :]]
+        if name in _COUNTS:
+            return [*facts[:i], *facts[i + 1 :]]
+        if name not in _ITEM_BY_ITEM:
+            break
+    return facts
+
+
+def _lines(before: list[Fact], current: list[Fact]) -> list[str]:
+    names, found = [f["stage"] for f in before], [f["stage"] for f in current]
+    lines: list[str] = []
+    for i, (old, new) in enumerate(zip(before, current, strict=False)):
+        if old["stage"] != new["stage"]:
+            break
+        where = old["stage"] if names.count(old["stage"]) == 1 else f"{old['stage']} (stage {i + 1})"
+        for name in dict.fromkeys([*old, *new]):
+            lines += [] if name == "length" else _told(where, name, old.get(name), new.get(name))
+    if names != found:
+        lines.append(f"the stages were {', '.join(names)}; they are {', '.join(found)}")
+    return lines
+
+
+def _told(where: str, name: str, a: Any, b: Any) -> list[str]:
+    if _is_same(a, b):
+        return []
+    if isinstance(a, dict) and isinstance(b, dict):
+        old, new = cast("Fact", a), cast("Fact", b)
+        if "function" in old and "function" in new:
+            return _told_function(where, old, new)
+        lines: list[str] = []
+        for part in dict.fromkeys([*old, *new]):
+            inner = part if name == "item" and part else f"{name} at {part!r}" if part else name
+            lines += _told(where, inner, old.get(part), new.get(part))
+        return lines
+    if name == "key":
+        why = "another seed, or keys drawn in another order under rng.scope" if a and b else "shuffled or not"
+        return [f"{where}: the shuffle key was {_shown(a)}, is {_shown(b)} ({why})"]
+    return [f"{where}: {_was(name, a, b)}"]
+
+
+def _told_function(where: str, a: Fact, b: Fact) -> list[str]:
+    f = a["function"]
+    if f != b["function"]:
+        return [f"{where}: the function was {f}, is {b['function']}"]
+    lines = [] if _is_same(a.get("code"), b.get("code")) else [f"{where}: the code of {f} has changed"]
+    for name in dict.fromkeys([*a["reads"], *b["reads"]]):
+        lines += _told(where, f"`{name}`, which {f} reads,", a["reads"].get(name), b["reads"].get(name))
+    return lines or [f"{where}: {f} has changed"]
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        old, new = cast("Fact", a), cast("Fact", b)
+        return all(_is_same(old.get(k), new.get(k)) for k in {*old, *new})
+    if isinstance(a, str) and isinstance(b, str):
+        one, other = _CODE.search(a), _CODE.search(b)
+        if one and other and one[1] != other[1]:
+            return _CODE.sub("", a) == _CODE.sub("", b)
+    return type(a) is type(b) and a == b
+
+
+def _was(name: str, a: Any, b: Any) -> str:
+    old, new = _shown(a), _shown(b)
+    if old != new:
+        return f"{name} was {old}, is {new}"
+    inside = isinstance(a, str) and isinstance(b, str) and _CODE.sub("", a) == _CODE.sub("", b)
+    return f"the {'code' if inside else 'content'} of {name} has changed ({old})"
+
+
+def _shown(value: Any) -> str:
+    """A fact in words, without digests, which say nothing to a reader."""
+    if isinstance(value, dict):
+        return str(cast("Fact", value).get("function", f"a tree of {len(value)} parts"))
+    if isinstance(value, str):
+        return _CODE.sub("", value).partition(" sha256:")[0].strip()
+    return "nothing" if value is None else str(value)
