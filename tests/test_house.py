@@ -37,7 +37,21 @@ LEVELS = [
     },
     {"blocks", "body", "call", "compilations", "compiled", "evaluation", "hook", "optimizer", "staging", "state"},
     {"checkpoint", "train"},
-    {"reports", "reports.core", "reports.history", "reports.progress", "reports.validate"},
+    {
+        "reports",
+        "reports.core",
+        "reports.files",
+        "reports.history",
+        "reports.keeping",
+        "reports.plot",
+        "reports.progress",
+        "reports.rate",
+        "reports.rows",
+        "reports.stopping",
+        "reports.tensorboard",
+        "reports.trackers",
+        "reports.validate",
+    },
     {"interop"},
     {"kaun"},
 ]
@@ -60,7 +74,9 @@ PUBLIC = {
         "Counted", "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
     },
     "kaun.reports": {
-        "History", "Report", "Validation", "all_of", "each_epoch", "every", "history", "progress", "validate",
+        "EarlyStopping", "History", "Report", "Validation", "all_of", "csv", "each_epoch", "early_stopping", "every",
+        "history", "jsonl", "learning_rate", "mlflow", "plot", "progress", "tensorboard", "time_limit", "validate",
+        "wandb",
     },
     "kaun.rng": {"next_key", "scope"},
 }  # fmt: skip
