@@ -35,13 +35,17 @@ LEVELS = [
         "layers.parts",
         "layers.pool",
     },
-    {"blocks", "body", "call", "compilations", "compiled", "evaluation", "hook", "optimizer", "staging", "state"},
+    {"blocks", "body", "call", "compilations", "compiled", "evaluation", "guard", "hook", "items", "optimizer", "staging", "state"},
     {
         "checkpoint", "checkpoint.__main__", "checkpoint.directory", "checkpoint.files", "checkpoint.format",
         "checkpoint.layout", "checkpoint.lock", "checkpoint.store",
     },
-    {"train"},
-    {"reports", "reports.core", "reports.history", "reports.progress", "reports.validate"},
+    {"resume", "snapshots", "train"},
+    {
+        "reports", "reports.core", "reports.files", "reports.history", "reports.keeping", "reports.plot",
+        "reports.progress", "reports.rate", "reports.rows", "reports.stopping", "reports.tensorboard",
+        "reports.trackers", "reports.validate",
+    },
     {"interop"},
     {"kaun"},
 ]
@@ -64,7 +68,9 @@ PUBLIC = {
         "Counted", "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
     },
     "kaun.reports": {
-        "History", "Report", "Validation", "all_of", "each_epoch", "every", "history", "progress", "validate",
+        "EarlyStopping", "History", "Report", "Validation", "all_of", "csv", "each_epoch", "early_stopping", "every",
+        "history", "jsonl", "learning_rate", "mlflow", "plot", "progress", "tensorboard", "time_limit", "validate",
+        "wandb",
     },
     "kaun.rng": {"next_key", "scope"},
 }  # fmt: skip

@@ -30,7 +30,7 @@ class Ran(NamedTuple):
     """Steps that were dispatched together, which may not be done yet.
 
     first: the number of the first of them.
-    count: how many they are.
+    steps: how many they are.
     losses: an array at least as long.
     names: of the other numbers.
     numbers: these, a row for each step.
@@ -39,8 +39,8 @@ class Ran(NamedTuple):
     """
 
     first: int
-    count: int
-    losses: jax.Array
+    steps: int
+    losses: Any
     names: tuple[str, ...]
     numbers: jax.Array
     fault: jax.Array
@@ -50,9 +50,9 @@ class Ran(NamedTuple):
     def good(self) -> int:
         """How many of them there are before the one that ended the run; waits for them."""
         if not np.asarray(self.fault)[0]:
-            return self.count
-        went = np.asarray(self.numbers)[: self.count, self.names.index("good")]
-        return int(np.argmin(went != 0)) if not went.all() else self.count
+            return self.steps
+        went = np.asarray(self.numbers)[: self.steps, self.names.index("good")]
+        return int(np.argmin(went != 0)) if not went.all() else self.steps
 
     def values(self) -> dict[str, np.ndarray[Any, Any]]:
         """Loss and numbers by name, for those steps; waits for them."""

@@ -73,7 +73,7 @@ class Programs:
         """The loss and the leaves after one step; what it was given stays as it is."""
         body = self.body(structure, leaves, key, call, training)
         program = body.program("step", (False,) * len(call.leaves))
-        arguments = (leaves, key, no_fault(), _number(1), call.owned(), [])
+        arguments = (leaves, key, no_fault(len(leaves)), _number(1), call.owned(), [])
         return self._run(program, "step", call, training, arguments, body)
 
     def body(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
@@ -137,7 +137,7 @@ class Programs:
             return value, numbers, jax.tree_util.tree_leaves(as_before(carry, after)), fault
 
         start, jitted = time.perf_counter(), jax.jit(step)
-        traced = jitted.trace(list(leaves), key, call.leaves, no_fault())
+        traced = jitted.trace(list(leaves), key, call.leaves, no_fault(len(leaves)))
         return Body(jitted, traced, call, time.perf_counter() - start)
 
     def _forward_of(self, entry: str, structure: Any, call: Call) -> Program:
@@ -168,6 +168,7 @@ class Loop:
         failed: gives the exception for a step that went wrong (``kaun.guard``), by its number, loss and fault; None
             where no step can.
         done: how many steps were run before.
+        traced: called with each call of a kind that was not there before, and its body.
     """
 
     def __init__(
@@ -180,10 +181,11 @@ class Loop:
         compiled: Callable[[float], None] = lambda seconds: None,
         failed: Callable[[int, float, Any], Exception] | None = None,
         done: int = 0,
+        traced: Callable[[Call, Body], None] = lambda call, body: None,
     ) -> None:
         self._programs, self._key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
-        self._failed, self._begun = failed, done + 1
-        self.failed = False  # whether a step went wrong, and that was told
+        self._failed, self._before, self._traced = failed, done, traced
+        self._wrong: int | None = None
         leaves, self._def = jax.tree_util.tree_flatten(carry)
         # Shapes and dtypes of the state: the arrays themselves must not be held on to.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
@@ -206,6 +208,19 @@ class Loop:
         return self._limit
 
     @property
+    def failed(self) -> bool:
+        """Whether a step went wrong, and that was told."""
+        return self._wrong is not None
+
+    @property
+    def done(self) -> int:
+        """The number of the last step that was run, before one that went wrong."""
+        ran = self._held[2]
+        if self._wrong is not None:
+            return self._wrong - 1
+        return self._before if ran is None else ran.first + ran.steps - 1
+
+    @property
     def loss(self) -> Any:
         """The loss of the last step that was run; waits for it.
 
@@ -215,7 +230,7 @@ class Loop:
         self.wait()
         ran = self._held[2]
         assert ran is not None
-        return np.asarray(ran.losses)[ran.count - 1]  # indexed on the device it would be a dispatch of its own
+        return np.asarray(ran.losses)[ran.steps - 1]  # indexed on the device it would be a dispatch of its own
 
     def wait(self) -> None:
         """Wait for the steps that were dispatched, where one of them may have gone wrong.
@@ -229,7 +244,7 @@ class Loop:
     def failure(self) -> Exception | None:
         """The exception for the first step that went wrong, where one did of which nobody knows yet."""
         try:
-            if not self.failed:
+            if self._wrong is None:
                 self.wait()
         except Exception as error:
             return error
@@ -285,6 +300,7 @@ class Loop:
         found = self._stages.pop(call.key, None)
         if found is None:
             body = self._programs.body(self._def, self._kinds, self._key, call, True)
+            self._traced(call, body)
             found = (Stage(call, body.capacity), body, call)
         self._stages[call.key] = found
         if len(self._stages) > _STAGES:
@@ -315,7 +331,8 @@ class Loop:
             self._held = (True, arrays, ran)
         elif not own and self._packing is not None:
             self._held = (True, pack(self._packing, arrays), ran)
-        first, fault = (self._begun, no_fault()) if ran is None else (ran.first + ran.count, ran.fault)
+        fault = no_fault(len(self._kinds)) if ran is None else ran.fault
+        first = self._before + 1 if ran is None else ran.first + ran.steps
         arguments = (self._held[1], self._key, fault, _number(count), shared, stacked)
         if program.fresh:
             self._compiled(self._programs.compile(program, entry, call, True, arguments, body))
@@ -337,8 +354,8 @@ class Loop:
 
     def _check(self, ran: Ran) -> None:
         if self._failed is not None and (fault := np.asarray(ran.fault))[0]:
-            self.failed = True
-            raise self._failed(ran.first + ran.good, float(np.asarray(ran.losses)[ran.good]), fault)
+            self._wrong = ran.first + ran.good
+            raise self._failed(self._wrong, float(np.asarray(ran.losses)[ran.good]), fault)
 
     def _pace(self, ran: Ran) -> None:
         """Wait for the last dispatch but two, and let blocks grow until one takes long enough to hide its dispatch."""
@@ -348,7 +365,7 @@ class Loop:
         ran = self._flight.popleft()
         ran.losses.block_until_ready()
         self._check(ran)
-        count = ran.count
+        count = ran.steps
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
         # The clock decides how many steps share a dispatch, which changes no bit of them.

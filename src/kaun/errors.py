@@ -27,7 +27,7 @@ class NonFiniteLoss(ArithmeticError):
     Attributes:
         step: the number of the step in this fit.
         loss: its loss.
-        parameters: the paths of the first parameters whose gradient is not finite.
+        parameters: the paths of the parameters whose gradient is not finite.
     """
 
     def __init__(self, message: str, step: int, loss: float, parameters: tuple[str, ...]) -> None:

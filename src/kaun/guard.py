@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kaun import tree
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "as_before", "failure", "guarded", "no_fault", "norm_of"]
+__all__ = ["MODES", "as_before", "failure", "guarded", "no_fault", "squares_of"]
 
 T = TypeVar("T")
 
 MODES = ("raise", "skip", "ignore")
-NAMED = 10  # parameters, in the error
+NAMED = 5  # parameters, in the message
 
 
-def norm_of(gradient: Any) -> jax.Array:
-    """The square root of the sum of squares of a tree's numbers, float32 (float64 where one is)."""
+def squares_of(gradient: Any) -> jax.Array:
+    """For each leaf of a gradient the sum of its numbers' squares, float32 (float64 where one is)."""
     squares = [_square(leaf) for leaf in jax.tree_util.tree_leaves(gradient)]
-    widest = jnp.result_type(jnp.float32, *[s.dtype for s in squares])
-    return jnp.sqrt(sum((s.astype(widest) for s in squares), jnp.zeros((), widest)))
+    widest = jnp.result_type(*squares)
+    return jnp.stack([each.astype(widest) for each in squares])
 
 
-@functools.cache
-def no_fault() -> jax.Array:
-    """The fault where nothing has gone wrong.
+@functools.lru_cache(maxsize=256)
+def no_fault(leaves: int) -> jax.Array:
+    """The fault of a state of so many leaves where nothing has gone wrong.
 
-    An int32 vector: 0, or 1 and the number of parameters whose gradient was not finite; and the positions of the first
-    of these, -1 where there are no more.
+    A bool vector: whether a step went wrong; and for each leaf of the state, the parameters first, whether it is a
+    parameter whose gradient was not finite.
     """
     with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.zeros(1 + NAMED, jnp.int32)
+        return jnp.asarray(np.zeros(1 + leaves, np.bool_))
 
 
 def guarded(
     mode: str, value: jax.Array, gradient: Any, update: Callable[[], T], before: T, fault: jax.Array
 ) -> tuple[T, dict[str, jax.Array], jax.Array]:
     """The state after a step, which stays as it was where the step's loss or gradient is not finite.
+
+    A gradient counts as finite when its norm does: in float32 that is when it is below 1.8e19.
 
     Arguments:
         mode: ``"raise"``: nor does any later step change it; ``"skip"``: that step alone; ``"ignore"``: update anyway.
@@ -53,26 +56,16 @@ def guarded(
 
     Gives that state; ``grad_norm`` and, unless ignored, ``good`` (1 where the step was an update); and the fault.
     """
-    norm = norm_of(gradient)
+    squares = squares_of(gradient)
+    norm = jnp.sqrt(squares.sum())
     numbers = {"grad_norm": norm.astype(jnp.float32)}
     if mode == "ignore":
         return update(), numbers, fault
-    leaves = jax.tree_util.tree_leaves(gradient)
-    # The norm of finite numbers may overflow: only then is each of them looked at.
-    finite = lax.cond(jnp.isfinite(norm), lambda: jnp.array(True), lambda: jnp.stack(_finite(leaves)).all())
-    good = jnp.isfinite(value) & finite
+    good = jnp.isfinite(value) & jnp.isfinite(norm) & ~fault[0]
+    wrong = jnp.zeros_like(fault).at[0].set(True).at[1 : 1 + len(squares)].set(~jnp.isfinite(squares))
     if mode == "raise":
-        good = good & (fault[0] == 0)
-
-    def keep() -> tuple[T, jax.Array]:
-        if mode == "skip":
-            return before, fault
-        wrong = ~jnp.stack(_finite(leaves))
-        first = jnp.flatnonzero(wrong, size=NAMED, fill_value=-1)
-        found = jnp.concatenate([1 + jnp.count_nonzero(wrong, keepdims=True), first]).astype(jnp.int32)
-        return before, jnp.where(fault[0] == 0, found, fault)
-
-    after, fault = lax.cond(good, lambda: (as_before(before, update()), fault), keep)
+        fault = jnp.where(good | fault[0], fault, wrong)
+    after = lax.cond(good, lambda: as_before(before, update()), lambda: before)
     return after, {**numbers, "good": good.astype(jnp.float32)}, fault
 
 
@@ -99,10 +92,6 @@ def _square(leaf: Any) -> jax.Array:
     return jnp.vdot(flat, flat)
 
 
-def _finite(leaves: Sequence[Any]) -> list[jax.Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
-
-
 def failure(params: Any, step: int, loss: float, fault: Any) -> NonFiniteLoss:
     """The exception for a step that went wrong.
 
@@ -111,11 +100,11 @@ def failure(params: Any, step: int, loss: float, fault: Any) -> NonFiniteLoss:
         fault: as ``guarded`` gave it, on the host.
     """
     paths = list(tree.flatten(params.unflatten(range(params.num_leaves)))[0])
-    named = tuple(paths[i] for i in fault[1:] if i >= 0)
-    count = int(fault[0]) - 1
-    more = f" and {count - len(named)} more" if count > len(named) else ""
-    listed = ", ".join(map(repr, named)) + more
-    where = f"not finite is the gradient of {listed} ({count} of {len(paths)})" if count else "all gradients are finite"
+    wrong = tuple(path for path, flag in zip(paths, fault[1:], strict=False) if flag)
+    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    listed = ", ".join(map(repr, wrong[:NAMED])) + more
+    bad = f"not finite is the gradient of {listed} ({len(wrong)} of {len(paths)})"
+    where = bad if wrong else "its gradient is finite"
     text = (
         f"The loss is {loss:g} at step {step}, {where}. The state before that step is this exception's kaun_state. "
         "Try a smaller learning rate, or optax.chain(optax.clip_by_global_norm(1.0), optimizer); look at that item's "
@@ -123,4 +112,4 @@ def failure(params: Any, step: int, loss: float, fault: Any) -> NonFiniteLoss:
         "trainer.step(err.kaun_state, x, loss=loss)\n"
         'To leave such steps out write Trainer(..., on_nonfinite="skip").'
     )
-    return NonFiniteLoss(text, step, loss, named)
+    return NonFiniteLoss(text, step, loss, wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import inspect
 import itertools
 import time
@@ -53,6 +54,11 @@ class Hook:
         done: how many steps were done before, in a run that goes on.
         before: ``state.step`` before the fit's first step.
         skips: whether steps whose numbers are not finite are left out.
+        again: the loss of the last step done, where its report was interrupted and has to be called once more.
+        heard: gives a block in which a signal may interrupt the report.
+
+    Attributes:
+        again: the loss of the step for which the report did not come back.
 
     Raises:
         TypeError: when the report cannot be called, or not with three arguments.
@@ -60,7 +66,14 @@ class Hook:
     """
 
     def __init__(
-        self, report: Callable[..., Any] | None, total: int | None, done: int = 0, before: Any = 0, skips: bool = False
+        self,
+        report: Callable[..., Any] | None,
+        total: int | None,
+        done: int = 0,
+        before: Any = 0,
+        skips: bool = False,
+        again: float | None = None,
+        heard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         if report is not None and not callable(report):
             raise TypeError(
@@ -79,8 +92,8 @@ class Hook:
         self._steps = 0
         self._next = time.monotonic() + _PATIENCE
         self._total, self._done, self._before, self._skips = total, done, before, skips
-        self._asked = done
-        self._wanted = done
+        self.again, self._heard = again, heard
+        self._asked = self._wanted = done if again is None else done - 1
         self._clock = time.perf_counter()
         self._seconds = 0.0  # of compilation since then
 
@@ -122,7 +135,7 @@ class Hook:
         if self._block is None:
             return
         self._waiting.append(ran)
-        self._steps += ran.count
+        self._steps += ran.steps
         if self._steps >= _BLOCK or time.monotonic() >= self._next:
             ready = bisect.bisect_left(self._waiting, True, key=lambda ran: not ran.losses.is_ready())
             self._deliver(ready)
@@ -131,10 +144,14 @@ class Hook:
         """Call the report; whether it asked to stop. This waits for the step to be done."""
         self._deliver(len(self._waiting))
         assert self._report is not None
+        self.again = float(loss)
         try:
-            self._report(step, float(loss), state)
+            with self._heard():
+                self._report(step, self.again, state)
         except EarlyStop:
+            self.again = None
             return True
+        self.again = None
         return False
 
     def compiled(self, seconds: float) -> None:
@@ -156,7 +173,7 @@ class Hook:
     def _deliver(self, blocks: int) -> None:
         ready, self._waiting = self._waiting[:blocks], self._waiting[blocks:]
         self._next = time.monotonic() + _PATIENCE
-        self._steps -= sum(ran.count for ran in ready)
+        self._steps -= sum(ran.steps for ran in ready)
         values = [(ran, ran.values()) for ran in ready]  # waits
         taken = sum(len(v["loss"]) for _, v in values)
         now = time.perf_counter()

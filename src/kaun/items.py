@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 
@@ -40,7 +40,7 @@ def split(item: Any, step: int) -> tuple[Any, Loss, Context | None]:
     if isinstance(item, (tuple, list)) and len(item) in (2, 3) and callable(item[1]):
         ctx = item[2] if len(item) == 3 else None
         if ctx is None or isinstance(ctx, Context):
-            return item[0], item[1], ctx
+            return item[0], cast("Loss", item[1]), ctx
     if isinstance(item, (tuple, list)):
         received = f"a {type(item).__name__} of ({', '.join(map(tree.describe, item))})"
     else:
@@ -57,7 +57,7 @@ def as_loss(loss: Any) -> Loss:
             f"step(loss=...) expected a function of the model's output, received {tree.describe(loss)}. "
             "Write loss=lambda output: losses.mse(output, y)."
         )
-    return loss
+    return cast("Loss", loss)
 
 
 def as_context(ctx: Any) -> Context | None:

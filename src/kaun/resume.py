@@ -9,9 +9,9 @@ import re
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,15 @@ from kaun.signals import Signals
 from kaun.snapshots import packed, unpacked
 from kaun.state import TrainState
 
-__all__ = ["Run", "begun"]
+__all__ = ["Run", "begun", "digest_of"]
+
+T = TypeVar("T")
 
 
 class Run:
     """A run of steps over some data, which may have been begun by an earlier process.
 
     Attributes:
-        state: where it stands, until ``fit`` takes it.
         data: the items that are left.
         done: how many steps it has taken.
         total: how many it will have taken at the end, None where that is not known.
@@ -42,13 +43,20 @@ class Run:
         again: the loss of the last step, where the report for it was interrupted and has to be called once more.
     """
 
-    def __init__(self, state: TrainState, data: Iterable[Any], total: int | None) -> None:
-        self.state, self.data, self.total = state, data, total
+    def __init__(self, state: TrainState, data: Iterable[Any], keeper: _Keeper | None = None) -> None:
+        self._state: TrainState | None = state
+        self.data, self.total = data, length(data)
         self.done = 0
         self.finished = False
         self.again: float | None = None
-        self.signals = Signals(wanted=False)
-        self._keeper: _Keeper | None = None
+        self.signals = Signals(wanted=keeper is not None)
+        self._keeper = keeper
+
+    def take(self) -> TrainState:
+        """The state where it stands; it is not kept."""
+        state, self._state = self._state, None
+        assert state is not None
+        return state
 
     def ahead(self, done: int, most: int) -> int:
         """How many of the next ``most`` steps may run before a checkpoint is due."""
@@ -58,6 +66,11 @@ class Run:
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
         return self._keeper is not None and self._keeper.due(step)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a directory for its checkpoints."""
+        return self._keeper is not None
 
     def save(self, step: int, state: TrainState, *, ended: str = "", again: float | None = None) -> None:
         """Write a checkpoint, where there is a directory for it: the file work is done by a thread.
@@ -70,6 +83,17 @@ class Run:
         if self._keeper is not None and step:
             self._keeper.save(step, state, ended, again)
 
+    def save_last(self, step: int, state: TrainState, again: float | None, error: BaseException) -> None:
+        """As ``save``, when an exception ends the run; what goes wrong with it becomes a note of that exception."""
+        try:
+            self.save(step, state, again=again)
+        except Exception as failed:
+            error.add_note(f"And no checkpoint of step {step} was written: {failed}")
+
+    def heard(self, items: Iterator[T]) -> Iterator[T]:
+        """The same items; a signal may interrupt getting each."""
+        return self.signals.heard_in(items)
+
     def traced(self, call: Call, body: Body) -> None:
         """Hold the program of a step against the one that the run was begun with."""
         if self._keeper is not None:
@@ -80,33 +104,44 @@ class Run:
 def begun(
     checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any
 ) -> Generator[Run, None, None]:
-    """The run that a fit goes on with; what is being saved is saved at the end of the block.
+    """The run that a fit goes on with. What is being written when the block ends is on the disk afterwards.
 
     Raises:
         ResumeMismatch: when the directory holds another run.
         ValueError: when a run could not be resumed.
         TypeError: for what is no Directory, and for data that can be iterated once only.
+        OSError: when checkpoints cannot be written.
     """
-    run = Run(state, data, length(data))
     if checkpoints is None:
+        run = Run(state, data)
+        del state  # fit frees it where nobody else holds it
         yield run
         return
     _check(checkpoints, state, data)
-    with ExitStack() as stack:
-        store = Store.open(checkpoints)
-        stack.callback(store.close)
-        facts = _facts(state, data)
-        saved = None if checkpoints.resume == "never" else store.newest(like=state)
-        if saved is None and checkpoints.resume == "must":
-            raise ValueError(
-                f'Directory({str(checkpoints.path)!r}, resume="must") holds no checkpoint to go on from. Write '
-                'resume="auto" to begin a run there, or check the path.'
-            )
-        run._keeper = _Keeper(store, checkpoints, facts, report, saved)  # pyright: ignore[reportPrivateUsage]
-        if saved is not None:
-            _go_on(run, checkpoints, saved, facts, report)
-        run.signals = stack.enter_context(Signals(wanted=True))
-        yield run
+    store = Store.open(checkpoints)
+    try:
+        run = _stands(store, checkpoints, state, data, report)
+        del state
+        with run.signals:
+            yield run
+    except BaseException as error:
+        try:
+            store.close()
+        except Exception as failed:
+            error.add_note(f"And the last checkpoint was not written: {failed}")
+        raise
+    store.close()
+
+
+def _stands(store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any) -> Run:
+    facts = _facts(state, data)
+    saved = store.newest(like=state)
+    keeper = _Keeper(store, directory, facts, report, saved)
+    if saved is None:
+        return Run(state, data, keeper)
+    run = Run(saved.state, data, keeper)
+    _go_on(run, directory, saved, facts, report)
+    return run
 
 
 def _check(checkpoints: Any, state: TrainState, data: Any) -> None:
@@ -155,17 +190,14 @@ def _go_on(run: Run, directory: Directory, saved: Saved, facts: dict[str, Any], 
     if found["start"] != facts["start"]:
         line = f"the state's step at the start of the run was {found['start']}, is {facts['start']}"
         _differs(directory, "key", done, [line])
-    lines = fingerprint.differences(found["data"], facts["data"], done)
-    if run.total is not None and run.total < done:
-        lines.append(f"the data has {run.total} items, and the run has taken {done}")
-    if lines:
+    if lines := fingerprint.differences(found["data"], facts["data"], done):
         _differs(directory, "data", done, lines)
     _warn_of(found["machine"], facts["machine"])
-    run.state, run.done, run.data = saved.state, done, fingerprint.after(run.data, done)
+    run.done, run.data = done, fingerprint.after(run.data, done)
     longer = run.total > done if run.total is not None else found["data"] != facts["data"]
     run.finished = found["ended"] == "stopped" or (found["ended"] == "data" and not longer)
     run.again = None if found["again"] is None else float.fromhex(found["again"])
-    if (restore := getattr(report, "restore", None)) is not None and not run.finished:
+    if (restore := getattr(report, "restore", None)) is not None:
         try:
             restore(unpacked(found["report"], saved.reports, saved.state))
         except ValueError as error:
@@ -187,8 +219,8 @@ def _warn_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         warnings.warn(
-            f"A run is resumed where {'; '.join(changed)}. It goes on from the same state, but the bytes of its results "
-            "may differ from those of a run without a break.",
+            f"A run is resumed where {'; '.join(changed)}. It goes on from the same state, but the bytes of its "
+            "results may differ from those of a run without a break.",
             stacklevel=6,
         )
 
@@ -226,7 +258,8 @@ class _Keeper:
     def traced(self, call: Call, body: Body) -> None:
         x, _, ctx = call.split(call.leaves)
         # Not by the loss's code, which may be another where only the program is to be the same.
-        kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in tree.flatten((x, ctx))[0].items())
+        given = tree.flatten({"x": x, "ctx": dict(ctx.items())})[0]
+        kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(call.subject, '__qualname__', type(call.subject).__name__)}: {kind}"
         digest = digest_of(body.traced)
         if self._known.setdefault(name, digest) != digest:

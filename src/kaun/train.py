@@ -15,15 +15,17 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kaun import evaluation, guard, optimizer, rng, tree
+from kaun import evaluation, guard, optimizer, resume, rng, tree
 from kaun.call import Call
+from kaun.checkpoint import Directory
 from kaun.compiled import Compilation, Loop, Programs
 from kaun.context import Context
 from kaun.data import Data, runs
 from kaun.hook import Hook
-from kaun.items import Loss, as_context, as_loss, length, no_data, no_items, split
+from kaun.items import Loss, as_context, as_loss, no_data, no_items, split
 from kaun.layers.core import Layer, Vars
 from kaun.optimizer import Optimizer
+from kaun.resume import Run
 from kaun.runs import opened
 from kaun.state import TrainState
 
@@ -159,6 +161,7 @@ class Trainer(Generic[In, Out]):
         *,
         ctx: Context | None = None,
         report: Report | None = None,
+        checkpoints: Directory | None = None,
     ) -> TrainState:
         """The state after a step for each item of ``data``: the fold of ``step`` over it, bit for bit.
 
@@ -168,34 +171,43 @@ class Trainer(Generic[In, Out]):
             ctx: a Context for the layers, at each step.
             report: called after each step that it wants with ``(step, loss, state)``: the 1-based step of this fit,
                 that step's loss as a float, the state after it. Raise ``EarlyStop`` in it to end the fit there.
+            checkpoints: where the run is saved, and gone on with when it was begun there before, by this process or
+                another: to the same bytes as without a break. A finished run gives its state back. SIGTERM and Ctrl-C
+                end the step in progress, save, and end the fit.
 
         Raises:
-            ValueError: when there are no items.
+            ValueError: when there are no items; with ``checkpoints``, when state or data were keyed outside an rng
+                scope.
             TypeError: when an item is not ``(x, loss)``.
+            NonFiniteLoss: as ``on_nonfinite`` says.
+            ResumeMismatch: when the directory holds another run: other data, seed, program or reports.
+            OSError: when a checkpoint cannot be written.
             Exception: whatever data, loss or report raise, unchanged, with the last completed state as its
                 ``kaun_state``.
         """
         self._check_state(state, "fit")
-        hook = Hook(report, length(data), before=state.step, skips=self.on_nonfinite == "skip")
-        key, now = state.key, lambda: _state(loop.carry(), key, loop.failed)
-        start = (state.vars, state.opt_state, state.step)
-        loop = Loop(self._programs, start, key, as_context(ctx), hook.ran, hook.compiled, self._failure(state))
-        del state, start  # where the caller does not hold it either, its memory is free once it is copied
-        step, most = 0, lambda left: hook.ahead(step, min(left, loop.room))
-        with _nothing_lost(loop, now, hook), opened(data, no_data(data)) as items:
-            for item, count, rows in runs(data, items, most):
-                loop.push(*split(item, step + 1), count, rows)
-                step += count
-                if hook.wants(step):
-                    loop.flush()
-                    if _stops(hook, step, loop.loss, now):
-                        break
-            if step == 0:
-                raise no_items()
-            loop.flush()
-            loop.wait()
-            hook.finish()
-        return now()
+        with resume.begun(checkpoints, state, data, report) as run:
+            if run.finished:
+                return run.take()
+            key, now = state.key, lambda: _state(loop.carry(), key, loop.failed)
+            del state  # where the caller does not hold it either, its memory is free once it is copied
+            hook, loop = self._begin(run, report, as_context(ctx))
+            step, most = run.done, lambda left: run.ahead(step, hook.ahead(step, min(left, loop.room)))
+            with _nothing_lost(run, loop, now, hook), opened(run.data, no_data(data)) as items:
+                stopped = hook.again is not None and hook.wants(step) and _stops(hook, step, hook.again, now)
+                for item, count, rows in run.heard(runs(run.data, items, most)) if not stopped else ():
+                    loop.push(*split(item, step + 1), count, rows)
+                    step += count
+                    if hook.wants(step):
+                        loop.flush()
+                        if stopped := _stops(hook, step, loop.loss, now):
+                            break
+                    if run.due(step):
+                        _settle(run, loop, now, hook)
+                if step == 0:
+                    raise no_items()
+                _settle(run, loop, now, hook, ended="stopped" if stopped else "data")
+            return now()
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """The model's output for ``x`` in evaluation mode; changes nothing, and is the same each time.
@@ -285,10 +297,16 @@ class Trainer(Generic[In, Out]):
         rates = {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
         return value, {**numbers, **rates, **scalars}, (*after, step), fault
 
-    def _failure(self, state: TrainState) -> Callable[[int, float, Any], Exception] | None:
-        if self.on_nonfinite != "raise":
-            return None
-        return functools.partial(guard.failure, jax.tree_util.tree_structure(state.vars.params))
+    def _begin(self, run: Run, report: Report | None, ctx: Context | None) -> tuple[Hook, Loop]:
+        state = run.take()
+        hook = Hook(
+            report, run.total, run.done, state.step, self.on_nonfinite == "skip", run.again, run.signals.heard
+        )  # fmt: skip
+        failure = functools.partial(guard.failure, jax.tree_util.tree_structure(state.vars.params))
+        failed = failure if self.on_nonfinite == "raise" else None
+        start, key = (state.vars, state.opt_state, state.step), state.key
+        del state
+        return hook, Loop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.traced)
 
     def _forward(self, carry: Any, key: jax.Array, x: Any, ctx: Context) -> Any:
         vars, step = carry
@@ -335,8 +353,17 @@ def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> b
             outlives.now()  # before the loop goes on
 
 
+def _settle(run: Run, loop: Loop, now: Callable[[], TrainState], hook: Hook, ended: str = "") -> None:
+    """Run what waits, tell the report of it, and save it."""
+    loop.flush()
+    loop.wait()
+    hook.finish()
+    if run.kept:
+        run.save(loop.done, now(), ended=ended)
+
+
 @contextlib.contextmanager
-def _nothing_lost(loop: Loop, now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
+def _nothing_lost(run: Run, loop: Loop, now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
     try:
         hook.begin()
         yield
@@ -346,7 +373,8 @@ def _nothing_lost(loop: Loop, now: Callable[[], TrainState], hook: Hook) -> Gene
             now()  # the steps whose items came before this are run
             first = loop.failure() or error
             hook.finish()
-        first.kaun_state = now()  # pyright: ignore[reportAttributeAccessIssue]
+        first.kaun_state = state = now()  # pyright: ignore[reportAttributeAccessIssue]
+        run.save_last(loop.done, state, hook.again, first)
         if first is error:
             raise
         raise first from error

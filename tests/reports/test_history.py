@@ -167,7 +167,7 @@ def test_axes_and_lines_are_labelled(length, pale):
 def test_window(monkeypatch, tmp_path, recorded_steps, asked, window):
     seen = []
     figure = MODULE._figure
-    monkeypatch.setattr(MODULE, "_figure", lambda *arguments: seen.append(arguments[-1]) or figure(*arguments))
+    monkeypatch.setattr(MODULE, "_figure", lambda *arguments: seen.append(arguments[2]) or figure(*arguments))
     recorded(np.linspace(2, 1, recorded_steps)).plot(tmp_path / "loss.png", window=asked)
     assert seen == [window]
 

@@ -10,7 +10,11 @@ can be called so may have any of these methods too; ``fit`` looks for each and d
 ``block(first_step, values) -> None``
     Called once for each finished block of consecutive steps, in order and without gaps, ahead of the report's call
     for the block's last step. ``values`` holds one host array for each thing recorded, one number for each step;
-    ``values["loss"]``, float32 of shape (n,), is always there. It never makes ``fit`` wait.
+    ``values["loss"]``, float32 of shape (n,), is always there, and ``values["step"]``, int64, is ``state.step`` after
+    each step. It never makes ``fit`` wait.
+``thinned(first_step, values, n) -> None``
+    Called in place of ``block`` where the report stands in ``every(n, report)``: a whole block, of whose steps the
+    report is to take the multiples of ``n``. A report without it gets ``block`` there, too.
 ``begin(first_step, total) -> None``
     Called when a fit starts, with the number of its first step (1, unless a run is resumed) and the number of its last
     step, None where the data's length is unknown.
@@ -18,6 +22,12 @@ can be called so may have any of these methods too; ``fit`` looks for each and d
     Called when the fit ends, whichever way: at the end of the data, by EarlyStop, by any exception.
 ``compiled(seconds) -> None``
     Called when a program was compiled within the fit, ahead of the block of the steps that it ran: how long that took.
+``snapshot() -> dict[str, Any]``
+    Called between steps when a checkpoint is made, when every block up to there was handed over: what the report needs
+    to go on after a restart, as JSON values, NumPy arrays and TrainStates by name.
+``restore(values) -> None``
+    Called with what ``snapshot`` gave, ahead of the ``begin`` of the fit that goes on. Where the run was interrupted in
+    the report's call for a step, the report is called for that step again, ahead of the first block.
 
 Reports of one ``all_of`` hand values to each other, by name, in whatever order they stand:
 
@@ -27,14 +37,23 @@ Reports of one ``all_of`` hand values to each other, by name, in whatever order 
 ``observe(step, values) -> None``
     Called with the values that another report measured after this step, when all reports were called for the step;
     also where this one does not want it. It may raise EarlyStop.
+``judge(step, values, state) -> None``
+    In place of ``observe``, where the report needs the state after the step too. To keep it costs a copy, not to look
+    at it nothing.
 ``watches``
     The names without which a report cannot work. ``fit`` refuses to start unless one of its reports measures each.
+``beside(measured) -> None``
+    Called ahead of ``begin`` with the names of all that the reports measure.
+``adds(first_step, values) -> dict[str, np.ndarray]``
+    Called with each block ahead of all reports' ``block``: arrays of shape (n,), which these find in their ``values``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
@@ -42,18 +61,23 @@ import numpy as np
 
 from kaun import tree
 from kaun.errors import EarlyStop, locate
+from kaun.reports import keeping
 from kaun.train import Report, TrainState
 
 __all__ = ["all_of", "each_epoch", "every"]
 
 Block = Callable[[int, Mapping[str, np.ndarray]], None]
+Thinned = Callable[[int, Mapping[str, np.ndarray], int], None]
+Adds = Callable[[int, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def every(n: int, f: Report) -> Report:
     """The report that calls ``f`` after each ``n``-th step; in between, ``fit`` never waits for the device.
 
     Where ``f`` itself has ``wants`` it is asked for those steps only (an ``each_epoch`` or ``validate`` runs at common
-    multiples); everything else that it has of the report protocol works as if it were passed to ``fit`` alone.
+    multiples), and a logger (``jsonl``, ``csv``, ``tensorboard``, ``wandb``, ``mlflow``) writes the values of those
+    steps only, besides what other reports measure; everything else that it has of the report protocol works as if it
+    were passed to ``fit`` alone. Steps are those of the fit, from 1; a resumed run counts on.
 
     Arguments:
         n: the number of steps from one call to the next, at least 1.
@@ -108,7 +132,8 @@ def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
 
     Arguments:
         train: the pipeline of one epoch, of known length: ``fit`` gets ``train.epochs(n)``.
-        f: called with the number of the pass (1-based) and the TrainState after it; may raise EarlyStop.
+        f: called with the number of the pass in this fit, from 1 (a resumed run counts on), and the TrainState after
+            it; may raise EarlyStop.
 
     Raises:
         TypeError: when the length of ``train`` is unknown, or ``f`` not callable with ``(epoch, state)``.
@@ -142,13 +167,26 @@ def steps_of_a_pass(where: str, train: Sized, fix: str) -> int:
 
 
 class _Every:
-    block: Block  # there only where f has one: to collect the values costs
+    # Each there only where f has it: to collect values costs, and what has nothing to restore is not missed.
+    block: Block
+    thinned: Thinned
+    judge: Callable[[int, Mapping[str, float], TrainState], None]
+    adds: Adds
+    snapshot: Callable[[], dict[str, Any]]
+    restore: Callable[[Mapping[str, Any]], None]
 
     def __init__(self, n: int, f: Report) -> None:
         self._n = n
         self._f = f
+        self.__name__ = keeping.kind(f)
         self.measures, self.watches = names_of(f, "measures"), names_of(f, "watches")
-        if (block := getattr(f, "block", None)) is not None:
+        for name in ("judge", "adds", "snapshot", "restore"):
+            if (method := getattr(f, name, None)) is not None:
+                setattr(self, name, method)
+        if (thinned := getattr(f, "thinned", None)) is not None:
+            self.block = lambda first_step, values: thinned(first_step, values, n)
+            self.thinned = lambda first_step, values, m: thinned(first_step, values, math.lcm(m, n))
+        elif (block := getattr(f, "block", None)) is not None:
             self.block = block
 
     def wants(self, step: int) -> bool:
@@ -160,6 +198,9 @@ class _Every:
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:
         _tell(self._f, "observe", step, values)
+
+    def beside(self, measured: frozenset[str]) -> None:
+        _tell(self._f, "beside", measured)
 
     def begin(self, first_step: int, total: int | None) -> None:
         _tell(self._f, "begin", first_step, total)
@@ -173,6 +214,8 @@ class _Every:
 
 class _AllOf:
     block: Block  # there only where one of the reports has one: to collect the values costs
+    snapshot: Callable[[], dict[str, Any]]
+    restore: Callable[[Mapping[str, Any]], None]
 
     def __init__(self, reports: tuple[Report, ...]) -> None:
         self.reports = reports
@@ -181,13 +224,13 @@ class _AllOf:
         # Who answered True, by step, until the step's call; one dict for each fit that is running (fits may nest).
         self._wanted: list[dict[int, list[Report]]] = [{}]
         blocks: list[Block] = [b for b in (getattr(r, "block", None) for r in reports) if b is not None]
+        adds: list[Adds] = [a for a in (getattr(r, "adds", None) for r in reports) if a is not None]
         if blocks:
-
-            def block(first_step: int, values: Mapping[str, np.ndarray]) -> None:
-                for each in blocks:
-                    each(first_step, values)
-
-            self.block = block
+            self.block = functools.partial(_hand_out, blocks, adds)
+        stateful = [report for report in reports if hasattr(report, "snapshot")]
+        if stateful:
+            self.snapshot = functools.partial(keeping.snapshot, stateful)
+            self.restore = functools.partial(keeping.restore, stateful)
 
     def wants(self, step: int) -> bool:
         wanted = [report for report in self.reports if _wants(report, step)]
@@ -213,26 +256,22 @@ class _AllOf:
             except EarlyStop as err:
                 stops.append(err)
         for report, values in measured:
-            stops += self._observe(step, values, [other for other in self.reports if other is not report])
+            stops += _observed(step, values, [other for other in self.reports if other is not report], state)
         if stops:
             raise stops[0]
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:
-        if stops := self._observe(step, values, self.reports):
+        if stops := _observed(step, values, self.reports, None):
             raise stops[0]
 
-    def _observe(self, step: int, values: Mapping[str, float], reports: Iterable[Report]) -> list[EarlyStop]:
-        stops: list[EarlyStop] = []
-        for report in reports:
-            try:
-                _tell(report, "observe", step, values)
-            except EarlyStop as err:
-                stops.append(err)
-        return stops
+    def judge(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
+        if stops := _observed(step, values, self.reports, state):
+            raise stops[0]
 
     def begin(self, first_step: int, total: int | None) -> None:
         self._wanted.append({})
         for report in self.reports:
+            _tell(report, "beside", self.measures)
             _tell(report, "begin", first_step, total)
 
     def compiled(self, seconds: float) -> None:
@@ -258,6 +297,28 @@ class _EachEpoch:
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         if self.wants(step):
             self._f(step // self._length, state)
+
+
+def _hand_out(blocks: list[Block], adds: list[Adds], first_step: int, values: Mapping[str, np.ndarray]) -> None:
+    for added in [add(first_step, values) for add in adds]:
+        values = {**values, **added}
+    for block in blocks:
+        block(first_step, values)
+
+
+def _observed(
+    step: int, values: Mapping[str, float], reports: Iterable[Report], state: TrainState | None
+) -> list[EarlyStop]:
+    stops: list[EarlyStop] = []
+    for report in reports:
+        try:
+            if state is not None and hasattr(report, "judge"):
+                _tell(report, "judge", step, values, state)
+            else:
+                _tell(report, "observe", step, values)
+        except EarlyStop as err:
+            stops.append(err)
+    return stops
 
 
 def _wants(report: Report, step: int) -> bool:

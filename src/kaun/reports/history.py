@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kaun.reports import keeping
 from kaun.train import TrainState
 
 __all__ = ["History", "history"]
 
 COLUMNS = 1000  # Agg gives up on lines of some hundred thousand strokes, and a page has not that many columns
 MEDIANS = 500
+ACROSS = 4  # curves of results in one row
 PALE, STRONG = "#a9c6e8", "#1f5fa8"
 
 
 def history() -> History:
     """The report that records the loss of every step, without making ``fit`` wait for any.
 
-    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits it goes on where it was. In one
-    ``all_of`` with reports that measure (``validate``) it keeps their results, too.
+    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits it goes on where it was, also in a
+    run that goes on from a checkpoint. In one ``all_of`` with reports that measure (``validate``) it keeps their
+    results, too.
 
     >>> import numpy as np
     >>> from kaun import reports
@@ -58,7 +62,7 @@ class History:
 
     @property
     def steps(self) -> np.ndarray:
-        """The number of each step recorded, int64 of shape (n,): from the first fit's first step, counting on."""
+        """The number of each step recorded, int64 of shape (n,): ``state.step`` after the first one, counting on."""
         return np.arange(self._first_step, self._first_step + len(self._losses))
 
     def plot(self, path: str | os.PathLike[str], *, log: bool = False, window: int | None = None) -> Path:
@@ -67,6 +71,7 @@ class History:
         The median at a step is taken over the steps around it, cut off at the end of the run and narrowed at its start,
         where the loss falls fast. Of a run longer than 1000 steps, the pale part is the band between the lowest
         and the highest loss of neighbouring steps, so that no spike is lost. Losses that are not finite are left out.
+        What other reports measured stands below, each value in a curve of its own.
 
         Arguments:
             path: where to write; the suffix says how (``.png``, ``.svg``, ``.pdf``), ``.png`` is added where none is.
@@ -98,7 +103,7 @@ class History:
                 f"{'positive' if log else 'a finite number'}. Pass the history to fit first, "
                 "trainer.fit(state, data, report=history), and look at history.losses."
             )
-        figure = _figure(steps, losses, window)
+        figure = _figure(steps, losses, window, self.results)
         if log:
             figure.axes[0].set_yscale("log")
         path = Path(path)
@@ -109,12 +114,26 @@ class History:
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
         """Record a block of steps; called by ``fit``."""
         if not self._losses:
-            self._first_step = first_step
+            self._first_step = int(values["step"][0]) if "step" in values else first_step
         self._losses.frombytes(values["loss"].astype(np.float32).tobytes())
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:
         """Record what another report measured after the last step recorded; called by ``all_of``."""
-        self.results.append((self._first_step + len(self._losses) - 1 if self._losses else step, dict(values)))
+        at = self._first_step + len(self._losses) - 1 if self._losses else step
+        # Again, in a run that was interrupted while reports were told of this step.
+        if self.results and self.results[-1][0] == at and self.results[-1][1].keys() == values.keys():
+            self.results.pop()
+        self.results.append((at, dict(values)))
+
+    def snapshot(self) -> dict[str, Any]:
+        """What it keeps in a checkpoint."""
+        return {"losses": self.losses, "first_step": self._first_step, **keeping.packed(self.results)}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        losses, self._first_step = keeping.saved(self, values, "losses", "first_step")
+        self.results = keeping.unpacked(self, values)
+        self._losses = array("f", np.asarray(losses, np.float32).tobytes())
 
     def wants(self, step: int) -> bool:
         """False: blocks are all that it needs."""
@@ -138,14 +157,19 @@ def _checked_window(window: int | None, recorded: int) -> int:
     return window | 1
 
 
-def _figure(steps: np.ndarray, losses: np.ndarray, window: int) -> Any:
+def _figure(
+    steps: np.ndarray, losses: np.ndarray, window: int, results: Sequence[tuple[int, Mapping[str, float]]] = ()
+) -> Any:
     """A matplotlib Figure of its own: pyplot's figures, settings and windows are the user's."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as err:
         raise ImportError('history.plot draws with matplotlib, which is missing: pip install "kaun[plot]"') from err
-    figure: Any = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    names = sorted({name for _, values in results for name in values})
+    lines = -(-len(names) // ACROSS)
+    figure: Any = Figure(figsize=(8, 4.5 + 1.8 * lines), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1 + lines, max(1, min(len(names), ACROSS)), height_ratios=[4.5] + [1.8] * lines)
+    axes = figure.add_subplot(grid[0, :])
     if len(losses) > COLUMNS:
         left = np.linspace(0, len(losses), COLUMNS, endpoint=False).astype(int)
         low, high = np.fmin.reduceat(losses, left), np.fmax.reduceat(losses, left)
@@ -155,14 +179,23 @@ def _figure(steps: np.ndarray, losses: np.ndarray, window: int) -> Any:
         axes.plot(steps, losses, color=PALE, linewidth=1, marker=marker, markersize=3, label="loss")
     centres, medians = _running_median(losses, window)
     axes.plot(steps[centres], medians, color=STRONG, linewidth=2, label=f"median of {window} steps")
-    axes.set(xlabel="step", ylabel="loss")
+    _finish(axes, xlabel="step", ylabel="loss")
+    axes.legend(frameon=False)
+    for i, name in enumerate(names):
+        below = figure.add_subplot(grid[1 + i // ACROSS, i % ACROSS])
+        points = [(step, values[name]) for step, values in results if math.isfinite(values.get(name, math.nan))]
+        below.plot(*zip(*points, strict=True) if points else ((), ()), color=STRONG, marker="o", markersize=3)
+        _finish(below, title=name)
+    return figure
+
+
+def _finish(axes: Any, **texts: str) -> None:
+    axes.set(**texts)
     axes.margins(x=0.01)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return figure
 
 
 def _running_median(losses: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:

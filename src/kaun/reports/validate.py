@@ -7,6 +7,7 @@ from typing import Any
 
 from kaun import tree
 from kaun.context import Context
+from kaun.reports import keeping
 from kaun.reports.core import steps_of_a_pass
 from kaun.scoring import checked
 from kaun.train import Trainer, TrainState
@@ -32,7 +33,7 @@ def validate(
         data: the held-out data, as for ``evaluate``; it is gone over anew each time.
         metrics: as for ``evaluate``, by name.
         each: the pipeline of one epoch, of known length, of which ``fit`` gets ``train.epochs(n)``; or a number of
-            steps, at least 1.
+            steps, at least 1. Steps count from 1 in each fit; a run that goes on from a checkpoint counts on.
         ctx: a Context for the layers.
 
     Raises:
@@ -80,7 +81,7 @@ class Validation:
     """Results on held-out data, as far as a fit went; made by ``validate(...)``. See there.
 
     Attributes:
-        results: pairs of a step and the metrics after it, floats by name, sorted by name.
+        results: pairs of a step, numbered as ``state.step``, and the metrics after it, floats by name, sorted by name.
         measures: the names of the metrics.
 
     >>> import optax, kaun
@@ -113,5 +114,16 @@ class Validation:
         if not self.wants(step):  # called by a user's own function, for every step
             return None
         values = self._trainer.evaluate(state, self._data, self._metrics, ctx=self._ctx)
-        self.results.append((step, values))
+        at = int(state.step)
+        if self.results and self.results[-1][0] == at:  # again, in a run that was interrupted there
+            self.results.pop()
+        self.results.append((at, values))
         return dict(values)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What it keeps in a checkpoint: the results."""
+        return keeping.packed(self.results)
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.results = keeping.unpacked(self, values)

@@ -1,0 +1,109 @@
+"""The loss curve as a picture that is drawn again as the fit goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from kaun.reports.history import History
+from kaun.reports.rows import needed
+from kaun.train import Report, TrainState
+
+__all__ = ["plot"]
+
+FIRST, SECONDS = 2.0, 10.0  # until the first picture, and from one to the next
+SHARE = 20  # a picture takes at most this part of the time
+
+
+def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
+    """The report that keeps a picture of the run up to date: ``history().plot(path)``, drawn again as the fit goes on.
+
+    It shows the losses and in one ``all_of`` what other reports measured. It is drawn after 2 seconds, then every 10
+    seconds or in a twentieth of the time, whichever is less often, and at the end of each fit, whatever ended it. A new
+    picture takes the place of the old one as a whole, so a viewer never sees half of one. It never makes ``fit`` wait
+    for the device. Passed to several fits it goes on, also in a run that goes on from a checkpoint.
+
+    Arguments:
+        path: where to write; the suffix says how (``.png``, ``.svg``, ``.pdf``), ``.png`` is added where none is.
+            Folders that are missing are made.
+        log: whether the loss axis is logarithmic. Default False.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+        TypeError: when ``path`` is none.
+        OSError: in the fit, when it cannot be written.
+
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> from kaun import reports
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = reports.plot(pathlib.Path(folder) / "loss.png")
+    ...     report.begin(1, 500)  # fit does this
+    ...     report.block(1, {"loss": np.geomspace(2.0, 0.1, 500, dtype=np.float32)})
+    ...     report.end()
+    ...     [path.name for path in pathlib.Path(folder).iterdir()]
+    ['loss.png']
+    """
+    if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f'plot expected the path of a picture, received {path!r}. Write plot("loss.png").')
+    needed("plot", "matplotlib", "plot")
+    whole = Path(path).absolute()
+    return _Plot(whole if whole.suffix else whole.with_suffix(".png"), log)
+
+
+class _Plot:
+    def __init__(self, path: Path, log: bool) -> None:
+        self.__name__ = "plot"
+        self._path, self._log = path, log
+        self._history = History()
+        self._next = 0.0  # when to draw
+        self._new = False  # whether there is anything that the picture has not
+
+    def begin(self, first_step: int, total: int | None) -> None:
+        self._next = monotonic() + FIRST
+
+    def wants(self, step: int) -> bool:
+        return False
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
+        self.block(step, {"loss": np.array([loss], np.float32)})
+
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
+        self._history.block(first_step, values)
+        self._changed()
+
+    def observe(self, step: int, values: Mapping[str, float]) -> None:
+        self._history.observe(step, values)
+        self._changed()
+
+    def end(self) -> None:
+        self._draw()
+
+    def snapshot(self) -> dict[str, Any]:
+        return self._history.snapshot()
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        self._history.restore(values)
+        self._new = True
+
+    def _changed(self) -> None:
+        self._new = True
+        if monotonic() >= self._next:
+            self._draw()
+
+    def _draw(self) -> None:
+        losses = self._history.losses
+        if not self._new or not (np.isfinite(losses) & ((losses > 0) | (not self._log))).any():
+            return
+        begun = monotonic()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_name(f".{self._path.stem}.new{self._path.suffix}")
+        self._history.plot(new, log=self._log)
+        new.replace(self._path)
+        self._new = False
+        self._next = monotonic() + max(SECONDS, (SHARE - 1) * (monotonic() - begun))
