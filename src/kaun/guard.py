@@ -24,9 +24,10 @@ NAMED = 5  # parameters, in the message
 
 def squares_of(gradient: Any) -> jax.Array:
     """For each leaf of a gradient the sum of its numbers' squares, float32 (float64 where one is)."""
-    squares = [_square(leaf) for leaf in jax.tree_util.tree_leaves(gradient)]
-    widest = jnp.result_type(*squares)
-    return jnp.stack([each.astype(widest) for each in squares])
+    leaves = jax.tree_util.tree_leaves(gradient)
+    widest = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+    flat = [leaf.astype(widest).reshape(-1) for leaf in leaves]
+    return jnp.stack([jnp.vdot(each, each) for each in flat])
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,11 +86,6 @@ def as_before(before: T, after: T) -> T:
         )
     strong = lambda new, old: lax.convert_element_type(new, old.dtype) if new.weak_type else new
     return jax.tree_util.tree_map(strong, after, before)
-
-
-def _square(leaf: Any) -> jax.Array:
-    flat = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)).reshape(-1)
-    return jnp.vdot(flat, flat)
 
 
 def failure(params: Any, step: int, loss: float, fault: Any) -> NonFiniteLoss:
