@@ -197,11 +197,20 @@ def _go_on(run: Run, directory: Directory, saved: Saved, facts: dict[str, Any], 
     longer = run.total > done if run.total is not None else found["data"] != facts["data"]
     run.finished = found["ended"] == "stopped" or (found["ended"] == "data" and not longer)
     run.again = None if found["again"] is None else float.fromhex(found["again"])
-    if (restore := getattr(report, "restore", None)) is not None:
-        try:
-            restore(unpacked(found["report"], saved.reports, saved.state))
-        except ValueError as error:
-            _differs(directory, "reports", done, [str(error)])
+    _restore(directory, report, saved)
+
+
+def _restore(directory: Directory, report: Any, saved: Saved) -> None:
+    restore = getattr(report, "restore", None)
+    kept = unpacked(saved.facts["report"], saved.reports, saved.state)
+    if restore is None:
+        if kept:
+            _differs(directory, "reports", saved.step, [f"{', '.join(kept)} had something to go on from, and is missing"])
+        return
+    try:
+        restore(kept)
+    except ValueError as error:
+        _differs(directory, "reports", saved.step, [str(error)])
 
 
 def _differs(directory: Directory, what: str, step: int, lines: list[str]) -> None:
