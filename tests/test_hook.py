@@ -25,13 +25,13 @@ class Recorder:
         self.blocks.append((first_step, values["loss"].tolist()))
 
 
-OPEN, HALTED = np.zeros(3, bool), np.array([True, False, True])
+OPEN, HALTED = np.array(False), np.array(True)
 
 
 def ran(first, *values, good=None, names=("good", "grad_norm"), examples=4):
     """What a dispatch of these steps gives: as long as its capacity."""
     went = [1.0] * len(values) if good is None else good
-    rows = [[{"good": float(w), "grad_norm": 2 * v}.get(n, 7.0) for n in names] for w, v in zip(went, values)]
+    rows = [[{"good": float(w), "grad_norm": 2 * v}.get(n, 7.0) for n in names] for w, v in zip(went, values, strict=False)]
     numbers = jnp.array([*rows, [-1.0] * len(names), [-1.0] * len(names)], jnp.float32)
     held = jnp.array([*values, -1.0, -1.0], jnp.float32)
     return Ran(first, len(values), held, names, numbers, OPEN if good is None else HALTED, examples)

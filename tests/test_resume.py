@@ -153,8 +153,10 @@ def test_other_data_goes_on_too(tmp_path, made, kind):
 def test_an_exception_of_the_data_leaves_the_steps_before_it(tmp_path, made):
     trainer, state, train, expected, _ = made
 
-    def broken(item, i=iter(range(100))):
-        if next(i) == 7:
+    count = iter(range(100))
+
+    def broken(item):
+        if next(count) == 7:
             raise OSError("unreadable")
         return item
 
@@ -193,15 +195,15 @@ def test_numbers_that_go_wrong_leave_the_state_before_them(tmp_path):
 
 
 CHANGES = {
-    "seed": (dict(seed=1), {"key", "data"}, "the run's key: another seed"),
-    "batch_size": (dict(batch_size=5), {"data"}, "Data.batches: batch_size was 4, is 5"),
-    "rows": (dict(x=X + (np.arange(22) == 9)[:, None].astype(np.float32)), {"data"}, "Data.batches"),
-    "loss": (dict(loss=lambda o, y: 2 * losses.cross_entropy_sparse(o, y)), {"data", "program"}, "Data.with_loss"),
-    "rate": (dict(rate=0.2), {"program"}, r"compiled step for x float32\[4, 3\]"),
-    "schedule": (dict(rate=optax.linear_schedule(0.1, 0, 9)), {"program"}, None),
-    "activation": (dict(activation=layers.tanh), {"program"}, "compiled step"),
-    "optimizer of an equal tree": (dict(optimizer=lambda rate: optax.adam(rate, b1=0.8)), {"program"}, "compiled step"),
-    "mode": (dict(mode="ignore"), {"program"}, "compiled step"),
+    "seed": ({"seed": 1}, {"key", "data"}, "the run's key: another seed"),
+    "batch_size": ({"batch_size": 5}, {"data"}, "Data.batches: batch_size was 4, is 5"),
+    "rows": ({"x": X + (np.arange(22) == 9)[:, None].astype(np.float32)}, {"data"}, "Data.batches"),
+    "loss": ({"loss": lambda o, y: 2 * losses.cross_entropy_sparse(o, y)}, {"data", "program"}, "Data.with_loss"),
+    "rate": ({"rate": 0.2}, {"program"}, r"compiled step for x float32\[4, 3\]"),
+    "schedule": ({"rate": optax.linear_schedule(0.1, 0, 9)}, {"program"}, None),
+    "activation": ({"activation": layers.tanh}, {"program"}, "compiled step"),
+    "optimizer of an equal tree": ({"optimizer": lambda rate: optax.adam(rate, b1=0.8)}, {"program"}, "compiled step"),
+    "mode": ({"mode": "ignore"}, {"program"}, "compiled step"),
 }
 
 
@@ -235,8 +237,9 @@ def test_constants_that_print_alike_are_told_apart():
     assert resume.digest_of(programs[0]) != resume.digest_of(programs[1])
     inner = [jax.make_jaxpr(jax.jit(lambda x, r=r: x * r))(jnp.ones(3)) for r in rates]
     assert resume.digest_of(inner[0]) != resume.digest_of(inner[1])
-    keys = [jax.make_jaxpr(lambda x, k=jax.random.key(s): x + jax.random.normal(k, (3,)))(jnp.ones(3)) for s in (0, 1)]
-    assert resume.digest_of(keys[0]) != resume.digest_of(keys[1])
+    keys = [jax.random.key(0), jax.random.key(1)]
+    drawn = [jax.make_jaxpr(lambda x, k=k: x + jax.random.normal(k, (3,)))(jnp.ones(3)) for k in keys]
+    assert resume.digest_of(drawn[0]) != resume.digest_of(drawn[1])
     again = jax.make_jaxpr(lambda x: x * rates[0])(jnp.ones(3))
     assert resume.digest_of(programs[0]) == resume.digest_of(again)
 

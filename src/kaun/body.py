@@ -14,6 +14,7 @@ from jax import lax
 from kaun.blocks import capacity_of
 from kaun.call import Call
 from kaun.convolutions import slow_in_loops
+from kaun.guard import no_fault
 from kaun.packing import Packing
 
 __all__ = ["ROWS", "Body", "Program", "Ran"]
@@ -34,7 +35,7 @@ class Ran(NamedTuple):
     losses: an array at least as long.
     names: of the other numbers.
     numbers: these, a row for each step.
-    fault: after the last of them, as of ``kaun.guard``.
+    fault: whether a step has gone wrong, up to the last of them.
     examples: how many each of them learns from, None where that cannot be told.
     """
 
@@ -49,7 +50,7 @@ class Ran(NamedTuple):
     @property
     def good(self) -> int:
         """How many of them there are before the one that ended the run; waits for them."""
-        if not np.asarray(self.fault)[0]:
+        if not np.asarray(self.fault):
             return self.steps
         went = np.asarray(self.numbers)[: self.steps, self.names.index("good")]
         return int(np.argmin(went != 0)) if not went.all() else self.steps
@@ -96,7 +97,8 @@ class Body:
         self.step = step
         self.traced = traced.jaxpr
         loss, numbers, _, _ = traced.out_info
-        self.loss_dtype, self.names = loss.dtype, tuple(numbers)
+        self.loss_dtype = loss.dtype
+        self.names = tuple(name for name, number in numbers.items() if number.shape == ())
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.capacity = capacity_of(call) if self.looped else 1
         self.seconds = seconds
@@ -104,6 +106,10 @@ class Body:
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
         self.patterns: list[tuple[bool, ...]] = []
+
+    def look_at(self, leaves: list[Any], key: jax.Array, item: list[Any]) -> dict[str, Any]:
+        """The numbers of one step, also those that are no scalars."""
+        return self.step(leaves, key, item, no_fault())[1]
 
     def pattern(self, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         """Which leaves to stack in a block where these vary: as in an earlier block, where that is possible."""
@@ -118,9 +124,10 @@ class Body:
     def program(self, entry: str, pattern: tuple[bool, ...], packing: Packing | None = None) -> Program:
         """The program that runs the body over blocks stacked by a pattern, made (not yet compiled) where there is none.
 
-        It takes the state's arrays, the run's key, the fault of the steps before (``kaun.guard``), the number of steps,
-        and the leaves that are not stacked and those that are; it gives the losses, an array at least as long as the
-        number of steps, the other numbers of each step, a row of float32 for each, the state's arrays and the fault.
+        It takes the state's arrays, the run's key, whether a step has gone wrong before (``kaun.guard``), the number of
+        steps, and the leaves that are not stacked and those that are; it gives the losses, an array at least as long
+        as the number of steps, the other numbers of each step, a row of float32 for each, the state's arrays, and
+        whether a step has gone wrong now.
 
         Arguments:
             entry: ``"fit"``; ``"fit in place"`` for one that takes its state's memory; ``"step"`` for one that gives

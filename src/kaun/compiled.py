@@ -38,6 +38,8 @@ _LONGEST = 0.1  # seconds that one dispatch should take at most: so long Python 
 _SMALL = 1 << 20  # bytes of a state whose memory is not worth saving
 _STAGES = 4
 _SAME: Mapping[int, Rows] = {}
+Items = tuple[tuple[bool, ...], list[Any], list[Any]]
+"""Which leaves of the items of a dispatch differ, those that do not, and stacks of those that do."""
 
 
 class Programs:
@@ -45,7 +47,7 @@ class Programs:
 
     Arguments:
         advance: ``advance(carry, key, x, ctx, loss, training, fault) -> (loss, numbers, carry, fault)``, one pure
-            training step; numbers are scalars by name, and the fault as of ``kaun.guard``.
+            training step; numbers by name, scalars but for the squares; the fault as of ``kaun.guard``.
         forward: ``forward(carry, key, x, ctx) -> output``, the model in evaluation mode.
         capacity: how many bodies are kept, each with its programs.
     """
@@ -73,7 +75,7 @@ class Programs:
         """The loss and the leaves after one step; what it was given stays as it is."""
         body = self.body(structure, leaves, key, call, training)
         program = body.program("step", (False,) * len(call.leaves))
-        arguments = (leaves, key, no_fault(len(leaves)), _number(1), call.owned(), [])
+        arguments = (leaves, key, no_fault(), _number(1), call.owned(), [])
         return self._run(program, "step", call, training, arguments, body)
 
     def body(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
@@ -137,7 +139,7 @@ class Programs:
             return value, numbers, jax.tree_util.tree_leaves(as_before(carry, after)), fault
 
         start, jitted = time.perf_counter(), jax.jit(step)
-        traced = jitted.trace(list(leaves), key, call.leaves, no_fault(len(leaves)))
+        traced = jitted.trace(list(leaves), key, call.leaves, no_fault())
         return Body(jitted, traced, call, time.perf_counter() - start)
 
     def _forward_of(self, entry: str, structure: Any, call: Call) -> Program:
@@ -160,13 +162,13 @@ class Loop:
 
     Arguments:
         programs: where the compiled steps are.
-        carry: the state to start from, a pytree; it stays as it is.
+        carry: the state to start from, a pytree whose last leaf counts the steps; it stays as it is.
         key: the run's key.
         ctx: the Context of every step.
         ran: called after each dispatch.
         compiled: called after each compilation with the seconds it took.
-        failed: gives the exception for a step that went wrong (``kaun.guard``), by its number, loss and fault; None
-            where no step can.
+        failed: gives the exception for a step that went wrong (``kaun.guard``), by its number, its loss and the squares
+            of its gradient; None where no step can.
         done: how many steps were run before.
         traced: called with each call of a kind that was not there before, and its body.
     """
@@ -198,7 +200,8 @@ class Loop:
         self._done: deque[Any] = deque(maxlen=1)
         self._stages: OrderedDict[Hashable, tuple[Stage, Body, Call]] = OrderedDict()
         self._open: tuple[Stage, Body, Call] | None = None
-        self._flight: deque[Ran] = deque()
+        # What was dispatched and may not be done: with the body and the items, to look at one that went wrong.
+        self._flight: deque[tuple[Ran, Body, Items]] = deque()
         self._finished = time.perf_counter()
         self._limit = _BEGIN
 
@@ -239,7 +242,7 @@ class Loop:
             Exception: what ``failed`` gives for the first step that did.
         """
         while self._failed is not None and self._flight:
-            self._check(self._flight.popleft())
+            self._check(*self._flight.popleft())
 
     def failure(self) -> Exception | None:
         """The exception for the first step that went wrong, where one did of which nobody knows yet."""
@@ -331,7 +334,7 @@ class Loop:
             self._held = (True, arrays, ran)
         elif not own and self._packing is not None:
             self._held = (True, pack(self._packing, arrays), ran)
-        fault = no_fault(len(self._kinds)) if ran is None else ran.fault
+        fault = no_fault() if ran is None else ran.fault
         first = self._before + 1 if ran is None else ran.first + ran.steps
         arguments = (self._held[1], self._key, fault, _number(count), shared, stacked)
         if program.fresh:
@@ -344,7 +347,8 @@ class Loop:
         ran = self._held[2]
         assert ran is not None
         self._ran(ran)
-        self._pace(ran)
+        self._flight.append((ran, body, (pattern, shared, stacked)))
+        self._pace()
 
     def _take(self) -> None:
         if self._done:
@@ -352,19 +356,26 @@ class Loop:
             self._held = (True, arrays, Ran(first, count, losses, body.names, numbers, fault, call.examples))
             self._done.clear()
 
-    def _check(self, ran: Ran) -> None:
-        if self._failed is not None and (fault := np.asarray(ran.fault))[0]:
-            self._wrong = ran.first + ran.good
-            raise self._failed(self._wrong, float(np.asarray(ran.losses)[ran.good]), fault)
+    def _check(self, ran: Ran, body: Body, items: Items) -> None:
+        if self._failed is None or not np.asarray(ran.fault):
+            return
+        i = ran.good
+        self._wrong = ran.first + i
+        pattern, shared, stacked = items
+        given, many = iter(shared), iter(stacked)
+        item = [next(many)[i] if varies else next(given) for varies in pattern]
+        leaves = jax.tree_util.tree_leaves(self.carry())  # as they were before that step, but for its number
+        leaves[-1] = leaves[-1] - 1
+        squares = body.look_at(leaves, self._key, item)["squares"]
+        raise self._failed(self._wrong, float(np.asarray(ran.losses)[i]), np.asarray(squares))
 
-    def _pace(self, ran: Ran) -> None:
+    def _pace(self) -> None:
         """Wait for the last dispatch but two, and let blocks grow until one takes long enough to hide its dispatch."""
-        self._flight.append(ran)
         if len(self._flight) <= _IN_FLIGHT:
             return
-        ran = self._flight.popleft()
+        ran, body, items = self._flight.popleft()
         ran.losses.block_until_ready()
-        self._check(ran)
+        self._check(ran, body, items)
         count = ran.steps
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now

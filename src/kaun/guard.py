@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ __all__ = ["MODES", "as_before", "failure", "guarded", "no_fault", "squares_of"]
 T = TypeVar("T")
 
 MODES = ("raise", "skip", "ignore")
+_SMALL = 1 << 12  # numbers of a state
 NAMED = 5  # parameters, in the message
 
 
@@ -26,19 +28,15 @@ def squares_of(gradient: Any) -> jax.Array:
     """For each leaf of a gradient the sum of its numbers' squares, float32 (float64 where one is)."""
     leaves = jax.tree_util.tree_leaves(gradient)
     widest = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
-    flat = [leaf.astype(widest).reshape(-1) for leaf in leaves]
-    return jnp.stack([jnp.vdot(each, each) for each in flat])
+    # A sum over all axes, and no dot of vectors: that would first bring a transposed product into order.
+    return jnp.stack([jnp.sum(jnp.square(leaf.astype(widest))) for leaf in leaves])
 
 
-@functools.lru_cache(maxsize=256)
-def no_fault(leaves: int) -> jax.Array:
-    """The fault of a state of so many leaves where nothing has gone wrong.
-
-    A bool vector: whether a step went wrong; and for each leaf of the state, the parameters first, whether it is a
-    parameter whose gradient was not finite.
-    """
+@functools.cache
+def no_fault() -> jax.Array:
+    """False, as a bool scalar: nothing has gone wrong."""
     with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.asarray(np.zeros(1 + leaves, np.bool_))
+        return jnp.asarray(np.zeros((), np.bool_))
 
 
 def guarded(
@@ -53,21 +51,23 @@ def guarded(
         value: the loss.
         update: gives the state after the update.
         before: the state before it.
-        fault: as ``no_fault`` or an earlier call gave it.
+        fault: whether a step before this one went wrong.
 
-    Gives that state; ``grad_norm`` and, unless ignored, ``good`` (1 where the step was an update); and the fault.
+    Gives that state; by name ``grad_norm``, unless ignored ``good`` (1 where the step was an update), and ``squares``,
+    a vector with a sum for each leaf of the gradient; and whether a step has gone wrong, up to this one.
     """
     squares = squares_of(gradient)
     norm = jnp.sqrt(squares.sum())
-    numbers = {"grad_norm": norm.astype(jnp.float32)}
+    numbers = {"grad_norm": norm.astype(jnp.float32), "squares": squares}
     if mode == "ignore":
         return update(), numbers, fault
-    good = jnp.isfinite(value) & jnp.isfinite(norm) & ~fault[0]
-    wrong = jnp.zeros_like(fault).at[0].set(True).at[1 : 1 + len(squares)].set(~jnp.isfinite(squares))
-    if mode == "raise":
-        fault = jnp.where(good | fault[0], fault, wrong)
-    after = lax.cond(good, lambda: as_before(before, update()), lambda: before)
-    return after, {**numbers, "good": good.astype(jnp.float32)}, fault
+    good = jnp.isfinite(value) & jnp.isfinite(norm) & ~fault
+    if sum(math.prod(leaf.shape) for leaf in jax.tree_util.tree_leaves(before)) <= _SMALL:
+        # Less than a branch costs; and of a large state it would be a copy.
+        after = jax.tree_util.tree_map(functools.partial(jnp.where, good), as_before(before, update()), before)
+    else:
+        after = lax.cond(good, lambda: as_before(before, update()), lambda: before)
+    return after, {**numbers, "good": good.astype(jnp.float32)}, ~good if mode == "raise" else fault
 
 
 def as_before(before: T, after: T) -> T:
@@ -88,15 +88,15 @@ def as_before(before: T, after: T) -> T:
     return jax.tree_util.tree_map(strong, after, before)
 
 
-def failure(params: Any, step: int, loss: float, fault: Any) -> NonFiniteLoss:
+def failure(params: Any, step: int, loss: float, squares: Any) -> NonFiniteLoss:
     """The exception for a step that went wrong.
 
     Arguments:
         params: the structure of the tree whose gradient it was.
-        fault: as ``guarded`` gave it, on the host.
+        squares: as ``guarded`` gave them for that step.
     """
     paths = list(tree.flatten(params.unflatten(range(params.num_leaves)))[0])
-    wrong = tuple(path for path, flag in zip(paths, fault[1:], strict=False) if flag)
+    wrong = tuple(path for path, square in zip(paths, squares, strict=True) if not np.isfinite(square))
     more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
     listed = ", ".join(map(repr, wrong[:NAMED])) + more
     bad = f"not finite is the gradient of {listed} ({len(wrong)} of {len(paths)})"

@@ -205,7 +205,8 @@ def _restore(directory: Directory, report: Any, saved: Saved) -> None:
     kept = unpacked(saved.facts["report"], saved.reports, saved.state)
     if restore is None:
         if kept:
-            _differs(directory, "reports", saved.step, [f"{', '.join(kept)} had something to go on from, and is missing"])
+            line = f"what they had to go on from is for none of these: {', '.join(kept)}"
+            _differs(directory, "reports", saved.step, [line])
         return
     try:
         restore(kept)

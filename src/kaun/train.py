@@ -290,7 +290,7 @@ class Trainer(Generic[In, Out]):
             params, after = optimizer.update(self.optimizer, gradient, opt_state, vars.params, value, value_fn)
             return vars.replace(params=params, state=layer_state), after
 
-        step = step + (~fault[0]).astype(jnp.int32)
+        step = step + (~fault).astype(jnp.int32)
         before = (vars, opt_state)
         after, numbers, fault = guard.guarded(self.on_nonfinite, value, gradient, update, before, fault)
         rate = optimizer.learning_rate(after[1])
