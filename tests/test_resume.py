@@ -249,7 +249,7 @@ def test_other_reports_are_refused(tmp_path, made):
     with pytest.raises(Killed):
         trainer.fit(state, train, report=reports.all_of(reports.history(), killing(3)), checkpoints=Directory(tmp_path))
     for other in (reports.all_of(killing(9), reports.time_limit(9)), reports.all_of(killing(9)), killing(9), None):
-        with pytest.raises(ResumeMismatch, match="(?s)Its reports differ:.*[Hh]istory"):
+        with pytest.raises(ResumeMismatch, match=r"(?s)Its reports differ:.*[Hh]istory"):
             trainer.fit(state, train, report=other, checkpoints=Directory(tmp_path))
     with pytest.warns(UserWarning, match="accept= names it"):
         trainer.fit(state, train, checkpoints=Directory(tmp_path, accept={"reports"}))
@@ -290,7 +290,7 @@ def test_what_could_not_be_resumed_is_refused_at_the_start(tmp_path, made, monke
         trainer.fit(state, unscoped, checkpoints=runs)
     with monkeypatch.context() as patched:
         patched.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(ValueError, match="for one process, and this is one of 2.*Orbax"):
+        with pytest.raises(ValueError, match=r"for one process, and this is one of 2.*Orbax"):
             trainer.fit(state, train, checkpoints=runs)
     with pytest.raises(FileNotFoundError, match="resume='must'"):
         trainer.fit(state, train, checkpoints=Directory(tmp_path / "runs", resume="must"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,12 +13,11 @@ from jax import lax
 from kaun import tree
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "as_before", "failure", "guarded", "no_fault", "squares_of"]
+__all__ = ["MODES", "as_before", "failure", "guarded", "squares_of"]
 
 T = TypeVar("T")
 
 MODES = ("raise", "skip", "ignore")
-_SMALL = 1 << 12  # numbers of a state
 NAMED = 5  # parameters, in the message
 
 
@@ -32,16 +29,9 @@ def squares_of(gradient: Any) -> jax.Array:
     return jnp.stack([jnp.sum(jnp.square(leaf.astype(widest))) for leaf in leaves])
 
 
-@functools.cache
-def no_fault() -> jax.Array:
-    """False, as a bool scalar: nothing has gone wrong."""
-    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.asarray(np.zeros((), np.bool_))
-
-
 def guarded(
-    mode: str, value: jax.Array, gradient: Any, update: Callable[[], T], before: T, fault: jax.Array
-) -> tuple[T, dict[str, jax.Array], jax.Array]:
+    mode: str, value: jax.Array, gradient: Any, update: Callable[[], T], before: T, fault: jax.Array | None
+) -> tuple[T, dict[str, jax.Array], jax.Array | None]:
     """The state after a step, which stays as it was where the step's loss or gradient is not finite.
 
     A gradient counts as finite when its norm does: in float32 that is when it is below 1.8e19.
@@ -51,23 +41,24 @@ def guarded(
         value: the loss.
         update: gives the state after the update.
         before: the state before it.
-        fault: whether a step before this one went wrong.
+        fault: whether a step before this one went wrong, a bool scalar. None, in mode ``"raise"``, where the state
+            before a block of steps is kept, so that the block can be run again up to that step: update anyway.
 
-    Gives that state; by name ``grad_norm``, unless ignored ``good`` (1 where the step was an update), and ``squares``,
+    Gives that state; by name ``grad_norm``, for ``"skip"`` ``good`` (1 where the step was an update), and ``squares``,
     a vector with a sum for each leaf of the gradient; and whether a step has gone wrong, up to this one.
     """
     squares = squares_of(gradient)
     norm = jnp.sqrt(squares.sum())
     numbers = {"grad_norm": norm.astype(jnp.float32), "squares": squares}
-    if mode == "ignore":
+    if mode == "ignore" or (mode == "raise" and fault is None):
         return update(), numbers, fault
-    good = jnp.isfinite(value) & jnp.isfinite(norm) & ~fault
-    if sum(math.prod(leaf.shape) for leaf in jax.tree_util.tree_leaves(before)) <= _SMALL:
-        # Less than a branch costs; and of a large state it would be a copy.
-        after = jax.tree_util.tree_map(functools.partial(jnp.where, good), as_before(before, update()), before)
+    good = jnp.isfinite(value) & jnp.isfinite(norm)
+    if fault is not None:
+        good = good & ~fault
     else:
-        after = lax.cond(good, lambda: as_before(before, update()), lambda: before)
-    return after, {**numbers, "good": good.astype(jnp.float32)}, ~good if mode == "raise" else fault
+        numbers["good"] = good.astype(jnp.float32)
+    after = lax.cond(good, lambda: as_before(before, update()), lambda: before)
+    return after, numbers, None if fault is None else ~good
 
 
 def as_before(before: T, after: T) -> T:

@@ -274,7 +274,7 @@ class _Keeper:
         given = tree.flatten({"x": x, "ctx": dict(ctx.items())})[0]
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(call.subject, '__qualname__', type(call.subject).__name__)}: {kind}"
-        digest = digest_of(body.traced)
+        digest = digest_of(body.traced) + " raises" * body.selects
         if self._known.get(name, digest) != digest:
             line = (
                 f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "

@@ -96,7 +96,8 @@ class Trainer(Generic[In, Out]):
                 f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, guard.MODES))}, received "
                 f"{self.on_nonfinite!r}."
             )
-        object.__setattr__(self, "_programs", Programs(self._advance, self._forward))
+        programs = Programs(self._advance, self._forward, raises=self.on_nonfinite == "raise")
+        object.__setattr__(self, "_programs", programs)
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
@@ -189,7 +190,7 @@ class Trainer(Generic[In, Out]):
         with resume.begun(checkpoints, state, data, report) as run:
             if run.finished:
                 return run.take()
-            key, now = state.key, lambda: _state(loop.carry(), key, loop.failed)
+            key, now = state.key, lambda: _state(loop.carry(), key)
             del state  # where the caller does not hold it either, its memory is free once it is copied
             hook, loop = self._begin(run, report, as_context(ctx))
             step, most = run.done, lambda left: run.ahead(step, hook.ahead(step, min(left, loop.room)))
@@ -290,7 +291,7 @@ class Trainer(Generic[In, Out]):
             params, after = optimizer.update(self.optimizer, gradient, opt_state, vars.params, value, value_fn)
             return vars.replace(params=params, state=layer_state), after
 
-        step = step + (~fault).astype(jnp.int32)
+        step = step + (1 if fault is None else (~fault).astype(jnp.int32))
         before = (vars, opt_state)
         after, numbers, fault = guard.guarded(self.on_nonfinite, value, gradient, update, before, fault)
         rate = optimizer.learning_rate(after[1])
@@ -299,9 +300,7 @@ class Trainer(Generic[In, Out]):
 
     def _begin(self, run: Run, report: Report | None, ctx: Context | None) -> tuple[Hook, Loop]:
         state = run.take()
-        hook = Hook(
-            report, run.total, run.done, state.step, self.on_nonfinite == "skip", run.again, run.signals.heard
-        )  # fmt: skip
+        hook = Hook(report, run.total, run.done, state.step, self.on_nonfinite, run.again, run.signals.heard)
         failure = functools.partial(guard.failure, jax.tree_util.tree_structure(state.vars.params))
         failed = failure if self.on_nonfinite == "raise" else None
         start, key = (state.vars, state.opt_state, state.step), state.key
@@ -334,10 +333,9 @@ class Trainer(Generic[In, Out]):
             raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
 
 
-def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array, failed: bool = False) -> TrainState:
+def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
     vars, opt_state, step = carry
-    # A step that went wrong changes nothing but its number.
-    return TrainState(vars=vars, opt_state=opt_state, step=step - 1 if failed else step, key=key)
+    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)
 
 
 def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:
