@@ -53,7 +53,7 @@ LEVELS = [
 # The vocabulary. A new name belongs here, in the docs and in the changelog.
 PUBLIC = {
     "kaun": {
-        "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars",
+        "Context", "Data", "EarlyStop", "Layer", "NonFiniteLoss", "TrainState", "Trainer", "Vars",
         "checkpoint", "grad", "layers", "losses", "metrics", "reports", "rng",
     },
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},

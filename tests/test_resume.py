@@ -172,6 +172,50 @@ def test_an_exception_of_the_data_leaves_the_steps_before_it(tmp_path, made):
     assert same(end, expected)
 
 
+@pytest.mark.parametrize("where", ["data", "loss", "report", "block"])
+@pytest.mark.parametrize("at", range(1, 7))
+def test_an_exception_anywhere_at_any_step_is_gone_on_from(tmp_path, made, where, at):
+    trainer, state, train, _, _ = made
+    items = list(train)
+    expected = trainer.fit(state, items)
+    left = [1]
+
+    def fail(here, step):
+        if here == where and step == at and left:
+            left.pop()
+            raise OSError(f"{here} {step}")
+
+    def raising(out):
+        raise OSError(f"loss {at}")
+
+    class Loader:
+        def __iter__(self):
+            for step, (x, loss) in enumerate(items, 1):
+                fail("data", step)
+                if step == at and where == "loss" and left:
+                    left.pop()
+                    yield x, raising
+                else:
+                    yield x, loss
+
+    class Report:
+        def __call__(self, step, loss, state):
+            fail("report", step)
+
+        def block(self, first_step, values):
+            for step in range(first_step, first_step + len(values["loss"])):
+                fail("block", step)
+
+    runs = Directory(tmp_path)
+    history = reports.history()
+    go = lambda: trainer.fit(state, Loader(), report=reports.all_of(history, Report()), checkpoints=runs)
+    with pytest.raises(OSError, match=f"{where} {at}") as caught:
+        go()
+    done = int(caught.value.kaun_state.step)
+    assert done == at - (where in ("data", "loss")) and runs.steps() == [done] * (done > 0)
+    assert same(go(), expected) and len(history) == 6
+
+
 class Again:
     """A loader that applies a function to each item."""
 
