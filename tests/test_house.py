@@ -17,11 +17,11 @@ SRC = ROOT / "src" / "kaun"
 # A module may import from its own level and from those above it. Cycles are excluded everywhere.
 LEVELS = [
     {
-        "bytecode", "convolutions", "digest", "errors", "lift", "packing", "prefetch", "products", "rebuild", "rng", "runs",
-        "stages", "totals", "tree",
+        "bytecode", "convolutions", "digest", "errors", "foreign", "lift", "packing", "prefetch", "products", "rebuild",
+        "rng", "runs", "stages", "streams", "totals", "tree",
     },
     {"context", "data", "losses", "layers.checks"},
-    {"counting", "fingerprint", "layers.core", "metrics", "scoring"},
+    {"counting", "fingerprint", "layers.core", "metrics", "place", "scoring"},
     {
         "grad",
         "layers",
