@@ -6,10 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from kaun import Context, Data
+from kaun import Context, Data, Trainer, layers, losses, rng
 from kaun.streams import Tracked
 
 
@@ -126,3 +129,34 @@ def test_where_no_place_is_known_items_are_pulled():
 def test_what_is_no_place_is_refused(place):
     with pytest.raises(ValueError, match=r"a place in data is what fingerprint.position gave, received .*damaged"):
         Tracked([1], place)
+
+
+# ---- Items that are trees, in fit --------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Inputs:
+    ids: object
+    weights: object
+
+
+@pytest.mark.parametrize("kind", [Inputs, lambda ids, weights: {"ids": ids, "weights": weights}, Pair, lambda *pair: pair])
+def test_a_model_of_several_inputs_gets_the_tree(kind):
+    def summed(x):
+        ids, weights = jax.tree_util.tree_leaves(x)
+        seen.append(type(x))
+        return ids * weights
+
+    seen = []
+    rows = np.arange(24, dtype=np.float32).reshape(6, 4)
+    loader = lambda: ((kind(rows, rows + k), rows[:, :2]) for k in range(3))
+    trainer = Trainer(model=layers.fn(summed) >> layers.linear(4, 2), optimizer=optax.sgd(1e-5))
+    with rng.scope(0):
+        state = trainer.init(dtype=jnp.float32)
+    fitted = trainer.fit(state, Data.from_iterable(loader).with_loss(losses.mse).epochs(2))
+    for x, loss in Data.from_items(list(loader())).with_loss(losses.mse).epochs(2):
+        _, state = trainer.step(state, x, loss=loss)
+    assert int(fitted.step) == 6 and set(seen) == {type(kind(1, 2))}
+    for a, b in zip(jax.tree_util.tree_leaves(fitted.vars), jax.tree_util.tree_leaves(state.vars), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
+
 from kaun import foreign
 
 __all__ = ["Tracked", "claimed_length", "stream_of"]
@@ -75,8 +77,10 @@ class _Structure:
         self._first = _outline(item)
 
     def check(self, item: Any, stage: str) -> None:
+        if self._first is _HAS_LOSS or _fits(self._first, item):
+            return
         now = _outline(item)
-        if now != self._first and _HAS_LOSS not in (now, self._first):
+        if now != self._first and now is not _HAS_LOSS:
             raise TypeError(
                 f"{stage} expected items of one structure, received another one than before: "
                 f"{'; '.join(_changes('', self._first, now))}. Make them alike where they are made, "
@@ -85,6 +89,7 @@ class _Structure:
 
 
 _LEAF = ("leaf", None)
+_LEAVES = frozenset([np.ndarray, bool, int, float, str, type(None), list])
 _HAS_LOSS = ("loss", None)
 
 
@@ -99,6 +104,17 @@ def _outline(value: Any) -> tuple[str, Any]:
     if dataclasses.is_dataclass(kind):
         return kind.__name__, {f.name: _outline(getattr(value, f.name, None)) for f in dataclasses.fields(value)}
     return _LEAF
+
+
+def _fits(outline: tuple[str, Any], value: Any) -> bool:
+    """Whether a value surely has an outline: this runs for every item."""
+    kind, parts = type(value), outline[1]
+    if kind is tuple:
+        return outline[0] == "tuple" and len(parts) == len(value) and all(map(_fits, parts.values(), value))
+    if kind is dict:
+        same = outline[0] == "dict" and parts.keys() == value.keys()
+        return same and all(_fits(parts[k], v) for k, v in value.items())
+    return outline is _LEAF and kind in _LEAVES
 
 
 def _changes(path: str, before: tuple[str, Any], now: tuple[str, Any]) -> Iterator[str]:
