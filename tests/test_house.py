@@ -17,11 +17,11 @@ SRC = ROOT / "src" / "kaun"
 # A module may import from its own level and from those above it. Cycles are excluded everywhere.
 LEVELS = [
     {
-        "bytecode", "checkpoint.disk", "checkpoint.strict", "convolutions", "digest", "errors", "lift", "packing",
-        "prefetch", "products", "rebuild", "rng", "runs", "signals", "stages", "totals", "tree",
+        "bytecode", "checkpoint.disk", "checkpoint.strict", "convolutions", "digest", "errors", "foreign", "lift", "packing",
+        "prefetch", "products", "rebuild", "rng", "runs", "signals", "stages", "streams", "totals", "tree",
     },
     {"context", "data", "losses", "layers.checks"},
-    {"counting", "fingerprint", "layers.core", "metrics", "scoring"},
+    {"counting", "fingerprint", "layers.core", "metrics", "place", "scoring"},
     {
         "grad",
         "layers",
@@ -35,7 +35,10 @@ LEVELS = [
         "layers.parts",
         "layers.pool",
     },
-    {"blocks", "body", "call", "compilations", "compiled", "evaluation", "guard", "hook", "items", "optimizer", "staging", "state"},
+    {
+        "blocks", "body", "call", "compilations", "compiled", "evaluation", "guard", "hook", "items", "optimizer", "staging",
+        "state",
+    },
     {
         "checkpoint", "checkpoint.__main__", "checkpoint.directory", "checkpoint.files", "checkpoint.format",
         "checkpoint.layout", "checkpoint.lock", "checkpoint.store",
