@@ -109,4 +109,4 @@ def test_results_come_back_from_arrays(results):
     assert [step for step, _ in back] == [step for step, _ in results]
     for (_, a), (_, b) in zip(results, back, strict=True):
         assert a.keys() == b.keys()
-        assert all(a[name] == b[name] or math.isnan(a[name]) and math.isnan(b[name]) for name in a)
+        assert all(a[name] == b[name] or (math.isnan(a[name]) and math.isnan(b[name])) for name in a)

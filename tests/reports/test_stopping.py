@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun import Data, EarlyStop, TrainState, Trainer, layers, losses, metrics, reports, rng
+from kaun import Data, EarlyStop, Trainer, TrainState, layers, losses, metrics, reports, rng
 
 MODULE = importlib.import_module("kaun.reports.stopping")
 SETTINGS = settings(max_examples=200, deadline=None)
@@ -152,10 +152,10 @@ def test_the_training_loss_is_its_mean_since_the_last_time(made, n):
     trainer.fit(states[0], data, report=(alone := reports.every(n, reports.early_stopping("loss", mode="min", patience=3))))
     means = [history.losses[i : i + n].astype(np.float64).mean() for i in range(0, 60 - n + 1, n)]
     stop, best = by_hand(means, "min", 3, 0.0)
-    for stopper in (stopper, alone._f):
-        assert stopper.best_value == pytest.approx(means[best], rel=1e-12)
-        assert stopper.best_step == n * (best + 1)
-        same(stopper.best, states[n * (best + 1)])
+    for found in (stopper, alone._f):
+        assert found.best_value == pytest.approx(means[best], rel=1e-12)
+        assert found.best_step == n * (best + 1)
+        same(found.best, states[n * (best + 1)])
     assert int(end.step) == (60 if stop is None else n * (stop + 1))
 
 

@@ -22,9 +22,10 @@ def learning_rate(schedule: Callable[[Any], Any]) -> Report:
     """The report that gives the other reports of one ``all_of`` the learning rate of each step, ``"learning_rate"``.
 
     It is the schedule at the number of updates made before the step: 0 at the first step of a state's life, and a step
-    that was skipped (``values["skipped"]``) made none. It is evaluated on JAX's CPU device for 4096 counts at once, well
-    ahead of the steps, so that ``fit`` never waits for it but at its first block. It needs no place in front of the others, and replaces a learning rate that
-    ``fit`` knows itself (of ``optax.inject_hyperparams``). By itself it does nothing.
+    that was skipped (``values["skipped"]``) made none. It is evaluated on JAX's CPU device for 4096 counts at once,
+    well ahead of the steps, so that ``fit`` never waits for it but at its first block. It needs no place in front of
+    the others, and replaces a learning rate that ``fit`` knows itself (of ``optax.inject_hyperparams``). By itself it
+    does nothing.
 
     Arguments:
         schedule: the function of the count that the optimizer has; any of optax's.
