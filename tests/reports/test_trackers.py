@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -123,6 +124,16 @@ def messages(path):
 
 
 def records(folder):
+    """What another process writes soon after the end of a run."""
+    for _ in range(600):
+        rows, code = records_now(folder)
+        if code is not None:
+            return rows, code
+        time.sleep(0.1)
+    raise AssertionError(f"no end of the run in {folder}")
+
+
+def records_now(folder):
     """The rows in an offline run's file, and the exit code."""
     from wandb.proto import wandb_internal_pb2
 
