@@ -407,11 +407,18 @@ def test_no_thread_outlives_reading_or_writing(disk, folder, make):
     def ours():
         return [thread for thread in threading.enumerate() if thread.name.startswith("kaun")]
 
-    put(disk, folder, make(3))
-    one.read(disk, folder, 7, make(3))
-    (folder / one.STATE).write_bytes((folder / one.STATE).read_bytes()[::-1])
-    with pytest.raises(one.Damaged):
-        one.read(disk, folder, 7, make(3))
+    large = make(3).replace(opt_state=np.arange(3_000_000.0))
+    put(disk, folder, large)
+    one.read(disk, folder, 7, large)
+    flipped = bytearray((folder / one.STATE).read_bytes())
+    for at in (-1, 0):
+        flipped[at] ^= 1
+        (folder / one.STATE).write_bytes(flipped)
+        with pytest.raises(one.Damaged):
+            one.read(disk, folder, 7, large)
+    with pytest.raises(ResumeMismatch):
+        put(disk, folder.parent / "other", large)
+        one.read(disk, folder.parent / "other", 7, make(3))
     for thread in ours():
         thread.join(5)
     assert not ours()

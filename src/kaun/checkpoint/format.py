@@ -64,31 +64,39 @@ class Manifest(NamedTuple):
 
 
 class _Digest:
-    """SHA-256 on a thread of its own: hashing lets go of the interpreter, so it runs beside reading and writing."""
+    """The SHA-256 of what is read or written, on a thread of its own: hashing lets go of the interpreter meanwhile."""
 
-    def __init__(self, waiting: int = 0) -> None:
+    def __init__(self, size: int, waiting: int = 0) -> None:
         self._hash = hashlib.sha256()
         self._queue: queue.Queue[memoryview | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._run, name="kaun-sha256", daemon=True)
-        self._thread.start()
+        # Of less than this a thread takes longer to start than to do the work.
+        self._apart = size > _PIECE
+        if self._apart:
+            self._thread.start()
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
             self._hash.update(data)
 
     def update(self, data: memoryview) -> None:
-        self._queue.put(data)
+        if self._apart:
+            self._queue.put(data)
+        else:
+            self._hash.update(data)
 
     def finish(self) -> str:
-        self._queue.put(None)
-        self._thread.join()
+        if self._apart:
+            self._queue.put(None)
+            self._thread.join()
         return self._hash.hexdigest()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._queue.put(None)
+        if self._thread.is_alive():
+            self._queue.put(None)
 
 
 class _Packed:
@@ -109,16 +117,17 @@ class _Packed:
             at += raw.size
 
     def write(self, disk: Disk, path: Path) -> Record:
+        size = len(self.header) + self.data.size
         pieces = [memoryview(self.header)]
         pieces += [self.data[at : at + _PIECE].data for at in range(0, self.data.size, _PIECE)]
         file = disk.create(path)
         try:
-            with _Digest() as digest:
+            with _Digest(size) as digest:
                 for piece in pieces:
                     digest.update(piece)
                     disk.write(file, piece)
                 disk.sync(file)
-                return Record(len(self.header) + self.data.size, digest.finish())
+                return Record(size, digest.finish())
         finally:
             disk.close(file)
 
@@ -189,7 +198,7 @@ class _Source:
         self._disk, self._record = disk, record
         self._file, size = disk.open(path)
         self.left = size
-        self._digest = _Digest(waiting=8)
+        self._digest = _Digest(size, waiting=8)
 
     def __enter__(self) -> Self:
         if self.left != self._record.size:
