@@ -69,4 +69,4 @@ def bytes_of():
         array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
         return array.dtype.name, array.shape, array.tobytes()
 
-    return lambda state: (str(jax.tree.structure(state)), [raw(leaf) for leaf in jax.tree.leaves(state)])
+    return lambda state: (str(jax.tree.structure(state)), *(raw(leaf) for leaf in jax.tree.leaves(state)))
