@@ -204,3 +204,15 @@ def test_the_page_in_docs_is_what_the_results_say(tmp_path):
     report = module("report")
     report.write(module("results").load(report.RESULTS), tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == report.PAGE.read_text(), "run: python -m bench.report"
+
+
+def test_checkpoints_are_measured(capsys):
+    checkpoints = module("checkpoints")
+    found = checkpoints.measure({"kaun": checkpoints.by_kaun}, parameters=1000, rounds=2)
+    assert [set(times) for times in found["kaun"]] == [{"blocked", "saved", "restored"}] * 2
+    assert all(0 < times["blocked"] < times["saved"] for times in found["kaun"])
+    _, row = checkpoints.table(found)
+    assert row.startswith("kaun ") and row.count("(1.00x)") == 3
+    state = checkpoints.state_of(1000)
+    with pytest.raises(SystemExit, match="what came back is not what was saved"):
+        checkpoints.must_be_equal(state.vars, state.replace(vars=jax.tree.map(lambda a: a + 1, state.vars)).vars)
