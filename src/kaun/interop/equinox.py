@@ -123,9 +123,15 @@ class _Adapter:
         y, state = self.called(module, state, x, key, words)
         if not self.stateful:
             return y, vars
-        after = {path: pick(vars.state, path) for i, path in self.arrays.items() if i not in self.trained}
-        after |= dict(zip(self.state_paths, jax.tree_util.tree_leaves(state), strict=True))
         fix = "Let the call return the eqx.nn.State that it was given, with the same entries."
+        leaves, structure = jax.tree_util.tree_flatten(state)
+        if structure != self.state_structure:
+            raise ValueError(
+                f"{here(self.name)} expected {self.state_structure} as the state after its call, received {structure}. "
+                + fix
+            )
+        after = {path: pick(vars.state, path) for i, path in self.arrays.items() if i not in self.trained}
+        after |= dict(zip(self.state_paths, leaves, strict=True))
         return y, vars.replace(state=threaded(self.name, vars.state, nested(after), fix))
 
     def called(self, module: Any, state: Any, x: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
@@ -134,8 +140,11 @@ class _Adapter:
                 words = {**words, "state": state}
             if key is not None:
                 words = {**words, "key": key}
-            call = self.method if callable(self.method) else getattr(module, self.method or "__call__")
-            result = call(module, x, **words) if callable(self.method) else call(x, **words)
+            method: Any = self.method
+            if not callable(method):
+                result: Any = getattr(module, method or "__call__")(x, **words)
+            else:
+                result = method(module, x, **words)
             return result if self.stateful else (result, None)
 
         if not self.vmap:

@@ -52,8 +52,8 @@ def export(layer: Layer[Any, Any], vars: Vars) -> Any:
     adapter = getattr(getattr(layer, "_apply", None), "__self__", None)
     if not isinstance(adapter, Exports):
         raise TypeError(
-            f"export expected a layer that interop made (flax_nnx, linen, equinox, haiku), received {layer!r}. Where it "
-            "is part of a composition, export that part with its own variables: interop.export(part, "
+            f"export expected a layer that interop made (flax_nnx, linen, equinox, haiku), received {layer!r}. "
+            "Where it is part of a composition, export that part with its own variables: interop.export(part, "
             'vars.replace(params=vars.params["left"], state=vars.state["left"])).'
         )
     lines = tree.difference(_shapes(layer, vars.dtype), vars)

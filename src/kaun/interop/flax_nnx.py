@@ -8,7 +8,7 @@ import jax
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.parts import Keywords, cast_floats, nested, package, pick, taken, threaded
+from kaun.interop.parts import Keywords, cast_floats, nested, origins, package, pick, taken, threaded
 from kaun.layers.checks import here
 from kaun.layers.core import Layer, Vars
 from kaun.layers.parts import wide
@@ -164,9 +164,7 @@ def _check(nnx: Any, module: Any) -> None:
     if isinstance(module, type) and issubclass(module, nnx.Module):
         received = f"received the class {module.__name__}"
         fix = f"Make one of it: interop.flax_nnx({module.__name__}(..., rngs=nnx.Rngs(0)))."
-    elif type(module).__module__.startswith("flax.linen") or any(
-        base.__module__ == "flax.linen.module" for base in type(module).__mro__
-    ):
+    elif "flax.linen.module" in origins(module):
         received, fix = f"{received}, a Linen module", "Write interop.linen(module, x)."
     raise TypeError(f"flax_nnx expected an nnx.Module, {received}. {fix}")
 

@@ -17,9 +17,9 @@ __all__ = ["haiku"]
 def haiku(transformed: Any, sample: Any, *, ctx: Context | None = None) -> Layer[Any, Any]:
     """The layer of a function that ``hk.transform`` or ``hk.transform_with_state`` made pure.
 
-    Its weights are those of ``transformed.init(rng.next_key(), sample)`` in training mode. Params and state are Haiku's own dicts, of
-    module names and then of parameters: ``params["linear"]["w"]``. ``init(dtype=...)`` casts floating params to its
-    dtype, and floating state to float32 or wider.
+    Its weights are those of ``transformed.init(rng.next_key(), sample)`` in training mode. Params and state are Haiku's
+    own dicts, of module names and then of parameters: ``params["linear"]["w"]``. ``init(dtype=...)`` casts floating
+    params to its dtype, and floating state to float32 or wider.
 
     In training the function's keys (``hk.next_rng_key``) come from kaun's scope, in evaluation too where it asks for
     one. The switch is a keyword argument, ``is_training``, ``training``, ``train``, ``deterministic``,

@@ -7,7 +7,7 @@ from typing import Any
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.parts import SWITCHES, Keywords, cast_floats, package, plain, taken, threaded, zeros
+from kaun.interop.parts import SWITCHES, Keywords, cast_floats, origins, package, plain, taken, threaded, zeros
 from kaun.layers.core import Layer, Vars
 from kaun.layers.parts import wide
 
@@ -76,13 +76,15 @@ class _Adapter:
         self.errors = package("flax.errors", "linen", "flax")
         self.name = f"linen({type(module).__name__})"
         self.method = method
-        call = method if callable(method) else getattr(module, method or "__call__", None)
+        # Of its class: Flax binds what is read off an instance.
+        found = callable(module) if method is None else True  # a class without __call__ has its metaclass' one
+        call = method if callable(method) else getattr(type(module), method or "__call__", None) if found else None
         if call is None:
             raise TypeError(
                 f"{self.name} has no {method or '__call__'}, so there is nothing to apply. Name the method that is "
                 'the forward pass: interop.linen(module, x, method="encode").'
             )
-        self.keywords = Keywords.of(call, 2 if callable(method) else 1)
+        self.keywords = Keywords.of(call, 2)
         words = self.keywords.required
         self.fields = [f for f in SWITCHES if f in module.__dataclass_fields__ and f not in words]
 
@@ -141,6 +143,6 @@ def _check(flax: Any, module: Any) -> None:
     if isinstance(module, type) and issubclass(module, flax.Module):
         received = f"received the class {module.__name__}"
         fix = f"Make one of it: interop.linen({module.__name__}(...), x)."
-    elif any(base.__module__ == "flax.nnx.module" for base in type(module).__mro__):
+    elif "flax.nnx.module" in origins(module):
         received, fix = f"{received}, an NNX module", "Write interop.flax_nnx(module)."
     raise TypeError(f"linen expected a flax.linen.Module, {received}. {fix}")

@@ -15,7 +15,7 @@ from kaun import tree
 from kaun.context import Context
 from kaun.layers.checks import here
 
-__all__ = ["SWITCHES", "Keywords", "cast_floats", "nested", "package", "pick", "plain", "taken", "threaded", "zeros"]
+__all__ = ["SWITCHES", "Keywords", "cast_floats", "nested", "origins", "package", "pick", "plain", "taken", "threaded", "zeros"]
 
 SWITCHES = {
     "training": True, "train": True, "is_training": True,
@@ -68,6 +68,12 @@ class Keywords:
         switches = {name: SWITCHES[name] is training for name in named if name in SWITCHES}
         found = {name: ctx[name] for name, needed in named.items() if name not in SWITCHES and (needed or name in ctx)}
         return switches | found
+
+
+def origins(value: Any) -> list[str]:
+    """The modules in which a value's class and its bases were written."""
+    bases: tuple[type, ...] = type(value).__mro__
+    return [base.__module__ for base in bases]
 
 
 def taken(method: Any, where: str) -> Any:
