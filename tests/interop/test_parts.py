@@ -31,7 +31,7 @@ def test_a_missing_package_is_named_with_its_extra(without, make, name, text):
 def test_a_package_that_is_broken_is_not_taken_for_a_missing_one(tmp_path, monkeypatch):
     (tmp_path / "there_but_broken.py").write_text("import what_it_needs")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="^No module named 'what_it_needs'$"):
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'what_it_needs'$"):
         package("there_but_broken", "flax_nnx", "flax")
     assert package("json", "flax_nnx", "flax").dumps([]) == "[]"
 

@@ -15,7 +15,10 @@ from kaun import tree
 from kaun.context import Context
 from kaun.layers.checks import here
 
-__all__ = ["SWITCHES", "Keywords", "cast_floats", "nested", "origins", "package", "pick", "plain", "taken", "threaded", "zeros"]
+__all__ = [
+    "SWITCHES", "Keywords", "cast_floats", "nested", "origins", "package", "pick", "plain", "taken", "threaded",
+    "zeros",
+]  # fmt: skip
 
 SWITCHES = {
     "training": True, "train": True, "is_training": True,
