@@ -259,6 +259,24 @@ def test_inputs_may_be_trees_and_any_callable_pytree_is_a_model():
     np.testing.assert_array_equal(y, np.full((2, 3), 4.0))
 
 
+class Keyed(eqx.Module):
+    """Has a random key of its own, which is an array that no one trains."""
+
+    linear: eqx.nn.Linear
+    key: jax.Array
+
+    def __call__(self, x):
+        return self.linear(x) + jax.random.normal(self.key, (3,))
+
+
+def test_a_key_inside_a_module_is_state_that_stays(task):
+    model = Keyed(eqx.nn.Linear(6, 3, key=jax.random.key(0)), jax.random.key(1))
+    layer = interop.equinox(model)
+    run = task.run(layer)
+    assert run.end.vars.state["key"] == model.key
+    assert interop.export(layer, run.end.vars).key == model.key
+
+
 def test_in_a_composition(task):
     mlp = eqx.nn.MLP(6, 8, 8, 1, key=jax.random.key(0))
     run = task.run(interop.equinox(mlp) >> layers.relu() >> layers.linear(8, 3))
@@ -296,8 +314,10 @@ def test_what_is_no_module_is_refused():
 
 def test_what_goes_wrong_in_a_call_is_told():
     layer = interop.equinox(Net(0.4, jax.random.key(0)))
-    with rng.scope(0), pytest.raises(ValueError, match=r"expected a batch, \[batch, \.\.\.\], received float32\[\]: it is"):
-        layer.apply(layer.init(), jnp.ones(()), training=True)
+    for training in (True, False):
+        text = r"equinox\(Net\) expected a batch, \[batch, \.\.\.\], received float32\[\]: it is vmapped over axis 0\. Add"
+        with rng.scope(0), pytest.raises(ValueError, match=text):
+            layer.apply(layer.init(), jnp.ones(()), training=training)
     layer = interop.equinox(Odd(), method="shrinks")
     text = r"equinox\(Odd\) expected PyTreeDef.* as the state after its call, received PyTreeDef.*\. Let the call return the"
     with pytest.raises(ValueError, match=text):

@@ -82,6 +82,28 @@ def test_the_exported_module_predicts_the_same(task):
     assert not model.norm.mean[...].any() and ours.norm.mean[...].any()
 
 
+def test_the_layer_keeps_the_values_that_it_was_made_with():
+    model = Net()
+    layer = interop.flax_nnx(model)
+    before = layer.init()
+    model.head.kernel.set_value(jnp.zeros((16, 3)))
+    model.norm.mean.set_value(jnp.ones(16))
+    model.drop1.rngs.count.set_value(jnp.ones((), jnp.uint32))
+    after = layer.init()
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, before, after))
+    assert interop.export(layer, after).drop1.rngs.count[...] == 0
+
+
+def test_checkpoints(task, tmp_path):
+    layer = interop.flax_nnx(Net())
+    state = task.run(layer).end
+    kaun.checkpoint.save(tmp_path / "net", state)
+    trainer = kaun.Trainer(model=layer, optimizer=task.optimizer)
+    loaded = kaun.checkpoint.load(tmp_path / "net", like=trainer.init())
+    assert jax.tree.structure(loaded) == jax.tree.structure(state)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, loaded, state))
+
+
 def test_params_and_state_are_plain_and_named_as_in_nnx():
     model = Net()
     variables = interop.flax_nnx(model).init()

@@ -149,7 +149,8 @@ class _Adapter:
 
         if not self.vmap:
             return one(x, state, key, words)
-        keys = None if key is None else jax.random.split(key, self.size(x))
+        size = self.size(x)
+        keys = None if key is None else jax.random.split(key, size)
         axes = jax.tree_util.tree_map(lambda a: 0 if jax.numpy.ndim(a) else None, words)
         spread = jax.vmap(one, in_axes=(0, None, 0, axes), out_axes=(0, None), axis_name=self.axis_name)
         return spread(x, state, keys, words)

@@ -78,7 +78,9 @@ class _Adapter:
             )
         self.keywords = Keywords.of(call, 2 if callable(method) else 1)
         self.graph, state = nnx.split(module)
-        self.made: dict[Path, Any] = dict(nnx.to_flat_state(state))
+        # What nnx.split returns are the module's own variables: whoever went on using it would change the layer.
+        flat = nnx.to_flat_state(state)
+        self.made: dict[Path, Any] = {p: v.copy() if isinstance(v, nnx.Variable) else tree.snapshot(v) for p, v in flat}
         kind = lambda *kinds: [path for path, made in self.made.items() if isinstance(made, kinds)]
         self.params, self.keys, self.counts = kind(nnx.Param), kind(nnx.RngKey), kind(nnx.RngCount)
         random = kind(nnx.RngState)
