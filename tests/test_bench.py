@@ -61,8 +61,16 @@ def test_the_runners_of_gpt_train_alike(as_users_do):
     module("launch").compare([trained("gpt", runner) for runner in ("hand", "kaun", "kaun-hand")])
 
 
-@pytest.mark.parametrize("runner", ["nnx", "equinox", "keras", "torch"])
-@pytest.mark.parametrize("workload", ["xor", "cnn"])
+@pytest.mark.parametrize(
+    ("workload", "runner"),
+    [
+        *((workload, runner) for workload in ("xor", "cnn") for runner in ("nnx", "equinox", "keras", "torch")),
+        ("xor", "kaun-nnx"),
+        ("mlp", "kaun-nnx"),
+        ("xor", "kaun-equinox"),
+        ("mlp", "kaun-equinox"),
+    ],
+)
 def test_other_libraries_train_alike(workload, runner, as_users_do):
     pytest.importorskip(module("runners").RUNNERS[runner].needs)
     module("launch").compare([trained(workload, "hand"), trained(workload, runner)])
