@@ -28,6 +28,18 @@ class NonFiniteLoss(ArithmeticError):
         step: the number of the step in this fit.
         loss: its loss.
         parameters: the paths of the parameters whose gradient is not finite.
+
+    >>> import jax.numpy as jnp, optax, kaun
+    >>> from kaun import layers, losses, rng
+    >>> with rng.scope(0):
+    ...     trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
+    ...     state = trainer.init()
+    >>> good, bad = jnp.ones((1, 2)), jnp.full((1, 2), jnp.nan)
+    >>> try:
+    ...     trainer.fit(state, [(good, jnp.mean), (bad, jnp.mean)])
+    ... except kaun.NonFiniteLoss as error:
+    ...     error.step, error.parameters, error.kaun_state
+    (2, ('weight',), TrainState(step=1, 3 parameters in float32))
     """
 
     def __init__(self, message: str, step: int, loss: float, parameters: tuple[str, ...]) -> None:
