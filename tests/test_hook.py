@@ -1,6 +1,7 @@
 """A report as fit uses it."""
 
 import math
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -219,3 +220,15 @@ def test_a_report_that_did_not_come_back_is_remembered():
     assert hook.again == 0.5
     resumed = Hook(lambda step, loss, state: None, None, done=1, again=0.5)
     assert resumed.wants(1) and not resumed.stops(1, resumed.again, None) and resumed.again is None
+
+
+def test_the_time_of_a_report_is_no_part_of_a_step():
+    report = Values()
+    slow = lambda *_: time.sleep(0.5)
+    slow.block = report.block
+    hook = Hook(slow, None)
+    hook.ran(ran(1, 1.0))
+    hook.stops(1, 1.0, None)
+    hook.ran(ran(2, 1.0))
+    hook.finish()
+    assert report.blocks[1][1]["step_time"][0] < 0.4

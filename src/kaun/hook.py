@@ -146,14 +146,15 @@ class Hook:
         self._deliver(len(self._waiting))
         assert self._report is not None
         self.again = float(loss)
+        stops = False
         try:
             with self._heard():
                 self._report(step, self.again, state)
         except EarlyStop:
-            self.again = None
-            return True
+            stops = True
         self.again = None
-        return False
+        self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation is no part of a step
+        return stops
 
     def compiled(self, seconds: float) -> None:
         """Tell the report that a program was compiled, and how long that took."""
