@@ -2,6 +2,7 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -222,13 +223,22 @@ def test_a_report_that_did_not_come_back_is_remembered():
     assert resumed.wants(1) and not resumed.stops(1, resumed.again, None) and resumed.again is None
 
 
-def test_the_time_of_a_report_is_no_part_of_a_step():
+def test_the_time_of_a_report_and_of_compiling_is_no_part_of_a_step(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("kaun.hook.time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=time.monotonic))
     report = Values()
-    slow = lambda *_: time.sleep(0.5)
+
+    def slow(step, loss, state):
+        now[0] += 100.0
+
     slow.block = report.block
     hook = Hook(slow, None)
-    hook.ran(ran(1, 1.0))
-    hook.stops(1, 1.0, None)
-    hook.ran(ran(2, 1.0))
+    hook.begin()
+    now[0] += 12.0
+    hook.compiled(8.0)
+    hook.ran(ran(1, 1.0, 1.0))
+    hook.stops(2, 1.0, None)
+    now[0] += 3.0
+    hook.ran(ran(3, 1.0))
     hook.finish()
-    assert report.blocks[1][1]["step_time"][0] < 0.4
+    assert [values["step_time"] for _, values in report.blocks] == [[2.0, 2.0], [3.0]]
