@@ -38,7 +38,7 @@ LEVELS = [
     {"blocks", "body", "call", "compilations", "compiled", "evaluation", "hook", "optimizer", "staging", "state"},
     {
         "checkpoint", "checkpoint.__main__", "checkpoint.directory", "checkpoint.files", "checkpoint.format",
-        "checkpoint.layout", "checkpoint.lock", "checkpoint.store",
+        "checkpoint.layout", "checkpoint.lock", "checkpoint.manifest", "checkpoint.store",
     },
     {"train"},
     {"reports", "reports.core", "reports.history", "reports.progress", "reports.validate"},
