@@ -42,7 +42,7 @@ LEVELS = [
     },
     {
         "checkpoint", "checkpoint.__main__", "checkpoint.directory", "checkpoint.files", "checkpoint.format",
-        "checkpoint.layout", "checkpoint.lock", "checkpoint.store",
+        "checkpoint.layout", "checkpoint.lock", "checkpoint.manifest", "checkpoint.store",
     },
     {"resume", "snapshots", "train"},
     {

@@ -215,7 +215,7 @@ def all_damaged(directory: Directory, bad: list[str]) -> ValueError:
 def of_other_leaves(directory: Directory, found: Found, listing: ResumeMismatch) -> ResumeMismatch:
     """The error when a checkpoint is sound and is not what the template is."""
     if not str(listing).startswith("\n"):
-        return listing
+        return ResumeMismatch(f"{str(found.path)!r}: {listing}")
     return ResumeMismatch(
         f"the checkpoint of step {found.step} in {str(directory.path)!r} is of a state with other leaves:{listing}\n"
         "Make the model and the optimizer as they were in that run, or start another run in a directory of its own: "

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import queue
-import re
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -16,19 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun.checkpoint import files, layout, strict
+from kaun.checkpoint import files, layout, manifest, strict
 from kaun.checkpoint.disk import Disk
+from kaun.checkpoint.manifest import Manifest, Record
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 from kaun.tree import flatten, is_array
 
 __all__ = ["MANIFEST", "REPORTS", "STATE", "Damaged", "Draft", "Manifest", "Saved", "leaves", "read", "verify"]
 
-STATE, REPORTS, MANIFEST = "state.safetensors", "reports.safetensors", "manifest.json"
-VERSION = 1
+STATE, REPORTS = manifest.FILES
+MANIFEST = "manifest.json"
 _PIECE = 4 << 20
-_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_END = b'"}\n'
 # What reading says when a file is gone or something else is in its place, or when the disk cannot read it any more.
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
 _ALIGNED = 64  # JAX takes memory of the CPU as it is when it is aligned so, and copies it when not
@@ -43,22 +41,6 @@ class Saved(NamedTuple):
 
     step: int
     state: TrainState
-    reports: dict[str, Any]
-    facts: dict[str, Any]
-
-
-class Record(NamedTuple):
-    """What a manifest says about a file."""
-
-    size: int
-    sha256: str
-
-
-class Manifest(NamedTuple):
-    """What a manifest says."""
-
-    step: int
-    files: dict[str, Record]
     reports: dict[str, Any]
     facts: dict[str, Any]
 
@@ -163,13 +145,10 @@ class Draft:
     def write(self, disk: Disk, folder: Path) -> None:
         """Makes the folder; when this comes back, all that is in it is on the disk."""
         disk.make_folder(folder)
-        records = {name: file.write(disk, folder / name)._asdict() for name, file in self._files.items()}
-        about = strict.dumps({"kaun": VERSION, "step": self.step, "files": records}, "manifest")
-        raw = f'{about[:-1]},{self._text},"sha256":"'.encode()
-        raw += hashlib.sha256(raw).hexdigest().encode() + _END
+        records = {name: file.write(disk, folder / name) for name, file in self._files.items()}
         file = disk.create(folder / MANIFEST)
         try:
-            disk.write(file, memoryview(raw))
+            disk.write(file, memoryview(manifest.sealed(self.step, records, self._text)))
             disk.sync(file)
         finally:
             disk.close(file)
@@ -249,54 +228,6 @@ class _Source:
             raise ValueError("its bytes are not those that were written, their SHA-256 is another")
 
 
-def _manifest(disk: Disk, folder: Path, step: int) -> Manifest:
-    """The manifest of a step's folder, verified."""
-    file, size = disk.open(folder / MANIFEST)
-    try:
-        if size > strict.LARGEST:
-            raise ValueError(f"it is {size} bytes long, at most {strict.LARGEST} are read")
-        raw = bytearray(size)
-        if disk.read(file, memoryview(raw)) < size:
-            raise ValueError("it ended early")
-    finally:
-        disk.close(file)
-    at = len(raw) - 64 - len(_END)
-    start, digest, end = bytes(raw[:at]), bytes(raw[at : at + 64]), bytes(raw[at + 64 :])
-    if at < 0 or not start.endswith(b'"sha256":"') or end != _END:
-        raise ValueError("it does not end as a manifest does")
-    if hashlib.sha256(start).hexdigest().encode() != digest:
-        raise ValueError("its text is not what was written, the SHA-256 at its end is of another")
-    found = _checked(strict.loads(bytes(raw)))
-    if found.step != step:
-        raise ValueError(f"it is of step {found.step}, in a folder of step {step}")
-    return found
-
-
-def _checked(found: Any) -> Manifest:
-    if not isinstance(found, dict) or type(found.get("kaun")) is not int:
-        raise ValueError("it is not a manifest of kaun")
-    if found["kaun"] > VERSION:
-        raise ResumeMismatch(
-            f"a checkpoint of format {found['kaun']} was written by a newer kaun than this one, which reads format "
-            f"{VERSION}. Install the newer one."
-        )
-    if found.keys() != {"kaun", "step", "files", "reports", "facts", "sha256"} or type(found["step"]) is not int:
-        raise ValueError("its entries are not those of a manifest")
-    records, reports, facts = found["files"], found["reports"], found["facts"]
-    if not (isinstance(records, dict) and isinstance(reports, dict) and isinstance(facts, dict)):
-        raise ValueError("its entries are not those of a manifest")
-    if STATE not in records or not records.keys() <= {STATE, REPORTS} or not all(map(_is_record, records.values())):
-        raise ValueError("what it says of the files is not what a manifest says")
-    return Manifest(found["step"], {name: Record(**record) for name, record in records.items()}, reports, facts)
-
-
-def _is_record(record: Any) -> bool:
-    if not isinstance(record, dict) or record.keys() != {"size", "sha256"}:
-        return False
-    size, digest = record["size"], record["sha256"]
-    return type(size) is int and size >= 0 and isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
-
-
 def verify(disk: Disk, folder: Path, step: int) -> Manifest:
     """The manifest of a checkpoint of which every byte was read and is as it was written.
 
@@ -304,29 +235,29 @@ def verify(disk: Disk, folder: Path, step: int) -> Manifest:
         Damaged: when it is not.
         ResumeMismatch: when a newer kaun wrote it.
     """
-    manifest = _open(disk, folder, step)
-    for name, record in manifest.files.items():
+    about = _open(disk, folder, step)
+    for name, record in about.files.items():
         with _reading(name), _Source(disk, folder / name, record) as source:
             source.finish()
-    return manifest
+    return about
 
 
 def leaves(disk: Disk, folder: Path, step: int) -> tuple[Manifest, dict[str, list[layout.Place]]]:
     """The manifest of a checkpoint that verifies, and what is in each of its files."""
-    manifest = _open(disk, folder, step)
+    about = _open(disk, folder, step)
     found: dict[str, list[layout.Place]] = {}
-    for name, record in manifest.files.items():
+    for name, record in about.files.items():
         with _reading(name), _Source(disk, folder / name, record) as source:
             found[name] = source.places()
             source.finish()
-    return manifest, found
+    return about, found
 
 
 def _open(disk: Disk, folder: Path, step: int) -> Manifest:
     if folder.is_symlink():
         raise Damaged("it is a link, and no folder")
     with _reading(MANIFEST):
-        return _manifest(disk, folder, step)
+        return manifest.read(disk, folder / MANIFEST, step)
 
 
 def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
@@ -339,21 +270,21 @@ def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
     """
     wanted, structure = flatten(like)
     files.check_template(wanted)
-    manifest = _open(disk, folder, step)
+    about = _open(disk, folder, step)
     with _reading(STATE):
-        found, lines = _state(disk, folder / STATE, manifest.files[STATE], wanted)
+        found, lines = _state(disk, folder / STATE, about.files[STATE], wanted)
     if lines:
         raise ResumeMismatch(lines)
     state = jax.tree.unflatten(structure, [files.restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
-    reports = dict(manifest.reports)
-    if REPORTS in manifest.files:
-        with _reading(REPORTS), _Source(disk, folder / REPORTS, manifest.files[REPORTS]) as source:
+    reports = dict(about.reports)
+    if REPORTS in about.files:
+        with _reading(REPORTS), _Source(disk, folder / REPORTS, about.files[REPORTS]) as source:
             places = source.places()
             _check(places, _keys(wanted))
             held = [(place, source.array(place)) for place in places]
             source.finish()
             reports |= {place.name: files.decode(place.name, array, place.kind) for place, array in held}
-    return Saved(step, state, reports, manifest.facts)
+    return Saved(step, state, reports, about.facts)
 
 
 def _state(disk: Disk, path: Path, record: Record, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -1,0 +1,103 @@
+"""The manifest of a checkpoint: which files there are, with their sums, and all that is not an array, with its own."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kaun.checkpoint import strict
+from kaun.checkpoint.disk import Disk
+from kaun.errors import ResumeMismatch
+
+__all__ = ["FILES", "VERSION", "Manifest", "Record", "read", "sealed"]
+
+VERSION = 1
+FILES = ("state.safetensors", "reports.safetensors")  # the second only where there are arrays
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_END = b'"}\n'
+
+
+class Record(NamedTuple):
+    """What a manifest says about a file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """What a manifest says."""
+
+    step: int
+    files: dict[str, Record]
+    reports: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def sealed(step: int, files: Mapping[str, Record], text: str) -> bytes:
+    """A manifest's bytes.
+
+    Arguments:
+        step: the run's step.
+        files: what was written, by name.
+        text: the entries of ``reports`` and ``facts``, as JSON without the braces around them.
+    """
+    records = {name: record._asdict() for name, record in files.items()}
+    about = strict.dumps({"kaun": VERSION, "step": step, "files": records}, "manifest")
+    raw = f'{about[:-1]},{text},"sha256":"'.encode()
+    return raw + hashlib.sha256(raw).hexdigest().encode() + _END
+
+
+def read(disk: Disk, path: Path, step: int) -> Manifest:
+    """What the manifest at a path says, whose every byte is as it was written.
+
+    Raises:
+        ValueError: when it is not, or is of another step.
+        ResumeMismatch: when a newer kaun wrote it.
+    """
+    file, size = disk.open(path)
+    try:
+        if size > strict.LARGEST:
+            raise ValueError(f"it is {size} bytes long, at most {strict.LARGEST} are read")
+        raw = bytearray(size)
+        if disk.read(file, memoryview(raw)) < size:
+            raise ValueError("it ended early")
+    finally:
+        disk.close(file)
+    at = len(raw) - 64 - len(_END)
+    start, digest, end = bytes(raw[:at]), bytes(raw[at : at + 64]), bytes(raw[at + 64 :])
+    if at < 0 or not start.endswith(b'"sha256":"') or end != _END:
+        raise ValueError("it does not end as a manifest does")
+    if hashlib.sha256(start).hexdigest().encode() != digest:
+        raise ValueError("its text is not what was written, the SHA-256 at its end is of another")
+    found = _checked(strict.loads(bytes(raw)))
+    if found.step != step:
+        raise ValueError(f"it is of step {found.step}, in a folder of step {step}")
+    return found
+
+
+def _checked(found: Any) -> Manifest:
+    if not isinstance(found, dict) or type(found.get("kaun")) is not int or found["kaun"] < 1:
+        raise ValueError("it is not a manifest of kaun")
+    if found["kaun"] > VERSION:
+        raise ResumeMismatch(
+            f"a checkpoint of format {found['kaun']} was written by a newer kaun than this one, which reads format "
+            f"{VERSION}. Install the newer one."
+        )
+    if found.keys() != {"kaun", "step", "files", "reports", "facts", "sha256"} or type(found["step"]) is not int:
+        raise ValueError("its entries are not those of a manifest")
+    records, reports, facts = found["files"], found["reports"], found["facts"]
+    if not (isinstance(records, dict) and isinstance(reports, dict) and isinstance(facts, dict)):
+        raise ValueError("its entries are not those of a manifest")
+    if FILES[0] not in records or not records.keys() <= set(FILES) or not all(map(_is_record, records.values())):
+        raise ValueError("what it says of the files is not what a manifest says")
+    return Manifest(found["step"], {name: Record(**record) for name, record in records.items()}, reports, facts)
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or record.keys() != {"size", "sha256"}:
+        return False
+    size, digest = record["size"], record["sha256"]
+    return type(size) is int and size >= 0 and isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
