@@ -1,10 +1,12 @@
 """Facts of pipelines: equal for two builds of one pipeline, in another process too, and different for any change."""
 
+import argparse
 import functools
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -420,6 +422,28 @@ def test_attributes_that_the_code_of_an_object_names_count():
         "Data.map: the content of `words`, which Scale reads, has changed (set)"
     ]
     assert len(words(pipeline(f=Scale(0.2).__call__), pipeline(f=Scale(0.1).__call__))) == 1
+
+
+def test_settings_in_a_namespace_count():
+    made = lambda kind, rate: pipeline(f=(lambda args: lambda b: b["x"] * args.rate)(kind(rate=rate, other=object())))
+    for kind in (argparse.Namespace, types.SimpleNamespace):
+        assert words(made(kind, 0.1), made(kind, 0.1)) == []
+        (line,) = words(made(kind, 0.2), made(kind, 0.1))
+        assert "the content of `args`, which " in line
+
+
+def test_what_code_reads_of_the_users_own_modules_counts(monkeypatch, tmp_path):
+    (tmp_path / "my_settings.py").write_text("RATE = 0.5\nOTHER = object()\ndef scaled(x):\n    return x * RATE\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_settings
+
+    f = lambda b: my_settings.scaled(b["x"]) + my_settings.RATE
+    old = fingerprint.of(pipeline(f=f))
+    monkeypatch.setattr(my_settings, "OTHER", object())
+    assert fingerprint.differences(old, fingerprint.of(pipeline(f=f)), 0) == []
+    monkeypatch.setattr(my_settings, "RATE", 0.25)
+    (line,) = fingerprint.differences(old, fingerprint.of(pipeline(f=f)), 0)
+    assert "the content of `my_settings`, which " in line
 
 
 def test_code_is_compared_within_one_python_only():

@@ -117,6 +117,15 @@ def test_a_place_goes_through_json_and_back(kind, factory):
         assert list(again) == [0, 1, 2, 3, 4] and again.place()["pass"] == 1
 
 
+def test_an_iterator_of_the_users_is_left_open():
+    numbers = (i for i in range(9))
+    items = iter(Tracked(numbers))
+    assert next(items) == 0
+    assert not hasattr(items, "close")
+    del items
+    assert next(numbers) == 1
+
+
 def test_where_no_place_is_known_items_are_pulled():
     assert list(Tracked([1, 2, 3], None, 2)) == [3]
     assert len(Tracked([1, 2, 3], None, 2)) == 1

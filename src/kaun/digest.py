@@ -30,6 +30,7 @@ PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 _MOST_BYTES = 1 << 30
 _WINDOWS, _WINDOW_BYTES = 4096, 16 << 10
 _CYCLE = ("cycle", "")
+_SETTINGS = frozenset(["argparse", "types"])  # modules whose namespaces hold a user's settings
 _PRINTED = frozenset(["datetime", "decimal", "fractions", "uuid"])  # modules whose values print all that they are
 
 
@@ -333,7 +334,8 @@ def _put_attributes(sums: _Sums, value: Any, but: Collection[str] = ()) -> None:
 def attributes(look: Look, value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object that count: those of the user's own that the code names."""
     kinds = value.__mro__ if isinstance(value, type) else type(value).__mro__
-    own = isinstance(value, types.ModuleType) or bytecode.is_own_module(kinds[0].__module__)
+    home = kinds[0].__module__
+    own = isinstance(value, types.ModuleType) or home in _SETTINGS or bytecode.is_own_module(home)
     for method in bytecode.methods(kinds[0]):
         look.reads(method.__code__)
     return bytecode.attributes(value, look.names if own else frozenset())

@@ -157,11 +157,14 @@ class Tracked:
         makes = callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__")
         self.passes += self._iterator is not None
         made: Any = source() if makes else source
+        foreign.refuse_forks(made, f"data ({type(made).__name__})")
         self._iterator = iterator = iter(made)
         self._state, self._n = None, 0
         if state is not None:
             iterator.set_state(_decoded(state))
-        return itertools.islice(iterator, n, None) if n and state is None else iterator
+            n = 0
+        # islice also of nothing: the user's own iterator is not closed with this one.
+        return itertools.islice(iterator, n, None) if n or iterator is made else iterator
 
     def __len__(self) -> int:
         return max(0, len(self.source) - self._n)

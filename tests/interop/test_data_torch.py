@@ -120,7 +120,8 @@ def forking(**options):
     lambda loader: Data.from_iterable(loader),
     lambda loader: list(Data.from_iterable(lambda: loader)),
     lambda loader: trained_on(loader),
-], ids=["from_iterable", "factory", "fit"])  # fmt: skip
+    lambda loader: list(fingerprint.after(loader, 0)),
+], ids=["from_iterable", "factory", "fit", "resumed"])  # fmt: skip
 def test_workers_that_would_be_forked_are_refused(make):
     loader = forking(multiprocessing_context="fork")
     with pytest.raises(RuntimeError, match=r'(?s)has num_workers=1, and would fork.*multiprocessing_context="forkserver"\) \(or "spawn"\).*'
