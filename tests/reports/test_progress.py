@@ -302,6 +302,16 @@ def test_results_of_other_reports_stand_after_the_loss(clock):
     assert last.endswith("loss=1, accuracy=0.5, f1=0.5, compiled in 0.5 s]")
 
 
+def test_a_loss_that_is_measured_is_not_taken_for_that_of_the_training(clock):
+    stream = io.StringIO()
+    report = reports.progress(file=stream)
+    report.begin(1, 4)
+    report(1, 1.0, None)
+    report.observe(1, {"loss": 0.25})
+    report.end()
+    assert stream.getvalue().endswith("loss=1, valid_loss=0.25]\n")
+
+
 def test_results_redraw_a_bar_that_is_due(terminal, clock):
     report = reports.progress(file=terminal.file)
     report.begin(1, 10)

@@ -24,8 +24,8 @@ QUIET_SECONDS, QUIET_STEPS = 10.0, 20  # without news, after which it asks for a
 def progress(total: int | None = None, *, description: str | None = None, file: TextIO | None = None) -> Report:
     """The report that shows a tqdm bar: step, total where known, time, steps per second, the loss, and results.
 
-    Results are what other reports of one ``all_of`` measured last (``validate``), by name. The time that went into
-    compilation stands at the end, and does not count in the steps per second.
+    Results are what other reports of one ``all_of`` measured last (``validate``), by name, a ``"loss"`` as
+    ``valid_loss``. The time that went into compilation stands at the end, and does not count in the steps per second.
 
     A terminal or a notebook gets a bar, redrawn about 10 times a second. Anything else, a log file or a pipe, gets a
     line of its own after 10 seconds and from then on one every 10 seconds to 10 minutes, the rarer the longer the run.
@@ -145,7 +145,8 @@ class _Fit:
             self._drawn = monotonic()
 
     def _postfix(self) -> str:
-        named = ({} if self._loss is None else {"loss": self._loss}) | self._values
+        measured = {"valid_loss" if name == "loss" else name: value for name, value in self._values.items()}
+        named = ({} if self._loss is None else {"loss": self._loss}) | measured
         shown = [f"{name}={value:.4g}" for name, value in named.items()]
         # Last, so that on a narrow terminal it is cut off first.
         return ", ".join(shown + [f"compiled in {self._compiled:.1f} s"] * (self._compiled > 0))
