@@ -274,6 +274,19 @@ def test_another_run_is_refused_by_name_and_accepted_by_name(tmp_path, made, cha
     assert int(done.value.kaun_state.step) == 9
 
 
+def test_a_finished_run_of_another_program_is_refused_too(tmp_path, made):
+    trainer, state, train, expected, _ = made
+    trainer.fit(state, train.epochs(3), checkpoints=Directory(tmp_path))
+    other, state, train = setting(rate=0.2)
+    with pytest.raises(ResumeMismatch, match="compiled step"):
+        other.fit(state, train.epochs(3), checkpoints=Directory(tmp_path))
+    with pytest.warns(UserWarning, match="accept= names it") as caught:
+        accepting = Directory(tmp_path, accept={"program"})
+        assert same(other.fit(state, train.epochs(3), checkpoints=accepting), expected)
+    assert caught[0].filename == __file__, "a warning is of the line that called fit"
+    assert not other.compilations
+
+
 def test_constants_that_print_alike_are_told_apart():
     rates = [jnp.full(3, rate) for rate in (0.1, 0.2)]
     programs = [jax.make_jaxpr(lambda x, r=r: x * r)(jnp.ones(3)) for r in rates]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 
 from kaun.call import Call
-from kaun.errors import RecompilationWarning
+from kaun.errors import RecompilationWarning, warn
 
 __all__ = ["Compilation", "Record"]
 
@@ -65,13 +64,12 @@ class Record:
         why = "first" if before is None else _change(before, now)
         self.compilations.append(Compilation(where=where, code=call.code, why=why, seconds=seconds))
         if count == _MANY and not known:
-            warnings.warn(
+            warn(
                 f"{where} has compiled {_MANY} programs for {call.code or 'one model'}; the last because {why}. Each "
                 "costs a compilation. Capture numbers that change as arrays, alpha = jnp.asarray(alpha), keep one "
                 "object instead of making equal ones, and give batches few different shapes. trainer.compilations "
                 "lists them all.",
                 RecompilationWarning,
-                stacklevel=7,
             )
 
 

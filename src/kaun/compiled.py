@@ -264,7 +264,7 @@ class Loop:
         Arguments:
             rows: as of a ``Run``, whose first item this is.
         """
-        call = Call(x, loss, self._ctx.merge(ctx) if self._ctx is not None else ctx)
+        call = self._call(x, loss, ctx)
         if count > 1:
             self.flush()
             return self._push_run(call, count, rows)
@@ -276,6 +276,13 @@ class Loop:
         if stage.count >= min(self._limit, stage.capacity):
             self.flush()
         return None
+
+    def look(self, x: Any, loss: Callable[..., Any], ctx: Context | None) -> None:
+        """Trace the step for an item, and do no more."""
+        self._stage(self._call(x, loss, ctx))
+
+    def _call(self, x: Any, loss: Callable[..., Any], ctx: Context | None) -> Call:
+        return Call(x, loss, self._ctx.merge(ctx) if self._ctx is not None else ctx)
 
     def flush(self) -> None:
         """Run the steps that wait. Returns when they are dispatched, not when they are done."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "CaptureError", "EarlyStop", "MissingContext", "NonFiniteLoss", "RecompilationWarning", "ResumeMismatch", "locate",
+    "warn",
 ]  # fmt: skip
 
 
@@ -78,6 +82,18 @@ class ResumeMismatch(ValueError):
     Traceback (most recent call last):
     kaun.errors.ResumeMismatch: the checkpoint of step 1 ... expected float32[2, 4], found float32[2, 3]
     """
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's code that called into kaun, whatever lies between."""
+    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and (frame.f_code.co_filename.startswith(_HERE) or frame.f_code.co_filename == _CONTEXTS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+_HERE = str(Path(__file__).parent)
+_CONTEXTS = contextlib.__file__
 
 
 def locate(function: Any) -> str:

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import time
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +21,7 @@ from kaun.body import Body
 from kaun.call import Call
 from kaun.checkpoint import Directory, ResumeMismatch
 from kaun.checkpoint.store import Saved, Store
+from kaun.errors import warn
 from kaun.items import length
 from kaun.runs import Run as Items
 from kaun.signals import Signals
@@ -228,16 +228,15 @@ def _differs(directory: Directory, what: str, step: int, lines: list[str]) -> No
             f"{where}{listed}\nMake them the same again to go on; begin another run in a directory of its own, "
             f'checkpoints=runs.child("other"); or go on all the same, Directory(..., accept={{"{what}"}}).'
         )
-    warnings.warn(f"{where}{listed}\nThe run goes on, because accept= names it.", stacklevel=6)
+    warn(f"{where}{listed}\nThe run goes on, because accept= names it.")
 
 
 def _warn_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
-        warnings.warn(
+        warn(
             f"A run is resumed where {'; '.join(changed)}. It goes on from the same state, but the bytes of its "
-            "results may differ from those of a run without a break.",
-            stacklevel=6,
+            "results may differ from those of a run without a break."
         )
 
 

@@ -189,7 +189,7 @@ class Trainer(Generic[In, Out]):
         self._check_state(state, "fit")
         with resume.begun(checkpoints, state, data, report) as run:
             if run.finished:
-                return run.take()
+                return self._finished(run, data, as_context(ctx))
             key, now = state.key, lambda: _state(loop.carry(), key)
             del state  # where the caller does not hold it either, its memory is free once it is copied
             hook, loop = self._begin(run, report, as_context(ctx))
@@ -306,6 +306,16 @@ class Trainer(Generic[In, Out]):
         start, key = (state.vars, state.opt_state, state.step), state.key
         del state
         return hook, Loop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.traced)
+
+    def _finished(self, run: Run, data: Iterable[Any], ctx: Context | None) -> TrainState:
+        """The state of a run that is over, if this trainer would run the same program."""
+        state = run.take()
+        loop = Loop(self._programs, (state.vars, state.opt_state, state.step), state.key, ctx, traced=run.traced)
+        with opened(data, no_data(data)) as items:
+            for item in items:
+                loop.look(*split(item, 1))
+                break
+        return state
 
     def _forward(self, carry: Any, key: jax.Array, x: Any, ctx: Context) -> Any:
         vars, step = carry

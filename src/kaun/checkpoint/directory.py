@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +12,7 @@ from typing import Literal, NamedTuple, cast
 
 from kaun.checkpoint import format as one
 from kaun.checkpoint.disk import Disk
-from kaun.errors import ResumeMismatch
+from kaun.errors import ResumeMismatch, warn
 from kaun.state import TrainState
 
 __all__ = ["Directory", "Found", "all_damaged", "named_as_one", "of_other_leaves", "scan"]
@@ -157,11 +156,9 @@ class Directory:
             except ResumeMismatch as err:
                 raise of_other_leaves(self, found, err) from None
             if bad:
-                warnings.warn(
+                warn(
                     f"{str(self.path)!r}: loaded step {found.step}, because what is newer is damaged:\n  "
                     + "\n  ".join(bad),
-                    UserWarning,
-                    stacklevel=2,
                 )
             return state
         if bad:

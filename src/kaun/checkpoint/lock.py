@@ -8,11 +8,11 @@ import os
 import socket
 import sys
 import threading
-import warnings
 from datetime import datetime
 from pathlib import Path
 
 from kaun.checkpoint import strict
+from kaun.errors import warn
 
 __all__ = ["NAME", "Lock", "Locked"]
 
@@ -88,11 +88,9 @@ def _take(file: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError as err:
-        warnings.warn(
+        warn(
             f"the file system of a checkpoint directory cannot lock files ({err.strerror}), so kaun cannot see whether "
             "another run writes there. Make sure that none does.",
-            UserWarning,
-            stacklevel=5,
         )
     return True
 

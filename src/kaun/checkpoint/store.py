@@ -7,7 +7,6 @@ import errno
 import re
 import secrets
 import threading
-import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +16,7 @@ from kaun.checkpoint.directory import Directory, Found, all_damaged, of_other_le
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.format import Saved
 from kaun.checkpoint.lock import Lock, Locked
-from kaun.errors import ResumeMismatch
+from kaun.errors import ResumeMismatch, warn
 from kaun.state import TrainState
 from kaun.tree import flatten
 
@@ -125,7 +124,7 @@ class Store:
             self._thread = None
         remarks, self._remarks = self._remarks, []
         for remark in remarks:
-            warnings.warn(remark, UserWarning, stacklevel=3)
+            warn(remark)
         failed, self._failed = self._failed, None
         if isinstance(failed, OSError):
             raise self._not_written(failed) from failed
@@ -195,10 +194,8 @@ class Store:
             moved.append(f"{text}\n    (kept as {name})")
         self._disk.sync_folder(path)
         listed = "\n  ".join(moved)
-        warnings.warn(
+        warn(
             f"{str(path)!r}: the run goes on from step {sound.step}, because what is newer is damaged:\n  {listed}",
-            UserWarning,
-            stacklevel=3,
         )
 
     def _must_fit(self, like: TrainState) -> None:
