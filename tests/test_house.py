@@ -35,7 +35,10 @@ LEVELS = [
         "layers.parts",
         "layers.pool",
     },
-    {"blocks", "body", "call", "compilations", "compiled", "evaluation", "guard", "hook", "items", "optimizer", "staging", "state"},
+    {
+        "abstract", "blocks", "body", "call", "compilations", "compiled", "evaluation", "freezing", "guard", "hook", "items",
+        "microbatches", "optimizer", "precision", "scaling", "staging", "state",
+    },
     {
         "checkpoint", "checkpoint.__main__", "checkpoint.directory", "checkpoint.files", "checkpoint.format",
         "checkpoint.layout", "checkpoint.lock", "checkpoint.store",

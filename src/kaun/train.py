@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kaun import evaluation, guard, optimizer, resume, rng, tree
+from kaun import abstract, evaluation, freezing, guard, microbatches, optimizer, precision, resume, rng, scaling, tree
 from kaun.call import Call
 from kaun.checkpoint import Directory
 from kaun.compiled import Compilation, Loop, Programs
@@ -25,6 +25,7 @@ from kaun.hook import Hook
 from kaun.items import Loss, as_context, as_loss, no_data, no_items, split
 from kaun.layers.core import Layer, Vars
 from kaun.optimizer import Optimizer
+from kaun.precision import DEFAULT, Policy
 from kaun.resume import Run
 from kaun.runs import opened
 from kaun.state import TrainState
@@ -55,10 +56,17 @@ class Trainer(Generic[In, Out]):
         on_nonfinite: what becomes of a step whose loss or gradient is nan or infinite. ``"raise"``, the default: it
             changes nothing, and ``fit`` raises ``NonFiniteLoss``; ``"skip"``: it changes nothing but ``state.step``,
             and ``fit`` goes on; ``"ignore"``: it is a step like any other. ``step`` never raises.
+        trainable: whether the parameter at a path (``"0.weight"``) trains, default all. The others are neither
+            differentiated nor in the optimizer's state; a layer (or any part of the model) whose parameters are all
+            frozen runs as in ``predict``, and keeps its state.
+        precision: dtypes, ``"params=float32,compute=bfloat16,output=float32"`` or for short ``"mixed_bfloat16"``,
+            ``"mixed_float16"``: as parameters are kept, as layers compute, and as the loss sees the output. Computing
+            in float16 scales the loss (``kaun.scaling``): ``opt_state`` is then a ``LossScale``.
+        microbatches: in how many parts a step runs each batch, to save memory, default 1 (``kaun.microbatches``).
 
     Raises:
-        TypeError: when the model is not a Layer, or the optimizer has no ``init`` or ``update``.
-        ValueError: for another ``on_nonfinite``.
+        TypeError: when the model is not a Layer, the optimizer has no ``init`` or ``update``, another of the wrong kind.
+        ValueError: for another ``on_nonfinite``, or a ``precision`` or ``microbatches`` that says nothing.
 
     >>> import jax.numpy as jnp, optax, kaun
     >>> from kaun import Data, layers, losses, rng
@@ -74,6 +82,10 @@ class Trainer(Generic[In, Out]):
     model: Layer[In, Out]
     optimizer: Optimizer
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
+    trainable: Callable[[str], Any] | None = None
+    precision: str | None = None
+    microbatches: int = 1
+    _policy: Policy | None = dataclasses.field(init=False, repr=False, compare=False)
     _programs: Programs = dataclasses.field(init=False, repr=False, compare=False)
     _expected: dict[Any, Any] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict[Any, Any])
 
@@ -84,18 +96,15 @@ class Trainer(Generic[In, Out]):
                 f"Trainer(model=...) expected a kaun Layer, received {self.model!r}{called} Write "
                 "model=layers.sequential([layers.linear(2, 1)])."
             )
-        missing = [n for n in ("init", "update") if not callable(getattr(self.optimizer, n, None))]
-        if missing:
-            called = ", did you forget to call it?" if callable(self.optimizer) else "."
-            raise TypeError(
-                "Trainer(optimizer=...) expected an object with init and update, as optax's have, received "
-                f"{self.optimizer!r}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
-            )
+        optimizer.check(self.optimizer)
         if self.on_nonfinite not in guard.MODES:
             raise ValueError(
                 f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, guard.MODES))}, received "
                 f"{self.on_nonfinite!r}."
             )
+        freezing.check(self.trainable)
+        microbatches.check(self.microbatches)
+        object.__setattr__(self, "_policy", precision.parsed(self.precision))
         object.__setattr__(self, "_programs", Programs(self._advance, self._forward))
 
     @property
@@ -103,12 +112,19 @@ class Trainer(Generic[In, Out]):
         """What was compiled so far (the newest thousand): where, for which loss, why again, and in how many seconds."""
         return tuple(self._programs.compilations)
 
-    def init(self, *, dtype: Any = jnp.float32) -> TrainState:
-        """A fresh state: weights in ``dtype`` (default float32) with keys from the RNG scope, then as ``make_state``.
+    def init(self, *, dtype: Any = DEFAULT) -> TrainState:
+        """A fresh state: weights in ``dtype`` with keys from the RNG scope, then as ``make_state``.
+
+        Arguments:
+            dtype: default what ``precision`` says for params, float32 without it.
 
         Raises:
             TypeError, ValueError: as ``Layer.init`` and ``make_state``.
         """
+        if dtype is DEFAULT:
+            dtype = self._policy.params if self._policy else jnp.float32
+        elif self._policy is not None and dtype is not None:
+            self._policy.check(dtype, "init")
         return self.make_state(self.model.init(dtype=dtype))
 
     def make_state(self, vars: Vars) -> TrainState:
@@ -126,7 +142,8 @@ class Trainer(Generic[In, Out]):
         vars = jax.tree_util.tree_map(tree.strong, vars)
         self._check(vars)
         optimizer.check_trainable(vars.params, self.model.name.splitlines()[0])
-        opt_state = optimizer.fresh_state(self.optimizer, vars.params)
+        opt_state = optimizer.fresh_state(self.optimizer, freezing.trained(self.trainable, vars.params))
+        opt_state = scaling.begun(self._scaled, opt_state)
         return _state((vars, opt_state, jnp.zeros((), jnp.int32)), rng.next_key())
 
     def step(
@@ -273,36 +290,40 @@ class Trainer(Generic[In, Out]):
         self, carry: Any, key: jax.Array, x: Any, ctx: Context, loss: Callable[[Any], Any], training: bool, fault: Any
     ) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
         """One step, as it is compiled: forward pass, loss, gradient, update."""
-        vars, opt_state, step = carry
-        self._check(vars)
+        whole, opt_state, step = carry
+        self._check(whole)
         step_key = jax.random.fold_in(key, step)
+        parts = freezing.Parts(self.trainable, whole, functools.partial(precision.cast, self._policy))
+        vars, optimizer_state = parts.vars, scaling.inner(self._scaled, opt_state)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
-            with rng.scope(step_key):
-                output, after = self.model.apply(vars.replace(params=params), x, training=training, ctx=ctx)
+            forward = functools.partial(self._apply, parts.forward(params), training=training)
+            with rng.scope(step_key), parts.still():
+                output, layer_state = microbatches.outputs(self.microbatches, forward, x, ctx, whole.state, step_key)
                 value, scalars = loss(output)
-                return value, (after.state, scalars)
+                return value, (parts.kept(layer_state), scalars)
 
-        (value, (layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(vars.params)
+        (value, (layer_state, scalars)), gradient = scaling.value_and_grad(opt_state, objective, vars.params)
 
         def update() -> tuple[Vars, Any]:
             value_fn = lambda params: objective(params)[0]
-            params, after = optimizer.update(self.optimizer, gradient, opt_state, vars.params, value, value_fn)
+            params, after = optimizer.update(self.optimizer, gradient, optimizer_state, vars.params, value, value_fn)
             return vars.replace(params=params, state=layer_state), after
 
-        step = step + (fault[0] == 0).astype(jnp.int32)
-        before = (vars, opt_state)
-        after, numbers, fault = guard.guarded(self.on_nonfinite, value, gradient, update, before, fault)
+        step = step + (~fault[0]).astype(jnp.int32)
+        shown, change, lost = scaling.watched(opt_state, value, gradient, update, vars)
+        after, numbers, fault = guard.guarded(self.on_nonfinite, value, shown, change, (vars, opt_state), fault)
+        numbers = scaling.told(numbers, lost, self.on_nonfinite)
         rate = optimizer.learning_rate(after[1])
         rates = {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
-        return value, {**numbers, **rates, **scalars}, (*after, step), fault
+        return value, {**numbers, **rates, **scalars}, (parts.joined(after[0]), after[1], step), fault
 
     def _begin(self, run: Run, report: Report | None, ctx: Context | None) -> tuple[Hook, Loop]:
         state = run.take()
         hook = Hook(
             report, run.total, run.done, state.step, self.on_nonfinite == "skip", run.again, run.signals.heard
         )  # fmt: skip
-        failure = functools.partial(guard.failure, jax.tree_util.tree_structure(state.vars.params))
+        failure = functools.partial(guard.failure, _structure(self.trainable, state.vars))
         failed = failure if self.on_nonfinite == "raise" else None
         start, key = (state.vars, state.opt_state, state.step), state.key
         del state
@@ -312,20 +333,21 @@ class Trainer(Generic[In, Out]):
         vars, step = carry
         self._check(vars)
         with rng.scope(jax.random.fold_in(key, step)):
-            return self.model.apply(vars, x, training=False, ctx=ctx)[0]
+            return self._apply(vars, x, ctx, training=False)[0]
+
+    def _apply(self, vars: Vars, x: Any, ctx: Context, *, training: bool) -> tuple[Any, Any]:
+        return precision.applied(self._policy, self.model, vars, x, ctx, training)
+
+    @property
+    def _scaled(self) -> bool:
+        return self._policy is not None and self._policy.scaled
 
     def _check(self, vars: Vars) -> None:
+        if self._policy is not None:
+            self._policy.check(vars.dtype, "make_state")
         if vars.dtype not in self._expected:
-            self._expected[vars.dtype] = _shapes(self.model, vars.dtype)
-        lines = tree.difference(self._expected[vars.dtype], vars)
-        if lines:
-            more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
-            raise ValueError(
-                "The variables belong to another model than this trainer's:\n  "
-                + "\n  ".join(lines[:10])
-                + f"{more}\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with "
-                "checkpoint.load(path, like=trainer.model.init(dtype=...))."
-            )
+            self._expected[vars.dtype] = abstract.variables(self.model, vars.dtype)
+        abstract.check(self._expected[vars.dtype], vars)
 
     def _check_state(self, state: Any, where: str) -> None:
         if not isinstance(state, TrainState):
@@ -382,15 +404,6 @@ def _nothing_lost(run: Run, loop: Loop, now: Callable[[], TrainState], hook: Hoo
         hook.end()
 
 
-def _shapes(model: Layer[Any, Any], dtype: Any) -> Any:
-    """The model's variables as shapes and dtypes."""
 
-    def init() -> Vars:
-        with rng.scope(0):
-            return model.init(dtype=dtype)
-
-    try:
-        return jax.eval_shape(init)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-        made = init()  # an init that reads its own numbers, say through NumPy, has to be run
-        return jax.eval_shape(lambda: jax.tree_util.tree_map(jnp.asarray, made))
+def _structure(trainable: Any, vars: Vars) -> Any:
+    return jax.tree_util.tree_structure(freezing.trained(trainable, vars.params))
