@@ -17,9 +17,16 @@ from kaun.packing import Packing
 KEY = jax.random.key(0)
 
 
+OPEN = jnp.zeros(2, jnp.bool_)
+
+
 def traced(step, leaves, call):
-    jitted = jax.jit(step)
-    return Body(jitted, jitted.trace(leaves, KEY, call.leaves), call, 0.25)
+    def whole(leaves, key, given, fault):
+        loss, after = step(leaves, key, given)
+        return loss, {"twice": 2 * loss}, after, fault
+
+    jitted = jax.jit(whole)
+    return Body(jitted, jitted.trace(leaves, KEY, call.leaves, OPEN), call, 0.25)
 
 
 def call_of(*arrays):
@@ -47,7 +54,7 @@ def body():
 def one_by_one(body, items):
     w, found = W, []
     for x in items:
-        loss, (w,) = body.program("step", (False, False)).run([w], KEY, jnp.int32(1), [x, Y], [])
+        loss, (w,) = body.program("step", (False, False)).run([w], KEY, OPEN, jnp.int32(1), [x, Y], [])
         found.append(loss)
     return np.array(found).tobytes(), np.asarray(w).tobytes()
 
@@ -57,7 +64,7 @@ def together(body, items, *, entry="fit", packing=None, y_too=False):
     stack = np.zeros((body.capacity, 64), np.float32)
     stack[: len(items)] = items
     shared, stacked = ([], [stack, jnp.full(body.capacity, Y)]) if y_too else ([Y], [stack])
-    losses, held = body.program(entry, (True, y_too), packing).run(held, KEY, jnp.int32(len(items)), shared, stacked)
+    losses, _, held, _ = body.program(entry, (True, y_too), packing).run(held, KEY, OPEN, jnp.int32(len(items)), shared, stacked)
     (w,) = packing.unpack(held) if packing else held
     return np.asarray(losses)[: len(items)].tobytes(), np.asarray(w).tobytes()
 
@@ -71,7 +78,7 @@ def test_a_block_is_its_steps_to_the_last_bit(body):
 
 
 def test_one_item_again_and_again_is_its_steps_to_the_last_bit(body):
-    losses, (w,) = body.program("fit", (False, False)).run([W], KEY, jnp.int32(5), [ITEMS[0], Y], [])
+    losses, _, (w,), _ = body.program("fit", (False, False)).run([W], KEY, OPEN, jnp.int32(5), [ITEMS[0], Y], [])
     assert (np.asarray(losses)[:5].tobytes(), np.asarray(w).tobytes()) == one_by_one(body, ITEMS[:1] * 5)
 
 
@@ -100,7 +107,7 @@ def loop_body(program, *arguments):
 
 
 def test_the_compiled_loop_is_one_whether_its_memory_is_given_or_taken(body):
-    arguments = ([W], KEY, jnp.int32(3), [Y], [np.zeros((body.capacity, 64), np.float32)])
+    arguments = ([W], KEY, OPEN, jnp.int32(3), [Y], [np.zeros((body.capacity, 64), np.float32)])
     kept = loop_body(body.program("fit", (True, False)), *arguments)
     assert kept and kept == loop_body(body.program("fit in place", (True, False)), *arguments)
 
@@ -135,9 +142,9 @@ def test_convolutions_of_other_libraries_are_kept_out_of_loops():
     x, w = np.ones((4, 3, 16, 16), np.float32), jnp.full((8, 3, 3, 3), 0.1, jnp.float32)
     body = traced(foreign, [w], call_of(x))
     assert not body.looped and body.capacity == 1
-    loss, (after,) = body.program("step", (False,)).run([w], KEY, jnp.int32(1), [x], [])
-    losses, (other,) = body.program("fit in place", (False,)).run([w + 0], KEY, jnp.int32(1), [x], [])
+    loss, (after,) = body.program("step", (False,)).run([w], KEY, OPEN, jnp.int32(1), [x], [])
+    losses, _, (other,), _ = body.program("fit in place", (False,)).run([w + 0], KEY, OPEN, jnp.int32(1), [x], [])
     assert losses.shape == (1,) and float(losses[0]) == float(loss)
     assert np.asarray(after).tobytes() == np.asarray(other).tobytes()
-    text = body.program("fit", (False,)).run.lower([w], KEY, jnp.int32(1), [x], []).as_text()
+    text = body.program("fit", (False,)).run.lower([w], KEY, OPEN, jnp.int32(1), [x], []).as_text()
     assert "while" not in text

@@ -17,12 +17,12 @@ from kaun.context import Context
 ONE = jnp.float32(1)
 
 
-def advance(carry, key, x, ctx, loss, training):
-    """A 'model' with one number: output x * w, update w - loss."""
+def advance(carry, key, x, ctx, loss, training, fault):
+    """A 'model' with one number: output x * w, update w - loss. The sum of x is what it tells beside the loss."""
     w, count = carry
     with rng.scope(key):
-        value = loss(x * w)
-    return value, (w - value, count + 1)
+        value, scalars = loss(x * w)
+    return value, {"sum": jnp.sum(x).astype(jnp.float32), **scalars}, (w - value, count + 1), fault
 
 
 def forward(carry, key, x, ctx):
@@ -82,7 +82,7 @@ def test_a_large_state_that_nobody_has_seen_is_updated_in_place(programs):
 
 def test_steps_wait_for_each_other_and_are_run_by_what_needs_them(programs):
     blocks = []
-    run = Loop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, lambda n, losses: blocks.append(n))
+    run = Loop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, lambda ran: blocks.append(ran.steps))
     run.push(np.float32(1), mean, None)
     assert blocks == []
     run.push(np.float32(2), mean, None)
@@ -97,7 +97,7 @@ def test_steps_wait_for_each_other_and_are_run_by_what_needs_them(programs):
 
 def test_blocks_grow_up_to_the_capacity(programs):
     blocks = []
-    run = Loop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, lambda n, losses: blocks.append(n))
+    run = Loop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, lambda ran: blocks.append(ran.steps))
     run._limit = 1024
     for i in range(600):
         run.push(np.full((1000,), i, np.float32), mean, None)
@@ -108,7 +108,7 @@ def test_blocks_grow_up_to_the_capacity(programs):
 
 def test_one_item_many_times_is_one_dispatch(programs):
     blocks = []
-    run = Loop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, lambda n, losses: blocks.append(n))
+    run = Loop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, lambda ran: blocks.append(ran.steps))
     run.push(ONE, mean, None, 7)
     assert blocks == [7] and run.carry()[1] == 7
     steps = loop(programs)
@@ -194,9 +194,9 @@ def test_a_failed_first_run_is_not_counted_and_may_be_tried_again(programs):
 
 
 def test_a_state_that_changes_its_form_is_refused():
-    def widening(carry, key, x, ctx, loss, training):
+    def widening(carry, key, x, ctx, loss, training, fault):
         with rng.scope(key):
-            return loss(x), {"w": jnp.zeros(3)}
+            return loss(x)[0], {"one": ONE}, {"w": jnp.zeros(3)}, fault
 
     run = Loop(Programs(widening, forward), {"w": jnp.zeros(2)}, jax.random.key(0), None)
     with pytest.raises(TypeError, match=r"(?s)must give back a state.*w: expected float32\[2\], found float32\[3\].*astype"):
@@ -224,3 +224,69 @@ def test_a_copy_is_other_memory_in_the_same_place(committed):
     assert copied.committed is committed and copied.sharding == array.sharding
     assert copied.unsafe_buffer_pointer() != array.unsafe_buffer_pointer()
     np.testing.assert_array_equal(copied, array)
+
+
+def stopping(carry, key, x, ctx, loss, training, fault):
+    """As ``advance``, but an x of nan ends the run."""
+    value, numbers, after, _ = advance(carry, key, x, ctx, loss, training, fault)
+    good = jnp.isfinite(x) & ~fault[0]
+    fault = jnp.where(good | fault[0], fault, jnp.zeros_like(fault).at[0].set(True))
+    after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, carry)
+    return value, {**numbers, "good": good.astype(jnp.float32)}, after, fault
+
+
+@pytest.mark.parametrize("looking", [1, 3, 100])
+def test_a_step_that_goes_wrong_ends_the_run_before_it(looking):
+    told = []
+
+    def failed(step, loss, fault):
+        told.append((step, loss, fault.tolist()))
+        return ArithmeticError(f"step {step}")
+
+    xs = [0.5, 0.25, 0.125, np.nan, 0.5, np.nan, 0.25]
+    reference = loop(Programs(advance, forward))
+    for x in xs[:3]:
+        reference.push(np.float32(x), mean, None)
+    run = Loop(Programs(stopping, forward), (ONE, jnp.int32(0)), jax.random.key(0), None, failed=failed, done=10)
+    with pytest.raises(ArithmeticError, match="step 14"):
+        for i, x in enumerate(xs, 1):
+            run.push(np.float32(x), mean, None)
+            if i % looking == 0:
+                run.flush()
+                float(run.loss)
+        run.flush()
+        run.wait()
+    assert run.failed and run.done == 13 and run.failure() is None
+    assert told[0][0] == 14 and np.isnan(told[0][1]) and told[0][2] == [True, False, False]
+    assert run.carry()[0] == reference.carry()[0] and run.carry()[1] == 3
+
+
+def test_a_failure_that_nobody_knows_of_is_told_when_asked():
+    run = Loop(
+        Programs(stopping, forward), (ONE, jnp.int32(0)), jax.random.key(0), None, failed=lambda *_: OSError("wrong")
+    )
+    run.push(np.float32(1), mean, None)
+    run.flush()
+    assert run.failure() is None and run.done == 1
+    run.push(np.float32(np.nan), mean, None)
+    run.flush()
+    assert str(run.failure()) == "wrong"
+
+
+def test_a_dispatch_is_told_with_its_numbers(programs):
+    seen = []
+    run = Loop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, seen.append)
+    run.push(np.full(3, 0.5, np.float32), lambda out: (out.mean(), {"most": out.max()}), None)
+    run.flush()
+    (ran,) = seen
+    assert (ran.first, ran.steps, ran.names, ran.examples, ran.good) == (1, 1, ("most", "sum"), 3, 1)
+    assert {name: list(v) for name, v in ran.values().items()} == {"loss": [0.5], "most": [0.5], "sum": [1.5]}
+
+
+def test_new_kinds_of_calls_are_told_before_they_run(programs):
+    told = []
+    traced = lambda call, body: told.append((call.leaves[0].shape, str(body.traced)[:5]))
+    run = Loop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, traced=traced)
+    for shape in [(2,), (2,), (3,), (2,)]:
+        run.push(np.ones(shape, np.float32), mean, None)
+    assert told == [((2,), "{ lam"), ((3,), "{ lam")]

@@ -3,9 +3,11 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kaun import EarlyStop, reports
+from kaun.body import Ran
 from kaun.hook import Hook
 
 
@@ -23,15 +25,22 @@ class Recorder:
         self.blocks.append((first_step, values["loss"].tolist()))
 
 
-def losses(*values):
+OPEN, HALTED = np.zeros(3, bool), np.array([True, False, True])
+
+
+def ran(first, *values, good=None, names=("good", "grad_norm"), examples=4):
     """What a dispatch of these steps gives: as long as its capacity."""
-    return len(values), jnp.array([*values, -1.0, -1.0], jnp.float32)
+    went = [1.0] * len(values) if good is None else good
+    rows = [[{"good": float(w), "grad_norm": 2 * v}.get(n, 7.0) for n in names] for w, v in zip(went, values)]
+    numbers = jnp.array([*rows, [-1.0] * len(names), [-1.0] * len(names)], jnp.float32)
+    held = jnp.array([*values, -1.0, -1.0], jnp.float32)
+    return Ran(first, len(values), held, names, numbers, OPEN if good is None else HALTED, examples)
 
 
 def test_nothing_is_asked_or_kept_without_a_report():
     hook = Hook(None, None)
     assert not hook.wants(1) and hook.ahead(0, 100) == 100
-    hook.ran(*losses(1.0))
+    hook.ran(ran(1, 1.0))
     hook.finish()
     hook.end()
 
@@ -70,12 +79,12 @@ def test_losses_come_in_blocks_before_the_call_and_at_the_end():
     recorder = Recorder()
     hook = Hook(recorder, None)
     hook._next = math.inf
-    hook.ran(*losses(10.0))
+    hook.ran(ran(1, 10.0))
     assert recorder.blocks == []
-    hook.ran(*losses(20.0, 30.0))
+    hook.ran(ran(2, 20.0, 30.0))
     hook.stops(3, jnp.float32(30), "state")
     assert recorder.blocks == [(1, [10.0, 20.0, 30.0])] and recorder.called == (3, 30.0, "state")
-    hook.ran(*losses(40.0))
+    hook.ran(ran(4, 40.0))
     hook.finish()
     hook.finish()
     assert recorder.blocks == [(1, [10.0, 20.0, 30.0]), (4, [40.0])]
@@ -86,7 +95,7 @@ def test_long_silences_are_delivered_by_and_by():
     recorder.wants = lambda step: False
     hook = Hook(recorder, None)
     for step in range(1, 200):
-        hook.ran(1, jnp.full(3, step, jnp.float32).block_until_ready())
+        hook.ran(ran(step, float(step)))
     hook.finish()
     found = [value for _, values in recorder.blocks for value in values]
     assert found == list(range(1, 200))
@@ -105,13 +114,14 @@ def test_what_is_ready_is_delivered_after_a_moment_and_nothing_is_waited_for():
     recorder.wants = lambda step: False
     hook = Hook(recorder, None)
     hook._next = math.inf
-    hook.ran(1, jnp.ones(1).block_until_ready())
-    hook.ran(1, Pending())
+    pending = ran(2, 1.0)._replace(losses=Pending(), numbers=Pending(), fault=Pending())
+    hook.ran(ran(1, 1.0))
+    hook.ran(pending)
     assert recorder.blocks == []
     hook._next = 0.0
-    hook.ran(500, Pending())
+    hook.ran(pending._replace(first=3, steps=500))
     assert recorder.blocks == [(1, [1.0])]
-    hook.ran(1, Pending())
+    hook.ran(pending._replace(first=503))
     assert len(recorder.blocks) == 1
 
 
@@ -147,3 +157,70 @@ def test_compilation_is_told_to_those_who_listen():
     recorder.compiled = told.append
     Hook(recorder, None).compiled(2.0)
     assert told == [2.0]
+
+
+class Values:
+    def __init__(self):
+        self.blocks = []
+
+    def __call__(self, step, loss, state):
+        pass
+
+    def wants(self, step):
+        return False
+
+    def block(self, first_step, values):
+        self.blocks.append((first_step, {name: list(array) for name, array in values.items()}))
+
+
+def test_a_block_has_every_number_of_its_steps_and_their_place_in_the_states_life():
+    report = Values()
+    hook = Hook(report, None, done=10, before=jnp.int32(110))
+    hook.ran(ran(11, 1.0, 2.0))
+    hook.finish()
+    ((first, values),) = report.blocks
+    assert first == 11 and values["step"] == [111, 112]
+    assert values["loss"] == [1.0, 2.0] and values["grad_norm"] == [2.0, 4.0]
+    assert "good" not in values and "skipped" not in values
+    assert values["step_time"][0] > 0 and np.isclose(values["examples_per_second"][0], 4 / values["step_time"][0])
+
+
+def test_steps_with_other_numbers_are_another_block():
+    report = Values()
+    hook = Hook(report, None)
+    hook._next = math.inf
+    hook.ran(ran(1, 1.0, names=("good", "accuracy"), examples=None))
+    hook.ran(ran(2, 2.0, 3.0))
+    hook._deliver(2)
+    assert [(first, values["loss"]) for first, values in report.blocks] == [(1, [1.0]), (2, [2.0, 3.0])]
+    assert report.blocks[0][1]["accuracy"] == [7.0] and "examples_per_second" not in report.blocks[0][1]
+
+
+def test_nothing_is_told_of_the_step_that_ended_the_run_and_of_those_after_it():
+    report = Values()
+    hook = Hook(report, None)
+    hook.ran(ran(1, 1.0, 2.0, math.nan, 9.0, good=[1, 1, 0, 0]))
+    hook.ran(ran(5, 9.0, 9.0, good=[0, 0]))
+    hook.finish()
+    assert [(first, values["loss"]) for first, values in report.blocks] == [(1, [1.0, 2.0])]
+
+
+def test_skipped_steps_are_told_with_their_loss():
+    report = Values()
+    hook = Hook(report, None, skips=True)
+    skipping = ran(1, 1.0, math.inf, 3.0)
+    hook.ran(skipping._replace(numbers=skipping.numbers.at[1, 0].set(0.0)))
+    hook.finish()
+    assert report.blocks[0][1]["skipped"] == [False, True, False] and report.blocks[0][1]["loss"][1] == math.inf
+
+
+def test_a_report_that_did_not_come_back_is_remembered():
+    def failing(step, loss, state):
+        raise OSError
+
+    hook = Hook(failing, None)
+    with pytest.raises(OSError):
+        hook.stops(1, jnp.float32(0.5), None)
+    assert hook.again == 0.5
+    resumed = Hook(lambda step, loss, state: None, None, done=1, again=0.5)
+    assert resumed.wants(1) and not resumed.stops(1, resumed.again, None) and resumed.again is None

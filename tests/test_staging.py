@@ -17,7 +17,7 @@ def compiled(loss, output):
 
     def run(output, arrays, draw):
         with rng.scope(draw):
-            return jax.value_and_grad(lambda out: staged(key, arrays, out))(output)
+            return jax.value_and_grad(lambda out: staged(key, arrays, out)[0])(output)
 
     return jax.jit(run)(output, arrays, jax.random.key(0))
 
@@ -117,3 +117,32 @@ def test_what_a_metric_may_not_do_names_it():
         run_scored({"a": good, "b": lambda p, t: p}, jnp.ones(3), jnp.ones(3))
     with pytest.raises(jax.errors.ConcretizationTypeError, match=r"(?s)In metric 'b' `<lambda>` .* sees shapes and dtypes"):
         run_scored({"b": lambda p, t: float(p.sum())}, jnp.ones(3), jnp.ones(3))
+
+
+def test_scalars_beside_the_loss_come_by_name_in_float32():
+    def loss(out):
+        return out.mean(), {"right": (out > 0).sum(), "half": out.astype(jnp.bfloat16).mean(), "three": 3}
+
+    key, arrays = lift.take_apart(loss)
+    with rng.scope(0):
+        value, scalars = staged(key, arrays, jnp.array([-1.0, 3.0]))
+    assert value == 1.0 and list(scalars) == ["half", "right", "three"]
+    assert {n: (float(v), str(v.dtype)) for n, v in scalars.items()} == {
+        "half": (1.0, "float32"), "right": (1.0, "float32"), "three": (3.0, "float32"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (lambda out: {"rows": out}, r"'rows': received float32\[2\]"),
+        (lambda out: {"name": "x"}, "'name': received str"),
+        (lambda out: {"none": None}, "'none': received NoneType"),
+        (lambda out: {3: 1.0}, "3: received float"),
+        (lambda out: {"loss": 1.0}, "'loss': the name is kaun's own"),
+        (lambda out: {"z": out.sum().astype(jnp.complex64)}, r"'z': received complex64\[\]"),
+    ],
+)
+def test_what_is_no_scalar_beside_a_loss_is_refused(given, what):
+    with pytest.raises(TypeError, match=rf"must return \(loss, dict of scalars by name\); {what}"):
+        compiled(lambda out: (out.mean(), given(out)), jnp.ones(2))

@@ -13,4 +13,5 @@ from kaun.errors import EarlyStop as EarlyStop
 from kaun.layers.core import Layer as Layer
 from kaun.layers.core import Vars as Vars
 from kaun.state import TrainState as TrainState
+from kaun.summary import summary as summary
 from kaun.train import Trainer as Trainer

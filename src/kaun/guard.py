@@ -14,7 +14,7 @@ from jax import lax
 from kaun import tree
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "as_before", "failure", "guarded", "no_fault", "squares_of"]
+__all__ = ["MODES", "as_before", "check", "failure", "guarded", "no_fault", "squares_of"]
 
 T = TypeVar("T")
 
@@ -22,11 +22,22 @@ MODES = ("raise", "skip", "ignore")
 NAMED = 5  # parameters, in the message
 
 
+def check(mode: Any) -> None:
+    """Refuse what is no mode.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    if mode not in MODES:
+        raise ValueError(f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, MODES))}, received {mode!r}.")
+
+
 def squares_of(gradient: Any) -> jax.Array:
     """For each leaf of a gradient the sum of its numbers' squares, float32 (float64 where one is)."""
-    squares = [_square(leaf) for leaf in jax.tree_util.tree_leaves(gradient)]
-    widest = jnp.result_type(*squares)
-    return jnp.stack([each.astype(widest) for each in squares])
+    leaves = jax.tree_util.tree_leaves(gradient)
+    widest = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+    flat = [leaf.astype(widest).reshape(-1) for leaf in leaves]
+    return jnp.stack([jnp.vdot(each, each) for each in flat])
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,11 +96,6 @@ def as_before(before: T, after: T) -> T:
         )
     strong = lambda new, old: lax.convert_element_type(new, old.dtype) if new.weak_type else new
     return jax.tree_util.tree_map(strong, after, before)
-
-
-def _square(leaf: Any) -> jax.Array:
-    flat = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)).reshape(-1)
-    return jnp.vdot(flat, flat)
 
 
 def failure(params: Any, step: int, loss: float, fault: Any) -> NonFiniteLoss:

@@ -14,7 +14,7 @@ import optax
 from kaun import tree
 from kaun.errors import locate
 
-__all__ = ["Optimizer", "check", "check_trainable", "fresh_state", "learning_rate", "update"]
+__all__ = ["Optimizer", "check", "check_trainable", "fresh_state", "learning_rate", "rates", "update"]
 
 
 class Optimizer(Protocol):
@@ -116,6 +116,12 @@ def learning_rate(opt_state: Any) -> Any:
         if names == ["hyperparams", "learning_rate"] and leaf.ndim == 0:
             return leaf
     return None
+
+
+def rates(opt_state: Any) -> dict[str, jax.Array]:
+    """``learning_rate`` by that name, where there is one."""
+    rate = learning_rate(opt_state)
+    return {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
 
 
 def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> Any:

@@ -36,7 +36,7 @@ class Policy:
         """Whether gradients could get too small for the forward pass's dtype, so that the loss is scaled up."""
         return self.compute == jnp.float16
 
-    def check(self, dtype: Any, where: str) -> None:
+    def check(self, dtype: Any) -> None:
         """Refuse parameters that are kept in another dtype.
 
         Raises:
@@ -45,9 +45,9 @@ class Policy:
         if jnp.dtype(dtype) != self.params:
             name = jnp.dtype(dtype).name
             raise ValueError(
-                f"{where} expected parameters in {self.params.name}, as Trainer(precision={str(self)!r}) says, "
-                f"received {name}. Leave dtype out, write {where}(dtype=jnp.{self.params.name}), or make the trainer "
-                f'with precision="params={name},...".'
+                f"Trainer(precision={str(self)!r}) keeps parameters in {self.params.name}, received {name}. "
+                f"Write trainer.init() without a dtype, cast loaded parameters with "
+                f"checkpoint.load(path, like=trainer.init().vars, cast=True), or say params={name} in precision."
             )
 
     def __str__(self) -> str:

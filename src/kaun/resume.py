@@ -197,11 +197,20 @@ def _go_on(run: Run, directory: Directory, saved: Saved, facts: dict[str, Any], 
     longer = run.total > done if run.total is not None else found["data"] != facts["data"]
     run.finished = found["ended"] == "stopped" or (found["ended"] == "data" and not longer)
     run.again = None if found["again"] is None else float.fromhex(found["again"])
-    if (restore := getattr(report, "restore", None)) is not None:
-        try:
-            restore(unpacked(found["report"], saved.reports, saved.state))
-        except ValueError as error:
-            _differs(directory, "reports", done, [str(error)])
+    _restore(directory, report, saved)
+
+
+def _restore(directory: Directory, report: Any, saved: Saved) -> None:
+    restore = getattr(report, "restore", None)
+    kept = unpacked(saved.facts["report"], saved.reports, saved.state)
+    if restore is None:
+        if kept:
+            _differs(directory, "reports", saved.step, [f"{', '.join(kept)} had something to go on from, and is missing"])
+        return
+    try:
+        restore(kept)
+    except ValueError as error:
+        _differs(directory, "reports", saved.step, [str(error)])
 
 
 def _differs(directory: Directory, what: str, step: int, lines: list[str]) -> None:
@@ -238,7 +247,7 @@ class _Keeper:
         self._store, self._directory, self._facts, self._report = store, directory, facts, report
         same = saved is not None and saved.facts["machine"]["jax"] == jax.__version__
         self._known: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
-        self._done = 0 if saved is None else saved.step
+        self._done = 0 if saved is None else saved.step  # the step of the newest checkpoint
 
     def due(self, step: int) -> bool:
         if self.each is not None:
@@ -246,6 +255,8 @@ class _Keeper:
         return self._next is not None and time.monotonic() >= self._next
 
     def save(self, step: int, state: TrainState, ended: str, again: float | None) -> None:
+        if step == self._done and not ended and again is None:
+            return  # it is there, and may say that the run had ended
         snapshot = getattr(self._report, "snapshot", None)
         told, arrays = packed({} if snapshot is None else snapshot())
         facts = {
@@ -253,6 +264,7 @@ class _Keeper:
             "again": None if again is None else again.hex(),
         }  # fmt: skip
         self._store.save(step, state, arrays, facts)
+        self._done = step
         self._next = None if self._pause is None else time.monotonic() + self._pause
 
     def traced(self, call: Call, body: Body) -> None:
@@ -262,13 +274,13 @@ class _Keeper:
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(call.subject, '__qualname__', type(call.subject).__name__)}: {kind}"
         digest = digest_of(body.traced)
-        if self._known.setdefault(name, digest) != digest:
-            self._known[name] = digest
+        if self._known.get(name, digest) != digest:
             line = (
                 f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "
                 "or on_nonfinite was changed"
             )
             _differs(self._directory, "program", self._done, [line])
+        self._known[name] = digest
 
 
 def digest_of(closed: Any) -> str:

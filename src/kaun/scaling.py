@@ -15,6 +15,7 @@ from jax import lax
 
 from kaun import guard
 from kaun.layers.parts import wide
+from kaun.precision import Policy
 
 __all__ = ["FIRST", "GROWTH", "LossScale", "begun", "inner", "told", "value_and_grad", "watched"]
 
@@ -35,17 +36,19 @@ class LossScale(NamedTuple):
     inner: Any
 
 
-def begun(scaled: bool, opt_state: Any) -> Any:
-    """A fresh optimizer state as a trainer keeps it."""
+def begun(policy: Policy | None, opt_state: Any) -> Any:
+    """A fresh optimizer state as a trainer with this precision keeps it."""
+    scaled = policy is not None and policy.scaled
     return LossScale(jnp.float32(FIRST), jnp.int32(0), opt_state) if scaled else opt_state
 
 
-def inner(scaled: bool, opt_state: Any) -> Any:
+def inner(policy: Policy | None, opt_state: Any) -> Any:
     """The optimizer's own state.
 
     Raises:
         ValueError: when the state has a loss scale and should not, or the other way round.
     """
+    scaled = policy is not None and policy.scaled
     if scaled != isinstance(opt_state, LossScale):
         has, wants = ("a", "does not scale") if isinstance(opt_state, LossScale) else ("no", "scales")
         raise ValueError(

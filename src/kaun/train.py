@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from kaun import abstract, evaluation, freezing, guard, microbatches, optimizer, precision, resume, rng, scaling, tree
+from kaun import evaluation, exporting, freezing, guard, microbatches, optimizer, precision, resume, rng, scaling, tree
+from kaun.abstract import Expected, check_model
 from kaun.call import Call
 from kaun.checkpoint import Directory
 from kaun.compiled import Compilation, Loop, Programs
@@ -28,9 +29,12 @@ from kaun.optimizer import Optimizer
 from kaun.precision import DEFAULT, Policy
 from kaun.resume import Run
 from kaun.runs import opened
-from kaun.state import TrainState
+from kaun.state import TrainState, check_state
 
-__all__ = ["Loss", "Report", "Trainer"]
+if TYPE_CHECKING:
+    from jax.export import Exported
+
+__all__ = ["Loss", "Report", "Trainer", "lowered"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -65,8 +69,7 @@ class Trainer(Generic[In, Out]):
         microbatches: in how many parts a step runs each batch, to save memory, default 1 (``kaun.microbatches``).
 
     Raises:
-        TypeError: when the model is not a Layer, the optimizer has no ``init`` or ``update``, another of the wrong kind.
-        ValueError: for another ``on_nonfinite``, or a ``precision`` or ``microbatches`` that says nothing.
+        TypeError, ValueError: for arguments of another kind, such as an optimizer without ``init`` or ``update``.
 
     >>> import jax.numpy as jnp, optax, kaun
     >>> from kaun import Data, layers, losses, rng
@@ -87,24 +90,16 @@ class Trainer(Generic[In, Out]):
     microbatches: int = 1
     _policy: Policy | None = dataclasses.field(init=False, repr=False, compare=False)
     _programs: Programs = dataclasses.field(init=False, repr=False, compare=False)
-    _expected: dict[Any, Any] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict[Any, Any])
+    _expected: Expected = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, Layer):  # pyright: ignore[reportUnnecessaryIsInstance]
-            called = ", did you forget to call it?" if callable(self.model) else "."
-            raise TypeError(
-                f"Trainer(model=...) expected a kaun Layer, received {self.model!r}{called} Write "
-                "model=layers.sequential([layers.linear(2, 1)])."
-            )
+        check_model(self.model)
         optimizer.check(self.optimizer)
-        if self.on_nonfinite not in guard.MODES:
-            raise ValueError(
-                f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, guard.MODES))}, received "
-                f"{self.on_nonfinite!r}."
-            )
+        guard.check(self.on_nonfinite)
         freezing.check(self.trainable)
         microbatches.check(self.microbatches)
         object.__setattr__(self, "_policy", precision.parsed(self.precision))
+        object.__setattr__(self, "_expected", Expected(self.model, self._policy))
         object.__setattr__(self, "_programs", Programs(self._advance, self._forward))
 
     @property
@@ -113,10 +108,10 @@ class Trainer(Generic[In, Out]):
         return tuple(self._programs.compilations)
 
     def init(self, *, dtype: Any = DEFAULT) -> TrainState:
-        """A fresh state: weights in ``dtype`` with keys from the RNG scope, then as ``make_state``.
+        """A fresh state: weights with keys from the RNG scope, then as ``make_state``.
 
         Arguments:
-            dtype: default what ``precision`` says for params, float32 without it.
+            dtype: of the weights, default what ``precision`` says for params, float32 without it.
 
         Raises:
             TypeError, ValueError: as ``Layer.init`` and ``make_state``.
@@ -124,7 +119,7 @@ class Trainer(Generic[In, Out]):
         if dtype is DEFAULT:
             dtype = self._policy.params if self._policy else jnp.float32
         elif self._policy is not None and dtype is not None:
-            self._policy.check(dtype, "init")
+            self._policy.check(dtype)
         return self.make_state(self.model.init(dtype=dtype))
 
     def make_state(self, vars: Vars) -> TrainState:
@@ -140,10 +135,10 @@ class Trainer(Generic[In, Out]):
             received = type(vars).__name__
             raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
         vars = jax.tree_util.tree_map(tree.strong, vars)
-        self._check(vars)
+        self._expected.check(vars)
         optimizer.check_trainable(vars.params, self.model.name.splitlines()[0])
         opt_state = optimizer.fresh_state(self.optimizer, freezing.trained(self.trainable, vars.params))
-        opt_state = scaling.begun(self._scaled, opt_state)
+        opt_state = scaling.begun(self._policy, opt_state)
         return _state((vars, opt_state, jnp.zeros((), jnp.int32)), rng.next_key())
 
     def step(
@@ -165,7 +160,7 @@ class Trainer(Generic[In, Out]):
             CaptureError: when the loss captures what cannot be compiled faithfully.
             TypeError, ValueError: for an input or loss of the wrong kind.
         """
-        self._check_state(state, "step")
+        check_state(state, "step")
         call = Call(x, as_loss(loss), as_context(ctx))
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
         value, leaves = self._programs.step(structure, leaves, state.key, call, bool(training))
@@ -202,7 +197,7 @@ class Trainer(Generic[In, Out]):
             Exception: whatever data, loss or report raise, unchanged, with the last completed state as its
                 ``kaun_state``.
         """
-        self._check_state(state, "fit")
+        check_state(state, "fit")
         with resume.begun(checkpoints, state, data, report) as run:
             if run.finished:
                 return run.take()
@@ -238,7 +233,7 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: for an input of the wrong kind.
             ValueError: for a Data without items, or whose outputs differ in more than axis 0.
         """
-        self._check_state(state, "predict")
+        check_state(state, "predict")
         run, ctx = self._runner("predict", state), as_context(ctx)
         return evaluation.predict(run, x, ctx) if isinstance(x, Data) else run(Call(x, None, ctx))
 
@@ -269,18 +264,25 @@ class Trainer(Generic[In, Out]):
             TypeError: for items, metrics, or what these return, of the wrong kind.
             ValueError: when there are no items or no metrics, or counts add up to 0.
             Exception: whatever data or metrics raise, unchanged.
-
-        >>> import jax.numpy as jnp, optax, kaun
-        >>> from kaun import Data, layers, metrics
-        >>> trainer = kaun.Trainer(model=layers.linear(1, 3), optimizer=optax.sgd(0.1))
-        >>> state = trainer.init()
-        >>> x = jnp.array([[0.0], [1.0], [2.0]])
-        >>> data = Data.batches((x, trainer.predict(state, x).argmax(axis=-1)), batch_size=2)
-        >>> trainer.evaluate(state, data, {"rows": lambda p, y: (y.size, 1), "accuracy": metrics.accuracy})
-        {'accuracy': 1.0, 'rows': 1.5}
         """
-        self._check_state(state, "evaluate")
+        check_state(state, "evaluate")
         return evaluation.evaluate(self._runner("evaluate", state), data, metrics, as_context(ctx))
+
+    def export(
+        self, state: TrainState, x: Any, *, ctx: Context | None = None, platforms: Sequence[str] | None = None
+    ) -> Exported:
+        """``predict`` with the weights in it as one program, which runs without kaun and without the model's code.
+
+        ``jax.export.deserialize(exported.serialize()).call(x)`` runs it for a batch of any length, with ctx
+        ``.call(x, {"name": array})``.
+
+        Arguments:
+            x: an input, for shapes and dtypes: what is as long as its first array is the batch.
+            ctx: a Context, likewise; its arrays are an input of the program.
+            platforms: where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``), default where this process runs.
+        """
+        check_state(state, "export")
+        return exporting.exported(self._forward, state, x, as_context(ctx), platforms)
 
     def _runner(self, entry: str, state: TrainState) -> Callable[[Call], Any]:
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
@@ -291,10 +293,10 @@ class Trainer(Generic[In, Out]):
     ) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
         """One step, as it is compiled: forward pass, loss, gradient, update."""
         whole, opt_state, step = carry
-        self._check(whole)
+        self._expected.check(whole)
         step_key = jax.random.fold_in(key, step)
         parts = freezing.Parts(self.trainable, whole, functools.partial(precision.cast, self._policy))
-        vars, optimizer_state = parts.vars, scaling.inner(self._scaled, opt_state)
+        vars, optimizer_state = parts.vars, scaling.inner(self._policy, opt_state)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
             forward = functools.partial(self._apply, parts.forward(params), training=training)
@@ -306,54 +308,43 @@ class Trainer(Generic[In, Out]):
         (value, (layer_state, scalars)), gradient = scaling.value_and_grad(opt_state, objective, vars.params)
 
         def update() -> tuple[Vars, Any]:
-            value_fn = lambda params: objective(params)[0]
-            params, after = optimizer.update(self.optimizer, gradient, optimizer_state, vars.params, value, value_fn)
+            loss_of = lambda params: objective(params)[0]
+            params, after = optimizer.update(self.optimizer, gradient, optimizer_state, vars.params, value, loss_of)
             return vars.replace(params=params, state=layer_state), after
 
         step = step + (~fault[0]).astype(jnp.int32)
         shown, change, lost = scaling.watched(opt_state, value, gradient, update, vars)
         after, numbers, fault = guard.guarded(self.on_nonfinite, value, shown, change, (vars, opt_state), fault)
-        numbers = scaling.told(numbers, lost, self.on_nonfinite)
-        rate = optimizer.learning_rate(after[1])
-        rates = {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
-        return value, {**numbers, **rates, **scalars}, (parts.joined(after[0]), after[1], step), fault
+        numbers = scaling.told(numbers, lost, self.on_nonfinite) | optimizer.rates(after[1]) | scalars
+        return value, numbers, (parts.joined(after[0]), after[1], step), fault
 
     def _begin(self, run: Run, report: Report | None, ctx: Context | None) -> tuple[Hook, Loop]:
         state = run.take()
         hook = Hook(
             report, run.total, run.done, state.step, self.on_nonfinite == "skip", run.again, run.signals.heard
         )  # fmt: skip
-        failure = functools.partial(guard.failure, _structure(self.trainable, state.vars))
+        trained = freezing.trained(self.trainable, state.vars.params)
+        failure = functools.partial(guard.failure, jax.tree_util.tree_structure(trained))
         failed = failure if self.on_nonfinite == "raise" else None
         start, key = (state.vars, state.opt_state, state.step), state.key
-        del state
+        del state, trained
         return hook, Loop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.traced)
 
     def _forward(self, carry: Any, key: jax.Array, x: Any, ctx: Context) -> Any:
         vars, step = carry
-        self._check(vars)
+        self._expected.check(vars)
         with rng.scope(jax.random.fold_in(key, step)):
             return self._apply(vars, x, ctx, training=False)[0]
 
     def _apply(self, vars: Vars, x: Any, ctx: Context, *, training: bool) -> tuple[Any, Any]:
         return precision.applied(self._policy, self.model, vars, x, ctx, training)
 
-    @property
-    def _scaled(self) -> bool:
-        return self._policy is not None and self._policy.scaled
 
-    def _check(self, vars: Vars) -> None:
-        if self._policy is not None:
-            self._policy.check(vars.dtype, "make_state")
-        if vars.dtype not in self._expected:
-            self._expected[vars.dtype] = abstract.variables(self.model, vars.dtype)
-        abstract.check(self._expected[vars.dtype], vars)
-
-    def _check_state(self, state: Any, where: str) -> None:
-        if not isinstance(state, TrainState):
-            hint = ", vars" if isinstance(state, Vars) else ""
-            fix = "trainer.make_state(vars)" if hint else "trainer.init()"
-            raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
+def lowered(trainer: Trainer[Any, Any], state: TrainState, call: Call) -> Any:
+    """A training step of a trainer as it goes to the compiler; the state may be shapes and dtypes."""
+    leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
+    body = trainer._programs.body(structure, leaves, state.key, call, True)  # pyright: ignore[reportPrivateUsage]
+    return body.step.lower(leaves, state.key, call.leaves, guard.no_fault(len(leaves)))
 
 
 def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array, failed: bool = False) -> TrainState:
@@ -402,8 +393,3 @@ def _nothing_lost(run: Run, loop: Loop, now: Callable[[], TrainState], hook: Hoo
         raise first from error
     finally:
         hook.end()
-
-
-
-def _structure(trainable: Any, vars: Vars) -> Any:
-    return jax.tree_util.tree_structure(freezing.trained(trainable, vars.params))

@@ -153,7 +153,7 @@ class Layer(Generic[In, Out]):
         watch, ctx = watching(), Context() if ctx is None else ctx
         run = lambda: self._apply(vars, x, training=training, ctx=ctx)
         result = run() if watch is None else watch(self, vars, run)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):
             raise TypeError(
                 f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
                 f"{locate(self._apply)}. Write: return y, vars."

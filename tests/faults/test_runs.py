@@ -1,0 +1,99 @@
+"""Whole runs, killed by the system at random times and started again until they are done."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LONG = os.environ.get("KAUN_FAULTS") == "long"
+RUNS, SECONDS = (20, 600) if LONG else (1, 240)
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12 * 8
+
+
+class Process:
+    """``run.py`` in a folder; its output is a file, so that nothing of it is lost when it is killed."""
+
+    def __init__(self, folder, cache):
+        folder.mkdir(exist_ok=True)
+        self.output = folder / "output"
+        # The number of cores is a part of what the bytes depend on.
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT / "src"), "XLA_FLAGS": "",
+        }  # fmt: skip
+        command = [sys.executable, "-W", "error::UserWarning:kaun", str(Path(__file__).parent / "run.py"), str(folder)]
+        self.begun = len(self.lines())
+        with self.output.open("a") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+
+    def lines(self):
+        return self.output.read_text().splitlines() if self.output.exists() else []
+
+    def until(self, step):
+        """Wait until it has told of this many steps, or is over."""
+        while self.process.poll() is None and len(self.lines()) - self.begun < step:
+            time.sleep(0.002)
+
+    def send(self, number):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(SECONDS)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("whole")
+    process = Process(folder, cache)
+    assert process.process.wait(SECONDS) == 0, process.output.read_text()
+    return process.lines()[-1], {name: (folder / name).read_text() for name in ("log.jsonl", "log.csv")}
+
+
+def content(text):
+    """The rows of a log without what a clock made."""
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k and "time" not in k} for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, cache, uninterrupted, seed):
+    rand = random.Random(seed)
+    whole, logs = uninterrupted
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT] + [signal.SIGKILL] * (6 if LONG else 0)
+    codes = []
+    for number in signals:
+        process = Process(tmp_path, cache)
+        process.until(rand.randint(0, STEPS // 3))
+        time.sleep(rand.random() * 0.05)
+        codes.append((number, process.send(number)))
+    last = Process(tmp_path, cache)
+    assert last.process.wait(SECONDS) == 0, last.output.read_text()
+    expected = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {143, -signal.SIGTERM}, signal.SIGINT: {1, 130, -signal.SIGINT}}
+    assert all(code in expected[number] | {0} for number, code in codes), codes
+    assert last.lines()[-1] == whole, f"seed {seed}: {codes}"
+    assert content((tmp_path / "log.jsonl").read_text()) == content(logs["log.jsonl"])
+    steps = [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()]
+    assert steps == [row.split(",")[0] for row in logs["log.csv"].splitlines()]
+    again = Process(tmp_path, cache)
+    assert again.process.wait(SECONDS) == 0
+    assert again.lines()[again.begun :] == [whole], "a finished run takes no step"
+    print(f"seed {seed}: {len(codes)} signals, exit codes {[code for _, code in codes]}")
+
+
+def test_a_signal_within_fit_saves_the_step_in_progress(tmp_path, cache):
+    process = Process(tmp_path, cache)
+    process.until(3)
+    assert process.send(signal.SIGTERM) == 143, process.output.read_text()
+    told = int(process.lines()[-1])
+    saved = sorted(int(path.name[5:13]) for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert saved[-1] >= told >= 3
