@@ -3,9 +3,9 @@
 Run it with: python examples/gan.py              (half a minute; needs pip install "kaun[examples]")
          or: python examples/gan.py --steps 500 --folder somewhere
 
-One round is a `step` of each trainer, and both together are one compiled function. The discriminator is held back by
-the size of its gradient along the real images (R1, Mescheder et al., 2018), which its layer takes with `kaun.grad`.
-A checkpoint with both states is written every 500 rounds; started again, it goes on from there, to the same bytes.
+One round is a `step` of each trainer, both compiled as one function. The discriminator is held back by the size of its
+gradient along the real images (R1, Mescheder et al., 2018), which its layer takes with `kaun.grad`. A checkpoint with
+both states is written every 500 rounds; started again, it goes on from there, to the same bytes.
 """
 
 import argparse
@@ -26,13 +26,14 @@ NOISE, BATCH = 16, 64
 
 def make_generator():
     """Noise [n, 16] to images [n, 64] from 0 to 1."""
-    hidden = [layers.linear(NOISE, 128), layers.layer_norm(128), layers.gelu()]
-    return layers.sequential([*hidden, layers.linear(128, 128), layers.gelu(), layers.linear(128, 64), layers.sigmoid()])
+    hidden = [layers.linear(NOISE, 128), layers.layer_norm(128), layers.gelu(), layers.linear(128, 128), layers.gelu()]
+    return layers.sequential([*hidden, layers.linear(128, 64), layers.sigmoid()])
 
 
 def make_discriminator():
     """Real and drawn images to the log odds that each is real, and the R1 penalty of each real one."""
-    net = layers.sequential([layers.linear(64, 128), layers.gelu(), layers.linear(128, 128), layers.gelu(), layers.linear(128, 1)])
+    hidden = [layers.linear(64, 128), layers.gelu(), layers.linear(128, 128), layers.gelu()]
+    net = layers.sequential([*hidden, layers.linear(128, 1)])
 
     def apply(vars, x, *, training, ctx):
         judge = lambda images: net.apply(vars, images, training=training)[0][:, 0]
@@ -46,13 +47,13 @@ def make_round(generator, discriminator):
     """The function (states, real images) -> (both losses, states): a step of each network, compiled as one."""
 
     def judged(out):
-        ones, zeros = jnp.ones_like(out["real"]), jnp.zeros_like(out["drawn"])
-        told_apart = losses.binary_cross_entropy(out["real"], ones) + losses.binary_cross_entropy(out["drawn"], zeros)
-        return told_apart + 0.5 * out["penalty"].mean()
+        real = losses.binary_cross_entropy(out["real"], jnp.ones_like(out["real"]))
+        drawn = losses.binary_cross_entropy(out["drawn"], jnp.zeros_like(out["drawn"]))
+        return real + drawn + 0.5 * out["penalty"].mean()
 
     @jax.jit
     def play(states, real):
-        # The noise of a round is a function of the run's key and the round, as everything random in a step is.
+        # A function of the run's key and the round, as everything random in a step is.
         key = jax.random.fold_in(states["generator"].key, states["discriminator"].step)
         noise = jax.random.normal(key, (real.shape[0], NOISE))
         drawn = generator.predict(states["generator"], noise)
@@ -69,10 +70,7 @@ def make_round(generator, discriminator):
 
 
 def main(*, steps=3000, folder="demo-output", seed=0):
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     images = (load_digits().data / 16).astype(np.float32)
-
     with rng.scope(seed):
         adam = optax.adam(1e-3, b1=0.5)
         generator = kaun.Trainer(model=make_generator(), optimizer=adam)
@@ -80,23 +78,20 @@ def main(*, steps=3000, folder="demo-output", seed=0):
         states = {"generator": generator.init(), "discriminator": discriminator.init()}
         batches = Data.from_arrays(images).shuffle().batch(BATCH, drop_last=True).epochs(10**6)
 
-    saved = folder / "gan.safetensors"
+    saved = Path(folder) / "gan.safetensors"
+    saved.parent.mkdir(parents=True, exist_ok=True)
     if saved.exists():
         states = checkpoint.load(saved, like=states)
-    done = int(states["generator"].step)
-    play = make_round(generator, discriminator)
+    done, play = int(states["generator"].step), make_round(generator, discriminator)
     for step, real in enumerate(batches.skip(done).take(max(steps - done, 0)), start=done + 1):
         values, states = play(states, real)
         if step % 500 == 0 or step == steps:
             checkpoint.save(saved, states)
             print(f"round {step:4}: " + ", ".join(f"loss of the {name} {float(v):.3f}" for name, v in values.items()))
 
-    noise = jax.random.normal(jax.random.key(seed), (60, NOISE))
-    drawn = np.asarray(generator.predict(states["generator"], noise))
-    draw_sheet(folder / "gan.png", drawn)
-    print(f"The mean pixel is {drawn.mean():.3f}, of the real images {images.mean():.3f}.")
-    print(f"  {folder / 'gan.png'}: drawn digits")
-    print(f"  {saved}: both networks and optimizers; started again, it goes on from there")
+    drawn = np.asarray(generator.predict(states["generator"], jax.random.normal(jax.random.key(seed), (60, NOISE))))
+    draw_sheet(saved.with_suffix(".png"), drawn)
+    print(f"{saved.with_suffix('.png')}: drawn digits\n{saved}: both states; started again, it goes on from there")
     return states, drawn
 
 

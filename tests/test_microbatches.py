@@ -66,10 +66,9 @@ def test_batch_norm_is_refused_unless_it_stays():
     with pytest.raises(ValueError, match=r"state '1\.running_mean', '1\.running_var' moves in training.*group_norm.*trainable"):
         trainer.step(state, X, loss=mse)
     trainer.step(state, X, loss=mse, training=False)
-    for count in (1, 3):
-        frozen, state = made(count, *parts(), trainable=lambda path: not path.startswith("1"))
-        value, after = frozen.step(state, X, loss=mse)
-        results = (value, after.vars) if count == 1 else close((value, after.vars), results)
+    frozen = [made(count, *parts(), trainable=lambda path: not path.startswith("1")) for count in (1, 3)]
+    (one_value, whole), (value, after) = (trainer.step(state, X, loss=mse) for trainer, state in frozen)
+    close((one_value, whole.vars), (value, after.vars))
 
 
 def test_what_is_as_long_as_the_batch_is_split_and_the_rest_is_whole():

@@ -72,7 +72,7 @@ def test_a_dtype_that_contradicts_it_is_refused():
         trainer.make_state(half)
     with pytest.raises(ValueError, match=match):
         trainer.predict(state.replace(vars=half), X)
-    pure, state = made("params=bfloat16,compute=bfloat16,output=float32")
+    _, state = made("params=bfloat16,compute=bfloat16,output=float32")
     assert state.vars.dtype == jnp.bfloat16
     with pytest.raises(TypeError, match="received None"):
         trainer.init(dtype=None)

@@ -49,7 +49,7 @@ def test_gradients_too_small_for_float16_arrive():
     sgd = optax.sgd(1e7)
     trainer, state = made(optimizer=sgd)
     _, after = trainer.step(state, X, loss=tiny)
-    exact, plain = made(precision=None, optimizer=sgd)
+    exact, _ = made(precision=None, optimizer=sgd)
     _, expected = exact.step(exact.make_state(state.vars), X, loss=tiny)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3), after.vars.params, expected.vars.params)
     _, lost = trainer.step(state.replace(opt_state=state.opt_state._replace(scale=jnp.float32(1))), X, loss=tiny)
