@@ -21,13 +21,15 @@ RUN = $(VENV)/bin/python
 PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 \
   $(RUN) -m pip install --quiet
 
-.PHONY: help demo test lint suite test-newest test-torch bench bench-run raises clean
+.PHONY: help demo test lint suite test-newest test-torch test-interop faults bench bench-run raises clean
 
 help:
 	@echo "make demo         train a small network on handwritten digits, with pictures of the result"
 	@echo "make test         lint and the whole test suite"
 	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
 	@echo "make test-torch   layers, losses and a training run against PyTorch"
+	@echo "make faults       kills, power losses and damage in long form; about half an hour"
+	@echo "make test-interop models of Flax, Equinox and Haiku beside those libraries' own loops"
 	@echo "make lint         ruff and basedpyright"
 	@echo "make bench        time per step, beside hand-written loops and other libraries; about an hour"
 	@echo "make raises       raise statements that no test reaches"
@@ -57,6 +59,13 @@ test-newest:
 test-torch:
 	@$(MAKE) --no-print-directory suite VENV=.venv-torch ALSO=torch TESTS=tests/parity/torch
 
+faults: $(VENV)/.dev
+	KAUN_FAULTS=long $(RUN) -m pytest -q -s -n $(JOBS) --dist worksteal tests/faults $(ARGS)
+
+test-interop:
+	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku" \
+	  TESTS="tests/interop src/kaun/interop tests/test_docs.py"
+
 bench:
 	@$(MAKE) --no-print-directory bench-run VENV=.venv-bench
 
@@ -68,7 +77,7 @@ raises: $(VENV)/.dev
 	$(RUN) .ci/raises.py $(VENV)/.coverage
 
 clean:
-	rm -rf .venv .venv-newest .venv-torch .venv-bench .pytest_cache .ruff_cache .hypothesis demo-output build dist
+	rm -rf .venv .venv-newest .venv-torch .venv-interop .venv-bench .pytest_cache .ruff_cache .hypothesis demo-output build dist
 	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:

@@ -61,8 +61,16 @@ def test_the_runners_of_gpt_train_alike(as_users_do):
     module("launch").compare([trained("gpt", runner) for runner in ("hand", "kaun", "kaun-hand")])
 
 
-@pytest.mark.parametrize("runner", ["nnx", "equinox", "keras", "torch"])
-@pytest.mark.parametrize("workload", ["xor", "cnn"])
+@pytest.mark.parametrize(
+    ("workload", "runner"),
+    [
+        *((workload, runner) for workload in ("xor", "cnn") for runner in ("nnx", "equinox", "keras", "torch")),
+        ("xor", "kaun-nnx"),
+        ("mlp", "kaun-nnx"),
+        ("xor", "kaun-equinox"),
+        ("mlp", "kaun-equinox"),
+    ],
+)
 def test_other_libraries_train_alike(workload, runner, as_users_do):
     pytest.importorskip(module("runners").RUNNERS[runner].needs)
     module("launch").compare([trained(workload, "hand"), trained(workload, runner)])
@@ -204,3 +212,15 @@ def test_the_page_in_docs_is_what_the_results_say(tmp_path):
     report = module("report")
     report.write(module("results").load(report.RESULTS), tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == report.PAGE.read_text(), "run: python -m bench.report"
+
+
+def test_checkpoints_are_measured(capsys):
+    checkpoints = module("checkpoints")
+    found = checkpoints.measure({"kaun": checkpoints.by_kaun}, parameters=1000, rounds=2)
+    assert [set(times) for times in found["kaun"]] == [{"blocked", "saved", "restored"}] * 2
+    assert all(0 < times["blocked"] < times["saved"] for times in found["kaun"])
+    _, row = checkpoints.table(found)
+    assert row.startswith("kaun ") and row.count("(1.00x)") == 3
+    state = checkpoints.state_of(1000)
+    with pytest.raises(SystemExit, match="what came back is not what was saved"):
+        checkpoints.must_be_equal(state.vars, state.replace(vars=jax.tree.map(lambda a: a + 1, state.vars)).vars)

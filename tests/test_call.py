@@ -1,5 +1,7 @@
 """A call: what of it decides which program runs it, and what is only passed along."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,22 @@ from kaun.call import Call, is_host, is_number
 from kaun.context import Context
 
 X = np.zeros((2, 3), np.float32)
+
+
+RAGGED = np.array([np.ones(1), np.ones(2)], object)
+
+
+@dataclasses.dataclass
+class Batch:
+    x: object
+    y: object
+
+
+class Tensor:
+    dtype, shape = np.dtype("f4"), ()
+
+    def numpy(self):
+        return np.float32(1)
 
 
 def mean(out):
@@ -55,6 +73,9 @@ def test_owned_leaves_are_copies_of_what_may_change():
     ("x", "text"),
     [
         ("a", "x expected a NumPy or JAX array of numbers, received str"),
+        ({"a": RAGGED}, r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad them"),
+        ([Batch(X, X)], r"x at '0' expected .* received Batch\. Let JAX look into it, jax.tree_util.register_dataclass\(Batch\), and the model gets"),
+        (Tensor(), r"x expected .* received Tensor\. Data.from_iterable\(loader\) makes arrays of the tensors of another library"),
         ({"a": [1, None, b"a"]}, "x at 'a.2' expected a NumPy or JAX array of numbers, received bytes"),
         (np.ma.masked_array([1.0]), "received a masked array of dtype float64"),
         (np.array(["a"]), "received an array of dtype <U1"),

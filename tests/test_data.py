@@ -551,6 +551,7 @@ def test_stack_fetches_jax_arrays_and_keeps_bfloat16():
         ([{"t": "a"}, {"t": "b"}], TypeError, r"numbers and arrays of numbers, received str at 't' of item 0"),
         ([jax.random.key(0)], TypeError, r"received key<fry>\[\] of item 0"),
         ([np.zeros(2, [("a", int)])], TypeError, "arrays of numbers, received"),
+        ([{"x": np.array([[1], [1, 2]], object)}], TypeError, r"received object\[2\] at 'x' of item 0. Pad its parts to one shape"),
         ([(1, lambda x: x)], TypeError, r"received function at '1' of item 0.*map_batch"),
     ],
 )

@@ -4,19 +4,22 @@ What a block's info string means:
 
     python                       runs; the blocks of one file run in order and share their names, as one program would
     python raises=CaptureError   runs and must end in an exception of exactly that type
+    python needs=flax            runs where that package of OPTIONAL is installed; elsewhere the rest of the page runs, and
+                                 its test is reported as skipped, with the lines that were not run
     text output                  what the python block before it printed, compared as doctest does (`...` stands for
                                  anything, runs of white space are equal); for a block that raises, the last line is the
                                  exception as a traceback shows it, `CaptureError: the message`
     console                      not run, but each `$ make x` must name a target and each `$ python x.py` a file
     text                         not run
 
-Nothing else is allowed, so no block escapes by a typo, and there is no way to skip one. Blocks run as users run them:
+Nothing else is allowed, so no block escapes by a typo, and there is no other way to skip one. Blocks run as users run them:
 JAX's default promotion rules, and a working directory of their own. Warnings are errors.
 """
 
 import contextlib
 import dataclasses
 import doctest
+import importlib.util
 import io
 import re
 import sys
@@ -28,9 +31,11 @@ import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SKIPPED = object()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*(.*?)[ \t]*$")
-RAISES = re.compile(r"python raises=(\w+)")
+PYTHON = re.compile(r"python(?: needs=(?P<needs>\w+))?(?: raises=(?P<raises>\w+))?")
+OPTIONAL = {"datasets", "equinox", "flax", "grain", "haiku", "torch"}
 
 
 @dataclasses.dataclass
@@ -60,15 +65,22 @@ def blocks_of(text):
 
 
 def run_page(path):
-    """Runs and checks the blocks of one Markdown file; the first that is wrong fails, naming its line."""
+    """Runs and checks the blocks of one Markdown file; the first that is wrong fails, naming its line.
+
+    The blocks whose packages are missing are skipped after all others have passed.
+    """
     module = types.ModuleType(f"page_{path.stem.replace('-', '_')}")
     # A page is its user's program: classes defined there, for one, are looked up in their module.
     sys.modules[module.__name__] = module
-    printed = None
+    printed, skipped = None, []
     try:
         for block in blocks_of(path.read_text()):
             if block.info.split(" ")[0] == "python":
-                printed = run_python(path, block, module.__dict__)
+                missing = missing_package(path, block)
+                skipped += [f"{missing} for line {block.line}"] * bool(missing)
+                printed = SKIPPED if missing else run_python(path, block, module.__dict__)
+            elif block.info == "text output" and printed is SKIPPED:
+                printed = None
             elif block.info == "text output":
                 compare(path, block, printed)
                 printed = None
@@ -77,12 +89,20 @@ def run_page(path):
                 printed = None
     finally:
         del sys.modules[module.__name__]
+    if skipped:
+        pytest.skip(f"{path.name} needs {', '.join(skipped)}; its other blocks ran")
+
+
+def missing_package(path, block):
+    """The package that a python block needs, where it is not installed."""
+    info = PYTHON.fullmatch(block.info)
+    assert info and info["needs"] in {None, *OPTIONAL}, unknown(path, block)
+    return info["needs"] if info["needs"] and importlib.util.find_spec(info["needs"]) is None else None
 
 
 def run_python(path, block, namespace):
     """What the block printed, and the exception it was to raise."""
-    expected = RAISES.fullmatch(block.info)
-    assert expected or block.info == "python", unknown(path, block)
+    expected = PYTHON.fullmatch(block.info)["raises"]
     # The blank lines put the block's own lines where they stand in the file, for tracebacks and error messages.
     code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")
     out = io.StringIO()
@@ -90,10 +110,10 @@ def run_python(path, block, namespace):
         with contextlib.redirect_stdout(out):
             exec(code, namespace)
     except Exception as err:
-        if not expected or type(err).__name__ != expected[1]:
+        if not expected or type(err).__name__ != expected:
             raise
         return f"{out.getvalue()}{type(err).__name__}: {err}\n"
-    assert not expected, f"{path.name}:{block.line}: the block was to raise {expected[1]} and did not"
+    assert not expected, f"{path.name}:{block.line}: the block was to raise {expected} and did not"
     return out.getvalue()
 
 
@@ -119,7 +139,7 @@ def check_inert(path, block):
 def unknown(path, block):
     return (
         f"{path.name}:{block.line - 1}: a block with {block.info!r} after its fence is none of python, "
-        "python raises=NameOfError, text output, console, text"
+        f"python raises=NameOfError, python needs=package ({', '.join(sorted(OPTIONAL))}), text output, console, text"
     )
 
 
@@ -217,6 +237,46 @@ def test_a_bad_page_fails(tmp_path, as_users_do, old, new, error, text):
     assert GOOD.count(old) >= 1
     with pytest.raises(error, match=f"(?s){text}"):
         run_page(page(tmp_path, GOOD.replace(old, new)))
+
+
+NEEDY = """
+    ```python needs=haiku
+    x = undefined
+    ```
+
+    ```text output
+    not compared
+    ```
+
+    ```python
+    print("ran")
+    ```
+
+    ```text output
+    ran
+    ```
+"""
+
+
+def test_a_block_whose_package_is_missing_is_skipped_and_told(tmp_path, as_users_do, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "haiku" else found(name))
+    with pytest.raises(pytest.skip.Exception, match=r"^page\.md needs haiku for line 3; its other blocks ran$"):
+        run_page(page(tmp_path, NEEDY))
+    with pytest.raises(AssertionError, match=r"the page says\s+walked"):
+        run_page(page(tmp_path, NEEDY.replace("    ran", "    walked")))
+    with pytest.raises(AssertionError, match="a block with 'python needs=haiku2'"):
+        run_page(page(tmp_path, NEEDY.replace("haiku", "haiku2")))
+    with pytest.raises(pytest.skip.Exception, match="needs haiku for line 3"):
+        run_page(page(tmp_path, NEEDY.replace("needs=haiku", "needs=haiku raises=NameError")))
+
+
+def test_a_block_whose_package_is_there_runs(tmp_path, as_users_do, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(NameError, match="undefined"):
+        run_page(page(tmp_path, NEEDY))
+    with pytest.raises(AssertionError, match=r"the page says\s+not compared"):
+        run_page(page(tmp_path, NEEDY.replace("undefined", "1")))
 
 
 def test_a_warning_fails_a_page(tmp_path, as_users_do):

@@ -25,16 +25,11 @@ class Recorder:
         self.blocks.append((first_step, values["loss"].tolist()))
 
 
-OPEN, HALTED = np.zeros(3, bool), np.array([True, False, True])
-
-
-def ran(first, *values, good=None, names=("good", "grad_norm"), examples=4):
+def ran(first, *values, names=("grad_norm",), examples=4):
     """What a dispatch of these steps gives: as long as its capacity."""
-    went = [1.0] * len(values) if good is None else good
-    rows = [[{"good": float(w), "grad_norm": 2 * v}.get(n, 7.0) for n in names] for w, v in zip(went, values)]
-    numbers = jnp.array([*rows, [-1.0] * len(names), [-1.0] * len(names)], jnp.float32)
+    rows = [[2 * value if name == "grad_norm" else 1.0 for name in names] for value in [*values, -1.0, -1.0]]
     held = jnp.array([*values, -1.0, -1.0], jnp.float32)
-    return Ran(first, len(values), held, names, numbers, OPEN if good is None else HALTED, examples)
+    return Ran(first, len(values), held, names, jnp.array(rows, jnp.float32), None, examples)
 
 
 def test_nothing_is_asked_or_kept_without_a_report():
@@ -189,27 +184,27 @@ def test_steps_with_other_numbers_are_another_block():
     report = Values()
     hook = Hook(report, None)
     hook._next = math.inf
-    hook.ran(ran(1, 1.0, names=("good", "accuracy"), examples=None))
+    hook.ran(ran(1, 1.0, names=("accuracy",), examples=None))
     hook.ran(ran(2, 2.0, 3.0))
     hook._deliver(2)
     assert [(first, values["loss"]) for first, values in report.blocks] == [(1, [1.0]), (2, [2.0, 3.0])]
-    assert report.blocks[0][1]["accuracy"] == [7.0] and "examples_per_second" not in report.blocks[0][1]
+    assert report.blocks[0][1]["accuracy"] == [1.0] and "examples_per_second" not in report.blocks[0][1]
 
 
 def test_nothing_is_told_of_the_step_that_ended_the_run_and_of_those_after_it():
     report = Values()
-    hook = Hook(report, None)
-    hook.ran(ran(1, 1.0, 2.0, math.nan, 9.0, good=[1, 1, 0, 0]))
-    hook.ran(ran(5, 9.0, 9.0, good=[0, 0]))
+    hook = Hook(report, None, mode="raise")
+    hook.ran(ran(1, 1.0, 2.0, math.nan, 9.0))
+    hook.ran(ran(5, 9.0, 9.0))
     hook.finish()
     assert [(first, values["loss"]) for first, values in report.blocks] == [(1, [1.0, 2.0])]
 
 
 def test_skipped_steps_are_told_with_their_loss():
     report = Values()
-    hook = Hook(report, None, skips=True)
-    skipping = ran(1, 1.0, math.inf, 3.0)
-    hook.ran(skipping._replace(numbers=skipping.numbers.at[1, 0].set(0.0)))
+    hook = Hook(report, None, mode="skip")
+    skipping = ran(1, 1.0, math.inf, 3.0, names=("grad_norm", "good"))
+    hook.ran(skipping._replace(numbers=skipping.numbers.at[1, 1].set(0.0)))
     hook.finish()
     assert report.blocks[0][1]["skipped"] == [False, True, False] and report.blocks[0][1]["loss"][1] == math.inf
 

@@ -17,11 +17,11 @@ SRC = ROOT / "src" / "kaun"
 # A module may import from its own level and from those above it. Cycles are excluded everywhere.
 LEVELS = [
     {
-        "bytecode", "checkpoint.disk", "checkpoint.strict", "convolutions", "digest", "errors", "lift", "packing",
-        "prefetch", "products", "rebuild", "rng", "runs", "signals", "stages", "totals", "tree",
+        "bytecode", "checkpoint.disk", "checkpoint.strict", "convolutions", "digest", "errors", "foreign", "lift", "packing",
+        "prefetch", "products", "rebuild", "rng", "runs", "signals", "stages", "streams", "totals", "tree",
     },
     {"context", "data", "losses", "layers.checks"},
-    {"counting", "fingerprint", "layers.core", "metrics", "scoring"},
+    {"counting", "fingerprint", "layers.core", "metrics", "place", "scoring"},
     {
         "grad",
         "layers",
@@ -30,6 +30,7 @@ LEVELS = [
         "layers.conv",
         "layers.dropout",
         "layers.embedding",
+        "layers.function",
         "layers.linear",
         "layers.norm",
         "layers.parts",
@@ -56,14 +57,15 @@ LEVELS = [
 # The vocabulary. A new name belongs here, in the docs and in the changelog.
 PUBLIC = {
     "kaun": {
-        "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars",
+        "Context", "Data", "EarlyStop", "Layer", "NonFiniteLoss", "TrainState", "Trainer", "Vars",
         "checkpoint", "grad", "layers", "losses", "metrics", "reports", "rng", "summary",
     },
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.grad": {"grad", "value_and_grad"},
+    "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen"},
     "kaun.layers": {
         "Float", "Int", "Layer", "Vars", "avg_pool2d", "batch_norm", "compose", "conv1d", "conv2d", "dropout",
-        "embedding", "flatten", "fn", "gelu", "group_norm", "layer_norm", "linear", "max_pool2d",
+        "embedding", "flatten", "fn", "from_function", "gelu", "group_norm", "layer_norm", "linear", "max_pool2d",
         "multi_head_attention", "relu", "residual", "rms_norm", "rope", "sequential", "sigmoid", "silu", "tanh",
     },
     "kaun.losses": {"binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"},

@@ -22,7 +22,7 @@ def test_items_of_another_form_name_their_number_and_the_way_out():
 def test_losses_and_contexts_of_the_wrong_kind():
     with pytest.raises(TypeError, match=r"step\(loss=...\) expected a function.*received float32\[\]"):
         as_loss(jnp.float32(1))
-    with pytest.raises(TypeError, match="ctx expected a kaun.Context, received dict"):
+    with pytest.raises(TypeError, match=r"ctx expected a kaun.Context, received dict"):
         as_context({"mask": 1})
     assert as_loss(abs) is abs and as_context(None) is None
 

@@ -153,8 +153,10 @@ def test_other_data_goes_on_too(tmp_path, made, kind):
 def test_an_exception_of_the_data_leaves_the_steps_before_it(tmp_path, made):
     trainer, state, train, expected, _ = made
 
-    def broken(item, i=iter(range(100))):
-        if next(i) == 7:
+    count = iter(range(100))
+
+    def broken(item):
+        if next(count) == 7:
             raise OSError("unreadable")
         return item
 
@@ -168,6 +170,50 @@ def test_an_exception_of_the_data_leaves_the_steps_before_it(tmp_path, made):
         except OSError as error:
             assert int(error.kaun_state.step) in runs.steps()
     assert same(end, expected)
+
+
+@pytest.mark.parametrize("where", ["data", "loss", "report", "block"])
+@pytest.mark.parametrize("at", range(1, 7))
+def test_an_exception_anywhere_at_any_step_is_gone_on_from(tmp_path, made, where, at):
+    trainer, state, train, _, _ = made
+    items = list(train)
+    expected = trainer.fit(state, items)
+    left = [1]
+
+    def fail(here, step):
+        if here == where and step == at and left:
+            left.pop()
+            raise OSError(f"{here} {step}")
+
+    def raising(out):
+        raise OSError(f"loss {at}")
+
+    class Loader:
+        def __iter__(self):
+            for step, (x, loss) in enumerate(items, 1):
+                fail("data", step)
+                if step == at and where == "loss" and left:
+                    left.pop()
+                    yield x, raising
+                else:
+                    yield x, loss
+
+    class Report:
+        def __call__(self, step, loss, state):
+            fail("report", step)
+
+        def block(self, first_step, values):
+            for step in range(first_step, first_step + len(values["loss"])):
+                fail("block", step)
+
+    runs = Directory(tmp_path)
+    history = reports.history()
+    go = lambda: trainer.fit(state, Loader(), report=reports.all_of(history, Report()), checkpoints=runs)
+    with pytest.raises(OSError, match=f"{where} {at}") as caught:
+        go()
+    done = int(caught.value.kaun_state.step)
+    assert done == at - (where in ("data", "loss")) and runs.steps() == [done] * (done > 0)
+    assert same(go(), expected) and len(history) == 6
 
 
 class Again:
@@ -193,15 +239,15 @@ def test_numbers_that_go_wrong_leave_the_state_before_them(tmp_path):
 
 
 CHANGES = {
-    "seed": (dict(seed=1), {"key", "data"}, "the run's key: another seed"),
-    "batch_size": (dict(batch_size=5), {"data"}, "Data.batches: batch_size was 4, is 5"),
-    "rows": (dict(x=X + (np.arange(22) == 9)[:, None].astype(np.float32)), {"data"}, "Data.batches"),
-    "loss": (dict(loss=lambda o, y: 2 * losses.cross_entropy_sparse(o, y)), {"data", "program"}, "Data.with_loss"),
-    "rate": (dict(rate=0.2), {"program"}, r"compiled step for x float32\[4, 3\]"),
-    "schedule": (dict(rate=optax.linear_schedule(0.1, 0, 9)), {"program"}, None),
-    "activation": (dict(activation=layers.tanh), {"program"}, "compiled step"),
-    "optimizer of an equal tree": (dict(optimizer=lambda rate: optax.adam(rate, b1=0.8)), {"program"}, "compiled step"),
-    "mode": (dict(mode="ignore"), {"program"}, "compiled step"),
+    "seed": ({"seed": 1}, {"key", "data"}, "the run's key: another seed"),
+    "batch_size": ({"batch_size": 5}, {"data"}, "Data.batches: batch_size was 4, is 5"),
+    "rows": ({"x": X + (np.arange(22) == 9)[:, None].astype(np.float32)}, {"data"}, "Data.batches"),
+    "loss": ({"loss": lambda o, y: 2 * losses.cross_entropy_sparse(o, y)}, {"data", "program"}, "Data.with_loss"),
+    "rate": ({"rate": 0.2}, {"program"}, r"compiled step for x float32\[4, 3\]"),
+    "schedule": ({"rate": optax.linear_schedule(0.1, 0, 9)}, {"program"}, None),
+    "activation": ({"activation": layers.tanh}, {"program"}, "compiled step"),
+    "optimizer of an equal tree": ({"optimizer": lambda rate: optax.adam(rate, b1=0.8)}, {"program"}, "compiled step"),
+    "mode": ({"mode": "ignore"}, {"program"}, "compiled step"),
 }
 
 
@@ -235,8 +281,9 @@ def test_constants_that_print_alike_are_told_apart():
     assert resume.digest_of(programs[0]) != resume.digest_of(programs[1])
     inner = [jax.make_jaxpr(jax.jit(lambda x, r=r: x * r))(jnp.ones(3)) for r in rates]
     assert resume.digest_of(inner[0]) != resume.digest_of(inner[1])
-    keys = [jax.make_jaxpr(lambda x, k=jax.random.key(s): x + jax.random.normal(k, (3,)))(jnp.ones(3)) for s in (0, 1)]
-    assert resume.digest_of(keys[0]) != resume.digest_of(keys[1])
+    keys = [jax.random.key(0), jax.random.key(1)]
+    drawn = [jax.make_jaxpr(lambda x, k=k: x + jax.random.normal(k, (3,)))(jnp.ones(3)) for k in keys]
+    assert resume.digest_of(drawn[0]) != resume.digest_of(drawn[1])
     again = jax.make_jaxpr(lambda x: x * rates[0])(jnp.ones(3))
     assert resume.digest_of(programs[0]) == resume.digest_of(again)
 
@@ -246,7 +293,7 @@ def test_other_reports_are_refused(tmp_path, made):
     with pytest.raises(Killed):
         trainer.fit(state, train, report=reports.all_of(reports.history(), killing(3)), checkpoints=Directory(tmp_path))
     for other in (reports.all_of(killing(9), reports.time_limit(9)), reports.all_of(killing(9)), killing(9), None):
-        with pytest.raises(ResumeMismatch, match="(?s)Its reports differ:.*[Hh]istory"):
+        with pytest.raises(ResumeMismatch, match=r"(?s)Its reports differ:.*[Hh]istory"):
             trainer.fit(state, train, report=other, checkpoints=Directory(tmp_path))
     with pytest.warns(UserWarning, match="accept= names it"):
         trainer.fit(state, train, checkpoints=Directory(tmp_path, accept={"reports"}))
@@ -287,7 +334,7 @@ def test_what_could_not_be_resumed_is_refused_at_the_start(tmp_path, made, monke
         trainer.fit(state, unscoped, checkpoints=runs)
     with monkeypatch.context() as patched:
         patched.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(ValueError, match="for one process, and this is one of 2.*Orbax"):
+        with pytest.raises(ValueError, match=r"for one process, and this is one of 2.*Orbax"):
             trainer.fit(state, train, checkpoints=runs)
     with pytest.raises(FileNotFoundError, match="resume='must'"):
         trainer.fit(state, train, checkpoints=Directory(tmp_path / "runs", resume="must"))

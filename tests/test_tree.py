@@ -202,3 +202,10 @@ def test_writes_after_a_snapshot_do_not_reach_a_dispatched_step():
 @pytest.mark.parametrize("value", [jnp.ones(2), np.float32(1), 1.0, None, "x", (1, 2)], ids=str)
 def test_what_cannot_change_is_its_own_snapshot(value):
     assert tree.snapshot(value) is value
+
+
+def test_a_strong_leaf_is_a_jax_array_of_its_own_dtype():
+    key = jax.random.key(0)
+    assert tree.strong(key) is key
+    assert not tree.strong(jnp.asarray(1.0)).weak_type and jnp.asarray(1.0).weak_type
+    assert tree.strong(np.ones(2)).dtype == jnp.float32

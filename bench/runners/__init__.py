@@ -44,6 +44,10 @@ RUNNERS = {
     "hand": Runner("by hand: jitted, donated, not synced", "by_hand:unsynced"),
     "hand-synced": Runner("by hand, `float(loss)` at each step", "by_hand:synced"),
     "hand-scan": Runner("by hand, `lax.scan`, data on the device", "by_hand:scanned"),
+    "kaun-nnx": Runner("kaun's loop around the Flax NNX module", "by_nnx:in_kaun", "flax", only=("xor", "mlp")),
+    "kaun-equinox": Runner(
+        "kaun's loop around the Equinox module", "by_equinox:in_kaun", "equinox", only=("xor", "mlp")
+    ),
     "nnx": Runner("Flax NNX, as in its docs", "by_nnx:session", "flax"),
     "equinox": Runner("Equinox, as in its docs", "by_equinox:session", "equinox"),
     "keras": Runner("Keras on JAX, `model.fit`", "by_keras:session", "keras"),

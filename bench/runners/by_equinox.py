@@ -1,12 +1,15 @@
-"""Equinox with the training step of its docs: ``eqx.filter_jit``, ``eqx.filter_value_and_grad``, channels first."""
+"""Equinox with the training step of its docs, ``eqx.filter_jit``, ``eqx.filter_value_and_grad``, or in kaun."""
+
+import functools
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 
-from bench.runners import Session, by_hand
+from bench.runners import Session, by_hand, by_kaun
 from bench.workloads import BLOCKS, HEADS, LENGTH, VOCAB, WIDTH, Workload
+from kaun import interop
 
 KEY = jax.random.key(0)  # every weight is replaced
 
@@ -91,8 +94,20 @@ class GPT(eqx.Module):
         return jax.vmap(self.head)(jax.vmap(self.norm)(x))
 
 
+def made(workload: Workload):
+    return {"dense": dense, "cnn": cnn, "gpt": GPT}[workload.model](workload)
+
+
+def as_layer(workload: Workload):
+    layer = interop.equinox(made(workload))
+    return layer, layer.init(dtype=jnp.float32)
+
+
+in_kaun = functools.partial(by_kaun.session, model_of=as_layer)
+
+
 def session(workload: Workload) -> Session:
-    model = {"dense": dense, "cnn": cnn, "gpt": GPT}[workload.model](workload)
+    model = made(workload)
     optim = optax.adam(workload.rate)
     opt_state = optim.init(eqx.filter(model, eqx.is_array))
     loss = by_hand.loss_of(workload)

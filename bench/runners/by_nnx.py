@@ -1,12 +1,15 @@
-"""Flax NNX with the training step of its docs: ``nnx.jit``, ``nnx.value_and_grad``, ``nnx.Optimizer``."""
+"""Flax NNX with the training step of its docs, ``nnx.jit``, ``nnx.value_and_grad``, ``nnx.Optimizer``, or in kaun."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from bench.runners import Session, by_hand
+from bench.runners import Session, by_hand, by_kaun
 from bench.workloads import BLOCKS, HEADS, LENGTH, VOCAB, WIDTH, Workload
+from kaun import interop
 
 
 class Dense(nnx.Module):
@@ -99,9 +102,22 @@ def fill(layer, values):
     put(layer.bias, values["bias"])
 
 
-def session(workload: Workload) -> Session:
+def made(workload: Workload):
     model = {"dense": Dense, "cnn": CNN, "gpt": GPT}[workload.model](workload, nnx.Rngs(0))
     model.load(workload.weights())
+    return model
+
+
+def as_layer(workload: Workload):
+    layer = interop.flax_nnx(made(workload))
+    return layer, layer.init(dtype=jnp.float32)
+
+
+in_kaun = functools.partial(by_kaun.session, model_of=as_layer)
+
+
+def session(workload: Workload) -> Session:
+    model = made(workload)
     optimizer = nnx.Optimizer(model, optax.adam(workload.rate), wrt=nnx.Param)
     loss = by_hand.loss_of(workload)
     (x, y), order = by_hand.data_of(workload) if workload.repeats else workload.data(), workload.order()

@@ -10,6 +10,7 @@ from kaun import rng as rng
 from kaun.context import Context as Context
 from kaun.data import Data as Data
 from kaun.errors import EarlyStop as EarlyStop
+from kaun.errors import NonFiniteLoss as NonFiniteLoss
 from kaun.layers.core import Layer as Layer
 from kaun.layers.core import Vars as Vars
 from kaun.state import TrainState as TrainState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from kaun.call import Call
 from kaun.convolutions import slow_in_loops
 from kaun.packing import Packing
 
-__all__ = ["ROWS", "Body", "Program", "Ran"]
+__all__ = ["ROWS", "Body", "Flight", "Program", "Ran", "no_fault", "number"]
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU takes a tiny model for so costly that it
 # hands each dispatch to another thread, which costs more than their step.
@@ -34,7 +35,7 @@ class Ran(NamedTuple):
     losses: an array at least as long.
     names: of the other numbers.
     numbers: these, a row for each step.
-    fault: after the last of them, as of ``kaun.guard``.
+    fault: whether a step has gone wrong, up to the last of them; None where steps do not look at it.
     examples: how many each of them learns from, None where that cannot be told.
     """
 
@@ -43,22 +44,21 @@ class Ran(NamedTuple):
     losses: Any
     names: tuple[str, ...]
     numbers: jax.Array
-    fault: jax.Array
+    fault: jax.Array | None
     examples: int | None
 
-    @property
     def good(self) -> int:
-        """How many of them there are before the one that ended the run; waits for them."""
-        if not np.asarray(self.fault)[0]:
+        """How many of them there are before the first whose loss or gradient is not finite; waits for them."""
+        if "grad_norm" not in self.names:
             return self.steps
-        went = np.asarray(self.numbers)[: self.steps, self.names.index("good")]
-        return int(np.argmin(went != 0)) if not went.all() else self.steps
+        norms = np.asarray(self.numbers)[: self.steps, self.names.index("grad_norm")]
+        finite = np.isfinite(np.asarray(self.losses)[: self.steps].astype(np.float32)) & np.isfinite(norms)
+        return self.steps if finite.all() else int(np.argmin(finite))
 
-    def values(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Loss and numbers by name, for those steps; waits for them."""
-        n = self.good
-        table = np.asarray(self.numbers)[:n]
-        losses = np.asarray(self.losses)[:n].astype(np.float32)
+    def values(self, steps: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Loss and numbers by name, of the first steps; waits for them."""
+        table = np.asarray(self.numbers)[:steps]
+        losses = np.asarray(self.losses)[:steps].astype(np.float32)
         return {"loss": losses} | {name: table[:, i] for i, name in enumerate(self.names)}
 
 
@@ -84,19 +84,24 @@ class Body:
         compiled: the entries for which there is a compiled program.
         seconds: what tracing took; the first program that is compiled takes it over.
         names: of the numbers that a step gives beside its loss, in the order of the columns.
+        fault: that of a run in which nothing has gone wrong; None where steps do not look at it.
+        selects: whether ``step`` itself must leave the state as it was when the step goes wrong.
         traced: the jaxpr of the step.
     """
 
     __slots__ = (
-        "_lock", "_programs", "capacity", "compiled", "looped", "loss_dtype", "names", "patterns", "seconds", "step",
-        "traced",
+        "_lock", "_programs", "capacity", "compiled", "fault", "looped", "loss_dtype", "names", "patterns", "seconds",
+        "selects", "step", "traced",
     )  # fmt: skip
 
-    def __init__(self, step: Any, traced: Any, call: Call, seconds: float) -> None:
-        self.step = step
+    def __init__(
+        self, step: Any, traced: Any, call: Call, seconds: float, fault: Any = None, selects: bool = False
+    ) -> None:
+        self.step, self.fault, self.selects = step, fault, selects
         self.traced = traced.jaxpr
         loss, numbers, _, _ = traced.out_info
-        self.loss_dtype, self.names = loss.dtype, tuple(numbers)
+        self.loss_dtype = loss.dtype
+        self.names = tuple(name for name, number in numbers.items() if number.shape == ())
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.capacity = capacity_of(call) if self.looped else 1
         self.seconds = seconds
@@ -104,6 +109,10 @@ class Body:
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
         self.patterns: list[tuple[bool, ...]] = []
+
+    def look_at(self, leaves: list[Any], key: jax.Array, item: list[Any]) -> dict[str, Any]:
+        """The numbers of one step, also those that are no scalars."""
+        return self.step(leaves, key, item, self.fault)[1]
 
     def pattern(self, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         """Which leaves to stack in a block where these vary: as in an earlier block, where that is possible."""
@@ -118,9 +127,10 @@ class Body:
     def program(self, entry: str, pattern: tuple[bool, ...], packing: Packing | None = None) -> Program:
         """The program that runs the body over blocks stacked by a pattern, made (not yet compiled) where there is none.
 
-        It takes the state's arrays, the run's key, the fault of the steps before (``kaun.guard``), the number of steps,
-        and the leaves that are not stacked and those that are; it gives the losses, an array at least as long as the
-        number of steps, the other numbers of each step, a row of float32 for each, the state's arrays and the fault.
+        It takes the state's arrays, the run's key, whether a step has gone wrong before (``kaun.guard``), the number of
+        steps, and the leaves that are not stacked and those that are; it gives the losses, an array at least as long
+        as the number of steps, the other numbers of each step, a row of float32 for each, the state's arrays, and
+        whether a step has gone wrong now.
 
         Arguments:
             entry: ``"fit"``; ``"fit in place"`` for one that takes its state's memory; ``"step"`` for one that gives
@@ -134,12 +144,24 @@ class Body:
             found = self._programs.get((entry, pattern, packing))
             if found is None:
                 run = _looped(self, pattern, packing) if self.looped else _straight(self, packing)
-                run = _first_loss(run) if entry == "step" else run
+                run = _one(self, run) if entry == "step" else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
                 found = Program(run, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
                 self._programs[entry, pattern, packing] = found
             return found
+
+
+class Flight(NamedTuple):
+    """A dispatch: which leaves of its items differ, the state before it where that is kept, and its items."""
+
+    ran: Ran
+    body: Body
+    program: Program
+    pattern: tuple[bool, ...]
+    before: list[Any] | None
+    shared: list[Any]
+    stacked: list[Any]
 
 
 def _looped(body: Body, pattern: tuple[bool, ...], packing: Packing | None) -> Callable[..., Any]:
@@ -178,9 +200,29 @@ def _row(body: Body, numbers: dict[str, jax.Array]) -> jax.Array:
     return jnp.stack([numbers[name] for name in body.names])
 
 
-def _first_loss(run: Callable[..., Any]) -> Callable[..., Any]:
-    def step(*arguments: Any) -> Any:
-        losses, _, leaves, _ = run(*arguments)
-        return losses[0], leaves
+def _one(body: Body, run: Callable[..., Any]) -> Callable[..., Any]:
+    """The first step alone: its loss, and the state after it."""
+
+    def step(held: list[Any], *rest: Any) -> Any:
+        losses, numbers, leaves, _ = run(held, *rest)
+        if not body.selects:
+            return losses[0], leaves
+        good = jnp.isfinite(losses[0]) & jnp.isfinite(numbers[0, body.names.index("grad_norm")])
+        kept = [jnp.where(good, new, old) for new, old in zip(leaves, held, strict=True)]
+        return losses[0], [*kept[:-1], leaves[-1]]  # the last one counts the steps
 
     return step
+
+
+@functools.cache
+def no_fault() -> jax.Array:
+    """False on the device: nothing has gone wrong."""
+    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
+        return jnp.asarray(np.zeros((), np.bool_))
+
+
+@functools.lru_cache(maxsize=2 * ROWS)
+def number(count: int) -> jax.Array:
+    """A number of steps on the device."""
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(count, jnp.int32)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from kaun import lift, rebuild, tree
+from kaun import foreign, lift, rebuild, tree
 from kaun.context import Context
 from kaun.errors import locate
 
@@ -123,9 +124,16 @@ def _no_number(value: Any, what: str) -> TypeError:
     path, leaf = next((p, v) for p, v in tree.flatten(value)[0].items() if not _is_numeric(v))
     kind = "a masked array" if isinstance(leaf, np.ma.MaskedArray) else "an array"
     received = f"{kind} of dtype {leaf.dtype}" if tree.is_array(leaf) else type(leaf).__name__
+    fix = "Convert it, np.asarray(value, np.float32), or leave it out of the batch."
+    if tree.is_array(leaf) and leaf.dtype == object:
+        fix = "Such an array holds parts of different shapes, or no numbers: pad them to one shape in data.map(f)."
+    elif dataclasses.is_dataclass(leaf):
+        kind = type(leaf).__name__
+        fix = f"Let JAX look into it, jax.tree_util.register_dataclass({kind}), and the model gets the {kind}."
+    elif foreign.is_tensor(leaf):
+        fix = "Data.from_iterable(loader) makes arrays of the tensors of another library."
     return TypeError(
-        f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received {received}. "
-        "Convert it, np.asarray(value, np.float32), or leave it out of the batch."
+        f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received {received}. {fix}"
     )
 
 

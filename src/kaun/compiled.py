@@ -7,7 +7,6 @@ blocks over a state of its own, and knows when a state that a user has seen must
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import time
@@ -16,17 +15,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from kaun.blocks import Stage
-from kaun.body import ROWS, Body, Program, Ran
+from kaun.body import ROWS, Body, Flight, Program, Ran, no_fault, number
 from kaun.call import Call
 from kaun.compilations import Compilation, Record
 from kaun.context import Context
-from kaun.guard import as_before, no_fault
-from kaun.packing import pack, packing_of, unpack
+from kaun.guard import as_before
+from kaun.packing import copy, in_place, pack, packing_of, unpack
 from kaun.runs import Rows
 from kaun.staging import scored, staged
 
@@ -35,7 +33,6 @@ __all__ = ["Compilation", "Loop", "Programs"]
 _BEGIN = 2  # the steps of the first ones
 _IN_FLIGHT = 2
 _LONGEST = 0.1  # seconds that one dispatch should take at most: so long Python cannot hear of Ctrl-C
-_SMALL = 1 << 20  # bytes of a state whose memory is not worth saving
 _STAGES = 4
 _SAME: Mapping[int, Rows] = {}
 
@@ -45,13 +42,16 @@ class Programs:
 
     Arguments:
         advance: ``advance(carry, key, x, ctx, loss, training, fault) -> (loss, numbers, carry, fault)``, one pure
-            training step; numbers are scalars by name, and the fault as of ``kaun.guard``.
+            training step; numbers by name, scalars but for the squares; the fault as of ``kaun.guard``.
         forward: ``forward(carry, key, x, ctx) -> output``, the model in evaluation mode.
+        raises: whether a run ends at a step that goes wrong.
         capacity: how many bodies are kept, each with its programs.
     """
 
-    def __init__(self, advance: Callable[..., Any], forward: Callable[..., Any], capacity: int = 256) -> None:
-        self._advance, self._forward = advance, forward
+    def __init__(
+        self, advance: Callable[..., Any], forward: Callable[..., Any], *, raises: bool = False, capacity: int = 256
+    ) -> None:
+        self._advance, self._forward, self._raises = advance, forward, raises
         self._capacity = capacity
         self._table: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -73,7 +73,7 @@ class Programs:
         """The loss and the leaves after one step; what it was given stays as it is."""
         body = self.body(structure, leaves, key, call, training)
         program = body.program("step", (False,) * len(call.leaves))
-        arguments = (leaves, key, no_fault(len(leaves)), _number(1), call.owned(), [])
+        arguments = (leaves, key, body.fault, number(1), call.owned(), [])
         return self._run(program, "step", call, training, arguments, body)
 
     def body(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
@@ -129,7 +129,7 @@ class Programs:
     def _trace(self, structure: Any, leaves: Sequence[Any], key: jax.Array, call: Call, training: bool) -> Body:
         split, loss_key = call.split, call.loss_key
 
-        def step(leaves: list[Any], key: jax.Array, given: list[Any], fault: jax.Array) -> Any:
+        def step(leaves: list[Any], key: jax.Array, given: list[Any], fault: jax.Array | None) -> Any:
             carry = jax.tree_util.tree_unflatten(structure, leaves)
             x, arrays, ctx = split(given)
             loss = lambda output: staged(loss_key, arrays, output)
@@ -137,8 +137,10 @@ class Programs:
             return value, numbers, jax.tree_util.tree_leaves(as_before(carry, after)), fault
 
         start, jitted = time.perf_counter(), jax.jit(step)
-        traced = jitted.trace(list(leaves), key, call.leaves, no_fault(len(leaves)))
-        return Body(jitted, traced, call, time.perf_counter() - start)
+        # Where the memory of a state is taken over, the step itself must leave it as it was; see ``Loop._check``.
+        fault = no_fault() if self._raises and in_place(leaves) else None
+        traced = jitted.trace(list(leaves), key, call.leaves, fault)
+        return Body(jitted, traced, call, time.perf_counter() - start, fault, self._raises and fault is None)
 
     def _forward_of(self, entry: str, structure: Any, call: Call) -> Program:
         split, metrics = call.split, call.loss_key
@@ -160,13 +162,13 @@ class Loop:
 
     Arguments:
         programs: where the compiled steps are.
-        carry: the state to start from, a pytree; it stays as it is.
+        carry: the state to start from, a pytree whose last leaf counts the steps; it stays as it is.
         key: the run's key.
         ctx: the Context of every step.
         ran: called after each dispatch.
         compiled: called after each compilation with the seconds it took.
-        failed: gives the exception for a step that went wrong (``kaun.guard``), by its number, loss and fault; None
-            where no step can.
+        failed: gives the exception for a step that went wrong (``kaun.guard``), by its number, its loss and the squares
+            of its gradient; None where no step can.
         done: how many steps were run before.
         traced: called with each call of a kind that was not there before, and its body.
     """
@@ -189,16 +191,15 @@ class Loop:
         leaves, self._def = jax.tree_util.tree_flatten(carry)
         # Shapes and dtypes of the state: the arrays themselves must not be held on to.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
-        self._packing = packing_of(leaves)
-        # Memory is what a small state does not need to save; and what is never overwritten needs no copies.
-        self._in_place = self._packing is None and sum(a.nbytes for a in leaves) > _SMALL
+        self._packing, self._in_place = packing_of(leaves), in_place(leaves)
         # Whether these arrays are in the loop's own form (packed, or memory to be overwritten), the arrays, and the
         # newest dispatch. One tuple, because an interrupt may come between any two assignments.
         self._held: tuple[bool, list[Any], Ran | None] = (False, leaves, None)
         self._done: deque[Any] = deque(maxlen=1)
         self._stages: OrderedDict[Hashable, tuple[Stage, Body, Call]] = OrderedDict()
         self._open: tuple[Stage, Body, Call] | None = None
-        self._flight: deque[Ran] = deque()
+        # What was dispatched and may not be done, with all that it takes to look at a step that went wrong.
+        self._flight: deque[Flight] = deque()
         self._finished = time.perf_counter()
         self._limit = _BEGIN
 
@@ -294,6 +295,8 @@ class Loop:
             return jax.tree_util.tree_unflatten(self._def, unpack(self._packing, arrays))
         if self._in_place:
             self._held = (False, arrays, ran)  # the loop goes on with a copy
+            if self._wrong is not None:
+                arrays = [*arrays[:-1], arrays[-1] - 1]  # a step that went wrong changes nothing but its number
         return jax.tree_util.tree_unflatten(self._def, arrays)
 
     def _stage(self, call: Call) -> tuple[Stage, Body, Call]:
@@ -327,13 +330,13 @@ class Loop:
         own, arrays, ran = self._held
         if not own and self._in_place:
             for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
-                arrays[i] = _copy(arrays[i])
+                arrays[i] = copy(arrays[i])
             self._held = (True, arrays, ran)
         elif not own and self._packing is not None:
             self._held = (True, pack(self._packing, arrays), ran)
-        fault = no_fault(len(self._kinds)) if ran is None else ran.fault
+        fault = body.fault if ran is None else ran.fault
         first = self._before + 1 if ran is None else ran.first + ran.steps
-        arguments = (self._held[1], self._key, fault, _number(count), shared, stacked)
+        arguments = (self._held[1], self._key, fault, number(count), shared, stacked)
         if program.fresh:
             self._compiled(self._programs.compile(program, entry, call, True, arguments, body))
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
@@ -344,7 +347,9 @@ class Loop:
         ran = self._held[2]
         assert ran is not None
         self._ran(ran)
-        self._pace(ran)
+        before = None if self._in_place or self._failed is None else arguments[0]
+        self._flight.append(Flight(ran, body, program, pattern, before, shared, stacked))
+        self._pace()
 
     def _take(self) -> None:
         if self._done:
@@ -352,19 +357,29 @@ class Loop:
             self._held = (True, arrays, Ran(first, count, losses, body.names, numbers, fault, call.examples))
             self._done.clear()
 
-    def _check(self, ran: Ran) -> None:
-        if self._failed is not None and (fault := np.asarray(ran.fault))[0]:
-            self._wrong = ran.first + ran.good
-            raise self._failed(self._wrong, float(np.asarray(ran.losses)[ran.good]), fault)
+    def _check(self, flight: Flight) -> None:
+        """Raise where a step went wrong, with the state as it was before it."""
+        ran, body = flight.ran, flight.body
+        if self._failed is None or (i := ran.good()) == ran.steps:
+            return
+        self._wrong = ran.first + i
+        if flight.before is not None:
+            arguments = (flight.before, self._key, None, number(i), flight.shared, flight.stacked)
+            self._held = (True, flight.program.run(*arguments)[2], ran)
+        given, many = iter(flight.shared), iter(flight.stacked)
+        item = [next(many)[i] if varies else next(given) for varies in flight.pattern]
+        leaves = jax.tree_util.tree_leaves(self.carry())
+        squares = body.step(leaves, self._key, item, body.fault)[1]["squares"]
+        raise self._failed(self._wrong, float(np.asarray(ran.losses)[i]), np.asarray(squares))
 
-    def _pace(self, ran: Ran) -> None:
+    def _pace(self) -> None:
         """Wait for the last dispatch but two, and let blocks grow until one takes long enough to hide its dispatch."""
-        self._flight.append(ran)
         if len(self._flight) <= _IN_FLIGHT:
             return
-        ran = self._flight.popleft()
+        flight = self._flight.popleft()
+        ran = flight.ran
         ran.losses.block_until_ready()
-        self._check(ran)
+        self._check(flight)
         count = ran.steps
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
@@ -373,20 +388,3 @@ class Loop:
             self._limit = max(1, self._limit // 4)
         elif elapsed < _LONGEST / 4 and count * 4 >= self._limit:
             self._limit = min(self._limit * 4, ROWS)
-
-
-def _copy(leaf: Any) -> Any:
-    # A copy by the runtime needs no program, of which there would be one for each shape. It is for arrays that may lie
-    # anywhere; one that was put somewhere stays there.
-    return _copied(leaf) if leaf.committed else jax.device_put(leaf, may_alias=False)
-
-
-@jax.jit
-def _copied(leaf: Any) -> Any:
-    return jnp.copy(leaf)
-
-
-@functools.lru_cache(maxsize=2 * ROWS)
-def _number(count: int) -> jax.Array:
-    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.asarray(count, jnp.int32)

@@ -9,11 +9,11 @@ from typing import Any, Generic, TypeVar, cast
 
 import jax
 
-from kaun import prefetch, stages, tree
+from kaun import prefetch, stages, streams, tree
 from kaun.runs import Most, Run, of_batch, of_item, of_rows, singly
 from kaun.stages import Item, Node, Stage
 
-__all__ = ["Data", "chain", "runs"]
+__all__ = ["Data", "chain", "replayed", "runs"]
 
 T = TypeVar("T", covariant=True)
 U = TypeVar("U")
@@ -143,7 +143,7 @@ class Data(Generic[T]):
             )
         name = type(source).__name__ if hasattr(source, "__iter__") else stages.name_of("Data.from_iterable", source)
         stage = f"Data.from_iterable({name})"
-        node = Node(stages.stream_of(source, stage), stages.claimed_length(source), False, None)
+        node = Node(streams.stream_of(source, stage), streams.claimed_length(source), False, None)
         return cls._made(node, stage, source=source)
 
     @classmethod
@@ -344,11 +344,8 @@ class Data(Generic[T]):
         [0, 1, 4, 9]
         """
         n, base = stages.checked_count("prefetch(n)", "n", n, 1), self._node
-
-        def open(epoch: int, start: int) -> Iterator[Any]:
-            return prefetch.pulled_ahead(functools.partial(base.open, epoch, start), n)
-
-        return self._then(base._replace(open=open, item=None, runs=None), f".prefetch({n})", n=n)
+        ahead = lambda epoch, start: prefetch.pulled_ahead(functools.partial(base.open, epoch, start), n)
+        return self._then(base._replace(open=ahead, item=None, runs=None), f".prefetch({n})", n=n)
 
     def __iter__(self) -> Iterator[T]:
         # A generator, so that whoever iterates can close() it: that ends the threads of prefetch there and then.
@@ -387,6 +384,14 @@ def _data(node: Node, *chain: Stage) -> Data[Any]:
 def chain(data: Any) -> tuple[Stage, ...]:
     """The stages of a pipeline, its source first; none of what is no ``Data``."""
     return data._stages if isinstance(data, Data) else ()  # pyright: ignore[reportPrivateUsage]
+
+
+def replayed(first: Stage, rest: Iterable[tuple[str, Mapping[str, Any]]]) -> Data[Any]:
+    """A ``from_iterable`` and what comes after it made anew: methods by name, with their arguments."""
+    data = _data(Node(streams.stream_of(first.given["source"], first.text), first.length, False, None), first)
+    for name, given in rest:
+        data = getattr(data, name)(**given)
+    return data
 
 
 def runs(data: Iterable[Any], iterator: Iterator[Any], most: Most) -> Iterator[Run]:

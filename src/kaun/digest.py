@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import bytecode, tree
+from kaun import bytecode, foreign, tree
 from kaun.lift import Frozen
 from kaun.rebuild import Rebuilt
 
@@ -210,6 +210,8 @@ _PLAIN: dict[type, Callable[[Any], str | bytes]] = {
 
 def _put(sums: _Sums, value: Any) -> None:
     kind = type(value)
+    if foreign.is_tensor(value):
+        value = foreign.arrays(value)
     if kind in _PLAIN:
         sums.values([value])
     elif tree.is_array(value):

@@ -15,11 +15,13 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from kaun import digest, rng, stages, tree
-from kaun.data import Data, chain
+from kaun import digest, foreign, rng, tree
+from kaun.data import chain
 from kaun.digest import Look
+from kaun.place import after, position
+from kaun.streams import Tracked, claimed_length
 
-__all__ = ["after", "differences", "function", "of", "unscoped"]
+__all__ = ["after", "differences", "function", "of", "position", "unscoped"]
 
 Fact = dict[str, Any]
 
@@ -44,41 +46,12 @@ def of(data: Iterable[Any]) -> list[Fact]:
     found = chain(data)
     if found:
         return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in found]
-    return [{"stage": type(data).__name__, "length": stages.claimed_length(data), **_source(data)}]
+    return [{"stage": type(data).__name__, "length": claimed_length(data), **_source(data)}]
 
 
 def unscoped(data: Iterable[Any]) -> list[str]:
     """The stages, as they print, whose key was drawn outside of any rng scope in this process."""
     return [s.text for s in chain(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
-
-
-def after(data: Iterable[Any], n: int) -> Iterable[Any]:
-    """The data from its item ``n`` on: at no cost where it has items by index, else what comes before is pulled.
-
-    Raises:
-        TypeError: when it is a one-shot iterator, also for ``n`` 0: it could not be resumed later.
-
-    >>> from kaun import Data, fingerprint
-    >>> list(fingerprint.after(Data.from_items([1, 2, 3]).epochs(2), 4))
-    [2, 3]
-    """
-    n = stages.checked_count("after(data, n)", "n", n, 0)
-    found = chain(data)
-    source = found[0].given.get("source") if found else data
-    if hasattr(source, "__next__"):
-        raise TypeError(
-            f"A run with checkpoints expected data that can be iterated again, received {type(source).__name__}, an "
-            "iterator that can be iterated once: a run that is started again could not find its place in it. Pass a "
-            "list, list(iterator); a Data, Data.batches((x, y), batch_size=64); or a function that makes a fresh one, "
-            "Data.from_iterable(lambda: make_iterator())."
-        )
-    if n == 0:
-        return data
-    if isinstance(data, Data):
-        return data.skip(n)
-    if isinstance(data, (list, tuple)):
-        return data[n:]
-    return Data.from_iterable(data if hasattr(data, "__iter__") else functools.partial(iter, data)).skip(n)
 
 
 def function(f: Callable[..., Any]) -> str:
@@ -140,11 +113,14 @@ def _items(items: Any) -> str:
 
 def _source(source: Any) -> Fact:
     """A list by its items; any other by type and length; the function that makes one as a function."""
+    if isinstance(source, Tracked):
+        return _source(source.source)
     if isinstance(source, (list, tuple, range)):
         return {"items": _items(source)}
     if not hasattr(source, "__iter__") and callable(source):
         return {"f": _function(source)}
-    return {"type": type(source).__qualname__, "len": stages.claimed_length(source)}
+    found: Fact = {"type": type(source).__qualname__, "len": claimed_length(source), **foreign.facts(source)}
+    return {**found, "arrays": _tree(found["arrays"])} if "arrays" in found else found
 
 
 def _function(f: Any) -> Fact:

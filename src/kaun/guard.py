@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from jax import lax
 from kaun import tree
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "as_before", "check", "failure", "guarded", "no_fault", "squares_of"]
+__all__ = ["MODES", "as_before", "check", "failure", "guarded", "squares_of"]
 
 T = TypeVar("T")
 
@@ -36,24 +35,13 @@ def squares_of(gradient: Any) -> jax.Array:
     """For each leaf of a gradient the sum of its numbers' squares, float32 (float64 where one is)."""
     leaves = jax.tree_util.tree_leaves(gradient)
     widest = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
-    flat = [leaf.astype(widest).reshape(-1) for leaf in leaves]
-    return jnp.stack([jnp.vdot(each, each) for each in flat])
-
-
-@functools.lru_cache(maxsize=256)
-def no_fault(leaves: int) -> jax.Array:
-    """The fault of a state of so many leaves where nothing has gone wrong.
-
-    A bool vector: whether a step went wrong; and for each leaf of the state, the parameters first, whether it is a
-    parameter whose gradient was not finite.
-    """
-    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.asarray(np.zeros(1 + leaves, np.bool_))
+    # A sum over all axes, and no dot of vectors: that would first bring a transposed product into order.
+    return jnp.stack([jnp.sum(jnp.square(leaf.astype(widest))) for leaf in leaves])
 
 
 def guarded(
-    mode: str, value: jax.Array, gradient: Any, update: Callable[[], T], before: T, fault: jax.Array
-) -> tuple[T, dict[str, jax.Array], jax.Array]:
+    mode: str, value: jax.Array, gradient: Any, update: Callable[[], T], before: T, fault: jax.Array | None
+) -> tuple[T, dict[str, jax.Array], jax.Array | None]:
     """The state after a step, which stays as it was where the step's loss or gradient is not finite.
 
     A gradient counts as finite when its norm does: in float32 that is when it is below 1.8e19.
@@ -63,21 +51,24 @@ def guarded(
         value: the loss.
         update: gives the state after the update.
         before: the state before it.
-        fault: as ``no_fault`` or an earlier call gave it.
+        fault: whether a step before this one went wrong, a bool scalar. None, in mode ``"raise"``, where the state
+            before a block of steps is kept, so that the block can be run again up to that step: update anyway.
 
-    Gives that state; ``grad_norm`` and, unless ignored, ``good`` (1 where the step was an update); and the fault.
+    Gives that state; by name ``grad_norm``, for ``"skip"`` ``good`` (1 where the step was an update), and ``squares``,
+    a vector with a sum for each leaf of the gradient; and whether a step has gone wrong, up to this one.
     """
     squares = squares_of(gradient)
     norm = jnp.sqrt(squares.sum())
-    numbers = {"grad_norm": norm.astype(jnp.float32)}
-    if mode == "ignore":
+    numbers = {"grad_norm": norm.astype(jnp.float32), "squares": squares}
+    if mode == "ignore" or (mode == "raise" and fault is None):
         return update(), numbers, fault
-    good = jnp.isfinite(value) & jnp.isfinite(norm) & ~fault[0]
-    wrong = jnp.zeros_like(fault).at[0].set(True).at[1 : 1 + len(squares)].set(~jnp.isfinite(squares))
-    if mode == "raise":
-        fault = jnp.where(good | fault[0], fault, wrong)
+    good = jnp.isfinite(value) & jnp.isfinite(norm)
+    if fault is not None:
+        good = good & ~fault
+    else:
+        numbers["good"] = good.astype(jnp.float32)
     after = lax.cond(good, lambda: as_before(before, update()), lambda: before)
-    return after, {**numbers, "good": good.astype(jnp.float32)}, fault
+    return after, numbers, None if fault is None else ~good
 
 
 def as_before(before: T, after: T) -> T:
@@ -98,15 +89,15 @@ def as_before(before: T, after: T) -> T:
     return jax.tree_util.tree_map(strong, after, before)
 
 
-def failure(params: Any, step: int, loss: float, fault: Any) -> NonFiniteLoss:
+def failure(params: Any, step: int, loss: float, squares: Any) -> NonFiniteLoss:
     """The exception for a step that went wrong.
 
     Arguments:
         params: the structure of the tree whose gradient it was.
-        fault: as ``guarded`` gave it, on the host.
+        squares: as ``guarded`` gave them for that step.
     """
     paths = list(tree.flatten(params.unflatten(range(params.num_leaves)))[0])
-    wrong = tuple(path for path, flag in zip(paths, fault[1:], strict=False) if flag)
+    wrong = tuple(path for path, square in zip(paths, squares, strict=True) if not np.isfinite(square))
     more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
     listed = ", ".join(map(repr, wrong[:NAMED])) + more
     bad = f"not finite is the gradient of {listed} ({len(wrong)} of {len(paths)})"

@@ -53,7 +53,7 @@ class Hook:
         total: the number of the fit's last step, None where that is not known.
         done: how many steps were done before, in a run that goes on.
         before: ``state.step`` before the fit's first step.
-        skips: whether steps whose numbers are not finite are left out.
+        mode: ``"raise"`` where a step that goes wrong is none, and the last one.
         again: the loss of the last step done, where its report was interrupted and has to be called once more.
         heard: gives a block in which a signal may interrupt the report.
 
@@ -71,7 +71,7 @@ class Hook:
         total: int | None,
         done: int = 0,
         before: Any = 0,
-        skips: bool = False,
+        mode: str = "ignore",
         again: float | None = None,
         heard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
@@ -91,11 +91,12 @@ class Hook:
         self._waiting: list[Ran] = []
         self._steps = 0
         self._next = time.monotonic() + _PATIENCE
-        self._total, self._done, self._before, self._skips = total, done, before, skips
+        self._total, self._done, self._before, self._raises = total, done, before, mode == "raise"
         self.again, self._heard = again, heard
         self._asked = self._wanted = done if again is None else done - 1
         self._clock = time.perf_counter()
         self._seconds = 0.0  # of compilation since then
+        self._over = False  # a step went wrong, and what comes after it is no step of this run
 
     def begin(self) -> None:
         """Tell the report that the fit begins: with the number of its first step and of its last, where known."""
@@ -174,7 +175,12 @@ class Hook:
         ready, self._waiting = self._waiting[:blocks], self._waiting[blocks:]
         self._next = time.monotonic() + _PATIENCE
         self._steps -= sum(ran.steps for ran in ready)
-        values = [(ran, ran.values()) for ran in ready]  # waits
+        values: list[tuple[Ran, dict[str, Any]]] = []
+        for ran in ready:
+            steps = ran.good() if self._raises else ran.steps
+            if not self._over:
+                values.append((ran, ran.values(steps)))
+            self._over = self._over or steps < ran.steps
         taken = sum(len(v["loss"]) for _, v in values)
         now = time.perf_counter()
         seconds = max(now - self._clock - self._seconds, 0.0) / max(taken, 1)
@@ -195,6 +201,6 @@ class Hook:
         values["step_time"] = np.full(n, seconds, np.float32)
         if not np.isnan(examples).any():
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
-        if self._skips and good is not None:
+        if good is not None:
             values["skipped"] = good == 0
         return values

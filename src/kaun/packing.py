@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Packing", "pack", "packing_of", "unpack"]
+__all__ = ["Packing", "copy", "in_place", "pack", "packing_of", "unpack"]
 
 # Above this the copies into and out of the vector cost more than the calls that they save.
 _MOST_BYTES = 1 << 16
 _FEWEST = 4
+_SMALL = 1 << 20  # bytes of a state whose memory is not worth saving
 
 
 class Packing:
@@ -62,8 +63,25 @@ def packing_of(leaves: Sequence[Any]) -> Packing | None:
     A rule about shapes and dtypes alone: packed and not packed may differ in the last bit, so ``step`` and ``fit`` must
     come to the same answer for the same state.
     """
-    arrays = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in leaves]
+    arrays = [a if hasattr(a, "dtype") else jnp.asarray(a) for a in leaves]
     return _by_kinds(tuple([(a.shape, a.dtype) for a in arrays]))
+
+
+def in_place(leaves: Sequence[Any]) -> bool:
+    """Whether a loop takes over the memory of a state: that of a small one is not worth it."""
+    return packing_of(leaves) is None and sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) > _SMALL
+
+
+def copy(leaf: Any) -> Any:
+    """A copy of an array, where it is."""
+    # A copy by the runtime needs no program, of which there would be one for each shape. It is for arrays that may lie
+    # anywhere; one that was put somewhere stays there.
+    return _copied(leaf) if leaf.committed else jax.device_put(leaf, may_alias=False)
+
+
+@jax.jit
+def _copied(leaf: Any) -> Any:
+    return jnp.copy(leaf)
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ from kaun.call import Call
 from kaun.checkpoint import Directory, ResumeMismatch
 from kaun.checkpoint.store import Saved, Store
 from kaun.items import length
+from kaun.runs import Run as Items
 from kaun.signals import Signals
 from kaun.snapshots import packed, unpacked
 from kaun.state import TrainState
 
 __all__ = ["Run", "begun", "digest_of"]
 
-T = TypeVar("T")
 
 
 class Run:
@@ -90,9 +90,14 @@ class Run:
         except Exception as failed:
             error.add_note(f"And no checkpoint of step {step} was written: {failed}")
 
-    def heard(self, items: Iterator[T]) -> Iterator[T]:
+    def heard(self, items: Iterator[Items]) -> Iterator[Items]:
         """The same items; a signal may interrupt getting each."""
-        return self.signals.heard_in(items)
+        return items if self._keeper is None else self._counted(self.signals.heard_in(items), self._keeper)
+
+    def _counted(self, items: Iterator[Items], keeper: _Keeper) -> Iterator[Items]:
+        for item in items:
+            keeper.pulled += item.n
+            yield item
 
     def traced(self, call: Call, body: Body) -> None:
         """Hold the program of a step against the one that the run was begun with."""
@@ -137,10 +142,11 @@ def _stands(store: Store, directory: Directory, state: TrainState, data: Iterabl
     facts = _facts(state, data)
     saved = store.newest(like=state)
     keeper = _Keeper(store, directory, facts, report, saved)
-    if saved is None:
-        return Run(state, data, keeper)
-    run = Run(saved.state, data, keeper)
-    _go_on(run, directory, saved, facts, report)
+    run = Run(state if saved is None else saved.state, data, keeper)
+    if saved is not None:
+        _go_on(run, directory, saved, facts, report)
+    if not run.finished:
+        run.data = keeper.data = fingerprint.after(data, run.done, None if saved is None else saved.facts["place"])
     return run
 
 
@@ -163,7 +169,7 @@ def _check(checkpoints: Any, state: TrainState, data: Any) -> None:
             "rng scope, which will be another one there. Make trainer, state and data in one:\n"
             "    with rng.scope(42):\n        state = trainer.init()\n        train = Data.batches(..., shuffle=True)"
         )
-    fingerprint.after(data, 0)
+    fingerprint.after(data, 0)  # refuses what can be iterated once
 
 
 def _facts(state: TrainState, data: Any) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def _go_on(run: Run, directory: Directory, saved: Saved, facts: dict[str, Any], 
     if lines := fingerprint.differences(found["data"], facts["data"], done):
         _differs(directory, "data", done, lines)
     _warn_of(found["machine"], facts["machine"])
-    run.done, run.data = done, fingerprint.after(run.data, done)
+    run.done = done
     longer = run.total > done if run.total is not None else found["data"] != facts["data"]
     run.finished = found["ended"] == "stopped" or (found["ended"] == "data" and not longer)
     run.again = None if found["again"] is None else float.fromhex(found["again"])
@@ -205,7 +211,8 @@ def _restore(directory: Directory, report: Any, saved: Saved) -> None:
     kept = unpacked(saved.facts["report"], saved.reports, saved.state)
     if restore is None:
         if kept:
-            _differs(directory, "reports", saved.step, [f"{', '.join(kept)} had something to go on from, and is missing"])
+            line = f"what they had to go on from is for none of these: {', '.join(kept)}"
+            _differs(directory, "reports", saved.step, [line])
         return
     try:
         restore(kept)
@@ -248,6 +255,8 @@ class _Keeper:
         same = saved is not None and saved.facts["machine"]["jax"] == jax.__version__
         self._known: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
         self._done = 0 if saved is None else saved.step  # the step of the newest checkpoint
+        self.data: Iterable[Any] = ()
+        self.pulled = self._done  # items that were asked for
 
     def due(self, step: int) -> bool:
         if self.each is not None:
@@ -262,6 +271,8 @@ class _Keeper:
         facts = {
             **self._facts, "programs": self._known, "report": told, "ended": ended,
             "again": None if again is None else again.hex(),
+            # After an item that was pulled and then failed, the loader's place is not the run's.
+            "place": fingerprint.position(self.data) if self.pulled == step else None,
         }  # fmt: skip
         self._store.save(step, state, arrays, facts)
         self._done = step
@@ -273,7 +284,7 @@ class _Keeper:
         given = tree.flatten({"x": x, "ctx": dict(ctx.items())})[0]
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(call.subject, '__qualname__', type(call.subject).__name__)}: {kind}"
-        digest = digest_of(body.traced)
+        digest = digest_of(body.traced) + " raises" * body.selects
         if self._known.get(name, digest) != digest:
             line = (
                 f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kaun import foreign
+
 __all__ = [
     "Most", "Rows", "Run", "Runs", "chained", "mapped", "of_batch", "of_item", "of_rows", "opened", "read_rows",
     "singly", "skipped", "taken", "within",
@@ -133,7 +135,9 @@ def opened(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
 
     Raises:
         TypeError: with the text ``expected``, when it cannot be iterated.
+        RuntimeError: when it would fork its workers.
     """
+    foreign.refuse_forks(data, f"data ({type(data).__name__})")
     try:
         iterator = iter(data)
     except TypeError:

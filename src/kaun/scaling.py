@@ -103,11 +103,8 @@ def watched(
     return zeroed, lambda: lax.cond(lost, skip, step), lost
 
 
-def told(numbers: dict[str, jax.Array], lost: Any, mode: str) -> dict[str, jax.Array]:
-    """The numbers of a step as reports get them: an overflow has an infinite norm, and counts as skipped if asked."""
+def told(numbers: dict[str, jax.Array], lost: Any) -> dict[str, jax.Array]:
+    """The numbers of a step as reports get them: one that overflowed is skipped, and has a gradient of norm 0."""
     if lost is None:
         return numbers
-    changed = {"grad_norm": jnp.where(lost, jnp.inf, numbers["grad_norm"])}
-    if mode == "skip":
-        changed["good"] = jnp.where(lost, 0.0, numbers["good"])
-    return numbers | changed
+    return numbers | {"good": jnp.where(lost, 0.0, numbers.get("good", jnp.float32(1)))}

@@ -171,52 +171,6 @@ def noting_where(f: Callable[..., Any], stage: str) -> Callable[..., Any]:
     return call
 
 
-def claimed_length(source: Any) -> int | None:
-    try:
-        return len(source)
-    except TypeError:  # has none; torch's DataLoader has __len__ and raises this
-        return None
-
-
-def stream_of(source: Any, stage: str) -> Callable[[int, int], Iterator[Any]]:
-    once = [source] if hasattr(source, "__next__") else None
-    had_items = False
-
-    def loader() -> Any:
-        if once is None:
-            return source if hasattr(source, "__iter__") else source()
-        try:
-            return once.pop()  # atomic: of two threads one gets it
-        except IndexError:
-            raise RuntimeError(
-                f"{stage} is used up: an iterator can be iterated once. Pass a list, Data.from_items(list(iterator)), "
-                "or a function that makes a fresh one, Data.from_iterable(lambda: make_iterator())."
-            ) from None
-
-    def open(epoch: int, start: int) -> Iterator[Any]:
-        nonlocal had_items
-        count = 0
-        made = loader()
-        if not hasattr(made, "__iter__"):
-            raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
-        try:
-            # Not `yield from`, which would close the user's own generator together with this one.
-            for item in made:
-                had_items, count = True, count + 1
-                if count > start:
-                    yield item
-        except Exception as error:
-            error.add_note(f"In the data pipeline's {stage}, item {count} (counted from 0).")
-            raise
-        if had_items and not count:
-            raise RuntimeError(
-                f"{stage} came out empty, though it had items in an earlier pass: it hands out the same used-up "
-                "iterator again. Pass a function that makes a fresh one, Data.from_iterable(lambda: make_iterator())."
-            )
-
-    return open
-
-
 def rows_of(where: str, arrays: Any) -> tuple[int, Callable[[Any], Any]]:
     """The length of a tree of arrays along axis 0, and the function from an index, slice or index array to its rows."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(arrays)
@@ -307,9 +261,11 @@ def _as_numbers(path: Any, k: int, leaf: Any) -> Any:
     is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     array = None if is_key else np.asarray(leaf)
     if array is None or array.dtype.kind not in "biufcV" or array.dtype.fields is not None:
+        is_of_objects = isinstance(leaf, np.ndarray) and leaf.dtype == object
         raise TypeError(
             f"Data.stack expected numbers and arrays of numbers, received {tree.describe(leaf)}{_at(path)} of item "
-            f"{k}. Leave it out, data.map(f), or collate the items with map_batch(n, f)."
+            f"{k}. {'Pad its parts to one shape' if is_of_objects else 'Leave it out'}, data.map(f), or collate the "
+            "items with map_batch(n, f)."
         )
     return array
 

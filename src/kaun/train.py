@@ -100,7 +100,8 @@ class Trainer(Generic[In, Out]):
         microbatches.check(self.microbatches)
         object.__setattr__(self, "_policy", precision.parsed(self.precision))
         object.__setattr__(self, "_expected", Expected(self.model, self._policy))
-        object.__setattr__(self, "_programs", Programs(self._advance, self._forward))
+        programs = Programs(self._advance, self._forward, raises=self.on_nonfinite == "raise")
+        object.__setattr__(self, "_programs", programs)
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
@@ -201,7 +202,7 @@ class Trainer(Generic[In, Out]):
         with resume.begun(checkpoints, state, data, report) as run:
             if run.finished:
                 return run.take()
-            key, now = state.key, lambda: _state(loop.carry(), key, loop.failed)
+            key, now = state.key, lambda: _state(loop.carry(), key)
             del state  # where the caller does not hold it either, its memory is free once it is copied
             hook, loop = self._begin(run, report, as_context(ctx))
             step, most = run.done, lambda left: run.ahead(step, hook.ahead(step, min(left, loop.room)))
@@ -312,17 +313,15 @@ class Trainer(Generic[In, Out]):
             params, after = optimizer.update(self.optimizer, gradient, optimizer_state, vars.params, value, loss_of)
             return vars.replace(params=params, state=layer_state), after
 
-        step = step + (~fault[0]).astype(jnp.int32)
+        step = step + (1 if fault is None else (~fault).astype(jnp.int32))
         shown, change, lost = scaling.watched(opt_state, value, gradient, update, vars)
         after, numbers, fault = guard.guarded(self.on_nonfinite, value, shown, change, (vars, opt_state), fault)
-        numbers = scaling.told(numbers, lost, self.on_nonfinite) | optimizer.rates(after[1]) | scalars
+        numbers = scaling.told(numbers, lost) | optimizer.rates(after[1]) | scalars
         return value, numbers, (parts.joined(after[0]), after[1], step), fault
 
     def _begin(self, run: Run, report: Report | None, ctx: Context | None) -> tuple[Hook, Loop]:
         state = run.take()
-        hook = Hook(
-            report, run.total, run.done, state.step, self.on_nonfinite == "skip", run.again, run.signals.heard
-        )  # fmt: skip
+        hook = Hook(report, run.total, run.done, state.step, self.on_nonfinite, run.again, run.signals.heard)
         trained = freezing.trained(self.trainable, state.vars.params)
         failure = functools.partial(guard.failure, jax.tree_util.tree_structure(trained))
         failed = failure if self.on_nonfinite == "raise" else None
@@ -344,13 +343,12 @@ def lowered(trainer: Trainer[Any, Any], state: TrainState, call: Call) -> Any:
     """A training step of a trainer as it goes to the compiler; the state may be shapes and dtypes."""
     leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
     body = trainer._programs.body(structure, leaves, state.key, call, True)  # pyright: ignore[reportPrivateUsage]
-    return body.step.lower(leaves, state.key, call.leaves, guard.no_fault(len(leaves)))
+    return body.step.lower(leaves, state.key, call.leaves, body.fault)
 
 
-def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array, failed: bool = False) -> TrainState:
+def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
     vars, opt_state, step = carry
-    # A step that went wrong changes nothing but its number.
-    return TrainState(vars=vars, opt_state=opt_state, step=step - 1 if failed else step, key=key)
+    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)
 
 
 def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:

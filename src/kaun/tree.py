@@ -79,4 +79,5 @@ def snapshot(value: Any) -> Any:
 def strong(leaf: Any) -> jax.Array:
     """A leaf as a JAX array of its own dtype; a weak type would change in the first step and compile it twice."""
     array = jnp.asarray(snapshot(leaf))
-    return jax.lax.convert_element_type(array, array.dtype) if array.weak_type else array
+    # A random key has no weak type to ask for.
+    return jax.lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array

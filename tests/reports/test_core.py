@@ -1,6 +1,10 @@
 """every, all_of, each_epoch under the report protocol, driven as ``fit`` drives a report."""
 
+import contextlib
 import functools
+import gc
+import math
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -535,3 +539,117 @@ def test_reports_shared_by_a_fit_inside_a_fit(trainer, start, batches):
     trainer.fit(start, batches.take(3), report=both)
     assert log == [1, 2, 1, 2, 3, 4, 5, 3]
     assert len(history) == 8
+
+
+class Thinned(Full):
+    """A report that takes some steps of a block, and notes which blocks it is told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def thinned(self, first_step, values, n):
+        self.told.append((first_step, len(values["loss"]), n))
+
+
+@SETTINGS
+@given(LOSSES, AHEAD, st.integers(1, 6), st.integers(1, 6))
+def test_every_tells_what_can_be_thinned_of_whole_blocks_and_the_period(losses, ahead, m, n):
+    once, twice, plain, inside = Thinned(), Thinned(), Thinned(), Thinned()
+    parts = [reports.every(n, once), reports.every(m, reports.every(n, twice)), plain, reports.every(m, reports.all_of(inside))]
+    drive(reports.all_of(*parts), losses, ahead=ahead)
+    for report, period in ((once, n), (twice, math.lcm(m, n)), (inside, m)):
+        assert report.losses == [] and {told[2] for told in report.told} == {period}
+        assert [s for first, count, _ in report.told for s in range(first, first + count)] == list(range(1, len(losses) + 1))
+    assert plain.told == [] and plain.losses == np.array(losses, np.float32).tolist()
+
+
+class Adding:
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def __call__(self, step, loss, state):
+        pass
+
+    def adds(self, first_step, values):
+        assert set(values) == {"loss"}, "each sees what fit gave"
+        return {self.name: np.full(len(values["loss"]), self.value) * first_step}
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_what_one_adds_is_in_the_blocks_of_all_wherever_it_stands(place):
+    seen = []
+
+    class Seeing(Full):
+        def block(self, first_step, values):
+            seen.append({name: array.tolist() for name, array in values.items()})
+
+    parts = [Seeing(), reports.every(5, Seeing()), reports.all_of(reports.every(3, Adding("a", 2.0)), Adding("b", 1.0))]
+    parts.insert(place, Adding("b", 7.0))
+    given_values = {"loss": np.array([0.5, 0.25], np.float32)}
+    reports.all_of(*parts).block(3, given_values)
+    last = 1.0 if place < 3 else 7.0
+    assert seen == [{"loss": [0.5, 0.25], "a": [6.0, 6.0], "b": [last * 3] * 2}] * 2
+    assert list(given_values) == ["loss"]
+    assert not hasattr(reports.all_of(Adding("a", 1.0)), "block")
+
+
+class Judging(Observing):
+    def judge(self, step, values, state):
+        self.seen.append((step, dict(values), state))
+        if step == self.stop:
+            raise EarlyStop(self.name)
+
+    def observe(self, step, values):
+        raise AssertionError("it judges")
+
+
+@pytest.mark.parametrize("shape", ["flat", "left", "right", "each"])
+def test_who_judges_gets_the_state_too_and_may_stop(shape):
+    judging, observing = Judging(stop=6), Observing()
+    even = Measuring("even", wanted=lambda step: step % 2 == 0)
+    assert drive(nested([judging, even, observing], shape), [0.5] * 9) == 6
+    assert judging.seen == [(s, {"even": float(s)}, f"state {s}") for s in (2, 4, 6)]
+    assert [s for s, _, _ in observing.seen] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("shape", ["flat", "left", "right", "each"])
+def test_all_know_ahead_of_the_first_step_what_is_measured(shape):
+    class Knowing(Full):
+        def beside(self, measured):
+            self.log.append(("full", "beside", sorted(measured)))
+
+    knowing = Knowing()
+    drive(nested([Measuring("a"), knowing, Measuring("b")], shape), [0.5])
+    assert knowing.log[:2] == [("full", "beside", ["a", "b"]), ("full", "begin", 1, None)]
+
+
+def test_a_stop_leaves_no_cycle_that_keeps_the_state():
+    class State:
+        pass
+
+    def state_of(report):
+        state = State()
+        report.begin(1, None)
+        assert report.wants(1)
+        with contextlib.suppress(EarlyStop):
+            report(1, 0.5, state)
+            raise AssertionError("it stops")
+        return weakref.ref(state)
+
+    gc.disable()
+    try:
+        assert state_of(reports.all_of(stop_at(1), note([], "f")))() is None
+        assert state_of(reports.all_of(Judging(stop=1, wanted=lambda step: False), reports.all_of(Plain("a"))))() is None
+    finally:
+        gc.enable()
+
+
+class Plain:
+    """It measures, and keeps nothing."""
+
+    def __init__(self, name):
+        self.measures = [name]
+
+    def __call__(self, step, loss, state):
+        return {self.measures[0]: 0.5}

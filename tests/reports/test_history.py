@@ -272,3 +272,41 @@ def test_fit_records_every_loss_bit_for_bit_without_calling():
     with pytest.raises(OSError, match="no more data"):
         trainer.fit(start, failing(), report=history)
     assert history.losses.tolist() == each[:70]
+
+
+@SETTINGS
+@given(st.lists(st.floats(width=32), max_size=40), st.integers(0, 40), st.sampled_from([1, 1001]))
+def test_a_resumed_history_is_that_of_the_run_that_went_through(losses, cut, start):
+    def told(history, first, last):
+        losses_now = np.asarray(losses[first - 1 : last], np.float32)
+        if losses_now.size:
+            history.block(first, {"loss": losses_now, "step": np.arange(first, last + 1) + start - 1})
+        if first <= last and last % 3 == 0:
+            history.observe(last, {"a": float(last), "b": float("nan")})
+
+    whole, before, cut = reports.history(), reports.history(), min(cut, len(losses))
+    for first, last in ((1, cut), (cut + 1, len(losses))):
+        told(whole, first, last)
+    told(before, 1, cut)
+    kept = before.snapshot()
+    again = reports.history()
+    again.restore(kept)
+    if cut % 3 == 0 and cut:
+        again.observe(cut, {"a": float(cut), "b": float("nan")})  # interrupted there, and told again
+    told(again, cut + 1, len(losses))
+    assert again.losses.tobytes() == whole.losses.tobytes()
+    assert again.steps.tolist() == whole.steps.tolist() == list(range(start, start + len(losses)))
+    assert repr(again.results) == repr(whole.results)
+    assert kept["losses"].dtype == np.float32
+
+
+def test_results_are_drawn_below_each_in_its_curve():
+    results = [(5, {"accuracy": 0.5, "mse": 3.0}), (10, {"accuracy": float("nan"), "mse": 2.0}), (12, {"f1": 0.25})]
+    results += [(13, {"d": 1.0, "z": float("nan")})]
+    figure = MODULE._figure(np.arange(1, 21), np.linspace(2, 1, 20), 5, results)
+    above, *below = figure.axes
+    assert above.get_ylabel() == "loss"
+    assert [axes.get_title() for axes in below] == ["accuracy", "d", "f1", "mse", "z"]
+    points = {axes.get_title(): list(zip(*axes.lines[0].get_data(), strict=True)) for axes in below}
+    assert points == {"accuracy": [(5, 0.5)], "d": [(13, 1.0)], "f1": [(12, 0.25)], "mse": [(5, 3.0), (10, 2.0)], "z": []}
+    assert tuple(figure.get_size_inches()) == (8.0, 4.5 + 2 * 1.8)

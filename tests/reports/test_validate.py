@@ -163,3 +163,18 @@ def test_errors(made, data, change, error, match):
     arguments = {"trainer": made[0], "data": data, "metrics": ON, "each": 1, **change}
     with pytest.raises(error, match=match):
         reports.validate(**arguments)
+
+
+def test_results_are_numbered_by_the_state_and_go_on_after_a_restart(made, data):
+    trainer, start = made
+    train = data.with_loss(losses.cross_entropy_sparse)
+    validation, history = reports.validate(trainer, data, ON, each=train), reports.history()
+    middle = trainer.fit(start, train.epochs(2), report=validation)
+    again = reports.validate(trainer, data, ON, each=train)
+    again.restore(validation.snapshot())
+    assert again.results == validation.results
+    trainer.fit(middle, train.epochs(1), report=reports.all_of(again, history))
+    assert [step for step, _ in again.results] == [5, 10, 15]
+    state = middle.replace(step=middle.step + 0)
+    again(5, 0.5, state.replace(step=jnp.int32(15)))  # interrupted there, and called again
+    assert [step for step, _ in again.results] == [5, 10, 15]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kaun.checkpoint import format as one
-from kaun.checkpoint.directory import Found, scan
+from kaun.checkpoint.directory import Found, named_as_one, scan
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
 
@@ -29,8 +29,8 @@ def main(given: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=help).add_argument("path", type=Path, metavar="PATH")
     options = parser.parse_args(given)
     disk, path = Disk(), options.path
-    # A folder of one checkpoint, or a directory of them.
-    found = [f for f in scan(disk, path.absolute().parent) if f.path.name == path.absolute().name] or scan(disk, path)
+    single = named_as_one(path.absolute())
+    found = [single] if single and path.is_dir() else scan(disk, path)
     if not found:
         print(f"no checkpoint in {str(path)!r}", file=sys.stderr)
         return 1

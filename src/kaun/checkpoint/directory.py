@@ -16,7 +16,7 @@ from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
-__all__ = ["Directory", "Found", "all_damaged", "of_other_leaves", "scan"]
+__all__ = ["Directory", "Found", "all_damaged", "named_as_one", "of_other_leaves", "scan"]
 
 _RESUME = ("auto", "must", "never")
 _ACCEPT = ("data", "key", "program", "reports")
@@ -192,8 +192,14 @@ def scan(disk: Disk, path: Path) -> list[Found]:
         entries = disk.entries(path)
     except FileNotFoundError:
         return []
-    names = [(entry.name, _STEP.fullmatch(entry.name)) for entry in entries if not entry.is_file]
-    return sorted((Found(int(m[1]), int(m[2] or 0), path / name) for name, m in names if m), reverse=True)
+    named = [named_as_one(path / entry.name) for entry in entries if not entry.is_file]
+    return sorted(filter(None, named), reverse=True)
+
+
+def named_as_one(path: Path) -> Found | None:
+    """What a path's last name says of a checkpoint; None where it is not the name of one."""
+    match = _STEP.fullmatch(path.name)
+    return Found(int(match[1]), int(match[2] or 0), path) if match else None
 
 
 def all_damaged(directory: Directory, bad: list[str]) -> ValueError:

@@ -19,7 +19,19 @@ from safetensors.numpy import save_file
 from kaun.checkpoint.layout import DTYPES
 from kaun.tree import describe, difference, flatten, is_array
 
-__all__ = ["STORED", "WIDER", "check_template", "decode", "encode", "listing", "load", "mismatches", "restore", "save"]
+__all__ = [
+    "STORED",
+    "WIDER",
+    "check_template",
+    "decode",
+    "encode",
+    "is_key",
+    "listing",
+    "load",
+    "mismatches",
+    "restore",
+    "save",
+]
 
 T = TypeVar("T")
 
@@ -144,7 +156,7 @@ def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
             "float. Take it out of the tree, or make arrays of it."
         )
     try:
-        if _is_key(leaf):
+        if is_key(leaf):
             return np.asarray(jax.random.key_data(leaf)), f"key {jax.random.key_impl(leaf)}"
         # safetensors writes an array's raw buffer whatever its strides. (np.ascontiguousarray would give 0-d an axis.)
         array = np.asarray(leaf, order="C")
@@ -163,7 +175,8 @@ def _leaf(name: str) -> str:
     return f"leaf {name!r}" if name else "the tree itself"
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys."""
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 

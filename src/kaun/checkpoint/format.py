@@ -8,7 +8,7 @@ import hashlib
 import queue
 import re
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -64,31 +64,39 @@ class Manifest(NamedTuple):
 
 
 class _Digest:
-    """SHA-256 on a thread of its own: hashing lets go of the interpreter, so it runs beside reading and writing."""
+    """The SHA-256 of what is read or written, on a thread of its own: hashing lets go of the interpreter meanwhile."""
 
-    def __init__(self, waiting: int = 0) -> None:
+    def __init__(self, size: int, waiting: int = 0) -> None:
         self._hash = hashlib.sha256()
         self._queue: queue.Queue[memoryview | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._run, name="kaun-sha256", daemon=True)
-        self._thread.start()
+        # Of less than this a thread takes longer to start than to do the work.
+        self._apart = size > _PIECE
+        if self._apart:
+            self._thread.start()
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
             self._hash.update(data)
 
     def update(self, data: memoryview) -> None:
-        self._queue.put(data)
+        if self._apart:
+            self._queue.put(data)
+        else:
+            self._hash.update(data)
 
     def finish(self) -> str:
-        self._queue.put(None)
-        self._thread.join()
+        if self._apart:
+            self._queue.put(None)
+            self._thread.join()
         return self._hash.hexdigest()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._queue.put(None)
+        if self._thread.is_alive():
+            self._queue.put(None)
 
 
 class _Packed:
@@ -109,16 +117,17 @@ class _Packed:
             at += raw.size
 
     def write(self, disk: Disk, path: Path) -> Record:
+        size = len(self.header) + self.data.size
         pieces = [memoryview(self.header)]
         pieces += [self.data[at : at + _PIECE].data for at in range(0, self.data.size, _PIECE)]
         file = disk.create(path)
         try:
-            with _Digest() as digest:
+            with _Digest(size) as digest:
                 for piece in pieces:
                     digest.update(piece)
                     disk.write(file, piece)
                 disk.sync(file)
-                return Record(len(self.header) + self.data.size, digest.finish())
+                return Record(size, digest.finish())
         finally:
             disk.close(file)
 
@@ -189,7 +198,7 @@ class _Source:
         self._disk, self._record = disk, record
         self._file, size = disk.open(path)
         self.left = size
-        self._digest = _Digest(waiting=8)
+        self._digest = _Digest(size, waiting=8)
 
     def __enter__(self) -> Self:
         if self.left != self._record.size:
@@ -339,7 +348,9 @@ def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
     reports = dict(manifest.reports)
     if REPORTS in manifest.files:
         with _reading(REPORTS), _Source(disk, folder / REPORTS, manifest.files[REPORTS]) as source:
-            held = [(place, source.array(place)) for place in source.places()]
+            places = source.places()
+            _check(places, _keys(wanted))
+            held = [(place, source.array(place)) for place in places]
             source.finish()
             reports |= {place.name: files.decode(place.name, array, place.kind) for place, array in held}
     return Saved(step, state, reports, manifest.facts)
@@ -349,6 +360,7 @@ def _state(disk: Disk, path: Path, record: Record, wanted: Mapping[str, Any]) ->
     """The leaves of a state's file, or a listing of those that are not as wanted."""
     with _Source(disk, path, record) as source:
         places = source.places()
+        _check(places, _keys(wanted))
         found = {place.name: _shape(place) for place in places}
         lines, too_wide = files.mismatches(wanted, found)
         if lines:
@@ -359,15 +371,30 @@ def _state(disk: Disk, path: Path, record: Record, wanted: Mapping[str, Any]) ->
     return {p.name: files.decode(p.name, array, p.kind) for p, array in zip(places, arrays, strict=True)}, ""
 
 
+def _keys(wanted: Mapping[str, Any]) -> dict[str, int]:
+    """The kinds of keys that may be read, and how many words each has: JAX's own, and those of the template."""
+    keys = [leaf for leaf in wanted.values() if isinstance(leaf, jax.Array) and files.is_key(leaf)]
+    words = {"key threefry2x32": 2, "key rbg": 4, "key unsafe_rbg": 4}
+    return words | {f"key {jax.random.key_impl(key)}": jax.random.key_data(key).shape[-1] for key in keys}
+
+
+def _check(places: Sequence[layout.Place], keys: Mapping[str, int]) -> None:
+    """Raises ValueError for an array that is not what its mark says; no other name of a file reaches JAX."""
+    for place in places:
+        stored = files.STORED.get(place.kind or "")
+        if place.kind is None or (stored == place.dtype and place.shape == ()):
+            continue
+        if place.dtype != np.uint32 or place.shape[-1:] != (keys.get(place.kind),):
+            what = f"{place.dtype.name}{list(place.shape)}"
+            raise ValueError(f"leaf {place.name[:80]!r} is marked as {place.kind[:80]!r} and holds {what}")
+
+
 def _shape(place: layout.Place) -> Any:
     """What ``decode`` will make of an array, without its numbers."""
     plain = jax.ShapeDtypeStruct(place.shape, place.dtype)
     kind = place.kind
     if kind is None:
         return plain
-    if kind.startswith("key "):
-        try:
-            return jax.eval_shape(lambda a: jax.random.wrap_key_data(a, impl=kind.removeprefix("key ")), plain)
-        except TypeError as err:
-            raise ValueError(f"{place.name!r} is marked as {kind!r} and is not one: {err}") from err
-    return files.decode(place.name, np.zeros(place.shape, place.dtype), kind)
+    if kind in files.STORED:
+        return files.decode(place.name, np.zeros((), place.dtype), kind)
+    return jax.eval_shape(lambda words: jax.random.wrap_key_data(words, impl=kind.removeprefix("key ")), plain)

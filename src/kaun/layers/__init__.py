@@ -19,6 +19,7 @@ from kaun.layers.core import residual as residual
 from kaun.layers.core import sequential as sequential
 from kaun.layers.dropout import dropout as dropout
 from kaun.layers.embedding import embedding as embedding
+from kaun.layers.function import from_function as from_function
 from kaun.layers.linear import linear as linear
 from kaun.layers.norm import batch_norm as batch_norm
 from kaun.layers.norm import group_norm as group_norm

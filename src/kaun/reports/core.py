@@ -254,19 +254,16 @@ class _AllOf:
                 if values is not None and names_of(report, "measures"):
                     measured.append((report, _named(values, report)))
             except EarlyStop as err:
-                stops.append(err)
+                stops.append(err.with_traceback(None))
         for report, values in measured:
             stops += _observed(step, values, [other for other in self.reports if other is not report], state)
-        if stops:
-            raise stops[0]
+        _raise_first(stops)
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:
-        if stops := _observed(step, values, self.reports, None):
-            raise stops[0]
+        _raise_first(_observed(step, values, self.reports, None))
 
     def judge(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
-        if stops := _observed(step, values, self.reports, state):
-            raise stops[0]
+        _raise_first(_observed(step, values, self.reports, state))
 
     def begin(self, first_step: int, total: int | None) -> None:
         self._wanted.append({})
@@ -317,8 +314,17 @@ def _observed(
             else:
                 _tell(report, "observe", step, values)
         except EarlyStop as err:
-            stops.append(err)
+            stops.append(err.with_traceback(None))
     return stops
+
+
+def _raise_first(stops: list[EarlyStop]) -> None:
+    try:
+        if stops:
+            raise stops[0]
+    finally:
+        # A cycle of an exception and its frames would keep the state in these frames, and fit would copy it.
+        stops.clear()
 
 
 def _wants(report: Report, step: int) -> bool:

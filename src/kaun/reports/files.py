@@ -9,8 +9,8 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from kaun.reports.rows import Log, Row, encoded
 
@@ -209,7 +209,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
         self._named = True  # whether its folder knows it for good
 
     @contextlib.contextmanager
@@ -225,14 +225,18 @@ class _File:
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._named = self.path.exists()
-        self._file = self.path.open("r+b" if self._named else "xb")
+        self._file = self.path.open("r+b" if self._named else "xb", buffering=0)
         self._file.truncate(size)
         self._file.seek(size)
 
     def append(self, text: str) -> None:
-        if self._file is not None and text:
-            self._file.write(text.encode())
-            self._file.flush()
+        left = memoryview(text.encode())
+        try:
+            while self._file is not None and left:
+                left = left[self._file.write(left) :]
+        except BaseException:
+            self.close()  # a line may be torn now, and must be the last
+            raise
 
     def replace(self, parts: Iterable[bytes]) -> None:
         """Put a file of these parts in its place, as a whole."""

@@ -15,16 +15,17 @@ from kaun.train import Report, TrainState
 
 __all__ = ["learning_rate"]
 
-FEWEST = 64  # steps that are evaluated at once: each count would be a program of its own
+CHUNK = 4096  # counts that are evaluated at once
 
 
 def learning_rate(schedule: Callable[[Any], Any]) -> Report:
     """The report that gives the other reports of one ``all_of`` the learning rate of each step, ``"learning_rate"``.
 
     It is the schedule at the number of updates made before the step: 0 at the first step of a state's life, and a step
-    that was skipped (``values["skipped"]``) made none. It is evaluated on the host's CPU device, for whole blocks of
-    steps, and does not make ``fit`` wait. It needs no place in front of the others, and replaces a learning rate that
-    ``fit`` knows itself (of ``optax.inject_hyperparams``). By itself it does nothing.
+    that was skipped (``values["skipped"]``) made none. It is evaluated on JAX's CPU device for 4096 counts at once,
+    well ahead of the steps, so that ``fit`` never waits for it but at its first block. It needs no place in front of
+    the others, and replaces a learning rate that ``fit`` knows itself (of ``optax.inject_hyperparams``). By itself it
+    does nothing.
 
     Arguments:
         schedule: the function of the count that the optimizer has; any of optax's.
@@ -65,6 +66,7 @@ class _LearningRate:
         self.__name__ = "learning_rate"
         self._schedule, self._device = schedule, device
         self._rates = jax.jit(jax.vmap(self._rate))
+        self._chunks: dict[int, Any] = {}
         self._skipped = 0  # in the state's life up to now
 
     def wants(self, step: int) -> bool:
@@ -81,11 +83,10 @@ class _LearningRate:
         skipped = values.get("skipped", np.zeros(count, bool)).astype(np.int64)
         before = np.arange(first - 1, first - 1 + count) - self._skipped - (np.cumsum(skipped) - skipped)
         self._skipped += int(skipped.sum())
-        room = FEWEST
-        while room < count:
-            room *= 4
-        padded = np.pad(before, (0, room - count), mode="edge").astype(np.int32)
-        return {"learning_rate": np.asarray(self._rates(jax.device_put(padded, self._device)))[:count]}
+        return {"learning_rate": self._at(before)}
+
+    def begin(self, first_step: int, total: int | None) -> None:
+        self._ahead((first_step - 1) // CHUNK)  # most states begin with step 1 of a fit
 
     def snapshot(self) -> dict[str, Any]:
         return {"skipped": self._skipped}
@@ -93,8 +94,27 @@ class _LearningRate:
     def restore(self, values: Mapping[str, Any]) -> None:
         (self._skipped,) = keeping.saved(self, values, "skipped")
 
+    def _at(self, counts: np.ndarray) -> np.ndarray:
+        rates = np.empty(len(counts), np.float32)
+        for index in np.unique(counts // CHUNK).tolist():
+            self._ahead(index)
+            # The device works in order: steps that were dispatched after this chunk, and are done, prove it done.
+            chunk = self._chunks[index] = np.asarray(self._chunks[index])
+            self._ahead(index + 1)
+            within = counts // CHUNK == index
+            rates[within] = chunk[counts[within] % CHUNK]
+        self._chunks = {index: chunk for index, chunk in self._chunks.items() if index >= counts[-1] // CHUNK}
+        return rates
+
+    def _ahead(self, index: int) -> None:
+        if index not in self._chunks:
+            counts = np.arange(index * CHUNK, (index + 1) * CHUNK, dtype=np.int32)
+            self._chunks[index] = self._rates(jax.device_put(counts, self._device))
+
     def _rate(self, count: jax.Array) -> jax.Array:
-        rate = jnp.asarray(self._schedule(count))
+        # As the optimizer's updates: some of optax's schedules promote dtypes.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            rate = jnp.asarray(self._schedule(count))
         if rate.shape:
             raise TypeError(
                 f"learning_rate expected a schedule that gives a scalar; {locate(self._schedule)} gave shape "

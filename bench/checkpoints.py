@@ -1,0 +1,124 @@
+"""Seconds of saving and restoring an Adam state, beside Orbax's standard checkpointer: ``python -m bench.checkpoints``.
+
+Both run in one process, in turns, with a new folder each time; what is printed is the median, and the median of the
+ratios within a round. kaun's restore is verified: every byte is hashed. ``blocked`` is the part of a save after which
+training goes on.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kaun import Trainer, checkpoint, layers, rng
+from kaun.checkpoint.store import Store
+
+WHAT = ("blocked", "saved", "restored")
+Times = dict[str, float]
+
+
+def state_of(parameters: int) -> Any:
+    """A state of ten square layers with Adam's two moments, of about so many parameters."""
+    width = round((parameters / 10) ** 0.5)
+    model = layers.sequential([layers.linear(width, width) for _ in range(10)])
+    with rng.scope(0):
+        state = Trainer(model=model, optimizer=optax.adam(1e-3)).init(dtype=jnp.float32)
+    noise = lambda a: jnp.asarray(np.random.default_rng(a.size).standard_normal(a.shape, np.float32))
+    moments = jax.tree.map(lambda a: noise(a) if a.ndim else a, state.opt_state)
+    return jax.block_until_ready(state.replace(opt_state=moments))
+
+
+def by_kaun(state: Any, folder: Path) -> Times:
+    with Store.open(checkpoint.Directory(folder)) as store:
+        start = time.perf_counter()
+        store.save(1, state, {}, {})
+        blocked = time.perf_counter() - start
+        store.join()
+        saved = time.perf_counter() - start
+        start = time.perf_counter()
+        found = jax.block_until_ready(store.newest(state).state)
+        restored = time.perf_counter() - start
+    must_be_equal(plain(state), plain(found))
+    return {"blocked": blocked, "saved": saved, "restored": restored}
+
+
+def by_orbax(state: Any, folder: Path) -> Times:
+    import orbax.checkpoint as ocp
+
+    tree = plain(state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        start = time.perf_counter()
+        checkpointer.save(folder / "1", tree)
+        blocked = time.perf_counter() - start
+        checkpointer.wait_until_finished()
+        saved = time.perf_counter() - start
+        start = time.perf_counter()
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+        found = jax.block_until_ready(checkpointer.restore(folder / "1", like))
+        restored = time.perf_counter() - start
+    must_be_equal(tree, found)
+    return {"blocked": blocked, "saved": saved, "restored": restored}
+
+
+def plain(state: Any) -> dict[str, Any]:
+    """A state without the containers and the key that only kaun knows."""
+    key = jax.random.key_data(state.key)
+    return {"params": state.vars.params, "opt_state": state.opt_state, "step": state.step, "key": key}
+
+
+def must_be_equal(a: Any, b: Any) -> None:
+    if not all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)):
+        raise SystemExit("what came back is not what was saved")
+
+
+def measure(runners: dict[str, Callable[[Any, Path], Times]], parameters: int, rounds: int) -> dict[str, list[Times]]:
+    """The times of each runner in each round; one round before them is not counted."""
+    state = state_of(parameters)
+    found: dict[str, list[Times]] = {name: [] for name in runners}
+    for number in range(rounds + 1):
+        for name in sorted(runners, reverse=number % 2 == 1):
+            folder = Path(tempfile.mkdtemp()).resolve()
+            times = runners[name](state, folder)
+            shutil.rmtree(folder)
+            if number:
+                found[name].append(times)
+    return found
+
+
+def table(found: dict[str, list[Times]]) -> list[str]:
+    """Medians in seconds, and of the ratios to kaun within a round."""
+    lines = [f"{'':10}" + "".join(f"{what:>22}" for what in WHAT)]
+    for name, rounds in found.items():
+        line = f"{name:10}"
+        for what in WHAT:
+            ratio = statistics.median(a[what] / b[what] for a, b in zip(rounds, found["kaun"], strict=True))
+            line += f"{statistics.median(times[what] for times in rounds):12.3f} s ({ratio:.2f}x)".rjust(22)
+        lines.append(line)
+    return lines
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.checkpoints", description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args(given)
+    runners: dict[str, Callable[[Any, Path], Times]] = {"kaun": by_kaun}
+    if importlib.util.find_spec("orbax") is None:
+        print("orbax: skipped, orbax-checkpoint is not installed")
+    else:
+        runners["orbax"] = by_orbax
+    print("\n".join(table(measure(runners, options.parameters, options.rounds))))
+
+
+if __name__ == "__main__":
+    main()

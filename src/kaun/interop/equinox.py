@@ -1,0 +1,231 @@
+"""Equinox modules as layers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+
+from kaun import rng, tree
+from kaun.context import Context
+from kaun.interop.parts import Keywords, cast_floats, nested, package, pick, taken, threaded
+from kaun.layers.checks import here
+from kaun.layers.core import Layer, Vars
+
+__all__ = ["equinox"]
+
+Path = tuple[Any, ...]
+
+
+def equinox(
+    module: Any,
+    state: Any = None,
+    *,
+    axis_name: Hashable = "batch",
+    vmap: bool = True,
+    method: Any = None,
+) -> Layer[Any, Any]:
+    """The layer of an Equinox module, which starts from the module's own values.
+
+    Params are what Equinox differentiates, floating arrays, by the module's attributes:
+    ``params["layers"][0]["weight"]``. State is all other arrays, which stay as they are, and what an ``eqx.nn.State``
+    holds, by the path of its ``StateIndex``. Fields and leaves that are no JAX arrays are static. ``init(dtype=...)``
+    casts all floating arrays to its dtype, as ``eqx.nn.BatchNorm(dtype=...)`` does.
+
+    An Equinox module takes one example, so it is vmapped over axis 0 of ``x``: the axis is ``axis_name``, which an
+    ``eqx.nn.BatchNorm`` wants to know, and ``key`` is split among the examples. In training the module runs as it was
+    given, in evaluation as ``eqx.nn.inference_mode(module)``. ``key`` comes from kaun's scope; in evaluation it is left
+    out where it has a default.
+
+    Other keyword arguments of its call get the switch (``training``, ``train``, ``is_training``, ``deterministic``,
+    ``use_running_average``, ``inference``) or the value of that name in the Context: scalars are shared, other arrays
+    are split along axis 0 like ``x``.
+
+    Arguments:
+        module: an ``eqx.Module``, or any pytree that can be called.
+        state: its ``eqx.nn.State``, where ``eqx.nn.make_with_state`` made both.
+        axis_name: the name of the batch axis, default ``"batch"``.
+        vmap: False hands the whole of ``x`` to the module.
+        method: what to call in place of the module, a method's name or a function of module and input.
+
+    Raises:
+        ImportError: when equinox is not installed.
+        TypeError: when ``module`` cannot be called, or ``state`` is no ``eqx.nn.State``.
+        ValueError: when the module's state is missing; applied, for an ``x`` without a batch axis.
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp
+    >>> from kaun import interop
+    >>> class MLP(eqx.Module):
+    ...     linear: eqx.nn.Linear
+    ...     norm: eqx.nn.BatchNorm
+    ...     def __init__(self, key):
+    ...         self.linear = eqx.nn.Linear(2, 3, key=key)
+    ...         self.norm = eqx.nn.BatchNorm(3, "batch", mode="batch")
+    ...     def __call__(self, x, state):
+    ...         x, state = self.norm(self.linear(x), state)
+    ...         return jax.nn.relu(x), state
+    >>> model = interop.equinox(*eqx.nn.make_with_state(MLP)(jax.random.key(0)))
+    >>> variables = model.init(dtype=jnp.float32)
+    >>> sorted(variables.params["linear"]), sorted(variables.state["norm"])
+    (['bias', 'weight'], ['batch_counter', 'batch_state_index'])
+    >>> y, after = model.apply(variables, jnp.ones((4, 2)), training=True)
+    >>> y.shape, int(after.state["norm"]["batch_counter"])
+    ((4, 3), 1)
+    """
+    eqx = package("equinox", "equinox", "equinox")
+    adapter = _Adapter(eqx, module, state, taken(method, "equinox"), axis_name if vmap else None, vmap)
+    return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
+
+
+class _Adapter:
+    """A module taken apart: its structure, its leaves, and the paths of those that are arrays."""
+
+    def __init__(self, eqx: Any, module: Any, state: Any, method: Any, axis_name: Any, vmap: bool) -> None:
+        _check(eqx, module, state)
+        self.eqx, self.name = eqx, f"equinox({type(module).__name__})"
+        self.method, self.axis_name, self.vmap = method, axis_name, vmap
+        call = method if callable(method) else getattr(module, method or "__call__", None)
+        if call is None:
+            raise TypeError(
+                f"{self.name} has no {method or '__call__'}, so there is nothing to apply. Name the method that is "
+                'the forward pass: interop.equinox(module, method="encode").'
+            )
+        self.keywords = Keywords.of(call, 2 if callable(method) else 1)
+        module, state = _with_state(eqx, module, state)
+        pairs, self.structure = jax.tree_util.tree_flatten_with_path(module)
+        self.leaves = [leaf for _, leaf in pairs]
+        self.arrays = {i: _keys(path) for i, (path, leaf) in enumerate(pairs) if eqx.is_array(leaf)}
+        self.trained = {i for i in self.arrays if eqx.is_inexact_array(self.leaves[i])}
+        self.state_leaves, self.state_structure = jax.tree_util.tree_flatten(state)
+        self.state_paths = _state_paths(eqx, module, self.state_structure)
+        needs = self.keywords.required.get("state")
+        self.stateful = needs is not None and (needs or bool(self.state_leaves))
+        if self.state_leaves and not self.stateful:
+            raise TypeError(
+                f"{self.name} has an eqx.nn.State, and its call takes no argument `state`. Write it as "
+                "__call__(self, x, state) and return (y, state)."
+            )
+
+    def init(self, *, dtype: Any) -> Vars:
+        params = {path: self.leaves[i] for i, path in self.arrays.items() if i in self.trained}
+        kept = {path: self.leaves[i] for i, path in self.arrays.items() if i not in self.trained}
+        kept |= dict(zip(self.state_paths, self.state_leaves, strict=True))
+        return Vars(params=cast_floats(nested(params), dtype), state=cast_floats(nested(kept), dtype), dtype=dtype)
+
+    def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        module, state = self.filled(vars)
+        if not training:
+            module = self.eqx.nn.inference_mode(module)
+        words = self.keywords.values(training=training, ctx=ctx, without=("key", "state"))
+        keyed = "key" in self.keywords.required and (training or self.keywords.required["key"])
+        key = rng.next_key() if keyed else None
+        y, state = self.called(module, state, x, key, words)
+        if not self.stateful:
+            return y, vars
+        fix = "Let the call return the eqx.nn.State that it was given, with the same entries."
+        leaves, structure = jax.tree_util.tree_flatten(state)
+        if structure != self.state_structure:
+            raise ValueError(
+                f"{here(self.name)} expected {self.state_structure} as the state after its call, received {structure}. "
+                + fix
+            )
+        after = {path: pick(vars.state, path) for i, path in self.arrays.items() if i not in self.trained}
+        after |= dict(zip(self.state_paths, leaves, strict=True))
+        return y, vars.replace(state=threaded(self.name, vars.state, nested(after), fix))
+
+    def called(self, module: Any, state: Any, x: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
+        def one(x: Any, state: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
+            if self.stateful:
+                words = {**words, "state": state}
+            if key is not None:
+                words = {**words, "key": key}
+            method: Any = self.method
+            if not callable(method):
+                result: Any = getattr(module, method or "__call__")(x, **words)
+            else:
+                result = method(module, x, **words)
+            return result if self.stateful else (result, None)
+
+        if not self.vmap:
+            return one(x, state, key, words)
+        size = self.size(x)
+        keys = None if key is None else jax.random.split(key, size)
+        axes = jax.tree_util.tree_map(lambda a: 0 if jax.numpy.ndim(a) else None, words)
+        spread = jax.vmap(one, in_axes=(0, None, 0, axes), out_axes=(0, None), axis_name=self.axis_name)
+        return spread(x, state, keys, words)
+
+    def size(self, x: Any) -> int:
+        """The number of examples."""
+        shapes = [jax.numpy.shape(leaf) for leaf in jax.tree_util.tree_leaves(x)]
+        if not shapes or not shapes[0]:
+            raise ValueError(
+                f"{here(self.name)} expected a batch, [batch, ...], received {tree.describe(x)}: it is vmapped over "
+                "axis 0. Add the axis, x[None], or write interop.equinox(module, vmap=False)."
+            )
+        return shapes[0][0]
+
+    def filled(self, vars: Vars) -> tuple[Any, Any]:
+        """The module and its ``eqx.nn.State`` with these values."""
+        leaves = list(self.leaves)
+        for i, path in self.arrays.items():
+            leaves[i] = pick(vars.params if i in self.trained else vars.state, path)
+        state = jax.tree_util.tree_unflatten(self.state_structure, [pick(vars.state, p) for p in self.state_paths])
+        return jax.tree_util.tree_unflatten(self.structure, leaves), state
+
+    def export(self, vars: Vars) -> Any:
+        module, state = self.filled(vars)
+        return (module, state) if self.stateful else module
+
+
+def _keys(path: Any) -> Path:
+    return tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))) for k in path)
+
+
+def _indices(eqx: Any, module: Any) -> dict[Path, Any]:
+    """The ``StateIndex`` at each path."""
+    index = lambda leaf: isinstance(leaf, eqx.nn.StateIndex)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=index)
+    return {_keys(path): leaf for path, leaf in pairs if index(leaf)}
+
+
+def _with_state(eqx: Any, module: Any, state: Any) -> tuple[Any, Any]:
+    """The module without initial states, and its state."""
+    if state is not None:
+        return eqx.nn.delete_init_state(module), state
+    try:
+        state = eqx.nn.State(module)
+    except ValueError:
+        raise ValueError(
+            f"equinox received a {type(module).__name__} whose eqx.nn.State lies apart: eqx.nn.make_with_state returns "
+            f"both. Write interop.equinox(*eqx.nn.make_with_state({type(module).__name__})(key))."
+        ) from None
+    return eqx.nn.delete_init_state(module), state
+
+
+def _state_paths(eqx: Any, module: Any, structure: Any) -> list[Path]:
+    """Where each leaf of an ``eqx.nn.State`` is kept: at its index' place in the module."""
+    numbered = jax.tree_util.tree_unflatten(structure, range(structure.num_leaves))
+    paths: dict[int, Path] = {}
+    for path, index in _indices(eqx, module).items():
+        for inner, number in jax.tree_util.tree_flatten_with_path(numbered.get(index))[0]:
+            paths.setdefault(number, (*path, *_keys(inner)))
+    return [paths.get(number, ("state", number)) for number in range(structure.num_leaves)]
+
+
+def _check(eqx: Any, module: Any, state: Any) -> None:
+    if isinstance(module, tuple):
+        raise TypeError(
+            "equinox expected a module, received a tuple. Where eqx.nn.make_with_state returned module and state, "
+            "write interop.equinox(*eqx.nn.make_with_state(Model)(key))."
+        )
+    if isinstance(module, type):
+        raise TypeError(
+            f"equinox expected a module, received the class {module.__name__}. Make one of it: "
+            f"interop.equinox({module.__name__}(..., key=jax.random.key(0)))."
+        )
+    if state is not None and not isinstance(state, eqx.nn.State):
+        raise TypeError(
+            f"equinox(module, state) expected an eqx.nn.State, received {tree.describe(state)}. Write "
+            "interop.equinox(*eqx.nn.make_with_state(Model)(key))."
+        )

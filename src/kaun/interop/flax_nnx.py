@@ -1,0 +1,173 @@
+"""Flax NNX modules as layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from kaun import rng, tree
+from kaun.context import Context
+from kaun.interop.parts import Keywords, cast_floats, nested, origins, package, pick, taken, threaded
+from kaun.layers.checks import here
+from kaun.layers.core import Layer, Vars
+from kaun.layers.parts import wide
+
+__all__ = ["flax_nnx"]
+
+Path = tuple[Any, ...]
+
+
+def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
+    """The layer of a Flax NNX module, which starts from the module's own values.
+
+    Params are the module's ``nnx.Param``, by their paths: those of ``nnx.to_pure_dict(nnx.state(module, nnx.Param))``,
+    a variable that is shared once. State is every other variable and array (``nnx.BatchStat``, ``nnx.Cache``), except
+    for random streams, which get fresh keys from kaun's scope, and ``nnx.Intermediate``, which is thrown away.
+    ``init(dtype=...)`` casts floating params to its dtype, and floating state to float32 or wider, as Flax keeps it.
+
+    The module is taken apart once, here, and put together only while JAX traces, ``module.train()`` or
+    ``module.eval()`` called on it. Its own object is never changed. What a call assigns to an ``nnx.Param`` is lost:
+    only the optimizer moves params.
+
+    Keyword arguments of its call get the switch (``training``, ``train``, ``is_training``, ``deterministic``,
+    ``use_running_average``, ``inference``), streams (``rngs``), or the value of that name in the Context.
+
+    Arguments:
+        module: an ``nnx.Module``.
+        method: what to call in place of the module, a method's name or a function of module and input.
+
+    Raises:
+        ImportError: when flax is not installed.
+        TypeError: when ``module`` is no NNX module, or cannot be called.
+        ValueError: applied, when the call adds or removes variables.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from kaun import interop
+    >>> class MLP(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.linear = nnx.Linear(2, 3, rngs=rngs)
+    ...         self.norm = nnx.BatchNorm(3, rngs=rngs)
+    ...     def __call__(self, x):
+    ...         return nnx.relu(self.norm(self.linear(x)))
+    >>> model = interop.flax_nnx(MLP(nnx.Rngs(0)))
+    >>> variables = model.init(dtype=jnp.float32)
+    >>> sorted(variables.params["linear"]), sorted(variables.state["norm"])
+    (['bias', 'kernel'], ['mean', 'var'])
+    >>> y, after = model.apply(variables, jnp.ones((4, 2)), training=True)
+    >>> y.shape, bool((after.state["norm"]["mean"] == 0).all())
+    ((4, 3), False)
+    """
+    adapter = _Adapter(package("flax.nnx", "flax_nnx", "flax"), module, taken(method, "flax_nnx"))
+    return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
+
+
+class _Adapter:
+    """A module taken apart: its graph, and a variable (or array) for each path."""
+
+    def __init__(self, nnx: Any, module: Any, method: Any) -> None:
+        _check(nnx, module)
+        self.nnx, self.name = nnx, f"flax_nnx({type(module).__name__})"
+        self.method = method
+        call = getattr(module, method or "__call__", None) if not callable(method) else method
+        if call is None:
+            raise TypeError(
+                f"{self.name} has no {method or '__call__'}, so there is nothing to apply. Name the method that is "
+                'the forward pass: interop.flax_nnx(module, method="encode").'
+            )
+        self.keywords = Keywords.of(call, 2 if callable(method) else 1)
+        self.graph, state = nnx.split(module)
+        # What nnx.split returns are the module's own variables: whoever went on using it would change the layer.
+        flat = nnx.to_flat_state(state)
+        self.made: dict[Path, Any] = {p: v.copy() if isinstance(v, nnx.Variable) else tree.snapshot(v) for p, v in flat}
+        kind = lambda *kinds: [path for path, made in self.made.items() if isinstance(made, kinds)]
+        self.params, self.keys, self.counts = kind(nnx.Param), kind(nnx.RngKey), kind(nnx.RngCount)
+        random = kind(nnx.RngState)
+        self.state = [path for path in self.made if path not in {*self.params, *random}]
+
+    def init(self, *, dtype: Any) -> Vars:
+        part = lambda paths: nested({path: _value(self.nnx, self.made[path]) for path in paths})
+        state = cast_floats(part(self.state), wide(dtype))
+        return Vars(params=cast_floats(part(self.params), dtype), state=state, dtype=dtype)
+
+    def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        asks = "rngs" in self.keywords.required and (training or self.keywords.required["rngs"])
+        named = self.keywords.values(training=training, ctx=ctx, without=("rngs",))
+        if asks:
+            named["rngs"] = self.nnx.Rngs(rng.next_key())
+        key = rng.next_key() if training and self.keys else None
+        y, after = self.call(vars, x, key, training, named)
+        if not training and any(after[path] is not _value(self.nnx, self.made[path]) for path in self.counts):
+            # It draws in evaluation too. Most do not, and must not have to: a key needs an open scope.
+            y, after = self.call(vars, x, rng.next_key(), training, named)
+        state = threaded(
+            self.name, vars.state, nested({path: after[path] for path in self.state}),
+            "Make the variable in __init__, in the shape that the call gives it.",
+        )  # fmt: skip
+        return y, vars.replace(state=state)
+
+    def call(
+        self, vars: Vars, x: Any, key: jax.Array | None, training: bool, named: dict[str, Any]
+    ) -> tuple[Any, dict[Path, Any]]:
+        """The output, and the value of every variable after it."""
+        module = self.merged(vars, key)
+        (module.train if training else module.eval)()
+        if callable(self.method):
+            y = self.method(module, x, **named)
+        else:
+            y = getattr(module, self.method or "__call__")(x, **named)
+        after = dict(self.nnx.to_flat_state(self.nnx.state(module)))
+        self.check_paths(after)
+        return y, {path: _value(self.nnx, after[path]) for path in self.made}
+
+    def merged(self, vars: Vars, key: jax.Array | None = None) -> Any:
+        """The module with these values, each of its random streams on a key of its own."""
+        values = {path: pick(vars.params, path) for path in self.params}
+        values |= {path: pick(vars.state, path) for path in self.state}
+        if key is not None:
+            values |= {path: self.stream(path, jax.random.fold_in(key, i)) for i, path in enumerate(self.keys)}
+        filled = [(path, _filled(self.nnx, made, values[path]) if path in values else made.copy())
+                  for path, made in self.made.items()]  # fmt: skip
+        return self.nnx.merge(self.graph, self.nnx.from_flat_state(filled))
+
+    def stream(self, path: Path, key: jax.Array) -> jax.Array:
+        shape = _value(self.nnx, self.made[path]).shape
+        return jax.random.split(key, shape) if shape else key
+
+    def check_paths(self, after: dict[Path, Any]) -> None:
+        dotted = lambda paths: ", ".join(repr(".".join(map(str, path))) for path in paths)
+        new = [p for p, v in after.items() if p not in self.made and not isinstance(v, self.nnx.Intermediate)]
+        lost = [path for path in self.made if path not in after]
+        if new or lost:
+            what = f"made {dotted(new)}" if new else f"removed {dotted(lost)}"
+            raise ValueError(
+                f"{here(self.name)} {what} in its call, and the next step would not find what this one left. Make all "
+                "variables in __init__; what is only to be looked at is an nnx.Intermediate."
+            )
+
+    def export(self, vars: Vars) -> Any:
+        return self.merged(vars)
+
+
+def _value(nnx: Any, made: Any) -> Any:
+    return made.get_value() if isinstance(made, nnx.Variable) else made
+
+
+def _filled(nnx: Any, made: Any, value: Any) -> Any:
+    return made.replace(value) if isinstance(made, nnx.Variable) else value
+
+
+def _check(nnx: Any, module: Any) -> None:
+    if isinstance(module, nnx.Module):
+        return
+    received = f"received {tree.describe(module)}"
+    fix = "Write interop.flax_nnx(Model(nnx.Rngs(0)))."
+    if isinstance(module, type) and issubclass(module, nnx.Module):
+        received = f"received the class {module.__name__}"
+        fix = f"Make one of it: interop.flax_nnx({module.__name__}(..., rngs=nnx.Rngs(0)))."
+    elif "flax.linen.module" in origins(module):
+        received, fix = f"{received}, a Linen module", "Write interop.linen(module, x)."
+    raise TypeError(f"flax_nnx expected an nnx.Module, {received}. {fix}")
+
+

@@ -1,0 +1,97 @@
+"""Haiku functions as layers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from kaun import rng, tree
+from kaun.context import Context
+from kaun.interop.parts import Keywords, cast_floats, package, plain, threaded, zeros
+from kaun.layers.core import Layer, Vars
+from kaun.layers.parts import wide
+
+__all__ = ["haiku"]
+
+
+def haiku(transformed: Any, sample: Any, *, ctx: Context | None = None) -> Layer[Any, Any]:
+    """The layer of a function that ``hk.transform`` or ``hk.transform_with_state`` made pure.
+
+    Its weights are those of ``transformed.init(rng.next_key(), sample)`` in training mode. Params and state are Haiku's
+    own dicts, of module names and then of parameters: ``params["linear"]["w"]``. ``init(dtype=...)`` casts floating
+    params to its dtype, and floating state to float32 or wider.
+
+    In training the function's keys (``hk.next_rng_key``) come from kaun's scope, in evaluation too where it asks for
+    one. The switch is a keyword argument, ``is_training``, ``training``, ``train``, ``deterministic``,
+    ``use_running_average`` or ``inference``; other keyword arguments get the value of that name in the Context.
+
+    Arguments:
+        transformed: what ``hk.transform(f)`` or ``hk.transform_with_state(f)`` returns.
+        sample: an input, for ``init``: arrays, or ``jax.ShapeDtypeStruct`` in their places.
+        ctx: a Context for ``init``, where the function cannot do without.
+
+    Raises:
+        ImportError: when dm-haiku is not installed.
+        TypeError: when ``transformed`` is not a transformed function.
+        MissingContext: when the function needs a name that the Context does not have.
+        ValueError: applied, when the function changes the form of its state.
+
+    >>> import haiku as hk, jax, jax.numpy as jnp
+    >>> from kaun import interop
+    >>> def forward(x, is_training):
+    ...     x = hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), is_training)
+    ...     return jax.nn.relu(x)
+    >>> model = interop.haiku(hk.transform_with_state(forward), jnp.ones((1, 2)))
+    >>> variables = model.init(dtype=jnp.float32)
+    >>> {name: sorted(values) for name, values in variables.params.items()}
+    {'batch_norm': ['offset', 'scale'], 'linear': ['b', 'w']}
+    >>> sorted(variables.state["batch_norm/~/mean_ema"])
+    ['average', 'counter', 'hidden']
+    """
+    hk = package("haiku", "haiku", "haiku")
+    adapter = _Adapter(hk, transformed, zeros(sample), ctx or Context())
+    return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
+
+
+class _Adapter:
+    def __init__(self, hk: Any, transformed: Any, sample: Any, ctx: Context) -> None:
+        if not isinstance(transformed, (hk.Transformed, hk.TransformedWithState)):
+            called = getattr(transformed, "__name__", "f")
+            raise TypeError(
+                "haiku expected what hk.transform or hk.transform_with_state returns, received "
+                f"{tree.describe(transformed)}. Write interop.haiku(hk.transform_with_state({called}), x)."
+            )
+        self.sample, self.ctx = sample, ctx
+        self.stateful = isinstance(transformed, hk.TransformedWithState)
+        self.function = transformed if self.stateful else hk.with_empty_state(transformed)
+        self.keyed = "rng" in inspect.signature(transformed.apply).parameters
+        original = inspect.signature(transformed.apply)
+        self.keywords = Keywords.of(transformed.apply, 2 + self.stateful + self.keyed)
+        self.name = "haiku(" + ", ".join(list(original.parameters)[1 + self.stateful + self.keyed :]) + ")"
+
+    def init(self, *, dtype: Any) -> Vars:
+        # As Haiku's own examples do: its running averages exist once they were updated.
+        words = self.keywords.values(training=True, ctx=self.ctx)
+        params, state = self.function.init(rng.next_key(), self.sample, **words)
+        return Vars(params=cast_floats(plain(params), dtype), state=cast_floats(plain(state), wide(dtype)), dtype=dtype)
+
+    def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        words = self.keywords.values(training=training, ctx=ctx)
+        call = lambda *key: self.function.apply(vars.params, vars.state, *key, x, **words)
+        if not self.keyed:
+            y, after = call()
+        elif training:
+            y, after = call(rng.next_key())
+        else:
+            try:
+                y, after = call(None)
+            except ValueError as error:
+                if type(error).__name__ != "MissingRNGError":
+                    raise
+                # Most draw nothing in evaluation, and must not have to: a key needs an open scope.
+                y, after = call(rng.next_key())
+        fix = "Let hk.get_state and hk.set_state have one shape, at init and in every call."
+        return y, vars.replace(state=threaded(self.name, vars.state, plain(after), fix))
+
+    def export(self, vars: Vars) -> Any:
+        return (vars.params, vars.state) if self.stateful else vars.params

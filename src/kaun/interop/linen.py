@@ -1,0 +1,148 @@
+"""Flax Linen modules as layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kaun import rng, tree
+from kaun.context import Context
+from kaun.interop.parts import SWITCHES, Keywords, cast_floats, origins, package, plain, taken, threaded, zeros
+from kaun.layers.core import Layer, Vars
+from kaun.layers.parts import wide
+
+__all__ = ["linen"]
+
+
+def linen(
+    module: Any,
+    sample: Any,
+    *,
+    ctx: Context | None = None,
+    method: Any = None,
+    drop: Sequence[str] = ("intermediates",),
+) -> Layer[Any, Any]:
+    """The layer of a Flax Linen module, whose weights are those of ``module.init(rng.next_key(), sample)``.
+
+    Params are the collection ``"params"``; state is every other collection, ``state["batch_stats"]``, but for those
+    in ``drop``. ``init(dtype=...)`` casts floating params to its dtype, and floating state to float32 or wider, as Flax
+    keeps it.
+
+    In training the collections of the state are mutable, and random streams get keys from kaun's scope: ``"dropout"``
+    the first, all others the second. In evaluation nothing is mutable, and keys are drawn where the module asks for
+    one.
+
+    The switch is a keyword argument of the call, ``training``, ``train``, ``is_training``, ``deterministic``,
+    ``use_running_average`` or ``inference``, or else a field of the module by one of these names. Its other keyword
+    arguments get the value of that name in the Context.
+
+    Arguments:
+        module: an ``nn.Module``.
+        sample: an input, for ``init``: arrays, or ``jax.ShapeDtypeStruct`` in their places.
+        ctx: a Context for ``init``, where the module cannot do without.
+        method: what to call in place of the module, a method's name or a function of module and input.
+        drop: collections that are thrown away, default what ``sow`` collects.
+
+    Raises:
+        ImportError: when flax is not installed.
+        TypeError: when ``module`` is no Linen module.
+        MissingContext: when the call needs a name that the Context does not have.
+        ValueError: applied, when the call changes the form of its state.
+
+    >>> import flax.linen as nn, jax.numpy as jnp
+    >>> from kaun import interop
+    >>> class MLP(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, train: bool):
+    ...         x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+    ...         return nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+    >>> model = interop.linen(MLP(), jnp.ones((1, 2)))
+    >>> variables = model.init(dtype=jnp.float32)
+    >>> sorted(variables.params), sorted(variables.state["batch_stats"]["BatchNorm_0"])
+    (['BatchNorm_0', 'Dense_0'], ['mean', 'var'])
+    >>> model.apply(variables, jnp.ones((4, 2)), training=True)[0].shape
+    (4, 3)
+    """
+    flax = package("flax.linen", "linen", "flax")
+    drop = [drop] if isinstance(drop, str) else list(drop)
+    adapter = _Adapter(flax, module, zeros(sample), ctx or Context(), taken(method, "linen"), drop)
+    return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
+
+
+class _Adapter:
+    def __init__(self, flax: Any, module: Any, sample: Any, ctx: Context, method: Any, drop: list[str]) -> None:
+        _check(flax, module)
+        self.flax, self.module, self.sample, self.ctx, self.drop = flax, module, sample, ctx, drop
+        self.errors = package("flax.errors", "linen", "flax")
+        self.name = f"linen({type(module).__name__})"
+        self.method = method
+        # Of its class: Flax binds what is read off an instance.
+        found = callable(module) if method is None else True  # a class without __call__ has its metaclass' one
+        call = method if callable(method) else getattr(type(module), method or "__call__", None) if found else None
+        if call is None:
+            raise TypeError(
+                f"{self.name} has no {method or '__call__'}, so there is nothing to apply. Name the method that is "
+                'the forward pass: interop.linen(module, x, method="encode").'
+            )
+        self.keywords = Keywords.of(call, 2)
+        words = self.keywords.required
+        self.fields = [f for f in SWITCHES if f in module.__dataclass_fields__ and f not in words]
+
+    def init(self, *, dtype: Any) -> Vars:
+        module, words = self.called(False, self.ctx)
+        made = module.init(rng.next_key(), self.sample, **words)
+        variables = plain(self.flax.meta.unbox(made))
+        params = cast_floats(variables.pop("params", {}), dtype)
+        kept = {name: value for name, value in variables.items() if name not in self.drop}
+        return Vars(params=params, state=cast_floats(kept, wide(dtype)), dtype=dtype)
+
+    def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        module, words = self.called(training, ctx)
+        variables = {"params": vars.params, **vars.state}
+        if not training:
+            return self.evaluated(module, variables, x, words), vars
+        y, after = module.apply(variables, x, rngs=_keys(), mutable=list(vars.state), **words)
+        fix = "What it sows is no state: leave the collection out with interop.linen(module, x, drop=[...])."
+        return y, vars.replace(state=threaded(self.name, vars.state, plain(after), fix))
+
+    def evaluated(self, module: Any, variables: Any, x: Any, words: dict[str, Any]) -> Any:
+        try:
+            return module.apply(variables, x, **words)
+        except self.errors.InvalidRngError:
+            # Most draw nothing in evaluation, and must not have to: a key needs an open scope.
+            return module.apply(variables, x, rngs=_keys(), **words)
+        except self.errors.ModifyScopeVariableError as error:
+            error.add_note(
+                f"{self.name} was run in evaluation mode, where its state stays as it is. Give its __call__ a keyword "
+                "argument that kaun can switch, train: bool, and write nn.BatchNorm(use_running_average=not train)."
+            )
+            raise
+
+    def called(self, training: bool, ctx: Context) -> tuple[Any, dict[str, Any]]:
+        """The module in this mode, and the keywords to call it with."""
+        words = self.keywords.values(training=training, ctx=ctx)
+        if self.method is not None:
+            words["method"] = self.method
+        fields = {field: SWITCHES[field] is training for field in self.fields}
+        return self.module.clone(**fields) if fields else self.module, words
+
+    def export(self, vars: Vars) -> Any:
+        return {"params": vars.params, **vars.state}
+
+
+def _keys() -> dict[str, Any]:
+    # Flax gives the stream "params" to whoever asks for one that is not there. Not the key of "dropout" again: each
+    # stream counts its draws for itself, so two on one key would draw the same numbers.
+    return {"dropout": rng.next_key(), "params": rng.next_key()}
+
+
+def _check(flax: Any, module: Any) -> None:
+    if isinstance(module, flax.Module):
+        return
+    received, fix = f"received {tree.describe(module)}", "Write interop.linen(Model(), x)."
+    if isinstance(module, type) and issubclass(module, flax.Module):
+        received = f"received the class {module.__name__}"
+        fix = f"Make one of it: interop.linen({module.__name__}(...), x)."
+    elif "flax.nnx.module" in origins(module):
+        received, fix = f"{received}, an NNX module", "Write interop.flax_nnx(module)."
+    raise TypeError(f"linen expected a flax.linen.Module, {received}. {fix}")

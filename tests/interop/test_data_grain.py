@@ -1,0 +1,125 @@
+"""grain's datasets as data: a run that goes on puts their iterators back where they were."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+grain = pytest.importorskip("grain")
+
+from kaun import Data, fingerprint, losses  # noqa: E402
+
+
+def rows(n=40):
+    return [{"x": np.full(3, i, np.float32), "y": np.int32(i % 3)} for i in range(n)]
+
+
+def map_dataset(seed=3, n=40):
+    return grain.MapDataset.source(rows(n)).seed(seed).shuffle().map(lambda row: (row["x"], row["y"])).batch(4)
+
+
+def iter_dataset():
+    return (
+        grain.MapDataset.source(rows()).seed(1).shuffle().to_iter_dataset()
+        .filter(lambda row: row["y"] != 1).map(lambda row: (row["x"], row["y"])).batch(4, drop_remainder=False)
+    )  # fmt: skip
+
+
+def data_loader():
+    sampler = grain.samplers.IndexSampler(40, shuffle=True, seed=1, num_epochs=1)
+    first = grain.transforms.Batch(4)
+    return grain.DataLoader(data_source=Source(), sampler=sampler, operations=[first])
+
+
+class Source:
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return (np.full(3, i, np.float32), np.int32(i % 3))
+
+    def __repr__(self):
+        return "Source()"
+
+
+KINDS = [map_dataset, iter_dataset, data_loader]
+
+
+def flat(items):
+    return [(x.tolist(), loss(np.zeros(len(x)))) for x, loss in items]
+
+
+def pipeline(make, epochs):
+    return Data.from_iterable(make()).with_loss(lambda out, y: float(y.sum())).epochs(epochs)
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_a_run_goes_on_where_it_was(make, n):
+    whole = flat(pipeline(make, 1))
+    rest = fingerprint.after(pipeline(make, 1), 0)
+    items = iter(rest)
+    assert flat(itertools.islice(items, n)) == whole[:n]
+    place = json.loads(json.dumps(fingerprint.position(rest)))
+    assert place is not None
+    items.close()
+    again = fingerprint.after(pipeline(make, 1), n, place)
+    items = iter(again)
+    assert flat([next(items)]) == whole[n : n + 1]
+    later = json.loads(json.dumps(fingerprint.position(again)))
+    items.close()
+    assert flat(fingerprint.after(pipeline(make, 1), n + 1, later)) == whole[n + 1 :]
+    assert flat(fingerprint.after(pipeline(make, 1), n)) == whole[n:]
+
+
+def test_a_place_in_a_later_pass():
+    whole = flat(pipeline(map_dataset, 3))
+    rest = fingerprint.after(pipeline(map_dataset, 3), 0)
+    items = iter(rest)
+    taken = flat(itertools.islice(items, 14))
+    place = fingerprint.position(rest)
+    items.close()
+    assert place["pass"] == 1
+    assert taken + flat(fingerprint.after(pipeline(map_dataset, 3), 14, place)) == whole
+
+
+def test_the_place_is_found_without_making_what_came_before():
+    made = []
+
+    def counted():
+        return grain.MapDataset.source(range(10_000)).map(lambda i: made.append(i) or i).to_iter_dataset(
+            grain.ReadOptions(num_threads=0)
+        )
+
+    rest = fingerprint.after(Data.from_iterable(counted()), 0)
+    items = iter(rest)
+    list(itertools.islice(items, 9000))
+    place = fingerprint.position(rest)
+    items.close()
+    made.clear()
+    assert list(fingerprint.after(Data.from_iterable(counted()), 9000, place).take(2)) == [9000, 9001]
+    assert len(made) <= 3
+
+
+def test_an_iterator_of_grain_goes_on_too():
+    items = fingerprint.after(iter(map_dataset()), 0)
+    first = [y.tolist() for _, y in itertools.islice(items, 3)]
+    again = fingerprint.after(iter(map_dataset()), 3, fingerprint.position(items))
+    assert first + [y.tolist() for _, y in again] == [y.tolist() for _, y in map_dataset()]
+
+
+def test_what_a_dataset_is():
+    words = lambda old, new: fingerprint.differences(fingerprint.of(old), fingerprint.of(new), 0)
+    made = lambda **options: Data.from_iterable(map_dataset(**options))
+    assert words(made(), made()) == []
+    assert words(made(), made(n=80)) == ["Data.from_iterable: len was 10, is 20"]
+    assert len(words(made(), made(seed=4))) == 1
+    assert len(words(made(), Data.from_iterable(map_dataset().map(lambda b: b)))) >= 1
+
+
+def test_a_map_dataset_is_a_sequence_too():
+    dataset = map_dataset()
+    data = Data.from_items(dataset).with_loss(losses.cross_entropy_sparse)
+    assert len(data) == 10
+    assert [x.tolist() for x, _ in fingerprint.after(data, 7)] == [dataset[i][0].tolist() for i in (7, 8, 9)]
