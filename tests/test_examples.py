@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ SHORT = {
     "digits": (
         ["--epochs", "1", "--folder", "made"],
         [r"epoch  1: \d\d\.\d\d% of the test", r"360 test images", r"made.loss\.png: ", r"predict exactly the same"],
+    ),
+    "gan": (
+        ["--steps", "4", "--folder", "made"],
+        [r"round    4: loss of the discriminator \d\.\d{3}, loss of the generator \d\.\d{3}", r"made.gan\.safetensors: "],
     ),
     "chars": (["--steps", "12", "--characters", "5"], [r"The loss was \d\.\d{3} at the start", r"(?s)\n\nThe .{5}\n$"]),
 }
@@ -116,6 +121,48 @@ def test_only_mistakes_are_red_and_none_is_left_out(tmp_path):
         digits.draw_sheet(tmp_path / "sheet.png", images, labels, predicted)
         reds.append(red(tmp_path / "sheet.png"))
     assert reds[0] == 0 < reds[1] < reds[2]
+
+
+def test_a_gan_that_is_started_again_goes_on_to_the_same_bytes(tmp_path, capsys):
+    gan = example("gan")
+    whole, drawn = gan.main(steps=30, folder=tmp_path / "whole")
+    gan.main(steps=12, folder=tmp_path / "parts")
+    parts, again = gan.main(steps=30, folder=tmp_path / "parts")
+    for name in ("generator", "discriminator"):
+        jax.tree.map(np.testing.assert_array_equal, parts[name].vars, whole[name].vars)
+        jax.tree.map(np.testing.assert_array_equal, parts[name].opt_state, whole[name].opt_state)
+    np.testing.assert_array_equal(drawn, again)
+    assert int(parts["generator"].step) == int(parts["discriminator"].step) == 30
+    same = r"loss of the discriminator (\d\.\d{3}), loss of the generator (\d\.\d{3})"
+    first, _, last = re.findall(same, capsys.readouterr().out)
+    assert first == last
+
+
+def test_a_gan_is_two_steps_of_optax_by_hand():
+    gan = example("gan")
+    with rng.scope(0):
+        generator, discriminator = (
+            gan.kaun.Trainer(model=model, optimizer=gan.optax.sgd(0.1)) for model in (gan.make_generator(), gan.make_discriminator())
+        )
+        states = {"generator": generator.init(), "discriminator": discriminator.init()}
+    real = np.random.default_rng(0).uniform(size=(8, 64)).astype(np.float32)
+    _, after = gan.make_round(generator, discriminator)(states, real)
+    noise = jax.random.normal(jax.random.fold_in(states["generator"].key, 0), (8, gan.NOISE))
+    draw = lambda params: generator.model.apply(states["generator"].vars.replace(params=params), noise)[0]
+    judge = lambda params, x: discriminator.model.apply(states["discriminator"].vars.replace(params=params), x)[0]
+    soft = lambda odds, real: jax.nn.softplus(-odds if real else odds).mean()
+
+    def apart(params):
+        out = judge(params, {"real": real, "drawn": draw(states["generator"].vars.params)})
+        return soft(out["real"], True) + soft(out["drawn"], False) + 0.5 * out["penalty"].mean()
+
+    down = lambda params, gradient: jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    judging = down(states["discriminator"].vars.params, jax.grad(apart)(states["discriminator"].vars.params))
+    fooled = lambda params: soft(judge(judging, {"real": real, "drawn": draw(params)})["drawn"], True)
+    painting = down(states["generator"].vars.params, jax.grad(fooled)(states["generator"].vars.params))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, after["discriminator"].vars.params, judging)
+    jax.tree.map(close, after["generator"].vars.params, painting)
 
 
 def test_windows_are_pieces_of_the_text():

@@ -37,14 +37,14 @@ LEVELS = [
         "layers.pool",
     },
     {
-        "blocks", "body", "call", "compilations", "compiled", "evaluation", "guard", "hook", "items", "optimizer", "staging",
-        "state",
+        "abstract", "blocks", "body", "call", "compilations", "compiled", "evaluation", "exporting", "freezing",
+        "guard", "hook", "items", "microbatches", "optimizer", "precision", "scaling", "staging", "state",
     },
     {
         "checkpoint", "checkpoint.__main__", "checkpoint.directory", "checkpoint.files", "checkpoint.format",
         "checkpoint.layout", "checkpoint.lock", "checkpoint.manifest", "checkpoint.store",
     },
-    {"resume", "snapshots", "train"},
+    {"resume", "snapshots", "summary", "train"},
     {
         "reports", "reports.core", "reports.files", "reports.history", "reports.keeping", "reports.plot",
         "reports.progress", "reports.rate", "reports.rows", "reports.stopping", "reports.tensorboard",
@@ -58,7 +58,7 @@ LEVELS = [
 PUBLIC = {
     "kaun": {
         "Context", "Data", "EarlyStop", "Layer", "NonFiniteLoss", "TrainState", "Trainer", "Vars",
-        "checkpoint", "grad", "layers", "losses", "metrics", "reports", "rng",
+        "checkpoint", "grad", "layers", "losses", "metrics", "reports", "rng", "summary",
     },
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.grad": {"grad", "value_and_grad"},

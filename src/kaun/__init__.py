@@ -14,4 +14,5 @@ from kaun.errors import NonFiniteLoss as NonFiniteLoss
 from kaun.layers.core import Layer as Layer
 from kaun.layers.core import Vars as Vars
 from kaun.state import TrainState as TrainState
+from kaun.summary import summary as summary
 from kaun.train import Trainer as Trainer

@@ -13,12 +13,22 @@ from jax import lax
 from kaun import tree
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "as_before", "failure", "guarded", "squares_of"]
+__all__ = ["MODES", "as_before", "check", "failure", "guarded", "squares_of"]
 
 T = TypeVar("T")
 
 MODES = ("raise", "skip", "ignore")
 NAMED = 5  # parameters, in the message
+
+
+def check(mode: Any) -> None:
+    """Refuse what is no mode.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    if mode not in MODES:
+        raise ValueError(f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, MODES))}, received {mode!r}.")
 
 
 def squares_of(gradient: Any) -> jax.Array:

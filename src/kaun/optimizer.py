@@ -14,7 +14,7 @@ import optax
 from kaun import tree
 from kaun.errors import locate
 
-__all__ = ["Optimizer", "check_trainable", "fresh_state", "learning_rate", "update"]
+__all__ = ["Optimizer", "check", "check_trainable", "fresh_state", "learning_rate", "rates", "update"]
 
 
 class Optimizer(Protocol):
@@ -24,6 +24,21 @@ class Optimizer(Protocol):
     def init(self) -> Callable[[Any], Any]: ...
     @property
     def update(self) -> Callable[..., tuple[Any, Any]]: ...
+
+
+def check(optimizer: Any) -> None:
+    """Refuse what is no optimizer.
+
+    Raises:
+        TypeError: when it has no ``init`` or no ``update``.
+    """
+    missing = [n for n in ("init", "update") if not callable(getattr(optimizer, n, None))]
+    if missing:
+        called = ", did you forget to call it?" if callable(optimizer) else "."
+        raise TypeError(
+            "Trainer(optimizer=...) expected an object with init and update, as optax's have, received "
+            f"{optimizer!r}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
+        )
 
 
 def check_trainable(params: Any, model: str) -> None:
@@ -73,11 +88,25 @@ def update(
 
     Arguments:
         value: the loss, for optimizers that take extra arguments, as is ``value_fn``: the loss of other parameters.
+
+    Raises:
+        ValueError: when the state is one of other parameters.
     """
     extra = {"value": value, "grad": gradient, "value_fn": value_fn}
-    with _as_optax_expects():
-        updates, opt_state = _updates(optimizer, gradient, opt_state, params, extra)
-        return optax.apply_updates(params, updates), opt_state
+    try:
+        with _as_optax_expects():
+            updates, opt_state = _updates(optimizer, gradient, opt_state, params, extra)
+            return optax.apply_updates(params, updates), opt_state
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        with _as_optax_expects():
+            lines = tree.difference(jax.eval_shape(optimizer.init, params), opt_state)
+        if not lines:
+            raise
+        raise ValueError(
+            "The optimizer's state does not fit the parameters that train, so it is of a trainer with another "
+            "optimizer or another trainable (expected is a fresh one):\n  " + "\n  ".join(lines[:10]) + "\n"
+            "Write state = trainer.make_state(state.vars)."
+        ) from error
 
 
 def learning_rate(opt_state: Any) -> Any:
@@ -87,6 +116,12 @@ def learning_rate(opt_state: Any) -> Any:
         if names == ["hyperparams", "learning_rate"] and leaf.ndim == 0:
             return leaf
     return None
+
+
+def rates(opt_state: Any) -> dict[str, jax.Array]:
+    """``learning_rate`` by that name, where there is one."""
+    rate = learning_rate(opt_state)
+    return {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
 
 
 def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> Any:

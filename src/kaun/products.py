@@ -30,6 +30,8 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     (2, 5, 4)
     """
     rows = math.prod(x.shape[:-1])
+    if type(rows) is not int:
+        return x @ weight  # a batch of any length, for jax.export
     if jax.default_backend() != "cpu" or rows < _ROWS or rows * math.prod(weight.shape) < _LARGE:
         return x @ weight
     return _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])

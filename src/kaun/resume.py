@@ -7,8 +7,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -21,15 +21,16 @@ from kaun.body import Body
 from kaun.call import Call
 from kaun.checkpoint import Directory, ResumeMismatch
 from kaun.checkpoint.store import Saved, Store
+from kaun.compiled import Loop
 from kaun.errors import warn
+from kaun.hook import Hook
 from kaun.items import length
 from kaun.runs import Run as Items
 from kaun.signals import Signals
 from kaun.snapshots import packed, unpacked
 from kaun.state import TrainState
 
-__all__ = ["Run", "begun", "digest_of"]
-
+__all__ = ["Run", "begun", "digest_of", "nothing_lost", "settle"]
 
 
 class Run:
@@ -238,6 +239,36 @@ def _warn_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"A run is resumed where {'; '.join(changed)}. It goes on from the same state, but the bytes of its "
             "results may differ from those of a run without a break."
         )
+
+
+def settle(run: Run, loop: Loop, now: Callable[[], TrainState], hook: Hook, ended: str = "") -> None:
+    """Run what waits, tell the report of it, and save it."""
+    loop.flush()
+    loop.wait()
+    hook.finish()
+    if run.kept:
+        run.save(loop.done, now(), ended=ended)
+
+
+@contextmanager
+def nothing_lost(run: Run, loop: Loop, now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
+    """The steps of a fit; whatever ends them, what is done is kept: on the exception, and in the directory."""
+    try:
+        hook.begin()
+        yield
+    except BaseException as error:
+        first: BaseException = error
+        with suppress(Exception):
+            now()  # the steps whose items came before this are run
+            first = loop.failure() or error
+            hook.finish()
+        first.kaun_state = state = now()  # pyright: ignore[reportAttributeAccessIssue]
+        run.save_last(loop.done, state, hook.again, first)
+        if first is error:
+            raise
+        raise first from error
+    finally:
+        hook.end()
 
 
 class _Keeper:

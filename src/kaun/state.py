@@ -10,7 +10,7 @@ import jax
 
 from kaun.layers.core import Vars
 
-__all__ = ["TrainState"]
+__all__ = ["TrainState", "check_state"]
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
 _making = threading.RLock()
@@ -111,3 +111,14 @@ class TrainState:
     @classmethod
     def tree_unflatten(cls, _: None, children: Sequence[Any]) -> TrainState:
         return cls(**dict(zip(_NAMES, children, strict=True)))
+
+
+def check_state(state: Any, where: str) -> None:
+    """Refuse what is no TrainState.
+
+    Raises:
+        TypeError: when it is none.
+    """
+    if not isinstance(state, TrainState):
+        fix = "trainer.make_state(vars)" if isinstance(state, Vars) else "trainer.init()"
+        raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")

@@ -5,17 +5,17 @@ Read ``_advance`` first: it is one step. ``fit`` is that step in a loop.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from kaun import evaluation, guard, optimizer, resume, rng, tree
+from kaun import evaluation, exporting, freezing, guard, microbatches, optimizer, precision, resume, rng, scaling, tree
+from kaun.abstract import Expected, check_model
 from kaun.call import Call
 from kaun.checkpoint import Directory
 from kaun.compiled import Compilation, Loop, Programs
@@ -25,11 +25,15 @@ from kaun.hook import Hook
 from kaun.items import Loss, as_context, as_loss, no_data, no_items, split
 from kaun.layers.core import Layer, Vars
 from kaun.optimizer import Optimizer
+from kaun.precision import DEFAULT, Policy
 from kaun.resume import Run
 from kaun.runs import opened
-from kaun.state import TrainState
+from kaun.state import TrainState, check_state
 
-__all__ = ["Loss", "Report", "Trainer"]
+if TYPE_CHECKING:
+    from jax.export import Exported
+
+__all__ = ["Loss", "Report", "Trainer", "lowered"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -55,10 +59,16 @@ class Trainer(Generic[In, Out]):
         on_nonfinite: what becomes of a step whose loss or gradient is nan or infinite. ``"raise"``, the default: it
             changes nothing, and ``fit`` raises ``NonFiniteLoss``; ``"skip"``: it changes nothing but ``state.step``,
             and ``fit`` goes on; ``"ignore"``: it is a step like any other. ``step`` never raises.
+        trainable: whether the parameter at a path (``"0.weight"``) trains, default all. The others are neither
+            differentiated nor in the optimizer's state; a layer (or any part of the model) whose parameters are all
+            frozen runs as in ``predict``, and keeps its state.
+        precision: dtypes, ``"params=float32,compute=bfloat16,output=float32"`` or for short ``"mixed_bfloat16"``,
+            ``"mixed_float16"``: as parameters are kept, as layers compute, and as the loss sees the output. Computing
+            in float16 scales the loss (``kaun.scaling``): ``opt_state`` is then a ``LossScale``.
+        microbatches: in how many parts a step runs each batch, to save memory, default 1 (``kaun.microbatches``).
 
     Raises:
-        TypeError: when the model is not a Layer, or the optimizer has no ``init`` or ``update``.
-        ValueError: for another ``on_nonfinite``.
+        TypeError, ValueError: for arguments of another kind, such as an optimizer without ``init`` or ``update``.
 
     >>> import jax.numpy as jnp, optax, kaun
     >>> from kaun import Data, layers, losses, rng
@@ -74,28 +84,21 @@ class Trainer(Generic[In, Out]):
     model: Layer[In, Out]
     optimizer: Optimizer
     on_nonfinite: Literal["raise", "skip", "ignore"] = "raise"
+    trainable: Callable[[str], Any] | None = None
+    precision: str | None = None
+    microbatches: int = 1
+    _policy: Policy | None = dataclasses.field(init=False, repr=False, compare=False)
     _programs: Programs = dataclasses.field(init=False, repr=False, compare=False)
-    _expected: dict[Any, Any] = dataclasses.field(init=False, repr=False, compare=False, default_factory=dict[Any, Any])
+    _expected: Expected = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, Layer):  # pyright: ignore[reportUnnecessaryIsInstance]
-            called = ", did you forget to call it?" if callable(self.model) else "."
-            raise TypeError(
-                f"Trainer(model=...) expected a kaun Layer, received {self.model!r}{called} Write "
-                "model=layers.sequential([layers.linear(2, 1)])."
-            )
-        missing = [n for n in ("init", "update") if not callable(getattr(self.optimizer, n, None))]
-        if missing:
-            called = ", did you forget to call it?" if callable(self.optimizer) else "."
-            raise TypeError(
-                "Trainer(optimizer=...) expected an object with init and update, as optax's have, received "
-                f"{self.optimizer!r}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
-            )
-        if self.on_nonfinite not in guard.MODES:
-            raise ValueError(
-                f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, guard.MODES))}, received "
-                f"{self.on_nonfinite!r}."
-            )
+        check_model(self.model)
+        optimizer.check(self.optimizer)
+        guard.check(self.on_nonfinite)
+        freezing.check(self.trainable)
+        microbatches.check(self.microbatches)
+        object.__setattr__(self, "_policy", precision.parsed(self.precision))
+        object.__setattr__(self, "_expected", Expected(self.model, self._policy))
         programs = Programs(self._advance, self._forward, raises=self.on_nonfinite == "raise")
         object.__setattr__(self, "_programs", programs)
 
@@ -104,12 +107,19 @@ class Trainer(Generic[In, Out]):
         """What was compiled so far (the newest thousand): where, for which loss, why again, and in how many seconds."""
         return tuple(self._programs.compilations)
 
-    def init(self, *, dtype: Any = jnp.float32) -> TrainState:
-        """A fresh state: weights in ``dtype`` (default float32) with keys from the RNG scope, then as ``make_state``.
+    def init(self, *, dtype: Any = DEFAULT) -> TrainState:
+        """A fresh state: weights with keys from the RNG scope, then as ``make_state``.
+
+        Arguments:
+            dtype: of the weights, default what ``precision`` says for params, float32 without it.
 
         Raises:
             TypeError, ValueError: as ``Layer.init`` and ``make_state``.
         """
+        if dtype is DEFAULT:
+            dtype = self._policy.params if self._policy else jnp.float32
+        elif self._policy is not None and dtype is not None:
+            self._policy.check(dtype)
         return self.make_state(self.model.init(dtype=dtype))
 
     def make_state(self, vars: Vars) -> TrainState:
@@ -125,9 +135,10 @@ class Trainer(Generic[In, Out]):
             received = type(vars).__name__
             raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
         vars = jax.tree_util.tree_map(tree.strong, vars)
-        self._check(vars)
+        self._expected.check(vars)
         optimizer.check_trainable(vars.params, self.model.name.splitlines()[0])
-        opt_state = optimizer.fresh_state(self.optimizer, vars.params)
+        opt_state = optimizer.fresh_state(self.optimizer, freezing.trained(self.trainable, vars.params))
+        opt_state = scaling.begun(self._policy, opt_state)
         return _state((vars, opt_state, jnp.zeros((), jnp.int32)), rng.next_key())
 
     def step(
@@ -149,7 +160,7 @@ class Trainer(Generic[In, Out]):
             CaptureError: when the loss captures what cannot be compiled faithfully.
             TypeError, ValueError: for an input or loss of the wrong kind.
         """
-        self._check_state(state, "step")
+        check_state(state, "step")
         call = Call(x, as_loss(loss), as_context(ctx))
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
         value, leaves = self._programs.step(structure, leaves, state.key, call, bool(training))
@@ -186,7 +197,7 @@ class Trainer(Generic[In, Out]):
             Exception: whatever data, loss or report raise, unchanged, with the last completed state as its
                 ``kaun_state``.
         """
-        self._check_state(state, "fit")
+        check_state(state, "fit")
         with resume.begun(checkpoints, state, data, report) as run:
             if run.finished:
                 return self._finished(run, data, as_context(ctx))
@@ -194,7 +205,7 @@ class Trainer(Generic[In, Out]):
             del state  # where the caller does not hold it either, its memory is free once it is copied
             hook, loop = self._begin(run, report, as_context(ctx))
             step, most = run.done, lambda left: run.ahead(step, hook.ahead(step, min(left, loop.room)))
-            with _nothing_lost(run, loop, now, hook), opened(run.data, no_data(data)) as items:
+            with resume.nothing_lost(run, loop, now, hook), opened(run.data, no_data(data)) as items:
                 stopped = hook.again is not None and hook.wants(step) and _stops(hook, step, hook.again, now)
                 for item, count, rows in run.heard(runs(run.data, items, most)) if not stopped else ():
                     loop.push(*split(item, step + 1), count, rows)
@@ -204,10 +215,10 @@ class Trainer(Generic[In, Out]):
                         if stopped := _stops(hook, step, loop.loss, now):
                             break
                     if run.due(step):
-                        _settle(run, loop, now, hook)
+                        resume.settle(run, loop, now, hook)
                 if step == 0:
                     raise no_items()
-                _settle(run, loop, now, hook, ended="stopped" if stopped else "data")
+                resume.settle(run, loop, now, hook, ended="stopped" if stopped else "data")
             return now()
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
@@ -222,7 +233,7 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: for an input of the wrong kind.
             ValueError: for a Data without items, or whose outputs differ in more than axis 0.
         """
-        self._check_state(state, "predict")
+        check_state(state, "predict")
         run, ctx = self._runner("predict", state), as_context(ctx)
         return evaluation.predict(run, x, ctx) if isinstance(x, Data) else run(Call(x, None, ctx))
 
@@ -263,8 +274,24 @@ class Trainer(Generic[In, Out]):
         >>> trainer.evaluate(state, data, {"rows": lambda p, y: (y.size, 1), "accuracy": metrics.accuracy})
         {'accuracy': 1.0, 'rows': 1.5}
         """
-        self._check_state(state, "evaluate")
+        check_state(state, "evaluate")
         return evaluation.evaluate(self._runner("evaluate", state), data, metrics, as_context(ctx))
+
+    def export(
+        self, state: TrainState, x: Any, *, ctx: Context | None = None, platforms: Sequence[str] | None = None
+    ) -> Exported:
+        """``predict`` with the weights in it as one program, which runs without kaun and without the model's code.
+
+        ``jax.export.deserialize(exported.serialize()).call(x)`` runs it for a batch of any length, with ctx
+        ``.call(x, {"name": array})``.
+
+        Arguments:
+            x: an input, for shapes and dtypes: what is as long as its first array is the batch.
+            ctx: a Context, likewise; its arrays are an input of the program.
+            platforms: where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``), default where this process runs.
+        """
+        check_state(state, "export")
+        return exporting.exported(self._forward, state, x, as_context(ctx), platforms)
 
     def _runner(self, entry: str, state: TrainState) -> Callable[[Call], Any]:
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
@@ -274,37 +301,40 @@ class Trainer(Generic[In, Out]):
         self, carry: Any, key: jax.Array, x: Any, ctx: Context, loss: Callable[[Any], Any], training: bool, fault: Any
     ) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
         """One step, as it is compiled: forward pass, loss, gradient, update."""
-        vars, opt_state, step = carry
-        self._check(vars)
+        whole, opt_state, step = carry
+        self._expected.check(whole)
         step_key = jax.random.fold_in(key, step)
+        parts = freezing.Parts(self.trainable, whole, functools.partial(precision.cast, self._policy))
+        vars, optimizer_state = parts.vars, scaling.inner(self._policy, opt_state)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
-            with rng.scope(step_key):
-                output, after = self.model.apply(vars.replace(params=params), x, training=training, ctx=ctx)
+            forward = functools.partial(self._apply, parts.forward(params), training=training)
+            with rng.scope(step_key), parts.still():
+                output, layer_state = microbatches.outputs(self.microbatches, forward, x, ctx, whole.state, step_key)
                 value, scalars = loss(output)
-                return value, (after.state, scalars)
+                return value, (parts.kept(layer_state), scalars)
 
-        (value, (layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(vars.params)
+        (value, (layer_state, scalars)), gradient = scaling.value_and_grad(opt_state, objective, vars.params)
 
         def update() -> tuple[Vars, Any]:
-            value_fn = lambda params: objective(params)[0]
-            params, after = optimizer.update(self.optimizer, gradient, opt_state, vars.params, value, value_fn)
+            loss_of = lambda params: objective(params)[0]
+            params, after = optimizer.update(self.optimizer, gradient, optimizer_state, vars.params, value, loss_of)
             return vars.replace(params=params, state=layer_state), after
 
         step = step + (1 if fault is None else (~fault).astype(jnp.int32))
-        before = (vars, opt_state)
-        after, numbers, fault = guard.guarded(self.on_nonfinite, value, gradient, update, before, fault)
-        rate = optimizer.learning_rate(after[1])
-        rates = {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
-        return value, {**numbers, **rates, **scalars}, (*after, step), fault
+        shown, change, lost = scaling.watched(opt_state, value, gradient, update, vars)
+        after, numbers, fault = guard.guarded(self.on_nonfinite, value, shown, change, (vars, opt_state), fault)
+        numbers = scaling.told(numbers, lost) | optimizer.rates(after[1]) | scalars
+        return value, numbers, (parts.joined(after[0]), after[1], step), fault
 
     def _begin(self, run: Run, report: Report | None, ctx: Context | None) -> tuple[Hook, Loop]:
         state = run.take()
         hook = Hook(report, run.total, run.done, state.step, self.on_nonfinite, run.again, run.signals.heard)
-        failure = functools.partial(guard.failure, jax.tree_util.tree_structure(state.vars.params))
+        trained = freezing.trained(self.trainable, state.vars.params)
+        failure = functools.partial(guard.failure, jax.tree_util.tree_structure(trained))
         failed = failure if self.on_nonfinite == "raise" else None
         start, key = (state.vars, state.opt_state, state.step), state.key
-        del state
+        del state, trained
         return hook, Loop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.traced)
 
     def _finished(self, run: Run, data: Iterable[Any], ctx: Context | None) -> TrainState:
@@ -319,28 +349,19 @@ class Trainer(Generic[In, Out]):
 
     def _forward(self, carry: Any, key: jax.Array, x: Any, ctx: Context) -> Any:
         vars, step = carry
-        self._check(vars)
+        self._expected.check(vars)
         with rng.scope(jax.random.fold_in(key, step)):
-            return self.model.apply(vars, x, training=False, ctx=ctx)[0]
+            return self._apply(vars, x, ctx, training=False)[0]
 
-    def _check(self, vars: Vars) -> None:
-        if vars.dtype not in self._expected:
-            self._expected[vars.dtype] = _shapes(self.model, vars.dtype)
-        lines = tree.difference(self._expected[vars.dtype], vars)
-        if lines:
-            more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
-            raise ValueError(
-                "The variables belong to another model than this trainer's:\n  "
-                + "\n  ".join(lines[:10])
-                + f"{more}\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with "
-                "checkpoint.load(path, like=trainer.model.init(dtype=...))."
-            )
+    def _apply(self, vars: Vars, x: Any, ctx: Context, *, training: bool) -> tuple[Any, Any]:
+        return precision.applied(self._policy, self.model, vars, x, ctx, training)
 
-    def _check_state(self, state: Any, where: str) -> None:
-        if not isinstance(state, TrainState):
-            hint = ", vars" if isinstance(state, Vars) else ""
-            fix = "trainer.make_state(vars)" if hint else "trainer.init()"
-            raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
+
+def lowered(trainer: Trainer[Any, Any], state: TrainState, call: Call) -> Any:
+    """A training step of a trainer as it goes to the compiler; the state may be shapes and dtypes."""
+    leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
+    body = trainer._programs.body(structure, leaves, state.key, call, True)  # pyright: ignore[reportPrivateUsage]
+    return body.step.lower(leaves, state.key, call.leaves, body.fault)
 
 
 def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
@@ -359,46 +380,3 @@ def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> b
         outlives = kept()
         if outlives is not None:
             outlives.now()  # before the loop goes on
-
-
-def _settle(run: Run, loop: Loop, now: Callable[[], TrainState], hook: Hook, ended: str = "") -> None:
-    """Run what waits, tell the report of it, and save it."""
-    loop.flush()
-    loop.wait()
-    hook.finish()
-    if run.kept:
-        run.save(loop.done, now(), ended=ended)
-
-
-@contextlib.contextmanager
-def _nothing_lost(run: Run, loop: Loop, now: Callable[[], TrainState], hook: Hook) -> Generator[None]:
-    try:
-        hook.begin()
-        yield
-    except BaseException as error:
-        first: BaseException = error
-        with contextlib.suppress(Exception):
-            now()  # the steps whose items came before this are run
-            first = loop.failure() or error
-            hook.finish()
-        first.kaun_state = state = now()  # pyright: ignore[reportAttributeAccessIssue]
-        run.save_last(loop.done, state, hook.again, first)
-        if first is error:
-            raise
-        raise first from error
-    finally:
-        hook.end()
-
-
-def _shapes(model: Layer[Any, Any], dtype: Any) -> Any:
-    """The model's variables as shapes and dtypes."""
-
-    def init() -> Vars:
-        with rng.scope(0):
-            return model.init(dtype=dtype)
-
-    try:
-        return jax.eval_shape(init)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-        made = init()  # an init that reads its own numbers, say through NumPy, has to be run
-        return jax.eval_shape(lambda: jax.tree_util.tree_map(jnp.asarray, made))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,9 +13,13 @@ import numpy as np
 
 from kaun import tree
 
-__all__ = ["at", "float_input", "here", "int_input"]
+__all__ = ["at", "float_input", "here", "int_input", "is_still", "path", "still", "watched", "watching"]
+
+Watch = Callable[[Any, Any, Callable[[], Any]], Any]
 
 _path: ContextVar[tuple[str, ...]] = ContextVar("kaun_layer_path", default=())
+_still: ContextVar[frozenset[int]] = ContextVar("kaun_still_leaves", default=frozenset())
+_watch: ContextVar[Watch | None] = ContextVar("kaun_layer_watch", default=None)
 
 
 @contextlib.contextmanager
@@ -33,6 +37,44 @@ def at(key: str) -> Generator[None, None, None]:
         raise
     finally:
         _path.reset(token)
+
+
+@contextlib.contextmanager
+def still(leaves: Sequence[Any]) -> Generator[None, None, None]:
+    """Inside, a layer all of whose parameters are among these arrays is applied in evaluation mode."""
+    token = _still.set(frozenset(map(id, leaves)))
+    try:
+        yield
+    finally:
+        _still.reset(token)
+
+
+def is_still(params: Any) -> bool:
+    """Whether these are parameters, and all among the arrays given to ``still``."""
+    # By identity: it holds in a container that was written by hand, too, which knows nothing of paths.
+    known = _still.get()
+    leaves = jax.tree_util.tree_leaves(params) if known else []
+    return bool(leaves) and all(id(leaf) in known for leaf in leaves)
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Generator[None, None, None]:
+    """Inside, each layer is applied by ``watch(layer, vars, run)``, which gives what ``run()`` gives."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def watching() -> Watch | None:
+    """Who watches layers being applied, None for nobody."""
+    return _watch.get()
+
+
+def path() -> str:
+    """The path in the model of the layer that is being applied, as far as the containers around it said."""
+    return ".".join(_path.get())
 
 
 def here(name: str) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kaun import tree
 from kaun.context import Context
 from kaun.errors import locate
-from kaun.layers.checks import at, here
+from kaun.layers.checks import at, here, is_still, watching
 
 __all__ = ["Float", "Int", "Layer", "Vars", "compose", "fn", "residual", "sequential"]
 
@@ -139,6 +139,8 @@ class Layer(Generic[In, Out]):
     ) -> tuple[Any, Vars]:
         """The output for ``x`` and the variables after it. Without a context the layer sees an empty one.
 
+        In a step of a trainer with ``trainable`` a layer all of whose parameters are frozen runs in evaluation mode.
+
         Raises:
             TypeError: when ``vars`` is no ``Vars``, or the layer's own ``apply`` does not return ``(y, vars)``.
         """
@@ -147,8 +149,11 @@ class Layer(Generic[In, Out]):
                 f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
                 "model.init(...) returns, or a trainer's state.vars."
             )
-        result = self._apply(vars, x, training=training, ctx=Context() if ctx is None else ctx)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        training = training and not is_still(vars.params)
+        watch, ctx = watching(), Context() if ctx is None else ctx
+        run = lambda: self._apply(vars, x, training=training, ctx=ctx)
+        result = run() if watch is None else watch(self, vars, run)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):
             raise TypeError(
                 f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
                 f"{locate(self._apply)}. Write: return y, vars."

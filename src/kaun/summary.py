@@ -1,0 +1,250 @@
+"""A trainer at a glance: its layers with shapes and sizes, and what one compiled step costs, before anything is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun import abstract, freezing, precision, rng, tree
+from kaun.call import Call
+from kaun.context import Context
+from kaun.items import Loss, as_context, as_loss
+from kaun.layers.checks import path as path_here
+from kaun.layers.checks import watched
+from kaun.layers.core import Layer, Vars
+from kaun.train import Trainer, lowered
+
+__all__ = ["Cost", "Row", "Summary", "summary"]
+
+HEAD = ("path", "layer", "output", "parameters", "bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer: its path, its name, its output's shape, and the parameters that no layer inside it has.
+
+    ``parameters`` counts numbers; ``bytes`` is their memory with that of the layer's own state. Parameters that two
+    layers share count for the first.
+    """
+
+    path: str
+    layer: str
+    output: str
+    parameters: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What XLA says of one compiled training step.
+
+    ``flops`` are floating point operations, where a loop's body (``microbatches``) counts once; ``arguments`` the bytes
+    of state and batch, ``outputs`` those of the new state, ``temporaries`` what it needs besides.
+    """
+
+    flops: float
+    arguments: int
+    outputs: int
+    temporaries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The layers of a trainer's model as a table, and totals. It prints as text, and with ``rich.print`` in color.
+
+    Attributes:
+        rows: a ``Row`` for each layer, in the order in which they are applied.
+        parameters: numbers that train or are frozen.
+        trained: those that train.
+        state: numbers in the layers' state.
+        bytes: of parameters and state.
+        optimizer_bytes: of the optimizer's state.
+        cost: of a compiled step, where a loss was given.
+
+    >>> import jax.numpy as jnp, optax, kaun
+    >>> from kaun import layers
+    >>> model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
+    >>> kaun.summary(kaun.Trainer(model=model, optimizer=optax.adam(0.01)), jnp.ones((8, 2)))
+    path  layer         output         parameters  bytes
+    0     linear(2, 4)  float32[8, 4]          12     48
+    1     tanh()        float32[8, 4]           0      0
+    2     linear(4, 1)  float32[8, 1]           5     20
+    17 parameters (68 B), all of them train; the optimizer's state takes 140 B.
+    """
+
+    rows: tuple[Row, ...]
+    parameters: int
+    trained: int
+    state: int
+    bytes: int
+    optimizer_bytes: int
+    cost: Cost | None
+
+    def __repr__(self) -> str:
+        table = [HEAD, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+            for cells in table
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), *self._totals()])
+
+    def __rich__(self) -> Any:
+        console, table_module = (importlib.import_module(f"rich.{name}") for name in ("console", "table"))
+        table = table_module.Table()
+        for i, name in enumerate(HEAD):
+            table.add_column(name, justify="right" if i > 2 else "left")
+        for row in self.rows:
+            table.add_row(*_cells(row))
+        return console.Group(table, *self._totals())
+
+    def _totals(self) -> list[str]:
+        train = "all of them train" if self.trained == self.parameters else f"{self.trained:,} of them train"
+        kept = f" and {self.state:,} numbers of state" if self.state else ""
+        lines = [
+            f"{self.parameters:,} parameters{kept} ({_size(self.bytes)}), {train}; the optimizer's state takes "
+            f"{_size(self.optimizer_bytes)}."
+        ]
+        if self.cost is not None:
+            c = self.cost
+            lines.append(
+                f"A compiled step: {c.flops:.3g} FLOPs; {_size(c.arguments)} of state and batch in, "
+                f"{_size(c.outputs)} out, {_size(c.temporaries)} of temporaries."
+            )
+        return lines
+
+
+def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx: Context | None = None) -> Summary:
+    """The layers of a trainer's model with their shapes and sizes, and what a compiled step costs. Nothing is run.
+
+    Arguments:
+        x: an input: arrays, or their shapes and dtypes (``jax.ShapeDtypeStruct``).
+        loss: a function of the model's output, as for ``step``; with it a training step is compiled for this input,
+            and XLA's analysis of it is in the summary.
+        ctx: a Context for the layers.
+
+    Raises:
+        TypeError, ValueError: for an input, loss or context that a step would refuse.
+
+    >>> import jax.numpy as jnp, optax, kaun
+    >>> from kaun import layers, losses
+    >>> trainer = kaun.Trainer(model=layers.linear(20, 30), optimizer=optax.sgd(0.1))
+    >>> table = kaun.summary(trainer, jnp.ones((10, 20)), lambda y: losses.mse(y, jnp.zeros((10, 30))))
+    >>> table.parameters, table.cost.flops > 2 * 2 * 10 * 20 * 30
+    (630, True)
+    """
+    if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        received = tree.describe(trainer)
+        raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary(trainer, x).")
+    ctx = as_context(ctx) or Context()
+    policy = precision.parsed(trainer.precision)
+    dtype = jnp.dtype(policy.params if policy else jnp.float32)
+    vars = abstract.variables(trainer.model, dtype)
+    state = jax.eval_shape(lambda vars: _fresh(trainer, vars), vars)
+    rows = _rows(vars, lambda vars, x, ctx: precision.applied(policy, trainer.model, vars, x, ctx, False), x, ctx)
+    trained = freezing.trained(trainer.trainable, vars.params)
+    return Summary(
+        rows=rows, parameters=_count(vars.params), trained=_count(trained), state=_count(vars.state),
+        bytes=_bytes(vars), optimizer_bytes=_bytes(state.opt_state),
+        cost=None if loss is None else _cost(trainer, state, Call(_zeros(x), as_loss(loss), ctx)),
+    )  # fmt: skip
+
+
+def _fresh(trainer: Trainer[Any, Any], vars: Vars) -> Any:
+    with rng.scope(0):
+        return trainer.make_state(vars)
+
+
+def _rows(vars: Any, run: Callable[..., Any], x: Any, ctx: Context) -> tuple[Row, ...]:
+    table = _Table(vars)
+
+    def applied(vars: Vars, x: Any, ctx: Context) -> Any:
+        with rng.scope(0), watched(table.watch):
+            return run(vars, x, ctx)[0]
+
+    jax.eval_shape(applied, vars, x, ctx)
+    return tuple(table.rows)
+
+
+class _Table:
+    """The rows of a model's layers, as they are applied."""
+
+    def __init__(self, vars: Any) -> None:
+        self._kinds = tree.flatten(vars.params)[0] | {f"state {p}": a for p, a in tree.flatten(vars.state)[0].items()}
+        self._paths: dict[int, str] = {}  # of leaves that no row has yet
+        self._known: dict[int, str] = {}
+        self._depth = 0
+        self.rows: list[Row] = []
+
+    def watch(self, layer: Layer[Any, Any], vars: Vars, run: Callable[[], Any]) -> Any:
+        params, state = tree.flatten(vars.params)[0], tree.flatten(vars.state)[0]
+        if self._depth == 0:
+            named = [*params.items(), *((f"state {p}", a) for p, a in state.items())]
+            self._known = {id(leaf): name for name, leaf in named}
+            self._paths = dict(self._known)
+            self._held = [leaf for _, leaf in named]  # an id is taken again where its owner is gone
+        at, before = len(self.rows), path_here()
+        self._depth += 1
+        try:
+            result = run()
+        finally:
+            self._depth -= 1
+        own = [name for a in (*params.values(), *state.values()) if (name := self._paths.pop(id(a), None))]
+        if own or at == len(self.rows):
+            kinds = [(name, self._kinds[name]) for name in own]
+            count = sum(_count(kind) for name, kind in kinds if not name.startswith("state "))
+            where = self._path(params) if params else before
+            output = ", ".join(f"{p}: {d}" if p else d for p, d in _described(result))
+            head = layer.name.splitlines()[0].rstrip("([")
+            self.rows.insert(at, Row(where or before, head, output, count, sum(_bytes(kind) for _, kind in kinds)))
+        return result
+
+    def _path(self, params: dict[str, Any]) -> str:
+        inner, leaf = next(iter(params.items()))
+        return self._known.get(id(leaf), "").removesuffix(inner).rstrip(".")
+
+
+def _described(result: Any) -> list[tuple[str, str]]:
+    output = result[0] if isinstance(result, tuple) else result
+    return [(path, tree.describe(leaf)) for path, leaf in tree.flatten(output)[0].items()]
+
+
+def _cost(trainer: Trainer[Any, Any], state: Any, call: Call) -> Cost:
+    compiled = lowered(trainer, state, call).compile()
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return Cost(
+        flops=float((analysis or {}).get("flops", 0.0)), arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes, temporaries=memory.temp_size_in_bytes,
+    )  # fmt: skip
+
+
+def _zeros(x: Any) -> Any:
+    zero = lambda a: np.zeros(a.shape, a.dtype) if isinstance(a, jax.ShapeDtypeStruct) else a
+    return jax.tree_util.tree_map(zero, x)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.path, row.layer, row.output, f"{row.parameters:,}", f"{row.bytes:,}"
+
+
+def _count(value: Any) -> int:
+    return sum(int(np.prod(a.shape)) for a in jax.tree_util.tree_leaves(value))
+
+
+def _bytes(value: Any) -> int:
+    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree_util.tree_leaves(value))
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError

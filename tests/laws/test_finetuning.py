@@ -1,0 +1,103 @@
+"""Laws 1, 2, 3 and 5 with everything that fine-tuning switches on: the step stays one function, and fit its fold."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kaun import rng, tree
+
+HEAD = lambda path: path.startswith(("3", "4", "right"))
+OPTIONS = {
+    "trainable": {"trainable": HEAD},
+    "biases": {"trainable": lambda path: path.endswith("bias")},
+    "bfloat16": {"precision": "mixed_bfloat16"},
+    "float16": {"precision": "mixed_float16"},
+    "microbatches": {"microbatches": 3},
+    "all": {"trainable": HEAD, "precision": "mixed_float16", "microbatches": 3},
+}
+# batch_norm that trains cannot be computed in parts.
+CASES = [
+    *(("norms", option) for option in OPTIONS if option != "microbatches"),
+    *(("attention", option) for option in OPTIONS),
+    ("wide", "trainable"),
+    ("wide", "float16"),
+]
+
+
+def with_options(zoo, model, options, seed=7):
+    trainer, _ = zoo.trainer(model, seed=seed)
+    trainer = dataclasses.replace(trainer, **options)
+    with rng.scope(seed):
+        return trainer, trainer.init()
+
+
+def batches(zoo, model, epochs=2):
+    return zoo.data(model, n=24, batch_size=6, epochs=epochs)
+
+
+@pytest.mark.parametrize(("model", "option"), CASES)
+def test_fit_is_the_fold_of_step_byte_for_byte(zoo, model, option):
+    trainer, state = with_options(zoo, model, OPTIONS[option])
+    before = zoo.bytes(state)
+    seen = []
+    data = batches(zoo, model)
+    fitted = trainer.fit(state, data, report=lambda step, loss, state: seen.append((step, loss)))
+    states, folded = zoo.fold(trainer, state, data)
+    assert zoo.bytes(fitted) == zoo.bytes(states[-1])
+    assert seen == list(enumerate(folded, start=1))
+    assert zoo.bytes(trainer.fit(state, data)) == zoo.bytes(fitted)
+    assert zoo.bytes(state) == before
+    assert zoo.bytes(fitted) != before
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_fresh_closures_compile_once(zoo, option):
+    trainer, state = with_options(zoo, "attention", OPTIONS[option])
+    trainer.fit(state, batches(zoo, "attention"))
+    assert [c.where for c in trainer.compilations] == ["fit"]
+
+
+def test_options_that_change_nothing_change_no_byte(zoo):
+    plain, state = zoo.trainer("norms")
+    data = batches(zoo, "norms")
+    expected = zoo.bytes(plain.fit(state, data))
+    for options in ({"trainable": lambda path: True}, {"microbatches": 1}):
+        trainer, same = with_options(zoo, "norms", options)
+        assert zoo.bytes(trainer.fit(same, data)) == expected
+    same_dtypes = dataclasses.replace(plain, precision="params=float32,compute=float32,output=float32")
+    assert zoo.bytes(same_dtypes.fit(state, data)) == expected
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=st.sets(st.sampled_from(["0.bias", "0.weight", "1.bias", "1.weight", "4.bias", "4.weight"]), min_size=1))
+def test_what_trains_moves_and_nothing_else(zoo, names):
+    trainer, state = with_options(zoo, "norms", {"trainable": lambda path: path in names})
+    assert set(tree.flatten(state.opt_state[0].mu)[0]) == names
+    after = trainer.fit(state, batches(zoo, "norms", epochs=1))
+    old, new = (tree.flatten(s.vars.params)[0] for s in (state, after))
+    assert {path for path in old if not np.array_equal(old[path], new[path])} == names
+    moved = not np.array_equal(state.vars.state[1]["running_mean"], after.vars.state[1]["running_mean"])
+    assert moved == any(name.startswith("1.") for name in names)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_microbatches_equal_the_whole_batch_to_rounding(zoo, count):
+    x, y = zoo.arrays("mlp", n=12)
+    # a mean over an unequal number of rows in each part, and one term that needs all rows at once
+    keep = jnp.asarray(np.arange(12) % 5 != 0)
+
+    def loss(out):
+        rows = jnp.where(keep, -jax.nn.log_softmax(out)[jnp.arange(12), y], 0.0)
+        return rows.sum() / keep.sum().astype(jnp.float32) + 0.1 * jnp.linalg.norm(out.mean(axis=0))
+
+    whole, state = zoo.trainer("mlp", "nesterov")
+    parts = dataclasses.replace(whole, microbatches=count)
+    (value, a), (same, b) = whole.step(state, x, loss=loss), parts.step(state, x, loss=loss)
+    np.testing.assert_allclose(value, same, rtol=1e-6)
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-6, atol=1e-6), a.vars, b.vars)
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-5, atol=1e-6), a.opt_state, b.opt_state)
