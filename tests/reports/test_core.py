@@ -640,9 +640,22 @@ def test_a_stop_leaves_no_cycle_that_keeps_the_state():
     gc.disable()
     try:
         assert state_of(reports.all_of(stop_at(1), lambda step, loss, state: None))() is None
-        assert state_of(reports.all_of(Judging(stop=1, wanted=lambda step: False), reports.all_of(Plain("a"))))() is None
+        assert state_of(reports.all_of(Stopping(), reports.all_of(Plain("a"))))() is None
     finally:
         gc.enable()
+
+
+class Stopping:
+    """It judges, stops, and keeps nothing."""
+
+    def wants(self, step):
+        return False
+
+    def __call__(self, step, loss, state):
+        raise AssertionError("wants no step")
+
+    def judge(self, step, values, state):
+        raise EarlyStop
 
 
 class Plain:
