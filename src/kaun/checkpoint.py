@@ -23,7 +23,7 @@ __all__ = ["load", "save"]
 T = TypeVar("T")
 
 # fmt: off
-_DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(dtype) for code, dtype in {
+DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(dtype) for code, dtype in {
     "BOOL": np.bool_, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
     "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32,
     "F64": np.float64, "C64": np.complex64, "BF16": jnp.bfloat16, "F8_E4M3": jnp.float8_e4m3fn,
@@ -152,10 +152,10 @@ def _encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     except Exception as err:
         err.add_note(f"checkpoint.save was reading {_leaf(name)}.")
         raise
-    if array.dtype.newbyteorder("=") not in _DTYPES.values():
+    if array.dtype.newbyteorder("=") not in DTYPES.values():
         raise TypeError(
             f"checkpoint.save: {_leaf(name)} is {describe(leaf)}, a dtype that a safetensors file cannot hold. Convert "
-            f"it to one of {', '.join(str(dtype) for dtype in _DTYPES.values())}: leaf.astype(...)."
+            f"it to one of {', '.join(str(dtype) for dtype in DTYPES.values())}: leaf.astype(...)."
         )
     return (array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))), None
 
@@ -220,9 +220,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _decode(name: str, entry: dict[str, Any], kind: str | None) -> Any:
     code, shape = entry["dtype"], entry["shape"]
-    if code not in _DTYPES:
+    if code not in DTYPES:
         raise ValueError(f"{_leaf(name)} is of dtype {code}, which kaun does not read")
-    array = np.frombuffer(entry["data"], _DTYPES[code]).reshape(shape)
+    array = np.frombuffer(entry["data"], DTYPES[code]).reshape(shape)
     if kind is None:
         return array
     if kind.startswith("key "):
