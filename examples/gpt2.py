@@ -34,7 +34,7 @@ SMALL = {"vocab_size": 256, "n_positions": 64, "n_embd": 128, "n_head": 4, "n_la
 
 
 def named(name, parts, forward):
-    """A layer out of others, whose variables have the names given here. In ``forward``, ``call(key, x)`` applies one."""
+    """A layer out of others, its variables under their keys. In ``forward``, ``call(key, x)`` applies one of them."""
 
     def init(*, dtype):
         made = {key: part.init(dtype=dtype) for key, part in parts.items()}
@@ -92,6 +92,8 @@ def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_e
     }
 
     def forward(call, params, tokens):
+        if tokens.shape[1] > n_positions:
+            raise ValueError(f"The model has {n_positions} positions, received {tokens.shape[1]} tokens.")
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = call("ln_f", call("h", call("wte", tokens) + call("wpe", places)))
         return x @ params["wte"]["weight"].T  # the head is tied to the embedding: one array, one gradient

@@ -50,6 +50,7 @@ PUBLIC = {
     },
     "kaun.checkpoint": {"load", "save"},
     "kaun.grad": {"grad", "value_and_grad"},
+    "kaun.interop.safetensors": {"Rule", "drop", "into", "load", "rename", "split", "transpose"},
     "kaun.layers": {
         "Float", "Int", "Layer", "Vars", "avg_pool2d", "batch_norm", "compose", "conv1d", "conv2d", "dropout",
         "embedding", "flatten", "fn", "gelu", "group_norm", "layer_norm", "linear", "max_pool2d",

@@ -168,8 +168,8 @@ def unmatched(place: int, weights: Mapping[str, Any], mapping: Sequence[Rule]) -
     rule, present = mapping[place], list(mapped(weights, mapping[:place])[0])
     near = difflib.get_close_matches(rule.pattern, present, n=3, cutoff=0.3) or present[:3]
     return (
-        f"safetensors.into: rule {place} of the mapping, {rule}, matches no weight, and where shapes fit by chance that "
-        f"would stay unseen. Of {len(present)} names, as the rules before it left them, near it: "
+        f"safetensors.into: rule {place} of the mapping, {rule}, matches no weight; where shapes fit by chance, "
+        f"nothing else would show it. Of {len(present)} names, as the rules before it left them, near it: "
         f"{', '.join(map(repr, near)) or 'none'}. Correct its pattern, or take the rule out."
     )
 

@@ -83,8 +83,9 @@ def into(
         mapping: rules, applied to all weights in their order, each to what those before it made. In the end a name is
             the path of a leaf in ``vars.params`` or in ``vars.state``: ``0.weight``.
         strict: whether each leaf must get a weight, each weight must be used, and each ``transpose`` must match
-            something, default True. With False the leaves without a weight keep their values, and weights without a leaf are left
-            out; a weight of another shape is an error all the same, and so is it when no weight fits at all.
+            something, default True. With False the leaves without a weight keep their values, and weights without a
+            leaf are left out; a weight of another shape or dtype is an error all the same, and so is it when no weight
+            fits at all.
         cast: whether floating weights may be given the leaf's floating dtype, default False. Never another kind.
 
     Typed PRNG keys in ``vars`` keep their values: no weights file holds any.
