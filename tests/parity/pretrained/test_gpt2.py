@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import losses, rng
+from kaun import losses
 from kaun.interop import safetensors
 
 HERE = Path(__file__).resolve().parent
@@ -31,12 +31,12 @@ def agrees(gpt2, folder, tokens, logits, loss, updated, greedy):
     ours, after = trainer.step(state, tokens, loss=lambda y: losses.cross_entropy_sparse(y[:, :-1], tokens[:, 1:]))
     close(ours, loss)
     expected = safetensors.into(variables, updated, gpt2.MAPPING)
+    assert set(variables.params) == {"wte", "wpe", "h", "ln_f"}  # no head of its own: wte moves by both its uses
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.vars.params, expected.params)
     assert min(jax.tree.leaves(moved["h"][0]["mlp"])) > 1e-3  # a hundred times the tolerance
     jax.tree.map(close, after.vars.params, expected.params)
 
-    prompt = greedy[0, : -(greedy.shape[1] - 4)].tolist()
-    assert gpt2.write(trainer, state, prompt, count=greedy.shape[1] - 4) == greedy[0].tolist()
+    assert gpt2.write(trainer, state, greedy[0, :4].tolist(), count=greedy.shape[1] - 4) == greedy[0].tolist()
 
 
 def test_the_recorded_model(gpt2):
@@ -75,20 +75,6 @@ def test_files_with_a_mask_and_a_head_are_read_too(gpt2, tmp_path):
     model, variables = gpt2.read(HERE / "gpt2")
     same = safetensors.into(model.init(dtype=jnp.float32), weights, gpt2.MAPPING)
     jax.tree.map(np.testing.assert_array_equal, same.params, variables.params)
-
-
-def test_one_embedding_gets_the_gradient_of_both_its_uses(gpt2):
-    with rng.scope(0):
-        model = gpt2.make_model(vocab_size=5, n_positions=4, n_embd=4, n_head=2, n_layer=1)
-        variables = model.init(dtype=jnp.float32)
-    assert set(variables.params) == {"wte", "wpe", "h", "ln_f"}
-    tokens = jnp.zeros((1, 4), jnp.int32)
-
-    def loss(params):
-        return losses.cross_entropy_sparse(model.apply(variables.replace(params=params), tokens)[0], tokens)
-
-    gradient = jax.jit(jax.grad(loss))(variables.params)["wte"]["weight"]
-    assert np.abs(gradient).min(axis=1).all()  # of tokens that never came in, too: all are scored
 
 
 def test_more_tokens_than_positions_are_an_error(gpt2):
