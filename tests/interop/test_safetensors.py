@@ -447,6 +447,15 @@ def test_the_whole_table():
           drop('2.{*x}')""")
 
 
+def test_near_names_are_those_of_weights_that_could_be_meant():
+    weights = {"fc.weight": np.zeros((2, 3)), "0.weights": np.zeros(7), "norm.weight": np.zeros(2)}
+    with pytest.raises(ValueError) as caught:
+        into(start(), weights)
+    near = dict(re.findall(r"missing +(\S+) .* near: (.*)", str(caught.value)))
+    assert near["0.weight"] == "fc.weight"
+    assert near["1.weight"] == "norm.weight"
+
+
 def test_an_unexpected_weight_says_where_it_came_from():
     with pytest.raises(ValueError, match=r"unexpected  weights +float32\[3, 2\]  from: fc\.weight"):
         into(start(), {"fc.weight": FITTING["0.weight"]}, [rename("fc.weight", "weights")])

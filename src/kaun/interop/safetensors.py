@@ -280,7 +280,7 @@ def _misfits(
         return ""
     describe = tree.describe
     groups = [
-        [("missing", n, describe(leaves[n]), "", _near(n, unexpected)) for n in missing[:_LISTED]],
+        [("missing", n, describe(leaves[n]), "", _near(n, leaves, named, unexpected)) for n in missing[:_LISTED]],
         [("unexpected", n, "", describe(named[n]), _came(n, origins)) for n in unexpected[:_LISTED]],
         [("wrong shape", n, describe(leaves[n]), describe(named[n]), _turned(n, leaves, named)) for n in shapes],
         [("wrong dtype", n, describe(leaves[n]), describe(named[n]), _came(n, origins)) for n in dtypes],
@@ -313,8 +313,9 @@ def _may_become(weight: Array, leaf: Any, cast: bool) -> bool:
     return weight.dtype.newbyteorder("=") == leaf.dtype or (cast and floats)
 
 
-def _near(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=2)
+def _near(name: str, leaves: dict[str, Any], named: dict[str, Array], unexpected: list[str]) -> str:
+    fitting = [other for other in unexpected if sorted(named[other].shape) == sorted(leaves[name].shape)]
+    near = difflib.get_close_matches(name, fitting, n=2, cutoff=0.4)
     return f"near: {', '.join(near)}" if near else ""
 
 
