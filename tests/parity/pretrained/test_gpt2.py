@@ -78,9 +78,9 @@ def test_files_with_a_mask_and_a_head_are_read_too(gpt2, tmp_path):
 
 
 def test_more_tokens_than_positions_are_an_error(gpt2):
-    model = gpt2.make_model(vocab_size=5, n_positions=4, n_embd=4, n_head=2, n_layer=1)
-    with pytest.raises(ValueError, match=r"The model has 4 positions, received 5 tokens\."):
-        model.apply(model.init(dtype=jnp.float32), jnp.zeros((1, 5), jnp.int32))
+    model, variables = gpt2.read(HERE / "gpt2")
+    with pytest.raises(ValueError, match=r"The model has 12 positions, received 13 tokens\."):
+        model.apply(variables, jnp.zeros((1, 13), jnp.int32))
 
 
 @pytest.mark.parametrize("change", [{"activation_function": "relu"}, {"n_inner": 7}], ids=str)
