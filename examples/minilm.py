@@ -190,7 +190,7 @@ def main(*, per_group=10, test=25, epochs=6, window=96, seed=0):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Classify newsgroup texts with a pretrained sentence encoder.")
-    parser.add_argument("--per-group", type=int, default=20, help="texts of each group to learn from (default 10)")
-    parser.add_argument("--test", type=int, default=50, help="texts of each group for the test (default 25)")
-    parser.add_argument("--epochs", type=int, default=4, help="passes in which the encoder is trained (default 6)")
+    parser.add_argument("--per-group", type=int, default=10, help="texts of each group to learn from (default 10)")
+    parser.add_argument("--test", type=int, default=25, help="texts of each group for the test (default 25)")
+    parser.add_argument("--epochs", type=int, default=6, help="passes in which the encoder is trained (default 6)")
     main(**vars(parser.parse_args()))

@@ -117,7 +117,7 @@ def test_rules_act_one_after_the_other(many, data):
 @pytest.mark.parametrize(
     ("pattern", "matching", "other"),
     [
-        ("h.{i}.w", ["h.0.w", "h.12.w", "h.x.w"], ["h..w", "h.0.1.w", "h.0.w.", "ah.0.w", "h.0xw", "h.0.W"]),
+        ("h.{i}.w", ["h.0.w", "h.12.w", "h.x.w"], ["h..w", "h.0.1.w", "h.0.w.", "ah.0.w", "h.0xw", "hx0.w", "h.0.W"]),
         ("h{*x}w", ["h.0.w", "h.0.1.w", "haw", "h\nw"], ["hw", "h.0.w2"]),
         ("{x}_proj", ["q_proj", "a_b_proj"], ["_proj", "h.q_proj"]),
         ("{x}.{x}", ["a.a", "0.0"], ["a.b", "a.aa"]),

@@ -410,6 +410,13 @@ def test_an_index_that_does_not_fit(hub, content, says):
         load(hub(content))
 
 
+def test_a_shard_that_holds_more_than_the_index_says(hub):
+    folder = hub({"a": "one.safetensors"})
+    (folder / "one.safetensors").write_bytes(reference.save({"a": np.zeros(1), "b": np.zeros(1)}))
+    with pytest.raises(ValueError, match=r"do not agree on 1 names, \['b'\]"):
+        load(folder)
+
+
 def test_a_shard_that_is_absent(hub):
     with pytest.raises(FileNotFoundError, match="two"):
         load(hub({"a": "two.safetensors"}))

@@ -76,6 +76,7 @@ def test_a_random_model(minilm, record, sizes, tmp_path):
     close(vectors_of(minilm, tmp_path, tokens.numpy()), record.embedded(model, tokens))
 
 
+# It takes long to compile, so it runs only where the example itself can.
 def test_encoder_and_head_learn_together(minilm, real):
     config = json.loads((HERE / "bert" / "config.json").read_text()) | {"num_hidden_layers": 1}
     encoder = minilm.make_encoder(config, dropout=0.0)
