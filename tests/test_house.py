@@ -62,7 +62,8 @@ PUBLIC = {
     },
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.grad": {"grad", "value_and_grad"},
-    "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen"},
+    "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen", "safetensors"},
+    "kaun.interop.safetensors": {"Rule", "drop", "into", "load", "rename", "split", "transpose"},
     "kaun.layers": {
         "Float", "Int", "Layer", "Vars", "avg_pool2d", "batch_norm", "compose", "conv1d", "conv2d", "dropout",
         "embedding", "flatten", "fn", "from_function", "gelu", "group_norm", "layer_norm", "linear", "max_pool2d",

@@ -107,4 +107,5 @@ def told(numbers: dict[str, jax.Array], lost: Any) -> dict[str, jax.Array]:
     """The numbers of a step as reports get them: one that overflowed is skipped, and has a gradient of norm 0."""
     if lost is None:
         return numbers
-    return numbers | {"good": jnp.where(lost, 0.0, numbers.get("good", jnp.float32(1)))}
+    good = numbers["good"] if "good" in numbers else jnp.float32(1)
+    return numbers | {"good": jnp.where(lost, 0.0, good)}

@@ -1,5 +1,6 @@
-"""Models of other libraries as layers, and the way back."""
+"""Models of other libraries as layers, and the way back; weights of other libraries."""
 
+from kaun.interop import safetensors as safetensors
 from kaun.interop.equinox import equinox as equinox
 from kaun.interop.export import export as export
 from kaun.interop.flax_nnx import flax_nnx as flax_nnx

@@ -1,0 +1,161 @@
+"""GPT-2 out of kaun's layers: its weights from a hub folder, or a small one that learns from Python's help texts.
+
+Run it with: python examples/gpt2.py                       (a minute: trains a small one on bytes, and lets it write)
+         or: python examples/gpt2.py --steps 1000
+         or: python examples/gpt2.py --folder some/gpt2    (config.json, model.safetensors and tokenizer.json, as on the
+                                                            hub; needs pip install tokenizers)
+"""
+
+import argparse
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import kaun
+from kaun import Data, Layer, Vars, layers, losses, rng
+from kaun.interop import safetensors
+from kaun.interop.safetensors import drop, rename, split
+
+# From the names of the hub to the paths below. GPT-2's files have [in, out] already, and one matrix for q, k and v.
+QKV = ["h.{i}.attn.q_proj.{x}", "h.{i}.attn.k_proj.{x}", "h.{i}.attn.v_proj.{x}"]
+MAPPING = [
+    rename("transformer.{*x}", "{*x}"),  # some files have this prefix
+    drop("h.{i}.attn.bias"),  # some have the causal mask, too
+    drop("lm_head.weight"),  # which is that of wte
+    split("h.{i}.attn.c_attn.{x}", QKV, axis=-1),
+]
+
+SMALL = {"vocab_size": 256, "n_positions": 64, "n_embd": 128, "n_head": 4, "n_layer": 2}
+
+
+def named(name, parts, forward):
+    """A layer out of others, its variables under their keys. In ``forward``, ``call(key, x)`` applies one of them."""
+
+    def init(*, dtype):
+        made = {key: part.init(dtype=dtype) for key, part in parts.items()}
+        params, state = ({key: getattr(m, kind) for key, m in made.items()} for kind in ("params", "state"))
+        return Vars(params=params, state=state, dtype=dtype)
+
+    def apply(vars, x, *, training, ctx):
+        def call(key, x):
+            below = Vars(params=vars.params[key], state=vars.state[key], dtype=vars.dtype)
+            return parts[key].apply(below, x, training=training, ctx=ctx)[0]
+
+        return forward(call, vars.params, x), vars  # none of the parts has state that moves
+
+    return Layer(init=init, apply=apply, name=name)
+
+
+def attention(width, heads, linear):
+    """Causal self-attention with biases, which layers.multi_head_attention has not."""
+    keys = ("q_proj", "k_proj", "v_proj", "c_proj")
+
+    def forward(call, params, x):
+        q, k, v = (call(key, x).reshape(*x.shape[:2], heads, width // heads) for key in keys[:3])
+        return call("c_proj", jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
+
+    return named("attention", {key: linear(width, width) for key in keys}, forward)
+
+
+def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_epsilon=1e-5):
+    """Tokens, [batch, length], to the logits of each one's successor, [batch, length, vocab_size]. Without dropout."""
+    small = jax.nn.initializers.normal(0.02)
+
+    def linear(inputs, outputs):
+        return layers.linear(inputs, outputs, weight_init=small)
+
+    def block():
+        mlp = {"c_fc": linear(n_embd, 4 * n_embd), "act": layers.gelu(), "c_proj": linear(4 * n_embd, n_embd)}
+        parts = {
+            "ln_1": layers.layer_norm(n_embd, layer_norm_epsilon),
+            "attn": attention(n_embd, n_head, linear),
+            "ln_2": layers.layer_norm(n_embd, layer_norm_epsilon),
+            "mlp": named("mlp", mlp, lambda call, params, x: call("c_proj", call("act", call("c_fc", x)))),
+        }
+
+        def forward(call, params, x):
+            x = x + call("attn", call("ln_1", x))
+            return x + call("mlp", call("ln_2", x))
+
+        return named("block", parts, forward)
+
+    parts = {
+        "wte": layers.embedding(vocab_size, n_embd, scale=False, weight_init=small),
+        "wpe": layers.embedding(n_positions, n_embd, scale=False, weight_init=small),
+        "h": layers.sequential([block() for _ in range(n_layer)]),
+        "ln_f": layers.layer_norm(n_embd, layer_norm_epsilon),
+    }
+
+    def forward(call, params, tokens):
+        if tokens.shape[1] > n_positions:
+            raise ValueError(f"The model has {n_positions} positions, received {tokens.shape[1]} tokens.")
+        places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = call("ln_f", call("h", call("wte", tokens) + call("wpe", places)))
+        return x @ params["wte"]["weight"].T  # the head is tied to the embedding: one array, one gradient
+
+    return named("gpt2", parts, forward)
+
+
+def read(folder):
+    """The model of a hub folder, and its variables."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if config["activation_function"] != "gelu_new" or config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise ValueError("This example has GPT-2's own activation and widths, which the folder's config.json has not.")
+    model = make_model(**{key: config[key] for key in (*SMALL, "layer_norm_epsilon")})
+    return model, safetensors.into(model.init(dtype=jnp.float32), safetensors.load(folder), MAPPING)
+
+
+def write(trainer, state, tokens, *, count):
+    """The tokens and ``count`` more, each the likeliest after those before it. All must fit n_positions."""
+    # One window of the final size, so that predict compiles once. What stands behind the last token does not matter.
+    window = np.zeros((1, len(tokens) + count), np.int32)
+    window[0, : len(tokens)] = tokens
+    for end in range(len(tokens), window.shape[1]):
+        window[0, end] = np.argmax(trainer.predict(state, window)[0, end - 1])
+    return window[0].tolist()
+
+
+def make_batches(*, batch_size=16):
+    """Windows from random places in the help texts, as bytes, each with the same window one byte further on."""
+    text = np.frombuffer("\n\n".join(topics.values()).encode(), np.uint8).astype(np.int32)
+
+    def cut(starts):
+        pieces = text[starts[:, np.newaxis] + np.arange(SMALL["n_positions"] + 1)]
+        return pieces[:, :-1], pieces[:, 1:]
+
+    return Data.batches(np.arange(len(text) - SMALL["n_positions"]), batch_size, shuffle=True).map(cut)
+
+
+def main(*, steps=500, folder=None, prompt="The ", count=40, seed=0):
+    if folder is not None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        model, variables = read(folder)
+        trainer = kaun.Trainer(model=model, optimizer=optax.identity())
+        state = trainer.make_state(variables)
+        print(tokenizer.decode(write(trainer, state, tokenizer.encode(prompt).ids, count=count)))
+        return trainer, state
+
+    with rng.scope(seed):
+        train = make_batches().take(steps).with_loss(losses.cross_entropy_sparse)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 0.003, warmup_steps=steps // 10, decay_steps=steps)
+        trainer = kaun.Trainer(model=make_model(**SMALL), optimizer=optax.adamw(schedule))
+        state = trainer.init(dtype=jnp.float32)
+    state = trainer.fit(state, train, report=kaun.reports.progress())
+    print(bytes(write(trainer, state, list(prompt.encode()), count=count)).decode(errors="replace"))
+    return trainer, state
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="GPT-2: a small one trained here, or one of a hub folder.")
+    parser.add_argument("--steps", type=int, default=500, help="batches to train on (default 500)")
+    parser.add_argument("--folder", help="a hub folder with config.json, model.safetensors and tokenizer.json")
+    parser.add_argument("--prompt", default="The ", help="what to go on from (default 'The ')")
+    parser.add_argument("--count", type=int, default=40, help="how many tokens to write (default 40)")
+    main(**vars(parser.parse_args()))
