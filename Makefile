@@ -30,7 +30,7 @@ help:
 	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
 	@echo "make test-torch   layers, losses and a training run against PyTorch"
 	@echo "make faults       kills, power losses and damage in long form; about half an hour"
-	@echo "make test-interop models of Flax, Equinox and Haiku beside those libraries' own loops"
+	@echo "make test-interop models and loaders of other libraries, beside their own loops"
 	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"
 	@echo "make lint         ruff and basedpyright"
 	@echo "make bench        time per step, beside hand-written loops and other libraries; about an hour"
@@ -65,7 +65,7 @@ faults: $(VENV)/.dev
 	KAUN_FAULTS=long $(RUN) -m pytest -q -s -n $(JOBS) --dist worksteal tests/faults $(ARGS)
 
 test-interop:
-	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku" \
+	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku grain datasets torch" \
 	  TESTS="tests/interop src/kaun/interop tests/test_docs.py"
 
 # The last two are there for their files: without what they depend on.

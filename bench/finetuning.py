@@ -80,7 +80,8 @@ def measure(model: Any, shape: tuple[int, ...], loss: Any, options: dict[str, An
         ratio = statistics.median(a / b for a, b in zip(found[name], first, strict=True))
         print(
             f"  {name:20} {statistics.median(found[name]) * 1e3:8.1f} ms {ratio:6.2f}"
-            f"   parameters {told.bytes / 1e6:5.1f} MB   optimizer {told.optimizer_bytes / 1e6:5.1f} MB   temporaries {told.cost.temporaries / 1e6:6.1f} MB",
+            f"   parameters {told.bytes / 1e6:5.1f} MB   optimizer {told.optimizer_bytes / 1e6:5.1f} MB"
+            f"   temporaries {told.cost.temporaries / 1e6:6.1f} MB",
             flush=True,
         )
 
