@@ -97,7 +97,7 @@ def test_dtypes_of_everything():
     bf16, f32, i32 = jnp.dtype("bfloat16"), jnp.dtype("float32"), jnp.dtype("int32")
     assert set(seen) == {(bf16, bf16, f32, bf16, i32, bf16)}
     assert value.dtype == f32
-    assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
+    assert [a.dtype for a in jax.tree.leaves(after)] == [a.dtype for a in jax.tree.leaves(state)]
     out = trainer.predict(state, x, ctx=Context(c=jnp.ones(3)))
     assert (out["y"].dtype, out["n"].dtype) == (f32, i32)
 
@@ -156,9 +156,12 @@ def test_evaluate_and_predict_use_the_same_casts():
     np.testing.assert_allclose(found["mse"], mse(out), rtol=1e-6)
 
 
-def test_it_learns():
-    for policy in ("mixed_bfloat16", "mixed_float16"):
+def test_it_learns_as_float32_does():
+    found = []
+    for policy in (None, "mixed_bfloat16", "mixed_float16"):
         trainer, state = made(policy, optimizer=optax.adam(0.02))
         before = float(mse(trainer.predict(state, X)))
-        state = trainer.fit(state, Data.repeat(300, (X, mse)))
-        assert float(mse(trainer.predict(state, X))) < before / 3
+        state = trainer.fit(state, Data.repeat(200, (X, mse)))
+        found.append(float(mse(trainer.predict(state, X))))
+    assert max(found) < before / 2
+    assert max(found) - min(found) < before / 10
