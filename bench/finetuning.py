@@ -78,11 +78,9 @@ def measure(model: Any, shape: tuple[int, ...], loss: Any, options: dict[str, An
     for name, (trainer, _) in runs.items():
         told = kaun.summary(trainer, x, loss)
         ratio = statistics.median(a / b for a, b in zip(found[name], first, strict=True))
-        print(
-            f"  {name:20} {statistics.median(found[name]) * 1e3:8.1f} ms {ratio:6.2f}   parameters {told.bytes / 1e6:5.1f} MB"
-            f"   optimizer {told.optimizer_bytes / 1e6:5.1f} MB   temporaries {told.cost.temporaries / 1e6:6.1f} MB",
-            flush=True,
-        )
+        sizes = {"variables": told.bytes, "optimizer": told.optimizer_bytes, "temporaries": told.cost.temporaries}
+        shown = "".join(f"   {what} {size / 1e6:6.1f} MB" for what, size in sizes.items())
+        print(f"  {name:20} {statistics.median(found[name]) * 1e3:8.1f} ms {ratio:6.2f}{shown}", flush=True)
 
 
 def main(arguments: list[str]) -> None:
