@@ -73,7 +73,7 @@ def test_options_that_change_nothing_change_no_byte(zoo):
     assert zoo.bytes(same_dtypes.fit(state, data)) == expected
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=st.sets(st.sampled_from(["0.bias", "0.weight", "1.bias", "1.weight", "4.bias", "4.weight"]), min_size=1))
 def test_what_trains_moves_and_nothing_else(zoo, names):
     trainer, state = with_options(zoo, "norms", {"trainable": lambda path: path in names})
