@@ -70,7 +70,8 @@ def test_precision_goes_along():
     assert out.dtype == jnp.float32
     # Two programs, of which each may keep a sum in float32 or round it.
     np.testing.assert_allclose(out, trainer.predict(state, draw(4, 3)), rtol=2**-7)
-    np.testing.assert_array_equal(out, out.astype(jnp.bfloat16).astype(jnp.float32))
+    exact = draw(4, 3) @ state.vars.params["weight"]
+    assert 2**-12 < np.abs(out - exact).max() < 2**-5
 
 
 def test_platforms():
