@@ -67,8 +67,11 @@ def test_shapes_are_enough_and_trees_stay_trees():
 def test_precision_goes_along():
     trainer, state = made(layers.linear(3, 2), precision="mixed_bfloat16")
     out = trainer.export(state, draw(4, 3)).call(draw(4, 3))
-    np.testing.assert_array_equal(out, trainer.predict(state, draw(4, 3)))
     assert out.dtype == jnp.float32
+    # Two programs, of which each may keep a sum in float32 or round it.
+    np.testing.assert_allclose(out, trainer.predict(state, draw(4, 3)), rtol=2**-7)
+    exact = draw(4, 3) @ state.vars.params["weight"]
+    assert 2**-12 < np.abs(out - exact).max() < 2**-5
 
 
 def test_platforms():

@@ -151,7 +151,10 @@ def test_evaluate_and_predict_use_the_same_casts():
     trainer, state = made("mixed_bfloat16")
     out = trainer.predict(state, X)
     assert out.dtype == jnp.float32
-    assert np.array_equal(out, out.astype(jnp.bfloat16).astype(jnp.float32))
+    expected, _ = precision.applied(precision.parsed("mixed_bfloat16"), trainer.model, state.vars, X, Context(), False)
+    np.testing.assert_allclose(out, expected, rtol=2**-6, atol=2**-8)
+    exact = made(None)[0].predict(state, X)
+    assert 2**-14 < np.abs(out - exact).max() < 2**-4
     found = trainer.evaluate(state, [(X, Y)], {"mse": lambda p, t: ((p - t) ** 2).mean()})
     np.testing.assert_allclose(found["mse"], mse(out), rtol=1e-6)
 
