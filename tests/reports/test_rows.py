@@ -435,30 +435,12 @@ def test_fit_writes_every_step_and_what_is_measured_on_one_axis(made, tmp_path, 
     state = trainer.fit(start, train.epochs(20), report=report)
     trainer.fit(state, train.epochs(2), report=report)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    # Until fit hands over state.step, the second fit begins a file of its own.
-    if "step" in recorded(trainer, start, train):
-        assert [row["step"] for row in rows] == sorted({s for s in range(1, 111) if (s if s <= 100 else s - 100) % n == 0 or s % 5 == 0})
-        assert {r["step"]: r["loss"] for r in rows if "loss" in r} == {
-            s: float(str(loss)) for s, loss in zip(history.steps.tolist(), history.losses, strict=True) if (s if s <= 100 else s - 100) % n == 0
-        }
-        assert [(r["step"], r["accuracy"]) for r in rows if "accuracy" in r] == [(s, v["accuracy"]) for s, v in validation.results]
+    assert [row["step"] for row in rows] == sorted({s for s in range(1, 111) if (s if s <= 100 else s - 100) % n == 0 or s % 5 == 0})
+    assert {r["step"]: r["loss"] for r in rows if "loss" in r} == {
+        s: float(str(loss)) for s, loss in zip(history.steps.tolist(), history.losses, strict=True) if (s if s <= 100 else s - 100) % n == 0
+    }
+    assert [(r["step"], r["accuracy"]) for r in rows if "accuracy" in r] == [(s, v["accuracy"]) for s, v in validation.results]
     assert rows[-1]["accuracy"] == validation.latest["accuracy"]
-
-
-def recorded(trainer, start, train):
-    class Names:
-        def wants(self, step):
-            return False
-
-        def __call__(self, step, loss, state):
-            pass
-
-        def block(self, first_step, values):
-            self.values = values
-
-    names = Names()
-    trainer.fit(start, train, report=names)
-    return names.values
 
 
 def test_what_stops_a_fit_leaves_all_its_rows(made, tmp_path):
