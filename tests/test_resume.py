@@ -1,5 +1,7 @@
 """A run that goes on: to the same bytes, and only where it is the same run."""
 
+import os
+import signal
 import threading
 import warnings
 from datetime import timedelta
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kaun
-from kaun import Data, checkpoint, layers, losses, reports, resume, rng
+from kaun import Data, checkpoint, layers, losses, metrics, reports, resume, rng
 from kaun.checkpoint import Directory, ResumeMismatch
 
 G = np.random.default_rng(0)
@@ -91,6 +93,44 @@ def test_an_interrupted_report_is_called_once_more_for_its_step(tmp_path, made):
     end = trainer.fit(state, train.epochs(3), report=report, checkpoints=runs)
     assert [step for step, _, _ in calls] == [1, 2, 3, 4, 5, 5, *range(6, 19)]
     assert calls[4] == calls[5] and same(end, expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_step_is_compiled_lets_it_end(tmp_path, made, number):
+    trainer, state, train, _, _ = made
+
+    def loss(out):
+        os.kill(os.getpid(), number)  # as it is traced
+        return out.mean()
+
+    items = [*list(train)[:2], (X[:4], loss), *list(train)]
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+        trainer.fit(state, items, checkpoints=Directory(tmp_path))
+    assert int(caught.value.kaun_state.step) == 3 and Directory(tmp_path).steps() == [3]
+    assert getattr(caught.value, "code", 143) == 143
+
+
+def test_a_signal_in_an_evaluation_interrupts_it_and_it_is_done_again(tmp_path, made):
+    trainer, state, train, expected, _ = made
+    left = [1]
+
+    class Pairs:
+        """Held-out data, on whose first pass the signal comes."""
+
+        def __iter__(self):
+            yield X[:4], Y[:4]
+            if left:
+                left.pop()
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield X[4:8], Y[4:8]
+
+    report = lambda: reports.validate(trainer, Pairs(), {"accuracy": metrics.accuracy}, each=6)
+    with pytest.raises(SystemExit):
+        trainer.fit(state, train.epochs(3), report=report(), checkpoints=Directory(tmp_path))
+    assert Directory(tmp_path).steps() == [6]
+    validation = report()
+    assert same(trainer.fit(state, train.epochs(3), report=validation, checkpoints=Directory(tmp_path)), expected)
+    assert [step for step, _ in validation.results] == [6, 12, 18]
 
 
 def test_early_stop_finishes_a_run(tmp_path, made):
