@@ -327,6 +327,17 @@ def test_a_finished_run_of_another_program_is_refused_too(tmp_path, made):
     assert not other.compilations
 
 
+def test_a_run_that_goes_on_keeps_its_own_key(tmp_path, made):
+    trainer, state, train, expected, _ = made
+    with pytest.raises(Killed):
+        trainer.fit(state, train.epochs(3), report=killing(8), checkpoints=Directory(tmp_path))
+    with rng.scope(5):
+        other = trainer.make_state(state.vars)
+    with pytest.warns(UserWarning, match="accept= names it"):
+        end = trainer.fit(other, train.epochs(3), checkpoints=Directory(tmp_path, accept={"key"}))
+    assert same(end, expected) and end.key == expected.key
+
+
 def test_constants_that_print_alike_are_told_apart():
     rates = [jnp.full(3, rate) for rate in (0.1, 0.2)]
     programs = [jax.make_jaxpr(lambda x, r=r: x * r)(jnp.ones(3)) for r in rates]

@@ -185,7 +185,7 @@ class Loop:
         done: int = 0,
         traced: Callable[[Call, Body], None] = lambda call, body: None,
     ) -> None:
-        self._programs, self._key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
+        self._programs, self.key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
         self._failed, self._before, self._traced = failed, done, traced
         self._wrong: int | None = None
         leaves, self._def = jax.tree_util.tree_flatten(carry)
@@ -309,7 +309,7 @@ class Loop:
     def _stage(self, call: Call) -> tuple[Stage, Body, Call]:
         found = self._stages.pop(call.key, None)
         if found is None:
-            body = self._programs.body(self._def, self._kinds, self._key, call, True)
+            body = self._programs.body(self._def, self._kinds, self.key, call, True)
             self._traced(call, body)
             found = (Stage(call, body.capacity), body, call)
         self._stages[call.key] = found
@@ -343,7 +343,7 @@ class Loop:
             self._held = (True, pack(self._packing, arrays), ran)
         fault = body.fault if ran is None else ran.fault
         first = self._before + 1 if ran is None else ran.first + ran.steps
-        arguments = (self._held[1], self._key, fault, number(count), shared, stacked)
+        arguments = (self._held[1], self.key, fault, number(count), shared, stacked)
         if program.fresh:
             self._compiled(self._programs.compile(program, entry, call, True, arguments, body))
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
@@ -371,12 +371,12 @@ class Loop:
             return
         self._wrong = ran.first + i
         if flight.before is not None:
-            arguments = (flight.before, self._key, None, number(i), flight.shared, flight.stacked)
+            arguments = (flight.before, self.key, None, number(i), flight.shared, flight.stacked)
             self._held = (True, flight.program.run(*arguments)[2], ran)
         given, many = iter(flight.shared), iter(flight.stacked)
         item = [next(many)[i] if varies else next(given) for varies in flight.pattern]
         leaves = jax.tree_util.tree_leaves(self.carry())
-        squares = body.step(leaves, self._key, item, body.fault)[1]["squares"]
+        squares = body.step(leaves, self.key, item, body.fault)[1]["squares"]
         raise self._failed(self._wrong, float(np.asarray(ran.losses)[i]), np.asarray(squares))
 
     def _pace(self) -> None:

@@ -201,9 +201,9 @@ class Trainer(Generic[In, Out]):
         with resume.begun(checkpoints, state, data, report) as run:
             if run.finished:
                 return self._finished(run, data, as_context(ctx))
-            key, now = state.key, lambda: _state(loop.carry(), key)
             del state  # where the caller does not hold it either, its memory is free once it is copied
             hook, loop = self._begin(run, report, as_context(ctx))
+            now = lambda: _state(loop.carry(), loop.key)
             step, most = run.done, lambda left: run.ahead(step, hook.ahead(step, min(left, loop.room)))
             with resume.nothing_lost(run, loop, now, hook), opened(run.data, no_data(data)) as items:
                 stopped = hook.again is not None and hook.wants(step) and _stops(hook, step, hook.again, now)
