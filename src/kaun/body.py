@@ -110,10 +110,6 @@ class Body:
         self._lock = threading.Lock()
         self.patterns: list[tuple[bool, ...]] = []
 
-    def look_at(self, leaves: list[Any], key: jax.Array, item: list[Any]) -> dict[str, Any]:
-        """The numbers of one step, also those that are no scalars."""
-        return self.step(leaves, key, item, self.fault)[1]
-
     def pattern(self, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         """Which leaves to stack in a block where these vary: as in an earlier block, where that is possible."""
         if self.patterns and self.patterns[-1] == varying:

@@ -28,6 +28,7 @@ from kaun.items import length
 from kaun.runs import Run as Items
 from kaun.signals import Signals
 from kaun.snapshots import packed, unpacked
+from kaun.staging import programs
 from kaun.state import TrainState
 
 __all__ = ["Run", "begun", "digest_of", "nothing_lost", "settle"]
@@ -341,12 +342,8 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 def _constants(closed: Any) -> Iterator[Any]:
     """The arrays of a program that its text does not spell out, of all programs inside it too."""
-    yield from (c for c in getattr(closed, "consts", ()) if hasattr(c, "dtype"))
-    jaxpr = getattr(closed, "jaxpr", closed)
-    for equation in jaxpr.eqns:
-        values = (getattr(each, "val", None) for each in equation.invars)
-        yield from (value for value in values if getattr(value, "ndim", 0))
-        for value in equation.params.values():
-            for part in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
-                    yield from _constants(part)
+    for program in programs(closed):
+        yield from (c for c in getattr(program, "consts", ()) if hasattr(c, "dtype"))
+        for equation in getattr(program, "jaxpr", program).eqns:
+            values = (getattr(each, "val", None) for each in equation.invars)
+            yield from (value for value in values if getattr(value, "ndim", 0))

@@ -16,7 +16,7 @@ from kaun.errors import CaptureError, locate
 from kaun.grad import check_scalar
 from kaun.rebuild import Rebuilt
 
-__all__ = ["RESERVED", "scored", "staged"]
+__all__ = ["RESERVED", "programs", "scored", "staged"]
 
 RESERVED = frozenset(
     {"examples_per_second", "good", "grad_norm", "learning_rate", "loss", "skipped", "step", "step_time"}
@@ -134,7 +134,7 @@ def _refuse_writes(where: str) -> None:
 
 def _refuse_constants(closed: Any, key: Any, where: str) -> None:
     hidden = list(rebuild.hidden_arrays(key))
-    for constant in _constants(closed):
+    for constant in (c for program in programs(closed) for c in getattr(program, "consts", ())):
         through = next((name for name, array in hidden if _is_same(constant, array)), None)
         if through is None and not isinstance(constant, jax.Array):
             continue  # NumPy arrays made while the loss ran, np.array([0.1, 0.9]), are part of its code
@@ -157,12 +157,11 @@ def _is_same(constant: Any, array: Any) -> bool:
     return bool(np.array_equal(np.asarray(constant), array.astype(constant.dtype)))
 
 
-def _constants(closed: Any) -> Iterator[Any]:
-    """The constants of a program and of all programs inside it."""
-    yield from getattr(closed, "consts", ())
-    jaxpr = getattr(closed, "jaxpr", closed)
-    for equation in jaxpr.eqns:
+def programs(closed: Any) -> Iterator[Any]:
+    """A traced program and all programs inside it."""
+    yield closed
+    for equation in getattr(closed, "jaxpr", closed).eqns:
         for value in equation.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
-                    yield from _constants(part)
+                    yield from programs(part)
