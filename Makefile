@@ -43,6 +43,7 @@ demo: $(VENV)/.demo
 test: lint suite
 
 lint: $(VENV)/.dev
+	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m basedpyright --pythonpath $(RUN)
 

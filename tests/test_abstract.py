@@ -38,7 +38,9 @@ def test_what_is_expected_is_found_out_once_for_each_dtype():
     for dtype in (jnp.float32, jnp.float32, jnp.bfloat16):
         expected.check(layers.linear(2, 2).init(dtype=dtype))
     assert calls == [jnp.float32, jnp.bfloat16]
-    with pytest.raises(ValueError, match=r"(?s)belong to another model.*weight: expected float32\[2, 2\], found float32\[2, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"(?s)belong to another model.*weight: expected float32\[2, 2\], found float32\[2, 3\]"
+    ):
         expected.check(layers.linear(2, 3).init(dtype=jnp.float32))
 
 

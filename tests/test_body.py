@@ -64,7 +64,9 @@ def together(body, items, *, entry="fit", packing=None, y_too=False):
     stack = np.zeros((body.capacity, 64), np.float32)
     stack[: len(items)] = items
     shared, stacked = ([], [stack, jnp.full(body.capacity, Y)]) if y_too else ([Y], [stack])
-    losses, _, held, _ = body.program(entry, (True, y_too), packing).run(held, KEY, OPEN, jnp.int32(len(items)), shared, stacked)
+    losses, _, held, _ = body.program(entry, (True, y_too), packing).run(
+        held, KEY, OPEN, jnp.int32(len(items)), shared, stacked
+    )
     (w,) = packing.unpack(held) if packing else held
     return np.asarray(losses)[: len(items)].tobytes(), np.asarray(w).tobytes()
 

@@ -32,7 +32,9 @@ def test_own_code_is_told_from_libraries():
     assert bytecode.plan(reads).own
     assert not bytecode.plan(optax.adam).own and not bytecode.plan(kaun.layers.linear).own
     assert not bytecode.plan(types.FunctionType(types.new_class.__code__, vars(types))).own
-    assert bytecode.is_own_module(__name__) and not bytecode.is_own_module("numpy") and not bytecode.is_own_module("json")
+    assert (
+        bytecode.is_own_module(__name__) and not bytecode.is_own_module("numpy") and not bytecode.is_own_module("json")
+    )
     assert bytecode.is_library("kaun.layers.core") and not bytecode.is_library("kaunas")
 
 

@@ -73,9 +73,18 @@ def test_owned_leaves_are_copies_of_what_may_change():
     ("x", "text"),
     [
         ("a", "x expected a NumPy or JAX array of numbers, received str"),
-        ({"a": RAGGED}, r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad them"),
-        ([Batch(X, X)], r"x at '0' expected .* received Batch\. Let JAX look into it, jax.tree_util.register_dataclass\(Batch\), and the model gets"),
-        (Tensor(), r"x expected .* received Tensor\. Data.from_iterable\(loader\) makes arrays of the tensors of another library"),
+        (
+            {"a": RAGGED},
+            r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad them",
+        ),
+        (
+            [Batch(X, X)],
+            r"x at '0' expected .* received Batch\. Let JAX look into it, jax.tree_util.register_dataclass\(Batch\), and the model gets",
+        ),
+        (
+            Tensor(),
+            r"x expected .* received Tensor\. Data.from_iterable\(loader\) makes arrays of the tensors of another library",
+        ),
         ({"a": [1, None, b"a"]}, "x at 'a.2' expected a NumPy or JAX array of numbers, received bytes"),
         (np.ma.masked_array([1.0]), "received a masked array of dtype float64"),
         (np.array(["a"]), "received an array of dtype <U1"),
@@ -96,5 +105,12 @@ def test_a_call_is_told_in_words():
 
 def test_kinds_of_leaves():
     assert [is_host(a) for a in (X, np.float32(1), jnp.ones(1), 1.0)] == [True, True, False, False]
-    assert [is_number(a) for a in (X, np.float64(1), jnp.ones(1), 1.0, True, 1j)] == [False, False, False, True, True, True]
+    assert [is_number(a) for a in (X, np.float64(1), jnp.ones(1), 1.0, True, 1j)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
     assert jax.tree_util.tree_leaves(Call(1.0, None, None).leaves) == [1.0]

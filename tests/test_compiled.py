@@ -200,7 +200,9 @@ def test_a_state_that_changes_its_form_is_refused():
             return loss(x)[0], {"one": ONE}, {"w": jnp.zeros(3)}, fault
 
     run = Loop(Programs(widening, forward), {"w": jnp.zeros(2)}, jax.random.key(0), None)
-    with pytest.raises(TypeError, match=r"(?s)must give back a state.*w: expected float32\[2\], found float32\[3\].*astype"):
+    with pytest.raises(
+        TypeError, match=r"(?s)must give back a state.*w: expected float32\[2\], found float32\[3\].*astype"
+    ):
         run.push(ONE, mean, None)
 
 

@@ -64,7 +64,13 @@ def test_values_and_derivatives_are_those_of_the_library(kernel, stride, dilatio
         y, back = jax.vjp(f, x, weight)
         slopes = lambda x, weight: jax.vjp(f, x, weight)[1](bars)
         second = jax.vjp(slopes, x, weight)[1]((x, weight))  # a gradient of a gradient
-        return y, back(bars), jax.jvp(f, (x, weight), directions)[1], second, jax.jvp(slopes, (x, weight), directions)[1]
+        return (
+            y,
+            back(bars),
+            jax.jvp(f, (x, weight), directions)[1],
+            second,
+            jax.jvp(slopes, (x, weight), directions)[1],
+        )
 
     agree(jax.jit(everything, static_argnums=0)(ours), jax.jit(everything, static_argnums=0)(theirs))
 
@@ -91,7 +97,10 @@ def test_in_double_precision():
     with jax.enable_x64(True):
         for shape in ((2, 4, 1), (1, 4, 1), (4, 4, 2), (3, 3, 3)):
             ours, theirs = both((1, 1), (1, 1), ((1, 1), (1, 1)), shape[2])
-            x, weight = (a.astype(jnp.float64) for a in (normal(0, 2, 5, 5, shape[0]), normal(1, 3, 3, shape[0] // shape[2], shape[1])))
+            x, weight = (
+                a.astype(jnp.float64)
+                for a in (normal(0, 2, 5, 5, shape[0]), normal(1, 3, 3, shape[0] // shape[2], shape[1]))
+            )
             slopes = lambda f: jax.jit(jax.grad(lambda x, w: (f(x, w) ** 2).sum(), (0, 1)))
             agree(slopes(ours)(x, weight), slopes(theirs)(x, weight), tolerance=1e-13)
 
@@ -152,7 +161,13 @@ options = [
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [*((layers.conv1d, o) for o in [*options, {"padding": "CAUSAL", "dilation": 2}]), *((layers.conv2d, o) for o in options)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *((layers.conv1d, o) for o in [*options, {"padding": "CAUSAL", "dilation": 2}]),
+        *((layers.conv2d, o) for o in options),
+    ],
+)
 def test_the_layers_are_fast_with_their_gradients(kind, dtype):
     make, chosen = kind
     layer = make(16, 32, **chosen)
@@ -168,7 +183,10 @@ def test_the_layers_are_fast_with_their_gradients(kind, dtype):
 
 
 IMAGES, KERNEL = jax.ShapeDtypeStruct((8, 16, 16, 4), "float32"), jax.ShapeDtypeStruct((3, 3, 4, 8), "float32")
-IMAGES_FIRST, KERNEL_FIRST = jax.ShapeDtypeStruct((8, 4, 16, 16), "float32"), jax.ShapeDtypeStruct((8, 4, 3, 3), "float32")
+IMAGES_FIRST, KERNEL_FIRST = (
+    jax.ShapeDtypeStruct((8, 4, 16, 16), "float32"),
+    jax.ShapeDtypeStruct((8, 4, 3, 3), "float32"),
+)
 
 
 def test_the_library_is_fast_forwards_where_it_is_canonical():

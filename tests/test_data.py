@@ -74,6 +74,7 @@ def source(kind: str, values: list[int], seed: int) -> tuple[Built, int]:
     """A source and the number of keys that it drew."""
     array = np.array(values, np.int64)
     if kind == "batches":
+
         def model(e: int) -> list[int]:
             return grouped([values[i] for i in order(seed, 0, e, len(values))], 2, False)
 
@@ -95,13 +96,19 @@ def stage(built: Built, op: tuple[Any, ...], seed: int, draws: int) -> tuple[Bui
     name, n, *more = op
     match name:
         case "map":
-            return built._replace(data=data.map(lambda x: int(x) * 3 + n), model=lambda e: [x * 3 + n for x in model(e)]), draws
+            return built._replace(
+                data=data.map(lambda x: int(x) * 3 + n), model=lambda e: [x * 3 + n for x in model(e)]
+            ), draws
         case "batch":
             (drop,) = more
-            return built._replace(data=data.batch(n, drop_last=drop).map(total), model=lambda e: grouped(model(e), n, drop)), draws
+            return built._replace(
+                data=data.batch(n, drop_last=drop).map(total), model=lambda e: grouped(model(e), n, drop)
+            ), draws
         case "map_batch":
             (drop,) = more
-            return built._replace(data=data.map_batch(n, total, drop_last=drop), model=lambda e: grouped(model(e), n, drop)), draws
+            return built._replace(
+                data=data.map_batch(n, total, drop_last=drop), model=lambda e: grouped(model(e), n, drop)
+            ), draws
         case "epochs":
             return built._replace(
                 data=data.epochs(n), model=lambda e: [x for k in range(n) for x in model(e * n + k)]
@@ -115,6 +122,7 @@ def stage(built: Built, op: tuple[Any, ...], seed: int, draws: int) -> tuple[Bui
         case "prefetch":
             return built._replace(data=data.prefetch(n), has_items=False), draws
         case "shuffle" if has_items:
+
             def shuffled(e: int) -> list[int]:
                 items = model(e)
                 return [items[i] for i in order(seed, draws, e, len(items))]
@@ -417,7 +425,9 @@ def test_a_loader_that_refuses_len_has_none():
 def test_a_used_up_iterator_is_an_error(again: Callable[[Data[int]], Any]):
     data = Data.from_iterable(x for x in range(3))
     assert list(data) == [0, 1, 2]
-    with pytest.raises(RuntimeError, match=r"from_iterable\(generator\) is used up.*Data.from_items\(list\(iterator\)\)"):
+    with pytest.raises(
+        RuntimeError, match=r"from_iterable\(generator\) is used up.*Data.from_items\(list\(iterator\)\)"
+    ):
         again(data)
     with pytest.raises(RuntimeError, match="used up"):
         list(Data.from_iterable(iter([1, 2])).epochs(2))
@@ -499,7 +509,9 @@ def test_batches_take_prng_keys():
 
 
 def test_batches_of_unequal_lengths_name_paths_and_lengths():
-    with pytest.raises(ValueError, match=r"(?s)one length along axis 0.*4 at 'x': float64\[4, 2\].*3 at 'y.0': int64\[3\].*x\[:n\]"):
+    with pytest.raises(
+        ValueError, match=r"(?s)one length along axis 0.*4 at 'x': float64\[4, 2\].*3 at 'y.0': int64\[3\].*x\[:n\]"
+    ):
         Data.batches({"x": np.zeros((4, 2)), "y": (np.zeros(3, np.int64),)}, 2)
 
 
@@ -508,8 +520,16 @@ def test_batches_of_unequal_lengths_name_paths_and_lengths():
     [
         ((np.zeros(3), [1, 2, 3]), TypeError, r"expected NumPy or JAX arrays, received int at '1.0'.*np.asarray\(x\)"),
         ("abc", TypeError, r"expected NumPy or JAX arrays, received str\. Convert"),
-        ((np.zeros(3), np.float32(1)), ValueError, r"expected arrays with a leading axis of items, received float32\[\] at '1'"),
-        ((np.zeros(3), np.array(1.0)), ValueError, r"expected arrays with a leading axis of items, received float64\[\] at '1'.*np.full"),
+        (
+            (np.zeros(3), np.float32(1)),
+            ValueError,
+            r"expected arrays with a leading axis of items, received float32\[\] at '1'",
+        ),
+        (
+            (np.zeros(3), np.array(1.0)),
+            ValueError,
+            r"expected arrays with a leading axis of items, received float64\[\] at '1'.*np.full",
+        ),
         ({"x": None}, ValueError, r"expected arrays, received none in \{'x': NoneType\}"),
         ((), ValueError, r"expected arrays, received none in \(\)"),
     ],
@@ -544,14 +564,22 @@ def test_stack_fetches_jax_arrays_and_keeps_bfloat16():
     ("items", "error", "text"),
     [
         ([], ValueError, "at least one item, received none"),
-        ([{"x": np.zeros(3)}, {"x": np.zeros(4)}], ValueError, r"at 'x', received float64\[3\] in item 0 and float64\[4\] in item 1.*Pad"),
+        (
+            [{"x": np.zeros(3)}, {"x": np.zeros(4)}],
+            ValueError,
+            r"at 'x', received float64\[3\] in item 0 and float64\[4\] in item 1.*Pad",
+        ),
         ([(1, 1), (1, 2), (1, 2.5)], ValueError, r"at '1', received int64\[\] in item 0 and float64\[\] in item 2"),
         ([(1, 2), [1, 2]], ValueError, r"one structure, received \(int, int\) at item 0 and \[int, int\] at item 1"),
         ([{"x": 1}, {"y": 1}], ValueError, r"received \{'x': int\} at item 0 and \{'y': int\} at item 1.*map_batch"),
         ([{"t": "a"}, {"t": "b"}], TypeError, r"numbers and arrays of numbers, received str at 't' of item 0"),
         ([jax.random.key(0)], TypeError, r"received key<fry>\[\] of item 0"),
         ([np.zeros(2, [("a", int)])], TypeError, "arrays of numbers, received"),
-        ([{"x": np.array([[1], [1, 2]], object)}], TypeError, r"received object\[2\] at 'x' of item 0. Pad its parts to one shape"),
+        (
+            [{"x": np.array([[1], [1, 2]], object)}],
+            TypeError,
+            r"received object\[2\] at 'x' of item 0. Pad its parts to one shape",
+        ),
         ([(1, lambda x: x)], TypeError, r"received function at '1' of item 0.*map_batch"),
     ],
 )
@@ -765,13 +793,17 @@ def fails_at_twenty(x: Any) -> Any:
     return x
 
 
-@pytest.mark.parametrize("shape", [lambda d: d, lambda d: d.shuffle(), lambda d: d.prefetch(2), lambda d: d.epochs(2).skip(1)])
+@pytest.mark.parametrize(
+    "shape", [lambda d: d, lambda d: d.shuffle(), lambda d: d.prefetch(2), lambda d: d.epochs(2).skip(1)]
+)
 def test_an_exception_of_a_function_passes_with_its_place(shape: Callable[[Data[int]], Data[int]]):
     with pytest.raises(ZeroDivisionError, match="mine") as caught:
         list(shape(Data.from_items([0, 10, 20]).map(fails_at_twenty)).map(lambda x: x))
     line = fails_at_twenty.__code__.co_firstlineno
     assert caught.value.args == ("mine",)
-    assert caught.value.__notes__ == [f"In the data pipeline's .map(fails_at_twenty (test_data.py:{line})), item 2 (counted from 0)."]
+    assert caught.value.__notes__ == [
+        f"In the data pipeline's .map(fails_at_twenty (test_data.py:{line})), item 2 (counted from 0)."
+    ]
 
 
 def test_an_exception_of_a_loader_passes_with_its_place():
@@ -836,19 +868,26 @@ def test_functions_are_checked(where: str, call: Callable[[Any], Any]):
 
 @pytest.mark.parametrize("wrong", [{"x": 1}, {1, 2}, 3, (i for i in [1]), Data.repeat(2, 1)])
 def test_from_items_wants_a_sequence(wrong: Any):
-    with pytest.raises(TypeError, match=r"from_items expected a sequence.*received (dict|set|int|generator|Data)\. Use Data.from_items\(list"):
+    with pytest.raises(
+        TypeError,
+        match=r"from_items expected a sequence.*received (dict|set|int|generator|Data)\. Use Data.from_items\(list",
+    ):
         Data.from_items(wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"x": 1}, 3, None])
 def test_from_iterable_wants_an_iterable_or_a_function(wrong: Any):
-    with pytest.raises(TypeError, match=r"from_iterable expected a loader.*received (dict|int|NoneType)\. Use Data.batches"):
+    with pytest.raises(
+        TypeError, match=r"from_iterable expected a loader.*received (dict|int|NoneType)\. Use Data.batches"
+    ):
         Data.from_iterable(wrong)
 
 
 @pytest.mark.parametrize("stream", [Data.from_iterable([1, 2]).map(str), Data.from_items([1, 2]).prefetch(1)])
 def test_a_stream_is_not_shuffled(stream: Data[Any]):
-    with pytest.raises(TypeError, match=r"shuffle\(\) needs items by index.*Data.from.*Data.from_items\(list\(data\)\).shuffle\(\)"):
+    with pytest.raises(
+        TypeError, match=r"shuffle\(\) needs items by index.*Data.from.*Data.from_items\(list\(data\)\).shuffle\(\)"
+    ):
         stream.shuffle()
 
 
@@ -867,8 +906,16 @@ def test_repr_shows_the_chain():
     assert repr(Data.from_items([1, 2]).shuffle().take(1)) == "Data.from_items(2 items).shuffle().take(1)"
     assert repr(Data.repeat(3, (np.zeros(2), square))) == "Data.repeat(3, (float64[2], function))"
     assert repr(Data.from_arrays(np.zeros(2))) == "Data.from_arrays(float64[2])"
-    assert repr(Data.from_iterable(range(2)).batch(2, drop_last=True)) == "Data.from_iterable(range).batch(2, drop_last=True)"
-    long = Data.batches({"x": np.zeros((4, 2)), "y": np.zeros(4)}, 2, shuffle=True, drop_last=True).map(square).epochs(3).prefetch(2)
+    assert (
+        repr(Data.from_iterable(range(2)).batch(2, drop_last=True))
+        == "Data.from_iterable(range).batch(2, drop_last=True)"
+    )
+    long = (
+        Data.batches({"x": np.zeros((4, 2)), "y": np.zeros(4)}, 2, shuffle=True, drop_last=True)
+        .map(square)
+        .epochs(3)
+        .prefetch(2)
+    )
     assert repr(long).splitlines() == [
         "Data.batches({'x': float64[4, 2], 'y': float64[4]}, batch_size=2, shuffle=True, drop_last=True)",
         f"  .map(square (test_data.py:{line}))",
@@ -879,5 +926,7 @@ def test_repr_shows_the_chain():
 
 def test_the_arrays_of_batches_are_one_argument():
     x, y = np.zeros((4, 2), np.float32), np.zeros(4, np.int32)
-    with pytest.raises(TypeError, match=r"batch_size to be an int, received int32\[4\].*Data.batches\(\(x, y\), batch_size=64\)"):
+    with pytest.raises(
+        TypeError, match=r"batch_size to be an int, received int32\[4\].*Data.batches\(\(x, y\), batch_size=64\)"
+    ):
         Data.batches(x, y, 2)

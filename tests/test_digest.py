@@ -87,7 +87,9 @@ def test_of_a_large_array_a_sample_counts_that_reaches_both_ends(n, dtype, fortr
             assert digest.content(changed) != same
         assert digest.content(array[:, :-1]) != same
         # 8 windows of 16 bytes of at least 200: most single changes are not seen, which the docs say
-        windows = {(k * (2 * n - (16 // array.itemsize))) // 7 + i for k in range(8) for i in range(16 // array.itemsize)}
+        windows = {
+            (k * (2 * n - (16 // array.itemsize))) // 7 + i for k in range(8) for i in range(16 // array.itemsize)
+        }
         between = next((i for i in range(2 * n) if i not in windows), None)
         if between is not None:
             changed = array.copy()

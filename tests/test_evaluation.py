@@ -101,10 +101,14 @@ def test_scalars_are_weighted_by_examples_and_pairs_by_their_count(two_heads, si
     """Exactly: against fractions of what each batch's program gives."""
     trainer, state = two_heads
     g = np.random.default_rng(seed)
-    p = g.normal(size=(sum(sizes), 3)).astype(np.float32) * 10.0 ** g.integers(-6, 7, (sum(sizes), 1)).astype(np.float32)
+    p = g.normal(size=(sum(sizes), 3)).astype(np.float32) * 10.0 ** g.integers(-6, 7, (sum(sizes), 1)).astype(
+        np.float32
+    )
     t = g.normal(size=p.shape).astype(np.float32)
     kept = lambda p, t: (jnp.where(p > 0, t, 0).sum(), (p > 0).sum())
-    found = trainer.evaluate(state, [*cut((p, t), sizes), (np.ones((1, 3), np.float32), t[:1])], {"mse": losses.mse, "kept": kept})
+    found = trainer.evaluate(
+        state, [*cut((p, t), sizes), (np.ones((1, 3), np.float32), t[:1])], {"mse": losses.mse, "kept": kept}
+    )
     batches = [*cut((p, t), sizes), (np.ones((1, 3), np.float32), t[:1])]
     mse, pair = jax.jit(losses.mse), jax.jit(kept)
     expected = sum(Fraction(float(mse(*b))) * len(b[1]) for b in batches) / (sum(sizes) + 1)
@@ -377,7 +381,9 @@ def test_outputs_are_read_some_later_too():
 
     data = Data.from_fn(50, lambda i: pulled.append(i) or np.float32(i))
     found = evaluation.predict(run, data, None)
-    np.testing.assert_array_equal(found, np.repeat(np.arange(50, dtype=np.float32), 2)[:, None] * np.ones((1, 3), np.float32))
+    np.testing.assert_array_equal(
+        found, np.repeat(np.arange(50, dtype=np.float32), 2)[:, None] * np.ones((1, 3), np.float32)
+    )
     assert len(lags) == 50 and min(lags[:40]) >= 8
 
 
@@ -432,13 +438,17 @@ def test_predict_of_a_pair_is_told_to_take_the_input():
 def test_predict_of_outputs_that_cannot_be_stacked():
     trainer, state = identity()
     x = np.ones((2, 3), np.float32)
-    with pytest.raises(ValueError, match=r"these of item 2 differ .*: output: float32\[2, 4\]\. Pad the inputs to one shape"):
+    with pytest.raises(
+        ValueError, match=r"these of item 2 differ .*: output: float32\[2, 4\]\. Pad the inputs to one shape"
+    ):
         trainer.predict(state, Data.from_items([x, np.ones((2, 4), np.float32)]))
     with pytest.raises(ValueError, match=r"these of item 2 differ .*: output: int32\[2, 3\]"):
         trainer.predict(state, Data.from_items([x, np.ones((2, 3), np.int32)]))
     with pytest.raises(ValueError, match=r"these of item 2 differ .*: a: float32\[2, 3\]"):
         trainer.predict(state, Data.from_items([x, {"a": x}]))
-    with pytest.raises(ValueError, match=r"the output at 'b' of item 1 is a scalar\. Call predict for each item: \[trainer"):
+    with pytest.raises(
+        ValueError, match=r"the output at 'b' of item 1 is a scalar\. Call predict for each item: \[trainer"
+    ):
         trainer.predict(state, Data.from_items([{"a": x, "b": np.float32(1)}]))
     with pytest.raises(ValueError, match=r"predict received no items: the data is empty"):
         trainer.predict(state, Data.from_items([]))
@@ -462,12 +472,32 @@ X = np.ones((2, 3), np.float32)
     [
         ([], ValueError, "evaluate received no items: the data is empty. An iterator or generator that was used up"),
         (iter(()), ValueError, "evaluate received no items"),
-        (3, TypeError, r"evaluate expected data, a kaun.Data or an iterable of \(x, y\), received int\. From arrays write"),
-        ((X, X), TypeError, r"item 1 is float32\[2, 3\]\. From arrays make them with Data\.batches\(\(x, y\), batch_size=256\)"),
-        ([(X,)], TypeError, r"evaluate expected items \(x, y\) or \(x, y, Context\), with targets y; item 1 is a tuple of \(float32"),
+        (
+            3,
+            TypeError,
+            r"evaluate expected data, a kaun.Data or an iterable of \(x, y\), received int\. From arrays write",
+        ),
+        (
+            (X, X),
+            TypeError,
+            r"item 1 is float32\[2, 3\]\. From arrays make them with Data\.batches\(\(x, y\), batch_size=256\)",
+        ),
+        (
+            [(X,)],
+            TypeError,
+            r"evaluate expected items \(x, y\) or \(x, y, Context\), with targets y; item 1 is a tuple of \(float32",
+        ),
         ([(X, X, X)], TypeError, r"item 1 is a tuple of \(float32\[2, 3\], float32\[2, 3\], float32\[2, 3\]\)"),
-        ([(X, losses.mse)], TypeError, r"item 1 is a tuple of \(float32\[2, 3\], function\)\. It was made for fit: pass the pipeline"),
-        ([(X, {"label": ["a"]})], TypeError, r"item at 'y\.label\.0' expected a NumPy or JAX array of numbers, received str"),
+        (
+            [(X, losses.mse)],
+            TypeError,
+            r"item 1 is a tuple of \(float32\[2, 3\], function\)\. It was made for fit: pass the pipeline",
+        ),
+        (
+            [(X, {"label": ["a"]})],
+            TypeError,
+            r"item at 'y\.label\.0' expected a NumPy or JAX array of numbers, received str",
+        ),
     ],
 )
 def test_items(data, error, match):
@@ -477,18 +507,42 @@ def test_items(data, error, match):
 @pytest.mark.parametrize(
     ("on", "error", "match"),
     [
-        ([metrics.f1], TypeError, r"evaluate expected metrics as a dict from names to functions \(predictions, targets\), received list"),
-        ({}, ValueError, r'evaluate expected at least one metric, received none\. Write {"accuracy": metrics.accuracy}'),
+        (
+            [metrics.f1],
+            TypeError,
+            r"evaluate expected metrics as a dict from names to functions \(predictions, targets\), received list",
+        ),
+        (
+            {},
+            ValueError,
+            r'evaluate expected at least one metric, received none\. Write {"accuracy": metrics.accuracy}',
+        ),
         ({3: metrics.f1}, TypeError, r'expected names of metrics as strings, received 3\. Write "3"'),
         ({"f1": 0.5}, TypeError, r"expected the metric 'f1' to be a function \(predictions, targets\), received float"),
-        ({"own": lambda p, t: p.sum(axis=1)}, TypeError, r"metric 'own' `<lambda>` \(test_evaluation\.py:\d+\) must return a real scalar or a pair \(sum, count\) of them, received float32\[2\]\. Return its mean, value\.mean\(\), or \(value\.sum\(\), value\.size\)\."),
+        (
+            {"own": lambda p, t: p.sum(axis=1)},
+            TypeError,
+            r"metric 'own' `<lambda>` \(test_evaluation\.py:\d+\) must return a real scalar or a pair \(sum, count\) of them, received float32\[2\]\. Return its mean, value\.mean\(\), or \(value\.sum\(\), value\.size\)\.",
+        ),
         ({"own": lambda p, t: None}, TypeError, r"received None\. Return one JAX scalar"),
         ({"own": lambda p, t: (p.sum(), p)}, TypeError, r"received a tuple of \(float32\[\], float32\[2, 3\]\)"),
         ({"own": lambda p, t: (1, 2, 3)}, TypeError, r"received a tuple of \(int, int, int\)"),
         ({"own": lambda p, t: jnp.complex64(1)}, TypeError, r"received complex64\[\]"),
-        ({"own": metrics.Counted(lambda p, t: {"a": jnp.complex64(1)}, float)}, TypeError, r"metric 'own' .* must count in real numbers, received complex64\[\] at 'a'\. Return arrays that add up"),
-        ({"own": metrics.Counted(lambda p, t: t.size, lambda s: None)}, TypeError, r"metric 'own': the result `<lambda>` \(.*\) of its counts must be a real number, received None"),
-        ({"own": lambda p, t: (p.sum(), 0)}, ValueError, r"The counts of 'own' add up to 0: there is nothing to average"),
+        (
+            {"own": metrics.Counted(lambda p, t: {"a": jnp.complex64(1)}, float)},
+            TypeError,
+            r"metric 'own' .* must count in real numbers, received complex64\[\] at 'a'\. Return arrays that add up",
+        ),
+        (
+            {"own": metrics.Counted(lambda p, t: t.size, lambda s: None)},
+            TypeError,
+            r"metric 'own': the result `<lambda>` \(.*\) of its counts must be a real number, received None",
+        ),
+        (
+            {"own": lambda p, t: (p.sum(), 0)},
+            ValueError,
+            r"The counts of 'own' add up to 0: there is nothing to average",
+        ),
     ],
 )
 def test_metrics(on, error, match):
@@ -497,19 +551,31 @@ def test_metrics(on, error, match):
 
 def test_examples_that_nobody_can_count():
     mean = {"mean": lambda p, t: p.mean()}
-    refused(ValueError, r"(?s)metric 'mean' `<lambda>` .* the targets do not tell: .* \(0: float32\[2, 3\], 1: float32\[\]\)\. Return a pair \(sum, count\)", [(X, (X, np.float32(1)))], mean)
+    refused(
+        ValueError,
+        r"(?s)metric 'mean' `<lambda>` .* the targets do not tell: .* \(0: float32\[2, 3\], 1: float32\[\]\)\. Return a pair \(sum, count\)",
+        [(X, (X, np.float32(1)))],
+        mean,
+    )
     refused(ValueError, r"the predictions do not tell: .*\(float32\[\]\)", [(np.float32(1), None)], mean)
 
 
 def test_counts_that_change_their_shape():
     counted = metrics.Counted(lambda p, t: {"a": p.sum(axis=1)}, lambda s: float(s["a"].sum()))
-    refused(ValueError, r"(?s)metric 'own': counts must have the same shapes in all batches .*a: expected float64\[2\], found float64\[1\]", [(X, X), (X[:1], X[:1])], {"own": counted})
+    refused(
+        ValueError,
+        r"(?s)metric 'own': counts must have the same shapes in all batches .*a: expected float64\[2\], found float64\[1\]",
+        [(X, X), (X[:1], X[:1])],
+        {"own": counted},
+    )
 
 
 def test_ctx_and_state_are_checked():
     refused(TypeError, r"ctx expected a kaun\.Context, received dict", ctx={})
     trainer, state = identity()
-    with pytest.raises(TypeError, match=r"evaluate expected a TrainState, received Vars\. Make one with trainer\.make_state\(vars\)"):
+    with pytest.raises(
+        TypeError, match=r"evaluate expected a TrainState, received Vars\. Make one with trainer\.make_state\(vars\)"
+    ):
         trainer.evaluate(state.vars, [(X, X)], {"f1": metrics.f1})
 
 
@@ -551,11 +617,35 @@ def test_what_a_compiled_metric_cannot_do_is_refused_by_name():
         return p.mean()
 
     draws = np.random.default_rng(0)
-    refused(CaptureError, r"metric 'own' `writes` \(test_evaluation\.py:\d+\) writes to a list, .* A compiled metric runs", on={"own": writes})
-    refused(CaptureError, r"metric 'own' .* reads an array float32\[2\] through `weight` of a Plain, .*the compiled metric would go on", on={"own": lambda p, t: (p.mean() * hidden.weight).sum()})
-    refused(CaptureError, r"(?s)captures `draws`, a Generator.*In metric 'own'", on={"own": lambda p, t: p.mean() * draws.normal()})
-    refused(CaptureError, r"(?s)`counts` .* assigns to the nonlocal variable `count`.*In metric 'own', which evaluate compiles", on={"own": counts})
+    refused(
+        CaptureError,
+        r"metric 'own' `writes` \(test_evaluation\.py:\d+\) writes to a list, .* A compiled metric runs",
+        on={"own": writes},
+    )
+    refused(
+        CaptureError,
+        r"metric 'own' .* reads an array float32\[2\] through `weight` of a Plain, .*the compiled metric would go on",
+        on={"own": lambda p, t: (p.mean() * hidden.weight).sum()},
+    )
+    refused(
+        CaptureError,
+        r"(?s)captures `draws`, a Generator.*In metric 'own'",
+        on={"own": lambda p, t: p.mean() * draws.normal()},
+    )
+    refused(
+        CaptureError,
+        r"(?s)`counts` .* assigns to the nonlocal variable `count`.*In metric 'own', which evaluate compiles",
+        on={"own": counts},
+    )
     assert held == []
     numpy = lambda p, t: accuracy_score(t, p.argmax(-1))
-    refused(jax.errors.TracerArrayConversionError, r"(?s)In metric 'own' `<lambda>` .*takes the predictions: trainer\.predict\(state, data\)", on={"own": numpy})
-    refused(jax.errors.ConcretizationTypeError, r"(?s)In metric 'own' .*write jnp\.where", on={"own": lambda p, t: 1.0 if p.mean() > 0 else 0.0})
+    refused(
+        jax.errors.TracerArrayConversionError,
+        r"(?s)In metric 'own' `<lambda>` .*takes the predictions: trainer\.predict\(state, data\)",
+        on={"own": numpy},
+    )
+    refused(
+        jax.errors.ConcretizationTypeError,
+        r"(?s)In metric 'own' .*write jnp\.where",
+        on={"own": lambda p, t: 1.0 if p.mean() > 0 else 0.0},
+    )

@@ -27,13 +27,21 @@ SHORT = {
     ),
     "gan": (
         ["--steps", "4", "--folder", "made"],
-        [r"round    4: loss of the discriminator \d\.\d{3}, loss of the generator \d\.\d{3}", r"made.gan\.safetensors: "],
+        [
+            r"round    4: loss of the discriminator \d\.\d{3}, loss of the generator \d\.\d{3}",
+            r"made.gan\.safetensors: ",
+        ],
     ),
     "chars": (["--steps", "12", "--characters", "5"], [r"The loss was \d\.\d{3} at the start", r"(?s)\n\nThe .{5}\n$"]),
     "gpt2": (["--steps", "12", "--count", "5"], [r"(?s)^The .{1,5}\n$"]),
     "minilm": (
         ["--per-group", "1", "--test", "1", "--epochs", "1"],
-        [r"20 texts to learn from, 20 for the test", r"words alone, by.* \d+\.\d%", r"features: \d+\.\d%", r"along: \d+\.\d%"],
+        [
+            r"20 texts to learn from, 20 for the test",
+            r"words alone, by.* \d+\.\d%",
+            r"features: \d+\.\d%",
+            r"along: \d+\.\d%",
+        ],
     ),
 }
 
@@ -163,7 +171,8 @@ def test_a_gan_is_two_steps_of_optax_by_hand():
     gan = example("gan")
     with rng.scope(0):
         generator, discriminator = (
-            gan.kaun.Trainer(model=model, optimizer=gan.optax.sgd(0.1)) for model in (gan.make_generator(), gan.make_discriminator())
+            gan.kaun.Trainer(model=model, optimizer=gan.optax.sgd(0.1))
+            for model in (gan.make_generator(), gan.make_discriminator())
         )
         states = {"generator": generator.init(), "discriminator": discriminator.init()}
     real = np.random.default_rng(0).uniform(size=(8, 64)).astype(np.float32)

@@ -82,13 +82,18 @@ def test_platforms():
 
 def test_a_model_that_asks_for_the_length_of_the_batch_is_refused():
     trainer, state = made(layers.linear(3, 2) >> layers.fn(lambda x: x if x.shape[0] > 3 else 2 * x))
-    with pytest.raises(ValueError, match=r"(?s)for a batch of any length, but the model asks for that length.*batch.*operation on arrays"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)for a batch of any length, but the model asks for that length.*batch.*operation on arrays",
+    ):
         trainer.export(state, draw(4, 3))
 
 
 def test_it_wants_a_state():
     trainer, state = made(layers.linear(3, 2))
-    with pytest.raises(TypeError, match=r"export expected a TrainState, received Vars\. Make one with trainer\.make_state"):
+    with pytest.raises(
+        TypeError, match=r"export expected a TrainState, received Vars\. Make one with trainer\.make_state"
+    ):
         trainer.export(state.vars, draw(4, 3))
 
 
@@ -109,6 +114,8 @@ def test_another_process_runs_it_without_kaun(tmp_path):
     (tmp_path / "model.bin").write_bytes(trainer.export(state, x).serialize())
     rows = np.concatenate([x, x[:3]])
     np.save(tmp_path / "x.npy", rows)
-    done = subprocess.run([sys.executable, "-c", "import jax.export\n" + READS], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import jax.export\n" + READS], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), trainer.predict(state, rows), rtol=1e-5, atol=1e-5)

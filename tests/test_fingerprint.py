@@ -197,7 +197,9 @@ def test_one_changed_parameter_changes_the_facts(recipe, which, where):
     match which % 5:
         case 0:
             other = (seed + 7, first, values, k, flag, ops)
-            counts = any(stage_.text.startswith(".shuffle") or "shuffle=True" in stage_.text for stage_ in build(recipe)._stages)
+            counts = any(
+                stage_.text.startswith(".shuffle") or "shuffle=True" in stage_.text for stage_ in build(recipe)._stages
+            )
         case 1:
             changed = [*values]
             changed[where % len(values)] += 1
@@ -482,7 +484,9 @@ def test_loaders_count_by_type_and_length():
             return self.n
 
     assert words(Loader(3), Loader(3)) == []
-    assert words(Data.from_iterable(Loader(4)), Data.from_iterable(Loader(3))) == ["Data.from_iterable: len was 3, is 4"]
+    assert words(Data.from_iterable(Loader(4)), Data.from_iterable(Loader(3))) == [
+        "Data.from_iterable: len was 3, is 4"
+    ]
     line = words(Data.from_iterable(ByIterator()), Data.from_iterable(Loader(2)))[0]
     assert line.endswith(".Loader, is ByIterator") and line.startswith("Data.from_iterable: type was ")
 
@@ -510,7 +514,12 @@ def test_a_function_is_a_digest_of_what_it_does():
     make = lambda rate, table: lambda x: x * rate + table
     same = fingerprint.function(make(0.1, np.ones(2)))
     assert fingerprint.function(make(0.1, np.ones(2))) == same
-    for other in (make(0.2, np.ones(2)), make(0.1, np.zeros(2)), make(0.1, np.ones(2, np.float32)), jax.jit(make(0.1, 0))):
+    for other in (
+        make(0.2, np.ones(2)),
+        make(0.1, np.zeros(2)),
+        make(0.1, np.ones(2, np.float32)),
+        jax.jit(make(0.1, 0)),
+    ):
         assert fingerprint.function(other) != same
 
 

@@ -31,7 +31,9 @@ def made(trainable, model=model, optimizer=None, **options):
 
 
 def test_it_must_be_a_function():
-    with pytest.raises(TypeError, match=r"trainable=\.\.\.\) expected a function.*received 'head'\. Write trainable=lambda"):
+    with pytest.raises(
+        TypeError, match=r"trainable=\.\.\.\) expected a function.*received 'head'\. Write trainable=lambda"
+    ):
         made("head")
 
 
@@ -103,7 +105,10 @@ def test_dropout_inside_of_a_frozen_backbone_is_off_and_beside_it_on():
     inside, state = made(head, lambda: layers.sequential([backbone(), layers.linear(4, 2)]))
     value, _ = inside.step(state, X, loss=mse)
     np.testing.assert_allclose(value, mse(inside.predict(state, X)), rtol=1e-6)
-    beside, state = made(lambda path: path.startswith("2"), lambda: layers.sequential([layers.linear(3, 4), layers.dropout(0.5), layers.linear(4, 2)]))
+    beside, state = made(
+        lambda path: path.startswith("2"),
+        lambda: layers.sequential([layers.linear(3, 4), layers.dropout(0.5), layers.linear(4, 2)]),
+    )
     value, _ = beside.step(state, X, loss=mse)
     assert abs(float(value) - float(mse(beside.predict(state, X)))) > 1e-3
 
@@ -138,7 +143,8 @@ def test_state_of_a_layer_that_moves_it_anyway_is_kept():
         return Vars(params={"w": jnp.ones(3, dtype)}, state={"seen": jnp.zeros((), dtype)}, dtype=dtype)
 
     counts = Layer(
-        init=init, apply=lambda v, x, *, training, ctx: (x * v.params["w"][None], v.replace(state={"seen": v.state["seen"] + 1}))
+        init=init,
+        apply=lambda v, x, *, training, ctx: (x * v.params["w"][None], v.replace(state={"seen": v.state["seen"] + 1})),
     )
     trainer, state = made(lambda path: path.startswith("1"), lambda: layers.sequential([counts, layers.linear(3, 2)]))
     assert float(trainer.step(state, X, loss=mse)[1].vars.state[0]["seen"]) == 0
@@ -148,7 +154,13 @@ def test_state_of_a_layer_that_moves_it_anyway_is_kept():
 
 @pytest.mark.parametrize(
     ("path", "trains", "frozen"),
-    [("1.mean", "4", True), ("1.mean", "1", False), ("3.count", "4", False), ("0.inner.seen", "0", False), ("seen", "4", False)],
+    [
+        ("1.mean", "4", True),
+        ("1.mean", "1", False),
+        ("3.count", "4", False),
+        ("0.inner.seen", "0", False),
+        ("seen", "4", False),
+    ],
 )
 def test_whose_state_is_kept(path, trains, frozen):
     params = ["0.inner.weight", "0.bias", "1.weight", "4.weight"]
@@ -160,15 +172,24 @@ def test_the_state_of_another_trainable_is_refused(swap):
     some, small = made(lambda path: path.startswith("4"))
     every, large = made(None)
     trainer, state = (every, small) if swap else (some, large)
-    with pytest.raises(ValueError, match=r"(?s)does not fit the parameters that train.*another trainable.*0\.mu\.0\.bias.*make_state"):
+    with pytest.raises(
+        ValueError, match=r"(?s)does not fit the parameters that train.*another trainable.*0\.mu\.0\.bias.*make_state"
+    ):
         trainer.step(state, X, loss=mse)
     again = trainer.make_state(state.vars)
     trainer.step(again, X, loss=mse)
 
 
 def test_what_is_not_finite_is_named_by_its_own_path():
-    trainer, state = made(lambda path: path.startswith("4"), lambda: layers.sequential([layers.linear(3, 4), layers.tanh(), layers.tanh(), layers.tanh(), layers.linear(4, 2)]))
-    with pytest.raises(NonFiniteLoss, match=r"not finite is the gradient of '4\.bias', '4\.weight' \(2 of 2\)") as caught:
+    trainer, state = made(
+        lambda path: path.startswith("4"),
+        lambda: layers.sequential(
+            [layers.linear(3, 4), layers.tanh(), layers.tanh(), layers.tanh(), layers.linear(4, 2)]
+        ),
+    )
+    with pytest.raises(
+        NonFiniteLoss, match=r"not finite is the gradient of '4\.bias', '4\.weight' \(2 of 2\)"
+    ) as caught:
         trainer.fit(state, [(X, lambda out: mse(out) * jnp.nan)])
     assert caught.value.parameters == ("4.bias", "4.weight")
     assert caught.value.kaun_state.step == 0

@@ -29,7 +29,9 @@ def squares(params):
 @quick
 def test_the_gradient_of_half_a_square_is_the_point(params):
     value, grads = grad.value_and_grad(squares, params)
-    np.testing.assert_allclose(value, sum(0.5 * (leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(params)), rtol=1e-5)
+    np.testing.assert_allclose(
+        value, sum(0.5 * (leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(params)), rtol=1e-5
+    )
     jax.tree.map(np.testing.assert_array_equal, grads, params)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, grad.grad(squares, params), params)
@@ -123,20 +125,28 @@ def test_leaves_whose_paths_read_alike_are_both_seen():
 
 
 def test_a_single_parameter_has_no_path():
-    with pytest.raises(TypeError, match=r"grad expected floating arrays in params, received int32\[3\]: there is no gradient"):
+    with pytest.raises(
+        TypeError, match=r"grad expected floating arrays in params, received int32\[3\]: there is no gradient"
+    ):
         grad.grad(squares, jnp.arange(3))
 
 
 @both
 @pytest.mark.parametrize("params", [{}, [], None, {"a": {}}])
 def test_no_leaves_are_an_error(function, params):
-    with pytest.raises(ValueError, match=rf"{function.__name__} expected floating arrays in params, received .*: there is nothing to differentiate"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{function.__name__} expected floating arrays in params, received .*: there is nothing to differentiate",
+    ):
         function(squares, params)
 
 
 @both
 def test_the_function_comes_first(function):
-    with pytest.raises(TypeError, match=rf"{function.__name__} expected a function of the parameters first, received float32\[2\]\. Write {function.__name__}\(f, params\)\."):
+    with pytest.raises(
+        TypeError,
+        match=rf"{function.__name__} expected a function of the parameters first, received float32\[2\]\. Write {function.__name__}\(f, params\)\.",
+    ):
         function(jnp.ones(2), squares)
 
 
@@ -176,13 +186,22 @@ def test_the_value_is_one_beside_aux_too(f, error, message):
 
 
 def test_a_pair_is_sent_to_has_aux():
-    with pytest.raises(TypeError, match=PREFIX + r"tuple: to return more than the scalar, write value_and_grad\(f, params, has_aux=True\) and return value, aux\."):
+    with pytest.raises(
+        TypeError,
+        match=PREFIX
+        + r"tuple: to return more than the scalar, write value_and_grad\(f, params, has_aux=True\) and return value, aux\.",
+    ):
         grad.value_and_grad(lambda p: (p.sum(), p), jnp.ones(2))
 
 
-@pytest.mark.parametrize("result", [lambda p: p.sum(), lambda p: (p.sum(), p, p), lambda p: [p.sum(), p], lambda p: None])
+@pytest.mark.parametrize(
+    "result", [lambda p: p.sum(), lambda p: (p.sum(), p, p), lambda p: [p.sum(), p], lambda p: None]
+)
 def test_with_aux_the_function_returns_a_pair(result):
-    with pytest.raises(TypeError, match=r"function `.*<lambda>` \(test_grad\.py:\d+\) must return \(value, aux\) because of has_aux=True, received (float32\[\]|tuple|list|None)\. Write: return value, aux\."):
+    with pytest.raises(
+        TypeError,
+        match=r"function `.*<lambda>` \(test_grad\.py:\d+\) must return \(value, aux\) because of has_aux=True, received (float32\[\]|tuple|list|None)\. Write: return value, aux\.",
+    ):
         grad.value_and_grad(result, jnp.ones(2), has_aux=True)
 
 
@@ -197,9 +216,14 @@ def test_check_scalar_hands_the_value_on():
 def test_check_scalar_speaks_of_its_role_and_source():
     scaled = functools.partial(types.MethodType(squares, object()), scale=2)
     check = functools.partial(grad.check_scalar, function=scaled, source="the output", role="loss")
-    with pytest.raises(ValueError, match=r"^loss `squares` \(test_grad\.py:\d+\) must return a real floating scalar, received float32\[4\]: return its mean, value\.mean\(\)\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^loss `squares` \(test_grad\.py:\d+\) must return a real floating scalar, received float32\[4\]: return its mean, value\.mean\(\)\.$",
+    ):
         check(jnp.ones(4))
-    with pytest.raises(TypeError, match=r"^loss `squares` .* received float: it is not computed from the output by JAX\."):
+    with pytest.raises(
+        TypeError, match=r"^loss `squares` .* received float: it is not computed from the output by JAX\."
+    ):
         check(0.5)
     with pytest.raises(TypeError, match=r"^loss `squares` .* received tuple: return one JAX array\.$"):
         check((jnp.float32(1), 2))

@@ -39,7 +39,9 @@ def in_place():
 
 def straight():
     """A step that XLA:CPU would run badly inside a loop: a convolution that is not kaun's own."""
-    conv = lambda x: jax.lax.conv_general_dilated(x[..., None], jnp.ones((3, 1, 4)), (1,), "SAME", None, None, ("NWC", "WIO", "NWC"))
+    conv = lambda x: jax.lax.conv_general_dilated(
+        x[..., None], jnp.ones((3, 1, 4)), (1,), "SAME", None, None, ("NWC", "WIO", "NWC")
+    )
     return layers.linear(3, 3) >> layers.fn(lambda x: conv(x).sum(-1).mean(axis=1, keepdims=True))
 
 
@@ -47,16 +49,22 @@ MODELS = {"packed": None, "in place": in_place, "straight": straight}
 
 
 def same(a, b):
-    pairs = zip(jax.tree.leaves((a.vars, a.opt_state, a.step)), jax.tree.leaves((b.vars, b.opt_state, b.step)), strict=True)
+    pairs = zip(
+        jax.tree.leaves((a.vars, a.opt_state, a.step)), jax.tree.leaves((b.vars, b.opt_state, b.step)), strict=True
+    )
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("report", [None, reports.every(3, lambda *_: None), lambda *_: None], ids=["none", "third", "all"])
+@pytest.mark.parametrize(
+    "report", [None, reports.every(3, lambda *_: None), lambda *_: None], ids=["none", "third", "all"]
+)
 def test_the_state_on_the_exception_is_the_one_before_that_step(kind, report):
     trainer, state = trainer_of("raise", MODELS[kind] and MODELS[kind]())
     xs = [X * k for k in range(1, 8)] + [BAD] + [X] * 5 + [BAD]
-    with pytest.raises(NonFiniteLoss, match=r"The loss is nan at step 8, not finite is the gradient of 'left") as caught:
+    with pytest.raises(
+        NonFiniteLoss, match=r"The loss is nan at step 8, not finite is the gradient of 'left"
+    ) as caught:
         trainer.fit(state, [(x, loss) for x in xs], report=report)
     expected = state
     for x in xs[:7]:
@@ -105,7 +113,9 @@ def test_a_gradient_may_go_wrong_where_the_loss_does_not(mode):
     value, after = trainer.step(state, X, loss=root)
     assert value == 0.0 and same(after.replace(step=state.step), state)
     if mode == "raise":
-        with pytest.raises(NonFiniteLoss, match=r"The loss is 0 at step 1, not finite is the gradient of 'weight' \(1 of 1\)"):
+        with pytest.raises(
+            NonFiniteLoss, match=r"The loss is 0 at step 1, not finite is the gradient of 'weight' \(1 of 1\)"
+        ):
             trainer.fit(state, [(X, root)])
 
 
@@ -117,7 +127,9 @@ def test_a_loss_may_go_wrong_where_the_gradient_does_not():
 
 def test_many_parameters_are_named_by_the_first():
     trainer, state = trainer_of("raise", layers.sequential([layers.linear(3, 3) for _ in range(4)]))
-    with pytest.raises(NonFiniteLoss, match=r"'0.bias', '0.weight', '1.bias', '1.weight', '2.bias' and 3 more \(8 of 8\)"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"'0.bias', '0.weight', '1.bias', '1.weight', '2.bias' and 3 more \(8 of 8\)"
+    ):
         trainer.fit(state, [(BAD, lambda out: (out * out).mean())])
 
 
@@ -197,7 +209,9 @@ def test_a_fault_stays():
 
 
 def test_a_state_of_another_form_is_refused():
-    with pytest.raises(TypeError, match=r"(?s)must give back a state.*w: expected float32\[2\], found float16\[2\].*astype"):
+    with pytest.raises(
+        TypeError, match=r"(?s)must give back a state.*w: expected float32\[2\], found float16\[2\].*astype"
+    ):
         as_before({"w": jnp.ones(2)}, {"w": jnp.ones(2, jnp.float16)})
     with pytest.raises(TypeError, match="must give back a state"):
         as_before([jnp.ones(2)], (jnp.ones(2),))

@@ -125,7 +125,9 @@ def test_what_is_ready_is_delivered_after_a_moment_and_nothing_is_waited_for():
 def test_a_report_must_be_callable():
     with pytest.raises(TypeError, match="report expected a function"):
         Hook(3, None)
-    with pytest.raises(TypeError, match=r"report `<lambda>` \(test_hook.py:\d+\) must take three arguments, \(step, loss"):
+    with pytest.raises(
+        TypeError, match=r"report `<lambda>` \(test_hook.py:\d+\) must take three arguments, \(step, loss"
+    ):
         Hook(lambda step, loss: None, None)
     with pytest.raises(TypeError, match=r"report `progress` .*or call it if it makes a report: reports.progress\(\)"):
         Hook(reports.progress, None)
@@ -137,7 +139,10 @@ def test_what_is_watched_must_be_measured():
 
     report.watches = ("f1", "accuracy")
     report.measures = ("accuracy", "mse")
-    with pytest.raises(ValueError, match=r"A report watches 'f1', which no report of this fit measures; measured are 'accuracy', 'mse'\. Put one beside it: reports\.all_of\(reports\.validate\(trainer, valid, {\"f1\": \.\.\.}"):
+    with pytest.raises(
+        ValueError,
+        match=r"A report watches 'f1', which no report of this fit measures; measured are 'accuracy', 'mse'\. Put one beside it: reports\.all_of\(reports\.validate\(trainer, valid, {\"f1\": \.\.\.}",
+    ):
         Hook(report, None)
     report.measures = ()
     with pytest.raises(ValueError, match=r"watches 'accuracy', .*measured are none"):

@@ -13,7 +13,9 @@ from kaun import lift
 from kaun.errors import CaptureError
 from kaun.rebuild import Rebuilt
 
-scalars = st.one_of(st.integers(-3, 3), st.booleans(), st.none(), st.text(max_size=2), st.floats(allow_nan=False), st.binary(max_size=2))
+scalars = st.one_of(
+    st.integers(-3, 3), st.booleans(), st.none(), st.text(max_size=2), st.floats(allow_nan=False), st.binary(max_size=2)
+)
 arrays = st.integers(0, 5).map(lambda i: np.full((2,), i, np.float32))
 values = st.recursive(
     st.one_of(scalars, arrays, arrays.map(jnp.asarray)),

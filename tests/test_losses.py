@@ -395,7 +395,11 @@ def test_shapes_must_be_equal(name, shape, fix):
     outputs, labels = np.zeros((4, 1), np.float32), np.zeros(shape, np.float32)
     if name == "cross_entropy" and shape == (4,):
         fix = r"losses\.cross_entropy_sparse\(logits, indices\)"
-    with pytest.raises(ValueError, match=rf"{name} expected .* received {left} float32\[4, 1\] and {right} float32\[{str(list(shape))[1:-1]}\].*" + fix.format(left, right)):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} expected .* received {left} float32\[4, 1\] and {right} float32\[{str(list(shape))[1:-1]}\].*"
+        + fix.format(left, right),
+    ):
         getattr(losses, name)(outputs, labels)
 
 
@@ -413,7 +417,10 @@ def test_mse_of_a_column_and_a_row_is_an_error_in_every_mode():
 
 
 def test_cross_entropy_sends_class_indices_to_the_sparse_one():
-    with pytest.raises(ValueError, match=r"received logits float32\[2, 4\] and one_hot int32\[2\]\. For class indices write losses\.cross_entropy_sparse"):
+    with pytest.raises(
+        ValueError,
+        match=r"received logits float32\[2, 4\] and one_hot int32\[2\]\. For class indices write losses\.cross_entropy_sparse",
+    ):
         losses.cross_entropy(normal(0, (2, CLASSES)), classes(0, 2))
     with pytest.raises(ValueError, match=r"expected logits \[\.\.\., classes\]"):
         losses.cross_entropy(np.float32(1), np.float32(1))
@@ -428,7 +435,9 @@ def test_cross_entropy_sends_class_indices_to_the_sparse_one():
     ],
 )
 def test_indices_have_the_shape_of_the_rows(shape, fix):
-    with pytest.raises(ValueError, match=r"cross_entropy_sparse expected logits \[\.\.\., classes\] and indices \[\.\.\.\].*" + fix):
+    with pytest.raises(
+        ValueError, match=r"cross_entropy_sparse expected logits \[\.\.\., classes\] and indices \[\.\.\.\].*" + fix
+    ):
         losses.cross_entropy_sparse(normal(0, (2, CLASSES)), np.zeros(shape, np.int32))
 
 
@@ -439,7 +448,10 @@ def test_logits_without_an_axis_of_classes_are_refused():
 
 @pytest.mark.parametrize("dtype", [np.float32, bool])
 def test_indices_are_integers(dtype):
-    with pytest.raises(TypeError, match=rf"expected integer class indices for indices, received {np.dtype(dtype).name}\[2\]\. Write indices\.astype\(jnp\.int32\)\."):
+    with pytest.raises(
+        TypeError,
+        match=rf"expected integer class indices for indices, received {np.dtype(dtype).name}\[2\]\. Write indices\.astype\(jnp\.int32\)\.",
+    ):
         losses.cross_entropy_sparse(normal(0, (2, CLASSES)), np.zeros(2, dtype))
 
 
@@ -462,21 +474,30 @@ def test_a_single_index_out_of_range_has_no_place():
 def test_integer_labels_are_zero_or_one(name):
     labels = one_hot(classes(0, 3), np.int32)
     labels[1, 2] = 255
-    with pytest.raises(ValueError, match=rf"{name} expected (one_hot|labels) in 0 and 1, received \1\[1, 2\] = 255 \(1 of 12 are outside\)\. Write \1 > 0"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} expected (one_hot|labels) in 0 and 1, received \1\[1, 2\] = 255 \(1 of 12 are outside\)\. Write \1 > 0",
+    ):
         getattr(losses, name)(normal(0, (3, CLASSES)), labels)
 
 
 @every_pair_loss
 def test_floating_dtypes_must_be_equal(name):
     outputs, labels = LOSSES[name]
-    with pytest.raises(TypeError, match=rf"{name} expected equal dtypes, received \w+ bfloat16\[.*\] and \w+ float32\[.*\]: nothing is cast\. To compute in float32 write (logits|predictions)\.astype\(jnp\.float32\), to compute in bfloat16 write \w+\.astype\(jnp\.bfloat16\)"):
+    with pytest.raises(
+        TypeError,
+        match=rf"{name} expected equal dtypes, received \w+ bfloat16\[.*\] and \w+ float32\[.*\]: nothing is cast\. To compute in float32 write (logits|predictions)\.astype\(jnp\.float32\), to compute in bfloat16 write \w+\.astype\(jnp\.bfloat16\)",
+    ):
         getattr(losses, name)(jnp.asarray(outputs, jnp.bfloat16), labels)
 
 
 @pytest.mark.parametrize("name", REGRESSION)
 @pytest.mark.parametrize("dtype", [np.int32, bool])
 def test_targets_of_a_regression_are_floats(name, dtype):
-    with pytest.raises(TypeError, match=rf"{name} expected equal dtypes, .*{np.dtype(dtype).name}\[2\]: nothing is cast\. Write targets\.astype\(predictions\.dtype\)"):
+    with pytest.raises(
+        TypeError,
+        match=rf"{name} expected equal dtypes, .*{np.dtype(dtype).name}\[2\]: nothing is cast\. Write targets\.astype\(predictions\.dtype\)",
+    ):
         getattr(losses, name)(np.zeros(2, np.float32), np.zeros(2, dtype))
 
 
@@ -486,17 +507,25 @@ def test_complex_labels_are_refused():
 
 
 @every_loss
-@pytest.mark.parametrize(("dtype", "fix"), [(np.int32, r"astype\(jnp\.float32\)"), (np.complex64, r"\w+\.real or jnp\.abs")])
+@pytest.mark.parametrize(
+    ("dtype", "fix"), [(np.int32, r"astype\(jnp\.float32\)"), (np.complex64, r"\w+\.real or jnp\.abs")]
+)
 def test_outputs_are_floating(name, dtype, fix):
     outputs, labels = LOSSES[name]
-    with pytest.raises(TypeError, match=rf"{name} expected floating (logits|predictions), received {np.dtype(dtype).name}\[.*\]\. Write .*{fix}"):
+    with pytest.raises(
+        TypeError,
+        match=rf"{name} expected floating (logits|predictions), received {np.dtype(dtype).name}\[.*\]\. Write .*{fix}",
+    ):
         getattr(losses, name)(outputs.astype(dtype), labels)
 
 
 @every_loss
 def test_nothing_to_average_is_an_error(name):
     outputs, labels = LOSSES[name]
-    with pytest.raises(ValueError, match=rf"{name} expected at least one element, received (logits|predictions) float32\[0.*a mean over nothing is NaN\. Leave empty batches out"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} expected at least one element, received (logits|predictions) float32\[0.*a mean over nothing is NaN\. Leave empty batches out",
+    ):
         getattr(losses, name)(outputs[:0], labels[:0])
 
 
@@ -505,7 +534,9 @@ def test_nothing_to_average_is_an_error(name):
 def test_arguments_are_arrays(name, place):
     arguments = list(LOSSES[name])
     arguments[place] = arguments[place].tolist()
-    with pytest.raises(TypeError, match=rf"{name} expected an array for (\w+), received list\. Write jnp\.asarray\(\1\)\."):
+    with pytest.raises(
+        TypeError, match=rf"{name} expected an array for (\w+), received list\. Write jnp\.asarray\(\1\)\."
+    ):
         getattr(losses, name)(*arguments)
 
 

@@ -202,7 +202,10 @@ def test_a_target_out_of_range_is_an_error_or_nan(name):
     for bad in (-1, CLASSES):
         wrong = targets.copy()
         wrong[1] = bad
-        with pytest.raises(ValueError, match=rf"{name} expected targets in .*, received targets\[1\] = {bad} \(1 of {len(targets)} are outside\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name} expected targets in .*, received targets\[1\] = {bad} \(1 of {len(targets)} are outside\)",
+        ):
             f(scores, wrong)
         assert np.isnan(jax.jit(f)(scores, wrong))
 
@@ -223,7 +226,9 @@ def test_an_id_out_of_range_is_an_error_or_nan(average):
 @pytest.mark.parametrize("name", REFERENCE)
 def test_the_average_is_one_of_three(name):
     for average in ("binary", None, "MACRO"):
-        with pytest.raises(ValueError, match=rf'{name} expected average="macro", "micro" or "weighted", received {average!r}\.'):
+        with pytest.raises(
+            ValueError, match=rf'{name} expected average="macro", "micro" or "weighted", received {average!r}\.'
+        ):
             getattr(metrics, name)(*CALLS[name][1:], average)
 
 
@@ -241,7 +246,10 @@ def test_class_ids_need_the_number_of_classes(name, num_classes):
 
 def test_the_number_of_classes_is_that_of_the_columns():
     f, scores, targets = CALLS["precision"]
-    with pytest.raises(ValueError, match=r"precision expected as many classes as the scores have columns, received num_classes=3 and predictions float32\[3, 5\]\. Leave num_classes out"):
+    with pytest.raises(
+        ValueError,
+        match=r"precision expected as many classes as the scores have columns, received num_classes=3 and predictions float32\[3, 5\]\. Leave num_classes out",
+    ):
         f(scores, targets, num_classes=3)
     with pytest.raises(ValueError, match=r"received num_classes=2147483647"):
         f(scores, targets, num_classes=2**31 - 1)
@@ -259,14 +267,22 @@ def test_the_number_of_classes_is_that_of_the_columns():
 )
 def test_targets_have_the_shape_of_the_rows(name, shape, fix):
     f, scores, _ = CALLS[name]
-    with pytest.raises(ValueError, match=rf"{name} expected predictions \[\.\.\., classes\] and targets \[\.\.\.\].*{fix}"):
+    with pytest.raises(
+        ValueError, match=rf"{name} expected predictions \[\.\.\., classes\] and targets \[\.\.\.\].*{fix}"
+    ):
         f(scores, np.zeros(shape, np.int32))
 
 
 def test_class_ids_have_the_shape_of_the_targets():
-    with pytest.raises(ValueError, match=r"accuracy expected equal shapes, received predictions int32\[3, 1\] and targets int32\[3\]: nothing broadcasts\. Write targets\.reshape"):
+    with pytest.raises(
+        ValueError,
+        match=r"accuracy expected equal shapes, received predictions int32\[3, 1\] and targets int32\[3\]: nothing broadcasts\. Write targets\.reshape",
+    ):
         metrics.accuracy(np.zeros((3, 1), np.int32), np.zeros(3, np.int32))
-    with pytest.raises(ValueError, match=r"binary_accuracy expected equal shapes, received predictions float32\[3, 1\] and targets int32\[3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"binary_accuracy expected equal shapes, received predictions float32\[3, 1\] and targets int32\[3\]",
+    ):
         metrics.binary_accuracy(np.zeros((3, 1), np.float32), np.zeros(3, np.int32))
 
 
@@ -274,9 +290,15 @@ def test_class_ids_have_the_shape_of_the_targets():
 def test_class_ids_are_integers(name):
     f, scores, targets = CALLS[name]
     classes = {} if name == "accuracy" else {"num_classes": 2}
-    with pytest.raises(TypeError, match=rf"{name} expected integer class indices for targets, received float32\[3\]\. Write targets\.astype\(jnp\.int32\)\."):
+    with pytest.raises(
+        TypeError,
+        match=rf"{name} expected integer class indices for targets, received float32\[3\]\. Write targets\.astype\(jnp\.int32\)\.",
+    ):
         f(scores, targets.astype(np.float32))
-    with pytest.raises(TypeError, match=rf"{name} expected integer class indices for predictions, received bool\[3\]\. Write predictions\.astype"):
+    with pytest.raises(
+        TypeError,
+        match=rf"{name} expected integer class indices for predictions, received bool\[3\]\. Write predictions\.astype",
+    ):
         f(targets.astype(bool), targets, **classes)
 
 
@@ -284,7 +306,10 @@ def test_binary_accuracy_wants_scores_and_hard_labels():
     scores = np.array([0.2, 0.7], np.float32)
     with pytest.raises(TypeError, match=r"binary_accuracy expected floating predictions, received bool\[2\]"):
         metrics.binary_accuracy(scores > 0.5, np.array([0, 1]))
-    with pytest.raises(ValueError, match=r"targets in 0 and 1, received targets\[1\] = 0\.5 \(1 of 2 are outside\)\. Write targets > 0\.5 for hard labels"):
+    with pytest.raises(
+        ValueError,
+        match=r"targets in 0 and 1, received targets\[1\] = 0\.5 \(1 of 2 are outside\)\. Write targets > 0\.5 for hard labels",
+    ):
         metrics.binary_accuracy(scores, np.array([0, 0.5], np.float32))
     for dtype in (bool, np.int8, np.float32, np.float64):
         assert metrics.binary_accuracy(scores, np.array([0, 1], dtype)) == 1.0
@@ -293,7 +318,10 @@ def test_binary_accuracy_wants_scores_and_hard_labels():
 @every_metric
 def test_no_rows_are_an_error(name):
     f, scores, targets = CALLS[name]
-    with pytest.raises(ValueError, match=rf"{name} expected at least one element, received predictions float32\[0.*Leave empty batches out"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} expected at least one element, received predictions float32\[0.*Leave empty batches out",
+    ):
         f(scores[:0], targets[:0])
 
 
@@ -302,7 +330,10 @@ def test_no_rows_are_an_error(name):
 def test_arguments_are_arrays(name, place):
     f, *arguments = CALLS[name]
     arguments[place] = arguments[place].tolist()
-    with pytest.raises(TypeError, match=rf"{name} expected an array for (predictions|targets), received list\. Write jnp\.asarray\(\1\)\."):
+    with pytest.raises(
+        TypeError,
+        match=rf"{name} expected an array for (predictions|targets), received list\. Write jnp\.asarray\(\1\)\.",
+    ):
         f(*arguments)
 
 
@@ -333,7 +364,17 @@ def test_evaluate_loses_nothing_to_rounding(values):
 
 
 def test_evaluate_takes_scalars_of_all_kinds():
-    values = [1, 2.0, True, np.float32(0.5), np.int64(3), np.array(1.5), jnp.float32(2.5), jnp.int32(4), jnp.bfloat16(1)]
+    values = [
+        1,
+        2.0,
+        True,
+        np.float32(0.5),
+        np.int64(3),
+        np.array(1.5),
+        jnp.float32(2.5),
+        jnp.int32(4),
+        jnp.bfloat16(1),
+    ]
     expected = (1 + 2 + 1 + 0.5 + 3 + 1.5 + 2.5 + 4 + 1) / 9
     assert metrics.evaluate(lambda v: v, values) == pytest.approx(expected, rel=1e-15)
     assert metrics.evaluate(lambda v: (v, jnp.int32(1)), values) == pytest.approx(expected, rel=1e-15)
@@ -415,7 +456,10 @@ def test_no_items_is_an_error(evaluate):
 
 @both
 def test_arguments_in_the_wrong_order_are_an_error(evaluate):
-    with pytest.raises(TypeError, match=rf"{evaluate.__name__} expected a function of an item and an iterable of items, received list and function\. Write {evaluate.__name__}\(f, data\)"):
+    with pytest.raises(
+        TypeError,
+        match=rf"{evaluate.__name__} expected a function of an item and an iterable of items, received list and function\. Write {evaluate.__name__}\(f, data\)",
+    ):
         evaluate([1.0], lambda v: v)
     with pytest.raises(TypeError, match=r"received function and float"):
         evaluate(lambda v: v, 1.0)
@@ -442,20 +486,30 @@ def test_results_are_scalars_or_pairs(value, received):
         return item
 
     wanted = r"a real scalar or a pair \(sum, count\) of them"
-    with pytest.raises(TypeError, match=rf"evaluate: `measure` \(test_metrics\.py:\d+\) must return {wanted}, received {received}"):
+    with pytest.raises(
+        TypeError, match=rf"evaluate: `measure` \(test_metrics\.py:\d+\) must return {wanted}, received {received}"
+    ):
         metrics.evaluate(measure, [value])
-    with pytest.raises(TypeError, match=rf"evaluate_many: `.*<lambda>` \(.*\) must return for 'loss' {wanted}, received {received}"):
+    with pytest.raises(
+        TypeError, match=rf"evaluate_many: `.*<lambda>` \(.*\) must return for 'loss' {wanted}, received {received}"
+    ):
         metrics.evaluate_many(lambda item: {"loss": item}, [value])
 
 
 def test_evaluate_many_wants_a_dict():
-    with pytest.raises(TypeError, match=r"evaluate_many: .* must return a dict from names to real scalars or pairs \(sum, count\), received float\. Write: return {\"accuracy\": \.\.\.}"):
+    with pytest.raises(
+        TypeError,
+        match=r"evaluate_many: .* must return a dict from names to real scalars or pairs \(sum, count\), received float\. Write: return {\"accuracy\": \.\.\.}",
+    ):
         metrics.evaluate_many(lambda v: v, [1.0])
 
 
 def test_evaluate_many_wants_the_same_names():
     items = [{"a": 1.0, "b": 2.0}, {"a": 1.0, "c": 2.0}]
-    with pytest.raises(ValueError, match=r"must return the same names for every item, at least one; received \['a', 'c'\] for item 1, and \['a', 'b'\] for the first"):
+    with pytest.raises(
+        ValueError,
+        match=r"must return the same names for every item, at least one; received \['a', 'c'\] for item 1, and \['a', 'b'\] for the first",
+    ):
         metrics.evaluate_many(lambda item: item, items)
     with pytest.raises(ValueError, match=r"at least one; received \[\] for item 0"):
         metrics.evaluate_many(lambda item: {}, items)
@@ -476,7 +530,10 @@ def test_counts_of_nothing_are_an_error():
 @quick
 def test_the_parts_of_a_metric_are_the_metric(predicted, targets):
     scores = scores_for(predicted)
-    for metric in (metrics.accuracy, *(functools.partial(getattr(metrics, n), average=a) for n in REFERENCE for a in AVERAGES)):
+    for metric in (
+        metrics.accuracy,
+        *(functools.partial(getattr(metrics, n), average=a) for n in REFERENCE for a in AVERAGES),
+    ):
         parts = metrics.Counted.of(metric)
         assert parts(scores, targets) == metric(scores, targets)
         again = metrics.Counted.of(functools.partial(parts))
@@ -487,14 +544,21 @@ def test_the_parts_of_a_metric_are_the_metric(predicted, targets):
 
 def test_parts_check_what_the_metric_checks():
     with pytest.raises(ValueError, match=r'f1 expected average="macro"'):
-        metrics.Counted.of(functools.partial(metrics.f1, average="none"))(np.ones((2, 2), np.float32), np.zeros(2, np.int32))
+        metrics.Counted.of(functools.partial(metrics.f1, average="none"))(
+            np.ones((2, 2), np.float32), np.zeros(2, np.int32)
+        )
     threshold = metrics.Counted.of(functools.partial(metrics.binary_accuracy, threshold=0.7))
     assert threshold(np.array([0.6, 0.8], np.float32), np.array([0, 1])) == 1.0
 
 
-@pytest.mark.parametrize("metric", [losses.mse, max, 3, functools.partial(metrics.f1, [1]), lambda p, t: metrics.f1(p, t)])
+@pytest.mark.parametrize(
+    "metric", [losses.mse, max, 3, functools.partial(metrics.f1, [1]), lambda p, t: metrics.f1(p, t)]
+)
 def test_what_has_no_parts(metric):
-    with pytest.raises(TypeError, match=r'Counted\.of expected a metric that adds up from counts, received .*Counted\.of\(functools\.partial\(metrics\.f1, average="weighted"\)\)'):
+    with pytest.raises(
+        TypeError,
+        match=r'Counted\.of expected a metric that adds up from counts, received .*Counted\.of\(functools\.partial\(metrics\.f1, average="weighted"\)\)',
+    ):
         metrics.Counted.of(metric)
     assert metrics.Counted.find(metric) is None
 
@@ -569,7 +633,9 @@ def test_a_numpy_scalar_may_change_after_it_was_observed():
 
 def test_an_unknown_name_lists_those_present():
     tracker = metrics.Tracker()
-    with pytest.raises(LookupError, match=r"Tracker has no 'loss'; it has nothing\. Call observe\('loss', value\) first\."):
+    with pytest.raises(
+        LookupError, match=r"Tracker has no 'loss'; it has nothing\. Call observe\('loss', value\) first\."
+    ):
         tracker.mean("loss")
     tracker.observe("loss", 1.0)
     tracker.observe("accuracy", 1.0)
@@ -579,7 +645,10 @@ def test_an_unknown_name_lists_those_present():
 
 def test_what_is_observed_is_a_scalar():
     tracker = metrics.Tracker()
-    with pytest.raises(TypeError, match=r"Tracker\.observe\('loss', value\) expected a real scalar, received float32\[2\]\. Take its mean, value\.mean\(\)\."):
+    with pytest.raises(
+        TypeError,
+        match=r"Tracker\.observe\('loss', value\) expected a real scalar, received float32\[2\]\. Take its mean, value\.mean\(\)\.",
+    ):
         tracker.observe("loss", jnp.ones(2))
     with pytest.raises(TypeError, match=r"Tracker\.observe\(1\.0, value\) expected a real scalar, received str"):
         tracker.observe(1.0, "loss")

@@ -33,16 +33,23 @@ def close(a, b, rtol=1e-6):
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=rtol, atol=1e-6), a, b)
 
 
-@pytest.mark.parametrize(("count", "error", "received"), [(2.0, TypeError, "2.0"), (True, TypeError, "True"), (0, ValueError, "0")])
+@pytest.mark.parametrize(
+    ("count", "error", "received"), [(2.0, TypeError, "2.0"), (True, TypeError, "True"), (0, ValueError, "0")]
+)
 def test_it_must_be_a_count(count, error, received):
-    with pytest.raises(error, match=rf"microbatches=\.\.\.\) expected an int of at least 1, received {received}\. Write 4"):
+    with pytest.raises(
+        error, match=rf"microbatches=\.\.\.\) expected an int of at least 1, received {received}\. Write 4"
+    ):
         made(count)
 
 
 def test_the_batch_must_divide():
     trainer, state = made(4)
     loss = lambda out: out.sum()
-    with pytest.raises(ValueError, match=r"microbatches=4\).*4 equal parts, received a batch of 10\. Write Data\.batches\(\.\.\., batch_size=8, drop_last=True"):
+    with pytest.raises(
+        ValueError,
+        match=r"microbatches=4\).*4 equal parts, received a batch of 10\. Write Data\.batches\(\.\.\., batch_size=8, drop_last=True",
+    ):
         trainer.step(state, X[:10], loss=loss)
     with pytest.raises(ValueError, match="received a batch of 3"):
         trainer.fit(state, [(X, loss), (X[:3], loss)])
@@ -56,14 +63,18 @@ def test_there_must_be_a_batch():
 
 def test_outputs_must_have_a_row_for_each_of_x():
     trainer, state = made(4, one(lambda w, x, ctx: {"rows": x[:, :2] * w[None], "mean": x.mean()}))
-    with pytest.raises(ValueError, match=r"the output at 'mean' of a part of 3 is float32\[\]\. Return one row for each of x"):
+    with pytest.raises(
+        ValueError, match=r"the output at 'mean' of a part of 3 is float32\[\]\. Return one row for each of x"
+    ):
         trainer.step(state, X, loss=lambda out: out["rows"].sum())
 
 
 def test_batch_norm_is_refused_unless_it_stays():
     parts = lambda: (layers.linear(3, 4), layers.batch_norm(4), layers.linear(4, 2))
     trainer, state = made(3, *parts())
-    with pytest.raises(ValueError, match=r"state '1\.running_mean', '1\.running_var' moves in training.*group_norm.*trainable"):
+    with pytest.raises(
+        ValueError, match=r"state '1\.running_mean', '1\.running_var' moves in training.*group_norm.*trainable"
+    ):
         trainer.step(state, X, loss=mse)
     trainer.step(state, X, loss=mse, training=False)
     frozen = [made(count, *parts(), trainable=lambda path: not path.startswith("1")) for count in (1, 3)]
@@ -91,10 +102,15 @@ def test_dropout_draws_anew_for_each_part_and_alike_in_both_passes():
 
     class Rows:
         def __call__(self, step, loss, state): ...
-        def wants(self, step): return False
-        def block(self, first, values): rows.extend([[float(values[f"n{i}"][0]) for i in range(12)], values["loss"][0]])
+        def wants(self, step):
+            return False
 
-    end = trainer.fit(state, [(ones, lambda out: (out.sum(), {f"n{i}": out[i].sum() for i in range(12)}))], report=Rows())
+        def block(self, first, values):
+            rows.extend([[float(values[f"n{i}"][0]) for i in range(12)], values["loss"][0]])
+
+    end = trainer.fit(
+        state, [(ones, lambda out: (out.sum(), {f"n{i}": out[i].sum() for i in range(12)}))], report=Rows()
+    )
     drawn, total = np.array(rows[0]).reshape(4, 3), rows[1]
     assert len({tuple(part) for part in drawn}) > 1, "the parts must not share one mask"
     # the loss is linear in w, so its gradient says which masks the second pass used
@@ -122,7 +138,9 @@ def test_line_searches_evaluate_the_same_loss():
 def test_gradients_add_up_in_the_dtype_of_the_parameters():
     # 64 parts that are alike: in bfloat16 their sum would stop growing, 256 + 1 = 256
     ones, loss = np.ones((512, 3), np.float32), lambda out: out.sum()
-    trainer, state = made(512, one(lambda w, x, ctx: x[:, :2] * w[None]), precision="mixed_bfloat16", optimizer=optax.sgd(1.0))
+    trainer, state = made(
+        512, one(lambda w, x, ctx: x[:, :2] * w[None]), precision="mixed_bfloat16", optimizer=optax.sgd(1.0)
+    )
     _, after = trainer.step(state, ones, loss=loss)
     np.testing.assert_array_equal(after.vars.params[0]["w"], 1.0 - 512)
 

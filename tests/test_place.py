@@ -89,7 +89,13 @@ def test_a_run_stopped_at_any_items_and_again_takes_what_one_run_takes(length, o
     assert taken + list(after(build(Steps(length), ops), n, place)) == whole
 
 
-PLACED = [[], [("map", 0), ("batch", 2)], [("batch", 2), ("epochs", 3)], [("epochs", 3), ("batch", 2), ("take", 20)], [("take", 30), ("map", 0)]]
+PLACED = [
+    [],
+    [("map", 0), ("batch", 2)],
+    [("batch", 2), ("epochs", 3)],
+    [("epochs", 3), ("batch", 2), ("take", 20)],
+    [("take", 30), ("map", 0)],
+]
 
 
 @pytest.mark.parametrize("ops", PLACED, ids=str)
@@ -106,7 +112,9 @@ def test_a_loader_that_knows_its_place_makes_nothing_twice(ops):
     assert 0 < loader.made <= 4
 
 
-@pytest.mark.parametrize("ops", [[("skip", 2)], [("take", 5), ("epochs", 2)], [("epochs", 2), ("epochs", 2)], [("prefetch", 2)]], ids=str)
+@pytest.mark.parametrize(
+    "ops", [[("skip", 2)], [("take", 5), ("epochs", 2)], [("epochs", 2), ("epochs", 2)], [("prefetch", 2)]], ids=str
+)
 def test_where_the_place_does_not_say_all_there_is_none(ops):
     rest = after(build(Steps(6), ops), 0)
     items = iter(rest)

@@ -42,7 +42,10 @@ def test_what_is_read(text, expected):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("mixed", r"expected params, compute and output, each once, or one of 'mixed_bfloat16', 'mixed_float16', received 'mixed'"),
+        (
+            "mixed",
+            r"expected params, compute and output, each once, or one of 'mixed_bfloat16', 'mixed_float16', received 'mixed'",
+        ),
         ("params=float32,compute=bfloat16", "each once.*Write precision="),
         ("params=float32,params=float32,compute=float32", "each once"),
         ("params=float32,compute=int8,output=float32", "expected a floating dtype as compute, received 'int8'"),
@@ -82,7 +85,9 @@ def test_dtypes_of_everything():
     seen = []
 
     def apply(vars, x, *, training, ctx):
-        seen.append((vars.dtype, vars.params["w"].dtype, vars.state["s"].dtype, x["f"].dtype, x["i"].dtype, ctx["c"].dtype))
+        seen.append(
+            (vars.dtype, vars.params["w"].dtype, vars.state["s"].dtype, x["f"].dtype, x["i"].dtype, ctx["c"].dtype)
+        )
         return {"y": x["f"] * vars.params["w"], "n": x["i"]}, vars
 
     init = lambda *, dtype: Vars(params={"w": jnp.ones((), dtype)}, state={"s": jnp.ones((), dtype)}, dtype=dtype)

@@ -27,7 +27,13 @@ def everything(f, x, weight, bars):
     slopes = lambda x, weight: jax.vjp(f, x, weight)[1](bars)
     directions = jnp.sin(x), jnp.cos(weight)
     second = jax.vjp(slopes, x, weight)[1](directions)
-    return f(x, weight), slopes(x, weight), jax.jvp(f, (x, weight), directions), second, jax.jvp(slopes, (x, weight), directions)
+    return (
+        f(x, weight),
+        slopes(x, weight),
+        jax.jvp(f, (x, weight), directions),
+        second,
+        jax.jvp(slopes, (x, weight), directions),
+    )
 
 
 @given(st.sampled_from([(3,), (8,), (2, 5), (2, 3, 4)]), st.sampled_from([1, 7, 8, 24]), st.sampled_from([1, 5, 16]))

@@ -26,9 +26,20 @@ class Killed(BaseException):
     """As a kill, but that the process lives on to look at what is left."""
 
 
-def setting(seed=0, batch_size=4, rate=0.1, activation=layers.relu, x=X, loss=losses.cross_entropy_sparse, optimizer=optax.adam, mode="raise"):
+def setting(
+    seed=0,
+    batch_size=4,
+    rate=0.1,
+    activation=layers.relu,
+    x=X,
+    loss=losses.cross_entropy_sparse,
+    optimizer=optax.adam,
+    mode="raise",
+):
     with rng.scope(seed):
-        model = layers.sequential([layers.linear(3, 4), layers.batch_norm(4), activation(), layers.dropout(0.2), layers.linear(4, 2)])
+        model = layers.sequential(
+            [layers.linear(3, 4), layers.batch_norm(4), activation(), layers.dropout(0.2), layers.linear(4, 2)]
+        )
         trainer = kaun.Trainer(model=model, optimizer=optimizer(rate), on_nonfinite=mode)
         state = trainer.init()
         train = Data.batches((x, Y), batch_size, shuffle=True).with_loss(loss)
@@ -36,7 +47,9 @@ def setting(seed=0, batch_size=4, rate=0.1, activation=layers.relu, x=X, loss=lo
 
 
 def same(a, b):
-    pairs = zip(jax.tree.leaves((a.vars, a.opt_state, a.step)), jax.tree.leaves((b.vars, b.opt_state, b.step)), strict=True)
+    pairs = zip(
+        jax.tree.leaves((a.vars, a.opt_state, a.step)), jax.tree.leaves((b.vars, b.opt_state, b.step)), strict=True
+    )
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
@@ -298,7 +311,9 @@ def test_another_run_is_refused_by_name_and_accepted_by_name(tmp_path, made, cha
     with pytest.raises(Killed):
         trainer.fit(state, train.epochs(3), report=killing(8), checkpoints=Directory(tmp_path))
     trainer, state, train = setting(**arguments)
-    go = lambda accept: trainer.fit(state, train.epochs(3), report=killing(9), checkpoints=Directory(tmp_path, accept=accept))
+    go = lambda accept: trainer.fit(
+        state, train.epochs(3), report=killing(9), checkpoints=Directory(tmp_path, accept=accept)
+    )
     # The schedule has a count of its own in the optimizer's state: other leaves, which nothing can go past.
     kind = (ResumeMismatch, Killed) if change == "schedule" else ResumeMismatch
     with pytest.raises(ResumeMismatch, match=text) as caught:
@@ -377,10 +392,20 @@ def test_another_machine_is_a_warning(tmp_path, made, monkeypatch):
 def test_time_may_pass_between_checkpoints(tmp_path, made):
     trainer, state, train, _, _ = made
     with pytest.raises(Killed):
-        trainer.fit(state, train.epochs(3), report=killing(5), checkpoints=Directory(tmp_path, every=timedelta(microseconds=1), keep=20))
+        trainer.fit(
+            state,
+            train.epochs(3),
+            report=killing(5),
+            checkpoints=Directory(tmp_path, every=timedelta(microseconds=1), keep=20),
+        )
     assert set(Directory(tmp_path).steps()) <= set(range(1, 6)) and len(Directory(tmp_path).steps()) > 2
     with pytest.raises(Killed):
-        trainer.fit(state, train.epochs(3), report=killing(8), checkpoints=Directory(tmp_path / "b", every=timedelta(hours=1), keep=20))
+        trainer.fit(
+            state,
+            train.epochs(3),
+            report=killing(8),
+            checkpoints=Directory(tmp_path / "b", every=timedelta(hours=1), keep=20),
+        )
     assert Directory(tmp_path / "b").steps() == [8]
 
 
@@ -391,7 +416,9 @@ def test_what_could_not_be_resumed_is_refused_at_the_start(tmp_path, made, monke
         trainer.fit(state, train, checkpoints="runs")
     with pytest.raises(TypeError, match="can be iterated once"):
         trainer.fit(state, iter(list(train)), checkpoints=runs)
-    with pytest.raises(ValueError, match=r"(?s)the state \(trainer.init or trainer.make_state\) drew a key outside.*rng.scope\(42\)"):
+    with pytest.raises(
+        ValueError, match=r"(?s)the state \(trainer.init or trainer.make_state\) drew a key outside.*rng.scope\(42\)"
+    ):
         trainer.fit(trainer.init(), train, checkpoints=runs)
     unscoped = Data.batches((X, Y), 4, shuffle=True).with_loss(losses.cross_entropy_sparse)
     with pytest.raises(ValueError, match=r"Data.batches\(.*shuffle=True\) drew a key outside"):
@@ -428,7 +455,9 @@ def test_a_checkpoint_that_fails_after_an_exception_is_a_note_of_it(tmp_path, ma
 def test_runs_in_another_thread_are_saved_too(tmp_path, made):
     trainer, state, train, expected, _ = made
     ends = []
-    thread = threading.Thread(target=lambda: ends.append(trainer.fit(state, train.epochs(3), checkpoints=Directory(tmp_path))))
+    thread = threading.Thread(
+        target=lambda: ends.append(trainer.fit(state, train.epochs(3), checkpoints=Directory(tmp_path)))
+    )
     thread.start()
     thread.join()
     assert same(ends[0], expected) and Directory(tmp_path).steps() == [18]
@@ -442,7 +471,9 @@ def test_large_states_are_saved_as_they_were(tmp_path):
     data = Data.repeat(9, (x, lambda out: losses.mse(out, x)))
     kept = {}
     runs = Directory(tmp_path, every=2, keep=9)
-    end = trainer.fit(state, data, report=reports.every(2, lambda step, loss, state: kept.update({step: state})), checkpoints=runs)
+    end = trainer.fit(
+        state, data, report=reports.every(2, lambda step, loss, state: kept.update({step: state})), checkpoints=runs
+    )
     for step in (2, 4, 6, 8):
         assert same(runs.load(state, step), kept[step])
     assert same(runs.load(state), end) and not any(a.is_deleted() for a in jax.tree.leaves(state))

@@ -298,7 +298,9 @@ RUNNING = {
 @pytest.mark.parametrize("scoped", [True, False])
 def test_drawing_where_the_key_would_be_a_constant_is_an_error(transform, scoped):
     def attempt():
-        with pytest.raises(RuntimeError, match=r"(?s)key would be frozen.*compiled\(rng\.next_key\(\), x\).*rng\.scope"):
+        with pytest.raises(
+            RuntimeError, match=r"(?s)key would be frozen.*compiled\(rng\.next_key\(\), x\).*rng\.scope"
+        ):
             RECORDING[transform](jnp.ones(2))
 
     if scoped:
@@ -410,7 +412,10 @@ def test_no_traced_value_stays_behind():
     ids=str,
 )
 def test_what_is_neither_a_seed_nor_a_key_is_an_error(seed, received):
-    with pytest.raises(TypeError, match=f"expected an integer seed or a .*JAX key, received {received}"), rng.scope(seed):
+    with (
+        pytest.raises(TypeError, match=f"expected an integer seed or a .*JAX key, received {received}"),
+        rng.scope(seed),
+    ):
         pass
 
 

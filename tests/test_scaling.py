@@ -67,7 +67,9 @@ def test_gradients_too_small_for_float16_arrive():
     _, after = trainer.step(state, X, loss=tiny)
     exact, _ = made(precision=None, optimizer=sgd)
     _, expected = exact.step(exact.make_state(state.vars), X, loss=tiny)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3), after.vars.params, expected.vars.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3), after.vars.params, expected.vars.params
+    )
     _, lost = trainer.step(state.replace(opt_state=state.opt_state._replace(scale=jnp.float32(1))), X, loss=tiny)
     assert np.array_equal(lost.vars.params[0]["weight"], state.vars.params[0]["weight"])
 
@@ -151,7 +153,9 @@ def test_checkpoints_keep_the_scale(tmp_path):
 def test_a_state_of_another_precision_is_refused():
     trainer, state = made()
     plain, other = made(precision="mixed_bfloat16")
-    with pytest.raises(ValueError, match=r"The state has no loss scale, and this trainer scales its loss.*make_state\(state\.vars\)"):
+    with pytest.raises(
+        ValueError, match=r"The state has no loss scale, and this trainer scales its loss.*make_state\(state\.vars\)"
+    ):
         trainer.step(other, X, loss=mse)
     with pytest.raises(ValueError, match="The state has a loss scale, and this trainer does not scale its loss"):
         plain.step(state, X, loss=mse)

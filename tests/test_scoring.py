@@ -25,7 +25,9 @@ def test_what_a_metric_returns_becomes_a_part_that_adds_up():
         scoring.part_of("m", P, P, T)
     with pytest.raises(TypeError, match=r"m must count in real numbers, received complex64\[\]\. Return arrays"):
         scoring.part_of("m", Counts(jnp.complex64(1)), P, T)
-    with pytest.raises(ValueError, match=r"m returns a scalar, .* the targets do not tell: .*\(0: int32\[4\], 1: float32\[3\]\)"):
+    with pytest.raises(
+        ValueError, match=r"m returns a scalar, .* the targets do not tell: .*\(0: int32\[4\], 1: float32\[3\]\)"
+    ):
         scoring.part_of("m", 2.0, P, (T, jnp.ones(3)))
     with pytest.raises(ValueError, match=r"the predictions do not tell: .*\(no arrays\)"):
         scoring.part_of("m", 2.0, None, ())
@@ -78,7 +80,7 @@ def test_counts_are_summed_in_int64_and_float64(n):
     for _ in range(n):
         scores.add(Packed.of({"m": Counts((jnp.int32(2**31 - 1), jnp.array([True, False]), jnp.float32(0.1)))}))
     assert scores.results() == {"m": 1.5}
-    (big, flags, small), = seen
+    ((big, flags, small),) = seen
     assert int(big) == n * (2**31 - 1) and flags.tolist() == [n, 0]
     assert float(small) == pytest.approx(n * float(np.float32(0.1)), rel=1e-14)
 

@@ -108,14 +108,20 @@ def test_what_a_metric_may_not_do_names_it():
     box = Box()
     box.y = jnp.ones(3)
     good = lambda p, t: p.sum()
-    with pytest.raises(CaptureError, match=r"metric 'b' `writes` \(test_staging\.py:\d+\) writes to a list.* A compiled metric runs"):
+    with pytest.raises(
+        CaptureError, match=r"metric 'b' `writes` \(test_staging\.py:\d+\) writes to a list.* A compiled metric runs"
+    ):
         run_scored({"a": good, "b": writes}, jnp.ones(3), jnp.ones(3))
     assert held == {}
-    with pytest.raises(CaptureError, match=r"(?s)metric 'b' .* through `y` of a Box.*the compiled metric would.*metric = lambda p, t"):
+    with pytest.raises(
+        CaptureError, match=r"(?s)metric 'b' .* through `y` of a Box.*the compiled metric would.*metric = lambda p, t"
+    ):
         run_scored({"a": good, "b": lambda p, t: (p * box.y).sum()}, jnp.ones(3), jnp.ones(3))
     with pytest.raises(TypeError, match=r"metric 'b' `<lambda>` .* must return a real scalar"):
         run_scored({"a": good, "b": lambda p, t: p}, jnp.ones(3), jnp.ones(3))
-    with pytest.raises(jax.errors.ConcretizationTypeError, match=r"(?s)In metric 'b' `<lambda>` .* sees shapes and dtypes"):
+    with pytest.raises(
+        jax.errors.ConcretizationTypeError, match=r"(?s)In metric 'b' `<lambda>` .* sees shapes and dtypes"
+    ):
         run_scored({"b": lambda p, t: float(p.sum())}, jnp.ones(3), jnp.ones(3))
 
 

@@ -26,7 +26,9 @@ def test_a_later_state_is_made_once_when_it_is_looked_at():
     assert made == [1]
 
 
-@pytest.mark.parametrize("touch", [copy.copy, copy.deepcopy, jax.tree.leaves, repr, lambda s: s.replace(step=jnp.int32(4))])
+@pytest.mark.parametrize(
+    "touch", [copy.copy, copy.deepcopy, jax.tree.leaves, repr, lambda s: s.replace(step=jnp.int32(4))]
+)
 def test_everything_that_could_keep_a_later_state_makes_it(touch):
     made = []
     later = TrainState.later(lambda: made.append(1) or make())

@@ -49,7 +49,9 @@ def test_items_that_change_their_structure_are_named(first, second, text):
         list(data)
     assert f": {text}. Make them alike where they are made, Data.from_iterable(lambda: map(alike" in str(caught.value)
     (note,) = caught.value.__notes__
-    assert note.startswith("In the data pipeline's Data.from_iterable(<lambda>") and note.endswith(", item 2 (counted from 0).")
+    assert note.startswith("In the data pipeline's Data.from_iterable(<lambda>") and note.endswith(
+        ", item 2 (counted from 0)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,9 @@ def test_where_no_place_is_known_items_are_pulled():
     assert tracked.place() is None
 
 
-@pytest.mark.parametrize("place", [[], {}, {"pass": -1, "state": {"json": 1}}, {"pass": 0, "state": 3}, {"pass": 0, "state": {}}])
+@pytest.mark.parametrize(
+    "place", [[], {}, {"pass": -1, "state": {"json": 1}}, {"pass": 0, "state": 3}, {"pass": 0, "state": {}}]
+)
 def test_what_is_no_place_is_refused(place):
     with pytest.raises(ValueError, match=r"a place in data is what fingerprint.position gave, received .*damaged"):
         Tracked([1], place)
@@ -150,7 +154,9 @@ class Inputs:
     weights: object
 
 
-@pytest.mark.parametrize("kind", [Inputs, lambda ids, weights: {"ids": ids, "weights": weights}, Pair, lambda *pair: pair])
+@pytest.mark.parametrize(
+    "kind", [Inputs, lambda ids, weights: {"ids": ids, "weights": weights}, Pair, lambda *pair: pair]
+)
 def test_a_model_of_several_inputs_gets_the_tree(kind):
     def summed(x):
         ids, weights = jax.tree_util.tree_leaves(x)

@@ -52,7 +52,10 @@ def test_text():
     lines = text.splitlines()
     assert lines[0].split() == ["path", "layer", "output", "parameters", "bytes"]
     assert lines[3] == "left.right.inner.right  linear(8, 8)   float32[6, 8]          72    288"
-    assert lines[-1] == "162 parameters and 16 numbers of state (712 B), 18 of them train; the optimizer's state takes 148 B."
+    assert (
+        lines[-1]
+        == "162 parameters and 16 numbers of state (712 B), 18 of them train; the optimizer's state takes 148 B."
+    )
 
 
 def test_a_container_written_by_hand_has_rows_too():
@@ -87,7 +90,11 @@ def test_costs_are_those_of_the_step():
     assert products <= found.flops < 1.2 * products
     assert found.arguments >= 4 * (64 * 128 + 128 * 32 + 32)
     assert found.temporaries > 0
-    frozen = kaun.summary(trainer_of(layers.linear(128, 32), optax.sgd(0.1), trainable=lambda path: path == "bias"), jnp.ones((64, 128)), loss)
+    frozen = kaun.summary(
+        trainer_of(layers.linear(128, 32), optax.sgd(0.1), trainable=lambda path: path == "bias"),
+        jnp.ones((64, 128)),
+        loss,
+    )
     assert frozen.cost.flops < 0.7 * found.flops
     assert "A compiled step: " in str(frozen) and "FLOPs; " in str(frozen)
 
@@ -107,13 +114,19 @@ def test_it_draws_no_key_and_runs_nothing():
 
 
 def test_what_is_refused():
-    with pytest.raises(TypeError, match=r"summary expected a kaun\.Trainer, received Layer\. Write summary\(trainer, x\)"):
+    with pytest.raises(
+        TypeError, match=r"summary expected a kaun\.Trainer, received Layer\. Write summary\(trainer, x\)"
+    ):
         kaun.summary(nested(), X)
-    with pytest.raises(ValueError, match=r"linear\(4, 8\) at 'left\.left' expected float32\[\.\.\., 4\], received float32\[6, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"linear\(4, 8\) at 'left\.left' expected float32\[\.\.\., 4\], received float32\[6, 5\]"
+    ):
         kaun.summary(trainer_of(nested()), np.ones((6, 5), np.float32))
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1650, "1.65 KB"), (5_000_000_000_000, "5e+03 GB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1650, "1.65 KB"), (5_000_000_000_000, "5e+03 GB")]
+)
 def test_sizes(count, text):
     assert _size(count) == text
 

@@ -48,7 +48,9 @@ def test_the_model_must_be_a_layer():
 
 def test_the_optimizer_must_have_init_and_update():
     model = layers.linear(2, 1)
-    with pytest.raises(TypeError, match=r"has no init and no update, did you forget to call it\? Write optimizer=optax.adam"):
+    with pytest.raises(
+        TypeError, match=r"has no init and no update, did you forget to call it\? Write optimizer=optax.adam"
+    ):
         kaun.Trainer(model=model, optimizer=optax.sgd)
     with pytest.raises(TypeError, match=r"received 'adam', which has no init and no update"):
         kaun.Trainer(model=model, optimizer="adam")
@@ -64,7 +66,9 @@ def test_lookahead_is_refused_with_the_reason():
 def test_an_optimizer_whose_updates_do_not_fit_is_refused():
     optimizer = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: ({"other": jnp.zeros(2)}, s))
     trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optimizer)
-    with pytest.raises(TypeError, match=r"(?s)Its updates differ from them.*bias: expected float32\[1\], found nothing"):
+    with pytest.raises(
+        TypeError, match=r"(?s)Its updates differ from them.*bias: expected float32\[1\], found nothing"
+    ):
         trainer.init()
 
 
@@ -132,11 +136,16 @@ def test_models_in_half_precision_train_and_keep_their_dtypes(dtype, make):
 def test_make_state_wants_variables_of_this_model(made):
     trainer, state = made
     other = layers.sequential([layers.linear(2, 5), layers.tanh(), layers.linear(5, 1, bias=False)])
-    with pytest.raises(ValueError, match=r"(?s)belong to another model.*params.0.weight: expected float32\[2, 3\], found float32\[2, 5\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)belong to another model.*params.0.weight: expected float32\[2, 3\], found float32\[2, 5\]",
+    ):
         trainer.make_state(other.init())
     with pytest.raises(ValueError, match=r"(?s)params.2.bias: expected float32\[1\], found nothing"):
         trainer.make_state(other.init())
-    with pytest.raises(TypeError, match=r"make_state expected kaun.Vars, received list. Write make_state\(state.vars\)"):
+    with pytest.raises(
+        TypeError, match=r"make_state expected kaun.Vars, received list. Write make_state\(state.vars\)"
+    ):
         trainer.make_state(state.vars.params)
     loaded = jax.tree.map(lambda a: np.asarray(a, np.float64), state.vars)
     assert {a.dtype for a in jax.tree.leaves(trainer.make_state(loaded).vars)} == {jnp.dtype(jnp.float32)}
@@ -169,9 +178,13 @@ def test_a_state_of_equal_tree_and_other_shapes_is_refused_after_a_good_one(made
 def test_a_state_must_be_a_train_state(made):
     trainer, state = made
     for use in (trainer.fit, trainer.predict):
-        with pytest.raises(TypeError, match=r"expected a TrainState, received Vars. Make one with trainer.make_state\(vars\)"):
+        with pytest.raises(
+            TypeError, match=r"expected a TrainState, received Vars. Make one with trainer.make_state\(vars\)"
+        ):
             use(state.vars, X)
-    with pytest.raises(TypeError, match=r"step expected a TrainState, received NoneType. Make one with trainer.init\(\)"):
+    with pytest.raises(
+        TypeError, match=r"step expected a TrainState, received NoneType. Make one with trainer.init\(\)"
+    ):
         trainer.step(None, X, loss=mse)
 
 
@@ -190,20 +203,41 @@ def test_an_init_that_needs_real_numbers_is_run(made):
 
 
 def test_a_wrong_width_names_the_layer_by_its_path(made):
-    both(made, ValueError, r"linear\(2, 3\) at '0' expected float32\[..., 2\], received float32\[4, 5\]", x=np.ones((4, 5), np.float32))
+    both(
+        made,
+        ValueError,
+        r"linear\(2, 3\) at '0' expected float32\[..., 2\], received float32\[4, 5\]",
+        x=np.ones((4, 5), np.float32),
+    )
     model = layers.linear(2, 4) >> layers.residual(layers.sequential([layers.linear(4, 4), layers.linear(3, 4)]))
     trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1))
     both(made, ValueError, r"linear\(3, 4\) at 'right.inner.1' expected", trainer=trainer, state=trainer.init())
 
 
 def test_integers_into_a_float_layer_and_the_reverse(made):
-    both(made, TypeError, r"linear\(2, 3\) at '0' expected float32\[..., 2\], received int32\[4, 2\].*astype", x=np.ones((4, 2), np.int32))
+    both(
+        made,
+        TypeError,
+        r"linear\(2, 3\) at '0' expected float32\[..., 2\], received int32\[4, 2\].*astype",
+        x=np.ones((4, 2), np.int32),
+    )
     trainer = kaun.Trainer(model=layers.embedding(5, 2) >> layers.linear(2, 1), optimizer=optax.sgd(0.1))
-    both(made, TypeError, r"embedding\(5, 2.*at 'left' expected int.*received float32\[4, 2\]", trainer=trainer, state=trainer.init())
+    both(
+        made,
+        TypeError,
+        r"embedding\(5, 2.*at 'left' expected int.*received float32\[4, 2\]",
+        trainer=trainer,
+        state=trainer.init(),
+    )
 
 
 def test_a_dtype_other_than_the_models(made):
-    both(made, TypeError, r"received bfloat16\[4, 2\]: the model is float32.*x.astype\(jnp.float32\)", x=jnp.ones((4, 2), jnp.bfloat16))
+    both(
+        made,
+        TypeError,
+        r"received bfloat16\[4, 2\]: the model is float32.*x.astype\(jnp.float32\)",
+        x=jnp.ones((4, 2), jnp.bfloat16),
+    )
     trainer, state = made
     value, _ = trainer.step(state, X.astype(np.float64), loss=mse)
     expected, _ = trainer.step(state, X, loss=mse)
@@ -245,7 +279,9 @@ def test_losses_that_are_no_real_floating_scalars(made, loss, error, text):
 
 def test_a_loss_that_is_no_function(made):
     trainer, state = made
-    with pytest.raises(TypeError, match=r"step\(loss=...\) expected a function of the model's output, received float32\[4, 1\]"):
+    with pytest.raises(
+        TypeError, match=r"step\(loss=...\) expected a function of the model's output, received float32\[4, 1\]"
+    ):
         trainer.step(state, X, loss=Y)
 
 
@@ -284,7 +320,9 @@ def test_empty_data(made):
 
 def test_data_that_is_no_data(made):
     trainer, state = made
-    with pytest.raises(TypeError, match=r"fit expected data, a kaun.Data or an iterable of \(x, loss\), received int.*Data.repeat"):
+    with pytest.raises(
+        TypeError, match=r"fit expected data, a kaun.Data or an iterable of \(x, loss\), received int.*Data.repeat"
+    ):
         trainer.fit(state, 3)
 
 
@@ -304,7 +342,14 @@ def test_context(made):
 
     init = lambda *, dtype: Vars(params={"w": jnp.ones((2, 1), dtype)}, state={}, dtype=dtype)
     masked = kaun.Trainer(model=Layer(init=init, apply=apply), optimizer=optax.sgd(0.1))
-    both(made, MissingContext, "Context has no 'mask'; it has 'other'", trainer=masked, state=masked.init(), ctx=Context(other=Y))
+    both(
+        made,
+        MissingContext,
+        "Context has no 'mask'; it has 'other'",
+        trainer=masked,
+        state=masked.init(),
+        ctx=Context(other=Y),
+    )
     with pytest.raises(TypeError, match=r"ctx at 'mask' expected a NumPy or JAX array of numbers, received str"):
         masked.predict(masked.init(), X, ctx=Context(mask="a"))
     with pytest.raises(MissingContext, match=r"it has nothing"):

@@ -46,9 +46,7 @@ class Record:
         self._latest: OrderedDict[Hashable, tuple[dict[str, str], int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(
-        self, where: str, call: Call, stacks: str, training: bool, seconds: float, *, known: bool = False
-    ) -> None:
+    def add(self, where: str, call: Call, stacks: str, training: bool, seconds: float, *, known: bool = False) -> None:
         """Write down a compilation; warns once where one piece of code is compiled again and again.
 
         Arguments:

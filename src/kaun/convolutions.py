@@ -28,9 +28,7 @@ class Windows:
 
     __slots__ = ("dilation", "padding", "stride")
 
-    def __init__(
-        self, stride: tuple[int, int], dilation: tuple[int, int], padding: Sequence[tuple[int, int]]
-    ) -> None:
+    def __init__(self, stride: tuple[int, int], dilation: tuple[int, int], padding: Sequence[tuple[int, int]]) -> None:
         self.stride, self.dilation, self.padding = stride, dilation, padding
 
 

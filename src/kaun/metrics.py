@@ -179,7 +179,7 @@ class Counted:
         if found is None:
             raise TypeError(
                 f"Counted.of expected a metric that adds up from counts, received {tree.describe(metric)}. Write "
-                "Counted.of(metrics.f1), Counted.of(functools.partial(metrics.f1, average=\"weighted\")), or your own "
+                'Counted.of(metrics.f1), Counted.of(functools.partial(metrics.f1, average="weighted")), or your own '
                 "Counted(counts=..., result=...)."
             )
         return found

@@ -38,7 +38,6 @@ class Content:
         return type(other) is Content and other.digest == self.digest
 
 
-
 class Rebuilt:
     """A callable around given arrays, and a watch over what it was given to see that it does not write to it.
 

@@ -100,8 +100,10 @@ def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Mean | Ra
     if not is_real_scalar(value):
         inside = f"a tuple of ({', '.join(map(tree.describe, value))})" if isinstance(value, tuple) else ""
         received = inside or ("None" if value is None else tree.describe(value))
-        fix = "Return its mean, value.mean(), or (value.sum(), value.size)." if getattr(value, "shape", ()) else (
-            "Return one JAX scalar."
+        fix = (
+            "Return its mean, value.mean(), or (value.sum(), value.size)."
+            if getattr(value, "shape", ())
+            else ("Return one JAX scalar.")
         )
         raise TypeError(f"{where} must return a real scalar or a pair (sum, count) of them, received {received}. {fix}")
     return Mean(value, _examples(where, predictions, targets))

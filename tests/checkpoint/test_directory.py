@@ -60,13 +60,45 @@ def test_a_child_has_the_same_settings(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *("", ".", "..", "a/b", "/a", "a\\b", "..\\a", ".hidden", "a.", " a", "a ", "a:b", "a\nb", "a\n", "a\0", "x" * 101),
-        *("step-00000001", "Step-1", "damaged-1", "damaged-1.2", "lock", "LOCK", "con", "nul.txt", "COM1", "~", "-a", "a*"),
+        *(
+            "",
+            ".",
+            "..",
+            "a/b",
+            "/a",
+            "a\\b",
+            "..\\a",
+            ".hidden",
+            "a.",
+            " a",
+            "a ",
+            "a:b",
+            "a\nb",
+            "a\n",
+            "a\0",
+            "x" * 101,
+        ),
+        *(
+            "step-00000001",
+            "Step-1",
+            "damaged-1",
+            "damaged-1.2",
+            "lock",
+            "LOCK",
+            "con",
+            "nul.txt",
+            "COM1",
+            "~",
+            "-a",
+            "a*",
+        ),
     ],
     ids=repr,
 )
 def test_what_is_no_name_for_a_folder(tmp_path, name):
-    with pytest.raises(ValueError, match=r"Directory\.child: .* is not a name for a folder.*child\('a'\)\.child\('b'\)"):
+    with pytest.raises(
+        ValueError, match=r"Directory\.child: .* is not a name for a folder.*child\('a'\)\.child\('b'\)"
+    ):
         Directory(tmp_path).child(name)
 
 
@@ -81,7 +113,11 @@ def test_a_name_is_a_str(tmp_path, name):
     [
         ({"every": 0}, ValueError, r"every=0 steps is less than one\. Write every=None"),
         ({"every": -1}, ValueError, r"every=-1 steps"),
-        ({"every": 1.0}, TypeError, r"every expected a number of steps or a datetime.timedelta, received 1\.0\. Write every=500"),
+        (
+            {"every": 1.0},
+            TypeError,
+            r"every expected a number of steps or a datetime.timedelta, received 1\.0\. Write every=500",
+        ),
         ({"every": True}, TypeError, "received True"),
         ({"every": "5min"}, TypeError, r"received '5min'.*timedelta\(minutes=10\)"),
         ({"every": timedelta(0)}, ValueError, r"every=datetime\.timedelta\(0\) is no time at all"),
@@ -151,7 +187,9 @@ def test_load_falls_back_with_a_warning_and_moves_nothing(tmp_path, saved, make,
     for step in (5, 40):
         flip(tmp_path / f"step-{step:08d}" / one.MANIFEST)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.warns(UserWarning, match=r"loaded step 3, because what is newer is damaged:\n  step-00000040: .*\n  step-00000005: ") as warned:
+    with pytest.warns(
+        UserWarning, match=r"loaded step 3, because what is newer is damaged:\n  step-00000040: .*\n  step-00000005: "
+    ) as warned:
         loaded = runs.load(make(1))
     assert warned[0].filename == __file__
     assert same(loaded, make(3))
@@ -162,7 +200,10 @@ def test_all_damaged_is_an_error_that_lists_each(tmp_path, saved, make):
     runs = saved(3, 5)
     for step in (3, 5):
         flip(tmp_path / f"step-{step:08d}" / one.STATE)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is as it was written:\n  step-00000005: state.*\n  step-00000003: state.*\n.*child\('again'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no checkpoint in .* is as it was written:\n  step-00000005: state.*\n  step-00000003: state.*\n.*child\('again'\)",
+    ):
         runs.load(make(1))
     with pytest.raises(ValueError, match=r"is as it was written:\n  step-00000003: state.*\nBring back"):
         runs.load(make(1), step=3)
@@ -181,7 +222,10 @@ def test_nothing_to_load(tmp_path, saved, make):
 def test_another_model_is_a_mismatch_and_nothing_older_is_taken(tmp_path, disk, saved, make):
     runs = saved(3)
     one.Draft(5, make(5, width=3), {}, {}).write(disk, tmp_path / "step-00000005")
-    with pytest.raises(ResumeMismatch, match=r"(?s)the checkpoint of step 5 in .* is of a state with other leaves:\n  .*expected float32\[2, 1\], found float32\[3, 1\].*child\('second'\)") as error:
+    with pytest.raises(
+        ResumeMismatch,
+        match=r"(?s)the checkpoint of step 5 in .* is of a state with other leaves:\n  .*expected float32\[2, 1\], found float32\[3, 1\].*child\('second'\)",
+    ) as error:
         runs.load(make(1))
     assert error.value.__suppress_context__
 

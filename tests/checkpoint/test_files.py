@@ -132,7 +132,9 @@ def test_any_leaf_comes_back_bit_for_bit(many, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.complex64, np.bool_, jnp.bfloat16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.int16, np.complex64, np.bool_, jnp.bfloat16], ids=lambda d: np.dtype(d).name
+)
 def test_other_programs_read_the_same_numbers_whatever_the_layout(file, layout, dtype):
     array = LAYOUTS[layout](np.arange(24).reshape(2, 3, 4).astype(dtype))
     tree = {"layer": [{"weight": array}]}
@@ -298,7 +300,9 @@ def test_64_bits_with_x64_on(file):
 def test_64_bits_are_refused_while_x64_is_off(file, dtype):
     name = np.dtype(dtype).name
     checkpoint.save(file, {"w": np.ones(3, dtype)})
-    with pytest.raises(ValueError, match=rf"w: expected {name}\[3\], which JAX cannot make while x64 is off\n.*\n.*x64"):
+    with pytest.raises(
+        ValueError, match=rf"w: expected {name}\[3\], which JAX cannot make while x64 is off\n.*\n.*x64"
+    ):
         checkpoint.load(file, like={"w": jax.ShapeDtypeStruct((3,), dtype)})
     narrow = jnp.zeros(3, jnp.float32 if dtype == np.float64 else jnp.int32)
     with pytest.raises(ValueError, match=rf"w: expected {narrow.dtype.name}\[3\], found {name}\[3\]"):
@@ -344,7 +348,11 @@ def test_a_long_list_of_mismatches_is_cut(file):
         (jax.random.key(0), np.zeros(2, np.uint32), r"a: expected uint32\[2\], found key<fry>\[\]"),
         (np.zeros(2, np.uint32), jax.random.key(0), r"a: expected key<fry>\[\], found uint32\[2\]"),
         (jax.random.key(0), jax.random.key(0, impl="rbg"), r"a: expected key<rbg>\[\], found key<fry>\[\]"),
-        (jax.random.key(0, impl="unsafe_rbg"), jax.random.key(0, impl="rbg"), r"expected key<rbg>\[\], found key<urbg>"),
+        (
+            jax.random.key(0, impl="unsafe_rbg"),
+            jax.random.key(0, impl="rbg"),
+            r"expected key<rbg>\[\], found key<urbg>",
+        ),
         (jnp.zeros((0,)), jnp.zeros((0, 2)), r"a: expected float32\[0, 2\], found float32\[0\]"),
     ],
 )
@@ -364,7 +372,9 @@ def test_a_leaf_under_another_container_is_not_taken(file):
 # Casts
 
 
-@pytest.mark.parametrize("into", [np.float16, np.float64, jnp.bfloat16, jnp.float8_e5m2], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(
+    "into", [np.float16, np.float64, jnp.bfloat16, jnp.float8_e5m2], ids=lambda d: np.dtype(d).name
+)
 def test_cast_rounds_floats_as_numpy_does(file, into):
     values = np.array([0.1, -0.0, np.nan, np.inf, 1e-30, 3.14159], np.float32)
     checkpoint.save(file, {"w": jnp.asarray(values)})
@@ -402,7 +412,10 @@ def test_a_cast_that_overflows_is_an_error(file):
 @pytest.mark.parametrize(
     ("leaf", "text"),
     [
-        (jnp.zeros(3, jnp.int4), r"leaf 'a\.0' is int4\[3\], a dtype that a safetensors file cannot hold.*float8_e4m3fn"),
+        (
+            jnp.zeros(3, jnp.int4),
+            r"leaf 'a\.0' is int4\[3\], a dtype that a safetensors file cannot hold.*float8_e4m3fn",
+        ),
         (np.zeros(3, np.complex128), r"'a\.0' is complex128\[3\]"),
         (np.zeros(3, np.longdouble), r"'a\.0' is float128\[3\]|'a\.0' is longdouble\[3\]"),
         (np.array(["x"]), r"leaf 'a\.0' is str32\[1\]"),

@@ -144,7 +144,9 @@ def test_a_relative_path(tmp_path, disk, make, monkeypatch):
 
 
 def test_must_needs_one_and_makes_nothing(tmp_path, opened, make):
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint in .*, and resume='must' needs one.*resume='auto'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no checkpoint in .*, and resume='must' needs one.*resume='auto'"
+    ):
         opened(resume="must")
     assert list(tmp_path.iterdir()) == []
     with opened() as store:
@@ -156,7 +158,9 @@ def test_never_refuses_one_and_touches_nothing(tmp_path, opened, make):
     with opened(resume="never") as store:
         assert store.newest(make(1)) is None
         fill(store, make, 1, 2)
-    with pytest.raises(FileExistsError, match=r"has a checkpoint of step 2, and resume='never' does not touch it.*child\('second'\)"):
+    with pytest.raises(
+        FileExistsError, match=r"has a checkpoint of step 2, and resume='never' does not touch it.*child\('second'\)"
+    ):
         opened(resume="never")
     assert names(tmp_path / "runs") == ["step-00000001", "step-00000002"]
 
@@ -169,7 +173,10 @@ def test_a_damaged_newest_is_kept_aside_and_the_one_before_goes_on(tmp_path, ope
     fill(store, make, 1, 2, 3)
     flip(tmp_path / "runs" / "step-00000003" / one.STATE)
     (tmp_path / "runs" / "step-00000002" / one.MANIFEST).unlink()
-    with pytest.warns(UserWarning, match=r"the run goes on from step 1, because what is newer is damaged:\n  step-00000003: state.*SHA-256.*\n +\(kept as damaged-step-00000003\)\n  step-00000002: manifest") as warned:
+    with pytest.warns(
+        UserWarning,
+        match=r"the run goes on from step 1, because what is newer is damaged:\n  step-00000003: state.*SHA-256.*\n +\(kept as damaged-step-00000003\)\n  step-00000002: manifest",
+    ) as warned:
         saved = store.newest(make(1))
     assert len(warned) == 1
     assert warned[0].filename == __file__
@@ -188,7 +195,9 @@ def test_all_damaged_is_an_error_that_lists_each_and_moves_none(tmp_path, opened
     fill(store, make, 1, 2)
     for step in (1, 2):
         flip(tmp_path / "runs" / f"step-{step:08d}" / one.STATE)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is as it was written:\n  step-00000002: state.*\n  step-00000001: state"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* is as it was written:\n  step-00000002: state.*\n  step-00000001: state"
+    ):
         store.newest(make(1))
     assert names(tmp_path / "runs") == ["step-00000001", "step-00000002"]
 
@@ -197,7 +206,10 @@ def test_another_model_is_a_mismatch_and_never_falls_back(tmp_path, opened, make
     store = opened()
     store.save(1, make(1), {}, {})
     store.save(2, make(2, width=3), {}, {})
-    with pytest.raises(ResumeMismatch, match=r"the checkpoint of step 2 in .* is of a state with other leaves:\n  .*\[2, 1\], found float32\[3, 1\]"):
+    with pytest.raises(
+        ResumeMismatch,
+        match=r"the checkpoint of step 2 in .* is of a state with other leaves:\n  .*\[2, 1\], found float32\[3, 1\]",
+    ):
         store.newest(make(1))
     with pytest.raises(ResumeMismatch, match="expected nothing, found"):
         store.newest(make(2, width=3, optimizer=optax.sgd(0.1)))
@@ -218,7 +230,9 @@ def test_a_mismatch_behind_a_damaged_one_moves_nothing(tmp_path, opened, make):
 
 def test_a_second_use_in_this_process_is_refused(tmp_path, opened, make):
     store = opened()
-    with pytest.raises(RuntimeError, match=r"runs' is in use by another fit of this process\. Two runs cannot.*child\('second'\)"):
+    with pytest.raises(
+        RuntimeError, match=r"runs' is in use by another fit of this process\. Two runs cannot.*child\('second'\)"
+    ):
         opened()
     fill(store, make, 1)
     store.close()
@@ -236,9 +250,13 @@ def test_another_process_is_refused_until_it_is_killed(tmp_path, opened, make):
         time.sleep(600)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), tmp_path / "runs"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}) as other:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    ) as other:
         assert other.stdout.readline() == "open\n"
-        with pytest.raises(RuntimeError, match=rf"is in use by process {other.pid} on '.+' since '.+'\. Two runs.*child\('second'\)"):
+        with pytest.raises(
+            RuntimeError, match=rf"is in use by process {other.pid} on '.+' since '.+'\. Two runs.*child\('second'\)"
+        ):
             opened()
         assert Directory(tmp_path / "runs").steps() == []  # reading is free
         other.kill()
@@ -313,14 +331,19 @@ class Failing:
 
 
 @pytest.mark.parametrize("next_call", ["save", "join", "close", "newest"])
-def test_an_error_of_the_thread_is_raised_by_the_next_call_and_the_run_may_go_on(tmp_path, disk, opened, make, next_call):
+def test_an_error_of_the_thread_is_raised_by_the_next_call_and_the_run_may_go_on(
+    tmp_path, disk, opened, make, next_call
+):
     failing = Failing(disk, None)
     store = opened(on=failing)
     fill(store, make, 1)
     failing.error = OSError(errno.ENOSPC, "No space left on device")
     store.save(2, make(2), {}, {})
     arguments = {"save": (3, make(3), {}, {}), "newest": (make(1),)}.get(next_call, ())
-    with pytest.raises(OSError, match=r"a checkpoint could not be written to .*: No space left on device\. The newest one there is of step 1\. Make room on that disk.*run the same script again") as error:
+    with pytest.raises(
+        OSError,
+        match=r"a checkpoint could not be written to .*: No space left on device\. The newest one there is of step 1\. Make room on that disk.*run the same script again",
+    ) as error:
         getattr(store, next_call)(*arguments)
     assert error.value.errno == errno.ENOSPC
     assert isinstance(error.value.__cause__, OSError)
@@ -336,8 +359,14 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call_and_the_run_may_go_on
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (OSError(errno.EFBIG, "File too large"), r"There is none yet\. The system limits the size of files \(ulimit -f\)"),
-        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system.*Choose a directory that you may write to"),
+        (
+            OSError(errno.EFBIG, "File too large"),
+            r"There is none yet\. The system limits the size of files \(ulimit -f\)",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            "Read-only file system.*Choose a directory that you may write to",
+        ),
         (OSError(errno.EIO, "I/O error"), "Choose a directory on a disk that works"),
         (OSError("odd"), "could not be written to .*: odd. There is none yet"),
     ],
@@ -384,7 +413,10 @@ def test_an_old_one_that_cannot_be_removed_is_a_warning_and_tried_again(tmp_path
     fill(store, make, 1)
     sticky.stuck = True
     store.save(2, make(2), {}, {})
-    with pytest.warns(UserWarning, match=r"checkpoint of step 2 is written, but an older one could not be removed from .*Permission denied.*tried again"):
+    with pytest.warns(
+        UserWarning,
+        match=r"checkpoint of step 2 is written, but an older one could not be removed from .*Permission denied.*tried again",
+    ):
         store.join()
     assert names(tmp_path / "runs") == ["step-00000001", "step-00000002"]
     sticky.stuck = False
@@ -435,7 +467,9 @@ def test_what_a_save_needs_is_tried_at_the_start(tmp_path, disk, opened, make, o
 
     (tmp_path / "runs").mkdir()
     setattr(ReadOnly, operation, refuse)
-    with pytest.raises(OSError, match=r"checkpoints cannot be written to .*Read-only file system\. Choose a directory that"):
+    with pytest.raises(
+        OSError, match=r"checkpoints cannot be written to .*Read-only file system\. Choose a directory that"
+    ):
         opened(on=ReadOnly())
     opened()  # was let go
     assert names(tmp_path / "runs") == []
@@ -453,7 +487,9 @@ def test_room_for_one_more_is_looked_for_at_the_start(tmp_path, disk, opened, ma
     for template in (like, jax.eval_shape(lambda: make(1, width=10_000))):
         assert store.newest(template) is None
     size -= 1
-    text = "a checkpoint of this state takes 0.1 MB, and 0.1 MB are free for .*Make room, or choose a directory on another"
+    text = (
+        "a checkpoint of this state takes 0.1 MB, and 0.1 MB are free for .*Make room, or choose a directory on another"
+    )
     with pytest.raises(OSError, match=text) as error:
         store.newest(like)
     assert error.value.errno == errno.ENOSPC

@@ -52,7 +52,11 @@ def test_any_json_of_another_program_is_read_as_json_reads_it(value):
         ({"a": {1, 2}}, TypeError, r"^facts\['a'\] is a set"),
         ({"a": [0, np.float64(1)]}, TypeError, r"^facts\['a'\]\[1\] is a float64"),
         ({1: 2}, TypeError, r"^facts has the key 1; JSON keys are str\. Write str\(key\)"),
-        (float("nan"), ValueError, r"^facts is nan, which JSON cannot hold\. Write None, or an array: np\.float64\(nan\)"),
+        (
+            float("nan"),
+            ValueError,
+            r"^facts is nan, which JSON cannot hold\. Write None, or an array: np\.float64\(nan\)",
+        ),
         ([float("-inf")], ValueError, r"^facts\[0\] is -inf"),
         (2**256, ValueError, r"^facts is an int of 257 bits; at most 256 are stored\. Write hex\(value\)"),
         (b"x", TypeError, "is a bytes"),

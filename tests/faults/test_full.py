@@ -102,7 +102,9 @@ def test_a_disk_that_becomes_full(volume, quick_disk, state_of, bytes_of):
         for step in (1, 2, 3):
             store.save(step, state(step), {}, {})
         store.save(4, state(4), {}, {})
-        with pytest.raises(OSError, match=r"No space left on device\. The newest one there is of step 3\. Make room") as error:
+        with pytest.raises(
+            OSError, match=r"No space left on device\. The newest one there is of step 3\. Make room"
+        ) as error:
             store.join()
         assert error.value.errno == errno.ENOSPC
         assert sorted(path.name for path in store._directory.path.iterdir() if path.name != "lock") == [
@@ -127,7 +129,9 @@ def test_a_disk_that_is_full_is_said_at_the_start(volume, quick_disk):
     with contextlib.suppress(OSError), open(volume / "everything", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    with pytest.raises(OSError, match=r"checkpoints cannot be written to .*No space left on device\. Make room") as error:
+    with pytest.raises(
+        OSError, match=r"checkpoints cannot be written to .*No space left on device\. Make room"
+    ) as error:
         Store.open(Directory(volume / "runs"), quick_disk())
     assert error.value.errno == errno.ENOSPC
 
@@ -138,7 +142,9 @@ def test_a_disk_that_is_read_only_is_said_at_the_start_and_can_be_read(volume, q
         store.save(1, state_of(1), {}, {})
     subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True)
     for directory in (runs, runs.child("new")):
-        with pytest.raises(OSError, match=r"cannot be written to .*Read-only file system\. Choose a directory that") as error:
+        with pytest.raises(
+            OSError, match=r"cannot be written to .*Read-only file system\. Choose a directory that"
+        ) as error:
             Store.open(directory, quick_disk())
         assert error.value.errno == errno.EROFS
     assert runs.steps() == [1]

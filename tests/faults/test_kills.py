@@ -128,7 +128,9 @@ def total(tmp_path_factory, prepared, stopping, state_of):
 
 
 @pytest.mark.parametrize(("how", "quick"), [("kill", 10_000), ("half", 20), ("error", 60)])
-def test_stopped_at_every_operation(tmp_path, prepared, stopping, quick_disk, state_of, bytes_of, total, cases, how, quick):
+def test_stopped_at_every_operation(
+    tmp_path, prepared, stopping, quick_disk, state_of, bytes_of, total, cases, how, quick
+):
     outcomes = {"old": 0, "new": 0}
     for at in cases.some(range(total), quick):
         path = tmp_path / f"{at}"

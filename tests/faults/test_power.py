@@ -171,7 +171,13 @@ def log(tmp_path_factory, recording, state_of):
 
 
 def test_the_model_loses_what_was_not_synced():
-    log = [("make_folder", Path("d")), ("create", Path("d/f"), 3), ("write", 3, b"abc"), ("sync", 3), ("write", 3, b"d")]
+    log = [
+        ("make_folder", Path("d")),
+        ("create", Path("d/f"), 3),
+        ("write", 3, b"abc"),
+        ("sync", 3),
+        ("write", 3, b"d"),
+    ]
     draw = random.Random(0)
     assert replay(log).after(MODES[0], draw) == {}
     folder = replay([*log, ("sync_folder", Path())]).after(MODES[0], draw)["d"]

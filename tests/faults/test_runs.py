@@ -62,7 +62,10 @@ def uninterrupted(tmp_path_factory, cache):
 
 def content(text):
     """The rows of a log without what a clock made."""
-    return [{k: v for k, v in json.loads(line).items() if "second" not in k and "time" not in k} for line in text.splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if "second" not in k and "time" not in k}
+        for line in text.splitlines()
+    ]
 
 
 @pytest.mark.parametrize("seed", range(RUNS))
@@ -78,7 +81,11 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, c
         codes.append((number, process.send(number)))
     last = Process(tmp_path, cache)
     assert last.process.wait(SECONDS) == 0, last.output.read_text()
-    expected = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {143, -signal.SIGTERM}, signal.SIGINT: {1, 130, -signal.SIGINT}}
+    expected = {
+        signal.SIGKILL: {-signal.SIGKILL},
+        signal.SIGTERM: {143, -signal.SIGTERM},
+        signal.SIGINT: {1, 130, -signal.SIGINT},
+    }
     assert all(code in expected[number] | {0} for number, code in codes), codes
     assert last.lines()[-1] == whole, f"seed {seed}: {codes}"
     assert content((tmp_path / "log.jsonl").read_text()) == content(logs["log.jsonl"])

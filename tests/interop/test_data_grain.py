@@ -88,8 +88,10 @@ def test_the_place_is_found_without_making_what_came_before():
     made = []
 
     def counted():
-        return grain.MapDataset.source(range(10_000)).map(lambda i: made.append(i) or i).to_iter_dataset(
-            grain.ReadOptions(num_threads=0)
+        return (
+            grain.MapDataset.source(range(10_000))
+            .map(lambda i: made.append(i) or i)
+            .to_iter_dataset(grain.ReadOptions(num_threads=0))
         )
 
     rest = fingerprint.after(Data.from_iterable(counted()), 0)

@@ -47,7 +47,9 @@ def test_tensors_that_are_no_plain_memory():
         np.testing.assert_array_equal(foreign.arrays(special), special.detach().resolve_conj().numpy())
     scalar = foreign.arrays(torch.tensor(3.0, dtype=torch.bfloat16))
     assert scalar.shape == () and scalar.dtype == jnp.bfloat16
-    with pytest.raises(TypeError, match=r"expected dense tensors, received a sparse_coo tensor of shape \[2, 3\].*to_dense\(\)"):
+    with pytest.raises(
+        TypeError, match=r"expected dense tensors, received a sparse_coo tensor of shape \[2, 3\].*to_dense\(\)"
+    ):
         foreign.arrays(tensor.to_sparse())
 
 
@@ -64,7 +66,12 @@ class Rows(Dataset):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda x, y: (x, y), lambda x, y: {"x": x, "y": y}, lambda x, y: Pair(x, y), lambda x, y: {"in": (x, [x, x]), "y": y}],
+    [
+        lambda x, y: (x, y),
+        lambda x, y: {"x": x, "y": y},
+        lambda x, y: Pair(x, y),
+        lambda x, y: {"in": (x, [x, x]), "y": y},
+    ],
     ids=["tuple", "dict", "namedtuple", "nested"],
 )
 def test_a_data_loader_gives_trees_of_arrays(make):
@@ -72,6 +79,7 @@ def test_a_data_loader_gives_trees_of_arrays(make):
     data = Data.from_iterable(loader)
     assert len(data) == 3
     for tensors, arrays in zip(loader, data, strict=True):
+
         def compare(a, b):
             if isinstance(a, torch.Tensor):
                 assert isinstance(b, np.ndarray)
@@ -86,7 +94,11 @@ def test_a_data_loader_gives_trees_of_arrays(make):
 
 
 def test_dataclasses_of_a_collate_function():
-    loader = DataLoader(Rows(lambda x, y: (x, y)), batch_size=2, collate_fn=lambda rows: Batch(torch.stack([x for x, _ in rows]), len(rows)))
+    loader = DataLoader(
+        Rows(lambda x, y: (x, y)),
+        batch_size=2,
+        collate_fn=lambda rows: Batch(torch.stack([x for x, _ in rows]), len(rows)),
+    )
     found = list(Data.from_iterable(loader))
     assert [type(b) for b in found] == [Batch] * 3
     assert found[0].x.tolist() == [[0, 0], [1, 1]] and isinstance(found[0].x, np.ndarray)
@@ -99,14 +111,19 @@ def xy(n=24):
 
 def trained(data):
     with rng.scope(0):
-        trainer = Trainer(model=layers.sequential([layers.linear(4, 8), layers.tanh(), layers.linear(8, 3)]), optimizer=optax.adam(0.01))
+        trainer = Trainer(
+            model=layers.sequential([layers.linear(4, 8), layers.tanh(), layers.linear(8, 3)]),
+            optimizer=optax.adam(0.01),
+        )
         state = trainer.init(dtype=jnp.float32)
     return trainer.fit(state, data.with_loss(losses.cross_entropy_sparse).epochs(2))
 
 
 def test_a_fit_on_a_data_loader_is_the_fit_on_its_arrays():
     x, y = xy()
-    one = trained(Data.from_iterable(DataLoader(TensorDataset(x, y), batch_size=7)).map(lambda b: (b[0], b[1].astype(np.int32))))
+    one = trained(
+        Data.from_iterable(DataLoader(TensorDataset(x, y), batch_size=7)).map(lambda b: (b[0], b[1].astype(np.int32)))
+    )
     other = trained(Data.batches((x.numpy(), y.numpy().astype(np.int32)), 7))
     for a, b in zip(one.vars.params[0].values(), other.vars.params[0].values(), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -187,10 +204,15 @@ def test_what_a_data_loader_is():
         DataLoader(TensorDataset(x, y), n, shuffle=True, generator=torch.Generator().manual_seed(seed), **options)
     )
     assert words(made(), made()) == []
-    assert words(made(), made(n=5)) == ["Data.from_iterable: len was 6, is 5", "Data.from_iterable: batch_size was 4, is 5"]
+    assert words(made(), made(n=5)) == [
+        "Data.from_iterable: len was 6, is 5",
+        "Data.from_iterable: batch_size was 4, is 5",
+    ]
     assert words(made(), made(seed=2)) == ["Data.from_iterable: seed was 1, is 2"]
     assert words(made(), made(drop_last=True)) == ["Data.from_iterable: drop_last was False, is True"]
-    assert words(made(), made(x=x + 1)) == ["Data.from_iterable: the content of arrays at '0' has changed (float32[24, 4])"]
+    assert words(made(), made(x=x + 1)) == [
+        "Data.from_iterable: the content of arrays at '0' has changed (float32[24, 4])"
+    ]
 
 
 def test_captured_tensors_count_by_content():

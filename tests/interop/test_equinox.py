@@ -301,11 +301,23 @@ class Odd(eqx.Module):
 def test_what_is_no_module_is_refused():
     both = eqx.nn.make_with_state(Normed)(0.4, "batch", jax.random.key(0))
     for make, error, text in [
-        (lambda: interop.equinox(both), TypeError, r"received a tuple\. .*\(\*eqx\.nn\.make_with_state\(Model\)\(key\)\)"),
+        (
+            lambda: interop.equinox(both),
+            TypeError,
+            r"received a tuple\. .*\(\*eqx\.nn\.make_with_state\(Model\)\(key\)\)",
+        ),
         (lambda: interop.equinox(Net), TypeError, r"received the class Net\. Make one of it: interop\.equinox\(Net\("),
         (lambda: interop.equinox(both[0], 3), TypeError, r"expected an eqx\.nn\.State, received int\. Write"),
-        (lambda: interop.equinox(both[0]), ValueError, r"a Normed whose eqx\.nn\.State lies apart: .*_state\(Normed\)\(key\)\)"),
-        (lambda: interop.equinox(object()), TypeError, r"equinox\(object\) has no __call__, .*\(module, method=\"encode\"\)"),
+        (
+            lambda: interop.equinox(both[0]),
+            ValueError,
+            r"a Normed whose eqx\.nn\.State lies apart: .*_state\(Normed\)\(key\)\)",
+        ),
+        (
+            lambda: interop.equinox(object()),
+            TypeError,
+            r"equinox\(object\) has no __call__, .*\(module, method=\"encode\"\)",
+        ),
         (lambda: interop.equinox(Odd()), TypeError, r"equinox\(Odd\) has an eqx\.nn\.State, and its call takes no arg"),
     ]:
         with pytest.raises(error, match=text):
@@ -315,7 +327,9 @@ def test_what_is_no_module_is_refused():
 def test_what_goes_wrong_in_a_call_is_told():
     layer = interop.equinox(Net(0.4, jax.random.key(0)))
     for training in (True, False):
-        text = r"equinox\(Net\) expected a batch, \[batch, \.\.\.\], received float32\[\]: it is vmapped over axis 0\. Add"
+        text = (
+            r"equinox\(Net\) expected a batch, \[batch, \.\.\.\], received float32\[\]: it is vmapped over axis 0\. Add"
+        )
         with rng.scope(0), pytest.raises(ValueError, match=text):
             layer.apply(layer.init(), jnp.ones(()), training=training)
     layer = interop.equinox(Odd(), method="shrinks")

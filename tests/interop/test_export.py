@@ -36,7 +36,9 @@ def test_what_cannot_be_brought_back_is_refused():
     layer, linear = doubled(), layers.linear(1, 1)
     variables = layer.init()
     state = kaun.Trainer(model=layer, optimizer=optax.sgd(0.1)).init()
-    with pytest.raises(TypeError, match=r"a kaun\.Vars, received TrainState\. Write interop\.export\(model, state\.vars\)"):
+    with pytest.raises(
+        TypeError, match=r"a kaun\.Vars, received TrainState\. Write interop\.export\(model, state\.vars\)"
+    ):
         interop.export(layer, state)
     text = r"(?s)expected a layer that interop made .*, received linear\(1, 1\)\. .* interop\.export\(part, vars\.replace\("
     with pytest.raises(TypeError, match=text):

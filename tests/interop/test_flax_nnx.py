@@ -228,7 +228,9 @@ def test_streams_by_argument():
     with rng.scope(0):
         model = interop.export(layer, variables)
         np.testing.assert_array_equal(y, model(x, rngs=nnx.Rngs(rng.next_key())))
-    np.testing.assert_array_equal(layer.apply(variables, x)[0], variables.params["linear"]["kernel"].sum(0)[None].repeat(2, 0))
+    np.testing.assert_array_equal(
+        layer.apply(variables, x)[0], variables.params["linear"]["kernel"].sum(0)[None].repeat(2, 0)
+    )
 
 
 def test_split_streams_get_keys_in_their_shape():
@@ -310,7 +312,10 @@ def linen_module():
     ("make", "text"),
     [
         (lambda: object(), r"flax_nnx expected an nnx\.Module, received object\. Write interop\.flax_nnx\(Model\(nnx"),
-        (lambda: Net, r"received the class Net\. Make one of it: interop\.flax_nnx\(Net\(\.\.\., rngs=nnx\.Rngs\(0\)\)\)"),
+        (
+            lambda: Net,
+            r"received the class Net\. Make one of it: interop\.flax_nnx\(Net\(\.\.\., rngs=nnx\.Rngs\(0\)\)\)",
+        ),
         (linen_module, r"received Dense, a Linen module\. Write interop\.linen\(module, x\)\."),
         (nnx.Module, r"flax_nnx\(Module\) has no __call__, .* interop\.flax_nnx\(module, method=\"encode\"\)"),
     ],
@@ -325,7 +330,10 @@ def test_what_is_no_module_is_refused(make, text):
     [
         ("grow", r"flax_nnx\(Counter\) made 'more' in its call, .* Make all variables in __init__; "),
         ("lose", r"flax_nnx\(Counter\) removed 'calls' in its call"),
-        ("reshape", r"(?s)changed the form of its state in a call:\n  calls: expected int32\[\], found int32\[2\]\nMake the"),
+        (
+            "reshape",
+            r"(?s)changed the form of its state in a call:\n  calls: expected int32\[\], found int32\[2\]\nMake the",
+        ),
     ],
 )
 def test_a_call_that_changes_the_variables_is_refused(method, text):

@@ -246,7 +246,10 @@ def nnx_module():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: object(), r"linen expected a flax\.linen\.Module, received object\. Write interop\.linen\(Model\(\), x\)\."),
+        (
+            lambda: object(),
+            r"linen expected a flax\.linen\.Module, received object\. Write interop\.linen\(Model\(\), x\)\.",
+        ),
         (lambda: Net, r"received the class Net\. Make one of it: interop\.linen\(Net\(\.\.\.\), x\)\."),
         (nnx_module, r"received Linear, an NNX module\. Write interop\.flax_nnx\(module\)\."),
         (Empty, r"linen\(Empty\) has no __call__, .* interop\.linen\(module, x, method=\"encode\"\)"),

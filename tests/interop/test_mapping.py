@@ -194,7 +194,9 @@ def test_a_pattern_is_a_string(make):
 def test_templates_are_strings_too():
     with pytest.raises(TypeError, match=r"rename\('a', 3\) expected strings, received int"):
         rename("a", 3)
-    with pytest.raises(TypeError, match=re.escape("split(pattern, into) expected a list of templates, received 'q'. Write ['q', ...].")):
+    with pytest.raises(
+        TypeError, match=re.escape("split(pattern, into) expected a list of templates, received 'q'. Write ['q', ...].")
+    ):
         split("a", "q")
 
 
@@ -206,7 +208,9 @@ def test_what_is_no_place_is_an_error(bad):
 
 
 def test_a_place_of_the_template_must_be_in_the_pattern():
-    with pytest.raises(ValueError, match=re.escape("'b.{j}' has {j}, which the pattern 'a.{*x}.{i}' has not: it has {*x}, {i}.")):
+    with pytest.raises(
+        ValueError, match=re.escape("'b.{j}' has {j}, which the pattern 'a.{*x}.{i}' has not: it has {*x}, {i}.")
+    ):
         rename("a.{*x}.{i}", "b.{j}")
     with pytest.raises(ValueError, match=re.escape("'{x}' has {x}, which the pattern '{*x}' has not: it has {*x}.")):
         split("{*x}", ["{x}"])
@@ -215,16 +219,22 @@ def test_a_place_of_the_template_must_be_in_the_pattern():
 
 
 def test_two_weights_cannot_have_one_name():
-    with pytest.raises(ValueError, match=re.escape("rename('{i}.w', 'w') gives '1.w' the name 'w', which '0.w' has. Make its")):
+    with pytest.raises(
+        ValueError, match=re.escape("rename('{i}.w', 'w') gives '1.w' the name 'w', which '0.w' has. Make its")
+    ):
         names(["0.w", "1.w"], rename("{i}.w", "w"))
     with pytest.raises(ValueError, match=r"gives 'x' the name 'a', which 'x' has"):
         names(["x"], split("x", ["a", "a"], sizes=[0, 1]))
-    with pytest.raises(ValueError, match=r"gives 'y' the name 'z', which 'x' has.*drop\(pattern\) one of the two first"):
+    with pytest.raises(
+        ValueError, match=r"gives 'y' the name 'z', which 'x' has.*drop\(pattern\) one of the two first"
+    ):
         names(["x", "y"], rename("x", "z"), rename("y", "z"))
 
 
 def test_axes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"transpose\('w', \(1, 0\)\): 'w' is float64\[3\], axes.*Give each of its axes once"):
+    with pytest.raises(
+        ValueError, match=r"transpose\('w', \(1, 0\)\): 'w' is float64\[3\], axes.*Give each of its axes once"
+    ):
         applied({"w": np.zeros(3)}, transpose("w", (1, 0)))
     with pytest.raises(ValueError, match=r"'w' is float64\[3\] and has no axis 1\. Give another axis="):
         applied({"w": np.zeros(3)}, split("w", ["a", "b", "c"], axis=1))
@@ -233,9 +243,13 @@ def test_axes_that_do_not_fit():
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"axis -1 of 'w', float64\[2, 5\], cannot be cut into 3 equal parts\. Give sizes="):
+    with pytest.raises(
+        ValueError, match=r"axis -1 of 'w', float64\[2, 5\], cannot be cut into 3 equal parts\. Give sizes="
+    ):
         applied({"w": np.zeros((2, 5))}, split("w", ["a", "b", "c"]))
-    with pytest.raises(ValueError, match=r"axis 0 of 'w', float64\[2, 5\], has 2, and the sizes add up to 5\. Give sizes that make 2"):
+    with pytest.raises(
+        ValueError, match=r"axis 0 of 'w', float64\[2, 5\], has 2, and the sizes add up to 5\. Give sizes that make 2"
+    ):
         applied({"w": np.zeros((2, 5))}, split("w", ["a", "b"], 0, sizes=[1, 4]))
     with pytest.raises(ValueError, match=r"the sizes add up to 2"):
         applied({"w": np.zeros((2, 5))}, split("w", ["a", "b"], 0, sizes=[-1, 3]))
@@ -246,5 +260,7 @@ def test_sizes_that_do_not_fit():
 
 
 def test_a_mapping_holds_rules():
-    with pytest.raises(TypeError, match=r"expected a list of rules as mapping, received str in it\. Write mapping=\[rename"):
+    with pytest.raises(
+        TypeError, match=r"expected a list of rules as mapping, received str in it\. Write mapping=\[rename"
+    ):
         applied({}, "rename")

@@ -59,7 +59,9 @@ def test_their_values_are_switches_and_what_the_context_has():
 
 def test_method_is_a_name_or_a_function():
     assert (taken(None, "linen"), taken("encode", "linen"), taken(called, "linen")) == (None, "encode", called)
-    with pytest.raises(TypeError, match=r"linen\(method=\.\.\.\) expected the name of a method or a function .*, received 3\."):
+    with pytest.raises(
+        TypeError, match=r"linen\(method=\.\.\.\) expected the name of a method or a function .*, received 3\."
+    ):
         taken(3, "linen")
 
 

@@ -53,7 +53,9 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 
 @light
-@given(weights=st.dictionaries(names, arrays(), max_size=5), noted=st.none() | st.dictionaries(names, names, min_size=1))
+@given(
+    weights=st.dictionaries(names, arrays(), max_size=5), noted=st.none() | st.dictionaries(names, names, min_size=1)
+)
 def test_any_file_of_the_format_comes_back_bit_for_bit(weights, noted, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / "any.safetensors"
     file.write_bytes(reference.save(weights, metadata=noted))
@@ -131,7 +133,9 @@ def test_what_went_in_is_what_the_variables_are():
     assert jax.tree.structure(after) == jax.tree.structure(before)
     assert all(isinstance(leaf, jax.Array) and not leaf.weak_type for leaf in jax.tree.leaves(after))
     assert bits({n: np.asarray(v) for n, v in named(after).items()}) == bits(FITTING)
-    assert bits({n: np.asarray(v) for n, v in named(before).items()}) == bits({n: np.asarray(v) for n, v in named(start()).items()})
+    assert bits({n: np.asarray(v) for n, v in named(before).items()}) == bits(
+        {n: np.asarray(v) for n, v in named(start()).items()}
+    )
 
 
 @light
@@ -161,7 +165,9 @@ def test_a_layout_of_another_library_comes_in_through_rules(data):
 @light
 @given(gone=st.sets(st.sampled_from(sorted(FITTING))), more=st.sets(st.sampled_from(["x", "0.w", "9.bias"])))
 def test_the_table_has_exactly_what_is_missing_and_unexpected(gone, more):
-    weights = {name: array for name, array in FITTING.items() if name not in gone} | {name: np.zeros(1) for name in more}
+    weights = {name: array for name, array in FITTING.items() if name not in gone} | {
+        name: np.zeros(1) for name in more
+    }
     if not gone and not more:
         into(start(), weights)
         return
@@ -187,7 +193,9 @@ def test_a_cast_is_numpys_and_only_where_asked_for(of, to):
     if np.dtype(of) == np.dtype(to):
         assert np.asarray(into(variables, {"w": weight}).params["w"]).tobytes() == weight.tobytes()
     else:
-        with pytest.raises(ValueError, match=r"(?s)1 of a wrong dtype.*wrong dtype  w .*into\(\.\.\., cast=True\); or model\.init"):
+        with pytest.raises(
+            ValueError, match=r"(?s)1 of a wrong dtype.*wrong dtype  w .*into\(\.\.\., cast=True\); or model\.init"
+        ):
             into(variables, {"w": weight})
 
 
@@ -306,7 +314,9 @@ def test_reading_takes_the_memory_of_the_arrays_once(tmp_path):
 def test_what_a_damaged_file_says(content, says, tmp_path):
     file = tmp_path / "w.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(f"safetensors.load: {str(file)!r} is damaged or not a safetensors file: ")) as caught:
+    with pytest.raises(
+        ValueError, match=re.escape(f"safetensors.load: {str(file)!r} is damaged or not a safetensors file: ")
+    ) as caught:
         load(file)
     assert says in str(caught.value)
 
@@ -331,7 +341,9 @@ def test_a_pickle_is_never_read(protocol, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.bin").write_bytes(pickle.dumps({"w": Explosive()}, protocol=protocol))
-    with pytest.raises(ValueError, match=r"seems to be a pickle.*can run any code, so kaun never does.*weights_only=True"):
+    with pytest.raises(
+        ValueError, match=r"seems to be a pickle.*can run any code, so kaun never does.*weights_only=True"
+    ):
         load(tmp_path / "model.bin")
     (tmp_path / "zip.pt").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(ValueError, match=r"damaged or not a safetensors file|seems to be a pickle"):
@@ -345,7 +357,9 @@ def test_what_is_no_path_or_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match=r"has neither 'model\.safetensors' nor .*, only \['pytorch_model\.bin'\]\. Name"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has neither 'model\.safetensors' nor .*, only \['pytorch_model\.bin'\]\. Name"
+    ):
         load(tmp_path)
 
 
@@ -368,14 +382,20 @@ def hub(tmp_path):
 def test_a_folder_with_both_kinds_is_ambiguous(hub):
     folder = hub({"a": "one.safetensors"})
     (folder / "model.safetensors").write_bytes(VALID)
-    with pytest.raises(ValueError, match=r"has 'model\.safetensors' and 'model\.safetensors\.index\.json'\. Say which one, load\("):
+    with pytest.raises(
+        ValueError, match=r"has 'model\.safetensors' and 'model\.safetensors\.index\.json'\. Say which one, load\("
+    ):
         load(folder)
     assert set(load(folder / "model.safetensors")) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "a\\b", "c:x", "..", ".", "", "x\0", 3, None, ["one.safetensors"]])
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "a\\b", "c:x", "..", ".", "", "x\0", 3, None, ["one.safetensors"]]
+)
 def test_an_index_cannot_lead_out_of_its_folder(hub, file, tmp_path):
-    with pytest.raises(ValueError, match=r"has 'a' in .*, which is not the plain name of a file beside it\. Put the file there"):
+    with pytest.raises(
+        ValueError, match=r"has 'a' in .*, which is not the plain name of a file beside it\. Put the file there"
+    ):
         load(hub({"a": file}))
     absolute = str(tmp_path / "secret.safetensors")
     with pytest.raises(ValueError, match="not the plain name of a file"):
@@ -400,7 +420,10 @@ def test_shards_may_be_links_as_in_the_hubs_cache(hub, tmp_path):
     ("content", "says"),
     [
         ({"a": "one.safetensors", "b": "one.safetensors"}, r"and 'one\.safetensors' do not agree on 1 names, \['b'\]"),
-        ({"b": "one.safetensors"}, r"do not agree on 2 names, \['a', 'b'\]\. They are of two models, or one is cut short"),
+        (
+            {"b": "one.safetensors"},
+            r"do not agree on 2 names, \['a', 'b'\]\. They are of two models, or one is cut short",
+        ),
         ("{}", r"is damaged or not a safetensors index: 'weight_map' is no JSON object but NoneType"),
         ("[", r"is damaged or not a safetensors index: its text is not JSON"),
     ],
@@ -490,26 +513,38 @@ def test_a_wrong_shape_is_an_error_even_if_not_strict():
 def test_a_transpose_that_matches_nothing_would_go_unseen():
     square = Vars(params={"w": jnp.zeros((2, 2))}, state={}, dtype=jnp.float32)
     mapping = [rename("fc.{x}", "{x}"), transpose("fc.{x}")]
-    with pytest.raises(ValueError, match=r"rule 1 of the mapping, transpose\('fc\.\{x\}'\), matches no weight;.*near it: 'w'\. Correct"):
+    with pytest.raises(
+        ValueError, match=r"rule 1 of the mapping, transpose\('fc\.\{x\}'\), matches no weight;.*near it: 'w'\. Correct"
+    ):
         into(square, {"fc.w": np.eye(2, dtype=np.float32)}, mapping)
-    assert into(square, {"fc.w": np.eye(2, dtype=np.float32)}, mapping, strict=False).params["w"].tolist() == [[1, 0], [0, 1]]
+    assert into(square, {"fc.w": np.eye(2, dtype=np.float32)}, mapping, strict=False).params["w"].tolist() == [
+        [1, 0],
+        [0, 1],
+    ]
     into(square, {"w": np.eye(2, dtype=np.float32)}, [rename("fc.{x}", "{x}"), drop("pooler")])  # these show in names
 
 
 def test_values_that_do_not_fit_a_cast():
     variables = Vars(params={"w": jnp.zeros(3, jnp.float16)}, state={}, dtype=jnp.float16)
-    with pytest.raises(ValueError, match=r"1 of the 3 values of 'w' do not fit float16\. Make the model with init\(dtype=jnp\.float32\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of the 3 values of 'w' do not fit float16\. Make the model with init\(dtype=jnp\.float32\)",
+    ):
         into(variables, {"w": np.array([1, 1e6, np.inf], np.float32)}, cast=True)
 
 
 def test_what_jax_cannot_make_without_x64():
     wide = Vars(params={"w": jax.ShapeDtypeStruct((1,), np.float64)}, state={}, dtype=jnp.float32)
-    with pytest.raises(ValueError, match=r"leaf 'w' is float64\[1\], which JAX cannot make while x64 is off\. Set jax\.config"):
+    with pytest.raises(
+        ValueError, match=r"leaf 'w' is float64\[1\], which JAX cannot make while x64 is off\. Set jax\.config"
+    ):
         into(wide, {"w": np.zeros(1)})
 
 
 def test_variables_that_are_none():
-    with pytest.raises(TypeError, match=r"safetensors\.into expected kaun\.Vars first, received dict\. Pass what model\.init"):
+    with pytest.raises(
+        TypeError, match=r"safetensors\.into expected kaun\.Vars first, received dict\. Pass what model\.init"
+    ):
         into({}, {})
     with pytest.raises(ValueError, match=r"'w' is a leaf of params and of state\. Rename one of the two"):
         into(Vars(params={"w": jnp.zeros(1)}, state={"w": jnp.zeros(1)}, dtype=jnp.float32), {})

@@ -44,7 +44,9 @@ SOURCES = {
     "one item": lambda: Data.repeat(23, listed(True)[0]),
     "prefetched": lambda: batches(lambda x, y: (x, y)).with_loss(weighted).epochs(2).prefetch(3),
     "two losses": lambda: [(x, loss) for x, loss in listed(False) for loss in (loss, lambda out: (out**2).mean())],
-    "numbers": lambda: [(x, lambda out, a=a: (out**2).mean() * a) for (x, _), a in zip(listed(True), [1, 1, 2, 2, 2, 1, 1], strict=True)],
+    "numbers": lambda: [
+        (x, lambda out, a=a: (out**2).mean() * a) for (x, _), a in zip(listed(True), [1, 1, 2, 2, 2, 1, 1], strict=True)
+    ],
 }
 
 
@@ -95,7 +97,12 @@ class Watching:
             raise kaun.EarlyStop
 
 
-@given(st.sampled_from(sorted(SOURCES)), st.sets(st.integers(1, 40)), st.booleans(), st.one_of(st.none(), st.integers(1, 40)))
+@given(
+    st.sampled_from(sorted(SOURCES)),
+    st.sets(st.integers(1, 40)),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(1, 40)),
+)
 @settings(max_examples=60, deadline=None)
 def test_what_is_reported_when_is_that_of_single_steps(name, wanted, looks, stop):
     trainer, state = trained(name)

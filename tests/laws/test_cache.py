@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-PROGRAM = '''
+PROGRAM = """
 import json, sys
 
 import jax
@@ -50,7 +50,7 @@ value, state = trainer.step(state, x[:5], loss=loss((x, y[:5])))
 trainer.predict(state, x)
 trainer.evaluate(state, batches, {"accuracy": metrics.accuracy, "own": lambda p, t: (p.sum(), p.size)})
 print(json.dumps({**counts, "value": float(value), "compilations": len(trainer.compilations)}))
-'''
+"""
 
 
 def run(folder, seed):

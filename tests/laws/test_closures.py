@@ -254,7 +254,10 @@ def test_nan_is_one_value():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda t, s: t.step(s, X[:2], loss=by_cell(y_global[:2])), r"x changed from float32\[4, 2\] to float32\[2, 2\]"),
+        (
+            lambda t, s: t.step(s, X[:2], loss=by_cell(y_global[:2])),
+            r"x changed from float32\[4, 2\] to float32\[2, 2\]",
+        ),
         (lambda t, s: t.step(s, X, loss=by_cell(y_global), training=False), "training changed from True to False"),
     ],
 )
@@ -497,7 +500,10 @@ def test_iterators_generators_and_foreign_arrays_are_refused():
     it = iter([1.0, 2.0])
     refused(lambda out: out.mean() * next(it), "captures `it`, a list_iterator, an iterator.*y = next")
     generator = np.random.default_rng(0)
-    refused(lambda out: out.mean() * generator.normal(), "captures `generator`, a Generator, a random generator.*rng.next_key")
+    refused(
+        lambda out: out.mean() * generator.normal(),
+        "captures `generator`, a Generator, a random generator.*rng.next_key",
+    )
     words = np.array(["a"])
     refused(lambda out: out.mean() * (words == "a").sum(), r"`words`, a NumPy array of dtype <U1.*np.asarray")
 
@@ -601,5 +607,8 @@ def test_dropping_a_state_tree_with_other_leaves_is_refused():
 
     init = lambda *, dtype: Vars(params={"w": jnp.ones((), dtype)}, state={"n": jnp.zeros((), jnp.int32)}, dtype=dtype)
     trainer = kaun.Trainer(model=Layer(init=init, apply=apply), optimizer=optax.sgd(0.1))
-    with jax.numpy_dtype_promotion("standard"), pytest.raises(TypeError, match=r"0.state.n: expected int32\[\], found float32"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(TypeError, match=r"0.state.n: expected int32\[\], found float32"),
+    ):
         trainer.step(trainer.init(), X, loss=lambda out: out.mean())

@@ -141,7 +141,9 @@ def test_fits_inside_a_report(run):
 def test_two_threads_fit_from_one_state(run):
     trainer, state, data, folded, _ = run
     ends = {}
-    threads = [threading.Thread(target=lambda i=i: ends.setdefault(i, as_bytes(trainer.fit(state, data)))) for i in range(2)]
+    threads = [
+        threading.Thread(target=lambda i=i: ends.setdefault(i, as_bytes(trainer.fit(state, data)))) for i in range(2)
+    ]
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert ends == {0: folded[-1], 1: folded[-1]}

@@ -49,7 +49,9 @@ def test_keeps_shape_and_dtype(name, dtype):
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_an_integer_input_names_the_layer(name):
-    with pytest.raises(TypeError, match=rf"{name}\(\) expected float\[\.\.\., channels\], received int32\[3\]: it works on floats"):
+    with pytest.raises(
+        TypeError, match=rf"{name}\(\) expected float\[\.\.\., channels\], received int32\[3\]: it works on floats"
+    ):
         apply(name, jnp.arange(3))
     model = getattr(layers, name)() >> layers.relu()
     with pytest.raises(TypeError, match=rf"{name}\(\) at 'left' expected float"):

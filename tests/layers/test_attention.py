@@ -74,14 +74,18 @@ everything = np.ones((BATCH, SEQ, SEQ), bool)
 past = np.tril(everything)
 
 
-@pytest.mark.parametrize(("is_causal", "kv_heads", "rope"), [(False, 4, False), (True, 4, True), (False, 2, True), (True, 1, False)])
+@pytest.mark.parametrize(
+    ("is_causal", "kv_heads", "rope"), [(False, 4, False), (True, 4, True), (False, 2, True), (True, 1, False)]
+)
 def test_against_a_plain_softmax(is_causal, kv_heads, rope):
     layer, apply = attention(is_causal=is_causal, num_kv_heads=kv_heads, rope=rope, rope_theta=100.0)
     variables, x = filled(layer), normal(1)
     mask = np.random.default_rng(2).random((BATCH, SEQ)) < 0.6
     theta = 100.0 if rope else None
     allowed = past if is_causal else everything
-    np.testing.assert_allclose(apply(variables, x), by_hand(variables, x, allowed, kv_heads, theta), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        apply(variables, x), by_hand(variables, x, allowed, kv_heads, theta), rtol=1e-4, atol=1e-5
+    )
     expected = by_hand(variables, x, allowed & mask[:, None, :], kv_heads, theta)
     np.testing.assert_allclose(apply(variables, x, mask), expected, rtol=1e-4, atol=1e-5)
 
@@ -143,7 +147,9 @@ def test_an_integer_mask_keeps_what_is_not_zero(mask):
 def test_a_mask_of_ones_is_no_mask():
     layer, apply = attention(is_causal=True)
     variables, x = filled(layer), normal(1)
-    np.testing.assert_allclose(apply(variables, x, np.ones((BATCH, SEQ), bool)), apply(variables, x), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        apply(variables, x, np.ones((BATCH, SEQ), bool)), apply(variables, x), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_the_context_may_hold_other_names():
@@ -154,7 +160,9 @@ def test_the_context_may_hold_other_names():
     assert after is variables
 
 
-@pytest.mark.parametrize(("seq", "is_causal", "kv_heads"), [(64, True, 4), (131, True, 2), (300, True, 1), (131, False, 2)])
+@pytest.mark.parametrize(
+    ("seq", "is_causal", "kv_heads"), [(64, True, 4), (131, True, 2), (300, True, 1), (131, False, 2)]
+)
 def test_long_sequences_against_the_library(monkeypatch, seq, is_causal, kv_heads):
     layer = layers.multi_head_attention(EMBED, HEADS, kv_heads, is_causal=is_causal)
     variables, x, bars = filled(layer), normal(1, (2, seq, EMBED)), normal(2, (2, seq, EMBED))
@@ -178,7 +186,9 @@ def test_long_sequences_against_the_library(monkeypatch, seq, is_causal, kv_head
 def test_on_an_accelerator_it_is_the_library(monkeypatch):
     called = []
     library = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **options: called.append(1) or library(*a, **options))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, **options: called.append(1) or library(*a, **options)
+    )
     layer = layers.multi_head_attention(EMBED, HEADS)
     layer.apply(filled(layer), normal(1))
     assert not called
@@ -240,11 +250,20 @@ def test_gradients(dropout):
     layer, apply = attention(training=True, is_causal=True, rope=True, num_kv_heads=2, dropout=dropout)
     variables, x = filled(layer), normal(1)
     mask = np.array([[1, 1, 0, 1, 1], [0, 0, 1, 1, 1]], bool)
-    check_grads(lambda p, x: apply(variables.replace(params=p), x, mask), (variables.params, x), 1, ["rev"], rtol=2e-2, atol=2e-2)
+    check_grads(
+        lambda p, x: apply(variables.replace(params=p), x, mask),
+        (variables.params, x),
+        1,
+        ["rev"],
+        rtol=2e-2,
+        atol=2e-2,
+    )
 
 
 def test_parameters():
-    shapes = {k: {n: a.shape for n, a in v.items()} for k, v in filled(layers.multi_head_attention(8, 4, 2)).params.items()}
+    shapes = {
+        k: {n: a.shape for n, a in v.items()} for k, v in filled(layers.multi_head_attention(8, 4, 2)).params.items()
+    }
     assert shapes == {
         "q_proj": {"weight": (8, 8)}, "k_proj": {"weight": (8, 4)}, "v_proj": {"weight": (8, 4)}, "out_proj": {"weight": (8, 8)},
     }  # fmt: skip
@@ -255,14 +274,23 @@ def test_parameters():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((6, 4), r"\(embed_dim=6, num_heads=4\): the heads must divide embed_dim evenly, received 6 / 4 = 1\.5\. Write embed_dim=8"),
-        ((8, 4, 3), r"\(num_heads=4, num_kv_heads=3\): num_kv_heads must divide .* 4 / 3 = 1\.33333\. Write num_kv_heads=1"),
+        (
+            (6, 4),
+            r"\(embed_dim=6, num_heads=4\): the heads must divide embed_dim evenly, received 6 / 4 = 1\.5\. Write embed_dim=8",
+        ),
+        (
+            (8, 4, 3),
+            r"\(num_heads=4, num_kv_heads=3\): num_kv_heads must divide .* 4 / 3 = 1\.33333\. Write num_kv_heads=1",
+        ),
         ((0, 4), r"\(embed_dim=\.\.\.\) expected an int of at least 1, received 0"),
         ((8, 0), r"\(num_heads=\.\.\.\) expected an int of at least 1, received 0"),
         ((8, 4, 0), r"\(num_kv_heads=\.\.\.\) expected an int of at least 1, received 0"),
         ((8, 4, None, 1.0), r"\(dropout=\.\.\.\) expected a number in \[0, 1\), received 1\.0"),
         ((8, 4, None, 0.0, False, True, 0.0), r"\(rope_theta=\.\.\.\) expected a finite number above 0, received 0\.0"),
-        ((12, 4, None, 0.0, False, True), r"\(embed_dim=12, num_heads=4, rope=True\) rotates pairs and needs an even head size, received 12 / 4 = 3\. Write embed_dim=24"),
+        (
+            (12, 4, None, 0.0, False, True),
+            r"\(embed_dim=12, num_heads=4, rope=True\) rotates pairs and needs an even head size, received 12 / 4 = 3\. Write embed_dim=24",
+        ),
     ],
 )
 def test_arguments_are_checked(arguments, message):
@@ -273,9 +301,14 @@ def test_arguments_are_checked(arguments, message):
 def test_other_inputs_name_the_layer():
     model = layers.sequential([layers.multi_head_attention(8, 4)])
     variables = filled(model)
-    with pytest.raises(ValueError, match=r"multi_head_attention\(8, 4\) at '0' expected float32\[batch, seq, 8\], received float32\[2, 5, 6\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"multi_head_attention\(8, 4\) at '0' expected float32\[batch, seq, 8\], received float32\[2, 5, 6\]",
+    ):
         model.apply(variables, jnp.ones((2, 5, 6)))
-    with pytest.raises(ValueError, match=r"at '0' expected float32\[batch, seq, 8\], received float32\[5, 8\]: 2 axes instead of 3"):
+    with pytest.raises(
+        ValueError, match=r"at '0' expected float32\[batch, seq, 8\], received float32\[5, 8\]: 2 axes instead of 3"
+    ):
         model.apply(variables, jnp.ones((5, 8)))
     with pytest.raises(TypeError, match=r"at '0' expected float32\[batch, seq, 8\], received int32\[2, 5, 8\]"):
         model.apply(variables, jnp.ones((2, 5, 8), jnp.int32))
@@ -286,13 +319,20 @@ def test_other_inputs_name_the_layer():
     [
         (np.ones((2, 4), bool), ValueError, r"received bool\[2, 4\]\. It says for each position"),
         (np.ones((2, 1, 1, 5), bool), ValueError, r"received bool\[2, 1, 1, 5\]"),
-        (np.ones((2, 5), np.float32), TypeError, r"received float32\[2, 5\]\. Write mask != 0 for a mask of zeros and ones, mask == 0"),
+        (
+            np.ones((2, 5), np.float32),
+            TypeError,
+            r"received float32\[2, 5\]\. Write mask != 0 for a mask of zeros and ones, mask == 0",
+        ),
         (None, TypeError, "received NoneType.* leave the name out for no mask"),
     ],
 )
 def test_other_masks_name_the_layer(mask, kind, received):
     model = layers.sequential([layers.multi_head_attention(8, 4)])
-    message = r"multi_head_attention\(8, 4\) at '0' expected ctx\['attention_mask'\] as bool or int \[2, 5\], \[batch, seq\], " + received
+    message = (
+        r"multi_head_attention\(8, 4\) at '0' expected ctx\['attention_mask'\] as bool or int \[2, 5\], \[batch, seq\], "
+        + received
+    )
     with pytest.raises(kind, match=message):
         model.apply(filled(model), normal(0), ctx=Context(attention_mask=mask))
 
@@ -307,7 +347,9 @@ def test_repr():
 @quick
 def test_rope_against_complex_numbers(seed, theta):
     x = normal(seed, (2, 6, 3, 4))
-    np.testing.assert_allclose(layers.rope(x, theta, seq_axis=1), rotated(np.asarray(x, np.float64), theta), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        layers.rope(x, theta, seq_axis=1), rotated(np.asarray(x, np.float64), theta), rtol=1e-4, atol=1e-5
+    )
 
 
 @given(seeds, st.integers(0, 5), st.integers(0, 5), st.integers(0, 10))
@@ -346,7 +388,10 @@ def test_rope_computes_angles_in_float32(dtype):
 
 @pytest.mark.parametrize("axis", [-1, 1, 2, -3])
 def test_rope_refuses_other_axes(axis):
-    with pytest.raises(ValueError, match=rf"rope expected seq_axis to name an axis before the last, received seq_axis={axis} for float32\[4, 2\]"):
+    with pytest.raises(
+        ValueError,
+        match=rf"rope expected seq_axis to name an axis before the last, received seq_axis={axis} for float32\[4, 2\]",
+    ):
         layers.rope(jnp.ones((4, 2)), seq_axis=axis)
 
 

@@ -46,7 +46,9 @@ def by_hand(x, weight, stride, dilation, padding, groups):
     """The definition, one output number after the other."""
     x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
     kh, kw, fan_in, n_out = weight.shape
-    x = np.pad(x, [(0, 0), *(pads(x.shape[i + 1], weight.shape[i], stride[i], dilation[i], padding) for i in (0, 1)), (0, 0)])
+    x = np.pad(
+        x, [(0, 0), *(pads(x.shape[i + 1], weight.shape[i], stride[i], dilation[i], padding) for i in (0, 1)), (0, 0)]
+    )
     rows, columns = ((x.shape[i + 1] - (weight.shape[i] - 1) * dilation[i] - 1) // stride[i] + 1 for i in (0, 1))
     y = np.zeros((x.shape[0], rows, columns, n_out))
     for b, i, j, o in np.ndindex(*y.shape):
@@ -63,7 +65,14 @@ channels = st.sampled_from([(1, 2, 1), (2, 4, 2), (3, 1, 1), (3, 3, 3)])
 quick = settings(max_examples=15, deadline=None)
 
 
-@given(st.tuples(sizes, sizes), st.tuples(steps, steps), st.tuples(steps, steps), channels, st.sampled_from(["SAME", "VALID"]), st.integers(0, 99))
+@given(
+    st.tuples(sizes, sizes),
+    st.tuples(steps, steps),
+    st.tuples(steps, steps),
+    channels,
+    st.sampled_from(["SAME", "VALID"]),
+    st.integers(0, 99),
+)
 @quick
 def test_conv2d_against_the_loop(kernel, stride, dilation, shape, padding, seed):
     n_in, n_out, groups = shape
@@ -99,7 +108,10 @@ def test_causal_does_not_look_ahead(shape, time, seed):
 
 
 def test_parameters_and_their_order():
-    assert {k: v.shape for k, v in made(layers.conv2d(4, 6, (3, 5), groups=2)).params.items()} == {"weight": (3, 5, 2, 6), "bias": (6,)}
+    assert {k: v.shape for k, v in made(layers.conv2d(4, 6, (3, 5), groups=2)).params.items()} == {
+        "weight": (3, 5, 2, 6),
+        "bias": (6,),
+    }
     assert {k: v.shape for k, v in made(layers.conv1d(4, 6, 3, bias=False)).params.items()} == {"weight": (3, 4, 6)}
     assert made(layers.conv2d(1, 2)).params["weight"].shape == (3, 3, 1, 2)
     assert made(layers.conv1d(1, 2)).params["weight"].shape == (3, 1, 2)
@@ -107,14 +119,21 @@ def test_parameters_and_their_order():
 
 def test_initializers_are_passed_as_they_are():
     ones = jax.nn.initializers.ones
-    for layer in (layers.conv1d(1, 2, weight_init=ones, bias_init=ones), layers.conv2d(1, 2, weight_init=ones, bias_init=ones)):
+    for layer in (
+        layers.conv1d(1, 2, weight_init=ones, bias_init=ones),
+        layers.conv2d(1, 2, weight_init=ones, bias_init=ones),
+    ):
         assert all(bool((v == 1).all()) for v in made(layer).params.values())
 
 
 def test_the_output_sizes_that_the_docs_say():
     x = jnp.ones((1, 11, 2))
     for stride in (1, 2, 3):
-        for padding, length in (("SAME", -(-11 // stride)), ("CAUSAL", -(-11 // stride)), ("VALID", -(-(11 - 4) // stride))):
+        for padding, length in (
+            ("SAME", -(-11 // stride)),
+            ("CAUSAL", -(-11 // stride)),
+            ("VALID", -(-(11 - 4) // stride)),
+        ):
             layer = layers.conv1d(2, 1, 3, stride, dilation=2, padding=padding, bias=False)
             assert layer.apply(filled(layer), x)[0].shape == (1, length, 1)
 
@@ -155,7 +174,9 @@ def test_sizes_are_checked(make, name, argument):
 
 
 def test_conv1d_takes_no_pairs():
-    with pytest.raises(TypeError, match=r"conv1d\(kernel_size=\.\.\.\) expected an int of at least 1, received \(3, 3\)"):
+    with pytest.raises(
+        TypeError, match=r"conv1d\(kernel_size=\.\.\.\) expected an int of at least 1, received \(3, 3\)"
+    ):
         layers.conv1d(1, 1, (3, 3))
 
 
@@ -170,29 +191,43 @@ def test_groups_must_divide_the_channels(shape, message):
 
 @pytest.mark.parametrize("padding", ["same", 1, ((1, 1), (1, 1))])
 def test_an_unknown_padding(padding):
-    with pytest.raises(ValueError, match=r"conv1d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', 'CAUSAL', received .* jnp\.pad"):
+    with pytest.raises(
+        ValueError, match=r"conv1d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', 'CAUSAL', received .* jnp\.pad"
+    ):
         layers.conv1d(1, 1, padding=padding)
 
 
 def test_causal_images():
-    with pytest.raises(ValueError, match=r"conv2d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', received 'CAUSAL'\. Causal padding is conv1d's"):
+    with pytest.raises(
+        ValueError,
+        match=r"conv2d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', received 'CAUSAL'\. Causal padding is conv1d's",
+    ):
         layers.conv2d(1, 1, padding="CAUSAL")
 
 
 def test_a_kernel_that_does_not_fit():
     layer = layers.conv2d(1, 1, (2, 3), dilation=(1, 2), padding="VALID") >> layers.relu()
     assert layer.apply(filled(layer), jnp.ones((1, 2, 5, 1)))[0].shape == (1, 1, 1, 1)
-    with pytest.raises(ValueError, match=r"conv2d\(.*\) at 'left' reaches over 2 x 5 positions .* received float32\[1, 9, 4, 1\].*SAME"):
+    with pytest.raises(
+        ValueError, match=r"conv2d\(.*\) at 'left' reaches over 2 x 5 positions .* received float32\[1, 9, 4, 1\].*SAME"
+    ):
         layer.apply(filled(layer), jnp.ones((1, 9, 4, 1)))
 
 
 def test_other_inputs_name_the_layer():
     model = layers.sequential([layers.conv2d(3, 4, groups=1), layers.conv2d(5, 2)])
-    with pytest.raises(ValueError, match=r"conv2d\(5, 2\) at '1' expected float32\[batch, height, width, 5\], received float32\[1, 4, 4, 4\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"conv2d\(5, 2\) at '1' expected float32\[batch, height, width, 5\], received float32\[1, 4, 4, 4\]",
+    ):
         model.apply(filled(model), jnp.ones((1, 4, 4, 3)))
-    with pytest.raises(ValueError, match=r"conv2d\(3, 4\) at '0' expected .* received float32\[4, 4, 3\]: 3 axes instead of 4"):
+    with pytest.raises(
+        ValueError, match=r"conv2d\(3, 4\) at '0' expected .* received float32\[4, 4, 3\]: 3 axes instead of 4"
+    ):
         model.apply(filled(model), jnp.ones((4, 4, 3)))
-    with pytest.raises(TypeError, match=r"conv1d\(3, 4\) expected float32\[batch, length, 3\], received uint8\[1, 4, 3\]"):
+    with pytest.raises(
+        TypeError, match=r"conv1d\(3, 4\) expected float32\[batch, length, 3\], received uint8\[1, 4, 3\]"
+    ):
         layers.conv1d(3, 4).apply(filled(layers.conv1d(3, 4)), jnp.ones((1, 4, 3), jnp.uint8))
 
 

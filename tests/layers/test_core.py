@@ -120,7 +120,9 @@ def test_composition_is_one_after_the_other(a, b):
     vars = made(model)
     y, after = applied(model, vars)
     with rng.scope(1):
-        middle, left = a.apply(Vars(params=vars.params["left"], state=vars.state["left"], dtype=vars.dtype), X, training=True)
+        middle, left = a.apply(
+            Vars(params=vars.params["left"], state=vars.state["left"], dtype=vars.dtype), X, training=True
+        )
         last, right = b.apply(
             Vars(params=vars.params["right"], state=vars.state["right"], dtype=vars.dtype), middle, training=True
         )
@@ -341,7 +343,11 @@ def test_copies():
         (bool, TypeError, "dtype=bool is not floating"),
         (None, TypeError, r"init\(dtype=\.\.\.\) expected a floating dtype, received None. Use dtype=jnp.float32"),
         ("floaty", TypeError, "floaty"),
-        (jnp.float64, ValueError, "dtype=float64 needs JAX's x64 mode, which is off.*jax_enable_x64.*or use dtype=jnp.float32"),
+        (
+            jnp.float64,
+            ValueError,
+            "dtype=float64 needs JAX's x64 mode, which is off.*jax_enable_x64.*or use dtype=jnp.float32",
+        ),
         (float, ValueError, "dtype=float64 needs JAX's x64 mode"),
     ],
 )
@@ -382,7 +388,9 @@ def test_apply_must_return_output_and_vars(result):
 
 def test_apply_takes_vars():
     model = affine(3)
-    with pytest.raises(TypeError, match=r"apply of layer affine\(3, 3\) expected kaun.Vars, received dict.*state\.vars"):
+    with pytest.raises(
+        TypeError, match=r"apply of layer affine\(3, 3\) expected kaun.Vars, received dict.*state\.vars"
+    ):
         model.apply(made(model).params, X)
 
 
@@ -400,8 +408,14 @@ def test_layers_are_immutable():
         (lambda: layers.compose(affine(2), jnp.sin), r"compose expected layers, received .*sin.*Write layers.fn\(f\)"),
         (lambda: layers.compose(3, affine(2)), r"compose expected layers, received 3\. Write layers.fn\(f\)"),
         (lambda: affine(2) >> 3, r"compose expected layers, received 3\."),
-        (lambda: layers.sequential([affine(2), affine]), r"sequential expected layers, received .*, did you forget to call"),
-        (lambda: layers.sequential(affine(2)), r"sequential expected a list of layers, received affine\(2, 2\)\. Write"),
+        (
+            lambda: layers.sequential([affine(2), affine]),
+            r"sequential expected layers, received .*, did you forget to call",
+        ),
+        (
+            lambda: layers.sequential(affine(2)),
+            r"sequential expected a list of layers, received affine\(2, 2\)\. Write",
+        ),
         (lambda: layers.residual(None), r"residual expected layers, received None\."),
         (lambda: layers.fn(3), "fn expected a function of one argument, received 3"),
     ],
@@ -420,7 +434,10 @@ def test_an_empty_sequential_is_an_error():
     ("inner", "text"),
     [
         (affine(3, 2), r"residual adds its input float32\[2, 3\] to .*float32\[2, 2\].*Make affine\(3, 2\) keep them"),
-        (layers.fn(lambda x: jnp.asarray(x, jnp.float16)), r"float32\[2, 3\] to its inner layer's output float16\[2, 3\]"),
+        (
+            layers.fn(lambda x: jnp.asarray(x, jnp.float16)),
+            r"float32\[2, 3\] to its inner layer's output float16\[2, 3\]",
+        ),
     ],
 )
 def test_a_residual_that_changes_shape_or_dtype_is_an_error(inner, text):
@@ -431,7 +448,9 @@ def test_a_residual_that_changes_shape_or_dtype_is_an_error(inner, text):
 
 def test_errors_name_the_layer_by_its_path():
     model = layers.residual(layers.sequential([affine(3), affine(3) >> affine(4, 3)]))
-    with pytest.raises(ValueError, match=r"affine\(4, 3\) at 'inner.1.right' expected float32\[\.\.\., 4\], received float32"):
+    with pytest.raises(
+        ValueError, match=r"affine\(4, 3\) at 'inner.1.right' expected float32\[\.\.\., 4\], received float32"
+    ):
         applied(model, made(model))
     with pytest.raises(ValueError, match=r"affine\(3, 3\) at 'inner.0' expected"):  # the path starts anew
         applied(model, made(model), np.ones((2, 5), np.float32))
@@ -451,7 +470,11 @@ def test_other_errors_get_a_note_with_the_path_of_the_innermost_layer():
 @pytest.mark.parametrize(
     ("x", "error", "text"),
     [
-        (jnp.ones((2, 3), jnp.int32), TypeError, r"received int32\[2, 3\]: it works on floats.*x\.astype\(jnp\.float32\)"),
+        (
+            jnp.ones((2, 3), jnp.int32),
+            TypeError,
+            r"received int32\[2, 3\]: it works on floats.*x\.astype\(jnp\.float32\)",
+        ),
         (jnp.ones((2, 3), jnp.float16), TypeError, r"received float16\[2, 3\]: the model is float32.*jnp\.float16\)"),
         (jnp.ones((2, 5)), ValueError, r"received float32\[2, 5\]: the last axis is 5, not 3\. Make the layer 5 wide"),
         (jnp.ones(()), ValueError, r"received float32\[\]: 0 axes instead of one or more"),
@@ -490,7 +513,11 @@ MODELS = {
 @pytest.mark.parametrize(
     ("model", "other", "text"),
     [
-        ("sequential", "longer", r"sequential has 2 layers, received variables with params list of 3 and state list of 3"),
+        (
+            "sequential",
+            "longer",
+            r"sequential has 2 layers, received variables with params list of 3 and state list of 3",
+        ),
         ("longer", "sequential", "sequential has 3 layers, received .* list of 2"),
         ("sequential", "compose", r"'0' expected variables with a part 0 in .* received \['left', 'right'\]"),
         ("compose", "sequential", r"'left' expected variables with a part 'left' in .* list of 2"),

@@ -32,14 +32,20 @@ def test_zeroes_the_share_and_scales_the_rest(rate, seed):
     assert abs(y.mean() - 3.0) < 6 * 3.0 * (rate / (1 - rate) / n) ** 0.5
 
 
-@pytest.mark.parametrize(("rate", "bits"), [(0.5, 8), (0.125, 8), (0.1, 16), (1 / 3, 16), (0.98, 16), (0.01, 32), (0.999, 32)])
+@pytest.mark.parametrize(
+    ("rate", "bits"), [(0.5, 8), (0.125, 8), (0.1, 16), (1 / 3, 16), (0.98, 16), (0.01, 32), (0.999, 32)]
+)
 def test_the_share_is_exact_to_the_documented_precision(monkeypatch, rate, bits):
     # All numbers there are, each once (of 32 bits the 65,536 around the threshold): what is zero is the share itself.
     least = rate * 2**bits
     first = max(round(least) - 2**15, 0) if bits == 32 else 0
     numbers = (first + np.arange(2 ** min(bits, 16))).astype(f"uint{bits}")
     asked = []
-    monkeypatch.setattr(sys.modules["kaun.layers.dropout"], "_numbers", lambda key, bits, shape: asked.append(bits) or jnp.asarray(numbers))
+    monkeypatch.setattr(
+        sys.modules["kaun.layers.dropout"],
+        "_numbers",
+        lambda key, bits, shape: asked.append(bits) or jnp.asarray(numbers),
+    )
     dropped = int((apply(layers.dropout(rate), jnp.ones(len(numbers))) == 0).sum())
     assert asked == [bits]
     assert abs(first + dropped - least) <= 0.5
@@ -65,7 +71,10 @@ def test_neighbours_are_dropped_independently():
     mask = np.asarray(apply(layers.dropout(0.3), jnp.ones((40, 50, 61)))) == 0
     for axis in range(3):
         for apart in (1, 2, 3, 4, 8):
-            a, b = np.take(mask, range(apart, mask.shape[axis]), axis), np.take(mask, range(mask.shape[axis] - apart), axis)
+            a, b = (
+                np.take(mask, range(apart, mask.shape[axis]), axis),
+                np.take(mask, range(mask.shape[axis] - apart), axis),
+            )
             n = a.size
             assert abs((a & b).mean() - 0.09) < 6 * (0.09 * 0.91 / n) ** 0.5 * 2
 

@@ -63,7 +63,10 @@ def test_every_integer_dtype(dtype):
     assert jnp.array_equal(layer.apply(variables, indices)[0], variables.params["weight"][jnp.array([0, 1, 127])])
 
 
-@pytest.mark.parametrize(("dtype", "values"), [("int8", [5, -1, -128]), ("int32", [299, 300, -1, 2**31 - 1]), ("uint32", [0, 300, 2**32 - 1])])
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [("int8", [5, -1, -128]), ("int32", [299, 300, -1, 2**31 - 1]), ("uint32", [0, 300, 2**32 - 1])],
+)
 def test_compiled_an_index_outside_is_nan_and_its_neighbours_are_right(dtype, values):
     layer = layers.embedding(300, 2)
     variables = made(layer)
@@ -77,7 +80,10 @@ def test_compiled_an_index_outside_is_nan_and_its_neighbours_are_right(dtype, va
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        (jnp.array([[1, 2], [3, 10]]), r"embedding\(10, 4\) expected indices in \[0, 10\), received 10 at position \[1, 1\]\. Make vocab_size 11"),
+        (
+            jnp.array([[1, 2], [3, 10]]),
+            r"embedding\(10, 4\) expected indices in \[0, 10\), received 10 at position \[1, 1\]\. Make vocab_size 11",
+        ),
         (np.array([3, -1]), r"received -1 at position \[1\]\. Give padding an index of its own"),
         (np.array([2**32 + 1]), r"received 4294967297 at position \[0\]"),
         (np.int32(12), r"received 12 at position \[\]"),
@@ -99,7 +105,9 @@ def test_concrete_indices_are_checked_under_grad_and_named_by_path():
 @pytest.mark.parametrize("x", [jnp.ones(3), jnp.ones(3, bool)])
 def test_what_is_not_an_index_is_refused(x):
     layer = layers.embedding(10, 4)
-    with pytest.raises(TypeError, match=r"embedding\(10, 4\) expected int\[\.\.\.\], received .*\[3\]: it works on indices"):
+    with pytest.raises(
+        TypeError, match=r"embedding\(10, 4\) expected int\[\.\.\.\], received .*\[3\]: it works on indices"
+    ):
         layer.apply(made(layer), x)
 
 
@@ -110,7 +118,9 @@ def test_no_indices():
 
 @pytest.mark.parametrize("argument", ["vocab_size", "embed_dim"])
 def test_sizes_are_checked(argument):
-    with pytest.raises(TypeError, match=rf"embedding\({argument}=\.\.\.\) expected an int of at least 1, received 2\.5"):
+    with pytest.raises(
+        TypeError, match=rf"embedding\({argument}=\.\.\.\) expected an int of at least 1, received 2\.5"
+    ):
         layers.embedding(**{"vocab_size": 1, "embed_dim": 1, argument: 2.5})
 
 

@@ -91,14 +91,20 @@ def test_its_name():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: layers.from_function(3, {}), r"expected a function \(params, x\) -> output, received 3\. Write layers\.fr"),
+        (
+            lambda: layers.from_function(3, {}),
+            r"expected a function \(params, x\) -> output, received 3\. Write layers\.fr",
+        ),
         (
             lambda: layers.from_function(lambda params: params, {}),
             r"\(params, x\), to which training= and ctx= may be added, received `<lambda>` \(test_function\.py:\d+\) with the "
             r"parameters \(params\): too many positional arguments\. Write lambda params, x: f\(\.\.\.\)",
         ),
         (lambda: layers.from_function(lambda params, x, y: x, {}), r"missing a required argument: 'y'\. Write lambda"),
-        (lambda: layers.from_function(mlp, {"a": {"b": "c"}}), r"expected a tree of arrays, and 'a\.b' is str\. Leave it out"),
+        (
+            lambda: layers.from_function(mlp, {"a": {"b": "c"}}),
+            r"expected a tree of arrays, and 'a\.b' is str\. Leave it out",
+        ),
     ],
 )
 def test_what_it_cannot_use_is_refused(make, text):

@@ -83,7 +83,9 @@ def test_training_moves_state_and_nothing_else(name):
     before = {path: np.array(leaf) for path, leaf in leaves(variables).items()}
     _, after = run(layer, variables, x, True, 0)
     assert after.params is variables.params and after.dtype == variables.dtype
-    assert {k: (v.shape, v.dtype) for k, v in leaves(after).items()} == {k: (v.shape, v.dtype) for k, v in before.items()}
+    assert {k: (v.shape, v.dtype) for k, v in leaves(after).items()} == {
+        k: (v.shape, v.dtype) for k, v in before.items()
+    }
     assert all(np.array_equal(leaf, before[path]) for path, leaf in leaves(variables).items())
     moved = {path for path, leaf in leaves(after).items() if not np.array_equal(leaf, before[path])}
     assert moved == {path for path in before if "running" in path}

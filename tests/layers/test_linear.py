@@ -33,7 +33,13 @@ def normal(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@given(st.sampled_from([(), (3,), (0, 2), (2, 1, 3)]), st.integers(1, 2), st.integers(1, 2), st.booleans(), st.integers(0, 99))
+@given(
+    st.sampled_from([(), (3,), (0, 2), (2, 1, 3)]),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.booleans(),
+    st.integers(0, 99),
+)
 @quick
 def test_is_x_times_weight_plus_bias(lead, n_in, n_out, bias, seed):
     layer = layers.linear(n_in, n_out, bias)
@@ -93,7 +99,9 @@ def test_sizes_are_checked(argument):
 
 def test_a_wrong_width_names_the_layer_by_its_path():
     model = layers.sequential([layers.linear(3, 4), layers.relu(), layers.linear(5, 2)])
-    with pytest.raises(ValueError, match=r"linear\(5, 2\) at '2' expected float32\[\.\.\., 5\], received float32\[1, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"linear\(5, 2\) at '2' expected float32\[\.\.\., 5\], received float32\[1, 4\]"
+    ):
         model.apply(made(model), jnp.ones((1, 3)))
 
 

@@ -33,7 +33,9 @@ def standardized(x, axes, eps):
 
 
 def scaled(z, variables):
-    return z * np.asarray(variables.params["weight"], np.float64) + np.asarray(variables.params.get("bias", 0.0), np.float64)
+    return z * np.asarray(variables.params["weight"], np.float64) + np.asarray(
+        variables.params.get("bias", 0.0), np.float64
+    )
 
 
 @given(st.sampled_from([(), (3,), (2, 3)]), st.integers(2, 4), st.sampled_from([1e-5, 0.1]), seeds)
@@ -78,7 +80,9 @@ def test_batch_norm_in_training_against_the_formula(lead, seed):
     layer = layers.batch_norm(3, eps=0.01)
     variables, x = shaken(made(layer), seed), normal(seed, (*lead, 3))
     y, _ = layer.apply(variables, x, training=True)
-    np.testing.assert_allclose(y, scaled(standardized(x, tuple(range(x.ndim - 1)), 0.01), variables), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        y, scaled(standardized(x, tuple(range(x.ndim - 1)), 0.01), variables), rtol=1e-4, atol=1e-4
+    )
 
 
 @given(st.integers(1, 6), st.floats(0, 0.99), seeds)
@@ -145,7 +149,9 @@ def test_batch_norm_refuses_to_train_on_one_value(shape):
     model = layers.sequential([layers.batch_norm(2)])
     variables = made(model)
     assert model.apply(variables, jnp.ones(shape))[0].shape == shape
-    with pytest.raises(ValueError, match=r"batch_norm\(2\) at '0' expected two or more values .* received float32\[.*drop_last=True"):
+    with pytest.raises(
+        ValueError, match=r"batch_norm\(2\) at '0' expected two or more values .* received float32\[.*drop_last=True"
+    ):
         model.apply(variables, jnp.ones(shape), training=True)
 
 
@@ -191,19 +197,26 @@ def test_a_constant_input_has_finite_gradients(layer):
 def test_other_inputs_name_the_layer(layer):
     model = layers.sequential([layer])
     head = layer.name.split("(")[0]
-    with pytest.raises(ValueError, match=rf"{head}\(.*\) at '0' expected float32\[.*, 4\], received float32\[2, 3\]: the last axis is 3"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{head}\(.*\) at '0' expected float32\[.*, 4\], received float32\[2, 3\]: the last axis is 3",
+    ):
         model.apply(made(model), jnp.ones((2, 3)))
     with pytest.raises(TypeError, match=rf"{head}\(.*\) at '0' expected float32\[.*, 4\], received int32\[2, 4\]"):
         model.apply(made(model), jnp.ones((2, 4), jnp.int32))
 
 
 def test_group_norm_needs_a_batch_axis():
-    with pytest.raises(ValueError, match=r"group_norm\(2, 4\) expected \[batch, \.\.\., 4\], received float32\[4\].*x\[None\]"):
+    with pytest.raises(
+        ValueError, match=r"group_norm\(2, 4\) expected \[batch, \.\.\., 4\], received float32\[4\].*x\[None\]"
+    ):
         layers.group_norm(2, 4).apply(made(layers.group_norm(2, 4)), jnp.ones(4))
 
 
 def test_groups_must_divide_the_channels():
-    with pytest.raises(ValueError, match=r"group_norm\(num_groups=4, num_channels=6\): .* 6 / 4 = 1\.5\. Write num_groups=2"):
+    with pytest.raises(
+        ValueError, match=r"group_norm\(num_groups=4, num_channels=6\): .* 6 / 4 = 1\.5\. Write num_groups=2"
+    ):
         layers.group_norm(4, 6)
 
 
@@ -222,7 +235,9 @@ def test_sizes_are_checked(make, argument):
         make(**{argument: 0})
 
 
-@pytest.mark.parametrize("make", [layers.layer_norm, layers.rms_norm, layers.batch_norm, lambda n, eps: layers.group_norm(1, n, eps)])
+@pytest.mark.parametrize(
+    "make", [layers.layer_norm, layers.rms_norm, layers.batch_norm, lambda n, eps: layers.group_norm(1, n, eps)]
+)
 def test_eps_is_checked(make):
     with pytest.raises(ValueError, match=r"_norm\(eps=\.\.\.\) expected a finite number above 0, received 0\.0"):
         make(4, eps=0.0)

@@ -38,7 +38,9 @@ def test_pair_refuses_other_lengths(value):
         parts.pair("conv2d", "stride", value)
 
 
-@pytest.mark.parametrize(("value", "kind"), [((1, 0), ValueError), (0, ValueError), ((1, 2.0), TypeError), (2.0, TypeError)])
+@pytest.mark.parametrize(
+    ("value", "kind"), [((1, 0), ValueError), (0, ValueError), ((1, 2.0), TypeError), (2.0, TypeError)]
+)
 def test_pair_checks_both_sizes(value, kind):
     with pytest.raises(kind, match=r"conv2d\(stride=\.\.\.\) expected an int of at least 1"):
         parts.pair("conv2d", "stride", value)
@@ -94,7 +96,9 @@ def test_draw_takes_numpy_of_the_right_dtype():
 
 
 def test_draw_refuses_what_is_not_callable():
-    with pytest.raises(TypeError, match=r"linear\(2, 3\)\(weight_init=\.\.\.\) expected an initializer, received 0\.02\. Write"):
+    with pytest.raises(
+        TypeError, match=r"linear\(2, 3\)\(weight_init=\.\.\.\) expected an initializer, received 0\.02\. Write"
+    ):
         parts.draw("linear(2, 3)", "weight_init", 0.02, (2, 3), jnp.float32)
 
 
@@ -130,6 +134,9 @@ def test_along_last():
     assert parts.along_last(jnp.ones(3), 4).shape == (1, 1, 1, 3)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")],
+)
 def test_wide(dtype, expected):
     assert parts.wide(jnp.dtype(dtype)) == expected

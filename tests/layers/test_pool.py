@@ -13,7 +13,15 @@ from jax.test_util import check_grads
 from kaun import layers
 
 windowings = st.sampled_from(
-    [((2, 2), None), ((2, 3), (2, 3)), ((1, 1), None), ((5, 4), None), ((3, 2), (1, 2)), ((2, 3), (3, 1)), ((1, 5), (2, 1))]
+    [
+        ((2, 2), None),
+        ((2, 3), (2, 3)),
+        ((1, 1), None),
+        ((5, 4), None),
+        ((3, 2), (1, 2)),
+        ((2, 3), (3, 1)),
+        ((1, 5), (2, 1)),
+    ]
 )
 quick = settings(max_examples=20, deadline=None)
 
@@ -116,15 +124,21 @@ def test_arguments_are_checked(name):
 def test_other_inputs_name_the_layer(name):
     layer = getattr(layers, name)((2, 3)) >> layers.flatten()
     variables = layer.init(dtype=jnp.float32)
-    with pytest.raises(ValueError, match=rf"{name}\(\(2, 3\)\) at 'left' looks at windows of 2 x 3, received float32\[1, 4, 2, 1\]"):
+    with pytest.raises(
+        ValueError, match=rf"{name}\(\(2, 3\)\) at 'left' looks at windows of 2 x 3, received float32\[1, 4, 2, 1\]"
+    ):
         layer.apply(variables, jnp.ones((1, 4, 2, 1)))
-    with pytest.raises(ValueError, match=rf"{name}\(\(2, 3\)\) at 'left' expected float\[batch, height, width, channels\].*3 axes"):
+    with pytest.raises(
+        ValueError, match=rf"{name}\(\(2, 3\)\) at 'left' expected float\[batch, height, width, channels\].*3 axes"
+    ):
         layer.apply(variables, jnp.ones((4, 4, 1)))
     with pytest.raises(TypeError, match=rf"{name}\(\(2, 3\)\) at 'left' expected float.* received uint8\[1, 4, 4, 1\]"):
         layer.apply(variables, jnp.ones((1, 4, 4, 1), jnp.uint8))
 
 
-@pytest.mark.parametrize(("shape", "flat"), [((3,), (3, 1)), ((2, 5), (2, 5)), ((2, 3, 4), (2, 12)), ((0, 3, 4), (0, 12)), ((2, 0), (2, 0))])
+@pytest.mark.parametrize(
+    ("shape", "flat"), [((3,), (3, 1)), ((2, 5), (2, 5)), ((2, 3, 4), (2, 12)), ((0, 3, 4), (0, 12)), ((2, 0), (2, 0))]
+)
 def test_flatten_keeps_the_batch_axis(shape, flat):
     x = jnp.arange(float(np.prod(shape))).reshape(shape)
     assert jnp.array_equal(apply(layers.flatten(), x), x.reshape(flat))

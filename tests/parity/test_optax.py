@@ -62,7 +62,11 @@ def conv(params, state, x):
 
 CASES = {
     "mlp": (lambda: [layers.linear(6, 8), layers.tanh(), layers.linear(8, 3)], mlp, (6,)),
-    "batch_norm": (lambda: [layers.linear(6, 8, bias=False), layers.batch_norm(8), layers.relu(), layers.linear(8, 3)], normed, (6,)),
+    "batch_norm": (
+        lambda: [layers.linear(6, 8, bias=False), layers.batch_norm(8), layers.relu(), layers.linear(8, 3)],
+        normed,
+        (6,),
+    ),
     "cnn": (
         lambda: [layers.conv2d(1, 4), layers.relu(), layers.max_pool2d(2), layers.flatten(), layers.linear(36, 3)],
         conv,

@@ -126,9 +126,7 @@ def test_all_of_is_each_report_by_itself_in_the_given_order(losses, ahead, perio
     log = []
     drive(reports.all_of(*[reports.every(n, note(log, i)) for i, n in enumerate(periods)]), losses, ahead=ahead)
     steps = range(1, len(losses) + 1)
-    assert log == [
-        (i, s, losses[s - 1], f"state {s}") for s in steps for i, n in enumerate(periods) if s % n == 0
-    ]
+    assert log == [(i, s, losses[s - 1], f"state {s}") for s in steps for i, n in enumerate(periods) if s % n == 0]
 
 
 @SETTINGS
@@ -415,7 +413,10 @@ def test_what_is_measured_comes_by_name():
         def __call__(self, step, loss, state):
             return 0.9
 
-    with pytest.raises(TypeError, match=r'A report with `measures` must return a dict .*; `Wrong` returned float\. Write return {"accuracy": value}\.'):
+    with pytest.raises(
+        TypeError,
+        match=r'A report with `measures` must return a dict .*; `Wrong` returned float\. Write return {"accuracy": value}\.',
+    ):
         drive(reports.all_of(Wrong()), [0.5])
 
 
@@ -434,20 +435,44 @@ def two(step, loss):
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: reports.every(True, two), TypeError, "every expected a number of steps as an int, received True. Write"),
+        (
+            lambda: reports.every(True, two),
+            TypeError,
+            "every expected a number of steps as an int, received True. Write",
+        ),
         (lambda: reports.every(2.0, two), TypeError, r"as an int, received 2\.0\. Write every\(100, report\)\."),
         (lambda: reports.every(two, 2), TypeError, r"as an int, received <function two"),
         (lambda: reports.every(0, two), ValueError, "every expected a number of steps of at least 1, received 0"),
         (lambda: reports.every(-5, two), ValueError, "of at least 1, received -5"),
-        (lambda: reports.every(5, None), TypeError, r"every expected a report, callable as \(step, loss, state\), received None"),
-        (lambda: reports.every(5, two), TypeError, r"received `two` \(test_core\.py:\d+\), which takes \(step, loss\)\. Write def"),
+        (
+            lambda: reports.every(5, None),
+            TypeError,
+            r"every expected a report, callable as \(step, loss, state\), received None",
+        ),
+        (
+            lambda: reports.every(5, two),
+            TypeError,
+            r"received `two` \(test_core\.py:\d+\), which takes \(step, loss\)\. Write def",
+        ),
         (lambda: reports.every(5, reports.history), TypeError, r"`history` \(history\.py:\d+\).*or call it first"),
         (lambda: reports.all_of(stop_at(1), 3), TypeError, r"all_of expected a report as argument 2, .* received 3"),
-        (lambda: reports.all_of(two), TypeError, r"all_of expected a report as argument 1, .* which takes \(step, loss\)"),
+        (
+            lambda: reports.all_of(two),
+            TypeError,
+            r"all_of expected a report as argument 1, .* which takes \(step, loss\)",
+        ),
         (lambda: reports.all_of([stop_at(1)]), TypeError, r"as argument 1, callable as .* received \[<function"),
-        (lambda: reports.each_epoch([1], stop_at(1)), TypeError, r"each_epoch expected a function, callable as \(epoch, state\)"),
+        (
+            lambda: reports.each_epoch([1], stop_at(1)),
+            TypeError,
+            r"each_epoch expected a function, callable as \(epoch, state\)",
+        ),
         (lambda: reports.each_epoch([], two), ValueError, r"pipeline of one epoch, received an empty one \(length 0\)"),
-        (lambda: reports.each_epoch(iter([1]), two), TypeError, r"received a list_iterator of unknown length\. Count .*: every\("),
+        (
+            lambda: reports.each_epoch(iter([1]), two),
+            TypeError,
+            r"received a list_iterator of unknown length\. Count .*: every\(",
+        ),
     ],
 )
 def test_errors(make, error, text):
@@ -556,11 +581,18 @@ class Thinned(Full):
 @given(LOSSES, AHEAD, st.integers(1, 6), st.integers(1, 6))
 def test_every_tells_what_can_be_thinned_of_whole_blocks_and_the_period(losses, ahead, m, n):
     once, twice, plain, inside = Thinned(), Thinned(), Thinned(), Thinned()
-    parts = [reports.every(n, once), reports.every(m, reports.every(n, twice)), plain, reports.every(m, reports.all_of(inside))]
+    parts = [
+        reports.every(n, once),
+        reports.every(m, reports.every(n, twice)),
+        plain,
+        reports.every(m, reports.all_of(inside)),
+    ]
     drive(reports.all_of(*parts), losses, ahead=ahead)
     for report, period in ((once, n), (twice, math.lcm(m, n)), (inside, m)):
         assert report.losses == [] and {told[2] for told in report.told} == {period}
-        assert [s for first, count, _ in report.told for s in range(first, first + count)] == list(range(1, len(losses) + 1))
+        assert [s for first, count, _ in report.told for s in range(first, first + count)] == list(
+            range(1, len(losses) + 1)
+        )
     assert plain.told == [] and plain.losses == np.array(losses, np.float32).tolist()
 
 

@@ -25,7 +25,9 @@ def write(report, first, rows, *, measured=None, offset=0, end=True):
 def test_fits_of_one_life_are_one_file_and_a_fit_from_before_cuts_it(tmp_path, kind):
     path = tmp_path / f"run.{kind}"
     report = getattr(reports, kind)(str(path))
-    steps = lambda: [int("".join(filter(str.isdigit, line.split(",")[0]))) for line in path.read_text().splitlines()[kind == "csv":]]
+    steps = lambda: [
+        int("".join(filter(str.isdigit, line.split(",")[0]))) for line in path.read_text().splitlines()[kind == "csv" :]
+    ]
     write(report, 1, [3.0, 2.0, 1.0])
     write(report, 1, [0.5, 0.25], offset=3)
     assert steps() == [1, 2, 3, 4, 5]
@@ -80,7 +82,10 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path, kind, text, line):
     path = tmp_path / f"run.{kind}"
     path.write_text(text)
     report = getattr(reports, kind)(path)
-    with pytest.raises(ValueError, match=rf"run\.{kind}, line {line}: expected .*, as this report writes it\. The file is damaged, or another program's\. Move it away"):
+    with pytest.raises(
+        ValueError,
+        match=rf"run\.{kind}, line {line}: expected .*, as this report writes it\. The file is damaged, or another program's\. Move it away",
+    ):
         write(report, 9, [0.5], end=False)
     report.end()
     assert path.read_text() == text
@@ -132,7 +137,9 @@ def test_a_full_disk_is_not_silent(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_paths(tmp_path, monkeypatch, kind):
     make = getattr(reports, kind)
-    with pytest.raises(TypeError, match=rf'{kind} expected the path of a file, received 3\. Write {kind}\("run\.{kind}"\)'):
+    with pytest.raises(
+        TypeError, match=rf'{kind} expected the path of a file, received 3\. Write {kind}\("run\.{kind}"\)'
+    ):
         make(3)
     monkeypatch.chdir(tmp_path)
     report = make("run")

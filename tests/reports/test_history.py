@@ -183,7 +183,9 @@ def test_plot_writes_a_picture_with_both_colours(tmp_path):
         assert (abs(picture - rgb).max(axis=-1) <= 12).sum() > least
 
 
-@pytest.mark.parametrize(("name", "start"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a", b"\x89PNG"), ("v1.2.png", b"\x89PNG")])
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a", b"\x89PNG"), ("v1.2.png", b"\x89PNG")]
+)
 def test_the_suffix_says_how(tmp_path, name, start):
     path = recorded([2.0, 1.0]).plot(str(tmp_path / name))
     assert path.name == (name if "." in name else f"{name}.png")
@@ -229,7 +231,12 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 @pytest.mark.parametrize(
     ("losses", "arguments", "error", "text"),
     [
-        ([], {}, ValueError, r"nothing to draw: of 0 losses recorded none is a finite number\. Pass the history to fit first"),
+        (
+            [],
+            {},
+            ValueError,
+            r"nothing to draw: of 0 losses recorded none is a finite number\. Pass the history to fit first",
+        ),
         ([np.nan, np.inf], {}, ValueError, "of 2 losses recorded none is a finite number"),
         ([0.0, -1.0], {"log": True}, ValueError, "of 2 losses recorded none is positive"),
         ([1.0], {"window": 0}, ValueError, "window of at least 1 step, received 0"),
@@ -308,5 +315,11 @@ def test_results_are_drawn_below_each_in_its_curve():
     assert above.get_ylabel() == "loss"
     assert [axes.get_title() for axes in below] == ["accuracy", "d", "f1", "mse", "z"]
     points = {axes.get_title(): list(zip(*axes.lines[0].get_data(), strict=True)) for axes in below}
-    assert points == {"accuracy": [(5, 0.5)], "d": [(13, 1.0)], "f1": [(12, 0.25)], "mse": [(5, 3.0), (10, 2.0)], "z": []}
+    assert points == {
+        "accuracy": [(5, 0.5)],
+        "d": [(13, 1.0)],
+        "f1": [(12, 0.25)],
+        "mse": [(5, 3.0), (10, 2.0)],
+        "z": [],
+    }
     assert tuple(figure.get_size_inches()) == (8.0, 4.5 + 2 * 1.8)

@@ -42,7 +42,9 @@ def test_each_part_gets_back_what_it_kept_wherever_it_stands():
     shapes = [
         lambda a, b, c, d: reports.all_of(a, b, c, d),
         lambda a, b, c, d: reports.all_of(plain, reports.every(3, a), reports.all_of(b, plain, c), reports.every(2, d)),
-        lambda a, b, c, d: reports.every(2, reports.all_of(reports.all_of(a, b), reports.every(5, reports.all_of(c, d)))),
+        lambda a, b, c, d: reports.every(
+            2, reports.all_of(reports.all_of(a, b), reports.every(5, reports.all_of(c, d)))
+        ),
     ]
     for save in shapes:
         for load in shapes:
@@ -69,7 +71,9 @@ def test_another_set_of_reports_is_refused_with_what_differs(tmp_path):
         "  there now, and not saved: 3 Keeper\n"
         "Pass the same ones in the same order: reports.all_of(History(...), Keeper(...), jsonl(...))."
     )
-    with pytest.raises(ValueError, match=r"there now, and not saved: 1 Keeper\nPass .*: reports\.all_of\(\.\.\.  # without those\)"):
+    with pytest.raises(
+        ValueError, match=r"there now, and not saved: 1 Keeper\nPass .*: reports\.all_of\(\.\.\.  # without those\)"
+    ):
         reports.all_of(Keeper()).restore({})
     with pytest.raises(ValueError, match="there now, and not saved: 1 History"):
         reports.all_of(reports.history()).restore(reports.history().snapshot())
@@ -90,14 +94,19 @@ def test_another_set_of_reports_is_refused_with_what_differs(tmp_path):
 )
 def test_one_report_alone_refuses_what_others_kept(make):
     saved = reports.all_of(Keeper(1)).snapshot()
-    with pytest.raises(ValueError, match=r"cannot go on from what was saved, which is of other reports: it needs '\w+', saved are '1 Keeper/a/b', '1 Keeper/value', 'reports'\. Pass the same reports"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot go on from what was saved, which is of other reports: it needs '\w+', saved are '1 Keeper/a/b', '1 Keeper/value', 'reports'\. Pass the same reports",
+    ):
         make().restore(saved)
     with pytest.raises(ValueError, match="saved are none"):
         make().restore({})
     make().restore(make().snapshot())
 
 
-RESULTS = st.lists(st.tuples(st.integers(0, 2**40), st.dictionaries(st.sampled_from(["b", "a", "c"]), st.floats(), min_size=1)))
+RESULTS = st.lists(
+    st.tuples(st.integers(0, 2**40), st.dictionaries(st.sampled_from(["b", "a", "c"]), st.floats(), min_size=1))
+)
 
 
 @settings(max_examples=100, deadline=None)

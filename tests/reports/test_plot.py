@@ -136,5 +136,7 @@ def test_errors():
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(MODULE.needed.__globals__["sys"].modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r'reports\.plot needs matplotlib, which is missing: pip install "kaun\[plot\]"'):
+    with pytest.raises(
+        ImportError, match=r'reports\.plot needs matplotlib, which is missing: pip install "kaun\[plot\]"'
+    ):
         reports.plot("loss.png")

@@ -126,7 +126,10 @@ def test_it_takes_the_place_of_what_fit_knows_and_by_itself_it_does_nothing():
 @pytest.mark.parametrize(
     ("schedule", "text"),
     [
-        (1e-3, r"learning_rate expected a schedule, a function of the count of updates, received 0\.001\. For a rate .*optax\.constant_schedule"),
+        (
+            1e-3,
+            r"learning_rate expected a schedule, a function of the count of updates, received 0\.001\. For a rate .*optax\.constant_schedule",
+        ),
         (None, "received None"),
     ],
 )
@@ -137,14 +140,20 @@ def test_errors(schedule, text):
 
 def test_what_is_no_scalar_and_no_cpu_are_errors(monkeypatch):
     report = reports.learning_rate(functools.partial(jnp.full, 3))
-    with pytest.raises(TypeError, match=r"learning_rate expected a schedule that gives a scalar; .* gave shape \(3,\)\. Pass the function"):
+    with pytest.raises(
+        TypeError,
+        match=r"learning_rate expected a schedule that gives a scalar; .* gave shape \(3,\)\. Pass the function",
+    ):
         reports.all_of(Seen(), report).block(1, values(1))
 
     def missing(backend):
         raise RuntimeError(f"Unknown backend {backend}")
 
     monkeypatch.setattr(jax, "local_devices", missing)
-    with pytest.raises(RuntimeError, match=r"learning_rate evaluates the schedule on JAX's CPU device, and there is none\. Name it .*JAX_PLATFORMS=cuda,cpu"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"learning_rate evaluates the schedule on JAX's CPU device, and there is none\. Name it .*JAX_PLATFORMS=cuda,cpu",
+    ):
         reports.learning_rate(optax.constant_schedule(1.0))
 
 

@@ -139,7 +139,11 @@ def abandon(report):
 
 
 COMPOSITIONS = st.lists(
-    st.tuples(st.sampled_from(["jsonl", "csv", "jsonl", "csv", "history", "plain", "measure", "other"]), st.integers(1, 4), st.integers(1, 3)),
+    st.tuples(
+        st.sampled_from(["jsonl", "csv", "jsonl", "csv", "history", "plain", "measure", "other"]),
+        st.integers(1, 4),
+        st.integers(1, 3),
+    ),
     min_size=1,
     max_size=6,
 ).filter(lambda parts: any(kind in READ for kind, _, _ in parts))
@@ -159,7 +163,11 @@ def composed(parts, nesting, folder, killed_at):
         made.append(leaf if kind in ("measure", "other") else reports.every(n, reports.every(m, leaf)))
     if nesting and len(made) > 1:
         cut = 1 + nesting % (len(made) - 1)
-        made = [reports.all_of(*made[:cut]), *made[cut:]] if nesting % 2 else [*made[:cut], reports.every(1, reports.all_of(*made[cut:]))]
+        made = (
+            [reports.all_of(*made[:cut]), *made[cut:]]
+            if nesting % 2
+            else [*made[:cut], reports.every(1, reports.all_of(*made[cut:]))]
+        )
     return reports.all_of(*made)
 
 
@@ -167,7 +175,11 @@ def rows_by_hand(run, parts, n):
     """What a logger in every(n, ...) has to have, from the recorded run alone."""
     rows = {}
     for step in range(1, run.length + 1):
-        row = {name: run.columns[name][0][step - 1].item() for name in run.columns if name in run.names(step)} if step % n == 0 else {}
+        row = (
+            {name: run.columns[name][0][step - 1].item() for name in run.columns if name in run.names(step)}
+            if step % n == 0
+            else {}
+        )
         seen = set().union(*[run.names(s) for s in range(1, step + 1)])
         for kind, _, _ in parts:
             names, period = {"measure": (["accuracy", "loss"], 5), "other": (["other"], 3)}.get(kind, ([], 1))
@@ -208,7 +220,11 @@ KILLS = st.lists(st.tuples(st.sampled_from(["hard", "soft", "inside"]), st.integ
 def test_killed_anywhere_the_files_are_those_of_the_run_that_went_through(
     tmp_path_factory, length, start, late, gap, parts, nesting, cuts, kills, every, ahead, tear
 ):
-    run, whole, killed = Run(length, start, late, gap), tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
+    run, whole, killed = (
+        Run(length, start, late, gap),
+        tmp_path_factory.mktemp("whole"),
+        tmp_path_factory.mktemp("killed"),
+    )
     drive(run, composed(parts, nesting, whole, None), 0, set(), 10**9, 1, None)
     saved, processes = None, []
     for kind, step, more in kills:
@@ -238,13 +254,24 @@ def test_killed_anywhere_the_files_are_those_of_the_run_that_went_through(
             for step, row in found.items():
                 assert row.keys() == expected[step].keys()
                 # Digits that give the float32 again.
-                assert all(same(type(expected[step][k])(np.float32(v)) if k not in ("other",) and "valid" not in k and not isinstance(v, bool) else v, expected[step][k]) for k, v in row.items())
+                assert all(
+                    same(
+                        type(expected[step][k])(np.float32(v))
+                        if k not in ("other",) and "valid" not in k and not isinstance(v, bool)
+                        else v,
+                        expected[step][k],
+                    )
+                    for k, v in row.items()
+                )
 
 
 def tear_the_files(folder, step):
     """What a process leaves that was killed, or lost its power, while it wrote a line."""
     for path in folder.iterdir():
-        begun = {".jsonl": [b'{"st', b'{"step": 7, "loss": 0.'], ".csv": [b"9", b"9,0."] if path.stat().st_size else [b"st", b"step,lo"]}
+        begun = {
+            ".jsonl": [b'{"st', b'{"step": 7, "loss": 0.'],
+            ".csv": [b"9", b"9,0."] if path.stat().st_size else [b"st", b"step,lo"],
+        }
         with path.open("ab") as file:
             file.write([*begun[path.suffix], b"\0" * 20][step % 3])
 
@@ -368,7 +395,9 @@ def test_it_refuses_a_fit_inside_a_fit_and_goes_on_with_the_outer_one():
     report, sink = log()
     report.begin(1, 2)
     report.block(1, block(3.0))
-    with pytest.raises(RuntimeError, match=r"lines\(\.\.\.\) is at work for a fit already.*\. Give the inner fit a report of its own"):
+    with pytest.raises(
+        RuntimeError, match=r"lines\(\.\.\.\) is at work for a fit already.*\. Give the inner fit a report of its own"
+    ):
         report.begin(1, 5)
     report.end()
     report.block(2, block(2.0))
@@ -397,7 +426,9 @@ def test_the_sink_learns_how_the_fit_ended():
 def test_digits_are_the_fewest_that_give_the_number_again():
     report, sink = log()
     report.begin(1, 2)
-    report.block(1, block(0.1, 1e-8, half=np.array([0.1, 2.0], np.float16), whole=[3, 4], double=[0.1, 0.2], flag=[True, False]))
+    report.block(
+        1, block(0.1, 1e-8, half=np.array([0.1, 2.0], np.float16), whole=[3, 4], double=[0.1, 0.2], flag=[True, False])
+    )
     report.end()
     assert sink.rows[0] == {"step": 1, "loss": 0.1, "half": 0.099975586, "whole": 3, "double": 0.1, "flag": True}
     assert sink.rows[1]["loss"] == 1e-8 and sink.rows[1]["flag"] is False
@@ -435,11 +466,17 @@ def test_fit_writes_every_step_and_what_is_measured_on_one_axis(made, tmp_path, 
     state = trainer.fit(start, train.epochs(20), report=report)
     trainer.fit(state, train.epochs(2), report=report)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["step"] for row in rows] == sorted({s for s in range(1, 111) if (s if s <= 100 else s - 100) % n == 0 or s % 5 == 0})
+    assert [row["step"] for row in rows] == sorted(
+        {s for s in range(1, 111) if (s if s <= 100 else s - 100) % n == 0 or s % 5 == 0}
+    )
     assert {r["step"]: r["loss"] for r in rows if "loss" in r} == {
-        s: float(str(loss)) for s, loss in zip(history.steps.tolist(), history.losses, strict=True) if (s if s <= 100 else s - 100) % n == 0
+        s: float(str(loss))
+        for s, loss in zip(history.steps.tolist(), history.losses, strict=True)
+        if (s if s <= 100 else s - 100) % n == 0
     }
-    assert [(r["step"], r["accuracy"]) for r in rows if "accuracy" in r] == [(s, v["accuracy"]) for s, v in validation.results]
+    assert [(r["step"], r["accuracy"]) for r in rows if "accuracy" in r] == [
+        (s, v["accuracy"]) for s, v in validation.results
+    ]
     assert rows[-1]["accuracy"] == validation.latest["accuracy"]
 
 

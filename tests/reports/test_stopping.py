@@ -65,7 +65,10 @@ def test_it_is_its_definition_also_cut_in_two(values, mode, patience, min_delta,
         stopped = judged(stopper, values[cut:], first=len(values[:cut]))
     assert stopped == stop
     if best is None:
-        with pytest.raises(RuntimeError, match=r"early_stopping has no best state: 'a' was not measured yet, or was never a number\. Pass"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"early_stopping has no best state: 'a' was not measured yet, or was never a number\. Pass",
+        ):
             stopper.best  # noqa: B018
         with pytest.raises(RuntimeError, match="no best state"):
             stopper.best_value  # noqa: B018
@@ -83,7 +86,11 @@ def made():
         y = (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 0).astype(np.int32)
         pairs = Data.batches((x, y), batch_size=8, shuffle=True)
     states = [start]
-    trainer.fit(start, pairs.with_loss(losses.cross_entropy_sparse).epochs(12), report=lambda step, loss, state: states.append(state))
+    trainer.fit(
+        start,
+        pairs.with_loss(losses.cross_entropy_sparse).epochs(12),
+        report=lambda step, loss, state: states.append(state),
+    )
     return trainer, states, pairs
 
 
@@ -105,7 +112,11 @@ def test_it_keeps_the_best_state_whatever_stopped_the_fit(made, order, last):
         if step == last:
             raise OSError("out")
 
-    parts = [reports.validate(trainer, pairs, on, each=train), stopper, reports.every(5, fail) if last is None else fail]
+    parts = [
+        reports.validate(trainer, pairs, on, each=train),
+        stopper,
+        reports.every(5, fail) if last is None else fail,
+    ]
     try:
         end = trainer.fit(states[0], train.epochs(12), report=reports.all_of(*parts[::order]))
     except OSError as err:
@@ -135,7 +146,9 @@ def test_nothing_is_copied_where_nothing_is_better(made, monkeypatch):
     stopper = reports.early_stopping("a", mode="max", patience=5)
     before = TrainState.now
     made_now = []
-    monkeypatch.setattr(TrainState, "now", lambda self: made_now.append(self._held is None and weakref.ref(self)) or before(self))
+    monkeypatch.setattr(
+        TrainState, "now", lambda self: made_now.append(self._held is None and weakref.ref(self)) or before(self)
+    )
     trainer.fit(states[0], train.epochs(12), report=reports.all_of(Falling(), stopper))
     gc.collect()
     assert len(looked) == 6 and stopper.best_step == 5
@@ -149,7 +162,9 @@ def test_the_training_loss_is_its_mean_since_the_last_time(made, n):
     history, stopper = reports.history(), reports.early_stopping("loss", mode="min", patience=3)
     data = pairs.with_loss(losses.cross_entropy_sparse).epochs(12)
     end = trainer.fit(states[0], data, report=reports.all_of(reports.every(n, stopper), history))
-    trainer.fit(states[0], data, report=(alone := reports.every(n, reports.early_stopping("loss", mode="min", patience=3))))
+    trainer.fit(
+        states[0], data, report=(alone := reports.every(n, reports.early_stopping("loss", mode="min", patience=3)))
+    )
     means = [history.losses[i : i + n].astype(np.float64).mean() for i in range(0, 60 - n + 1, n)]
     stop, best = by_hand(means, "min", 3, 0.0)
     for found in (stopper, alone._f):
@@ -190,7 +205,9 @@ def test_it_goes_on_in_a_further_fit():
 
 def test_values_without_the_state_are_refused_and_a_composite_hands_it_on():
     stopper = reports.early_stopping("a", mode="max", patience=1)
-    with pytest.raises(TypeError, match=r"handed values by observe\(step, values\), without the state that it has to keep\. Call judge"):
+    with pytest.raises(
+        TypeError, match=r"handed values by observe\(step, values\), without the state that it has to keep\. Call judge"
+    ):
         reports.all_of(stopper).observe(1, {"a": 1.0})
     stopper.observe(1, {"b": 1.0})
     reports.every(9, reports.all_of(reports.every(2, stopper))).judge(1, {"a": 1.0}, "state")
@@ -212,8 +229,16 @@ def test_called_for_a_step_with_a_measured_name_it_does_nothing():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"monitor": 3}, TypeError, r'early_stopping expected monitor as a name, received 3\. Write early_stopping\("accuracy"'),
-        ({"mode": "up"}, ValueError, r'expected mode "max" \(more is better\) or "min" \(less is better\), received \'up\''),
+        (
+            {"monitor": 3},
+            TypeError,
+            r'early_stopping expected monitor as a name, received 3\. Write early_stopping\("accuracy"',
+        ),
+        (
+            {"mode": "up"},
+            ValueError,
+            r'expected mode "max" \(more is better\) or "min" \(less is better\), received \'up\'',
+        ),
         ({"patience": 2.0}, TypeError, r"expected patience as a number of values, an int, received 2\.0"),
         ({"patience": True}, TypeError, "received True"),
         ({"patience": 0}, ValueError, "expected a patience of at least 1 value, received 0"),

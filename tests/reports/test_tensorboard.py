@@ -35,7 +35,11 @@ def scalars(folder):
 
 
 def block(first, *losses):
-    return {"loss": np.array(losses, np.float32), "step": np.arange(first, first + len(losses)), "skipped": np.zeros(len(losses), bool)}
+    return {
+        "loss": np.array(losses, np.float32),
+        "step": np.arange(first, first + len(losses)),
+        "skipped": np.zeros(len(losses), bool),
+    }
 
 
 def test_values_at_the_steps_of_the_state(tmp_path):
@@ -96,8 +100,13 @@ def test_tensorboard_itself_reads_it(tmp_path):
 
 
 def test_errors(monkeypatch):
-    with pytest.raises(TypeError, match=r'tensorboard expected the path of a folder, received 3\. Write tensorboard\("run"\)'):
+    with pytest.raises(
+        TypeError, match=r'tensorboard expected the path of a folder, received 3\. Write tensorboard\("run"\)'
+    ):
         reports.tensorboard(3)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r'reports\.tensorboard needs tensorboardX, which is missing: pip install "kaun\[tensorboard\]"'):
+    with pytest.raises(
+        ImportError,
+        match=r'reports\.tensorboard needs tensorboardX, which is missing: pip install "kaun\[tensorboard\]"',
+    ):
         reports.tensorboard("run")

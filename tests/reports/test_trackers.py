@@ -19,7 +19,9 @@ def block(first, *losses, **more):
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=rf'reports\.{name} needs {name}, which is missing: pip install "kaun\[{name}\]"'):
+    with pytest.raises(
+        ImportError, match=rf'reports\.{name} needs {name}, which is missing: pip install "kaun\[{name}\]"'
+    ):
         getattr(reports, name)()
 
 
@@ -143,7 +145,9 @@ def records_now(folder):
         record = wandb_internal_pb2.Record.FromString(data)
         if record.HasField("history"):
             row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append({name: value for name, value in row.items() if name in ("_step", "loss", "accuracy", "valid_loss")})
+            rows.append(
+                {name: value for name, value in row.items() if name in ("_step", "loss", "accuracy", "valid_loss")}
+            )
         if record.HasField("exit"):
             code = record.exit.exit_code
     return rows, code
@@ -183,5 +187,7 @@ def test_wandb_logs_to_a_run_of_the_user_and_leaves_it_open(wandb, tmp_path):
     run.finish()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert records(folder) == ([{"_step": 1, "loss": 5.0}, {"_step": 2, "accuracy": 1.0}], 0)
-    with pytest.raises(TypeError, match=r"wandb was given a run, and project, name for a new one\. Write wandb\(run=run\)"):
+    with pytest.raises(
+        TypeError, match=r"wandb was given a run, and project, name for a new one\. Write wandb\(run=run\)"
+    ):
         reports.wandb(run=run, project="digits", name="a")

@@ -98,7 +98,10 @@ def test_who_watches_stops_the_fit_there(made, data):
 def test_an_unknown_name_is_refused_before_the_first_step(made, data):
     trainer, start = made
     report = reports.all_of(Watching("acuracy", 1.0), reports.validate(trainer, data, ON, each=5))
-    with pytest.raises(ValueError, match=r"A report watches 'acuracy', which no report of this fit measures; measured are 'accuracy', 'entropy', 'f1'"):
+    with pytest.raises(
+        ValueError,
+        match=r"A report watches 'acuracy', which no report of this fit measures; measured are 'accuracy', 'entropy', 'f1'",
+    ):
         trainer.fit(start, iter(()), report=report)
 
 
@@ -113,7 +116,9 @@ def test_in_every_it_runs_at_common_multiples(made, data):
 def test_called_by_a_function_for_every_step_it_keeps_to_its_own(made, data):
     trainer, start = made
     validation = reports.validate(trainer, data, ON, each=4)
-    trainer.fit(start, data.with_loss(losses.cross_entropy_sparse).epochs(2), report=lambda *args: validation(*args) and None)
+    trainer.fit(
+        start, data.with_loss(losses.cross_entropy_sparse).epochs(2), report=lambda *args: validation(*args) and None
+    )
     assert [s for s, _ in validation.results] == [4, 8]
 
 
@@ -145,17 +150,33 @@ def test_an_error_of_the_evaluation_comes_with_the_state(made, data):
     ("change", "error", "match"),
     [
         ({"trainer": 3}, TypeError, r"validate expected a Trainer first, received int\. Write validate\(trainer, data"),
-        ({"data": iter([1])}, TypeError, r"validate goes over its data many times, and received list_iterator\. Pass a kaun\.Data"),
+        (
+            {"data": iter([1])},
+            TypeError,
+            r"validate goes over its data many times, and received list_iterator\. Pass a kaun\.Data",
+        ),
         ({"data": 3}, TypeError, r"received int\. Pass a kaun\.Data or a list; of a generator make one"),
         ({"metrics": [metrics.f1]}, TypeError, r"validate expected metrics as a dict"),
         ({"metrics": {}}, ValueError, r"validate expected at least one metric"),
-        ({"each": True}, TypeError, r"validate expected each as the pipeline of one epoch or a number of steps, received True"),
-        ({"each": 2.0}, TypeError, r"received 2\.0\. Write each=train, where fit gets train\.epochs\(n\), or each=1000"),
+        (
+            {"each": True},
+            TypeError,
+            r"validate expected each as the pipeline of one epoch or a number of steps, received True",
+        ),
+        (
+            {"each": 2.0},
+            TypeError,
+            r"received 2\.0\. Write each=train, where fit gets train\.epochs\(n\), or each=1000",
+        ),
         ({"each": "epoch"}, TypeError, r"received 'epoch'"),
         ({"each": None}, TypeError, r"received None"),
         ({"each": 0}, ValueError, r"validate expected each to be at least 1 step, received 0"),
         ({"each": []}, ValueError, r"validate expected the pipeline of one epoch, received an empty one"),
-        ({"each": Data.from_iterable(lambda: iter([1]))}, TypeError, r"validate needs the number of steps in one pass, .* Count the steps yourself: each=steps_per_epoch"),
+        (
+            {"each": Data.from_iterable(lambda: iter([1]))},
+            TypeError,
+            r"validate needs the number of steps in one pass, .* Count the steps yourself: each=steps_per_epoch",
+        ),
         ({"ctx": {}}, TypeError, r"ctx expected a kaun\.Context, received dict"),
     ],
 )

@@ -169,5 +169,3 @@ def _check(nnx: Any, module: Any) -> None:
     elif "flax.linen.module" in origins(module):
         received, fix = f"{received}, a Linen module", "Write interop.linen(module, x)."
     raise TypeError(f"flax_nnx expected an nnx.Module, {received}. {fix}")
-
-

@@ -134,9 +134,7 @@ class Layer(Generic[In, Out]):
             )
         return made
 
-    def apply(
-        self, vars: Vars, x: Any, /, *, training: bool = False, ctx: Context | None = None
-    ) -> tuple[Any, Vars]:
+    def apply(self, vars: Vars, x: Any, /, *, training: bool = False, ctx: Context | None = None) -> tuple[Any, Vars]:
         """The output for ``x`` and the variables after it. Without a context the layer sees an empty one.
 
         In a step of a trainer with ``trainable`` a layer all of whose parameters are frozen runs in evaluation mode.

@@ -29,7 +29,9 @@ def filled(layer):
     with rng.scope(0):
         variables = layer.init(dtype=jnp.float32)
     random = np.random.default_rng(1)
-    noisy = tree.map_with_path(lambda _, a: a + jnp.asarray(0.3 * random.normal(size=a.shape), a.dtype), variables.params)
+    noisy = tree.map_with_path(
+        lambda _, a: a + jnp.asarray(0.3 * random.normal(size=a.shape), a.dtype), variables.params
+    )
     return variables.replace(params=noisy)
 
 
@@ -40,7 +42,9 @@ def ours(layer, variables, x, weights, training, ctx):
         y, after = layer.apply(variables.replace(params=params), x, training=training, ctx=ctx)
         return (y * weights).sum(), (y, after.state)
 
-    slopes, (y, state) = jax.grad(total, argnums=0 if x.dtype == np.int32 else (0, 1), has_aux=True)(variables.params, x)
+    slopes, (y, state) = jax.grad(total, argnums=0 if x.dtype == np.int32 else (0, 1), has_aux=True)(
+        variables.params, x
+    )
     parts = {"params": slopes} if x.dtype == np.int32 else {"params": slopes[0], "input": slopes[1]}
     return np.asarray(y), state, tree.flatten(parts)[0]
 
@@ -109,7 +113,11 @@ def test_conv2d(options, pads):
 
 @pytest.mark.parametrize(
     ("options", "pads"),
-    [({}, (1, 1)), ({"padding": "CAUSAL", "dilation": 2}, (4, 0)), ({"padding": "VALID", "groups": 4, "stride": 2}, (0, 0))],
+    [
+        ({}, (1, 1)),
+        ({"padding": "CAUSAL", "dilation": 2}, (4, 0)),
+        ({"padding": "VALID", "groups": 4, "stride": 2}, (0, 0)),
+    ],
 )
 def test_conv1d(options, pads):
     def function(p, x):
@@ -210,7 +218,9 @@ def test_multi_head_attention(is_causal, kv_heads, rope, masked):
     # Each row keeps its first position, so that no query is without a key: there PyTorch would say NaN.
     keep = np.random.default_rng(3).random((batch, seq)) < 0.6 if masked else np.ones((batch, seq), bool)
     keep[:, 0] = True
-    allowed = torch.tensor(keep)[:, None, None, :] & (torch.ones(seq, seq).tril() > 0 if is_causal else torch.tensor(True))
+    allowed = torch.tensor(keep)[:, None, None, :] & (
+        torch.ones(seq, seq).tril() > 0 if is_causal else torch.tensor(True)
+    )
 
     def function(p, x):
         q, k, v = ((x @ p[f"{n}_proj.weight"]).unflatten(-1, (-1, size)).transpose(1, 2) for n in "qkv")

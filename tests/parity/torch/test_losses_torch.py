@@ -24,7 +24,11 @@ def probabilities(seed):
 indices = np.random.default_rng(7).integers(0, CLASSES, ROWS)
 near_zero_and_far = np.linspace(-3, 3, ROWS * CLASSES, dtype=np.float32).reshape(ROWS, CLASSES)
 CASES = {
-    "cross_entropy one-hot": (losses.cross_entropy, functional.cross_entropy, np.eye(CLASSES, dtype=np.float32)[indices]),
+    "cross_entropy one-hot": (
+        losses.cross_entropy,
+        functional.cross_entropy,
+        np.eye(CLASSES, dtype=np.float32)[indices],
+    ),
     "cross_entropy soft": (losses.cross_entropy, functional.cross_entropy, probabilities(1)),
     "cross_entropy_sparse": (losses.cross_entropy_sparse, functional.cross_entropy, indices),
     "binary_cross_entropy": (
