@@ -16,7 +16,8 @@ import optax
 import kaun
 from bench.runners import by_kaun
 from bench.workloads import WORKLOADS
-from kaun import Data, guard, losses, rng
+from kaun import Data, losses, rng
+from kaun._step import nonfinite
 
 KINDS = {"raise": "raise", "skip": "skip", "ignore": "ignore", "bare": "ignore"}
 
@@ -24,8 +25,8 @@ KINDS = {"raise": "raise", "skip": "skip", "ignore": "ignore", "bare": "ignore"}
 @contextlib.contextmanager
 def bare():
     """Steps that are traced in here take no norm and have no guard."""
-    guarded = guard.guarded
-    guard.guarded = lambda mode, value, gradient, update, before, fault: (
+    guarded = nonfinite.guard_update
+    nonfinite.guard_update = lambda mode, value, gradient, update, before, fault: (
         update(),
         {"grad_norm": jnp.zeros((), jnp.float32)},
         fault,
@@ -33,7 +34,7 @@ def bare():
     try:
         yield
     finally:
-        guard.guarded = guarded
+        nonfinite.guard_update = guarded
 
 
 def measure(name: str, rounds: int) -> dict[str, list[float]]:

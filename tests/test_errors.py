@@ -8,7 +8,7 @@ import pytest
 
 import kaun
 from kaun import errors
-from kaun.errors import locate
+from kaun._messages import locate
 
 
 def plain(x):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun.errors import locate
+from kaun._messages import locate
 
 __all__ = ["grad", "value_and_grad"]
 

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import abstract, freezing, precision, rng, tree
-from kaun.call import Call
+from kaun import rng, tree
+from kaun._engine import StepInputs
+from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
 from kaun.context import Context
-from kaun.items import Loss, as_context, as_loss
-from kaun.layers.checks import path as path_here
-from kaun.layers.checks import watched
+from kaun.data import Loss, check_context, check_loss
 from kaun.layers.core import Layer, Vars
+from kaun.layers.path import path as path_here
+from kaun.layers.path import watched
 from kaun.train import Trainer, lowered
 
 __all__ = ["Cost", "Row", "Summary", "summary"]
@@ -142,17 +143,17 @@ def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         received = tree.describe(trainer)
         raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary(trainer, x).")
-    ctx = as_context(ctx) or Context()
-    policy = precision.parsed(trainer.precision)
+    ctx = check_context(ctx) or Context()
+    policy = parse_precision(trainer.precision)
     dtype = jnp.dtype(policy.params if policy else jnp.float32)
-    vars = abstract.variables(trainer.model, dtype)
+    vars = abstract_vars(trainer.model, dtype)
     state = jax.eval_shape(lambda vars: _fresh(trainer, vars), vars)
-    rows = _rows(vars, lambda vars, x, ctx: precision.applied(policy, trainer.model, vars, x, ctx, False), x, ctx)
-    trained = freezing.trained(trainer.trainable, vars.params)
+    rows = _rows(vars, lambda vars, x, ctx: apply_model(policy, trainer.model, vars, x, ctx, False), x, ctx)
+    trained = trainable_part(trainer.trainable, vars.params)
     return Summary(
         rows=rows, parameters=_count(vars.params), trained=_count(trained), state=_count(vars.state),
         bytes=_bytes(vars), optimizer_bytes=_bytes(state.opt_state),
-        cost=None if loss is None else _cost(trainer, state, Call(_zeros(x), as_loss(loss), ctx)),
+        cost=None if loss is None else _cost(trainer, state, StepInputs(_zeros(x), check_loss(loss), ctx)),
     )  # fmt: skip
 
 
@@ -215,7 +216,7 @@ def _described(result: Any) -> list[tuple[str, str]]:
     return [(path, tree.describe(leaf)) for path, leaf in tree.flatten(output)[0].items()]
 
 
-def _cost(trainer: Trainer[Any, Any], state: Any, call: Call) -> Cost:
+def _cost(trainer: Trainer[Any, Any], state: Any, call: StepInputs) -> Cost:
     compiled = lowered(trainer, state, call).compile()
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return Cost(

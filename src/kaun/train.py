@@ -14,20 +14,42 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kaun import evaluation, exporting, freezing, guard, microbatches, optimizer, precision, resume, rng, scaling, tree
-from kaun.abstract import Expected, check_model
-from kaun.call import Call
+from kaun import rng, tree
+from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop
+from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
+from kaun._step import (
+    DEFAULT_DTYPE,
+    Optimizer,
+    Partition,
+    Policy,
+    VarsSpec,
+    add_loss_scale,
+    apply_model,
+    apply_update,
+    cast_to_compute,
+    check_microbatches,
+    check_mode,
+    check_model,
+    check_optimizer,
+    check_params,
+    check_trainable,
+    guard_update,
+    init_optimizer,
+    inner_state,
+    nonfinite_error,
+    parse_precision,
+    rates,
+    run_in_parts,
+    scale_numbers,
+    scaled_value_and_grad,
+    trainable_part,
+    watch_overflow,
+)
 from kaun.checkpoint import Directory
-from kaun.compiled import Compilation, Loop, Programs
 from kaun.context import Context
-from kaun.data import Data, runs
-from kaun.hook import Hook
-from kaun.items import Loss, as_context, as_loss, no_data, no_items, split
+from kaun.data import Data, Loss, check_context, check_loss, chunks_of, empty_data, not_data, open_items, parse_item
+from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Layer, Vars
-from kaun.optimizer import Optimizer
-from kaun.precision import DEFAULT, Policy
-from kaun.resume import Run
-from kaun.runs import opened
 from kaun.state import TrainState, check_state
 
 if TYPE_CHECKING:
@@ -88,18 +110,18 @@ class Trainer(Generic[In, Out]):
     precision: str | None = None
     microbatches: int = 1
     _policy: Policy | None = dataclasses.field(init=False, repr=False, compare=False)
-    _programs: Programs = dataclasses.field(init=False, repr=False, compare=False)
-    _expected: Expected = dataclasses.field(init=False, repr=False, compare=False)
+    _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
+    _expected: VarsSpec = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_model(self.model)
-        optimizer.check(self.optimizer)
-        guard.check(self.on_nonfinite)
-        freezing.check(self.trainable)
-        microbatches.check(self.microbatches)
-        object.__setattr__(self, "_policy", precision.parsed(self.precision))
-        object.__setattr__(self, "_expected", Expected(self.model, self._policy))
-        programs = Programs(self._advance, self._forward, raises=self.on_nonfinite == "raise")
+        check_optimizer(self.optimizer)
+        check_mode(self.on_nonfinite)
+        check_trainable(self.trainable)
+        check_microbatches(self.microbatches)
+        object.__setattr__(self, "_policy", parse_precision(self.precision))
+        object.__setattr__(self, "_expected", VarsSpec(self.model, self._policy))
+        programs = ProgramCache(self._advance, self._forward, trace_metrics, raises=self.on_nonfinite == "raise")
         object.__setattr__(self, "_programs", programs)
 
     @property
@@ -107,7 +129,7 @@ class Trainer(Generic[In, Out]):
         """What was compiled so far (the newest thousand): where, for which loss, why again, and in how many seconds."""
         return tuple(self._programs.compilations)
 
-    def init(self, *, dtype: Any = DEFAULT) -> TrainState:
+    def init(self, *, dtype: Any = DEFAULT_DTYPE) -> TrainState:
         """A fresh state: weights with keys from the RNG scope, then as ``make_state``.
 
         Arguments:
@@ -116,7 +138,7 @@ class Trainer(Generic[In, Out]):
         Raises:
             TypeError, ValueError: as ``Layer.init`` and ``make_state``.
         """
-        if dtype is DEFAULT:
+        if dtype is DEFAULT_DTYPE:
             dtype = self._policy.params if self._policy else jnp.float32
         elif self._policy is not None and dtype is not None:
             self._policy.check(dtype)
@@ -136,9 +158,9 @@ class Trainer(Generic[In, Out]):
             raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
         vars = jax.tree_util.tree_map(tree.strong, vars)
         self._expected.check(vars)
-        optimizer.check_trainable(vars.params, self.model.name.splitlines()[0])
-        opt_state = optimizer.fresh_state(self.optimizer, freezing.trained(self.trainable, vars.params))
-        opt_state = scaling.begun(self._policy, opt_state)
+        check_params(vars.params, self.model.name.splitlines()[0])
+        opt_state = init_optimizer(self.optimizer, trainable_part(self.trainable, vars.params))
+        opt_state = add_loss_scale(self._policy, opt_state)
         return _state((vars, opt_state, jnp.zeros((), jnp.int32)), rng.next_key())
 
     def step(
@@ -161,7 +183,7 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: for an input or loss of the wrong kind.
         """
         check_state(state, "step")
-        call = Call(x, as_loss(loss), as_context(ctx))
+        call = StepInputs(x, check_loss(loss), check_context(ctx))
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
         value, leaves = self._programs.step(structure, leaves, state.key, call, bool(training))
         return value, _state(jax.tree_util.tree_unflatten(structure, leaves), state.key)
@@ -198,27 +220,27 @@ class Trainer(Generic[In, Out]):
                 ``kaun_state``.
         """
         check_state(state, "fit")
-        with resume.begun(checkpoints, state, data, report) as run:
+        with open_run(checkpoints, state, data, report) as run:
             if run.finished:
-                return self._finished(run, data, as_context(ctx))
+                return self._finished(run, data, check_context(ctx))
             del state  # where the caller does not hold it either, its memory is free once it is copied
-            hook, loop = self._begin(run, report, as_context(ctx))
+            hook, loop = self._begin(run, report, check_context(ctx))
             now = lambda: _state(loop.carry(), loop.key)
             step, most = run.done, lambda left: run.ahead(step, hook.ahead(step, min(left, loop.room)))
-            with resume.nothing_lost(run, loop, now, hook), opened(run.data, no_data(data)) as items:
+            with save_on_error(run, loop, now, hook), open_items(run.data, not_data(data)) as items:
                 stopped = hook.again is not None and hook.wants(step) and _stops(hook, step, hook.again, now)
-                for item, count, rows in run.heard(runs(run.data, items, most)) if not stopped else ():
-                    loop.push(*split(item, step + 1), count, rows)
+                for item, count, rows in run.heard(chunks_of(run.data, items, most)) if not stopped else ():
+                    loop.push(*parse_item(item, step + 1), count, rows)
                     step += count
                     if hook.wants(step):
                         loop.flush()
                         if stopped := _stops(hook, step, loop.loss, now):
                             break
                     if run.due(step):
-                        resume.settle(run, loop, now, hook)
+                        flush_and_save(run, loop, now, hook)
                 if step == 0:
-                    raise no_items()
-                resume.settle(run, loop, now, hook, ended="stopped" if stopped else "data")
+                    raise empty_data()
+                flush_and_save(run, loop, now, hook, ended="stopped" if stopped else "data")
             return now()
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
@@ -234,8 +256,8 @@ class Trainer(Generic[In, Out]):
             ValueError: for a Data without items, or whose outputs differ in more than axis 0.
         """
         check_state(state, "predict")
-        run, ctx = self._runner("predict", state), as_context(ctx)
-        return evaluation.predict(run, x, ctx) if isinstance(x, Data) else run(Call(x, None, ctx))
+        run, ctx = self._runner("predict", state), check_context(ctx)
+        return predict(run, x, ctx) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
 
     def evaluate(
         self,
@@ -275,7 +297,7 @@ class Trainer(Generic[In, Out]):
         {'accuracy': 1.0, 'rows': 1.5}
         """
         check_state(state, "evaluate")
-        return evaluation.evaluate(self._runner("evaluate", state), data, metrics, as_context(ctx))
+        return evaluate(self._runner("evaluate", state), data, metrics, check_context(ctx))
 
     def export(
         self, state: TrainState, x: Any, *, ctx: Context | None = None, platforms: Sequence[str] | None = None
@@ -291,9 +313,9 @@ class Trainer(Generic[In, Out]):
             platforms: where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``), default where this process runs.
         """
         check_state(state, "export")
-        return exporting.exported(self._forward, state, x, as_context(ctx), platforms)
+        return export_model(self._forward, state, x, check_context(ctx), platforms)
 
-    def _runner(self, entry: str, state: TrainState) -> Callable[[Call], Any]:
+    def _runner(self, entry: str, state: TrainState) -> Callable[[StepInputs], Any]:
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
         return lambda call: self._programs.run(entry, structure, leaves, state.key, call)
 
@@ -304,46 +326,46 @@ class Trainer(Generic[In, Out]):
         whole, opt_state, step = carry
         self._expected.check(whole)
         step_key = jax.random.fold_in(key, step)
-        parts = freezing.Parts(self.trainable, whole, functools.partial(precision.cast, self._policy))
-        vars, optimizer_state = parts.vars, scaling.inner(self._policy, opt_state)
+        parts = Partition(self.trainable, whole, functools.partial(cast_to_compute, self._policy))
+        vars, optimizer_state = parts.vars, inner_state(self._policy, opt_state)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
             forward = functools.partial(self._apply, parts.forward(params), training=training)
             with rng.scope(step_key), parts.still():
-                output, layer_state = microbatches.outputs(self.microbatches, forward, x, ctx, whole.state, step_key)
+                output, layer_state = run_in_parts(self.microbatches, forward, x, ctx, whole.state, step_key)
                 value, scalars = loss(output)
                 return value, (parts.kept(layer_state), scalars)
 
-        (value, (layer_state, scalars)), gradient = scaling.value_and_grad(opt_state, objective, vars.params)
+        (value, (layer_state, scalars)), gradient = scaled_value_and_grad(opt_state, objective, vars.params)
 
         def update() -> tuple[Vars, Any]:
             loss_of = lambda params: objective(params)[0]
-            params, after = optimizer.update(self.optimizer, gradient, optimizer_state, vars.params, value, loss_of)
+            params, after = apply_update(self.optimizer, gradient, optimizer_state, vars.params, value, loss_of)
             return vars.replace(params=params, state=layer_state), after
 
         step = step + (1 if fault is None else (~fault).astype(jnp.int32))
-        shown, change, lost = scaling.watched(opt_state, value, gradient, update, vars)
-        after, numbers, fault = guard.guarded(self.on_nonfinite, value, shown, change, (vars, opt_state), fault)
-        numbers = scaling.told(numbers, lost) | optimizer.rates(after[1]) | scalars
+        shown, change, lost = watch_overflow(opt_state, value, gradient, update, vars)
+        after, numbers, fault = guard_update(self.on_nonfinite, value, shown, change, (vars, opt_state), fault)
+        numbers = scale_numbers(numbers, lost) | rates(after[1]) | scalars
         return value, numbers, (parts.joined(after[0]), after[1], step), fault
 
-    def _begin(self, run: Run, report: Report | None, ctx: Context | None) -> tuple[Hook, Loop]:
+    def _begin(self, run: TrainingRun, report: Report | None, ctx: Context | None) -> tuple[ReportCaller, StepLoop]:
         state = run.take()
-        hook = Hook(report, run.total, run.done, state.step, self.on_nonfinite, run.again, run.signals.heard)
-        trained = freezing.trained(self.trainable, state.vars.params)
-        failure = functools.partial(guard.failure, jax.tree_util.tree_structure(trained))
+        hook = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, run.again, run.signals.heard)
+        trained = trainable_part(self.trainable, state.vars.params)
+        failure = functools.partial(nonfinite_error, jax.tree_util.tree_structure(trained))
         failed = failure if self.on_nonfinite == "raise" else None
         start, key = (state.vars, state.opt_state, state.step), state.key
         del state, trained
-        return hook, Loop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.traced)
+        return hook, StepLoop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.traced)
 
-    def _finished(self, run: Run, data: Iterable[Any], ctx: Context | None) -> TrainState:
+    def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:
         """The state of a run that is over, if this trainer would run the same program."""
         state = run.take()
-        loop = Loop(self._programs, (state.vars, state.opt_state, state.step), state.key, ctx, traced=run.traced)
-        with opened(data, no_data(data)) as items:
+        loop = StepLoop(self._programs, (state.vars, state.opt_state, state.step), state.key, ctx, traced=run.traced)
+        with open_items(data, not_data(data)) as items:
             for item in items:
-                loop.look(*split(item, 1))
+                loop.look(*parse_item(item, 1))
                 break
         return state
 
@@ -354,10 +376,10 @@ class Trainer(Generic[In, Out]):
             return self._apply(vars, x, ctx, training=False)[0]
 
     def _apply(self, vars: Vars, x: Any, ctx: Context, *, training: bool) -> tuple[Any, Any]:
-        return precision.applied(self._policy, self.model, vars, x, ctx, training)
+        return apply_model(self._policy, self.model, vars, x, ctx, training)
 
 
-def lowered(trainer: Trainer[Any, Any], state: TrainState, call: Call) -> Any:
+def lowered(trainer: Trainer[Any, Any], state: TrainState, call: StepInputs) -> Any:
     """A training step of a trainer as it goes to the compiler; the state may be shapes and dtypes."""
     leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
     body = trainer._programs.body(structure, leaves, state.key, call, True)  # pyright: ignore[reportPrivateUsage]
@@ -369,7 +391,7 @@ def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
     return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)
 
 
-def _stops(hook: Hook, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:
+def _stops(hook: ReportCaller, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:
     """Call the report; whether it asked to stop. A state that it keeps stays as it is."""
     state = TrainState.later(now)
     kept = weakref.ref(state)

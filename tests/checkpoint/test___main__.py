@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from kaun.checkpoint import format as one
+from kaun.checkpoint import one
 from kaun.checkpoint.__main__ import main
 
 

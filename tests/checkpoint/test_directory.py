@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kaun import checkpoint
-from kaun.checkpoint import format as one
+from kaun.checkpoint import one
 from kaun.checkpoint.directory import Directory, scan
 from kaun.errors import ResumeMismatch
 

@@ -7,8 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from kaun.checkpoint import format as one
-from kaun.checkpoint import manifest, strict
+from kaun.checkpoint import manifest, one, strict_json
 from kaun.errors import ResumeMismatch
 
 
@@ -99,10 +98,10 @@ def test_what_is_no_manifest_is_refused(folder, damaged, raw, text):
 
 
 def test_a_manifest_may_not_be_large(folder, make, damaged):
-    os.truncate(folder / one.MANIFEST, strict.LARGEST + 1)
-    damaged(f"manifest.json: it is {strict.LARGEST + 1} bytes long, at most {strict.LARGEST} are read")
+    os.truncate(folder / one.MANIFEST, strict_json.LARGEST + 1)
+    damaged(f"manifest.json: it is {strict_json.LARGEST + 1} bytes long, at most {strict_json.LARGEST} are read")
     with pytest.raises(ValueError, match=r"take \d+ bytes as JSON, at most 16 MB are stored\. Give arrays"):
-        one.Draft(1, make(3), {"text": "x" * strict.LARGEST}, {})
+        one.Draft(1, make(3), {"text": "x" * strict_json.LARGEST}, {})
 
 
 def test_a_newer_format_is_neither_damage_nor_read(disk, folder, make):

@@ -14,8 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from kaun.checkpoint import Directory
-from kaun.checkpoint import format as one
+from kaun.checkpoint import Directory, one
 from kaun.checkpoint.store import Store
 from kaun.errors import ResumeMismatch
 

@@ -7,8 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from kaun.checkpoint import Directory
-from kaun.checkpoint import format as one
+from kaun.checkpoint import Directory, one
 from kaun.checkpoint.store import Store
 
 FILES = [one.STATE, one.REPORTS, one.MANIFEST]

@@ -11,8 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from kaun.checkpoint import Directory
-from kaun.checkpoint import format as one
+from kaun.checkpoint import Directory, one
 from kaun.checkpoint.store import Store
 
 

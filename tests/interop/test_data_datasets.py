@@ -8,7 +8,8 @@ import pytest
 
 datasets = pytest.importorskip("datasets")
 
-from kaun import Data, fingerprint  # noqa: E402
+from kaun import Data  # noqa: E402
+from kaun._run import identity, position  # noqa: E402
 
 
 def made(k=0):
@@ -43,7 +44,7 @@ def test_batches_of_a_streamed_dataset_are_made_anew_in_each_pass():
     assert [b["y"].tolist() for b in data.epochs(2)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] * 2
     stream = Data.from_iterable(made().to_iterable_dataset())
     assert numbers(stream.epochs(2)) == EXPECTED * 2
-    assert numbers(fingerprint.after(stream, 6)) == EXPECTED[6:]
+    assert numbers(position.resume_from(stream, 6)) == EXPECTED[6:]
 
 
 def test_rows_of_unequal_length_say_what_to_do():
@@ -53,7 +54,7 @@ def test_rows_of_unequal_length_say_what_to_do():
 
 
 def test_a_dataset_counts_by_its_own_fingerprint():
-    words = lambda old, new: fingerprint.differences(fingerprint.of(old), fingerprint.of(new), 0)
+    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
     assert words(Data.from_iterable(made()), Data.from_iterable(made())) == []
     assert len(words(Data.from_iterable(made()), Data.from_iterable(made(1)))) == 1
     program = (
@@ -61,4 +62,4 @@ def test_a_dataset_counts_by_its_own_fingerprint():
         "{'x': [[float(i), 0] for i in range(10)], 'y': list(range(10))})._fingerprint)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == fingerprint.of(Data.from_iterable(made()))[0]["fingerprint"], done.stderr
+    assert done.stdout.strip() == identity.describe_data(Data.from_iterable(made()))[0]["fingerprint"], done.stderr

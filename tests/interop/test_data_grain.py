@@ -8,7 +8,8 @@ import pytest
 
 grain = pytest.importorskip("grain")
 
-from kaun import Data, fingerprint, losses  # noqa: E402
+from kaun import Data, losses  # noqa: E402
+from kaun._run import identity, position  # noqa: E402
 
 
 def rows(n=40):
@@ -58,30 +59,30 @@ def pipeline(make, epochs):
 @pytest.mark.parametrize("n", [1, 4, 6])
 def test_a_run_goes_on_where_it_was(make, n):
     whole = flat(pipeline(make, 1))
-    rest = fingerprint.after(pipeline(make, 1), 0)
+    rest = position.resume_from(pipeline(make, 1), 0)
     items = iter(rest)
     assert flat(itertools.islice(items, n)) == whole[:n]
-    place = json.loads(json.dumps(fingerprint.position(rest)))
+    place = json.loads(json.dumps(position.position(rest)))
     assert place is not None
     items.close()
-    again = fingerprint.after(pipeline(make, 1), n, place)
+    again = position.resume_from(pipeline(make, 1), n, place)
     items = iter(again)
     assert flat([next(items)]) == whole[n : n + 1]
-    later = json.loads(json.dumps(fingerprint.position(again)))
+    later = json.loads(json.dumps(position.position(again)))
     items.close()
-    assert flat(fingerprint.after(pipeline(make, 1), n + 1, later)) == whole[n + 1 :]
-    assert flat(fingerprint.after(pipeline(make, 1), n)) == whole[n:]
+    assert flat(position.resume_from(pipeline(make, 1), n + 1, later)) == whole[n + 1 :]
+    assert flat(position.resume_from(pipeline(make, 1), n)) == whole[n:]
 
 
 def test_a_place_in_a_later_pass():
     whole = flat(pipeline(map_dataset, 3))
-    rest = fingerprint.after(pipeline(map_dataset, 3), 0)
+    rest = position.resume_from(pipeline(map_dataset, 3), 0)
     items = iter(rest)
     taken = flat(itertools.islice(items, 14))
-    place = fingerprint.position(rest)
+    place = position.position(rest)
     items.close()
     assert place["pass"] == 1
-    assert taken + flat(fingerprint.after(pipeline(map_dataset, 3), 14, place)) == whole
+    assert taken + flat(position.resume_from(pipeline(map_dataset, 3), 14, place)) == whole
 
 
 def test_the_place_is_found_without_making_what_came_before():
@@ -94,25 +95,25 @@ def test_the_place_is_found_without_making_what_came_before():
             .to_iter_dataset(grain.ReadOptions(num_threads=0))
         )
 
-    rest = fingerprint.after(Data.from_iterable(counted()), 0)
+    rest = position.resume_from(Data.from_iterable(counted()), 0)
     items = iter(rest)
     list(itertools.islice(items, 9000))
-    place = fingerprint.position(rest)
+    place = position.position(rest)
     items.close()
     made.clear()
-    assert list(fingerprint.after(Data.from_iterable(counted()), 9000, place).take(2)) == [9000, 9001]
+    assert list(position.resume_from(Data.from_iterable(counted()), 9000, place).take(2)) == [9000, 9001]
     assert len(made) <= 3
 
 
 def test_an_iterator_of_grain_goes_on_too():
-    items = fingerprint.after(iter(map_dataset()), 0)
+    items = position.resume_from(iter(map_dataset()), 0)
     first = [y.tolist() for _, y in itertools.islice(items, 3)]
-    again = fingerprint.after(iter(map_dataset()), 3, fingerprint.position(items))
+    again = position.resume_from(iter(map_dataset()), 3, position.position(items))
     assert first + [y.tolist() for _, y in again] == [y.tolist() for _, y in map_dataset()]
 
 
 def test_what_a_dataset_is():
-    words = lambda old, new: fingerprint.differences(fingerprint.of(old), fingerprint.of(new), 0)
+    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
     made = lambda **options: Data.from_iterable(map_dataset(**options))
     assert words(made(), made()) == []
     assert words(made(), made(n=80)) == ["Data.from_iterable: len was 10, is 20"]
@@ -124,4 +125,4 @@ def test_a_map_dataset_is_a_sequence_too():
     dataset = map_dataset()
     data = Data.from_items(dataset).with_loss(losses.cross_entropy_sparse)
     assert len(data) == 10
-    assert [x.tolist() for x, _ in fingerprint.after(data, 7)] == [dataset[i][0].tolist() for i in (7, 8, 9)]
+    assert [x.tolist() for x, _ in position.resume_from(data, 7)] == [dataset[i][0].tolist() for i in (7, 8, 9)]

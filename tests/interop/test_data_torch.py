@@ -15,7 +15,9 @@ torch = pytest.importorskip("torch")
 
 from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 
-from kaun import Data, Trainer, fingerprint, foreign, layers, losses, rng  # noqa: E402
+from kaun import Data, Trainer, layers, losses, rng  # noqa: E402
+from kaun._run import identity, position  # noqa: E402
+from kaun.data import convert  # noqa: E402
 
 
 class Pair(NamedTuple):
@@ -35,7 +37,7 @@ DTYPES = ["float32", "float64", "float16", "int64", "int32", "int16", "int8", "u
 @pytest.mark.parametrize("name", [*DTYPES, "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_a_tensor_is_an_array_in_the_same_memory(name):
     tensor = torch.tensor([[0, 1, 2], [3, 4, 5]]).to(getattr(torch, name))
-    array = foreign.arrays(tensor)
+    array = convert.as_arrays(tensor)
     assert array.dtype == jnp.dtype(name) and array.shape == (2, 3)
     assert array.ctypes.data == tensor.data_ptr()
     np.testing.assert_array_equal(array.astype(np.complex64), tensor.to(torch.complex64).numpy())
@@ -44,13 +46,13 @@ def test_a_tensor_is_an_array_in_the_same_memory(name):
 def test_tensors_that_are_no_plain_memory():
     tensor = torch.arange(6.0).reshape(2, 3)
     for special in (tensor.t(), tensor[:, ::2], tensor.clone().requires_grad_(), torch.complex(tensor, tensor).conj()):
-        np.testing.assert_array_equal(foreign.arrays(special), special.detach().resolve_conj().numpy())
-    scalar = foreign.arrays(torch.tensor(3.0, dtype=torch.bfloat16))
+        np.testing.assert_array_equal(convert.as_arrays(special), special.detach().resolve_conj().numpy())
+    scalar = convert.as_arrays(torch.tensor(3.0, dtype=torch.bfloat16))
     assert scalar.shape == () and scalar.dtype == jnp.bfloat16
     with pytest.raises(
         TypeError, match=r"expected dense tensors, received a sparse_coo tensor of shape \[2, 3\].*to_dense\(\)"
     ):
-        foreign.arrays(tensor.to_sparse())
+        convert.as_arrays(tensor.to_sparse())
 
 
 class Rows(Dataset):
@@ -137,7 +139,7 @@ def forking(**options):
     lambda loader: Data.from_iterable(loader),
     lambda loader: list(Data.from_iterable(lambda: loader)),
     lambda loader: trained_on(loader),
-    lambda loader: list(fingerprint.after(loader, 0)),
+    lambda loader: list(position.resume_from(loader, 0)),
 ], ids=["from_iterable", "factory", "fit", "resumed"])  # fmt: skip
 def test_workers_that_would_be_forked_are_refused(make):
     loader = forking(multiprocessing_context="fork")
@@ -195,7 +197,7 @@ def test_workers_started_anew_survive_fit(tmp_path, method):
 
 
 def words(old, new):
-    return fingerprint.differences(fingerprint.of(old), fingerprint.of(new), 0)
+    return identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
 
 
 def test_what_a_data_loader_is():
@@ -224,6 +226,6 @@ def test_captured_tensors_count_by_content():
 def test_the_rest_of_a_data_loader_is_pulled():
     x, y = xy()
     data = Data.from_iterable(DataLoader(TensorDataset(x, y), 4)).map(lambda b: b[1].tolist()).epochs(2)
-    rest = fingerprint.after(data, 8)
+    rest = position.resume_from(data, 8)
     assert list(rest) == list(data)[8:]
-    assert fingerprint.position(rest) is None
+    assert position.position(rest) is None

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kaun
-from kaun import Context, Data, Layer, Vars, layers, lift, losses, rng
+from kaun import Context, Data, Layer, Vars, layers, losses, rng
+from kaun._loss import capture
 from kaun.errors import CaptureError, RecompilationWarning
 
 X = np.ones((4, 2), np.float32)
@@ -158,7 +159,7 @@ def by_recursion(y):
 
 
 def by_frozen(y):
-    return lift.freeze(by_cell(y))
+    return capture.snapshot_loss(by_cell(y))
 
 
 def by_callable_dataclass(y):
@@ -239,7 +240,7 @@ def test_static_values_are_told_apart_by_type_and_value(picks):
 
     keys = {}
     for i in picks:
-        key, arrays = lift.take_apart(make(STATICS[i]))
+        key, arrays = capture.capture_loss(make(STATICS[i]))
         assert arrays == []
         keys.setdefault(key, set()).add(i)
     assert all(len(group) == 1 for group in keys.values()), "two different values must not share a program"
@@ -248,7 +249,7 @@ def test_static_values_are_told_apart_by_type_and_value(picks):
 
 def test_nan_is_one_value():
     make = lambda v: lambda out: out * v
-    assert lift.take_apart(make(float("nan")))[0] == lift.take_apart(make(float("nan")))[0]
+    assert capture.capture_loss(make(float("nan")))[0] == capture.capture_loss(make(float("nan")))[0]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import Context, Layer, Vars, layers, rng, tree
-from kaun.layers import checks
+from kaun.layers import inputs
 
 
 def affine(n, m=None):
@@ -24,7 +24,7 @@ def affine(n, m=None):
         return Vars(params={"weight": weight, "bias": jnp.full(m, 0.5, dtype)}, state={}, dtype=dtype)
 
     def apply(vars, x, /, *, training, ctx):
-        x = checks.float_input(f"affine({n}, {m})", x, vars.dtype, features=n)
+        x = inputs.float_input(f"affine({n}, {m})", x, vars.dtype, features=n)
         return jnp.matmul(x, vars.params["weight"]) + jnp.broadcast_to(vars.params["bias"], (*x.shape[:-1], m)), vars
 
     return Layer(init=init, apply=apply, name=f"affine({n}, {m})")
@@ -490,15 +490,15 @@ def test_float_inputs_that_do_not_fit(x, error, text):
 
 def test_float_inputs_of_the_wrong_number_of_axes():
     with pytest.raises(ValueError, match=r"conv expected float\[batch, length, channels\].*: 2 axes instead of 3\."):
-        checks.float_input("conv", jnp.ones((2, 3)), ndim=3, layout="batch, length")
+        inputs.float_input("conv", jnp.ones((2, 3)), ndim=3, layout="batch, length")
 
 
 def test_int_inputs():
-    assert checks.int_input("table", np.arange(3)).dtype == jnp.int32
+    assert inputs.int_input("table", np.arange(3)).dtype == jnp.int32
     with pytest.raises(TypeError, match=r"table expected int\[batch\], received float32\[2\]: it works on indices"):
-        checks.int_input("table", jnp.ones(2), layout="batch")
+        inputs.int_input("table", jnp.ones(2), layout="batch")
     with pytest.raises(TypeError, match="table expected an array, received list"):
-        checks.int_input("table", [1, 2])
+        inputs.int_input("table", [1, 2])
 
 
 MODELS = {

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kaun.checkpoint import format as one
+from kaun.checkpoint import one
 from kaun.checkpoint.directory import Found, named_as_one, scan
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch

@@ -10,9 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
-from kaun.checkpoint import format as one
+from kaun._messages import warn
+from kaun.checkpoint import one
 from kaun.checkpoint.disk import Disk
-from kaun.errors import ResumeMismatch, warn
+from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
 __all__ = ["Directory", "Found", "all_damaged", "named_as_one", "of_other_leaves", "scan"]

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
-from kaun.checkpoint.layout import DTYPES
+from kaun.checkpoint.safetensors_header import DTYPES
 from kaun.tree import describe, difference, flatten, is_array
 
 __all__ = [

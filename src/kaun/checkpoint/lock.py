@@ -11,8 +11,8 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
-from kaun.checkpoint import strict
-from kaun.errors import warn
+from kaun._messages import warn
+from kaun.checkpoint import strict_json
 
 __all__ = ["NAME", "Lock", "Locked"]
 
@@ -98,7 +98,7 @@ def _take(file: int) -> bool:
 def _who(file: int) -> str:
     """Who signed the lock, in words; what is in the file may be anything."""
     try:
-        found = strict.loads(os.read(file, _LARGEST), _LARGEST)
+        found = strict_json.loads(os.read(file, _LARGEST), _LARGEST)
         return f"by process {int(found['process'])} on {str(found['host'])!r} since {str(found['since'])!r}"
     except (ValueError, TypeError, KeyError, OSError):
         return "by another process"

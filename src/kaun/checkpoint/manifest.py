@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kaun.checkpoint import strict
+from kaun.checkpoint import strict_json
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
 
@@ -45,7 +45,7 @@ def sealed(step: int, files: Mapping[str, Record], text: str) -> bytes:
         text: the entries of ``reports`` and ``facts``, as JSON without the braces around them.
     """
     records = {name: record._asdict() for name, record in files.items()}
-    about = strict.dumps({"kaun": VERSION, "step": step, "files": records}, "manifest")
+    about = strict_json.dumps({"kaun": VERSION, "step": step, "files": records}, "manifest")
     raw = f'{about[:-1]},{text},"sha256":"'.encode()
     return raw + hashlib.sha256(raw).hexdigest().encode() + _END
 
@@ -59,8 +59,8 @@ def read(disk: Disk, path: Path, step: int) -> Manifest:
     """
     file, size = disk.open(path)
     try:
-        if size > strict.LARGEST:
-            raise ValueError(f"it is {size} bytes long, at most {strict.LARGEST} are read")
+        if size > strict_json.LARGEST:
+            raise ValueError(f"it is {size} bytes long, at most {strict_json.LARGEST} are read")
         raw = bytearray(size)
         if disk.read(file, memoryview(raw)) < size:
             raise ValueError("it ended early")
@@ -72,7 +72,7 @@ def read(disk: Disk, path: Path, step: int) -> Manifest:
         raise ValueError("it does not end as a manifest does")
     if hashlib.sha256(start).hexdigest().encode() != digest:
         raise ValueError("its text is not what was written, the SHA-256 at its end is of another")
-    found = _checked(strict.loads(bytes(raw)))
+    found = _checked(strict_json.loads(bytes(raw)))
     if found.step != step:
         raise ValueError(f"it is of step {found.step}, in a folder of step {step}")
     return found

@@ -11,12 +11,13 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from kaun.checkpoint import format as one
+from kaun._messages import warn
+from kaun.checkpoint import one
 from kaun.checkpoint.directory import Directory, Found, all_damaged, of_other_leaves, scan
 from kaun.checkpoint.disk import Disk
-from kaun.checkpoint.format import Saved
 from kaun.checkpoint.lock import Lock, Locked
-from kaun.errors import ResumeMismatch, warn
+from kaun.checkpoint.one import Saved
+from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 from kaun.tree import flatten
 

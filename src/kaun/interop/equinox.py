@@ -9,9 +9,9 @@ import jax
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.parts import Keywords, cast_floats, nested, package, pick, taken, threaded
-from kaun.layers.checks import here
+from kaun.interop.keywords import Keywords, cast_floats, nested, package, pick, taken, threaded
 from kaun.layers.core import Layer, Vars
+from kaun.layers.path import here
 
 __all__ = ["equinox"]
 

@@ -8,10 +8,10 @@ import jax
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.parts import Keywords, cast_floats, nested, origins, package, pick, taken, threaded
-from kaun.layers.checks import here
+from kaun.interop.keywords import Keywords, cast_floats, nested, origins, package, pick, taken, threaded
+from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
-from kaun.layers.parts import wide
+from kaun.layers.path import here
 
 __all__ = ["flax_nnx"]
 
@@ -88,7 +88,7 @@ class _Adapter:
 
     def init(self, *, dtype: Any) -> Vars:
         part = lambda paths: nested({path: _value(self.nnx, self.made[path]) for path in paths})
-        state = cast_floats(part(self.state), wide(dtype))
+        state = cast_floats(part(self.state), accumulation_dtype(dtype))
         return Vars(params=cast_floats(part(self.params), dtype), state=state, dtype=dtype)
 
     def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:

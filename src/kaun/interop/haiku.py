@@ -7,9 +7,9 @@ from typing import Any
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.parts import Keywords, cast_floats, package, plain, threaded, zeros
+from kaun.interop.keywords import Keywords, cast_floats, package, plain, threaded, zeros
+from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
-from kaun.layers.parts import wide
 
 __all__ = ["haiku"]
 
@@ -73,7 +73,11 @@ class _Adapter:
         # As Haiku's own examples do: its running averages exist once they were updated.
         words = self.keywords.values(training=True, ctx=self.ctx)
         params, state = self.function.init(rng.next_key(), self.sample, **words)
-        return Vars(params=cast_floats(plain(params), dtype), state=cast_floats(plain(state), wide(dtype)), dtype=dtype)
+        return Vars(
+            params=cast_floats(plain(params), dtype),
+            state=cast_floats(plain(state), accumulation_dtype(dtype)),
+            dtype=dtype,
+        )
 
     def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         words = self.keywords.values(training=training, ctx=ctx)

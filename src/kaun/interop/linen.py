@@ -7,9 +7,9 @@ from typing import Any
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.parts import SWITCHES, Keywords, cast_floats, origins, package, plain, taken, threaded, zeros
+from kaun.interop.keywords import SWITCHES, Keywords, cast_floats, origins, package, plain, taken, threaded, zeros
+from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
-from kaun.layers.parts import wide
 
 __all__ = ["linen"]
 
@@ -94,7 +94,7 @@ class _Adapter:
         variables = plain(self.flax.meta.unbox(made))
         params = cast_floats(variables.pop("params", {}), dtype)
         kept = {name: value for name, value in variables.items() if name not in self.drop}
-        return Vars(params=params, state=cast_floats(kept, wide(dtype)), dtype=dtype)
+        return Vars(params=params, state=cast_floats(kept, accumulation_dtype(dtype)), dtype=dtype)
 
     def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         module, words = self.called(training, ctx)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun.checkpoint.layout import DTYPES
-from kaun.interop.mapping import Array, Rule, drop, mapped, rename, split, transpose, unmatched
+from kaun.checkpoint.safetensors_header import DTYPES
+from kaun.interop.rules import Array, Rule, drop, mapped, rename, split, transpose, unmatched
 from kaun.layers.core import Vars
 
 __all__ = ["Rule", "drop", "into", "load", "rename", "split", "transpose"]

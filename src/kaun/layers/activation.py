@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kaun.layers.checks import float_input
 from kaun.layers.core import Float, Layer, stateless
+from kaun.layers.inputs import float_input
 
 __all__ = ["gelu", "relu", "sigmoid", "silu", "tanh"]
 

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._kernels import matmul
 from kaun.context import Context
-from kaun.layers.checks import float_input, here
+from kaun.layers.arguments import accumulation_dtype, call_text, fraction, positive, size
 from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.dropout import drop
-from kaun.layers.parts import GLOROT_UNIFORM, Initializer, draw, fraction, positive, size, spell, wide
-from kaun.products import product
+from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_param
+from kaun.layers.inputs import float_input
+from kaun.layers.path import here
 
 __all__ = ["multi_head_attention", "rope"]
 
@@ -67,27 +69,27 @@ def multi_head_attention(
     rate = fraction("multi_head_attention", "dropout", dropout)
     theta = positive("multi_head_attention", "rope_theta", rope_theta)
     head = embed // heads
-    name = spell(
+    name = call_text(
         multi_head_attention, embed_dim=embed, num_heads=heads, num_kv_heads=num_kv_heads, dropout=rate,
         is_causal=is_causal, rope=rope, rope_theta=theta,
     )  # fmt: skip
     widths = {"q_proj": embed, "k_proj": kv_heads * head, "v_proj": kv_heads * head, "out_proj": embed}
 
     def init(*, dtype: Any) -> Vars:
-        drawn = {key: draw(name, "weight_init", weight_init, (embed, n), dtype) for key, n in widths.items()}
+        drawn = {key: init_param(name, "weight_init", weight_init, (embed, n), dtype) for key, n in widths.items()}
         return Vars(params={key: {"weight": weight} for key, weight in drawn.items()}, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=embed, ndim=3, layout="batch, seq")
         keep = _key_mask(name, x, ctx)
         q, k, v = (
-            product(x, vars.params[key]["weight"]).reshape(*x.shape[:2], widths[key] // head, head)
+            matmul(x, vars.params[key]["weight"]).reshape(*x.shape[:2], widths[key] // head, head)
             for key in ("q_proj", "k_proj", "v_proj")
         )
         if rope:
             q, k = _rotated(q, theta), _rotated(k, theta)
         y = _attend(q, k, v, keep, is_causal=is_causal, rate=rate if training else 0.0)
-        return product(y.reshape(x.shape), vars.params["out_proj"]["weight"]), vars
+        return matmul(y.reshape(x.shape), vars.params["out_proj"]["weight"]), vars
 
     return Layer(init=init, apply=apply, name=name)
 
@@ -127,7 +129,7 @@ def rope(x: Any, theta: float = 10000.0, seq_axis: int = -2) -> jax.Array:
             f"{here('rope')} expected seq_axis to name an axis before the last, received seq_axis={seq_axis} for "
             f"{tree.describe(x)}. Write seq_axis=-2 for [..., seq, size]."
         )
-    dtype = wide(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     # Computed, not taken from NumPy: tables would be constants of every compiled program.
     frequencies = theta ** (-jnp.arange(half, dtype=dtype) / half)
     angles = jnp.outer(jnp.arange(x.shape[axis], dtype=dtype), frequencies)
@@ -224,7 +226,7 @@ def _softmax_attention(
 def _attend_to(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None, rate: float) -> jax.Array:
     """Attention of ``[batch, kv head, group, query, size]`` to ``[batch, kv head, key, size]``."""
     batch, kv_heads, groups, queries, head = q.shape
-    flat, dtype = (batch, kv_heads, groups * queries), wide(q.dtype)
+    flat, dtype = (batch, kv_heads, groups * queries), accumulation_dtype(q.dtype)
     logits = jnp.matmul(q.reshape(*flat, head), k.swapaxes(2, 3), preferred_element_type=dtype) / math.sqrt(head)
     if allowed is not None:
         logits = logits.reshape(batch, kv_heads, groups, queries, k.shape[2])

@@ -9,11 +9,13 @@ import jax
 from jax import lax
 
 from kaun import tree
+from kaun._kernels import ConvConfig, convolve
 from kaun.context import Context
-from kaun.convolutions import Windows, convolve
-from kaun.layers.checks import float_input, here
+from kaun.layers.arguments import accumulation_dtype, along_last, call_text, pair, size
 from kaun.layers.core import Float, Layer, Vars
-from kaun.layers.parts import GLOROT_UNIFORM, Initializer, along_last, draw, pair, size, spell, wide
+from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_param
+from kaun.layers.inputs import float_input
+from kaun.layers.path import here
 
 __all__ = ["conv1d", "conv2d"]
 
@@ -61,7 +63,7 @@ def conv1d(
     >>> y.shape
     (2, 10, 8)
     """
-    name = spell(
+    name = call_text(
         conv1d, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
         dilation=dilation, padding=padding, groups=groups, bias=bias,
     )  # fmt: skip
@@ -116,7 +118,7 @@ def conv2d(
     >>> y.shape
     (2, 14, 14, 16)
     """
-    name = spell(
+    name = call_text(
         conv2d, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
         dilation=dilation, padding=padding, groups=groups, bias=bias,
     )  # fmt: skip
@@ -150,9 +152,9 @@ def _convolution(
     layout = _LAYOUTS[len(kernel)]
 
     def init(*, dtype: Any) -> Vars:
-        params = {"weight": draw(name, "weight_init", weight_init, shape, dtype)}
+        params = {"weight": init_param(name, "weight_init", weight_init, shape, dtype)}
         if bias:
-            params["bias"] = draw(name, "bias_init", bias_init, (filters,), dtype)
+            params["bias"] = init_param(name, "bias_init", bias_init, (filters,), dtype)
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
@@ -178,8 +180,8 @@ def _convolved(
         pads = [(r - 1, 0) for r in reach]
     else:
         pads = lax.padtype_to_pads(x.shape[1:3], reach, stride, padding)
-    windows = Windows((stride[0], stride[1]), (dilation[0], dilation[1]), pads)
-    dtype = wide(x.dtype)
+    windows = ConvConfig((stride[0], stride[1]), (dilation[0], dilation[1]), pads)
+    dtype = accumulation_dtype(x.dtype)
     return convolve(x.astype(dtype), weight.astype(dtype), windows, groups).astype(x.dtype)
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._messages import locate
 from kaun.context import Context
-from kaun.errors import locate
-from kaun.layers.checks import at, here, is_still, watching
+from kaun.layers.path import at, here, is_frozen, watching
 
 __all__ = ["Float", "Int", "Layer", "Vars", "compose", "fn", "residual", "sequential"]
 
@@ -147,7 +147,7 @@ class Layer(Generic[In, Out]):
                 f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
                 "model.init(...) returns, or a trainer's state.vars."
             )
-        training = training and not is_still(vars.params)
+        training = training and not is_frozen(vars.params)
         watch, ctx = watching(), Context() if ctx is None else ctx
         run = lambda: self._apply(vars, x, training=training, ctx=ctx)
         result = run() if watch is None else watch(self, vars, run)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kaun import rng
+from kaun._kernels import bits_for, random_bits
 from kaun.context import Context
-from kaun.layers.checks import float_input
+from kaun.layers.arguments import call_text, fraction
 from kaun.layers.core import Float, Layer, Vars
-from kaun.layers.parts import fraction, spell
+from kaun.layers.inputs import float_input
 
 __all__ = ["drop", "dropout"]
 
@@ -41,7 +41,7 @@ def dropout(rate: float) -> Layer[Float, Float]:
     [0.0, 2.0]
     """
     rate = fraction("dropout", "rate", rate)
-    name = spell(dropout, rate=rate)
+    name = call_text(dropout, rate=rate)
 
     def init(*, dtype: Any) -> Vars:
         return Vars(params={}, state={}, dtype=dtype)
@@ -60,33 +60,7 @@ def drop(x: jax.Array, rate: float) -> jax.Array:
     """
     if rate == 0:
         return x
-    bits = _bits(rate)
+    bits = bits_for(rate)
     least = min(round(rate * 2**bits), 2**bits - 1)
-    keep = _numbers(rng.next_key(), bits, x.shape) >= jnp.asarray(least, f"uint{bits}")
+    keep = random_bits(rng.next_key(), bits, x.shape) >= jnp.asarray(least, f"uint{bits}")
     return jnp.where(keep, x / (1 - rate), 0.0)
-
-
-def _bits(rate: float) -> int:
-    # jax.random.bernoulli draws 64 bits for each number and uses 23. With as few as the rate needs, masks are drawn
-    # 3 to 5 times as fast.
-    if (rate * 2**8).is_integer():
-        return 8
-    return 16 if 1 / 64 <= rate <= 63 / 64 else 32
-
-
-def _numbers(key: jax.Array, bits: int, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform integers of 8, 16 or 32 bits, a function of the key and the shape."""
-    from jax.extend.random import threefry2x32_p  # here and not above: half of the time that importing kaun takes
-
-    rows, length = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
-    blocks = (rows, -(-length * bits // 64))
-    if str(jax.random.key_impl(key)) == "threefry2x32":
-        # A block is numbered by its row and its place in it: so the mask of a batch that is spread over devices is
-        # drawn where its rows are, and no number repeats however large the array.
-        row, place = (jax.lax.broadcasted_iota(jnp.uint32, blocks, axis) for axis in (0, 1))
-        first, second = jax.random.key_data(key)
-        words = jnp.stack(threefry2x32_p.bind(first, second, row, place), axis=-1)
-    else:
-        words = jax.random.bits(key, (*blocks, 2))
-    numbers = jax.lax.bitcast_convert_type(words, f"uint{bits}").reshape(rows, blocks[1] * 64 // bits)
-    return numbers[:, :length].reshape(shape)

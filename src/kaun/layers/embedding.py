@@ -11,9 +11,11 @@ import numpy as np
 from jax.core import Tracer
 
 from kaun.context import Context
-from kaun.layers.checks import here, int_input
+from kaun.layers.arguments import call_text, size
 from kaun.layers.core import Float, Int, Layer, Vars
-from kaun.layers.parts import Initializer, draw, size, spell
+from kaun.layers.init import Initializer, init_param
+from kaun.layers.inputs import int_input
+from kaun.layers.path import here
 
 __all__ = ["embedding"]
 
@@ -48,11 +50,11 @@ def embedding(
     (1, 3, 16)
     """
     vocab, dim = size("embedding", "vocab_size", vocab_size), size("embedding", "embed_dim", embed_dim)
-    name = spell(embedding, vocab_size=vocab, embed_dim=dim, scale=scale)
+    name = call_text(embedding, vocab_size=vocab, embed_dim=dim, scale=scale)
     drawn_by = weight_init or jax.nn.initializers.normal(dim**-0.5 if scale else 1.0)
 
     def init(*, dtype: Any) -> Vars:
-        params = {"weight": draw(name, "weight_init", drawn_by, (vocab, dim), dtype)}
+        params = {"weight": init_param(name, "weight_init", drawn_by, (vocab, dim), dtype)}
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:

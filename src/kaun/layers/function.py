@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._messages import locate
 from kaun.context import Context
-from kaun.errors import locate
 from kaun.layers.core import Layer, Vars
 
 __all__ = ["from_function"]

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 
+from kaun._kernels import matmul
 from kaun.context import Context
-from kaun.layers.checks import float_input
+from kaun.layers.arguments import along_last, call_text, size
 from kaun.layers.core import Float, Layer, Vars
-from kaun.layers.parts import GLOROT_UNIFORM, Initializer, along_last, draw, size, spell
-from kaun.products import product
+from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_param
+from kaun.layers.inputs import float_input
 
 __all__ = ["linear"]
 
@@ -48,17 +49,17 @@ def linear(
     ((5, 7, 2), (3, 2))
     """
     fan_in, fan_out = size("linear", "in_features", in_features), size("linear", "out_features", out_features)
-    name = spell(linear, in_features=fan_in, out_features=fan_out, bias=bias)
+    name = call_text(linear, in_features=fan_in, out_features=fan_out, bias=bias)
 
     def init(*, dtype: Any) -> Vars:
-        params = {"weight": draw(name, "weight_init", weight_init, (fan_in, fan_out), dtype)}
+        params = {"weight": init_param(name, "weight_init", weight_init, (fan_in, fan_out), dtype)}
         if bias:
-            params["bias"] = draw(name, "bias_init", bias_init, (fan_out,), dtype)
+            params["bias"] = init_param(name, "bias_init", bias_init, (fan_out,), dtype)
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=fan_in)
-        y = product(x, vars.params["weight"])
+        y = matmul(x, vars.params["weight"])
         if bias:
             y = y + along_last(vars.params["bias"], y.ndim)
         return y, vars

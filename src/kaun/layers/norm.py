@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from kaun import tree
 from kaun.context import Context
-from kaun.layers.checks import float_input, here
+from kaun.layers.arguments import accumulation_dtype, along_last, call_text, fraction, positive, size
 from kaun.layers.core import Float, Layer, Vars
-from kaun.layers.parts import along_last, fraction, positive, size, spell, wide
+from kaun.layers.inputs import float_input
+from kaun.layers.path import here
 
 __all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
 
@@ -42,7 +43,7 @@ def layer_norm(dim: int, eps: float = 1e-5) -> Layer[Float, Float]:
     Array([[-1., -1.,  1.,  1.]], dtype=float32)
     """
     dim, eps = size("layer_norm", "dim", dim), positive("layer_norm", "eps", eps)
-    name = spell(layer_norm, dim=dim, eps=eps)
+    name = call_text(layer_norm, dim=dim, eps=eps)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=dim)
@@ -73,14 +74,14 @@ def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
     ['0.200', '1.400']
     """
     dim, eps = size("rms_norm", "dim", dim), positive("rms_norm", "eps", eps)
-    name = spell(rms_norm, dim=dim, eps=eps)
+    name = call_text(rms_norm, dim=dim, eps=eps)
 
     def init(*, dtype: Any) -> Vars:
         return Vars(params={"weight": jnp.ones(dim, dtype)}, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=dim)
-        z = x.astype(wide(x.dtype))
+        z = x.astype(accumulation_dtype(x.dtype))
         return _scaled(z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + eps), vars), vars
 
     return Layer(init=init, apply=apply, name=name)
@@ -118,7 +119,7 @@ def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[F
             f"received {channels} / {groups} = {channels / groups:g}. "
             f"Write num_groups={math.gcd(groups, channels)}, for example."
         )
-    name = spell(group_norm, num_groups=groups, num_channels=channels, eps=eps)
+    name = call_text(group_norm, num_groups=groups, num_channels=channels, eps=eps)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=channels, layout="batch, ...")
@@ -165,11 +166,14 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
     """
     features, eps = size("batch_norm", "num_features", num_features), positive("batch_norm", "eps", eps)
     momentum = fraction("batch_norm", "momentum", momentum)
-    name = spell(batch_norm, num_features=features, momentum=momentum, eps=eps)
+    name = call_text(batch_norm, num_features=features, momentum=momentum, eps=eps)
 
     def init(*, dtype: Any) -> Vars:
         params = _weight_and_bias(features)(dtype=dtype).params
-        state = {"running_mean": jnp.zeros(features, wide(dtype)), "running_var": jnp.ones(features, wide(dtype))}
+        state = {
+            "running_mean": jnp.zeros(features, accumulation_dtype(dtype)),
+            "running_var": jnp.ones(features, accumulation_dtype(dtype)),
+        }
         return Vars(params=params, state=state, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
@@ -182,7 +186,7 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
                 "running_var": _moved(state["running_var"], var, momentum),
             }
         else:
-            mean, var = (state[key].astype(wide(x.dtype)) for key in ("running_mean", "running_var"))
+            mean, var = (state[key].astype(accumulation_dtype(x.dtype)) for key in ("running_mean", "running_var"))
         z = jax.nn.standardize(
             x.astype(mean.dtype), mean=along_last(mean, x.ndim), variance=along_last(var, x.ndim), epsilon=eps
         )
@@ -199,7 +203,7 @@ def _weight_and_bias(dim: int) -> Any:
 
 
 def _standardize(x: jax.Array, axis: int | tuple[int, ...], eps: float) -> jax.Array:
-    z = x.astype(wide(x.dtype))
+    z = x.astype(accumulation_dtype(x.dtype))
     # Left to itself it takes mean(x^2) - mean(x)^2, which cancels where the mean is large against the spread.
     variance = jnp.var(z, axis, keepdims=True)
     return jax.nn.standardize(z, axis, jnp.mean(z, axis, keepdims=True), variance, eps)
@@ -220,7 +224,7 @@ def _batch_statistics(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             f"{count} for each: the output would not depend on the input. Drop a last batch of one with "
             "Data.batches(..., drop_last=True), or use layers.layer_norm."
         )
-    z = x.astype(wide(x.dtype))
+    z = x.astype(accumulation_dtype(x.dtype))
     axes = tuple(range(x.ndim - 1))
     return jnp.mean(z, axis=axes), jnp.var(z, axis=axes)
 

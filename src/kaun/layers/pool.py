@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from kaun import tree
-from kaun.layers.checks import float_input, here
+from kaun._kernels import larger, largest_in_windows, taps, windows
+from kaun.layers.arguments import accumulation_dtype, call_text, pair
 from kaun.layers.core import Float, Layer, stateless
-from kaun.layers.parts import pair, spell, wide
+from kaun.layers.inputs import float_input
+from kaun.layers.path import here
 
 __all__ = ["avg_pool2d", "flatten", "max_pool2d"]
 
@@ -46,13 +45,13 @@ def max_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | N
            [13., 15.]], dtype=float32)
     """
     window, step = _sizes("max_pool2d", kernel_size, stride)
-    name = spell(max_pool2d, kernel_size=kernel_size, stride=stride)
+    name = call_text(max_pool2d, kernel_size=kernel_size, stride=stride)
 
     def largest(x: jax.Array, axis: int) -> jax.Array:
-        return functools.reduce(_larger, _taps(x, axis, window[axis - 1], step[axis - 1]))
+        return functools.reduce(larger, taps(x, axis, window[axis - 1], step[axis - 1]))
 
     if window == step and math.prod(window) <= 16:
-        return _pool(name, window, lambda x: _largest(x, window))
+        return _pool(name, window, lambda x: largest_in_windows(x, window))
     return _pool(name, window, lambda x: largest(largest(x, 2), 1))
 
 
@@ -79,14 +78,14 @@ def avg_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | N
     Array([ 3.5, 11.5], dtype=float32)
     """
     window, step = _sizes("avg_pool2d", kernel_size, stride)
-    name = spell(avg_pool2d, kernel_size=kernel_size, stride=stride)
+    name = call_text(avg_pool2d, kernel_size=kernel_size, stride=stride)
 
     def mean(x: jax.Array, axis: int) -> jax.Array:
         if window[axis - 1] == step[axis - 1]:
-            return _windows(x, axis, window[axis - 1]).mean(axis + 1)
-        return functools.reduce(operator.add, _taps(x, axis, window[axis - 1], step[axis - 1])) / window[axis - 1]
+            return windows(x, axis, window[axis - 1]).mean(axis + 1)
+        return functools.reduce(operator.add, taps(x, axis, window[axis - 1], step[axis - 1])) / window[axis - 1]
 
-    return _pool(name, window, lambda x: mean(mean(x.astype(wide(x.dtype)), 2), 1))
+    return _pool(name, window, lambda x: mean(mean(x.astype(accumulation_dtype(x.dtype)), 2), 1))
 
 
 def flatten() -> Layer[Float, Float]:
@@ -126,61 +125,3 @@ def _pool(name: str, window: tuple[int, int], reduce: Callable[[jax.Array], jax.
         return reduce(x).astype(x.dtype)
 
     return stateless(name, pooled)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _largest(x: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """The largest number of each window, for windows side by side.
-
-    Its derivative picks by the place of that number. What JAX would derive puts the gradient back together from as
-    many padded arrays as a window has numbers, which takes 2 to 5 times as long.
-    """
-    return _largest_and_where(x, window)[0]
-
-
-def _derivative_of_largest(
-    window: tuple[int, int], primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    y, where = _largest_and_where(primals[0], window)
-    places = jnp.arange(math.prod(window), dtype=where.dtype).reshape(1, 1, window[0], 1, window[1], 1)
-    picked = where[:, :, None, :, None] == places
-    return y, jnp.where(picked, _windows(_windows(tangents[0], 2, window[1]), 1, window[0]), 0).sum((2, 4))
-
-
-_largest.defjvp(_derivative_of_largest)
-
-
-def _largest_and_where(x: jax.Array, window: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    split = _windows(_windows(x, 2, window[1]), 1, window[0])
-    largest = split[:, :, 0, :, 0]
-    where = jnp.zeros(largest.shape, jnp.int32)
-    for place, (i, j) in enumerate(np.ndindex(window)):
-        number = split[:, :, i, :, j]
-        take = (number > largest) | jnp.isnan(number)
-        largest, where = jnp.where(take, number, largest), jnp.where(take, place, where)
-    return largest, where
-
-
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    # A select, not jnp.maximum: it hands the whole gradient to one of two equal numbers, the first.
-    return jnp.where((b > a) | jnp.isnan(b), b, a)
-
-
-def _taps(x: jax.Array, axis: int, window: int, step: int) -> list[jax.Array]:
-    """The first number of each window along an axis, the second of each, and so on: ``window`` arrays.
-
-    Reducing these, one axis after the other, instead of lax.reduce_window: XLA:CPU runs the gradient of the latter's
-    maximum (select_and_scatter) 4 to 18 times slower on windows of 2 to 5, inside a loop as outside.
-    """
-    if window == step:
-        split = _windows(x, axis, window)
-        return [lax.index_in_dim(split, i, axis + 1, keepdims=False) for i in range(window)]
-    last = (x.shape[axis] - window) // step * step
-    return [lax.slice_in_dim(x, i, i + last + 1, step, axis) for i in range(window)]
-
-
-def _windows(x: jax.Array, axis: int, window: int) -> jax.Array:
-    """An axis split into windows side by side, ``[..., count, window, ...]``, the rest cut off."""
-    count = x.shape[axis] // window
-    x = lax.slice_in_dim(x, 0, count * window, axis=axis)
-    return x.reshape(*x.shape[:axis], count, window, *x.shape[axis + 1 :])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
-from kaun.reports.rows import Log, Row, encoded
+from kaun.reports.log import Log, Row, encoded
 
 __all__ = ["csv", "jsonl"]
 

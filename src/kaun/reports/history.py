@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kaun.reports import keeping
+from kaun.reports import report_state
 from kaun.train import TrainState
 
 __all__ = ["History", "history"]
@@ -127,12 +127,12 @@ class History:
 
     def snapshot(self) -> dict[str, Any]:
         """What it keeps in a checkpoint."""
-        return {"losses": self.losses, "first_step": self._first_step, **keeping.packed(self.results)}
+        return {"losses": self.losses, "first_step": self._first_step, **report_state.packed(self.results)}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        losses, self._first_step = keeping.saved(self, values, "losses", "first_step")
-        self.results = keeping.unpacked(self, values)
+        losses, self._first_step = report_state.saved(self, values, "losses", "first_step")
+        self.results = report_state.unpacked(self, values)
         self._losses = array("f", np.asarray(losses, np.float32).tobytes())
 
     def wants(self, step: int) -> bool:

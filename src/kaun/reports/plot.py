@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kaun.reports.history import History
-from kaun.reports.rows import needed
+from kaun.reports.log import require_package
 from kaun.train import Report, TrainState
 
 __all__ = ["plot"]
@@ -51,7 +51,7 @@ def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
     """
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'plot expected the path of a picture, received {path!r}. Write plot("loss.png").')
-    needed("plot", "matplotlib", "plot")
+    require_package("plot", "matplotlib", "plot")
     whole = Path(path).absolute()
     return _Plot(whole if whole.suffix else whole.with_suffix(".png"), log)
 

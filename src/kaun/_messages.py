@@ -1,0 +1,37 @@
+"""Words for errors and warnings: where a function was written, and warnings at the line of the user."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's code that called into kaun, whatever lies between."""
+    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and (frame.f_code.co_filename.startswith(_HERE) or frame.f_code.co_filename == _CONTEXTS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+_HERE = str(Path(__file__).parent)
+
+
+_CONTEXTS = contextlib.__file__
+
+
+def locate(function: Any) -> str:
+    """The name of a callable and the file and line where it was written, for error messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__wrapped__", function)
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    name = name.rsplit("<locals>.", 1)[-1]
+    if code is None:
+        return f"`{name}`"
+    return f"`{name}` ({Path(code.co_filename).name}:{code.co_firstlineno})"

@@ -1,0 +1,310 @@
+"""What a pipeline is, in facts that go into a checkpoint: by them a run that starts again knows its data.
+
+A fact is JSON. Arrays count by shape, dtype and content; functions by name, code and what they capture; a loader by its
+type and length. Nothing is computed unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from kaun import rng, tree
+from kaun._messages import warn
+from kaun._run import digest
+from kaun._run.digest import Digester
+from kaun.checkpoint import Directory, ResumeMismatch
+from kaun.data import ResumableLoader, loader_facts, loader_length, stages_of
+from kaun.state import TrainState
+
+__all__ = ["describe_data", "differences", "digest_function", "unscoped"]
+
+Fact = dict[str, Any]
+
+_MOST_LEAVES = 1000
+_CODE = re.compile(r"(python\d+\.\d+):\w+")
+# Stages that change no item, and stages that make one item of each.
+_FREE = frozenset(["Data.prefetch"])
+_ITEM_BY_ITEM = frozenset(["Data.map", "Data.with_loss"])
+_COUNTS = frozenset(["Data.epochs", "Data.take"])
+
+
+def describe_data(data: Iterable[Any]) -> list[Fact]:
+    """The facts of each stage of a pipeline, its source first; of any other iterable one fact.
+
+    Each is a dict of JSON values: ``stage`` ("Data.batches"), ``length`` (items of a pass after it, or None), and its
+    parameters by name.
+
+    >>> from kaun import Data
+    >>> from kaun._run import identity
+    >>> identity.describe_data(Data.from_items(range(6)).take(4))[1]
+    {'stage': 'Data.take', 'length': 4, 'n': 4}
+    """
+    found = stages_of(data)
+    if found:
+        return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in found]
+    return [{"stage": type(data).__name__, "length": loader_length(data), **_source(data)}]
+
+
+def unscoped(data: Iterable[Any]) -> list[str]:
+    """The stages, as they print, whose key was drawn outside of any rng scope in this process."""
+    return [s.text for s in stages_of(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
+
+
+def digest_function(f: Callable[..., Any]) -> str:
+    """The digest of a function: its name, code, static values and captured arrays.
+
+    >>> from kaun._run import identity
+    >>> make = lambda rate: lambda x: x * rate
+    >>> identity.digest_function(make(0.1)) == identity.digest_function(make(0.1))
+    True
+    >>> identity.digest_function(make(0.1)) == identity.digest_function(make(0.2))
+    False
+    """
+    return Digester(f).tell(f)
+
+
+# Facts
+
+
+def _given(given: Mapping[str, Any]) -> Fact:
+    known: Mapping[str, Callable[[Any], Any]] = {
+        "arrays": _tree, "item": _item, "items": _items, "f": _function, "key": _key,
+    }  # fmt: skip
+    found: Fact = {}
+    for name, value in given.items():
+        if name == "source":
+            found |= _source(value)
+        elif name in known:
+            found[name] = known[name](value)
+        else:
+            found[name] = value
+    return found
+
+
+def _key(key: Any) -> str | None:
+    return None if key is None else " ".join(f"0x{int(word):08x}" for word in np.ravel(jax.random.key_data(key)))
+
+
+def _tree(value: Any) -> Fact | str:
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(value)
+    look = Digester(value)
+    if len(pairs) > _MOST_LEAVES:
+        return look.tell(value)
+    found: Fact = {tree.path_name(path): look.tell(leaf) for path, leaf in pairs}
+    # Tuple or list, names of a dict's empty parts: all of the tree but its leaves.
+    return (
+        found if list(found) == [""] else {**found, "(structure)": Digester().tell(treedef.unflatten([0] * len(pairs)))}
+    )
+
+
+def _item(item: Any) -> Fact | str:
+    if isinstance(item, (tuple, list)) and len(cast("Any", item)) in (2, 3) and callable(cast("Any", item)[1]):
+        x, loss, *ctx = cast("Sequence[Any]", item)
+        return {"x": _tree(x), "loss": _function(loss), **({"ctx": _tree(ctx[0])} if ctx else {})}
+    return _tree(item)
+
+
+def _items(items: Any) -> str:
+    look = Digester(items)
+    return look.tell(items)
+
+
+def _source(source: Any) -> Fact:
+    """A list by its items; any other by type and length; the function that makes one as a function."""
+    if isinstance(source, ResumableLoader):
+        return _source(source.source)
+    if isinstance(source, (list, tuple, range)):
+        return {"items": _items(source)}
+    if not hasattr(source, "__iter__") and callable(source):
+        return {"f": _function(source)}
+    found: Fact = {"type": type(source).__qualname__, "len": loader_length(source), **loader_facts(source)}
+    return {**found, "arrays": _tree(found["arrays"])} if "arrays" in found else found
+
+
+def _function(f: Any) -> Fact:
+    """A function by its name, its own code, and what it reads, each in a line."""
+    look = Digester(f)
+    found: list[tuple[str, Any]] = []
+    while True:
+        if isinstance(f, functools.partial):
+            found += [(f"argument {i}", a) for i, a in enumerate(f.args)] + list(f.keywords.items())
+            f = f.func
+        elif isinstance(f, types.MethodType):
+            found.append(("self", f.__self__))
+            f = f.__func__
+        elif isinstance(getattr(f, "__wrapped__", None), types.FunctionType):
+            f = f.__wrapped__
+        else:
+            break
+    fact: Fact = {"function": getattr(f, "__qualname__", type(f).__qualname__)}
+    if isinstance(f, types.FunctionType):
+        fact["code"] = f"{digest.PYTHON}:{look.code(f)}"
+        found += digest.names_captured(look, f)
+    elif isinstance(f, (type, types.BuiltinFunctionType)):
+        fact["content"] = look.tell(f)
+    else:
+        found += digest.names_of_object(look, f)
+        fact["content"] = look.tell(f)
+    fact["reads"] = {name: look.tell(value) for name, value in found}
+    return fact
+
+
+# What differs
+
+
+def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[str]:
+    """One line for each thing that differs between the facts of a checkpoint and of now; none for the same data.
+
+    Arguments:
+        saved: facts of the run that is to go on.
+        now: facts of the data given to it.
+        done: items that the run has taken.
+
+    The count of the last ``epochs(n)``, ``take(n)`` or ``repeat(n)`` may differ, and such a stage may come or go at the
+    end, as long as ``done`` items are there: the items up to then are the same. How far ``prefetch`` pulls ahead
+    changes no item. Code is compared within one version of Python.
+
+    >>> from kaun import Data
+    >>> from kaun._run import identity
+    >>> old, new = (identity.describe_data(Data.from_items(range(9)).batch(n).epochs(2)) for n in (2, 3))
+    >>> identity.differences(old, new, 1)
+    ['Data.batch: n was 2, is 3']
+    """
+    before, current = ([fact for fact in facts if fact["stage"] not in _FREE] for facts in (saved, now))
+    open_before, open_current = _without_last_count(before), _without_last_count(current)
+    pairs = [(before, current), (before, open_current), (open_before, current), (open_before, open_current)]
+    if all(_lines(*pair) for pair in pairs):
+        same_end = [f["stage"] for f in open_before] == [f["stage"] for f in open_current]
+        return _lines(*(pairs[3] if same_end else pairs[0]))
+    length = current[-1]["length"]
+    if length is not None and length < done:
+        last = next((f["stage"] for f in reversed(current) if f["stage"] not in _ITEM_BY_ITEM), "the data")
+        return [f"{last}: there are {length} items now, and the run has taken {done} already"]
+    return []
+
+
+def _without_last_count(facts: list[Fact]) -> list[Fact]:
+    for i in reversed(range(len(facts))):
+        name = facts[i]["stage"]
+        if name == "Data.repeat":
+            return [*facts[:i], {**facts[i], "n": None}, *facts[i + 1 :]]
+        if name in _COUNTS:
+            return [*facts[:i], *facts[i + 1 :]]
+        if name not in _ITEM_BY_ITEM:
+            break
+    return facts
+
+
+def _lines(before: list[Fact], current: list[Fact]) -> list[str]:
+    names, found = [f["stage"] for f in before], [f["stage"] for f in current]
+    lines: list[str] = []
+    for i, (old, new) in enumerate(zip(before, current, strict=False)):
+        if old["stage"] != new["stage"]:
+            break
+        where = old["stage"] if names.count(old["stage"]) == 1 else f"{old['stage']} (stage {i + 1})"
+        for name in dict.fromkeys([*old, *new]):
+            lines += [] if name == "length" else _told(where, name, old.get(name), new.get(name))
+    if names != found:
+        lines.append(f"the stages were {', '.join(names)}; they are {', '.join(found)}")
+    return lines
+
+
+def _told(where: str, name: str, a: Any, b: Any) -> list[str]:
+    if _is_same(a, b):
+        return []
+    if isinstance(a, dict) and isinstance(b, dict):
+        old, new = cast("Fact", a), cast("Fact", b)
+        if "function" in old and "function" in new:
+            return _told_function(where, old, new)
+        lines: list[str] = []
+        for part in dict.fromkeys([*old, *new]):
+            inner = part if name == "item" and part else f"{name} at {part!r}" if part else name
+            lines += _told(where, inner, old.get(part), new.get(part))
+        return lines
+    if name == "key":
+        why = "another seed, or keys drawn in another order under rng.scope" if a and b else "shuffled or not"
+        return [f"{where}: the shuffle key was {_shown(a)}, is {_shown(b)} ({why})"]
+    return [f"{where}: {_was(name, a, b)}"]
+
+
+def _told_function(where: str, a: Fact, b: Fact) -> list[str]:
+    f = a["function"]
+    if f != b["function"]:
+        return [f"{where}: the function was {f}, is {b['function']}"]
+    lines = [] if _is_same(a.get("code"), b.get("code")) else [f"{where}: the code of {f} has changed"]
+    for name in dict.fromkeys([*a["reads"], *b["reads"]]):
+        lines += _told(where, f"`{name}`, which {f} reads,", a["reads"].get(name), b["reads"].get(name))
+    return lines or [f"{where}: {f} has changed"]
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        old, new = cast("Fact", a), cast("Fact", b)
+        return all(_is_same(old.get(k), new.get(k)) for k in {*old, *new})
+    if isinstance(a, str) and isinstance(b, str):
+        one, other = _CODE.search(a), _CODE.search(b)
+        if one and other and one[1] != other[1]:
+            return _CODE.sub("", a) == _CODE.sub("", b)
+    return type(a) is type(b) and a == b
+
+
+def _was(name: str, a: Any, b: Any) -> str:
+    old, new = _shown(a), _shown(b)
+    if old != new:
+        return f"{name} was {old}, is {new}"
+    inside = isinstance(a, str) and isinstance(b, str) and _CODE.sub("", a) == _CODE.sub("", b)
+    return f"the {'code' if inside else 'content'} of {name} has changed ({old})"
+
+
+def _shown(value: Any) -> str:
+    """A fact in words, without digests, which say nothing to a reader."""
+    if isinstance(value, dict):
+        return str(cast("Fact", value).get("function", f"a tree of {len(value)} parts"))
+    if isinstance(value, str):
+        return _CODE.sub("", value).partition(" sha256:")[0].strip()
+    return "nothing" if value is None else str(value)
+
+
+def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
+    """What must be the same in the process that goes on, and what had better be."""
+    return {
+        "key": np.asarray(jax.random.key_data(state.key)).tobytes().hex(),
+        "start": int(state.step),
+        "data": describe_data(data),
+        "machine": {
+            "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),
+            "devices": jax.device_count(), "cores": len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count(),
+        },
+    }  # fmt: skip
+
+
+_AFFINITY = hasattr(os, "sched_getaffinity")
+
+
+def refuse_difference(directory: Directory, what: str, step: int, lines: list[str]) -> None:
+    listed = "".join(f"\n  {line}" for line in lines)
+    where = f"{str(directory.path)!r} holds another run, at step {step}. Its {what} differ{'s' * (what != 'reports')}:"
+    if what not in directory.accept:
+        raise ResumeMismatch(
+            f"{where}{listed}\nMake them the same again to go on; begin another run in a directory of its own, "
+            f'checkpoints=runs.child("other"); or go on all the same, Directory(..., accept={{"{what}"}}).'
+        )
+    warn(f"{where}{listed}\nThe run goes on, because accept= names it.")
+
+
+def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        warn(
+            f"A run is resumed where {'; '.join(changed)}. It goes on from the same state, but the bytes of its "
+            "results may differ from those of a run without a break."
+        )

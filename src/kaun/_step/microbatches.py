@@ -1,0 +1,112 @@
+"""Big batches in little memory: the forward pass in parts, one loss of all outputs, the backward pass in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kaun import rng, tree
+from kaun.context import Context
+
+__all__ = ["batch_length", "check_microbatches", "run_in_parts"]
+
+_OWN = 2**32 - 1  # of the step's key: no scope on that key counts so far
+
+
+def check_microbatches(count: Any) -> None:
+    """Refuse what is no number of parts.
+
+    Raises:
+        TypeError: when it is no int.
+        ValueError: when it is below 1.
+    """
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+        raise TypeError(f"Trainer(microbatches=...) expected an int of at least 1, received {count!r}. Write 4.")
+    if count < 1:
+        raise ValueError(f"Trainer(microbatches=...) expected an int of at least 1, received {count}. Write 4.")
+
+
+def batch_length(x: Any) -> int | None:
+    """The length of a batch: of its first array along that array's first axis; None where there is none."""
+    return next((a.shape[0] for a in jax.tree_util.tree_leaves(x) if np.ndim(a)), None)
+
+
+def run_in_parts(
+    count: int, forward: Callable[[Any, Context], tuple[Any, Any]], x: Any, ctx: Context, state: Any, key: jax.Array
+) -> tuple[Any, Any]:
+    """What ``forward(x, ctx)`` gives, output and layer state, computed in ``count`` parts one after the other.
+
+    Only the parts' inputs and outputs are kept for the gradient: each part runs once more, when it is its turn in the
+    backward pass. Arrays of x and ctx that are as long as the batch are split, others go whole to each part.
+
+    Arguments:
+        state: the layers' state before.
+        key: the step's; each part draws from one of its own.
+
+    Raises:
+        ValueError: when the batch cannot be split so, the outputs cannot be joined, or a layer's state would move.
+    """
+    if count == 1:
+        return forward(x, ctx)
+    length = _length(x, count)
+    leaves, structure = jax.tree_util.tree_flatten((x, ctx))
+    split = [np.ndim(a) > 0 and a.shape[0] == length for a in leaves]
+    rows = [a.reshape(count, length // count, *a.shape[1:]) for a, cut in zip(leaves, split, strict=True) if cut]
+    key = jax.random.fold_in(key, _OWN)
+
+    def part(given: tuple[jax.Array, list[Any]]) -> Any:
+        number, cut = given[0], iter(given[1])
+        inner = structure.unflatten([next(cut) if one else a for a, one in zip(leaves, split, strict=True)])
+        with rng.scope(jax.random.fold_in(key, number)):
+            output, after = forward(*inner)
+        _must_stay(state, after)
+        _must_join(output, length // count)
+        return output
+
+    # Its gradient is a loop again, and its parts' own temporaries live for one turn of it. Nothing outside of the loop
+    # could share them, so they need no barrier against that.
+    joined = lax.map(jax.checkpoint(part, prevent_cse=False), (jnp.arange(count), rows))
+    return jax.tree_util.tree_map(lambda a: a.reshape(length, *a.shape[2:]), joined), state
+
+
+def _length(x: Any, count: int) -> int:
+    length = batch_length(x)
+    if length is None:
+        raise ValueError(
+            f"Trainer(microbatches={count}) splits x along its first axis, received x without one: "
+            f"{', '.join(map(tree.describe, jax.tree_util.tree_leaves(x))) or 'no arrays'}. Leave microbatches out."
+        )
+    if length % count or not length:
+        fitting = max(length // count, 1) * count
+        raise ValueError(
+            f"Trainer(microbatches={count}) splits x along its first axis into {count} equal parts, received a batch "
+            f"of {length}. Write Data.batches(..., batch_size={fitting}, drop_last=True), for example."
+        )
+    return length
+
+
+def _must_stay(before: Any, after: Any) -> None:
+    old, new = tree.flatten(before)[0], tree.flatten(after)[0]
+    moved = [path for path, leaf in new.items() if old.get(path) is not leaf]
+    if moved:
+        raise ValueError(
+            "Trainer(microbatches=...) computes the batch in parts, but the model's state "
+            f"{', '.join(map(repr, moved[:5]))} moves in training: statistics of a part are not those of the batch. "
+            "Use layers.group_norm or layers.layer_norm in the place of layers.batch_norm, freeze that layer with "
+            "Trainer(trainable=...), or step with training=False."
+        )
+
+
+def _must_join(output: Any, length: int) -> None:
+    for path, leaf in tree.flatten(output)[0].items():
+        if not leaf.shape or leaf.shape[0] != length:
+            at = f" at {path!r}" if path else ""
+            raise ValueError(
+                f"Trainer(microbatches=...) joins the outputs of its parts along the first axis, but the output{at} of "
+                f"a part of {length} is {tree.describe(leaf)}. Return one row for each of x, and reduce in the loss."
+            )

@@ -1,0 +1,75 @@
+"""A model without numbers: its variables as shapes and dtypes, and whether others are of the same model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kaun import rng, tree
+from kaun._step.precision import Policy
+from kaun.layers.core import Layer, Vars
+
+__all__ = ["VarsSpec", "abstract_vars", "check_model"]
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no Layer.
+
+    Raises:
+        TypeError: when it is none.
+    """
+    if not isinstance(model, Layer):
+        called = ", did you forget to call it?" if callable(model) else "."
+        raise TypeError(
+            f"Trainer(model=...) expected a kaun Layer, received {model!r}{called} Write "
+            "model=layers.sequential([layers.linear(2, 1)])."
+        )
+
+
+def abstract_vars(model: Layer[Any, Any], dtype: Any) -> Any:
+    """The model's variables as shapes and dtypes."""
+
+    def init() -> Vars:
+        with rng.scope(0):
+            return model.init(dtype=dtype)
+
+    try:
+        return jax.eval_shape(init)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        made = init()  # an init that reads its own numbers, say through NumPy, has to be run
+        return jax.eval_shape(lambda: jax.tree_util.tree_map(jnp.asarray, made))
+
+
+class VarsSpec:
+    """What the variables of a trainer's model look like.
+
+    Arguments:
+        model: the model.
+        policy: the trainer's precision, None without one.
+    """
+
+    def __init__(self, model: Layer[Any, Any], policy: Policy | None) -> None:
+        self._model, self._policy = model, policy
+        self._known: dict[Any, Any] = {}
+
+    def check(self, vars: Vars) -> None:
+        """Refuse variables of another model.
+
+        Raises:
+            ValueError: when paths, shapes or dtypes differ; the message lists them. Or when the precision is another.
+        """
+        if self._policy is not None:
+            self._policy.check(vars.dtype)
+        if vars.dtype not in self._known:
+            self._known[vars.dtype] = abstract_vars(self._model, vars.dtype)
+        lines = tree.difference(self._known[vars.dtype], vars)
+        if lines:
+            more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+            raise ValueError(
+                "The variables belong to another model than this trainer's:\n  "
+                + "\n  ".join(lines[:10])
+                + f"{more}\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with "
+                "checkpoint.load(path, like=trainer.model.init(dtype=...))."
+            )

@@ -1,0 +1,140 @@
+"""The optimizer as the trainer uses it: a fresh state that fits the parameters, and one update of them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kaun import tree
+from kaun._messages import locate
+
+__all__ = ["Optimizer", "apply_update", "check_optimizer", "check_params", "init_optimizer", "learning_rate", "rates"]
+
+
+class Optimizer(Protocol):
+    """Any object with optax's ``init`` and ``update``."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]: ...
+    @property
+    def update(self) -> Callable[..., tuple[Any, Any]]: ...
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is no optimizer.
+
+    Raises:
+        TypeError: when it has no ``init`` or no ``update``.
+    """
+    missing = [n for n in ("init", "update") if not callable(getattr(optimizer, n, None))]
+    if missing:
+        called = ", did you forget to call it?" if callable(optimizer) else "."
+        raise TypeError(
+            "Trainer(optimizer=...) expected an object with init and update, as optax's have, received "
+            f"{optimizer!r}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
+        )
+
+
+def check_params(params: Any, model: str) -> None:
+    """Refuse parameters that cannot be differentiated, or none at all."""
+    leaves, _ = tree.flatten(params)
+    if not leaves:
+        raise ValueError(
+            f"The model {model} has no parameters, so there is nothing to train. Add a layer that "
+            "has some, such as layers.linear(...), or call model.apply(vars, x) without a trainer."
+        )
+    for path, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"Parameter {path!r} is {tree.describe(leaf)}, and only floating arrays can be differentiated. Put it "
+                "into the layer's state: Vars(params=..., state={...}, dtype=dtype)."
+            )
+
+
+def init_optimizer(optimizer: Optimizer, params: Any) -> Any:
+    """A fresh optimizer state, after a dry run that shows that its updates fit the parameters."""
+    extra = {"value": jnp.zeros(()), "grad": params, "value_fn": optax.tree.sum}
+    try:
+        with _as_optax_expects():
+            opt_state = jax.tree_util.tree_map(tree.strong, optimizer.init(params))
+            updates, _ = jax.eval_shape(lambda g, o: _updates(optimizer, g, o, g, extra), params, opt_state)
+    except Exception as error:
+        raise _misfit(optimizer) from error
+    lines = tree.difference(params, updates)
+    if lines:
+        raise _misfit(optimizer, "Its updates differ from them:\n  " + "\n  ".join(lines[:10]) + "\n")
+    return opt_state
+
+
+def _misfit(optimizer: Optimizer, why: str = "") -> TypeError:
+    return TypeError(
+        f"The optimizer ({locate(optimizer.update)}) does not work on the model's plain tree of parameters. {why}"
+        "An optimizer that wants parameters of a form of its own, such as optax.lookahead with its LookaheadParams, "
+        "cannot be used in a Trainer; use the optimizer inside it (optax.sgd, optax.adam), or keep the slow weights "
+        "with optax.ema or in a report."
+    )
+
+
+def apply_update(
+    optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, value: Any, value_fn: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    """The parameters after an update, and the optimizer's state.
+
+    Arguments:
+        value: the loss, for optimizers that take extra arguments, as is ``value_fn``: the loss of other parameters.
+
+    Raises:
+        ValueError: when the state is one of other parameters.
+    """
+    extra = {"value": value, "grad": gradient, "value_fn": value_fn}
+    try:
+        with _as_optax_expects():
+            updates, opt_state = _updates(optimizer, gradient, opt_state, params, extra)
+            return optax.apply_updates(params, updates), opt_state
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        with _as_optax_expects():
+            lines = tree.difference(jax.eval_shape(optimizer.init, params), opt_state)
+        if not lines:
+            raise
+        raise ValueError(
+            "The optimizer's state does not fit the parameters that train, so it is of a trainer with another "
+            "optimizer or another trainable (expected is a fresh one):\n  " + "\n  ".join(lines[:10]) + "\n"
+            "Write state = trainer.make_state(state.vars)."
+        ) from error
+
+
+def learning_rate(opt_state: Any) -> Any:
+    """The learning rate in an optimizer's state, where ``optax.inject_hyperparams`` put one; None elsewhere."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
+        if names == ["hyperparams", "learning_rate"] and leaf.ndim == 0:
+            return leaf
+    return None
+
+
+def rates(opt_state: Any) -> dict[str, jax.Array]:
+    """``learning_rate`` by that name, where there is one."""
+    rate = learning_rate(opt_state)
+    return {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
+
+
+def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> Any:
+    return optimizer.update(gradient, opt_state, params, **(extra if _takes_extra(optimizer) else {}))
+
+
+@contextlib.contextmanager
+def _as_optax_expects() -> Generator[None]:
+    """optax multiplies its counts and rates with floats: under strict promotion even adam raises."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _takes_extra(optimizer: Optimizer) -> bool:
+    kinds = [p.kind for p in inspect.signature(optimizer.update).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds

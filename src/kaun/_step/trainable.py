@@ -1,0 +1,118 @@
+"""Freezing by path: which parameters train, and what holds for the layers that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from kaun import tree
+from kaun._messages import locate
+from kaun.layers.core import Vars
+from kaun.layers.path import frozen_layers
+
+__all__ = ["Partition", "check_trainable", "trainable_part"]
+
+Trainable = Callable[[str], Any]
+LISTED = 20  # paths, in a message
+
+
+def check_trainable(trainable: Any) -> None:
+    """Refuse what cannot say which parameters train.
+
+    Raises:
+        TypeError: when it is neither None nor a function.
+    """
+    if trainable is not None and not callable(trainable):
+        raise TypeError(
+            "Trainer(trainable=...) expected a function from a parameter's path to whether it trains, received "
+            f'{trainable!r}. Write trainable=lambda path: path.startswith("head.").'
+        )
+
+
+def trainable_part(trainable: Trainable | None, params: Any) -> Any:
+    """The parameters with None in the place of those that are frozen.
+
+    Raises:
+        ValueError: when all are; the message lists the paths.
+    """
+    if trainable is None:
+        return params
+    part = tree.map_with_path(lambda path, leaf: leaf if trainable(path) else None, params)
+    if not jax.tree_util.tree_leaves(part):
+        paths = list(tree.flatten(params)[0])
+        more = f"\n  and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
+        raise ValueError(
+            f"Trainer(trainable=...) expected a function that is true for some of the model's parameters, received "
+            f"{locate(trainable)}, which is true for none of them: nothing would train. The paths are\n  "
+            + "\n  ".join(map(repr, paths[:LISTED]))
+            + f'{more}\nWrite trainable=lambda path: path.startswith("{paths[-1].rpartition(".")[0]}"), for example.'
+        )
+    return part
+
+
+class Partition:
+    """A model's variables, taken apart into what trains and what does not.
+
+    Arguments:
+        trainable: true for the paths of the parameters that train; None for all.
+        vars: the variables.
+        cast: applied to each frozen parameter once, ahead of all forward passes of the step.
+
+    Attributes:
+        vars: the variables, with None in the place of each frozen parameter.
+    """
+
+    def __init__(self, trainable: Trainable | None, vars: Vars, cast: Callable[[Any], Any]) -> None:
+        self._whole = vars
+        self.vars = vars.replace(params=trainable_part(trainable, vars.params))
+        self._frozen = _join(lambda mine, leaf: leaf if mine is None else None, self.vars.params, vars.params)
+        self._cast = jax.tree_util.tree_map(cast, self._frozen)
+
+    def forward(self, params: Any) -> Vars:
+        """All variables for a forward pass, with these as the parameters that train."""
+        return self._whole.replace(params=_either(params, self._cast))
+
+    def joined(self, vars: Vars) -> Vars:
+        """All variables after an update of those that train."""
+        return vars.replace(params=_either(vars.params, self._frozen))
+
+    @contextmanager
+    def still(self) -> Generator[None, None, None]:
+        """Inside, layers that are frozen as a whole run in evaluation mode."""
+        with frozen_layers(jax.tree_util.tree_leaves(self._cast)):
+            yield
+
+    def kept(self, state: Any) -> Any:
+        """The layers' state after a step, where layers that are frozen as a whole keep theirs."""
+        frozen = tree.flatten(self._frozen)[0]
+        if not frozen:
+            return state
+        paths = {path: path in frozen for path in tree.flatten(self._whole.params)[0]}
+        return _with_paths(lambda path, old, new: old if _is_frozen(path, paths) else new, self._whole.state, state)
+
+
+def _with_paths(f: Callable[[str, Any, Any], Any], before: Any, after: Any) -> Any:
+    if jax.tree_util.tree_structure(before) != jax.tree_util.tree_structure(after):
+        return after  # guard.as_before says what is wrong
+    return jax.tree_util.tree_map_with_path(lambda path, a, b: f(tree.path_name(path), a, b), before, after)
+
+
+def _is_frozen(path: str, paths: dict[str, bool]) -> bool:
+    """Whether all parameters are frozen of the innermost part around a leaf of state that has parameters."""
+    while path:
+        path = path.rpartition(".")[0]
+        inside = [flag for name, flag in paths.items() if not path or name.startswith(f"{path}.")]
+        if inside:
+            return all(inside)
+    return False
+
+
+def _join(f: Callable[[Any, Any], Any], part: Any, whole: Any) -> Any:
+    return jax.tree_util.tree_map(f, part, whole, is_leaf=lambda leaf: leaf is None)
+
+
+def _either(part: Any, other: Any) -> Any:
+    return _join(lambda a, b: b if a is None else a, part, other)

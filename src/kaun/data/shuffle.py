@@ -1,0 +1,35 @@
+"""The order of the items in each pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from kaun import rng
+
+
+class Orders:
+    """The order of ``n`` items in each pass: a function of the key, drawn here and now, and the pass.
+
+    Attributes:
+        key: the key.
+    """
+
+    def __init__(self, where: str, n: int) -> None:
+        self.key = rng.next_key()
+        if isinstance(self.key, Tracer):
+            raise RuntimeError(
+                f"{where} was called inside compiled code, where keys have no values yet. Build the pipeline outside "
+                "and pass its batches in."
+            )
+        self._n = n
+        self._words = [int(word) for word in np.asarray(jax.random.key_data(self.key)).ravel()]
+
+    def __call__(self, epoch: int) -> Any:
+        # RandomState, whose numbers NumPy has frozen, and not Generator, whose numbers a new version may change: a run
+        # resumed after an upgrade must go on in the same order.
+        seed = np.random.SeedSequence([*self._words, epoch])
+        return np.random.RandomState(np.random.PCG64(seed)).permutation(self._n)

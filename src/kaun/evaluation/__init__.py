@@ -1,0 +1,7 @@
+"""How a trained model is evaluated: passes over data for ``evaluate`` and ``predict``, and ``export``."""
+
+from kaun.evaluation.export import export_model as export_model
+from kaun.evaluation.passes import evaluate as evaluate
+from kaun.evaluation.passes import predict as predict
+from kaun.evaluation.totals import checked as checked
+from kaun.evaluation.trace import trace_metrics as trace_metrics

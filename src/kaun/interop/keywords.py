@@ -1,0 +1,155 @@
+"""What the adapters share: packages that may be missing, the words a model's call takes, dtypes, and nested paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from kaun import tree
+from kaun.context import Context
+from kaun.layers.path import here
+
+__all__ = [
+    "SWITCHES", "Keywords", "cast_floats", "nested", "origins", "package", "pick", "plain", "taken", "threaded",
+    "zeros",
+]  # fmt: skip
+
+SWITCHES = {
+    "training": True, "train": True, "is_training": True,
+    "deterministic": False, "use_running_average": False, "inference": False,
+}  # fmt: skip
+"""The names under which the libraries' models take their switch, and what each is in training."""
+
+
+def package(module: str, user: str, extra: str) -> Any:
+    """The module of an optional package.
+
+    Raises:
+        ImportError: when the package is not installed; the message names the extra that has it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        root = module.split(".")[0]
+        if error.name != root:
+            raise  # it is there, and something that it needs is not
+        raise ImportError(
+            f'interop.{user} needs {root}, which is missing: pip install "kaun[{extra}]"', name=root
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Keywords:
+    """The parameters that a model's call has besides its input, by name: whether each must be given."""
+
+    required: Mapping[str, bool]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], given: int) -> Keywords:
+        """Those of a function after its first ``given`` ones."""
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except ValueError:  # written in C
+            return cls({})
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        rest = [p for i, p in enumerate(parameters) if p.kind in by_name and not (i < given and p.kind == by_name[0])]
+        return cls({p.name: p.default is inspect.Parameter.empty for p in rest})
+
+    def values(self, *, training: bool, ctx: Context, without: Iterable[str] = ()) -> dict[str, Any]:
+        """What to call it with: the switches, and of the context what the call has a parameter for.
+
+        Raises:
+            MissingContext: when a parameter without a default is neither a switch nor in the context.
+        """
+        named = {name: needed for name, needed in self.required.items() if name not in without}
+        switches = {name: SWITCHES[name] is training for name in named if name in SWITCHES}
+        found = {name: ctx[name] for name, needed in named.items() if name not in SWITCHES and (needed or name in ctx)}
+        return switches | found
+
+
+def origins(value: Any) -> list[str]:
+    """The modules in which a value's class and its bases were written."""
+    bases: tuple[type, ...] = type(value).__mro__
+    return [base.__module__ for base in bases]
+
+
+def taken(method: Any, where: str) -> Any:
+    """``method=`` as the adapters take it: None, a name, or a function of the module and the input.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if method is not None and not isinstance(method, str) and not callable(method):
+        raise TypeError(
+            f"{where}(method=...) expected the name of a method or a function (module, x), received {method!r}. "
+            'Write method="encode", or method=lambda module, x: module.encode(x).'
+        )
+    return method
+
+
+def cast_floats(values: Any, dtype: Any) -> Any:
+    """A tree as JAX arrays, its floating leaves in ``dtype``."""
+
+    def one(leaf: Any) -> jax.Array:
+        array = tree.strong(leaf)
+        return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+    return jax.tree_util.tree_map(one, values)
+
+
+def nested(values: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
+    """The nested dicts whose values lie at these paths."""
+    made: dict[Any, Any] = {}
+    for path, value in values.items():
+        inner = made
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = value
+    return made
+
+
+def pick(values: Any, path: Iterable[Any]) -> Any:
+    """What lies at a path of nested dicts."""
+    for key in path:
+        values = values[key]
+    return values
+
+
+def plain(values: Any) -> Any:
+    """A tree with dicts in place of whatever mappings it has."""
+    if isinstance(values, Mapping):
+        return {key: plain(value) for key, value in cast("Mapping[Any, Any]", values).items()}
+    return values
+
+
+def threaded(name: str, before: Any, after: Any, fix: str) -> Any:
+    """A model's state after a call, in the structure and dtypes that it had before.
+
+    Raises:
+        ValueError: when the call added, removed or reshaped something; ``fix`` ends the message.
+    """
+    old, structure = tree.flatten(before)
+    floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+    new = {
+        path: leaf.astype(old[path].dtype) if path in old and floating(leaf) and floating(old[path]) else leaf
+        for path, leaf in tree.flatten(after)[0].items()
+    }
+    lines = tree.difference(old, new)
+    if lines:
+        raise ValueError(
+            f"{here(name)} changed the form of its state in a call:\n  " + "\n  ".join(lines[:10]) + f"\n{fix}"
+        )
+    return jax.tree_util.tree_unflatten(structure, [new[path] for path in old])
+
+
+def zeros(sample: Any) -> Any:
+    """A sample input whose shapes alone (``jax.ShapeDtypeStruct``) are made into zeros."""
+    shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    make = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if shape(leaf) else leaf
+    return jax.tree_util.tree_map(make, sample, is_leaf=shape)

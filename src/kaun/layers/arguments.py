@@ -1,0 +1,120 @@
+"""What the layers of the catalogue share: checked arguments, drawn parameters, and the text that names a layer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "accumulation_dtype",
+    "along_last",
+    "call_text",
+    "fraction",
+    "pair",
+    "positive",
+    "size",
+]  # fmt: skip
+
+
+def size(layer: str, what: str, value: Any) -> int:
+    """An argument that counts something: an int of at least 1 (a NumPy integer too, a bool not).
+
+    Raises:
+        TypeError: not an int.
+        ValueError: below 1.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{layer}({what}=...) expected an int of at least 1, received {value!r}. "
+            "Write a whole number; where it is computed, divide with //."
+        ) from None
+    if count < 1:
+        raise ValueError(f"{layer}({what}=...) expected an int of at least 1, received {count}.")
+    return count
+
+
+def pair(layer: str, what: str, value: Any) -> tuple[int, int]:
+    """An argument with one size for height and width, or one for each.
+
+    Raises:
+        TypeError: neither an int nor two of them.
+        ValueError: below 1.
+    """
+    if not isinstance(value, Sequence):
+        count = size(layer, what, value)
+        return count, count
+    both = cast("Sequence[Any]", value)
+    if isinstance(value, str) or len(both) != 2:
+        raise TypeError(
+            f"{layer}({what}=...) expected an int or two of them, (height, width), received {value!r}. "
+            f"Write {what}=2 or {what}=(2, 2)."
+        )
+    return size(layer, what, both[0]), size(layer, what, both[1])
+
+
+def positive(layer: str, what: str, value: Any) -> float:
+    """An argument that is a finite number above 0.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not above 0.
+    """
+    number = _real(layer, what, value, "above 0")
+    if not 0 < number < math.inf:
+        raise ValueError(f"{layer}({what}=...) expected a finite number above 0, received {number!r}.")
+    return number
+
+
+def fraction(layer: str, what: str, value: Any) -> float:
+    """An argument that is a share: a number in [0, 1).
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: outside of [0, 1).
+    """
+    number = _real(layer, what, value, "in [0, 1)")
+    if not 0 <= number < 1:
+        hint = f" Write {what}={number / 100:g} for {number:g} percent." if 1 < number < 100 else ""
+        raise ValueError(f"{layer}({what}=...) expected a number in [0, 1), received {number!r}.{hint}")
+    return number
+
+
+def _real(layer: str, what: str, value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{layer}({what}=...) expected a number {where}, received {value!r}. Write {what}=0.1, for example."
+        )
+    return float(value)
+
+
+def call_text(constructor: Callable[..., Any], **arguments: Any) -> str:
+    """The call that makes a layer, without the arguments that have their default: ``linear(2, 4, bias=False)``."""
+    defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
+    words = [
+        repr(value) if defaults[name] is inspect.Parameter.empty else f"{name}={value!r}"
+        for name, value in arguments.items()
+        if value != defaults[name]
+    ]
+    return f"{constructor.__name__}({', '.join(words)})"
+
+
+def along_last(vector: jax.Array, ndim: int) -> jax.Array:
+    """A vector with leading axes of size 1, so that it meets the last of ``ndim`` axes without rank promotion."""
+    return jax.lax.expand_dims(vector, range(ndim - 1))
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """The dtype to sum in: float32 for half precision, the dtype itself otherwise."""
+    # Not jnp.promote_types: it refuses mixed dtypes under strict promotion.
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)

@@ -1,0 +1,81 @@
+"""What arrives at a layer: its input's shape and dtype, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun import tree
+from kaun.layers.path import here
+
+
+def float_input(
+    name: str, x: Any, dtype: Any = None, *, features: int | None = None, ndim: int | None = None, layout: str = "..."
+) -> jax.Array:
+    """``x`` as a JAX array, checked for a layer that works on floats.
+
+    Arguments:
+        name: the layer, for messages.
+        x: what came. NumPy arrays are canonicalized as JAX does (float64 becomes float32 without x64).
+        dtype: the model's dtype (``vars.dtype``); None takes any floating one.
+        features: the size that the last axis must have; None takes any.
+        ndim: the number of axes; None takes any from 1.
+        layout: the axes before the last, for messages: ``"batch, height, width"``.
+
+    Raises:
+        TypeError: not an array, or of another dtype.
+        ValueError: another shape.
+    """
+    x = _as_jax(name, x)
+    last = features if features is not None else "channels"
+    expected = f"{jnp.dtype(dtype).name if dtype is not None else 'float'}[{layout}, {last}]"
+    received = f"received {tree.describe(x)}"
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        fix = f"x.astype(jnp.{jnp.dtype(dtype).name if dtype is not None else 'float32'})"
+        raise TypeError(
+            f"{here(name)} expected {expected}, {received}: it works on floats. Convert the input, {fix}, or put "
+            "layers.embedding(...) first if these are indices."
+        )
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(
+            f"{here(name)} expected {expected}, {received}: the model is {jnp.dtype(dtype).name}. Convert the input, "
+            f"x.astype(jnp.{jnp.dtype(dtype).name}), or make the model with init(dtype=jnp.{x.dtype.name})."
+        )
+    if (ndim is not None and x.ndim != ndim) or x.ndim == 0:
+        wanted = ndim or "one or more"
+        raise ValueError(f"{here(name)} expected {expected}, {received}: {x.ndim} axes instead of {wanted}.")
+    if features is not None and x.shape[-1] != features:
+        raise ValueError(
+            f"{here(name)} expected {expected}, {received}: the last axis is {x.shape[-1]}, not {features}. "
+            f"Make the layer {x.shape[-1]} wide, or the one before it {features}."
+        )
+    return x
+
+
+def int_input(name: str, x: Any, *, layout: str = "...") -> jax.Array:
+    """``x`` as a JAX array, checked for a layer that works on indices.
+
+    Raises:
+        TypeError: not an array, or not of an integer dtype.
+    """
+    x = _as_jax(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(
+            f"{here(name)} expected int[{layout}], received {tree.describe(x)}: it works on indices. "
+            "Convert the input, x.astype(jnp.int32)."
+        )
+    return x
+
+
+def _as_jax(name: str, x: Any) -> jax.Array:
+    if isinstance(x, jax.Array):
+        return x
+    if isinstance(x, (np.ndarray, np.generic, float, int)):
+        return jnp.asarray(x)
+    raise TypeError(
+        f"{here(name)} expected an array, received {type(x).__name__}. Pass a NumPy or JAX array, or write a layer "
+        "that takes a tree: Layer(init=..., apply=...)."
+    )

@@ -1,0 +1,123 @@
+"""The learning rate of each step, from its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kaun._messages import locate
+from kaun.reports import report_state
+from kaun.train import Report, TrainState
+
+__all__ = ["learning_rate"]
+
+CHUNK = 4096  # counts that are evaluated at once
+
+
+def learning_rate(schedule: Callable[[Any], Any]) -> Report:
+    """The report that gives the other reports of one ``all_of`` the learning rate of each step, ``"learning_rate"``.
+
+    It is the schedule at the number of updates made before the step: 0 at the first step of a state's life, and a step
+    that was skipped (``values["skipped"]``) made none. It is evaluated on JAX's CPU device for 4096 counts at once,
+    well ahead of the steps, so that ``fit`` never waits for it but at its first block. It needs no place in front of
+    the others, and replaces a learning rate that ``fit`` knows itself (of ``optax.inject_hyperparams``). By itself it
+    does nothing.
+
+    Arguments:
+        schedule: the function of the count that the optimizer has; any of optax's.
+
+    Raises:
+        TypeError: when ``schedule`` is not a function, or does not give a scalar.
+        RuntimeError: when JAX was told to have no CPU device.
+
+    >>> import numpy as np, optax
+    >>> from kaun import reports
+    >>> history = []
+    >>> class Rates:
+    ...     def wants(self, step): return False
+    ...     def __call__(self, step, loss, state): pass
+    ...     def block(self, first_step, values): history.extend(values["learning_rate"].tolist())
+    >>> report = reports.all_of(Rates(), reports.learning_rate(optax.linear_schedule(1.0, 0.0, 4)))
+    >>> report.block(1, {"loss": np.zeros(3, np.float32), "step": np.array([1, 2, 3])})  # fit does this
+    >>> history
+    [1.0, 0.75, 0.5]
+    """
+    if not callable(schedule):
+        raise TypeError(
+            f"learning_rate expected a schedule, a function of the count of updates, received {schedule!r}. For a rate "
+            "that stays the same write learning_rate(optax.constant_schedule(1e-3))."
+        )
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as err:
+        raise RuntimeError(
+            "learning_rate evaluates the schedule on JAX's CPU device, and there is none. Name it beside the other: "
+            "JAX_PLATFORMS=cuda,cpu in the environment."
+        ) from err
+    return _LearningRate(schedule, device)
+
+
+class _LearningRate:
+    def __init__(self, schedule: Callable[[Any], Any], device: Any) -> None:
+        self.__name__ = "learning_rate"
+        self._schedule, self._device = schedule, device
+        self._rates = jax.jit(jax.vmap(self._rate))
+        self._chunks: dict[int, Any] = {}
+        self._skipped = 0  # in the state's life up to now
+
+    def wants(self, step: int) -> bool:
+        return False
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
+        pass
+
+    def adds(self, first_step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        count = len(values["loss"])
+        first = int(values["step"][0]) if "step" in values else first_step
+        if first == 1:
+            self._skipped = 0
+        skipped = values.get("skipped", np.zeros(count, bool)).astype(np.int64)
+        before = np.arange(first - 1, first - 1 + count) - self._skipped - (np.cumsum(skipped) - skipped)
+        self._skipped += int(skipped.sum())
+        return {"learning_rate": self._at(before)}
+
+    def begin(self, first_step: int, total: int | None) -> None:
+        self._ahead((first_step - 1) // CHUNK)  # most states begin with step 1 of a fit
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"skipped": self._skipped}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        (self._skipped,) = report_state.saved(self, values, "skipped")
+
+    def _at(self, counts: np.ndarray) -> np.ndarray:
+        rates = np.empty(len(counts), np.float32)
+        for index in np.unique(counts // CHUNK).tolist():
+            self._ahead(index)
+            # The device works in order: steps that were dispatched after this chunk, and are done, prove it done.
+            chunk = self._chunks[index] = np.asarray(self._chunks[index])
+            self._ahead(index + 1)
+            within = counts // CHUNK == index
+            rates[within] = chunk[counts[within] % CHUNK]
+        self._chunks = {index: chunk for index, chunk in self._chunks.items() if index >= counts[-1] // CHUNK}
+        return rates
+
+    def _ahead(self, index: int) -> None:
+        if index not in self._chunks:
+            counts = np.arange(index * CHUNK, (index + 1) * CHUNK, dtype=np.int32)
+            self._chunks[index] = self._rates(jax.device_put(counts, self._device))
+
+    def _rate(self, count: jax.Array) -> jax.Array:
+        # As the optimizer's updates: some of optax's schedules promote dtypes.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            rate = jnp.asarray(self._schedule(count))
+        if rate.shape:
+            raise TypeError(
+                f"learning_rate expected a schedule that gives a scalar; {locate(self._schedule)} gave shape "
+                f"{rate.shape}. Pass the function that the optimizer has."
+            )
+        return rate.astype(jnp.float32)

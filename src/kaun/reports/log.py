@@ -1,0 +1,197 @@
+"""What the loggers share: rows, one for each step, made of blocks and of what other reports measure."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from kaun.reports import report_state
+from kaun.train import TrainState
+
+__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "require_package"]
+
+Row = dict[str, Any]  # "step", an int, first; then float, int or bool by name
+
+_WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Sink(Protocol):
+    """Where rows go. ``name`` is what the report is called, ``run`` the id of what it writes, "" for a path."""
+
+    name: str
+    run: str
+
+    def cut(self, step: int) -> None:
+        """Open it, without the rows of this step and later: these come again, or belong to a run that came before."""
+        ...
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write rows of ascending steps, for everyone to see."""
+        ...
+
+    def sync(self) -> None:
+        """What was written survives a crash from now on."""
+        ...
+
+    def close(self, error: BaseException | None) -> None:
+        """The fit is over, by this exception; also called when nothing was opened."""
+        ...
+
+
+class Log:
+    """The report that turns what it is told into rows, for ``sink``.
+
+    A row is held back until something of a later step comes, so that what is measured after its step gets into it.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.__name__ = sink.name
+        self._sink = sink
+        self._fits = 0
+        self._outer: BaseException | None = None
+        self._open = False
+        self._offset = 0  # from the fit's steps to those of the state
+        self._names: set[str] = set()  # of the values in blocks
+        self._row: Row | None = None  # the newest
+        self._written = False  # whether that one is out
+
+    def begin(self, first_step: int, total: int | None) -> None:
+        self._fits += 1
+        if self._fits > 1:
+            raise RuntimeError(
+                f"{self._sink.name}(...) is at work for a fit already, and a fit inside it would write over its rows. "
+                "Give the inner fit a report of its own, with another path."
+            )
+        self._open = False
+        self._outer = sys.exception()
+
+    def end(self) -> None:
+        self._fits = max(0, self._fits - 1)
+        if self._fits:
+            return
+        error = sys.exception()
+        try:
+            self._put()
+        finally:
+            self._row, self._open = None, False
+            self._sink.close(error if error is not self._outer else None)
+
+    def wants(self, step: int) -> bool:
+        return False
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
+        # From a user's own function, which may never say that the fit is over.
+        after = int(getattr(state, "step", step))
+        self.block(step, {"loss": np.array([loss], np.float32), "step": np.array([after])})
+        self._put()
+
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
+        self.thinned(first_step, values, 1)
+
+    def thinned(self, first_step: int, values: Mapping[str, np.ndarray], n: int) -> None:
+        self._offset = int(values["step"][0]) - first_step if "step" in values else 0
+        first = first_step + self._offset
+        self._start(first)
+        if self._row is not None and self._row["step"] >= first:  # it comes again
+            self._row = None
+        self._names |= values.keys()
+        rows = [] if self._row is None or self._written else [self._row]
+        rows += _rows(first, {name: array[-first_step % n :: n] for name, array in values.items()}, -first_step % n, n)
+        if rows and rows[-1]["step"] >= first:
+            self._row, self._written = rows.pop(), False
+        else:
+            self._row = None
+        self._sink.write(rows)
+
+    def observe(self, step: int, values: Mapping[str, float]) -> None:
+        step += self._offset
+        self._start(step)
+        # Training and held-out data have their own "loss" and "accuracy".
+        measured = {(f"valid_{name}" if name in self._names else name): float(v) for name, v in values.items()}
+        if self._row is None or self._row["step"] != step:
+            self._put()
+            self._row = {"step": step}
+        elif self._written:
+            self._sink.cut(step)
+        self._row, self._written = self._row | measured, False
+
+    def snapshot(self) -> dict[str, Any]:
+        self._put()
+        self._sink.sync()
+        row = "" if self._row is None else encoded(self._row)
+        return {"row": row, "offset": self._offset, "names": sorted(self._names), "run": self._sink.run}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        row, self._offset, names, self._sink.run = report_state.saved(self, values, "row", "offset", "names", "run")
+        self._names, self._row, self._written = set(names), decoded(row) if row else None, True
+
+    def _start(self, step: int) -> None:
+        """Begin with the first step of a fit, or with the one after which its run was interrupted."""
+        if self._open:
+            return
+        if self._row is not None and self._row["step"] > step:
+            self._row = None
+        # What was measured after the newest row may come again, or not have come at all.
+        self._written = False
+        self._sink.cut(step if self._row is None else self._row["step"])
+        self._open = True
+
+    def _put(self) -> None:
+        if self._row is not None and not self._written:
+            self._sink.write([self._row])
+            self._written = True
+
+
+def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> list[Row]:
+    named = {name: _numbers(column) for name, column in columns.items() if name != "step"}
+    steps = range(first + start, first + start + n * len(columns["loss"]), n)
+    return [dict(zip(("step", *named), row, strict=True)) for row in zip(steps, *named.values(), strict=True)]
+
+
+def _numbers(column: np.ndarray) -> list[Any]:
+    if column.dtype.kind in "biu" or column.dtype == np.float64:
+        return column.tolist()
+    # The shortest digits that give the float32 again: 0.1 and not 0.10000000149011612.
+    return [float(str(value)) for value in column.astype(np.float32)]
+
+
+def encoded(row: Row) -> str:
+    """A row as strict JSON: what is not finite is "NaN", "Infinity" or "-Infinity"."""
+    return "{" + ", ".join([f"{_quoted(name)}: {_json(value)}" for name, value in row.items()]) + "}"
+
+
+def decoded(line: str) -> Row:
+    """The row that ``encoded`` wrote."""
+    return {name: _WORDS[value] if isinstance(value, str) else value for name, value in json.loads(line).items()}
+
+
+_quoted = functools.lru_cache(maxsize=256)(json.dumps)
+
+
+def _json(value: Any) -> str:
+    if value is True or value is False:
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return '"NaN"' if math.isnan(value) else '"Infinity"' if value > 0 else '"-Infinity"'
+    return repr(value)
+
+
+def require_package(where: str, package: str, extra: str) -> Any:
+    """A package that only this report needs.
+
+    Raises:
+        ImportError: when it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as err:
+        if err.name != package:  # it is there, and something that it needs is not
+            raise
+        raise ImportError(f'reports.{where} needs {package}, which is missing: pip install "kaun[{extra}]"') from err

@@ -1,0 +1,92 @@
+"""The report that logs to MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from kaun.reports.log import Log, Row, require_package
+
+BATCH = 1000  # metrics that MLflow takes at once
+
+
+def mlflow(
+    experiment: str = "Default", *, name: str | None = None, tracking_uri: str | None = None, run: str | None = None
+) -> Log:
+    """The report that logs to MLflow.
+
+    Each value is a metric under its name at the step of the state; which values, is as for ``jsonl``. The run begins
+    with the first step of the first fit, and ends with each fit as finished, failed or killed; a further fit, and one
+    that goes on from a checkpoint, take it up again, and log no value of a step twice. It never makes ``fit`` wait for
+    the device, but waits for MLflow: with a remote server, use ``every(100, mlflow(...))``.
+
+    Arguments:
+        experiment: the name of the experiment, made where it is missing.
+        name: the name of the run, default MLflow's choice.
+        tracking_uri: where to log, default as MLflow is set up.
+        run: the id of a run of your own, which is logged to and not ended; default a new one.
+
+    Raises:
+        ImportError: when mlflow is not installed.
+
+    >>> from kaun import reports
+    >>> report = reports.mlflow("digits", tracking_uri="sqlite:///runs.db")  # doctest: +SKIP
+    >>> state = trainer.fit(state, data, report=reports.every(10, report))  # doctest: +SKIP
+    """
+    package = require_package("mlflow", "mlflow", "mlflow")
+    return Log(_Mlflow(package, experiment, name, tracking_uri, run))
+
+
+class _Mlflow:
+    name = "mlflow"
+
+    def __init__(
+        self, package: Any, experiment: str, name: str | None, tracking_uri: str | None, given: str | None
+    ) -> None:
+        self._package, self._experiment, self._name, self._given = package, experiment, name, given
+        self._client: Any = None
+        self._uri = tracking_uri
+        self.run = given or ""
+        self._there: dict[str, set[int]] = {}
+
+    def cut(self, step: int) -> None:
+        if self._client is None:
+            self._client = self._package.MlflowClient(tracking_uri=self._uri)
+            self._resume() if self.run else self._create()
+        self._there = {
+            key: {metric.step for metric in self._client.get_metric_history(self.run, key) if metric.step >= step}
+            for key in self._client.get_run(self.run).data.metrics
+        }
+
+    def _create(self) -> None:
+        found = self._client.get_experiment_by_name(self._experiment)
+        number = self._client.create_experiment(self._experiment) if found is None else found.experiment_id
+        self.run = self._client.create_run(number, run_name=self._name).info.run_id
+
+    def _resume(self) -> None:
+        if self._given is None:
+            self._client.update_run(self.run, status="RUNNING")
+
+    def write(self, rows: Sequence[Row]) -> None:
+        if self._client is None:
+            return
+        now, metric = int(time.time() * 1000), self._package.entities.Metric
+        metrics = [
+            metric(name, float(value), now, row["step"])
+            for row in rows
+            for name, value in row.items()
+            if name != "step" and row["step"] not in self._there.get(name, ())
+        ]
+        for start in range(0, len(metrics), BATCH):
+            self._client.log_batch(self.run, metrics=metrics[start : start + BATCH])
+
+    def sync(self) -> None:
+        pass  # log_batch returns when they are stored
+
+    def close(self, error: BaseException | None) -> None:
+        if self._client is not None:
+            client, self._client = self._client, None
+            if self._given is None:
+                killed = isinstance(error, (KeyboardInterrupt, SystemExit))
+                client.set_terminated(self.run, status="KILLED" if killed else "FAILED" if error else "FINISHED")

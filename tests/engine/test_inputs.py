@@ -1,0 +1,116 @@
+"""A call: what of it decides which program runs it, and what is only passed along."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kaun._engine.inputs import StepInputs, is_host, is_number
+from kaun.context import Context
+
+X = np.zeros((2, 3), np.float32)
+
+
+RAGGED = np.array([np.ones(1), np.ones(2)], object)
+
+
+@dataclasses.dataclass
+class Batch:
+    x: object
+    y: object
+
+
+class Tensor:
+    dtype, shape = np.dtype("f4"), ()
+
+    def numpy(self):
+        return np.float32(1)
+
+
+def mean(out):
+    return out.mean()
+
+
+def test_equal_keys_are_equal_programs():
+    def key(x=X, loss=mean, ctx=None):
+        return StepInputs(x, loss, ctx).key
+
+    assert key() == key(X + 1) and hash(key()) == hash(key(X + 1))
+    others = [
+        key(np.zeros((3, 3), np.float32)),
+        key(np.zeros((2, 3), np.int32)),
+        key([X]),
+        key(loss=lambda out: out.sum()),
+        key(ctx=Context(a=X)),
+        key(jnp.asarray(X)),
+        key(2.0),
+        key(2),
+    ]
+    assert len({key(), *others}) == 9
+    assert key(jnp.asarray(2.0)) != key(jnp.float32(2.0)), "a weak type is another program"
+
+
+def test_leaves_are_split_as_they_were_put_in():
+    y = np.ones(4, np.float32)
+    call = StepInputs({"a": X, "b": (X + 1,)}, lambda out: (out - y).sum(), Context(mask=X + 2))
+    assert [a.flat[0] for a in call.leaves] == [0, 1, 1, 2]
+    x, arrays, ctx = call.split(["a", "b", "y", "mask"])
+    assert x == {"a": "a", "b": ("b",)} and arrays == ["y"] and ctx["mask"] == "mask"
+
+
+def test_owned_leaves_are_copies_of_what_may_change():
+    mine, device = X.copy(), jnp.ones(2)
+    call = StepInputs((mine, device, 3.0), mean, None)
+    owned = call.owned()
+    mine[:] = 7
+    assert owned[0].max() == 0 and owned[1] is device and owned[2] == 3.0
+    assert call.leaves[0] is mine
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        ("a", "x expected a NumPy or JAX array of numbers, received str"),
+        (
+            {"a": RAGGED},
+            r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad them",
+        ),
+        (
+            [Batch(X, X)],
+            r"x at '0' expected .* received Batch\. Let JAX look into it, jax.tree_util.register_dataclass\(Batch\), and the model gets",
+        ),
+        (
+            Tensor(),
+            r"x expected .* received Tensor\. Data.from_iterable\(loader\) makes arrays of the tensors of another library",
+        ),
+        ({"a": [1, None, b"a"]}, "x at 'a.2' expected a NumPy or JAX array of numbers, received bytes"),
+        (np.ma.masked_array([1.0]), "received a masked array of dtype float64"),
+        (np.array(["a"]), "received an array of dtype <U1"),
+    ],
+)
+def test_inputs_are_numbers(x, text):
+    with pytest.raises(TypeError, match=text):
+        StepInputs(x, mean, None)
+
+
+def test_a_call_is_told_in_words():
+    y = jnp.zeros(4, jnp.int32)
+    words = StepInputs({"a": X}, lambda out: (out - y).sum() * 2, Context(mask=X)).words()
+    assert words["x.a"] == "float32[2, 3]" and words["ctx['mask']"] == "float32[2, 3]"
+    assert words["captured y"] == "int32[4]"
+    assert "test_inputs.py" in StepInputs(X, mean, None).code and StepInputs(X, None, None).code == ""
+
+
+def test_kinds_of_leaves():
+    assert [is_host(a) for a in (X, np.float32(1), jnp.ones(1), 1.0)] == [True, True, False, False]
+    assert [is_number(a) for a in (X, np.float64(1), jnp.ones(1), 1.0, True, 1j)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert jax.tree_util.tree_leaves(StepInputs(1.0, None, None).leaves) == [1.0]

@@ -1,0 +1,48 @@
+"""Packing: leaves into vectors and back, bit for bit, under a rule that looks at sizes only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kaun._engine.packing import Packing, pack, packing_of, unpack
+
+dtypes = st.sampled_from(["float32", "int32", "bfloat16", "bool", "uint8"])
+shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+
+
+def kinds(leaves):
+    return [(a.shape, a.dtype) for a in leaves]
+
+
+@given(st.lists(st.tuples(dtypes, shapes), min_size=1, max_size=8), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_what_is_packed_is_unpacked(forms, seed):
+    g = np.random.default_rng(seed)
+    leaves = [jnp.asarray(g.integers(0, 9, shape), dtype) for dtype, shape in forms]
+    packing = Packing(kinds(leaves))
+    vectors = pack(packing, leaves)
+    assert len(vectors) == len({dtype for dtype, _ in forms}) and all(v.ndim == 1 for v in vectors)
+    back = unpack(packing, vectors)
+    assert [(a.dtype, a.shape, a.tobytes()) for a in back] == [(a.dtype, a.shape, a.tobytes()) for a in leaves]
+
+
+def test_layouts_are_values():
+    a, b = [jnp.ones(2), jnp.int32(1)], [jnp.zeros(2), jnp.int32(7)]
+    assert Packing(kinds(a)) == Packing(kinds(b)) and hash(Packing(kinds(a))) == hash(Packing(kinds(b)))
+    assert Packing(kinds(a)) != Packing(kinds([jnp.ones(3), jnp.int32(1)])) and Packing(kinds(a)) != 3
+
+
+@pytest.mark.parametrize(
+    ("leaves", "packed"),
+    [
+        ([jnp.ones(2)] * 4, True),
+        ([jnp.ones(2)] * 3, False),
+        ([jnp.ones(1 << 13)] * 2 + [jnp.ones(1)] * 2, False),
+        ([jnp.ones(2)] * 3 + [jax.random.key(0)], False),
+    ],
+)
+def test_what_is_packed_at_all(leaves, packed):
+    assert (packing_of(leaves) is not None) is packed

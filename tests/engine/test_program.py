@@ -1,0 +1,152 @@
+"""The body of a step and its programs: whatever is stacked, kept or overwritten, the same bytes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from kaun._engine.inputs import StepInputs
+from kaun._engine.packing import Packing
+from kaun._engine.program import TracedStep
+
+KEY = jax.random.key(0)
+
+
+OPEN = None
+
+
+def traced(step, leaves, call):
+    def whole(leaves, key, given, fault):
+        loss, after = step(leaves, key, given)
+        return loss, {"twice": 2 * loss}, after, fault
+
+    jitted = jax.jit(whole)
+    return TracedStep(jitted, jitted.trace(leaves, KEY, call.leaves, OPEN), call, 0.25)
+
+
+def call_of(*arrays):
+    return StepInputs(list(arrays), None, None)
+
+
+def contracting(leaves, key, given):
+    """A step whose last bit depends on what XLA fuses: half of it needs the item alone, half of it the state too."""
+    (w,), (x, y) = leaves, given
+    first = jnp.tanh(x * 1.7 + 0.3) * x + x * x * 0.77 + y
+    second = jnp.sin(first * w + x * w)
+    return second.sum(), [w - 0.01 * jnp.cos(second * w + first)]
+
+
+ITEMS = [np.random.default_rng(i).normal(size=64).astype(np.float32) for i in range(8)]
+W = jnp.asarray(np.random.default_rng(9).normal(size=64), jnp.float32)
+Y = jnp.float32(0.1)
+
+
+@pytest.fixture(scope="module")
+def body():
+    return traced(contracting, [W], call_of(ITEMS[0], Y))
+
+
+def one_by_one(body, items):
+    w, found = W, []
+    for x in items:
+        loss, (w,) = body.program("step", (False, False)).run([w], KEY, OPEN, jnp.int32(1), [x, Y], [])
+        found.append(loss)
+    return np.array(found).tobytes(), np.asarray(w).tobytes()
+
+
+def together(body, items, *, entry="fit", packing=None, y_too=False):
+    held = packing.pack([W]) if packing else [W + 0]
+    stack = np.zeros((body.capacity, 64), np.float32)
+    stack[: len(items)] = items
+    shared, stacked = ([], [stack, jnp.full(body.capacity, Y)]) if y_too else ([Y], [stack])
+    losses, _, held, _ = body.program(entry, (True, y_too), packing).run(
+        held, KEY, OPEN, jnp.int32(len(items)), shared, stacked
+    )
+    (w,) = packing.unpack(held) if packing else held
+    return np.asarray(losses)[: len(items)].tobytes(), np.asarray(w).tobytes()
+
+
+def test_a_block_is_its_steps_to_the_last_bit(body):
+    expected = one_by_one(body, ITEMS)
+    assert together(body, ITEMS) == expected
+    assert together(body, ITEMS, entry="fit in place") == expected
+    assert together(body, ITEMS, y_too=True) == expected, "what does not vary must not be computed ahead of the loop"
+    assert together(body, ITEMS, packing=Packing([((64,), jnp.dtype(jnp.float32))])) == expected
+
+
+def test_one_item_again_and_again_is_its_steps_to_the_last_bit(body):
+    losses, _, (w,), _ = body.program("fit", (False, False)).run([W], KEY, OPEN, jnp.int32(5), [ITEMS[0], Y], [])
+    assert (np.asarray(losses)[:5].tobytes(), np.asarray(w).tobytes()) == one_by_one(body, ITEMS[:1] * 5)
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=20), st.data())
+@settings(max_examples=15, deadline=None)
+def test_any_cut_into_blocks_gives_the_same_bytes(body, order, data):
+    global W
+    items, start, whole = [ITEMS[i] for i in order], W, []
+    expected = one_by_one(body, items)
+    while items:
+        n = data.draw(st.integers(1, min(len(items), body.capacity)))
+        losses, w = together(body, items[:n])
+        whole.append(losses)
+        W, items = jnp.asarray(np.frombuffer(w, np.float32)), items[n:]
+    end, W = np.asarray(W).tobytes(), start
+    assert (b"".join(whole), end) == expected
+
+
+def loop_body(program, *arguments):
+    """The instructions of the compiled loop's body, without the names and numbers that a compiler gives out."""
+    text = program.run.lower(*arguments).compile().as_text()
+    computations = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+    name = re.search(r"while\(.*?body=%?([\w.\-]+)", text).group(1)
+    plain = re.sub(r", metadata=\{[^}]*\}|[\w.\-]*\.\d+", "", computations[name])
+    return re.findall(r"(\w+\[[\d,]*\])\S* (fusion|dot|convolution|call|custom-call|sine|cosine|tanh)\(", plain)
+
+
+def test_the_compiled_loop_is_one_whether_its_memory_is_given_or_taken(body):
+    arguments = ([W], KEY, OPEN, jnp.int32(3), [Y], [np.zeros((body.capacity, 64), np.float32)])
+    kept = loop_body(body.program("fit", (True, False)), *arguments)
+    assert kept and kept == loop_body(body.program("fit in place", (True, False)), *arguments)
+
+
+def test_a_pattern_is_used_again_where_it_can_be(body):
+    body.patterns.clear()
+    assert body.pattern((True, False)) == (True, False)
+    assert body.pattern((False, False)) == (True, False), "one item of a block: no other program"
+    assert body.pattern((True, True)) == (True, True)
+    assert body.patterns == [(True, False), (True, True)]
+
+
+def test_programs_are_made_once(body):
+    assert body.program("fit", (True, False)) is body.program("fit", (True, False))
+    assert body.program("fit", (True, False)) is not body.program("fit in place", (True, False))
+    assert body.program("fit", (True, False)).fresh and body.seconds == 0.25
+
+
+def foreign(leaves, key, given):
+    """A convolution in a layout that XLA:CPU runs slowly inside of loops."""
+    (w,), (x,) = leaves, given
+
+    def loss(w):
+        y = lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+        return (y * y).mean()
+
+    value, gradient = jax.value_and_grad(loss)(w)
+    return value, [w - 0.1 * gradient]
+
+
+def test_convolutions_of_other_libraries_are_kept_out_of_loops():
+    x, w = np.ones((4, 3, 16, 16), np.float32), jnp.full((8, 3, 3, 3), 0.1, jnp.float32)
+    body = traced(foreign, [w], call_of(x))
+    assert not body.looped and body.capacity == 1
+    loss, (after,) = body.program("step", (False,)).run([w], KEY, OPEN, jnp.int32(1), [x], [])
+    losses, _, (other,), _ = body.program("fit in place", (False,)).run([w + 0], KEY, OPEN, jnp.int32(1), [x], [])
+    assert losses.shape == (1,) and float(losses[0]) == float(loss)
+    assert np.asarray(after).tobytes() == np.asarray(other).tobytes()
+    text = body.program("fit", (False,)).run.lower([w], KEY, OPEN, jnp.int32(1), [x], []).as_text()
+    assert "while" not in text

@@ -1,0 +1,77 @@
+"""The matrix product beside ``@``: values and derivatives of both orders."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kaun._kernels.matmul import matmul
+
+quick = settings(max_examples=10, deadline=None)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def agree(a, b, tolerance=1e-5):
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert left.shape == right.shape and left.dtype == right.dtype
+        assert float(jnp.abs(left - right).max()) <= tolerance * float(jnp.abs(right).max())
+
+
+def everything(f, x, weight, bars):
+    slopes = lambda x, weight: jax.vjp(f, x, weight)[1](bars)
+    directions = jnp.sin(x), jnp.cos(weight)
+    second = jax.vjp(slopes, x, weight)[1](directions)
+    return (
+        f(x, weight),
+        slopes(x, weight),
+        jax.jvp(f, (x, weight), directions),
+        second,
+        jax.jvp(slopes, (x, weight), directions),
+    )
+
+
+@given(st.sampled_from([(3,), (8,), (2, 5), (2, 3, 4)]), st.sampled_from([1, 7, 8, 24]), st.sampled_from([1, 5, 16]))
+@quick
+def test_values_and_derivatives_are_those_of_the_operator(leading, n, m):
+    x, weight, bars = normal(0, *leading, n), normal(1, n, m), normal(2, *leading, m)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kaun._kernels.matmul._LARGE", 0)
+        patch.setattr("kaun._kernels.matmul._ROWS", 0)
+        ours = jax.jit(lambda *a: everything(matmul, *a))(x, weight, bars)
+    agree(ours, jax.jit(lambda *a: everything(jnp.matmul, *a))(x, weight, bars))
+
+
+def test_large_and_under_vmap():
+    x, weights = normal(0, 256, 64), normal(1, 3, 64, 128)
+    slopes = lambda f: jax.jit(jax.vmap(jax.grad(lambda w: (f(x, w) ** 2).sum())))
+    agree(slopes(matmul)(weights), slopes(jnp.matmul)(weights))
+
+
+def test_in_double_precision():
+    with jax.enable_x64(True):
+        x, weight = (a.astype(jnp.float64) for a in (normal(0, 256, 64), normal(1, 64, 128)))
+        slopes = lambda f: jax.jit(jax.grad(lambda x, w: (f(x, w) ** 2).sum(), (0, 1)))
+        agree(slopes(matmul)(x, weight), slopes(jnp.matmul)(x, weight), tolerance=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    x, weight = normal(0, 256, 64, dtype=dtype), 0.1 * normal(1, 64, 128, dtype=dtype)
+    slopes = lambda f: jax.jit(jax.grad(lambda x, w: (f(x, w) ** 2).mean(), (0, 1)))
+    agree(slopes(matmul)(x, weight), slopes(jnp.matmul)(x, weight), tolerance=0.02)
+
+
+def test_it_is_the_operator_where_that_is_best(monkeypatch):
+    def plain(rows, n=128):
+        x, weight = jax.ShapeDtypeStruct((2, rows // 2, n), "float32"), jax.ShapeDtypeStruct((n, n), "float32")
+        return "custom_jvp" not in str(jax.make_jaxpr(lambda x, w: matmul(x, w))(x, weight))
+
+    assert not plain(256) and plain(256, n=32)
+    assert plain(8, n=4096), "few rows do not pay for two copies of the whole weight"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert plain(256)

@@ -1,0 +1,47 @@
+"""Where in the model we are, in messages."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kaun.layers import inputs, path
+
+
+def test_paths_nest_and_end():
+    assert path.here("linear(2, 3)") == "linear(2, 3)"
+    with path.at("0"), path.at("inner"):
+        assert path.here("linear(2, 3)") == "linear(2, 3) at '0.inner'"
+        assert path.here("sequential([\n  tanh(),\n])") == "sequential at '0.inner'"
+    assert path.here("x") == "x"
+
+
+def test_the_innermost_layer_is_noted_once_and_only_where_the_message_does_not_say_it():
+    with pytest.raises(ValueError, match="foreign") as caught, path.at("a"), path.at("b"):
+        raise ValueError("foreign")
+    assert caught.value.__notes__ == ["In the model's layer 'a.b'."] and caught.value.kaun_layer == "a.b"
+    with pytest.raises(ValueError, match=r"at 'a\.b'") as caught, path.at("a"), path.at("b"):
+        raise ValueError(path.here("linear"))
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "text"),
+    [
+        (np.ones((2, 3), np.int32), {}, TypeError, r"dense expected float\[..., channels\], received int32\[2, 3\]"),
+        (jnp.ones((2, 3)), {"dtype": jnp.bfloat16}, TypeError, r"the model is bfloat16.*astype\(jnp.bfloat16\)"),
+        (jnp.ones((2, 3)), {"ndim": 4}, ValueError, "2 axes instead of 4"),
+        (jnp.ones(()), {}, ValueError, "0 axes instead of one or more"),
+        (jnp.ones((2, 3)), {"features": 5}, ValueError, "the last axis is 3, not 5"),
+        ([1.0], {}, TypeError, "dense expected an array, received list"),
+    ],
+)
+def test_float_inputs(x, options, error, text):
+    with pytest.raises(error, match=text):
+        inputs.float_input("dense", x, **options)
+
+
+def test_good_inputs_arrive_as_jax_arrays():
+    assert inputs.float_input("dense", np.ones((2, 3)), jnp.float32, features=3).dtype == jnp.float32
+    assert inputs.int_input("table", np.arange(3)).dtype == jnp.int32
+    with pytest.raises(TypeError, match=r"table expected int\[batch\], received float32\[2\]"):
+        inputs.int_input("table", jnp.ones(2), layout="batch")

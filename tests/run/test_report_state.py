@@ -1,0 +1,68 @@
+"""What reports keep over a restart comes back as it was."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kaun
+from kaun import layers, rng
+from kaun._run.report_state import pack_snapshot, unpack_snapshot
+
+with rng.scope(0):
+    STATE = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.adam(0.1)).init()
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=4))
+def test_values_come_back_through_json(values):
+    told, arrays = pack_snapshot(values)
+    again = json.loads(json.dumps(told, allow_nan=False))
+    assert unpack_snapshot(again, arrays, STATE) == values and not arrays
+
+
+def test_arrays_states_and_odd_numbers_come_back():
+    losses = np.array([1.0, 0.5], np.float32)
+    told, arrays = pack_snapshot(
+        {"0 History": {"losses": losses, "nan": math.nan}, "1": [{"best": STATE}, jnp.arange(3)]}
+    )
+    found = unpack_snapshot(json.loads(json.dumps(told, allow_nan=False)), arrays, STATE)
+    assert found["0 History"]["losses"].tobytes() == losses.tobytes() and math.isnan(found["0 History"]["nan"])
+    best = found["1"][0]["best"]
+    assert jax.tree.structure(best) == jax.tree.structure(STATE)
+    for a, b in zip(jax.tree.leaves(best), jax.tree.leaves(STATE), strict=True):
+        assert a.dtype == b.dtype and jnp.array_equal(a, b)
+    assert found["1"][1].tolist() == [0, 1, 2]
+
+
+def test_strings_are_never_taken_for_something_else():
+    values = {"a": "array:x", "b": "state:y", "c": "float:0x1p0", "d": "text:z", "e": ""}
+    told, arrays = pack_snapshot(values)
+    assert unpack_snapshot(told, arrays, STATE) == values
+
+
+def test_what_cannot_be_kept_is_refused_by_its_place():
+    with pytest.raises(TypeError, match=r"snapshot\(\) of a report returned set at 'a/0'"):
+        pack_snapshot({"a": [{1}]})
+
+
+def test_what_is_missing_or_of_another_model_is_refused():
+    told, arrays = pack_snapshot({"best": STATE, "losses": np.ones(2)})
+    without = {name: a for name, a in arrays.items() if name != "losses"}
+    with pytest.raises(ValueError, match="names an array 'losses' of a report and does not hold it"):
+        unpack_snapshot(told, without, STATE)
+    with rng.scope(0):
+        other = kaun.Trainer(model=layers.linear(3, 1), optimizer=optax.adam(0.1)).init()
+    with pytest.raises(ValueError, match=r"kept has float32\[2, 1\] at '.*weight', where the run has float32\[3, 1\]"):
+        unpack_snapshot(told, arrays, other)

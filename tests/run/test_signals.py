@@ -1,0 +1,120 @@
+"""Signals are heard where the code can be interrupted, and nowhere else."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from kaun._run.signals import Signals
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_signal_waits_until_it_can_be_heard():
+    reached = []
+    with pytest.raises(SystemExit) as caught, Signals(wanted=True) as signals:
+        send()
+        reached.append("after the signal")
+        with signals.heard():
+            reached.append("never")
+    assert reached == ["after the signal"] and caught.value.code == 143
+
+
+def test_what_can_be_interrupted_is_interrupted_at_once():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), Signals(wanted=True) as signals, signals.heard():
+        send(signal.SIGINT)
+        reached.append("never")
+    assert reached == []
+
+
+def test_one_that_came_too_late_is_raised_at_the_end():
+    reached = []
+    with pytest.raises(SystemExit), Signals(wanted=True):
+        send()
+        reached.append("done")
+    assert reached == ["done"]
+
+
+def test_a_second_one_interrupts_at_once_and_whatever_it_is():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), Signals(wanted=True):
+        send()
+        reached.append("first")
+        send(signal.SIGINT)
+        reached.append("never")
+    assert reached == ["first"]
+
+
+def test_an_exception_is_not_replaced_by_a_signal_that_waits():
+    with pytest.raises(OSError), Signals(wanted=True):
+        send()
+        raise OSError
+
+
+def test_getting_an_item_can_be_interrupted_and_working_on_it_cannot():
+    worked = []
+
+    def items():
+        yield 1
+        yield 2
+        send()
+        yield 3
+
+    with pytest.raises(SystemExit), Signals(wanted=True) as signals:
+        for item in signals.heard_in(items()):
+            worked.append(item)
+    assert worked == [1, 2]
+    worked.clear()
+    with pytest.raises(SystemExit), Signals(wanted=True) as signals:
+        for item in signals.heard_in(iter([1, 2, 3])):
+            worked.append(item)
+            send() if item == 2 else None
+            worked.append("whole")
+    assert worked == [1, "whole", 2, "whole"]
+
+
+def test_items_end_and_fail_as_they_do():
+    with Signals(wanted=True) as signals:
+        assert list(signals.heard_in(iter([1, 2]))) == [1, 2]
+        with pytest.raises(ZeroDivisionError):
+            list(signals.heard_in(1 / 0 for _ in [1]))
+
+
+def test_nothing_is_done_where_it_is_not_wanted_or_not_in_the_main_thread():
+    before = signal.getsignal(signal.SIGTERM)
+    items = iter([1])
+    with Signals(wanted=False) as signals:
+        assert signal.getsignal(signal.SIGTERM) is before and signals.heard_in(items) is items
+    found = []
+
+    def other():
+        with Signals(wanted=True) as signals:
+            found.extend([signal.getsignal(signal.SIGTERM) is before, signals.heard_in(items) is items])
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert found == [True, True]
+
+
+def test_handlers_that_were_there_are_there_again():
+    calls = []
+    before = signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
+    try:
+        with Signals(wanted=True):
+            pass
+        send()
+        assert calls == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)

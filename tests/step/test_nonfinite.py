@@ -1,0 +1,222 @@
+"""Numbers that go wrong: a step whose loss or gradient is not finite changes nothing, wherever and however it runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kaun
+from kaun import Data, Layer, Vars, layers, losses, reports, rng
+from kaun._step.nonfinite import guard_update, match_state, squares_of
+from kaun.errors import NonFiniteLoss
+
+X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+Y = np.ones((4, 1), np.float32)
+BAD = np.full((4, 3), np.nan, np.float32)
+
+
+def loss(out):
+    return losses.mse(out, Y)
+
+
+def trainer_of(mode, model=None, optimizer=None):
+    with rng.scope(0):
+        model = layers.linear(3, 1) >> layers.batch_norm(1) if model is None else model
+        trainer = kaun.Trainer(model=model, optimizer=optimizer or optax.adam(0.1), on_nonfinite=mode)
+        return trainer, trainer.init()
+
+
+def in_place():
+    """A state of more than a megabyte, whose memory is taken over."""
+    return layers.linear(3, 1) >> Layer(
+        init=lambda *, dtype: Vars(params={"w": jnp.full((600, 600), 0.01, dtype)}, state={}, dtype=dtype),
+        apply=lambda vars, x, **_: (x + vars.params["w"].sum(), vars),
+    )
+
+
+def straight():
+    """A step that XLA:CPU would run badly inside a loop: a convolution that is not kaun's own."""
+    conv = lambda x: jax.lax.conv_general_dilated(
+        x[..., None], jnp.ones((3, 1, 4)), (1,), "SAME", None, None, ("NWC", "WIO", "NWC")
+    )
+    return layers.linear(3, 3) >> layers.fn(lambda x: conv(x).sum(-1).mean(axis=1, keepdims=True))
+
+
+MODELS = {"packed": None, "in place": in_place, "straight": straight}
+
+
+def same(a, b):
+    pairs = zip(
+        jax.tree.leaves((a.vars, a.opt_state, a.step)), jax.tree.leaves((b.vars, b.opt_state, b.step)), strict=True
+    )
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "report", [None, reports.every(3, lambda *_: None), lambda *_: None], ids=["none", "third", "all"]
+)
+def test_the_state_on_the_exception_is_the_one_before_that_step(kind, report):
+    trainer, state = trainer_of("raise", MODELS[kind] and MODELS[kind]())
+    xs = [X * k for k in range(1, 8)] + [BAD] + [X] * 5 + [BAD]
+    with pytest.raises(
+        NonFiniteLoss, match=r"The loss is nan at step 8, not finite is the gradient of 'left"
+    ) as caught:
+        trainer.fit(state, [(x, loss) for x in xs], report=report)
+    expected = state
+    for x in xs[:7]:
+        _, expected = trainer.step(expected, x, loss=loss)
+    assert same(caught.value.kaun_state, expected)
+    assert caught.value.step == 8 and np.isnan(caught.value.loss)
+    assert {"left.weight", "left.bias"} <= set(caught.value.parameters)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(1, 7))
+@settings(max_examples=15, deadline=None)
+def test_skipping_is_a_fit_over_the_good_items_with_a_count_of_all(skipping, good, n):
+    trainer, state = skipping
+    items = [(X * (i + 1) if ok else BAD, loss) for i, ok in enumerate(good)]
+    end = trainer.fit(state, items, report=reports.every(n, lambda *_: None))
+    assert int(end.step) == len(items)
+    expected = state
+    for item, ok in zip(items, good, strict=True):
+        expected = trainer.step(expected, item[0], loss=loss)[1] if ok else expected.replace(step=expected.step + 1)
+    assert same(end, expected)
+
+
+@pytest.fixture(scope="module")
+def skipping():
+    return trainer_of("skip")
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_step_never_raises_and_changes_nothing_but_the_number(mode):
+    trainer, state = trainer_of(mode)
+    value, after = trainer.step(state, BAD, loss=loss)
+    assert np.isnan(value) and int(after.step) == 1
+    assert same(after.replace(step=state.step), state)
+
+
+def test_ignore_is_a_step_like_any_other():
+    trainer, state = trainer_of("ignore")
+    end = trainer.fit(state, [(BAD, loss), (X, loss)])
+    assert np.isnan(end.vars.params["left"]["weight"]).all() and int(end.step) == 2
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_a_gradient_may_go_wrong_where_the_loss_does_not(mode):
+    trainer, state = trainer_of(mode, layers.linear(3, 1, bias=False), optax.sgd(0.1))
+    root = lambda out: jnp.sqrt(jnp.abs(out * 0.0)).mean()
+    value, after = trainer.step(state, X, loss=root)
+    assert value == 0.0 and same(after.replace(step=state.step), state)
+    if mode == "raise":
+        with pytest.raises(
+            NonFiniteLoss, match=r"The loss is 0 at step 1, not finite is the gradient of 'weight' \(1 of 1\)"
+        ):
+            trainer.fit(state, [(X, root)])
+
+
+def test_a_loss_may_go_wrong_where_the_gradient_does_not():
+    trainer, state = trainer_of("raise")
+    with pytest.raises(NonFiniteLoss, match="The loss is inf at step 1, its gradient is finite"):
+        trainer.fit(state, [(X, lambda out: losses.mse(out, Y) + jnp.inf)])
+
+
+def test_many_parameters_are_named_by_the_first():
+    trainer, state = trainer_of("raise", layers.sequential([layers.linear(3, 3) for _ in range(4)]))
+    with pytest.raises(
+        NonFiniteLoss, match=r"'0.bias', '0.weight', '1.bias', '1.weight', '2.bias' and 3 more \(8 of 8\)"
+    ):
+        trainer.fit(state, [(BAD, lambda out: (out * out).mean())])
+
+
+def test_what_comes_first_is_told_whatever_comes_after():
+    trainer, state = trainer_of("raise")
+    called = []
+
+    def items():
+        yield X, loss
+        yield BAD, loss
+        yield X, loss
+        raise OSError("the disk is gone")
+
+    report = reports.all_of(reports.every(100, lambda *_: None), history := reports.history())
+    with pytest.raises(NonFiniteLoss, match="step 2") as caught:
+        trainer.fit(state, items(), report=report)
+    assert isinstance(caught.value.__cause__, OSError) and int(caught.value.kaun_state.step) == 1
+    assert len(history) == 1
+    with pytest.raises(NonFiniteLoss):
+        trainer.fit(state, [(X, loss), (BAD, loss), (X, loss)], report=lambda step, *_: called.append(step))
+    assert called == [1], "a report is not called for a step that is none"
+
+
+class Blocks:
+    def __init__(self):
+        self.values = {}
+
+    def __call__(self, step, loss, state):
+        pass
+
+    def wants(self, step):
+        return False
+
+    def block(self, first_step, values):
+        for name, array in values.items():
+            self.values.setdefault(name, []).extend(array.tolist())
+
+
+def test_norm_and_learning_rate_of_each_step_are_told():
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    trainer, state = trainer_of("skip", layers.linear(3, 1), optax.inject_hyperparams(optax.sgd)(schedule))
+    told = Blocks()
+    trainer.fit(state, [(X, loss), (BAD, loss), (X, loss)], report=told)
+    value = lambda params: losses.mse(trainer.model.apply(state.vars.replace(params=params), X)[0], Y)
+    norm = optax.tree.norm(jax.grad(value)(state.vars.params))
+    np.testing.assert_allclose(told.values["grad_norm"][0], norm, rtol=1e-6)
+    # The schedule counts updates, and the second step is none.
+    np.testing.assert_allclose(told.values["learning_rate"], [schedule(0), schedule(0), schedule(1)], rtol=1e-6)
+    assert told.values["skipped"] == [False, True, False] and told.values["step"] == [1, 2, 3]
+
+
+def test_scalars_of_a_loss_are_told_for_each_step():
+    trainer, state = trainer_of("raise")
+    data = Data.from_fn(5, lambda i: (X, lambda out: (losses.mse(out, Y), {"i": i * jnp.ones(()), "most": out.max()})))
+    told = Blocks()
+    end = trainer.fit(state, data.map(lambda item: item), report=told)
+    assert told.values["i"] == [0, 1, 2, 3, 4] and len(told.values["most"]) == 5
+    value, _ = trainer.step(end, X, loss=lambda out: (losses.mse(out, Y), {"most": out.max()}))
+    assert value.shape == (), "step gives the loss alone"
+
+
+def test_squares_are_of_each_leaf_in_float32():
+    tree = {"a": jnp.full(3, 2.0), "b": [jnp.full((2, 2), 3, jnp.bfloat16)]}
+    found = squares_of(tree)
+    assert found.dtype == jnp.float32 and found.tolist() == [12.0, 36.0]
+
+
+def test_a_fault_stays():
+    go = lambda a, fault: guard_update("raise", jnp.float32(1), {"a": a}, lambda: jnp.float32(5), jnp.float32(4), fault)
+    after, numbers, fault = go(jnp.array([1, jnp.inf]), jnp.array(False))
+    assert after == 4 and fault and numbers["squares"].tolist() == [np.inf]
+    later, _, again = go(jnp.ones(2), fault)
+    assert later == 4 and again
+    after, _, fault = go(jnp.ones(2), jnp.array(False))
+    assert after == 5 and not fault
+    assert go(jnp.array([jnp.nan]), None)[0] == 5, "who keeps the state before it looks at it on the host"
+
+
+def test_a_state_of_another_form_is_refused():
+    with pytest.raises(
+        TypeError, match=r"(?s)must give back a state.*w: expected float32\[2\], found float16\[2\].*astype"
+    ):
+        match_state({"w": jnp.ones(2)}, {"w": jnp.ones(2, jnp.float16)})
+    with pytest.raises(TypeError, match="must give back a state"):
+        match_state([jnp.ones(2)], (jnp.ones(2),))
+
+
+def test_what_may_be_done_with_them():
+    with pytest.raises(ValueError, match=r"on_nonfinite=...\) expected 'raise', 'skip', 'ignore', received 'stop'"):
+        kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.1), on_nonfinite="stop")
