@@ -1,4 +1,4 @@
-"""Makes docs/performance.md, and the picture in it, of the results: ``python -m bench.report [FILE]``."""
+"""Write docs/performance.md and its figure from the results: ``python -m bench.report [FILE]``."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -42,30 +42,51 @@ def extra(name: str, key: str) -> Callable[[Results], float | None]:
     return lambda found: found["extras"].get(name, {}).get(key)
 
 
-# What kaun promises: the claim, the bound (at most), the measured value, and what would be better still.
+# The performance targets of kaun: what is compared, the upper bound, the function for the measured value, and a
+# stretch goal.
 BARS: list[Bar] = [
-    ("xor, no report, to the scan", 1.4, step("xor", "kaun", "hand-scan"), "1.1"),
-    ("xor, `every(100)`, to the scan", 1.4, step("xor", "kaun-every100", "hand-scan"), "1.1"),
-    ("xor, no report, to the synced loop (6 times faster)", 1 / 6, step("xor", "kaun", "hand-synced"), ""),
-    ("xor, `every(100)`, to the synced loop (6 times faster)", 1 / 6, step("xor", "kaun-every100", "hand-synced"), ""),
-    ("xor, a report at each step, to the synced loop", 1.15, step("xor", "kaun-each", "hand-synced"), "1.0"),
-    ("mlp, to the unsynced loop", 0.85, step("mlp", "kaun"), "0.76"),
-    ("cnn, to the unsynced loop", 0.6, step("cnn", "kaun"), "0.37"),
-    ("cnn, to PyTorch", 1.0, step("cnn", "kaun", "torch"), ""),
-    ("gpt, to the unsynced loop", 0.65, step("gpt", "kaun"), "0.5"),
-    ("gpt, to Flax NNX", 1.0, step("gpt", "kaun", "nnx"), ""),
-    ("gpt, to PyTorch", 1.0, step("gpt", "kaun", "torch"), "beyond"),
+    ("xor, no report, relative to the scan", 1.4, step("xor", "kaun", "hand-scan"), "1.1"),
+    ("xor, `every(100)`, relative to the scan", 1.4, step("xor", "kaun-every100", "hand-scan"), "1.1"),
+    ("xor, no report, relative to the synced loop (6 times faster)", 1 / 6, step("xor", "kaun", "hand-synced"), ""),
+    (
+        "xor, `every(100)`, relative to the synced loop (6 times faster)",
+        1 / 6,
+        step("xor", "kaun-every100", "hand-synced"),
+        "",
+    ),
+    ("xor, a report at each step, relative to the synced loop", 1.15, step("xor", "kaun-each", "hand-synced"), "1.0"),
+    ("mlp, relative to the unsynced loop", 0.85, step("mlp", "kaun"), "0.76"),
+    ("cnn, relative to the unsynced loop", 0.6, step("cnn", "kaun"), "0.37"),
+    ("cnn, relative to PyTorch", 1.0, step("cnn", "kaun", "torch"), ""),
+    ("gpt, relative to the unsynced loop", 0.65, step("gpt", "kaun"), "0.5"),
+    ("gpt, relative to Flax NNX", 1.0, step("gpt", "kaun", "nnx"), ""),
+    ("gpt, relative to PyTorch", 1.0, step("gpt", "kaun", "torch"), "below 1.0"),
     *(
-        (f"{name}, first step with its compilation, to the unsynced loop's", 1.15, field(name, "kaun", "first"), "1.0")
+        (
+            f"{name}, first step with its compilation, relative to the unsynced loop",
+            1.15,
+            field(name, "kaun", "first"),
+            "1.0",
+        )
         for name in ("xor", "mlp", "cnn", "gpt")
     ),
     *(
-        (f"{name}, first step of a second process with JAX's compile cache, to the first's", 0.5, warm(name), "")
+        (
+            f"{name}, first step of a second process with JAX's compile cache, relative to the first process",
+            0.5,
+            warm(name),
+            "",
+        )
         for name in ("xor", "mlp", "cnn", "gpt")
     ),
     ("`import kaun` after `import jax`, seconds", 0.1, extra("import", "kaun"), "0.05"),
-    ("adam50m, peak memory, to the unsynced loop's", 1.1, field("adam50m", "kaun", "peak"), ""),
-    ("adam50m, peak memory, a report at each step", 1.1, field("adam50m", "kaun-each", "peak"), ""),
+    ("adam50m, peak memory, relative to the unsynced loop", 1.1, field("adam50m", "kaun", "peak"), ""),
+    (
+        "adam50m, peak memory, a report at each step, relative to the unsynced loop",
+        1.1,
+        field("adam50m", "kaun-each", "peak"),
+        "",
+    ),
 ]
 
 
@@ -82,7 +103,7 @@ def rows_of(found: Results, workload: str) -> Iterator[str]:
 
 
 def tables(found: Results) -> list[str]:
-    """A table for each workload."""
+    """Return the lines of one table for each workload."""
     lines = []
     for name, workload in WORKLOADS.items():
         rows = list(rows_of(found, name))
@@ -100,16 +121,16 @@ def tables(found: Results) -> list[str]:
 def bars(found: Results) -> list[str]:
     measured = [(claim, bound, value(found), beyond) for claim, bound, value, beyond in BARS]
     rows = [
-        f"| {claim} | {bound:.2f} | {value:.2f} | {'reached' if value <= bound else '**not reached**'} | {beyond} |"
+        f"| {claim} | {bound:.2f} | {value:.2f} | {'met' if value <= bound else '**not met**'} | {beyond} |"
         for claim, bound, value, beyond in measured
         if value is not None
     ]
-    head = ["| | at most | measured | | better still |", "|---|---|---|---|---|"]
+    head = ["| target | at most | measured | result | stretch goal |", "|---|---|---|---|---|"]
     return [*head, *rows] if rows else []
 
 
 def headers(found: Results) -> Iterator[str]:
-    """The machine and versions of each session, said once where they are the same."""
+    """Yield one line with machine and versions for each distinct machine and set of versions of the sessions."""
     seen = dict.fromkeys((s["machine"], tuple(s["versions"].items())) for s in found["sessions"].values())
     for machine, versions in seen:
         yield f"Machine: {machine}; " + ", ".join(f"{name} {version}" for name, version in versions) + "."
@@ -118,18 +139,23 @@ def headers(found: Results) -> Iterator[str]:
 INTRODUCTION = """\
 # Performance
 
-Made by `make bench`, with all its figures. The same model with the same initial weights sees the same
-batches in the same order in each runner, with Adam, in float32, on the CPU. The losses after the first step and at the
-end must agree (to 1e-5 at first; then to 2e-3, as rounding differs from library to library and training lets it grow),
-or there is no page.
+`make bench` measures all figures on this page and writes it. Each runner trains the same model with the same initial
+weights on the same batches in the same order, with Adam, in float32, on the CPU. The losses after the first step and at
+the end must agree: after the first step to 1e-5, at the end to 2e-3, because rounding differs between libraries and
+grows during training. If they do not agree, the page is not written.
 
-Each run is a process of its own: it compiles, trains for one pass over the data, and then times passes. Runs are
-interleaved in rounds. *Ratio* is the median, over the rounds, of a runner's time per step over that of the hand-written
-loop in the same round, so what slows the whole machine cancels. *First step* includes tracing and compiling; *all
-compiling* is by how much first step and first pass together took longer than they do later. Keras shuffles by a key of
-its own, so it gets its rows in order. The hand-written models use JAX's stock operations
-(convolutions in their default layout, channels first; attention by `einsum`). "kaun's loop around the hand-written
-forward pass" has that same model, so it shows what the loop does; the lines above it have kaun's layers as well."""
+Each run is a separate process. It compiles, trains for one pass over the data, and then times further passes. Runs are
+interleaved in rounds.
+
+- *Ratio* is a runner's time per step divided by that of the hand-written loop in the same round; the table shows the
+  median over the rounds. Effects that slow down the whole machine cancel.
+- *First step* includes tracing and compiling.
+- *All compiling* is the time of the first step and the first pass together, minus their time when repeated later.
+- Keras shuffles with its own key, so it receives its rows in order.
+- The hand-written models use JAX's stock operations: convolutions in their default layout, channels first, and
+  attention by `einsum`.
+- "kaun's loop around the hand-written forward pass" has the same model as the hand-written loop, so it shows the effect
+  of the loop. The rows above it also use kaun's layers."""
 
 REPRODUCE = """\
 ## Run it
@@ -141,29 +167,29 @@ $ make bench ARGS="--quick"
 $ make bench ARGS="--only cnn,gpt --runners kaun,nnx"
 ```
 
-The last one measures a part and puts it in place of the same part of the earlier results. `python -m bench --help` has
-the rest, `python -m bench.report` makes this page of the results again."""
+The last command measures a part of the benchmarks and replaces the same part of the earlier results.
+`python -m bench --help` lists all options. `python -m bench.report` writes this page again from the results."""
 
 
 def write(found: Results, page: Path = PAGE) -> None:
-    """The page, and its picture beside it."""
+    """Write the page, and its figure in the same folder."""
     picture = draw(found, page.with_name(PICTURE))
     page.write_text("\n".join(lines_of(found, picture)) + "\n")
 
 
 def lines_of(found: Results, picture: bool) -> Iterator[str]:
     yield from (INTRODUCTION, "", *headers(found), "")
-    yield from ("## Steps", "", *tables(found))
-    yield from ("## Bars", "", "What kaun sets itself, in the same run:", "", *bars(found), "")
+    yield from ("## Time per step", "", *tables(found))
+    yield from ("## Targets", "", "The targets are measured in the same run:", "", *bars(found), "")
     if picture:
-        yield from ("## From small to large", "", f"![Time per step against model width]({PICTURE})", "")
+        yield from ("## Time per step against model width", "", f"![Time per step against model width]({PICTURE})", "")
         yield from (*width_rows(found), "")
-    yield from ("## Other costs", "", *others(found), "", "## What limits it", "", NOTES.read_text().strip(), "")
+    yield from ("## Other costs", "", *others(found), "", "## What limits the speed", "", NOTES.read_text().strip(), "")
     yield REPRODUCE
 
 
 def width_rows(found: Results) -> Iterator[str]:
-    """The picture in numbers."""
+    """Yield the values of the figure as a table."""
     names = WORKLOADS[f"width{WIDTHS[0]}"].runners or ()
     yield "| width | " + " | ".join(RUNNERS[name].label for name in names if name != BASE) + " |"
     yield "|---" * len(names) + "|"
@@ -175,13 +201,14 @@ def width_rows(found: Results) -> Iterator[str]:
 def others(found: Results) -> Iterator[str]:
     have = found["extras"]
     if "closures" in have:
-        yield f"- Taking a fresh closure apart: {have['closures']['microseconds']:.1f} us (median of 1,000)."
+        yield f"- Capturing a new loss closure: {have['closures']['microseconds']:.1f} us (median of 1,000)."
     if "import" in have:
         seconds = have["import"]
         kaun, optax = seconds["kaun"], seconds["optax"]
         yield f"- `import kaun` after `import jax`: {kaun:.2f} s; `import optax` alone: {optax:.2f} s."
-    yield "- JAX keeps compiled programs from one process to the next when it is told where. (The second setting is for"
-    yield "  short compilations, which it would leave out.) Nothing needs to change in a program:"
+    yield "- JAX can keep compiled programs from one process to the next. To enable this, set two environment variables."
+    yield "  The second one includes programs with short compile times, which JAX does not cache by default. Your program"
+    yield "  does not change:"
     yield "\n  ```text"
     yield "  JAX_COMPILATION_CACHE_DIR=~/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 python train.py"
     yield "  ```\n"
@@ -190,8 +217,8 @@ def others(found: Results) -> Iterator[str]:
             cold, again = median(times["cold"]), median(times["warm"])
             where = f"{cold:.2f} s in the process that fills the cache, {again:.2f} s in the next"
             yield f"  - First step of {name}: {where}."
-    yield "- XLA reads flags of its own when a process starts, and kaun sets none. One of them is about loops over"
-    yield "  little data, so about tiny models:"
+    yield "- XLA reads its flags when a process starts; kaun does not set any. One flag changes loops over little data and"
+    yield "  so affects very small models:"
     yield f"\n  ```text\n  XLA_FLAGS={FLAG} python train.py\n  ```\n"
     for name, times in have.get("flag", {}).items():
         if name != "session":
@@ -200,7 +227,7 @@ def others(found: Results) -> Iterator[str]:
 
 
 def draw(found: Results, path: Path) -> bool:
-    """Time per step against width, on logarithmic scales; whether there was anything to draw."""
+    """Draw time per step against width on logarithmic scales. Return whether there were values to draw."""
     names = WORKLOADS[f"width{WIDTHS[0]}"].runners or ()
     lines = {
         name: [(n, seconds * 1e6) for n in WIDTHS if (seconds := results.median(found, f"width{n}", name, "step"))]
@@ -210,7 +237,7 @@ def draw(found: Results, path: Path) -> bool:
         return False
     import matplotlib
 
-    # No date and no random names: equal results make equal files.
+    # No date and no random identifiers, so that equal results give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "kaun", "svg.fonttype": "none"}):
         from matplotlib.figure import Figure
 
@@ -232,5 +259,5 @@ def draw(found: Results, path: Path) -> bool:
 if __name__ == "__main__":
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     if not file.exists():
-        raise SystemExit(f"there are no results in {file.name}: run `make bench` first")
+        raise SystemExit(f"{file.name} does not exist: run `make bench` first")
     write(results.load(file))
