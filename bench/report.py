@@ -206,9 +206,9 @@ def others(found: Results) -> Iterator[str]:
         seconds = have["import"]
         kaun, optax = seconds["kaun"], seconds["optax"]
         yield f"- `import kaun` after `import jax`: {kaun:.2f} s; `import optax` alone: {optax:.2f} s."
-    yield "- JAX can keep compiled programs from one process to the next. To enable this, set two environment variables."
-    yield "  The second one includes programs with short compile times, which JAX does not cache by default. Your program"
-    yield "  does not change:"
+    yield "- JAX can keep compiled programs from one process to the next. To enable this, set two environment variables;"
+    yield "  your program does not change. The second variable includes programs with short compile times, which JAX does"
+    yield "  not cache by default."
     yield "\n  ```text"
     yield "  JAX_COMPILATION_CACHE_DIR=~/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 python train.py"
     yield "  ```\n"
@@ -217,8 +217,8 @@ def others(found: Results) -> Iterator[str]:
             cold, again = median(times["cold"]), median(times["warm"])
             where = f"{cold:.2f} s in the process that fills the cache, {again:.2f} s in the next"
             yield f"  - First step of {name}: {where}."
-    yield "- XLA reads its flags when a process starts; kaun does not set any. One flag changes loops over little data and"
-    yield "  so affects very small models:"
+    yield "- XLA reads its flags when a process starts; kaun does not set any. One flag changes loops over little data"
+    yield "  and so affects very small models:"
     yield f"\n  ```text\n  XLA_FLAGS={FLAG} python train.py\n  ```\n"
     for name, times in have.get("flag", {}).items():
         if name != "session":
