@@ -206,9 +206,9 @@ def others(found: Results) -> Iterator[str]:
         seconds = have["import"]
         kaun, optax = seconds["kaun"], seconds["optax"]
         yield f"- `import kaun` after `import jax`: {kaun:.2f} s; `import optax` alone: {optax:.2f} s."
-    yield "- JAX can keep compiled programs from one process to the next. To enable this, set two environment variables;"
-    yield "  your program does not change. The second variable includes programs with short compile times, which JAX does"
-    yield "  not cache by default."
+    yield "- JAX can keep compiled programs from one process to the next. To enable this, set two environment"
+    yield "  variables; your program does not change. The second variable includes programs with short compile times,"
+    yield "  which JAX does not cache by default."
     yield "\n  ```text"
     yield "  JAX_COMPILATION_CACHE_DIR=~/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 python train.py"
     yield "  ```\n"

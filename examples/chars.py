@@ -1,9 +1,10 @@
-"""Text: a small transformer learns from Python's own help texts to write like them, one character after the other.
+"""Text: train a small transformer on Python's help texts and generate similar text, one character at a time.
 
 Run it with: python examples/chars.py            (about a minute)
          or: python examples/chars.py --steps 3000
 
-The help texts come with every Python. It prints the loss on the way, and then what the model writes after "The ".
+The help texts are part of every Python installation. The script prints the loss during training, and then the text that
+the model generates after "The ".
 """
 
 import argparse
@@ -21,14 +22,14 @@ TEXT = "\n\n".join(topics.values())
 ALPHABET = sorted(set(TEXT))
 NUMBER = {character: number for number, character in enumerate(ALPHABET)}
 
-WINDOW = 64  # how many characters the model sees
+WINDOW = 64  # the number of characters that the model receives
 
 
 def make_model(*, width=128, heads=4, blocks=2):
-    """Numbers of characters, [batch, window], to the logits of each one's successor, [batch, window, alphabet]."""
+    """Make the model: from character indices [batch, window] to logits of the next ones [batch, window, alphabet]."""
     stack = []
     for _ in range(blocks):
-        # Causal: a character attends only to itself and those before it. Rope tells it how far away they are.
+        # Causal: a character attends only to itself and to previous characters. Rope encodes their relative positions.
         attention = layers.multi_head_attention(width, heads, is_causal=True, rope=True)
         mlp = layers.linear(width, 4 * width) >> layers.gelu() >> layers.linear(4 * width, width)
         stack += [
@@ -40,7 +41,7 @@ def make_model(*, width=128, heads=4, blocks=2):
 
 
 def make_batches(*, batch_size=16):
-    """Windows from random places in the text, each with the same window one character further on."""
+    """Make batches of windows from random positions in the text, each with the same window shifted by one character."""
     text = np.array([NUMBER[character] for character in TEXT], np.int32)
 
     def cut(starts):
@@ -51,11 +52,11 @@ def make_batches(*, batch_size=16):
 
 
 def write(trainer, state, prompt, *, characters, temperature=0.7):
-    """The prompt, and what the model writes after it: each character is drawn with the probability that it gives it."""
+    """Return the prompt and the text that follows it: each character is sampled from the model's distribution."""
     written = [NUMBER[character] for character in prompt]
     for _ in range(characters):
-        # Filled up to a window of one size, so that predict compiles once. What stands behind the last character does
-        # not matter: the model is causal.
+        # Padded to a window of constant size, so that predict compiles once. The padding after the last character has
+        # no effect, because the model is causal.
         seen = written[-WINDOW:]
         window = np.array([seen + [0] * (WINDOW - len(seen))], np.int32)
         logits = np.asarray(trainer.predict(state, window))[0, len(seen) - 1]
@@ -64,14 +65,14 @@ def write(trainer, state, prompt, *, characters, temperature=0.7):
 
 
 def main(*, steps=1000, characters=200, seed=0):
-    # All that is random (weights, places in the text, characters written) depends on this seed alone.
+    # All random values (weights, positions in the text, sampled characters) depend only on this seed.
     with rng.scope(seed):
         train = make_batches().take(steps).with_loss(losses.cross_entropy_sparse)
         learning_rate = optax.warmup_cosine_decay_schedule(0.0, 0.003, warmup_steps=steps // 10, decay_steps=steps)
         trainer = kaun.Trainer(model=make_model(), optimizer=optax.adamw(learning_rate))
         state = trainer.init(dtype=jnp.float32)
 
-        # The history records every loss without making the device wait; only each hundredth is printed on the way.
+        # The history records every loss without waiting for the device; only every 100th loss is printed.
         history = reports.history()
         show = reports.every(100, lambda step, loss, state: print(f"step {step:4}: loss {loss:.3f}", flush=True))
         state = trainer.fit(state, train, report=reports.all_of(history, show))
@@ -82,7 +83,7 @@ def main(*, steps=1000, characters=200, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a small transformer to write like Python's help texts.")
-    parser.add_argument("--steps", type=int, default=1000, help="batches to train on (default 1000)")
-    parser.add_argument("--characters", type=int, default=200, help="how many to write in the end (default 200)")
+    parser = argparse.ArgumentParser(description="Train a small transformer to generate text like Python's help texts.")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps (default 1000)")
+    parser.add_argument("--characters", type=int, default=200, help="characters to generate at the end (default 200)")
     main(**vars(parser.parse_args()))

@@ -1,10 +1,10 @@
-"""Handwritten digits: a small network learns to read them from 1,437 images of 8 x 8 pixels.
+"""Handwritten digits: train a small convolutional network on 1,437 images of 8 x 8 pixels.
 
-Run it with: python examples/digits.py           (half a minute; needs pip install "kaun[examples]")
+Run it with: python examples/digits.py           (half a minute; needs pip install ".[examples]")
          or: python examples/digits.py --epochs 5 --folder somewhere
 
-It shows a progress bar and, after each epoch, the accuracy on 360 images kept for the test. Then it draws the loss
-curve and a sheet of test images with their predictions, saves the weights, loads them again and predicts the same.
+The script shows a progress bar and, after each epoch, the accuracy on 360 test images. Then it draws the loss curve and
+test images with their predictions, saves the weights, and checks that the loaded weights predict the same.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from kaun import Data, checkpoint, layers, losses, metrics, reports, rng
 
 
 def load_data():
-    """Images for training and for the test, [n, 8, 8, 1] from 0 to 1, and their labels from 0 to 9."""
+    """Return training and test images, [n, 8, 8, 1] from 0 to 1, and their labels from 0 to 9."""
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)[..., np.newaxis]
     labels = digits.target.astype(np.int32)
@@ -31,10 +31,10 @@ def load_data():
 
 
 def make_model():
-    """Images to the logits of the ten digits."""
+    """Make the model: from images to the logits of the ten digits."""
 
     def convolution(inputs, outputs):
-        # An epoch is 22 steps: with the default momentum the running statistics would lag behind for too long.
+        # An epoch has 22 steps: with the default momentum the running statistics would adapt too slowly.
         return [layers.conv2d(inputs, outputs), layers.batch_norm(outputs, momentum=0.9), layers.relu()]
 
     return layers.sequential(
@@ -56,7 +56,7 @@ def main(*, epochs=20, folder="demo-output", seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     train_images, test_images, train_labels, test_labels = load_data()
 
-    # All that is random (weights, order of the images, dropout) depends on this seed alone.
+    # All random values (weights, order of the images, dropout) depend only on this seed.
     with rng.scope(seed):
         batches = Data.batches((train_images, train_labels), batch_size=64, shuffle=True, drop_last=True)
         train = batches.with_loss(losses.cross_entropy_sparse)
@@ -66,7 +66,7 @@ def main(*, epochs=20, folder="demo-output", seed=0):
 
     def print_accuracy(epoch, state):
         accuracy = metrics.accuracy(trainer.predict(state, test_images), test_labels)
-        tqdm.write(f"epoch {epoch:2}: {accuracy:.2%} of the test images are right")  # a print that spares the bar
+        tqdm.write(f"epoch {epoch:2}: {accuracy:.2%} of the test images are correct")  # print above the bar
 
     history = reports.history()
     report = reports.all_of(reports.progress(), history, reports.each_epoch(train, print_accuracy))
@@ -81,19 +81,19 @@ def main(*, epochs=20, folder="demo-output", seed=0):
     loaded = checkpoint.load(weights, like=make_model().init(dtype=jnp.float32))
     np.testing.assert_array_equal(trainer.predict(trainer.make_state(loaded), test_images), logits)
 
-    print(f"\n{metrics.accuracy(logits, test_labels):.2%} of the {len(test_labels)} test images are right at the end.")
+    print(f"\nFinally {metrics.accuracy(logits, test_labels):.2%} of the {len(test_labels)} test images are correct.")
     print(f"  {curve}: the loss of each step")
     print(f"  {sheet}: test images with their predictions")
-    print(f"  {weights}: the weights; loaded again, they predict exactly the same")
+    print(f"  {weights}: the weights; after loading, they predict exactly the same")
     return trainer, state
 
 
 def draw_sheet(path, images, labels, predicted):
-    """Draws 60 images with their predictions: the mistakes first, in red and with what the image is, then others."""
+    """Draw 60 images with their predictions: first the wrong ones, in red and with their labels, then others."""
     wrong = predicted != labels
     figure = Figure(figsize=(10, 7.6), dpi=120, layout="constrained")
     figure.get_layout_engine().set(hspace=0.06)
-    figure.suptitle(f"Test images and what the network reads: {wrong.sum()} of {len(labels)} wrong")
+    figure.suptitle(f"Test images and predictions: {wrong.sum()} of {len(labels)} wrong")
     for axes, i in zip(figure.subplots(6, 10).flat, np.argsort(~wrong, kind="stable"), strict=False):
         axes.imshow(images[i, :, :, 0], cmap="gray_r")
         axes.set(xticks=[], yticks=[])
@@ -104,7 +104,7 @@ def draw_sheet(path, images, labels, predicted):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a small network to read handwritten digits.")
+    parser = argparse.ArgumentParser(description="Train a small network to classify handwritten digits.")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (default 20)")
-    parser.add_argument("--folder", default="demo-output", help="where the files go (default demo-output)")
+    parser.add_argument("--folder", default="demo-output", help="folder for the output files (default demo-output)")
     main(**vars(parser.parse_args()))

