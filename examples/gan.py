@@ -4,8 +4,8 @@ Run it with: python examples/gan.py              (half a minute; needs pip insta
          or: python examples/gan.py --steps 500 --folder somewhere
 
 One round is a `step` of each trainer; both are compiled as one function. The loss of the discriminator has a penalty on
-its gradient at the real images (R1, Mescheder et al., 2018), computed with `kaun.grad`. A checkpoint with both states is
-written every 500 rounds. When the script is started again, it resumes from there, with bitwise the same result.
+its gradient at the real images (R1, Mescheder et al., 2018), computed with `kaun.grad`. Every 500 rounds a checkpoint
+with both states is written. When the script is started again, it resumes from there, with bitwise the same result.
 """
 
 import argparse
