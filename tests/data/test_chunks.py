@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import Data, losses, rng
+from kaun.data import chunks_of
 from kaun.data.chunks import RowGather
-from kaun.data.pipeline import chunks_of
 
 X = np.arange(46, dtype=np.float32).reshape(23, 2)
 Y = np.arange(23) * 10

@@ -1,8 +1,10 @@
 """Data: pipelines that are values. Random pipelines are compared with plain lists, pass by pass."""
 
 import contextvars
+import copy
 import gc
 import itertools
+import pickle
 import subprocess
 import sys
 import threading
@@ -499,9 +501,9 @@ def test_batches_in_order_are_read_only_windows_and_shuffled_ones_are_fresh():
 
 def test_batches_of_jax_arrays_compile_once_for_each_size():
     x = jnp.arange(131.0)
-    before = chunks._gather._cache_size()
+    before = chunks.gather_rows._cache_size()
     assert len(list(Data.batches(x, 2))) == 66
-    assert chunks._gather._cache_size() - before == 2
+    assert chunks.gather_rows._cache_size() - before == 2
 
 
 def test_batches_take_prng_keys():
@@ -896,8 +898,25 @@ def test_a_stream_is_not_shuffled(stream: Data[Any]):
 def test_data_is_made_by_its_class_methods_and_immutable():
     with pytest.raises(TypeError, match=r"Data is made by its class methods: Data.batches"):
         Data([1, 2])
-    with pytest.raises(AttributeError, match=r"immutable: each method gives a new pipeline.*not \.length ="):
+    with pytest.raises(AttributeError, match=r"immutable: each method returns a new pipeline.*not \.length ="):
         Data.from_items([1]).length = 3  # pyright: ignore
+
+
+# ---- Copies ------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_an_immutable_value_is_the_value():
+    data = Data.from_iterable(iter([1, 2])).map(str)
+    assert copy.copy(data) is data and copy.deepcopy({"train": data})["train"] is data
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickling_says_what_to_pickle_instead(protocol: int):
+    data = Data.from_items([1, 2]).map(str)
+    with pytest.raises(
+        TypeError, match=r"(?s)Data cannot be pickled.*closures: Data.from_items\(2 items\).*def make_data"
+    ):
+        pickle.dumps({"train": data}, protocol)
 
 
 # ---- repr --------------------------------------------------------------------------------------------------------

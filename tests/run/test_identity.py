@@ -174,7 +174,7 @@ def test_a_one_shot_iterator_cannot_be_resumed(once, n):
 
 
 def test_after_checks_its_count():
-    with pytest.raises(ValueError, match=r"after\(data, n\) expected n to be at least 0, received -1"):
+    with pytest.raises(ValueError, match=r"resume_from\(data, n\) expected n to be at least 0, received -1"):
         position.resume_from([1], -1)
 
 
@@ -234,7 +234,7 @@ def test_another_process_finds_the_same_facts():
         "module = importlib.util.module_from_spec(spec)\n"
         "sys.modules['elsewhere'] = module\n"
         "spec.loader.exec_module(module)\n"
-        "print(json.dumps([module.fingerprint.of(d) for d in (module.build(json.loads(sys.argv[2])), *module.each_kind())]))\n"
+        "print(json.dumps([module.identity.describe_data(d) for d in (module.build(json.loads(sys.argv[2])), *module.each_kind())]))\n"
     )
     for salt in ("1", "2"):
         done = subprocess.run(

@@ -22,7 +22,7 @@ from kaun._messages import warn
 from kaun._run import digest
 from kaun._run.digest import Digester
 from kaun.checkpoint import Directory, ResumeMismatch
-from kaun.data import ResumableLoader, loader_facts, loader_length, stages_of
+from kaun.data import ResumableLoader, known_length, loader_facts, stages_of
 from kaun.state import TrainState
 
 __all__ = ["describe_data", "differences", "digest_function", "unscoped"]
@@ -51,7 +51,7 @@ def describe_data(data: Iterable[Any]) -> list[Fact]:
     found = stages_of(data)
     if found:
         return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in found]
-    return [{"stage": type(data).__name__, "length": loader_length(data), **_source(data)}]
+    return [{"stage": type(data).__name__, "length": known_length(data), **_source(data)}]
 
 
 def unscoped(data: Iterable[Any]) -> list[str]:
@@ -126,7 +126,7 @@ def _source(source: Any) -> Fact:
         return {"items": _items(source)}
     if not hasattr(source, "__iter__") and callable(source):
         return {"f": _function(source)}
-    found: Fact = {"type": type(source).__qualname__, "len": loader_length(source), **loader_facts(source)}
+    found: Fact = {"type": type(source).__qualname__, "len": known_length(source), **loader_facts(source)}
     return {**found, "arrays": _tree(found["arrays"])} if "arrays" in found else found
 
 
