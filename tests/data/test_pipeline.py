@@ -898,7 +898,7 @@ def test_a_stream_is_not_shuffled(stream: Data[Any]):
 def test_data_is_made_by_its_class_methods_and_immutable():
     with pytest.raises(TypeError, match=r"Data is made by its class methods: Data.batches"):
         Data([1, 2])
-    with pytest.raises(AttributeError, match=r"immutable: each method returns a new pipeline.*not \.length ="):
+    with pytest.raises(AttributeError, match=r"immutable; each method returns a new one.*not \.length ="):
         Data.from_items([1]).length = 3  # pyright: ignore
 
 

@@ -76,7 +76,7 @@ class RowGather:
                 flat[...] = self._array[index]
 
     def on_device(self, start: int, count: int, capacity: int) -> jax.Array:
-        """The batches of a JAX array from number ``start`` on, [capacity, size, ...]; those after ``count`` are filler."""
+        """The ``count`` batches from number ``start`` on of a JAX array, filled up to [capacity, size, ...]."""
         index = self._at(start, count)
         index = np.arange(index.start, index.stop) if isinstance(index, slice) else index
         rows = np.resize(index, capacity * self._size)  # one program, whatever the count

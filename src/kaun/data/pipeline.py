@@ -366,8 +366,7 @@ class Data(Generic[T]):
         return self._node.length
 
     def __setattr__(self, name: str, value: Any) -> None:
-        text = "Data is immutable: each method returns a new pipeline, data = data.map(f)"
-        raise AttributeError(f"{text}, not .{name} =.")
+        raise AttributeError(f"Data is immutable; each method returns a new one, data = data.map(f), not .{name} =.")
 
     def __copy__(self) -> Data[T]:
         return self  # immutable, like a str
