@@ -353,15 +353,8 @@ class Trainer(Generic[In, Out]):
 
     def _begin(self, run: TrainingRun, report: Report | None, ctx: Context | None) -> tuple[ReportCaller, StepLoop]:
         state = run.take()
-        hook = ReportCaller(
-            report,
-            run.total,
-            run.done,
-            state.step,
-            self.on_nonfinite,
-            run.pending_report_loss,
-            run.signals.interruptible,
-        )
+        pending, interruptible = run.pending_report_loss, run.signals.interruptible
+        hook = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
         trained = trainable_part(self.trainable, state.vars.params)
         failure = functools.partial(nonfinite_error, jax.tree_util.tree_structure(trained))
         failed = failure if self.on_nonfinite == "raise" else None

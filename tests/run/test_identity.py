@@ -111,19 +111,19 @@ recipes = st.tuples(
 )
 
 
-# ---- after -------------------------------------------------------------------------------------------------------
+# ---- resume_from ---------------------------------------------------------------------------------------------------
 
 
 @few
 @given(recipes, st.integers(0, 12))
-def test_after_is_the_rest_of_the_list(recipe, n):
+def test_resume_from_is_the_rest_of_the_list(recipe, n):
     data = build(recipe)
     assert list(position.resume_from(data, n)) == list(data)[n:]
 
 
 @few
 @given(st.lists(st.integers(), max_size=6), st.integers(0, 8), st.sampled_from([list, tuple, dict.fromkeys, np.array]))
-def test_after_takes_any_iterable(values, n, kind):
+def test_resume_from_takes_any_iterable(values, n, kind):
     data = kind(values)
     if isinstance(data, dict):
         data = data.keys()
@@ -136,7 +136,7 @@ class ByIndex:
         return [10, 20, 30][i]
 
 
-def test_after_takes_what_is_iterated_by_index_alone():
+def test_resume_from_takes_what_is_iterated_by_index_alone():
     assert list(position.resume_from(ByIndex(), 1)) == [20, 30]
 
 
@@ -149,18 +149,18 @@ def test_after_takes_what_is_iterated_by_index_alone():
         (lambda d: d.batch(2).prefetch(1).epochs(2), 2),
     ],
 )
-def test_after_computes_nothing_of_what_was_taken(stages, calls_per_item):
+def test_resume_from_computes_nothing_of_what_was_taken(stages, calls_per_item):
     calls = []
     data = stages(Data.from_fn(10_000, lambda i: calls.append(i) or np.float32(i)))
     assert len(list(position.resume_from(data, len(data) - 3))) == 3
     assert len(calls) == 3 * calls_per_item
 
 
-def test_after_of_batches_is_still_taken_many_at_a_time():
+def test_the_rest_of_batches_is_still_taken_many_at_a_time():
     from kaun.data import chunks_of
 
     data = position.resume_from(Data.batches(np.arange(64.0), 4).epochs(3), 20)
-    assert [run.n for run in chunks_of(data, iter(data), lambda left: left)] == [12, 16]
+    assert [chunk.n for chunk in chunks_of(data, iter(data), lambda left: left)] == [12, 16]
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -173,12 +173,12 @@ def test_a_one_shot_iterator_cannot_be_resumed(once, n):
         position.resume_from(once, n)
 
 
-def test_after_checks_its_count():
+def test_resume_from_checks_its_count():
     with pytest.raises(ValueError, match=r"resume_from\(data, n\) expected n to be at least 0, received -1"):
         position.resume_from([1], -1)
 
 
-# ---- of ----------------------------------------------------------------------------------------------------------
+# ---- describe_data -------------------------------------------------------------------------------------------------
 
 
 @few
@@ -494,7 +494,7 @@ def test_loaders_count_by_type_and_length():
     assert line.endswith(".Loader, is ByIterator") and line.startswith("Data.from_iterable: type was ")
 
 
-def test_stages_of_one_name_are_told_apart():
+def test_stages_of_one_name_are_numbered():
     old = Data.from_items([1]).map(code_of(1)).map(code_of(1))
     new = Data.from_items([1]).map(code_of(1)).map(code_of(2))
     assert words(new, old) == ["Data.map (stage 3): the code of <lambda> has changed"]

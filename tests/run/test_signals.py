@@ -1,4 +1,4 @@
-"""Signals are heard where the code can be interrupted, and nowhere else."""
+"""Signals are handled where the code can be interrupted, and nowhere else."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def handlers():
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_signal_waits_until_it_can_be_heard():
+def test_a_signal_waits_until_it_can_be_handled():
     reached = []
     with pytest.raises(SystemExit) as caught, Signals(wanted=True) as signals:
         send()

@@ -82,7 +82,7 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
     if what not in directory.accept:
         raise ResumeMismatch(
             f"{where}{listed}\nMake them the same again to resume; start another run in another directory, "
-            f'checkpoints=runs.child("other"); or resume all the same, Directory(..., accept={{"{what}"}}).'
+            f'checkpoints=runs.child("other"); or resume anyway, Directory(..., accept={{"{what}"}}).'
         )
     warn(f"{where}{listed}\nThe run is resumed, because accept= names it.")
 

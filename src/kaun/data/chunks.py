@@ -1,4 +1,4 @@
-"""Several consecutive items of a pipeline as one: the same item again and again, or rows that are gathered together."""
+"""Several consecutive items of a pipeline as one: the same item many times, or rows that are gathered together."""
 
 from __future__ import annotations
 

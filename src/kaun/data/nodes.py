@@ -116,7 +116,7 @@ def loader_node(source: Any, stage: str) -> Node:
     """The items of a loader, or of the loader that a function makes in each pass."""
     length = known_length(source)
     rest = lambda loader, n: loader_node(loader, stage)._replace(length=None if n else length)
-    by_items = isinstance(source, (list, tuple, range))  # the place in them is a number, with or without get_state()
+    by_items = isinstance(source, (list, tuple, range))  # the position in them is a number of items
     return Node(open_loader(source, stage), length, False, None, resume=None if by_items else Resume(rest, True))
 
 
