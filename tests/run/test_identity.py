@@ -500,7 +500,7 @@ def test_stages_of_one_name_are_numbered():
     assert words(new, old) == ["Data.map (stage 3): the code of <lambda> has changed"]
 
 
-# ---- unscoped and function ---------------------------------------------------------------------------------------
+# ---- unscoped keys and functions ----------------------------------------------------------------------------------
 
 
 def test_stages_with_keys_from_outside_any_scope_are_named():
@@ -513,17 +513,18 @@ def test_stages_with_keys_from_outside_any_scope_are_named():
     ]
 
 
-def test_a_function_is_a_digest_of_what_it_does():
+def test_the_facts_of_a_function_are_what_it_does():
     make = lambda rate, table: lambda x: x * rate + table
-    same = identity.digest_function(make(0.1, np.ones(2)))
-    assert identity.digest_function(make(0.1, np.ones(2))) == same
+    facts = lambda f: identity.describe_data(Data.from_fn(1, f))
+    same = facts(make(0.1, np.ones(2)))
+    assert facts(make(0.1, np.ones(2))) == same
     for other in (
         make(0.2, np.ones(2)),
         make(0.1, np.zeros(2)),
         make(0.1, np.ones(2, np.float32)),
         jax.jit(make(0.1, 0)),
     ):
-        assert identity.digest_function(other) != same
+        assert facts(other) != same
 
 
 def test_large_trees_are_one_digest():

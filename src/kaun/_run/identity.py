@@ -26,9 +26,7 @@ from kaun.data import Item, ResumableLoader, known_length, loader_facts, stages_
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
-__all__ = [
-    "describe_data", "differences", "digest_function", "refuse_difference", "run_facts", "unscoped", "warn_of_machine",
-]  # fmt: skip
+__all__ = ["describe_data", "differences", "refuse_difference", "run_facts", "unscoped", "warn_of_machine"]
 
 Fact = dict[str, Any]
 
@@ -122,20 +120,6 @@ def describe_data(data: Iterable[Any]) -> list[Fact]:
 def unscoped(data: Iterable[Any]) -> list[str]:
     """The stages, as they print, whose key was drawn outside of any rng scope in this process."""
     return [s.text for s in stages_of(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
-
-
-def digest_function(f: Callable[..., Any]) -> str:
-    """The digest of a function: its name, code, static values and captured arrays.
-
-    Examples:
-        >>> from kaun._run import identity
-        >>> make = lambda rate: lambda x: x * rate
-        >>> identity.digest_function(make(0.1)) == identity.digest_function(make(0.1))
-        True
-        >>> identity.digest_function(make(0.1)) == identity.digest_function(make(0.2))
-        False
-    """
-    return Digester(f).tell(f)
 
 
 def _given(given: Mapping[str, Any]) -> Fact:
