@@ -47,7 +47,7 @@ from kaun._step import (
 )
 from kaun.checkpoint import Directory
 from kaun.context import Context
-from kaun.data import Data, Loss, check_context, check_loss, chunks_of, empty_data, not_data, open_items, parse_item
+from kaun.data import Data, Item, Loss, check_context, check_loss, chunks_of, empty_data, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Layer, Vars
 from kaun.state import TrainState, check_state
@@ -227,20 +227,22 @@ class Trainer(Generic[In, Out]):
             hook, loop = self._begin(run, report, check_context(ctx))
             now = lambda: _state(loop.carry(), loop.key)
             step, most = run.done, lambda left: run.ahead(step, hook.ahead(step, min(left, loop.room)))
-            with save_on_error(run, loop, now, hook), open_items(run.data, not_data(data)) as items:
-                stopped = hook.again is not None and hook.wants(step) and _stops(hook, step, hook.again, now)
-                for item, count, rows in run.heard(chunks_of(run.data, items, most)) if not stopped else ():
-                    loop.push(*parse_item(item, step + 1), count, rows)
+            with save_on_error(run.saver, loop, now, hook), open_items(run.data, not_data(data)) as items:
+                pending = hook.pending_report_loss
+                stopped = pending is not None and hook.wants(step) and _stops(hook, step, pending, now)
+                chunks = run.interruptible_items(chunks_of(run.data, items, most))
+                for item, count, rows in chunks if not stopped else ():
+                    loop.push(*Item.parse(item, step + 1), count, rows)
                     step += count
                     if hook.wants(step):
                         loop.flush()
                         if stopped := _stops(hook, step, loop.loss, now):
                             break
                     if run.due(step):
-                        flush_and_save(run, loop, now, hook)
+                        flush_and_save(run.saver, loop, now, hook)
                 if step == 0:
-                    raise empty_data()
-                flush_and_save(run, loop, now, hook, ended="stopped" if stopped else "data")
+                    raise empty_data("fit")
+                flush_and_save(run.saver, loop, now, hook, ended="stopped" if stopped else "data")
             return now()
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
@@ -351,21 +353,22 @@ class Trainer(Generic[In, Out]):
 
     def _begin(self, run: TrainingRun, report: Report | None, ctx: Context | None) -> tuple[ReportCaller, StepLoop]:
         state = run.take()
-        hook = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, run.again, run.signals.heard)
+        pending, interruptible = run.pending_report_loss, run.signals.interruptible
+        hook = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
         trained = trainable_part(self.trainable, state.vars.params)
         failure = functools.partial(nonfinite_error, jax.tree_util.tree_structure(trained))
         failed = failure if self.on_nonfinite == "raise" else None
         start, key = (state.vars, state.opt_state, state.step), state.key
         del state, trained
-        return hook, StepLoop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.traced)
+        return hook, StepLoop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.on_trace)
 
     def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:
         """The state of a run that is over, if this trainer would run the same program."""
         state = run.take()
-        loop = StepLoop(self._programs, (state.vars, state.opt_state, state.step), state.key, ctx, traced=run.traced)
+        loop = StepLoop(self._programs, (state.vars, state.opt_state, state.step), state.key, ctx, traced=run.on_trace)
         with open_items(data, not_data(data)) as items:
             for item in items:
-                loop.look(*parse_item(item, 1))
+                loop.look(*Item.parse(item, 1))
                 break
         return state
 

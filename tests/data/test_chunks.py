@@ -1,4 +1,6 @@
-"""Runs: several items as one are the very items that iterating gives, in number, order and bytes."""
+"""Chunks: several items as one are the same items that iterating gives, in number, order and bytes."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import Data, losses, rng
+from kaun.data import chunks_of
 from kaun.data.chunks import RowGather
-from kaun.data.pipeline import chunks_of
 
 X = np.arange(46, dtype=np.float32).reshape(23, 2)
 Y = np.arange(23) * 10
 
 
-def opened(data, most):
-    return chunks_of(data, iter(data), most)
+def opened(data, limit):
+    return chunks_of(data, iter(data), limit)
 
 
-def expanded(data, most):
-    """All items of the runs of a pipeline of arrays, each as a list of arrays."""
+def expanded(data, limit):
+    """All items of the chunks of a pipeline of arrays, each as a list of arrays."""
     items = []
-    for item, n, rows in opened(data, most):
+    for item, n, rows in opened(data, limit):
         leaves = jax.tree_util.tree_leaves(item)
         for i in range(n):
             columns = []
@@ -56,12 +58,12 @@ STAGES = {
     st.lists(st.integers(1, 7), min_size=1, max_size=5),
 )
 @settings(max_examples=150, deadline=None)
-def test_runs_are_the_items_of_the_pipeline(arrays, size, shuffle, drop_last, chain, mosts):
+def test_chunks_are_the_items_of_the_pipeline(arrays, size, shuffle, drop_last, chain, limits):
     with rng.scope(1):
         data = Data.batches(arrays, size, shuffle=shuffle, drop_last=drop_last)
     for name, n in chain:
         data = STAGES[name](data, n)
-    asked = iter(mosts * 1000)
+    asked = itertools.cycle(limits)
     found = expanded(data, lambda left: min(left, next(asked)))
     expected = [[np.asarray(a) for a in jax.tree_util.tree_leaves(item)] for item in data]
     assert len(found) == len(expected)
@@ -69,9 +71,9 @@ def test_runs_are_the_items_of_the_pipeline(arrays, size, shuffle, drop_last, ch
         assert [(a.dtype, a.shape, a.tobytes()) for a in one] == [(b.dtype, b.shape, b.tobytes()) for b in other]
 
 
-def test_a_run_is_never_longer_than_asked_and_asks_anew_for_each():
-    mosts = iter([3, 1, 4, 2, 9])
-    assert [n for _, n, _ in opened(Data.repeat(12, "item"), lambda left: min(left, next(mosts)))] == [3, 1, 4, 2, 2]
+def test_a_chunk_is_within_the_limit_which_is_asked_for_each():
+    limits = iter([3, 1, 4, 2, 9])
+    assert [n for _, n, _ in opened(Data.repeat(12, "item"), lambda left: min(left, next(limits)))] == [3, 1, 4, 2, 2]
 
 
 def test_a_last_batch_that_is_smaller_comes_alone():
@@ -79,7 +81,7 @@ def test_a_last_batch_that_is_smaller_comes_alone():
     assert [(len(item[0]), n) for item, n, _ in opened(data, lambda left: min(left, 100))] == [(5, 4), (3, 1)] * 2
 
 
-def test_with_loss_keeps_runs_and_a_function_of_the_users_does_not():
+def test_with_loss_keeps_chunks_and_a_function_of_the_users_does_not():
     batches = Data.batches((X, Y), 5)
     whole = lambda data: [n for _, n, _ in opened(data, lambda left: min(left, 100))]
     assert whole(batches.with_loss(losses.mse)) == [4, 1]

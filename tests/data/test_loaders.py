@@ -1,4 +1,4 @@
-"""Items of loaders that are not kaun's: tensors, structure, and a place that is known."""
+"""Items of loaders of other libraries: tensors, structure, and a position that is known."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from kaun import Context, Data, Trainer, layers, losses, rng
-from kaun.data.loaders import ResumableLoader
+from kaun.data.loaders import ResumableLoader, known_length
 
 
 class Pair(NamedTuple):
@@ -47,7 +47,9 @@ def test_items_that_change_their_structure_are_named(first, second, text):
     data = Data.from_iterable(lambda: iter([first, first, second]))
     with pytest.raises(TypeError, match="expected items of one structure, received another one than before") as caught:
         list(data)
-    assert f": {text}. Make them alike where they are made, Data.from_iterable(lambda: map(alike" in str(caught.value)
+    assert f": {text}. Give all items one structure where they are made, Data.from_iterable(lambda: map(alike" in str(
+        caught.value
+    )
     (note,) = caught.value.__notes__
     assert note.startswith("In the data pipeline's Data.from_iterable(<lambda>") and note.endswith(
         ", item 2 (counted from 0)."
@@ -76,7 +78,7 @@ def test_a_later_pass_is_held_against_the_first():
 
 
 class Counted(Iterator):
-    """An iterator that knows its place, in JSON or bytes."""
+    """An iterator that knows its position, in JSON or bytes."""
 
     opened = 0
 
@@ -104,19 +106,19 @@ class Counted(Iterator):
 
 @pytest.mark.parametrize("kind", ["bytes", "json"])
 @pytest.mark.parametrize("factory", [True, False])
-def test_a_place_goes_through_json_and_back(kind, factory):
+def test_a_position_goes_through_json_and_back(kind, factory):
     make = lambda: Counted(5, kind)
     loader = type("Loader", (), {"__iter__": lambda self: make(), "__len__": lambda self: 5})()
     source = make if factory else loader
     for n in range(1, 6):
         tracked = ResumableLoader(source)
-        assert tracked.place() is None
+        assert tracked.position() is None
         assert list(itertools.islice(tracked, n)) == list(range(n))
-        place = json.loads(json.dumps(tracked.place()))
-        assert place["pass"] == 0
-        again = ResumableLoader(source, place)
+        position = json.loads(json.dumps(tracked.position()))
+        assert position["pass"] == 0
+        again = ResumableLoader(source, position)
         assert list(again) == list(range(n, 5))
-        assert list(again) == [0, 1, 2, 3, 4] and again.place()["pass"] == 1
+        assert list(again) == [0, 1, 2, 3, 4] and again.position()["pass"] == 1
 
 
 def test_an_iterator_of_the_users_is_left_open():
@@ -128,20 +130,39 @@ def test_an_iterator_of_the_users_is_left_open():
     assert next(numbers) == 1
 
 
-def test_where_no_place_is_known_items_are_pulled():
+def test_where_no_position_is_known_items_are_pulled():
     assert list(ResumableLoader([1, 2, 3], None, 2)) == [3]
     assert len(ResumableLoader([1, 2, 3], None, 2)) == 1
     tracked = ResumableLoader(lambda: Counted(5, "objects"))
     next(iter(tracked))
-    assert tracked.place() is None
+    assert tracked.position() is None
 
 
 @pytest.mark.parametrize(
-    "place", [[], {}, {"pass": -1, "state": {"json": 1}}, {"pass": 0, "state": 3}, {"pass": 0, "state": {}}]
+    "position", [[], {}, {"pass": -1, "state": {"json": 1}}, {"pass": 0, "state": 3}, {"pass": 0, "state": {}}]
 )
-def test_what_is_no_place_is_refused(place):
-    with pytest.raises(ValueError, match=r"a place in data is what position.position gave, received .*damaged"):
-        ResumableLoader([1], place)
+def test_what_is_not_a_position_is_refused(position):
+    with pytest.raises(
+        ValueError,
+        match=r"ResumableLoader expected a position that ResumableLoader.position\(\) returned, received .*damaged",
+    ):
+        ResumableLoader([1], position)
+
+
+class Unsized(list):
+    def __len__(self):
+        raise TypeError("streaming")
+
+
+def test_lengths_of_any_data():
+    assert [known_length(data) for data in ([1, 2], Data.repeat(3, 1), iter([1]), Unsized(), 3)] == [
+        2,
+        3,
+        None,
+        None,
+        None,
+    ]
+    assert known_length(Data.from_iterable(lambda: [1])) is None
 
 
 # ---- Items that are trees, in fit --------------------------------------------------------------------------------

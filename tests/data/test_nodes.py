@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import rng
-from kaun.data import nodes, shuffle
+from kaun.data import arguments, nodes, shuffle
 
 
 @given(st.integers(0, 12), st.integers(0, 4), st.integers(0, 60))
 @settings(max_examples=60, deadline=None)
 def test_passes_open_at_any_position(n, passes, start):
-    base = nodes.indexed_by(n, lambda epoch: lambda i: (epoch, i))
+    base = nodes.index_node(n, lambda epoch: lambda i: (epoch, i))
     whole = list(itertools.product(range(passes), range(n)))
-    node = nodes.over_passes(base, passes)
+    node = nodes.epochs_node(base, passes)
     assert node.length == len(whole)
     assert list(node.open(0, start)) == whole[start:]
 
@@ -24,8 +24,8 @@ def test_passes_open_at_any_position(n, passes, start):
 @given(st.integers(1, 40), st.integers(1, 9), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_groups_cover_the_items(n, size, drop):
-    base = nodes.indexed_by(n, lambda epoch: lambda i: i)
-    node = nodes.grouped_by(base, size, list, drop, "batch")
+    base = nodes.index_node(n, lambda epoch: lambda i: i)
+    node = nodes.group_node(base, size, list, drop, "batch")
     found = list(node.open(0, 0))
     assert len(found) == node.length == nodes.group_count(n, size, drop)
     assert [i for group in found for i in group] == list(range(len(found) * size if drop else n))[:n]
@@ -43,9 +43,9 @@ def test_orders_are_permutations_that_depend_on_key_and_pass_alone(n, epoch):
 
 
 def test_counts_are_checked():
-    assert nodes.checked_count("take(n)", "n", np.int64(3), 0) == 3
+    assert arguments.checked_count("take(n)", "n", np.int64(3), 0) == 3
     for bad in (True, 1.5, "3"):
         with pytest.raises(TypeError, match="take"):
-            nodes.checked_count("take(n)", "n", bad, 0)
+            arguments.checked_count("take(n)", "n", bad, 0)
     with pytest.raises(ValueError, match="take"):
-        nodes.checked_count("take(n)", "n", -1, 0)
+        arguments.checked_count("take(n)", "n", -1, 0)

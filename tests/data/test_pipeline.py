@@ -1,14 +1,17 @@
 """Data: pipelines that are values. Random pipelines are compared with plain lists, pass by pass."""
 
 import contextvars
+import copy
 import gc
 import itertools
+import pickle
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kaun
 from kaun import EarlyStop, rng
 from kaun._loss import capture
 from kaun.context import Context
@@ -341,6 +345,52 @@ def test_skip_and_take_compute_only_what_they_give(stages: Callable[[Data[int]],
     assert len(calls) <= (3 + 2 * (".prefetch" in repr(data))) * calls_per_item
 
 
+def library_calls(run: Callable[[], Any]) -> int:
+    """How many Python functions of kaun are called, a generator that is resumed counted too."""
+    folder = str(Path(kaun.__file__).parent)
+    calls: list[str] = []
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            calls.append(frame.f_code.co_qualname)
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize(
+    ("stages", "calls"),
+    [
+        (lambda d: d, 1),
+        (lambda d: d.map(lambda b: (b[0], lambda out: out + b[1])), 1),
+        (lambda d: d.map(lambda b: (b[0], lambda out: out + b[1])).epochs(2), 2),
+    ],
+)
+def test_an_item_costs_few_calls_of_the_library(
+    shuffle: bool, kind: Callable[[Any], Any], stages: Callable[[Data[Any]], Data[Any]], calls: int
+):
+    data = stages(Data.batches((kind(np.zeros((400, 2))), kind(np.zeros(400))), 2, shuffle=shuffle))
+    n = len(data)
+    assert n >= 200 and library_calls(lambda: list(data)) <= calls * n + 20
+
+
+def test_no_order_is_computed_before_the_first_item(monkeypatch: pytest.MonkeyPatch):
+    data = Data.batches(np.arange(6), 2, shuffle=True)
+    mapped = data.map(lambda b: b)
+    computed: list[Any] = []
+    seeded = np.random.SeedSequence
+    monkeypatch.setattr(np.random, "SeedSequence", lambda entropy: computed.append(entropy) or seeded(entropy))
+    opened = [iter(data), iter(mapped)]
+    assert not computed
+    assert [next(it).shape for it in opened] == [(2,), (2,)] and len(computed) == 2
+
+
 def test_items_are_computed_one_at_a_time():
     seen: list[int] = []
     it = iter(Data.from_iterable([1, 2, 3]).map(lambda x: seen.append(x) or x).epochs(2))
@@ -400,7 +450,7 @@ def test_from_arrays_gives_tuples_or_plain_rows():
     assert [sorted(r) for r in Data.from_arrays({"x": x, "y": y})] == [["x", "y"]] * 3
 
 
-def test_from_iterable_iterates_a_loader_anew():
+def test_from_iterable_iterates_a_loader_again():
     class Loader:
         def __len__(self):
             return 3
@@ -499,9 +549,9 @@ def test_batches_in_order_are_read_only_windows_and_shuffled_ones_are_fresh():
 
 def test_batches_of_jax_arrays_compile_once_for_each_size():
     x = jnp.arange(131.0)
-    before = chunks._gather._cache_size()
+    before = chunks.gather_rows._cache_size()
     assert len(list(Data.batches(x, 2))) == 66
-    assert chunks._gather._cache_size() - before == 2
+    assert chunks.gather_rows._cache_size() - before == 2
 
 
 def test_batches_take_prng_keys():
@@ -676,7 +726,7 @@ def test_prefetch_stays_n_items_ahead(n: int):
     for taken in range(1, 11):
         next(it)
         assert until(lambda: len(made) == taken + n)
-    # Nothing but a free slot lets it go on, and the last ones are taken.
+    # It continues only when a slot is free, and all are taken.
     time.sleep(0.02)
     assert len(made) == 10 + n
     it.close()  # pyright: ignore
@@ -896,8 +946,25 @@ def test_a_stream_is_not_shuffled(stream: Data[Any]):
 def test_data_is_made_by_its_class_methods_and_immutable():
     with pytest.raises(TypeError, match=r"Data is made by its class methods: Data.batches"):
         Data([1, 2])
-    with pytest.raises(AttributeError, match=r"immutable: each method gives a new pipeline.*not \.length ="):
+    with pytest.raises(AttributeError, match=r"immutable; each method returns a new one.*not \.length ="):
         Data.from_items([1]).length = 3  # pyright: ignore
+
+
+# ---- Copies ------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_an_immutable_value_is_the_value():
+    data = Data.from_iterable(iter([1, 2])).map(str)
+    assert copy.copy(data) is data and copy.deepcopy({"train": data})["train"] is data
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickling_says_what_to_pickle_instead(protocol: int):
+    data = Data.from_items([1, 2]).map(str)
+    with pytest.raises(
+        TypeError, match=r"(?s)Data cannot be pickled.*closures: Data.from_items\(2 items\).*def make_data"
+    ):
+        pickle.dumps({"train": data}, protocol)
 
 
 # ---- repr --------------------------------------------------------------------------------------------------------

@@ -48,10 +48,11 @@ def test_an_exception_arrives_in_its_place_with_its_traceback():
 
 def test_items_are_fixed_when_they_are_pulled():
     buffer = np.zeros(2)
-    items = [prefetch.snapshot_item((buffer, lambda out: out + buffer.sum()))]
+    items = [prefetch.snapshot_item(kind((buffer, lambda out: out + buffer.sum()))) for kind in (tuple, list)]
     buffer[:] = 7
-    x, loss = items[0]
-    assert x.tolist() == [0.0, 0.0] and loss(1.0) == 1.0
+    for x, loss in items:
+        assert x.tolist() == [0.0, 0.0] and loss(1.0) == 1.0
+    assert [type(item) for item in items] == [tuple, list]
     nested = prefetch.snapshot_item({"a": [buffer]})
     buffer[:] = 9
     assert nested["a"][0].tolist() == [7.0, 7.0]

@@ -62,10 +62,10 @@ def test_a_run_goes_on_where_it_was(make, n):
     rest = position.resume_from(pipeline(make, 1), 0)
     items = iter(rest)
     assert flat(itertools.islice(items, n)) == whole[:n]
-    place = json.loads(json.dumps(position.position(rest)))
-    assert place is not None
+    where = json.loads(json.dumps(position.position(rest)))
+    assert where is not None
     items.close()
-    again = position.resume_from(pipeline(make, 1), n, place)
+    again = position.resume_from(pipeline(make, 1), n, where)
     items = iter(again)
     assert flat([next(items)]) == whole[n : n + 1]
     later = json.loads(json.dumps(position.position(again)))
@@ -74,18 +74,18 @@ def test_a_run_goes_on_where_it_was(make, n):
     assert flat(position.resume_from(pipeline(make, 1), n)) == whole[n:]
 
 
-def test_a_place_in_a_later_pass():
+def test_a_position_in_a_later_pass():
     whole = flat(pipeline(map_dataset, 3))
     rest = position.resume_from(pipeline(map_dataset, 3), 0)
     items = iter(rest)
     taken = flat(itertools.islice(items, 14))
-    place = position.position(rest)
+    where = position.position(rest)
     items.close()
-    assert place["pass"] == 1
-    assert taken + flat(position.resume_from(pipeline(map_dataset, 3), 14, place)) == whole
+    assert where["pass"] == 1
+    assert taken + flat(position.resume_from(pipeline(map_dataset, 3), 14, where)) == whole
 
 
-def test_the_place_is_found_without_making_what_came_before():
+def test_the_position_is_found_without_making_the_items_before():
     made = []
 
     def counted():
@@ -98,10 +98,10 @@ def test_the_place_is_found_without_making_what_came_before():
     rest = position.resume_from(Data.from_iterable(counted()), 0)
     items = iter(rest)
     list(itertools.islice(items, 9000))
-    place = position.position(rest)
+    where = position.position(rest)
     items.close()
     made.clear()
-    assert list(position.resume_from(Data.from_iterable(counted()), 9000, place).take(2)) == [9000, 9001]
+    assert list(position.resume_from(Data.from_iterable(counted()), 9000, where).take(2)) == [9000, 9001]
     assert len(made) <= 3
 
 

@@ -111,19 +111,19 @@ recipes = st.tuples(
 )
 
 
-# ---- after -------------------------------------------------------------------------------------------------------
+# ---- resume_from ---------------------------------------------------------------------------------------------------
 
 
 @few
 @given(recipes, st.integers(0, 12))
-def test_after_is_the_rest_of_the_list(recipe, n):
+def test_resume_from_is_the_rest_of_the_list(recipe, n):
     data = build(recipe)
     assert list(position.resume_from(data, n)) == list(data)[n:]
 
 
 @few
 @given(st.lists(st.integers(), max_size=6), st.integers(0, 8), st.sampled_from([list, tuple, dict.fromkeys, np.array]))
-def test_after_takes_any_iterable(values, n, kind):
+def test_resume_from_takes_any_iterable(values, n, kind):
     data = kind(values)
     if isinstance(data, dict):
         data = data.keys()
@@ -136,7 +136,7 @@ class ByIndex:
         return [10, 20, 30][i]
 
 
-def test_after_takes_what_is_iterated_by_index_alone():
+def test_resume_from_takes_what_is_iterated_by_index_alone():
     assert list(position.resume_from(ByIndex(), 1)) == [20, 30]
 
 
@@ -149,18 +149,18 @@ def test_after_takes_what_is_iterated_by_index_alone():
         (lambda d: d.batch(2).prefetch(1).epochs(2), 2),
     ],
 )
-def test_after_computes_nothing_of_what_was_taken(stages, calls_per_item):
+def test_resume_from_computes_nothing_of_what_was_taken(stages, calls_per_item):
     calls = []
     data = stages(Data.from_fn(10_000, lambda i: calls.append(i) or np.float32(i)))
     assert len(list(position.resume_from(data, len(data) - 3))) == 3
     assert len(calls) == 3 * calls_per_item
 
 
-def test_after_of_batches_is_still_taken_many_at_a_time():
+def test_the_rest_of_batches_is_still_taken_many_at_a_time():
     from kaun.data import chunks_of
 
     data = position.resume_from(Data.batches(np.arange(64.0), 4).epochs(3), 20)
-    assert [run.n for run in chunks_of(data, iter(data), lambda left: left)] == [12, 16]
+    assert [chunk.n for chunk in chunks_of(data, iter(data), lambda left: left)] == [12, 16]
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -173,12 +173,12 @@ def test_a_one_shot_iterator_cannot_be_resumed(once, n):
         position.resume_from(once, n)
 
 
-def test_after_checks_its_count():
-    with pytest.raises(ValueError, match=r"after\(data, n\) expected n to be at least 0, received -1"):
+def test_resume_from_checks_its_count():
+    with pytest.raises(ValueError, match=r"resume_from\(data, n\) expected n to be at least 0, received -1"):
         position.resume_from([1], -1)
 
 
-# ---- of ----------------------------------------------------------------------------------------------------------
+# ---- describe_data -------------------------------------------------------------------------------------------------
 
 
 @few
@@ -234,7 +234,7 @@ def test_another_process_finds_the_same_facts():
         "module = importlib.util.module_from_spec(spec)\n"
         "sys.modules['elsewhere'] = module\n"
         "spec.loader.exec_module(module)\n"
-        "print(json.dumps([module.fingerprint.of(d) for d in (module.build(json.loads(sys.argv[2])), *module.each_kind())]))\n"
+        "print(json.dumps([module.identity.describe_data(d) for d in (module.build(json.loads(sys.argv[2])), *module.each_kind())]))\n"
     )
     for salt in ("1", "2"):
         done = subprocess.run(
@@ -494,13 +494,13 @@ def test_loaders_count_by_type_and_length():
     assert line.endswith(".Loader, is ByIterator") and line.startswith("Data.from_iterable: type was ")
 
 
-def test_stages_of_one_name_are_told_apart():
+def test_stages_of_one_name_are_numbered():
     old = Data.from_items([1]).map(code_of(1)).map(code_of(1))
     new = Data.from_items([1]).map(code_of(1)).map(code_of(2))
     assert words(new, old) == ["Data.map (stage 3): the code of <lambda> has changed"]
 
 
-# ---- unscoped and function ---------------------------------------------------------------------------------------
+# ---- unscoped keys and functions ----------------------------------------------------------------------------------
 
 
 def test_stages_with_keys_from_outside_any_scope_are_named():
@@ -513,17 +513,18 @@ def test_stages_with_keys_from_outside_any_scope_are_named():
     ]
 
 
-def test_a_function_is_a_digest_of_what_it_does():
+def test_the_facts_of_a_function_are_what_it_does():
     make = lambda rate, table: lambda x: x * rate + table
-    same = identity.digest_function(make(0.1, np.ones(2)))
-    assert identity.digest_function(make(0.1, np.ones(2))) == same
+    facts = lambda f: identity.describe_data(Data.from_fn(1, f))
+    same = facts(make(0.1, np.ones(2)))
+    assert facts(make(0.1, np.ones(2))) == same
     for other in (
         make(0.2, np.ones(2)),
         make(0.1, np.zeros(2)),
         make(0.1, np.ones(2, np.float32)),
         jax.jit(make(0.1, 0)),
     ):
-        assert identity.digest_function(other) != same
+        assert facts(other) != same
 
 
 def test_large_trees_are_one_digest():

@@ -1,4 +1,4 @@
-"""The rest of data for a run that goes on, with the place of its loader where that can say it."""
+"""The rest of data for a run that is resumed, at the position of its loader where that is known."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ few = settings(max_examples=60, deadline=None)
 
 
 class Steps:
-    """A loader whose iterators know their place, and that counts the items it makes."""
+    """A loader whose iterators know their position, and that counts the items it makes."""
 
     def __init__(self, n):
         self.n, self.made = n, 0
@@ -75,21 +75,21 @@ def build(loader, ops):
 @given(st.integers(1, 8), st.lists(STAGES, max_size=4), st.data())
 def test_a_run_stopped_at_any_items_and_again_takes_what_one_run_takes(length, ops, data):
     whole = list(build(Steps(length), ops))
-    taken, place, n = [], None, 0
+    taken, where, n = [], None, 0
     for _ in range(3):
-        rest = resume_from(build(Steps(length), ops), n, place)
+        rest = resume_from(build(Steps(length), ops), n, where)
         more = data.draw(st.integers(0, len(whole) - n))
         items = iter(rest)
         taken += list(itertools.islice(items, more))
         n += more
         if more:
-            place = json.loads(json.dumps(position(rest)))
-            assert place is None or not any(kind in ("skip", "prefetch") for kind, _ in ops)
+            where = json.loads(json.dumps(position(rest)))
+            assert where is None or not any(kind in ("skip", "prefetch") for kind, _ in ops)
         items.close()
-    assert taken + list(resume_from(build(Steps(length), ops), n, place)) == whole
+    assert taken + list(resume_from(build(Steps(length), ops), n, where)) == whole
 
 
-PLACED = [
+POSITIONED = [
     [],
     [("map", 0), ("batch", 2)],
     [("batch", 2), ("epochs", 3)],
@@ -98,24 +98,24 @@ PLACED = [
 ]
 
 
-@pytest.mark.parametrize("ops", PLACED, ids=str)
-def test_a_loader_that_knows_its_place_makes_nothing_twice(ops):
+@pytest.mark.parametrize("ops", POSITIONED, ids=str)
+def test_a_loader_that_knows_its_position_makes_nothing_twice(ops):
     whole = list(build(Steps(24), ops))
     n = len(whole) - 1
     rest = resume_from(build(Steps(24), ops), 0)
     items = iter(rest)
     list(itertools.islice(items, n))
-    place = position(rest)
+    where = position(rest)
     items.close()
     loader = Steps(24)
-    assert list(resume_from(build(loader, ops), n, place)) == whole[n:]
+    assert list(resume_from(build(loader, ops), n, where)) == whole[n:]
     assert 0 < loader.made <= 4
 
 
 @pytest.mark.parametrize(
     "ops", [[("skip", 2)], [("take", 5), ("epochs", 2)], [("epochs", 2), ("epochs", 2)], [("prefetch", 2)]], ids=str
 )
-def test_where_the_place_does_not_say_all_there_is_none(ops):
+def test_where_the_position_of_the_loader_does_not_suffice_there_is_none(ops):
     rest = resume_from(build(Steps(6), ops), 0)
     items = iter(rest)
     next(items)
@@ -125,18 +125,18 @@ def test_where_the_place_does_not_say_all_there_is_none(ops):
 
 @few
 @given(st.integers(0, 6), st.integers(0, 6), st.booleans())
-def test_a_bare_loader_has_a_place_too(length, n, as_iterator):
+def test_a_bare_loader_has_a_position_too(length, n, as_iterator):
     assume(n <= length)
     rest = resume_from(iter(Steps(length)) if as_iterator else Steps(length), 0)
     list(itertools.islice(rest, n))
-    place = position(rest)
-    assert place is not None or not n
+    where = position(rest)
+    assert where is not None or not n
     if n:
         again = iter(Steps(length)) if as_iterator else Steps(length)
-        assert list(resume_from(again, n, place)) == [10 * i for i in range(n + 1, length + 1)]
+        assert list(resume_from(again, n, where)) == [10 * i for i in range(n + 1, length + 1)]
 
 
-def test_an_iterator_that_knows_its_place_is_resumed_with_it_only():
+def test_an_iterator_that_knows_its_position_is_resumed_with_it_only():
     for data, n in [(iter(Steps(3)), 1), (Data.from_iterable(iter(Steps(3))).prefetch(1), 0)]:
         with pytest.raises(TypeError, match="received StepsIterator, an iterator that can be iterated once"):
             resume_from(data, n)
@@ -147,7 +147,7 @@ def test_an_iterator_that_knows_its_place_is_resumed_with_it_only():
     assert list(resume_from(Data.from_iterable(iter(Steps(5))).map(lambda x: -x), 2, position(rest))) == [-30, -40, -50]
 
 
-def test_what_has_no_place_says_so():
+def test_what_has_no_position():
     for data in ([1, 2], Data.from_items([1, 2]), Data.batches(np.zeros(4), 2), Data.from_iterable([1, 2])):
         rest = resume_from(data, 1)
         list(rest)

@@ -223,9 +223,13 @@ def test_a_report_that_did_not_come_back_is_remembered():
     hook = ReportCaller(failing, None)
     with pytest.raises(OSError):
         hook.stops(1, jnp.float32(0.5), None)
-    assert hook.again == 0.5
-    resumed = ReportCaller(lambda step, loss, state: None, None, done=1, again=0.5)
-    assert resumed.wants(1) and not resumed.stops(1, resumed.again, None) and resumed.again is None
+    assert hook.pending_report_loss == 0.5
+    resumed = ReportCaller(lambda step, loss, state: None, None, done=1, pending_report_loss=0.5)
+    assert (
+        resumed.wants(1)
+        and not resumed.stops(1, resumed.pending_report_loss, None)
+        and resumed.pending_report_loss is None
+    )
 
 
 def test_the_time_of_a_report_and_of_compiling_is_no_part_of_a_step(monkeypatch):

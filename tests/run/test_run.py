@@ -1,4 +1,4 @@
-"""A run that goes on: to the same bytes, and only where it is the same run."""
+"""A run that is resumed: to the same bytes, and only where it is the same run."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import kaun
 from kaun import Data, checkpoint, layers, losses, metrics, reports, rng
-from kaun._engine import jaxpr2
+from kaun._engine import digest_program
 from kaun.checkpoint import Directory, ResumeMismatch
 
 G = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def made():
 
 @given(kills=st.lists(st.integers(1, 18), max_size=4), every=st.none() | st.integers(1, 20), keep=st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
-def test_a_run_goes_on_to_the_same_bytes(tmp_path_factory, made, kills, every, keep):
+def test_a_resumed_run_has_the_same_bytes(tmp_path_factory, made, kills, every, keep):
     trainer, state, train, expected, curve = made
     runs = Directory(tmp_path_factory.mktemp("runs"), every=every, keep=keep)
     called = []
@@ -162,7 +162,7 @@ def test_early_stop_finishes_a_run(tmp_path, made):
     assert int(longer.step) == 4, "who stopped early has stopped"
 
 
-def test_a_longer_run_goes_on_where_a_finished_one_ended(tmp_path, made):
+def test_a_longer_run_continues_where_a_finished_one_ended(tmp_path, made):
     trainer, state, train, expected, _ = made
     runs = Directory(tmp_path, every=100)
     assert int(trainer.fit(state, train.epochs(1), checkpoints=runs).step) == 6
@@ -172,7 +172,7 @@ def test_a_longer_run_goes_on_where_a_finished_one_ended(tmp_path, made):
         trainer.fit(state, train.epochs(1), checkpoints=runs)
 
 
-def test_a_run_in_a_child_begins_anew(tmp_path, made):
+def test_a_run_in_a_child_directory_is_a_new_one(tmp_path, made):
     trainer, state, train, expected, _ = made
     runs = Directory(tmp_path)
     first = trainer.fit(state, train.epochs(3), checkpoints=runs)
@@ -183,7 +183,7 @@ def test_a_run_in_a_child_begins_anew(tmp_path, made):
 
 
 @pytest.mark.parametrize("kind", ["list", "loader", "generator function", "repeat"])
-def test_other_data_goes_on_too(tmp_path, made, kind):
+def test_other_kinds_of_data_are_resumed_too(tmp_path, made, kind):
     trainer, state, train, _, _ = made
     items = list(train)
 
@@ -228,7 +228,7 @@ def test_an_exception_of_the_data_leaves_the_steps_before_it(tmp_path, made):
 
 @pytest.mark.parametrize("where", ["data", "loss", "report", "block"])
 @pytest.mark.parametrize("at", range(1, 7))
-def test_an_exception_anywhere_at_any_step_is_gone_on_from(tmp_path, made, where, at):
+def test_a_run_is_resumed_after_an_exception_anywhere_at_any_step(tmp_path, made, where, at):
     trainer, state, train, _, _ = made
     items = list(train)
     expected = trainer.fit(state, items)
@@ -325,7 +325,7 @@ def test_another_run_is_refused_by_name_and_accepted_by_name(tmp_path, made, cha
         return
     assert "runs.child" in str(caught.value) and "accept={" in str(caught.value)
     assert kind is ResumeMismatch
-    with pytest.warns(UserWarning, match="goes on, because accept= names it"), pytest.raises(Killed) as done:
+    with pytest.warns(UserWarning, match="is resumed, because accept= names it"), pytest.raises(Killed) as done:
         go(names)
     assert int(done.value.kaun_state.step) == 9
 
@@ -343,7 +343,7 @@ def test_a_finished_run_of_another_program_is_refused_too(tmp_path, made):
     assert not other.compilations
 
 
-def test_a_run_that_goes_on_keeps_its_own_key(tmp_path, made):
+def test_a_resumed_run_keeps_its_own_key(tmp_path, made):
     trainer, state, train, expected, _ = made
     with pytest.raises(Killed):
         trainer.fit(state, train.epochs(3), report=killing(8), checkpoints=Directory(tmp_path))
@@ -354,18 +354,18 @@ def test_a_run_that_goes_on_keeps_its_own_key(tmp_path, made):
     assert same(end, expected) and end.key == expected.key
 
 
-def test_constants_that_print_alike_are_told_apart():
+def test_constants_that_print_alike_have_different_digests():
     rates = [jnp.full(3, rate) for rate in (0.1, 0.2)]
     programs = [jax.make_jaxpr(lambda x, r=r: x * r)(jnp.ones(3)) for r in rates]
     assert str(programs[0]) == str(programs[1])
-    assert jaxpr2.digest_program(programs[0]) != jaxpr2.digest_program(programs[1])
+    assert digest_program(programs[0]) != digest_program(programs[1])
     inner = [jax.make_jaxpr(jax.jit(lambda x, r=r: x * r))(jnp.ones(3)) for r in rates]
-    assert jaxpr2.digest_program(inner[0]) != jaxpr2.digest_program(inner[1])
+    assert digest_program(inner[0]) != digest_program(inner[1])
     keys = [jax.random.key(0), jax.random.key(1)]
     drawn = [jax.make_jaxpr(lambda x, k=k: x + jax.random.normal(k, (3,)))(jnp.ones(3)) for k in keys]
-    assert jaxpr2.digest_program(drawn[0]) != jaxpr2.digest_program(drawn[1])
+    assert digest_program(drawn[0]) != digest_program(drawn[1])
     again = jax.make_jaxpr(lambda x: x * rates[0])(jnp.ones(3))
-    assert jaxpr2.digest_program(programs[0]) == jaxpr2.digest_program(again)
+    assert digest_program(programs[0]) == digest_program(again)
 
 
 def test_other_reports_are_refused(tmp_path, made):

@@ -1,4 +1,4 @@
-"""Signals are heard where the code can be interrupted, and nowhere else."""
+"""Signals are handled where the code can be interrupted, and nowhere else."""
 
 import os
 import signal
@@ -20,19 +20,19 @@ def handlers():
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_signal_waits_until_it_can_be_heard():
+def test_a_signal_waits_until_it_can_be_handled():
     reached = []
     with pytest.raises(SystemExit) as caught, Signals(wanted=True) as signals:
         send()
         reached.append("after the signal")
-        with signals.heard():
+        with signals.interruptible():
             reached.append("never")
     assert reached == ["after the signal"] and caught.value.code == 143
 
 
 def test_what_can_be_interrupted_is_interrupted_at_once():
     reached = []
-    with pytest.raises(KeyboardInterrupt), Signals(wanted=True) as signals, signals.heard():
+    with pytest.raises(KeyboardInterrupt), Signals(wanted=True) as signals, signals.interruptible():
         send(signal.SIGINT)
         reached.append("never")
     assert reached == []
@@ -72,12 +72,12 @@ def test_getting_an_item_can_be_interrupted_and_working_on_it_cannot():
         yield 3
 
     with pytest.raises(SystemExit), Signals(wanted=True) as signals:
-        for item in signals.heard_in(items()):
+        for item in signals.interruptible_items(items()):
             worked.append(item)
     assert worked == [1, 2]
     worked.clear()
     with pytest.raises(SystemExit), Signals(wanted=True) as signals:
-        for item in signals.heard_in(iter([1, 2, 3])):
+        for item in signals.interruptible_items(iter([1, 2, 3])):
             worked.append(item)
             send() if item == 2 else None
             worked.append("whole")
@@ -86,21 +86,21 @@ def test_getting_an_item_can_be_interrupted_and_working_on_it_cannot():
 
 def test_items_end_and_fail_as_they_do():
     with Signals(wanted=True) as signals:
-        assert list(signals.heard_in(iter([1, 2]))) == [1, 2]
+        assert list(signals.interruptible_items(iter([1, 2]))) == [1, 2]
         with pytest.raises(ZeroDivisionError):
-            list(signals.heard_in(1 / 0 for _ in [1]))
+            list(signals.interruptible_items(1 / 0 for _ in [1]))
 
 
 def test_nothing_is_done_where_it_is_not_wanted_or_not_in_the_main_thread():
     before = signal.getsignal(signal.SIGTERM)
     items = iter([1])
     with Signals(wanted=False) as signals:
-        assert signal.getsignal(signal.SIGTERM) is before and signals.heard_in(items) is items
+        assert signal.getsignal(signal.SIGTERM) is before and signals.interruptible_items(items) is items
     found = []
 
     def other():
         with Signals(wanted=True) as signals:
-            found.extend([signal.getsignal(signal.SIGTERM) is before, signals.heard_in(items) is items])
+            found.extend([signal.getsignal(signal.SIGTERM) is before, signals.interruptible_items(items) is items])
 
     thread = threading.Thread(target=other)
     thread.start()

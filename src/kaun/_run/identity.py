@@ -1,7 +1,7 @@
-"""What a pipeline is, in facts that go into a checkpoint: by them a run that starts again knows its data.
+"""What a run is, in facts that go into its checkpoints, and how the facts of two processes differ.
 
 A fact is JSON. Arrays count by shape, dtype and content; functions by name, code and what they capture; a loader by its
-type and length. Nothing is computed unless it is asked for.
+type and length.
 """
 
 from __future__ import annotations
@@ -21,58 +21,105 @@ from kaun import rng, tree
 from kaun._messages import warn
 from kaun._run import digest
 from kaun._run.digest import Digester
-from kaun.checkpoint import Directory, ResumeMismatch
-from kaun.data import ResumableLoader, loader_facts, loader_length, stages_of
+from kaun.checkpoint import Directory
+from kaun.data import Item, ResumableLoader, known_length, loader_facts, stages_of
+from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
-__all__ = ["describe_data", "differences", "digest_function", "unscoped"]
+__all__ = ["describe_data", "differences", "refuse_difference", "run_facts", "unscoped", "warn_of_machine"]
 
 Fact = dict[str, Any]
 
 _MOST_LEAVES = 1000
 _CODE = re.compile(r"(python\d+\.\d+):\w+")
-# Stages that change no item, and stages that make one item of each.
-_FREE = frozenset(["Data.prefetch"])
-_ITEM_BY_ITEM = frozenset(["Data.map", "Data.with_loss"])
+_CHANGE_NO_ITEM = frozenset(["Data.prefetch"])
+_ITEM_BY_ITEM = frozenset(["Data.map", "Data.with_loss"])  # they make one item of each
 _COUNTS = frozenset(["Data.epochs", "Data.take"])
+_AFFINITY = hasattr(os, "sched_getaffinity")
+
+
+# A run
+
+
+def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
+    """The facts of a run.
+
+    Args:
+        state: the state at its start.
+        data: all its items.
+
+    Returns:
+        ``key``, ``start`` and ``data``, which must be the same in the process that resumes it, and ``machine``, of
+        which a difference is a warning.
+    """
+    return {
+        "key": np.asarray(jax.random.key_data(state.key)).tobytes().hex(),
+        "start": int(state.step),
+        "data": describe_data(data),
+        "machine": {
+            "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),
+            "devices": jax.device_count(), "cores": len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count(),
+        },
+    }  # fmt: skip
+
+
+def refuse_difference(directory: Directory, what: str, step: int, lines: list[str]) -> None:
+    """Refuse to resume a run that differs, or warn where the directory accepts that.
+
+    Args:
+        directory: the directory that holds the run.
+        what: what differs, as ``Directory(accept=)`` names it.
+        step: the step of the checkpoint.
+        lines: one for each difference.
+
+    Raises:
+        ResumeMismatch: unless the directory accepts it.
+    """
+    listed = "".join(f"\n  {line}" for line in lines)
+    where = f"{str(directory.path)!r} holds another run, at step {step}. Its {what} differ{'s' * (what != 'reports')}:"
+    if what not in directory.accept:
+        raise ResumeMismatch(
+            f"{where}{listed}\nMake them the same again to resume; start another run in another directory, "
+            f'checkpoints=runs.child("other"); or resume anyway, Directory(..., accept={{"{what}"}}).'
+        )
+    warn(f"{where}{listed}\nThe run is resumed, because accept= names it.")
+
+
+def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn where a run is resumed with another version, backend or number of devices or cores."""
+    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        warn(
+            f"A run is resumed where {'; '.join(changed)}. It continues from the same state, but its results may "
+            "differ in their last bits from those of a run without interruption."
+        )
+
+
+# Data
 
 
 def describe_data(data: Iterable[Any]) -> list[Fact]:
     """The facts of each stage of a pipeline, its source first; of any other iterable one fact.
 
-    Each is a dict of JSON values: ``stage`` ("Data.batches"), ``length`` (items of a pass after it, or None), and its
-    parameters by name.
+    Returns:
+        Dicts of JSON values: ``stage`` ("Data.batches"), ``length`` (items of a pass after it, or None), and its
+        parameters by name.
 
-    >>> from kaun import Data
-    >>> from kaun._run import identity
-    >>> identity.describe_data(Data.from_items(range(6)).take(4))[1]
-    {'stage': 'Data.take', 'length': 4, 'n': 4}
+    Examples:
+        >>> from kaun import Data
+        >>> from kaun._run import identity
+        >>> identity.describe_data(Data.from_items(range(6)).take(4))[1]
+        {'stage': 'Data.take', 'length': 4, 'n': 4}
     """
     found = stages_of(data)
     if found:
         return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in found]
-    return [{"stage": type(data).__name__, "length": loader_length(data), **_source(data)}]
+    return [{"stage": type(data).__name__, "length": known_length(data), **_source(data)}]
 
 
 def unscoped(data: Iterable[Any]) -> list[str]:
     """The stages, as they print, whose key was drawn outside of any rng scope in this process."""
     return [s.text for s in stages_of(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
-
-
-def digest_function(f: Callable[..., Any]) -> str:
-    """The digest of a function: its name, code, static values and captured arrays.
-
-    >>> from kaun._run import identity
-    >>> make = lambda rate: lambda x: x * rate
-    >>> identity.digest_function(make(0.1)) == identity.digest_function(make(0.1))
-    True
-    >>> identity.digest_function(make(0.1)) == identity.digest_function(make(0.2))
-    False
-    """
-    return Digester(f).tell(f)
-
-
-# Facts
 
 
 def _given(given: Mapping[str, Any]) -> Fact:
@@ -96,43 +143,42 @@ def _key(key: Any) -> str | None:
 
 def _tree(value: Any) -> Fact | str:
     pairs, treedef = jax.tree_util.tree_flatten_with_path(value)
-    look = Digester(value)
+    digester = Digester(value)
     if len(pairs) > _MOST_LEAVES:
-        return look.tell(value)
-    found: Fact = {tree.path_name(path): look.tell(leaf) for path, leaf in pairs}
-    # Tuple or list, names of a dict's empty parts: all of the tree but its leaves.
-    return (
-        found if list(found) == [""] else {**found, "(structure)": Digester().tell(treedef.unflatten([0] * len(pairs)))}
-    )
+        return digester.tell(value)
+    found: Fact = {tree.path_name(path): digester.tell(leaf) for path, leaf in pairs}
+    if list(found) == [""]:
+        return found
+    # All of the tree but its leaves: tuple or list, names of empty parts of a dict.
+    return {**found, "(structure)": Digester().tell(treedef.unflatten([0] * len(pairs)))}
 
 
 def _item(item: Any) -> Fact | str:
-    if isinstance(item, (tuple, list)) and len(cast("Any", item)) in (2, 3) and callable(cast("Any", item)[1]):
-        x, loss, *ctx = cast("Sequence[Any]", item)
-        return {"x": _tree(x), "loss": _function(loss), **({"ctx": _tree(ctx[0])} if ctx else {})}
-    return _tree(item)
+    if not Item.is_training_item(item):
+        return _tree(item)
+    x, loss, *ctx = cast("Sequence[Any]", item)
+    return {"x": _tree(x), "loss": _function(loss), **({"ctx": _tree(ctx[0])} if ctx else {})}
 
 
 def _items(items: Any) -> str:
-    look = Digester(items)
-    return look.tell(items)
+    return Digester(items).tell(items)
 
 
 def _source(source: Any) -> Fact:
-    """A list by its items; any other by type and length; the function that makes one as a function."""
+    """A list by its items; any other loader by type and length; a function that makes a loader as a function."""
     if isinstance(source, ResumableLoader):
         return _source(source.source)
     if isinstance(source, (list, tuple, range)):
         return {"items": _items(source)}
     if not hasattr(source, "__iter__") and callable(source):
         return {"f": _function(source)}
-    found: Fact = {"type": type(source).__qualname__, "len": loader_length(source), **loader_facts(source)}
+    found: Fact = {"type": type(source).__qualname__, "len": known_length(source), **loader_facts(source)}
     return {**found, "arrays": _tree(found["arrays"])} if "arrays" in found else found
 
 
 def _function(f: Any) -> Fact:
-    """A function by its name, its own code, and what it reads, each in a line."""
-    look = Digester(f)
+    """A function by its name, its own code, and what it reads, by name."""
+    digester = Digester(f)
     found: list[tuple[str, Any]] = []
     while True:
         if isinstance(f, functools.partial):
@@ -147,39 +193,40 @@ def _function(f: Any) -> Fact:
             break
     fact: Fact = {"function": getattr(f, "__qualname__", type(f).__qualname__)}
     if isinstance(f, types.FunctionType):
-        fact["code"] = f"{digest.PYTHON}:{look.code(f)}"
-        found += digest.names_captured(look, f)
+        fact["code"] = f"{digest.PYTHON}:{digester.code(f)}"
+        found += digest.names_captured(digester, f)
     elif isinstance(f, (type, types.BuiltinFunctionType)):
-        fact["content"] = look.tell(f)
+        fact["content"] = digester.tell(f)
     else:
-        found += digest.names_of_object(look, f)
-        fact["content"] = look.tell(f)
-    fact["reads"] = {name: look.tell(value) for name, value in found}
+        found += digest.names_of_object(digester, f)
+        fact["content"] = digester.tell(f)
+    fact["reads"] = {name: digester.tell(value) for name, value in found}
     return fact
 
 
-# What differs
+# Differences of data
 
 
 def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[str]:
-    """One line for each thing that differs between the facts of a checkpoint and of now; none for the same data.
+    """One line for each difference between the data of a checkpoint and the data of now; none for the same data.
 
-    Arguments:
-        saved: facts of the run that is to go on.
-        now: facts of the data given to it.
-        done: items that the run has taken.
+    The count of the last ``epochs(n)``, ``take(n)`` or ``repeat(n)`` may differ, and such a stage may be added or
+    removed at the end, as long as ``done`` items are there: the items up to then are the same. How far ``prefetch``
+    pulls ahead changes no item. Code is compared within one version of Python.
 
-    The count of the last ``epochs(n)``, ``take(n)`` or ``repeat(n)`` may differ, and such a stage may come or go at the
-    end, as long as ``done`` items are there: the items up to then are the same. How far ``prefetch`` pulls ahead
-    changes no item. Code is compared within one version of Python.
+    Args:
+        saved: the facts in the checkpoint.
+        now: the facts of the data given to resume with.
+        done: how many items the run has taken.
 
-    >>> from kaun import Data
-    >>> from kaun._run import identity
-    >>> old, new = (identity.describe_data(Data.from_items(range(9)).batch(n).epochs(2)) for n in (2, 3))
-    >>> identity.differences(old, new, 1)
-    ['Data.batch: n was 2, is 3']
+    Examples:
+        >>> from kaun import Data
+        >>> from kaun._run import identity
+        >>> old, new = (identity.describe_data(Data.from_items(range(9)).batch(n).epochs(2)) for n in (2, 3))
+        >>> identity.differences(old, new, 1)
+        ['Data.batch: n was 2, is 3']
     """
-    before, current = ([fact for fact in facts if fact["stage"] not in _FREE] for facts in (saved, now))
+    before, current = ([fact for fact in facts if fact["stage"] not in _CHANGE_NO_ITEM] for facts in (saved, now))
     open_before, open_current = _without_last_count(before), _without_last_count(current)
     pairs = [(before, current), (before, open_current), (open_before, current), (open_before, open_current)]
     if all(_lines(*pair) for pair in pairs):
@@ -193,6 +240,7 @@ def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[s
 
 
 def _without_last_count(facts: list[Fact]) -> list[Fact]:
+    """The facts without the last count that may differ."""
     for i in reversed(range(len(facts))):
         name = facts[i]["stage"]
         if name == "Data.repeat":
@@ -205,6 +253,7 @@ def _without_last_count(facts: list[Fact]) -> list[Fact]:
 
 
 def _lines(before: list[Fact], current: list[Fact]) -> list[str]:
+    """The differences, stage by stage up to the first that is another one."""
     names, found = [f["stage"] for f in before], [f["stage"] for f in current]
     lines: list[str] = []
     for i, (old, new) in enumerate(zip(before, current, strict=False)):
@@ -212,41 +261,43 @@ def _lines(before: list[Fact], current: list[Fact]) -> list[str]:
             break
         where = old["stage"] if names.count(old["stage"]) == 1 else f"{old['stage']} (stage {i + 1})"
         for name in dict.fromkeys([*old, *new]):
-            lines += [] if name == "length" else _told(where, name, old.get(name), new.get(name))
+            lines += [] if name == "length" else _changes(where, name, old.get(name), new.get(name))
     if names != found:
         lines.append(f"the stages were {', '.join(names)}; they are {', '.join(found)}")
     return lines
 
 
-def _told(where: str, name: str, a: Any, b: Any) -> list[str]:
+def _changes(where: str, name: str, a: Any, b: Any) -> list[str]:
+    """The differences of one parameter, or of the parts of it."""
     if _is_same(a, b):
         return []
     if isinstance(a, dict) and isinstance(b, dict):
         old, new = cast("Fact", a), cast("Fact", b)
         if "function" in old and "function" in new:
-            return _told_function(where, old, new)
+            return _changes_of_function(where, old, new)
         lines: list[str] = []
         for part in dict.fromkeys([*old, *new]):
             inner = part if name == "item" and part else f"{name} at {part!r}" if part else name
-            lines += _told(where, inner, old.get(part), new.get(part))
+            lines += _changes(where, inner, old.get(part), new.get(part))
         return lines
     if name == "key":
         why = "another seed, or keys drawn in another order under rng.scope" if a and b else "shuffled or not"
-        return [f"{where}: the shuffle key was {_shown(a)}, is {_shown(b)} ({why})"]
-    return [f"{where}: {_was(name, a, b)}"]
+        return [f"{where}: the shuffle key was {_describe(a)}, is {_describe(b)} ({why})"]
+    return [f"{where}: {_change(name, a, b)}"]
 
 
-def _told_function(where: str, a: Fact, b: Fact) -> list[str]:
+def _changes_of_function(where: str, a: Fact, b: Fact) -> list[str]:
     f = a["function"]
     if f != b["function"]:
         return [f"{where}: the function was {f}, is {b['function']}"]
     lines = [] if _is_same(a.get("code"), b.get("code")) else [f"{where}: the code of {f} has changed"]
     for name in dict.fromkeys([*a["reads"], *b["reads"]]):
-        lines += _told(where, f"`{name}`, which {f} reads,", a["reads"].get(name), b["reads"].get(name))
+        lines += _changes(where, f"`{name}`, which {f} reads,", a["reads"].get(name), b["reads"].get(name))
     return lines or [f"{where}: {f} has changed"]
 
 
 def _is_same(a: Any, b: Any) -> bool:
+    """Whether two facts are equal, but for code where the versions of Python differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         old, new = cast("Fact", a), cast("Fact", b)
         return all(_is_same(old.get(k), new.get(k)) for k in {*old, *new})
@@ -257,54 +308,18 @@ def _is_same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _was(name: str, a: Any, b: Any) -> str:
-    old, new = _shown(a), _shown(b)
+def _change(name: str, a: Any, b: Any) -> str:
+    old, new = _describe(a), _describe(b)
     if old != new:
         return f"{name} was {old}, is {new}"
     inside = isinstance(a, str) and isinstance(b, str) and _CODE.sub("", a) == _CODE.sub("", b)
     return f"the {'code' if inside else 'content'} of {name} has changed ({old})"
 
 
-def _shown(value: Any) -> str:
-    """A fact in words, without digests, which say nothing to a reader."""
+def _describe(value: Any) -> str:
+    """A fact in words, without the digests in it."""
     if isinstance(value, dict):
         return str(cast("Fact", value).get("function", f"a tree of {len(value)} parts"))
     if isinstance(value, str):
         return _CODE.sub("", value).partition(" sha256:")[0].strip()
     return "nothing" if value is None else str(value)
-
-
-def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
-    """What must be the same in the process that goes on, and what had better be."""
-    return {
-        "key": np.asarray(jax.random.key_data(state.key)).tobytes().hex(),
-        "start": int(state.step),
-        "data": describe_data(data),
-        "machine": {
-            "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),
-            "devices": jax.device_count(), "cores": len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count(),
-        },
-    }  # fmt: skip
-
-
-_AFFINITY = hasattr(os, "sched_getaffinity")
-
-
-def refuse_difference(directory: Directory, what: str, step: int, lines: list[str]) -> None:
-    listed = "".join(f"\n  {line}" for line in lines)
-    where = f"{str(directory.path)!r} holds another run, at step {step}. Its {what} differ{'s' * (what != 'reports')}:"
-    if what not in directory.accept:
-        raise ResumeMismatch(
-            f"{where}{listed}\nMake them the same again to go on; begin another run in a directory of its own, "
-            f'checkpoints=runs.child("other"); or go on all the same, Directory(..., accept={{"{what}"}}).'
-        )
-    warn(f"{where}{listed}\nThe run goes on, because accept= names it.")
-
-
-def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
-    if changed:
-        warn(
-            f"A run is resumed where {'; '.join(changed)}. It goes on from the same state, but the bytes of its "
-            "results may differ from those of a run without a break."
-        )

@@ -1,39 +1,38 @@
-"""Where a run is in its data: the rest of it after some items, and the place of a loader that can say it."""
+"""Where a run is in its data: the rest of the data after some items, and the position of a loader that has one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kaun.data import Data, ResumableLoader, StageSpec, checked_count, replayed, stages_of
+from kaun.data import Data, ResumableLoader, checked_count, over_loader, resume_of, stages_of
 
 __all__ = ["position", "resume_from"]
 
-# Stages through which the place of the source says all: they keep nothing between two of their items.
-_KEEP_NOTHING = frozenset(["Data.map", "Data.with_loss", "Data.batch", "Data.map_batch", "Data.epochs", "Data.take"])
-
 
 def resume_from(data: Iterable[Any], n: int, position: Mapping[str, Any] | None = None) -> Iterable[Any]:
-    """The data from its item ``n`` on, for one run: at no cost where it has items by index or a ``position`` is known.
+    """The data from its item ``n`` on, for one run: at no cost where it has items by index or a position is known.
 
-    Arguments:
+    Args:
+        data: a ``Data`` or any iterable, as ``fit`` takes it.
         n: how many items were taken.
-        position: what ``position`` said then; without one a stream pulls what comes before.
+        position: what ``position(data)`` returned then. Without one a stream pulls the items before ``n`` again.
 
     Raises:
-        TypeError: when it is a one-shot iterator without ``get_state()`` and ``set_state(state)``, also for ``n`` 0:
-            it could not be resumed later.
-        ValueError: for a position that is none.
+        TypeError: for an iterator that can be iterated once and has no ``get_state()`` and ``set_state(state)``, also
+            where ``n`` is 0: the run could not be resumed later.
+        ValueError: for a position that ``position(data)`` cannot have returned.
 
-    >>> from kaun import Data
-    >>> from kaun._run.position import resume_from
-    >>> list(resume_from(Data.from_items([1, 2, 3]).epochs(2), 4))
-    [2, 3]
+    Examples:
+        >>> from kaun import Data
+        >>> from kaun._run.position import resume_from
+        >>> list(resume_from(Data.from_items([1, 2, 3]).epochs(2), 4))
+        [2, 3]
     """
-    n = checked_count("after(data, n)", "n", n, 0)
-    found = stages_of(data)
-    source = found[0].given.get("source") if found else data
-    if hasattr(source, "__next__") and not (_has_state(source) and _can_be_placed(found) and (position or not n)):
+    n = checked_count("resume_from(data, n)", "n", n, 0)
+    source, resume = _source(data), resume_of(data)
+    resumable = resume is not None or not isinstance(data, Data)
+    if hasattr(source, "__next__") and not (_has_state(source) and resumable and (position or not n)):
         raise TypeError(
             f"A run with checkpoints expected data that can be iterated again, received {type(source).__name__}, an "
             "iterator that can be iterated once: a run that is started again could not find its place in it. Pass a "
@@ -42,60 +41,31 @@ def resume_from(data: Iterable[Any], n: int, position: Mapping[str, Any] | None 
         )
     if isinstance(data, (list, tuple)):
         return data[n:] if n else data
-    if isinstance(data, Data) and (isinstance(source, (list, tuple, range, type(None))) or not _can_be_placed(found)):
+    if not isinstance(data, Data):
+        is_iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+        return ResumableLoader(source, position, n) if is_iterable else data
+    if resume is None:
         return data.skip(n) if n else data
-    if not found:
-        return (
-            ResumableLoader(source, position, n) if hasattr(data, "__iter__") or hasattr(data, "__getitem__") else data
-        )
-    tracked = ResumableLoader(source, position)
-    length = found[0].length if position is None else None
-    first = found[0]._replace(given={"source": tracked}, length=length)
-    if position is None:
-        return replayed(first, _calls(found[1:], 0, 0)).skip(n)
-    return replayed(first, _calls(found[1:], n, tracked.passes))
+    loader = ResumableLoader(source, position)
+    return over_loader(data, resume, loader, 0).skip(n) if position is None else over_loader(data, resume, loader, n)
 
 
 def position(data: Iterable[Any]) -> dict[str, Any] | None:
-    """Where the items end that were taken of data that ``after`` gave, as JSON; None where its loader cannot say it.
+    """The position after the items taken of data that ``resume_from`` returned, as JSON; None where it is not known.
 
-    It can where its iterators have ``get_state()``, to JSON or bytes, and ``set_state(state)``, as those of grain do,
-    and where all stages after it are ``map``, ``with_loss``, ``batch``, ``map_batch``, then at most one ``epochs``,
-    then ``take``. Ask between two items: a stage that pulls ahead is none of these.
+    It is known where the iterators of the loader have ``get_state()``, to JSON or bytes, and ``set_state(state)``, as
+    those of grain do, and where each stage after it has a ``resume`` (``kaun.data.nodes.Resume``). Ask between two
+    items.
     """
-    found = stages_of(data)
-    source = found[0].given.get("source") if found else data
-    return source.place() if isinstance(source, ResumableLoader) else None
+    source = _source(data)
+    return source.position() if isinstance(source, ResumableLoader) else None
+
+
+def _source(data: Any) -> Any:
+    """The loader of a pipeline, None for a source of kaun's own; any other data itself."""
+    stages = stages_of(data)
+    return stages[0].given.get("source") if stages else data
 
 
 def _has_state(iterator: Any) -> bool:
     return hasattr(iterator, "get_state") and hasattr(iterator, "set_state")
-
-
-def _can_be_placed(found: Sequence[StageSpec]) -> bool:
-    """Whether the place of the source says where the items of the pipeline are."""
-    names = [stage.name for stage in found[1:]]
-    last_pass = names.index("Data.epochs") if "Data.epochs" in names else 0
-    return (
-        _KEEP_NOTHING.issuperset(names)
-        and not {"Data.epochs", "Data.take"} & set(names[:last_pass])
-        and (names.count("Data.epochs") <= 1)
-    )
-
-
-def _calls(rest: Sequence[StageSpec], n: int, passes: int) -> list[tuple[str, Mapping[str, Any]]]:
-    """The methods that make the stages anew, of which ``n`` items and ``passes`` whole passes are done."""
-    found: list[tuple[str, Mapping[str, Any]]] = []
-    for stage in reversed(rest):
-        given = dict(stage.given)
-        match stage.name:
-            case "Data.batch" | "Data.map_batch":
-                n *= given["n"]
-            case "Data.take":
-                given["n"] = max(0, given["n"] - n)
-            case "Data.epochs":
-                given["n"] = max(0, given["n"] - passes)
-            case _:
-                pass
-        found.append((stage.name.removeprefix("Data."), given))
-    return found[::-1]

@@ -55,11 +55,11 @@ class ReportCaller:
         done: how many steps were done before, in a run that goes on.
         before: ``state.step`` before the fit's first step.
         mode: ``"raise"`` where a step that goes wrong is none, and the last one.
-        again: the loss of the last step done, where its report was interrupted and has to be called once more.
+        pending_report_loss: the last step's loss if its report was interrupted; the report is called again on resume.
         heard: gives a block in which a signal may interrupt the report.
 
     Attributes:
-        again: the loss of the step for which the report did not come back.
+        pending_report_loss: the loss of the step whose report was interrupted.
 
     Raises:
         TypeError: when the report cannot be called, or not with three arguments.
@@ -73,7 +73,7 @@ class ReportCaller:
         done: int = 0,
         before: Any = 0,
         mode: str = "ignore",
-        again: float | None = None,
+        pending_report_loss: float | None = None,
         heard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         if report is not None and not callable(report):
@@ -93,8 +93,8 @@ class ReportCaller:
         self._steps = 0
         self._next = time.monotonic() + _PATIENCE
         self._total, self._done, self._before, self._raises = total, done, before, mode == "raise"
-        self.again, self._heard = again, heard
-        self._asked = self._wanted = done if again is None else done - 1
+        self.pending_report_loss, self._heard = pending_report_loss, heard
+        self._asked = self._wanted = done if pending_report_loss is None else done - 1
         self._clock = time.perf_counter()
         self._seconds = 0.0  # of compilation since then
         self._over = False  # a step went wrong, and what comes after it is no step of this run
@@ -146,14 +146,14 @@ class ReportCaller:
         """Call the report; whether it asked to stop. This waits for the step to be done."""
         self._deliver(len(self._waiting))
         assert self._report is not None
-        self.again = float(loss)
+        self.pending_report_loss = float(loss)
         stops = False
         try:
             with self._heard():
-                self._report(step, self.again, state)
+                self._report(step, self.pending_report_loss, state)
         except EarlyStop:
             stops = True
-        self.again = None
+        self.pending_report_loss = None
         self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation is no part of a step
         return stops
 

@@ -1,128 +1,107 @@
-"""A fit with a checkpoint directory: where its run stands, what must be the same to go on, and when it is saved."""
+"""A run of ``fit``: the steps done, the data that is left and the state, of a new run or of one that is resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 from kaun import rng
-from kaun._engine import StepInputs, StepLoop, TracedStep
-from kaun._run import identity
-from kaun._run.identity import refuse_difference, run_facts, warn_of_machine
+from kaun._engine import StepInputs, TracedStep
+from kaun._run.identity import differences, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import unpack_snapshot
-from kaun._run.reports import ReportCaller
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Directory
 from kaun.checkpoint.store import Saved, Store
-from kaun.data import Chunk as Items
-from kaun.data import known_length
+from kaun.data import Chunk, known_length
 from kaun.state import TrainState
 
-__all__ = [
-    "TrainingRun",
-    "open_run",
-]
+__all__ = ["TrainingRun", "open_run"]
 
 
 class TrainingRun:
-    """A run of steps over some data, which may have been begun by an earlier process.
+    """A run of steps over some data, which an earlier process may have started.
+
+    Args:
+        state: the state to start from.
+        data: all items of the run.
+        saver: writes its checkpoints, None without a directory for them.
 
     Attributes:
         data: the items that are left.
         done: how many steps it has taken.
         total: how many it will have taken at the end, None where that is not known.
         finished: whether there is nothing left to do.
-        again: the loss of the last step, where the report for it was interrupted and has to be called once more.
+        pending_report_loss: the last step's loss if its report was interrupted; the report is called again on resume.
+        saver: writes its checkpoints, None without a directory for them.
+        signals: SIGTERM and SIGINT, where it has a directory.
     """
 
-    def __init__(self, state: TrainState, data: Iterable[Any], keeper: CheckpointSaver | None = None) -> None:
+    def __init__(self, state: TrainState, data: Iterable[Any], saver: CheckpointSaver | None = None) -> None:
         self._state: TrainState | None = state
-        self.data, self.total = data, known_length(data)
-        self.done = 0
-        self.finished = False
-        self.again: float | None = None
-        self.signals = Signals(wanted=keeper is not None)
-        self._keeper = keeper
+        self.data: Iterable[Any] = data
+        self.done: int = 0
+        self.total: int | None = known_length(data)
+        self.finished: bool = False
+        self.pending_report_loss: float | None = None
+        self.saver: CheckpointSaver | None = saver
+        self.signals: Signals = Signals(wanted=saver is not None)
 
     def take(self) -> TrainState:
-        """The state where it stands; it is not kept."""
+        """The state from which the run continues. It is returned once, so that the run does not keep it alive."""
         state, self._state = self._state, None
         assert state is not None
         return state
 
     def ahead(self, done: int, most: int) -> int:
         """How many of the next ``most`` steps may run before a checkpoint is due."""
-        keeper = self._keeper
-        return most if keeper is None or keeper.each is None else min(most, keeper.each - done % keeper.each)
+        return most if self.saver is None else self.saver.ahead(done, most)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
-        return self._keeper is not None and self._keeper.due(step)
+        return self.saver is not None and self.saver.due(step)
 
-    @property
-    def kept(self) -> bool:
-        """Whether there is a directory for its checkpoints."""
-        return self._keeper is not None
+    def interruptible_items(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The same chunks; a signal may interrupt getting each."""
+        return chunks if self.saver is None else self.saver.count_pulled(self.signals.interruptible_items(chunks))
 
-    def save(self, step: int, state: TrainState, *, ended: str = "", again: float | None = None) -> None:
-        """Write a checkpoint, where there is a directory for it: the file work is done by a thread.
-
-        Arguments:
-            step: how many steps the run has taken.
-            ended: how it ended, ``"data"`` or ``"stopped"``, empty while it goes on.
-            again: the loss of that step, where its report was interrupted.
-        """
-        if self._keeper is not None and step:
-            self._keeper.save(step, state, ended, again)
-
-    def save_last(self, step: int, state: TrainState, again: float | None, error: BaseException) -> None:
-        """As ``save``, when an exception ends the run; what goes wrong with it becomes a note of that exception."""
-        try:
-            self.save(step, state, again=again)
-        except Exception as failed:
-            error.add_note(f"And no checkpoint of step {step} was written: {failed}")
-
-    def heard(self, items: Iterator[Items]) -> Iterator[Items]:
-        """The same items; a signal may interrupt getting each."""
-        return items if self._keeper is None else self._counted(self.signals.heard_in(items), self._keeper)
-
-    def _counted(self, items: Iterator[Items], keeper: CheckpointSaver) -> Iterator[Items]:
-        for item in items:
-            keeper.pulled += item.n
-            yield item
-
-    def traced(self, call: StepInputs, body: TracedStep) -> None:
-        """Hold the program of a step against the one that the run was begun with."""
-        if self._keeper is not None:
-            self._keeper.traced(call, body)
+    def on_trace(self, inputs: StepInputs, traced_step: TracedStep) -> None:
+        """Compare the program of a step with the one that the run was started with."""
+        if self.saver is not None:
+            self.saver.check_program(inputs, traced_step)
 
 
 @contextmanager
 def open_run(
     checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any
 ) -> Generator[TrainingRun, None, None]:
-    """The run that a fit goes on with. What is being written when the block ends is on the disk afterwards.
+    """The run of a fit: a new one, or that of the directory. When the block ends, all checkpoints are on the disk.
+
+    Args:
+        checkpoints: the directory, or None.
+        state: the state that ``fit`` was given.
+        data: all items of the run.
+        report: the report of the fit, whose snapshot is restored.
 
     Raises:
         ResumeMismatch: when the directory holds another run.
         ValueError: when a run could not be resumed.
-        TypeError: for what is no Directory, and for data that can be iterated once only.
+        TypeError: for what is not a Directory, and for data that can be iterated once only.
         OSError: when checkpoints cannot be written.
     """
     if checkpoints is None:
         run = TrainingRun(state, data)
-        del state  # fit frees it where nobody else holds it
+        del state  # fit frees its memory where nobody else holds it
         yield run
         return
-    _check(checkpoints, state, data)
+    _check_resumable(checkpoints, state, data)
     store = Store.open(checkpoints)
     try:
-        run = _stands(store, checkpoints, state, data, report)
+        run = _start_or_resume(store, checkpoints, state, data, report)
         del state
         with run.signals:
             yield run
@@ -130,24 +109,13 @@ def open_run(
         try:
             store.close()
         except Exception as failed:
-            error.add_note(f"And the last checkpoint was not written: {failed}")
+            error.add_note(f"Also, the last checkpoint was not written: {failed}")
         raise
     store.close()
 
 
-def _stands(store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any) -> TrainingRun:
-    facts = run_facts(state, data)
-    saved = store.newest(like=state)
-    keeper = CheckpointSaver(store, directory, facts, report, saved)
-    run = TrainingRun(state if saved is None else saved.state, data, keeper)
-    if saved is not None:
-        _go_on(run, directory, saved, facts, report)
-    if not run.finished:
-        run.data = keeper.data = resume_from(data, run.done, None if saved is None else saved.facts["place"])
-    return run
-
-
-def _check(checkpoints: Any, state: TrainState, data: Any) -> None:
+def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
+    """Refuse what another process could not resume."""
     if not isinstance(checkpoints, Directory):
         raise TypeError(
             f"fit(checkpoints=...) expected a checkpoint.Directory, received {checkpoints!r}. Write "
@@ -159,17 +127,31 @@ def _check(checkpoints: Any, state: TrainState, data: Any) -> None:
             "run over several hosts with Orbax, in a report."
         )
     keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
-    keyed += identity.unscoped(data)
+    keyed += unscoped(data)
     if keyed:
         raise ValueError(
             f"fit(checkpoints=...) cannot be resumed by another process: {' and '.join(keyed)} drew a key outside an "
-            "rng scope, which will be another one there. Make trainer, state and data in one:\n"
+            "rng scope, and another process would draw another key. Make trainer, state and data in a scope:\n"
             "    with rng.scope(42):\n        state = trainer.init()\n        train = Data.batches(..., shuffle=True)"
         )
     resume_from(data, 0)  # refuses what can be iterated once
 
 
-def _go_on(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[str, Any], report: Any) -> None:
+def _start_or_resume(
+    store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any
+) -> TrainingRun:
+    facts = run_facts(state, data)
+    saved = store.newest(like=state)
+    saver = CheckpointSaver(store, directory, facts, report, saved)
+    run = TrainingRun(state if saved is None else saved.state, data, saver)
+    if saved is not None:
+        _resume(run, directory, saved, facts, report)
+    if not run.finished:
+        run.data = saver.data = resume_from(data, run.done, None if saved is None else saved.facts["place"])
+    return run
+
+
+def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[str, Any], report: Any) -> None:
     """Set a run to where a checkpoint left it, if that is the same run."""
     found, done = saved.facts, saved.step
     if found["key"] != facts["key"]:
@@ -177,59 +159,25 @@ def _go_on(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[str
     if found["start"] != facts["start"]:
         line = f"the state's step at the start of the run was {found['start']}, is {facts['start']}"
         refuse_difference(directory, "key", done, [line])
-    if lines := identity.differences(found["data"], facts["data"], done):
+    if lines := differences(found["data"], facts["data"], done):
         refuse_difference(directory, "data", done, lines)
     warn_of_machine(found["machine"], facts["machine"])
     run.done = done
     longer = run.total > done if run.total is not None else found["data"] != facts["data"]
     run.finished = found["ended"] == "stopped" or (found["ended"] == "data" and not longer)
-    run.again = None if found["again"] is None else float.fromhex(found["again"])
-    _restore(directory, report, saved)
+    run.pending_report_loss = None if found["again"] is None else float.fromhex(found["again"])
+    _restore_report(directory, report, saved)
 
 
-def _restore(directory: Directory, report: Any, saved: Saved) -> None:
+def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
     restore = getattr(report, "restore", None)
     kept = unpack_snapshot(saved.facts["report"], saved.reports, saved.state)
     if restore is None:
         if kept:
-            line = f"what they had to go on from is for none of these: {', '.join(kept)}"
+            line = f"the checkpoint holds what other reports kept, which these cannot restore: {', '.join(kept)}"
             refuse_difference(directory, "reports", saved.step, [line])
         return
     try:
         restore(kept)
     except ValueError as error:
         refuse_difference(directory, "reports", saved.step, [str(error)])
-
-
-def flush_and_save(
-    run: TrainingRun, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller, ended: str = ""
-) -> None:
-    """Run what waits, tell the report of it, and save it."""
-    loop.flush()
-    loop.wait()
-    hook.finish()
-    if run.kept:
-        run.save(loop.done, now(), ended=ended)
-
-
-@contextmanager
-def save_on_error(
-    run: TrainingRun, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller
-) -> Generator[None]:
-    """The steps of a fit; whatever ends them, what is done is kept: on the exception, and in the directory."""
-    try:
-        hook.begin()
-        yield
-    except BaseException as error:
-        first: BaseException = error
-        with suppress(Exception):
-            now()  # the steps whose items came before this are run
-            first = loop.failure() or error
-            hook.finish()
-        first.kaun_state = state = now()  # pyright: ignore[reportAttributeAccessIssue]
-        run.save_last(loop.done, state, hook.again, first)
-        if first is error:
-            raise
-        raise first from error
-    finally:
-        hook.end()

@@ -1,72 +1,166 @@
-"""When a checkpoint is due, what is written, and that nothing is lost when an exception ends a run."""
+"""When a checkpoint of a run is due, what is written, and that nothing is lost when an exception ends the run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import jax
 
 from kaun import tree
-from kaun._engine import StepInputs, TracedStep, digest_program
+from kaun._engine import StepInputs, StepLoop, TracedStep, digest_program
 from kaun._run.identity import refuse_difference
 from kaun._run.position import position
 from kaun._run.report_state import pack_snapshot
+from kaun._run.reports import ReportCaller
 from kaun.checkpoint import Directory
 from kaun.checkpoint.store import Saved, Store
+from kaun.data import Chunk
 from kaun.state import TrainState
+
+__all__ = ["CheckpointSaver", "flush_and_save", "save_on_error"]
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run."""
+    """Writes the checkpoints of a run.
+
+    Args:
+        store: the open directory.
+        directory: the directory as the user gave it.
+        facts: what the run is, see ``identity.run_facts``.
+        report: the report of the fit, whose snapshot is saved too.
+        saved: the checkpoint from which the run was resumed, None for a new one.
+
+    Attributes:
+        data: the data of the run, whose position is saved.
+    """
 
     def __init__(
         self, store: Store, directory: Directory, facts: dict[str, Any], report: Any, saved: Saved | None
     ) -> None:
         every = directory.every
-        self.each = every if isinstance(every, int) else None
+        self.data: Iterable[Any] = ()
+        self._every = every if isinstance(every, int) else None
         self._pause = every.total_seconds() if isinstance(every, timedelta) else None
         self._next = None if self._pause is None else time.monotonic() + self._pause
         self._store, self._directory, self._facts, self._report = store, directory, facts, report
         same = saved is not None and saved.facts["machine"]["jax"] == jax.__version__
-        self._known: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
-        self._done = 0 if saved is None else saved.step  # the step of the newest checkpoint
-        self.data: Iterable[Any] = ()
-        self.pulled = self._done  # items that were asked for
+        self._programs: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
+        self._saved_step = 0 if saved is None else saved.step
+        self._pulled = self._saved_step
+
+    def ahead(self, done: int, most: int) -> int:
+        """How many of the next ``most`` steps may run before a checkpoint is due."""
+        return most if self._every is None else min(most, self._every - done % self._every)
 
     def due(self, step: int) -> bool:
-        if self.each is not None:
-            return step % self.each == 0
+        """Whether a checkpoint is due after this step."""
+        if self._every is not None:
+            return step % self._every == 0
         return self._next is not None and time.monotonic() >= self._next
 
-    def save(self, step: int, state: TrainState, ended: str, again: float | None) -> None:
-        if step == self._done and not ended and again is None:
-            return  # it is there, and may say that the run had ended
+    def count_pulled(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The same chunks; counts the items in them."""
+        for chunk in chunks:
+            self._pulled += chunk.n
+            yield chunk
+
+    def save(self, step: int, state: TrainState, *, ended: str = "", pending_report_loss: float | None = None) -> None:
+        """Write a checkpoint of a step, unless it is there already. A thread writes the files.
+
+        Args:
+            step: how many steps the run has taken; of step 0 nothing is written.
+            state: the state after them.
+            ended: how the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
+            pending_report_loss: the step's loss if its report was interrupted; the report is called again on resume.
+        """
+        if not step or (step == self._saved_step and not ended and pending_report_loss is None):
+            return  # the checkpoint that is there may say that the run had ended
         snapshot = getattr(self._report, "snapshot", None)
-        told, arrays = pack_snapshot({} if snapshot is None else snapshot())
+        report, arrays = pack_snapshot({} if snapshot is None else snapshot())
+        # The names are those of earlier checkpoints, which must stay readable.
         facts = {
-            **self._facts, "programs": self._known, "report": told, "ended": ended,
-            "again": None if again is None else again.hex(),
-            # After an item that was pulled and then failed, the loader's place is not the run's.
-            "place": position(self.data) if self.pulled == step else None,
+            **self._facts, "programs": self._programs, "report": report, "ended": ended,
+            "again": None if pending_report_loss is None else pending_report_loss.hex(),
+            # Where an item was pulled and then failed, the loader's position is not the run's.
+            "place": position(self.data) if self._pulled == step else None,
         }  # fmt: skip
         self._store.save(step, state, arrays, facts)
-        self._done = step
+        self._saved_step = step
         self._next = None if self._pause is None else time.monotonic() + self._pause
 
-    def traced(self, call: StepInputs, body: TracedStep) -> None:
-        x, _, ctx = call.split(call.leaves)
+    def check_program(self, inputs: StepInputs, traced_step: TracedStep) -> None:
+        """Compare a step's program with the one that the run was started with.
+
+        Raises:
+            ResumeMismatch: when they differ, unless the directory accepts that.
+        """
+        x, _, ctx = inputs.split(inputs.leaves)
         # Not by the loss's code, which may be another where only the program is to be the same.
         given = tree.flatten({"x": x, "ctx": dict(ctx.items())})[0]
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
-        name = f"{getattr(call.subject, '__qualname__', type(call.subject).__name__)}: {kind}"
-        digest = digest_program(body.traced) + " raises" * body.selects
-        if self._known.get(name, digest) != digest:
+        name = f"{getattr(inputs.subject, '__qualname__', type(inputs.subject).__name__)}: {kind}"
+        digest = digest_program(traced_step.traced) + " raises" * traced_step.selects
+        if self._programs.get(name, digest) != digest:
             line = (
                 f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "
                 "or on_nonfinite was changed"
             )
-            refuse_difference(self._directory, "program", self._done, [line])
-        self._known[name] = digest
+            refuse_difference(self._directory, "program", self._saved_step, [line])
+        self._programs[name] = digest
+
+
+def flush_and_save(
+    saver: CheckpointSaver | None, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller, ended: str = ""
+) -> None:
+    """Run the steps that wait, hand their values to the report, and write a checkpoint where there is a directory.
+
+    Args:
+        saver: None without a directory.
+        loop: the steps of the fit.
+        now: gives the state after the last step.
+        hook: calls the report.
+        ended: how the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
+    """
+    loop.flush()
+    loop.wait()
+    hook.finish()
+    if saver is not None:
+        saver.save(loop.done, now(), ended=ended)
+
+
+@contextmanager
+def save_on_error(
+    saver: CheckpointSaver | None, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller
+) -> Generator[None]:
+    """The block in which a fit takes its steps: an exception in it is given the last state, which is saved too.
+
+    Args:
+        saver: None without a directory.
+        loop: the steps of the fit.
+        now: gives the state after the last step.
+        hook: calls the report, also at the begin and at the end.
+    """
+    try:
+        hook.begin()
+        yield
+    except BaseException as error:
+        first: BaseException = error
+        with suppress(Exception):
+            now()  # runs the steps whose items came before this
+            first = loop.failure() or error
+            hook.finish()
+        first.kaun_state = state = now()  # pyright: ignore[reportAttributeAccessIssue]
+        if saver is not None:
+            try:
+                saver.save(loop.done, state, pending_report_loss=hook.pending_report_loss)
+            except Exception as failed:
+                first.add_note(f"Also, no checkpoint of step {loop.done} was written: {failed}")
+        if first is error:
+            raise
+        raise first from error
+    finally:
+        hook.end()

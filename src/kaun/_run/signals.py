@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a run is going: heard where nothing is half done."""
+"""SIGTERM and SIGINT during a run: handled where nothing is half done."""
 
 from __future__ import annotations
 
@@ -12,56 +12,54 @@ from typing import Any, TypeVar
 __all__ = ["Signals"]
 
 T = TypeVar("T")
-_HEARD = (signal.SIGTERM, signal.SIGINT)
+_HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
     """Holds signals back until the code says that it can be interrupted; a second one interrupts at once.
 
-    SIGTERM becomes ``SystemExit(143)``, SIGINT ``KeyboardInterrupt``. Python hears signals in its main thread alone; in
-    any other this does nothing. Outside of the ``with`` block the handlers are those from before.
+    SIGTERM becomes ``SystemExit(143)``, SIGINT ``KeyboardInterrupt``. Python handles signals in its main thread alone;
+    in any other thread this does nothing. Outside of the ``with`` block the handlers are those from before.
 
-    Arguments:
+    Args:
         wanted: False for one that does nothing.
     """
 
     def __init__(self, *, wanted: bool) -> None:
         self._wanted = wanted
-        self._before: dict[signal.Signals, Any] = {}
-        self._came: int | None = None
+        self._handlers: dict[signal.Signals, Any] = {}  # those from before
+        self._received: int | None = None
         self._raised = False
-        self._open = False
+        self._interruptible = False
 
     def __enter__(self) -> Signals:
         if self._wanted and threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._handle) for each in _HEARD}
+            self._handlers = {each: signal.signal(each, self._handle) for each in _HANDLED}
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._restore()
-        if self._came is not None and not self._raised and error is None:
-            self._raise()  # it came in the last moment, and what was to be finished is
+        if self._received is not None and not self._raised and error is None:
+            self._raise()  # it came after the last block that it may interrupt, and nothing is half done now
 
     @contextlib.contextmanager
-    def heard(self) -> Generator[None]:
-        """A block that may be interrupted anywhere; also by what came before it."""
-        self._open = True
+    def interruptible(self) -> Generator[None]:
+        """A block that a signal may interrupt anywhere; one that came before interrupts it at its start."""
+        self._interruptible = True
         try:
-            if self._came is not None and not self._raised:
+            if self._received is not None and not self._raised:
                 self._raise()
             yield
         finally:
-            self._open = False
+            self._interruptible = False
 
-    def heard_in(self, items: Iterator[T]) -> Iterator[T]:
-        """The same items; getting each may be interrupted."""
-        if not self._before:
-            return items
-        return self._between(items)
+    def interruptible_items(self, items: Iterator[T]) -> Iterator[T]:
+        """The same items; a signal may interrupt getting each."""
+        return self._generate(items) if self._handlers else items
 
-    def _between(self, items: Iterator[T]) -> Iterator[T]:
+    def _generate(self, items: Iterator[T]) -> Iterator[T]:
         while True:
-            with self.heard():
+            with self.interruptible():
                 try:
                     item = next(items)
                 except StopIteration:
@@ -69,17 +67,17 @@ class Signals:
             yield item
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self._came = self._came is not None, number
-        if again:
+        second, self._received = self._received is not None, number
+        if second:
             self._restore()
-        if again or self._open:
+        if second or self._interruptible:
             self._raise()
 
     def _raise(self) -> None:
         self._raised = True
-        raise KeyboardInterrupt if self._came == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt if self._received == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
     def _restore(self) -> None:
-        for each, handler in self._before.items():
+        for each, handler in self._handlers.items():
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+        self._handlers = {}

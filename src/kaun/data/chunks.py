@@ -1,47 +1,49 @@
-"""Several consecutive items of a pipeline as one: the same item again and again, or rows that are gathered together."""
+"""Several consecutive items of a pipeline as one: the same item many times, or rows that are gathered together."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import itertools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-
-from kaun.data import convert
 
 __all__ = [
     "Chunk",
     "Chunks",
     "Limit",
     "RowGather",
-    "chained",
-    "mapped",
-    "of_batch",
-    "of_item",
-    "of_rows",
+    "batch_index",
+    "chain_chunks",
+    "gather_rows",
+    "item_chunks",
+    "map_chunks",
     "one_by_one",
-    "open_items",
+    "pass_chunks",
     "read_rows",
-    "skipped",
-    "taken",
-    "within",
+    "row_chunks",
+    "skip_chunks",
+    "take_chunks",
 ]  # fmt: skip
 
 Limit = Callable[[int], int]
-"""``most(left)``: how many items the next run may stand for, of those that are left; asked anew for each."""
+"""``limit(left)``: how many items the next chunk may hold, of those that are left; asked again for each chunk."""
 
 Chunks = Callable[[int, int, Limit], "Iterator[Chunk]"]
-"""``runs(epoch, start, most)``: the items of one pass from ``start`` on."""
+"""``chunks(epoch, start, limit)``: the items of one pass, from ``start`` on."""
+
+_SAME: Mapping[int, RowGather] = types.MappingProxyType({})
 
 
 class Chunk(NamedTuple):
     """Consecutive items that differ, if at all, in the contents of some arrays.
 
-    item: the first of them.
-    n: how many they are.
-    rows: for each array of the first item that differs in the others, by its id, where all of them come from.
+    Attributes:
+        item: the first of them.
+        n: how many they are.
+        rows: for each array of the first item that differs in the others, by its id, the rows of all of them.
     """
 
     item: Any
@@ -50,11 +52,11 @@ class Chunk(NamedTuple):
 
 
 class RowGather:
-    """The rows of an array that make up the batches of a run.
+    """The rows of an array that make up the batches of a chunk.
 
-    Arguments:
+    Args:
         array: a NumPy or JAX array.
-        index: for each row of the batches, one after the other, which row of the array; or a slice of the array.
+        index: which rows of the array, those of one batch after those of the other: an index array or a slice.
         size: rows of a batch.
     """
 
@@ -62,7 +64,7 @@ class RowGather:
         self._array, self._index, self._size = array, index, size
 
     def into(self, out: np.ndarray[Any, Any], start: int) -> None:
-        """Write batches, from number ``start`` on, into ``out`` [count, size, ...]."""
+        """Write the batches from number ``start`` on into ``out``, an array [count, size, ...]."""
         flat = out.reshape(-1, *out.shape[2:])
         index = self._at(start, len(out))
         if isinstance(index, slice):
@@ -74,7 +76,7 @@ class RowGather:
                 flat[...] = self._array[index]
 
     def on_device(self, start: int, count: int, capacity: int) -> jax.Array:
-        """Batches [capacity, size, ...] of a JAX array, from number ``start`` on; only ``count`` of them count."""
+        """The ``count`` batches from number ``start`` on of a JAX array, filled up to [capacity, size, ...]."""
         index = self._at(start, count)
         index = np.arange(index.start, index.stop) if isinstance(index, slice) else index
         rows = np.resize(index, capacity * self._size)  # one program, whatever the count
@@ -87,50 +89,52 @@ class RowGather:
         return self._index[first:last]
 
 
+gather_rows = jax.jit(lambda array, index: array.at[index].get(mode="promise_in_bounds"))
+"""The rows of a JAX array at an index array, which must be in its bounds."""
+
+
 def read_rows(array: jax.Array, index: Any) -> jax.Array:
-    """The rows of a JAX array. Always by index array: slices would compile anew for each batch."""
-    return _gather(array, np.arange(index.start, index.stop) if isinstance(index, slice) else index)
+    """The rows of a JAX array. Always by an index array: a slice would compile once for each batch."""
+    return gather_rows(array, np.arange(index.start, index.stop) if isinstance(index, slice) else index)
 
 
-_gather = jax.jit(lambda array, index: array.at[index].get(mode="promise_in_bounds"))
+def item_chunks(item: Any, n: int) -> Chunks:
+    """The same item ``n`` times."""
 
-
-def of_item(item: Any, n: int) -> Chunks:
-    """The very same item ``n`` times."""
-
-    def runs(epoch: int, start: int, most: Limit) -> Iterator[Chunk]:
+    def chunks(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
         while start < n:
-            count = most(n - start)
-            yield Chunk(item, count, {})
+            count = limit(n - start)
+            yield Chunk(item, count, _SAME)
             start += count
 
-    return runs
+    return chunks
 
 
-def of_batch(order: Any, i: int, size: int, n: int) -> Any:
+def batch_index(order: Any, i: int, size: int, n: int) -> Any:
     """The index of batch ``i`` of ``n`` rows, in an order or, where it is None, the rows' own."""
     rows = slice(i * size, min(i * size + size, n))
     return rows if order is None else order[rows]
 
 
-def of_rows(
+def row_chunks(
     arrays: Sequence[Any], take: Callable[[Any], Any], order: Callable[[int], Any], size: int, length: int
 ) -> Chunks:
     """The batches of arrays in memory.
 
-    Arguments:
+    Args:
         arrays: the leaves of the tree whose rows ``take`` gives.
-        order: of the rows in a pass; None for their own.
+        take: the tree of the rows at an index.
+        order: the order of the rows in a pass, None for their own.
         size: rows of a batch; a last one that is smaller comes alone.
         length: batches of a pass.
     """
     n = len(arrays[0])
 
-    def runs(epoch: int, start: int, most: Limit) -> Iterator[Chunk]:
+    def chunks(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
         rows = order(epoch)
         while start < length:
-            count = most(max(1, n // size - start))
-            first = take(of_batch(rows, start, size, n))
+            count = limit(max(1, n // size - start))
+            first = take(batch_index(rows, start, size, n))
             sources: dict[int, RowGather] = {}
             if count > 1:
                 index = slice(start * size, n) if rows is None else rows[start * size :]
@@ -139,85 +143,63 @@ def of_rows(
             yield Chunk(first, count, sources)
             start += count
 
-    return runs
-
-
-@contextlib.contextmanager
-def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
-    """An iterator over the data, closed at the end if it was made here.
-
-    Raises:
-        TypeError: with the text ``expected``, when it cannot be iterated.
-        RuntimeError: when it would fork its workers.
-    """
-    convert.refuse_forks(data, f"data ({type(data).__name__})")
-    try:
-        iterator = iter(data)
-    except TypeError:
-        raise TypeError(expected) from None
-    try:
-        yield iterator
-    finally:
-        close = getattr(iterator, "close", None)
-        if close is not None and iterator is not data:
-            close()
+    return chunks
 
 
 def one_by_one(items: Iterator[Any]) -> Iterator[Chunk]:
-    """Each item by itself."""
-    for item in items:
-        yield Chunk(item, 1, {})
+    """Each item as a chunk. An iterator in C: ``fit`` pulls one for each step."""
+    return map(Chunk, items, itertools.repeat(1), itertools.repeat(_SAME))
 
 
-def mapped(runs: Chunks | None, call: Callable[[int, Any], Any]) -> Chunks | None:
-    """The items ``call(i, item)``, for a ``call`` that hands the arrays of the item on as they are."""
-    if runs is None:
+def map_chunks(chunks: Chunks | None, call: Callable[[int, Any], Any]) -> Chunks | None:
+    """The items ``call(i, item)``, for a ``call`` that passes on the arrays of the item as they are."""
+    if chunks is None:
         return None
 
-    def made(epoch: int, start: int, most: Limit) -> Iterator[Chunk]:
-        for run in runs(epoch, start, most):
-            yield run._replace(item=call(start, run.item))
-            start += run.n
+    def mapped(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
+        for chunk in chunks(epoch, start, limit):
+            yield chunk._replace(item=call(start, chunk.item))
+            start += chunk.n
 
-    return made
+    return mapped
 
 
-def chained(runs: Chunks | None, n: int, length: int | None) -> Chunks | None:
+def chain_chunks(chunks: Chunks | None, n: int, length: int | None) -> Chunks | None:
     """The items of ``n`` passes of ``length`` items, one after the other."""
-    if runs is None or not length:
+    if chunks is None or not length:
         return None
 
-    def made(epoch: int, start: int, most: Limit) -> Iterator[Chunk]:
+    def chained(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
         first, within = divmod(start, length)
         for e in range(first, n):
-            yield from runs(epoch * n + e, within if e == first else 0, most)
+            yield from chunks(epoch * n + e, within if e == first else 0, limit)
 
-    return made
-
-
-def within(runs: Chunks | None, e: int) -> Chunks | None:
-    """The items of pass ``e``, whatever the pass."""
-    return None if runs is None else lambda epoch, start, most: runs(e, start, most)
+    return chained
 
 
-def skipped(runs: Chunks | None, n: int) -> Chunks | None:
+def pass_chunks(chunks: Chunks | None, e: int) -> Chunks | None:
+    """The items of pass ``e``, in every pass."""
+    return None if chunks is None else lambda epoch, start, limit: chunks(e, start, limit)
+
+
+def skip_chunks(chunks: Chunks | None, n: int) -> Chunks | None:
     """The items after the first ``n``."""
-    return None if runs is None else lambda epoch, start, most: runs(epoch, start + n, most)
+    return None if chunks is None else lambda epoch, start, limit: chunks(epoch, start + n, limit)
 
 
-def taken(runs: Chunks | None, n: int) -> Chunks | None:
+def take_chunks(chunks: Chunks | None, n: int) -> Chunks | None:
     """The first ``n`` items."""
-    if runs is None:
+    if chunks is None:
         return None
 
-    def made(epoch: int, start: int, most: Limit) -> Iterator[Chunk]:
+    def taken(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
         if start >= n:
             return
         left = [n - start]
-        for run in runs(epoch, start, lambda more: most(min(more, left[0]))):
-            left[0] -= run.n
-            yield run
+        for chunk in chunks(epoch, start, lambda more: limit(min(more, left[0]))):
+            left[0] -= chunk.n
+            yield chunk
             if not left[0]:
                 return
 
-    return made
+    return taken

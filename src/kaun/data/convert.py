@@ -1,6 +1,6 @@
-"""What other libraries hand over: their tensors as arrays, their loaders told and checked.
+"""Objects of other libraries: their tensors as arrays, facts about their loaders, loaders that would fork refused.
 
-None of them is imported here: an object of a library is met only where that library is imported already.
+None of these libraries is imported here: an object of one exists only where it is imported already.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _AS_BITS = frozenset(["bfloat16", "float8_e4m3fn", "float8_e5m2"])  # NumPy's ow
 
 
 def as_arrays(value: Any) -> Any:
-    """A tree with the tensors of other libraries in it as arrays; the very same object where there are none.
+    """A tree with the tensors of other libraries converted to arrays; the same object where there are none.
 
     Tensors of PyTorch on the CPU and what has ``numpy()`` become NumPy arrays, what has only ``__dlpack__`` a JAX
-    array, in the same memory where the library can do that. Looked into are dicts, other mappings (which become
-    dicts), tuples, lists and dataclasses, registered as a pytree or not.
+    array, in the same memory where the library can do that. Dicts, other mappings (which become dicts), tuples, lists
+    and dataclasses, registered as a pytree or not, are searched for tensors.
 
     Raises:
         TypeError: for a tensor that is not dense.
@@ -44,7 +44,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def _handler(value: Any) -> Callable[[Any], Any] | None:
-    """How values of this type become arrays, None for what stays as it is; found out once for a type."""
+    """How values of this type become arrays, None for what stays as it is; decided once for a type."""
     kind = type(value)
     if kind not in _HANDLERS:
         while len(_HANDLERS) >= _MOST_TYPES:
@@ -130,7 +130,7 @@ def _dataclass(value: Any) -> Any:
         return value
     made = copy.copy(value)
     for name, part in found.items():
-        object.__setattr__(made, name, part)  # a frozen one, too
+        object.__setattr__(made, name, part)  # also of a frozen dataclass
     return made
 
 
@@ -146,7 +146,7 @@ _HANDLERS: dict[type, Callable[[Any], Any] | None] = {
 
 
 def refuse_forks(loader: Any, stage: str) -> None:
-    """Raises where a PyTorch loader would fork its workers from this process, in which JAX runs threads.
+    """Refuse a PyTorch loader that would fork its workers from this process, in which JAX runs threads.
 
     Raises:
         RuntimeError: with the other ways to start them.
@@ -154,20 +154,21 @@ def refuse_forks(loader: Any, stage: str) -> None:
     if not _is_of("torch.utils.data", "DataLoader", loader) or not loader.num_workers:
         return
     context = loader.multiprocessing_context
-    # Asking for the default must not fix it; the first of all is the default where none was set.
+    # Reading the default must not fix it (allow_none); the first of all is the default where none was set.
     default = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if (context.get_start_method() if context is not None else default) == "fork":
         n = loader.num_workers
         raise RuntimeError(
             f"{stage} has num_workers={n}, and would fork them from this process, in which JAX runs threads: a forked "
-            f'worker can hang for ever. Start them anew, DataLoader(..., num_workers={n}, multiprocessing_context="'
-            'forkserver") (or "spawn"), with the code of the script under if __name__ == "__main__":. Or load in this '
-            "process, num_workers=0, and let Data.from_iterable(loader).prefetch(2) stay ahead."
+            f"worker can hang for ever. Use another start method, DataLoader(..., num_workers={n}, "
+            'multiprocessing_context="forkserver") (or "spawn"), with the code of the script under '
+            'if __name__ == "__main__":. Or load in this process, num_workers=0, and let '
+            "Data.from_iterable(loader).prefetch(2) stay ahead."
         )
 
 
 def loader_facts(source: Any) -> dict[str, Any]:
-    """What is known of a loader besides type and length, for its fingerprint: JSON, and under "arrays" a tree."""
+    """What is known of a loader besides type and length: JSON values by name, and under "arrays" a tree of arrays."""
     if _is_of("torch.utils.data", "DataLoader", source):
         return _of_torch(source)
     if _is_of("datasets", "Dataset", source):
@@ -192,7 +193,7 @@ def _of_torch(loader: Any) -> dict[str, Any]:
 
 
 def _of_grain(dataset: Any) -> list[str]:
-    """Its stages, the source first, with the seed where one has its own; without files and lines."""
+    """The stages of a dataset, the source first, with the seed where one has a seed; without files and lines."""
     found: list[str] = []
     while dataset is not None:
         seed = getattr(dataset, "_seed", None)

@@ -1,15 +1,18 @@
-"""What users give to ``fit`` and ``step``, looked at and taken apart."""
+"""Items, parsed in one place: ``(x, loss)`` or ``(x, loss, ctx)`` for ``fit``, with labels for ``evaluate``."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 
 from kaun import tree
 from kaun.context import Context
+from kaun.data.arguments import function_text
+from kaun.data.collate import outline_of
 
-__all__ = ["Loss", "check_context", "check_loss", "empty_data", "known_length", "not_data", "parse_item"]
+__all__ = ["Item", "LabelledItem", "Loss", "attach_loss", "check_context", "check_loss", "empty_data", "not_data"]
 
 
 class Loss(Protocol):
@@ -21,37 +24,132 @@ class Loss(Protocol):
     def __call__(self, output: Any, /) -> jax.Array | tuple[jax.Array, dict[str, Any]]: ...
 
 
+class Item(NamedTuple):
+    """An item of the data of ``fit``.
+
+    Attributes:
+        x: the model's input, an array or any pytree of arrays.
+        loss: a function of the model's output.
+        ctx: the item's own Context, or None.
+    """
+
+    x: Any
+    loss: Loss
+    ctx: Context | None
+
+    @staticmethod
+    def is_training_item(item: Any) -> bool:
+        """Whether an item has a loss: a tuple or list of two or three, whose second element is callable."""
+        return isinstance(item, (tuple, list)) and len(cast("Any", item)) in (2, 3) and callable(cast("Any", item)[1])
+
+    @classmethod
+    def parse(cls, item: Any, step: int) -> Item:
+        """The parts of an item that ``fit`` takes at ``step``.
+
+        Raises:
+            TypeError: when it is not ``(x, loss)`` or ``(x, loss, Context)``.
+        """
+        # The test of is_training_item once more, because this runs for each step and a call costs 0.1 us.
+        if isinstance(item, (tuple, list)) and len(item) in (2, 3) and callable(item[1]):
+            ctx = item[2] if len(item) == 3 else None
+            if ctx is None or isinstance(ctx, Context):
+                return cls(item[0], cast("Loss", item[1]), ctx)
+        raise TypeError(
+            "fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item "
+            f"{step} is {_received(item)}. From (x, y) pairs make them with data.with_loss(losses.mse)."
+        )
+
+
+class LabelledItem(NamedTuple):
+    """An item of the data of ``evaluate``.
+
+    Attributes:
+        x: the model's input, an array or any pytree of arrays.
+        y: the targets, likewise.
+        ctx: the item's own Context, or None.
+    """
+
+    x: Any
+    y: Any
+    ctx: Context | None
+
+    @classmethod
+    def parse(cls, item: Any, number: int) -> LabelledItem:
+        """The parts of an item that ``evaluate`` takes as the ``number``-th.
+
+        Raises:
+            TypeError: when it is not ``(x, y)`` or ``(x, y, Context)``.
+        """
+        if isinstance(item, (tuple, list)) and len(item) in (2, 3) and not callable(item[1]):
+            ctx = item[2] if len(item) == 3 else None
+            if ctx is None or isinstance(ctx, Context):
+                return cls(item[0], item[1], ctx)
+        fix = (
+            "It was made for fit: pass the pipeline as it is before with_loss, whose items are (x, y)."
+            if Item.is_training_item(item)
+            else "From arrays make them with Data.batches((x, y), batch_size=256)."
+        )
+        raise TypeError(
+            "evaluate expected items (x, y) or (x, y, Context), with targets y; item "
+            f"{number} is {_received(item)}. {fix}"
+        )
+
+
+def attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
+    """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in the place of y.
+
+    Raises:
+        TypeError: when it is neither, or has its loss already.
+    """
+    if not (isinstance(item, (tuple, list)) and len(item) in (2, 3)):
+        raise TypeError(
+            f"with_loss expected items (x, y) or (x, y, Context(...)), received {outline_of(item)}. Convert them "
+            'first: data.map(lambda item: (item["x"], item["y"])).with_loss(f).'
+        )
+    x, y, *ctx = item
+    if callable(y):
+        raise TypeError(
+            f"with_loss expected labels y in items (x, y), received the function {function_text('with_loss', y)}: "
+            "these items have their loss already. Leave with_loss out."
+        )
+    if ctx and not isinstance(ctx[0], Mapping):
+        raise TypeError(
+            f"with_loss expected a Context as third element of an item (x, y, ctx), received {outline_of(ctx[0])}. "
+            "Name it, data.map(lambda b: (b[0], b[1], Context(weights=b[2]))), or make it part of y."
+        )
+    return x, _loss(f, y), *ctx
+
+
+def _loss(f: Callable[[Any, Any], Any], y: Any) -> Callable[[Any], Any]:
+    # A plain function with f and y in its cells: all batches share its code, so that it compiles once.
+    def loss(output: Any) -> Any:
+        return f(output, y)
+
+    return loss
+
+
 def not_data(data: Any) -> str:
+    """The message for what cannot be iterated."""
     return (
         f"fit expected data, a kaun.Data or an iterable of (x, loss), received {type(data).__name__}. "
-        "For one batch over and over write Data.repeat(1000, (x, loss))."
+        "To train on one batch many times write Data.repeat(1000, (x, loss))."
     )
 
 
-def empty_data() -> ValueError:
-    """The exception for data that is empty."""
+def empty_data(entry: str) -> ValueError:
+    """The exception of ``fit``, ``evaluate`` or ``predict`` for data without items."""
     return ValueError(
-        "fit received no items: the data is empty. An iterator or generator that was used up gives nothing the second "
-        "time; pass a list, a kaun.Data, or make a new one."
-    )
-
-
-def parse_item(item: Any, step: int) -> tuple[Any, Loss, Context | None]:
-    if isinstance(item, (tuple, list)) and len(item) in (2, 3) and callable(item[1]):
-        ctx = item[2] if len(item) == 3 else None
-        if ctx is None or isinstance(ctx, Context):
-            return item[0], cast("Loss", item[1]), ctx
-    if isinstance(item, (tuple, list)):
-        received = f"a {type(item).__name__} of ({', '.join(map(tree.describe, item))})"
-    else:
-        received = tree.describe(item)
-    raise TypeError(
-        "fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item "
-        f"{step} is {received}. From (x, y) pairs make them with data.with_loss(losses.mse)."
+        f"{entry} received no items: the data is empty. An iterator or generator that was used up gives nothing the "
+        "second time; pass a list, a kaun.Data, or make a new one."
     )
 
 
 def check_loss(loss: Any) -> Loss:
+    """The loss given to ``step``.
+
+    Raises:
+        TypeError: when it is not callable.
+    """
     if not callable(loss):
         raise TypeError(
             f"step(loss=...) expected a function of the model's output, received {tree.describe(loss)}. "
@@ -61,13 +159,17 @@ def check_loss(loss: Any) -> Loss:
 
 
 def check_context(ctx: Any) -> Context | None:
+    """The context given to a method of a trainer.
+
+    Raises:
+        TypeError: when it is neither a Context nor None.
+    """
     if ctx is not None and not isinstance(ctx, Context):
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
     return ctx
 
 
-def known_length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
+def _received(item: Any) -> str:
+    if isinstance(item, (tuple, list)):
+        return f"a {type(item).__name__} of ({', '.join(map(tree.describe, cast('Any', item)))})"
+    return tree.describe(item)

@@ -1,30 +1,63 @@
-"""Items of loaders that are not kaun's own: opened anew in each pass, their tensors as arrays, their place known."""
+"""Loaders of other libraries: opened again in each pass, their items checked, their position known."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 
 from kaun.data import convert
+from kaun.data.items import Item
 
-__all__ = ["ResumableLoader", "loader_length", "open_loader"]
+__all__ = ["ResumableLoader", "known_length", "open_items", "open_loader"]
 
 
-def loader_length(source: Any) -> int | None:
+def known_length(data: Any) -> int | None:
+    """The length of any data or loader, None where it has none."""
     try:
-        return len(source)
-    except TypeError:  # has none; torch's DataLoader has __len__ and raises this
+        return len(data)
+    except TypeError:  # torch's DataLoader over a stream has __len__ and raises this
         return None
 
 
+@contextlib.contextmanager
+def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
+    """An iterator over the data, closed at the end if it was made here.
+
+    Args:
+        data: what the user gave.
+        expected: the message where it cannot be iterated.
+
+    Raises:
+        TypeError: when it cannot be iterated.
+        RuntimeError: when it would fork its workers.
+    """
+    convert.refuse_forks(data, f"data ({type(data).__name__})")
+    try:
+        iterator = iter(data)
+    except TypeError:
+        raise TypeError(expected) from None
+    try:
+        yield iterator
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None and iterator is not data:
+            close()
+
+
 def open_loader(source: Any, stage: str) -> Callable[[int, int], Iterator[Any]]:
-    """The ``open`` of a node: a pass over a loader, or over what a function makes, from an item on."""
+    """The ``open`` of a node over a loader, or over a function that makes one.
+
+    Args:
+        source: the loader or function.
+        stage: the stage as the pipeline prints it, for messages.
+    """
     once = [source] if hasattr(source, "__next__") else None
     had_items = False
     first: Any = None
@@ -71,19 +104,20 @@ def open_loader(source: Any, stage: str) -> Callable[[int, int], Iterator[Any]]:
 
 
 class _Structure:
-    """The dicts, tuples and dataclasses of the first item, and their names. Lists may be of any length."""
+    """The dicts, tuples and dataclasses of the first item, and the names in them. Lists may be of any length."""
 
     def __init__(self, item: Any) -> None:
         self._first = _outline(item)
 
     def check(self, item: Any, stage: str) -> None:
+        """Refuse an item of another structure than the first; items that have their loss are left alone."""
         if self._first is _HAS_LOSS or _fits(self._first, item):
             return
         now = _outline(item)
         if now != self._first and now is not _HAS_LOSS:
             raise TypeError(
                 f"{stage} expected items of one structure, received another one than before: "
-                f"{'; '.join(_changes('', self._first, now))}. Make them alike where they are made, "
+                f"{'; '.join(_changes('', self._first, now))}. Give all items one structure where they are made, "
                 "Data.from_iterable(lambda: map(alike, loader))."
             )
 
@@ -95,8 +129,8 @@ _HAS_LOSS = ("loss", None)
 
 def _outline(value: Any) -> tuple[str, Any]:
     kind = type(value)
-    if kind is tuple and len(value) in (2, 3) and callable(value[1]):
-        return _HAS_LOSS  # fit's own items: with a context or without, of any models
+    if Item.is_training_item(value):
+        return _HAS_LOSS  # with a context or without, of any models
     if isinstance(value, Mapping):
         return kind.__name__, {str(k): _outline(v) for k, v in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, tuple):
@@ -118,6 +152,7 @@ def _fits(outline: tuple[str, Any], value: Any) -> bool:
 
 
 def _changes(path: str, before: tuple[str, Any], now: tuple[str, Any]) -> Iterator[str]:
+    """What differs between two outlines, each difference in words."""
     where = repr(path) if path else "an item"
     if before[0] != now[0]:
         yield f"{where} was a {before[0]}, is a {now[0]}"
@@ -132,24 +167,28 @@ def _changes(path: str, before: tuple[str, Any], now: tuple[str, Any]) -> Iterat
 
 
 class ResumableLoader:
-    """A loader, or a function that makes one, of which one run knows its place.
+    """A loader, or a function that makes one, of which one run knows its position.
 
-    An iterator whose ``get_state()`` gives JSON or bytes, and whose ``set_state`` takes them, is put back there at
-    once; of any other ``n`` items are pulled first.
+    An iterator whose ``get_state()`` gives JSON or bytes, and whose ``set_state`` takes them, is set to a known
+    position at once; of any other ``n`` items are pulled first.
 
-    Arguments:
+    Args:
         source: the loader or function.
-        place: what ``place()`` of another one said.
-        n: items that were taken.
+        position: what ``position()`` of another one returned.
+        n: how many items were taken, where no position is known.
 
     Attributes:
         source: the loader or function.
-        passes: the pass that is under way, counted from 0.
+        passes: the number of the current pass, counted from 0.
+
+    Raises:
+        ValueError: for a position that ``position()`` cannot have returned.
     """
 
-    def __init__(self, source: Any, place: Mapping[str, Any] | None = None, n: int = 0) -> None:
-        self.source, self._n = source, n
-        self.passes, self._state = (0, None) if place is None else _read(place)
+    def __init__(self, source: Any, position: Mapping[str, Any] | None = None, n: int = 0) -> None:
+        self.source: Any = source
+        self._n = n
+        self.passes, self._state = (0, None) if position is None else _read(position)
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -163,14 +202,14 @@ class ResumableLoader:
         if state is not None:
             iterator.set_state(_decoded(state))
             n = 0
-        # islice also of nothing: the user's own iterator is not closed with this one.
+        # islice also where nothing is skipped: closing this iterator must not close the user's own.
         return itertools.islice(iterator, n, None) if n or iterator is made else iterator
 
     def __len__(self) -> int:
         return max(0, len(self.source) - self._n)
 
-    def place(self) -> dict[str, Any] | None:
-        """Where the items taken so far end, as JSON; None where the iterator cannot tell, or none is taken."""
+    def position(self) -> dict[str, Any] | None:
+        """The position after the items taken so far, as JSON; None where the iterator has none, or none is taken."""
         get_state = getattr(self._iterator, "get_state", None)
         if get_state is None or not hasattr(self._iterator, "set_state"):
             return None
@@ -191,12 +230,13 @@ def _decoded(state: Mapping[str, Any]) -> Any:
     return base64.b64decode(state["base64"]) if "base64" in state else state["json"]
 
 
-def _read(place: Any) -> tuple[int, Mapping[str, Any]]:
-    match place:
+def _read(position: Any) -> tuple[int, Mapping[str, Any]]:
+    """The number of the pass and the state of the iterator in a position."""
+    match position:
         case {"pass": int() as passes, "state": {"json": _} | {"base64": str()} as state} if passes >= 0:
             return passes, state
         case _:
             raise ValueError(
-                f"a place in data is what position.position gave, received {place!r}. The checkpoint is of another "
-                "version, or damaged."
+                "ResumableLoader expected a position that ResumableLoader.position() returned, received "
+                f"{position!r}. The checkpoint is of another version, or damaged."
             )

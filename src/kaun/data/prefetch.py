@@ -1,4 +1,4 @@
-"""Pulling ahead: a background thread that stays a few items in front, and items fixed at the moment they are pulled."""
+"""Prefetching: a background thread that stays a few items ahead, and items as they were when they were pulled."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax
 
 from kaun import tree
 from kaun._loss import snapshot_loss
+from kaun.data.items import Item
 
 __all__ = ["prefetched", "snapshot_item"]
 
@@ -22,25 +23,26 @@ def snapshot_item(item: Any) -> Any:
 
     A generator may fill the same buffer again, and all closures that it yields share one cell.
     """
-    if isinstance(item, tuple) and len(item) in (2, 3) and callable(item[1]):
-        return _kept(item[0]), snapshot_loss(item[1]), *map(_kept, item[2:])
-    return _kept(item)
+    if Item.is_training_item(item):
+        parts = _snapshot(item[0]), snapshot_loss(item[1]), *map(_snapshot, item[2:])
+        return list(parts) if isinstance(item, list) else parts
+    return _snapshot(item)
 
 
-def _kept(value: Any) -> Any:
+def _snapshot(value: Any) -> Any:
     kind = type(value)
-    # The common containers by hand: faster than a pytree, and keys of any kind in their own order.
+    # The common containers by hand: faster than a pytree, and keys of any type in their own order.
     if kind is tuple or kind is list:
-        return kind([_kept(v) for v in value])
+        return kind([_snapshot(v) for v in value])
     if kind is dict:
-        return {k: _kept(v) for k, v in value.items()}
+        return {k: _snapshot(v) for k, v in value.items()}
     return jax.tree_util.tree_map(tree.snapshot, value)
 
 
 def prefetched(open: Callable[[], Iterator[Any]], n: int) -> Iterator[Any]:
-    """The items of ``open()``, pulled by a thread. A slot is a pull that the thread may still make."""
+    """The items of ``open()``, pulled by a thread that stays up to ``n`` items ahead."""
     ready: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-    slots, stopped = threading.Semaphore(n), threading.Event()
+    slots, stopped = threading.Semaphore(n), threading.Event()  # a slot is a pull that the thread may still make
     run = contextvars.copy_context().run
     # The thread must not refer to this generator, or dropping it would not end it. Daemon for a source that hangs.
     thread = threading.Thread(target=run, args=(_pull, open, ready, slots, stopped), name="kaun prefetch", daemon=True)
@@ -48,7 +50,7 @@ def prefetched(open: Callable[[], Iterator[Any]], n: int) -> Iterator[Any]:
     def end() -> None:
         stopped.set()
         slots.release()
-        # Wait, so that the next pass over the same loader does not meet this thread in it; not for ever, it may hang.
+        # Wait, so that this thread has left the loader before its next pass begins; not for ever, it may hang.
         if thread.is_alive() and thread is not threading.current_thread():
             thread.join(timeout=2.0)
 

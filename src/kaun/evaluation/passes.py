@@ -13,7 +13,7 @@ from kaun import tree
 from kaun._engine import StepInputs
 from kaun._loss import snapshot_loss
 from kaun.context import Context
-from kaun.data import Data, open_items
+from kaun.data import Data, LabelledItem, empty_data, known_length, open_items
 from kaun.errors import CaptureError
 from kaun.evaluation.totals import Metric, Scores, checked, summed
 from kaun.metrics import AHEAD, DelayedReader
@@ -36,12 +36,12 @@ def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Con
     )
     with open_items(data, expected) as items:
         for number, item in enumerate(items, start=1):
-            x, y, own = _split(item, number)
+            x, y, own = LabelledItem.parse(item, number)
             # Anew for each item, as a loss is: a metric may read what changes between two of them.
             call = StepInputs({"x": x, "y": y}, _frozen(metrics), ctx.merge(own) if ctx is not None else own, "item")
             scores.add(run(call))
     if not number:
-        raise _no_items("evaluate")
+        raise empty_data("evaluate")
     return scores.results()
 
 
@@ -68,36 +68,9 @@ def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | No
             stack.check(output, number)
             lagging.push(jax.tree_util.tree_leaves(output))
     if stack.structure is None:
-        raise _no_items("predict")
+        raise empty_data("predict")
     lagging.flush()
     return jax.tree_util.tree_unflatten(stack.structure, stack.rows())
-
-
-def _no_items(where: str) -> ValueError:
-    return ValueError(
-        f"{where} received no items: the data is empty. An iterator or generator that was used up gives nothing the "
-        "second time; pass a list, a kaun.Data, or make a new one."
-    )
-
-
-def _split(item: Any, number: int) -> tuple[Any, Any, Context | None]:
-    if isinstance(item, (tuple, list)) and len(item) in (2, 3):
-        x, y, own = item if len(item) == 3 else (*item, None)
-        if not callable(y) and (own is None or isinstance(own, Context)):
-            return x, y, own
-    if isinstance(item, (tuple, list)):
-        received = f"a {type(item).__name__} of ({', '.join(map(tree.describe, item))})"
-    else:
-        received = tree.describe(item)
-    made_for_fit = isinstance(item, (tuple, list)) and len(item) > 1 and callable(item[1])
-    fix = (
-        "It was made for fit: pass the pipeline as it is before with_loss, whose items are (x, y)."
-        if made_for_fit
-        else "From arrays make them with Data.batches((x, y), batch_size=256)."
-    )
-    raise TypeError(
-        f"evaluate expected items (x, y) or (x, y, Context), with targets y; item {number} is {received}. {fix}"
-    )
 
 
 def _frozen(metrics: Mapping[str, Metric]) -> dict[str, Any]:
@@ -146,8 +119,8 @@ class _Stack:
         """Append outputs, read from the device."""
         for leaves in batches:
             if not self._buffers:
-                count = self._length()
-                self._buffers = [np.empty((max(count, 1) * a.shape[0], *a.shape[1:]), a.dtype) for a in leaves]
+                count = known_length(self._data) or 1
+                self._buffers = [np.empty((count * a.shape[0], *a.shape[1:]), a.dtype) for a in leaves]
                 self._used = [0] * len(leaves)
             for i, new in enumerate(map(np.asarray, leaves)):
                 start, end = self._used[i], self._used[i] + len(new)
@@ -161,12 +134,6 @@ class _Stack:
     def rows(self) -> list[Any]:
         """The arrays, without what was not filled."""
         return [buffer[:used] for buffer, used in zip(self._buffers, self._used, strict=True)]
-
-    def _length(self) -> int:
-        try:
-            return len(self._data)
-        except TypeError:
-            return 1
 
 
 def _at(path: str) -> str:
