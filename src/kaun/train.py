@@ -9,13 +9,14 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
 from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop
+from kaun._report import Report, ReportFunction
 from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
 from kaun._step import (
     DEFAULT_DTYPE,
@@ -55,19 +56,10 @@ from kaun.state import TrainState, check_state
 if TYPE_CHECKING:
     from jax.export import Exported
 
-__all__ = ["Loss", "Report", "Trainer", "lowered"]
+__all__ = ["Loss", "Trainer", "lowered"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-
-class Report(Protocol):
-    """Called after each step that it asked for; raises ``EarlyStop`` to end the fit.
-
-    Most return None; values that are returned are for other reports (``kaun.reports.core``).
-    """
-
-    def __call__(self, step: int, loss: float, state: TrainState, /) -> Mapping[str, float] | None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +186,7 @@ class Trainer(Generic[In, Out]):
         data: Iterable[tuple[Any, Loss] | tuple[Any, Loss, Context]],
         *,
         ctx: Context | None = None,
-        report: Report | None = None,
+        report: Report | ReportFunction | None = None,
         checkpoints: Directory | None = None,
     ) -> TrainState:
         """The state after a step for each item of ``data``: the fold of ``step`` over it, bit for bit.
@@ -228,7 +220,8 @@ class Trainer(Generic[In, Out]):
             now = lambda: _state(loop.carry(), loop.key)
             step, most = run.done, lambda left: run.ahead(step, hook.ahead(step, min(left, loop.room)))
             with save_on_error(run, loop, now, hook), open_items(run.data, not_data(data)) as items:
-                stopped = hook.again is not None and hook.wants(step) and _stops(hook, step, hook.again, now)
+                again = hook.pending_report_loss
+                stopped = again is not None and hook.wants(step) and _stops(hook, step, again, now)
                 for item, count, rows in run.heard(chunks_of(run.data, items, most)) if not stopped else ():
                     loop.push(*parse_item(item, step + 1), count, rows)
                     step += count
@@ -349,7 +342,9 @@ class Trainer(Generic[In, Out]):
         numbers = scale_numbers(numbers, lost) | rates(after[1]) | scalars
         return value, numbers, (parts.joined(after[0]), after[1], step), fault
 
-    def _begin(self, run: TrainingRun, report: Report | None, ctx: Context | None) -> tuple[ReportCaller, StepLoop]:
+    def _begin(
+        self, run: TrainingRun, report: Report | ReportFunction | None, ctx: Context | None
+    ) -> tuple[ReportCaller, StepLoop]:
         state = run.take()
         hook = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, run.again, run.signals.heard)
         trained = trainable_part(self.trainable, state.vars.params)
@@ -357,7 +352,8 @@ class Trainer(Generic[In, Out]):
         failed = failure if self.on_nonfinite == "raise" else None
         start, key = (state.vars, state.opt_state, state.step), state.key
         del state, trained
-        return hook, StepLoop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.traced)
+        told = (hook.ran, hook.compiled, failed, run.done, run.traced, hook.compiling)
+        return hook, StepLoop(self._programs, start, key, ctx, *told)
 
     def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:
         """The state of a run that is over, if this trainer would run the same program."""

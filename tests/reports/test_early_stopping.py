@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kaun import Data, EarlyStop, Trainer, TrainState, layers, losses, metrics, reports, rng
 
-MODULE = importlib.import_module("kaun.reports.stopping")
+MODULE = importlib.import_module("kaun.reports.early_stopping")
 SETTINGS = settings(max_examples=200, deadline=None)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kaun import Data, Trainer, layers, losses, reports, rng
 
-MODULE = importlib.import_module("kaun.reports.rate")
+MODULE = importlib.import_module("kaun.reports.learning_rate")
 
 
 class Seen:

@@ -10,6 +10,7 @@ import jax
 
 from kaun import rng
 from kaun._engine import StepInputs, StepLoop, TracedStep
+from kaun._report import member
 from kaun._run import identity
 from kaun._run.identity import refuse_difference, run_facts, warn_of_machine
 from kaun._run.position import resume_from
@@ -188,7 +189,7 @@ def _go_on(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[str
 
 
 def _restore(directory: Directory, report: Any, saved: Saved) -> None:
-    restore = getattr(report, "restore", None)
+    restore = member(report, "restore")
     kept = unpack_snapshot(saved.facts["report"], saved.reports, saved.state)
     if restore is None:
         if kept:
@@ -227,7 +228,7 @@ def save_on_error(
             first = loop.failure() or error
             hook.finish()
         first.kaun_state = state = now()  # pyright: ignore[reportAttributeAccessIssue]
-        run.save_last(loop.done, state, hook.again, first)
+        run.save_last(loop.done, state, hook.pending_report_loss, first)
         if first is error:
             raise
         raise first from error

@@ -11,6 +11,7 @@ import jax
 
 from kaun import tree
 from kaun._engine import StepInputs, TracedStep, digest_program
+from kaun._report import member
 from kaun._run.identity import refuse_difference
 from kaun._run.position import position
 from kaun._run.report_state import pack_snapshot
@@ -44,7 +45,7 @@ class CheckpointSaver:
     def save(self, step: int, state: TrainState, ended: str, again: float | None) -> None:
         if step == self._done and not ended and again is None:
             return  # it is there, and may say that the run had ended
-        snapshot = getattr(self._report, "snapshot", None)
+        snapshot = member(self._report, "snapshot")
         told, arrays = pack_snapshot({} if snapshot is None else snapshot())
         facts = {
             **self._facts, "programs": self._known, "report": told, "ended": ended,
