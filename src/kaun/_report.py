@@ -199,9 +199,7 @@ def member(report: Any, name: str) -> Callable[..., Any] | None:
         TypeError: If it cannot be called with these arguments, or the first ones of them.
     """
     method = getattr(report, name, None)
-    if method is None:
-        return None
-    if getattr(method, "__func__", None) is getattr(Report, name) and (name != "wants" or calls(report)):
+    if method is None or (_is_default(method, name) and (name != "wants" or calls(report))):
         return None
     parameters = [parameter for parameter in _PARAMETERS[name].split(", ") if parameter]
     taken = _taken(method, len(parameters))
@@ -211,6 +209,10 @@ def member(report: Any, name: str) -> Callable[..., Any] | None:
             f"of these arguments, received {method!r}. Write def {name}(self{''.join(f', {p}' for p in parameters)})."
         )
     return method if taken == len(parameters) else lambda *arguments: method(*arguments[:taken])
+
+
+def _is_default(method: Any, name: str) -> bool:
+    return getattr(method, "__func__", None) is getattr(Report, name)
 
 
 def _taken(method: Any, most: int) -> int | None:
@@ -243,10 +245,10 @@ def check_report(report: Any, where: str, what: str = "a report") -> None:
     if unknown := sorted(names_of(report, "numbers") - NUMBERS):
         raise ValueError(
             f"The report {locate(report)} has {unknown[0]!r} in `numbers`, which no step can compute; known are "
-            f"{', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: (loss, {{{unknown[0]!r}: "
-            "value}})."
+            f"{', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: "
+            f"(loss, {{{unknown[0]!r}: value}})."
         )
-    own = {name for name in _PARAMETERS if member(report, name) is not None}
+    own = {name for name in _PARAMETERS if (method := member(report, name)) and not _is_default(method, name)}
     if "snapshot" in own and "restore" not in own:
         raise TypeError(
             f"The report {locate(report)} has snapshot() and no restore(values), so that a resumed run could not give "

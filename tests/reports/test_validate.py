@@ -153,9 +153,9 @@ def test_an_error_of_the_evaluation_comes_with_the_state(made, data):
         (
             {"data": iter([1])},
             TypeError,
-            r"validate goes over its data many times, and received list_iterator\. Pass a kaun\.Data",
+            r"validate iterates its data many times, and received list_iterator\. Pass a kaun\.Data",
         ),
-        ({"data": 3}, TypeError, r"received int\. Pass a kaun\.Data or a list; of a generator make one"),
+        ({"data": 3}, TypeError, r"received int\. Pass a kaun\.Data or a list; for a generator write Data"),
         ({"metrics": [metrics.f1]}, TypeError, r"validate expected metrics as a dict"),
         ({"metrics": {}}, ValueError, r"validate expected at least one metric"),
         (

@@ -123,13 +123,17 @@ def test_what_is_ready_is_delivered_after_a_moment_and_nothing_is_waited_for():
 
 
 def test_a_report_must_be_callable():
-    with pytest.raises(TypeError, match="report expected a function"):
+    with pytest.raises(
+        TypeError,
+        match=r"fit expected a report, callable as \(step, loss, state\), received 3\. Write def report\(step, loss, state\)",
+    ):
         ReportCaller(3, None)
     with pytest.raises(
-        TypeError, match=r"report `<lambda>` \(test_hook.py:\d+\) must take three arguments, \(step, loss"
+        TypeError,
+        match=r"callable as \(step, loss, state\), received `<lambda>` \(test_reports.py:\d+\), which takes \(step, loss\)",
     ):
         ReportCaller(lambda step, loss: None, None)
-    with pytest.raises(TypeError, match=r"report `progress` .*or call it if it makes a report: reports.progress\(\)"):
+    with pytest.raises(TypeError, match=r"received `progress` .*, or call it first if it makes a report\."):
         ReportCaller(reports.progress, None)
 
 
@@ -151,14 +155,24 @@ def test_what_is_watched_must_be_measured():
     ReportCaller(report, None)
 
 
-def test_compilation_is_told_to_those_who_listen():
+def test_compiling_is_called_before_and_what_it_returned_afterwards():
     told = []
     recorder = Recorder()
-    ReportCaller(recorder, None).compiled(1.0)
-    ReportCaller(None, None).compiled(1.0)
-    recorder.compiled = told.append
-    ReportCaller(recorder, None).compiled(2.0)
-    assert told == [2.0]
+
+    def compile(report):
+        hook = ReportCaller(report, None)
+        hook.compiling("fit")
+        hook.compiled(2.0)
+        hook.compiled(3.0)
+
+    compile(recorder)
+    compile(None)
+    recorder.compiling = told.append
+    compile(recorder)
+    assert told == ["fit"]
+    recorder.compiling = lambda where: told.append(where) or told.append
+    compile(recorder)
+    assert told == ["fit", "fit", 2.0]
 
 
 class Values:
@@ -223,9 +237,13 @@ def test_a_report_that_did_not_come_back_is_remembered():
     hook = ReportCaller(failing, None)
     with pytest.raises(OSError):
         hook.stops(1, jnp.float32(0.5), None)
-    assert hook.again == 0.5
-    resumed = ReportCaller(lambda step, loss, state: None, None, done=1, again=0.5)
-    assert resumed.wants(1) and not resumed.stops(1, resumed.again, None) and resumed.again is None
+    assert hook.pending_report_loss == 0.5
+    resumed = ReportCaller(lambda step, loss, state: None, None, done=1, pending_report_loss=0.5)
+    assert (
+        resumed.wants(1)
+        and not resumed.stops(1, resumed.pending_report_loss, None)
+        and resumed.pending_report_loss is None
+    )
 
 
 def test_the_time_of_a_report_and_of_compiling_is_no_part_of_a_step(monkeypatch):

@@ -138,7 +138,8 @@ class _Fit:
     def _is_compiled(self, seconds: float) -> None:
         self._compiling, self._compiled = False, self._compiled + seconds
         self._display.exclude(seconds)
-        self._draw(due=self._display.live)
+        if self._display.live:
+            self._draw(due=True)
 
     def close(self) -> None:
         self._display.close(self._step, self._postfix())
