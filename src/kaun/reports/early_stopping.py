@@ -74,14 +74,15 @@ def early_stopping(
         raise TypeError(f"early_stopping expected min_delta as a float, received {min_delta!r}.")
     if not 0 <= min_delta < math.inf:
         raise ValueError(f"early_stopping expected a min_delta of at least 0, and finite, received {min_delta}.")
-    return EarlyStopping(monitor, 1.0 if mode == "max" else -1.0, patience, float(min_delta))
+    kind = _TrainingLossStopping if monitor == "loss" else EarlyStopping
+    return kind(monitor, 1.0 if mode == "max" else -1.0, patience, float(min_delta))
 
 
 class EarlyStopping(Report):
     """The best state so far, by a value; made by ``early_stopping(...)``. See there.
 
     Attributes:
-        watches: The name of the value; empty for ``"loss"``, which need not be measured by another report.
+        watches: The name of the value; empty for ``"loss"``, which may be the training loss.
 
     Examples:
         >>> from kaun import reports
@@ -95,17 +96,14 @@ class EarlyStopping(Report):
     watches: Collection[str]
 
     def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
-        self.watches = frozenset[str]() if monitor == "loss" else frozenset({monitor})
+        self.watches = frozenset({monitor})
         self._monitor, self._sign, self._patience, self._min_delta = monitor, sign, patience, min_delta
         self._best: TrainState | None = None
         self._value = -math.inf  # of the best state; this and the next are negated for "min"
         self._passed = -math.inf  # what a value must pass by min_delta
         self._waited = 0
         self._judged = 0  # the last step, of this fit
-        self._measured = False  # whether another report of this fit measures it
-        self._sum, self._count = 0.0, 0
-        if monitor == "loss":  # for any other value, no block needs to be collected
-            self.block = self._add
+        self._sum, self._count = 0.0, 0  # of the training loss since the last time, where that is judged
 
     @property
     def best(self) -> TrainState:
@@ -132,26 +130,10 @@ class EarlyStopping(Report):
         """The step of the best state: ``int(best.step)``."""
         return int(self.best.step)
 
-    def wants(self, step: int) -> bool:
-        """Return True if it looks at the training loss, False if another report measures the value."""
-        return self._monitor == "loss" and not self._measured
-
     def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
         """Begin a fit; called by ``fit``."""
-        self._measured = self._monitor in measured
         if first_step <= self._judged:
             self._judged = 0
-
-    def end(self) -> None:
-        """End a fit; called by ``fit``."""
-        self._measured = False
-
-    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        """Judge the training loss up to this step; called by ``fit``."""
-        if not self._measured and self._monitor == "loss":
-            value = self._sum / self._count if self._count else loss
-            self._sum, self._count = 0.0, 0
-            self._judge(step, value, state)
 
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         """Judge what another report measured; called by ``all_of``."""
@@ -171,10 +153,6 @@ class EarlyStopping(Report):
         self._value, self._passed, self._sum = map(float, numbers)
         self._best = values.get("best")
 
-    def _add(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
-        self._sum += float(values["loss"].astype(np.float64).sum())
-        self._count += len(values["loss"])
-
     def _judge(self, step: int, value: float, state: TrainState) -> None:
         if step == self._judged:  # a second time, in a run that was interrupted while this step was reported
             return
@@ -188,3 +166,30 @@ class EarlyStopping(Report):
         self._waited += 1
         if self._waited >= self._patience:
             raise EarlyStop
+
+
+class _TrainingLossStopping(EarlyStopping):
+    """``early_stopping("loss")``: if no report of the fit measures a ``"loss"``, the training loss is judged."""
+
+    def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
+        super().__init__(monitor, sign, patience, min_delta)
+        self.__name__ = "EarlyStopping"  # in checkpoints
+        self.watches = ()
+        self._measured = False  # whether another report of this fit measures it
+
+    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+        super().begin(first_step, total, measured, every)
+        self._measured = self._monitor in measured
+
+    def wants(self, step: int) -> bool:
+        return not self._measured
+
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
+        self._sum += float(values["loss"].astype(np.float64).sum())
+        self._count += len(values["loss"])
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
+        if not self._measured:
+            value = self._sum / self._count if self._count else loss
+            self._sum, self._count = 0.0, 0
+            self._judge(step, value, state)
