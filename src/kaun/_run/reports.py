@@ -68,6 +68,7 @@ class ReportCaller:
             _check_watched(report)
         self._report = report
         self._wants, self._block = member(report, "wants"), member(report, "block")
+        self._begin, self._end = member(report, "begin"), member(report, "end")
         self._compiling = member(report, "compiling")
         self._compiled: Any = None  # what the report's `compiling` returned
         self._waiting: list[StepResults] = []
@@ -83,8 +84,8 @@ class ReportCaller:
     def begin(self) -> None:
         """Call the report's ``begin``."""
         self._clock = time.perf_counter()
-        if (begin := member(self._report, "begin")) is not None:
-            begin(self._done + 1, self._total, names_of(self._report, "measures"), 1)
+        if self._begin is not None:
+            self._begin(self._done + 1, self._total, names_of(self._report, "measures"), 1)
 
     def ahead(self, done: int, most: int) -> int:
         """Return how many steps after those done may run before the report is called, at most ``most``."""
@@ -124,7 +125,8 @@ class ReportCaller:
 
     def stops(self, step: int, loss: Any, state: Any) -> bool:
         """Call the report, and return whether it raised EarlyStop. Waits for the step to be done."""
-        self._deliver(len(self._waiting))
+        if self._waiting:
+            self._deliver(len(self._waiting))
         assert self._report is not None
         self.pending_report_loss = float(loss)
         stops = False
@@ -155,8 +157,8 @@ class ReportCaller:
 
     def end(self) -> None:
         """Call the report's ``end``."""
-        if (end := member(self._report, "end")) is not None:
-            end()
+        if self._end is not None:
+            self._end()
 
     def _deliver(self, blocks: int) -> None:
         ready, self._waiting = self._waiting[:blocks], self._waiting[blocks:]
