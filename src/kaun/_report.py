@@ -31,7 +31,7 @@ _PARAMETERS = {
     "restore": "values",
 }
 _NAMES = ("measures", "watches", "numbers")
-# Methods of kaun up to 0.1, which would now be ignored in silence.
+# Methods that reports had before there was an interface, which would otherwise be ignored in silence.
 _FORMER = {"compiled": "compiling", "judge": "observe", "beside": "begin", "thinned": "begin", "adds": "block"}
 
 

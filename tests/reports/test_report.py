@@ -178,7 +178,7 @@ MISSES = {
     "observer": "observe",
     "snap_shot": "snapshot",
     "restores": "restore",
-    # Names of earlier versions.
+    # Names from before there was an interface.
     "compiled": "compiling",
     "judge": "observe",
     "beside": "begin",
