@@ -396,7 +396,7 @@ def test_composites_measure_and_watch_what_their_parts_do():
     assert reports.every(2, note([], "f")).watches == reports.all_of().measures == frozenset()
 
 
-def test_what_a_plain_function_returns_is_nobodys_business():
+def test_what_a_plain_function_returns_is_ignored():
     observing = Observing()
     drive(reports.all_of(lambda step, loss, state: {"a": 1.0}, observing), [0.5] * 3)
     assert observing.seen == []
@@ -423,7 +423,7 @@ def test_what_is_measured_comes_by_name():
         drive(reports.all_of(Wrong()), [0.5])
 
 
-def test_compilation_is_told_to_all_parts():
+def test_compiling_is_reported_to_all_parts():
     a, b = Observing(), Observing()
     only_told = Full()
     only_told.compiling = only_told.log.append
@@ -633,7 +633,7 @@ def test_what_a_block_measures_is_not_measured_by_a_call_and_nobody_can_watch_it
         trainer.fit(start, batches, report=report)
 
 
-class Judging(Observing):
+class WithState(Observing):
     def observe(self, step, values, state):
         self.seen.append((step, dict(values), state))
         if step == self.stop:
@@ -642,10 +642,10 @@ class Judging(Observing):
 
 @pytest.mark.parametrize("shape", ["flat", "left", "right", "each"])
 def test_who_observes_gets_the_state_too_and_may_stop(shape):
-    judging, observing = Judging(stop=6), Observing()
+    with_state, observing = WithState(stop=6), Observing()
     even = Measuring("even", wanted=lambda step: step % 2 == 0)
-    assert drive(nested([judging, even, observing], shape), [0.5] * 9) == 6
-    assert judging.seen == [(s, {"even": float(s)}, f"state {s}") for s in (2, 4, 6)]
+    assert drive(nested([with_state, even, observing], shape), [0.5] * 9) == 6
+    assert with_state.seen == [(s, {"even": float(s)}, f"state {s}") for s in (2, 4, 6)]
     assert [s for s, _, _ in observing.seen] == [2, 4, 6]
 
 

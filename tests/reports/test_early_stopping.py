@@ -59,7 +59,7 @@ def test_it_is_its_definition_also_cut_in_two(values, mode, patience, min_delta,
         stopper = make()
         stopper.restore(kept)
         stopper.begin(cut + 1, None)
-        if cut and values[:cut]:  # interrupted in that step, which is told again
+        if cut and values[:cut]:  # interrupted in that step, which is reported again
             stopper.observe(len(values[:cut]), {"a": values[:cut][-1]}, "again")
         stopped = judged(stopper, values[cut:], first=len(values[:cut]))
     assert stopped == stop
@@ -191,7 +191,7 @@ def test_what_nothing_measures_is_refused_before_the_first_step(made):
         trainer.fit(states[0], iter(()), report=reports.early_stopping("acuracy", mode="max", patience=1))
 
 
-def test_it_goes_on_in_a_further_fit():
+def test_it_continues_in_a_further_fit():
     stopper = reports.early_stopping("a", mode="max", patience=3)
     for _ in range(2):
         stopper.begin(1, None)

@@ -284,7 +284,7 @@ def test_fit_records_every_loss_bit_for_bit_without_calling():
 @SETTINGS
 @given(st.lists(st.floats(width=32), max_size=40), st.integers(0, 40), st.sampled_from([1, 1001]))
 def test_a_resumed_history_is_that_of_the_run_that_went_through(losses, cut, start):
-    def told(history, first, last):
+    def record(history, first, last):
         losses_now = np.asarray(losses[first - 1 : last], np.float32)
         if losses_now.size:
             history.block(first, {"loss": losses_now, "step": np.arange(first, last + 1) + start - 1})
@@ -293,14 +293,14 @@ def test_a_resumed_history_is_that_of_the_run_that_went_through(losses, cut, sta
 
     whole, before, cut = reports.history(), reports.history(), min(cut, len(losses))
     for first, last in ((1, cut), (cut + 1, len(losses))):
-        told(whole, first, last)
-    told(before, 1, cut)
+        record(whole, first, last)
+    record(before, 1, cut)
     kept = before.snapshot()
     again = reports.history()
     again.restore(kept)
     if cut % 3 == 0 and cut:
-        again.observe(cut, {"a": float(cut), "b": float("nan")}, None)  # interrupted there, and told again
-    told(again, cut + 1, len(losses))
+        again.observe(cut, {"a": float(cut), "b": float("nan")}, None)  # interrupted there, and reported again
+    record(again, cut + 1, len(losses))
     assert again.losses.tobytes() == whole.losses.tobytes()
     assert again.steps.tolist() == whole.steps.tolist() == list(range(start, start + len(losses)))
     assert repr(again.results) == repr(whole.results)

@@ -80,7 +80,7 @@ def through_a_file(values):
 
 
 def drive(run, report, done, cuts, every, ahead, kill, again=False):
-    """A process that goes on after ``done`` steps, up to a kill: the newest checkpoint, None where there is none.
+    """A process that continues after ``done`` steps, up to a kill: the newest checkpoint, None where there is none.
 
     A checkpoint is (done, what the report keeps, whether the report is to be called for that step again). A kill is
     (kind, step): "hard" ends the process after a step, "soft" as Ctrl-C does, with a checkpoint; "inside", in a call.
@@ -159,7 +159,7 @@ def composed(parts, nesting, folder, killed_at):
             "other": lambda: Measure(["other"], 3),
             **{k: lambda k=k, i=i: READ[k](folder / f"{i}.{k}") for k in READ},
         }[kind]()
-        # What is measured is not thinned here, so that a kill inside it happens where the test says.
+        # Reports that measure are not wrapped in every(...), so that a kill inside one happens where the test says.
         made.append(leaf if kind in ("measure", "other") else reports.every(n, reports.every(m, leaf)))
     if nesting and len(made) > 1:
         cut = 1 + nesting % (len(made) - 1)
@@ -392,7 +392,7 @@ def test_a_function_may_call_it_itself():
     assert not report.wants(1)
 
 
-def test_it_refuses_a_fit_inside_a_fit_and_goes_on_with_the_outer_one():
+def test_it_refuses_a_fit_inside_a_fit_and_continues_with_the_outer_one():
     report, sink = log()
     report.begin(1, 2)
     report.block(1, block(3.0))

@@ -57,7 +57,7 @@ def test_mlflow_has_one_run_without_a_step_missing_or_twice(mlflow):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mlflow_learns_how_a_fit_ended_and_a_further_fit_goes_on(mlflow):
+def test_mlflow_learns_how_a_fit_ended_and_a_further_fit_is_continued(mlflow):
     uri, client = mlflow
     report = reports.mlflow(tracking_uri=uri)
     for error, status in ((KeyboardInterrupt(), "KILLED"), (OSError(), "FAILED"), (None, "FINISHED")):

@@ -1,4 +1,4 @@
-"""The picture that is drawn again: when, of what, and that nobody sees half of one."""
+"""The picture that is redrawn: when, of what, and always as a whole."""
 
 import importlib
 import os
@@ -109,7 +109,7 @@ def test_a_picture_takes_the_place_of_the_old_one_as_a_whole(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["loss.png"]  # noqa: PTH208
 
 
-def test_it_goes_on_after_a_restart(tmp_path, drawn):
+def test_it_is_continued_after_a_restart(tmp_path, drawn):
     log, _ = drawn
     report = reports.all_of(reports.every(3, reports.plot(tmp_path / "loss.png")))
     report.block(1, block(3.0, 2.0))

@@ -11,7 +11,7 @@ from kaun._report import check_report, member
 
 
 def report_with(**members):
-    """An object of a class of its own that is callable as a report, with these members."""
+    """An object of another class that is callable as a report, with these members."""
     call = {"__call__": lambda self, step, loss, state: None}
     return type("Mine", (), call | members)()
 

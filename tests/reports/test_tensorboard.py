@@ -53,7 +53,7 @@ def test_values_at_the_steps_of_the_state(tmp_path):
     assert found == {"loss": {2: 3.0, 4: 1.0}, "skipped": {2: 0.0, 4: 0.0}, "valid_loss": {3: 0.5}}
 
 
-def test_a_run_that_was_killed_goes_on_without_a_step_missing_or_twice(tmp_path):
+def test_a_run_that_was_killed_is_continued_without_a_step_missing_or_twice(tmp_path):
     killed = reports.tensorboard(tmp_path)
     killed.begin(1, None)
     killed.block(1, block(1, 4.0, 3.0))

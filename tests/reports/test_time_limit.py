@@ -1,4 +1,4 @@
-"""time_limit with a clock of its own, and in a fit."""
+"""time_limit with a fake clock, and in a fit."""
 
 import importlib
 import json
@@ -39,7 +39,7 @@ def test_time_runs_from_the_beginning_of_each_fit(clock):
         report.begin(1, None)
         clock.now += 119.5
         assert not report.wants(7)
-        report(7, 0.5, None)  # also where a function hands on every step
+        report(7, 0.5, None)  # also where a function passes every step on
         report.begin(1, None)  # a fit inside
         assert not report.wants(1)
         report.end()

@@ -122,7 +122,7 @@ def test_called_by_a_function_for_every_step_it_keeps_to_its_own(made, data):
     assert [s for s, _ in validation.results] == [4, 8]
 
 
-def test_it_uses_the_data_anew_each_time_and_its_context(made):
+def test_it_iterates_the_data_again_each_time_and_uses_its_context(made):
     init = lambda *, dtype: Vars(params={"w": jnp.ones(1, dtype)}, state={}, dtype=dtype)
     model = Layer(init=init, apply=lambda vars, x, *, training, ctx: (x * vars.params["w"] + ctx["a"], vars))
     trainer = Trainer(model=model, optimizer=optax.sgd(0.0))

@@ -68,7 +68,7 @@ def records_now(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_wandb_has_a_row_for_each_step_and_goes_on_under_one_id(wandb, tmp_path):
+def test_wandb_has_a_row_for_each_step_and_is_continued_under_one_id(wandb, tmp_path):
     report = reports.every(2, reports.wandb(project="digits", dir=str(tmp_path), config={"rate": 0.1}))
     report.begin(1, None)
     report.block(1, block(1, 5.0, 4.0, 3.0, 2.0))

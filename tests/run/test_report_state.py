@@ -28,17 +28,17 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.text(max_size=5), VALUES, max_size=4))
 def test_values_come_back_through_json(values):
-    told, arrays = pack_snapshot(values)
-    again = json.loads(json.dumps(told, allow_nan=False))
+    packed, arrays = pack_snapshot(values)
+    again = json.loads(json.dumps(packed, allow_nan=False))
     assert unpack_snapshot(again, arrays, STATE) == values and not arrays
 
 
 def test_arrays_states_and_odd_numbers_come_back():
     losses = np.array([1.0, 0.5], np.float32)
-    told, arrays = pack_snapshot(
+    packed, arrays = pack_snapshot(
         {"0 History": {"losses": losses, "nan": math.nan}, "1": [{"best": STATE}, jnp.arange(3)]}
     )
-    found = unpack_snapshot(json.loads(json.dumps(told, allow_nan=False)), arrays, STATE)
+    found = unpack_snapshot(json.loads(json.dumps(packed, allow_nan=False)), arrays, STATE)
     assert found["0 History"]["losses"].tobytes() == losses.tobytes() and math.isnan(found["0 History"]["nan"])
     best = found["1"][0]["best"]
     assert jax.tree.structure(best) == jax.tree.structure(STATE)
@@ -49,8 +49,8 @@ def test_arrays_states_and_odd_numbers_come_back():
 
 def test_strings_are_never_taken_for_something_else():
     values = {"a": "array:x", "b": "state:y", "c": "float:0x1p0", "d": "text:z", "e": ""}
-    told, arrays = pack_snapshot(values)
-    assert unpack_snapshot(told, arrays, STATE) == values
+    packed, arrays = pack_snapshot(values)
+    assert unpack_snapshot(packed, arrays, STATE) == values
 
 
 def test_what_cannot_be_kept_is_refused_by_its_place():
@@ -59,18 +59,18 @@ def test_what_cannot_be_kept_is_refused_by_its_place():
 
 
 def test_what_is_missing_or_of_another_model_is_refused():
-    told, arrays = pack_snapshot({"best": STATE, "losses": np.ones(2)})
+    packed, arrays = pack_snapshot({"best": STATE, "losses": np.ones(2)})
     without = {name: a for name, a in arrays.items() if name != "losses"}
     with pytest.raises(
         ValueError, match="the checkpoint names the array 'losses' of a report, and does not contain it"
     ):
-        unpack_snapshot(told, without, STATE)
+        unpack_snapshot(packed, without, STATE)
     with rng.scope(0):
         other = kaun.Trainer(model=layers.linear(3, 1), optimizer=optax.adam(0.1)).init()
     with pytest.raises(
         ValueError, match=r"saved has float32\[2, 1\] at '.*weight'; the state of this run has float32\[3, 1\] there"
     ):
-        unpack_snapshot(told, arrays, other)
+        unpack_snapshot(packed, arrays, other)
 
 
 RESULTS = st.lists(

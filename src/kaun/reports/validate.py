@@ -1,4 +1,4 @@
-"""Metrics on held-out data, measured as a fit goes on."""
+"""Metrics on held-out data, measured during a fit."""
 
 from __future__ import annotations
 
