@@ -15,7 +15,7 @@ from kaun import tree
 from kaun._messages import locate
 from kaun.state import TrainState
 
-__all__ = ["Report", "ReportFunction", "calls", "check_report", "check_takes", "member", "names_of"]
+__all__ = ["Report", "ReportFunction", "calls", "check_report", "check_takes", "measured_by_call", "member", "names_of"]
 
 NUMBERS: frozenset[str] = frozenset()  # what a step can compute for `Report.numbers`
 CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait", "reset" and "snapshot_path" are not
@@ -130,7 +130,7 @@ class Report:
         """
         return None
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(self, first_step: int, total: int | None, measured: frozenset[str], every: int) -> None:
         """Prepare for a fit; called before its first step.
 
         Args:
@@ -191,6 +191,11 @@ def calls(report: Any) -> bool:
 def names_of(report: Any, what: str) -> frozenset[str]:
     """The names in a report's ``measures``, ``watches`` or ``numbers``."""
     return frozenset(getattr(report, what, ()))
+
+
+def measured_by_call(report: Any) -> frozenset[str]:
+    """The names of the values that a report's call measures, which others can observe."""
+    return names_of(report, "measures") if calls(report) else frozenset()
 
 
 def member(report: Any, name: str) -> Callable[..., Any] | None:

@@ -19,10 +19,9 @@ from kaun._report import member
 
 def drive(report, losses, *, ahead=1, first=1, total=None):
     """What fit does with a report: asks up to ``ahead`` steps ahead, runs them, delivers blocks, calls; the last step."""
-    begin, end = getattr(report, "begin", None), getattr(report, "end", None)
-    wants, block = getattr(report, "wants", None), getattr(report, "block", None)
+    begin, end, wants, block = [member(report, name) for name in ("begin", "end", "wants", "block")]
     if begin is not None:
-        begin(first, total)
+        begin(first, total, frozenset(), 1)
     try:
         for start in range(0, len(losses), ahead):
             window = range(start, min(start + ahead, len(losses)))

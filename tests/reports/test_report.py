@@ -34,7 +34,9 @@ def test_a_report_without_anything_wants_no_step_and_does_nothing(fit):
     report = reports.Report()
     assert not report.wants(1) and report(1, 0.5, None) is None
     assert report.measures == report.watches == report.numbers == ()
-    assert report.block(1, {}) is report.compiling("fit") is report.begin(1, None) is report.end() is None
+    assert (
+        report.block(1, {}) is report.compiling("fit") is report.begin(1, None, frozenset(), 1) is report.end() is None
+    )
     assert report.observe(1, {}, None) is report.restore({}) is None and report.snapshot() == {}
     for composed in (report, reports.every(2, report), reports.all_of(report)):
         assert int(fit(composed).step) == 5

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kaun._engine import StepResults
-from kaun._report import check_report, member, names_of
+from kaun._report import check_report, measured_by_call, member, names_of
 from kaun.errors import EarlyStop
 
 __all__ = ["ReportCaller"]
@@ -22,7 +22,7 @@ _PATIENCE = 0.05  # seconds after which the values that are ready are handed ove
 
 
 def _check_watched(report: Any) -> None:
-    measured = sorted(names_of(report, "measures"))
+    measured = sorted(measured_by_call(report))
     missing = sorted(names_of(report, "watches") - set(measured))
     if missing:
         raise ValueError(
@@ -85,7 +85,7 @@ class ReportCaller:
         """Call the report's ``begin``."""
         self._clock = time.perf_counter()
         if self._begin is not None:
-            self._begin(self._done + 1, self._total, names_of(self._report, "measures"), 1)
+            self._begin(self._done + 1, self._total, measured_by_call(self._report), 1)
 
     def ahead(self, done: int, most: int) -> int:
         """Return how many steps after those done may run before the report is called, at most ``most``."""

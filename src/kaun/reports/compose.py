@@ -12,7 +12,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._messages import locate
-from kaun._report import Report, ReportFunction, calls, check_report, check_takes, member, names_of
+from kaun._report import Report, ReportFunction, check_report, check_takes, measured_by_call, member, names_of
 from kaun._run import report_kind
 from kaun.errors import EarlyStop
 from kaun.train import TrainState
@@ -123,7 +123,7 @@ class _Every(Report):
     def __init__(self, n: int, f: Report | ReportFunction) -> None:
         self._n, self._f = n, f
         self.__name__ = report_kind(f)
-        self.measures, self.watches = _measured_by_calls(f), names_of(f, "watches")
+        self.measures, self.watches = measured_by_call(f), names_of(f, "watches")
         self.adds_values = _adds_values(f)
         self._wants, self._begin = member(f, "wants"), member(f, "begin")
         # All else is that of f. A member that f lacks stays the default, for which `fit` does no work.
@@ -146,7 +146,7 @@ class _Every(Report):
 class _AllOf(Report):
     def __init__(self, reports: Sequence[Report | ReportFunction]) -> None:
         self.reports = reports
-        self._measured = frozenset[str]().union(*[_measured_by_calls(report) for report in reports])
+        self._measured = frozenset[str]().union(*[measured_by_call(report) for report in reports])
         self.measures = self._measured
         self.watches = frozenset[str]().union(*[names_of(report, "watches") for report in reports])
         # Who answered True, by step, until the step's call; one dict for each fit that is running (fits may nest).
@@ -254,10 +254,6 @@ class _EachEpoch(Report):
 def _members(reports: Iterable[Any], name: str) -> list[tuple[Any, Callable[..., Any]]]:
     """The reports that have a method, with it."""
     return [(report, method) for report in reports if (method := member(report, name)) is not None]
-
-
-def _measured_by_calls(report: Any) -> frozenset[str]:
-    return names_of(report, "measures") if calls(report) else frozenset()
 
 
 def _adds_values(report: Any) -> bool:
