@@ -680,6 +680,21 @@ def test_a_stop_leaves_no_cycle_that_keeps_the_state():
         gc.enable()
 
 
+def test_a_composite_is_freed_with_its_last_name():
+    make = lambda: reports.all_of(
+        reports.every(2, reports.history()), reports.early_stopping("loss", mode="min", patience=1)
+    )
+    gc.disable()
+    try:
+        for wrap in (lambda report: report, lambda report: reports.every(3, report)):
+            report = wrap(make())
+            freed = weakref.ref(report)
+            del report
+            assert freed() is None
+    finally:
+        gc.enable()
+
+
 class Stopping:
     """It observes, stops, and keeps nothing."""
 

@@ -159,10 +159,9 @@ class _AllOf(Report):
         blocks = _members([report for report in reports if not _adds_values(report)], "block")
         if adding or blocks:  # only then does `fit` collect the values
             self.block = functools.partial(_hand_out, [block for _, block in adding], [block for _, block in blocks])
-        self._snapshots = _members(reports, "snapshot")
-        self._restores = _members([report for report, _ in self._snapshots], "restore")
-        if self._snapshots:
-            self.snapshot, self.restore = self._snapshot, self._restore
+        if snapshots := _members(reports, "snapshot"):  # methods of its own would be a cycle, which keeps states alive
+            self.snapshot = functools.partial(_snapshot, snapshots)
+            self.restore = functools.partial(_restore, _members([report for report, _ in snapshots], "restore"))
 
     def wants(self, step: int) -> bool:
         wanted = [report for report, wants in self._wants if wants is None or wants(step)]
@@ -202,11 +201,11 @@ class _AllOf(Report):
     def compiling(self, where: str) -> Callable[[float], None]:
         compiled = [done for done in [compiling(where) for _, compiling in self._compilings] if callable(done)]
 
-        def tell_all(seconds: float) -> None:
+        def call_all(seconds: float) -> None:
             for done in compiled:
                 done(seconds)
 
-        return tell_all
+        return call_all
 
     def end(self) -> None:
         if len(self._wanted) > 1:
@@ -214,28 +213,6 @@ class _AllOf(Report):
         with contextlib.ExitStack() as stack:  # each gets its end, also when another's raises
             for _, end in reversed(self._ends):
                 stack.callback(end)
-
-    def _snapshot(self) -> dict[str, Any]:
-        """What each report keeps, in one flat dict; keys are position, kind and the report's own name for it."""
-        keys = _keys(self._snapshots)
-        kept: dict[str, Any] = {"reports": keys}
-        for key, (_, snapshot) in zip(keys, self._snapshots, strict=True):
-            kept |= {f"{key}/{name}": value for name, value in snapshot().items()}
-        return kept
-
-    def _restore(self, values: Mapping[str, Any]) -> None:
-        was, now = list[str](values.get("reports", ())), _keys(self._restores)
-        if was != now:
-            lines = [f"saved, and not there now: {key}" for key in was if key not in now]
-            lines += [f"there now, and not saved: {key}" for key in now if key not in was]
-            names = ", ".join(f"{key.partition(' ')[2]}(...)" for key in was) or "...  # without those"
-            raise ValueError(
-                "The reports are not those of the run that was saved. By position among those that keep something, "
-                "and kind:\n  " + "\n  ".join(lines) + f"\nPass the same ones in the same order: "
-                f"reports.all_of({names})."
-            )
-        for key, (_, restore) in zip(now, self._restores, strict=True):
-            restore({name[len(key) + 1 :]: value for name, value in values.items() if name.startswith(f"{key}/")})
 
 
 class _EachEpoch(Report):
@@ -303,6 +280,29 @@ def _checked_values(values: Any, report: Any) -> Mapping[str, float]:
             f'returned {tree.describe(values)}. Write return {{"{min(names_of(report, "measures"))}": value}}.'
         )
     return values
+
+
+def _snapshot(snapshots: Sequence[tuple[Any, Callable[..., Any]]]) -> dict[str, Any]:
+    """What each report keeps, in one flat dict; keys are position, kind and the report's own name for it."""
+    keys = _keys(snapshots)
+    kept: dict[str, Any] = {"reports": keys}
+    for key, (_, snapshot) in zip(keys, snapshots, strict=True):
+        kept |= {f"{key}/{name}": value for name, value in snapshot().items()}
+    return kept
+
+
+def _restore(restores: Sequence[tuple[Any, Callable[..., Any]]], values: Mapping[str, Any]) -> None:
+    was, now = list[str](values.get("reports", ())), _keys(restores)
+    if was != now:
+        lines = [f"saved, and not there now: {key}" for key in was if key not in now]
+        lines += [f"there now, and not saved: {key}" for key in now if key not in was]
+        names = ", ".join(f"{key.partition(' ')[2]}(...)" for key in was) or "...  # without those"
+        raise ValueError(
+            "The reports are not those of the run that was saved. By position among those that keep something, and "
+            "kind:\n  " + "\n  ".join(lines) + f"\nPass the same ones in the same order: reports.all_of({names})."
+        )
+    for key, (_, restore) in zip(now, restores, strict=True):
+        restore({name[len(key) + 1 :]: value for name, value in values.items() if name.startswith(f"{key}/")})
 
 
 def _keys(reports: Sequence[tuple[Any, Any]]) -> list[str]:
