@@ -51,9 +51,9 @@ PUBLIC = {
         "Counted", "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
     },
     "kaun.reports": {
-        "EarlyStopping", "History", "Report", "Validation", "all_of", "csv", "each_epoch", "early_stopping", "every",
-        "history", "jsonl", "learning_rate", "mlflow", "plot", "progress", "tensorboard", "time_limit", "validate",
-        "wandb",
+        "EarlyStopping", "History", "Report", "ReportFunction", "Validation", "all_of", "csv", "each_epoch",
+        "early_stopping", "every", "history", "jsonl", "learning_rate", "mlflow", "plot", "progress", "tensorboard",
+        "time_limit", "validate", "wandb",
     },
     "kaun.rng": {"next_key", "scope"},
 }  # fmt: skip

@@ -328,7 +328,9 @@ def test_data_that_is_no_data(made):
 
 def test_a_report_that_cannot_be_called(made):
     trainer, state = made
-    with pytest.raises(TypeError, match=r"report expected a function \(step, loss, state\) -> None, received 100"):
+    with pytest.raises(
+        TypeError, match=r"fit expected a report, callable as \(step, loss, state\), received 100\. Write def report"
+    ):
         trainer.fit(state, [(X, mse)], report=100)
 
 

@@ -9,13 +9,14 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
 from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop
+from kaun._report import Report, ReportFunction
 from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
 from kaun._step import (
     DEFAULT_DTYPE,
@@ -55,19 +56,10 @@ from kaun.state import TrainState, check_state
 if TYPE_CHECKING:
     from jax.export import Exported
 
-__all__ = ["Loss", "Report", "Trainer", "lowered"]
+__all__ = ["Loss", "Trainer", "lowered"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-
-class Report(Protocol):
-    """Called after each step that it asked for; raises ``EarlyStop`` to end the fit.
-
-    Most return None; values that are returned are for other reports (``kaun.reports.core``).
-    """
-
-    def __call__(self, step: int, loss: float, state: TrainState, /) -> Mapping[str, float] | None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +186,7 @@ class Trainer(Generic[In, Out]):
         data: Iterable[tuple[Any, Loss] | tuple[Any, Loss, Context]],
         *,
         ctx: Context | None = None,
-        report: Report | None = None,
+        report: Report | ReportFunction | None = None,
         checkpoints: Directory | None = None,
     ) -> TrainState:
         """The state after a step for each item of ``data``: the fold of ``step`` over it, bit for bit.
@@ -351,7 +343,9 @@ class Trainer(Generic[In, Out]):
         numbers = scale_numbers(numbers, lost) | rates(after[1]) | scalars
         return value, numbers, (parts.joined(after[0]), after[1], step), fault
 
-    def _begin(self, run: TrainingRun, report: Report | None, ctx: Context | None) -> tuple[ReportCaller, StepLoop]:
+    def _begin(
+        self, run: TrainingRun, report: Report | ReportFunction | None, ctx: Context | None
+    ) -> tuple[ReportCaller, StepLoop]:
         state = run.take()
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
         hook = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
@@ -360,7 +354,8 @@ class Trainer(Generic[In, Out]):
         failed = failure if self.on_nonfinite == "raise" else None
         start, key = (state.vars, state.opt_state, state.step), state.key
         del state, trained
-        return hook, StepLoop(self._programs, start, key, ctx, hook.ran, hook.compiled, failed, run.done, run.on_trace)
+        told = (hook.ran, hook.compiled, failed, run.done, run.on_trace, hook.compiling)
+        return hook, StepLoop(self._programs, start, key, ctx, *told)
 
     def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:
         """The state of a run that is over, if this trainer would run the same program."""

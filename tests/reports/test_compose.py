@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import Data, EarlyStop, Trainer, layers, losses, reports, rng
+from kaun._report import member
 
 
 def drive(report, losses, *, ahead=1, first=1, total=None):
     """What fit does with a report: asks up to ``ahead`` steps ahead, runs them, delivers blocks, calls; the last step."""
-    begin, end = getattr(report, "begin", None), getattr(report, "end", None)
-    wants, block = getattr(report, "wants", None), getattr(report, "block", None)
+    begin, end, wants, block = [member(report, name) for name in ("begin", "end", "wants", "block")]
     if begin is not None:
-        begin(first, total)
+        begin(first, total, frozenset(), 1)
     try:
         for start in range(0, len(losses), ahead):
             window = range(start, min(start + ahead, len(losses)))
@@ -232,11 +232,12 @@ def test_end_twice_is_end():
 def test_a_composite_has_a_block_only_where_a_part_of_it_has():
     """fit collects values where it finds the method, and that costs."""
     plain = note([], "f")
-    assert not hasattr(reports.every(2, plain), "block")
-    assert not hasattr(reports.all_of(plain, reports.every(2, plain)), "block")
-    assert not hasattr(reports.each_epoch([1, 2], lambda epoch, state: None), "block")
-    assert hasattr(reports.every(2, reports.history()), "block")
-    assert hasattr(reports.all_of(plain, reports.every(2, reports.history())), "block")
+    blocks = lambda report: member(report, "block") is not None
+    assert not blocks(plain) and not blocks(reports.every(2, plain)) and not blocks(reports.Report())
+    assert not blocks(reports.all_of(plain, reports.every(2, plain), reports.Report()))
+    assert not blocks(reports.each_epoch([1, 2], lambda epoch, state: None))
+    assert blocks(reports.every(2, reports.history()))
+    assert blocks(reports.all_of(plain, reports.every(2, reports.history())))
 
 
 def test_all_of_nothing_wants_nothing():
@@ -326,8 +327,9 @@ class Observing(Full):
         if step == self.stop:
             raise EarlyStop(self.name)
 
-    def compiled(self, seconds):
-        self.seconds.append(seconds)
+    def compiling(self, where):
+        self.seconds.append(where)
+        return self.seconds.append
 
 
 def nested(reports_, shape):
@@ -374,7 +376,7 @@ def test_who_observes_may_stop_and_the_others_still_observe(shape, order):
 def test_a_report_of_the_users_own_may_hand_values_to_a_composite():
     stopper, observing = Observing(stop=1, name="stopper"), Observing()
     with pytest.raises(EarlyStop, match="stopper"):
-        reports.all_of(stopper, note([], "f"), observing).observe(1, {"a": 0.5})
+        reports.all_of(stopper, note([], "f"), observing).observe(1, {"a": 0.5}, "state")
     assert observing.seen == stopper.seen == [(1, {"a": 0.5}, 0)]
 
 
@@ -393,7 +395,7 @@ def test_composites_measure_and_watch_what_their_parts_do():
     assert reports.every(2, note([], "f")).watches == reports.all_of().measures == frozenset()
 
 
-def test_what_a_plain_function_returns_is_nobodys_business():
+def test_what_a_plain_function_returns_is_ignored():
     observing = Observing()
     drive(reports.all_of(lambda step, loss, state: {"a": 1.0}, observing), [0.5] * 3)
     assert observing.seen == []
@@ -420,12 +422,16 @@ def test_what_is_measured_comes_by_name():
         drive(reports.all_of(Wrong()), [0.5])
 
 
-def test_compilation_is_told_to_all_parts():
+def test_compiling_is_reported_to_all_parts():
     a, b = Observing(), Observing()
-    report = reports.all_of(a, note([], "f"), reports.every(5, reports.all_of(b)))
-    report.compiled(1.5)
-    reports.every(2, note([], "f")).compiled(1.0)
-    assert a.seconds == b.seconds == [1.5]
+    only_told = Full()
+    only_told.compiling = only_told.log.append
+    report = reports.all_of(a, note([], "f"), only_told, reports.every(5, reports.all_of(b)))
+    done = report.compiling("fit")
+    assert a.seconds == b.seconds == only_told.log == ["fit"]
+    done(1.5)
+    assert a.seconds == b.seconds == ["fit", 1.5] and only_told.log == ["fit"]
+    assert reports.every(2, note([], "f")).compiling("fit") is None
 
 
 def two(step, loss):
@@ -452,7 +458,7 @@ def two(step, loss):
         (
             lambda: reports.every(5, two),
             TypeError,
-            r"received `two` \(test_core\.py:\d+\), which takes \(step, loss\)\. Write def",
+            r"received `two` \(test_compose\.py:\d+\), which takes \(step, loss\)\. Write def",
         ),
         (lambda: reports.every(5, reports.history), TypeError, r"`history` \(history\.py:\d+\).*or call it first"),
         (lambda: reports.all_of(stop_at(1), 3), TypeError, r"all_of expected a report as argument 2, .* received 3"),
@@ -566,21 +572,18 @@ def test_reports_shared_by_a_fit_inside_a_fit(trainer, start, batches):
     assert len(history) == 8
 
 
-class Thinned(Full):
-    """A report that takes some steps of a block, and notes which blocks it is told of."""
+class Periodic(Full):
+    """A report that notes the period of the steps that it is to be called for, and the blocks."""
 
-    def __init__(self):
-        super().__init__()
-        self.told = []
-
-    def thinned(self, first_step, values, n):
-        self.told.append((first_step, len(values["loss"]), n))
+    def begin(self, first_step, total, measured, every):
+        super().begin(first_step, total)
+        self.period = every
 
 
 @SETTINGS
 @given(LOSSES, AHEAD, st.integers(1, 6), st.integers(1, 6))
-def test_every_tells_what_can_be_thinned_of_whole_blocks_and_the_period(losses, ahead, m, n):
-    once, twice, plain, inside = Thinned(), Thinned(), Thinned(), Thinned()
+def test_a_report_in_every_gets_whole_blocks_and_knows_the_period(losses, ahead, m, n):
+    once, twice, plain, inside = Periodic(), Periodic(), Periodic(), Periodic()
     parts = [
         reports.every(n, once),
         reports.every(m, reports.every(n, twice)),
@@ -588,22 +591,17 @@ def test_every_tells_what_can_be_thinned_of_whole_blocks_and_the_period(losses, 
         reports.every(m, reports.all_of(inside)),
     ]
     drive(reports.all_of(*parts), losses, ahead=ahead)
-    for report, period in ((once, n), (twice, math.lcm(m, n)), (inside, m)):
-        assert report.losses == [] and {told[2] for told in report.told} == {period}
-        assert [s for first, count, _ in report.told for s in range(first, first + count)] == list(
-            range(1, len(losses) + 1)
-        )
-    assert plain.told == [] and plain.losses == np.array(losses, np.float32).tolist()
+    for report, period in ((once, n), (twice, math.lcm(m, n)), (inside, m), (plain, 1)):
+        assert report.period == period
+        assert report.losses == np.array(losses, np.float32).tolist()
 
 
-class Adding:
+class Adding(reports.Report):
     def __init__(self, name, value):
         self.name, self.value = name, value
+        self.measures = (name,)
 
-    def __call__(self, step, loss, state):
-        pass
-
-    def adds(self, first_step, values):
+    def block(self, first_step, values):
         assert set(values) == {"loss"}, "each sees what fit gave"
         return {self.name: np.full(len(values["loss"]), self.value) * first_step}
 
@@ -623,37 +621,42 @@ def test_what_one_adds_is_in_the_blocks_of_all_wherever_it_stands(place):
     last = 1.0 if place < 3 else 7.0
     assert seen == [{"loss": [0.5, 0.25], "a": [6.0, 6.0], "b": [last * 3] * 2}] * 2
     assert list(given_values) == ["loss"]
-    assert not hasattr(reports.all_of(Adding("a", 1.0)), "block")
 
 
-class Judging(Observing):
-    def judge(self, step, values, state):
+def test_what_a_block_measures_is_not_measured_by_a_call_and_nobody_can_watch_it(trainer, start, batches):
+    watching = Observing()
+    watching.watches = ["a"]
+    report = reports.all_of(watching, Adding("a", 1.0), reports.every(2, Adding("b", 1.0)))
+    assert report.measures == frozenset()
+    with pytest.raises(ValueError, match=r"A report watches 'a', which no report of this fit measures; .* are none"):
+        trainer.fit(start, batches, report=report)
+
+
+class WithState(Observing):
+    def observe(self, step, values, state):
         self.seen.append((step, dict(values), state))
         if step == self.stop:
             raise EarlyStop(self.name)
 
-    def observe(self, step, values):
-        raise AssertionError("it judges")
-
 
 @pytest.mark.parametrize("shape", ["flat", "left", "right", "each"])
-def test_who_judges_gets_the_state_too_and_may_stop(shape):
-    judging, observing = Judging(stop=6), Observing()
+def test_who_observes_gets_the_state_too_and_may_stop(shape):
+    with_state, observing = WithState(stop=6), Observing()
     even = Measuring("even", wanted=lambda step: step % 2 == 0)
-    assert drive(nested([judging, even, observing], shape), [0.5] * 9) == 6
-    assert judging.seen == [(s, {"even": float(s)}, f"state {s}") for s in (2, 4, 6)]
+    assert drive(nested([with_state, even, observing], shape), [0.5] * 9) == 6
+    assert with_state.seen == [(s, {"even": float(s)}, f"state {s}") for s in (2, 4, 6)]
     assert [s for s, _, _ in observing.seen] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("shape", ["flat", "left", "right", "each"])
 def test_all_know_ahead_of_the_first_step_what_is_measured(shape):
     class Knowing(Full):
-        def beside(self, measured):
-            self.log.append(("full", "beside", sorted(measured)))
+        def begin(self, first_step, total, measured):
+            self.log.append(("full", "begin", first_step, total, sorted(measured)))
 
     knowing = Knowing()
     drive(nested([Measuring("a"), knowing, Measuring("b")], shape), [0.5])
-    assert knowing.log[:2] == [("full", "beside", ["a", "b"]), ("full", "begin", 1, None)]
+    assert knowing.log[0] == ("full", "begin", 1, None, ["a", "b"])
 
 
 def test_a_stop_leaves_no_cycle_that_keeps_the_state():
@@ -677,8 +680,23 @@ def test_a_stop_leaves_no_cycle_that_keeps_the_state():
         gc.enable()
 
 
+def test_a_composite_is_freed_with_its_last_name():
+    make = lambda: reports.all_of(
+        reports.every(2, reports.history()), reports.early_stopping("loss", mode="min", patience=1)
+    )
+    gc.disable()
+    try:
+        for wrap in (lambda report: report, lambda report: reports.every(3, report)):
+            report = wrap(make())
+            freed = weakref.ref(report)
+            del report
+            assert freed() is None
+    finally:
+        gc.enable()
+
+
 class Stopping:
-    """It judges, stops, and keeps nothing."""
+    """It observes, stops, and keeps nothing."""
 
     def wants(self, step):
         return False
@@ -686,7 +704,7 @@ class Stopping:
     def __call__(self, step, loss, state):
         raise AssertionError("wants no step")
 
-    def judge(self, step, values, state):
+    def observe(self, step, values, state):
         raise EarlyStop
 
 

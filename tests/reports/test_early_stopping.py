@@ -1,7 +1,6 @@
-"""early_stopping against its definition, with real fits for the state it keeps, and time_limit with a clock of its own."""
+"""early_stopping against its definition, with real fits for the state it keeps."""
 
 import gc
-import importlib
 import json
 import math
 import weakref
@@ -14,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import Data, EarlyStop, Trainer, TrainState, layers, losses, metrics, reports, rng
+from kaun._report import member
 
-MODULE = importlib.import_module("kaun.reports.stopping")
 SETTINGS = settings(max_examples=200, deadline=None)
 
 
@@ -41,7 +40,7 @@ VALUES = st.lists(st.one_of(st.integers(-9, 9).map(lambda i: i / 4), st.just(mat
 def judged(stopper, values, *, first=0):
     for i, value in enumerate(values, start=first):
         try:
-            stopper.judge(i + 1, {"a": value, "other": 1.0}, f"state {i + 1}")
+            stopper.observe(i + 1, {"a": value, "other": 1.0}, f"state {i + 1}")
         except EarlyStop:
             return i
     return None
@@ -60,8 +59,8 @@ def test_it_is_its_definition_also_cut_in_two(values, mode, patience, min_delta,
         stopper = make()
         stopper.restore(kept)
         stopper.begin(cut + 1, None)
-        if cut and values[:cut]:  # interrupted in that step, which is told again
-            stopper.judge(len(values[:cut]), {"a": values[:cut][-1]}, "again")
+        if cut and values[:cut]:  # interrupted in that step, which is reported again
+            stopper.observe(len(values[:cut]), {"a": values[:cut][-1]}, "again")
         stopped = judged(stopper, values[cut:], first=len(values[:cut]))
     assert stopped == stop
     if best is None:
@@ -181,7 +180,8 @@ def test_a_loss_that_is_measured_goes_before_that_of_the_training(made):
     stopper = reports.early_stopping("loss", mode="min", patience=100)
     trainer.fit(states[0], train.epochs(2), report=reports.all_of(stopper, validation))
     assert stopper.best_value == min(v["loss"] for _, v in validation.results)
-    assert not stopper._measured, "only that fit had it"
+    stopper.begin(1, None)
+    assert stopper.wants(1), "only that fit had it"
     assert reports.all_of(stopper, validation).watches == frozenset()
 
 
@@ -191,37 +191,33 @@ def test_what_nothing_measures_is_refused_before_the_first_step(made):
         trainer.fit(states[0], iter(()), report=reports.early_stopping("acuracy", mode="max", patience=1))
 
 
-def test_it_goes_on_in_a_further_fit():
+def test_it_continues_in_a_further_fit():
     stopper = reports.early_stopping("a", mode="max", patience=3)
     for _ in range(2):
         stopper.begin(1, None)
-        stopper.judge(1, {"a": 0.5}, "state")
+        stopper.observe(1, {"a": 0.5}, "state")
         stopper.end()
     stopper.begin(1, None)
-    stopper.judge(1, {"a": 0.5}, "state")
+    stopper.observe(1, {"a": 0.5}, "state")
     with pytest.raises(EarlyStop):
-        stopper.judge(2, {"a": 0.5}, "state")
+        stopper.observe(2, {"a": 0.5}, "state")
 
 
-def test_values_without_the_state_are_refused_and_a_composite_hands_it_on():
+def test_a_composite_hands_the_state_on():
     stopper = reports.early_stopping("a", mode="max", patience=1)
-    with pytest.raises(
-        TypeError, match=r"handed values by observe\(step, values\), without the state that it has to keep\. Call judge"
-    ):
-        reports.all_of(stopper).observe(1, {"a": 1.0})
-    stopper.observe(1, {"b": 1.0})
-    reports.every(9, reports.all_of(reports.every(2, stopper))).judge(1, {"a": 1.0}, "state")
+    stopper.observe(1, {"b": 1.0}, "state")
+    reports.every(9, reports.all_of(reports.every(2, stopper))).observe(1, {"a": 1.0}, "state")
     assert stopper.best == "state"
     with pytest.raises(EarlyStop):
-        reports.all_of(stopper).judge(2, {"a": 1.0}, "state")
+        reports.all_of(stopper).observe(2, {"a": 1.0}, "state")
 
 
 def test_called_for_a_step_with_a_measured_name_it_does_nothing():
     stopper = reports.early_stopping("a", mode="max", patience=1)
-    assert not stopper.wants(1) and not hasattr(stopper, "block")
+    assert not stopper.wants(1) and member(stopper, "block") is None
     stopper(1, 0.5, "state")
     loss = reports.early_stopping("loss", mode="min", patience=1)
-    assert loss.wants(1) and hasattr(loss, "block")
+    assert loss.wants(1) and member(loss, "block") is not None
     loss(1, 0.5, "state")  # by a user's own function, without blocks
     assert loss.best_value == 0.5
 
@@ -250,77 +246,3 @@ def test_called_for_a_step_with_a_measured_name_it_does_nothing():
 def test_errors_of_early_stopping(change, error, text):
     with pytest.raises(error, match=text):
         reports.early_stopping(**{"monitor": "a", "mode": "max", "patience": 1, **change})
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    class Clock:
-        now = 1000.0
-
-    monkeypatch.setattr(MODULE, "monotonic", lambda: Clock.now)
-    return Clock
-
-
-def test_time_runs_from_the_beginning_of_each_fit(clock):
-    report = reports.time_limit(minutes=2)
-    for _ in range(2):
-        clock.now += 1000
-        report.begin(1, None)
-        clock.now += 119.5
-        assert not report.wants(7)
-        report(7, 0.5, None)  # also where a function hands on every step
-        report.begin(1, None)  # a fit inside
-        assert not report.wants(1)
-        report.end()
-        clock.now += 0.5
-        assert report.wants(8)
-        with pytest.raises(EarlyStop):
-            report(8, 0.5, None)
-        report.end()
-
-
-def test_a_resumed_run_has_what_is_left(clock):
-    report = reports.time_limit(2)
-    report.begin(1, None)
-    clock.now += 50
-    kept = report.snapshot()
-    report.end()
-    again = reports.time_limit(2)
-    again.restore(json.loads(json.dumps(kept)))
-    clock.now += 10_000
-    assert again.snapshot() == {"seconds": 50}
-    again.begin(301, None)
-    clock.now += 69
-    assert not again.wants(400) and again.snapshot() == {"seconds": 119}
-    clock.now += 1
-    assert again.wants(401)
-    again.end()
-    again.begin(1, None)
-    assert not again.wants(1)
-
-
-def test_time_limit_ends_a_fit_and_the_other_reports_see_the_step(made, clock):
-    trainer, states, pairs = made
-    seen = []
-
-    def tick(step, loss, state):
-        clock.now += 1
-        seen.append(step)
-
-    data = pairs.with_loss(losses.cross_entropy_sparse).epochs(12)
-    end = trainer.fit(states[0], data, report=reports.all_of(reports.time_limit(0.5), tick))
-    assert int(end.step) == 31 and seen == list(range(1, 32))
-
-
-@pytest.mark.parametrize(
-    ("minutes", "error", "text"),
-    [
-        ("1", TypeError, r"time_limit expected a number of minutes, received '1'\. Write time_limit\(minutes=90\)"),
-        (True, TypeError, "received True"),
-        (0, ValueError, "time_limit expected a finite number of minutes above 0, received 0"),
-        (math.inf, ValueError, "received inf"),
-    ],
-)
-def test_errors_of_time_limit(minutes, error, text):
-    with pytest.raises(error, match=text):
-        reports.time_limit(minutes)

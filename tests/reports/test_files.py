@@ -16,7 +16,7 @@ def write(report, first, rows, *, measured=None, offset=0, end=True):
     values = {"loss": np.array(rows, np.float32), "step": np.arange(first + offset, first + offset + len(rows))}
     report.block(first, values)
     if measured is not None:
-        report.observe(first + len(rows) - 1, measured)
+        report.observe(first + len(rows) - 1, measured, None)
     if end:
         report.end()
 
@@ -54,7 +54,7 @@ def test_a_new_name_becomes_a_column_at_the_right_and_leaves_with_its_lines(tmp_
 
 
 def test_a_name_of_two_lines_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"csv has a column for each name, in one line, received the name 'a\\nb'"):
+    with pytest.raises(ValueError, match=r"csv writes the names of all columns in one line, received the name 'a\\nb'"):
         write(reports.csv(tmp_path / "run.csv"), 1, [3.0], measured={"a\nb": 1.0})
 
 
@@ -84,7 +84,7 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path, kind, text, line):
     report = getattr(reports, kind)(path)
     with pytest.raises(
         ValueError,
-        match=rf"run\.{kind}, line {line}: expected .*, as this report writes it\. The file is damaged, or another program's\. Move it away",
+        match=rf"run\.{kind}, line {line}: expected .*, as this report writes it\. The file is damaged, or was written by another program\. Move it away",
     ):
         write(report, 9, [0.5], end=False)
     report.end()
@@ -113,7 +113,7 @@ def test_a_checkpoint_waits_for_the_disk(tmp_path, kind, monkeypatch):
     size = path.stat().st_size
     report.snapshot()
     assert synced == [str(path), str(tmp_path), str(path)]
-    report.observe(2, {"late": 1.0})
+    report.observe(2, {"late": 1.0}, None)
     synced.clear()
     report.snapshot()
     assert synced == ([str(path)] if kind == "jsonl" else [str(tmp_path / ".run.csv.new"), str(path), str(tmp_path)])

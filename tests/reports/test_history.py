@@ -93,7 +93,7 @@ def test_results_of_other_reports_are_kept_under_the_steps_of_the_record():
         report.end()
     assert history.results == [(s, {"accuracy": v}) for s, v in [(2, 1.0), (4, 2.0), (7, 1.0), (9, 2.0)]]
     alone, values = reports.history(), {"accuracy": 0.5}
-    alone.observe(7, values)
+    alone.observe(7, values, None)
     values["accuracy"] = 0.0
     assert alone.results == [(7, {"accuracy": 0.5})]
 
@@ -235,10 +235,10 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
             [],
             {},
             ValueError,
-            r"nothing to draw: of 0 losses recorded none is a finite number\. Pass the history to fit first",
+            r"nothing to draw: none of the 0 losses recorded is a finite number\. Pass the history to fit first",
         ),
-        ([np.nan, np.inf], {}, ValueError, "of 2 losses recorded none is a finite number"),
-        ([0.0, -1.0], {"log": True}, ValueError, "of 2 losses recorded none is positive"),
+        ([np.nan, np.inf], {}, ValueError, "none of the 2 losses recorded is a finite number"),
+        ([0.0, -1.0], {"log": True}, ValueError, "none of the 2 losses recorded is positive"),
         ([1.0], {"window": 0}, ValueError, "window of at least 1 step, received 0"),
         ([1.0], {"window": 2.5}, TypeError, r"window as a number of steps, an int, received 2\.5"),
         ([1.0], {"window": True}, TypeError, "an int, received True"),
@@ -284,23 +284,23 @@ def test_fit_records_every_loss_bit_for_bit_without_calling():
 @SETTINGS
 @given(st.lists(st.floats(width=32), max_size=40), st.integers(0, 40), st.sampled_from([1, 1001]))
 def test_a_resumed_history_is_that_of_the_run_that_went_through(losses, cut, start):
-    def told(history, first, last):
+    def record(history, first, last):
         losses_now = np.asarray(losses[first - 1 : last], np.float32)
         if losses_now.size:
             history.block(first, {"loss": losses_now, "step": np.arange(first, last + 1) + start - 1})
         if first <= last and last % 3 == 0:
-            history.observe(last, {"a": float(last), "b": float("nan")})
+            history.observe(last, {"a": float(last), "b": float("nan")}, None)
 
     whole, before, cut = reports.history(), reports.history(), min(cut, len(losses))
     for first, last in ((1, cut), (cut + 1, len(losses))):
-        told(whole, first, last)
-    told(before, 1, cut)
+        record(whole, first, last)
+    record(before, 1, cut)
     kept = before.snapshot()
     again = reports.history()
     again.restore(kept)
     if cut % 3 == 0 and cut:
-        again.observe(cut, {"a": float(cut), "b": float("nan")})  # interrupted there, and told again
-    told(again, cut + 1, len(losses))
+        again.observe(cut, {"a": float(cut), "b": float("nan")}, None)  # interrupted there, and reported again
+    record(again, cut + 1, len(losses))
     assert again.losses.tobytes() == whole.losses.tobytes()
     assert again.steps.tolist() == whole.steps.tolist() == list(range(start, start + len(losses)))
     assert repr(again.results) == repr(whole.results)

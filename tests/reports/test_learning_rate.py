@@ -11,7 +11,7 @@ import pytest
 
 from kaun import Data, Trainer, layers, losses, reports, rng
 
-MODULE = importlib.import_module("kaun.reports.rate")
+MODULE = importlib.import_module("kaun.reports.learning_rate")
 
 
 class Seen:
@@ -119,7 +119,7 @@ def test_it_takes_the_place_of_what_fit_knows_and_by_itself_it_does_nothing():
     reports.all_of(reports.learning_rate(lambda count: 0.5), seen).block(1, known)
     assert seen.rates == [0.5, 0.5] and known["learning_rate"].tolist() == [9, 9]
     alone = reports.learning_rate(lambda count: 0.5)
-    assert not alone.wants(1) and not hasattr(alone, "block")
+    assert not alone.wants(1) and alone.measures == ("learning_rate",)
     alone(1, 0.5, None)
 
 
@@ -128,7 +128,7 @@ def test_it_takes_the_place_of_what_fit_knows_and_by_itself_it_does_nothing():
     [
         (
             1e-3,
-            r"learning_rate expected a schedule, a function of the count of updates, received 0\.001\. For a rate .*optax\.constant_schedule",
+            r"learning_rate expected a schedule, a function of the count of updates, received 0\.001\. For a constant rate .*optax\.constant_schedule",
         ),
         (None, "received None"),
     ],
@@ -142,7 +142,7 @@ def test_what_is_no_scalar_and_no_cpu_are_errors(monkeypatch):
     report = reports.learning_rate(functools.partial(jnp.full, 3))
     with pytest.raises(
         TypeError,
-        match=r"learning_rate expected a schedule that gives a scalar; .* gave shape \(3,\)\. Pass the function",
+        match=r"learning_rate expected a schedule that returns a scalar; .* returned shape \(3,\)\. Pass the function",
     ):
         reports.all_of(Seen(), report).block(1, values(1))
 
@@ -152,7 +152,7 @@ def test_what_is_no_scalar_and_no_cpu_are_errors(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", missing)
     with pytest.raises(
         RuntimeError,
-        match=r"learning_rate evaluates the schedule on JAX's CPU device, and there is none\. Name it .*JAX_PLATFORMS=cuda,cpu",
+        match=r"learning_rate evaluates the schedule on JAX's CPU device, and this process has none\. Add it .*JAX_PLATFORMS=cuda,cpu",
     ):
         reports.learning_rate(optax.constant_schedule(1.0))
 

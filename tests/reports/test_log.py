@@ -80,7 +80,7 @@ def through_a_file(values):
 
 
 def drive(run, report, done, cuts, every, ahead, kill, again=False):
-    """A process that goes on after ``done`` steps, up to a kill: the newest checkpoint, None where there is none.
+    """A process that continues after ``done`` steps, up to a kill: the newest checkpoint, None where there is none.
 
     A checkpoint is (done, what the report keeps, whether the report is to be called for that step again). A kill is
     (kind, step): "hard" ends the process after a step, "soft" as Ctrl-C does, with a checkpoint; "inside", in a call.
@@ -159,7 +159,7 @@ def composed(parts, nesting, folder, killed_at):
             "other": lambda: Measure(["other"], 3),
             **{k: lambda k=k, i=i: READ[k](folder / f"{i}.{k}") for k in READ},
         }[kind]()
-        # What is measured is not thinned here, so that a kill inside it happens where the test says.
+        # Reports that measure are not wrapped in every(...), so that a kill inside one happens where the test says.
         made.append(leaf if kind in ("measure", "other") else reports.every(n, reports.every(m, leaf)))
     if nesting and len(made) > 1:
         cut = 1 + nesting % (len(made) - 1)
@@ -327,7 +327,7 @@ def test_steps_are_those_of_the_state_and_without_them_those_of_the_fit():
     report, sink = log()
     report.begin(1, 4)
     report.block(1, block(0.5, 0.25, step=[101, 102]))
-    report.observe(2, {"accuracy": 1.0})
+    report.observe(2, {"accuracy": 1.0}, None)
     report.end()
     report.begin(1, 1)
     report.block(1, block(0.125))
@@ -341,12 +341,13 @@ def test_a_row_is_written_when_something_later_comes():
     report.begin(1, 9)
     report.block(1, block(3.0, 2.0))
     assert [row["step"] for row in sink.rows] == [1]
-    report.observe(2, {"a": 1.0})
-    report.observe(2, {"b": 2})
+    report.observe(2, {"a": 1.0}, None)
+    report.observe(2, {"b": 2}, None)
     assert [row["step"] for row in sink.rows] == [1]
-    report.thinned(3, block(1.0), 10)
+    report._every = 10
+    report.block(3, block(1.0))
     assert sink.rows[1:] == [{"step": 2, "loss": 2.0, "a": 1.0, "b": 2.0}]
-    report.observe(3, {"a": 0.5})
+    report.observe(3, {"a": 0.5}, None)
     assert len(sink.rows) == 2
     report.end()
     assert sink.rows[2:] == [{"step": 3, "a": 0.5}]
@@ -359,14 +360,14 @@ def test_a_snapshot_writes_all_and_what_is_measured_later_still_gets_into_the_ro
     report.block(1, block(3.0, 2.0))
     kept = report.snapshot()
     assert sink.done == [("cut", 1), ("sync", 2)]
-    report.observe(2, {"a": 1.0})
+    report.observe(2, {"a": 1.0}, None)
     report.end()
     assert sink.rows == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "a": 1.0}]
     again, sink = log()
     sink.rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0}]
     again.restore(kept)
     again.begin(3, 9)
-    again.observe(2, {"loss": 0.25})
+    again.observe(2, {"loss": 0.25}, None)
     again.end()
     assert sink.rows == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "valid_loss": 0.25}]
 
@@ -391,12 +392,12 @@ def test_a_function_may_call_it_itself():
     assert not report.wants(1)
 
 
-def test_it_refuses_a_fit_inside_a_fit_and_goes_on_with_the_outer_one():
+def test_it_refuses_a_fit_inside_a_fit_and_continues_with_the_outer_one():
     report, sink = log()
     report.begin(1, 2)
     report.block(1, block(3.0))
     with pytest.raises(
-        RuntimeError, match=r"lines\(\.\.\.\) is at work for a fit already.*\. Give the inner fit a report of its own"
+        RuntimeError, match=r"lines\(\.\.\.\) is used by a fit already.*\. Give the inner fit another report"
     ):
         report.begin(1, 5)
     report.end()
@@ -499,3 +500,12 @@ def test_what_stops_a_fit_leaves_all_its_rows(made, tmp_path):
         except OSError as err:
             assert str(err) == "no disk"
         assert [int(line.partition(",")[0]) for line in path.read_text().splitlines()[1:]] == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ImportError, match=rf'reports\.{name} needs {name}, which is missing: pip install "kaun\[{name}\]"'
+    ):
+        getattr(reports, name)()

@@ -1,7 +1,8 @@
-"""The picture that is drawn again: when, of what, and that nobody sees half of one."""
+"""The picture that is redrawn: when, of what, and always as a whole."""
 
 import importlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_it_is_drawn_now_and_then_and_at_the_end(tmp_path, clock, drawn, takes, 
         report.block(step, block(1.0))
         clock.now += 1
     assert [time for time, _, _ in log] == times
-    report.observe(step, {"a": 1.0})
+    report.observe(step, {"a": 1.0}, None)
     report.end()
     report.end()
     assert log[-1][1:] == (step, 1) and len(log) == len(times) + 1
@@ -65,7 +66,7 @@ def test_what_is_measured_is_news_too(tmp_path, clock, drawn):
     report.begin(1, None)
     report.block(1, block(1.0))
     clock.now += 2
-    report.observe(1, {"a": 1.0})
+    report.observe(1, {"a": 1.0}, None)
     assert log == [(2, 1, 1)]
     report.end()
     assert len(log) == 1
@@ -102,17 +103,17 @@ def test_a_picture_takes_the_place_of_the_old_one_as_a_whole(tmp_path, monkeypat
         with pytest.raises(OSError, match="disk full"):
             report.end()
     assert path.read_bytes() == before
-    report.observe(4, {"accuracy": 0.5})
+    report.observe(4, {"accuracy": 0.5}, None)
     report.end()
     assert imread(path).shape == (675 + 270, 1200, 4)
     assert os.listdir(tmp_path) == ["loss.png"]  # noqa: PTH208
 
 
-def test_it_goes_on_after_a_restart(tmp_path, drawn):
+def test_it_is_continued_after_a_restart(tmp_path, drawn):
     log, _ = drawn
     report = reports.all_of(reports.every(3, reports.plot(tmp_path / "loss.png")))
     report.block(1, block(3.0, 2.0))
-    report.observe(2, {"a": 1.0})
+    report.observe(2, {"a": 1.0}, None)
     again = reports.all_of(reports.plot(tmp_path / "loss.png"))
     again.restore(report.snapshot())
     again.begin(3, None)
@@ -135,7 +136,7 @@ def test_errors():
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(MODULE.needed.__globals__["sys"].modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(
         ImportError, match=r'reports\.plot needs matplotlib, which is missing: pip install "kaun\[plot\]"'
     ):

@@ -244,13 +244,15 @@ def test_compilation_is_shown_and_does_not_count_in_the_speed_of_lines(clock):
     stream = io.StringIO()
     report = reports.progress(file=stream)
     report.begin(1, 400)
-    clock.now += 30
-    report.compiled(20.0)
+    done = report.compiling("fit")
+    clock.now += 20
+    done(20.0)
+    clock.now += 10
     report(1, 1.0, None)
     clock.now += 10
     report.block(2, {"loss": np.full(100, 0.5, np.float32)})
     clock.now += 4
-    report.compiled(1.25)
+    report.compiling("fit")(1.25)
     report.end()
     first, second, last = stream.getvalue().splitlines()
     assert first == "  0% 1/400 [00:30<1:06:30, 10.00s/step, loss=1, compiled in 20.0 s]"
@@ -266,8 +268,10 @@ def test_compilation_does_not_count_in_the_speed_of_a_bar(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     report = reports.progress(file=stream)
     report.begin(1, 5)
-    clock.now += 30
-    report.compiled(29.0)
+    done = report.compiling("fit")
+    clock.now += 29
+    done(29.0)
+    clock.now += 1
     for k in range(1, 6):
         report(k, 0.5, None)
         clock.now += 1 if k < 5 else 0
@@ -278,10 +282,35 @@ def test_compilation_does_not_count_in_the_speed_of_a_bar(monkeypatch):
     assert {rate for _, _, rate in shown} == {" 1.00step/s"}
 
 
+def test_a_bar_says_that_a_program_compiles_while_it_does(terminal, clock):
+    report = reports.progress(file=terminal.file)
+    report.begin(1, 10)
+    done = report.compiling("fit")
+    done(2.5)
+    report.end()
+    text = terminal.written()
+    drawn = [re.search("compiling]|compiled in 2.5 s]", line)[0] for line in text.split("\r") if "compil" in line]
+    assert drawn == ["compiling]", "compiled in 2.5 s]", "compiled in 2.5 s]"]
+
+
+def test_a_log_file_says_so_only_where_a_line_is_due(clock):
+    stream = io.StringIO()
+    report = reports.progress(file=stream)
+    report.begin(1, 10)
+    report.compiling("fit")(2.0)
+    assert stream.getvalue() == ""
+    clock.now += 11
+    done = report.compiling("fit")
+    assert stream.getvalue().endswith(", compiling]\n")
+    done(1.0)
+    report.end()
+    assert len(stream.getvalue().splitlines()) == 2
+
+
 def test_nothing_is_shown_where_nothing_was_compiled_and_before_begin_nobody_listens():
     stream = io.StringIO()
     report = reports.progress(file=stream)
-    report.compiled(3.0)
+    assert report.compiling("fit") is None
     drive(report, [0.5], total=1)
     assert stream.getvalue().endswith("loss=0.5]\n")
 
@@ -290,12 +319,12 @@ def test_results_of_other_reports_stand_after_the_loss(clock):
     stream = io.StringIO()
     report = reports.progress(file=stream)
     report.begin(1, 400)
-    report.compiled(0.5)
+    report.compiling("fit")(0.5)
     report(1, 1.0, None)
-    report.observe(1, {"accuracy": 0.91234, "f1": 0.5})
+    report.observe(1, {"accuracy": 0.91234, "f1": 0.5}, None)
     assert stream.getvalue() == "", "a log file gets its lines by the clock"
     clock.now += 10
-    report.observe(1, {"accuracy": 0.5})
+    report.observe(1, {"accuracy": 0.5}, None)
     report.end()
     line, last = stream.getvalue().splitlines()
     assert line.endswith("loss=1, accuracy=0.5, f1=0.5, compiled in 0.5 s]") and line.startswith("  0% 1/400 [")
@@ -307,7 +336,7 @@ def test_a_loss_that_is_measured_is_not_taken_for_that_of_the_training(clock):
     report = reports.progress(file=stream)
     report.begin(1, 4)
     report(1, 1.0, None)
-    report.observe(1, {"loss": 0.25})
+    report.observe(1, {"loss": 0.25}, None)
     report.end()
     assert stream.getvalue().endswith("loss=1, valid_loss=0.25]\n")
 
@@ -318,7 +347,7 @@ def test_results_redraw_a_bar_that_is_due(terminal, clock):
     clock.now += 1
     report(1, 0.5, None)
     clock.now += 1
-    report.observe(1, {"accuracy": 0.75})
+    report.observe(1, {"accuracy": 0.75}, None)
     report.end()
     text = terminal.written()
     assert "loss=0.5, accuracy=0.75]" in screen(text)[0]

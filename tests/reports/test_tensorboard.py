@@ -46,14 +46,14 @@ def test_values_at_the_steps_of_the_state(tmp_path):
     report = reports.every(2, reports.tensorboard(tmp_path / "new" / "run"))
     report.begin(1, None)
     report.block(1, block(1, 4.0, 3.0, 2.0))
-    report.observe(3, {"loss": 0.5})
+    report.observe(3, {"loss": 0.5}, None)
     report.block(4, block(4, 1.0, np.nan))
     report.end()
     found = scalars(tmp_path / "new" / "run")
     assert found == {"loss": {2: 3.0, 4: 1.0}, "skipped": {2: 0.0, 4: 0.0}, "valid_loss": {3: 0.5}}
 
 
-def test_a_run_that_was_killed_goes_on_without_a_step_missing_or_twice(tmp_path):
+def test_a_run_that_was_killed_is_continued_without_a_step_missing_or_twice(tmp_path):
     killed = reports.tensorboard(tmp_path)
     killed.begin(1, None)
     killed.block(1, block(1, 4.0, 3.0))
@@ -68,7 +68,7 @@ def test_a_run_that_was_killed_goes_on_without_a_step_missing_or_twice(tmp_path)
     report = reports.tensorboard(tmp_path)
     report.restore(kept)
     report.begin(3, None)
-    report.observe(2, {"accuracy": 0.5})
+    report.observe(2, {"accuracy": 0.5}, None)
     report.block(3, block(3, 2.0, 1.0))
     report.end()
     killed.end()

@@ -122,7 +122,7 @@ def test_called_by_a_function_for_every_step_it_keeps_to_its_own(made, data):
     assert [s for s, _ in validation.results] == [4, 8]
 
 
-def test_it_uses_the_data_anew_each_time_and_its_context(made):
+def test_it_iterates_the_data_again_each_time_and_uses_its_context(made):
     init = lambda *, dtype: Vars(params={"w": jnp.ones(1, dtype)}, state={}, dtype=dtype)
     model = Layer(init=init, apply=lambda vars, x, *, training, ctx: (x * vars.params["w"] + ctx["a"], vars))
     trainer = Trainer(model=model, optimizer=optax.sgd(0.0))
@@ -153,9 +153,9 @@ def test_an_error_of_the_evaluation_comes_with_the_state(made, data):
         (
             {"data": iter([1])},
             TypeError,
-            r"validate goes over its data many times, and received list_iterator\. Pass a kaun\.Data",
+            r"validate iterates its data many times, and received list_iterator\. Pass a kaun\.Data",
         ),
-        ({"data": 3}, TypeError, r"received int\. Pass a kaun\.Data or a list; of a generator make one"),
+        ({"data": 3}, TypeError, r"received int\. Pass a kaun\.Data or a list; for a generator write Data"),
         ({"metrics": [metrics.f1]}, TypeError, r"validate expected metrics as a dict"),
         ({"metrics": {}}, ValueError, r"validate expected at least one metric"),
         (

@@ -447,7 +447,7 @@ def test_a_checkpoint_that_fails_after_an_exception_is_a_note_of_it(tmp_path, ma
         trainer.fit(state, train, checkpoints=Directory(tmp_path))
     monkeypatch.undo()
     unkept = reports.every(1, lambda *_: None)
-    unkept.snapshot = lambda: {"set": {1}}
+    unkept.snapshot, unkept.restore = lambda: {"set": {1}}, lambda values: None
     with pytest.raises(Killed) as caught:
         trainer.fit(state, train, report=reports.all_of(unkept, killing(3)), checkpoints=Directory(tmp_path))
     assert "no checkpoint of step 3 was written: snapshot() of a report returned set" in caught.value.__notes__[-1]

@@ -38,6 +38,13 @@ def short(step: int, loss: float) -> None: ...
 def array_step(step: jax.Array, loss: float, state: TrainState) -> None: ...
 
 
+class Named(reports.Report):
+    measures = 3  # E: reportAssignmentType
+
+    def wants(self, step: str) -> bool:  # E: reportIncompatibleMethodOverride
+        return step == "1"
+
+
 data = Data.from_items([(x, y)]).with_loss(losses.mse)
 trainer.fit(state, data, report=swapped)  # E: reportArgumentType
 trainer.fit(state, data, report=short)  # E: reportArgumentType

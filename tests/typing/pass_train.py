@@ -6,6 +6,7 @@ from typing import Any, assert_type
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import kaun
@@ -97,4 +98,46 @@ class Watching:
 
 
 state = trainer.fit(state, train, report=reports.all_of(Watching(), validation))
+
+
+class Whole(reports.Report):
+    """A subclass of the interface, with the types that docs/training.md lists."""
+
+    measures = ("largest",)
+    watches = ("largest",)
+
+    def begin(self, first_step: int, total: int | None, measured: frozenset[str], every: int) -> None:
+        self.largest = 0.0
+
+    def wants(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def compiling(self, where: str) -> Callable[[float], None]:
+        return print
+
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
+        self.largest = float(values["loss"].max())
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> dict[str, float]:
+        return {"largest": self.largest}
+
+    def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
+        assert_type(state.vars, Vars)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"largest": self.largest}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        self.largest = values["largest"]
+
+
+class Blocks(reports.Report):
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"double": 2 * values["loss"]}
+
+
+state = trainer.fit(state, train, report=Whole())
+assert_type(reports.all_of(validation, reports.every(2, Whole()), Blocks(), report), reports.Report)
+function: reports.ReportFunction = report
+whole: reports.Report = Whole()
 variables: Vars = state.vars.replace(params=state.vars.params)

@@ -52,6 +52,7 @@ class StepLoop:
             of its gradient; None where no step can.
         done: how many steps were run before.
         traced: called with each call of a kind that was not there before, and its body.
+        compiling: called before each compilation, with the entry that it is for.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class StepLoop:
         failed: Callable[[int, float, Any], Exception] | None = None,
         done: int = 0,
         traced: Callable[[StepInputs, TracedStep], None] = lambda call, body: None,
+        compiling: Callable[[str], None] = lambda where: None,
     ) -> None:
+        self._compiling = compiling
         self._programs, self.key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
         self._failed, self._before, self._traced = failed, done, traced
         self._wrong: int | None = None
@@ -232,6 +235,7 @@ class StepLoop:
         first = self._before + 1 if ran is None else ran.first + ran.steps
         arguments = (self._held[1], self.key, fault, device_count_of(count), shared, stacked)
         if program.fresh:
+            self._compiling(entry.split()[0])
             self._compiled(self._programs.compile(program, entry, call, True, arguments, body))
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not find the state given away and its successor in nobody's hands.

@@ -1,7 +1,9 @@
 """How a run is resumed: what it is (``identity``), where it stands (``run``, ``position``), and when it is saved."""
 
-from kaun._run.report_state import pack_snapshot as pack_snapshot
-from kaun._run.report_state import unpack_snapshot as unpack_snapshot
+from kaun._run.report_state import pack_results as pack_results
+from kaun._run.report_state import report_kind as report_kind
+from kaun._run.report_state import saved_values as saved_values
+from kaun._run.report_state import unpack_results as unpack_results
 from kaun._run.reports import ReportCaller as ReportCaller
 from kaun._run.run import TrainingRun as TrainingRun
 from kaun._run.run import open_run as open_run

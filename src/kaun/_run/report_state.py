@@ -1,8 +1,8 @@
-"""What reports keep over a restart, as JSON and a flat dict of arrays, and back."""
+"""What reports keep in a checkpoint: their snapshots as JSON and a flat dict of arrays, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,19 +12,19 @@ import numpy as np
 from kaun import tree
 from kaun.state import TrainState
 
-__all__ = ["pack_snapshot", "unpack_snapshot"]
+__all__ = ["pack_results", "pack_snapshot", "report_kind", "saved_values", "unpack_results", "unpack_snapshot"]
 
 _ARRAY, _STATE = "array:", "state:"
 
 
 def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """A snapshot as JSON, with the names of arrays in the place of these, and the arrays.
+    """Return a snapshot as JSON with the names of its arrays in their place, and the arrays by name.
 
-    Arguments:
-        snapshot: a dict of dicts, lists, JSON values, arrays and TrainStates.
+    Args:
+        snapshot: A dict of dicts, lists, JSON values, arrays and TrainStates.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: If it holds anything else.
     """
     arrays: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -48,57 +48,102 @@ def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             return value
         raise TypeError(
             f"snapshot() of a report returned {tree.describe(value)} at {path!r}; a checkpoint holds dicts, lists, "
-            "numbers, strings, arrays and TrainStates. Keep what can be made of these again."
+            "numbers, strings, None, arrays and TrainStates. Return values of these types, and rebuild the object from "
+            "them in restore(values)."
         )
 
     return put("", snapshot), arrays
 
 
-def unpack_snapshot(told: Any, arrays: Mapping[str, Any], like: TrainState) -> Any:
-    """The snapshot that ``packed`` was given.
+def unpack_snapshot(saved: Any, arrays: Mapping[str, Any], like: TrainState) -> Any:
+    """Return the snapshot that ``pack_snapshot`` was called with.
 
-    Arguments:
-        told: the JSON.
-        arrays: by the names in it.
-        like: a state of the same structure, shapes and dtypes as those in it.
+    Args:
+        saved: The JSON.
+        arrays: The arrays by the names in it.
+        like: A state with the structure, shapes and dtypes of the states in it.
 
     Raises:
-        ValueError: when arrays are missing, or do not fit ``like``.
+        ValueError: If an array is missing or does not fit ``like``.
     """
-    if isinstance(told, Mapping):
-        return {name: unpack_snapshot(value, arrays, like) for name, value in told.items()}
-    if isinstance(told, list):
-        return [unpack_snapshot(value, arrays, like) for value in told]
-    if not isinstance(told, str):
-        return told
-    kind, _, rest = told.partition(":")
+    if isinstance(saved, Mapping):
+        return {name: unpack_snapshot(value, arrays, like) for name, value in saved.items()}
+    if isinstance(saved, list):
+        return [unpack_snapshot(value, arrays, like) for value in saved]
+    if not isinstance(saved, str):
+        return saved
+    kind, _, rest = saved.partition(":")
     if kind == "float":
         return float.fromhex(rest)
     if kind == "array":
-        return _named(arrays, rest)
+        return _array(arrays, rest)
     return _state(arrays, rest, like) if kind == "state" else rest
 
 
-def _named(arrays: Mapping[str, Any], name: str) -> Any:
+def _array(arrays: Mapping[str, Any], name: str) -> Any:
     if name not in arrays:
-        raise ValueError(f"the checkpoint names an array {name!r} of a report and does not hold it")
+        raise ValueError(f"the checkpoint names the array {name!r} of a report, and does not contain it")
     return np.array(arrays[name])
 
 
 def _state(arrays: Mapping[str, Any], path: str, like: TrainState) -> TrainState:
     leaves, structure = tree.flatten(like)
-    made: list[Any] = []
+    restored: list[Any] = []
     for name, leaf in leaves.items():
-        array = _named(arrays, f"{path}/{name}")
-        wanted = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        if array.shape != wanted.shape or array.dtype != wanted.dtype:
+        array = _array(arrays, f"{path}/{name}")
+        expected = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        if array.shape != expected.shape or array.dtype != expected.dtype:
             raise ValueError(
-                f"the state that a report kept has {tree.describe(array)} at {name!r}, where the run has "
-                f"{tree.describe(wanted)}"
+                f"the state that a report saved has {tree.describe(array)} at {name!r}; the state of this run has "
+                f"{tree.describe(expected)} there"
             )
-        made.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array)
-    return jax.tree_util.tree_map(jnp.asarray, structure.unflatten(made))
+        restored.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array)
+    return jax.tree_util.tree_map(jnp.asarray, structure.unflatten(restored))
 
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def pack_results(results: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Any]:
+    """Return results, pairs of a step and values by name, as arrays and a list of names, for a snapshot."""
+    results = list(results)
+    names = sorted({name for _, values in results for name in values})
+    table = np.zeros((len(results), len(names)))
+    measured = np.zeros(table.shape, bool)
+    for row, (_, values) in enumerate(results):
+        for column, name in enumerate(names):
+            if name in values:
+                table[row, column], measured[row, column] = values[name], True
+    steps = np.array([step for step, _ in results], np.int64)
+    return {"names": names, "result_steps": steps, "results": table, "measured": measured}
+
+
+def unpack_results(report: Any, values: Mapping[str, Any]) -> list[tuple[int, dict[str, float]]]:
+    """Return the results that ``pack_results`` was called with."""
+    names, steps, table, measured = saved_values(report, values, "names", "result_steps", "results", "measured")
+    return [
+        (int(step), {name: float(table[row, column]) for column, name in enumerate(names) if measured[row, column]})
+        for row, step in enumerate(steps)
+    ]
+
+
+def saved_values(report: Any, values: Mapping[str, Any], *names: str) -> list[Any]:
+    """Return what a report saved under these names.
+
+    Raises:
+        ValueError: If one is missing, because another report saved these values.
+    """
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(
+            f"{report_kind(report)} cannot continue from these saved values, which are those of other reports: it "
+            f"needs {missing[0]!r}, saved are {', '.join(map(repr, sorted(values))) or 'none'}. Pass the same reports "
+            "as in that run."
+        )
+    return [values[name] for name in names]
+
+
+def report_kind(report: Any) -> str:
+    """Return what a report is called in a checkpoint and in messages."""
+    return getattr(report, "__name__", None) or type(report).__name__

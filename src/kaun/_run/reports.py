@@ -1,10 +1,9 @@
-"""What ``fit`` does with a report: asks which steps it wants, hands it losses in blocks, and calls it."""
+"""ReportCaller: which steps a report wants, the blocks of values it gets, and its call."""
 
 from __future__ import annotations
 
 import bisect
 import contextlib
-import inspect
 import itertools
 import time
 from collections.abc import Callable
@@ -13,31 +12,18 @@ from typing import Any
 import numpy as np
 
 from kaun._engine import StepResults
-from kaun._messages import locate
+from kaun._report import check_report, measured_by_call, member, names_of
 from kaun.errors import EarlyStop
 
 __all__ = ["ReportCaller"]
 
 _BLOCK = 64
-_PATIENCE = 0.05  # seconds after which the losses that are ready are handed over, however few they are
+_PATIENCE = 0.05  # seconds after which the values that are ready are handed over, however few they are
 
 
-def _check_arguments(report: Any) -> None:
-    try:
-        inspect.signature(report).bind(1, 0.0, None)
-    except TypeError:
-        raise TypeError(
-            f"report {locate(report)} must take three arguments, (step, loss, state). Write "
-            "report=lambda step, loss, state: print(step, loss), or call it if it makes a report: "
-            "reports.progress()."
-        ) from None
-    except ValueError:
-        pass  # a builtin that does not tell
-
-
-def _check_names(report: Any) -> None:
-    measured = sorted(getattr(report, "measures", ()))
-    missing = sorted(set(getattr(report, "watches", ())) - set(measured))
+def _check_watched(report: Any) -> None:
+    measured = sorted(measured_by_call(report))
+    missing = sorted(names_of(report, "watches") - set(measured))
     if missing:
         raise ValueError(
             f"A report watches {missing[0]!r}, which no report of this fit measures; measured are "
@@ -47,23 +33,24 @@ def _check_names(report: Any) -> None:
 
 
 class ReportCaller:
-    """A report as ``fit`` uses it; every part of it is optional.
+    """Calls a report for ``fit``: asks which steps it wants, and passes on values, compilations, begin and end.
 
-    Arguments:
-        report: a function ``(step, loss, state)``, or an object with more of the protocol in ``kaun.reports.core``.
-        total: the number of the fit's last step, None where that is not known.
-        done: how many steps were done before, in a run that goes on.
+    Args:
+        report: A function ``(step, loss, state)`` or an object with the members of ``reports.Report``, or None.
+        total: The number of the fit's last step, None where it is unknown.
+        done: How many steps were done before, in a resumed run.
         before: ``state.step`` before the fit's first step.
-        mode: ``"raise"`` where a step that goes wrong is none, and the last one.
-        pending_report_loss: the last step's loss if its report was interrupted; the report is called again on resume.
-        heard: gives a block in which a signal may interrupt the report.
+        mode: ``on_nonfinite``: under ``"raise"`` a step that is not finite is discarded, and is the last one.
+        pending_report_loss: The loss of the last step that was done if its report was interrupted, None otherwise. The
+            report is then called for that step again.
+        interruptible: Returns a context in which a signal may interrupt the report.
 
     Attributes:
-        pending_report_loss: the loss of the step whose report was interrupted.
+        pending_report_loss: The loss of the step for which the report was called and did not return.
 
     Raises:
-        TypeError: when the report cannot be called, or not with three arguments.
-        ValueError: when it watches a value that nothing in it measures.
+        TypeError: If the report is not callable with three arguments, or not a valid report.
+        ValueError: If it watches a value that nothing in it measures.
     """
 
     def __init__(
@@ -74,40 +61,34 @@ class ReportCaller:
         before: Any = 0,
         mode: str = "ignore",
         pending_report_loss: float | None = None,
-        heard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        interruptible: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        if report is not None and not callable(report):
-            raise TypeError(
-                f"report expected a function (step, loss, state) -> None, received {report!r}. Write "
-                "report=lambda step, loss, state: print(step, loss), or use kaun.reports."
-            )
         if report is not None:
-            _check_arguments(report)
+            check_report(report, "fit")
+            _check_watched(report)
         self._report = report
-        self._wants: Callable[[int], bool] | None = getattr(report, "wants", None)
-        self._block: Callable[..., None] | None = getattr(report, "block", None)
-        self._end: Callable[[], None] | None = getattr(report, "end", None)
-        self._compiled: Callable[[float], None] | None = getattr(report, "compiled", None)
-        _check_names(report)
+        self._wants, self._block = member(report, "wants"), member(report, "block")
+        self._begin, self._end = member(report, "begin"), member(report, "end")
+        self._compiling = member(report, "compiling")
+        self._compiled: Any = None  # what the report's `compiling` returned
         self._waiting: list[StepResults] = []
         self._steps = 0
         self._next = time.monotonic() + _PATIENCE
         self._total, self._done, self._before, self._raises = total, done, before, mode == "raise"
-        self.pending_report_loss, self._heard = pending_report_loss, heard
+        self.pending_report_loss, self._interruptible = pending_report_loss, interruptible
         self._asked = self._wanted = done if pending_report_loss is None else done - 1
         self._clock = time.perf_counter()
         self._seconds = 0.0  # of compilation since then
-        self._over = False  # a step went wrong, and what comes after it is no step of this run
+        self._over = False  # a step was not finite and is discarded, as are those dispatched after it
 
     def begin(self) -> None:
-        """Tell the report that the fit begins: with the number of its first step and of its last, where known."""
+        """Call the report's ``begin``."""
         self._clock = time.perf_counter()
-        begin = getattr(self._report, "begin", None)
-        if begin is not None:
-            begin(self._done + 1, self._total)
+        if self._begin is not None:
+            self._begin(self._done + 1, self._total, measured_by_call(self._report), 1)
 
     def ahead(self, done: int, most: int) -> int:
-        """How many steps after those done may run before the report is called, at most ``most``."""
+        """Return how many steps after those done may run before the report is called, at most ``most``."""
         if self._report is None:
             return most
         if self._wants is None:
@@ -117,7 +98,7 @@ class ReportCaller:
         return min(self._wanted - done, most) if self._wanted > done else most
 
     def wants(self, step: int) -> bool:
-        """Whether the report is to be called for this step."""
+        """Return whether the report is to be called for this step."""
         if self._report is None:
             return False
         if self._wants is None:
@@ -133,7 +114,7 @@ class ReportCaller:
             self._wanted = self._asked
 
     def ran(self, ran: StepResults) -> None:
-        """Take the numbers of a block of steps, which may not be done yet."""
+        """Take the results of a dispatch, which may not be done yet."""
         if self._block is None:
             return
         self._waiting.append(ran)
@@ -143,13 +124,14 @@ class ReportCaller:
             self._deliver(ready)
 
     def stops(self, step: int, loss: Any, state: Any) -> bool:
-        """Call the report; whether it asked to stop. This waits for the step to be done."""
-        self._deliver(len(self._waiting))
+        """Call the report, and return whether it raised EarlyStop. Waits for the step to be done."""
+        if self._waiting:
+            self._deliver(len(self._waiting))
         assert self._report is not None
         self.pending_report_loss = float(loss)
         stops = False
         try:
-            with self._heard():
+            with self._interruptible():
                 self._report(step, self.pending_report_loss, state)
         except EarlyStop:
             stops = True
@@ -157,19 +139,24 @@ class ReportCaller:
         self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation is no part of a step
         return stops
 
+    def compiling(self, where: str) -> None:
+        """Call the report's ``compiling``."""
+        self._compiled = None if self._compiling is None else self._compiling(where)
+
     def compiled(self, seconds: float) -> None:
-        """Tell the report that a program was compiled, and how long that took."""
+        """Note how long a program took to compile, and call what the report's ``compiling`` returned."""
         self._seconds += seconds
-        if self._compiled is not None:
-            self._compiled(seconds)
+        compiled, self._compiled = self._compiled, None
+        if callable(compiled):
+            compiled(seconds)
 
     def finish(self) -> None:
-        """Hand over the numbers that are left, as they get ready."""
+        """Hand over the values that are left, as they get ready."""
         while self._waiting:
             self._deliver(1)
 
     def end(self) -> None:
-        """Tell the report that the fit is over, however it ended."""
+        """Call the report's ``end``."""
         if self._end is not None:
             self._end()
 
@@ -196,7 +183,7 @@ class ReportCaller:
                 self._block(first, self._completed(first, joined, np.concatenate(examples), seconds))
 
     def _completed(self, first: int, values: dict[str, Any], examples: Any, seconds: float) -> dict[str, Any]:
-        """What the block of a report gets: numbers of the steps, with their place and their speed."""
+        """The values of a block with the place of its steps in the state's life, and their speed."""
         n = len(values["loss"])
         good = values.pop("good", None)
         values["step"] = np.arange(n) + (int(self._before) - self._done + first)

@@ -10,6 +10,7 @@ import jax
 
 from kaun import rng
 from kaun._engine import StepInputs, TracedStep
+from kaun._report import member
 from kaun._run.identity import differences, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import unpack_snapshot
@@ -170,7 +171,7 @@ def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[st
 
 
 def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
-    restore = getattr(report, "restore", None)
+    restore = member(report, "restore")
     kept = unpack_snapshot(saved.facts["report"], saved.reports, saved.state)
     if restore is None:
         if kept:

@@ -12,6 +12,7 @@ import jax
 
 from kaun import tree
 from kaun._engine import StepInputs, StepLoop, TracedStep, digest_program
+from kaun._report import member
 from kaun._run.identity import refuse_difference
 from kaun._run.position import position
 from kaun._run.report_state import pack_snapshot
@@ -79,7 +80,7 @@ class CheckpointSaver:
         """
         if not step or (step == self._saved_step and not ended and pending_report_loss is None):
             return  # the checkpoint that is there may say that the run had ended
-        snapshot = getattr(self._report, "snapshot", None)
+        snapshot = member(self._report, "snapshot")
         report, arrays = pack_snapshot({} if snapshot is None else snapshot())
         # The names are those of earlier checkpoints, which must stay readable.
         facts = {

@@ -1,5 +1,7 @@
 """Reports: what ``fit`` calls after its steps."""
 
+from kaun._report import Report as Report
+from kaun._report import ReportFunction as ReportFunction
 from kaun.reports.compose import all_of as all_of
 from kaun.reports.compose import each_epoch as each_epoch
 from kaun.reports.compose import every as every
@@ -18,4 +20,3 @@ from kaun.reports.time_limit import time_limit as time_limit
 from kaun.reports.validate import Validation as Validation
 from kaun.reports.validate import validate as validate
 from kaun.reports.wandb import wandb as wandb
-from kaun.train import Report as Report

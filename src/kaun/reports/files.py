@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
+from kaun._report import Report
 from kaun.reports.log import Log, Row, encoded
 
 __all__ = ["csv", "jsonl"]
@@ -20,75 +21,76 @@ _LINE = re.compile(rb'\{"step": (\d+)[,}]')
 _CELLS = re.compile(rb"(\d+),")
 
 
-def jsonl(path: str | os.PathLike[str]) -> Log:
-    """The report that writes a file with a JSON object for each step: ``{"step": 1, "loss": 0.5, ...}``.
+def jsonl(path: str | os.PathLike[str]) -> Report:
+    """Return the report that writes a file with a JSON object for each step: ``{"step": 1, "loss": 0.5, ...}``.
 
-    A line has the step of the state (``state.step``), and everything recorded for it, by name: the loss, what the loss
-    function returned beside it, learning rate and gradient norm where they are known, and in one ``all_of`` what other
-    reports measured after the step (``validate``), as ``valid_...`` where the training has the same name. The lines are
-    JSON in the strict sense: what is not finite is written ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, which
+    A line has the step of the state (``state.step``) and everything recorded for it, by name: the loss, the scalars
+    that the loss function returned, learning rate and gradient norm if they are known, and in one ``all_of`` what other
+    reports measured after the step (``validate``), as ``valid_...`` if a value of the training has the same name. The
+    lines are strict JSON: what is not finite is written ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, which
     ``float(...)`` reads. In ``every(100, jsonl(path))`` each hundredth step is written. It never makes ``fit`` wait for
-    the device; a line is in the file as soon as a later step is known of, at the latest when the fit ends.
+    the device; a line is written when values of a later step arrive, at the latest when the fit ends.
 
-    One file holds one life of a state. A fit that begins with step s cuts off the lines of step s and later, so that a
-    run that was killed and goes on from a checkpoint has no line missing and none twice, and a run from the start
-    begins a new file.
+    One file holds the steps of one state's life. A fit that begins with step s removes the lines of step s and later,
+    so that a run that was killed and is resumed from a checkpoint has no line missing and none twice, and a run from
+    the start begins a new file.
 
-    Arguments:
-        path: the file; folders that are missing are made.
+    Args:
+        path: The file; missing folders are made.
 
     Raises:
-        TypeError: when ``path`` is none.
-        ValueError: in the fit, when the file there holds something else.
-        OSError: in the fit, when it cannot be written.
+        TypeError: If ``path`` is not a path.
+        ValueError: In the fit, if the file exists and holds something else.
+        OSError: In the fit, if it cannot be written.
 
-    >>> import pathlib, tempfile
-    >>> import numpy as np
-    >>> from kaun import reports
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = pathlib.Path(folder) / "run.jsonl"
-    ...     report = reports.jsonl(path)
-    ...     report.begin(1, 2)  # fit does this
-    ...     report.block(1, {"loss": np.array([0.5, 0.25], np.float32), "step": np.array([1, 2])})
-    ...     report.observe(2, {"accuracy": 0.9})
-    ...     report.end()
-    ...     print(path.read_text())
-    {"step": 1, "loss": 0.5}
-    {"step": 2, "loss": 0.25, "accuracy": 0.9}
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from kaun import reports
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "run.jsonl"
+        ...     report = reports.jsonl(path)
+        ...     report.begin(1, 2)  # fit does this
+        ...     report.block(1, {"loss": np.array([0.5, 0.25], np.float32), "step": np.array([1, 2])})
+        ...     report.observe(2, {"accuracy": 0.9}, None)
+        ...     report.end()
+        ...     print(path.read_text())
+        {"step": 1, "loss": 0.5}
+        {"step": 2, "loss": 0.25, "accuracy": 0.9}
     """
     return Log(_JsonLines(_path("jsonl", path)))
 
 
-def csv(path: str | os.PathLike[str]) -> Log:
-    """The report that writes a table with a line for each step, as comma-separated values under a line of names.
+def csv(path: str | os.PathLike[str]) -> Report:
+    """Return the report that writes a table with a line for each step, as comma-separated values under a line of names.
 
-    What stands in it, and when, is as for ``jsonl``. The first column is the step; a cell is empty where a step has no
-    such value; ``nan``, ``inf`` and ``-inf`` stand for what is not finite. Names that come later, those of
-    ``validate`` say, become further columns at the right: the file is then written anew once, and put in the place of
-    the old one.
+    What it contains, and when it is written, is as for ``jsonl``. The first column is the step; a cell is empty if a
+    step has no such value; values that are not finite are written ``nan``, ``inf`` and ``-inf``. Names that come later,
+    those of ``validate`` say, become further columns at the right: the file is then rewritten once and replaced.
 
-    Arguments:
-        path: the file; folders that are missing are made.
+    Args:
+        path: The file; missing folders are made.
 
     Raises:
-        TypeError: when ``path`` is none.
-        ValueError: in the fit, when the file there holds something else, or a name has a line break.
-        OSError: in the fit, when it cannot be written.
+        TypeError: If ``path`` is not a path.
+        ValueError: In the fit, if the file exists and holds something else, or a name has a line break.
+        OSError: In the fit, if it cannot be written.
 
-    >>> import pathlib, tempfile
-    >>> import numpy as np
-    >>> from kaun import reports
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = pathlib.Path(folder) / "run.csv"
-    ...     report = reports.csv(path)
-    ...     report.begin(1, 2)  # fit does this
-    ...     report.block(1, {"loss": np.array([0.5, 0.25], np.float32), "step": np.array([1, 2])})
-    ...     report.observe(2, {"accuracy": 0.9})
-    ...     report.end()
-    ...     print(path.read_text())
-    step,loss,accuracy
-    1,0.5,
-    2,0.25,0.9
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from kaun import reports
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "run.csv"
+        ...     report = reports.csv(path)
+        ...     report.begin(1, 2)  # fit does this
+        ...     report.block(1, {"loss": np.array([0.5, 0.25], np.float32), "step": np.array([1, 2])})
+        ...     report.observe(2, {"accuracy": 0.9}, None)
+        ...     report.end()
+        ...     print(path.read_text())
+        step,loss,accuracy
+        1,0.5,
+        2,0.25,0.9
     """
     return Log(_Table(_path("csv", path)))
 
@@ -132,7 +134,7 @@ class _Table:
             head = next(lines, b"")
             if not b"step,".startswith(head[:5].strip(b"\0")):
                 raise ValueError(_damaged(self._file.path, 1, 'the names of the columns, the first of them "step"'))
-            # The columns that only lines cut off had a value in stand at the right; they will come again.
+            # Columns in which only removed lines have a value are the rightmost ones; they will be added again.
             spare, size = None, len(head)
             for line in _kept(self._file.path, lines, _CELLS, step, number=2):
                 size += len(line)
@@ -163,7 +165,9 @@ class _Table:
 
     def _rewrite(self, change: Callable[[bytes], bytes], *, empty: bool = False) -> None:
         if broken := [name for name in self._columns if len(name.splitlines()) != 1]:
-            raise ValueError(f"csv has a column for each name, in one line, received the name {broken[0]!r}.")
+            raise ValueError(
+                f"csv writes the names of all columns in one line, received the name {broken[0]!r}. Rename the value."
+            )
         head = io.StringIO()
         tables.writer(head, lineterminator="\n").writerow(self._columns)
         if empty:
@@ -181,7 +185,7 @@ def _cell(value: float) -> str:
 def _kept(
     path: Path, lines: Iterable[bytes], form: re.Pattern[bytes], step: int, number: int = 1, head: bytes | None = None
 ) -> Iterator[bytes]:
-    """The lines of the steps before this one, up to one that a crash tore; what no crash explains is an error."""
+    """The lines of the steps before this one, up to one that a crash left incomplete; any other damage is an error."""
     torn: int | None = None
     for at, line in enumerate(lines, start=number):
         found = form.match(line) if line.endswith(b"\n") else None
@@ -199,18 +203,18 @@ def _kept(
 
 def _damaged(path: Path, line: int, expected: str) -> str:
     return (
-        f"{path}, line {line}: expected {expected}, as this report writes it. The file is damaged, or another "
-        "program's. Move it away, or write to another path."
+        f"{path}, line {line}: expected {expected}, as this report writes it. The file is damaged, or was written by "
+        "another program. Move it away, or write to another path."
     )
 
 
 class _File:
-    """A file that grows at its end, and can be cut and replaced."""
+    """A file that is appended to, and can be truncated and replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: FileIO | None = None
-        self._named = True  # whether its folder knows it for good
+        self._named = True  # whether its name in the folder survives a crash
 
     @contextlib.contextmanager
     def read(self) -> Generator[Iterator[bytes]]:
@@ -221,7 +225,7 @@ class _File:
             yield iter(file)
 
     def open(self, size: int) -> None:
-        """Begin to write after the first ``size`` bytes."""
+        """Open it for writing after the first ``size`` bytes."""
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._named = self.path.exists()
@@ -235,11 +239,11 @@ class _File:
             while self._file is not None and left:
                 left = left[self._file.write(left) :]
         except BaseException:
-            self.close()  # a line may be torn now, and must be the last
+            self.close()  # the last line may be incomplete, so nothing may follow it
             raise
 
     def replace(self, parts: Iterable[bytes]) -> None:
-        """Put a file of these parts in its place, as a whole."""
+        """Replace the file atomically by one of these parts."""
         new = self.path.with_name(f".{self.path.name}.new")
         with new.open("wb") as file:
             file.writelines(parts)
@@ -254,7 +258,7 @@ class _File:
         if self._file is None:
             return
         os.fsync(self._file.fileno())
-        if not self._named and os.name == "posix":  # elsewhere folders cannot be opened
+        if not self._named and os.name == "posix":  # other systems cannot open folders
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)

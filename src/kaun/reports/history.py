@@ -1,4 +1,4 @@
-"""The record of a run's losses and of what was measured in it, and the losses' curve."""
+"""The losses of a run and what was measured in it, and their curves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kaun.reports import report_state
+from kaun._report import Report
+from kaun._run import pack_results, saved_values, unpack_results
 from kaun.train import TrainState
 
 __all__ = ["History", "history"]
@@ -23,33 +24,35 @@ PALE, STRONG = "#a9c6e8", "#1f5fa8"
 
 
 def history() -> History:
-    """The report that records the loss of every step, without making ``fit`` wait for any.
+    """Return the report that records the loss of every step without making ``fit`` wait for any.
 
-    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits it goes on where it was, also in a
-    run that goes on from a checkpoint. In one ``all_of`` with reports that measure (``validate``) it keeps their
-    results, too.
+    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits, or in a resumed run, it continues
+    from where it was. In one ``all_of`` with reports that measure (``validate``) it keeps their results, too.
 
-    >>> import numpy as np
-    >>> from kaun import reports
-    >>> history = reports.history()
-    >>> history.block(1, {"loss": np.array([0.9, 0.7, 0.6], np.float32)})  # fit does this
-    >>> history.losses
-    array([0.9, 0.7, 0.6], dtype=float32)
-    >>> history.steps
-    array([1, 2, 3])
+    Examples:
+        >>> import numpy as np
+        >>> from kaun import reports
+        >>> history = reports.history()
+        >>> history.block(1, {"loss": np.array([0.9, 0.7, 0.6], np.float32)})  # fit does this
+        >>> history.losses
+        array([0.9, 0.7, 0.6], dtype=float32)
+        >>> history.steps
+        array([1, 2, 3])
     """
     return History()
 
 
-class History:
+class History(Report):
     """The losses recorded so far; made by ``history()``. See there.
 
     Attributes:
-        results: what other reports measured: pairs of a step, numbered as in ``steps``, and values by name.
+        results: What other reports measured: pairs of a step, numbered as in ``steps``, and values by name.
     """
 
+    results: list[tuple[int, dict[str, float]]]
+
     def __init__(self) -> None:
-        self.results: list[tuple[int, dict[str, float]]] = []
+        self.results = []
         self._losses = array("f")
         self._first_step = 1
 
@@ -62,44 +65,45 @@ class History:
 
     @property
     def steps(self) -> np.ndarray:
-        """The number of each step recorded, int64 of shape (n,): ``state.step`` after the first one, counting on."""
+        """The number of each step recorded, int64 of shape (n,), beginning with ``state.step`` after the first one."""
         return np.arange(self._first_step, self._first_step + len(self._losses))
 
     def plot(self, path: str | os.PathLike[str], *, log: bool = False, window: int | None = None) -> Path:
-        """The file with the loss curve, drawn with matplotlib: the losses, pale, and their running median.
+        """Draw the losses, pale, and their running median with matplotlib, and return the path of the file.
 
         The median at a step is taken over the steps around it, cut off at the end of the run and narrowed at its start,
-        where the loss falls fast. Of a run longer than 1000 steps, the pale part is the band between the lowest
+        where the loss falls fast. In a run longer than 1000 steps, the pale part is the band between the lowest
         and the highest loss of neighbouring steps, so that no spike is lost. Losses that are not finite are left out.
-        What other reports measured stands below, each value in a curve of its own.
+        Each value that other reports measured has its own curve below.
 
-        Arguments:
-            path: where to write; the suffix says how (``.png``, ``.svg``, ``.pdf``), ``.png`` is added where none is.
-            log: whether the loss axis is logarithmic; losses of 0 or less are then left out. Default False.
-            window: the number of steps around one whose median is drawn, made odd; default a twentieth of the run, at
-                least 5.
+        Args:
+            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``.
+            log: Whether the loss axis is logarithmic; losses of 0 or less are then left out. Default False.
+            window: The number of steps around one whose median is drawn, rounded up to an odd number; default a
+                twentieth of the run, at least 5.
 
         Raises:
-            ImportError: when matplotlib is not installed.
-            ValueError: when there is no finite (with ``log``, no positive) loss to draw, or ``window`` is less than 1.
-            TypeError: when ``window`` is not an int.
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is no finite (with ``log``, no positive) loss to draw, or ``window`` is less than 1.
+            TypeError: If ``window`` is not an int.
 
-        >>> import pathlib, tempfile
-        >>> import numpy as np
-        >>> from kaun import reports
-        >>> history = reports.history()
-        >>> history.block(1, {"loss": np.geomspace(2.0, 0.1, 500, dtype=np.float32)})
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     written = history.plot(pathlib.Path(folder) / "loss.png", log=True)
-        ...     written.name, written.stat().st_size > 10_000
-        ('loss.png', True)
+        Examples:
+            >>> import pathlib, tempfile
+            >>> import numpy as np
+            >>> from kaun import reports
+            >>> history = reports.history()
+            >>> history.block(1, {"loss": np.geomspace(2.0, 0.1, 500, dtype=np.float32)})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     written = history.plot(pathlib.Path(folder) / "loss.png", log=True)
+            ...     written.name, written.stat().st_size > 10_000
+            ('loss.png', True)
         """
         window = _checked_window(window, len(self._losses))
         steps, losses = self.steps, self.losses.astype(np.float64)
         losses[~np.isfinite(losses) | (log & (losses <= 0))] = np.nan
         if np.isnan(losses).all():
             raise ValueError(
-                f"history.plot has nothing to draw: of {len(losses)} losses recorded none is "
+                f"history.plot has nothing to draw: none of the {len(losses)} losses recorded is "
                 f"{'positive' if log else 'a finite number'}. Pass the history to fit first, "
                 "trainer.fit(state, data, report=history), and look at history.losses."
             )
@@ -117,33 +121,34 @@ class History:
             self._first_step = int(values["step"][0]) if "step" in values else first_step
         self._losses.frombytes(values["loss"].astype(np.float32).tobytes())
 
-    def observe(self, step: int, values: Mapping[str, float]) -> None:
+    def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         """Record what another report measured after the last step recorded; called by ``all_of``."""
         at = self._first_step + len(self._losses) - 1 if self._losses else step
-        # Again, in a run that was interrupted while reports were told of this step.
+        # A second time, in a run that was interrupted while this step was reported.
         if self.results and self.results[-1][0] == at and self.results[-1][1].keys() == values.keys():
             self.results.pop()
         self.results.append((at, dict(values)))
 
     def snapshot(self) -> dict[str, Any]:
-        """What it keeps in a checkpoint."""
-        return {"losses": self.losses, "first_step": self._first_step, **report_state.packed(self.results)}
+        """Return all that it recorded, for a checkpoint."""
+        return {"losses": self.losses, "first_step": self._first_step, **pack_results(self.results)}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        losses, self._first_step = report_state.saved(self, values, "losses", "first_step")
-        self.results = report_state.unpacked(self, values)
+        """Continue from a checkpoint."""
+        losses, self._first_step = saved_values(self, values, "losses", "first_step")
+        self.results = unpack_results(self, values)
         self._losses = array("f", np.asarray(losses, np.float32).tobytes())
 
     def wants(self, step: int) -> bool:
-        """False: blocks are all that it needs."""
+        """Return False: it needs only blocks."""
         return False
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        """Record one step, where a user's own function calls this; ``fit`` uses ``block``."""
+        """Record one step; for a function of your own that calls it. ``fit`` calls ``block``."""
         self.block(step, {"loss": np.array([loss], np.float32)})
 
     def __len__(self) -> int:
+        """Return the number of steps recorded."""
         return len(self._losses)
 
 
@@ -160,7 +165,7 @@ def _checked_window(window: int | None, recorded: int) -> int:
 def _figure(
     steps: np.ndarray, losses: np.ndarray, window: int, results: Sequence[tuple[int, Mapping[str, float]]] = ()
 ) -> Any:
-    """A matplotlib Figure of its own: pyplot's figures, settings and windows are the user's."""
+    """A new matplotlib Figure, made without pyplot, whose figures, settings and windows are the user's."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as err:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun._messages import locate
-from kaun.reports import report_state
-from kaun.train import Report, TrainState
+from kaun._report import Report
+from kaun._run import saved_values
 
 __all__ = ["learning_rate"]
 
@@ -19,49 +19,50 @@ CHUNK = 4096  # counts that are evaluated at once
 
 
 def learning_rate(schedule: Callable[[Any], Any]) -> Report:
-    """The report that gives the other reports of one ``all_of`` the learning rate of each step, ``"learning_rate"``.
+    """Return the report that adds ``"learning_rate"``, the learning rate of each step, to the blocks of other reports.
 
     It is the schedule at the number of updates made before the step: 0 at the first step of a state's life, and a step
     that was skipped (``values["skipped"]``) made none. It is evaluated on JAX's CPU device for 4096 counts at once,
-    well ahead of the steps, so that ``fit`` never waits for it but at its first block. It needs no place in front of
-    the others, and replaces a learning rate that ``fit`` knows itself (of ``optax.inject_hyperparams``). By itself it
-    does nothing.
+    well ahead of the steps, so that ``fit`` waits for it at its first block only. The reports of one ``all_of`` get it
+    in any order; it replaces a learning rate that ``fit`` knows itself (of ``optax.inject_hyperparams``). Without
+    other reports it has no effect.
 
-    Arguments:
-        schedule: the function of the count that the optimizer has; any of optax's.
+    Args:
+        schedule: The function of the count that the optimizer has; any of optax's.
 
     Raises:
-        TypeError: when ``schedule`` is not a function, or does not give a scalar.
-        RuntimeError: when JAX was told to have no CPU device.
+        TypeError: If ``schedule`` is not a function, or does not return a scalar.
+        RuntimeError: If JAX has no CPU device in this process.
 
-    >>> import numpy as np, optax
-    >>> from kaun import reports
-    >>> history = []
-    >>> class Rates:
-    ...     def wants(self, step): return False
-    ...     def __call__(self, step, loss, state): pass
-    ...     def block(self, first_step, values): history.extend(values["learning_rate"].tolist())
-    >>> report = reports.all_of(Rates(), reports.learning_rate(optax.linear_schedule(1.0, 0.0, 4)))
-    >>> report.block(1, {"loss": np.zeros(3, np.float32), "step": np.array([1, 2, 3])})  # fit does this
-    >>> history
-    [1.0, 0.75, 0.5]
+    Examples:
+        >>> import numpy as np, optax
+        >>> from kaun import reports
+        >>> history = []
+        >>> class Rates(reports.Report):
+        ...     def block(self, first_step, values): history.extend(values["learning_rate"].tolist())
+        >>> report = reports.all_of(Rates(), reports.learning_rate(optax.linear_schedule(1.0, 0.0, 4)))
+        >>> report.block(1, {"loss": np.zeros(3, np.float32), "step": np.array([1, 2, 3])})  # fit does this
+        >>> history
+        [1.0, 0.75, 0.5]
     """
     if not callable(schedule):
         raise TypeError(
-            f"learning_rate expected a schedule, a function of the count of updates, received {schedule!r}. For a rate "
-            "that stays the same write learning_rate(optax.constant_schedule(1e-3))."
+            f"learning_rate expected a schedule, a function of the count of updates, received {schedule!r}. For a "
+            "constant rate write learning_rate(optax.constant_schedule(1e-3))."
         )
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError as err:
         raise RuntimeError(
-            "learning_rate evaluates the schedule on JAX's CPU device, and there is none. Name it beside the other: "
-            "JAX_PLATFORMS=cuda,cpu in the environment."
+            "learning_rate evaluates the schedule on JAX's CPU device, and this process has none. Add it to the "
+            "platforms: JAX_PLATFORMS=cuda,cpu in the environment."
         ) from err
     return _LearningRate(schedule, device)
 
 
-class _LearningRate:
+class _LearningRate(Report):
+    measures = ("learning_rate",)
+
     def __init__(self, schedule: Callable[[Any], Any], device: Any) -> None:
         self.__name__ = "learning_rate"
         self._schedule, self._device = schedule, device
@@ -69,13 +70,7 @@ class _LearningRate:
         self._chunks: dict[int, Any] = {}
         self._skipped = 0  # in the state's life up to now
 
-    def wants(self, step: int) -> bool:
-        return False
-
-    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        pass
-
-    def adds(self, first_step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(values["loss"])
         first = int(values["step"][0]) if "step" in values else first_step
         if first == 1:
@@ -85,14 +80,14 @@ class _LearningRate:
         self._skipped += int(skipped.sum())
         return {"learning_rate": self._at(before)}
 
-    def begin(self, first_step: int, total: int | None) -> None:
+    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
         self._ahead((first_step - 1) // CHUNK)  # most states begin with step 1 of a fit
 
     def snapshot(self) -> dict[str, Any]:
         return {"skipped": self._skipped}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        (self._skipped,) = report_state.saved(self, values, "skipped")
+        (self._skipped,) = saved_values(self, values, "skipped")
 
     def _at(self, counts: np.ndarray) -> np.ndarray:
         rates = np.empty(len(counts), np.float32)
@@ -117,7 +112,7 @@ class _LearningRate:
             rate = jnp.asarray(self._schedule(count))
         if rate.shape:
             raise TypeError(
-                f"learning_rate expected a schedule that gives a scalar; {locate(self._schedule)} gave shape "
+                f"learning_rate expected a schedule that returns a scalar; {locate(self._schedule)} returned shape "
                 f"{rate.shape}. Pass the function that the optimizer has."
             )
         return rate.astype(jnp.float32)

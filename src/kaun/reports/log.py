@@ -1,4 +1,4 @@
-"""What the loggers share: rows, one for each step, made of blocks and of what other reports measure."""
+"""What the loggers share: rows, one for each step, made of blocks and of what other reports measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kaun.reports import report_state
+from kaun._report import Report
+from kaun._run import saved_values
 from kaun.train import TrainState
 
 __all__ = ["Log", "Row", "Sink", "decoded", "encoded", "require_package"]
@@ -23,53 +24,61 @@ _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Sink(Protocol):
-    """Where rows go. ``name`` is what the report is called, ``run`` the id of what it writes, "" for a path."""
+    """Where rows are written.
+
+    Attributes:
+        name: The name of the report.
+        run: The id of the run that is written to; empty for files.
+    """
 
     name: str
     run: str
 
     def cut(self, step: int) -> None:
-        """Open it, without the rows of this step and later: these come again, or belong to a run that came before."""
+        """Open it, and remove the rows of this step and later ones, which come again or belong to an earlier run."""
         ...
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Write rows of ascending steps, for everyone to see."""
+        """Write rows of ascending steps, so that others can read them."""
         ...
 
     def sync(self) -> None:
-        """What was written survives a crash from now on."""
+        """Make sure that what was written survives a crash."""
         ...
 
     def close(self, error: BaseException | None) -> None:
-        """The fit is over, by this exception; also called when nothing was opened."""
+        """Close it; ``error`` is the exception that ended the fit. Also called if it was not opened."""
         ...
 
 
-class Log:
-    """The report that turns what it is told into rows, for ``sink``.
+class Log(Report):
+    """The report that writes a row for each step to ``sink``.
 
-    A row is held back until something of a later step comes, so that what is measured after its step gets into it.
+    A row is held back until something of a later step comes, so that it contains what is measured after its step.
     """
+
+    __name__: str
 
     def __init__(self, sink: Sink) -> None:
         self.__name__ = sink.name
         self._sink = sink
         self._fits = 0
+        self._every = 1
         self._outer: BaseException | None = None
         self._open = False
         self._offset = 0  # from the fit's steps to those of the state
         self._names: set[str] = set()  # of the values in blocks
         self._row: Row | None = None  # the newest
-        self._written = False  # whether that one is out
+        self._written = False  # whether that one is written
 
-    def begin(self, first_step: int, total: int | None) -> None:
+    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
         self._fits += 1
         if self._fits > 1:
             raise RuntimeError(
-                f"{self._sink.name}(...) is at work for a fit already, and a fit inside it would write over its rows. "
-                "Give the inner fit a report of its own, with another path."
+                f"{self._sink.name}(...) is used by a fit already, and a fit inside that one would overwrite its rows. "
+                "Give the inner fit another report, with another path."
             )
-        self._open = False
+        self._open, self._every = False, every
         self._outer = sys.exception()
 
     def end(self) -> None:
@@ -80,26 +89,26 @@ class Log:
         try:
             self._put()
         finally:
-            self._row, self._open = None, False
+            self._row, self._open, self._every = None, False, 1
             self._sink.close(error if error is not self._outer else None)
 
     def wants(self, step: int) -> bool:
         return False
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        # From a user's own function, which may never say that the fit is over.
+        # Called by a user's own function, which may never call `end`.
         after = int(getattr(state, "step", step))
-        self.block(step, {"loss": np.array([loss], np.float32), "step": np.array([after])})
+        self._add(step, {"loss": np.array([loss], np.float32), "step": np.array([after])}, 1)
         self._put()
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
-        self.thinned(first_step, values, 1)
+        self._add(first_step, values, self._every)
 
-    def thinned(self, first_step: int, values: Mapping[str, np.ndarray], n: int) -> None:
+    def _add(self, first_step: int, values: Mapping[str, np.ndarray], n: int) -> None:
         self._offset = int(values["step"][0]) - first_step if "step" in values else 0
         first = first_step + self._offset
         self._start(first)
-        if self._row is not None and self._row["step"] >= first:  # it comes again
+        if self._row is not None and self._row["step"] >= first:  # that step comes again
             self._row = None
         self._names |= values.keys()
         rows = [] if self._row is None or self._written else [self._row]
@@ -110,10 +119,10 @@ class Log:
             self._row = None
         self._sink.write(rows)
 
-    def observe(self, step: int, values: Mapping[str, float]) -> None:
+    def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         step += self._offset
         self._start(step)
-        # Training and held-out data have their own "loss" and "accuracy".
+        # Both training and held-out data have a "loss" and may have an "accuracy".
         measured = {(f"valid_{name}" if name in self._names else name): float(v) for name, v in values.items()}
         if self._row is None or self._row["step"] != step:
             self._put()
@@ -129,11 +138,11 @@ class Log:
         return {"row": row, "offset": self._offset, "names": sorted(self._names), "run": self._sink.run}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        row, self._offset, names, self._sink.run = report_state.saved(self, values, "row", "offset", "names", "run")
+        row, self._offset, names, self._sink.run = saved_values(self, values, "row", "offset", "names", "run")
         self._names, self._row, self._written = set(names), decoded(row) if row else None, True
 
     def _start(self, step: int) -> None:
-        """Begin with the first step of a fit, or with the one after which its run was interrupted."""
+        """Open the sink at the first step of a fit, or at the step after which its run was interrupted."""
         if self._open:
             return
         if self._row is not None and self._row["step"] > step:
@@ -163,12 +172,12 @@ def _numbers(column: np.ndarray) -> list[Any]:
 
 
 def encoded(row: Row) -> str:
-    """A row as strict JSON: what is not finite is "NaN", "Infinity" or "-Infinity"."""
+    """Return a row as strict JSON: what is not finite is "NaN", "Infinity" or "-Infinity"."""
     return "{" + ", ".join([f"{_quoted(name)}: {_json(value)}" for name, value in row.items()]) + "}"
 
 
 def decoded(line: str) -> Row:
-    """The row that ``encoded`` wrote."""
+    """Return the row that ``encoded`` wrote."""
     return {name: _WORDS[value] if isinstance(value, str) else value for name, value in json.loads(line).items()}
 
 
@@ -184,14 +193,14 @@ def _json(value: Any) -> str:
 
 
 def require_package(where: str, package: str, extra: str) -> Any:
-    """A package that only this report needs.
+    """Return a package that only this report needs.
 
     Raises:
-        ImportError: when it is not installed.
+        ImportError: If it is not installed.
     """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as err:
-        if err.name != package:  # it is there, and something that it needs is not
+        if err.name != package:  # something that the package needs is missing
             raise
         raise ImportError(f'reports.{where} needs {package}, which is missing: pip install "kaun[{extra}]"') from err

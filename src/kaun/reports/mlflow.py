@@ -1,4 +1,4 @@
-"""The report that logs to MLflow."""
+"""The logger for MLflow."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from kaun._report import Report
 from kaun.reports.log import Log, Row, require_package
+
+__all__ = ["mlflow"]
 
 BATCH = 1000  # metrics that MLflow takes at once
 
 
 def mlflow(
     experiment: str = "Default", *, name: str | None = None, tracking_uri: str | None = None, run: str | None = None
-) -> Log:
-    """The report that logs to MLflow.
+) -> Report:
+    """Return the report that logs to MLflow.
 
-    Each value is a metric under its name at the step of the state; which values, is as for ``jsonl``. The run begins
-    with the first step of the first fit, and ends with each fit as finished, failed or killed; a further fit, and one
-    that goes on from a checkpoint, take it up again, and log no value of a step twice. It never makes ``fit`` wait for
-    the device, but waits for MLflow: with a remote server, use ``every(100, mlflow(...))``.
+    Each value is a metric under its name at the step of the state; the values are those of ``jsonl``. The run begins
+    with the first step of the first fit, and ends with each fit as finished, failed or killed; a further fit, and a fit
+    resumed from a checkpoint, resume it, and log no value of a step twice. It never makes ``fit`` wait for the device,
+    but it waits for MLflow: with a remote server, use ``every(100, mlflow(...))``.
 
-    Arguments:
-        experiment: the name of the experiment, made where it is missing.
-        name: the name of the run, default MLflow's choice.
-        tracking_uri: where to log, default as MLflow is set up.
-        run: the id of a run of your own, which is logged to and not ended; default a new one.
+    Args:
+        experiment: The name of the experiment, made if it is missing.
+        name: The name of the run, default chosen by MLflow.
+        tracking_uri: Where to log, default as MLflow is configured.
+        run: The id of a run of your own, which is logged to and not ended; default a new one.
 
     Raises:
-        ImportError: when mlflow is not installed.
+        ImportError: If mlflow is not installed.
 
-    >>> from kaun import reports
-    >>> report = reports.mlflow("digits", tracking_uri="sqlite:///runs.db")  # doctest: +SKIP
-    >>> state = trainer.fit(state, data, report=reports.every(10, report))  # doctest: +SKIP
+    Examples:
+        >>> from kaun import reports
+        >>> report = reports.mlflow("digits", tracking_uri="sqlite:///runs.db")  # doctest: +SKIP
+        >>> state = trainer.fit(state, data, report=reports.every(10, report))  # doctest: +SKIP
     """
     package = require_package("mlflow", "mlflow", "mlflow")
     return Log(_Mlflow(package, experiment, name, tracking_uri, run))
@@ -48,13 +52,13 @@ class _Mlflow:
         self._client: Any = None
         self._uri = tracking_uri
         self.run = given or ""
-        self._there: dict[str, set[int]] = {}
+        self._logged: dict[str, set[int]] = {}
 
     def cut(self, step: int) -> None:
         if self._client is None:
             self._client = self._package.MlflowClient(tracking_uri=self._uri)
             self._resume() if self.run else self._create()
-        self._there = {
+        self._logged = {
             key: {metric.step for metric in self._client.get_metric_history(self.run, key) if metric.step >= step}
             for key in self._client.get_run(self.run).data.metrics
         }
@@ -76,13 +80,13 @@ class _Mlflow:
             metric(name, float(value), now, row["step"])
             for row in rows
             for name, value in row.items()
-            if name != "step" and row["step"] not in self._there.get(name, ())
+            if name != "step" and row["step"] not in self._logged.get(name, ())
         ]
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(self.run, metrics=metrics[start : start + BATCH])
 
     def sync(self) -> None:
-        pass  # log_batch returns when they are stored
+        pass  # log_batch returns when the values are stored
 
     def close(self, error: BaseException | None) -> None:
         if self._client is not None:

@@ -1,4 +1,4 @@
-"""The loss curve as a picture that is drawn again as the fit goes on."""
+"""The loss curve as a picture that is redrawn during the fit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from kaun._report import Report
 from kaun.reports.history import History
 from kaun.reports.log import require_package
-from kaun.train import Report, TrainState
+from kaun.train import TrainState
 
 __all__ = ["plot"]
 
@@ -21,33 +22,34 @@ SHARE = 20  # a picture takes at most this part of the time
 
 
 def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
-    """The report that keeps a picture of the run up to date: ``history().plot(path)``, drawn again as the fit goes on.
+    """Return the report that keeps a picture of the run up to date: ``history().plot(path)``, redrawn during the fit.
 
-    It shows the losses and in one ``all_of`` what other reports measured. It is drawn after 2 seconds, then every 10
-    seconds or in a twentieth of the time, whichever is less often, and at the end of each fit, whatever ended it. A new
-    picture takes the place of the old one as a whole, so a viewer never sees half of one. It never makes ``fit`` wait
-    for the device. Passed to several fits it goes on, also in a run that goes on from a checkpoint.
+    It shows the losses and, in one ``all_of``, what other reports measured. It is drawn after 2 seconds, then every 10
+    seconds or so rarely that drawing takes a twentieth of the time, whichever is less often, and at the end of each
+    fit, whatever ended it. Each new picture replaces the old one as a whole, so a viewer never sees half of one. It
+    never makes ``fit`` wait for the device. Passed to several fits, or in a resumed run, it continues its curve.
 
-    Arguments:
-        path: where to write; the suffix says how (``.png``, ``.svg``, ``.pdf``), ``.png`` is added where none is.
-            Folders that are missing are made.
-        log: whether the loss axis is logarithmic. Default False.
+    Args:
+        path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``. Missing
+            folders are made.
+        log: Whether the loss axis is logarithmic. Default False.
 
     Raises:
-        ImportError: when matplotlib is not installed.
-        TypeError: when ``path`` is none.
-        OSError: in the fit, when it cannot be written.
+        ImportError: If matplotlib is not installed.
+        TypeError: If ``path`` is not a path.
+        OSError: In the fit, if the file cannot be written.
 
-    >>> import pathlib, tempfile
-    >>> import numpy as np
-    >>> from kaun import reports
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     report = reports.plot(pathlib.Path(folder) / "loss.png")
-    ...     report.begin(1, 500)  # fit does this
-    ...     report.block(1, {"loss": np.geomspace(2.0, 0.1, 500, dtype=np.float32)})
-    ...     report.end()
-    ...     [path.name for path in pathlib.Path(folder).iterdir()]
-    ['loss.png']
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from kaun import reports
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = reports.plot(pathlib.Path(folder) / "loss.png")
+        ...     report.begin(1, 500)  # fit does this
+        ...     report.block(1, {"loss": np.geomspace(2.0, 0.1, 500, dtype=np.float32)})
+        ...     report.end()
+        ...     [path.name for path in pathlib.Path(folder).iterdir()]
+        ['loss.png']
     """
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'plot expected the path of a picture, received {path!r}. Write plot("loss.png").')
@@ -56,15 +58,15 @@ def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
     return _Plot(whole if whole.suffix else whole.with_suffix(".png"), log)
 
 
-class _Plot:
+class _Plot(Report):
     def __init__(self, path: Path, log: bool) -> None:
         self.__name__ = "plot"
         self._path, self._log = path, log
         self._history = History()
         self._next = 0.0  # when to draw
-        self._new = False  # whether there is anything that the picture has not
+        self._new = False  # whether something was recorded since the last picture
 
-    def begin(self, first_step: int, total: int | None) -> None:
+    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
         self._next = monotonic() + FIRST
 
     def wants(self, step: int) -> bool:
@@ -77,8 +79,8 @@ class _Plot:
         self._history.block(first_step, values)
         self._changed()
 
-    def observe(self, step: int, values: Mapping[str, float]) -> None:
-        self._history.observe(step, values)
+    def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
+        self._history.observe(step, values, state)
         self._changed()
 
     def end(self) -> None:
@@ -100,10 +102,10 @@ class _Plot:
         losses = self._history.losses
         if not self._new or not (np.isfinite(losses) & ((losses > 0) | (not self._log))).any():
             return
-        begun = monotonic()
+        start = monotonic()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         new = self._path.with_name(f".{self._path.stem}.new{self._path.suffix}")
         self._history.plot(new, log=self._log)
         new.replace(self._path)
         self._new = False
-        self._next = monotonic() + max(SECONDS, (SHARE - 1) * (monotonic() - begun))
+        self._next = monotonic() + max(SECONDS, (SHARE - 1) * (monotonic() - start))

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from kaun.train import Report, TrainState
+from kaun._report import Report
+from kaun.train import TrainState
 
 __all__ = ["progress"]
 
@@ -22,36 +23,37 @@ QUIET_SECONDS, QUIET_STEPS = 10.0, 20  # without news, after which it asks for a
 
 
 def progress(total: int | None = None, *, description: str | None = None, file: TextIO | None = None) -> Report:
-    """The report that shows a tqdm bar: step, total where known, time, steps per second, the loss, and results.
+    """Return the report that shows a tqdm bar: step, total if known, time, steps per second, the loss, and results.
 
     Results are what other reports of one ``all_of`` measured last (``validate``), by name, a ``"loss"`` as
-    ``valid_loss``. The time that went into compilation stands at the end, and does not count in the steps per second.
+    ``valid_loss``. While a program compiles the bar says ``compiling``, afterwards how many seconds that took; they do
+    not count in the steps per second.
 
     A terminal or a notebook gets a bar, redrawn about 10 times a second. Anything else, a log file or a pipe, gets a
-    line of its own after 10 seconds and from then on one every 10 seconds to 10 minutes, the rarer the longer the run.
-    Both end with a line for the last step. What is shown comes from finished blocks of steps; only where these bring no
-    news does ``fit`` wait for the device, at one step in twenty at most, or one in ten seconds. One ``progress()`` can
-    be used for several fits, also nested ones; each gets its own bar. ``TQDM_DISABLE=1`` in the environment silences
-    it.
+    line after 10 seconds and then one every 10 seconds to 10 minutes, the longer the run the fewer. Both end with a
+    line for the last step. What is shown comes from finished blocks of steps; only if these bring nothing new does
+    ``fit`` wait for the device, at one step in twenty at most, or one in ten seconds. One ``progress()`` can be used
+    for several fits, also nested ones; each gets its own bar. ``TQDM_DISABLE=1`` in the environment silences it.
 
-    A ``print`` in another report lands behind a bar in a terminal; ``tqdm.tqdm.write(text)`` puts the text above it.
+    In a terminal, a ``print`` in another report appears behind the bar; ``tqdm.tqdm.write(text)`` prints above it.
 
-    Arguments:
-        total: the number of the last step, default the length of the data where it is known.
-        description: what stands at the left of the bar, default nothing.
-        file: a text stream, default standard error.
+    Args:
+        total: The number of the last step, default the length of the data if it is known.
+        description: The text at the left of the bar, default none.
+        file: A text stream, default standard error.
 
     Raises:
-        TypeError: when ``total`` is not an int.
-        ValueError: when ``total`` is negative.
+        TypeError: If ``total`` is not an int.
+        ValueError: If ``total`` is negative.
 
-    >>> import sys
-    >>> from kaun import reports
-    >>> report = reports.progress(description="digits", file=sys.stdout)
-    >>> report.begin(1, 200)
-    >>> report(200, 0.25, None)
-    >>> report.end()
-    digits: 100% 200/200 [00:00<00:00, ...step/s, loss=0.25]
+    Examples:
+        >>> import sys
+        >>> from kaun import reports
+        >>> report = reports.progress(description="digits", file=sys.stdout)
+        >>> report.begin(1, 200)
+        >>> report(200, 0.25, None)
+        >>> report.end()
+        digits: 100% 200/200 [00:00<00:00, ...step/s, loss=0.25]
     """
     if total is not None and (isinstance(total, bool) or not isinstance(total, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"progress expected a number of steps as total, an int, received {total!r}: progress(1000).")
@@ -60,16 +62,14 @@ def progress(total: int | None = None, *, description: str | None = None, file: 
     return _Progress(total, description, file)
 
 
-class _Progress:
-    """The clock, and what is known of the last step. ``_fits`` holds one entry for each fit running (fits may nest)."""
-
+class _Progress(Report):
     def __init__(self, total: int | None, description: str | None, file: TextIO | None) -> None:
         self._total = total
         self._description = description
         self._file = file
-        self._fits: list[_Fit] = []
+        self._fits: list[_Fit] = []  # one for each fit that is running (fits may nest)
 
-    def begin(self, first_step: int, total: int | None) -> None:
+    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
         known = total if self._total is None else self._total
         self._fits.append(_Fit(_display(first_step - 1, known, self._description, self._file), first_step - 1))
 
@@ -83,12 +83,11 @@ class _Progress:
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         self._current(step).reached(step, loss)
 
-    def observe(self, step: int, values: Mapping[str, float]) -> None:
+    def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         self._current(step).observed(values)
 
-    def compiled(self, seconds: float) -> None:
-        if self._fits:
-            self._fits[-1].compiled(seconds)
+    def compiling(self, where: str) -> Callable[[float], None] | None:
+        return self._fits[-1].compiling() if self._fits else None
 
     def end(self) -> None:
         if self._fits:
@@ -96,7 +95,7 @@ class _Progress:
 
     def _current(self, step: int) -> _Fit:
         if not self._fits:
-            self.begin(step, None)  # called by a user's own function, which did not hand on fit's begin
+            self.begin(step, None)  # called by a user's own function, which did not call begin
         return self._fits[-1]
 
 
@@ -108,14 +107,14 @@ class _Fit:
         self._step = step
         self._loss: float | None = None
         self._values: dict[str, float] = {}
-        self._compiled = 0.0
+        self._compiled, self._compiling = 0.0, False
         self._wanted: int | None = None
         self._drawn = monotonic()
 
     def wants(self, step: int) -> bool:
         quiet = monotonic() - self._drawn
-        # Blocks bring the news for nothing. To be called for a step makes fit wait for it, and while it waits it cannot
-        # prepare the next: one step in twenty keeps that below 5%.
+        # Blocks cost nothing. To be called for a step makes fit wait for it, and while it waits it cannot prepare the
+        # next: one step in twenty keeps that below 5%.
         if quiet < self._display.pause() or (quiet < QUIET_SECONDS and step - self._step < QUIET_STEPS):
             return False
         # Counted as drawn now: fit may ask for many steps ahead before the first of them is there to draw.
@@ -131,9 +130,16 @@ class _Fit:
         self._values.update(values)
         self._draw(due=False)
 
-    def compiled(self, seconds: float) -> None:
-        self._compiled += seconds
+    def compiling(self) -> Callable[[float], None]:
+        self._compiling = True
+        self._draw(due=self._display.live)
+        return self._is_compiled
+
+    def _is_compiled(self, seconds: float) -> None:
+        self._compiling, self._compiled = False, self._compiled + seconds
         self._display.exclude(seconds)
+        if self._display.live:
+            self._draw(due=True)
 
     def close(self) -> None:
         self._display.close(self._step, self._postfix())
@@ -148,19 +154,31 @@ class _Fit:
         measured = {"valid_loss" if name == "loss" else name: value for name, value in self._values.items()}
         named = ({} if self._loss is None else {"loss": self._loss}) | measured
         shown = [f"{name}={value:.4g}" for name, value in named.items()]
-        # Last, so that on a narrow terminal it is cut off first.
-        return ", ".join(shown + [f"compiled in {self._compiled:.1f} s"] * (self._compiled > 0))
+        if self._compiling:
+            shown.append("compiling")
+        elif self._compiled > 0:  # last, so that on a narrow terminal it is cut off first
+            shown.append(f"compiled in {self._compiled:.1f} s")
+        return ", ".join(shown)
 
 
 class _Display(Protocol):
-    """What a fit draws on: ``pause`` is the time in seconds from one redraw to the next, ``exclude`` tells of time that
-    is to be left out of the speed."""
+    """Where a fit is drawn.
 
-    def pause(self) -> float: ...
+    Attributes:
+        live: Whether a drawing replaces the one before, so that any number of them may be made.
+    """
+
+    live: bool
+
+    def pause(self) -> float:
+        """Return the seconds from one drawing to the next."""
+        ...
 
     def draw(self, step: int, postfix: str) -> None: ...
 
-    def exclude(self, seconds: float) -> None: ...
+    def exclude(self, seconds: float) -> None:
+        """Leave this time, which has just passed, out of the speed."""
+        ...
 
     def close(self, step: int, postfix: str) -> None: ...
 
@@ -169,7 +187,7 @@ def _display(done: int, total: int | None, description: str | None, file: TextIO
     stream = sys.stderr if file is None else file
     if stream is None or os.environ.get("TQDM_DISABLE"):
         stream = io.StringIO()  # a program without a console has no standard error
-    # A notebook's stream is no terminal, but it does go back to the start of a line.
+    # A notebook's stream is not a terminal, but it can return to the start of a line.
     notebook = type(stream).__module__.startswith("ipykernel")
     if notebook or stream.isatty():
         return _Bar(_tqdm(widget=notebook and file is None), done, total, description, stream)
@@ -177,13 +195,13 @@ def _display(done: int, total: int | None, description: str | None, file: TextIO
 
 
 def _tqdm(*, widget: bool) -> Any:
-    """tqdm's bar class, without the thread that watches over all bars: these are redrawn by their own clock."""
+    """tqdm's bar class without the thread that monitors all bars: these are redrawn by their own clock."""
     from tqdm.std import TqdmDefaultWriteLock, tqdm  # pyright: ignore[reportAttributeAccessIssue]
 
     base: Any = tqdm
     if widget:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # where ipywidgets is missing it says so, and gives the plain bar
+            warnings.simplefilter("ignore")  # without ipywidgets it warns, and returns the plain bar
             from tqdm.autonotebook import tqdm as base
     bar: Any = type("Bar", (base,), {"monitor_interval": 0, "excluded": 0.0, "format_dict": property(_overall)})
     # tqdm would make a lock for processes too, and with it fix multiprocessing's start method for the whole program.
@@ -192,17 +210,19 @@ def _tqdm(*, widget: bool) -> Any:
 
 
 def _overall(bar: Any) -> dict[str, Any]:
-    """tqdm's ``format_dict``, with the overall speed without the excluded time where it shows that one, at the end."""
+    """tqdm's ``format_dict``; the overall speed, which it shows at the end, leaves out the excluded time."""
     base: Any = super(type(bar), bar)
-    told: dict[str, Any] = base.format_dict
-    steps, seconds = bar.n - bar.initial, told["elapsed"] - bar.excluded
-    if told["rate"] is None and bar.excluded and steps and seconds > 0:
-        told["rate"] = steps / seconds
-    return told
+    shown: dict[str, Any] = base.format_dict
+    steps, seconds = bar.n - bar.initial, shown["elapsed"] - bar.excluded
+    if shown["rate"] is None and bar.excluded and steps and seconds > 0:
+        shown["rate"] = steps / seconds
+    return shown
 
 
 class _Bar:
     """A bar that is redrawn in its place."""
+
+    live = True
 
     def __init__(self, kind: Any, done: int, total: int | None, description: str | None, stream: TextIO) -> None:
         # tqdm's own rate limits are off: each update draws.
@@ -222,7 +242,7 @@ class _Bar:
     def exclude(self, seconds: float) -> None:
         if not self._bar.disable:
             self._bar.excluded += seconds
-            # From here tqdm counts the time to its next update, whose speed it averages in.
+            # tqdm measures the time to its next update, which its average speed includes, from here.
             self._bar.last_print_t += seconds
 
     def close(self, step: int, postfix: str) -> None:
@@ -234,6 +254,8 @@ class _Bar:
 class _Lines:
     """Lines in a file, each with what a bar would have shown."""
 
+    live = False
+
     def __init__(self, done: int, total: int | None, description: str | None, stream: TextIO) -> None:
         self._fixed: dict[str, Any] = {
             "initial": done,
@@ -242,7 +264,7 @@ class _Lines:
             "unit": "step",
             "ncols": 0,  # no bar, and nothing cut off
         }
-        from tqdm.std import tqdm  # here and not above: a tenth of the time that importing kaun takes
+        from tqdm.std import tqdm  # imported here, because it is a tenth of the time that importing kaun takes
 
         self._format: Callable[..., str] = tqdm.format_meter
         self._stream = stream

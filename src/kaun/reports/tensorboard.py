@@ -9,38 +9,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kaun._report import Report
 from kaun.reports.log import Log, Row, require_package
 
 __all__ = ["tensorboard"]
 
 
-def tensorboard(folder: str | os.PathLike[str]) -> Log:
-    """The report that writes scalars for TensorBoard, with tensorboardX, which needs no TensorFlow.
+def tensorboard(folder: str | os.PathLike[str]) -> Report:
+    """Return the report that writes scalars for TensorBoard, with tensorboardX, which needs no TensorFlow.
 
-    Each value becomes a scalar under its name, at the step of the state; which values, is as for ``jsonl``. A fit that
-    begins with step s tells TensorBoard to forget what the folder has of step s and later, so that a run that was
-    killed and goes on from a checkpoint has no step missing and none twice. Each fit adds a file to the folder. It
-    never makes ``fit`` wait for the device; at thousands of steps a second, ``every(100, tensorboard(folder))`` is
-    enough.
+    Each value becomes a scalar under its name, at the step of the state; the values are those of ``jsonl``. A fit that
+    begins with step s makes TensorBoard drop what the folder has of step s and later, so that a run that was killed and
+    is resumed has no step missing and none twice. Each fit adds a file to the folder. It never makes ``fit`` wait for
+    the device; at thousands of steps a second, ``every(100, tensorboard(folder))`` is enough.
 
-    Arguments:
-        folder: the folder of one run, made where it is missing: ``tensorboard --logdir`` gets it, or one above.
+    Args:
+        folder: The folder of one run, made if it is missing; pass it, or one above it, to ``tensorboard --logdir``.
 
     Raises:
-        ImportError: when tensorboardX is not installed.
-        TypeError: when ``folder`` is no path.
-        OSError: in the fit, when it cannot be written.
+        ImportError: If tensorboardX is not installed.
+        TypeError: If ``folder`` is not a path.
+        OSError: In the fit, if it cannot be written.
 
-    >>> import pathlib, tempfile
-    >>> import numpy as np
-    >>> from kaun import reports
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     report = reports.tensorboard(folder)
-    ...     report.begin(1, 2)  # fit does this
-    ...     report.block(1, {"loss": np.array([0.5, 0.25], np.float32), "step": np.array([1, 2])})
-    ...     report.end()
-    ...     len(list(pathlib.Path(folder).glob("events.out.tfevents.*")))
-    1
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from kaun import reports
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = reports.tensorboard(folder)
+        ...     report.begin(1, 2)  # fit does this
+        ...     report.block(1, {"loss": np.array([0.5, 0.25], np.float32), "step": np.array([1, 2])})
+        ...     report.end()
+        ...     len(list(pathlib.Path(folder).glob("events.out.tfevents.*")))
+        1
     """
     require_package("tensorboard", "tensorboardX", "tensorboard")
     if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -54,7 +55,8 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: Any = None
-        # Not its SummaryWriter, whose flush leaves what a queue holds, and whose files of one second take one name.
+        # Not its SummaryWriter: its flush does not empty its queue, and two of its files made within one second get
+        # the same name.
         self._files: Any = importlib.import_module("tensorboardX.event_file_writer")
         self._events: Any = importlib.import_module("tensorboardX.proto.event_pb2")
         self._summaries: Any = importlib.import_module("tensorboardX.proto.summary_pb2")
@@ -63,7 +65,7 @@ class _TensorBoard:
         self.close(None)
         self._folder.mkdir(parents=True, exist_ok=True)
         another = any(self._folder.glob("events.out.tfevents.*"))
-        # Readers go through files in the order of their names.
+        # Files are read in the order of their names.
         self._writer = self._files.EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
         if another:
             start = self._events.SessionLog(status=self._events.SessionLog.START)
@@ -80,7 +82,7 @@ class _TensorBoard:
         self._writer.flush()
 
     def sync(self) -> None:
-        pass  # flushed already; tensorboardX does not show the file
+        pass  # flushed already; tensorboardX does not give access to the file
 
     def close(self, error: BaseException | None) -> None:
         if self._writer is not None:

@@ -7,29 +7,33 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
+from kaun._report import Report
+from kaun._run import saved_values
 from kaun.errors import EarlyStop
-from kaun.reports import report_state
-from kaun.train import Report, TrainState
+from kaun.train import TrainState
+
+__all__ = ["time_limit"]
 
 
 def time_limit(minutes: float) -> Report:
-    """The report that ends the fit after the first step, or block of steps, that is done when the time is over.
+    """Return the report that ends the fit after the first step, or block of steps, that is done after the time limit.
 
-    The time runs from the beginning of each fit, compilation and evaluation included. A run that goes on from a
-    checkpoint has what is left: the time that the run had taken when the checkpoint was made counts.
+    The time runs from the beginning of each fit and includes compilation and evaluation. A run that is resumed from a
+    checkpoint has the time that is left: what the run had taken when the checkpoint was made counts.
 
-    Arguments:
-        minutes: how long the fit may take, more than 0.
+    Args:
+        minutes: How long the fit may take, more than 0.
 
     Raises:
-        TypeError: when ``minutes`` is no number.
-        ValueError: when it is not more than 0, or not finite.
+        TypeError: If ``minutes`` is not a number.
+        ValueError: If it is not more than 0, or not finite.
 
-    >>> from kaun import reports
-    >>> report = reports.time_limit(minutes=90)
-    >>> report.begin(1, None)
-    >>> report.wants(1)
-    False
+    Examples:
+        >>> from kaun import reports
+        >>> report = reports.time_limit(minutes=90)
+        >>> report.begin(1, None)
+        >>> report.wants(1)
+        False
     """
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"time_limit expected a number of minutes, received {minutes!r}. Write time_limit(minutes=90).")
@@ -40,20 +44,20 @@ def time_limit(minutes: float) -> Report:
     return _TimeLimit(60.0 * minutes)
 
 
-class _TimeLimit:
+class _TimeLimit(Report):
     def __init__(self, seconds: float) -> None:
         self.__name__ = "time_limit"
         self._seconds = seconds
-        self._before = 0.0  # spent in the run up to the checkpoint from which the next fit goes on
-        self._begun: list[float] = []  # for each fit that is running (fits may nest)
+        self._before = 0.0  # spent in the run before the checkpoint from which the next fit is resumed
+        self._starts: list[float] = []  # for each fit that is running (fits may nest)
 
-    def begin(self, first_step: int, total: int | None) -> None:
-        self._begun.append(monotonic() - self._before)
+    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+        self._starts.append(monotonic() - self._before)
         self._before = 0.0
 
     def end(self) -> None:
-        if self._begun:
-            self._begun.pop()
+        if self._starts:
+            self._starts.pop()
 
     def wants(self, step: int) -> bool:
         return self._spent() >= self._seconds
@@ -66,7 +70,7 @@ class _TimeLimit:
         return {"seconds": self._spent()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        (self._before,) = report_state.saved(self, values, "seconds")
+        (self._before,) = saved_values(self, values, "seconds")
 
     def _spent(self) -> float:
-        return monotonic() - self._begun[-1] if self._begun else self._before
+        return monotonic() - self._starts[-1] if self._starts else self._before

@@ -1,14 +1,15 @@
-"""Metrics on held-out data, measured as a fit goes on."""
+"""Metrics on held-out data, measured during a fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 from kaun import tree
+from kaun._report import Report
+from kaun._run import pack_results, unpack_results
 from kaun.context import Context
 from kaun.evaluation import checked
-from kaun.reports import report_state
 from kaun.reports.compose import steps_of_a_pass
 from kaun.train import Trainer, TrainState
 
@@ -23,36 +24,37 @@ def validate(
     *,
     ctx: Context | None = None,
 ) -> Validation:
-    """The report that runs ``trainer.evaluate(state, data, metrics)`` after each pass, or every so many steps.
+    """Return the report that runs ``trainer.evaluate(state, data, metrics)`` after each pass, or every so many steps.
 
-    In one ``all_of`` with others, its results are shown by ``progress``, kept by ``history`` and handed to every report
+    In one ``all_of`` with others, its results are shown by ``progress``, kept by ``history`` and given to every report
     that observes values; the order does not matter.
 
-    Arguments:
-        trainer: the trainer whose ``fit`` gets the report.
-        data: the held-out data, as for ``evaluate``; it is gone over anew each time.
-        metrics: as for ``evaluate``, by name.
-        each: the pipeline of one epoch, of known length, of which ``fit`` gets ``train.epochs(n)``; or a number of
-            steps, at least 1. Steps count from 1 in each fit; a run that goes on from a checkpoint counts on.
-        ctx: a Context for the layers.
+    Args:
+        trainer: The trainer whose ``fit`` gets the report.
+        data: The held-out data, as for ``evaluate``; it is iterated again each time.
+        metrics: As for ``evaluate``, by name.
+        each: The pipeline of one epoch, of known length, of which ``fit`` gets ``train.epochs(n)``; or a number of
+            steps, at least 1. Steps count from 1 in each fit; a resumed run continues the count.
+        ctx: A Context for the layers, default none.
 
     Raises:
-        TypeError: when an argument is of the wrong kind, ``data`` can be gone over only once, or the length of ``each``
+        TypeError: If an argument is of the wrong kind, ``data`` can be iterated only once, or the length of ``each``
             is unknown.
-        ValueError: when ``each`` is empty or less than 1, or there are no metrics.
+        ValueError: If ``each`` is empty or less than 1, or there are no metrics.
 
-    >>> import jax.numpy as jnp, optax, kaun
-    >>> from kaun import Data, layers, losses, reports, rng
-    >>> x = jnp.arange(8.0).reshape(4, 2)
-    >>> pairs = Data.batches((x, x @ jnp.array([[1.0], [2.0]])), batch_size=2)
-    >>> trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.adam(0.1))
-    >>> train = pairs.with_loss(losses.mse)
-    >>> validation = reports.validate(trainer, pairs, {"mse": losses.mse}, each=train)
-    >>> with rng.scope(0):
-    ...     state = trainer.init()
-    >>> state = trainer.fit(state, train.epochs(50), report=validation)
-    >>> [step for step, values in validation.results][-2:], validation.latest["mse"] < 0.5
-    ([98, 100], True)
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import Data, layers, losses, reports, rng
+        >>> x = jnp.arange(8.0).reshape(4, 2)
+        >>> pairs = Data.batches((x, x @ jnp.array([[1.0], [2.0]])), batch_size=2)
+        >>> trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.adam(0.1))
+        >>> train = pairs.with_loss(losses.mse)
+        >>> validation = reports.validate(trainer, pairs, {"mse": losses.mse}, each=train)
+        >>> with rng.scope(0):
+        ...     state = trainer.init()
+        >>> state = trainer.fit(state, train.epochs(50), report=validation)
+        >>> [step for step, values in validation.results][-2:], validation.latest["mse"] < 0.5
+        ([98, 100], True)
     """
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -61,8 +63,8 @@ def validate(
         )
     if isinstance(data, Iterator) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(
-            f"validate goes over its data many times, and received {tree.describe(data)}. Pass a kaun.Data or a list; "
-            "of a generator make one, Data.from_items(list(generator))."
+            f"validate iterates its data many times, and received {tree.describe(data)}. Pass a kaun.Data or a list; "
+            "for a generator write Data.from_items(list(generator))."
         )
     if isinstance(each, (bool, float, str)) or not isinstance(each, (int, Sized)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -77,53 +79,57 @@ def validate(
     return Validation(trainer, data, checked("validate", metrics), steps, ctx)
 
 
-class Validation:
-    """Results on held-out data, as far as a fit went; made by ``validate(...)``. See there.
+class Validation(Report):
+    """Results on held-out data so far; made by ``validate(...)``. See there.
 
     Attributes:
-        results: pairs of a step, numbered as ``state.step``, and the metrics after it, floats by name, sorted by name.
-        measures: the names of the metrics.
+        results: Pairs of a step, numbered as ``state.step``, and the metrics after it, floats by name, sorted by name.
+        measures: The names of the metrics.
 
-    >>> import optax, kaun
-    >>> from kaun import layers, metrics, reports
-    >>> trainer = kaun.Trainer(model=layers.linear(2, 3), optimizer=optax.adam(0.1))
-    >>> validation = reports.validate(trainer, [], {"accuracy": metrics.accuracy}, each=100)
-    >>> [step for step in range(1, 301) if validation.wants(step)], validation.results, validation.latest
-    ([100, 200, 300], [], {})
+    Examples:
+        >>> import optax, kaun
+        >>> from kaun import layers, metrics, reports
+        >>> trainer = kaun.Trainer(model=layers.linear(2, 3), optimizer=optax.adam(0.1))
+        >>> validation = reports.validate(trainer, [], {"accuracy": metrics.accuracy}, each=100)
+        >>> [step for step in range(1, 301) if validation.wants(step)], validation.results, validation.latest
+        ([100, 200, 300], [], {})
     """
+
+    measures: Collection[str]
+    results: list[tuple[int, dict[str, float]]]
 
     def __init__(
         self, trainer: Trainer[Any, Any], data: Any, metrics: dict[str, Any], steps: int, ctx: Context | None
     ) -> None:
         self._trainer, self._data, self._metrics = trainer, data, metrics
         self._steps, self._ctx = steps, ctx
-        self.results: list[tuple[int, dict[str, float]]] = []
+        self.results = []
         self.measures = frozenset(metrics)
 
     @property
     def latest(self) -> dict[str, float]:
-        """The newest metrics by name; empty before the first time."""
+        """The newest metrics by name; empty before the first evaluation."""
         return self.results[-1][1] if self.results else {}
 
     def wants(self, step: int) -> bool:
-        """Whether it evaluates after this step."""
+        """Return whether it evaluates after this step."""
         return step % self._steps == 0
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> dict[str, float] | None:
-        """Evaluate and keep the result; called by ``fit``."""
-        if not self.wants(step):  # called by a user's own function, for every step
+        """Evaluate, and return the metrics by name; called by ``fit``. For other steps it returns None."""
+        if not self.wants(step):  # called by a user's own function after every step
             return None
         values = self._trainer.evaluate(state, self._data, self._metrics, ctx=self._ctx)
         at = int(state.step)
-        if self.results and self.results[-1][0] == at:  # again, in a run that was interrupted there
+        if self.results and self.results[-1][0] == at:  # a second time, in a run that was interrupted there
             self.results.pop()
         self.results.append((at, values))
         return dict(values)
 
     def snapshot(self) -> dict[str, Any]:
-        """What it keeps in a checkpoint: the results."""
-        return report_state.packed(self.results)
+        """Return the results, for a checkpoint."""
+        return pack_results(self.results)
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.results = report_state.unpacked(self, values)
+        """Continue from a checkpoint."""
+        self.results = unpack_results(self, values)

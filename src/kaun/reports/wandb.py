@@ -1,39 +1,41 @@
-"""The loggers for Weights & Biases and MLflow."""
+"""The logger for Weights & Biases."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from kaun._report import Report
 from kaun.reports.log import Log, Row, require_package
 
 __all__ = ["wandb"]
 
 
-def wandb(*, run: Any = None, **settings: Any) -> Log:
-    """The report that logs to Weights & Biases.
+def wandb(*, run: Any = None, **settings: Any) -> Report:
+    """Return the report that logs to Weights & Biases.
 
-    Each value is logged under its name at the step of the state; which values, is as for ``jsonl``. The run begins with
-    the first step of the first fit, and is finished when a fit ends; a further fit, and one that goes on from a
-    checkpoint, resume it by its id. Steps that come again are left out by Weights & Biases, which has them; offline it
-    writes them to a second folder, ``wandb sync`` brings the two together. It never makes ``fit`` wait for the device.
+    Each value is logged under its name at the step of the state; the values are those of ``jsonl``. The run begins with
+    the first step of the first fit, and is finished when a fit ends; a further fit, and a fit resumed from a
+    checkpoint, resume it by its id. Weights & Biases ignores steps that it already has; offline it writes the resumed
+    part to a second folder, and ``wandb sync`` merges the two. It never makes ``fit`` wait for the device.
 
-    Arguments:
-        run: a run of your own, which is logged to and not finished; default a new one, of these ``settings``.
-        settings: what ``wandb.init`` takes: ``project="digits"``, ``name=``, ``config=``, ``mode="offline"``.
+    Args:
+        run: A run of your own, which is logged to and not finished; default a new one with these ``settings``.
+        settings: The arguments of ``wandb.init``: ``project="digits"``, ``name=``, ``config=``, ``mode="offline"``.
 
     Raises:
-        ImportError: when wandb is not installed.
-        TypeError: when both ``run`` and ``settings`` are given.
+        ImportError: If wandb is not installed.
+        TypeError: If both ``run`` and ``settings`` are given.
 
-    >>> from kaun import reports
-    >>> report = reports.wandb(project="digits", mode="offline")  # doctest: +SKIP
-    >>> state = trainer.fit(state, data, report=reports.every(10, report))  # doctest: +SKIP
+    Examples:
+        >>> from kaun import reports
+        >>> report = reports.wandb(project="digits", mode="offline")  # doctest: +SKIP
+        >>> state = trainer.fit(state, data, report=reports.every(10, report))  # doctest: +SKIP
     """
     package = require_package("wandb", "wandb", "wandb")
     if run is not None and settings:
         raise TypeError(
-            f"wandb was given a run, and {', '.join(settings)} for a new one. Write wandb(run=run), or "
+            f"wandb received a run, and {', '.join(settings)} for a new one. Write wandb(run=run), or "
             "wandb(project=...) without a run."
         )
     return Log(_Wandb(package, run, settings))
@@ -50,7 +52,7 @@ class _Wandb:
     def cut(self, step: int) -> None:
         if self._run is not None:
             return
-        # A run of its own, beside one that the program may have under way.
+        # A new run, beside one that the program may have started.
         settings = {"resume": "allow", "reinit": "create_new", **self._settings}
         settings |= {"id": self.run} if self.run else {}
         self._run = self._package.init(**settings) if self._given is None else self._given
@@ -64,7 +66,7 @@ class _Wandb:
             self._run.log(values, step=row["step"], commit=True)
 
     def sync(self) -> None:
-        pass  # its own process writes
+        pass  # wandb writes in another process
 
     def close(self, error: BaseException | None) -> None:
         if self._run is not None:
