@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save_file
 
-from kaun.checkpoint.safetensors_header import DTYPES
-from kaun.tree import describe, difference, flatten, is_array
+from kaun.checkpoint.disk import Disk
+from kaun.checkpoint.safetensors_header import (
+    DTYPES,
+    Place,
+    Take,
+    header,
+    in_order,
+    read_array,
+    read_places,
+    taker,
+)
+from kaun.tree import describe, difference, flatten, is_array, is_key
 
 __all__ = [
-    "STORED",
-    "WIDER",
+    "Differences",
     "check_template",
     "decode",
     "encode",
-    "is_key",
-    "listing",
     "load",
-    "mismatches",
+    "read_arrays",
     "restore",
     "save",
+    "serialize",
 ]
 
 T = TypeVar("T")
 
 _SCALARS = (bool, int, float)
-STORED = {"bool": np.dtype(np.bool_), "int": np.dtype(np.int64), "float": np.dtype(np.float64)}
+_STORED = {"bool": np.dtype(np.bool_), "int": np.dtype(np.int64), "float": np.dtype(np.float64)}
 _LISTED = 20
-WIDER = 'For 64 bits: jax.config.update("jax_enable_x64", True), or a NumPy leaf in `like`.'
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
@@ -70,21 +74,20 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     (3, 1)
     """
     target = _as_path(path, "save(path, tree)")
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    kinds: dict[str, str] = {}
-    for name, leaf in flatten(tree)[0].items():
-        tensors[name], kind = encode(name, leaf)
-        if kind:
-            kinds[name] = kind
-    if "__metadata__" in tensors:
-        raise ValueError("checkpoint.save: '__metadata__' is a reserved key of safetensors files. Rename that leaf.")
-    # One entry: the library writes several in an order of its own, and equal trees should give equal files.
-    metadata = {"kaun": json.dumps(kinds)}
-    with _replacing(target) as temporary:
+    pieces = serialize(flatten(tree)[0])
+    disk = Disk()
+    with _replacing(target, disk) as temporary:
         try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as err:
-            raise OSError(f"checkpoint.save could not write {str(target)!r}, nothing was changed: {err}.") from err
+            file = disk.create(temporary)
+            try:
+                for piece in pieces:
+                    disk.write(file, piece)
+                disk.sync(file)
+            finally:
+                disk.close(file)
+        except OSError as err:
+            text = f"checkpoint.save could not write {str(target)!r}, nothing was changed: {err.strerror or err}."
+            raise OSError(err.errno, text) from err
 
 
 def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
@@ -118,8 +121,19 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
     file = _as_path(path, "load(path, like=tree)")
     wanted, structure = flatten(like)
     check_template(wanted)
-    found = _read(file)
-    _must_match(file, wanted, found, cast)
+    with file.open("rb") as opened:
+        try:
+            arrays, differences = read_arrays(*taker(opened), wanted, cast=cast)
+            found = {place.name: decode(place, array) for place, array in arrays}
+        except ValueError as err:
+            raise ValueError(f"checkpoint.load: {str(file)!r} is damaged or not a safetensors file: {err}.") from err
+    if differences.lines:
+        cast_it = "\nTo convert between floating dtypes: checkpoint.load(path, like=..., cast=True)."
+        raise ValueError(
+            f"checkpoint.load: {str(file)!r} does not match `like`, nothing was loaded:{differences.listing()}\n"
+            "Make `like` as the saved tree was made (same model, same optimizer), or save and load the same part of it."
+            + (cast_it if differences.castable else "")
+        )
     # Popped one by one, so that no more than one leaf is in memory twice.
     return jax.tree.unflatten(structure, [restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
 
@@ -149,7 +163,7 @@ def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
                 f"checkpoint.save: {_leaf(name)} is the int {leaf}, which does not fit in 64 bits. Save it in parts, "
                 "divmod(n, 2**62)."
             )
-        return np.asarray(leaf, STORED[kind]), kind
+        return np.asarray(leaf, _STORED[kind]), kind
     if not is_array(leaf) or isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(
             f"checkpoint.save: {_leaf(name)} is a {kind}; a file holds JAX and NumPy arrays, typed keys, bool, int and "
@@ -171,18 +185,29 @@ def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     return (array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))), None
 
 
+def serialize(leaves: Mapping[str, Any]) -> list[memoryview]:
+    """The bytes of a safetensors file of these leaves, in pieces: the header, then each array.
+
+    The pieces are views of the arrays' own memory where that is on the host, so they must be used before it changes.
+    """
+    if "__metadata__" in leaves:
+        raise ValueError("checkpoint.save: '__metadata__' is a reserved key of safetensors files. Rename that leaf.")
+    for leaf in leaves.values():
+        if isinstance(leaf, jax.Array) and not (isinstance(leaf, jax.core.Tracer) or is_key(leaf) or leaf.is_deleted()):
+            leaf.copy_to_host_async()  # all of them at once, before the first is waited for
+    encoded = {name: encode(name, leaf) for name, leaf in leaves.items()}
+    arrays = {name: array for name, (array, _) in encoded.items()}
+    head = header(arrays, {name: kind for name, (_, kind) in encoded.items() if kind})
+    return [memoryview(head), *(arrays[name].reshape(-1).view(np.uint8).data for name in in_order(arrays))]
+
+
 def _leaf(name: str) -> str:
     return f"leaf {name!r}" if name else "the tree itself"
 
 
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed PRNG keys."""
-    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 @contextlib.contextmanager
-def _replacing(target: Path) -> Generator[Path, None, None]:
-    """A temporary file in the target's folder, which becomes the target when the block ends well."""
+def _replacing(target: Path, disk: Disk) -> Generator[Path, None, None]:
+    """The path for a temporary file in the target's folder, which replaces the target when the block ends well."""
     target = target.resolve()  # of a link, the file it leads to is replaced, not the link
     if not target.parent.is_dir():
         raise FileNotFoundError(
@@ -195,93 +220,105 @@ def _replacing(target: Path) -> Generator[Path, None, None]:
         )
     temporary = target.parent / f".kaun-{secrets.token_hex(8)}.tmp"
     try:
-        temporary.touch(exist_ok=False)
-        mode = (target if target.exists() else temporary).stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # the library makes its files readable to their owner alone
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        if target.exists():
+            temporary.chmod(target.stat().st_mode)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name != "nt":
-        # The move itself is on disk only when the folder is.
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    disk.sync_folder(target.parent)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The leaves of a file by name: NumPy arrays, typed keys and Python scalars."""
-    raw = file.read_bytes()
-    try:
-        entries = deserialize(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        noted = dict(json.loads((header.get("__metadata__") or {}).get("kaun", "{}")))
-        kinds = {name: str(kind) for name, kind in noted.items()}
-        found = {name: _decode(name, entry, kinds.pop(name, None)) for name, entry in entries}
-        if kinds:
-            raise ValueError(f"it describes leaves that it does not hold, {list(kinds)}")
-    except (SafetensorError, ValueError, TypeError) as err:
-        raise ValueError(f"checkpoint.load: {str(file)!r} is damaged or not a safetensors file: {err}.") from err
-    return found
+class Differences(NamedTuple):
+    """How the leaves of a file differ from those of a template.
+
+    Attributes:
+        lines: one line for each leaf that differs; empty if none does.
+        too_wide: whether one needs 64 bits and x64 is off.
+        castable: whether one is a float of another precision.
+    """
+
+    lines: list[str]
+    too_wide: bool
+    castable: bool
+
+    def listing(self) -> str:
+        """The lines under each other, at most 20 of them, and how to get 64 bits where they are missing."""
+        more = len(self.lines) - _LISTED
+        shown = [*self.lines[:_LISTED], *([f"... and {more} more"] if more > 0 else [])]
+        fix = 'For 64 bits: jax.config.update("jax_enable_x64", True), or a NumPy leaf in `like`.'
+        return "".join(f"\n  {line}" for line in shown) + (f"\n{fix}" if self.too_wide else "")
 
 
-def _decode(name: str, entry: dict[str, Any], kind: str | None) -> Any:
-    code, shape = entry["dtype"], entry["shape"]
-    if code not in DTYPES:
-        raise ValueError(f"{_leaf(name)} is of dtype {code}, which kaun does not read")
-    return decode(name, np.frombuffer(entry["data"], DTYPES[code]).reshape(shape), kind)
+def read_arrays(
+    take: Take, size: int, wanted: Mapping[str, Any] | None = None, *, cast: bool = False
+) -> tuple[list[tuple[Place, np.ndarray[Any, Any]]], Differences]:
+    """The arrays of a file; none is read if their header shows that they do not match the template.
 
-
-def decode(name: str, array: np.ndarray[Any, Any], kind: str | None) -> Any:
-    """The leaf that ``encode`` made an array of.
+    Args:
+        take: reads the next bytes of the file, from its beginning.
+        size: how many bytes the file has.
+        wanted: the leaves of the template by name, None to read any.
+        cast: whether floating dtypes may differ.
 
     Raises:
-        ValueError: when the array is not what that kind of leaf is stored as.
+        ValueError: when the header is damaged, or an array is not what its kind of leaf is stored as.
     """
-    if kind is None:
-        return array
-    if kind.startswith("key "):
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key "))
-    if kind not in STORED or array.dtype != STORED[kind] or array.shape != ():
-        raise ValueError(f"{_leaf(name)} is marked as {kind!r} and holds {describe(array)}")
-    return array.item()
+    places = read_places(take, size)
+    words = _key_words(wanted or {})
+    for place in places:
+        _check_kind(place, words)
+    differences = Differences([], too_wide=False, castable=False)
+    if wanted is not None:
+        differences = _differences(wanted, {place.name: _spec(place) for place in places}, cast)
+    return [(place, read_array(take, place)) for place in places if not differences.lines], differences
 
 
-def _must_match(file: Path, wanted: dict[str, Any], found: dict[str, Any], cast: bool) -> None:
-    floats = [name for name in wanted if name in found and _is_float(wanted[name]) and _is_float(found[name])]
-    compared = dict(found)
-    if cast:
-        compared |= {name: jax.ShapeDtypeStruct(found[name].shape, wanted[name].dtype) for name in floats}
-    lines, too_wide = mismatches(wanted, compared)
-    if not lines:
+def _key_words(wanted: Mapping[str, Any]) -> dict[str, int]:
+    """The kinds of keys that may be read, JAX's own and those of the template, and how many words each key has."""
+    keys = [leaf for leaf in wanted.values() if is_key(leaf)]
+    words = {"key threefry2x32": 2, "key rbg": 4, "key unsafe_rbg": 4}
+    return words | {f"key {jax.random.key_impl(key)}": jax.random.key_data(key).shape[-1] for key in keys}
+
+
+def _check_kind(place: Place, words: Mapping[str, int]) -> None:
+    """Raise ValueError unless an array has the dtype and shape of its kind of leaf; no other kind reaches JAX."""
+    if place.kind is None or (_STORED.get(place.kind) == place.dtype and place.shape == ()):
         return
-    fix = "Make `like` as the saved tree was made (same model, same optimizer), or save and load the same part of it."
-    if too_wide:
-        fix += f"\n{WIDER}"
-    if not cast and any(wanted[name].dtype != found[name].dtype for name in floats):
-        fix += "\nTo convert between floating dtypes: checkpoint.load(path, like=..., cast=True)."
-    raise ValueError(
-        f"checkpoint.load: {str(file)!r} does not match `like`, nothing was loaded:{listing(lines)}\n{fix}"
-    )
+    if place.dtype != np.uint32 or place.shape[-1:] != (words.get(place.kind),):
+        what = f"{place.dtype.name}{list(place.shape)}"
+        raise ValueError(f"{_leaf(place.name[:80])} is marked as {place.kind[:80]!r} and holds {what}")
 
 
-def mismatches(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """One line for each leaf that a file cannot fill, and whether one is for want of 64 bits."""
+def _spec(place: Place) -> Any:
+    """What ``decode`` makes of an array, without its values."""
+    plain = jax.ShapeDtypeStruct(place.shape, place.dtype)
+    if place.kind is None:
+        return plain
+    if place.kind in _STORED:
+        return decode(place, np.zeros((), place.dtype))
+    return jax.eval_shape(lambda words: decode(place, words), plain)
+
+
+def decode(place: Place, array: Any) -> Any:
+    """The leaf that ``encode`` made an array of: the array itself, typed PRNG keys, or a Python scalar."""
+    if place.kind is None:
+        return array
+    if place.kind in _STORED:
+        return array.item()
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=place.kind.removeprefix("key "))
+
+
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], cast: bool) -> Differences:
+    floats = [name for name in wanted if name in found and _is_float(wanted[name]) and _is_float(found[name])]
+    castable = not cast and any(wanted[name].dtype != found[name].dtype for name in floats)
+    if cast:
+        found = {**found, **{n: jax.ShapeDtypeStruct(found[n].shape, wanted[n].dtype) for n in floats}}
     lines = difference(dict(wanted), dict(found))
     too_wide = [name for name, leaf in wanted.items() if _needs_x64(leaf)]
     lines += [f"{name}: expected {describe(wanted[name])}, which JAX cannot make while x64 is off" for name in too_wide]
-    return lines, bool(too_wide)
-
-
-def listing(lines: Sequence[str]) -> str:
-    """Lines under each other for a message, cut where they are many."""
-    shown = [*lines[:_LISTED], *([f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])]
-    return "".join(f"\n  {line}" for line in shown)
+    return Differences(lines, bool(too_wide), castable)
 
 
 def _is_float(value: Any) -> bool:
