@@ -227,7 +227,14 @@ def test_what_is_a_key():
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1650, "1.65 KB"), (999_999, "1 MB"), (120_000_000, "120 MB"), (5_000_000_000_000, "5e+03 GB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1650, "1.65 KB"),
+        (999_999, "1 MB"),
+        (120_000_000, "120 MB"),
+        (5_000_000_000_000, "5e+03 GB"),
+    ],
 )
 def test_bytes_for_readers(count, text):
     assert tree.format_bytes(count) == text

@@ -301,7 +301,8 @@ def test_64_bits_are_refused_while_x64_is_off(file, dtype):
     name = np.dtype(dtype).name
     checkpoint.save(file, {"w": np.ones(3, dtype)})
     with pytest.raises(
-        ValueError, match=rf"w: expected {name}\[3\], which JAX cannot make while x64 is off\nFor 64 bits: .*jax_enable_x64.*\nMake"
+        ValueError,
+        match=rf"w: expected {name}\[3\], which JAX cannot make while x64 is off\nFor 64 bits: .*jax_enable_x64.*\nMake",
     ):
         checkpoint.load(file, like={"w": jax.ShapeDtypeStruct((3,), dtype)})
     narrow = jnp.zeros(3, jnp.float32 if dtype == np.float64 else jnp.int32)

@@ -51,7 +51,10 @@ def entry(shape=(2,), start=0, stop=8, dtype="F32"):
         ([], r"its header must be a JSON object, and is \[\]"),
         ({"a": 3}, "'a' must be a JSON object of dtype, shape and data_offsets in its header, and is 3"),
         ({"a": {**entry(), "more": 1}}, r"'a' must be a JSON object of .*, and is {'dtype': .*, 'more': 1}"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, r"'a' must be a JSON object of .*, and is {'dtype': 'F32', 'shape': \[2\]}"),
+        (
+            {"a": {"dtype": "F32", "shape": [2]}},
+            r"'a' must be a JSON object of .*, and is {'dtype': 'F32', 'shape': \[2\]}",
+        ),
         ({"a": entry(dtype="F4")}, "'a' is of dtype 'F4'; kaun reads U64, I64, .*BOOL"),
         ({"a": entry(dtype=["F32"])}, r"'a' is of dtype \['F32'\]; kaun reads"),
         ({"a": entry(shape=(2.0,))}, r"'a' has the shape \[2\.0\] and the data_offsets \[0, 8\]"),

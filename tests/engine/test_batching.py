@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kaun._engine.batching import BlockBuffer, capacity_of
 from kaun._engine.inputs import StepInputs

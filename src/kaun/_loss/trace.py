@@ -57,7 +57,9 @@ def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, ja
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
         return scalar(returned, function), {}
     value, given = scalar(returned[0], function), dict(returned[1])
-    wrong = [name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not tree.is_real_scalar(v)]
+    wrong = [
+        name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not tree.is_real_scalar(v)
+    ]
     if wrong:
         name = wrong[0]
         why = "the name is kaun's own" if name in RESERVED else f"received {tree.describe(given[name])}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.safetensors_header import (
@@ -193,7 +194,7 @@ def serialize(leaves: Mapping[str, Any]) -> list[memoryview]:
     if "__metadata__" in leaves:
         raise ValueError("checkpoint.save: '__metadata__' is a reserved key of safetensors files. Rename that leaf.")
     for leaf in leaves.values():
-        if isinstance(leaf, jax.Array) and not (isinstance(leaf, jax.core.Tracer) or is_key(leaf) or leaf.is_deleted()):
+        if isinstance(leaf, jax.Array) and not (isinstance(leaf, Tracer) or is_key(leaf) or leaf.is_deleted()):
             leaf.copy_to_host_async()  # all of them at once, before the first is waited for
     encoded = {name: encode(name, leaf) for name, leaf in leaves.items()}
     arrays = {name: array for name, (array, _) in encoded.items()}

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import queue
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 

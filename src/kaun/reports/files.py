@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
+from kaun.checkpoint import Disk
 from kaun.reports.log import Log, Row, encoded
 
 __all__ = ["csv", "jsonl"]
@@ -254,12 +255,8 @@ class _File:
         if self._file is None:
             return
         os.fsync(self._file.fileno())
-        if not self._named and os.name == "posix":  # elsewhere folders cannot be opened
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if not self._named:
+            Disk().sync_folder(self.path.parent)
             self._named = True
 
     def close(self) -> None:
