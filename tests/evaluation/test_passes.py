@@ -21,7 +21,8 @@ import kaun
 from kaun import Context, Data, Layer, Vars, layers, losses, metrics, rng
 from kaun.errors import CaptureError
 from kaun.evaluation import passes
-from kaun.evaluation.totals import Mean, PackedMetrics
+from kaun.evaluation.totals import PackedMetrics
+from kaun.metrics import Mean
 
 CLASSES = 4
 AVERAGES = ("macro", "micro", "weighted")
@@ -554,11 +555,11 @@ def test_examples_that_nobody_can_count():
     mean = {"mean": lambda p, t: p.mean()}
     refused(
         ValueError,
-        r"(?s)metric 'mean' `<lambda>` .* the targets do not tell: .* \(0: float32\[2, 3\], 1: float32\[\]\)\. Return a pair \(sum, count\)",
+        r"(?s)metric 'mean' `<lambda>` .* the targets do not all have one length .* \(0: float32\[2, 3\], 1: float32\[\]\)\. Return a pair \(sum, count\)",
         [(X, (X, np.float32(1)))],
         mean,
     )
-    refused(ValueError, r"the predictions do not tell: .*\(float32\[\]\)", [(np.float32(1), None)], mean)
+    refused(ValueError, r"the predictions do not all have one length .*\(float32\[\]\)", [(np.float32(1), None)], mean)
 
 
 def test_counts_that_change_their_shape():

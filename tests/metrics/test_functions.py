@@ -509,10 +509,10 @@ def test_evaluate_many_wants_the_same_names():
     items = [{"a": 1.0, "b": 2.0}, {"a": 1.0, "c": 2.0}]
     with pytest.raises(
         ValueError,
-        match=r"must return the same names for every item, at least one; received \['a', 'c'\] for item 1, and \['a', 'b'\] for the first",
+        match=r"must return the same names for every item, at least one; received \['a', 'c'\] for item 2, and \['a', 'b'\] for the first",
     ):
         metrics.evaluate_many(lambda item: item, items)
-    with pytest.raises(ValueError, match=r"at least one; received \[\] for item 0"):
+    with pytest.raises(ValueError, match=r"at least one; received \[\] for item 1"):
         metrics.evaluate_many(lambda item: {}, items)
 
 

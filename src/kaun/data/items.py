@@ -28,11 +28,11 @@ def not_data(data: Any) -> str:
     )
 
 
-def empty_data() -> ValueError:
+def empty_data(where: str = "fit") -> ValueError:
     """The exception for data that is empty."""
     return ValueError(
-        "fit received no items: the data is empty. An iterator or generator that was used up gives nothing the second "
-        "time; pass a list, a kaun.Data, or make a new one."
+        f"{where} received no items: the data is empty. An iterator or generator that was used up gives nothing the "
+        "second time; pass a list, a kaun.Data, or make a new one."
     )
 
 

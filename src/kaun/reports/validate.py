@@ -7,7 +7,7 @@ from typing import Any
 
 from kaun import tree
 from kaun.context import Context
-from kaun.evaluation import checked
+from kaun.evaluation import check_metrics
 from kaun.reports import report_state
 from kaun.reports.compose import steps_of_a_pass
 from kaun.train import Trainer, TrainState
@@ -74,7 +74,7 @@ def validate(
     if ctx is not None and not isinstance(ctx, Context):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
     steps = each if isinstance(each, int) else steps_of_a_pass("validate", each, "each=steps_per_epoch")
-    return Validation(trainer, data, checked("validate", metrics), steps, ctx)
+    return Validation(trainer, data, check_metrics("validate", metrics), steps, ctx)
 
 
 class Validation:
