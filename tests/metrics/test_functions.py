@@ -237,7 +237,7 @@ def test_the_average_is_one_of_three(name):
 @pytest.mark.parametrize("num_classes", [None, 0, -2, 2.0, "2"])
 def test_class_ids_need_the_number_of_classes(name, num_classes):
     f, predicted, targets = getattr(metrics, name), np.array([0, 1]), np.array([0, 1])
-    message = rf"{name} of class ids expected the number of classes, received num_classes={num_classes!r}\. Write {name}\(predictions, targets, num_classes=10\), or pass scores"
+    message = rf"{name} of class indices expected the number of classes, received num_classes={num_classes!r}\. Write {name}\(predictions, targets, num_classes=10\), or pass scores"
     with pytest.raises(ValueError, match=message):
         f(predicted, targets, num_classes=num_classes)
     with pytest.raises(ValueError, match=message):
