@@ -237,7 +237,7 @@ def test_a_file_that_is_gone_cut_short_or_grown(disk, folder, make, name):
 def test_a_link_in_place_of_the_folder(disk, folder, make):
     put(disk, folder.parent / "other", make(3))
     folder.symlink_to(folder.parent / "other")
-    damaged(disk, folder, make, "it is a link, and no folder")
+    damaged(disk, folder, make, "it is a link and not a folder")
 
 
 def test_a_file_that_shrinks_while_it_is_read(disk, folder, make):
@@ -273,7 +273,12 @@ def test_files_of_another_checkpoint(disk, tmp_path, make):
         a.write_bytes(raw[1])
         b.write_bytes(raw[0])
         for name in "ab":
-            damaged(disk, tmp_path / name, make, "its bytes are not those that were written|bytes long")
+            damaged(
+                disk,
+                tmp_path / name,
+                make,
+                r"its bytes are not those that were written: their SHA-256 differs|it has \d+ bytes, and \d+ were written",
+            )
         a.write_bytes(raw[0])
         b.write_bytes(raw[1])
 

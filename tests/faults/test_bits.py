@@ -41,12 +41,12 @@ def refused(runs, quick_disk, state_of):
 
 @pytest.fixture
 def falls_back(runs, quick_disk, state_of, bytes_of):
-    """Says that a run goes on from step 1, with a warning, and leaves the directory as it was."""
+    """Says that a run resumes from step 1, with a warning, and leaves the directory as it was."""
 
     def falls_back():
         shutil.copytree(runs, copy := runs.parent / "copy")
         with Store.open(Directory(copy), quick_disk()) as store:
-            with pytest.warns(UserWarning, match="goes on from step 1, because what is newer is damaged"):
+            with pytest.warns(UserWarning, match="resumes from step 1, because newer checkpoints are damaged"):
                 saved = store.newest(state_of(99))
             assert (saved.step, bytes_of(saved.state)) == (1, bytes_of(state_of(1)))
             assert (copy / "damaged-step-00000002").is_dir()

@@ -289,7 +289,7 @@ def test_reading_takes_the_memory_of_the_arrays_once(tmp_path):
         (VALID + b"x", "its arrays need 14 bytes, and it has 15 for them"),
         (raw_file(b"{]"), "its header is not valid JSON"),
         (raw_file(b"\xff\xfe"), "its header is not valid JSON"),
-        (raw_file(b"[" * 100_000), "its header is not valid JSON: JSON of more than 64 containers"),
+        (raw_file(b"[" * 100_000), "its header is not valid JSON: JSON of more than 64 levels of containers"),
         (raw_file([1]), "its header must be a JSON object, and is [1]"),
         (raw_file({"w": 3}), "'w' must be a JSON object of dtype, shape and data_offsets in its header, and is 3"),
         (raw_file({"__metadata__": 3}), "'__metadata__' must be a JSON object of strings, and is 3"),

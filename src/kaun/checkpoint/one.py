@@ -1,4 +1,4 @@
-"""One checkpoint: a folder of two or three files, written so that every byte can be verified, and read only then."""
+"""One checkpoint: a folder of two or three files with checksums, of which nothing is used before it is verified."""
 
 from __future__ import annotations
 
@@ -27,16 +27,23 @@ __all__ = ["MANIFEST", "REPORTS", "STATE", "Damaged", "Draft", "Manifest", "Save
 STATE, REPORTS = manifest.FILES
 MANIFEST = "manifest.json"
 _PIECE = 4 << 20
-# What reading says when a file is gone or something else is in its place, or when the disk cannot read it any more.
-_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
+# The errors of a file that is missing or is something else, and of a disk that cannot read it.
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
 
 
 class Damaged(ValueError):
-    """A checkpoint is not what was written; the message says where."""
+    """A checkpoint is not as it was written; the message says where."""
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds."""
+    """What a checkpoint holds.
+
+    Attributes:
+        step: the run's step.
+        state: the state.
+        reports: arrays and JSON values that reports keep, by name.
+        facts: by what the run is recognized, by name.
+    """
 
     step: int
     state: TrainState
@@ -45,15 +52,15 @@ class Saved(NamedTuple):
 
 
 class _Digest:
-    """The SHA-256 of what is read or written, on a thread of its own: hashing lets go of the interpreter meanwhile."""
+    """The SHA-256 of bytes as they are read or written, in a thread, since hashing releases the interpreter lock."""
 
     def __init__(self, size: int, waiting: int = 0) -> None:
         self._hash = hashlib.sha256()
         self._queue: queue.Queue[memoryview | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._run, name="kaun-sha256", daemon=True)
-        # Of less than this a thread takes longer to start than to do the work.
-        self._apart = size > _PIECE
-        if self._apart:
+        # A thread takes longer to start than to hash fewer bytes than this.
+        self._threaded = size > _PIECE
+        if self._threaded:
             self._thread.start()
 
     def _run(self) -> None:
@@ -61,13 +68,13 @@ class _Digest:
             self._hash.update(data)
 
     def update(self, data: memoryview) -> None:
-        if self._apart:
+        if self._threaded:
             self._queue.put(data)
         else:
             self._hash.update(data)
 
     def finish(self) -> str:
-        if self._apart:
+        if self._threaded:
             self._queue.put(None)
             self._thread.join()
         return self._hash.hexdigest()
@@ -108,16 +115,16 @@ class _FileContent:
 
 
 class Draft:
-    """A checkpoint as it was when this was made, whatever becomes of the arguments: the copy from device to host.
+    """A checkpoint in memory, ready to be written. All arrays are copied, so the arguments may change afterwards.
 
-    Arguments:
+    Args:
         step: the run's step.
         state: the state.
-        reports: arrays, which come back as NumPy's, floats, and JSON values, by name.
-        facts: a JSON value.
+        reports: arrays (which come back as NumPy's), floats, and JSON values, by name.
+        facts: JSON values, by name.
 
     Raises:
-        TypeError: for what JSON or a safetensors file cannot hold as it is.
+        TypeError: for a value that neither JSON nor a safetensors file can hold.
         ValueError: likewise, and when all that is not an array takes more than 16 MB.
     """
 
@@ -130,15 +137,15 @@ class Draft:
         )
         if len(self._text) > strict_json.LARGEST - 1000:
             raise ValueError(
-                f"the reports' values and the facts of a checkpoint take {len(self._text)} bytes as JSON, at most "
-                f"{strict_json.LARGEST >> 20} MB are stored. Give arrays: np.asarray(values)."
+                f"the reports' values and the facts of a checkpoint take {len(self._text)} bytes as JSON, and at most "
+                f"{strict_json.LARGEST >> 20} MB can be stored. Keep arrays instead: np.asarray(values)."
             )
         self._files = {STATE: _FileContent(flatten(state)[0])}
         if held:
             self._files[REPORTS] = _FileContent(held)
 
     def write(self, disk: Disk, folder: Path) -> None:
-        """Makes the folder; when this comes back, all that is in it is on the disk."""
+        """Make the folder and its files, and wait until they are on the disk."""
         disk.make_folder(folder)
         records = {name: file.write(disk, folder / name) for name, file in self._files.items()}
         file = disk.create(folder / MANIFEST)
@@ -152,7 +159,7 @@ class Draft:
 
 @contextlib.contextmanager
 def _reading(name: str) -> Generator[None, None, None]:
-    """Says of which file it was that reading failed, where that is the file's fault."""
+    """Raise Damaged with the name of a file for an error that the content of the file causes."""
     try:
         yield
     except (Damaged, ResumeMismatch):
@@ -160,13 +167,13 @@ def _reading(name: str) -> Generator[None, None, None]:
     except (ValueError, RecursionError) as err:
         raise Damaged(f"{name}: {err}") from err
     except OSError as err:
-        if err.errno is not None and err.errno not in _GONE:
+        if err.errno is not None and err.errno not in _DAMAGE:
             raise
         raise Damaged(f"{name}: {err.strerror or err}") from err
 
 
 class _Source:
-    """A file that is read from one end to the other and hashed meanwhile."""
+    """A file that is read from beginning to end, and hashed as it is read."""
 
     def __init__(self, disk: Disk, path: Path, record: Record) -> None:
         self._disk, self._record = disk, record
@@ -177,7 +184,7 @@ class _Source:
     def __enter__(self) -> Self:
         if self.left != self._record.size:
             self.__exit__()
-            raise ValueError(f"it is {self.left} bytes long, and {self._record.size} were written")
+            raise ValueError(f"it has {self.left} bytes, and {self._record.size} were written")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -198,15 +205,15 @@ class _Source:
         while self.left:
             self.take(memoryview(bytearray(min(_PIECE, self.left))))
         if self._digest.finish() != self._record.sha256:
-            raise ValueError("its bytes are not those that were written, their SHA-256 is another")
+            raise ValueError("its bytes are not those that were written: their SHA-256 differs")
 
 
 def verify(disk: Disk, folder: Path, step: int) -> Manifest:
-    """The manifest of a checkpoint of which every byte was read and is as it was written.
+    """Read every byte of a checkpoint, check it, and return the manifest.
 
     Raises:
-        Damaged: when it is not.
-        ResumeMismatch: when a newer kaun wrote it.
+        Damaged: when a byte is not as it was written.
+        ResumeMismatch: when a newer version of kaun wrote the checkpoint.
     """
     about = _open(disk, folder, step)
     for name, record in about.files.items():
@@ -216,7 +223,7 @@ def verify(disk: Disk, folder: Path, step: int) -> Manifest:
 
 
 def leaves(disk: Disk, folder: Path, step: int) -> tuple[Manifest, dict[str, list[Place]]]:
-    """The manifest of a checkpoint that verifies, and what is in each of its files."""
+    """Verify a checkpoint, and return its manifest and the arrays in each of its files."""
     about = _open(disk, folder, step)
     found: dict[str, list[Place]] = {}
     for name, record in about.files.items():
@@ -228,18 +235,18 @@ def leaves(disk: Disk, folder: Path, step: int) -> tuple[Manifest, dict[str, lis
 
 def _open(disk: Disk, folder: Path, step: int) -> Manifest:
     if folder.is_symlink():
-        raise Damaged("it is a link, and no folder")
+        raise Damaged("it is a link and not a folder")
     with _reading(MANIFEST):
         return manifest.read(disk, folder / MANIFEST, step)
 
 
 def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
-    """A checkpoint in the structure of ``like``; see ``checkpoint.load`` for what a template is.
+    """Verify and return a checkpoint in the structure of ``like``; see ``checkpoint.load`` for what a template is.
 
     Raises:
-        Damaged: when any byte is not as it was written. Nothing of it was used.
-        ResumeMismatch: when it is sound, but not of the leaves, shapes and dtypes of ``like``; its text begins with
-            the listing.
+        Damaged: when a byte is not as it was written; nothing of the checkpoint was used.
+        ResumeMismatch: when the leaves, shapes and dtypes are not those of ``like``; the text is the list of
+            differences.
     """
     wanted, structure = flatten(like)
     files.check_template(wanted)
@@ -259,7 +266,7 @@ def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
 def _leaves(
     disk: Disk, path: Path, record: Record, wanted: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], files.Differences]:
-    """The leaves of a file that is as it was written, or how they differ from those of the template."""
+    """Verify a file, and return its leaves by name, and how they differ from those of the template."""
     with _Source(disk, path, record) as source:
         arrays, differences = files.read_arrays(source.take, source.left, wanted)
         source.finish()  # before anything is used, and also where leaves differ: the header may be what is damaged

@@ -130,7 +130,7 @@ def taker(file: BinaryIO) -> tuple[Take, int]:
 
 
 def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray[Any, Any]]:
-    """All arrays of an open file by name, each in memory of its own.
+    """All arrays of an open file by name, each in its own memory.
 
     Raises:
         ValueError: when the file is damaged or is not a safetensors file; the message says where.
@@ -160,7 +160,7 @@ def read_places(take: Take, size: int) -> list[Place]:
 
 
 def read_array(take: Take, place: Place) -> np.ndarray[Any, Any]:
-    """The next array of a file, in memory of its own."""
+    """The next array of a file, in its own memory."""
     raw = aligned_empty((place.stop - place.start,), np.uint8)
     try:
         take(raw.data)
