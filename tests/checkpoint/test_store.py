@@ -454,7 +454,12 @@ def refuses(opened, tmp_path, text, error=OSError, **options):
 
 def test_a_file_in_the_way(tmp_path, opened):
     (tmp_path / "f").write_text("x")
-    refuses(opened, tmp_path, "cannot be written to .*A file is where a folder should be: choose another path", path=tmp_path / "f")
+    refuses(
+        opened,
+        tmp_path,
+        "cannot be written to .*A file is where a folder should be: choose another path",
+        path=tmp_path / "f",
+    )
     refuses(opened, tmp_path, "cannot be written to .*A file is where a folder should be", path=tmp_path / "f" / "runs")
 
 
