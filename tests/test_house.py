@@ -65,7 +65,7 @@ PYTREE_PROTOCOL = {"tree_flatten", "tree_flatten_with_keys", "tree_unflatten"}
 
 OPTIONAL = {
     "IPython", "datasets", "equinox", "flax", "grain", "haiku", "matplotlib", "mlflow", "orbax", "pandas", "rich",
-    "sklearn", "tensorboardX", "torch", "tqdm.auto", "tqdm.notebook", "wandb",
+    "safetensors", "sklearn", "tensorboardX", "torch", "tqdm.auto", "tqdm.notebook", "wandb",
 }  # fmt: skip
 
 

@@ -47,77 +47,75 @@ _LISTED = 20
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
-    """Writes a pytree as one safetensors file, whose keys are the readable paths of the leaves: ``0.weight``.
+    """Write a pytree as one safetensors file, whose keys are the readable paths of the leaves: ``0.weight``.
 
     Leaves may be JAX and NumPy arrays (bool, integers of 8 to 64 bits, float16, float32, float64, bfloat16,
-    float8_e4m3fn, float8_e5m2, float8_e8m0fnu, complex64), typed PRNG keys and Python's bool, int and float.
+    float8_e4m3fn, float8_e5m2, float8_e8m0fnu, complex64), typed PRNG keys, and Python's bool, int and float. The
+    containers, weak types, and whether an array is JAX's or NumPy's are not in the file; ``load`` takes them from its
+    template. The file has no checksums: ``load`` detects a truncated file and a damaged header, but not flipped bits in
+    the values. (The checkpoints of a ``Directory`` have checksums.)
 
-    Arguments:
-        path: the file. Its folder must exist. A file that is there is replaced in one move: a reader, or a crash, finds
-            the old file or the new one, never a part.
+    Args:
+        path: the file. Its folder must exist. An existing file is replaced atomically: a reader, or a crash, finds the
+            old file or the new one, never a part.
         tree: any pytree: ``Vars``, a ``TrainState``, optimizer states, dicts. None is structure and takes no space.
-
-    What only ``like`` can say (the containers, which leaves are NumPy's, weak types) is not in the file. There are no
-    checksums: ``load`` notices a file cut short and a damaged header, not flipped bits in the numbers.
 
     Raises:
         TypeError: for a leaf, or a dtype of a leaf, that such a file cannot hold.
-        ValueError: when two leaves have one readable path, or an int does not fit in 64 bits.
-        OSError: when the file cannot be written (FileNotFoundError: its folder does not exist).
+        ValueError: when two leaves have the same readable path, or an int does not fit in 64 bits.
+        OSError: when the file cannot be written (FileNotFoundError when its folder does not exist).
 
-    >>> import tempfile, jax.numpy as jnp
-    >>> from kaun import checkpoint
-    >>> params = [{"weight": jnp.ones((2, 3))}, {"weight": jnp.ones((3, 1))}]
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     checkpoint.save(f"{folder}/model.safetensors", params)
-    ...     loaded = checkpoint.load(f"{folder}/model.safetensors", like=params)
-    >>> loaded[1]["weight"].shape
-    (3, 1)
+    Examples:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from kaun import checkpoint
+        >>> params = [{"weight": jnp.ones((2, 3))}, {"weight": jnp.ones((3, 1))}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(f"{folder}/model.safetensors", params)
+        ...     loaded = checkpoint.load(f"{folder}/model.safetensors", like=params)
+        >>> loaded[1]["weight"].shape
+        (3, 1)
     """
     target = _as_path(path, "save(path, tree)")
     pieces = serialize(flatten(tree)[0])
     disk = Disk()
-    with _replacing(target, disk) as temporary:
-        try:
-            file = disk.create(temporary)
-            try:
-                for piece in pieces:
-                    disk.write(file, piece)
-                disk.sync(file)
-            finally:
-                disk.close(file)
-        except OSError as err:
-            text = f"checkpoint.save could not write {str(target)!r}, nothing was changed: {err.strerror or err}."
-            raise OSError(err.errno, text) from err
+    with _replacing(target, disk) as file:
+        for piece in pieces:
+            disk.write(file, piece)
 
 
 def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
-    """The tree of a safetensors file in the structure of ``like``, leaf by leaf exactly what was saved.
+    """Return the tree of a safetensors file in the structure of a template, every leaf exactly as it was saved.
 
-    Arguments:
-        path: a file that ``save`` (or any other program) wrote.
-        like: a tree of the structure, shapes and dtypes to load: a fresh ``trainer.init()``, say. Its values are not
-            looked at. Where its leaf is a JAX array or a ``jax.ShapeDtypeStruct``, a JAX array comes back (with the
-            leaf's weak type, and on its devices if those were chosen); where NumPy's, NumPy's; where a Python scalar,
-            that.
-        cast: whether floating arrays may change their precision, as NumPy's ``astype`` does it. Never the kind: no
-            float becomes an integer, no integer a float or another integer. Default False: dtypes must be the same.
+    The file is read into memory and not kept open. This takes about as much memory as the file has bytes, and for a
+    moment twice that of a leaf that is cast.
+
+    Args:
+        path: a file that ``save`` or another program wrote.
+        like: the template: a tree of the structure, shapes and dtypes to load, for example a new ``trainer.init()``.
+            Its values do not matter. For a JAX array or a ``jax.ShapeDtypeStruct`` in it a JAX array is returned (with
+            the leaf's weak type, and on its devices if these were chosen), for a NumPy array a NumPy array, and for a
+            Python scalar a Python scalar.
+        cast: whether floating arrays may be converted to the precision of the template, as NumPy's ``astype`` does it.
+            The kind never changes: no float becomes an integer, and no integer becomes a float or another integer.
+            Default False: dtypes must be equal.
+
+    Returns:
+        The tree.
 
     Raises:
-        ValueError: when any leaf is missing, unexpected, or of another shape or dtype (one message lists them all, and
+        ValueError: when a leaf is missing, unexpected, or of another shape or dtype (one message lists them all, and
             nothing is loaded), when a cast would overflow, or when the file is damaged or not a safetensors file.
         TypeError: when ``like`` has a leaf that is neither an array nor a Python scalar.
         OSError: when the file cannot be read.
 
-    The file is read whole and not kept open. In memory this takes about twice its size for a moment.
-
-    >>> import tempfile, jax, jax.numpy as jnp
-    >>> from kaun import checkpoint
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     checkpoint.save(f"{folder}/w.safetensors", {"w": jnp.ones(2)})
-    ...     half = {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16)}
-    ...     checkpoint.load(f"{folder}/w.safetensors", like=half, cast=True)
-    {'w': Array([1, 1], dtype=bfloat16)}
+    Examples:
+        >>> import tempfile, jax, jax.numpy as jnp
+        >>> from kaun import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(f"{folder}/w.safetensors", {"w": jnp.ones(2)})
+        ...     half = {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16)}
+        ...     checkpoint.load(f"{folder}/w.safetensors", like=half, cast=True)
+        {'w': Array([1, 1], dtype=bfloat16)}
     """
     file = _as_path(path, "load(path, like=tree)")
     wanted, structure = flatten(like)
@@ -126,6 +124,7 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
         try:
             arrays, differences = read_arrays(*taker(opened), wanted, cast=cast)
             found = {place.name: decode(place, array) for place, array in arrays}
+            del arrays  # so that a leaf is freed below, once it was converted
         except ValueError as err:
             raise ValueError(f"checkpoint.load: {str(file)!r} is damaged or not a safetensors file: {err}.") from err
     if differences.lines:
@@ -135,7 +134,6 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
             "Make `like` as the saved tree was made (same model, same optimizer), or save and load the same part of it."
             + (cast_it if differences.castable else "")
         )
-    # Popped one by one, so that no more than one leaf is in memory twice.
     return jax.tree.unflatten(structure, [restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
 
 
@@ -146,17 +144,17 @@ def _as_path(path: Any, call: str) -> Path:
 
 
 def check_template(wanted: Mapping[str, Any]) -> None:
-    """Raises TypeError for a leaf of a template that no file can fill."""
+    """Raise TypeError for a leaf of a template that no file can fill."""
     for name, leaf in wanted.items():
         if not (is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or type(leaf) in _SCALARS):
             raise TypeError(
                 f"checkpoint.load: {_leaf(name)} of `like` is a {type(leaf).__name__}; a leaf is an array, a "
-                "jax.ShapeDtypeStruct, a bool, an int or a float. Take it out of `like`."
+                "jax.ShapeDtypeStruct, a bool, an int or a float. Remove it from `like`."
             )
 
 
 def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
-    """A leaf as the array that the file holds, and what else it takes to make the leaf again from that."""
+    """A leaf as the array that the file holds, and the kind of leaf if it is not an array."""
     kind = type(leaf).__name__
     if type(leaf) in _SCALARS:
         if kind == "int" and not -(2**63) <= leaf < 2**63:
@@ -168,12 +166,12 @@ def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     if not is_array(leaf) or isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(
             f"checkpoint.save: {_leaf(name)} is a {kind}; a file holds JAX and NumPy arrays, typed keys, bool, int and "
-            "float. Take it out of the tree, or make arrays of it."
+            "float. Remove it from the tree, or convert it to arrays."
         )
     try:
         if is_key(leaf):
             return np.asarray(jax.random.key_data(leaf)), f"key {jax.random.key_impl(leaf)}"
-        # safetensors writes an array's raw buffer whatever its strides. (np.ascontiguousarray would give 0-d an axis.)
+        # In C order, as the format wants it. (np.ascontiguousarray would give a scalar an axis.)
         array = np.asarray(leaf, order="C")
     except Exception as err:
         err.add_note(f"checkpoint.save was reading {_leaf(name)}.")
@@ -207,8 +205,8 @@ def _leaf(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path, disk: Disk) -> Generator[Path, None, None]:
-    """The path for a temporary file in the target's folder, which replaces the target when the block ends well."""
+def _replacing(target: Path, disk: Disk) -> Generator[int, None, None]:
+    """A temporary file, open for writing, which replaces the target when the block ends without an exception."""
     target = target.resolve()  # of a link, the file it leads to is replaced, not the link
     if not target.parent.is_dir():
         raise FileNotFoundError(
@@ -221,9 +219,18 @@ def _replacing(target: Path, disk: Disk) -> Generator[Path, None, None]:
         )
     temporary = target.parent / f".kaun-{secrets.token_hex(8)}.tmp"
     try:
-        yield temporary
-        if target.exists():
-            temporary.chmod(target.stat().st_mode)
+        try:
+            file = disk.create(temporary)
+            try:
+                if target.exists():
+                    temporary.chmod(target.stat().st_mode)
+                yield file
+                disk.sync(file)
+            finally:
+                disk.close(file)
+        except OSError as err:
+            text = f"checkpoint.save could not write {str(target)!r}, nothing was changed: {err.strerror or err}."
+            raise OSError(err.errno, text) from err
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -334,7 +341,7 @@ def _needs_x64(leaf: Any) -> bool:
 
 
 def restore(name: str, value: Any, like: Any) -> Any:
-    """What a file holds as the kind of leaf that ``like`` is."""
+    """A leaf of a file, converted to the kind of leaf that ``like`` is."""
     if type(like) in _SCALARS:
         return value
     if isinstance(value, np.ndarray) and value.dtype != like.dtype:
@@ -347,13 +354,13 @@ def restore(name: str, value: Any, like: Any) -> Any:
     made = jax.device_put(value, like.sharding if placed else None)
     if not getattr(like, "weak_type", False):
         return made
-    # A strong type in a weak one's place compiles the step again, and promotes: bfloat16 parameters would turn float32.
+    # A strong type in the place of a weak one would compile the step again, and promote bfloat16 parameters to float32.
     weak = jnp.full(like.shape, np.zeros((), like.dtype).item())
     return weak.at[...].set(made) if weak.dtype == like.dtype else made
 
 
 def _converted(name: str, value: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
-    """The array in another byte order or, where that was asked for, another precision."""
+    """The array in another byte order or, with ``cast``, another precision."""
     with np.errstate(over="ignore", invalid="ignore"):
         made = value.astype(dtype)
     lost = int(np.count_nonzero(np.isfinite(value) & ~np.isfinite(made)))
