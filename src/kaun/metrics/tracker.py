@@ -149,22 +149,22 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
             f"{where} expected a function of an item and an iterable of items, received {tree.describe(f)} and "
             f"{tree.describe(data)}. Write {where}(f, data)."
         )
-    sums, names = MetricSums(), list[str]()
+    sums, names, place = MetricSums(), list[str](), f"{where}: {locate(f)}"
 
     def measure(item: Any, number: int) -> dict[str, Ratio]:
         results = f(item) if where == "evaluate_many" else {"": f(item)}
         if not isinstance(results, dict):
             raise TypeError(
-                f"{where}: {locate(f)} must return a dict from names to real scalars or pairs (sum, count), received "
+                f"{place} must return a dict from names to real scalars or pairs (sum, count), received "
                 f'{tree.describe(results)}. Write: return {{"accuracy": ...}}.'
             )
         names[:] = names or sorted(results)
         if not results or results.keys() != set(names):
             raise ValueError(
-                f"{where}: {locate(f)} must return the same names for every item, at least one; received "
+                f"{place} must return the same names for every item, at least one; received "
                 f"{sorted(results)} for item {number}, and {names} for the first."
             )
-        return {name: _ratio(f"{where}: {locate(f)}", name, results[name]) for name in names}
+        return {name: _ratio(place, name, results[name]) for name in names}
 
     if not run_ahead(cast("Iterable[Any]", data), measure, functools.partial(add_scalars, sums)):
         raise ValueError(f"{where} expected at least one item, received none: the mean of nothing is not a number.")
