@@ -12,7 +12,7 @@ from kaun.errors import ResumeMismatch
 
 
 def test_what_is_sealed_comes_back(disk, tmp_path):
-    files = {name: manifest.Record(3, f"{i}" * 64) for i, name in enumerate(manifest.FILES)}
+    files = {name: manifest.FileDigest(3, f"{i}" * 64) for i, name in enumerate(manifest.FILES)}
     (tmp_path / "m").write_bytes(manifest.sealed(7, files, '"reports":{"a":[1,null]},"facts":{"\\u00e9":1.5}'))
     assert manifest.read(disk, tmp_path / "m", 7) == manifest.Manifest(7, files, {"a": [1, None]}, {"é": 1.5})
 

@@ -12,7 +12,7 @@ from kaun.checkpoint import strict_json
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
 
-__all__ = ["FILES", "VERSION", "Manifest", "Record", "read", "sealed"]
+__all__ = ["FILES", "VERSION", "Manifest", "FileDigest", "read", "sealed"]
 
 VERSION = 1
 FILES = ("state.safetensors", "reports.safetensors")  # the second only if reports keep arrays
@@ -20,7 +20,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _END = b'"}\n'
 
 
-class Record(NamedTuple):
+class FileDigest(NamedTuple):
     """The size of a file in bytes, and its SHA-256."""
 
     size: int
@@ -38,12 +38,12 @@ class Manifest(NamedTuple):
     """
 
     step: int
-    files: dict[str, Record]
+    files: dict[str, FileDigest]
     reports: dict[str, Any]
     facts: dict[str, Any]
 
 
-def sealed(step: int, files: Mapping[str, Record], text: str) -> bytes:
+def sealed(step: int, files: Mapping[str, FileDigest], text: str) -> bytes:
     """The bytes of a manifest.
 
     Args:
@@ -100,7 +100,7 @@ def _checked(found: Any) -> Manifest:
         raise ValueError("its entries are not those of a manifest")
     if FILES[0] not in records or not records.keys() <= set(FILES) or not all(map(_is_record, records.values())):
         raise ValueError("its entries of files are not those of a manifest")
-    return Manifest(found["step"], {name: Record(**record) for name, record in records.items()}, reports, facts)
+    return Manifest(found["step"], {name: FileDigest(**record) for name, record in records.items()}, reports, facts)
 
 
 def _is_record(record: Any) -> bool:

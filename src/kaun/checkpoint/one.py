@@ -16,7 +16,7 @@ import numpy as np
 
 from kaun.checkpoint import files, manifest, strict_json
 from kaun.checkpoint.disk import Disk
-from kaun.checkpoint.manifest import Manifest, Record
+from kaun.checkpoint.manifest import Manifest, FileDigest
 from kaun.checkpoint.safetensors_header import Place, Short, read_places
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
@@ -98,7 +98,7 @@ class _FileContent:
             self._data[at : at + len(piece)] = piece
             at += len(piece)
 
-    def write(self, disk: Disk, path: Path) -> Record:
+    def write(self, disk: Disk, path: Path) -> FileDigest:
         """Write the file, and return its size and its sum once it is on the disk."""
         size = self._data.size
         file = disk.create(path)
@@ -109,7 +109,7 @@ class _FileContent:
                     digest.update(piece)
                     disk.write(file, piece)
                 disk.sync(file)
-                return Record(size, digest.finish())
+                return FileDigest(size, digest.finish())
         finally:
             disk.close(file)
 
@@ -175,7 +175,7 @@ def _reading(name: str) -> Generator[None, None, None]:
 class _Source:
     """A file that is read from beginning to end, and hashed as it is read."""
 
-    def __init__(self, disk: Disk, path: Path, record: Record) -> None:
+    def __init__(self, disk: Disk, path: Path, record: FileDigest) -> None:
         self._disk, self._record = disk, record
         self._file, size = disk.open(path)
         self.left = size
@@ -264,7 +264,7 @@ def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
 
 
 def _leaves(
-    disk: Disk, path: Path, record: Record, wanted: Mapping[str, Any] | None = None
+    disk: Disk, path: Path, record: FileDigest, wanted: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], files.Differences]:
     """Verify a file, and return its leaves by name, and how they differ from those of the template."""
     with _Source(disk, path, record) as source:

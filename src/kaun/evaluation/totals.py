@@ -140,10 +140,12 @@ class PackedMetrics:
         return jax.tree_util.tree_unflatten(structure, leaves)
 
     def tree_flatten(self) -> tuple[tuple[Any], Any]:
+        """Called by JAX: the children, and the rest."""
         return (self.vectors,), self.form
 
     @classmethod
     def tree_unflatten(cls, form: Any, children: tuple[Any]) -> PackedMetrics:
+        """Called by JAX: the pytree made again."""
         return cls(form, children[0])
 
 

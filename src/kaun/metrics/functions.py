@@ -195,6 +195,7 @@ class Counted:
     result: Callable[[Any], Any]
 
     def __call__(self, predictions: Any, targets: Any) -> Any:
+        """Return the value of the metric for one batch."""
         return self.result(self.counts(predictions, targets))
 
     @classmethod
