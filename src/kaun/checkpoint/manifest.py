@@ -12,7 +12,7 @@ from kaun.checkpoint import strict_json
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
 
-__all__ = ["FILES", "VERSION", "Manifest", "FileDigest", "read", "sealed"]
+__all__ = ["FILES", "VERSION", "FileDigest", "Manifest", "read", "sealed"]
 
 VERSION = 1
 FILES = ("state.safetensors", "reports.safetensors")  # the second only if reports keep arrays

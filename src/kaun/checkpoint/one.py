@@ -16,7 +16,7 @@ import numpy as np
 
 from kaun.checkpoint import files, manifest, strict_json
 from kaun.checkpoint.disk import Disk
-from kaun.checkpoint.manifest import Manifest, FileDigest
+from kaun.checkpoint.manifest import FileDigest, Manifest
 from kaun.checkpoint.safetensors_header import Place, Short, read_places
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
