@@ -63,7 +63,7 @@ test-torch:
 	@$(MAKE) --no-print-directory suite VENV=.venv-torch ALSO=torch TESTS=tests/parity/torch
 
 faults: $(VENV)/.dev
-	KAUN_FAULTS=long $(RUN) -m pytest -q -s -n $(JOBS) --dist worksteal tests/faults $(ARGS)
+	$(RUN) -m pytest -q -s -m slow -n $(JOBS) --dist worksteal tests/faults $(ARGS)
 
 test-interop:
 	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku grain datasets torch" \

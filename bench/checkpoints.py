@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from kaun import Trainer, checkpoint, layers, rng
-from kaun.checkpoint.store import Store
+from kaun.checkpoint import Store
 
 WHAT = ("blocked", "saved", "restored")
 Times = dict[str, float]

@@ -29,7 +29,7 @@ ROWS = [
 # Modules of one row that stand on each other, which a row of single modules cannot avoid.
 WITHIN_A_ROW = {("_messages", "errors"), ("rng", "_messages"), ("_kernels", "_jax"), ("rng", "errors"), ("rng", "tree")}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
-ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "data", "evaluation", "metrics"}
+ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "evaluation", "metrics"}
 
 # The vocabulary. A new name belongs here, in the docs and in the changelog.
 PUBLIC = {
@@ -65,7 +65,7 @@ PYTREE_PROTOCOL = {"tree_flatten", "tree_flatten_with_keys", "tree_unflatten"}
 
 OPTIONAL = {
     "IPython", "datasets", "equinox", "flax", "grain", "haiku", "matplotlib", "mlflow", "orbax", "pandas", "rich",
-    "sklearn", "tensorboardX", "torch", "tqdm.auto", "tqdm.notebook", "wandb",
+    "safetensors", "sklearn", "tensorboardX", "torch", "tqdm.auto", "tqdm.notebook", "wandb",
 }  # fmt: skip
 
 

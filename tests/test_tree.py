@@ -209,3 +209,32 @@ def test_a_strong_leaf_is_a_jax_array_of_its_own_dtype():
     assert tree.strong(key) is key
     assert not tree.strong(jnp.asarray(1.0)).weak_type and jnp.asarray(1.0).weak_type
     assert tree.strong(np.ones(2)).dtype == jnp.float32
+
+
+def test_what_is_a_real_scalar():
+    yes = [1, 2.0, True, np.float32(1), np.array(1), jnp.bfloat16(1), jnp.bool_(True), np.int8(3)]
+    no = [None, "1", 1j, [1.0], np.ones(1), jnp.ones((1, 1)), jnp.complex64(1), np.array("a"), jax.random.key(0)]
+    assert all(map(tree.is_real_scalar, yes)) and not any(map(tree.is_real_scalar, no))
+    assert all(map(tree.is_real, [*yes, np.ones(1), jnp.ones((1, 1)), np.zeros((0, 2), bool)]))
+    assert not any(map(tree.is_real, [None, "1", 1j, [1.0], jnp.complex64(1), np.array(["a"]), jax.random.key(0)]))
+
+
+def test_what_is_a_key():
+    assert tree.is_key(jax.random.key(0)) and tree.is_key(jax.random.split(jax.random.key(0, impl="rbg")))
+    assert not any(map(tree.is_key, [jax.random.PRNGKey(0), np.zeros(2, np.uint32), 1, None]))
+    assert jax.jit(lambda key: jnp.bool_(tree.is_key(key)))(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1650, "1.65 KB"),
+        (999_999, "1 MB"),
+        (120_000_000, "120 MB"),
+        (5_000_000_000_000, "5e+03 GB"),
+    ],
+)
+def test_bytes_for_readers(count, text):
+    assert tree.format_bytes(count) == text

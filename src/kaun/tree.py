@@ -9,7 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["describe", "difference", "flatten", "is_array", "map_with_path", "path_name", "snapshot", "strong"]
+__all__ = [
+    "describe",
+    "difference",
+    "flatten",
+    "format_bytes",
+    "is_array",
+    "is_key",
+    "is_real",
+    "is_real_scalar",
+    "map_with_path",
+    "path_name",
+    "snapshot",
+    "strong",
+]
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -42,6 +55,33 @@ def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
 def is_array(value: Any) -> bool:
     """Whether a value is an array of JAX (traced ones too) or NumPy, NumPy scalars included."""
     return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
+def is_key(value: Any) -> bool:
+    """Whether a value is an array of typed PRNG keys (a traced one too)."""
+    return is_array(value) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number or an array of them, of any shape (a traced one too). Bools are numbers."""
+    if is_array(value):
+        return any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    return isinstance(value, (bool, int, float))
+
+
+def is_real_scalar(value: Any) -> bool:
+    """Whether a value is a real number, or an array of shape () that holds one (a traced one too)."""
+    return is_real(value) and getattr(value, "shape", ()) == ()
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for readers, in decimal units and three significant digits: ``1.65 KB``."""
+    size = float(count)
+    for unit in ("B", "KB", "MB"):
+        if float(f"{size:.3g}") < 1000:
+            return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
 
 
 def describe(value: Any) -> str:

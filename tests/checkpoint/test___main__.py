@@ -30,7 +30,7 @@ def test_verify(runs, capsys):
     assert main(["verify", str(runs)]) == 1
     out = capsys.readouterr().out
     assert "step-00000003  sound" in out
-    assert "step-00000040  DAMAGED  state.safetensors: it is 10 bytes long" in out
+    assert "step-00000040  DAMAGED  state.safetensors: it has 10 bytes" in out
     assert out.endswith("1 sound, 1 damaged\n")
     assert main(["verify", str(runs / "step-00000003")]) == 0
     assert main(["verify", str(runs / "step-00000040") + "/"]) == 1
@@ -41,8 +41,8 @@ def test_list(runs, capsys, disk, make):
     lines = capsys.readouterr().out.splitlines()
     size = sum(path.stat().st_size for path in (runs / "step-00000003").iterdir())
     assert [line.split()[:3] for line in lines] == [
-        ["step-00000003", f"{size / 1000:.1f}", "kB"],
-        ["step-00000040", f"{size / 1000:.1f}", "kB"],
+        ["step-00000003", f"{size / 1000:.3g}", "KB"],
+        ["step-00000040", f"{size / 1000:.3g}", "KB"],
     ]
     assert main(["list", str(runs / "step-00000040")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1

@@ -120,17 +120,25 @@ def test_a_name_is_a_str(tmp_path, name):
         ),
         ({"every": True}, TypeError, "received True"),
         ({"every": "5min"}, TypeError, r"received '5min'.*timedelta\(minutes=10\)"),
-        ({"every": timedelta(0)}, ValueError, r"every=datetime\.timedelta\(0\) is no time at all"),
-        ({"every": -timedelta(1)}, ValueError, "is no time at all"),
-        ({"keep": 0}, ValueError, r"keep=0, and the newest checkpoint is always kept\. Write keep=1"),
+        (
+            {"every": timedelta(0)},
+            ValueError,
+            r"every=datetime\.timedelta\(0\) is not a positive time\. Write every=timedelta\(minutes=10\)",
+        ),
+        ({"every": -timedelta(1)}, ValueError, "is not a positive time"),
+        ({"keep": 0}, ValueError, r"keep=0 is less than 1, and the newest checkpoint is always kept\. Write keep=1"),
         ({"keep": None}, TypeError, r"keep expected an int, received None\. Write keep=3"),
         ({"keep": True}, TypeError, "keep expected an int, received True"),
-        ({"resume": "maybe"}, ValueError, "resume='maybe' is none of 'auto', 'must', 'never'"),
-        ({"resume": True}, ValueError, "resume=True is none of"),
+        ({"resume": "maybe"}, ValueError, "resume expected 'auto', 'must' or 'never', received 'maybe'"),
+        ({"resume": True}, ValueError, "resume expected .*, received True"),
         ({"accept": "data"}, TypeError, r"accept expected a set of names, received 'data'\. Write \{'data'\}"),
         ({"accept": 3}, TypeError, "accept expected a set of names, received 3"),
-        ({"accept": {"seed"}}, ValueError, "accept has 'seed', which is none of 'data', 'key', 'program', 'reports'"),
-        ({"accept": [3]}, ValueError, "accept has 3"),
+        (
+            {"accept": {"seed"}},
+            ValueError,
+            "accept expected names among 'data', 'key', 'program', 'reports', received 'seed'",
+        ),
+        ({"accept": [3]}, ValueError, "accept expected .*, received 3"),
     ],
     ids=repr,
 )
@@ -188,7 +196,8 @@ def test_load_falls_back_with_a_warning_and_moves_nothing(tmp_path, saved, make,
         flip(tmp_path / f"step-{step:08d}" / one.MANIFEST)
     before = sorted(tmp_path.rglob("*"))
     with pytest.warns(
-        UserWarning, match=r"loaded step 3, because what is newer is damaged:\n  step-00000040: .*\n  step-00000005: "
+        UserWarning,
+        match=r"loaded step 3, because newer checkpoints are damaged:\n  step-00000040: .*\n  step-00000005: ",
     ) as warned:
         loaded = runs.load(make(1))
     assert warned[0].filename == __file__
@@ -202,10 +211,10 @@ def test_all_damaged_is_an_error_that_lists_each(tmp_path, saved, make):
         flip(tmp_path / f"step-{step:08d}" / one.STATE)
     with pytest.raises(
         ValueError,
-        match=r"no checkpoint in .* is as it was written:\n  step-00000005: state.*\n  step-00000003: state.*\n.*child\('again'\)",
+        match=r"no checkpoint in .* is undamaged:\n  step-00000005: state.*\n  step-00000003: state.*\n.*child\('again'\)",
     ):
         runs.load(make(1))
-    with pytest.raises(ValueError, match=r"is as it was written:\n  step-00000003: state.*\nBring back"):
+    with pytest.raises(ValueError, match=r"is undamaged:\n  step-00000003: state.*\nRestore one of them from a copy"):
         runs.load(make(1), step=3)
 
 
@@ -215,7 +224,9 @@ def test_nothing_to_load(tmp_path, saved, make):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         Directory(tmp_path).load(make(1), step=3)
     runs = saved(3, 5)
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint of step 4 in .*\. There is \[3, 5\]"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no checkpoint of step 4 in .*\. The steps that there are: \[3, 5\]"
+    ):
         runs.load(make(1), step=4)
 
 
@@ -224,7 +235,7 @@ def test_another_model_is_a_mismatch_and_nothing_older_is_taken(tmp_path, disk, 
     one.Draft(5, make(5, width=3), {}, {}).write(disk, tmp_path / "step-00000005")
     with pytest.raises(
         ResumeMismatch,
-        match=r"(?s)the checkpoint of step 5 in .* is of a state with other leaves:\n  .*expected float32\[2, 1\], found float32\[3, 1\].*child\('second'\)",
+        match=r"(?s)the checkpoint of step 5 in .* does not match the state that was passed:\n  .*expected float32\[2, 1\], found float32\[3, 1\].*child\('second'\)",
     ) as error:
         runs.load(make(1))
     assert error.value.__suppress_context__

@@ -301,7 +301,8 @@ def test_64_bits_are_refused_while_x64_is_off(file, dtype):
     name = np.dtype(dtype).name
     checkpoint.save(file, {"w": np.ones(3, dtype)})
     with pytest.raises(
-        ValueError, match=rf"w: expected {name}\[3\], which JAX cannot make while x64 is off\n.*\n.*x64"
+        ValueError,
+        match=rf"w: expected {name}\[3\], which JAX cannot make while x64 is off\nFor 64 bits: .*jax_enable_x64.*\nMake",
     ):
         checkpoint.load(file, like={"w": jax.ShapeDtypeStruct((3,), dtype)})
     narrow = jnp.zeros(3, jnp.float32 if dtype == np.float64 else jnp.int32)
@@ -693,7 +694,7 @@ def test_other_files_are_refused(damaged, raw):
     [
         ("{", "damaged"),
         ("[1]", "damaged"),
-        ('{"w": 3}', r"leaf 'w' is marked as '3' and holds float32\[2\]"),
+        ('{"w": 3}', r"kaun's entry in '__metadata__' must hold strings, and is {'w': 3}"),
         ('{"w": "int"}', r"leaf 'w' is marked as 'int' and holds float32\[2\]"),
         ('{"w": "key threefry2x32"}', "damaged"),
         ('{"k": "key rbg"}', "damaged"),
@@ -711,7 +712,7 @@ def test_marks_that_do_not_fit_their_leaves_are_refused(file, kinds, text):
 def test_a_dtype_that_only_others_write_is_refused(file):
     header = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\x12")
-    with pytest.raises(ValueError, match="leaf 'w' is of dtype F4, which kaun does not read"):
+    with pytest.raises(ValueError, match="damaged or not a safetensors file: 'w' is of dtype 'F4'; kaun reads U64"):
         checkpoint.load(file, like={"w": np.zeros(2, np.uint8)})
 
 
@@ -754,7 +755,7 @@ def test_sharded_arrays_come_back_sharded(file):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
-def test_loading_takes_about_twice_the_file(file):
+def test_loading_takes_about_the_size_of_the_file(file):
     checkpoint.save(file, {f"{i}": np.full(1_000_000, i, np.float32) for i in range(24)})
     program = """
         import sys, jax, jax.numpy as jnp
@@ -770,4 +771,4 @@ def test_loading_takes_about_twice_the_file(file):
         assert float(loaded["7"][-1]) == 7
         print((peak() - before) * 1024)
     """
-    assert int(run(program, file)) < 2.3 * file.stat().st_size
+    assert int(run(program, file)) < 1.3 * file.stat().st_size

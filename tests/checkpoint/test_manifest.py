@@ -12,7 +12,7 @@ from kaun.errors import ResumeMismatch
 
 
 def test_what_is_sealed_comes_back(disk, tmp_path):
-    files = {name: manifest.Record(3, f"{i}" * 64) for i, name in enumerate(manifest.FILES)}
+    files = {name: manifest.FileDigest(3, f"{i}" * 64) for i, name in enumerate(manifest.FILES)}
     (tmp_path / "m").write_bytes(manifest.sealed(7, files, '"reports":{"a":[1,null]},"facts":{"\\u00e9":1.5}'))
     assert manifest.read(disk, tmp_path / "m", 7) == manifest.Manifest(7, files, {"a": [1, None]}, {"é": 1.5})
 
@@ -59,19 +59,19 @@ CHANGES = [
     (lambda m: m.update(kaun=0), "manifest.json: it is not a manifest of kaun"),
     (lambda m: m.update(kaun="1"), "manifest.json: it is not a manifest of kaun"),
     (lambda m: m.pop("kaun"), "manifest.json: it is not a manifest of kaun"),
-    (lambda m: m["files"].pop(one.STATE), "what it says of the files is not what a manifest says"),
-    (lambda m: rename(m["files"], one.REPORTS, "../../secret"), "what it says of the files is not what a manifest"),
-    (lambda m: m["files"].update({"/etc/passwd": m["files"][one.STATE]}), "what it says of the files is not what"),
-    (lambda m: m["files"][one.STATE].update(size="1"), "what it says of the files is not what a manifest says"),
-    (lambda m: m["files"][one.STATE].update(size=-1), "what it says of the files is not what a manifest says"),
-    (lambda m: m["files"][one.STATE].update(sha256="F" * 64), "what it says of the files is not what a manifest says"),
-    (lambda m: m["files"][one.STATE].update(sha256=3), "what it says of the files is not what a manifest says"),
-    (lambda m: m["files"][one.STATE].update(more=3), "what it says of the files is not what a manifest says"),
-    (lambda m: m["files"].update({one.STATE: 3}), "what it says of the files is not what a manifest says"),
-    (lambda m: m["files"][one.STATE].update(size=10**15), r"state\.safetensors: it is \d+ bytes long, and 10{15} were"),
+    (lambda m: m["files"].pop(one.STATE), "its entries of files are not those of a manifest"),
+    (lambda m: rename(m["files"], one.REPORTS, "../../secret"), "its entries of files are not those of a manifest"),
+    (lambda m: m["files"].update({"/etc/passwd": m["files"][one.STATE]}), "its entries of files are not those of"),
+    (lambda m: m["files"][one.STATE].update(size="1"), "its entries of files are not those of a manifest"),
+    (lambda m: m["files"][one.STATE].update(size=-1), "its entries of files are not those of a manifest"),
+    (lambda m: m["files"][one.STATE].update(sha256="F" * 64), "its entries of files are not those of a manifest"),
+    (lambda m: m["files"][one.STATE].update(sha256=3), "its entries of files are not those of a manifest"),
+    (lambda m: m["files"][one.STATE].update(more=3), "its entries of files are not those of a manifest"),
+    (lambda m: m["files"].update({one.STATE: 3}), "its entries of files are not those of a manifest"),
+    (lambda m: m["files"][one.STATE].update(size=10**15), r"state\.safetensors: it has \d+ bytes, and 10{15} were"),
     (lambda m: m["files"][one.STATE].update(sha256="0" * 64), r"state\.safetensors: its bytes are not those that were"),
     (lambda m: '{"kaun": 1, "kaun": 1}', r"manifest\.json: JSON with the key 'kaun' twice"),
-    (lambda m: '{"kaun": ' + "[" * 70 + "]" * 70 + "}", r"manifest\.json: JSON of more than 64 containers"),
+    (lambda m: '{"kaun": ' + "[" * 70 + "]" * 70 + "}", r"manifest\.json: JSON of more than 64 levels of containers"),
     (lambda m: '{"kaun": NaN}', r"manifest\.json: JSON with the number NaN"),
     (lambda m: "[1]", r"manifest\.json: .*"),
 ]
@@ -86,10 +86,10 @@ def test_a_manifest_with_right_sums_is_not_believed_either(folder, damaged, chan
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
-        (b"", "it does not end as a manifest does"),
-        (b"x" * 200, "it does not end as a manifest does"),
+        (b"", "it does not end like a manifest"),
+        (b"x" * 200, "it does not end like a manifest"),
         (b'{"sha256":"' + b"0" * 64 + b'"}\n', "its text is not what was written"),
-        (b'{"sha256":"' + b"0" * 64 + b'"} ', "it does not end as a manifest does"),
+        (b'{"sha256":"' + b"0" * 64 + b'"} ', "it does not end like a manifest"),
     ],
 )
 def test_what_is_no_manifest_is_refused(folder, damaged, raw, text):
@@ -100,7 +100,9 @@ def test_what_is_no_manifest_is_refused(folder, damaged, raw, text):
 def test_a_manifest_may_not_be_large(folder, make, damaged):
     os.truncate(folder / one.MANIFEST, strict_json.LARGEST + 1)
     damaged(f"manifest.json: it is {strict_json.LARGEST + 1} bytes long, at most {strict_json.LARGEST} are read")
-    with pytest.raises(ValueError, match=r"take \d+ bytes as JSON, at most 16 MB are stored\. Give arrays"):
+    with pytest.raises(
+        ValueError, match=r"take \d+ bytes as JSON, and at most 16 MB can be stored\. Keep arrays instead"
+    ):
         one.Draft(1, make(3), {"text": "x" * strict_json.LARGEST}, {})
 
 

@@ -48,31 +48,38 @@ def entry(shape=(2,), start=0, stop=8, dtype="F32"):
 @pytest.mark.parametrize(
     ("header", "text"),
     [
-        ([], "its header is not an object"),
-        ({"a": 3}, "entry of 'a' is not what the format says"),
-        ({"a": {**entry(), "more": 1}}, "entry of 'a' is not what the format says"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "entry of 'a' is not what the format says"),
-        ({"a": entry(dtype="F4")}, "'a' is of dtype 'F4', which kaun does not read"),
-        ({"a": entry(dtype=["F32"])}, "which kaun does not read"),
-        ({"a": entry(shape=(2.0,))}, "not a list of whole numbers"),
-        ({"a": entry(shape=(True, 2))}, "not a list of whole numbers"),
-        ({"a": entry(shape=(-2, -1))}, "not a list of whole numbers"),
-        ({"a": entry(shape=(2**63,))}, "not a list of whole numbers"),
-        ({"a": entry(shape=(1,) * 65)}, "not a list of whole numbers"),
-        ({"a": {**entry(), "shape": "2"}}, "not a list of whole numbers"),
-        ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, "not a list of whole numbers"),
-        ({"a": entry(shape=(3,))}, "place of 'a' does not fit its shape"),
-        ({"a": entry(shape=(2**62, 2**62, 2**62))}, "place of 'a' does not fit its shape"),
-        ({"a": entry(), "b": entry()}, "place of 'b' does not fit its shape, or what is beside it"),
-        ({"a": entry(start=4, stop=12)}, "place of 'a' does not fit"),
-        ({"a": entry((1,), 0, 4), "b": entry((0,), 8, 8)}, "place of 'b' does not fit"),
-        ({"a": entry((1,), 0, 4)}, "its arrays take 4 bytes, and it has 8"),
-        ({"a": entry((4,), 0, 16)}, "its arrays take 16 bytes, and it has 8"),
-        ({}, "its arrays take 0 bytes, and it has 8"),
-        ({"__metadata__": 3}, "metadata of its header is not what kaun writes"),
-        ({"__metadata__": {"kaun": 3}}, "metadata of its header is not what kaun writes"),
-        ({"__metadata__": {"kaun": "[]"}}, "metadata of its header is not what kaun writes"),
-        ({"__metadata__": {"kaun": '{"a": 1}'}}, "metadata of its header is not what kaun writes"),
+        ([], r"its header must be a JSON object, and is \[\]"),
+        ({"a": 3}, "'a' must be a JSON object of dtype, shape and data_offsets in its header, and is 3"),
+        ({"a": {**entry(), "more": 1}}, r"'a' must be a JSON object of .*, and is {'dtype': .*, 'more': 1}"),
+        (
+            {"a": {"dtype": "F32", "shape": [2]}},
+            r"'a' must be a JSON object of .*, and is {'dtype': 'F32', 'shape': \[2\]}",
+        ),
+        ({"a": entry(dtype="F4")}, "'a' is of dtype 'F4'; kaun reads U64, I64, .*BOOL"),
+        ({"a": entry(dtype=["F32"])}, r"'a' is of dtype \['F32'\]; kaun reads"),
+        ({"a": entry(shape=(2.0,))}, r"'a' has the shape \[2\.0\] and the data_offsets \[0, 8\]"),
+        ({"a": entry(shape=(True, 2))}, r"'a' has the shape \[True, 2\] and"),
+        ({"a": entry(shape=(-2, -1))}, r"'a' has the shape \[-2, -1\] and"),
+        ({"a": entry(shape=(2**48,))}, r"'a' has the shape \[281474976710656\] and"),
+        ({"a": entry(shape=(0, 2**60), stop=0)}, r"'a' has the shape \[0, 1152921504606846976\] and"),
+        ({"a": entry(shape=(1,) * 65)}, r"'a' has the shape \[1, 1, .*\.\.\. and the data_offsets"),
+        ({"a": {**entry(), "shape": "2"}}, "'a' has the shape '2' and"),
+        ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, r"and the data_offsets \[0, 4, 8\]"),
+        ({"a": entry(shape=(3,))}, r"'a' is float32\[3\] and has 8 bytes"),
+        ({"a": entry(start=8, stop=0)}, r"'a' is float32\[2\] and has -8 bytes"),
+        ({"a": entry(shape=(2**47, 2**47, 2**47))}, r"'a' is float32\[140737488355328, .*\] and has 8 bytes"),
+        ({"a": entry(), "b": entry()}, "'b' begins at byte 0 of the arrays, and 8 comes next"),
+        ({"a": entry(start=4, stop=12)}, "'a' begins at byte 4 of the arrays, and 0 comes next"),
+        ({"a": entry((1,), 0, 4), "b": entry((0,), 8, 8)}, "'b' begins at byte 8 of the arrays, and 4 comes next"),
+        ({"a": entry((1,), 0, 4)}, "its arrays need 4 bytes, and it has 8 for them"),
+        ({"a": entry((4,), 0, 16)}, "its arrays need 16 bytes, and it has 8 for them"),
+        ({}, "its arrays need 0 bytes, and it has 8 for them"),
+        ({"__metadata__": 3}, "'__metadata__' must be a JSON object of strings, and is 3"),
+        ({"__metadata__": {"kaun": 3}}, "'__metadata__' must be a JSON object of strings, and is {'kaun': 3}"),
+        ({"__metadata__": {"a": None}}, "'__metadata__' must be a JSON object of strings, and is {'a': None}"),
+        ({"__metadata__": {"kaun": "{"}}, "kaun's entry in '__metadata__' is not valid JSON: Expecting"),
+        ({"__metadata__": {"kaun": "[]"}}, r"kaun's entry in '__metadata__' must be a JSON object, and is \[\]"),
+        ({"__metadata__": {"kaun": '{"a": 1}'}}, "kaun's entry in '__metadata__' must hold strings, and is {'a': 1}"),
         ({"__metadata__": {"kaun": '{"b": "int"}'}, "a": entry()}, r"describes leaves that it does not hold, \['b'\]"),
     ],
 )
@@ -83,8 +90,43 @@ def test_no_claim_is_believed(header, text):
 
 def test_a_name_twice_is_refused():
     one = json.dumps(entry())
-    with pytest.raises(ValueError, match="key 'a' twice"):
+    with pytest.raises(ValueError, match=r"its header is not valid JSON: .*key 'a' twice"):
         safetensors_header.parse(f'{{"a": {one}, "a": {one}}}'.encode(), 8)
+
+
+def test_metadata_of_other_programs_is_left_alone():
+    for metadata in (None, {}, {"format": "pt"}):
+        text = json.dumps({"__metadata__": metadata, "a": entry()}).encode()
+        assert [place.kind for place in safetensors_header.parse(text, 8)] == [None]
+
+
+@given(held=st.dictionaries(names, arrays, max_size=8))
+@settings(deadline=None)
+def test_a_file_that_the_library_wrote_is_read(held, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "any.safetensors"
+    file.write_bytes(safetensors.numpy.save(held))
+    with file.open("rb") as opened:
+        found = safetensors_header.read_safetensors(opened)
+    assert {name: (a.dtype, a.shape, a.tobytes()) for name, a in found.items()} == {
+        name: (a.dtype, a.shape, a.tobytes()) for name, a in held.items()
+    }
+    assert all(array.flags.writeable for array in found.values())
+
+
+@pytest.mark.parametrize(("missing", "text"), [(1, "it ends within 'a'"), (9, "it ends early")])
+def test_a_file_that_shrinks_while_it_is_read(missing, text):
+    whole = safetensors.numpy.save({"a": np.zeros(2, np.float32)})
+    left = bytearray(whole[:-missing])
+
+    def take(into):
+        into[: len(left)] = left[: len(into)]
+        if len(left) < len(into):
+            raise safetensors_header.Short("it ends early")
+        del left[: len(into)]
+
+    with pytest.raises(safetensors_header.Short, match=text):
+        places = safetensors_header.read_places(take, len(whole))
+        safetensors_header.read_array(take, places[0])
 
 
 def test_the_order_of_the_entries_does_not_matter_and_the_place_does():

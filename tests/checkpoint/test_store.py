@@ -144,7 +144,8 @@ def test_a_relative_path(tmp_path, disk, make, monkeypatch):
 
 def test_must_needs_one_and_makes_nothing(tmp_path, opened, make):
     with pytest.raises(
-        FileNotFoundError, match=r"there is no checkpoint in .*, and resume='must' needs one.*resume='auto'"
+        FileNotFoundError,
+        match=r"there is no checkpoint in .*, and resume='must' needs one\. Check the path, or start a run with resume='auto'",
     ):
         opened(resume="must")
     assert list(tmp_path.iterdir()) == []
@@ -158,7 +159,8 @@ def test_never_refuses_one_and_touches_nothing(tmp_path, opened, make):
         assert store.newest(make(1)) is None
         fill(store, make, 1, 2)
     with pytest.raises(
-        FileExistsError, match=r"has a checkpoint of step 2, and resume='never' does not touch it.*child\('second'\)"
+        FileExistsError,
+        match=r"has a checkpoint of step 2, and resume='never' needs a directory without one.*child\('second'\)",
     ):
         opened(resume="never")
     assert names(tmp_path / "runs") == ["step-00000001", "step-00000002"]
@@ -174,7 +176,7 @@ def test_a_damaged_newest_is_kept_aside_and_the_one_before_goes_on(tmp_path, ope
     (tmp_path / "runs" / "step-00000002" / one.MANIFEST).unlink()
     with pytest.warns(
         UserWarning,
-        match=r"the run goes on from step 1, because what is newer is damaged:\n  step-00000003: state.*SHA-256.*\n +\(kept as damaged-step-00000003\)\n  step-00000002: manifest",
+        match=r"the run resumes from step 1, because newer checkpoints are damaged:\n  step-00000003: state.*SHA-256.*\n +\(kept as damaged-step-00000003\)\n  step-00000002: manifest",
     ) as warned:
         saved = store.newest(make(1))
     assert len(warned) == 1
@@ -195,7 +197,7 @@ def test_all_damaged_is_an_error_that_lists_each_and_moves_none(tmp_path, opened
     for step in (1, 2):
         flip(tmp_path / "runs" / f"step-{step:08d}" / one.STATE)
     with pytest.raises(
-        ValueError, match=r"no checkpoint in .* is as it was written:\n  step-00000002: state.*\n  step-00000001: state"
+        ValueError, match=r"no checkpoint in .* is undamaged:\n  step-00000002: state.*\n  step-00000001: state"
     ):
         store.newest(make(1))
     assert names(tmp_path / "runs") == ["step-00000001", "step-00000002"]
@@ -207,7 +209,7 @@ def test_another_model_is_a_mismatch_and_never_falls_back(tmp_path, opened, make
     store.save(2, make(2, width=3), {}, {})
     with pytest.raises(
         ResumeMismatch,
-        match=r"the checkpoint of step 2 in .* is of a state with other leaves:\n  .*\[2, 1\], found float32\[3, 1\]",
+        match=r"the checkpoint of step 2 in .* does not match the state that was passed:\n  .*\[2, 1\], found float32\[3, 1\]",
     ):
         store.newest(make(1))
     with pytest.raises(ResumeMismatch, match="expected nothing, found"):
@@ -341,7 +343,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call_and_the_run_may_go_on
     arguments = {"save": (3, make(3), {}, {}), "newest": (make(1),)}.get(next_call, ())
     with pytest.raises(
         OSError,
-        match=r"a checkpoint could not be written to .*: No space left on device\. The newest one there is of step 1\. Make room on that disk.*run the same script again",
+        match=r"a checkpoint could not be written to .*: No space left on device\. The newest checkpoint is of step 1\. Free some space on that disk.*run the same script again",
     ) as error:
         getattr(store, next_call)(*arguments)
     assert error.value.errno == errno.ENOSPC
@@ -360,14 +362,14 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call_and_the_run_may_go_on
     [
         (
             OSError(errno.EFBIG, "File too large"),
-            r"There is none yet\. The system limits the size of files \(ulimit -f\)",
+            r"There is no checkpoint yet\. The system limits the size of files \(ulimit -f\)",
         ),
         (
             OSError(errno.EROFS, "Read-only file system"),
             "Read-only file system.*Choose a directory that you may write to",
         ),
         (OSError(errno.EIO, "I/O error"), "Choose a directory on a disk that works"),
-        (OSError("odd"), "could not be written to .*: odd. There is none yet"),
+        (OSError("odd"), "could not be written to .*: odd. There is no checkpoint yet"),
     ],
     ids=str,
 )
@@ -414,7 +416,7 @@ def test_an_old_one_that_cannot_be_removed_is_a_warning_and_tried_again(tmp_path
     store.save(2, make(2), {}, {})
     with pytest.warns(
         UserWarning,
-        match=r"checkpoint of step 2 is written, but an older one could not be removed from .*Permission denied.*tried again",
+        match=r"checkpoint of step 2 was written, but an older one could not be removed from .*Permission denied.*This is tried again",
     ):
         store.join()
     assert names(tmp_path / "runs") == ["step-00000001", "step-00000002"]
@@ -452,8 +454,13 @@ def refuses(opened, tmp_path, text, error=OSError, **options):
 
 def test_a_file_in_the_way(tmp_path, opened):
     (tmp_path / "f").write_text("x")
-    refuses(opened, tmp_path, "cannot be written to .*Something there is a file and no folder", path=tmp_path / "f")
-    refuses(opened, tmp_path, "cannot be written to .*Something there is a file", path=tmp_path / "f" / "runs")
+    refuses(
+        opened,
+        tmp_path,
+        "cannot be written to .*A file is where a folder should be: choose another path",
+        path=tmp_path / "f",
+    )
+    refuses(opened, tmp_path, "cannot be written to .*A file is where a folder should be", path=tmp_path / "f" / "runs")
 
 
 @pytest.mark.parametrize("operation", ["make_folder", "create", "write", "sync", "sync_folder", "rename", "remove"])
@@ -486,9 +493,7 @@ def test_room_for_one_more_is_looked_for_at_the_start(tmp_path, disk, opened, ma
     for template in (like, jax.eval_shape(lambda: make(1, width=10_000))):
         assert store.newest(template) is None
     size -= 1
-    text = (
-        "a checkpoint of this state takes 0.1 MB, and 0.1 MB are free for .*Make room, or choose a directory on another"
-    )
+    text = "a checkpoint of this state takes 80 KB, and 80 KB are free for .*Free some space, or choose a directory on another"
     with pytest.raises(OSError, match=text) as error:
         store.newest(like)
     assert error.value.errno == errno.ENOSPC

@@ -48,7 +48,7 @@ def test_any_json_of_another_program_is_read_as_json_reads_it(value):
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        ((1, 2), TypeError, r"^facts is a tuple, which would not come back from JSON as it is"),
+        ((1, 2), TypeError, r"^facts is a tuple, which JSON would not give back as the same type"),
         ({"a": {1, 2}}, TypeError, r"^facts\['a'\] is a set"),
         ({"a": [0, np.float64(1)]}, TypeError, r"^facts\['a'\]\[1\] is a float64"),
         ({1: 2}, TypeError, r"^facts has the key 1; JSON keys are str\. Write str\(key\)"),
@@ -58,7 +58,7 @@ def test_any_json_of_another_program_is_read_as_json_reads_it(value):
             r"^facts is nan, which JSON cannot hold\. Write None, or an array: np\.float64\(nan\)",
         ),
         ([float("-inf")], ValueError, r"^facts\[0\] is -inf"),
-        (2**256, ValueError, r"^facts is an int of 257 bits; at most 256 are stored\. Write hex\(value\)"),
+        (2**256, ValueError, r"^facts is an int of 257 bits; at most 256 bits can be stored\. Write hex\(value\)"),
         (b"x", TypeError, "is a bytes"),
     ],
     ids=repr,
@@ -76,13 +76,13 @@ def nested(n, value=1):
 
 def test_depth_has_a_bound_on_both_sides():
     assert strict_json.loads(strict_json.dumps(nested(60), "v").encode()) == nested(60)
-    with pytest.raises(ValueError, match=r"^v\[0\]\[0\].* is more than 60 containers deep\. Make it flatter"):
+    with pytest.raises(ValueError, match=r"^v\[0\]\[0\].* has more than 60 levels of containers\. Make it flatter"):
         strict_json.dumps(nested(61), "v")
     assert strict_json.loads(json.dumps(nested(64)).encode()) == nested(64)
     for n in (65, 100, 1_000_000):
-        with pytest.raises(ValueError, match="JSON of more than 64 containers in each other"):
+        with pytest.raises(ValueError, match="JSON of more than 64 levels of containers"):
             strict_json.loads(b"[" * n + b"]" * n)
-        with pytest.raises(ValueError, match="JSON of more than 64 containers in each other"):
+        with pytest.raises(ValueError, match="JSON of more than 64 levels of containers"):
             strict_json.loads(b'{"a":' * n)
 
 
@@ -121,7 +121,7 @@ def test_other_texts_are_refused(raw, text):
 
 def test_size_has_a_bound():
     assert strict_json.loads(b'"abc"', 5) == "abc"
-    with pytest.raises(ValueError, match="JSON of 6 bytes, at most 5 are read"):
+    with pytest.raises(ValueError, match="JSON of 6 bytes, and at most 5 are read"):
         strict_json.loads(b'"abcd"', 5)
 
 

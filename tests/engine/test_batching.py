@@ -4,10 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kaun._engine.batching import BlockBuffer, aligned, capacity_of
+from kaun._engine.batching import BlockBuffer, capacity_of
 from kaun._engine.inputs import StepInputs
 from kaun.data.chunks import RowGather
 
@@ -131,13 +129,6 @@ def test_large_arrays_are_never_stacked():
 @pytest.mark.parametrize(("shape", "items"), [((2,), 128), ((1 << 10, 32), 32), ((1 << 17, 2), 4), ((1 << 20,), 128)])
 def test_the_capacity_is_bounded_by_items_and_bytes(shape, items):
     assert capacity_of(call(np.zeros(shape, np.float32))) == items
-
-
-@given(st.lists(st.integers(1, 40), max_size=3), st.sampled_from([np.float32, np.int8, np.float64, jnp.bfloat16]))
-@settings(max_examples=30, deadline=None)
-def test_buffers_lie_where_xla_reads_them_in_place(shape, dtype):
-    made = aligned(shape, dtype)
-    assert made.ctypes.data % 64 == 0 and made.shape == tuple(shape) and made.dtype == dtype
 
 
 def test_a_run_fills_the_block_from_its_rows():

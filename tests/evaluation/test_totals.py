@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kaun import losses, metrics
 from kaun.evaluation import totals
-from kaun.evaluation.totals import Counts, Mean, PackedMetrics, Ratio, Scores
+from kaun.evaluation.totals import MetricTotals, PackedMetrics
+from kaun.metrics import Counts, Mean, Ratio
 
 P, T = jnp.ones((4, 3)), jnp.zeros(4, jnp.int32)
 
@@ -27,26 +28,29 @@ def test_what_a_metric_returns_becomes_a_part_that_adds_up():
     with pytest.raises(TypeError, match=r"m must count in real numbers, received complex64\[\]\. Return arrays"):
         totals.part_of("m", Counts(jnp.complex64(1)), P, T)
     with pytest.raises(
-        ValueError, match=r"m returns a scalar, .* the targets do not tell: .*\(0: int32\[4\], 1: float32\[3\]\)"
+        ValueError,
+        match=r"m returns a scalar, .* the targets do not all have one length .*\(0: int32\[4\], 1: float32\[3\]\)",
     ):
         totals.part_of("m", 2.0, P, (T, jnp.ones(3)))
-    with pytest.raises(ValueError, match=r"the predictions do not tell: .*\(no arrays\)"):
+    with pytest.raises(ValueError, match=r"the predictions do not all have one length .*\(no arrays\)"):
         totals.part_of("m", 2.0, None, ())
 
 
 def test_library_metrics_and_their_partials_give_counts_and_others_stay():
     for metric in (metrics.accuracy, metrics.f1, functools.partial(functools.partial(metrics.recall, average="micro"))):
-        assert isinstance(totals.summed(metric)(P, T), Counts)
+        assert isinstance(totals.with_counts(metric)(P, T), Counts)
     for metric in (losses.mse, functools.partial(losses.huber, delta=0.5), functools.partial(metrics.f1, P)):
-        assert totals.summed(metric) is metric
+        assert totals.with_counts(metric) is metric
 
 
 def test_means_and_ratios_mix_and_nothing_is_rounded():
-    scores = Scores({"b": max, "a": max})
-    scores.add(PackedMetrics.of({"a": Mean(np.float32(0.1), 3), "b": Ratio(np.float32(2**60), 1)}))
-    scores.add(PackedMetrics.of({"a": Ratio(np.float32(0.5), np.int32(1)), "b": Ratio(np.float32(-(2**60)), 1)}))
-    scores.add(PackedMetrics.of({"a": Mean(jnp.bfloat16(0.5), 1), "b": Ratio(True, jnp.int8(2))}))
-    found = scores.results()
+    totals_of_all = MetricTotals({"b": max, "a": max})
+    totals_of_all.take([PackedMetrics.of({"a": Mean(np.float32(0.1), 3), "b": Ratio(np.float32(2**60), 1)})])
+    totals_of_all.take(
+        [PackedMetrics.of({"a": Ratio(np.float32(0.5), np.int32(1)), "b": Ratio(np.float32(-(2**60)), 1)})]
+    )
+    totals_of_all.take([PackedMetrics.of({"a": Mean(jnp.bfloat16(0.5), 1), "b": Ratio(True, jnp.int8(2))})])
+    found = totals_of_all.results()
     assert found["a"] == pytest.approx((3 * float(np.float32(0.1)) + 1) / 5, rel=1e-16)
     assert list(found) == ["b", "a"] and found["b"] == 0.25
 
@@ -77,25 +81,27 @@ def test_packing_loses_nothing(parts):
 def test_counts_are_summed_in_int64_and_float64(n):
     seen = []
     counted = metrics.Counted(lambda p, t: None, lambda sums: seen.append(sums) or 1.5)
-    scores = Scores({"m": counted})
+    totals_of_all = MetricTotals({"m": counted})
     for _ in range(n):
-        scores.add(PackedMetrics.of({"m": Counts((jnp.int32(2**31 - 1), jnp.array([True, False]), jnp.float32(0.1)))}))
-    assert scores.results() == {"m": 1.5}
+        totals_of_all.take(
+            [PackedMetrics.of({"m": Counts((jnp.int32(2**31 - 1), jnp.array([True, False]), jnp.float32(0.1)))})]
+        )
+    assert totals_of_all.results() == {"m": 1.5}
     ((big, flags, small),) = seen
     assert int(big) == n * (2**31 - 1) and flags.tolist() == [n, 0]
     assert float(small) == pytest.approx(n * float(np.float32(0.1)), rel=1e-14)
 
 
 def test_what_waits_on_the_host_is_bounded_in_bytes_too():
-    scores = Scores({"m": metrics.Counted(lambda p, t: None, lambda sums: float(sums.sum()))})
+    totals_of_all = MetricTotals({"m": metrics.Counted(lambda p, t: None, lambda sums: float(sums.sum()))})
     batch = PackedMetrics.of({"m": Counts(np.ones(2**17, np.float32))})
     for _ in range(40):
-        scores.add(batch)
-        assert sum(v.nbytes for b in scores._host for v in b.vectors) <= 2**20
-    assert scores.results() == {"m": 40 * 2.0**17}
+        totals_of_all.take([batch])
+        assert sum(v.nbytes for b in totals_of_all._host for v in b.vectors) <= 2**20
+    assert totals_of_all.results() == {"m": 40 * 2.0**17}
 
 
-def test_checked_sorts_and_refuses():
-    assert list(totals.checked("here", {"b": max, "a": min})) == ["a", "b"]
+def test_check_metrics_sorts_and_refuses():
+    assert list(totals.check_metrics("here", {"b": max, "a": min})) == ["a", "b"]
     with pytest.raises(TypeError, match="here expected metrics as a dict"):
-        totals.checked("here", max)
+        totals.check_metrics("here", max)

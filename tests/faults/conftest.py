@@ -1,7 +1,6 @@
-"""Small states to save, disks that do not wait, and how long the tests may take: KAUN_FAULTS=long for all cases."""
+"""Small states to save, disks that do not wait, and which cases of a sweep run: all of them under the `slow` mark."""
 
 import functools
-import os
 import random
 
 import jax
@@ -25,21 +24,25 @@ class Quick(Disk):
 
 
 class Cases:
-    """All cases in the long form, and some of them, always the same ones, in the quick form; prints how many."""
+    """All cases of a sweep in the long form, and in the short form some of each kind, always the same; prints how many."""
 
-    def __init__(self):
-        self.long = os.environ.get("KAUN_FAULTS") == "long"
+    def __init__(self, long):
+        self.long = long
 
-    def some(self, cases, quick):
-        cases = list(cases)
-        chosen = cases if self.long else sorted(random.Random(0).sample(cases, min(quick, len(cases))))
-        print(f"\nfaults: {len(chosen)} of {len(cases)} cases")
+    def some(self, cases, short, kind=lambda case: None):
+        """All cases, or in the short form `short` of each kind."""
+        cases, kinds, draw = list(cases), {}, random.Random(0)
+        for case in cases:
+            kinds.setdefault(kind(case), []).append(case)
+        some = [case for same in kinds.values() for case in draw.sample(same, min(short, len(same)))]
+        chosen = cases if self.long else sorted(some)
+        print(f"\nfaults: {len(chosen)} of {len(cases)} cases, of {len(kinds)} kinds")
         return chosen
 
 
-@pytest.fixture(scope="session")
-def cases():
-    return Cases()
+@pytest.fixture(scope="session", params=["short", pytest.param("long", marks=pytest.mark.slow)])
+def cases(request):
+    return Cases(long=request.param == "long")
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,9 @@ def test_files_may_not_be_large(tmp_path):
     assert done.returncode == 0, done.stderr
     first, second, left = done.stdout.splitlines()
     assert "a checkpoint could not be written to " in first
-    assert "File too large. The newest one there is of step 1. The system limits the size of files (ulimit -f)" in first
+    assert (
+        "File too large. The newest checkpoint is of step 1. The system limits the size of files (ulimit -f)" in first
+    )
     assert "checkpoints cannot be written to " in second
     assert "File too large. The system limits the size of files (ulimit -f)" in second
     assert left == "['lock', 'step-00000001', 'step-00000003'] [1, 3]"
@@ -103,7 +105,7 @@ def test_a_disk_that_becomes_full(volume, quick_disk, state_of, bytes_of):
             store.save(step, state(step), {}, {})
         store.save(4, state(4), {}, {})
         with pytest.raises(
-            OSError, match=r"No space left on device\. The newest one there is of step 3\. Make room"
+            OSError, match=r"No space left on device\. The newest checkpoint is of step 3\. Free some space"
         ) as error:
             store.join()
         assert error.value.errno == errno.ENOSPC
@@ -111,7 +113,7 @@ def test_a_disk_that_becomes_full(volume, quick_disk, state_of, bytes_of):
             f"step-0000000{step}" for step in (1, 2, 3)
         ]
     with Store.open(Directory(volume / "runs", keep=1), quick_disk()) as store:
-        with pytest.raises(OSError, match=r"takes 0\.3 MB, and 0\.1 MB are free for .*Make room") as error:
+        with pytest.raises(OSError, match=r"takes 300 KB, and \d+ KB are free for .*Free some space") as error:
             store.newest(state(9))
         assert error.value.errno == errno.ENOSPC
     # Made room for, the run goes on.
@@ -130,7 +132,7 @@ def test_a_disk_that_is_full_is_said_at_the_start(volume, quick_disk):
         while True:
             file.write(bytes(4096))
     with pytest.raises(
-        OSError, match=r"checkpoints cannot be written to .*No space left on device\. Make room"
+        OSError, match=r"checkpoints cannot be written to .*No space left on device\. Free some space"
     ) as error:
         Store.open(Directory(volume / "runs"), quick_disk())
     assert error.value.errno == errno.ENOSPC

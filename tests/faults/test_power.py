@@ -187,10 +187,12 @@ def test_the_model_loses_what_was_not_synced():
     assert b"abc\0" in {file.after("names and zeros", draw) for _ in range(50)}
 
 
-@pytest.mark.parametrize(("mode", "quick"), list(zip(MODES, [400, 40, 60, 20, 120], strict=True)))
-def test_power_lost_after_every_operation(tmp_path, log, quick_disk, state_of, bytes_of, cases, mode, quick):
+@pytest.mark.parametrize(("mode", "short"), list(zip(MODES, [8, 3, 3, 2, 5], strict=True)))
+def test_power_lost_after_every_operation(tmp_path, log, quick_disk, state_of, bytes_of, cases, mode, short):
+    """In the short form after some operations of each name."""
     repeats = range(60 if mode == "random" else 3)
-    for end, repeat in cases.some([(end, repeat) for end in range(len(log) + 1) for repeat in repeats], quick):
+    places = [(end, repeat) for end in range(len(log) + 1) for repeat in repeats]
+    for end, repeat in cases.some(places, short, kind=lambda place: log[place[0] - 1][0] if place[0] else None):
         path = tmp_path / f"{end}-{repeat}"
         materialize(replay(log[:end]), path, mode, random.Random(end * 1000 + repeat))
         safe = [entry[1:] for entry in log[:end] if entry[0] == "safe"]

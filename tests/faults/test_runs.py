@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-LONG = os.environ.get("KAUN_FAULTS") == "long"
-RUNS, SECONDS = (20, 600) if LONG else (1, 240)
+SECONDS = 600
+SIGNALS = [signal.SIGKILL, signal.SIGINT]
+MORE = [*SIGNALS, signal.SIGTERM] + [signal.SIGKILL] * 7
+LONG = [pytest.param(seed, MORE, marks=pytest.mark.slow) for seed in range(20)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12 * 8
 
@@ -37,7 +39,7 @@ class Process:
         return self.output.read_text().splitlines() if self.output.exists() else []
 
     def until(self, step):
-        """Wait until it has told of this many steps, or is over."""
+        """Wait until it has printed this many steps, or has ended."""
         while self.process.poll() is None and len(self.lines()) - self.begun < step:
             time.sleep(0.002)
 
@@ -49,7 +51,8 @@ class Process:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """Compiled programs are kept from one process to the next: those of the suite, where it keeps them."""
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +71,23 @@ def content(text):
     ]
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, cache, uninterrupted, seed):
+def stopped_within_fit(folder, cache):
+    """A signal within fit saves the step in progress; the exit code."""
+    process = Process(folder, cache)
+    process.until(3)
+    code = process.send(signal.SIGTERM)
+    assert code == 143, process.output.read_text()
+    printed = int(process.lines()[-1])
+    saved = sorted(int(path.name[5:13]) for path in (folder / "checkpoints").glob("step-*"))
+    assert saved[-1] >= printed >= 3
+    return code
+
+
+@pytest.mark.parametrize(("seed", "signals"), [(0, SIGNALS), *LONG], ids=lambda value: str(value)[:2])
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, cache, uninterrupted, seed, signals):
     rand = random.Random(seed)
     whole, logs = uninterrupted
-    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT] + [signal.SIGKILL] * (6 if LONG else 0)
-    codes = []
+    codes = [(signal.SIGTERM, stopped_within_fit(tmp_path, cache))]
     for number in signals:
         process = Process(tmp_path, cache)
         process.until(rand.randint(0, STEPS // 3))
@@ -95,12 +109,3 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, c
     assert again.process.wait(SECONDS) == 0
     assert again.lines()[again.begun :] == [whole], "a finished run takes no step"
     print(f"seed {seed}: {len(codes)} signals, exit codes {[code for _, code in codes]}")
-
-
-def test_a_signal_within_fit_saves_the_step_in_progress(tmp_path, cache):
-    process = Process(tmp_path, cache)
-    process.until(3)
-    assert process.send(signal.SIGTERM) == 143, process.output.read_text()
-    told = int(process.lines()[-1])
-    saved = sorted(int(path.name[5:13]) for path in (tmp_path / "checkpoints").glob("step-*"))
-    assert saved[-1] >= told >= 3

@@ -237,7 +237,7 @@ def test_the_average_is_one_of_three(name):
 @pytest.mark.parametrize("num_classes", [None, 0, -2, 2.0, "2"])
 def test_class_ids_need_the_number_of_classes(name, num_classes):
     f, predicted, targets = getattr(metrics, name), np.array([0, 1]), np.array([0, 1])
-    message = rf"{name} of class ids expected the number of classes, received num_classes={num_classes!r}\. Write {name}\(predictions, targets, num_classes=10\), or pass scores"
+    message = rf"{name} of class indices expected the number of classes, received num_classes={num_classes!r}\. Write {name}\(predictions, targets, num_classes=10\), or pass scores"
     with pytest.raises(ValueError, match=message):
         f(predicted, targets, num_classes=num_classes)
     with pytest.raises(ValueError, match=message):
@@ -509,10 +509,10 @@ def test_evaluate_many_wants_the_same_names():
     items = [{"a": 1.0, "b": 2.0}, {"a": 1.0, "c": 2.0}]
     with pytest.raises(
         ValueError,
-        match=r"must return the same names for every item, at least one; received \['a', 'c'\] for item 1, and \['a', 'b'\] for the first",
+        match=r"must return the same names for every item, at least one; received \['a', 'c'\] for item 2, and \['a', 'b'\] for the first",
     ):
         metrics.evaluate_many(lambda item: item, items)
-    with pytest.raises(ValueError, match=r"at least one; received \[\] for item 0"):
+    with pytest.raises(ValueError, match=r"at least one; received \[\] for item 1"):
         metrics.evaluate_many(lambda item: {}, items)
 
 

@@ -1,50 +1,90 @@
-"""Sums that are exact, and values that are fetched some later."""
+"""Sums that are exact, and values that are read some items late."""
 
+import math
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun.metrics.sums import DelayedReader, ExactMean, is_real_scalar
+from kaun.metrics.sums import Counts, DelayedReader, ExactMean, Mean, MetricSums, Ratio, add_scalars, run_ahead
 
 
 @given(st.integers(2, 9), st.integers(0, 40), st.integers(0, 40))
 @settings(max_examples=60, deadline=None)
 def test_values_are_handed_on_once_in_order_and_never_more_than_a_window_wait(window, count, more):
     taken = []
-    lagging = DelayedReader(window, taken.extend)
+    reader = DelayedReader(window, taken.extend)
     for k in range(count):
-        lagging.push({"k": jnp.int32(k)})
+        reader.push({"k": jnp.int32(k)})
         assert window // 2 - 1 <= k + 1 - len(taken) < window or k + 1 < window
-    lagging.flush()
+    reader.flush()
     assert [int(t["k"]) for t in taken] == list(range(count))
-    lagging.flush()
+    reader.flush()
     assert len(taken) == count
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 100])
+def test_a_pass_computes_ahead_of_what_it_reads(count):
+    computed, taken = [], []
+
+    def compute(item, number):
+        computed.append(number)
+        assert len(computed) - len(taken) <= 16
+        return item, number
+
+    assert run_ahead("abcdefghij" * (count // 10) + "klmnop"[: count % 10], compute, taken.extend) == count
+    assert [number for _, number in taken] == computed == list(range(1, count + 1))
+
+
+def test_a_pass_that_fails_reads_nothing_more():
+    taken = []
+    with pytest.raises(ZeroDivisionError):
+        run_ahead([3, 2, 1, 0], lambda item, number: 1 / item, taken.extend)
+    assert taken == []
 
 
 @given(st.lists(st.tuples(st.floats(-1e30, 1e30), st.integers(1, 10**6)), min_size=1, max_size=50))
 @settings(max_examples=60, deadline=None)
 def test_a_total_is_the_exact_mean(pairs):
-    added, taken = ExactMean(16), ExactMean(16)
-    for pair in pairs:
-        added.add(*pair)
-        taken.take([pair])
+    together, alone = ExactMean(""), ExactMean("")
+    together.add(Ratio([value for value, _ in pairs], [count for _, count in pairs]))
+    for value, count in pairs:
+        alone.add(Ratio([value], [count]))
     expected = sum(Fraction(v) for v, _ in pairs) / sum(c for _, c in pairs)
-    assert added.mean("") == taken.mean("") == pytest.approx(float(expected), rel=1e-15, abs=1e-300)
-    assert added.added == len(pairs)
+    assert together.result() == alone.result() == pytest.approx(float(expected), rel=1e-15, abs=1e-300)
 
 
 def test_counts_of_nothing():
-    with pytest.raises(ValueError, match=r"^The counts add up to 0: there is nothing to average"):
-        ExactMean(4).mean("")
-    with pytest.raises(ValueError, match=r"^The counts of 'f1' add up to 0"):
-        ExactMean(4).mean("f1")
+    for name, text in (
+        ("", r"^The counts add up to 0: there is nothing to average"),
+        ("f1", r"^The counts of 'f1' add"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ExactMean(name).result()
 
 
-def test_what_is_a_real_scalar():
-    yes = [1, 2.0, True, np.float32(1), np.array(1), jnp.bfloat16(1), jnp.bool_(True), np.int8(3)]
-    no = [None, "1", 1j, [1.0], np.ones(1), jnp.ones((1, 1)), jnp.complex64(1), np.array("a")]
-    assert all(map(is_real_scalar, yes)) and not any(map(is_real_scalar, no))
+def test_sums_by_name():
+    sums = MetricSums()
+    sums.add("mean", Mean(np.float32([0.1, 0.5]), np.int32([3, 1])))
+    sums.add("mean", Ratio(np.float32([0.5]), np.int32([1])))
+    sums.add("counts", Counts({"a": np.ones((3, 2), np.int32), "b": np.float32([0.1, 0.1, 0.1])}))
+    sums.add("counts", Counts({"a": np.ones((1, 2), np.int32), "b": np.float32([0.1])}))
+    assert sums["mean"] == pytest.approx((3 * float(np.float32(0.1)) + 1) / 5, rel=1e-16)
+    assert sums["counts"]["a"].tolist() == [4, 4] and sums["counts"]["a"].dtype == np.int64
+    assert math.isclose(sums["counts"]["b"], 4 * float(np.float32(0.1)), rel_tol=1e-15)
+    with pytest.raises(
+        ValueError, match=r"(?s)metric 'counts': counts must have the same shapes .*\n  a: .*\n.*classes\."
+    ):
+        sums.add("counts", Counts({"a": np.ones((1, 3), np.int32), "b": np.float32([0.1])}))
+
+
+def test_scalars_are_read_in_one_call(monkeypatch):
+    calls, real = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: calls.append(len(x)) or real(x))
+    sums = MetricSums()
+    add_scalars(sums, [{"a": Ratio(jnp.float32(1), 1)}, {"a": Ratio(2, 1), "b": Ratio(jnp.bfloat16(3), jnp.int8(2))}])
+    assert calls == [2] and (sums["a"], sums["b"]) == (1.5, 1.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun._engine.inputs import StepInputs, is_host, is_number
+from kaun._kernels import aligned_empty
 from kaun.data import RowGather
 
-__all__ = ["BUFFERS", "BlockBuffer", "aligned", "capacity_of"]
+__all__ = ["BUFFERS", "BlockBuffer", "capacity_of"]
 
 # The stacked items of one dispatch: enough of small ones to hide what a dispatch costs, few enough to stay in a cache.
 _MOST_BYTES = 4 << 20
 _MOST_ITEMS = 128
 _LARGE = _MOST_BYTES // 4  # larger leaves are never stacked
-_ALIGNMENT = 64  # what XLA:CPU wants of memory that it reads in place; anything else it copies
 _FEW = 16
 # Dispatches that may still read their buffers: the newest two (``Loop`` waits for those before), and the next one.
 BUFFERS = 3
@@ -29,14 +28,6 @@ def capacity_of(call: StepInputs) -> int:
     """How many items of a call's kind one dispatch may hold."""
     size = sum(n for n in map(_bytes, call.leaves) if n <= _LARGE)
     return max(1, min(_MOST_ITEMS, _MOST_BYTES // max(size, 1)))
-
-
-def aligned(shape: Sequence[int], dtype: Any) -> np.ndarray[Any, Any]:
-    """An array, not filled, that XLA reads where it is."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 class _Column(Protocol):
@@ -72,7 +63,7 @@ class _Host:
         self.alone = capacity == 1
         dtype = jax.dtypes.canonicalize_dtype(value.dtype)
         self._same_dtype = dtype == value.dtype
-        self._buffers = [aligned((capacity, *value.shape), dtype) for _ in range(BUFFERS)]
+        self._buffers = [aligned_empty((capacity, *value.shape), dtype) for _ in range(BUFFERS)]
         self._turn = 0
         self._first: Any = None
 

@@ -3,6 +3,7 @@
 from kaun._kernels.conv import ConvConfig as ConvConfig
 from kaun._kernels.conv import convolve as convolve
 from kaun._kernels.matmul import matmul as matmul
+from kaun._kernels.memory import aligned_empty as aligned_empty
 from kaun._kernels.pool import larger as larger
 from kaun._kernels.pool import largest_in_windows as largest_in_windows
 from kaun._kernels.pool import taps as taps

@@ -57,7 +57,9 @@ def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, ja
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
         return scalar(returned, function), {}
     value, given = scalar(returned[0], function), dict(returned[1])
-    wrong = [name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not _is_scalar(v)]
+    wrong = [
+        name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not tree.is_real_scalar(v)
+    ]
     if wrong:
         name = wrong[0]
         why = "the name is kaun's own" if name in RESERVED else f"received {tree.describe(given[name])}"
@@ -66,12 +68,6 @@ def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, ja
             f"number or an array of shape (): jnp.mean(value). Names that are taken: {', '.join(sorted(RESERVED))}."
         )
     return value, {name: jnp.asarray(v).astype(jnp.float32) for name, v in sorted(given.items())}
-
-
-def _is_scalar(value: Any) -> bool:
-    if tree.is_array(value):
-        return value.shape == () and (jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.kind in "biu")
-    return isinstance(value, (bool, int, float))
 
 
 def trace_function(

@@ -16,8 +16,7 @@ from kaun._run.position import resume_from
 from kaun._run.report_state import unpack_snapshot
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
-from kaun.checkpoint import Directory
-from kaun.checkpoint.store import Saved, Store
+from kaun.checkpoint import Directory, Saved, Store
 from kaun.data import Chunk, known_length
 from kaun.state import TrainState
 

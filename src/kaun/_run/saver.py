@@ -17,8 +17,7 @@ from kaun._run.identity import refuse_difference
 from kaun._run.position import position
 from kaun._run.report_state import pack_snapshot
 from kaun._run.reports import ReportCaller
-from kaun.checkpoint import Directory
-from kaun.checkpoint.store import Saved, Store
+from kaun.checkpoint import Directory, Saved, Store
 from kaun.data import Chunk
 from kaun.state import TrainState
 

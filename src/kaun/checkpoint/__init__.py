@@ -1,6 +1,16 @@
 """Checkpoints: trees in single files, and directories of runs that can be killed at any moment."""
 
 from kaun.checkpoint.directory import Directory as Directory
+from kaun.checkpoint.disk import Disk as Disk
 from kaun.checkpoint.files import load as load
 from kaun.checkpoint.files import save as save
+from kaun.checkpoint.safetensors_header import read_safetensors as read_safetensors
+from kaun.checkpoint.store import Saved as Saved
+from kaun.checkpoint.store import Store as Store
 from kaun.errors import ResumeMismatch as ResumeMismatch
+
+__all__ = ["Directory", "ResumeMismatch", "load", "save"]  # what users reach; the rest is for the other packages
+
+
+def __dir__() -> list[str]:
+    return __all__

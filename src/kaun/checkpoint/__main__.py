@@ -1,4 +1,4 @@
-"""What is in a directory of checkpoints: ``python -m kaun.checkpoint verify|list|show PATH``."""
+"""Inspect a directory of checkpoints: ``python -m kaun.checkpoint verify|list|show PATH``."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from kaun.checkpoint import one
-from kaun.checkpoint.directory import Found, named_as_one, scan
+from kaun.checkpoint.directory import Found, parse_name, scan
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
+from kaun.tree import format_bytes
 
 __all__ = ["main"]
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Runs a command and gives the exit code: 0, or 1 where there is nothing or something is damaged."""
+    """Run a command, and return its exit code: 0, or 1 if there is no checkpoint or one is damaged."""
     parser = argparse.ArgumentParser(prog="python -m kaun.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in {
-        "verify": "read every byte of every checkpoint, and say which are as they were written",
-        "list": "steps, sizes and dates, without reading them",
-        "show": "the leaves of the newest checkpoint, or of the one at PATH",
+        "verify": "read every byte of every checkpoint, and report which ones are damaged",
+        "list": "print steps, sizes and dates, without reading the checkpoints",
+        "show": "print the leaves of the newest checkpoint, or of the one at PATH",
     }.items():
         commands.add_parser(name, help=help).add_argument("path", type=Path, metavar="PATH")
     options = parser.parse_args(given)
     disk, path = Disk(), options.path
-    single = named_as_one(path.absolute())
+    single = parse_name(path.absolute())
     found = [single] if single and path.is_dir() else scan(disk, path)
     if not found:
         print(f"no checkpoint in {str(path)!r}", file=sys.stderr)
@@ -42,7 +43,7 @@ def _verify(disk: Disk, found: list[Found]) -> int:
     for each in reversed(found):
         try:
             manifest = one.verify(disk, each.path, each.step)
-            print(f"{each.path.name}  sound    {_size(sum(record.size for record in manifest.files.values()))}")
+            print(f"{each.path.name}  sound    {format_bytes(sum(record.size for record in manifest.files.values()))}")
         except (one.Damaged, ResumeMismatch, OSError) as err:
             bad += 1
             print(f"{each.path.name}  DAMAGED  {_plain(err)}")
@@ -54,7 +55,7 @@ def _list(disk: Disk, found: list[Found]) -> int:
     for each in reversed(found):
         sizes = [(each.path / entry.name).lstat().st_size for entry in disk.entries(each.path) if entry.is_file]
         made = datetime.fromtimestamp(each.path.lstat().st_mtime).isoformat(" ", "seconds")
-        print(f"{each.path.name}  {_size(sum(sizes)):>10}  {made}")
+        print(f"{each.path.name}  {format_bytes(sum(sizes)):>10}  {made}")
     return 0
 
 
@@ -67,7 +68,7 @@ def _show(disk: Disk, found: list[Found]) -> int:
         return 1
     for name, places in files.items():
         print(f"{newest.path.name}/{name}")
-        rows = [(_plain(p.name), _leaf(p), _size(p.stop - p.start)) for p in sorted(places)]
+        rows = [(_plain(p.name), _leaf(p), format_bytes(p.stop - p.start)) for p in sorted(places)]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         for path, leaf, size in rows:
             print(f"  {path:{widths[0]}}  {leaf:{widths[1]}}  {size:>{widths[2]}}")
@@ -81,15 +82,8 @@ def _leaf(place: Any) -> str:
     return _plain(f"{place.dtype.name}{list(place.shape)}" + (f" ({place.kind})" if place.kind else ""))
 
 
-def _size(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"
-
-
 def _plain(text: object) -> str:
-    """Text of a file without what a terminal would obey."""
+    """Text from a file, with characters that a terminal would act on escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 

@@ -1,4 +1,4 @@
-"""Directory: where the checkpoints of one run are, how often they are made, and how many are kept."""
+"""Directory: where the checkpoints of one run are, how often they are written, and how many are kept."""
 
 from __future__ import annotations
 
@@ -16,41 +16,49 @@ from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
-__all__ = ["Directory", "Found", "all_damaged", "named_as_one", "of_other_leaves", "scan"]
+__all__ = ["Directory", "Found", "all_damaged", "of_other_leaves", "parse_name", "scan"]
 
 _RESUME = ("auto", "must", "never")
 _ACCEPT = ("data", "key", "program", "reports")
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,6}))?", re.ASCII)
 _CHILD = re.compile(r"\w(?:[\w .-]{0,98}\w)?")
 _OURS = re.compile(r"(step|damaged)-[0-9].*|lock", re.IGNORECASE)
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows has taken
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows reserves
 
 
 @dataclass(frozen=True, init=False)
 class Directory:
-    """A folder for the checkpoints of one run; give it to ``fit`` as ``checkpoints=``.
+    """A folder for the checkpoints of one run; pass it to ``fit`` as ``checkpoints=``.
 
-    Arguments:
-        path: the folder, made when it is first used. One run at a time may use it.
-        every: how often a checkpoint is made: steps (an int) or time (a timedelta). Default None: only at the end, and
-            when the run is interrupted.
+    Args:
+        path: the folder. It is made when it is first used. Only one run at a time may use it.
+        every: how often a checkpoint is written: a number of steps (int) or a time (timedelta). Default None: only at
+            the end, and when the run is interrupted.
         keep: how many of the newest checkpoints are kept, at least 1. Default 3.
-        resume: "auto" (default) goes on from the newest checkpoint, if there is one; "must" is an error if there is
-            none; "never" is an error if there is any, so that nothing is ever mixed or overwritten.
-        accept: names of differences past which a run may be resumed, with a warning: "data", "program", "key",
-            "reports". Default none: each is a ``ResumeMismatch``.
+        resume: ``"auto"`` (default) resumes from the newest checkpoint, if there is one; ``"must"`` raises if there is
+            none; ``"never"`` raises if there is one, so that nothing is ever mixed or overwritten.
+        accept: the kinds of differences with which a run may still be resumed, with a warning: ``"data"``,
+            ``"program"``, ``"key"``, ``"reports"``. Default none: each difference raises ``ResumeMismatch``.
+
+    Attributes:
+        path: the folder.
+        every: as the argument.
+        keep: as the argument.
+        resume: as the argument.
+        accept: as the argument, a frozenset.
 
     Raises:
-        TypeError: for an argument of another type.
+        TypeError: for an argument of the wrong type.
         ValueError: for an argument out of range.
 
-    >>> from datetime import timedelta
-    >>> from kaun import checkpoint
-    >>> runs = checkpoint.Directory("runs/digits", every=timedelta(minutes=10))
-    >>> runs.child("finetune").path.name
-    'finetune'
-    >>> runs.steps()
-    []
+    Examples:
+        >>> from datetime import timedelta
+        >>> from kaun import checkpoint
+        >>> runs = checkpoint.Directory("runs/digits", every=timedelta(minutes=10))
+        >>> runs.child("finetune").path.name
+        'finetune'
+        >>> runs.steps()
+        []
     """
 
     path: Path
@@ -79,15 +87,19 @@ class Directory:
             object.__setattr__(self, name, value)
 
     def child(self, name: str) -> Directory:
-        """A directory for another run, with the same settings, in a folder of this one.
+        """Return a directory for another run, with the same settings, in a folder inside this one.
+
+        Args:
+            name: the folder's name: at most 100 letters, digits, and `` _-.`` between them.
 
         Raises:
-            TypeError: when the name is no str.
-            ValueError: when it is not one plain name of at most 100 letters, digits, and `` _-.`` between them.
+            TypeError: when the name is not a str.
+            ValueError: when it is not such a name.
 
-        >>> from kaun import checkpoint
-        >>> checkpoint.Directory("runs", keep=5).child("second").keep
-        5
+        Examples:
+            >>> from kaun import checkpoint
+            >>> checkpoint.Directory("runs", keep=5).child("second").keep
+            5
         """
         if not isinstance(cast("object", name), str):
             raise TypeError(
@@ -95,18 +107,21 @@ class Directory:
             )
         if not _CHILD.fullmatch(name) or _OURS.fullmatch(name) or _DEVICES.fullmatch(name):
             raise ValueError(
-                f"Directory.child: {name!r:.120} is not a name for a folder: letters, digits, and ' _-.' between them, "
-                "at most 100, and none that kaun uses itself (step-1, lock). For a folder in a folder: "
-                "child('a').child('b')."
+                f"Directory.child: {name!r:.120} is not a name for a folder. A name has at most 100 letters, digits, "
+                "and ' _-.' between them, and is not one that kaun uses itself (step-1, lock). For a folder in a "
+                "folder write child('a').child('b')."
             )
         return Directory(self.path / name, every=self.every, keep=self.keep, resume=self.resume, accept=self.accept)
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint that verifies, ascending. Every byte of them is read for that.
+        """Return the steps that have an undamaged checkpoint, in ascending order.
 
-        >>> from kaun import checkpoint
-        >>> checkpoint.Directory("runs/of/tomorrow").steps()
-        []
+        Every byte of every checkpoint is read and verified for this.
+
+        Examples:
+            >>> from kaun import checkpoint
+            >>> checkpoint.Directory("runs/of/tomorrow").steps()
+            []
         """
         disk = Disk()
         sound: set[int] = set()
@@ -119,32 +134,35 @@ class Directory:
         return sorted(sound)
 
     def load(self, like: TrainState, step: int | None = None) -> TrainState:
-        """The state of a checkpoint: for ``predict`` after training, say. A run may be going on in the directory.
+        """Return the state of a checkpoint, for example for ``predict`` after training.
 
-        Arguments:
-            like: a state of the structure, shapes and dtypes to load: ``trainer.init()``. Its values are not looked at;
-                see ``checkpoint.load``.
-            step: the step of the checkpoint. Default: the newest that verifies, with a warning about a newer one that
-                does not.
+        A run may be writing to the directory meanwhile.
+
+        Args:
+            like: a state of the structure, shapes and dtypes to load, for example ``trainer.init()``. Its values do not
+                matter; see ``checkpoint.load``.
+            step: the step of the checkpoint. Default None: the newest undamaged one, with a warning if a newer one is
+                damaged.
 
         Raises:
             FileNotFoundError: when there is no checkpoint, or none of that step.
-            ValueError: when every one is damaged, or the one of that step; each is listed.
+            ValueError: when all checkpoints are damaged, or the one of that step is; each is listed.
             ResumeMismatch: when the state has other leaves, shapes or dtypes than ``like``.
 
-        >>> import tempfile, jax.numpy as jnp, optax, kaun
-        >>> from kaun import checkpoint, layers, rng
-        >>> with rng.scope(0):
-        ...     state = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1)).init(dtype=jnp.float32)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     checkpoint.Directory(folder).load(state)
-        Traceback (most recent call last):
-        FileNotFoundError: there is no checkpoint in ...
+        Examples:
+            >>> import tempfile, jax.numpy as jnp, optax, kaun
+            >>> from kaun import checkpoint, layers, rng
+            >>> with rng.scope(0):
+            ...     state = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1)).init(dtype=jnp.float32)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     checkpoint.Directory(folder).load(state)
+            Traceback (most recent call last):
+            FileNotFoundError: there is no checkpoint in ...
         """
         disk = Disk()
         bad: list[str] = []
         seen: set[str] = set()
-        # Again and again, because a run may delete what was listed: then there is a newer one.
+        # Listed again after each attempt: a run may delete a checkpoint that was listed, and then there is a newer one.
         while todo := [f for f in scan(disk, self.path) if f.path.name not in seen and step in (None, f.step)]:
             found = todo[0]
             seen.add(found.path.name)
@@ -158,7 +176,7 @@ class Directory:
                 raise of_other_leaves(self, found, err) from None
             if bad:
                 warn(
-                    f"{str(self.path)!r}: loaded step {found.step}, because what is newer is damaged:\n  "
+                    f"{str(self.path)!r}: loaded step {found.step}, because newer checkpoints are damaged:\n  "
                     + "\n  ".join(bad),
                 )
             return state
@@ -173,11 +191,13 @@ class Directory:
                 f"there is no checkpoint in {str(self.path)!r}. Train with fit(..., checkpoints=...) first, or look "
                 "for the right folder."
             )
-        return FileNotFoundError(f"there is no checkpoint of step {step} in {str(self.path)!r}. There is {steps}.")
+        return FileNotFoundError(
+            f"there is no checkpoint of step {step} in {str(self.path)!r}. The steps that there are: {steps}."
+        )
 
 
 class Found(NamedTuple):
-    """A folder that is named as a checkpoint is. Of two of one step the one of the higher edition is the newer."""
+    """A folder with a checkpoint's name. Of two folders of one step, the one with the higher edition is newer."""
 
     step: int
     edition: int
@@ -185,38 +205,39 @@ class Found(NamedTuple):
 
 
 def scan(disk: Disk, path: Path) -> list[Found]:
-    """What is named as a checkpoint in a folder, the newest first; whether it is one is not looked at."""
+    """The folders with a checkpoint's name, the newest first; what is in them is not read."""
     try:
         entries = disk.entries(path)
     except FileNotFoundError:
         return []
-    named = [named_as_one(path / entry.name) for entry in entries if not entry.is_file]
+    named = [parse_name(path / entry.name) for entry in entries if not entry.is_file]
     return sorted(filter(None, named), reverse=True)
 
 
-def named_as_one(path: Path) -> Found | None:
-    """What a path's last name says of a checkpoint; None where it is not the name of one."""
+def parse_name(path: Path) -> Found | None:
+    """The step and edition in the last name of a path, None if it is not a checkpoint's name."""
     match = _STEP.fullmatch(path.name)
     return Found(int(match[1]), int(match[2] or 0), path) if match else None
 
 
 def all_damaged(directory: Directory, bad: list[str]) -> ValueError:
-    """The error when nothing is left to load."""
+    """The error when every checkpoint is damaged."""
     listed = "\n  ".join(bad)
     return ValueError(
-        f"no checkpoint in {str(directory.path)!r} is as it was written:\n  {listed}\n"
-        "Bring back a copy of one of them, or start anew in a directory of its own: "
+        f"no checkpoint in {str(directory.path)!r} is undamaged:\n  {listed}\n"
+        "Restore one of them from a copy, or start again in another directory: "
         f"checkpoint.Directory({str(directory.path)!r}).child('again')."
     )
 
 
 def of_other_leaves(directory: Directory, found: Found, listing: ResumeMismatch) -> ResumeMismatch:
-    """The error when a checkpoint is sound and is not what the template is."""
+    """The error when a checkpoint is undamaged, and does not match the template."""
     if not str(listing).startswith("\n"):
         return ResumeMismatch(f"{str(found.path)!r}: {listing}")
     return ResumeMismatch(
-        f"the checkpoint of step {found.step} in {str(directory.path)!r} is of a state with other leaves:{listing}\n"
-        "Make the model and the optimizer as they were in that run, or start another run in a directory of its own: "
+        f"the checkpoint of step {found.step} in {str(directory.path)!r} does not match the state that was "
+        f"passed:{listing}\n"
+        "Make the model and the optimizer as they were in that run, or start another run in another directory: "
         f"checkpoint.Directory({str(directory.path)!r}).child('second')."
     )
 
@@ -232,7 +253,9 @@ def _every(every: object) -> object:
         return None
     if isinstance(every, timedelta):
         if every <= timedelta(0):
-            raise ValueError(f"checkpoint.Directory: every={every!r} is no time at all. Write timedelta(minutes=10).")
+            raise ValueError(
+                f"checkpoint.Directory: every={every!r} is not a positive time. Write every=timedelta(minutes=10)."
+            )
     elif isinstance(every, bool) or not isinstance(every, int):
         raise TypeError(
             f"checkpoint.Directory: every expected a number of steps or a datetime.timedelta, received {every!r:.40}. "
@@ -249,13 +272,15 @@ def _keep(keep: object) -> int:
     if isinstance(keep, bool) or not isinstance(keep, int):
         raise TypeError(f"checkpoint.Directory: keep expected an int, received {keep!r:.40}. Write keep=3.")
     if keep < 1:
-        raise ValueError(f"checkpoint.Directory: keep={keep}, and the newest checkpoint is always kept. Write keep=1.")
+        raise ValueError(
+            f"checkpoint.Directory: keep={keep} is less than 1, and the newest checkpoint is always kept. Write keep=1."
+        )
     return keep
 
 
 def _resume(resume: object) -> object:
     if resume not in _RESUME:
-        raise ValueError(f"checkpoint.Directory: resume={resume!r:.40} is none of 'auto', 'must', 'never'.")
+        raise ValueError(f"checkpoint.Directory: resume expected 'auto', 'must' or 'never', received {resume!r:.40}.")
     return resume
 
 
@@ -268,5 +293,5 @@ def _accept(accept: object) -> frozenset[str]:
     unknown = [name for name in names if name not in _ACCEPT]
     if unknown:
         known = ", ".join(map(repr, _ACCEPT))
-        raise ValueError(f"checkpoint.Directory: accept has {unknown[0]!r:.40}, which is none of {known}.")
+        raise ValueError(f"checkpoint.Directory: accept expected names among {known}, received {unknown[0]!r:.40}.")
     return names

@@ -1,4 +1,4 @@
-"""Disk: every operation on files that a checkpoint is made of, so that a test can stop, fail or forget any of them."""
+"""Disk: every file operation that checkpoints need, in one class, so that tests can stop or fail any of them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from typing import NamedTuple
 
 __all__ = ["Disk", "Entry"]
 
-# No link is followed, no pipe waited for, and no child process inherits the file.
+# Links are not followed, and child processes do not inherit the file.
 _PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _PIECE = 16 << 20
 
 
 class Entry(NamedTuple):
-    """A name in a folder. A link is neither a folder nor a file, wherever it leads."""
+    """A name in a folder.
+
+    Attributes:
+        name: the name.
+        is_folder: whether it is a folder; False for a link.
+        is_file: whether it is a plain file; False for a link.
+    """
 
     name: str
     is_folder: bool
@@ -24,39 +30,39 @@ class Entry(NamedTuple):
 
 
 class Disk:
-    """Operations on the real disk. Files are file descriptors. Each may raise OSError."""
+    """Operations on the real disk. Files are given by their descriptors. Each operation may raise OSError."""
 
     def make_folder(self, path: Path) -> None:
-        """Makes a folder that was not there."""
+        """Make a folder; FileExistsError if there is one."""
         path.mkdir()
 
     def create(self, path: Path) -> int:
-        """Opens for writing a file that was not there."""
+        """Make a file and open it for writing; FileExistsError if there is one."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
 
     def write(self, file: int, data: memoryview) -> None:
-        """Writes all of the bytes."""
+        """Write all of the bytes."""
         while data:
             data = data[os.write(file, data[:_PIECE]) :]
 
     def sync(self, file: int) -> None:
-        """Comes back when the file's bytes are on the disk, safe from a loss of power."""
+        """Wait until the file's bytes are on the disk, so that they survive a loss of power."""
         try:
             import fcntl
 
-            # On a Mac fsync leaves them in the drive's own memory.
+            # On macOS fsync may leave the bytes in the cache of the drive.
             fcntl.fcntl(file, fcntl.F_FULLFSYNC)
         except (ImportError, AttributeError, OSError):
             os.fsync(file)
 
     def close(self, file: int) -> None:
-        """Closes a file."""
+        """Close a file."""
         os.close(file)
 
     def sync_folder(self, path: Path) -> None:
-        """Comes back when the names in a folder are on the disk: a new or moved file is lost without its name."""
+        """Wait until the names in a folder are on the disk; a new or renamed file is lost if its name is not."""
         if os.name == "nt":
-            return  # which does this by itself, and cannot open a folder
+            return  # Windows does this by itself, and cannot open a folder
         folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -64,29 +70,29 @@ class Disk:
             os.close(folder)
 
     def rename(self, path: Path, to: Path) -> None:
-        """Moves a folder to a name that was not there."""
+        """Move a folder to a new name."""
         path.rename(to)
 
     def remove(self, path: Path) -> None:
-        """Removes a file, or a link itself."""
+        """Remove a file; of a link, the link."""
         path.unlink()
 
     def remove_folder(self, path: Path) -> None:
-        """Removes an empty folder."""
+        """Remove an empty folder."""
         path.rmdir()
 
     def entries(self, path: Path) -> list[Entry]:
-        """What is in a folder, sorted by name."""
+        """The names in a folder, sorted."""
         with os.scandir(path) as found:
             return sorted(
                 Entry(e.name, e.is_dir(follow_symlinks=False), e.is_file(follow_symlinks=False)) for e in found
             )
 
     def open(self, path: Path) -> tuple[int, int]:
-        """Opens a plain file for reading: its descriptor, and its size in bytes.
+        """Open a plain file for reading, and return its descriptor and its size in bytes.
 
         Raises:
-            OSError: also for a link, a folder, a pipe or a device in its place.
+            OSError: when it cannot be opened, or is a link, a folder, a pipe or a device.
         """
         file = os.open(path, os.O_RDONLY | _PLAIN | getattr(os, "O_NONBLOCK", 0))
         try:
@@ -99,7 +105,7 @@ class Disk:
         return file, about.st_size
 
     def read(self, file: int, into: memoryview) -> int:
-        """Fills the memory from where the file stands; fewer bytes than asked for only where the file ends."""
+        """Read the next bytes into memory, and return how many; fewer than asked for only at the end of the file."""
         got = 0
         while got < len(into):
             piece = into[got : got + _PIECE]
@@ -113,5 +119,5 @@ class Disk:
         return got
 
     def free(self, path: Path) -> int:
-        """How many bytes may still be written into a folder."""
+        """How many bytes are free for a folder."""
         return shutil.disk_usage(path).free

@@ -1,4 +1,4 @@
-"""Lock: one run at a time in a directory, held by the operating system for as long as the process lives."""
+"""Lock: one run at a time in a directory. The operating system releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ NAME = "lock"
 _LARGEST = 4096
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _guard = threading.Lock()
-# By the lock's file: where locks belong to processes (on network file systems), the system would give one twice.
+# The locks of this process by file: on network file systems locks belong to processes, and the system would grant a
+# second one to the same process.
 _held: dict[tuple[int, int], int] = {}
 
 
 class Locked(RuntimeError):
-    """Another run holds the directory; the message says which."""
+    """Another run uses the directory; the message says which."""
 
 
 class Lock:
-    """The lock of a folder, taken when this is made.
+    """The lock of a folder, taken by the constructor.
 
-    The file stays when the lock is let go: to remove it would let two others hold one lock each.
+    The file stays when the lock is released: if it were removed, two other processes could each hold a lock of a file
+    of that name.
+
+    Args:
+        folder: the folder; the lock is a file in it.
 
     Raises:
-        Locked: when another process, or another user in this one, holds it.
+        Locked: when another process, or another run of this process, holds the lock.
         OSError: when the file cannot be made.
     """
 
@@ -48,23 +53,23 @@ class Lock:
                 if self._id in _held:
                     raise Locked("by another fit of this process")
                 if not _take(file):
-                    raise Locked(_who(file))
+                    raise Locked(_owner(file))
                 _held[self._id] = file
         except BaseException:
             os.close(file)
             raise
         self._file = file
-        self._sign(file)
+        self._write_owner(file)
 
-    def _sign(self, file: int) -> None:
+    def _write_owner(self, file: int) -> None:
         now = datetime.now().astimezone().isoformat(" ", "seconds")
         about = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, without a name on it
+        with contextlib.suppress(OSError):  # on a full disk the lock works without this text
             os.ftruncate(file, 0)
             os.write(file, json.dumps(about).encode())
 
     def release(self) -> None:
-        """Lets go of the lock; a second time does nothing."""
+        """Release the lock; the second call does nothing."""
         with _guard:
             if _held.get(self._id) != self._file or self._released:
                 return
@@ -73,12 +78,12 @@ class Lock:
 
 
 def _take(file: int) -> bool:
-    """Whether the lock was free, and is held now."""
+    """Take the lock if it is free, and return whether it was."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(file, 1 << 30, os.SEEK_SET)  # far behind the text, which others may read
+            os.lseek(file, 1 << 30, os.SEEK_SET)  # far behind the text, which other processes may read
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
             os.lseek(file, 0, os.SEEK_SET)
         else:
@@ -89,14 +94,14 @@ def _take(file: int) -> bool:
         return False
     except OSError as err:
         warn(
-            f"the file system of a checkpoint directory cannot lock files ({err.strerror}), so kaun cannot see whether "
-            "another run writes there. Make sure that none does.",
+            f"the file system of a checkpoint directory cannot lock files ({err.strerror}), so kaun cannot detect "
+            "whether another run writes there. Make sure that none does.",
         )
     return True
 
 
-def _who(file: int) -> str:
-    """Who signed the lock, in words; what is in the file may be anything."""
+def _owner(file: int) -> str:
+    """Who holds the lock, in words; the content of the file is not trusted."""
     try:
         found = strict_json.loads(os.read(file, _LARGEST), _LARGEST)
         return f"by process {int(found['process'])} on {str(found['host'])!r} since {str(found['since'])!r}"
@@ -105,7 +110,7 @@ def _who(file: int) -> str:
 
 
 def _forget() -> None:
-    """A forked child must not hold its parent's locks when that is killed."""
+    """Close the locks in a forked child, which would otherwise hold them after its parent is killed."""
     for file in _held.values():
         with contextlib.suppress(OSError):
             os.close(file)

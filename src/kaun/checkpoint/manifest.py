@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: which files there are, with their sums, and all that is not an array, with its own."""
+"""The manifest of a checkpoint: its files with their checksums, all that is not an array, and its own checksum."""
 
 from __future__ import annotations
 
@@ -12,36 +12,43 @@ from kaun.checkpoint import strict_json
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
 
-__all__ = ["FILES", "VERSION", "Manifest", "Record", "read", "sealed"]
+__all__ = ["FILES", "VERSION", "FileDigest", "Manifest", "read", "sealed"]
 
 VERSION = 1
-FILES = ("state.safetensors", "reports.safetensors")  # the second only where there are arrays
+FILES = ("state.safetensors", "reports.safetensors")  # the second only if reports keep arrays
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _END = b'"}\n'
 
 
-class Record(NamedTuple):
-    """What a manifest says about a file."""
+class FileDigest(NamedTuple):
+    """The size of a file in bytes, and its SHA-256."""
 
     size: int
     sha256: str
 
 
 class Manifest(NamedTuple):
-    """What a manifest says."""
+    """What a manifest says.
+
+    Attributes:
+        step: the run's step.
+        files: the files of the checkpoint, by name.
+        reports: what reports keep and is not an array, by name.
+        facts: by what the run is recognized, by name.
+    """
 
     step: int
-    files: dict[str, Record]
+    files: dict[str, FileDigest]
     reports: dict[str, Any]
     facts: dict[str, Any]
 
 
-def sealed(step: int, files: Mapping[str, Record], text: str) -> bytes:
-    """A manifest's bytes.
+def sealed(step: int, files: Mapping[str, FileDigest], text: str) -> bytes:
+    """The bytes of a manifest.
 
-    Arguments:
+    Args:
         step: the run's step.
-        files: what was written, by name.
+        files: the files that were written, by name.
         text: the entries of ``reports`` and ``facts``, as JSON without the braces around them.
     """
     records = {name: record._asdict() for name, record in files.items()}
@@ -51,10 +58,10 @@ def sealed(step: int, files: Mapping[str, Record], text: str) -> bytes:
 
 
 def read(disk: Disk, path: Path, step: int) -> Manifest:
-    """What the manifest at a path says, whose every byte is as it was written.
+    """Read a manifest, and check that every byte is as it was written.
 
     Raises:
-        ValueError: when it is not, or is of another step.
+        ValueError: when a byte differs, or the manifest is of another step.
         ResumeMismatch: when a newer kaun wrote it.
     """
     file, size = disk.open(path)
@@ -69,9 +76,9 @@ def read(disk: Disk, path: Path, step: int) -> Manifest:
     at = len(raw) - 64 - len(_END)
     start, digest, end = bytes(raw[:at]), bytes(raw[at : at + 64]), bytes(raw[at + 64 :])
     if at < 0 or not start.endswith(b'"sha256":"') or end != _END:
-        raise ValueError("it does not end as a manifest does")
+        raise ValueError("it does not end like a manifest")
     if hashlib.sha256(start).hexdigest().encode() != digest:
-        raise ValueError("its text is not what was written, the SHA-256 at its end is of another")
+        raise ValueError("its text is not what was written: its SHA-256 differs from the one at its end")
     found = _checked(strict_json.loads(bytes(raw)))
     if found.step != step:
         raise ValueError(f"it is of step {found.step}, in a folder of step {step}")
@@ -92,8 +99,8 @@ def _checked(found: Any) -> Manifest:
     if not (isinstance(records, dict) and isinstance(reports, dict) and isinstance(facts, dict)):
         raise ValueError("its entries are not those of a manifest")
     if FILES[0] not in records or not records.keys() <= set(FILES) or not all(map(_is_record, records.values())):
-        raise ValueError("what it says of the files is not what a manifest says")
-    return Manifest(found["step"], {name: Record(**record) for name, record in records.items()}, reports, facts)
+        raise ValueError("its entries of files are not those of a manifest")
+    return Manifest(found["step"], {name: FileDigest(**record) for name, record in records.items()}, reports, facts)
 
 
 def _is_record(record: Any) -> bool:

@@ -1,20 +1,46 @@
-"""The layout of a safetensors file: the header that says where each array is, read with every claim checked."""
+"""The safetensors format: the header that says where each array is, written and read, and the arrays behind it.
+
+A header is never trusted: ``parse`` checks that its entries describe exactly the bytes that follow it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from kaun._kernels import aligned_empty
 from kaun.checkpoint import strict_json
 
-__all__ = ["DTYPES", "LARGEST", "Place", "header", "in_order", "parse"]
+__all__ = [
+    "DTYPES",
+    "LARGEST",
+    "Place",
+    "Short",
+    "Take",
+    "header",
+    "in_order",
+    "parse",
+    "read_array",
+    "read_places",
+    "read_safetensors",
+    "taker",
+]
 
-# In the format's own order: files begin with the arrays of the widest, so that each is aligned.
+Take = Callable[[memoryview], None]
+"""Fills the memory with the next bytes of a file, and raises ``Short`` if the file has fewer."""
+
+
+class Short(ValueError):
+    """A file has fewer bytes than it had when it was opened."""
+
+
+# In the order of the format's own library: the widest dtypes come first, so that each array is aligned.
 DTYPES: dict[str, np.dtype[Any]] = {
     code: np.dtype(dtype)
     for code, dtype in {
@@ -37,13 +63,23 @@ DTYPES: dict[str, np.dtype[Any]] = {
         "BOOL": np.bool_,
     }.items()
 }
-LARGEST = 100_000_000  # bytes of a header: the format's own limit
+LARGEST = 100_000_000  # bytes of a header: the limit of the format's own library
+_LARGEST_NUMBER = 2**48  # of a length or a place; NumPy cannot make an array of a longer axis
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {code: rank for rank, code in enumerate(DTYPES)}
 
 
 class Place(NamedTuple):
-    """Where an array of a file is, counted from the end of the header, and what kind of leaf it was if not an array."""
+    """Where an array of a file is.
+
+    Attributes:
+        name: the array's name.
+        dtype: its dtype.
+        shape: its shape.
+        start: where its bytes begin, counted from the end of the header.
+        stop: where they end.
+        kind: what kind of leaf was saved as this array; None for an array.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -55,12 +91,19 @@ class Place(NamedTuple):
 
 def in_order(arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[str]:
     """The names of arrays in the order in which a file holds them."""
-    # Rust, which the format's own library is written in, orders strings by their bytes.
+    # The format's own library, written in Rust, orders strings by their bytes.
     return sorted(arrays, key=lambda name: (_RANKS[_CODES[arrays[name].dtype]], name.encode()))
 
 
 def header(arrays: Mapping[str, np.ndarray[Any, Any]], kinds: Mapping[str, str]) -> bytes:
-    """All that comes before the arrays' bytes, as ``checkpoint.save`` has it written by safetensors' own library."""
+    """All that comes before the arrays' bytes; the same bytes as the format's own library writes.
+
+    Args:
+        arrays: the arrays by name.
+        kinds: for each leaf that is not an array, what kind of leaf it is.
+    """
+    # One entry of metadata: the format's own library writes several in an arbitrary order, and equal trees should give
+    # equal files.
     entries: dict[str, Any] = {"__metadata__": {"kaun": json.dumps(dict(kinds))}}
     start = 0
     for name in in_order(arrays):
@@ -76,58 +119,125 @@ def header(arrays: Mapping[str, np.ndarray[Any, Any]], kinds: Mapping[str, str])
     return len(text).to_bytes(8, "little") + text
 
 
+def taker(file: BinaryIO) -> tuple[Take, int]:
+    """A function that reads the next bytes of an open file, and the size of the file."""
+
+    def take(into: memoryview) -> None:
+        if file.readinto(into) < len(into):  # pyright: ignore[reportAttributeAccessIssue]
+            raise Short("it ends early")
+
+    return take, os.fstat(file.fileno()).st_size
+
+
+def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray[Any, Any]]:
+    """All arrays of an open file by name, each in its own memory.
+
+    Raises:
+        ValueError: when the file is damaged or is not a safetensors file; the message says where.
+    """
+    take, size = taker(file)
+    return {place.name: read_array(take, place) for place in read_places(take, size)}
+
+
+def read_places(take: Take, size: int) -> list[Place]:
+    """The arrays that a file's header names, in the order of the file; the header must be the first thing read.
+
+    Args:
+        take: reads the next bytes of the file.
+        size: how many bytes the file has.
+
+    Raises:
+        ValueError: as ``parse``, and when the header does not fit into the file.
+    """
+    length = bytearray(min(8, size))
+    take(memoryview(length))
+    claimed = int.from_bytes(length, "little")
+    if size < 8 or claimed > min(size - 8, LARGEST):
+        raise ValueError(f"it has {size} bytes, and its header would need {8 + claimed}")
+    text = bytearray(claimed)
+    take(memoryview(text))
+    return parse(bytes(text), size - 8 - claimed)
+
+
+def read_array(take: Take, place: Place) -> np.ndarray[Any, Any]:
+    """The next array of a file, in its own memory."""
+    raw = aligned_empty((place.stop - place.start,), np.uint8)
+    try:
+        take(raw.data)
+    except Short:
+        raise Short(f"it ends within {_short(place.name)}") from None
+    return raw.view(place.dtype).reshape(place.shape)
+
+
 def parse(text: bytes, size: int) -> list[Place]:
     """The arrays that a header names, in the order of the file.
 
-    Arguments:
+    Args:
         text: the header, without its length in front.
         size: how many bytes follow it.
 
     Raises:
         ValueError: unless the arrays are exactly what follows, one after the other without gaps, each as long as its
-            shape and dtype say. So no claim asks for more memory than the file has bytes.
+            shape and dtype say. Therefore no header can ask for more memory than the file has bytes.
     """
-    entries = strict_json.loads(text, LARGEST)
-    if not isinstance(entries, dict):
-        raise ValueError("its header is not an object")
-    metadata = entries.pop("__metadata__", {})
-    kinds = _kinds(metadata)
-    places = sorted((_place(name, entry, kinds.pop(name, None)) for name, entry in entries.items()), key=_position)
+    entries = _loads(text, "its header")
+    kinds = _kinds(entries.pop("__metadata__", None))
+    places = [_place(name, entry, kinds.pop(name, None)) for name, entry in entries.items()]
     if kinds:
         raise ValueError(f"it describes leaves that it does not hold, {sorted(kinds)[:5]}")
+    places.sort(key=lambda place: (place.start, place.stop))
     at = 0
     for place in places:
-        if place.start != at or place.stop - at != math.prod(place.shape) * place.dtype.itemsize:
-            raise ValueError(f"the place of {place.name[:80]!r} does not fit its shape, or what is beside it")
+        if place.start != at:
+            raise ValueError(f"{_short(place.name)} begins at byte {place.start} of the arrays, and {at} comes next")
         at = place.stop
     if at != size:
-        raise ValueError(f"its arrays take {at} bytes, and it has {size}")
+        raise ValueError(f"its arrays need {at} bytes, and it has {size} for them")
     return places
 
 
-def _position(place: Place) -> tuple[int, int]:
-    return place.start, place.stop
-
-
 def _kinds(metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("kaun", "{}"), str):
-        raise ValueError("the metadata of its header is not what kaun writes")
-    kinds = strict_json.loads(metadata.get("kaun", "{}").encode(), LARGEST)
-    if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
-        raise ValueError("the metadata of its header is not what kaun writes")
+    """The kinds of the leaves that are not arrays, by name. Other programs write none, and metadata of their own."""
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"'__metadata__' must be a JSON object of strings, and is {_short(metadata)}")
+    kinds = _loads(metadata.get("kaun", "{}").encode(), "kaun's entry in '__metadata__'")
+    if not all(isinstance(kind, str) for kind in kinds.values()):
+        raise ValueError(f"kaun's entry in '__metadata__' must hold strings, and is {_short(kinds)}")
     return kinds
+
+
+def _loads(text: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = strict_json.loads(text, LARGEST)
+    except ValueError as err:
+        raise ValueError(f"{what} is not valid JSON: {err}") from err
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a JSON object, and is {_short(value)}")
+    return value
 
 
 def _place(name: str, entry: Any, kind: str | None) -> Place:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"the header's entry of {name[:80]!r} is not what the format says")
+        expected = "a JSON object of dtype, shape and data_offsets"
+        raise ValueError(f"{_short(name)} must be {expected} in its header, and is {_short(entry)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"{name[:80]!r} is of dtype {code!r:.40}, which kaun does not read")
+        raise ValueError(f"{_short(name)} is of dtype {_short(code)}; kaun reads {', '.join(DTYPES)}")
     if not (_whole(shape) and len(shape) <= 64 and _whole(offsets) and len(offsets) == 2):
-        raise ValueError(f"the header's shape or place of {name[:80]!r} is not a list of whole numbers")
-    return Place(name, DTYPES[code], tuple(shape), offsets[0], offsets[1], kind)
+        raise ValueError(f"{_short(name)} has the shape {_short(shape)} and the data_offsets {_short(offsets)}")
+    (start, stop), dtype = offsets, DTYPES[code]
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{_short(name)} is {dtype.name}{_short(shape)} and has {stop - start} bytes")
+    return Place(name, dtype, tuple(shape), start, stop, kind)
 
 
 def _whole(numbers: Any) -> bool:
-    return type(numbers) is list and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    return type(numbers) is list and all(type(n) is int and 0 <= n < _LARGEST_NUMBER for n in numbers)
+
+
+def _short(value: object) -> str:
+    """A value of a file in an error, where it must not fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

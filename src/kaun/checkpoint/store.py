@@ -1,4 +1,4 @@
-"""Store: what a run does with its Directory. It is held open while the run lasts."""
+"""Store: an open Directory, in which a run finds and saves its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kaun.checkpoint.lock import Lock, Locked
 from kaun.checkpoint.one import Saved
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
-from kaun.tree import flatten
+from kaun.tree import flatten, format_bytes
 
 __all__ = ["Saved", "Store"]
 
@@ -28,22 +28,22 @@ _PROBE = memoryview(bytes(1 << 16))
 
 
 class Store:
-    """A Directory in use: locked, known to be writable, one save in flight at most. Open one with ``Store.open``."""
+    """A Directory in use: locked, writable, with at most one save in progress. Open one with ``Store.open``."""
 
     def __init__(self, directory: Directory, disk: Disk, lock: Lock) -> None:
         self._directory, self._disk, self._lock = directory, disk, lock
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
-        self._remarks: list[str] = []
+        self._warnings: list[str] = []
 
     @classmethod
     def open(cls, directory: Directory, disk: Disk | None = None) -> Store:
-        """Makes the folder, locks it, removes what killed saves left behind, and tries that files can be written.
+        """Make the folder, lock it, remove what interrupted saves left behind, and check that files can be written.
 
         Raises:
-            FileNotFoundError: for resume="must" without a checkpoint.
-            FileExistsError: for resume="never" with one.
-            RuntimeError: when another run holds the directory.
+            FileNotFoundError: for ``resume="must"`` without a checkpoint.
+            FileExistsError: for ``resume="never"`` with one.
+            RuntimeError: when another run uses the directory.
             OSError: when nothing can be written there; the message says what to do.
         """
         disk = disk or Disk()
@@ -68,12 +68,13 @@ class Store:
         self.close()
 
     def newest(self, like: TrainState) -> Saved | None:
-        """The newest checkpoint that verifies; None where there is none at all.
+        """Return the newest undamaged checkpoint, None if there is no checkpoint at all.
 
-        Damaged ones that are newer are moved aside, with a warning. Room for one more is looked for, too.
+        Damaged checkpoints that are newer are renamed, with a warning. It is also checked that the disk has space for
+        one more checkpoint.
 
         Raises:
-            ResumeMismatch: when it is sound and has other leaves, shapes or dtypes than ``like``.
+            ResumeMismatch: when the checkpoint has other leaves, shapes or dtypes than ``like``.
             ValueError: when there are checkpoints and every one is damaged; each is listed.
             OSError: when a checkpoint of this size does not fit on the disk.
         """
@@ -89,43 +90,43 @@ class Store:
             except ResumeMismatch as err:
                 raise of_other_leaves(self._directory, found, err) from None
             if bad:
-                self._set_aside(bad, found)
+                self._rename_damaged(bad, found)
             return saved
         if bad:
             raise all_damaged(self._directory, [text for _, text in bad])
         return None
 
     def save(self, step: int, state: TrainState, reports: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Copies all of it from the device, waits for the save before, and leaves the rest to a thread.
+        """Wait for the save before, copy everything from the device, and write it in a thread.
 
-        Arguments:
-            step: the run's step. One of a step that is there already takes its place, once it is on the disk.
+        Args:
+            step: the run's step. An earlier checkpoint of the same step is replaced once the new one is on the disk.
             state: the state.
             reports: arrays (JAX's come back as NumPy's) and JSON values, by name.
-            facts: JSON values by name.
+            facts: JSON values, by name.
 
         Raises:
-            OSError: of the save before, when that failed.
-            TypeError: for what cannot be stored as it is; nothing was written.
+            OSError: when the save before failed.
+            TypeError: for a value that cannot be stored; nothing is written.
         """
         self.join()
         draft = one.Draft(step, state, reports, facts)
-        # Not a daemon: Python waits for it before it ends.
+        # Not a daemon thread: Python waits for it before the process ends.
         self._thread = threading.Thread(target=self._write, args=(draft,), name="kaun-checkpoint")
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for the save in flight.
+        """Wait for the save in progress.
 
         Raises:
-            OSError: when that failed; the checkpoints before it are untouched.
+            OSError: when it failed; earlier checkpoints are untouched.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        remarks, self._remarks = self._remarks, []
-        for remark in remarks:
-            warn(remark)
+        warnings, self._warnings = self._warnings, []
+        for text in warnings:
+            warn(text)
         failed, self._failed = self._failed, None
         if isinstance(failed, OSError):
             raise self._not_written(failed) from failed
@@ -133,10 +134,10 @@ class Store:
             raise failed
 
     def close(self) -> None:
-        """Waits for the save in flight and lets go of the directory; a second time does nothing.
+        """Wait for the save in progress, and release the directory; the second call does nothing.
 
         Raises:
-            OSError: when that save failed.
+            OSError: when the save failed.
         """
         try:
             self.join()
@@ -162,14 +163,14 @@ class Store:
             with contextlib.suppress(OSError):
                 _remove(disk, temporary)
             raise
-        # Only now may an older one go: before this, a loss of power could take the new one's name back.
+        # Older ones are removed only after this: before it, a loss of power could undo the renaming of the new one.
         disk.sync_folder(path)
         try:
             self._retain([Found(draft.step, edition, folder), *there])
         except OSError as err:
-            self._remarks.append(
-                f"the checkpoint of step {draft.step} is written, but an older one could not be removed from "
-                f"{str(path)!r}: {err}. It will be tried again after the next save."
+            self._warnings.append(
+                f"the checkpoint of step {draft.step} was written, but an older one could not be removed from "
+                f"{str(path)!r}: {err}. This is tried again after the next save."
             )
 
     def _retain(self, there: list[Found]) -> None:
@@ -178,12 +179,12 @@ class Store:
         newest = {step: max(found.edition for found in there if found.step == step) for step in kept}
         for found in there:
             if newest.get(found.step) != found.edition:
-                # In one move out of sight: a half removed checkpoint would look like a damaged one.
+                # Renamed first: a checkpoint that is removed in part would look like a damaged one.
                 away = self._directory.path / f".kaun-{secrets.token_hex(8)}.tmp"
                 self._disk.rename(found.path, away)
                 _remove(self._disk, away)
 
-    def _set_aside(self, bad: list[tuple[Found, str]], sound: Found) -> None:
+    def _rename_damaged(self, bad: list[tuple[Found, str]], sound: Found) -> None:
         path = self._directory.path
         taken = {entry.name for entry in self._disk.entries(path)}
         moved: list[str] = []
@@ -196,7 +197,8 @@ class Store:
         self._disk.sync_folder(path)
         listed = "\n  ".join(moved)
         warn(
-            f"{str(path)!r}: the run goes on from step {sound.step}, because what is newer is damaged:\n  {listed}",
+            f"{str(path)!r}: the run resumes from step {sound.step}, because newer checkpoints are damaged:\n  "
+            f"{listed}",
         )
 
     def _must_fit(self, like: TrainState) -> None:
@@ -206,44 +208,40 @@ class Store:
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"a checkpoint of this state takes {_megabytes(needed)}, and {_megabytes(free)} are free for "
-                f"{str(self._directory.path)!r}. Make room, or choose a directory on another disk",
+                f"a checkpoint of this state takes {format_bytes(needed)}, and {format_bytes(free)} are free for "
+                f"{str(self._directory.path)!r}. Free some space, or choose a directory on another disk",
             )
 
     def _not_written(self, err: OSError) -> OSError:
         there = scan(self._disk, self._directory.path)
-        left = f"The newest one there is of step {there[0].step}." if there else "There is none yet."
+        left = f"The newest checkpoint is of step {there[0].step}." if there else "There is no checkpoint yet."
         text = f"a checkpoint could not be written to {str(self._directory.path)!r}: {err.strerror or err}. {left}"
         return _error(err, f"{text} {_advice(err)}")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def _may_begin(directory: Directory, there: list[Found]) -> None:
     path = str(directory.path)
     if directory.resume == "must" and not there:
         raise FileNotFoundError(
-            f"there is no checkpoint in {path!r}, and resume='must' needs one. Look for the right folder, or start "
-            "with resume='auto'."
+            f"there is no checkpoint in {path!r}, and resume='must' needs one. Check the path, or start a run with "
+            "resume='auto'."
         )
     if directory.resume == "never" and there:
         raise FileExistsError(
-            f"{path!r} has a checkpoint of step {there[0].step}, and resume='never' does not touch it. Start in a "
-            f"directory of its own, checkpoint.Directory({path!r}).child('second'), or go on with resume='auto'."
+            f"{path!r} has a checkpoint of step {there[0].step}, and resume='never' needs a directory without one. "
+            f"Start in another directory, checkpoint.Directory({path!r}).child('second'), or resume with resume='auto'."
         )
 
 
 def _make(disk: Disk, path: Path) -> None:
-    """Makes a folder and those that it is in, each of them on the disk before the next."""
+    """Make a folder and its missing parents, each on the disk before the next is made."""
     path = path.absolute()
     missing: list[Path] = []
     while not path.is_dir():
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # by another process, just now
+        with contextlib.suppress(FileExistsError):  # made by another process meanwhile
             disk.make_folder(folder)
         disk.sync_folder(folder.parent)
 
@@ -255,7 +253,7 @@ def _tidy(disk: Disk, path: Path) -> None:
 
 
 def _remove(disk: Disk, path: Path) -> None:
-    """Removes a folder and all in it; of a link, the link."""
+    """Remove a folder and everything in it; of a link, the link."""
     if path.is_symlink():
         disk.remove(path)
         return
@@ -268,7 +266,7 @@ def _remove(disk: Disk, path: Path) -> None:
 
 
 def _probe(disk: Disk, path: Path) -> None:
-    """Does once what a save does, so that what would fail fails before the first step."""
+    """Do the operations of a save once, so that one that cannot work fails before the first step."""
     temporary = path / f".kaun-{secrets.token_hex(8)}.tmp"
     disk.make_folder(temporary)
     try:
@@ -294,8 +292,8 @@ def _explained(directory: Directory) -> Generator[None, None, None]:
         yield
     except Locked as err:
         raise Locked(
-            f"{path!r} is in use {err}. Two runs cannot write into one directory: wait for that one, or give this one "
-            f"its own: checkpoint.Directory({path!r}).child('second')."
+            f"{path!r} is in use {err}. Two runs cannot write into one directory: wait for that run, or use another "
+            f"directory: checkpoint.Directory({path!r}).child('second')."
         ) from None
     except OSError as err:
         raise _error(err, f"checkpoints cannot be written to {path!r}: {err.strerror or err}. {_advice(err)}") from err
@@ -307,11 +305,11 @@ def _error(err: OSError, text: str) -> OSError:
 
 def _advice(err: OSError) -> str:
     if err.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Make room on that disk, or choose a directory on another one; then run the same script again"
+        return "Free some space on that disk, or choose a directory on another one; then run the same script again"
     if err.errno == errno.EFBIG:
         return "The system limits the size of files (ulimit -f): raise the limit, then run the same script again"
     if err.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "Choose a directory that you may write to"
     if err.errno in (errno.ENOTDIR, errno.EEXIST):
-        return "Something there is a file and no folder: choose another path"
+        return "A file is where a folder should be: choose another path"
     return "Choose a directory on a disk that works; then run the same script again"

@@ -1,4 +1,7 @@
-"""JSON as the files of a checkpoint hold it: bounded in size and depth, no key twice, no NaN, and back as it was."""
+"""JSON for the files of a checkpoint: what is written can be read again exactly, and nothing read is trusted.
+
+Size and depth are bounded, and duplicate keys and numbers that are not finite are refused.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,24 @@ __all__ = ["DEPTH", "LARGEST", "dumps", "loads"]
 
 LARGEST = 16 << 20
 DEPTH = 64
-_INNER = DEPTH - 4  # what is dumped becomes a part of something that is loaded
+_INNER = DEPTH - 4  # a dumped value becomes a part of the text that is loaded
 _LARGEST_INT = 2**256
-# A string, or a bracket outside of one. A string that does not end is taken to the end of the text, whatever is in it:
-# no place is looked at twice, so that the time is linear.
+# A string, or a bracket outside of strings. A string without an end matches up to the end of the text, so that no part
+# of the text is scanned twice and the time is linear.
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)|[\[\]{}]', re.DOTALL)
 
 
 def dumps(value: Any, name: str) -> str:
-    """A value as JSON from which ``loads`` makes the same value again.
+    """A value as JSON, from which ``loads`` makes an equal value of the same types.
 
-    Arguments:
+    Args:
         value: None, bool, int below 2**256, finite float, str; dicts with str keys and lists of these, at
-            most 60 in each other.
-        name: what the value is called in messages.
+            most 60 levels deep.
+        name: what errors call the value.
 
     Raises:
-        TypeError: for any other type, which would come back as something else: a tuple as a list, say.
-        ValueError: for a number that is not finite or too long, and for more than 60 containers in each other.
+        TypeError: for any other type, which would come back as another one (a tuple as a list, for example).
+        ValueError: for a number that is not finite or is too large, and for more than 60 levels of containers.
     """
     _check(value, name, 0)
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
@@ -36,7 +39,7 @@ def dumps(value: Any, name: str) -> str:
 
 def _check(value: Any, name: str, depth: int) -> None:
     if depth > _INNER:
-        raise ValueError(f"{name[:80]} is more than {_INNER} containers deep. Make it flatter.")
+        raise ValueError(f"{name[:80]} has more than {_INNER} levels of containers. Make it flatter.")
     kind: type = type(value)
     if kind is dict:
         for key, inner in value.items():
@@ -54,30 +57,30 @@ def _check(value: Any, name: str, depth: int) -> None:
     elif kind is int:
         if abs(value) >= _LARGEST_INT:
             raise ValueError(
-                f"{name} is an int of {value.bit_length()} bits; at most 256 are stored. Write hex(value)."
+                f"{name} is an int of {value.bit_length()} bits; at most 256 bits can be stored. Write hex(value)."
             )
     elif value is not None and kind is not bool and kind is not str:
         raise TypeError(
-            f"{name} is a {kind.__name__}, which would not come back from JSON as it is. Write a dict, list, str, int, "
-            "float, bool or None."
+            f"{name} is a {kind.__name__}, which JSON would not give back as the same type. Write a dict, list, str, "
+            "int, float, bool or None."
         )
 
 
 def loads(raw: bytes, largest: int = LARGEST) -> Any:
-    """The value of a JSON text that nobody vouches for.
+    """The value of a JSON text from a source that is not trusted.
 
     Raises:
-        ValueError: for anything but one JSON value of at most ``largest`` bytes and 64 containers in each other, with
-            no key twice in one object and only finite numbers.
+        ValueError: for anything but one JSON value of at most ``largest`` bytes and 64 levels of containers, without
+            duplicate keys, and with finite numbers only.
     """
     if len(raw) > largest:
-        raise ValueError(f"JSON of {len(raw)} bytes, at most {largest} are read")
+        raise ValueError(f"JSON of {len(raw)} bytes, and at most {largest} are read")
     text = raw.decode()
     depth = 0
     for token in _TOKEN.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         if depth > DEPTH:
-            raise ValueError(f"JSON of more than {DEPTH} containers in each other")
+            raise ValueError(f"JSON of more than {DEPTH} levels of containers")
     return json.loads(
         text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_float, parse_int=_int
     )

@@ -3,5 +3,5 @@
 from kaun.evaluation.export import export_model as export_model
 from kaun.evaluation.passes import evaluate as evaluate
 from kaun.evaluation.passes import predict as predict
-from kaun.evaluation.totals import checked as checked
+from kaun.evaluation.totals import check_metrics as check_metrics
 from kaun.evaluation.trace import trace_metrics as trace_metrics

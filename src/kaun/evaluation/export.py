@@ -1,4 +1,4 @@
-"""A trained model as one program of XLA's, without the Python that made it."""
+"""A trained model as one compiled program, without the Python code that made it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ __all__ = ["export_model"]
 def export_model(
     forward: Callable[..., Any], state: TrainState, x: Any, ctx: Context | None, platforms: Sequence[str] | None
 ) -> Exported:
-    """The model in evaluation mode as a program of x, and of the context as a dict where there is one.
+    """The model in evaluation mode as a program of the input, and of the context as a dict if there is one.
 
-    Arguments:
+    Args:
         forward: ``forward(carry, key, x, ctx) -> output``.
         state: its weights become constants of the program.
-        x: an input, arrays or their shapes and dtypes; so the context's arrays.
-        platforms: where it can run, None for where this process runs.
+        x: an input, as arrays or as their shapes and dtypes.
+        ctx: a context, as arrays or as their shapes and dtypes; None for a program without one.
+        platforms: where the program can run, None for the platform of this process.
+
+    Raises:
+        ValueError: when the model needs a batch of a known length.
     """
-    from jax import export  # here and not above: it takes time, and most programs do not need it
+    from jax import export  # imported here because it takes time and most programs do not need it
 
     carry, key = (state.vars, state.step), state.key
     length = batch_length(x)
@@ -51,7 +55,6 @@ def export_model(
         return export.export(jax.jit(predict), platforms=platforms)(*shapes)
     except jax.errors.InconclusiveDimensionOperation as error:
         raise ValueError(
-            "export makes a program for a batch of any length, but the model asks for that length, or fixes it: "
-            f"{str(error).splitlines()[0]} Let what depends on the batch be an operation on arrays, or a size of -1 in "
-            "a reshape."
+            "export makes a program for batches of any length, but the model uses the length as a number: "
+            f"{str(error).splitlines()[0]} Use operations on arrays instead, or a size of -1 in a reshape."
         ) from error

@@ -15,8 +15,8 @@ from kaun._loss import snapshot_loss
 from kaun.context import Context
 from kaun.data import Data, LabelledItem, empty_data, known_length, open_items
 from kaun.errors import CaptureError
-from kaun.evaluation.totals import Metric, Scores, checked, summed
-from kaun.metrics import AHEAD, DelayedReader
+from kaun.evaluation.totals import Metric, MetricTotals, check_metrics, with_counts
+from kaun.metrics import run_ahead
 
 __all__ = ["evaluate", "predict"]
 
@@ -24,78 +24,88 @@ __all__ = ["evaluate", "predict"]
 def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Context | None) -> dict[str, float]:
     """The metrics over all items of ``data``, by name; see ``Trainer.evaluate``.
 
-    Arguments:
-        run: runs the compiled program of a call, and does not wait for it.
+    Args:
+        run: runs the compiled program for its inputs, and does not wait for it.
+        data: items ``(x, y)`` or ``(x, y, Context)``.
+        metrics: functions of predictions and targets, by name.
+        ctx: the context of all items; an item's own context overrides its names.
     """
-    metrics = checked("evaluate", metrics)
-    scores = Scores(metrics)
-    number = 0
+    metrics = check_metrics("evaluate", metrics)
+    totals = MetricTotals(metrics)
+
+    def compute(item: Any, number: int) -> Any:
+        x, y, own = LabelledItem.parse(item, number)
+        # The metrics are captured again for each item, as a loss is: they may read what changes between two items.
+        captured = _snapshots(metrics)
+        return run(StepInputs({"x": x, "y": y}, captured, ctx.merge(own) if ctx is not None else own, "item"))
+
     expected = (
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
         "From arrays write Data.batches((x, y), batch_size=256)."
     )
     with open_items(data, expected) as items:
-        for number, item in enumerate(items, start=1):
-            x, y, own = LabelledItem.parse(item, number)
-            # Anew for each item, as a loss is: a metric may read what changes between two of them.
-            call = StepInputs({"x": x, "y": y}, _frozen(metrics), ctx.merge(own) if ctx is not None else own, "item")
-            scores.add(run(call))
-    if not number:
-        raise empty_data("evaluate")
-    return scores.results()
+        if not run_ahead(items, compute, totals.take):
+            raise empty_data("evaluate")
+    return totals.results()
 
 
 def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | None) -> Any:
     """The outputs for all items of ``data``, concatenated along axis 0; see ``Trainer.predict``.
 
-    Arguments:
-        run: runs the compiled program of a call, and does not wait for it.
+    Args:
+        run: runs the compiled program for its inputs, and does not wait for it.
+        data: the model's inputs.
+        ctx: the context of all items.
     """
-    stack = _Stack(data)
-    lagging = DelayedReader(AHEAD, stack.take)
+    outputs = _Outputs(known_length(data))
+
+    def compute(x: Any, number: int) -> Any:
+        try:
+            output = run(StepInputs(x, None, ctx))
+        except (TypeError, ValueError) as error:
+            if isinstance(x, tuple):
+                error.add_note(
+                    "The items of data given to predict are the model's inputs. Of pairs (x, y) write "
+                    "trainer.predict(state, data.map(lambda b: b[0]))."
+                )
+            raise
+        outputs.check(output, number)
+        return jax.tree_util.tree_leaves(output)
+
     items: Any = iter(data)
     with contextlib.closing(items):
-        for number, x in enumerate(items, start=1):
-            try:
-                output = run(StepInputs(x, None, ctx))
-            except (TypeError, ValueError) as error:
-                if isinstance(x, tuple):
-                    error.add_note(
-                        "The items of data given to predict are the model's inputs. Of pairs (x, y) write "
-                        "trainer.predict(state, data.map(lambda b: b[0]))."
-                    )
-                raise
-            stack.check(output, number)
-            lagging.push(jax.tree_util.tree_leaves(output))
-    if stack.structure is None:
-        raise empty_data("predict")
-    lagging.flush()
-    return jax.tree_util.tree_unflatten(stack.structure, stack.rows())
+        if not run_ahead(items, compute, outputs.take):
+            raise empty_data("predict")
+    return jax.tree_util.tree_unflatten(outputs.structure, outputs.rows())
 
 
-def _frozen(metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    frozen: dict[str, Any] = {}
+def _snapshots(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    captured: dict[str, Any] = {}
     for name, metric in metrics.items():
         try:
-            frozen[name] = snapshot_loss(summed(metric))
+            captured[name] = snapshot_loss(with_counts(metric))
         except CaptureError as error:
             error.add_note(f"In metric {name!r}, which evaluate compiles as a step compiles its loss.")
             raise
-    return frozen
+    return captured
 
 
-class _Stack:
-    """Arrays on the host that grow along axis 0: one for each leaf of the model's output."""
+class _Outputs:
+    """The outputs of a model for all items, concatenated along axis 0 on the host.
 
-    def __init__(self, data: Data[Any]) -> None:
-        self._data = data
+    Args:
+        length: how many items there are, None where that is unknown.
+    """
+
+    def __init__(self, length: int | None) -> None:
+        self._length = length or 1
         self.structure: Any = None
         self._first: list[Any] = []
         self._buffers: list[Any] = []
         self._used: list[int] = []
 
     def check(self, output: Any, number: int) -> None:
-        """An error for an output that cannot follow those before it; looks at shapes only."""
+        """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are looked at."""
         leaves = tree.flatten(output)[0]
         structure = jax.tree_util.tree_structure(output)
         scalar = next((path for path, leaf in leaves.items() if not leaf.shape), None)
@@ -116,11 +126,10 @@ class _Stack:
             )
 
     def take(self, batches: list[list[Any]]) -> None:
-        """Append outputs, read from the device."""
+        """Read some outputs from the device, and append them."""
         for leaves in batches:
             if not self._buffers:
-                count = known_length(self._data) or 1
-                self._buffers = [np.empty((count * a.shape[0], *a.shape[1:]), a.dtype) for a in leaves]
+                self._buffers = [np.empty((self._length * a.shape[0], *a.shape[1:]), a.dtype) for a in leaves]
                 self._used = [0] * len(leaves)
             for i, new in enumerate(map(np.asarray, leaves)):
                 start, end = self._used[i], self._used[i] + len(new)
@@ -132,7 +141,7 @@ class _Stack:
                 self._used[i] = end
 
     def rows(self) -> list[Any]:
-        """The arrays, without what was not filled."""
+        """The arrays, without the space that was not filled."""
         return [buffer[:used] for buffer, used in zip(self._buffers, self._used, strict=True)]
 
 

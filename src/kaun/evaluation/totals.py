@@ -1,4 +1,4 @@
-"""Metrics as sums over batches: what a compiled program gives for one batch, and the totals of all on the host."""
+"""Metrics as parts that add up over batches, and their totals over all batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,40 +15,20 @@ import numpy as np
 from kaun import tree
 from kaun._engine import Packing
 from kaun._messages import locate
-from kaun.metrics import AHEAD, Counted, DelayedReader, ExactMean, is_real_scalar
+from kaun.metrics import Counted, Counts, Mean, MetricSums, Part, Ratio
 
-__all__ = ["Counts", "Mean", "PackedMetrics", "Ratio", "Scores", "checked", "part_of", "summed"]
+__all__ = ["Metric", "MetricTotals", "PackedMetrics", "check_metrics", "part_of", "with_counts"]
 
 Metric = Callable[[Any, Any], Any]
 _AT_ONCE, _MOST_BYTES = 64, 1 << 20  # batches on the host that are added up in one go: NumPy costs by the call
 
 
-class Mean(NamedTuple):
-    """A batch's mean, and how many examples it is the mean of."""
-
-    value: Any
-    examples: Any
-
-
-class Ratio(NamedTuple):
-    """A batch's sum, and what it is to be divided by."""
-
-    total: Any
-    count: Any
-
-
-class Counts(NamedTuple):
-    """A batch's counts, a pytree."""
-
-    sums: Any
-
-
-def checked(where: str, metrics: Any) -> dict[str, Metric]:
-    """The metrics by name, sorted.
+def check_metrics(where: str, metrics: Any) -> dict[str, Metric]:
+    """The metrics by name, sorted by name.
 
     Raises:
-        TypeError: when it is no mapping from strings to functions.
-        ValueError: when it is empty.
+        TypeError: when they are not a mapping from strings to functions.
+        ValueError: when there are none.
     """
     if not isinstance(metrics, Mapping):
         raise TypeError(
@@ -69,8 +49,8 @@ def checked(where: str, metrics: Any) -> dict[str, Metric]:
     return {name: metrics[name] for name in sorted(metrics)}
 
 
-def summed(metric: Metric) -> Metric:
-    """The function that gives a batch's counts where the metric has them, and the metric itself where not."""
+def with_counts(metric: Metric) -> Metric:
+    """The function that gives a batch's counts where the metric has them, otherwise the metric itself."""
     parts = Counted.find(metric)
     return metric if parts is None else functools.partial(_as_counts, parts.counts)
 
@@ -79,24 +59,24 @@ def _as_counts(counts: Metric, predictions: Any, targets: Any) -> Counts:
     return Counts(counts(predictions, targets))
 
 
-def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Mean | Ratio | Counts:
-    """What a metric returned for a batch, as something that adds up.
+def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Part:
+    """What a metric returned for a batch, in a form that adds up over batches.
 
     Raises:
-        TypeError: when it is no real scalar, no pair of them, and no tree of numbers where it is counts.
-        ValueError: when it is the mean of nobody knows how many examples.
+        TypeError: when the value is not a real scalar or a pair of them, or, of counts, not a pytree of real numbers.
+        ValueError: when the value is a mean, and the number of examples is unknown.
     """
     if isinstance(value, Counts):
         for path, leaf in tree.flatten(value.sums)[0].items():
-            if not _is_real(leaf):
+            if not tree.is_real(leaf):
                 raise TypeError(
                     f"{where} must count in real numbers, received {tree.describe(leaf)}"
                     f"{f' at {path!r}' if path else ''}. Return arrays that add up over batches."
                 )
         return value
-    if isinstance(value, tuple) and len(value) == 2 and is_real_scalar(value[0]) and is_real_scalar(value[1]):
+    if isinstance(value, tuple) and len(value) == 2 and tree.is_real_scalar(value[0]) and tree.is_real_scalar(value[1]):
         return Ratio(value[0], value[1])
-    if not is_real_scalar(value):
+    if not tree.is_real_scalar(value):
         inside = f"a tuple of ({', '.join(map(tree.describe, value))})" if isinstance(value, tuple) else ""
         received = inside or ("None" if value is None else tree.describe(value))
         fix = (
@@ -109,7 +89,7 @@ def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Mean | Ra
 
 
 def _examples(where: str, predictions: Any, targets: Any) -> int:
-    """How many examples a batch has: the one length along axis 0 of its targets, or of the predictions without any."""
+    """The number of examples in a batch: the length along axis 0 of its targets, or without any of its predictions."""
     leaves = tree.flatten(targets)[0]
     what = "targets" if leaves else "predictions"
     leaves = leaves or tree.flatten(predictions)[0]
@@ -118,30 +98,30 @@ def _examples(where: str, predictions: Any, targets: Any) -> int:
     if length is None:
         found = ", ".join(f"{p}: {tree.describe(v)}" if p else tree.describe(v) for p, v in leaves.items())
         raise ValueError(
-            f"{where} returns a scalar, to be weighted by the number of examples, which the {what} do not tell: they "
-            f"have no one length along axis 0 ({found or 'no arrays'}). Return a pair (sum, count)."
+            f"{where} returns a scalar, which is weighted by the number of examples, but the {what} do not all have "
+            f"one length along axis 0 ({found or 'no arrays'}). Return a pair (sum, count)."
         )
     return length
 
 
-def _is_real(leaf: Any) -> bool:
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    return isinstance(leaf, (bool, int, float)) or (
-        tree.is_array(leaf) and any(jnp.issubdtype(leaf.dtype, k) for k in kinds)
-    )
-
-
 @jax.tree_util.register_pytree_node_class
 class PackedMetrics:
-    """The parts of one batch by name in one vector for each dtype: fetching costs by the array."""
+    """The parts of one batch by name, in one vector for each dtype: reading from the device costs by the array.
+
+    Attributes:
+        form: the layout of the parts in the vectors, and their pytree structure.
+        vectors: the vectors.
+    """
 
     __slots__ = ("form", "vectors")
 
     def __init__(self, form: tuple[Packing, Any], vectors: Any) -> None:
-        self.form, self.vectors = form, vectors
+        self.form: tuple[Packing, Any] = form
+        self.vectors: Any = vectors
 
     @classmethod
-    def of(cls, parts: Mapping[str, Mean | Ratio | Counts]) -> PackedMetrics:
+    def of(cls, parts: Mapping[str, Part]) -> PackedMetrics:
+        """Pack parts, traced or not."""
         leaves, structure = jax.tree_util.tree_flatten(dict(parts))
         arrays = [jnp.asarray(leaf) for leaf in leaves]
         packing = Packing([(a.shape, a.dtype) for a in arrays])
@@ -160,85 +140,49 @@ class PackedMetrics:
         return jax.tree_util.tree_unflatten(structure, leaves)
 
     def tree_flatten(self) -> tuple[tuple[Any], Any]:
+        """Called by JAX: the children, and the rest."""
         return (self.vectors,), self.form
 
     @classmethod
     def tree_unflatten(cls, form: Any, children: tuple[Any]) -> PackedMetrics:
+        """Called by JAX: the pytree made again."""
         return cls(form, children[0])
 
 
-class Scores:
-    """The totals of some metrics over batches, exact on the host; the newest are still on the device."""
+class MetricTotals:
+    """The metrics of all batches together."""
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         self._metrics = metrics
-        self._totals: dict[str, ExactMean | CountSums] = {}
-        self._lagging = DelayedReader(AHEAD, self._read)
+        self._sums = MetricSums()
         self._host: list[PackedMetrics] = []
 
-    def add(self, batch: PackedMetrics) -> None:
-        """Add one batch's, without waiting for it."""
-        self._lagging.push(batch)
-
-    def results(self) -> dict[str, float]:
-        """The metrics of all batches together."""
-        self._lagging.flush()
-        self._take()
-        return {name: self._result(name, self._totals[name]) for name in self._metrics}
-
-    def _read(self, batches: list[PackedMetrics]) -> None:
+    def take(self, batches: list[PackedMetrics]) -> None:
+        """Read some batches from the device, and add them."""
         # One by one: jax.device_get takes four times as long.
         self._host += [PackedMetrics(batch.form, [np.asarray(vector) for vector in batch.vectors]) for batch in batches]
         if len(self._host) >= _AT_ONCE or sum(v.nbytes for b in self._host for v in b.vectors) >= _MOST_BYTES:
-            self._take()
+            self._add()
 
-    def _take(self) -> None:
+    def results(self) -> dict[str, float]:
+        """The value of each metric, by name."""
+        self._add()
+        return {name: self._result(name, metric) for name, metric in self._metrics.items()}
+
+    def _add(self) -> None:
         batches, self._host = self._host, []
         for form, group in itertools.groupby(batches, key=lambda batch: batch.form):
             for name, part in PackedMetrics.stacked(form, list(group)).items():
-                total = self._totals.setdefault(name, CountSums() if isinstance(part, Counts) else ExactMean(AHEAD))
-                if isinstance(total, CountSums):
-                    total.add(name, part.sums)
-                    continue
-                sums, counts = (np.asarray(a, np.float64) for a in part)
-                # Exact for a mean in float32: its 24 bits and those of the number of examples fit.
-                sums = sums * counts if isinstance(part, Mean) else sums
-                total.take(list(zip(sums.tolist(), counts.tolist(), strict=True)))
+                self._sums.add(name, part)
 
-    def _result(self, name: str, total: ExactMean | CountSums) -> float:
-        if isinstance(total, ExactMean):
-            return total.mean(name)
-        parts = Counted.find(self._metrics[name])
-        assert parts is not None
-        result = parts.result(total.sums)
-        if not is_real_scalar(result):
+    def _result(self, name: str, metric: Metric) -> float:
+        counted = Counted.find(metric)
+        if counted is None:
+            return self._sums[name]
+        result = counted.result(self._sums[name])
+        if not tree.is_real_scalar(result):
             raise TypeError(
-                f"metric {name!r}: the result {locate(parts.result)} of its counts must be a real number, received "
+                f"metric {name!r}: the result {locate(counted.result)} of its counts must be a real number, received "
                 f"{'None' if result is None else tree.describe(result)}. Return a float."
             )
         return float(result)
-
-
-class CountSums:
-    """Sums of trees of counts, in int64 and float64."""
-
-    def __init__(self) -> None:
-        self.sums: Any = None
-
-    def add(self, name: str, counts: Any) -> None:
-        """Add the counts of some batches, along axis 0."""
-        counts = jax.tree_util.tree_map(_sum_of, counts)
-        if self.sums is None:
-            self.sums = counts
-            return
-        if changed := tree.difference(self.sums, counts):
-            raise ValueError(
-                f"metric {name!r}: counts must have the same shapes in all batches to add up; in a later batch\n  "
-                + "\n  ".join(changed[:10])
-                + "\nMake their shapes independent of the batch's, say by the number of classes."
-            )
-        self.sums = jax.tree_util.tree_map(np.add, self.sums, counts)
-
-
-def _sum_of(counts: Any) -> Any:
-    return counts.sum(axis=0, dtype=np.float64 if jnp.issubdtype(counts.dtype, jnp.floating) else np.int64)

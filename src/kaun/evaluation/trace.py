@@ -14,18 +14,19 @@ from kaun.evaluation import totals
 
 
 def trace_metrics(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any, targets: Any) -> totals.PackedMetrics:
-    """The metrics of a model's output, as parts that add up over batches (``kaun.scoring``), by name.
+    """The metrics of a model's output for one batch, by name, as parts that add up over batches.
 
-    Arguments:
-        key: a dict of frozen metrics as ``lift.take_apart`` gave it.
-        arrays: what they capture, traced.
-        draw: the key from which they draw, each the same.
+    Args:
+        key: the static key of a dict of metrics, as ``snapshot_loss`` captured them.
+        arrays: the arrays that the metrics capture, traced.
+        draw: the random key of each metric's RNG scope.
         output: the model's output, any pytree.
-        targets: what it is held against, any pytree.
+        targets: the targets, any pytree.
 
     Raises:
-        CaptureError: when one reads an array that it was not given, or writes to something that it captures.
-        TypeError, ValueError: when one does not return what adds up.
+        CaptureError: when a metric reads an array that it was not given, or writes to something that it captures.
+        TypeError: when a metric returns something else than real scalars, pairs or counts.
+        ValueError: when a metric returns a mean, and the number of examples is unknown.
     """
     found: dict[str, Any] = {}
     for name, inner, own in parts(key, arrays):

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun.checkpoint.safetensors_header import DTYPES
+from kaun.checkpoint import read_safetensors
 from kaun.interop.rules import Array, Rule, drop, mapped, rename, split, transpose, unmatched
 from kaun.layers.core import Vars
 
 __all__ = ["Rule", "drop", "into", "load", "rename", "split", "transpose"]
 
 _INDEX = "model.safetensors.index.json"
-_AXES = 64  # NumPy has no more
 _LISTED = 20  # lines of each kind in an error
 
 
@@ -164,62 +162,22 @@ def _shards(index: Path) -> dict[str, set[str]]:
 
 def _read(file: Path) -> dict[str, Array]:
     with file.open("rb") as opened:
-        entries = _header(file, opened)
-        start = opened.tell()
-        weights: dict[str, Array] = {}
-        for name, (dtype, shape, begin, end) in entries.items():
-            raw = np.empty(end - begin, np.uint8)
-            opened.seek(start + begin)
-            if opened.readinto(memoryview(cast("Any", raw))) != raw.size:
-                raise _damaged(file, f"it ends within {name!r}")
-            weights[name] = raw.view(dtype).reshape(shape)
-    return weights
+        if opened.peek(4).startswith((b"PK\3\4", b"\x80")):
+            _refuse_pickle(file, opened.peek(8)[:8])
+        try:
+            return read_safetensors(opened)
+        except ValueError as err:
+            raise _damaged(file, str(err)) from err
 
 
-def _header(file: Path, opened: BinaryIO) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], int, int]]:
-    """Dtype, shape, begin and end of each array, checked; the file is left where the arrays begin."""
-    size = os.fstat(opened.fileno()).st_size
-    first = opened.read(8)
-    length = int.from_bytes(first, "little")
-    if first.startswith((b"PK\3\4", b"\x80")) and length > size:
+def _refuse_pickle(file: Path, first: bytes) -> None:
+    # A header of a safetensors file may begin with the same bytes, which are its length.
+    if int.from_bytes(first, "little") > file.stat().st_size:
         raise ValueError(
             f"safetensors.load: {str(file)!r} is not a safetensors file but seems to be a pickle, as torch.save writes "
             "it. Reading one can run any code, so kaun never does. Convert it with torch, where you trust it: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
         )
-    if len(first) < 8 or length > size - 8:
-        raise _damaged(file, f"it has {size} bytes, and its header would need {8 + length}")
-    header = _object(file, opened.read(length))
-    noted = _object(file, header.pop("__metadata__", {}), "'__metadata__'")
-    if not all(isinstance(value, str) for value in noted.values()):
-        raise _damaged(file, "'__metadata__' has values that are no strings")
-    entries = {name: _entry(file, name, _object(file, entry, repr(name))) for name, entry in header.items()}
-    end = 0
-    for name, (_, _, begin, after) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if begin != end:
-            raise _damaged(file, f"{name!r} begins at byte {begin} of the arrays, and {end} comes next")
-        end = after
-    if end != size - 8 - length:
-        raise _damaged(file, f"its arrays need {end} bytes, and it has {size - 8 - length} for them")
-    return entries
-
-
-def _entry(file: Path, name: str, entry: dict[str, Any]) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
-    code, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(code, str) or code not in DTYPES:
-        raise _damaged(file, f"{name!r} is of dtype {code!r}; kaun reads {', '.join(DTYPES)}")
-    sizes, ends = _counts(shape), _counts(offsets)
-    if sizes is None or len(sizes) > _AXES or ends is None or len(ends) != 2:
-        raise _damaged(file, f"{name!r} has the shape {shape!r} and the data_offsets {offsets!r}")
-    (begin, end), dtype = ends, DTYPES[code]
-    if end - begin != math.prod(sizes) * dtype.itemsize or max(sizes, default=0) >= 2**48:
-        raise _damaged(file, f"{name!r} is {dtype.name}{list(sizes)} and has {end - begin} bytes")
-    return dtype, sizes, begin, end
-
-
-def _counts(value: Any) -> tuple[int, ...] | None:
-    fine = isinstance(value, list) and all(type(n) is int and n >= 0 for n in cast("list[Any]", value))
-    return tuple(value) if fine else None
 
 
 def _object(file: Path, value: Any, what: str = "its text") -> dict[str, Any]:

@@ -6,10 +6,12 @@ from kaun.metrics.functions import binary_accuracy as binary_accuracy
 from kaun.metrics.functions import f1 as f1
 from kaun.metrics.functions import precision as precision
 from kaun.metrics.functions import recall as recall
-from kaun.metrics.sums import AHEAD as AHEAD
-from kaun.metrics.sums import DelayedReader as DelayedReader
-from kaun.metrics.sums import ExactMean as ExactMean
-from kaun.metrics.sums import is_real_scalar as is_real_scalar
+from kaun.metrics.sums import Counts as Counts
+from kaun.metrics.sums import Mean as Mean
+from kaun.metrics.sums import MetricSums as MetricSums
+from kaun.metrics.sums import Part as Part
+from kaun.metrics.sums import Ratio as Ratio
+from kaun.metrics.sums import run_ahead as run_ahead
 from kaun.metrics.tracker import Tracker as Tracker
 from kaun.metrics.tracker import evaluate as evaluate
 from kaun.metrics.tracker import evaluate_many as evaluate_many
@@ -18,3 +20,7 @@ from kaun.metrics.tracker import evaluate_many as evaluate_many
 __all__ = [
     "Counted", "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,7 @@
-"""Classification in counts: what a metric sums over batches, and the score of the sums.
+"""Counts for classification, which add up over batches, and the scores computed from them.
 
-Counts are int32 and add up exactly. A score of counts that are known is a float, computed in float64; of counts that
-are being traced it is a scalar JAX array.
+Counts are int32 and add up exactly. The score of concrete counts is a float, computed in float64; the score of traced
+counts is a scalar JAX array.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Score = float | jax.Array
 
 
 class Share(NamedTuple):
-    """How many rows were right, how many there are, and how many of them cannot be counted."""
+    """The number of rows that are predicted right, of all rows, and of rows with invalid values."""
 
     right: Any
     total: Any
@@ -44,7 +44,7 @@ class Share(NamedTuple):
 
 
 class ClassCounts(NamedTuple):
-    """How often each class was right, wrongly predicted, missed (int32 [classes]), and how many rows cannot count."""
+    """True positives, false positives and false negatives by class (int32 [classes]), and rows with invalid values."""
 
     tp: Any
     fp: Any
@@ -53,13 +53,13 @@ class ClassCounts(NamedTuple):
 
 
 def class_share(where: str, predictions: Any, targets: Any) -> Share:
-    """The rows whose predicted class is the target."""
+    """The share of rows whose predicted class is the target, as counts."""
     predicted, wanted, valid, _ = _class_ids(where, predictions, targets, 2**31 - 1)
     return _share_of(predicted == wanted, valid)
 
 
 def binary_share(where: str, predictions: Any, targets: Any, threshold: Any) -> Share:
-    """The elements where ``predictions > threshold`` agrees with the target."""
+    """The share of elements where ``predictions > threshold`` agrees with the target, as counts."""
     scores, labels = floats(where, "predictions", predictions), as_array(where, "targets", targets)
     equal_shapes(where, "predictions", scores, "targets", labels)
     ones, valid = zeros_and_ones(where, "targets", targets)
@@ -67,7 +67,7 @@ def binary_share(where: str, predictions: Any, targets: Any, threshold: Any) -> 
 
 
 def share(counts: Share) -> Score:
-    """The right ones among all; NaN where some cannot be counted."""
+    """The quotient of the counts; NaN if some rows have invalid values."""
     if isinstance(counts.right, Tracer):
         return jnp.where(counts.invalid > 0, jnp.nan, counts.right / counts.total)
     right, total, invalid = jax.device_get(counts)
@@ -75,7 +75,7 @@ def share(counts: Share) -> Score:
 
 
 def class_counts(where: str, predictions: Any, targets: Any, num_classes: int | None) -> ClassCounts:
-    """Counts by class; the classes are the scores' columns or, of class ids, ``num_classes``."""
+    """Counts by class; the number of classes is that of the scores' columns or, for class indices, ``num_classes``."""
     predicted, wanted, valid, classes = _class_ids(where, predictions, targets, num_classes)
     if num_classes not in (None, classes):
         raise ValueError(
@@ -93,7 +93,7 @@ def class_counts(where: str, predictions: Any, targets: Any, num_classes: int | 
 
 
 def check_average(where: str, average: Any) -> None:
-    """An error for an average that there is not."""
+    """Raise ValueError for an unknown average."""
     if average not in get_args(Average):
         raise ValueError(f'{where} expected average="macro", "micro" or "weighted", received {average!r}.')
 
@@ -122,7 +122,7 @@ def _share_of(right: jax.Array, valid: jax.Array) -> Share:
 
 
 def _class_ids(where: str, predictions: Any, targets: Any, num_classes: int | None) -> tuple[Any, Any, Any, int]:
-    """Predicted and wanted ids, which rows can be counted, how many classes (the scores' or, of ids, num_classes)."""
+    """Predicted and target classes, which rows are valid, and the number of classes."""
     scores, labels = as_array(where, "predictions", predictions), as_array(where, "targets", targets)
     not_empty(where, "predictions", scores)
     if jnp.issubdtype(scores.dtype, jnp.floating):
@@ -132,7 +132,7 @@ def _class_ids(where: str, predictions: Any, targets: Any, num_classes: int | No
         return jnp.argmax(scores, axis=-1).astype(jnp.int32), wanted, valid & ~jnp.isnan(scores).any(axis=-1), classes
     if not isinstance(num_classes, (int, np.integer)) or num_classes < 1:
         raise ValueError(
-            f"{where} of class ids expected the number of classes, received num_classes={num_classes!r}. Write "
+            f"{where} of class indices expected the number of classes, received num_classes={num_classes!r}. Write "
             f"{where}(predictions, targets, num_classes=10), or pass scores [..., classes]."
         )
     equal_shapes(where, "predictions", scores, "targets", labels)

@@ -1,8 +1,8 @@
-"""Metrics: functions of ``(predictions, targets)``, means of them over a data set, and a tracker of named means.
+"""Metrics: functions of ``(predictions, targets)``, and metrics in two parts that add up over batches.
 
-Every metric is a Python float (computed in float64 from exact counts) for concrete inputs, and a scalar JAX array when
-it is compiled. What cannot be counted is never counted as wrong: a class index out of range is an error where the
-values are known, and makes the result NaN in compiled code; a score that is NaN makes it NaN everywhere.
+For concrete inputs a metric returns a Python float, computed in float64 from exact counts; in compiled code it returns
+a scalar JAX array. Invalid values are never counted as wrong predictions: a class index out of range is an error where
+the values are known, and makes the result NaN in compiled code; a NaN among the scores always makes the result NaN.
 """
 
 from __future__ import annotations
@@ -28,41 +28,50 @@ __all__ = [
 
 
 def accuracy(predictions: Array, targets: Array) -> Score:
-    """The share of rows whose predicted class is the target, from 0 to 1.
+    """Return the share of rows whose predicted class is the target.
 
-    Arguments:
-        predictions: scores, float [..., classes], whose largest entry is the prediction (the first of equal ones); or
-            class ids, integers [...].
-        targets: class ids, integers [...].
+    Args:
+        predictions: scores, float [..., classes], whose largest entry is the prediction (the first one of equal
+            scores); or class indices, integers [...].
+        targets: class indices, integers [...].
+
+    Returns:
+        The share, from 0 to 1.
 
     Raises:
-        TypeError: not arrays, targets not integers, predictions neither floating nor integers.
-        ValueError: shapes do not fit, no rows, a target (of known value) that is not one of the classes.
+        TypeError: when an argument is not an array, targets are not integers, or predictions are neither floating nor
+            integers.
+        ValueError: when the shapes do not match, there are no rows, or a target (of known value) is not a class.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import metrics
-    >>> metrics.accuracy(jnp.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), jnp.array([0, 1, 1]))
-    0.6666666666666666
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> metrics.accuracy(jnp.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), jnp.array([0, 1, 1]))
+        0.6666666666666666
     """
     return counts.share(_accuracy(predictions, targets))
 
 
 def binary_accuracy(predictions: Array, targets: Array, threshold: float = 0.5) -> Score:
-    """The share of elements where ``predictions > threshold`` agrees with the target, from 0 to 1.
+    """Return the share of elements where ``predictions > threshold`` agrees with the target.
 
-    Arguments:
+    Args:
         predictions: float [...]: probabilities, or logits with ``threshold=0.0``.
-        targets: of the same shape: zeros and ones as bools, integers or floats.
-        threshold: what a prediction of 1 must exceed, default 0.5.
+        targets: zeros and ones as bools, integers or floats, of the same shape as the predictions.
+        threshold: a prediction above it is a 1. Default 0.5.
+
+    Returns:
+        The share, from 0 to 1.
 
     Raises:
-        TypeError: not arrays, predictions not floating.
-        ValueError: shapes differ, no elements, a target (of known value) that is neither 0 nor 1.
+        TypeError: when an argument is not an array, or predictions are not floating.
+        ValueError: when the shapes differ, there are no elements, or a target (of known value) is neither 0 nor 1.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import metrics
-    >>> metrics.binary_accuracy(jnp.array([0.9, 0.2, 0.6, 0.5]), jnp.array([1, 0, 0, 1]))
-    0.5
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> metrics.binary_accuracy(jnp.array([0.9, 0.2, 0.6, 0.5]), jnp.array([1, 0, 0, 1]))
+        0.5
     """
     return counts.share(_binary_accuracy(predictions, targets, threshold))
 
@@ -70,104 +79,144 @@ def binary_accuracy(predictions: Array, targets: Array, threshold: float = 0.5) 
 def precision(
     predictions: Array, targets: Array, average: Average = "macro", *, num_classes: int | None = None
 ) -> Score:
-    """The share of right ones among the predictions of a class, averaged over the classes, from 0 to 1.
+    """Return the precision: the share of true positives among the predictions of a class, averaged over classes.
 
-    Arguments:
+    Every column of the scores is a class; a class that is never predicted (or is never a target) scores 0 and counts in
+    the macro average. The result is scikit-learn's ``precision_score(targets, ids, labels=range(classes),
+    average=average, zero_division=0)``. The mean of the precision of batches is not the precision of the whole data
+    set; ``trainer.evaluate`` sums counts over the batches and gives the latter.
+
+    Args:
         predictions: scores, float [..., classes], whose largest entry is the prediction; or, with ``num_classes``,
-            class ids, integers [...].
-        targets: class ids, integers [...].
-        average: ``"macro"`` (default), the plain mean over all classes; ``"weighted"``, the mean by how often each is
-            the target; ``"micro"``, one share over all predictions, which equals the accuracy.
-        num_classes: how many classes there are, for predictions that are class ids.
+            class indices, integers [...].
+        targets: class indices, integers [...].
+        average: ``"macro"`` (default), the plain mean over all classes; ``"weighted"``, the mean weighted by how often
+            each class is the target; ``"micro"``, one share over all predictions, which equals the accuracy.
+        num_classes: the number of classes, for predictions that are class indices.
 
-    All columns of the scores are classes: one that is never predicted (or never present) scores 0 and counts in the
-    macro mean. That is scikit-learn's ``precision_score(targets, ids, labels=range(classes), average=average,
-    zero_division=0)``. The mean of it over batches is not that of the whole data set; ``trainer.evaluate`` sums counts.
+    Returns:
+        The average, from 0 to 1.
 
     Raises:
-        TypeError: not arrays, targets not integers, predictions neither floating nor integers.
-        ValueError: shapes do not fit, no rows, an unknown average, class ids without ``num_classes``, an id (of known
-            value) that is not one of the classes.
+        TypeError: when an argument is not an array, targets are not integers, or predictions are neither floating nor
+            integers.
+        ValueError: when the shapes do not match, there are no rows, the average is unknown, class indices come without
+            ``num_classes``, or an index (of known value) is not a class.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import metrics
-    >>> metrics.precision(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 0]), num_classes=2)
-    0.6666666666666666
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> metrics.precision(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 0]), num_classes=2)
+        0.6666666666666666
     """
     return _score("precision", predictions, targets, average, num_classes)
 
 
 def recall(predictions: Array, targets: Array, average: Average = "macro", *, num_classes: int | None = None) -> Score:
-    """The share of a class's targets that are predicted, averaged over the classes, from 0 to 1.
+    """Return the recall: the share of the targets of a class that are predicted, averaged over classes.
 
-    Arguments, averages and errors are those of ``precision``; a class that is never a target scores 0. It is
-    scikit-learn's ``recall_score(..., labels=range(classes), zero_division=0)``.
+    A class that is never a target scores 0. The result is scikit-learn's ``recall_score(..., labels=range(classes),
+    zero_division=0)``.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import metrics
-    >>> metrics.recall(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 1]), num_classes=2)
-    0.75
+    Args:
+        predictions: as in ``precision``.
+        targets: as in ``precision``.
+        average: as in ``precision``. Default ``"macro"``.
+        num_classes: as in ``precision``.
+
+    Returns:
+        The average, from 0 to 1.
+
+    Raises:
+        TypeError: as ``precision``.
+        ValueError: as ``precision``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> metrics.recall(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 1]), num_classes=2)
+        0.75
     """
     return _score("recall", predictions, targets, average, num_classes)
 
 
 def f1(predictions: Array, targets: Array, average: Average = "macro", *, num_classes: int | None = None) -> Score:
-    """The harmonic mean of a class's precision and recall, averaged over the classes, from 0 to 1.
+    """Return the F1 score: the harmonic mean of the precision and recall of a class, averaged over classes.
 
-    Arguments, averages and errors are those of ``precision``; a class never predicted and never a target scores 0. It
-    is scikit-learn's ``f1_score(..., labels=range(classes), zero_division=0)``: the mean of the classes' F1 and not the
-    F1 of the mean precision and recall (van Rijsbergen, "Information Retrieval", 1979).
+    A class that is never predicted and never a target scores 0. The result is scikit-learn's ``f1_score(...,
+    labels=range(classes), zero_division=0)``: the mean of the F1 scores of the classes, not the F1 score of the mean
+    precision and the mean recall (van Rijsbergen, "Information Retrieval", 1979).
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import metrics
-    >>> metrics.f1(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 0]), num_classes=2)
-    0.5
+    Args:
+        predictions: as in ``precision``.
+        targets: as in ``precision``.
+        average: as in ``precision``. Default ``"macro"``.
+        num_classes: as in ``precision``.
+
+    Returns:
+        The average, from 0 to 1.
+
+    Raises:
+        TypeError: as ``precision``.
+        ValueError: as ``precision``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> metrics.f1(jnp.array([0, 1, 1, 1]), jnp.array([0, 1, 0, 0]), num_classes=2)
+        0.5
     """
     return _score("f1", predictions, targets, average, num_classes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """A metric in two parts, so that its value over many batches is that of all their rows at once.
+    """A metric in two parts, so that its value over many batches is that of all their rows together.
 
-    ``trainer.evaluate`` sums the counts of all batches and takes the result of the sums. Called like any metric it is
-    ``result(counts(predictions, targets))``.
+    ``trainer.evaluate`` sums the counts of all batches and computes the result from the sums. Called like any metric,
+    it is ``result(counts(predictions, targets))``.
 
     Attributes:
-        counts: ``counts(predictions, targets)`` is a pytree of arrays that add up over batches; runs compiled.
-        result: ``result(sums)`` is the float for their sums, in that tree; runs on the host, once, on NumPy arrays
-            (int64 for integers and bools, float64 for floats).
+        counts: ``counts(predictions, targets)`` returns a pytree of arrays that add up over batches; it is compiled.
+        result: ``result(sums)`` returns the float for their sums, in the same tree; it runs once, on the host, on NumPy
+            arrays (int64 for integers and bools, float64 for floats).
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import metrics
-    >>> def squares(predictions, targets):
-    ...     return {"error": ((predictions - targets) ** 2).sum(), "rows": targets.size}
-    >>> rmse = metrics.Counted(counts=squares, result=lambda sums: float((sums["error"] / sums["rows"]) ** 0.5))
-    >>> round(rmse(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])), 4)
-    1.4142
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> def squares(predictions, targets):
+        ...     return {"error": ((predictions - targets) ** 2).sum(), "rows": targets.size}
+        >>> rmse = metrics.Counted(counts=squares, result=lambda sums: float((sums["error"] / sums["rows"]) ** 0.5))
+        >>> round(rmse(jnp.array([1.0, 2.0]), jnp.array([1.0, 4.0])), 4)
+        1.4142
     """
 
     counts: Callable[[Any, Any], Any]
     result: Callable[[Any], Any]
 
     def __call__(self, predictions: Any, targets: Any) -> Any:
+        """Return the value of the metric for one batch."""
         return self.result(self.counts(predictions, targets))
 
     @classmethod
     def of(cls, metric: Any) -> Counted:
-        """The parts of ``accuracy``, ``binary_accuracy``, ``precision``, ``recall`` or ``f1``, or of a partial of one.
+        """Return the two parts of ``accuracy``, ``binary_accuracy``, ``precision``, ``recall`` or ``f1``.
 
-        Use them where predictions or targets are more than one array.
+        Use them where predictions or targets consist of more than one array.
+
+        Args:
+            metric: one of these metrics, a ``functools.partial`` of one with keyword arguments, or a ``Counted``.
 
         Raises:
             TypeError: for a metric that has no such parts.
 
-        >>> import jax.numpy as jnp
-        >>> from kaun import metrics
-        >>> f1 = metrics.Counted.of(metrics.f1)
-        >>> f1_of_head = metrics.Counted(lambda outputs, y: f1.counts(outputs["head"], y), f1.result)
-        >>> f1_of_head({"head": jnp.array([[0.9, 0.1], [0.2, 0.8]])}, jnp.array([0, 1]))
-        1.0
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> from kaun import metrics
+            >>> f1 = metrics.Counted.of(metrics.f1)
+            >>> f1_of_head = metrics.Counted(lambda outputs, y: f1.counts(outputs["head"], y), f1.result)
+            >>> f1_of_head({"head": jnp.array([[0.9, 0.1], [0.2, 0.8]])}, jnp.array([0, 1]))
+            1.0
         """
         found = cls.find(metric)
         if found is None:
@@ -180,7 +229,16 @@ class Counted:
 
     @classmethod
     def find(cls, metric: Any) -> Counted | None:
-        """As ``of``, with None for a metric that has no such parts."""
+        """Return the two parts of a metric as ``of`` does, or None for a metric that has none.
+
+        Args:
+            metric: any metric.
+
+        Examples:
+            >>> from kaun import losses, metrics
+            >>> print(metrics.Counted.find(losses.mse))
+            None
+        """
         if isinstance(metric, Counted):
             return metric
         if isinstance(metric, functools.partial) and not metric.args and (inner := cls.find(metric.func)):

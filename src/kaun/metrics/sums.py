@@ -1,28 +1,53 @@
-"""Sums that are exact on the host, of values that the device may still be working on."""
+"""Sums that are exact on the host, and the pass over items that adds them up while the device works on newer ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kaun import tree
 
-__all__ = ["AHEAD", "DelayedReader", "ExactMean", "is_real_scalar"]
+__all__ = ["Counts", "DelayedReader", "Mean", "MetricSums", "Part", "Ratio", "add_scalars", "run_ahead"]
 
 # How many results may wait on the device. In an evaluation each holds its batch until it is computed, so few.
-AHEAD = 16
+_AHEAD = 16
+
+
+class Mean(NamedTuple):
+    """The mean of a batch, and the number of examples that it is the mean of."""
+
+    value: Any
+    examples: Any
+
+
+class Ratio(NamedTuple):
+    """The sum of a batch, and what the sum of all batches is divided by."""
+
+    total: Any
+    count: Any
+
+
+class Counts(NamedTuple):
+    """The counts of a batch, a pytree."""
+
+    sums: Any
+
+
+Part = Mean | Ratio | Counts
+"""What a metric gives for one batch, in a form that adds up over batches."""
 
 
 class DelayedReader:
-    """Hands values on in order and some later, to be read from the device while that has newer work.
+    """Passes values on in order and some values late, so that the device has newer work while they are read.
 
-    Arguments:
+    Args:
         window: how many values may wait.
-        take: called with a list of them; it reads them.
+        take: called with lists of values; it reads them from the device.
     """
 
     __slots__ = ("_pending", "_take", "_window")
@@ -32,47 +57,91 @@ class DelayedReader:
         self._pending: list[Any] = []
 
     def push(self, value: Any) -> None:
+        """Add a value that the device may still be working on."""
         self._pending.append(value)
         if len(self._pending) >= self._window:
-            # The older half: while this waits for it, the device has the newer half to work on.
-            self._hand_on(self._window // 2)
+            # The older half: while the host waits for it, the device has the newer half to work on.
+            self._pass_on(self._window // 2)
 
     def flush(self) -> None:
-        """Hand on what is left."""
+        """Pass on all values that still wait."""
         if self._pending:
-            self._hand_on(len(self._pending))
+            self._pass_on(len(self._pending))
 
-    def _hand_on(self, n: int) -> None:
+    def _pass_on(self, n: int) -> None:
         self._take(self._pending[:n])
         del self._pending[:n]
 
 
+def run_ahead(items: Iterable[Any], compute: Callable[[Any, int], Any], take: Callable[[list[Any]], None]) -> int:
+    """Make one pass over items, and return how many there were.
+
+    Args:
+        items: any iterable.
+        compute: ``compute(item, number)``, numbers from 1, starts the work for one item and does not wait for it.
+        take: called with lists of what ``compute`` returned, in order and some items late; it reads them.
+    """
+    reader, number = DelayedReader(_AHEAD, take), 0
+    for number, item in enumerate(items, start=1):
+        reader.push(compute(item, number))
+    reader.flush()
+    return number
+
+
+class MetricSums:
+    """The sums of the parts of named metrics."""
+
+    __slots__ = ("_sums",)
+
+    def __init__(self) -> None:
+        self._sums: dict[str, ExactMean | CountSums] = {}
+
+    def add(self, name: str, part: Part) -> None:
+        """Add parts of some batches, stacked along axis 0 on the host."""
+        if name not in self._sums:
+            self._sums[name] = CountSums(name) if isinstance(part, Counts) else ExactMean(name)
+        self._sums[name].add(part)
+
+    def __getitem__(self, name: str) -> Any:
+        """The mean of a metric as a float, or the sums of its counts as their pytree."""
+        return self._sums[name].result()
+
+
+def add_scalars(sums: MetricSums, items: list[dict[str, Ratio]]) -> None:
+    """Read the ratios of some items from the device in one call, and add them."""
+    by_name: dict[str, list[Ratio]] = {}
+    for ratios in jax.device_get(items):
+        for name, ratio in ratios.items():
+            by_name.setdefault(name, []).append(ratio)
+    for name, ratios in by_name.items():
+        sums.add(name, Ratio([float(total) for total, _ in ratios], [float(count) for _, count in ratios]))
+
+
 class ExactMean:
-    """Sums of values and of counts, exact on the host; the newest are still on the device."""
+    """Sums of values and of counts, without any rounding, and their quotient."""
 
-    __slots__ = ("_counts", "_lagging", "_sums", "added")
+    __slots__ = ("_counts", "_name", "_totals")
 
-    def __init__(self, window: int) -> None:
-        self.added = 0
-        self._lagging = DelayedReader(window, lambda pairs: self.take(jax.device_get(pairs)))
-        self._sums: list[float] = []
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._totals: list[float] = []
         self._counts: list[float] = []
 
-    def add(self, value: Any, count: Any) -> None:
-        """Add a value and its count, which may still be on the device."""
-        self.added += 1
-        self._lagging.push((value, count))
+    def add(self, part: Any) -> None:
+        """Add means or ratios, stacked along axis 0."""
+        totals, counts = (np.asarray(values, np.float64) for values in part)
+        if isinstance(part, Mean):
+            # Exact for a mean in float32: its 24 bits and those of the number of examples fit.
+            totals = totals * counts
+        self._totals = _exact([*self._totals, *totals.tolist()])
+        self._counts = _exact([*self._counts, *counts.tolist()])
 
-    def take(self, pairs: list[tuple[Any, Any]]) -> None:
-        """Add pairs that are on the host."""
-        self._sums = _exact([*self._sums, *(float(value) for value, _ in pairs)])
-        self._counts = _exact([*self._counts, *(float(count) for _, count in pairs)])
-
-    def mean(self, name: str) -> float:
-        self._lagging.flush()
+    def result(self) -> float:
+        """The sum of the values over the sum of the counts; ValueError if the counts add up to 0."""
         if not (count := sum(self._counts)):
-            raise ValueError(f"The counts{f' of {name!r}' if name else ''} add up to 0: there is nothing to average.")
-        return sum(self._sums) / count
+            of = f" of {self._name!r}" if self._name else ""
+            raise ValueError(f"The counts{of} add up to 0: there is nothing to average.")
+        return sum(self._totals) / count
 
 
 def _exact(values: list[float]) -> list[float]:
@@ -88,8 +157,33 @@ def _exact(values: list[float]) -> list[float]:
     return parts
 
 
-def is_real_scalar(value: Any) -> bool:
-    """Whether a value is a real number, or an array of shape () that holds one (a traced one too)."""
-    if tree.is_array(value):
-        return value.shape == () and any(jnp.issubdtype(value.dtype, k) for k in (jnp.floating, jnp.integer, jnp.bool_))
-    return isinstance(value, (bool, int, float))
+class CountSums:
+    """Sums of pytrees of counts: integers and bools in int64, floats in float64."""
+
+    __slots__ = ("_name", "_sums")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._sums: Any = None
+
+    def add(self, part: Any) -> None:
+        """Add counts, stacked along axis 0; ValueError if their shapes are not those of before."""
+        counts = jax.tree_util.tree_map(_sum_batches, part.sums)
+        if self._sums is None:
+            self._sums = counts
+            return
+        if changed := tree.difference(self._sums, counts):
+            raise ValueError(
+                f"metric {self._name!r}: counts must have the same shapes in all batches to add up; in a later one\n  "
+                + "\n  ".join(changed[:10])
+                + "\nMake their shapes independent of the batch's, for example by the number of classes."
+            )
+        self._sums = jax.tree_util.tree_map(np.add, self._sums, counts)
+
+    def result(self) -> Any:
+        """The sums, in the tree of the counts."""
+        return self._sums
+
+
+def _sum_batches(counts: Any) -> Any:
+    return counts.sum(axis=0, dtype=np.float64 if jnp.issubdtype(counts.dtype, jnp.floating) else np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -9,46 +10,62 @@ from jax.core import Tracer
 
 from kaun import tree
 from kaun._messages import locate
-from kaun.metrics.sums import AHEAD, ExactMean, is_real_scalar
+from kaun.metrics.sums import DelayedReader, MetricSums, Ratio, add_scalars, run_ahead
+
+__all__ = ["Tracker", "evaluate", "evaluate_many"]
+
+# What a Tracker observes are scalars and nothing else, so many may wait on the device.
+_UNREAD = 2048
 
 
 def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
-    """The mean of a metric over the items of ``data``, a float summed exactly on the host.
+    """Compute the mean of a function's results over the items of ``data``, summed exactly on the host.
 
-    Arguments:
-        f: ``f(item)`` is a pair ``(sum, count)`` or a scalar, which stands for ``(value, 1)``; the result is the sum of
-            sums over the sum of counts. Scalars are fetched some items later: a compiled ``f`` runs ahead of the host.
-        data: a ``Data`` or any iterable.
+    For the metrics of a trained model, ``Trainer.evaluate`` is the usual way: it runs the model, compiles the metrics,
+    and takes ``metrics.f1`` and the others as they are.
+
+    Args:
+        f: ``f(item)`` returns a pair ``(sum, count)``, or a scalar, which stands for ``(value, 1)``. Scalars may be
+            JAX's; they are read some items late, so that a compiled ``f`` runs ahead of the host.
+        data: the items, a ``Data`` or any iterable.
+
+    Returns:
+        The sum of all sums over the sum of all counts.
 
     Raises:
-        TypeError: f not callable or not returning real scalars, data not iterable.
-        ValueError: no items, counts that add up to 0.
+        TypeError: when f is not callable or does not return real scalars, or when data is not iterable.
+        ValueError: when there are no items, or the counts add up to 0.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import metrics
-    >>> batches = [jnp.array([1.0, 2.0, 3.0]), jnp.array([6.0])]
-    >>> metrics.evaluate(lambda b: b.mean(), batches), metrics.evaluate(lambda b: (b.sum(), b.size), batches)
-    (4.0, 3.0)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> batches = [jnp.array([1.0, 2.0, 3.0]), jnp.array([6.0])]
+        >>> metrics.evaluate(lambda b: b.mean(), batches), metrics.evaluate(lambda b: (b.sum(), b.size), batches)
+        (4.0, 3.0)
     """
     return _means("evaluate", f, data)[""]
 
 
 def evaluate_many(f: Callable[[Any], dict[str, Any]], data: Iterable[Any]) -> dict[str, float]:
-    """The means of several metrics over the items of ``data``, floats by name, sorted by name.
+    """Compute the means of several named results over the items of ``data``, in one pass.
 
-    Arguments:
-        f: ``f(item)`` is a dict from names, the same for every item, to scalars or pairs as in ``evaluate``.
-        data: a ``Data`` or any iterable.
+    Args:
+        f: ``f(item)`` returns a dict from names, the same for every item, to scalars or pairs as in ``evaluate``.
+        data: the items, a ``Data`` or any iterable.
+
+    Returns:
+        The mean of each result, as in ``evaluate``, by name and sorted by name.
 
     Raises:
-        TypeError: f not callable or not returning a dict of real scalars, data not iterable.
-        ValueError: as ``evaluate``; an item's names are not those of the first, or are none.
+        TypeError: when f is not callable or does not return a dict of real scalars, or when data is not iterable.
+        ValueError: when there are no items, the counts of a name add up to 0, or the names differ between items.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import metrics
-    >>> batches = [jnp.array([1.0, 2.0, 3.0]), jnp.array([6.0])]
-    >>> metrics.evaluate_many(lambda b: {"mean": (b.sum(), b.size), "largest": b.max()}, batches)
-    {'largest': 4.5, 'mean': 3.0}
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import metrics
+        >>> batches = [jnp.array([1.0, 2.0, 3.0]), jnp.array([6.0])]
+        >>> metrics.evaluate_many(lambda b: {"mean": (b.sum(), b.size), "largest": b.max()}, batches)
+        {'largest': 4.5, 'mean': 3.0}
     """
     return _means("evaluate_many", f, data)
 
@@ -56,58 +73,74 @@ def evaluate_many(f: Callable[[Any], dict[str, Any]], data: Iterable[Any]) -> di
 class Tracker:
     """Running means of named scalars, summed exactly on the host.
 
-    Observing does not wait for the device: a value is fetched when it is read or, to bound memory, a thousand later.
+    Observing does not wait for the device: a value is read when a mean is asked for or, to bound memory, about a
+    thousand observations later.
 
-    >>> from kaun import metrics
-    >>> tracker = metrics.Tracker()
-    >>> for loss, accuracy in [(0.5, 0.9), (0.3, 0.95)]:
-    ...     tracker.observe("loss", loss)
-    ...     tracker.observe("accuracy", accuracy)
-    >>> tracker.mean("loss"), tracker.count("loss")
-    (0.4, 2)
-    >>> tracker.summary()
-    'accuracy: 0.9250  loss: 0.4000'
+    Examples:
+        >>> from kaun import metrics
+        >>> tracker = metrics.Tracker()
+        >>> for loss, accuracy in [(0.5, 0.9), (0.3, 0.95)]:
+        ...     tracker.observe("loss", loss)
+        ...     tracker.observe("accuracy", accuracy)
+        >>> tracker.mean("loss"), tracker.count("loss")
+        (0.4, 2)
+        >>> tracker.summary()
+        'accuracy: 0.9250  loss: 0.4000'
     """
 
-    __slots__ = ("_totals",)
+    __slots__ = ("_counts", "_reader", "_sums")
 
     def __init__(self) -> None:
-        self._totals: dict[str, ExactMean] = {}
+        self.reset()
 
     def observe(self, name: str, value: Any) -> None:
-        """Adds a value to ``name``: a number or a NumPy or JAX scalar; TypeError if it is no real one, or traced."""
+        """Add a value to a name.
+
+        Args:
+            name: the name.
+            value: a number, or a NumPy or JAX scalar.
+
+        Raises:
+            TypeError: when the value is not a real scalar, or is being traced by JAX.
+        """
         value = _real_scalar(f"Tracker.observe({name!r}, value)", "expected a real scalar", value)
-        self._totals.setdefault(name, ExactMean(_UNREAD)).add(value, 1)
+        self._counts[name] = self._counts.get(name, 0) + 1
+        self._reader.push({name: Ratio(value, 1)})
 
     def mean(self, name: str) -> float:
-        """The mean of what was observed under ``name``; LookupError, with the names present, if nothing was."""
-        return self._total(name).mean(name)
+        """Return the mean of the values observed under a name.
+
+        Raises:
+            LookupError: when there are none; the message lists the names that have some.
+        """
+        self.count(name)
+        self._reader.flush()
+        return self._sums[name]
 
     def count(self, name: str) -> int:
-        """How many values were observed under ``name``; LookupError, with the names present, if none were."""
-        return self._total(name).added
+        """Return how many values were observed under a name.
+
+        Raises:
+            LookupError: when there are none; the message lists the names that have some.
+        """
+        if name not in self._counts:
+            present = ", ".join(map(repr, sorted(self._counts))) or "nothing"
+            raise LookupError(f"Tracker has no {name!r}; it has {present}. Call observe({name!r}, value) first.")
+        return self._counts[name]
 
     def reset(self) -> None:
-        """Forgets all names and values."""
-        self._totals = {}
+        """Remove all names and values."""
+        self._counts: dict[str, int] = {}
+        self._sums = MetricSums()
+        self._reader = DelayedReader(_UNREAD, functools.partial(add_scalars, self._sums))
 
     def items(self) -> list[tuple[str, float]]:
-        """Names and means, sorted by name."""
-        return [(name, self.mean(name)) for name in sorted(self._totals)]
+        """Return the pairs of name and mean, sorted by name."""
+        return [(name, self.mean(name)) for name in sorted(self._counts)]
 
     def summary(self) -> str:
-        """Names and means in one line, sorted by name, with four decimals."""
+        """Return names and means in one line, sorted by name, with four decimals."""
         return "  ".join(f"{name}: {mean:.4f}" for name, mean in self.items())
-
-    def _total(self, name: str) -> ExactMean:
-        if name not in self._totals:
-            present = ", ".join(map(repr, sorted(self._totals))) or "nothing"
-            raise LookupError(f"Tracker has no {name!r}; it has {present}. Call observe({name!r}, value) first.")
-        return self._totals[name]
-
-
-# What a Tracker observes are scalars and nothing else, so many may wait on the device.
-_UNREAD = 2048
 
 
 def _means(where: str, f: Any, data: Any) -> dict[str, float]:
@@ -116,33 +149,34 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
             f"{where} expected a function of an item and an iterable of items, received {tree.describe(f)} and "
             f"{tree.describe(data)}. Write {where}(f, data)."
         )
-    sums: dict[str, ExactMean] = {}
-    for i, item in enumerate(cast("Iterable[Any]", data)):
+    sums, names, place = MetricSums(), list[str](), f"{where}: {locate(f)}"
+
+    def measure(item: Any, number: int) -> dict[str, Ratio]:
         results = f(item) if where == "evaluate_many" else {"": f(item)}
         if not isinstance(results, dict):
             raise TypeError(
-                f"{where}: {locate(f)} must return a dict from names to real scalars or pairs (sum, count), received "
+                f"{place} must return a dict from names to real scalars or pairs (sum, count), received "
                 f'{tree.describe(results)}. Write: return {{"accuracy": ...}}.'
             )
-        sums = sums or {name: ExactMean(AHEAD) for name in sorted(results)}
-        if not results or results.keys() != sums.keys():
+        names[:] = names or sorted(results)
+        if not results or results.keys() != set(names):
             raise ValueError(
-                f"{where}: {locate(f)} must return the same names for every item, at least one; received "
-                f"{sorted(results)} for item {i}, and {sorted(sums)} for the first."
+                f"{place} must return the same names for every item, at least one; received "
+                f"{sorted(results)} for item {number}, and {names} for the first."
             )
-        for name, total in sums.items():
-            total.add(*_value_and_count(f"{where}: {locate(f)}", name, results[name]))
-    if not sums:
+        return {name: _ratio(place, name, results[name]) for name in names}
+
+    if not run_ahead(cast("Iterable[Any]", data), measure, functools.partial(add_scalars, sums)):
         raise ValueError(f"{where} expected at least one item, received none: the mean of nothing is not a number.")
-    return {name: total.mean(name) for name, total in sums.items()}
+    return {name: sums[name] for name in names}
 
 
-def _value_and_count(where: str, name: str, result: Any) -> tuple[Any, Any]:
+def _ratio(where: str, name: str, result: Any) -> Ratio:
     must = f"must return{f' for {name!r}' if name else ''} a real scalar or a pair (sum, count) of them"
     pair = cast("tuple[Any, ...]", result) if isinstance(result, tuple) else (result, 1)
     if len(pair) != 2:
         raise TypeError(f"{where} {must}, received a tuple of {len(pair)}.")
-    return _real_scalar(where, must, pair[0]), _real_scalar(where, must, pair[1])
+    return Ratio(_real_scalar(where, must, pair[0]), _real_scalar(where, must, pair[1]))
 
 
 def _real_scalar(where: str, must: str, value: Any) -> Any:
@@ -152,7 +186,7 @@ def _real_scalar(where: str, must: str, value: Any) -> Any:
             f"{where} received a value that JAX is tracing, {tree.describe(value)}: there is no number yet. Return it "
             "from the compiled function, and use it outside."
         )
-    if not is_real_scalar(value):
+    if not tree.is_real_scalar(value):
         fix = " Take its mean, value.mean()." if getattr(value, "shape", ()) else ""
         raise TypeError(f"{where} {must}, received {tree.describe(value)}.{fix}")
     return tree.snapshot(value)

@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 from kaun._report import Report
+from kaun.checkpoint import Disk
 from kaun.reports.log import Log, Row, encoded
 
 __all__ = ["csv", "jsonl"]
@@ -258,12 +259,8 @@ class _File:
         if self._file is None:
             return
         os.fsync(self._file.fileno())
-        if not self._named and os.name == "posix":  # other systems cannot open folders
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if not self._named:
+            Disk().sync_folder(self.path.parent)
             self._named = True
 
     def close(self) -> None:

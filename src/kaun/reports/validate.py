@@ -9,7 +9,7 @@ from kaun import tree
 from kaun._report import Report
 from kaun._run import pack_results, unpack_results
 from kaun.context import Context
-from kaun.evaluation import checked
+from kaun.evaluation import check_metrics
 from kaun.reports.compose import steps_of_a_pass
 from kaun.train import Trainer, TrainState
 
@@ -76,7 +76,7 @@ def validate(
     if ctx is not None and not isinstance(ctx, Context):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
     steps = each if isinstance(each, int) else steps_of_a_pass("validate", each, "each=steps_per_epoch")
-    return Validation(trainer, data, checked("validate", metrics), steps, ctx)
+    return Validation(trainer, data, check_metrics("validate", metrics), steps, ctx)
 
 
 class Validation(Report):
