@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kaun._messages import warn
 from kaun.checkpoint import strict_json
+from kaun.errors import Locked
 
 __all__ = ["NAME", "Lock", "Locked"]
 
@@ -22,10 +23,6 @@ _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os
 _guard = threading.Lock()
 # By the lock's file: where locks belong to processes (on network file systems), the system would give one twice.
 _held: dict[tuple[int, int], int] = {}
-
-
-class Locked(RuntimeError):
-    """Another run holds the directory; the message says which."""
 
 
 class Lock:
