@@ -72,6 +72,9 @@ class Context(Mapping[str, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return Context, (self._values,)  # copy and pickle would otherwise set attributes
 
+    def __dir__(self) -> list[str]:
+        return ["get", "items", "keys", "merge", "set", "values"]
+
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}={_short(value)}" for name, value in self._values.items())
         return f"Context({inside})"

@@ -97,6 +97,9 @@ class TrainState:
             hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
             raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
 
+    def __dir__(self) -> list[str]:
+        return ["key", "opt_state", "replace", "step", "vars"]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainState.tree_unflatten, (None, self.now())
 

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import pickle
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -327,9 +329,59 @@ def test_copies():
         assert same_leaves(again, vars)
         assert again.dtype == vars.dtype
     model = layers.sequential([affine(3), counter()])
-    for again in (copy.copy(model), copy.deepcopy(model)):
-        assert repr(again) == repr(model)
-        assert np.array_equal(applied(again, made(again))[0], applied(model, made(model))[0])
+    for again in (copy.copy(model), copy.deepcopy(model), copy.deepcopy([model])[0]):
+        assert again is model
+    assert copy.deepcopy(Vars(params={"w": [1.0]}, state={}, dtype=jnp.float32)).params["w"] is not vars.params["w"]
+
+
+def init_of_a_module(*, dtype):
+    return Vars(params={}, state={}, dtype=dtype)
+
+
+def apply_of_a_module(vars, x, /, *, training, ctx):
+    return x + 1, vars
+
+
+def test_a_layer_of_closures_is_not_pickled_and_the_message_says_what_to_pickle():
+    text = (
+        r"^layer linear\(2, 1\) cannot be pickled: its init and apply are closures\. Pickle the function that builds "
+    )
+    for value in (layers.linear(2, 1), {"model": layers.linear(2, 1)}):
+        with pytest.raises(
+            TypeError, match=text + r".*pickle\.dumps\(\(build_model, state\.vars\)\)\. Or use cloudpickle"
+        ):
+            pickle.dumps(value)
+    with pytest.raises(TypeError, match=r"^layer sequential cannot be pickled"):
+        pickle.dumps(layers.sequential([layers.relu()]))
+
+
+def test_a_layer_of_functions_that_a_module_has_is_pickled():
+    # pytest imports this file under a name that is not in sys.modules.
+    module = types.ModuleType("a_module_of_layers")
+    for function in (init_of_a_module, apply_of_a_module):
+        copied = types.FunctionType(function.__code__, globals(), function.__name__)
+        copied.__kwdefaults__, copied.__module__ = function.__kwdefaults__, module.__name__
+        setattr(module, function.__name__, copied)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        model = Layer(init=module.init_of_a_module, apply=module.apply_of_a_module, name="plus one")
+        again = pickle.loads(pickle.dumps(model))
+    assert repr(again) == "plus one"
+    assert float(again.apply(again.init(), 1.0)[0]) == 2.0
+
+
+def test_cloudpickle_takes_layers_of_closures():
+    cloudpickle = pytest.importorskip("cloudpickle")
+    model = layers.embedding(3, 2) >> layers.linear(2, 1)
+    again = pickle.loads(cloudpickle.dumps([model]))[0]
+    assert repr(again) == repr(model)
+    vars = made(model)
+    assert np.array_equal(again.apply(vars, jnp.arange(3))[0], model.apply(vars, jnp.arange(3))[0])
+
+
+def test_dir_shows_what_a_user_calls():
+    assert dir(layers.relu()) == ["apply", "init", "name"]
+    assert dir(layers.relu().init()) == ["dtype", "params", "replace", "state"]
 
 
 # Errors

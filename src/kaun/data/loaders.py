@@ -147,6 +147,9 @@ class ResumableLoader:
         passes: the pass that is under way, counted from 0.
     """
 
+    source: Any
+    passes: int
+
     def __init__(self, source: Any, place: Mapping[str, Any] | None = None, n: int = 0) -> None:
         self.source, self._n = source, n
         self.passes, self._state = (0, None) if place is None else _read(place)

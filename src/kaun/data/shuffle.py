@@ -19,7 +19,7 @@ class Orders:
     """
 
     def __init__(self, where: str, n: int) -> None:
-        self.key = rng.next_key()
+        self.key: jax.Array = rng.next_key()
         if isinstance(self.key, Tracer):
             raise RuntimeError(
                 f"{where} was called inside compiled code, where keys have no values yet. Build the pipeline outside "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -58,6 +59,9 @@ class Vars:
     def replace(self, **changes: Any) -> Vars:
         """These variables with some of ``params``, ``state``, ``dtype`` replaced."""
         return dataclasses.replace(self, **changes)
+
+    def __dir__(self) -> list[str]:
+        return ["dtype", "params", "replace", "state"]
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         key = jax.tree_util.GetAttrKey
@@ -164,9 +168,23 @@ class Layer(Generic[In, Out]):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Layer is immutable: make another with Layer(init=..., apply=...), not .{name} =.")
 
+    def __copy__(self) -> Layer[In, Out]:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Layer[In, Out]:
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # copy would otherwise set attributes
+        if not (_has_an_address(self._init) and _has_an_address(self._apply)) and not _pickles_closures():
+            head = self.name.splitlines()[0].rstrip("([")
+            raise TypeError(
+                f"layer {head} cannot be pickled: its init and apply are closures. Pickle the function that builds the "
+                "model, and the variables: pickle.dumps((build_model, state.vars)). Or use cloudpickle."
+            )
         return functools.partial(Layer, init=self._init, apply=self._apply, name=self.name), ()
+
+    def __dir__(self) -> list[str]:
+        return ["apply", "init", "name"]
 
     def __repr__(self) -> str:
         return self.name
@@ -311,6 +329,21 @@ def stateless(name: str, f: Callable[..., Any]) -> Layer[Any, Any]:
         return f(x), vars
 
     return Layer(init=init, apply=apply, name=name)
+
+
+def _has_an_address(function: Any) -> bool:
+    """Whether pickle can find the function by its name; of a bound method it pickles the object."""
+    if getattr(function, "__self__", None) is not None:
+        return True
+    found: Any = sys.modules.get(getattr(function, "__module__", ""))
+    for name in getattr(function, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return found is function
+
+
+def _pickles_closures() -> bool:
+    """Whether cloudpickle (its own copy in joblib or ray, too) is pickling: its pickler calls C, and C calls us."""
+    return "cloudpickle" in sys._getframe(2).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
 
 
 def _below(vars: Vars, key: Any) -> Vars:

@@ -53,7 +53,7 @@ class ExactMean:
     __slots__ = ("_counts", "_lagging", "_sums", "added")
 
     def __init__(self, window: int) -> None:
-        self.added = 0
+        self.added: int = 0
         self._lagging = DelayedReader(window, lambda pairs: self.take(jax.device_get(pairs)))
         self._sums: list[float] = []
         self._counts: list[float] = []

@@ -92,7 +92,7 @@ class EarlyStopping:
     block: Callable[[int, Mapping[str, np.ndarray]], None]  # there only for the training loss
 
     def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
-        self.watches = frozenset[str]() if monitor == "loss" else frozenset({monitor})
+        self.watches: frozenset[str] = frozenset() if monitor == "loss" else frozenset({monitor})
         self._monitor, self._sign, self._patience, self._min_delta = monitor, sign, patience, min_delta
         self._best: TrainState | None = None
         self._value = -math.inf  # of the best state; this and the next are negated for "min"

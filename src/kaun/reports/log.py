@@ -52,7 +52,7 @@ class Log:
     """
 
     def __init__(self, sink: Sink) -> None:
-        self.__name__ = sink.name
+        self.__name__: str = sink.name
         self._sink = sink
         self._fits = 0
         self._outer: BaseException | None = None

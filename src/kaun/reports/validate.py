@@ -98,7 +98,7 @@ class Validation:
         self._trainer, self._data, self._metrics = trainer, data, metrics
         self._steps, self._ctx = steps, ctx
         self.results: list[tuple[int, dict[str, float]]] = []
-        self.measures = frozenset(metrics)
+        self.measures: frozenset[str] = frozenset(metrics)
 
     @property
     def latest(self) -> dict[str, float]:
