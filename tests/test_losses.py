@@ -429,7 +429,10 @@ def test_cross_entropy_sends_class_indices_to_the_sparse_one():
 @pytest.mark.parametrize(
     ("shape", "fix"),
     [
-        ((2, CLASSES), r"One-hot indices become indices with indices\.argmax\(axis=-1\)"),
+        (
+            (2, CLASSES),
+            r"If indices are one-hot, write indices\.argmax\(axis=-1\)\. If each element has one yes-or-no score",
+        ),
         ((2, 1), r"Write indices\.reshape\(logits\.shape\[:-1\]\)"),
         ((3,), r"Make indices\.shape equal logits\.shape\[:-1\]"),
     ],
@@ -524,7 +527,7 @@ def test_nothing_to_average_is_an_error(name):
     outputs, labels = LOSSES[name]
     with pytest.raises(
         ValueError,
-        match=rf"{name} expected at least one element, received (logits|predictions) float32\[0.*a mean over nothing is NaN\. Leave empty batches out",
+        match=rf"{name} expected at least one element, received (logits|predictions) float32\[0.*the mean of no elements is NaN\. Leave empty batches out",
     ):
         getattr(losses, name)(outputs[:0], labels[:0])
 

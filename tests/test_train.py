@@ -120,7 +120,7 @@ def test_an_integer_parameter_is_refused_by_path():
 
 def test_dtypes_of_init(made):
     trainer, _ = made
-    with pytest.raises(ValueError, match=r"dtype=float64 needs JAX's x64 mode.*jax_enable_x64"):
+    with pytest.raises(ValueError, match=r"init\(dtype=float64\) needs JAX's x64 mode.*jax_enable_x64"):
         trainer.init(dtype=jnp.float64)
     with pytest.raises(TypeError, match=r"dtype=int32 is not floating"):
         trainer.init(dtype=jnp.int32)

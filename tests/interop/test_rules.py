@@ -203,18 +203,22 @@ def test_templates_are_strings_too():
 @pytest.mark.parametrize("bad", ["{", "a}", "{}", "{*}", "{a.b}", "{{x}}", "{x", "{1}", "{**x}", "{a b}"])
 def test_what_is_no_place_is_an_error(bad):
     for make in (drop, lambda text: rename("{*x}", text)):
-        with pytest.raises(ValueError, match=r"is no place\. Write \{x\} for one or more characters without a dot"):
+        with pytest.raises(
+            ValueError, match=r"is not a placeholder\. Write \{x\} for one or more characters except dots"
+        ):
             make(bad)
 
 
 def test_a_place_of_the_template_must_be_in_the_pattern():
     with pytest.raises(
-        ValueError, match=re.escape("'b.{j}' has {j}, which the pattern 'a.{*x}.{i}' has not: it has {*x}, {i}.")
+        ValueError, match=re.escape("'b.{j}' has {j}, which is not in the pattern 'a.{*x}.{i}'; that has {*x}, {i}.")
     ):
         rename("a.{*x}.{i}", "b.{j}")
-    with pytest.raises(ValueError, match=re.escape("'{x}' has {x}, which the pattern '{*x}' has not: it has {*x}.")):
+    with pytest.raises(
+        ValueError, match=re.escape("'{x}' has {x}, which is not in the pattern '{*x}'; that has {*x}.")
+    ):
         split("{*x}", ["{x}"])
-    with pytest.raises(ValueError, match=r"it has no places\. Write the same place in both"):
+    with pytest.raises(ValueError, match=r"that has no placeholders\. Write the same placeholder in both"):
         rename("a", "{i}")
 
 

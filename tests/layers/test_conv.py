@@ -200,7 +200,7 @@ def test_an_unknown_padding(padding):
 def test_causal_images():
     with pytest.raises(
         ValueError,
-        match=r"conv2d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', received 'CAUSAL'\. Causal padding is conv1d's",
+        match=r"conv2d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', received 'CAUSAL'\. Only conv1d has causal padding\.",
     ):
         layers.conv2d(1, 1, padding="CAUSAL")
 
@@ -209,7 +209,8 @@ def test_a_kernel_that_does_not_fit():
     layer = layers.conv2d(1, 1, (2, 3), dilation=(1, 2), padding="VALID") >> layers.relu()
     assert layer.apply(filled(layer), jnp.ones((1, 2, 5, 1)))[0].shape == (1, 1, 1, 1)
     with pytest.raises(
-        ValueError, match=r"conv2d\(.*\) at 'left' reaches over 2 x 5 positions .* received float32\[1, 9, 4, 1\].*SAME"
+        ValueError,
+        match=r"conv2d\(.*\) at 'left' expected at least 2 x 5 positions, which its kernel spans, received float32\[1, 9, 4, 1\].*SAME",
     ):
         layer.apply(filled(layer), jnp.ones((1, 9, 4, 1)))
 

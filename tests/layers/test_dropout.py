@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import layers, rng
+from kaun._kernels import random_bits
 
 quick = settings(max_examples=20, deadline=None)
 
@@ -43,7 +44,7 @@ def test_the_share_is_exact_to_the_documented_precision(monkeypatch, rate, bits)
     asked = []
     monkeypatch.setattr(
         sys.modules["kaun.layers.dropout"],
-        "_numbers",
+        "random_bits",
         lambda key, bits, shape: asked.append(bits) or jnp.asarray(numbers),
     )
     dropped = int((apply(layers.dropout(rate), jnp.ones(len(numbers))) == 0).sum())
@@ -54,7 +55,7 @@ def test_the_share_is_exact_to_the_documented_precision(monkeypatch, rate, bits)
 def test_no_number_is_drawn_twice():
     def numbers(bits, shape):
         with rng.scope(0):
-            return np.asarray(sys.modules["kaun.layers.dropout"]._numbers(rng.next_key(), bits, shape)).ravel()
+            return np.asarray(random_bits(rng.next_key(), bits, shape)).ravel()
 
     for shape in ((4096,), (64, 64), (3, 7, 195), (4095, 1)):
         drawn = numbers(32, shape)

@@ -125,7 +125,8 @@ def test_other_inputs_name_the_layer(name):
     layer = getattr(layers, name)((2, 3)) >> layers.flatten()
     variables = layer.init(dtype=jnp.float32)
     with pytest.raises(
-        ValueError, match=rf"{name}\(\(2, 3\)\) at 'left' looks at windows of 2 x 3, received float32\[1, 4, 2, 1\]"
+        ValueError,
+        match=rf"{name}\(\(2, 3\)\) at 'left' expected images of at least 2 x 3, its window, received float32\[1, 4, 2, 1\]",
     ):
         layer.apply(variables, jnp.ones((1, 4, 2, 1)))
     with pytest.raises(
