@@ -90,12 +90,13 @@ class Context(Mapping[str, Any]):
     __hash__ = None
     _values: dict[str, Any]
 
-    # The two below are called by JAX.
     def tree_flatten_with_keys(self) -> tuple[Iterable[tuple[Any, Any]], tuple[str, ...]]:
+        """Flatten the pytree, for JAX."""
         return [(jax.tree_util.DictKey(n), v) for n, v in self._values.items()], tuple(self._values)
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> Context:
+        """Unflatten the pytree, for JAX."""
         new = object.__new__(cls)
         object.__setattr__(new, "_values", dict(zip(names, values, strict=True)))
         return new

@@ -56,7 +56,7 @@ class NonFiniteLoss(ArithmeticError):
         self.step, self.loss, self.parameters = step, loss, parameters
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An exception pickles as its class called with `args`, which are the message alone.
+        # By default an exception is pickled as its class and `args`, which have only the message.
         return type(self), (*self.args, self.step, self.loss, self.parameters), self.__dict__
 
 

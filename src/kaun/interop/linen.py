@@ -125,8 +125,8 @@ class _Adapter:
             return module.apply(variables, x, rngs=_keys(), **words)
         except self.errors.ModifyScopeVariableError as error:
             error.add_note(
-                f"{self.name} was run in evaluation mode, in which its state may not change. Give its __call__ a keyword "
-                "argument for the mode, train: bool, and write nn.BatchNorm(use_running_average=not train)."
+                f"{self.name} was run in evaluation mode, where its state may not change. Give its __call__ a "
+                "keyword argument for the mode, train: bool, and write nn.BatchNorm(use_running_average=not train)."
             )
             raise
 

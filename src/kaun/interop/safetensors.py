@@ -309,8 +309,8 @@ def _fixes(failing: list[str], shapes: list[str], dtypes: list[str], strict: boo
     if shapes:
         fix += "\nFor shapes: transpose(pattern) in the mapping, or a model with the sizes of the weights."
     if dtypes:
-        fix += "\nTo convert between floating dtypes: into(..., cast=True), or model.init(dtype=...) with the dtype of the "
-        fix += "weights."
+        fix += "\nTo convert between floating dtypes: into(..., cast=True), or model.init(dtype=...) with the dtype of "
+        fix += "the weights."
     return fix
 
 
@@ -354,7 +354,8 @@ def _replacement(name: str, weight: Array, leaf: Any) -> Any:
     if lost:
         raise ValueError(
             f"safetensors.into: {lost} of the {weight.size} values of {name!r} overflow in "
-            f"{np.dtype(leaf.dtype).name}. Make the model with init(dtype=jnp.{weight.dtype.name}), or scale them first."
+            f"{np.dtype(leaf.dtype).name}. Make the model with init(dtype=jnp.{weight.dtype.name}), or scale them "
+            "first."
         )
     if isinstance(leaf, np.generic):
         return value[()]

@@ -29,7 +29,7 @@ def size(layer: str, what: str, value: Any) -> int:
     except TypeError:
         raise TypeError(
             f"{layer}({what}=...) expected an int of at least 1, received {value!r}. "
-            "Write a whole number; where it is computed, divide with //."
+            "Write a whole number; if it is computed, divide with //."
         ) from None
     if count < 1:
         raise ValueError(f"{layer}({what}=...) expected an int of at least 1, received {count}.")

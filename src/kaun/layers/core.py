@@ -73,12 +73,14 @@ class Vars:
         return ["dtype", "params", "replace", "state"]
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        """Flatten the pytree, for JAX."""
         key = jax.tree_util.GetAttrKey
         return ((key("params"), self.params), (key("state"), self.state)), self.dtype
 
     @classmethod
     def tree_unflatten(cls, dtype: Any, children: Sequence[Any]) -> Vars:
-        # Not through __init__: JAX unflattens with placeholders, and this runs at each step.
+        """Unflatten the pytree, for JAX."""
+        # Not through __init__, because JAX also unflattens with placeholders, and this runs at each step.
         new = object.__new__(cls)
         new.__dict__.update(params=children[0], state=children[1], dtype=dtype)
         return new
