@@ -159,7 +159,9 @@ def _not_an_array(value: Any, source: str, role: str) -> str:
     if value is None:
         return "it has no return statement. Write: return value"
     if isinstance(value, (bool, int, float, complex)) or tree.is_array(value):
-        return f"it is not computed from {source} by JAX. Use jnp functions in place of NumPy, math, float() and .item()"
+        return (
+            f"it is not computed from {source} by JAX. Use jnp functions in place of NumPy, math, float() and .item()"
+        )
     if isinstance(value, tuple) and role == "function":
         return "to return more than the scalar, write value_and_grad(f, params, has_aux=True) and return value, aux"
     return "return one JAX array"

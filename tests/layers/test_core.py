@@ -464,8 +464,14 @@ def test_layers_are_immutable():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: layers.compose(affine(2), jnp.sin), r"compose expected layers, received .*sin.*Write layers.fn\(f\)"),
-        (lambda: layers.compose(3, affine(2)), r"compose expected layers, received 3\. Write layers.fn\(f\)"),
+        (
+            lambda: layers.compose(affine(2), jnp.sin),
+            r"compose expected layers, received .*sin.*For a plain function write layers\.fn\(f\)",
+        ),
+        (
+            lambda: layers.compose(3, affine(2)),
+            r"compose expected layers, received 3\. For a plain function write layers\.fn\(f\)",
+        ),
         (lambda: affine(2) >> 3, r"compose expected layers, received 3\."),
         (
             lambda: layers.sequential([affine(2), affine]),
