@@ -197,7 +197,10 @@ def test_a_state_that_changes_its_form_is_refused():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (3, r"haiku expected what hk\.transform or hk\.transform_with_state returns, received int\. Write"),
+        (
+            3,
+            r"haiku expected a function transformed by hk\.transform or hk\.transform_with_state, received int\. Write",
+        ),
         (noisy, r"received function\. Write interop\.haiku\(hk\.transform_with_state\(noisy\), x\)\."),
     ],
 )

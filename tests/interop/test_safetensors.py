@@ -308,7 +308,7 @@ def test_reading_takes_the_memory_of_the_arrays_once(tmp_path):
         (raw_file({"w": entry(offsets=[8, 0])}, b"12345678"), "'w' is float32[2] and has -8 bytes"),
         (raw_file({"w": entry(offsets=[4, 12])}, b"123456789abc"), "'w' begins at byte 4 of the arrays, but the one before it ends at 0"),
         (raw_file({"v": entry(), "w": entry()}, b"12345678"), "'w' begins at byte 0 of the arrays, but the one before it ends at 8"),
-        (raw_file({"w": entry(shape=[2**40], offsets=[0, 2**42])}, b""), "its arrays need 4398046511104 bytes, and it has 0"),
+        (raw_file({"w": entry(shape=[2**40], offsets=[0, 2**42])}, b""), "its arrays need 4398046511104 bytes, but 0 follow the header"),
     ],
 )  # fmt: skip
 def test_what_a_damaged_file_says(content, says, tmp_path):
@@ -358,7 +358,8 @@ def test_what_is_no_path_or_not_there(tmp_path):
         load(tmp_path / "none.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(
-        FileNotFoundError, match=r"has neither 'model\.safetensors' nor .*, only \['pytorch_model\.bin'\]\. Name"
+        FileNotFoundError,
+        match=r"has neither 'model\.safetensors' nor .*, only \['pytorch_model\.bin'\]\. Pass the file itself, load",
     ):
         load(tmp_path)
 
