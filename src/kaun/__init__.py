@@ -26,7 +26,7 @@ __all__ = [
     "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
 ]  # fmt: skip
 
-# A constant, so that it needs no installation to be read; a test compares it with pyproject.toml.
+# A constant, so that it can be read without an installation; a test compares it with pyproject.toml.
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

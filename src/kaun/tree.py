@@ -77,7 +77,7 @@ def snapshot(value: Any) -> Any:
 
 
 def strong(leaf: Any) -> jax.Array:
-    """A leaf as a JAX array without weak type, which would change in the first step so that it is compiled twice."""
+    """A leaf as a JAX array without a weak type, which would change in the first step and compile it a second time."""
     array = jnp.asarray(snapshot(leaf))
     # A random key has no attribute weak_type.
     return jax.lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array

@@ -133,7 +133,7 @@ def test_a_position_that_may_attend_to_nothing_takes_nothing(is_causal, dropout)
     y = np.asarray(apply(variables, x, mask))
     dead = np.array([[is_causal, is_causal, False, False, False], [True] * 5])
     assert not y[dead].any() and y[~dead].any(-1).all()
-    slopes = jax.grad(lambda v, x: (apply(v, x, mask) ** 2).sum(), argnums=(0, 1))(variables, x)
+    slopes = jax.jit(jax.grad(lambda v, x: (apply(v, x, mask) ** 2).sum(), argnums=(0, 1)))(variables, x)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
