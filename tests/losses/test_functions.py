@@ -11,6 +11,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import log_loss
 
 from kaun import losses
+from kaun.losses import checks, functions
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -52,7 +53,7 @@ def known_to(logits):
 
 
 # Compiled, as in training; called eagerly each operation of each shape would compile by itself.
-compiled = {name: jax.jit(getattr(losses, name)) for name in losses.__all__}
+compiled = {name: jax.jit(getattr(losses, name)) for name in functions.__all__}
 SPARSE = jax.jit(jax.value_and_grad(losses.cross_entropy_sparse))
 DENSE = jax.jit(jax.value_and_grad(losses.cross_entropy))
 
@@ -309,7 +310,7 @@ def test_an_index_out_of_range_is_nan_in_compiled_code(bad, dtype):
 
 
 def test_class_indices_are_safe_to_use_where_they_are_not_valid():
-    checked = jax.jit(lambda indices: losses.class_indices("f", "indices", indices, CLASSES))
+    checked = jax.jit(lambda indices: checks.class_indices("f", "indices", indices, CLASSES))
     safe, valid = checked(np.array([-1, 0, 3, 4, 100], np.int8))
     assert safe.tolist() == [0, 0, 3, 0, 0] and safe.dtype == jnp.int32
     assert valid.tolist() == [False, True, True, False, False]
