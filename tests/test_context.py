@@ -115,6 +115,11 @@ def test_copies(through):
     np.testing.assert_array_equal(again["mask"], ctx["mask"])
 
 
+def test_dir_shows_what_a_user_calls():
+    assert dir(Context(mask=np.arange(3))) == ["get", "items", "keys", "merge", "set", "values"]
+    assert all(hasattr(Context(), name) for name in dir(Context()))
+
+
 # Errors
 
 

@@ -159,7 +159,7 @@ WRONG = [
     (lambda p: (p["w"] > 0).all(), TypeError, r"bool\[\]: it has no gradient"),
     (lambda p: p["w"] > 0, TypeError, r"bool\[4\]: it has no gradient"),
     (lambda p: p["w"].astype(jnp.complex64).sum(), TypeError, r"complex64\[\]: take a real one, value\.real or jnp\.abs\(value\)\."),
-    (lambda p: 0.5, TypeError, r"float: it is not computed from the parameters by JAX\. Use jnp functions; NumPy, math, float\(\) and \.item\(\) leave JAX\."),
+    (lambda p: 0.5, TypeError, r"float: it is not computed from the parameters by JAX\. Use jnp functions in place of NumPy, math, float\(\) and \.item\(\)\."),
     (lambda p: 3, TypeError, r"int: it is not computed from the parameters"),
     (lambda p: np.float32(0.5), TypeError, r"NumPy float32\[\]: it is not computed from the parameters"),
     (lambda p: np.zeros(3), TypeError, r"NumPy float64\[3\]: it is not computed from the parameters"),

@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,14 @@ ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", 
 # The vocabulary. A new name belongs here, in the docs and in the changelog.
 PUBLIC = {
     "kaun": {
-        "Context", "Data", "EarlyStop", "Layer", "NonFiniteLoss", "TrainState", "Trainer", "Vars",
-        "checkpoint", "grad", "layers", "losses", "metrics", "reports", "rng", "summary",
+        "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
+        "checkpoint", "errors", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
     },
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
+    "kaun.errors": {
+        "CaptureError", "EarlyStop", "Locked", "MissingContext", "NonFiniteLoss", "RecompilationWarning",
+        "ResumeMismatch",
+    },
     "kaun.grad": {"grad", "value_and_grad"},
     "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen", "safetensors"},
     "kaun.interop.safetensors": {"Rule", "drop", "into", "load", "rename", "split", "transpose"},
@@ -142,7 +147,9 @@ def test_no_import_cycle():
 
 
 def test_nothing_imports_the_adapters():
-    assert not [name for name in MODULES if room(name) != "interop" and "interop" in map(room, IMPORTS[name])]
+    # But the root, when its attribute is first read: a test below looks that `import kaun` does not.
+    others = [name for name in MODULES if room(name) != "interop" and name != "kaun"]
+    assert not [name for name in others if "interop" in map(room, IMPORTS[name])]
 
 
 def test_rooms_are_entered_by_their_door():
@@ -210,6 +217,10 @@ def test_the_public_names_are_the_vocabulary(name):
     assert not [n for n in PUBLIC[name] if not hasattr(module, n)]
 
 
+def test_dir_shows_the_public_names_alone():
+    assert dir(importlib.import_module("kaun")) == sorted(PUBLIC["kaun"])
+
+
 def public_objects():
     for name in PUBLIC:
         module = importlib.import_module(name)
@@ -249,7 +260,24 @@ def test_import_kaun_pulls_in_nothing_optional():
     code = "import sys, kaun; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "kaun.rng" in done.stdout.split()
+    assert "kaun.interop" not in done.stdout.split()
     assert not OPTIONAL & set(done.stdout.split())
+
+
+def test_the_version_is_that_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert importlib.import_module("kaun").__version__ == project["version"]
+
+
+def test_interop_is_imported_when_it_is_used():
+    code = "import kaun; print(kaun.interop.safetensors.rename('a', 'b'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "rename('a', 'b')\n"
+
+
+def test_a_name_that_kaun_does_not_have_is_an_error_that_lists_those_it_has():
+    with pytest.raises(AttributeError, match=r"^module 'kaun' has no attribute 'fit'; it has Context, .*, summary\.$"):
+        importlib.import_module("kaun").fit  # noqa: B018
 
 
 def test_modules_name_nothing_optional_at_their_top():

@@ -6,9 +6,11 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from kaun import TrainState, Vars
+import kaun
+from kaun import TrainState, Vars, layers, rng
 
 VARS = Vars(params={"w": jnp.ones(2)}, state={}, dtype=jnp.float32)
 
@@ -40,6 +42,21 @@ def test_pickling_round_trips():
     state = jax.tree.map(np.asarray, make())
     back = pickle.loads(pickle.dumps(state))
     assert int(back.step) == 3 and back.vars.params["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("through", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_of_a_trainers_state_have_its_values_and_its_key(through):
+    with rng.scope(0):
+        state = kaun.Trainer(model=layers.batch_norm(2), optimizer=optax.adam(0.1)).init()
+    again = through(state)
+    key = lambda s: s.replace(key=jax.random.key_data(s.key))
+    assert jax.tree.all(jax.tree.map(np.array_equal, key(again), key(state)))
+    assert again.key.dtype == state.key.dtype
+
+
+def test_dir_shows_the_fields_and_what_a_user_calls():
+    assert dir(make()) == ["key", "opt_state", "replace", "step", "vars"]
+    assert all(hasattr(make(), name) for name in dir(make()))
 
 
 def test_it_cannot_be_changed():

@@ -10,7 +10,6 @@ import pytest
 
 import kaun
 from kaun import Context, Layer, Vars, layers, losses, rng, tree
-from kaun.summary import _size
 
 X = np.ones((6, 4), np.float32)
 
@@ -122,13 +121,6 @@ def test_what_is_refused():
         ValueError, match=r"linear\(4, 8\) at 'left\.left' expected float32\[\.\.\., 4\], received float32\[6, 5\]"
     ):
         kaun.summary(trainer_of(nested()), np.ones((6, 5), np.float32))
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1650, "1.65 KB"), (5_000_000_000_000, "5e+03 GB")]
-)
-def test_sizes(count, text):
-    assert _size(count) == text
 
 
 def test_rich():

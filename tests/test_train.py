@@ -1,5 +1,8 @@
 """What a user gets wrong, and what the message says; the laws are in tests/laws."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +47,19 @@ def test_the_model_must_be_a_layer():
         kaun.Trainer(model=3, optimizer=optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"did you forget to call it\? Write model=layers.sequential"):
         kaun.Trainer(model=layers.linear, optimizer=optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("through", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_trainer_is_the_trainer(made, through):
+    assert through(made[0]) is made[0]
+    assert through({"trainers": [made[0]]})["trainers"][0] is made[0]
+
+
+def test_a_trainer_is_not_pickled_and_the_message_says_what_to_pickle(made):
+    text = r"^a Trainer cannot be pickled: its model and optimizer are closures\. .*pickle\.dumps\(\(build_trainer, state\)\)"
+    for value in (made[0], {"trainer": made[0]}):
+        with pytest.raises(TypeError, match=text):
+            pickle.dumps(value)
 
 
 def test_the_optimizer_must_have_init_and_update():
@@ -104,9 +120,9 @@ def test_an_integer_parameter_is_refused_by_path():
 
 def test_dtypes_of_init(made):
     trainer, _ = made
-    with pytest.raises(ValueError, match=r"dtype=float64 needs JAX's x64 mode.*jax_enable_x64"):
+    with pytest.raises(ValueError, match=r"init\(dtype=float64\) needs JAX's x64 mode.*jax_enable_x64"):
         trainer.init(dtype=jnp.float64)
-    with pytest.raises(TypeError, match=r"dtype=int32 is not floating"):
+    with pytest.raises(TypeError, match=r"init\(dtype=\.\.\.\) expected a floating dtype, received int32"):
         trainer.init(dtype=jnp.int32)
     half = trainer.init(dtype=jnp.bfloat16)
     assert half.vars.dtype == jnp.bfloat16

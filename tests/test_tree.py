@@ -90,7 +90,7 @@ def test_path_name_of_nodes_registered_without_keys():
 
 @pytest.mark.parametrize("value", [{"a.b": 1, "a": {"b": 2}}, {"a.0": 1, "a": [2]}, [{"": [1]}, {".0": 2, "": [3]}]])
 def test_two_leaves_of_one_name_are_an_error(value):
-    with pytest.raises(ValueError, match=r"2 leaves have one readable path, '.*': tree\[.*\] and tree\[.*\]. Rename"):
+    with pytest.raises(ValueError, match=r"2 leaves have the same path, '.*': tree\[.*\] and tree\[.*\]. Rename"):
         tree.flatten(value)
 
 

@@ -5,6 +5,7 @@ Anything that it finds elsewhere, or does not find where it must, fails. What pa
 """
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import kaun
 
 PROGRAMS = Path(__file__).resolve().parent / "typing"
 
@@ -44,6 +47,25 @@ def test_programs_pass_and_fail_as_they_say():
     found, marked = check(PROGRAMS), expected(PROGRAMS)
     assert len(marked) > 20
     assert (sorted(found - marked), sorted(marked - found)) == ([], [])
+
+
+def test_every_public_name_has_a_known_type():
+    """Types that come from packages without annotations, such as optax, are not kaun's."""
+    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "--outputjson"]
+    source = str(Path(kaun.__file__).parents[1])
+    done = subprocess.run(
+        [*command, "--verifytypes", "kaun", "--ignoreexternal"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": source},
+    )  # fmt: skip
+    assert done.stdout, f"basedpyright (in kaun[test]) did not run: {done.stderr}"
+    report = json.loads(done.stdout)["typeCompleteness"]
+    exported = [symbol for symbol in report["symbols"] if symbol["isExported"]]
+    assert {"kaun.train.Trainer.fit", "kaun.errors.NonFiniteLoss.step"} <= {symbol["name"] for symbol in exported}
+    assert not [
+        (symbol["name"], [diagnostic["message"] for diagnostic in symbol["diagnostics"]])
+        for symbol in exported
+        if not symbol["isTypeKnown"] or symbol["isTypeAmbiguous"]
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(PROGRAMS.glob("pass_*.py")), ids=lambda path: path.stem)

@@ -1,6 +1,10 @@
 """kaun: a training loop for JAX that you can read as one equation and take apart at any line."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from kaun import checkpoint as checkpoint
+from kaun import errors as errors
 from kaun import grad as grad
 from kaun import layers as layers
 from kaun import losses as losses
@@ -16,3 +20,24 @@ from kaun.layers.core import Vars as Vars
 from kaun.state import TrainState as TrainState
 from kaun.summary import summary as summary
 from kaun.train import Trainer as Trainer
+
+__all__ = [
+    "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__", "checkpoint", "errors",
+    "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
+]  # fmt: skip
+
+# A constant, so that it can be read without an installation; a test compares it with pyproject.toml.
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kaun import interop as interop
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "interop":  # imported when it is first used
+            return importlib.import_module("kaun.interop")
+        raise AttributeError(f"module 'kaun' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,27 +1,26 @@
-"""Words for errors and warnings: where a function was written, and warnings at the line of the user."""
+"""Parts of errors and warnings: where a function was written, and a warning at the user's line."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+# With the separator: a package named kaun_models beside this one is the user's.
+_HERE = str(Path(__file__).parent) + os.sep
+_CONTEXTS = contextlib.__file__
+
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line of the user's code that called into kaun, whatever lies between."""
+    """Issue a warning that names the line of the user's code which called into kaun."""
     level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
     while frame is not None and (frame.f_code.co_filename.startswith(_HERE) or frame.f_code.co_filename == _CONTEXTS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
-
-
-_HERE = str(Path(__file__).parent)
-
-
-_CONTEXTS = contextlib.__file__
 
 
 def locate(function: Any) -> str:

@@ -15,19 +15,26 @@ __all__ = ["Context"]
 
 @jax.tree_util.register_pytree_with_keys_class
 class Context(Mapping[str, Any]):
-    """An immutable mapping of named arrays for one forward pass; every layer sees it, each reads what it knows.
+    """An immutable mapping of named arrays for one forward pass.
 
-    Values are arrays or pytrees of arrays. A Context is itself a pytree, so it passes through JAX's transformations.
+    Every layer receives it and reads the names that it knows, such as ``ctx["attention_mask"]``. Values are arrays or
+    pytrees of arrays. A Context is itself a pytree, so it passes through JAX's transformations.
+
+    Args:
+        values: A mapping of names to values. Default: none.
+        **named: More names and values; they override those of ``values``.
 
     Raises:
-        MissingContext: (a KeyError) when a name is read that is not there; the message lists those that are.
+        TypeError: If a name is not a string.
+        MissingContext: (a ``KeyError``) If a name is read that is not there; the message lists the names that are.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import Context
-    >>> ctx = Context(attention_mask=jnp.ones((2, 5), bool))
-    >>> ctx = ctx.set("segment", jnp.zeros((2, 5), jnp.int32))
-    >>> sorted(ctx), ctx["segment"].shape
-    (['attention_mask', 'segment'], (2, 5))
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import Context
+        >>> ctx = Context(attention_mask=jnp.ones((2, 5), bool))
+        >>> ctx = ctx.set("segment", jnp.zeros((2, 5), jnp.int32))
+        >>> sorted(ctx), ctx["segment"].shape
+        (['attention_mask', 'segment'], (2, 5))
     """
 
     __slots__ = ("_values",)
@@ -40,11 +47,11 @@ class Context(Mapping[str, Any]):
         object.__setattr__(self, "_values", dict(sorted(merged.items())))
 
     def set(self, name: str, value: Any) -> Context:
-        """A Context with ``name`` bound to ``value`` and everything else as here."""
+        """Return a Context in which ``name`` has this value; the other names keep theirs."""
         return Context({**self._values, name: value})
 
     def merge(self, other: Mapping[str, Any] | None) -> Context:
-        """A Context with the names of both; where both have one, ``other``'s value holds."""
+        """Return a Context with the names of both; where both have a name, the value is that of ``other``."""
         return Context({**self._values, **other}) if other else self
 
     def __getitem__(self, name: str) -> Any:
@@ -70,7 +77,11 @@ class Context(Mapping[str, Any]):
         raise AttributeError(f"Context is immutable: use ctx = ctx.set({name!r}, value).")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Context, (self._values,)  # copy and pickle would otherwise set attributes
+        # By default copy and pickle set attributes, which __setattr__ refuses.
+        return Context, (self._values,)
+
+    def __dir__(self) -> list[str]:
+        return ["get", "items", "keys", "merge", "set", "values"]
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{name}={_short(value)}" for name, value in self._values.items())
@@ -80,10 +91,12 @@ class Context(Mapping[str, Any]):
     _values: dict[str, Any]
 
     def tree_flatten_with_keys(self) -> tuple[Iterable[tuple[Any, Any]], tuple[str, ...]]:
+        """Flatten the pytree, for JAX."""
         return [(jax.tree_util.DictKey(n), v) for n, v in self._values.items()], tuple(self._values)
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> Context:
+        """Unflatten the pytree, for JAX."""
         new = object.__new__(cls)
         object.__setattr__(new, "_values", dict(zip(names, values, strict=True)))
         return new

@@ -1,19 +1,27 @@
-"""The exception and warning types of kaun, and the words they share."""
+"""All exceptions and warnings of kaun that a user can meet; each is also of a built-in kind (``ValueError``, ...)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
-    "CaptureError", "EarlyStop", "MissingContext", "NonFiniteLoss", "RecompilationWarning", "ResumeMismatch",
+    "CaptureError", "EarlyStop", "Locked", "MissingContext", "NonFiniteLoss", "RecompilationWarning", "ResumeMismatch",
 ]  # fmt: skip
 
 
 class EarlyStop(Exception):
-    """Raise inside ``report`` to end ``fit`` early; ``fit`` returns the state after that step.
+    """Raise it inside ``report`` to end ``fit`` early; ``fit`` returns the state after that step.
 
-    >>> import kaun
-    >>> def report(step, loss, state):
-    ...     if loss < 0.01:
-    ...         raise kaun.EarlyStop
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import Data, layers, losses
+        >>> trainer = kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.1))
+        >>> def report(step, loss, state):
+        ...     if step == 3:
+        ...         raise kaun.EarlyStop
+        >>> item = (jnp.ones((2, 1)), lambda out: losses.mse(out, jnp.zeros((2, 1))))
+        >>> trainer.fit(trainer.init(), Data.repeat(100, item), report=report)
+        TrainState(step=3, 2 parameters in float32)
     """
 
 
@@ -21,34 +29,68 @@ class NonFiniteLoss(ArithmeticError):
     """A step's loss or gradient is nan or infinite; the state before that step is its ``kaun_state``.
 
     Attributes:
-        step: the number of the step in this fit.
-        loss: its loss.
-        parameters: the paths of the parameters whose gradient is not finite.
+        step: The number of the step in this fit, counted from 1.
+        loss: The loss of the step.
+        parameters: The paths of the parameters whose gradient is not finite.
 
-    >>> import jax.numpy as jnp, optax, kaun
-    >>> from kaun import layers, losses, rng
-    >>> with rng.scope(0):
-    ...     trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
-    ...     state = trainer.init()
-    >>> good, bad = jnp.ones((1, 2)), jnp.full((1, 2), jnp.nan)
-    >>> try:
-    ...     trainer.fit(state, [(good, jnp.mean), (bad, jnp.mean)])
-    ... except kaun.NonFiniteLoss as error:
-    ...     error.step, error.parameters, error.kaun_state
-    (2, ('weight',), TrainState(step=1, 3 parameters in float32))
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import layers, rng
+        >>> with rng.scope(0):
+        ...     trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
+        ...     state = trainer.init()
+        >>> good, bad = jnp.ones((1, 2)), jnp.full((1, 2), jnp.nan)
+        >>> try:
+        ...     trainer.fit(state, [(good, jnp.mean), (bad, jnp.mean)])
+        ... except kaun.errors.NonFiniteLoss as error:
+        ...     error.step, error.parameters, error.kaun_state
+        (2, ('weight',), TrainState(step=1, 3 parameters in float32))
     """
+
+    step: int
+    loss: float
+    parameters: tuple[str, ...]
 
     def __init__(self, message: str, step: int, loss: float, parameters: tuple[str, ...]) -> None:
         super().__init__(message)
         self.step, self.loss, self.parameters = step, loss, parameters
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is pickled as its class and `args`, which have only the message.
+        return type(self), (*self.args, self.step, self.loss, self.parameters), self.__dict__
+
 
 class CaptureError(TypeError):
-    """A loss captures something that a compiled step cannot use faithfully; the message has the fix."""
+    """A loss captures something that a compiled step cannot use faithfully; the message says how to write it instead.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import layers
+        >>> trainer = kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.1))
+        >>> seen = []
+        >>> def loss(output):
+        ...     seen.append(output)
+        ...     return output.mean()
+        >>> try:
+        ...     trainer.step(trainer.init(), jnp.ones((2, 1)), loss=loss)
+        ... except kaun.errors.CaptureError as error:
+        ...     print("refused before the step was compiled")
+        refused before the step was compiled
+    """
 
 
 class MissingContext(KeyError):
-    """A layer asked its Context for a name that is not there; the message lists the names that are."""
+    """A layer read a name from its Context that is not there; the message lists the names that are.
+
+    Examples:
+        >>> import jax.numpy as jnp, kaun
+        >>> ctx = kaun.Context(mask=jnp.ones(3))
+        >>> try:
+        ...     ctx["attention_mask"]
+        ... except kaun.errors.MissingContext as error:
+        ...     print(str(error).split(". ")[0])
+        Context has no 'attention_mask'; it has 'mask'
+    """
 
     def __str__(self) -> str:
         # KeyError would print the repr of the message, quotes and escapes included.
@@ -56,21 +98,56 @@ class MissingContext(KeyError):
 
 
 class RecompilationWarning(UserWarning):
-    """One piece of code compiles again and again; the message names what keeps changing."""
+    """The same code is compiled again and again; the message names the argument or value that keeps changing.
+
+    Examples:
+        In a test suite, make it an error:
+
+        >>> import warnings, kaun
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", kaun.errors.RecompilationWarning)
+    """
 
 
 class ResumeMismatch(ValueError):
-    """A checkpoint is sound, but not of this run; the message names what differs, and the way out.
+    """A checkpoint is intact, but belongs to another run; the message names what differs, and how to proceed.
 
-    >>> import tempfile, jax.numpy as jnp, optax, kaun
-    >>> from kaun import checkpoint, layers, rng
-    >>> from kaun.checkpoint.store import Store
-    >>> with rng.scope(0):
-    ...     trainers = [kaun.Trainer(model=layers.linear(2, n), optimizer=optax.sgd(0.1)) for n in (3, 4)]
-    ...     small, large = (trainer.init(dtype=jnp.float32) for trainer in trainers)
-    >>> with tempfile.TemporaryDirectory() as folder, Store.open(checkpoint.Directory(folder)) as store:
-    ...     store.save(1, small, {}, {})
-    ...     store.newest(large)  # doctest: +IGNORE_EXCEPTION_DETAIL
-    Traceback (most recent call last):
-    kaun.errors.ResumeMismatch: the checkpoint of step 1 ... expected float32[2, 4], found float32[2, 3]
+    Examples:
+        >>> import tempfile, jax.numpy as jnp, optax, kaun
+        >>> from kaun import Data, checkpoint, layers, losses, rng
+        >>> def train(features, folder):
+        ...     with rng.scope(0):
+        ...         trainer = kaun.Trainer(model=layers.linear(2, features), optimizer=optax.sgd(0.1))
+        ...         state = trainer.init()
+        ...     item = (jnp.ones((1, 2)), lambda out: (out**2).mean())
+        ...     return trainer.fit(state, Data.repeat(2, item), checkpoints=checkpoint.Directory(folder))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     state = train(3, folder)
+        ...     try:
+        ...         train(4, folder)
+        ...     except kaun.errors.ResumeMismatch as error:
+        ...         print("expected float32[2, 4], found float32[2, 3]" in str(error))
+        True
+    """
+
+
+class Locked(RuntimeError):
+    """Another run writes to the same directory of checkpoints; the message says which.
+
+    Examples:
+        >>> import tempfile, jax.numpy as jnp, optax, kaun
+        >>> from kaun import checkpoint, layers, rng
+        >>> trainer = kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.1))
+        >>> with rng.scope(0):
+        ...     state = trainer.init()
+        >>> items = [(jnp.ones((1, 1)), jnp.mean)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     place = checkpoint.Directory(folder)
+        ...     def report(step, loss, state):
+        ...         trainer.fit(state, items, checkpoints=place)
+        ...     try:
+        ...         trainer.fit(state, items, checkpoints=place, report=report)
+        ...     except kaun.errors.Locked as error:
+        ...         print("in use by another fit of this process" in str(error))
+        True
     """

@@ -1,4 +1,4 @@
-"""Gradients: JAX's, with every leaf of the parameters and the returned value checked by name."""
+"""JAX's gradients, with checks of the parameters and of the returned value whose errors name the path."""
 
 from __future__ import annotations
 
@@ -16,68 +16,81 @@ __all__ = ["grad", "value_and_grad"]
 
 
 def value_and_grad(f: Callable[[Any], Any], params: Any, has_aux: bool = False) -> Any:
-    """The value of ``f`` at ``params`` and its gradient there: ``(value, grads)``, or ``((value, aux), grads)``.
+    """Evaluate ``f`` and its gradient at ``params``.
 
-    Arguments:
-        f: a function of the parameters; its result is a floating scalar, with ``has_aux`` a pair of that and anything.
-        params: a pytree whose leaves are floating arrays (JAX or NumPy) or Python floats.
-        has_aux: whether ``f`` returns ``(value, aux)``, default no.
+    The computation is that of ``jax.value_and_grad(f)(params)`` and can be compiled, mapped and differentiated like it.
 
-    ``grads`` has the structure, shapes and dtypes of ``params``, as JAX arrays. The computation is that of
-    ``jax.value_and_grad(f)(params)`` and can be compiled, mapped and differentiated like it.
+    Args:
+        f: A function of the parameters that returns a floating scalar, or with ``has_aux`` a pair of a floating scalar
+            and any pytree.
+        params: A pytree whose leaves are floating arrays (JAX or NumPy) or Python floats.
+        has_aux: Whether ``f`` returns ``(value, aux)``. Default: False.
+
+    Returns:
+        ``(value, grads)``, or ``((value, aux), grads)`` with ``has_aux``. ``grads`` has the structure, shapes and
+        dtypes of ``params``, as JAX arrays.
 
     Raises:
-        TypeError: f not callable or not returning a floating array (with ``has_aux`` a pair), a leaf that is not
-            floating (the message has its path).
-        ValueError: no leaves, or a value that is not a scalar.
+        TypeError: If ``f`` is not callable or does not return a floating array (with ``has_aux`` a pair), or a leaf of
+            ``params`` is not floating; the message has its path.
+        ValueError: If ``params`` has no leaves, or the value is not a scalar.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import grad
-    >>> value, grads = grad.value_and_grad(lambda p: (p["weight"] ** 2).sum(), {"weight": jnp.array([1.0, 3.0])})
-    >>> value, grads["weight"]
-    (Array(10., dtype=float32), Array([2., 6.], dtype=float32))
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import grad
+        >>> value, grads = grad.value_and_grad(lambda p: (p["weight"] ** 2).sum(), {"weight": jnp.array([1.0, 3.0])})
+        >>> value, grads["weight"]
+        (Array(10., dtype=float32), Array([2., 6.], dtype=float32))
     """
     return _value_and_grad("value_and_grad", f, params, has_aux)
 
 
 def grad(f: Callable[[Any], Any], params: Any) -> Any:
-    """The gradient of ``f`` at ``params``, a pytree of their structure, shapes and dtypes.
+    """Evaluate the gradient of ``f`` at ``params``.
 
-    Arguments:
-        f: a function of the parameters whose result is a floating scalar.
-        params: a pytree whose leaves are floating arrays (JAX or NumPy) or Python floats.
+    Args:
+        f: A function of the parameters that returns a floating scalar.
+        params: A pytree whose leaves are floating arrays (JAX or NumPy) or Python floats.
+
+    Returns:
+        A pytree with the structure, shapes and dtypes of ``params``, as JAX arrays.
 
     Raises:
-        TypeError: f not callable or not returning a floating array, a leaf that is not floating (the message has its
-            path).
-        ValueError: no leaves, or a value that is not a scalar.
+        TypeError: If ``f`` is not callable or does not return a floating array, or a leaf of ``params`` is not
+            floating; the message has its path.
+        ValueError: If ``params`` has no leaves, or the value is not a scalar.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import grad
-    >>> grad.grad(lambda p: jnp.sin(p).sum(), jnp.zeros(3))
-    Array([1., 1., 1.], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import grad
+        >>> grad.grad(lambda p: jnp.sin(p).sum(), jnp.zeros(3))
+        Array([1., 1., 1.], dtype=float32)
     """
     return _value_and_grad("grad", f, params, False)[1]
 
 
 def check_scalar(value: Any, function: Any, *, source: str = "the parameters", role: str = "function") -> jax.Array:
-    """The value as it is, once it is known to be a JAX array that can be differentiated: real, floating, of shape ().
+    """Check that a value can be differentiated: that it is a real floating JAX array of shape ().
 
-    Arguments:
-        value: what ``function`` returned.
-        function: for messages, named with its file and line.
-        source: for messages, what the value must be computed from.
-        role: for messages, what the function is ("loss").
+    Args:
+        value: What ``function`` returned.
+        function: The function, for messages: its name, file and line.
+        source: What the value must be computed from, for messages. Default: "the parameters".
+        role: What the function is, for messages. Default: "function".
+
+    Returns:
+        The value, unchanged.
 
     Raises:
-        TypeError: not a JAX array, or not real and floating.
-        ValueError: not of shape ().
+        TypeError: If it is not a JAX array, or not real and floating.
+        ValueError: If its shape is not ().
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import grad
-    >>> loss = lambda logits: (logits**2).mean()
-    >>> grad.check_scalar(loss(jnp.ones(3)), loss, source="the output", role="loss")
-    Array(1., dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import grad
+        >>> loss = lambda logits: (logits**2).mean()
+        >>> grad.check_scalar(loss(jnp.ones(3)), loss, source="the output", role="loss")
+        Array(1., dtype=float32)
     """
     must = f"{role} {locate(function)} must return a real floating scalar, received"
     if not isinstance(value, jax.Array):
@@ -146,7 +159,9 @@ def _not_an_array(value: Any, source: str, role: str) -> str:
     if value is None:
         return "it has no return statement. Write: return value"
     if isinstance(value, (bool, int, float, complex)) or tree.is_array(value):
-        return f"it is not computed from {source} by JAX. Use jnp functions; NumPy, math, float() and .item() leave JAX"
+        return (
+            f"it is not computed from {source} by JAX. Use jnp functions in place of NumPy, math, float() and .item()"
+        )
     if isinstance(value, tuple) and role == "function":
         return "to return more than the scalar, write value_and_grad(f, params, has_aux=True) and return value, aux"
     return "return one JAX array"

@@ -1,4 +1,4 @@
-"""Implicit randomness: a scope hands out keys in order, and every key is a function of (scope's key, position)."""
+"""Implicit random keys: a scope returns keys in order; each is a function of the scope's key and its position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["next_key", "scope"]
 
 
 class _Scope:
-    """A key and a counter. ``trace`` is the JAX trace in which the scope was opened, None outside of any."""
+    """A key and a counter. ``trace`` is the JAX trace in which the scope was opened, None outside of all traces."""
 
     __slots__ = ("counter", "key", "newest", "trace")
 
@@ -34,35 +34,39 @@ _process_lock = threading.Lock()
 
 
 def _staging_trace(fresh: Any) -> Any:
-    """The innermost trace that records operations into a program, read off a value just made; None if it ran.
+    """The innermost trace that records operations into a program, read from a value just made; None if it was computed.
 
-    grad and vmap alone record nothing and hand the value on, so drawing under them is as good as outside.
+    grad and vmap record nothing by themselves, so a key that is drawn under them is computed as it is outside.
     """
     return getattr(fresh, "_trace", None)
 
 
 @contextlib.contextmanager
 def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
-    """A region in which ``next_key`` (and so ``Layer.init``, ``Trainer.init``, ``Data.shuffle``) is reproducible.
+    """Open a scope in which ``next_key`` (and so ``Layer.init``, ``Trainer.init``, ``Data.shuffle``) is reproducible.
 
-    Arguments:
-        seed_or_key: an integer seed (0 to 2**32 - 1), a typed key (``jax.random.key``) or a legacy uint32 key
+    Scopes nest: an inner scope neither reads nor advances the outer one. Each thread has its own scopes. Do not
+    ``yield`` inside a scope: until the generator is resumed, the code that consumes it would draw from its scope.
+
+    Args:
+        seed_or_key: An integer seed (0 to 2**32 - 1), a typed key (``jax.random.key``) or a legacy uint32 key
             (``jax.random.PRNGKey``).
 
-    Scopes nest: an inner scope neither reads nor moves the outer one. Each thread has its own. Do not ``yield`` inside
-    a scope: until the generator goes on, the code that consumes it would draw from the generator's scope.
+    Yields:
+        None.
 
     Raises:
-        TypeError: for anything that is neither a seed nor a key.
-        ValueError: for a seed outside of 0 to 2**32 - 1.
+        TypeError: If the argument is neither a seed nor a key.
+        ValueError: If the seed is outside 0 to 2**32 - 1.
 
-    >>> from kaun import rng
-    >>> with rng.scope(42):
-    ...     a = rng.next_key()
-    >>> with rng.scope(42):
-    ...     b = rng.next_key()
-    >>> a == b
-    Array(True, dtype=bool)
+    Examples:
+        >>> from kaun import rng
+        >>> with rng.scope(42):
+        ...     a = rng.next_key()
+        >>> with rng.scope(42):
+        ...     b = rng.next_key()
+        >>> a == b
+        Array(True, dtype=bool)
     """
     token = _current.set(_Scope(_as_key(seed_or_key)))
     try:
@@ -72,26 +76,30 @@ def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
 
 
 def next_key() -> jax.Array:
-    """The next key of the innermost scope, a typed JAX key of shape ().
+    """Return the next key of the innermost scope.
 
-    Outside of any scope keys come from a process-wide generator seeded by the operating system: convenient, not
-    reproducible. Inside kaun's compiled steps a scope is always open, on the step's own key.
+    Outside of all scopes keys come from a process-wide generator seeded by the operating system, which is convenient
+    but not reproducible. Inside kaun's compiled steps a scope is always open, on the step's own key.
+
+    Returns:
+        A typed JAX key of shape ().
 
     Raises:
-        RuntimeError: inside a function compiled by the user's own ``jax.jit`` (or ``scan``, ``cond``, ``checkpoint``)
-            when the scope was opened outside of it: the key would be a constant of the compiled program.
+        RuntimeError: If it is called inside a function compiled by the user's own ``jax.jit`` (or ``scan``, ``cond``,
+            ``checkpoint``) while the scope was opened outside: the key would be a constant of the compiled program.
 
-    >>> import jax
-    >>> from kaun import rng
-    >>> with rng.scope(0):
-    ...     noise = jax.random.normal(rng.next_key(), (3,))
-    >>> noise.shape
-    (3,)
+    Examples:
+        >>> import jax
+        >>> from kaun import rng
+        >>> with rng.scope(0):
+        ...     noise = jax.random.normal(rng.next_key(), (3,))
+        >>> noise.shape
+        (3,)
     """
     current = _current.get() or _process_wide()
     current.newest = index = next(current.counter)
     key = jax.random.fold_in(current.key, index)
-    # The second look is for a scope on a vmapped key: such a key carries vmap's trace, which records nothing.
+    # The second comparison is for a scope on a vmapped key, which carries vmap's trace; that records nothing.
     if _staging_trace(key) is not current.trace and _staging_trace(jnp.zeros((), jnp.uint32)) is not current.trace:
         raise RuntimeError(
             "rng.next_key() was called inside a function that JAX is compiling (jit, scan, cond, checkpoint), but its "
@@ -105,21 +113,25 @@ def next_key() -> jax.Array:
 
 
 def unscoped(key: jax.Array) -> bool:
-    """Whether ``next_key`` made this key outside of any scope in this process: another run would not draw it again.
+    """Whether ``next_key`` drew this key outside of all scopes in this process, so that another run cannot draw it.
 
-    Nothing is remembered: those keys are a function of the process-wide key and a count, so they are made once more.
+    The keys drawn are not stored: they are a function of the process-wide key and a count, and are computed again.
 
-    >>> from kaun import rng
-    >>> with rng.scope(0):
-    ...     key = rng.next_key()
-    >>> rng.unscoped(key), rng.unscoped(rng.next_key())
-    (False, True)
+    Args:
+        key: A typed key.
+
+    Examples:
+        >>> from kaun import rng
+        >>> with rng.scope(0):
+        ...     key = rng.next_key()
+        >>> rng.unscoped(key), rng.unscoped(rng.next_key())
+        (False, True)
     """
     if _process_scope is None:
         return False
     wanted = jax.random.key_data(key)
-    # A power of two, so that few programs are compiled. Beyond the newest, because of two threads the later one may
-    # have written its number first.
+    # A power of two, so that few programs are compiled. More than the newest count, because of two threads that draw at
+    # once the second may have written its count first.
     count = 1 << (_process_scope.newest + 64).bit_length()
     return bool(_is_among(_process_scope.key, jnp.arange(count), wanted))
 
@@ -128,7 +140,7 @@ def unscoped(key: jax.Array) -> bool:
 def _is_among(key: jax.Array, counts: jax.Array, wanted: jax.Array) -> jax.Array:
     made = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, counts))
     if made.shape[1:] != wanted.shape:
-        return jnp.zeros((), bool)  # of another kind of key
+        return jnp.zeros((), bool)  # the key has another implementation
     return (made == wanted[None]).all(axis=-1).any()
 
 
@@ -152,7 +164,7 @@ def _as_key(seed_or_key: Any) -> jax.Array:
 
 
 def _from_seed(seed: int) -> jax.Array:
-    # Without x64 JAX would drop all but 32 bits: 2**32 would be the seed 0, and another one with x64.
+    # Without x64 JAX keeps only 32 bits: 2**32 would be the same seed as 0, but not with x64.
     if not 0 <= seed < 2**32:
         raise ValueError(f"rng.scope expected a seed from 0 to 2**32 - 1, received {seed}. Use seed % 2**32.")
     return jax.random.key(seed)
@@ -162,7 +174,7 @@ def _process_wide() -> _Scope:
     global _process_scope
     with _process_lock:
         if _process_scope is None:
-            # Made outside of whatever is being traced, so that no traced value outlives its trace here.
+            # Computed outside of whatever is being traced: a traced value must not outlive its trace.
             with jax.ensure_compile_time_eval():
                 key = jax.random.fold_in(jax.random.key(secrets.randbits(31)), secrets.randbits(32))
                 _process_scope = _Scope(key)

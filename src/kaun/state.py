@@ -97,6 +97,9 @@ class TrainState:
             hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
             raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
 
+    def __dir__(self) -> list[str]:
+        return ["key", "opt_state", "replace", "step", "vars"]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainState.tree_unflatten, (None, self.now())
 
@@ -105,11 +108,13 @@ class TrainState:
         return f"TrainState(step={self.step}, {size} parameters in {self.vars.dtype})"
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        """Flatten the pytree, for JAX."""
         keys = [jax.tree_util.GetAttrKey(name) for name in _NAMES]
         return tuple(zip(keys, self.now(), strict=True)), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: Sequence[Any]) -> TrainState:
+        """Unflatten the pytree, for JAX."""
         return cls(**dict(zip(_NAMES, children, strict=True)))
 
 

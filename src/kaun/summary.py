@@ -1,4 +1,4 @@
-"""A trainer at a glance: its layers with shapes and sizes, and what one compiled step costs, before anything is run."""
+"""A table of a trainer's layers with shapes and sizes, and the cost of a compiled step, without running anything."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from kaun.layers.core import Layer, Vars
 from kaun.layers.path import path as path_here
 from kaun.layers.path import watched
 from kaun.train import Trainer, lowered
+from kaun.tree import format_bytes
 
 __all__ = ["Cost", "Row", "Summary", "summary"]
 
@@ -28,10 +29,16 @@ HEAD = ("path", "layer", "output", "parameters", "bytes")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer: its path, its name, its output's shape, and the parameters that no layer inside it has.
+    """One layer of a ``Summary``.
 
-    ``parameters`` counts numbers; ``bytes`` is their memory with that of the layer's own state. Parameters that two
-    layers share count for the first.
+    Parameters of layers inside it are not counted. Parameters that two layers share count for the first.
+
+    Attributes:
+        path: The path of the layer in the model.
+        layer: The layer's name.
+        output: The dtype and shape of its output, as text.
+        parameters: How many numbers its parameters have.
+        bytes: The memory of its parameters and its state.
     """
 
     path: str
@@ -43,10 +50,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What XLA says of one compiled training step.
+    """The cost of one compiled training step, as XLA estimates it.
 
-    ``flops`` are floating point operations, where a loop's body (``microbatches``) counts once; ``arguments`` the bytes
-    of state and batch, ``outputs`` those of the new state, ``temporaries`` what it needs besides.
+    Attributes:
+        flops: Floating-point operations; the body of a loop (``microbatches``) counts once.
+        arguments: The bytes of state and batch.
+        outputs: The bytes of the new state.
+        temporaries: The bytes of temporary memory.
     """
 
     flops: float
@@ -57,26 +67,27 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The layers of a trainer's model as a table, and totals. It prints as text, and with ``rich.print`` in color.
+    """A table of the layers of a trainer's model, and totals. It prints as text, and with ``rich.print`` in color.
 
     Attributes:
-        rows: a ``Row`` for each layer, in the order in which they are applied.
-        parameters: numbers that train or are frozen.
-        trained: those that train.
-        state: numbers in the layers' state.
-        bytes: of parameters and state.
-        optimizer_bytes: of the optimizer's state.
-        cost: of a compiled step, where a loss was given.
+        rows: A ``Row`` for each layer, in the order in which they are applied.
+        parameters: How many numbers the parameters have, trained or frozen.
+        trained: How many of them are trained.
+        state: How many numbers the layers' state has.
+        bytes: The memory of parameters and state.
+        optimizer_bytes: The memory of the optimizer's state.
+        cost: The cost of a compiled step; None if no loss was given.
 
-    >>> import jax.numpy as jnp, optax, kaun
-    >>> from kaun import layers
-    >>> model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
-    >>> kaun.summary(kaun.Trainer(model=model, optimizer=optax.adam(0.01)), jnp.ones((8, 2)))
-    path  layer         output         parameters  bytes
-    0     linear(2, 4)  float32[8, 4]          12     48
-    1     tanh()        float32[8, 4]           0      0
-    2     linear(4, 1)  float32[8, 1]           5     20
-    17 parameters (68 B), all of them train; the optimizer's state takes 140 B.
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import layers
+        >>> model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
+        >>> kaun.summary(kaun.Trainer(model=model, optimizer=optax.adam(0.01)), jnp.ones((8, 2)))
+        path  layer         output         parameters  bytes
+        0     linear(2, 4)  float32[8, 4]          12     48
+        1     tanh()        float32[8, 4]           0      0
+        2     linear(4, 1)  float32[8, 1]           5     20
+        17 parameters (68 B), all of them train; the optimizer's state takes 140 B.
     """
 
     rows: tuple[Row, ...]
@@ -109,36 +120,39 @@ class Summary:
         train = "all of them train" if self.trained == self.parameters else f"{self.trained:,} of them train"
         kept = f" and {self.state:,} numbers of state" if self.state else ""
         lines = [
-            f"{self.parameters:,} parameters{kept} ({_size(self.bytes)}), {train}; the optimizer's state takes "
-            f"{_size(self.optimizer_bytes)}."
+            f"{self.parameters:,} parameters{kept} ({format_bytes(self.bytes)}), {train}; the optimizer's state takes "
+            f"{format_bytes(self.optimizer_bytes)}."
         ]
         if self.cost is not None:
             c = self.cost
             lines.append(
-                f"A compiled step: {c.flops:.3g} FLOPs; {_size(c.arguments)} of state and batch in, "
-                f"{_size(c.outputs)} out, {_size(c.temporaries)} of temporaries."
+                f"A compiled step: {c.flops:.3g} FLOPs; {format_bytes(c.arguments)} of state and batch in, "
+                f"{format_bytes(c.outputs)} out, {format_bytes(c.temporaries)} of temporaries."
             )
         return lines
 
 
 def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx: Context | None = None) -> Summary:
-    """The layers of a trainer's model with their shapes and sizes, and what a compiled step costs. Nothing is run.
+    """Summarize a trainer's layers with their shapes and sizes, and the cost of a compiled step. Nothing is run.
 
-    Arguments:
-        x: an input: arrays, or their shapes and dtypes (``jax.ShapeDtypeStruct``).
-        loss: a function of the model's output, as for ``step``; with it a training step is compiled for this input,
-            and XLA's analysis of it is in the summary.
-        ctx: a Context for the layers.
+    Args:
+        trainer: A ``Trainer``.
+        x: An input: arrays, or their shapes and dtypes (``jax.ShapeDtypeStruct``).
+        loss: A function of the model's output, as for ``step``. With it a training step is compiled for this input,
+            and the summary has XLA's analysis of it. Default: none.
+        ctx: A Context for the layers. Default: an empty one.
 
     Raises:
-        TypeError, ValueError: for an input, loss or context that a step would refuse.
+        TypeError: If an argument has a type that ``step`` would refuse.
+        ValueError: If the input has a shape that ``step`` would refuse.
 
-    >>> import jax.numpy as jnp, optax, kaun
-    >>> from kaun import layers, losses
-    >>> trainer = kaun.Trainer(model=layers.linear(20, 30), optimizer=optax.sgd(0.1))
-    >>> table = kaun.summary(trainer, jnp.ones((10, 20)), lambda y: losses.mse(y, jnp.zeros((10, 30))))
-    >>> table.parameters, table.cost.flops > 2 * 2 * 10 * 20 * 30
-    (630, True)
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import layers, losses
+        >>> trainer = kaun.Trainer(model=layers.linear(20, 30), optimizer=optax.sgd(0.1))
+        >>> table = kaun.summary(trainer, jnp.ones((10, 20)), lambda y: losses.mse(y, jnp.zeros((10, 30))))
+        >>> table.parameters, table.cost.flops > 2 * 2 * 10 * 20 * 30
+        (630, True)
     """
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         received = tree.describe(trainer)
@@ -174,11 +188,11 @@ def _rows(vars: Any, run: Callable[..., Any], x: Any, ctx: Context) -> tuple[Row
 
 
 class _Table:
-    """The rows of a model's layers, as they are applied."""
+    """Collects the rows of a model's layers while they are applied."""
 
     def __init__(self, vars: Any) -> None:
         self._kinds = tree.flatten(vars.params)[0] | {f"state {p}": a for p, a in tree.flatten(vars.state)[0].items()}
-        self._paths: dict[int, str] = {}  # of leaves that no row has yet
+        self._paths: dict[int, str] = {}  # of leaves that are not in a row yet
         self._known: dict[int, str] = {}
         self._depth = 0
         self.rows: list[Row] = []
@@ -189,7 +203,7 @@ class _Table:
             named = [*params.items(), *((f"state {p}", a) for p, a in state.items())]
             self._known = {id(leaf): name for name, leaf in named}
             self._paths = dict(self._known)
-            self._held = [leaf for _, leaf in named]  # an id is taken again where its owner is gone
+            self._held = [leaf for _, leaf in named]  # kept alive, because ids of deleted objects are used again
         at, before = len(self.rows), path_here()
         self._depth += 1
         try:
@@ -216,8 +230,8 @@ def _described(result: Any) -> list[tuple[str, str]]:
     return [(path, tree.describe(leaf)) for path, leaf in tree.flatten(output)[0].items()]
 
 
-def _cost(trainer: Trainer[Any, Any], state: Any, call: StepInputs) -> Cost:
-    compiled = lowered(trainer, state, call).compile()
+def _cost(trainer: Trainer[Any, Any], state: Any, inputs: StepInputs) -> Cost:
+    compiled = lowered(trainer, state, inputs).compile()
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return Cost(
         flops=float((analysis or {}).get("flops", 0.0)), arguments=memory.argument_size_in_bytes,
@@ -240,12 +254,3 @@ def _count(value: Any) -> int:
 
 def _bytes(value: Any) -> int:
     return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree_util.tree_leaves(value))
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError

@@ -116,6 +116,18 @@ class Trainer(Generic[In, Out]):
         programs = ProgramCache(self._advance, self._forward, trace_metrics, raises=self.on_nonfinite == "raise")
         object.__setattr__(self, "_programs", programs)
 
+    def __copy__(self) -> Trainer[In, Out]:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Trainer[In, Out]:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a Trainer cannot be pickled: its model and optimizer are closures. Pickle the function that builds the "
+            "trainer, and the state: pickle.dumps((build_trainer, state)); call build_trainer() in the other process."
+        )
+
     @property
     def compilations(self) -> tuple[Compilation, ...]:
         """What was compiled so far (the newest thousand): where, for which loss, why again, and in how many seconds."""

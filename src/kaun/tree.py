@@ -1,4 +1,4 @@
-"""Pytrees with readable paths: flattening, comparing, describing, and taking safe copies of arrays."""
+"""Pytrees with readable paths: flatten, compare and describe them, and copy arrays that may change."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ __all__ = [
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """The readable form of a JAX key path: its keys joined by dots, ``"0.weight"``."""
+    """The readable form of a JAX key path: its keys joined by dots, such as ``"0.weight"``."""
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """The leaves of a pytree by readable path, in JAX's order, and its structure.
+    """Flatten a pytree: its leaves by readable path, in JAX's order, and its structure.
 
     Raises:
-        ValueError: when two leaves have one readable path, as in ``{"a.b": x, "a": {"b": y}}``.
+        ValueError: If two leaves have the same readable path, as in ``{"a.b": x, "a": {"b": y}}``.
     """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {path_name(path): leaf for path, leaf in pairs}
     if len(leaves) < len(pairs):
-        spelled: dict[str, list[str]] = {}
+        by_name: dict[str, list[str]] = {}
         for path, _ in pairs:
-            spelled.setdefault(path_name(path), []).append("tree" + jax.tree_util.keystr(path))
-        name, same = next((name, same) for name, same in spelled.items() if len(same) > 1)
-        raise ValueError(f"{len(same)} leaves have one readable path, {name!r}: {' and '.join(same)}. Rename a key.")
+            by_name.setdefault(path_name(path), []).append("tree" + jax.tree_util.keystr(path))
+        name, same = next((name, same) for name, same in by_name.items() if len(same) > 1)
+        raise ValueError(f"{len(same)} leaves have the same path, {name!r}: {' and '.join(same)}. Rename a key.")
     return leaves, treedef
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
-    """The pytree whose leaves are ``f(path, leaf)``, paths in readable form."""
+    """The pytree with leaves ``f(path, leaf)``; the path is in readable form."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: f(path_name(path), leaf), tree)
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array of JAX (traced ones too) or NumPy, NumPy scalars included."""
+    """Whether a value is an array of JAX (also a traced one) or of NumPy, or a NumPy scalar."""
     return isinstance(value, (jax.Array, np.ndarray, np.generic))
 
 
@@ -85,7 +85,7 @@ def format_bytes(count: int) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value in a few characters: ``float32[3, 4]`` for arrays, the type's name for anything else."""
+    """A short description of a value: ``float32[3, 4]`` for arrays, otherwise the name of the type."""
     if isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         return f"{jnp.dtype(value.dtype).name if _is_plain(value.dtype) else value.dtype}{list(value.shape)}"
     return type(value).__name__
@@ -96,9 +96,9 @@ def _is_plain(dtype: Any) -> bool:
 
 
 def difference(expected: Any, found: Any) -> list[str]:
-    """One line for each leaf in which two trees differ: its path, the expected and the found shape and dtype.
+    """Compare two trees: a line for each leaf that differs, with its path and the expected and found shape and dtype.
 
-    Two trees of equal paths, shapes and dtypes give an empty list; the kinds of their containers are not compared.
+    The list is empty if paths, shapes and dtypes are equal; the types of the containers are not compared.
     """
     left, right = ({p or "the tree": v for p, v in flatten(t)[0].items()} for t in (expected, found))
     lines = [f"{p}: expected {describe(v)}, found nothing" for p, v in left.items() if p not in right]
@@ -108,16 +108,16 @@ def difference(expected: Any, found: Any) -> list[str]:
 
 
 def snapshot(value: Any) -> Any:
-    """The value itself where it cannot change any more, and a copy of it where it is a NumPy array.
+    """Return a copy of a NumPy array, and any other value itself.
 
-    XLA reads NumPy memory after a call has returned, so a later write would change a step already dispatched.
-    ``np.array`` and not ``jnp.array(copy=True)``: the latter let later writes through.
+    XLA reads NumPy memory after a call has returned, so a later write would change a step already dispatched. With
+    ``jnp.array(copy=True)`` in place of ``np.array`` later writes were still seen.
     """
     return np.array(value) if isinstance(value, np.ndarray) else value
 
 
 def strong(leaf: Any) -> jax.Array:
-    """A leaf as a JAX array of its own dtype; a weak type would change in the first step and compile it twice."""
+    """A leaf as a JAX array without a weak type, which would change in the first step and compile it a second time."""
     array = jnp.asarray(snapshot(leaf))
-    # A random key has no weak type to ask for.
+    # A random key has no attribute weak_type.
     return jax.lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array

@@ -306,12 +306,16 @@ def test_what_is_no_module_is_refused():
             TypeError,
             r"received a tuple\. .*\(\*eqx\.nn\.make_with_state\(Model\)\(key\)\)",
         ),
-        (lambda: interop.equinox(Net), TypeError, r"received the class Net\. Make one of it: interop\.equinox\(Net\("),
+        (
+            lambda: interop.equinox(Net),
+            TypeError,
+            r"received the class Net\. Pass an instance: interop\.equinox\(Net\(",
+        ),
         (lambda: interop.equinox(both[0], 3), TypeError, r"expected an eqx\.nn\.State, received int\. Write"),
         (
             lambda: interop.equinox(both[0]),
             ValueError,
-            r"a Normed whose eqx\.nn\.State lies apart: .*_state\(Normed\)\(key\)\)",
+            r"a Normed without its eqx\.nn\.State: .*_state\(Normed\)\(key\)\)",
         ),
         (
             lambda: interop.equinox(object()),
@@ -333,6 +337,6 @@ def test_what_goes_wrong_in_a_call_is_told():
         with rng.scope(0), pytest.raises(ValueError, match=text):
             layer.apply(layer.init(), jnp.ones(()), training=training)
     layer = interop.equinox(Odd(), method="shrinks")
-    text = r"equinox\(Odd\) expected PyTreeDef.* as the state after its call, received PyTreeDef.*\. Let the call return the"
+    text = r"equinox\(Odd\) expected PyTreeDef.* as the state after its call, received PyTreeDef.*\. Return the eqx"
     with pytest.raises(ValueError, match=text):
         layer.apply(layer.init(), jnp.ones((1, 1)), training=True)

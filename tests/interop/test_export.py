@@ -45,6 +45,6 @@ def test_what_cannot_be_brought_back_is_refused():
         interop.export(linear, linear.init())
     with pytest.raises(TypeError, match="expected a layer that interop made"):
         interop.export(layer >> linear, variables)
-    text = r"^The variables are not those of layer:\n  w: expected float32\[2\], found float32\[3\]$"
+    text = r"^export expected the variables of layer, received others:\n  w: expected float32\[2\], found float32\[3\]$"
     with pytest.raises(ValueError, match=text.replace("  w:", "  params.w:")):
         interop.export(layer, variables.replace(params={"w": jnp.ones(3)}))

@@ -314,7 +314,7 @@ def linen_module():
         (lambda: object(), r"flax_nnx expected an nnx\.Module, received object\. Write interop\.flax_nnx\(Model\(nnx"),
         (
             lambda: Net,
-            r"received the class Net\. Make one of it: interop\.flax_nnx\(Net\(\.\.\., rngs=nnx\.Rngs\(0\)\)\)",
+            r"received the class Net\. Pass an instance: interop\.flax_nnx\(Net\(\.\.\., rngs=nnx\.Rngs\(0\)\)\)",
         ),
         (linen_module, r"received Dense, a Linen module\. Write interop\.linen\(module, x\)\."),
         (nnx.Module, r"flax_nnx\(Module\) has no __call__, .* interop\.flax_nnx\(module, method=\"encode\"\)"),
@@ -332,7 +332,7 @@ def test_what_is_no_module_is_refused(make, text):
         ("lose", r"flax_nnx\(Counter\) removed 'calls' in its call"),
         (
             "reshape",
-            r"(?s)changed the form of its state in a call:\n  calls: expected int32\[\], found int32\[2\]\nMake the",
+            r"(?s)changed the structure of its state in a call:\n  calls: expected int32\[\], found int32\[2\]\nMake the",
         ),
     ],
 )

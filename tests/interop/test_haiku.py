@@ -189,7 +189,7 @@ def test_a_state_that_changes_its_form_is_refused():
         return hk.Linear(1)(x)
 
     layer = interop.haiku(hk.transform_with_state(grows), jnp.ones((1, 1)))
-    text = r"(?s)haiku\(.*\) changed the form of its state in a call:\n  ~\.seen: expected .*\nLet hk\.get_state and hk\.set"
+    text = r"(?s)haiku\(.*\) changed the structure of its state in a call:\n  ~\.seen: expected .*\nGive hk\.get_state and hk\.set"
     with rng.scope(0), pytest.raises(ValueError, match=text):
         layer.apply(layer.init(), jnp.ones((2, 1)), training=True)
 
@@ -197,7 +197,10 @@ def test_a_state_that_changes_its_form_is_refused():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (3, r"haiku expected what hk\.transform or hk\.transform_with_state returns, received int\. Write"),
+        (
+            3,
+            r"haiku expected a function transformed by hk\.transform or hk\.transform_with_state, received int\. Write",
+        ),
         (noisy, r"received function\. Write interop\.haiku\(hk\.transform_with_state\(noisy\), x\)\."),
     ],
 )

@@ -9,7 +9,17 @@ import pytest
 
 import kaun
 from kaun import Context, interop
-from kaun.interop.keywords import Keywords, cast_floats, nested, package, pick, plain, taken, threaded, zeros
+from kaun.interop.keywords import (
+    Keywords,
+    cast_floats,
+    check_method,
+    check_structure,
+    nested,
+    package,
+    pick,
+    plain,
+    zeros,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +68,15 @@ def test_their_values_are_switches_and_what_the_context_has():
 
 
 def test_method_is_a_name_or_a_function():
-    assert (taken(None, "linen"), taken("encode", "linen"), taken(called, "linen")) == (None, "encode", called)
+    assert (check_method(None, "linen"), check_method("encode", "linen"), check_method(called, "linen")) == (
+        None,
+        "encode",
+        called,
+    )
     with pytest.raises(
         TypeError, match=r"linen\(method=\.\.\.\) expected the name of a method or a function .*, received 3\."
     ):
-        taken(3, "linen")
+        check_method(3, "linen")
 
 
 def test_only_floats_are_cast():
@@ -87,14 +101,14 @@ def test_plain_makes_dicts_of_mappings():
 
 def test_a_state_keeps_its_form():
     before = {"mean": jnp.zeros(2), "count": jnp.zeros((), jnp.int32)}
-    after = threaded("f", before, {"count": jnp.ones((), jnp.int32), "mean": jnp.ones(2, jnp.bfloat16)}, "Fix.")
+    after = check_structure("f", before, {"count": jnp.ones((), jnp.int32), "mean": jnp.ones(2, jnp.bfloat16)}, "Fix.")
     assert after["mean"].dtype == jnp.float32 and after["count"] == 1
     text = (
-        r"^f changed the form of its state in a call:\n  mean: expected float32\[2\], found nothing\n"
+        r"^f changed the structure of its state in a call:\n  mean: expected float32\[2\], found nothing\n"
         r"  count: expected int32\[\], found float32\[\]\nFix\.$"
     )
     with pytest.raises(ValueError, match=text):
-        threaded("f", before, {"count": jnp.zeros(())}, "Fix.")
+        check_structure("f", before, {"count": jnp.zeros(())}, "Fix.")
 
 
 def test_samples_may_be_shapes():

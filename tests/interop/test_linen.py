@@ -187,8 +187,8 @@ def test_unknown_collections_are_state_and_what_is_sown_is_not():
     assert layer.apply(after, jnp.ones((1, 1)))[1].state["counts"]["calls"] == 1
     growing = interop.linen(Collects(), jnp.ones((1, 1)))
     text = (
-        r"(?s)^linen\(Collects\) changed the form of its state in a call:\n  losses\.l2\.1: expected nothing, found "
-        r"float32\[\]\nWhat it sows is no state: leave the collection out with interop\.linen\(module, x, drop=\["
+        r"(?s)^linen\(Collects\) changed the structure of its state in a call:\n  losses\.l2\.1: expected nothing, found "
+        r"float32\[\]\nIf it is a collection that the module sows, discard it: interop\.linen\(module, x, drop=\["
     )
     with rng.scope(0), pytest.raises(ValueError, match=text):
         growing.apply(growing.init(), jnp.ones((1, 1)), training=True)
@@ -250,7 +250,7 @@ def nnx_module():
             lambda: object(),
             r"linen expected a flax\.linen\.Module, received object\. Write interop\.linen\(Model\(\), x\)\.",
         ),
-        (lambda: Net, r"received the class Net\. Make one of it: interop\.linen\(Net\(\.\.\.\), x\)\."),
+        (lambda: Net, r"received the class Net\. Pass an instance: interop\.linen\(Net\(\.\.\.\), x\)\."),
         (nnx_module, r"received Linear, an NNX module\. Write interop\.flax_nnx\(module\)\."),
         (Empty, r"linen\(Empty\) has no __call__, .* interop\.linen\(module, x, method=\"encode\"\)"),
     ],

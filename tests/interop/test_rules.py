@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun.interop.rules import drop, rename, split, transpose
+from kaun.interop.rules import drop, mapped, rename, split, transpose
 
 
 def names(weights, *rules):
-    return list(rules.mapped(dict.fromkeys(weights, np.zeros(1)), rules)[0])
+    return list(mapped(dict.fromkeys(weights, np.zeros(1)), rules)[0])
 
 
 def applied(weights, *rules):
-    return rules.mapped(weights, rules)[0]
+    return mapped(weights, rules)[0]
 
 
 # The laws
@@ -36,14 +36,14 @@ def test_a_rename_to_itself_changes_nothing(many):
 
 @light
 @given(name=dotted, other=dotted)
-def test_a_pattern_without_places_is_that_name_alone(name, other):
+def test_a_pattern_without_placeholders_is_that_name_alone(name, other):
     assert names([name], rename(name, "new")) == ["new"]
     assert names([other], rename(name, "new")) == (["new"] if name == other else [other])
 
 
 @light
 @given(before=dotted, index=st.integers(0, 30), after=dotted)
-def test_what_a_place_found_stands_in_the_template(before, index, after):
+def test_what_a_placeholder_matched_is_in_the_new_name(before, index, after):
     found = names([f"{before}.layer.{index}.{after}"], rename("{*b}.layer.{i}.{*a}", "{i}/{*a}/{*b}"))
     # Where "layer" stands in before or after as well, the first place takes as much as it can.
     assert found == [f"{index}/{after}/{before}"]
@@ -153,12 +153,12 @@ def test_two_names_may_be_swapped():
     assert {name: int(array) for name, array in made.items()} == {"b": 1, "a": 2}
 
 
-def test_where_each_weight_came_from_and_which_rules_were_idle():
+def test_where_each_weight_came_from_and_which_rules_matched_nothing():
     rules = [rename("x.{i}", "{i}"), drop("nothing"), split("{i}", ["q{i}", "k{i}"]), transpose("none")]
-    named, origins, idle = rules.mapped({"x.1": np.arange(4)}, rules)
+    named, origins, unused = mapped({"x.1": np.arange(4)}, rules)
     assert {name: array.tolist() for name, array in named.items()} == {"q1": [0, 1], "k1": [2, 3]}
     assert origins == {"q1": "x.1", "k1": "x.1"}
-    assert idle == [1, 3]
+    assert unused == [1, 3]
 
 
 RULES = [
@@ -203,18 +203,22 @@ def test_templates_are_strings_too():
 @pytest.mark.parametrize("bad", ["{", "a}", "{}", "{*}", "{a.b}", "{{x}}", "{x", "{1}", "{**x}", "{a b}"])
 def test_what_is_no_place_is_an_error(bad):
     for make in (drop, lambda text: rename("{*x}", text)):
-        with pytest.raises(ValueError, match=r"is no place\. Write \{x\} for one or more characters without a dot"):
+        with pytest.raises(
+            ValueError, match=r"is not a placeholder\. Write \{x\} for one or more characters except dots"
+        ):
             make(bad)
 
 
 def test_a_place_of_the_template_must_be_in_the_pattern():
     with pytest.raises(
-        ValueError, match=re.escape("'b.{j}' has {j}, which the pattern 'a.{*x}.{i}' has not: it has {*x}, {i}.")
+        ValueError, match=re.escape("'b.{j}' has {j}, which is not in the pattern 'a.{*x}.{i}'; that has {*x}, {i}.")
     ):
         rename("a.{*x}.{i}", "b.{j}")
-    with pytest.raises(ValueError, match=re.escape("'{x}' has {x}, which the pattern '{*x}' has not: it has {*x}.")):
+    with pytest.raises(
+        ValueError, match=re.escape("'{x}' has {x}, which is not in the pattern '{*x}'; that has {*x}.")
+    ):
         split("{*x}", ["{x}"])
-    with pytest.raises(ValueError, match=r"it has no places\. Write the same place in both"):
+    with pytest.raises(ValueError, match=r"that has no placeholders\. Write the same placeholder in both"):
         rename("a", "{i}")
 
 

@@ -133,7 +133,7 @@ def test_a_position_that_may_attend_to_nothing_takes_nothing(is_causal, dropout)
     y = np.asarray(apply(variables, x, mask))
     dead = np.array([[is_causal, is_causal, False, False, False], [True] * 5])
     assert not y[dead].any() and y[~dead].any(-1).all()
-    slopes = jax.grad(lambda v, x: (apply(v, x, mask) ** 2).sum(), argnums=(0, 1))(variables, x)
+    slopes = jax.jit(jax.grad(lambda v, x: (apply(v, x, mask) ** 2).sum(), argnums=(0, 1)))(variables, x)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
@@ -289,7 +289,7 @@ def test_parameters():
         ((8, 4, None, 0.0, False, True, 0.0), r"\(rope_theta=\.\.\.\) expected a finite number above 0, received 0\.0"),
         (
             (12, 4, None, 0.0, False, True),
-            r"\(embed_dim=12, num_heads=4, rope=True\) rotates pairs and needs an even head size, received 12 / 4 = 3\. Write embed_dim=24",
+            r"\(embed_dim=12, num_heads=4, rope=True\) expected an even head size for the rotation, received 12 / 4 = 3\. Write embed_dim=24",
         ),
     ],
 )
@@ -317,14 +317,18 @@ def test_other_inputs_name_the_layer():
 @pytest.mark.parametrize(
     ("mask", "kind", "received"),
     [
-        (np.ones((2, 4), bool), ValueError, r"received bool\[2, 4\]\. It says for each position"),
+        (
+            np.ones((2, 4), bool),
+            ValueError,
+            r"received bool\[2, 4\]\. It has one value for each position, nonzero where",
+        ),
         (np.ones((2, 1, 1, 5), bool), ValueError, r"received bool\[2, 1, 1, 5\]"),
         (
             np.ones((2, 5), np.float32),
             TypeError,
             r"received float32\[2, 5\]\. Write mask != 0 for a mask of zeros and ones, mask == 0",
         ),
-        (None, TypeError, "received NoneType.* leave the name out for no mask"),
+        (None, TypeError, r"received NoneType.* without a mask, leave the name out of the context\."),
     ],
 )
 def test_other_masks_name_the_layer(mask, kind, received):
@@ -396,7 +400,9 @@ def test_rope_refuses_other_axes(axis):
 
 
 def test_rope_refuses_other_inputs():
-    with pytest.raises(ValueError, match=r"rope rotates pairs and needs an even last axis, received float32\[4, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"rope expected an even last axis, whose halves it rotates, received float32\[4, 3\]"
+    ):
         layers.rope(jnp.ones((4, 3)))
     with pytest.raises(TypeError, match=r"rope expected float\[\.\.\., channels\], received int32\[4, 2\]"):
         layers.rope(jnp.ones((4, 2), jnp.int32))

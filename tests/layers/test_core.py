@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import pickle
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -327,9 +329,59 @@ def test_copies():
         assert same_leaves(again, vars)
         assert again.dtype == vars.dtype
     model = layers.sequential([affine(3), counter()])
-    for again in (copy.copy(model), copy.deepcopy(model)):
-        assert repr(again) == repr(model)
-        assert np.array_equal(applied(again, made(again))[0], applied(model, made(model))[0])
+    for again in (copy.copy(model), copy.deepcopy(model), copy.deepcopy([model])[0]):
+        assert again is model
+    assert copy.deepcopy(Vars(params={"w": [1.0]}, state={}, dtype=jnp.float32)).params["w"] is not vars.params["w"]
+
+
+def init_of_a_module(*, dtype):
+    return Vars(params={}, state={}, dtype=dtype)
+
+
+def apply_of_a_module(vars, x, /, *, training, ctx):
+    return x + 1, vars
+
+
+def test_a_layer_of_closures_is_not_pickled_and_the_message_says_what_to_pickle():
+    text = (
+        r"^layer linear\(2, 1\) cannot be pickled: its init and apply are closures\. Pickle the function that builds "
+    )
+    for value in (layers.linear(2, 1), {"model": layers.linear(2, 1)}):
+        with pytest.raises(
+            TypeError, match=text + r".*pickle\.dumps\(\(build_model, state\.vars\)\)\. Or use cloudpickle"
+        ):
+            pickle.dumps(value)
+    with pytest.raises(TypeError, match=r"^layer sequential cannot be pickled"):
+        pickle.dumps(layers.sequential([layers.relu()]))
+
+
+def test_a_layer_of_functions_that_a_module_has_is_pickled():
+    # pytest imports this file under a name that is not in sys.modules.
+    module = types.ModuleType("a_module_of_layers")
+    for function in (init_of_a_module, apply_of_a_module):
+        copied = types.FunctionType(function.__code__, globals(), function.__name__)
+        copied.__kwdefaults__, copied.__module__ = function.__kwdefaults__, module.__name__
+        setattr(module, function.__name__, copied)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        model = Layer(init=module.init_of_a_module, apply=module.apply_of_a_module, name="plus one")
+        again = pickle.loads(pickle.dumps(model))
+    assert repr(again) == "plus one"
+    assert float(again.apply(again.init(), 1.0)[0]) == 2.0
+
+
+def test_cloudpickle_takes_layers_of_closures():
+    cloudpickle = pytest.importorskip("cloudpickle")
+    model = layers.embedding(3, 2) >> layers.linear(2, 1)
+    again = pickle.loads(cloudpickle.dumps([model]))[0]
+    assert repr(again) == repr(model)
+    vars = made(model)
+    assert np.array_equal(again.apply(vars, jnp.arange(3))[0], model.apply(vars, jnp.arange(3))[0])
+
+
+def test_dir_shows_what_a_user_calls():
+    assert dir(layers.relu()) == ["apply", "init", "name"]
+    assert dir(layers.relu().init()) == ["dtype", "params", "replace", "state"]
 
 
 # Errors
@@ -338,17 +390,21 @@ def test_copies():
 @pytest.mark.parametrize(
     ("dtype", "error", "text"),
     [
-        (jnp.int32, TypeError, "dtype=int32 is not floating; a model's parameters are. Use dtype=jnp.float32"),
-        (jnp.complex64, TypeError, "dtype=complex64 is not floating"),
-        (bool, TypeError, "dtype=bool is not floating"),
+        (
+            jnp.int32,
+            TypeError,
+            r"init\(dtype=\.\.\.\) expected a floating dtype, received int32. Use dtype=jnp.float32",
+        ),
+        (jnp.complex64, TypeError, "expected a floating dtype, received complex64"),
+        (bool, TypeError, "expected a floating dtype, received bool"),
         (None, TypeError, r"init\(dtype=\.\.\.\) expected a floating dtype, received None. Use dtype=jnp.float32"),
         ("floaty", TypeError, "floaty"),
         (
             jnp.float64,
             ValueError,
-            "dtype=float64 needs JAX's x64 mode, which is off.*jax_enable_x64.*or use dtype=jnp.float32",
+            r"init\(dtype=float64\) needs JAX's x64 mode, which is off.*jax_enable_x64.*or use dtype=jnp.float32",
         ),
-        (float, ValueError, "dtype=float64 needs JAX's x64 mode"),
+        (float, ValueError, r"init\(dtype=float64\) needs JAX's x64 mode"),
     ],
 )
 def test_dtypes_that_a_model_cannot_have(dtype, error, text):
@@ -396,7 +452,10 @@ def test_apply_takes_vars():
 
 def test_layers_are_immutable():
     model = affine(3)
-    with pytest.raises(AttributeError, match=r"Layer is immutable: make another with Layer\(.*\), not \.name =\."):
+    with pytest.raises(
+        AttributeError,
+        match=r"Layer is immutable: instead of \.name = \.\.\., make another, Layer\(init=\.\.\., apply=\.\.\.\)\.",
+    ):
         model.name = "other"
     with pytest.raises(AttributeError, match="immutable"):
         model.apply = None
@@ -405,8 +464,14 @@ def test_layers_are_immutable():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: layers.compose(affine(2), jnp.sin), r"compose expected layers, received .*sin.*Write layers.fn\(f\)"),
-        (lambda: layers.compose(3, affine(2)), r"compose expected layers, received 3\. Write layers.fn\(f\)"),
+        (
+            lambda: layers.compose(affine(2), jnp.sin),
+            r"compose expected layers, received .*sin.*For a plain function write layers\.fn\(f\)",
+        ),
+        (
+            lambda: layers.compose(3, affine(2)),
+            r"compose expected layers, received 3\. For a plain function write layers\.fn\(f\)",
+        ),
         (lambda: affine(2) >> 3, r"compose expected layers, received 3\."),
         (
             lambda: layers.sequential([affine(2), affine]),

@@ -97,13 +97,13 @@ def test_its_name():
         ),
         (
             lambda: layers.from_function(lambda params: params, {}),
-            r"\(params, x\), to which training= and ctx= may be added, received `<lambda>` \(test_function\.py:\d+\) with the "
-            r"parameters \(params\): too many positional arguments\. Write lambda params, x: f\(\.\.\.\)",
+            r"\(params, x\), which may also take training= and ctx=, received `<lambda>` \(test_function\.py:\d+\) with the "
+            r"arguments \(params\): too many positional arguments\. Write lambda params, x: f\(\.\.\.\)",
         ),
         (lambda: layers.from_function(lambda params, x, y: x, {}), r"missing a required argument: 'y'\. Write lambda"),
         (
             lambda: layers.from_function(mlp, {"a": {"b": "c"}}),
-            r"expected a tree of arrays, and 'a\.b' is str\. Leave it out",
+            r"expected a tree of arrays, received str at 'a\.b'\. Take it out",
         ),
     ],
 )

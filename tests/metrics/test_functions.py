@@ -261,7 +261,7 @@ def test_the_number_of_classes_is_that_of_the_columns():
 @pytest.mark.parametrize(
     ("shape", "fix"),
     [
-        ((3, CLASSES), r"One-hot targets become indices with targets\.argmax\(axis=-1\); .* metrics\.binary_accuracy"),
+        ((3, CLASSES), r"If targets are one-hot, write targets\.argmax\(axis=-1\)\. .* metrics\.binary_accuracy"),
         ((3, 1), r"Write targets\.reshape\(predictions\.shape\[:-1\]\)"),
         ((4,), r"Make targets\.shape equal predictions\.shape\[:-1\]"),
     ],

@@ -43,6 +43,10 @@ class StepInputs:
     """
 
     __slots__ = ("key", "leaves", "static", "what")
+    what: str
+    leaves: list[Any]
+    static: tuple[Any, ...]
+    key: tuple[Any, ...]
 
     def __init__(self, x: Any, loss: Any, ctx: Context | None, what: str = "x") -> None:
         loss_key, arrays = capture_loss(loss) if loss is not None else (None, [])

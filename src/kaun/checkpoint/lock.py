@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kaun._messages import warn
 from kaun.checkpoint import strict_json
+from kaun.errors import Locked
 
 __all__ = ["NAME", "Lock", "Locked"]
 
@@ -23,10 +24,6 @@ _guard = threading.Lock()
 # The locks of this process by file: on network file systems locks belong to processes, and the system would grant a
 # second one to the same process.
 _held: dict[tuple[int, int], int] = {}
-
-
-class Locked(RuntimeError):
-    """Another run uses the directory; the message says which."""
 
 
 class Lock:

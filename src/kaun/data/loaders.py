@@ -185,9 +185,11 @@ class ResumableLoader:
         ValueError: for a position that ``position()`` cannot have returned.
     """
 
+    source: Any
+    passes: int
+
     def __init__(self, source: Any, position: Mapping[str, Any] | None = None, n: int = 0) -> None:
-        self.source: Any = source
-        self._n = n
+        self.source, self._n = source, n
         self.passes, self._state = (0, None) if position is None else _read(position)
         self._iterator: Any = None
 

@@ -1,4 +1,4 @@
-"""Models of other libraries as layers, and the way back; weights of other libraries."""
+"""Models of other libraries as layers, and back again; weights from safetensors files."""
 
 from kaun.interop import safetensors as safetensors
 from kaun.interop.equinox import equinox as equinox

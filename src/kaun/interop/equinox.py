@@ -9,7 +9,7 @@ import jax
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.keywords import Keywords, cast_floats, nested, package, pick, taken, threaded
+from kaun.interop.keywords import Keywords, cast_floats, check_method, check_structure, nested, package, pick
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here
 
@@ -26,60 +26,61 @@ def equinox(
     vmap: bool = True,
     method: Any = None,
 ) -> Layer[Any, Any]:
-    """The layer of an Equinox module, which starts from the module's own values.
+    """Make a layer of an Equinox module; its initial values are those of the module.
 
-    Params are what Equinox differentiates, floating arrays, by the module's attributes:
-    ``params["layers"][0]["weight"]``. State is all other arrays, which stay as they are, and what an ``eqx.nn.State``
-    holds, by the path of its ``StateIndex``. Fields and leaves that are no JAX arrays are static. ``init(dtype=...)``
-    casts all floating arrays to its dtype, as ``eqx.nn.BatchNorm(dtype=...)`` does.
+    The params are what Equinox differentiates, floating arrays, by the module's attributes:
+    ``params["layers"][0]["weight"]``. The state is all other arrays, which do not change, and the entries of an
+    ``eqx.nn.State``, by the path of their ``StateIndex``. Fields and leaves that are not JAX arrays are static.
+    ``init(dtype=...)`` casts all floating arrays to its dtype, as ``eqx.nn.BatchNorm(dtype=...)`` does.
 
-    An Equinox module takes one example, so it is vmapped over axis 0 of ``x``: the axis is ``axis_name``, which an
-    ``eqx.nn.BatchNorm`` wants to know, and ``key`` is split among the examples. In training the module runs as it was
-    given, in evaluation as ``eqx.nn.inference_mode(module)``. ``key`` comes from kaun's scope; in evaluation it is left
-    out where it has a default.
+    An Equinox module takes one example, so it is vmapped over axis 0 of ``x``. The vmapped axis is named ``axis_name``,
+    which ``eqx.nn.BatchNorm`` needs, and ``key`` is split among the examples. In training the module runs as it was
+    passed, in evaluation as ``eqx.nn.inference_mode(module)``. ``key`` comes from kaun's RNG scope; in evaluation it is
+    not passed if it has a default.
 
-    Other keyword arguments of its call get the switch (``training``, ``train``, ``is_training``, ``deterministic``,
-    ``use_running_average``, ``inference``) or the value of that name in the Context: scalars are shared, other arrays
-    are split along axis 0 like ``x``.
+    Other keyword arguments of the module's call receive the mode (``training``, ``train``, ``is_training``,
+    ``deterministic``, ``use_running_average``, ``inference``) or the value of that name in the Context: scalars are
+    passed to all examples, other arrays are split along axis 0 as ``x`` is.
 
-    Arguments:
-        module: an ``eqx.Module``, or any pytree that can be called.
-        state: its ``eqx.nn.State``, where ``eqx.nn.make_with_state`` made both.
-        axis_name: the name of the batch axis, default ``"batch"``.
-        vmap: False hands the whole of ``x`` to the module.
-        method: what to call in place of the module, a method's name or a function of module and input.
+    Args:
+        module: An ``eqx.Module``, or any pytree that can be called.
+        state: Its ``eqx.nn.State``, if ``eqx.nn.make_with_state`` made both.
+        axis_name: The name of the batch axis. Default: ``"batch"``.
+        vmap: Whether the module is vmapped; with False it receives the whole of ``x``. Default: True.
+        method: What to call instead of the module: a method's name, or a function of module and input.
 
     Raises:
-        ImportError: when equinox is not installed.
-        TypeError: when ``module`` cannot be called, or ``state`` is no ``eqx.nn.State``.
-        ValueError: when the module's state is missing; applied, for an ``x`` without a batch axis.
+        ImportError: If equinox is not installed.
+        TypeError: If ``module`` cannot be called, or ``state`` is not an ``eqx.nn.State``.
+        ValueError: If the module's state is missing; when applied, if ``x`` has no batch axis.
 
-    >>> import equinox as eqx, jax, jax.numpy as jnp
-    >>> from kaun import interop
-    >>> class MLP(eqx.Module):
-    ...     linear: eqx.nn.Linear
-    ...     norm: eqx.nn.BatchNorm
-    ...     def __init__(self, key):
-    ...         self.linear = eqx.nn.Linear(2, 3, key=key)
-    ...         self.norm = eqx.nn.BatchNorm(3, "batch", mode="batch")
-    ...     def __call__(self, x, state):
-    ...         x, state = self.norm(self.linear(x), state)
-    ...         return jax.nn.relu(x), state
-    >>> model = interop.equinox(*eqx.nn.make_with_state(MLP)(jax.random.key(0)))
-    >>> variables = model.init(dtype=jnp.float32)
-    >>> sorted(variables.params["linear"]), sorted(variables.state["norm"])
-    (['bias', 'weight'], ['batch_counter', 'batch_state_index'])
-    >>> y, after = model.apply(variables, jnp.ones((4, 2)), training=True)
-    >>> y.shape, int(after.state["norm"]["batch_counter"])
-    ((4, 3), 1)
+    Examples:
+        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> from kaun import interop
+        >>> class MLP(eqx.Module):
+        ...     linear: eqx.nn.Linear
+        ...     norm: eqx.nn.BatchNorm
+        ...     def __init__(self, key):
+        ...         self.linear = eqx.nn.Linear(2, 3, key=key)
+        ...         self.norm = eqx.nn.BatchNorm(3, "batch", mode="batch")
+        ...     def __call__(self, x, state):
+        ...         x, state = self.norm(self.linear(x), state)
+        ...         return jax.nn.relu(x), state
+        >>> model = interop.equinox(*eqx.nn.make_with_state(MLP)(jax.random.key(0)))
+        >>> variables = model.init(dtype=jnp.float32)
+        >>> sorted(variables.params["linear"]), sorted(variables.state["norm"])
+        (['bias', 'weight'], ['batch_counter', 'batch_state_index'])
+        >>> y, after = model.apply(variables, jnp.ones((4, 2)), training=True)
+        >>> y.shape, int(after.state["norm"]["batch_counter"])
+        ((4, 3), 1)
     """
     eqx = package("equinox", "equinox", "equinox")
-    adapter = _Adapter(eqx, module, state, taken(method, "equinox"), axis_name if vmap else None, vmap)
+    adapter = _Adapter(eqx, module, state, check_method(method, "equinox"), axis_name if vmap else None, vmap)
     return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
 
 
 class _Adapter:
-    """A module taken apart: its structure, its leaves, and the paths of those that are arrays."""
+    """The functions of the layer: the module's structure, its leaves, and the paths of the leaves that are arrays."""
 
     def __init__(self, eqx: Any, module: Any, state: Any, method: Any, axis_name: Any, vmap: bool) -> None:
         _check(eqx, module, state)
@@ -123,7 +124,7 @@ class _Adapter:
         y, state = self.called(module, state, x, key, words)
         if not self.stateful:
             return y, vars
-        fix = "Let the call return the eqx.nn.State that it was given, with the same entries."
+        fix = "Return the eqx.nn.State that the call received, with the same entries."
         leaves, structure = jax.tree_util.tree_flatten(state)
         if structure != self.state_structure:
             raise ValueError(
@@ -132,7 +133,7 @@ class _Adapter:
             )
         after = {path: pick(vars.state, path) for i, path in self.arrays.items() if i not in self.trained}
         after |= dict(zip(self.state_paths, leaves, strict=True))
-        return y, vars.replace(state=threaded(self.name, vars.state, nested(after), fix))
+        return y, vars.replace(state=check_structure(self.name, vars.state, nested(after), fix))
 
     def called(self, module: Any, state: Any, x: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
         def one(x: Any, state: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
@@ -166,7 +167,7 @@ class _Adapter:
         return shapes[0][0]
 
     def filled(self, vars: Vars) -> tuple[Any, Any]:
-        """The module and its ``eqx.nn.State`` with these values."""
+        """The module and its ``eqx.nn.State`` with the values of ``vars``."""
         leaves = list(self.leaves)
         for i, path in self.arrays.items():
             leaves[i] = pick(vars.params if i in self.trained else vars.state, path)
@@ -190,21 +191,21 @@ def _indices(eqx: Any, module: Any) -> dict[Path, Any]:
 
 
 def _with_state(eqx: Any, module: Any, state: Any) -> tuple[Any, Any]:
-    """The module without initial states, and its state."""
+    """The module without its initial states, and its ``eqx.nn.State``."""
     if state is not None:
         return eqx.nn.delete_init_state(module), state
     try:
         state = eqx.nn.State(module)
     except ValueError:
         raise ValueError(
-            f"equinox received a {type(module).__name__} whose eqx.nn.State lies apart: eqx.nn.make_with_state returns "
+            f"equinox received a {type(module).__name__} without its eqx.nn.State: eqx.nn.make_with_state returns "
             f"both. Write interop.equinox(*eqx.nn.make_with_state({type(module).__name__})(key))."
         ) from None
     return eqx.nn.delete_init_state(module), state
 
 
 def _state_paths(eqx: Any, module: Any, structure: Any) -> list[Path]:
-    """Where each leaf of an ``eqx.nn.State`` is kept: at its index' place in the module."""
+    """The path of each leaf of an ``eqx.nn.State``: that of its ``StateIndex`` in the module."""
     numbered = jax.tree_util.tree_unflatten(structure, range(structure.num_leaves))
     paths: dict[int, Path] = {}
     for path, index in _indices(eqx, module).items():
@@ -216,12 +217,12 @@ def _state_paths(eqx: Any, module: Any, structure: Any) -> list[Path]:
 def _check(eqx: Any, module: Any, state: Any) -> None:
     if isinstance(module, tuple):
         raise TypeError(
-            "equinox expected a module, received a tuple. Where eqx.nn.make_with_state returned module and state, "
+            "equinox expected a module, received a tuple. If eqx.nn.make_with_state returned module and state, "
             "write interop.equinox(*eqx.nn.make_with_state(Model)(key))."
         )
     if isinstance(module, type):
         raise TypeError(
-            f"equinox expected a module, received the class {module.__name__}. Make one of it: "
+            f"equinox expected a module, received the class {module.__name__}. Pass an instance: "
             f"interop.equinox({module.__name__}(..., key=jax.random.key(0)))."
         )
     if state is not None and not isinstance(state, eqx.nn.State):

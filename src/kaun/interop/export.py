@@ -1,4 +1,4 @@
-"""The way back: trained variables as the library's own object."""
+"""Trained variables as an object of the library that the model came from."""
 
 from __future__ import annotations
 
@@ -14,37 +14,42 @@ __all__ = ["export"]
 
 @runtime_checkable
 class Exports(Protocol):
-    """What stands behind a layer of this package: it can put variables back into its library's object."""
+    """The functions of a layer of this package, which can put variables back into the library's object."""
 
     def export(self, vars: Vars) -> Any: ...
 
 
 def export(layer: Layer[Any, Any], vars: Vars) -> Any:
-    """The other library's own object with the values of ``vars``, in evaluation or training as it was given.
+    """Return an object of the other library with the values of ``vars``, in the mode that the module was passed in.
 
     ========================  =====================================================================
     layer made by             result
     ========================  =====================================================================
-    ``interop.flax_nnx``      a new ``nnx.Module``; the one that was given is untouched
+    ``interop.flax_nnx``      a new ``nnx.Module``; the one that was passed does not change
     ``interop.linen``         the variables, ``{"params": ..., "batch_stats": ...}``
     ``interop.equinox``       the module, or ``(module, state)`` where it has an ``eqx.nn.State``
     ``interop.haiku``         the params, or ``(params, state)`` of a ``transform_with_state``
     ========================  =====================================================================
 
-    Of a composition, export the part: ``export(encoder, vars.replace(params=vars.params["left"],
-    state=vars.state["left"]))``.
+    If the layer is a part of a composition, export that part: ``export(encoder,
+    vars.replace(params=vars.params["left"], state=vars.state["left"]))``.
+
+    Args:
+        layer: A layer made by one of the functions of the table.
+        vars: Its variables.
 
     Raises:
-        TypeError: when the layer is not one of these, or ``vars`` is no ``Vars``.
-        ValueError: when the variables are not this layer's.
+        TypeError: If the layer is not one of these, or ``vars`` is not a ``Vars``.
+        ValueError: If the variables belong to another layer.
 
-    >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from kaun import interop
-    >>> layer = interop.flax_nnx(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
-    >>> trained = layer.init().replace(params={"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)})
-    >>> interop.export(layer, trained)(jnp.ones((1, 2)))
-    Array([[2.]], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from kaun import interop
+        >>> layer = interop.flax_nnx(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+        >>> trained = layer.init().replace(params={"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)})
+        >>> interop.export(layer, trained)(jnp.ones((1, 2)))
+        Array([[2.]], dtype=float32)
     """
     if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
         hint = "Write interop.export(model, state.vars)."
@@ -53,12 +58,14 @@ def export(layer: Layer[Any, Any], vars: Vars) -> Any:
     if not isinstance(adapter, Exports):
         raise TypeError(
             f"export expected a layer that interop made (flax_nnx, linen, equinox, haiku), received {layer!r}. "
-            "Where it is part of a composition, export that part with its own variables: interop.export(part, "
+            "If it is part of a composition, export that part with its own variables: interop.export(part, "
             'vars.replace(params=vars.params["left"], state=vars.state["left"])).'
         )
     lines = tree.difference(_shapes(layer, vars.dtype), vars)
     if lines:
-        raise ValueError(f"The variables are not those of {layer.name}:\n  " + "\n  ".join(lines[:10]))
+        raise ValueError(
+            f"export expected the variables of {layer.name}, received others:\n  " + "\n  ".join(lines[:10])
+        )
     return adapter.export(vars)
 
 

@@ -8,7 +8,7 @@ import jax
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.keywords import Keywords, cast_floats, nested, origins, package, pick, taken, threaded
+from kaun.interop.keywords import Keywords, cast_floats, check_method, check_structure, nested, origins, package, pick
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here
@@ -19,52 +19,55 @@ Path = tuple[Any, ...]
 
 
 def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
-    """The layer of a Flax NNX module, which starts from the module's own values.
+    """Make a layer of a Flax NNX module; its initial values are those of the module.
 
-    Params are the module's ``nnx.Param``, by their paths: those of ``nnx.to_pure_dict(nnx.state(module, nnx.Param))``,
-    a variable that is shared once. State is every other variable and array (``nnx.BatchStat``, ``nnx.Cache``), except
-    for random streams, which get fresh keys from kaun's scope, and ``nnx.Intermediate``, which is thrown away.
-    ``init(dtype=...)`` casts floating params to its dtype, and floating state to float32 or wider, as Flax keeps it.
+    The params are the module's ``nnx.Param`` variables, by the paths of ``nnx.to_pure_dict(nnx.state(module,
+    nnx.Param))``; a shared variable occurs once. The state is every other variable and array (``nnx.BatchStat``,
+    ``nnx.Cache``), except random streams, which receive keys from kaun's RNG scope, and ``nnx.Intermediate``, which is
+    discarded. ``init(dtype=...)`` casts floating params to its dtype, and floating state to float32 or wider, as Flax
+    keeps it.
 
-    The module is taken apart once, here, and put together only while JAX traces, ``module.train()`` or
-    ``module.eval()`` called on it. Its own object is never changed. What a call assigns to an ``nnx.Param`` is lost:
-    only the optimizer moves params.
+    The module is split once, when the layer is made, and merged only while JAX traces, with ``module.train()`` or
+    ``module.eval()`` called on the copy. The object that was passed is never changed. What a call assigns to an
+    ``nnx.Param`` is discarded: only the optimizer updates params.
 
-    Keyword arguments of its call get the switch (``training``, ``train``, ``is_training``, ``deterministic``,
-    ``use_running_average``, ``inference``), streams (``rngs``), or the value of that name in the Context.
+    Keyword arguments of the module's call receive the mode (``training``, ``train``, ``is_training``,
+    ``deterministic``, ``use_running_average``, ``inference``), streams (``rngs``), or the value of that name in the
+    Context.
 
-    Arguments:
-        module: an ``nnx.Module``.
-        method: what to call in place of the module, a method's name or a function of module and input.
+    Args:
+        module: An ``nnx.Module``.
+        method: What to call instead of the module: a method's name, or a function of module and input.
 
     Raises:
-        ImportError: when flax is not installed.
-        TypeError: when ``module`` is no NNX module, or cannot be called.
-        ValueError: applied, when the call adds or removes variables.
+        ImportError: If flax is not installed.
+        TypeError: If ``module`` is not an NNX module, or cannot be called.
+        ValueError: When applied, if the call adds or removes variables.
 
-    >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from kaun import interop
-    >>> class MLP(nnx.Module):
-    ...     def __init__(self, rngs):
-    ...         self.linear = nnx.Linear(2, 3, rngs=rngs)
-    ...         self.norm = nnx.BatchNorm(3, rngs=rngs)
-    ...     def __call__(self, x):
-    ...         return nnx.relu(self.norm(self.linear(x)))
-    >>> model = interop.flax_nnx(MLP(nnx.Rngs(0)))
-    >>> variables = model.init(dtype=jnp.float32)
-    >>> sorted(variables.params["linear"]), sorted(variables.state["norm"])
-    (['bias', 'kernel'], ['mean', 'var'])
-    >>> y, after = model.apply(variables, jnp.ones((4, 2)), training=True)
-    >>> y.shape, bool((after.state["norm"]["mean"] == 0).all())
-    ((4, 3), False)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from kaun import interop
+        >>> class MLP(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.linear = nnx.Linear(2, 3, rngs=rngs)
+        ...         self.norm = nnx.BatchNorm(3, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return nnx.relu(self.norm(self.linear(x)))
+        >>> model = interop.flax_nnx(MLP(nnx.Rngs(0)))
+        >>> variables = model.init(dtype=jnp.float32)
+        >>> sorted(variables.params["linear"]), sorted(variables.state["norm"])
+        (['bias', 'kernel'], ['mean', 'var'])
+        >>> y, after = model.apply(variables, jnp.ones((4, 2)), training=True)
+        >>> y.shape, bool((after.state["norm"]["mean"] == 0).all())
+        ((4, 3), False)
     """
-    adapter = _Adapter(package("flax.nnx", "flax_nnx", "flax"), module, taken(method, "flax_nnx"))
+    adapter = _Adapter(package("flax.nnx", "flax_nnx", "flax"), module, check_method(method, "flax_nnx"))
     return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
 
 
 class _Adapter:
-    """A module taken apart: its graph, and a variable (or array) for each path."""
+    """The functions of the layer: the module's graph, and a variable (or array) for each path."""
 
     def __init__(self, nnx: Any, module: Any, method: Any) -> None:
         _check(nnx, module)
@@ -78,7 +81,7 @@ class _Adapter:
             )
         self.keywords = Keywords.of(call, 2 if callable(method) else 1)
         self.graph, state = nnx.split(module)
-        # What nnx.split returns are the module's own variables: whoever went on using it would change the layer.
+        # Copies, because nnx.split returns the module's own variables, and the caller may change those.
         flat = nnx.to_flat_state(state)
         self.made: dict[Path, Any] = {p: v.copy() if isinstance(v, nnx.Variable) else tree.snapshot(v) for p, v in flat}
         kind = lambda *kinds: [path for path, made in self.made.items() if isinstance(made, kinds)]
@@ -99,11 +102,11 @@ class _Adapter:
         key = rng.next_key() if training and self.keys else None
         y, after = self.call(vars, x, key, training, named)
         if not training and any(after[path] is not _value(self.nnx, self.made[path]) for path in self.counts):
-            # It draws in evaluation too. Most do not, and must not have to: a key needs an open scope.
+            # The module draws in evaluation. Most do not, and then no key is drawn, which would need an open scope.
             y, after = self.call(vars, x, rng.next_key(), training, named)
-        state = threaded(
+        state = check_structure(
             self.name, vars.state, nested({path: after[path] for path in self.state}),
-            "Make the variable in __init__, in the shape that the call gives it.",
+            "Make the variable in __init__, with the shape that it has after the call.",
         )  # fmt: skip
         return y, vars.replace(state=state)
 
@@ -122,7 +125,7 @@ class _Adapter:
         return y, {path: _value(self.nnx, after[path]) for path in self.made}
 
     def merged(self, vars: Vars, key: jax.Array | None = None) -> Any:
-        """The module with these values, each of its random streams on a key of its own."""
+        """The module with the values of ``vars``, and a different key for each of its random streams."""
         values = {path: pick(vars.params, path) for path in self.params}
         values |= {path: pick(vars.state, path) for path in self.state}
         if key is not None:
@@ -138,12 +141,12 @@ class _Adapter:
     def check_paths(self, after: dict[Path, Any]) -> None:
         dotted = lambda paths: ", ".join(repr(".".join(map(str, path))) for path in paths)
         new = [p for p, v in after.items() if p not in self.made and not isinstance(v, self.nnx.Intermediate)]
-        lost = [path for path in self.made if path not in after]
-        if new or lost:
-            what = f"made {dotted(new)}" if new else f"removed {dotted(lost)}"
+        removed = [path for path in self.made if path not in after]
+        if new or removed:
+            what = f"made {dotted(new)}" if new else f"removed {dotted(removed)}"
             raise ValueError(
-                f"{here(self.name)} {what} in its call, and the next step would not find what this one left. Make all "
-                "variables in __init__; what is only to be looked at is an nnx.Intermediate."
+                f"{here(self.name)} {what} in its call, but its variables must be the same in each step. Make all "
+                "variables in __init__; values that are only inspected can be an nnx.Intermediate."
             )
 
     def export(self, vars: Vars) -> Any:
@@ -165,7 +168,7 @@ def _check(nnx: Any, module: Any) -> None:
     fix = "Write interop.flax_nnx(Model(nnx.Rngs(0)))."
     if isinstance(module, type) and issubclass(module, nnx.Module):
         received = f"received the class {module.__name__}"
-        fix = f"Make one of it: interop.flax_nnx({module.__name__}(..., rngs=nnx.Rngs(0)))."
+        fix = f"Pass an instance: interop.flax_nnx({module.__name__}(..., rngs=nnx.Rngs(0)))."
     elif "flax.linen.module" in origins(module):
         received, fix = f"{received}, a Linen module", "Write interop.linen(module, x)."
     raise TypeError(f"flax_nnx expected an nnx.Module, {received}. {fix}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.keywords import Keywords, cast_floats, package, plain, threaded, zeros
+from kaun.interop.keywords import Keywords, cast_floats, check_structure, package, plain, zeros
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
 
@@ -15,38 +15,39 @@ __all__ = ["haiku"]
 
 
 def haiku(transformed: Any, sample: Any, *, ctx: Context | None = None) -> Layer[Any, Any]:
-    """The layer of a function that ``hk.transform`` or ``hk.transform_with_state`` made pure.
+    """Make a layer of a function that ``hk.transform`` or ``hk.transform_with_state`` made pure.
 
-    Its weights are those of ``transformed.init(rng.next_key(), sample)`` in training mode. Params and state are Haiku's
-    own dicts, of module names and then of parameters: ``params["linear"]["w"]``. ``init(dtype=...)`` casts floating
-    params to its dtype, and floating state to float32 or wider.
+    Its initial values are those of ``transformed.init(rng.next_key(), sample)`` in training mode. The params and the
+    state are Haiku's own dicts, of module names and then of parameters: ``params["linear"]["w"]``. ``init(dtype=...)``
+    casts floating params to its dtype, and floating state to float32 or wider.
 
-    In training the function's keys (``hk.next_rng_key``) come from kaun's scope, in evaluation too where it asks for
-    one. The switch is a keyword argument, ``is_training``, ``training``, ``train``, ``deterministic``,
-    ``use_running_average`` or ``inference``; other keyword arguments get the value of that name in the Context.
+    In training the function's keys (``hk.next_rng_key``) come from kaun's RNG scope, and in evaluation too if it asks
+    for one. The mode is a keyword argument: ``is_training``, ``training``, ``train``, ``deterministic``,
+    ``use_running_average`` or ``inference``. Other keyword arguments receive the value of that name in the Context.
 
-    Arguments:
-        transformed: what ``hk.transform(f)`` or ``hk.transform_with_state(f)`` returns.
-        sample: an input, for ``init``: arrays, or ``jax.ShapeDtypeStruct`` in their places.
-        ctx: a Context for ``init``, where the function cannot do without.
+    Args:
+        transformed: The result of ``hk.transform(f)`` or ``hk.transform_with_state(f)``.
+        sample: An input for ``init``: arrays, or ``jax.ShapeDtypeStruct`` in place of arrays.
+        ctx: A Context for ``init``, if the function needs one.
 
     Raises:
-        ImportError: when dm-haiku is not installed.
-        TypeError: when ``transformed`` is not a transformed function.
-        MissingContext: when the function needs a name that the Context does not have.
-        ValueError: applied, when the function changes the form of its state.
+        ImportError: If dm-haiku is not installed.
+        TypeError: If ``transformed`` is not a transformed function.
+        MissingContext: If the function needs a name that the Context does not have.
+        ValueError: When applied, if the function changes the structure of its state.
 
-    >>> import haiku as hk, jax, jax.numpy as jnp
-    >>> from kaun import interop
-    >>> def forward(x, is_training):
-    ...     x = hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), is_training)
-    ...     return jax.nn.relu(x)
-    >>> model = interop.haiku(hk.transform_with_state(forward), jnp.ones((1, 2)))
-    >>> variables = model.init(dtype=jnp.float32)
-    >>> {name: sorted(values) for name, values in variables.params.items()}
-    {'batch_norm': ['offset', 'scale'], 'linear': ['b', 'w']}
-    >>> sorted(variables.state["batch_norm/~/mean_ema"])
-    ['average', 'counter', 'hidden']
+    Examples:
+        >>> import haiku as hk, jax, jax.numpy as jnp
+        >>> from kaun import interop
+        >>> def forward(x, is_training):
+        ...     x = hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), is_training)
+        ...     return jax.nn.relu(x)
+        >>> model = interop.haiku(hk.transform_with_state(forward), jnp.ones((1, 2)))
+        >>> variables = model.init(dtype=jnp.float32)
+        >>> {name: sorted(values) for name, values in variables.params.items()}
+        {'batch_norm': ['offset', 'scale'], 'linear': ['b', 'w']}
+        >>> sorted(variables.state["batch_norm/~/mean_ema"])
+        ['average', 'counter', 'hidden']
     """
     hk = package("haiku", "haiku", "haiku")
     adapter = _Adapter(hk, transformed, zeros(sample), ctx or Context())
@@ -58,7 +59,7 @@ class _Adapter:
         if not isinstance(transformed, (hk.Transformed, hk.TransformedWithState)):
             called = getattr(transformed, "__name__", "f")
             raise TypeError(
-                "haiku expected what hk.transform or hk.transform_with_state returns, received "
+                "haiku expected a function transformed by hk.transform or hk.transform_with_state, received "
                 f"{tree.describe(transformed)}. Write interop.haiku(hk.transform_with_state({called}), x)."
             )
         self.sample, self.ctx = sample, ctx
@@ -70,7 +71,7 @@ class _Adapter:
         self.name = "haiku(" + ", ".join(list(original.parameters)[1 + self.stateful + self.keyed :]) + ")"
 
     def init(self, *, dtype: Any) -> Vars:
-        # As Haiku's own examples do: its running averages exist once they were updated.
+        # In training mode, as in Haiku's examples: running averages exist only after an update.
         words = self.keywords.values(training=True, ctx=self.ctx)
         params, state = self.function.init(rng.next_key(), self.sample, **words)
         return Vars(
@@ -92,10 +93,10 @@ class _Adapter:
             except ValueError as error:
                 if type(error).__name__ != "MissingRNGError":
                     raise
-                # Most draw nothing in evaluation, and must not have to: a key needs an open scope.
+                # Most functions draw nothing in evaluation, and then no key is drawn, which would need an open scope.
                 y, after = call(rng.next_key())
-        fix = "Let hk.get_state and hk.set_state have one shape, at init and in every call."
-        return y, vars.replace(state=threaded(self.name, vars.state, plain(after), fix))
+        fix = "Give hk.get_state and hk.set_state the same shape at init and in every call."
+        return y, vars.replace(state=check_structure(self.name, vars.state, plain(after), fix))
 
     def export(self, vars: Vars) -> Any:
         return (vars.params, vars.state) if self.stateful else vars.params

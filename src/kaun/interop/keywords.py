@@ -1,4 +1,4 @@
-"""What the adapters share: packages that may be missing, the words a model's call takes, dtypes, and nested paths."""
+"""Shared by the adapters: optional packages, the keyword arguments of a model's call, dtypes, and nested paths."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from kaun.context import Context
 from kaun.layers.path import here
 
 __all__ = [
-    "SWITCHES", "Keywords", "cast_floats", "nested", "origins", "package", "pick", "plain", "taken", "threaded",
-    "zeros",
+    "SWITCHES", "Keywords", "cast_floats", "check_method", "check_structure", "nested", "origins", "package", "pick",
+    "plain", "zeros",
 ]  # fmt: skip
 
 SWITCHES = {
     "training": True, "train": True, "is_training": True,
     "deterministic": False, "use_running_average": False, "inference": False,
 }  # fmt: skip
-"""The names under which the libraries' models take their switch, and what each is in training."""
+"""The names that models use for the argument of training or evaluation mode, and the value of each in training."""
 
 
 def package(module: str, user: str, extra: str) -> Any:
-    """The module of an optional package.
+    """Import a module of an optional package.
 
     Raises:
-        ImportError: when the package is not installed; the message names the extra that has it.
+        ImportError: If the package is not installed; the message names the extra that installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         root = module.split(".")[0]
         if error.name != root:
-            raise  # it is there, and something that it needs is not
+            raise  # the package is there, but something that it needs is not
         raise ImportError(
             f'interop.{user} needs {root}, which is missing: pip install "kaun[{extra}]"', name=root
         ) from error
@@ -46,13 +46,13 @@ def package(module: str, user: str, extra: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Keywords:
-    """The parameters that a model's call has besides its input, by name: whether each must be given."""
+    """The arguments of a model's call other than its input, by name: whether each is required."""
 
     required: Mapping[str, bool]
 
     @classmethod
     def of(cls, function: Callable[..., Any], given: int) -> Keywords:
-        """Those of a function after its first ``given`` ones."""
+        """The arguments of a function without the first ``given``."""
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except ValueError:  # written in C
@@ -62,10 +62,10 @@ class Keywords:
         return cls({p.name: p.default is inspect.Parameter.empty for p in rest})
 
     def values(self, *, training: bool, ctx: Context, without: Iterable[str] = ()) -> dict[str, Any]:
-        """What to call it with: the switches, and of the context what the call has a parameter for.
+        """The values to pass: the mode, and those of the Context for which the call has an argument.
 
         Raises:
-            MissingContext: when a parameter without a default is neither a switch nor in the context.
+            MissingContext: If an argument without a default is neither the mode nor in the Context.
         """
         named = {name: needed for name, needed in self.required.items() if name not in without}
         switches = {name: SWITCHES[name] is training for name in named if name in SWITCHES}
@@ -74,16 +74,16 @@ class Keywords:
 
 
 def origins(value: Any) -> list[str]:
-    """The modules in which a value's class and its bases were written."""
+    """The names of the modules of a value's class and of its bases."""
     bases: tuple[type, ...] = type(value).__mro__
     return [base.__module__ for base in bases]
 
 
-def taken(method: Any, where: str) -> Any:
-    """``method=`` as the adapters take it: None, a name, or a function of the module and the input.
+def check_method(method: Any, where: str) -> Any:
+    """Check an argument ``method=``: None, a name, or a function of the module and the input.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: If it is anything else.
     """
     if method is not None and not isinstance(method, str) and not callable(method):
         raise TypeError(
@@ -94,7 +94,7 @@ def taken(method: Any, where: str) -> Any:
 
 
 def cast_floats(values: Any, dtype: Any) -> Any:
-    """A tree as JAX arrays, its floating leaves in ``dtype``."""
+    """The pytree as JAX arrays, with floating leaves cast to ``dtype``."""
 
     def one(leaf: Any) -> jax.Array:
         array = tree.strong(leaf)
@@ -104,7 +104,7 @@ def cast_floats(values: Any, dtype: Any) -> Any:
 
 
 def nested(values: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
-    """The nested dicts whose values lie at these paths."""
+    """Nested dicts with these values at these paths."""
     made: dict[Any, Any] = {}
     for path, value in values.items():
         inner = made
@@ -115,24 +115,24 @@ def nested(values: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
 
 
 def pick(values: Any, path: Iterable[Any]) -> Any:
-    """What lies at a path of nested dicts."""
+    """The value at a path of nested dicts."""
     for key in path:
         values = values[key]
     return values
 
 
 def plain(values: Any) -> Any:
-    """A tree with dicts in place of whatever mappings it has."""
+    """The tree with each mapping converted to a dict."""
     if isinstance(values, Mapping):
         return {key: plain(value) for key, value in cast("Mapping[Any, Any]", values).items()}
     return values
 
 
-def threaded(name: str, before: Any, after: Any, fix: str) -> Any:
-    """A model's state after a call, in the structure and dtypes that it had before.
+def check_structure(name: str, before: Any, after: Any, fix: str) -> Any:
+    """The state after a call, with floating leaves cast to the dtypes that they had before.
 
     Raises:
-        ValueError: when the call added, removed or reshaped something; ``fix`` ends the message.
+        ValueError: If the call added or removed leaves or changed a shape; the message ends with ``fix``.
     """
     old, structure = tree.flatten(before)
     floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
@@ -143,13 +143,13 @@ def threaded(name: str, before: Any, after: Any, fix: str) -> Any:
     lines = tree.difference(old, new)
     if lines:
         raise ValueError(
-            f"{here(name)} changed the form of its state in a call:\n  " + "\n  ".join(lines[:10]) + f"\n{fix}"
+            f"{here(name)} changed the structure of its state in a call:\n  " + "\n  ".join(lines[:10]) + f"\n{fix}"
         )
     return jax.tree_util.tree_unflatten(structure, [new[path] for path in old])
 
 
 def zeros(sample: Any) -> Any:
-    """A sample input whose shapes alone (``jax.ShapeDtypeStruct``) are made into zeros."""
+    """The sample input with zeros in place of each ``jax.ShapeDtypeStruct``."""
     shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     make = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if shape(leaf) else leaf
     return jax.tree_util.tree_map(make, sample, is_leaf=shape)

@@ -7,7 +7,17 @@ from typing import Any
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.keywords import SWITCHES, Keywords, cast_floats, origins, package, plain, taken, threaded, zeros
+from kaun.interop.keywords import (
+    SWITCHES,
+    Keywords,
+    cast_floats,
+    check_method,
+    check_structure,
+    origins,
+    package,
+    plain,
+    zeros,
+)
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
 
@@ -22,50 +32,51 @@ def linen(
     method: Any = None,
     drop: Sequence[str] = ("intermediates",),
 ) -> Layer[Any, Any]:
-    """The layer of a Flax Linen module, whose weights are those of ``module.init(rng.next_key(), sample)``.
+    """Make a layer of a Flax Linen module; its initial values are those of ``module.init(rng.next_key(), sample)``.
 
-    Params are the collection ``"params"``; state is every other collection, ``state["batch_stats"]``, but for those
-    in ``drop``. ``init(dtype=...)`` casts floating params to its dtype, and floating state to float32 or wider, as Flax
-    keeps it.
+    The params are the collection ``"params"``. The state is all other collections, such as ``state["batch_stats"]``,
+    except those in ``drop``. ``init(dtype=...)`` casts floating params to its dtype, and floating state to float32 or
+    wider, as Flax keeps it.
 
-    In training the collections of the state are mutable, and random streams get keys from kaun's scope: ``"dropout"``
-    the first, all others the second. In evaluation nothing is mutable, and keys are drawn where the module asks for
-    one.
+    In training the collections of the state are mutable, and random streams receive keys from kaun's RNG scope:
+    ``"dropout"`` the first, all others the second. In evaluation nothing is mutable, and keys are drawn only if the
+    module asks for one.
 
-    The switch is a keyword argument of the call, ``training``, ``train``, ``is_training``, ``deterministic``,
-    ``use_running_average`` or ``inference``, or else a field of the module by one of these names. Its other keyword
-    arguments get the value of that name in the Context.
+    The mode is a keyword argument of the module's call, ``training``, ``train``, ``is_training``, ``deterministic``,
+    ``use_running_average`` or ``inference``, or else a field of the module with one of these names. Other keyword
+    arguments receive the value of that name in the Context.
 
-    Arguments:
-        module: an ``nn.Module``.
-        sample: an input, for ``init``: arrays, or ``jax.ShapeDtypeStruct`` in their places.
-        ctx: a Context for ``init``, where the module cannot do without.
-        method: what to call in place of the module, a method's name or a function of module and input.
-        drop: collections that are thrown away, default what ``sow`` collects.
+    Args:
+        module: An ``nn.Module``.
+        sample: An input for ``init``: arrays, or ``jax.ShapeDtypeStruct`` in place of arrays.
+        ctx: A Context for ``init``, if the module needs one.
+        method: What to call instead of the module: a method's name, or a function of module and input.
+        drop: Collections that are discarded. Default: ``"intermediates"``, which ``sow`` collects.
 
     Raises:
-        ImportError: when flax is not installed.
-        TypeError: when ``module`` is no Linen module.
-        MissingContext: when the call needs a name that the Context does not have.
-        ValueError: applied, when the call changes the form of its state.
+        ImportError: If flax is not installed.
+        TypeError: If ``module`` is not a Linen module.
+        MissingContext: If the call needs a name that the Context does not have.
+        ValueError: When applied, if the call changes the structure of its state.
 
-    >>> import flax.linen as nn, jax.numpy as jnp
-    >>> from kaun import interop
-    >>> class MLP(nn.Module):
-    ...     @nn.compact
-    ...     def __call__(self, x, train: bool):
-    ...         x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
-    ...         return nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
-    >>> model = interop.linen(MLP(), jnp.ones((1, 2)))
-    >>> variables = model.init(dtype=jnp.float32)
-    >>> sorted(variables.params), sorted(variables.state["batch_stats"]["BatchNorm_0"])
-    (['BatchNorm_0', 'Dense_0'], ['mean', 'var'])
-    >>> model.apply(variables, jnp.ones((4, 2)), training=True)[0].shape
-    (4, 3)
+    Examples:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> from kaun import interop
+        >>> class MLP(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train: bool):
+        ...         x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        ...         return nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        >>> model = interop.linen(MLP(), jnp.ones((1, 2)))
+        >>> variables = model.init(dtype=jnp.float32)
+        >>> sorted(variables.params), sorted(variables.state["batch_stats"]["BatchNorm_0"])
+        (['BatchNorm_0', 'Dense_0'], ['mean', 'var'])
+        >>> model.apply(variables, jnp.ones((4, 2)), training=True)[0].shape
+        (4, 3)
     """
     flax = package("flax.linen", "linen", "flax")
     drop = [drop] if isinstance(drop, str) else list(drop)
-    adapter = _Adapter(flax, module, zeros(sample), ctx or Context(), taken(method, "linen"), drop)
+    adapter = _Adapter(flax, module, zeros(sample), ctx or Context(), check_method(method, "linen"), drop)
     return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
 
 
@@ -76,8 +87,9 @@ class _Adapter:
         self.errors = package("flax.errors", "linen", "flax")
         self.name = f"linen({type(module).__name__})"
         self.method = method
-        # Of its class: Flax binds what is read off an instance.
-        found = callable(module) if method is None else True  # a class without __call__ has its metaclass' one
+        # Read from the class, because Flax binds what is read from an instance. A class without __call__ has that of
+        # its metaclass.
+        found = callable(module) if method is None else True
         call = method if callable(method) else getattr(type(module), method or "__call__", None) if found else None
         if call is None:
             raise TypeError(
@@ -102,19 +114,19 @@ class _Adapter:
         if not training:
             return self.evaluated(module, variables, x, words), vars
         y, after = module.apply(variables, x, rngs=_keys(), mutable=list(vars.state), **words)
-        fix = "What it sows is no state: leave the collection out with interop.linen(module, x, drop=[...])."
-        return y, vars.replace(state=threaded(self.name, vars.state, plain(after), fix))
+        fix = "If it is a collection that the module sows, discard it: interop.linen(module, x, drop=[...])."
+        return y, vars.replace(state=check_structure(self.name, vars.state, plain(after), fix))
 
     def evaluated(self, module: Any, variables: Any, x: Any, words: dict[str, Any]) -> Any:
         try:
             return module.apply(variables, x, **words)
         except self.errors.InvalidRngError:
-            # Most draw nothing in evaluation, and must not have to: a key needs an open scope.
+            # Most modules draw nothing in evaluation, and then no key is drawn, which would need an open scope.
             return module.apply(variables, x, rngs=_keys(), **words)
         except self.errors.ModifyScopeVariableError as error:
             error.add_note(
-                f"{self.name} was run in evaluation mode, where its state stays as it is. Give its __call__ a keyword "
-                "argument that kaun can switch, train: bool, and write nn.BatchNorm(use_running_average=not train)."
+                f"{self.name} was run in evaluation mode, where its state may not change. Give its __call__ a "
+                "keyword argument for the mode, train: bool, and write nn.BatchNorm(use_running_average=not train)."
             )
             raise
 
@@ -131,8 +143,8 @@ class _Adapter:
 
 
 def _keys() -> dict[str, Any]:
-    # Flax gives the stream "params" to whoever asks for one that is not there. Not the key of "dropout" again: each
-    # stream counts its draws for itself, so two on one key would draw the same numbers.
+    # Flax uses the stream "params" in place of one that is missing. Its key differs from that of "dropout": each stream
+    # counts its own draws, so two streams with one key would draw the same numbers.
     return {"dropout": rng.next_key(), "params": rng.next_key()}
 
 
@@ -142,7 +154,7 @@ def _check(flax: Any, module: Any) -> None:
     received, fix = f"received {tree.describe(module)}", "Write interop.linen(Model(), x)."
     if isinstance(module, type) and issubclass(module, flax.Module):
         received = f"received the class {module.__name__}"
-        fix = f"Make one of it: interop.linen({module.__name__}(...), x)."
+        fix = f"Pass an instance: interop.linen({module.__name__}(...), x)."
     elif "flax.nnx.module" in origins(module):
         received, fix = f"{received}, an NNX module", "Write interop.flax_nnx(module)."
     raise TypeError(f"linen expected a flax.linen.Module, {received}. {fix}")

@@ -1,7 +1,7 @@
-"""Mappings: lists of rules that give the weights of another library kaun's names and layout.
+"""Rules that convert the names and the layout of another library's weights to kaun's; a list of rules is a mapping.
 
-In a rule's pattern ``{x}`` stands for one or more characters without a dot, ``{*x}`` for one or more of any; all else
-stands for itself. ``h.{i}.attn.{*rest}`` matches ``h.0.attn.c_proj.bias``.
+In the pattern of a rule the placeholder ``{x}`` matches one or more characters except dots, and ``{*x}`` one or more
+characters of any kind; all other text matches itself. ``h.{i}.attn.{*rest}`` matches ``h.0.attn.c_proj.bias``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,24 @@ __all__ = ["Array", "Rule", "drop", "mapped", "rename", "split", "transpose", "u
 
 Array = np.ndarray[Any, Any]
 
-_PLACE = re.compile(r"\{(\*?)(\w*)\}")
+_PLACEHOLDER = re.compile(r"\{(\*?)(\w*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One rule of a mapping, made by ``rename``, ``transpose``, ``split`` or ``drop``: a value that prints as its call.
+    """One rule of a mapping, made by ``rename``, ``transpose``, ``split`` or ``drop``. Its ``repr`` is that call.
 
-    >>> from kaun.interop.safetensors import rename
-    >>> rename("bert.{*x}", "{*x}")
-    rename('bert.{*x}', '{*x}')
+    Attributes:
+        call: The call that makes the rule, as text.
+        pattern: Which weights it matches.
+        names: The new name of each array that the rule makes of a weight, with the placeholders of the pattern.
+        change: The function from a weight's name and array to those arrays.
+        needed: Whether ``into`` requires that the rule matches a weight.
+
+    Examples:
+        >>> from kaun.interop.safetensors import rename
+        >>> rename("bert.{*x}", "{*x}")
+        rename('bert.{*x}', '{*x}')
     """
 
     call: str
@@ -44,46 +52,50 @@ class Rule:
 
 
 def rename(pattern: str, template: str) -> Rule:
-    """The rule that gives weights another name: ``template`` with the parts that ``pattern`` found.
+    """Make a rule that renames weights.
 
-    Arguments:
-        pattern: the whole of a name; ``{x}`` is one or more characters without a dot, ``{*x}`` one or more of any.
-        template: the new name, with the same places.
+    Args:
+        pattern: It must match the whole name. ``{x}`` matches one or more characters except dots, ``{*x}`` one or more
+            characters of any kind.
+        template: The new name, with the placeholders of the pattern.
 
     Raises:
-        TypeError: an argument that is not a string.
-        ValueError: a place that is not written as above, or stands in the template alone.
+        TypeError: If an argument is not a string.
+        ValueError: If a placeholder is malformed, or is in the template but not in the pattern.
 
-    >>> import jax.numpy as jnp, numpy as np
-    >>> from kaun import layers
-    >>> from kaun.interop import safetensors
-    >>> weights = {"norm.0.gamma": np.full(2, 3.0, np.float32)}
-    >>> mapping = [safetensors.rename("norm.{i}.gamma", "{i}.weight")]
-    >>> model = layers.sequential([layers.rms_norm(2)])
-    >>> safetensors.into(model.init(dtype=jnp.float32), weights, mapping).params
-    [{'weight': Array([3., 3.], dtype=float32)}]
+    Examples:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from kaun import layers
+        >>> from kaun.interop import safetensors
+        >>> weights = {"norm.0.gamma": np.full(2, 3.0, np.float32)}
+        >>> mapping = [safetensors.rename("norm.{i}.gamma", "{i}.weight")]
+        >>> model = layers.sequential([layers.rms_norm(2)])
+        >>> safetensors.into(model.init(dtype=jnp.float32), weights, mapping).params
+        [{'weight': Array([3., 3.], dtype=float32)}]
     """
     return _rule(f"rename({pattern!r}, {template!r})", pattern, (template,), _same)
 
 
 def transpose(pattern: str, axes: Sequence[int] | None = None) -> Rule:
-    """The rule that permutes the axes of weights, as ``np.transpose`` does.
+    """Make a rule that permutes the axes of weights, as ``np.transpose`` does.
 
-    PyTorch's linear layers have ``[out, in]`` and kaun's ``[in, out]``; PyTorch's convolutions have OIHW and kaun's
-    HWIO: ``transpose("{*x}.conv.weight", (2, 3, 1, 0))``. A square weight that should have been transposed has the
-    right shape all the same, and no error can say so; so ``into`` wants each ``transpose`` to match something.
+    The weights of linear layers are ``[out, in]`` in PyTorch and ``[in, out]`` in kaun; those of convolutions are OIHW
+    in PyTorch and HWIO in kaun: ``transpose("{*x}.conv.weight", (2, 3, 1, 0))``. A square weight that is not transposed
+    has the right shape, so that the mistake cannot be detected. Therefore ``into`` requires that each ``transpose``
+    matches a weight.
 
-    Arguments:
-        pattern: which weights, as in ``rename``.
-        axes: the new order of the axes; default the reverse one. Vectors stay as they are then.
+    Args:
+        pattern: Which weights, as in ``rename``.
+        axes: The new order of the axes. Default: the reverse order, which does not change vectors.
 
     Raises:
-        TypeError: a pattern that is not a string.
-        ValueError: a place that is not written as in ``rename``; applied, ``axes`` that do not fit a weight.
+        TypeError: If the pattern is not a string.
+        ValueError: If a placeholder is malformed; when applied, if ``axes`` do not fit a weight.
 
-    >>> from kaun.interop import safetensors
-    >>> safetensors.transpose("{*x}.conv.weight", (2, 3, 1, 0))
-    transpose('{*x}.conv.weight', (2, 3, 1, 0))
+    Examples:
+        >>> from kaun.interop import safetensors
+        >>> safetensors.transpose("{*x}.conv.weight", (2, 3, 1, 0))
+        transpose('{*x}.conv.weight', (2, 3, 1, 0))
     """
     order = None if axes is None else tuple(axes)
     call = f"transpose({pattern!r}{'' if order is None else f', {order}'})"
@@ -91,22 +103,23 @@ def transpose(pattern: str, axes: Sequence[int] | None = None) -> Rule:
 
 
 def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int] | None = None) -> Rule:
-    """The rule that makes several weights of one: of a joint projection to queries, keys and values, say.
+    """Make a rule that splits a weight into several, such as a joint projection to queries, keys and values.
 
-    Arguments:
-        pattern: which weights, as in ``rename``.
-        into: a template for each part, as in ``rename``.
-        axis: the axis that is cut, default the last one.
-        sizes: how much of it each part gets; default the same.
+    Args:
+        pattern: Which weights, as in ``rename``.
+        into: The new name of each part, as ``template`` of ``rename``.
+        axis: The axis that is split. Default: the last.
+        sizes: The length of each part along the axis. Default: equal parts.
 
     Raises:
-        TypeError: a pattern or a template that is not a string, or ``into`` that is one.
-        ValueError: a place that is not written as in ``rename``, ``sizes`` of another number than ``into``; applied,
-            an axis that a weight does not have, or that cannot be cut like this.
+        TypeError: If the pattern or a template is not a string, or ``into`` is one.
+        ValueError: If a placeholder is malformed, or ``sizes`` and ``into`` have different lengths; when applied, if a
+            weight does not have the axis, or its length is not the sum of the sizes.
 
-    >>> from kaun.interop import safetensors
-    >>> safetensors.split("{*x}.qkv.bias", ["{*x}.q.bias", "{*x}.k.bias", "{*x}.v.bias"])
-    split('{*x}.qkv.bias', ['{*x}.q.bias', '{*x}.k.bias', '{*x}.v.bias'], axis=-1)
+    Examples:
+        >>> from kaun.interop import safetensors
+        >>> safetensors.split("{*x}.qkv.bias", ["{*x}.q.bias", "{*x}.k.bias", "{*x}.v.bias"])
+        split('{*x}.qkv.bias', ['{*x}.q.bias', '{*x}.k.bias', '{*x}.v.bias'], axis=-1)
     """
     if isinstance(into, str):
         raise TypeError(f"split(pattern, into) expected a list of templates, received {into!r}. Write [{into!r}, ...].")
@@ -121,31 +134,35 @@ def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int
 
 
 def drop(pattern: str) -> Rule:
-    """The rule that leaves weights out, for those that the model has no use for.
+    """Make a rule that removes weights which the model does not use.
+
+    Args:
+        pattern: Which weights, as in ``rename``.
 
     Raises:
-        TypeError: a pattern that is not a string.
-        ValueError: a place that is not written as in ``rename``.
+        TypeError: If the pattern is not a string.
+        ValueError: If a placeholder is malformed.
 
-    >>> from kaun.interop import safetensors
-    >>> safetensors.drop("pooler.{*x}")
-    drop('pooler.{*x}')
+    Examples:
+        >>> from kaun.interop import safetensors
+        >>> safetensors.drop("pooler.{*x}")
+        drop('pooler.{*x}')
     """
     return _rule(f"drop({pattern!r})", pattern, (), _nothing)
 
 
 def mapped(weights: Mapping[str, Any], mapping: Sequence[Rule]) -> tuple[dict[str, Array], dict[str, str], list[int]]:
-    """The weights by their new names, the old name of each, and the places of the rules that matched none."""
+    """Apply a mapping: the weights by new name, the old name of each, and the indices of rules that matched none."""
     named = {name: np.asarray(array) for name, array in weights.items()}
     origins = {name: name for name in named}
-    idle: list[int] = []
-    for place, rule in enumerate(mapping):
+    unused: list[int] = []
+    for index, rule in enumerate(mapping):
         if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"safetensors.into expected a list of rules as mapping, received {type(rule).__name__} in it. Write "
                 "mapping=[rename(pattern, template), ...]."
             )
-        before, came, expression = named, origins, _expression(rule.pattern)
+        before, old, expression = named, origins, _expression(rule.pattern)
         named, origins, matched = {}, {}, False
         for name, array in before.items():
             match = expression.fullmatch(name)
@@ -154,23 +171,23 @@ def mapped(weights: Mapping[str, Any], mapping: Sequence[Rule]) -> tuple[dict[st
             for new, part in zip(names, (array,) if match is None else rule.change(name, array), strict=True):
                 if new in named:
                     raise ValueError(
-                        f"safetensors.into: {rule} gives {came[name]!r} the name {new!r}, which {origins[new]!r} has. "
+                        f"safetensors.into: {rule} gives {old[name]!r} the name {new!r}, which {origins[new]!r} has. "
                         "Make its pattern narrower, or drop(pattern) one of the two first."
                     )
-                named[new], origins[new] = part, came[name]
+                named[new], origins[new] = part, old[name]
         if not matched:
-            idle.append(place)
-    return named, origins, idle
+            unused.append(index)
+    return named, origins, unused
 
 
-def unmatched(place: int, weights: Mapping[str, Any], mapping: Sequence[Rule]) -> str:
-    """What to say of the rule at ``place`` of the mapping, which matches nothing."""
-    rule, present = mapping[place], list(mapped(weights, mapping[:place])[0])
+def unmatched(index: int, weights: Mapping[str, Any], mapping: Sequence[Rule]) -> str:
+    """The error message for the rule at this index of the mapping, which matches nothing."""
+    rule, present = mapping[index], list(mapped(weights, mapping[:index])[0])
     near = difflib.get_close_matches(rule.pattern, present, n=3, cutoff=0.3) or present[:3]
     return (
-        f"safetensors.into: rule {place} of the mapping, {rule}, matches no weight; where shapes fit by chance, "
-        f"nothing else would show it. Of {len(present)} names, as the rules before it left them, near it: "
-        f"{', '.join(map(repr, near)) or 'none'}. Correct its pattern, or take the rule out."
+        f"safetensors.into: rule {index} of the mapping, {rule}, matches no weight; if shapes fit by chance, nothing "
+        f"else would show the mistake. The nearest of the {len(present)} names after the rules before it: "
+        f"{', '.join(map(repr, near)) or 'none'}. Correct its pattern, or remove the rule."
     )
 
 
@@ -184,28 +201,28 @@ def _rule(
     for text in (pattern, *templates):
         if not isinstance(text, str):
             raise TypeError(f"{call} expected strings, received {type(text).__name__}. Write '{{*x}}' for any name.")
-        if wrong := re.search(r"[{}]", _PLACE.sub("", text)) or re.search(r"\{\*?(\d\w*)?\}", text):
+        if wrong := re.search(r"[{}]", _PLACEHOLDER.sub("", text)) or re.search(r"\{\*?(\d\w*)?\}", text):
             raise ValueError(
-                f"{call}: {wrong[0]!r} in {text!r} is no place. Write {{x}} for one or more characters without a dot, "
-                "{*x} for one or more of any, with a name in the braces."
+                f"{call}: {wrong[0]!r} in {text!r} is not a placeholder. Write {{x}} for one or more characters except "
+                "dots, {*x} for one or more characters of any kind, with a name in the braces."
             )
-    known = {place[0] for place in _PLACE.finditer(pattern)}
+    known = {place[0] for place in _PLACEHOLDER.finditer(pattern)}
     for template in templates:
-        strange = [place[0] for place in _PLACE.finditer(template) if place[0] not in known]
-        if strange:
+        unknown = [place[0] for place in _PLACEHOLDER.finditer(template) if place[0] not in known]
+        if unknown:
             raise ValueError(
-                f"{call}: {template!r} has {strange[0]}, which the pattern {pattern!r} has not: it has "
-                f"{', '.join(sorted(known)) or 'no places'}. Write the same place in both."
+                f"{call}: {template!r} has {unknown[0]}, which is not in the pattern {pattern!r}; that has "
+                f"{', '.join(sorted(known)) or 'no placeholders'}. Write the same placeholder in both."
             )
     return Rule(call, pattern, templates, change, needed)
 
 
 @functools.cache
 def _expression(pattern: str) -> re.Pattern[str]:
-    """The pattern as a regular expression; a place that stands twice is the same text twice."""
+    """The pattern as a regular expression; a placeholder that occurs twice matches the same text twice."""
     parts: list[str] = []
     end, seen = 0, set[str]()
-    for place in _PLACE.finditer(pattern):
+    for place in _PLACEHOLDER.finditer(pattern):
         group = f"any_{place[2]}" if place[1] else f"one_{place[2]}"
         parts.append(re.escape(pattern[end : place.start()]))
         parts.append(f"(?P={group})" if group in seen else f"(?P<{group}>{'.+' if place[1] else '[^.]+'})")
@@ -215,7 +232,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def _filled(template: str, match: re.Match[str]) -> str:
-    return _PLACE.sub(lambda place: match[f"any_{place[2]}" if place[1] else f"one_{place[2]}"], template)
+    return _PLACEHOLDER.sub(lambda place: match[f"any_{place[2]}" if place[1] else f"one_{place[2]}"], template)
 
 
 def _same(name: str, array: Array) -> Sequence[Array]:

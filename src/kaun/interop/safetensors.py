@@ -1,4 +1,4 @@
-"""Weights in the hub's safetensors format: reading them, and putting them into a model under kaun's names."""
+"""Weights in the safetensors format of the Hugging Face hub: reading them, and putting them into a model."""
 
 from __future__ import annotations
 
@@ -25,30 +25,33 @@ _LISTED = 20  # lines of each kind in an error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """The arrays of a safetensors file, or of a hub folder of them, by name.
+    """Read the arrays of a safetensors file, or of a folder of the Hugging Face hub.
 
-    Arguments:
-        path: a file; or a folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files
-            that it names (which may not lie outside of the folder); or such an index.
+    The header is checked against the file before anything is read: dtypes, shapes, sizes, and that the arrays fill the
+    file without a gap. Each array is in memory once. Pickles (``.bin``, ``.pt``) are never read.
 
-    Each array is NumPy's, of the shape and dtype in the file (bfloat16 and float8 too, with JAX's dtypes), and in
-    memory once. What the header says is checked against the file before anything is read: dtypes, shapes, sizes, and
-    that the arrays fill the file without a gap. Pickles (``.bin``, ``.pt``) are never read.
+    Args:
+        path: A file; or a folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files
+            that it names (which may not lie outside the folder); or such an index.
+
+    Returns:
+        NumPy arrays by name, with the shapes and dtypes in the file (bfloat16 and float8 are JAX's dtypes).
 
     Raises:
-        ValueError: when a file is damaged or not a safetensors file, has a dtype that JAX has not, or an index and its
-            files do not agree.
-        FileNotFoundError: when there is no such file, or no weights in the folder (the message lists what is there).
-        TypeError: when ``path`` is no path.
+        ValueError: If a file is damaged or not a safetensors file, has a dtype that JAX does not have, or an index and
+            its files do not agree.
+        FileNotFoundError: If there is no such file, or the folder has no weights (the message lists its files).
+        TypeError: If ``path`` is not a path.
 
-    >>> import tempfile, numpy as np
-    >>> from kaun import checkpoint
-    >>> from kaun.interop import safetensors
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     checkpoint.save(f"{folder}/model.safetensors", {"fc": {"weight": np.ones((2, 3), np.float32)}})
-    ...     weights = safetensors.load(folder)
-    >>> {name: array.shape for name, array in weights.items()}
-    {'fc.weight': (2, 3)}
+    Examples:
+        >>> import tempfile, numpy as np
+        >>> from kaun import checkpoint
+        >>> from kaun.interop import safetensors
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(f"{folder}/model.safetensors", {"fc": {"weight": np.ones((2, 3), np.float32)}})
+        ...     weights = safetensors.load(folder)
+        >>> {name: array.shape for name, array in weights.items()}
+        {'fc.weight': (2, 3)}
     """
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"safetensors.load(path) expected a path, received {type(path).__name__}.")
@@ -63,7 +66,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
             wrong = sorted(part.keys() ^ expected)
             raise ValueError(
                 f"safetensors.load: {str(file)!r} and {name!r} do not agree on {len(wrong)} names, {wrong[:3]}. They "
-                "are of two models, or one is cut short. Get both anew."
+                "belong to two models, or one is incomplete. Download both again."
             )
         weights |= part
     return weights
@@ -72,39 +75,41 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
 def into(
     vars: Vars, weights: Mapping[str, Any], mapping: Sequence[Rule] = (), *, strict: bool = True, cast: bool = False
 ) -> Vars:
-    """The variables with the weights in the place of their own values.
+    """Return the variables with their values replaced by the weights.
 
-    Arguments:
-        vars: variables of the model: ``model.init()``, or a tree of ``jax.ShapeDtypeStruct`` in a ``Vars``. Only their
-            structure, shapes and dtypes count, except for what ``strict=False`` keeps.
-        weights: arrays by name, as ``load`` returns them.
-        mapping: rules, applied to all weights in their order, each to what those before it made. In the end a name is
-            the path of a leaf in ``vars.params`` or in ``vars.state``: ``0.weight``.
-        strict: whether each leaf must get a weight, each weight must be used, and each ``transpose`` must match
-            something, default True. With False the leaves without a weight keep their values, and weights without a
-            leaf are left out; a weight of another shape or dtype is an error all the same, and so is it when no weight
-            fits at all.
-        cast: whether floating weights may be given the leaf's floating dtype, default False. Never another kind.
+    Typed PRNG keys in ``vars`` keep their values, because no weights file has any.
 
-    Typed PRNG keys in ``vars`` keep their values: no weights file holds any.
+    Args:
+        vars: Variables of the model: ``model.init()``, or a ``Vars`` with leaves ``jax.ShapeDtypeStruct``. Only their
+            structure, shapes and dtypes are used, except for the values that ``strict=False`` keeps.
+        weights: Arrays by name, as ``load`` returns them.
+        mapping: Rules, applied in order, each to the result of those before it. Afterwards a name must be the path of a
+            leaf in ``vars.params`` or ``vars.state``, such as ``0.weight``. Default: no rules.
+        strict: Whether each leaf must get a weight, each weight must be used, and each ``transpose`` must match a
+            weight. With False, leaves without a weight keep their values and weights without a leaf are ignored; a
+            weight with another shape or dtype is still an error, and so is a mapping after which no weight fits.
+            Default: True.
+        cast: Whether floating weights are cast to the floating dtype of the leaf; other kinds of dtypes are never cast.
+            Default: False.
 
     Returns:
-        ``Vars`` with JAX arrays, on the devices of those they replace where these were chosen; where a leaf is
-        NumPy's, with NumPy's.
+        A ``Vars`` with JAX arrays, on the device of the array that each replaces if that was committed to one. NumPy
+        leaves are replaced by NumPy arrays.
 
     Raises:
-        ValueError: when weights and leaves do not fit each other (a table lists them all), two weights get one name, a
-            rule cannot be applied, or a cast would overflow.
-        TypeError: when ``vars`` is no ``Vars``, or ``mapping`` holds anything but rules.
+        ValueError: If weights and leaves do not fit each other (a table lists all of them), two weights get the same
+            name, a rule cannot be applied, or a cast would overflow.
+        TypeError: If ``vars`` is not a ``Vars``, or ``mapping`` has an element that is not a rule.
 
-    >>> import jax.numpy as jnp, numpy as np
-    >>> from kaun import layers
-    >>> from kaun.interop import safetensors
-    >>> weights = {"fc.weight": np.ones((2, 3), np.float32), "fc.bias": np.zeros(2, np.float32)}
-    >>> mapping = [safetensors.rename("fc.{x}", "{x}"), safetensors.transpose("weight")]
-    >>> trained = safetensors.into(layers.linear(3, 2).init(dtype=jnp.float32), weights, mapping)
-    >>> trained.params["weight"].shape
-    (3, 2)
+    Examples:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from kaun import layers
+        >>> from kaun.interop import safetensors
+        >>> weights = {"fc.weight": np.ones((2, 3), np.float32), "fc.bias": np.zeros(2, np.float32)}
+        >>> mapping = [safetensors.rename("fc.{x}", "{x}"), safetensors.transpose("weight")]
+        >>> trained = safetensors.into(layers.linear(3, 2).init(dtype=jnp.float32), weights, mapping)
+        >>> trained.params["weight"].shape
+        (3, 2)
     """
     if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -112,36 +117,36 @@ def into(
             "returns, or a trainer's state.vars."
         )
     leaves = _leaves(vars)
-    named, origins, idle = mapped(weights, mapping)
+    named, origins, unused = mapped(weights, mapping)
     wrong = _misfits(leaves, named, origins, strict=strict, cast=cast)
     if wrong:
-        # A misspelled rule shows in the names; which one it is, only here.
-        rules = "".join(f"\n  {mapping[i]}" for i in idle)
+        # The table shows that a name is wrong, but not which rule is misspelled.
+        rules = "".join(f"\n  {mapping[i]}" for i in unused)
         raise ValueError(wrong + (f"\nRules that matched nothing:{rules}" if rules else ""))
-    for place in idle:
-        if strict and mapping[place].needed:
-            raise ValueError(unmatched(place, weights, mapping))
+    for index in unused:
+        if strict and mapping[index].needed:
+            raise ValueError(unmatched(index, weights, mapping))
 
     def put(name: str, leaf: Any) -> Any:
-        return _made(name, named[name], leaf) if name in named else leaf
+        return _replacement(name, named[name], leaf) if name in named else leaf
 
     return vars.replace(params=tree.map_with_path(put, vars.params), state=tree.map_with_path(put, vars.state))
 
 
 def _inside(folder: Path) -> Path:
-    """The file or the index of a hub folder."""
+    """The weights file or the index in a folder."""
     both = [folder / _INDEX, folder / "model.safetensors"]
     present = [file for file in both if file.is_file()]
     if len(present) == 1:
         return present[0]
     if present:
         raise ValueError(
-            f"safetensors.load: {str(folder)!r} has {both[1].name!r} and {_INDEX!r}. Say which one, "
+            f"safetensors.load: {str(folder)!r} has {both[1].name!r} and {_INDEX!r}. Pass the one to read, "
             f"load({str(both[1])!r})."
         )
     names = sorted(file.name for file in folder.iterdir())
     raise FileNotFoundError(
-        f"safetensors.load: {str(folder)!r} has neither {both[1].name!r} nor {_INDEX!r}, only {names[:_LISTED]}. Name "
+        f"safetensors.load: {str(folder)!r} has neither {both[1].name!r} nor {_INDEX!r}, only {names[:_LISTED]}. Pass "
         "the file itself, load('folder/name.safetensors')."
     )
 
@@ -150,11 +155,11 @@ def _shards(index: Path) -> dict[str, set[str]]:
     """The files of an index, and the names of the arrays that each must have."""
     files: dict[str, set[str]] = {}
     for name, file in _object(index, _object(index, index.read_bytes()).get("weight_map"), "'weight_map'").items():
-        # The name comes out of a file that someone sent: as a path it could lead anywhere.
+        # The name comes from a downloaded file: as a path it could point to any file.
         if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\:\0"):
             raise ValueError(
-                f"safetensors.load: {str(index)!r} has {name!r} in {file!r}, which is not the plain name of a file "
-                "beside it. Put the file there, and its name into the index."
+                f"safetensors.load: {str(index)!r} has {name!r} in {file!r}, which is not the name of a file in "
+                "its folder. Move the file there, and write its name into the index."
             )
         files.setdefault(file, set()).add(name)
     return files
@@ -175,27 +180,27 @@ def _refuse_pickle(file: Path, first: bytes) -> None:
     if int.from_bytes(first, "little") > file.stat().st_size:
         raise ValueError(
             f"safetensors.load: {str(file)!r} is not a safetensors file but seems to be a pickle, as torch.save writes "
-            "it. Reading one can run any code, so kaun never does. Convert it with torch, where you trust it: "
+            "it. Reading a pickle can run any code, so kaun never does. If you trust it, convert it with torch: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
         )
 
 
 def _object(file: Path, value: Any, what: str = "its text") -> dict[str, Any]:
-    """An object of JSON, read from bytes or found inside of another."""
+    """A JSON object, parsed from bytes or found in another object."""
     if isinstance(value, bytes):
         try:
             value = json.loads(value.decode(), object_pairs_hook=_once)
         except (ValueError, RecursionError) as err:
             raise _damaged(file, f"{what} is not JSON, {err}") from err
     if not isinstance(value, dict):
-        raise _damaged(file, f"{what} is no JSON object but {type(value).__name__}")
+        raise _damaged(file, f"{what} is not a JSON object but {type(value).__name__}")
     return cast("dict[str, Any]", value)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs twice")
     return made
 
 
@@ -213,8 +218,8 @@ def _leaves(vars: Vars) -> dict[str, Any]:
     for name, leaf in leaves.items():
         if not (tree.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
             raise TypeError(
-                f"safetensors.into: leaf {name!r} of vars is a {type(leaf).__name__}; weights replace arrays. Make an "
-                "array of it."
+                f"safetensors.into: leaf {name!r} of vars is a {type(leaf).__name__}, not an array. Write "
+                "jnp.asarray(leaf)."
             )
     return {name: leaf for name, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)}
 
@@ -222,7 +227,7 @@ def _leaves(vars: Vars) -> dict[str, Any]:
 def _misfits(
     leaves: dict[str, Any], named: dict[str, Array], origins: dict[str, str], *, strict: bool, cast: bool
 ) -> str:
-    """The table of all that does not fit, empty when everything does."""
+    """A table of all weights and leaves that do not fit each other; empty if all fit."""
     missing = [name for name in leaves if name not in named]
     unexpected = [name for name in named if name not in leaves]
     both = [name for name in leaves if name in named]
@@ -231,7 +236,7 @@ def _misfits(
     if strict or not both:
         failing = missing + unexpected
     else:
-        # What has no value of its own cannot keep it.
+        # A ShapeDtypeStruct has no value that could be kept.
         missing = [name for name in missing if isinstance(leaves[name], jax.ShapeDtypeStruct)]
         failing, unexpected = missing, []
     if not failing and not shapes and not dtypes:
@@ -239,9 +244,9 @@ def _misfits(
     describe = tree.describe
     groups = [
         [("missing", n, describe(leaves[n]), "", _near(n, leaves, named, unexpected)) for n in missing[:_LISTED]],
-        [("unexpected", n, "", describe(named[n]), _came(n, origins)) for n in unexpected[:_LISTED]],
+        [("unexpected", n, "", describe(named[n]), _old_name(n, origins)) for n in unexpected[:_LISTED]],
         [("wrong shape", n, describe(leaves[n]), describe(named[n]), _turned(n, leaves, named)) for n in shapes],
-        [("wrong dtype", n, describe(leaves[n]), describe(named[n]), _came(n, origins)) for n in dtypes],
+        [("wrong dtype", n, describe(leaves[n]), describe(named[n]), _old_name(n, origins)) for n in dtypes],
     ]
     counts = [len(missing), len(unexpected), len(shapes), len(dtypes)]
     lines = _table([("", "name", "expected", "found", ""), *(row for rows in groups for row in rows[:_LISTED])])
@@ -260,9 +265,10 @@ def _fixes(failing: list[str], shapes: list[str], dtypes: list[str], strict: boo
         fix += "\nFor names: rename(pattern, template), split(pattern, into, axis), or drop(pattern) in the mapping"
         fix += "; or strict=False, to load what fits." if strict else "."
     if shapes:
-        fix += "\nFor shapes: transpose(pattern) in the mapping, or a model of the sizes that the weights have."
+        fix += "\nFor shapes: transpose(pattern) in the mapping, or a model with the sizes of the weights."
     if dtypes:
-        fix += "\nTo convert between floating dtypes: into(..., cast=True); or model.init(dtype=...) with the weights'."
+        fix += "\nTo convert between floating dtypes: into(..., cast=True), or model.init(dtype=...) with the dtype of "
+        fix += "the weights."
     return fix
 
 
@@ -277,7 +283,7 @@ def _near(name: str, leaves: dict[str, Any], named: dict[str, Array], unexpected
     return f"near: {', '.join(near)}" if near else ""
 
 
-def _came(name: str, origins: dict[str, str]) -> str:
+def _old_name(name: str, origins: dict[str, str]) -> str:
     return f"from: {origins[name]}" if origins[name] != name else ""
 
 
@@ -291,8 +297,8 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"  {line.rstrip()}" for line in spaced)
 
 
-def _made(name: str, weight: Array, leaf: Any) -> Any:
-    """A copy of the weight as the kind of array that the leaf is; what is written to the weight later stays out."""
+def _replacement(name: str, weight: Array, leaf: Any) -> Any:
+    """A copy of the weight as the kind of array that the leaf is; later writes to the weight do not change it."""
     if not isinstance(leaf, (np.ndarray, np.generic)) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         raise ValueError(
             f"safetensors.into: leaf {name!r} is {tree.describe(leaf)}, which JAX cannot make while x64 is off. Set "
@@ -305,8 +311,9 @@ def _made(name: str, weight: Array, leaf: Any) -> Any:
         lost = int(np.count_nonzero(np.isfinite(weight) & ~np.isfinite(value)))
     if lost:
         raise ValueError(
-            f"safetensors.into: {lost} of the {weight.size} values of {name!r} do not fit {np.dtype(leaf.dtype).name}. "
-            f"Make the model with init(dtype=jnp.{weight.dtype.name}), or scale them first."
+            f"safetensors.into: {lost} of the {weight.size} values of {name!r} overflow in "
+            f"{np.dtype(leaf.dtype).name}. Make the model with init(dtype=jnp.{weight.dtype.name}), or scale them "
+            "first."
         )
     if isinstance(leaf, np.generic):
         return value[()]

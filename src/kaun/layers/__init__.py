@@ -1,4 +1,4 @@
-"""Layers: the protocol, composition, and the catalogue."""
+"""Layers: ``Layer`` and ``Vars``, composition, and the catalogue of ready-made layers."""
 
 from kaun.layers.activation import gelu as gelu
 from kaun.layers.activation import relu as relu
@@ -14,11 +14,11 @@ from kaun.layers.core import Int as Int
 from kaun.layers.core import Layer as Layer
 from kaun.layers.core import Vars as Vars
 from kaun.layers.core import compose as compose
-from kaun.layers.core import fn as fn
 from kaun.layers.core import residual as residual
 from kaun.layers.core import sequential as sequential
 from kaun.layers.dropout import dropout as dropout
 from kaun.layers.embedding import embedding as embedding
+from kaun.layers.function import fn as fn
 from kaun.layers.function import from_function as from_function
 from kaun.layers.linear import linear as linear
 from kaun.layers.norm import batch_norm as batch_norm

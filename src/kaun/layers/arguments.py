@@ -1,4 +1,4 @@
-"""What the layers of the catalogue share: checked arguments, drawn parameters, and the text that names a layer."""
+"""Checks of the arguments with which layers are made, the text that names a layer, and two helpers of their math."""
 
 from __future__ import annotations
 
@@ -12,23 +12,15 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-__all__ = [
-    "accumulation_dtype",
-    "along_last",
-    "call_text",
-    "fraction",
-    "pair",
-    "positive",
-    "size",
-]  # fmt: skip
+__all__ = ["accumulation_dtype", "along_last", "call_text", "float_dtype", "fraction", "pair", "positive", "size"]
 
 
 def size(layer: str, what: str, value: Any) -> int:
-    """An argument that counts something: an int of at least 1 (a NumPy integer too, a bool not).
+    """Check an argument that is an int of at least 1; NumPy integers are accepted, bools are not.
 
     Raises:
-        TypeError: not an int.
-        ValueError: below 1.
+        TypeError: If it is not an int.
+        ValueError: If it is below 1.
     """
     try:
         if isinstance(value, bool):
@@ -37,7 +29,7 @@ def size(layer: str, what: str, value: Any) -> int:
     except TypeError:
         raise TypeError(
             f"{layer}({what}=...) expected an int of at least 1, received {value!r}. "
-            "Write a whole number; where it is computed, divide with //."
+            "Write a whole number; if it is computed, divide with //."
         ) from None
     if count < 1:
         raise ValueError(f"{layer}({what}=...) expected an int of at least 1, received {count}.")
@@ -45,11 +37,11 @@ def size(layer: str, what: str, value: Any) -> int:
 
 
 def pair(layer: str, what: str, value: Any) -> tuple[int, int]:
-    """An argument with one size for height and width, or one for each.
+    """Check an argument that is one size for height and width, or one for each.
 
     Raises:
-        TypeError: neither an int nor two of them.
-        ValueError: below 1.
+        TypeError: If it is neither an int nor two of them.
+        ValueError: If a size is below 1.
     """
     if not isinstance(value, Sequence):
         count = size(layer, what, value)
@@ -64,11 +56,11 @@ def pair(layer: str, what: str, value: Any) -> tuple[int, int]:
 
 
 def positive(layer: str, what: str, value: Any) -> float:
-    """An argument that is a finite number above 0.
+    """Check an argument that is a finite number above 0.
 
     Raises:
-        TypeError: not a real number.
-        ValueError: not above 0.
+        TypeError: If it is not a real number.
+        ValueError: If it is not finite or not above 0.
     """
     number = _real(layer, what, value, "above 0")
     if not 0 < number < math.inf:
@@ -77,17 +69,37 @@ def positive(layer: str, what: str, value: Any) -> float:
 
 
 def fraction(layer: str, what: str, value: Any) -> float:
-    """An argument that is a share: a number in [0, 1).
+    """Check an argument that is a number in [0, 1).
 
     Raises:
-        TypeError: not a real number.
-        ValueError: outside of [0, 1).
+        TypeError: If it is not a real number.
+        ValueError: If it is outside [0, 1).
     """
     number = _real(layer, what, value, "in [0, 1)")
     if not 0 <= number < 1:
         hint = f" Write {what}={number / 100:g} for {number:g} percent." if 1 < number < 100 else ""
         raise ValueError(f"{layer}({what}=...) expected a number in [0, 1), received {number!r}.{hint}")
     return number
+
+
+def float_dtype(dtype: Any) -> Any:
+    """Check the dtype of a model's parameters.
+
+    Raises:
+        TypeError: If it is not a floating dtype.
+        ValueError: If it is float64 and JAX runs without x64.
+    """
+    if dtype is None:  # NumPy takes None as float64
+        raise TypeError("init(dtype=...) expected a floating dtype, received None. Use dtype=jnp.float32.")
+    wanted = jnp.dtype(dtype)
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise TypeError(f"init(dtype=...) expected a floating dtype, received {wanted.name}. Use dtype=jnp.float32.")
+    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        raise ValueError(
+            f"init(dtype={wanted.name}) needs JAX's x64 mode, which is off: arrays would silently become float32. "
+            'Set jax.config.update("jax_enable_x64", True) before any array is made, or use dtype=jnp.float32.'
+        )
+    return wanted
 
 
 def _real(layer: str, what: str, value: Any, where: str) -> float:
@@ -99,7 +111,7 @@ def _real(layer: str, what: str, value: Any, where: str) -> float:
 
 
 def call_text(constructor: Callable[..., Any], **arguments: Any) -> str:
-    """The call that makes a layer, without the arguments that have their default: ``linear(2, 4, bias=False)``."""
+    """The call that makes a layer, without arguments that equal their default: ``linear(2, 4, bias=False)``."""
     defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
     words = [
         repr(value) if defaults[name] is inspect.Parameter.empty else f"{name}={value!r}"
@@ -110,11 +122,11 @@ def call_text(constructor: Callable[..., Any], **arguments: Any) -> str:
 
 
 def along_last(vector: jax.Array, ndim: int) -> jax.Array:
-    """A vector with leading axes of size 1, so that it meets the last of ``ndim`` axes without rank promotion."""
+    """A vector with leading axes of size 1, so that it broadcasts over ``ndim`` axes without rank promotion."""
     return jax.lax.expand_dims(vector, range(ndim - 1))
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """The dtype to sum in: float32 for half precision, the dtype itself otherwise."""
-    # Not jnp.promote_types: it refuses mixed dtypes under strict promotion.
+    """The dtype to sum in: float32 for half precision, otherwise the dtype itself."""
+    # Not jnp.promote_types, which refuses mixed dtypes under strict promotion.
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)

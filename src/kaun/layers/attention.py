@@ -32,38 +32,42 @@ def multi_head_attention(
     *,
     weight_init: Initializer = GLOROT_UNIFORM,
 ) -> Layer[Float, Float]:
-    """The layer in which each position of a sequence takes from all others what it attends to (Vaswani et al., 2017).
+    """Make a layer of multi-head self-attention (Vaswani et al., 2017).
 
-    Input and output ``[batch, seq, embed_dim]`` in the model's dtype. Parameters, without biases: ``q_proj.weight``
-    and ``out_proj.weight`` ``[embed_dim, embed_dim]``, ``k_proj.weight`` and ``v_proj.weight`` ``[embed_dim,
-    num_kv_heads * embed_dim / num_heads]``. The attention is ``jax.nn.dot_product_attention``, its softmax in float32.
+    Input and output are ``[batch, seq, embed_dim]`` in the model's dtype. Parameters, without biases:
+    ``q_proj.weight`` and ``out_proj.weight`` ``[embed_dim, embed_dim]``, ``k_proj.weight`` and ``v_proj.weight``
+    ``[embed_dim, num_kv_heads * embed_dim / num_heads]``. The attention is that of
+    ``jax.nn.dot_product_attention``, with the softmax in float32.
 
-    Where the context has an ``"attention_mask"``, bool or integer ``[batch, seq]``, only positions where it is nonzero
-    are attended to. A position that may attend to none at all takes nothing: zeros enter ``out_proj``.
+    If the context has an ``"attention_mask"``, bool or integer ``[batch, seq]``, only positions where it is nonzero are
+    attended to. For a position that may attend to none, the input of ``out_proj`` is zero.
 
-    Arguments:
-        embed_dim: size of the last axis; ``num_heads`` divides it.
-        num_heads: number of attention heads.
-        num_kv_heads: number of key and value heads, each shared by ``num_heads / num_kv_heads`` query heads (Ainslie et
-            al., 2023); default ``num_heads``.
-        dropout: share of attention weights that are zeroed in training, in [0, 1), default 0.
-        is_causal: whether a position attends only to itself and those before it, default False.
-        rope: whether queries and keys are rotated by their position (see ``layers.rope``), default False.
-        rope_theta: the base of that rotation, default 10000.
-        weight_init: from ``jax.nn.initializers``, default ``glorot_uniform()``.
+    Args:
+        embed_dim: Size of the last axis, a multiple of ``num_heads``.
+        num_heads: Number of attention heads.
+        num_kv_heads: Number of key and value heads, each shared by ``num_heads / num_kv_heads`` query heads (Ainslie et
+            al., 2023). Default: ``num_heads``.
+        dropout: Probability with which an attention weight is set to zero in training, in [0, 1). Default: 0.
+        is_causal: Whether a position attends only to itself and to earlier positions. Default: False.
+        rope: Whether queries and keys are rotated by their position, see ``layers.rope``. Default: False.
+        rope_theta: The base of the rotation. Default: 10000.
+        weight_init: Initializer of the weights, from ``jax.nn.initializers``. Default: ``glorot_uniform()``.
 
     Raises:
-        TypeError: an argument of another type; applied, another dtype, or a mask that is neither bool nor integer.
-        ValueError: sizes that do not divide each other, an odd head size with ``rope``, a number out of its range;
-            applied, another shape of input or mask.
+        TypeError: If an argument has another type; when applied, if the input has another dtype, or the mask is
+            neither bool nor integer.
+        ValueError: If ``num_heads`` does not divide ``embed_dim``, ``num_kv_heads`` does not divide ``num_heads``, the
+            head size is odd with ``rope``, or a number is out of its range; when applied, if the input or the mask has
+            another shape.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import Context, layers
-    >>> layer = layers.multi_head_attention(8, 2, is_causal=True, rope=True)
-    >>> ctx = Context(attention_mask=jnp.array([[1, 1, 1, 0]]))
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones((1, 4, 8)), ctx=ctx)
-    >>> y.shape
-    (1, 4, 8)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import Context, layers
+        >>> layer = layers.multi_head_attention(8, 2, is_causal=True, rope=True)
+        >>> ctx = Context(attention_mask=jnp.array([[1, 1, 1, 0]]))
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones((1, 4, 8)), ctx=ctx)
+        >>> y.shape
+        (1, 4, 8)
     """
     embed, heads, kv_heads = _heads(embed_dim, num_heads, num_kv_heads, rope)
     rate = fraction("multi_head_attention", "dropout", dropout)
@@ -95,34 +99,37 @@ def multi_head_attention(
 
 
 def rope(x: Any, theta: float = 10000.0, seq_axis: int = -2) -> jax.Array:
-    """``x`` with each vector rotated by an angle that grows with its position (RoFormer, Su et al., 2021).
+    """Rotate each vector by angles that are proportional to its position (RoFormer, Su et al., 2021).
 
-    Number i of the first half of the last axis and number i of the second half are one plane (the convention of LLaMA
-    and Hugging Face), rotated by ``position * theta ** (-2 i / size)``, positions counted from 0. The dot product of
-    two rotated vectors depends on how far they are apart, not on where they are.
+    Element i of the first half of the last axis and element i of the second half form a plane (the convention of LLaMA
+    and Hugging Face), which is rotated by ``position * theta ** (-2 i / size)``; positions count from 0. The dot
+    product of two rotated vectors depends on the difference of their positions only.
 
-    Arguments:
+    Args:
         x: ``[..., seq, size]`` of any floating dtype, ``size`` even.
-        theta: the base of the angles, default 10000. They are computed in float32 (float64 for a float64 ``x``).
-        seq_axis: the axis of positions, default the one before the last.
+        theta: The base of the angles, which are computed in float32 (float64 for a float64 ``x``). Default: 10000.
+        seq_axis: The axis of positions. Default: the one before the last.
 
     Returns:
         An array of the shape and dtype of ``x``.
 
     Raises:
-        TypeError: not a floating array.
-        ValueError: an odd ``size``, a ``seq_axis`` that is the last one or not there, ``theta`` not above 0.
+        TypeError: If ``x`` is not a floating array.
+        ValueError: If ``size`` is odd, ``seq_axis`` is the last axis or does not exist, or ``theta`` is not above 0.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layers.rope(jnp.array([[1.0, 0.0], [1.0, 0.0]])).round(3)
-    Array([[1.   , 0.   ],
-           [0.54 , 0.841]], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layers.rope(jnp.array([[1.0, 0.0], [1.0, 0.0]])).round(3)
+        Array([[1.   , 0.   ],
+               [0.54 , 0.841]], dtype=float32)
     """
     x = float_input("rope", x)
     theta, half = positive("rope", "theta", theta), x.shape[-1] // 2
     if x.shape[-1] % 2:
-        raise ValueError(f"{here('rope')} rotates pairs and needs an even last axis, received {tree.describe(x)}.")
+        raise ValueError(
+            f"{here('rope')} expected an even last axis, whose halves it rotates, received {tree.describe(x)}."
+        )
     axis = seq_axis + x.ndim if seq_axis < 0 else seq_axis
     if not 0 <= axis < x.ndim - 1:
         raise ValueError(
@@ -130,7 +137,7 @@ def rope(x: Any, theta: float = 10000.0, seq_axis: int = -2) -> jax.Array:
             f"{tree.describe(x)}. Write seq_axis=-2 for [..., seq, size]."
         )
     dtype = accumulation_dtype(x.dtype)
-    # Computed, not taken from NumPy: tables would be constants of every compiled program.
+    # Computed with jnp and not with NumPy, whose tables would be constants of every compiled program.
     frequencies = theta ** (-jnp.arange(half, dtype=dtype) / half)
     angles = jnp.outer(jnp.arange(x.shape[axis], dtype=dtype), frequencies)
     shape = [x.shape[axis] if i == axis else 1 for i in range(x.ndim - 1)]
@@ -159,7 +166,7 @@ def _heads(embed_dim: int, num_heads: int, num_kv_heads: int | None, rotate: boo
         )
     if rotate and embed // heads % 2:
         raise ValueError(
-            f"{layer}(embed_dim={embed}, num_heads={heads}, rope=True) rotates pairs and needs an even head size, "
+            f"{layer}(embed_dim={embed}, num_heads={heads}, rope=True) expected an even head size for the rotation, "
             f"received {embed} / {heads} = {embed // heads}. Write embed_dim={2 * embed}, for example."
         )
     return embed, heads, kv_heads
@@ -174,11 +181,12 @@ def _key_mask(name: str, x: jax.Array, ctx: Context) -> jax.Array | None:
     if not (tree.is_array(mask) and any(jnp.issubdtype(mask.dtype, kind) for kind in kinds)):
         raise TypeError(
             f"{expected}, received {tree.describe(mask)}. Write mask != 0 for a mask of zeros and ones, mask == 0 for "
-            "one that is added to the logits, and leave the name out for no mask."
+            "one that is added to the logits; without a mask, leave the name out of the context."
         )
     if mask.shape != x.shape[:2]:
         raise ValueError(
-            f"{expected}, received {tree.describe(mask)}. It says for each position whether it is attended to."
+            f"{expected}, received {tree.describe(mask)}. It has one value for each position, nonzero where the "
+            "position is attended to."
         )
     return jnp.asarray(mask).astype(bool)
 
@@ -187,17 +195,17 @@ def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array | None, *, is_causal: bool, rate: float
 ) -> jax.Array:
     if rate > 0 or q.dtype == jnp.float16 or jax.default_backend() == "cpu":
-        # The library's has no dropout, for float16 asks for a precision that XLA:CPU refuses when it compiles, and
-        # takes 1.4 times as long there.
+        # JAX's function has no dropout; on XLA:CPU it fails to compile for float16 because of the precision that it
+        # requests, and takes 1.4 times as long.
         y = _softmax_attention(q, k, v, keep, is_causal=is_causal, rate=rate)
     else:
         mask = None if keep is None else keep[:, None, None, :]
-        # It mixes float32 into bfloat16 by promotion, which the user may have forbidden.
+        # It promotes bfloat16 to float32, which the user may have forbidden.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
     if keep is None:
         return y
-    # Where nothing may be attended to, the softmax is over equal numbers: the mean of all that is masked.
+    # Where nothing may be attended to, all logits are equal, and y is the mean of the masked values.
     some = jnp.cumsum(keep, axis=1, dtype=jnp.int32) > 0 if is_causal else keep.any(axis=1, keepdims=True)
     return jnp.where(some[:, :, None, None], y, 0.0)
 
@@ -205,21 +213,21 @@ def _attend(
 def _softmax_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array | None, *, is_causal: bool, rate: float
 ) -> jax.Array:
-    """As ``jax.nn.dot_product_attention``, with dropout on the attention weights."""
+    """``jax.nn.dot_product_attention`` with dropout of the attention weights."""
     batch, seq, heads, head = q.shape
     q = q.reshape(batch, seq, k.shape[2], heads // k.shape[2], head).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     parts: list[jax.Array] = []
-    # Queries in a few blocks, each with the keys that the causal mask leaves it: with two of them a quarter less work.
+    # Queries in a few blocks, each with the keys that the causal mask allows: two blocks save a quarter of the work.
     blocks = max(1, min(4, seq // 64)) if is_causal else 1
     for i in range(blocks):
         first, last = seq * i // blocks, seq * (i + 1) // blocks
-        seen = last if is_causal else seq
-        allowed = None if keep is None else keep[:, None, None, None, :seen]
+        visible = last if is_causal else seq
+        allowed = None if keep is None else keep[:, None, None, None, :visible]
         if is_causal:
-            past = (jnp.arange(first, last)[:, None] >= jnp.arange(seen)[None])[None, None, None]
+            past = (jnp.arange(first, last)[:, None] >= jnp.arange(visible)[None])[None, None, None]
             allowed = past if allowed is None else past & allowed
-        parts.append(_attend_to(q[:, :, :, first:last], k[:, :, :seen], v[:, :, :seen], allowed, rate))
+        parts.append(_attend_to(q[:, :, :, first:last], k[:, :, :visible], v[:, :, :visible], allowed, rate))
     return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, head)
 
 
@@ -231,7 +239,7 @@ def _attend_to(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | No
     if allowed is not None:
         logits = logits.reshape(batch, kv_heads, groups, queries, k.shape[2])
         logits = jnp.where(allowed, logits, jnp.finfo(dtype).min).reshape(*flat, k.shape[2])
-    # The softmax is divided by its sum after the product with the values: there are fewer of them than weights.
+    # Divided by the sum after the product with the values, which has fewer elements than the weights.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     y = jnp.matmul(drop(weights, rate).astype(v.dtype), v, preferred_element_type=dtype)
     y = y / weights.sum(axis=-1, keepdims=True)

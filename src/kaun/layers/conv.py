@@ -1,4 +1,4 @@
-"""Convolutions, channels last."""
+"""Convolutions of sequences and images, channels last."""
 
 from __future__ import annotations
 
@@ -33,35 +33,38 @@ def conv1d(
     weight_init: Initializer = GLOROT_UNIFORM,
     bias_init: Initializer = jax.nn.initializers.zeros,
 ) -> Layer[Float, Float]:
-    """The convolution of sequences ``[batch, length, in_channels]`` to ``[batch, length', out_channels]``.
+    """Make the convolution of sequences ``[batch, length, in_channels]`` to ``[batch, length', out_channels]``.
 
-    As everywhere in deep learning the kernel is not flipped (a cross-correlation). Parameters: ``weight``
+    As usual in deep learning the kernel is not flipped (a cross-correlation). Parameters: ``weight``
     ``[kernel_size, in_channels / groups, out_channels]`` and, unless ``bias=False``, ``bias`` ``[out_channels]``.
 
-    Arguments:
-        in_channels: size of the input's last axis.
-        out_channels: size of the output's last axis.
-        kernel_size: default 3.
-        stride: step between outputs, default 1.
-        dilation: step between the inputs that one output sees, default 1.
-        padding: ``"SAME"`` (default) pads with zeros on both sides, the odd one at the end: ``length' =
-            ceil(length / stride)``. ``"CAUSAL"`` pads at the start alone, so no output sees a later input; equal
-            length'. ``"VALID"`` pads nothing: ``length' = ceil((length - (kernel_size - 1) * dilation) / stride)``.
-        groups: channels are split into this many groups that do not see each other, default 1.
-        bias: whether a bias is added, default True.
-        weight_init, bias_init: from ``jax.nn.initializers``, default ``glorot_uniform()`` and ``zeros``.
+    Args:
+        in_channels: Size of the input's last axis.
+        out_channels: Size of the output's last axis.
+        kernel_size: Number of positions in the kernel. Default: 3.
+        stride: Step between outputs. Default: 1.
+        dilation: Step between the inputs of one output. Default: 1.
+        padding: ``"SAME"`` (default) pads with zeros on both sides, with the larger part at the end: ``length' =
+            ceil(length / stride)``. ``"CAUSAL"`` pads only at the start, so that no output depends on a later input;
+            length' is the same. ``"VALID"`` does not pad: ``length' = ceil((length - (kernel_size - 1) * dilation) /
+            stride)``.
+        groups: Number of groups of channels; an output depends only on the inputs of its group. Default: 1.
+        bias: Whether a bias is added. Default: True.
+        weight_init: Initializer of ``weight``, from ``jax.nn.initializers``. Default: ``glorot_uniform()``.
+        bias_init: Initializer of ``bias``, from ``jax.nn.initializers``. Default: ``zeros``.
 
     Raises:
-        TypeError: a size is not an int; applied, another dtype.
-        ValueError: a size below 1, channels that ``groups`` does not divide, an unknown padding; applied, another
-            shape, or under ``"VALID"`` fewer positions than the kernel reaches over.
+        TypeError: If a size is not an int; when applied, if the input has another dtype.
+        ValueError: If a size is below 1, ``groups`` does not divide the channels, or the padding is unknown; when
+            applied, if the input has another shape, or with ``"VALID"`` fewer positions than the kernel spans.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.conv1d(3, 8, kernel_size=5, padding="CAUSAL")
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 10, 3)))
-    >>> y.shape
-    (2, 10, 8)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.conv1d(3, 8, kernel_size=5, padding="CAUSAL")
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 10, 3)))
+        >>> y.shape
+        (2, 10, 8)
     """
     name = call_text(
         conv1d, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
@@ -88,35 +91,37 @@ def conv2d(
     weight_init: Initializer = GLOROT_UNIFORM,
     bias_init: Initializer = jax.nn.initializers.zeros,
 ) -> Layer[Float, Float]:
-    """The convolution of images ``[batch, height, width, in_channels]`` to ``[batch, height', width', out_channels]``.
+    """Make the convolution of images: ``[batch, height, width, in_channels]`` to ``[..., out_channels]``.
 
-    As everywhere in deep learning the kernel is not flipped (a cross-correlation). Parameters: ``weight``
-    ``[kernel height, kernel width, in_channels / groups, out_channels]`` (HWIO) and, unless ``bias=False``, ``bias``
-    ``[out_channels]``.
+    The output is ``[batch, height', width', out_channels]``. As usual in deep learning the kernel is not flipped (a
+    cross-correlation). Parameters: ``weight`` ``[kernel height, kernel width, in_channels / groups, out_channels]``
+    (HWIO) and, unless ``bias=False``, ``bias`` ``[out_channels]``.
 
-    Arguments:
-        in_channels: size of the input's last axis.
-        out_channels: size of the output's last axis.
-        kernel_size: an int or ``(height, width)``, default (3, 3); ``stride`` and ``dilation`` likewise.
-        stride: step between outputs, default 1.
-        dilation: step between the inputs that one output sees, default 1.
-        padding: ``"SAME"`` (default) pads with zeros on both sides, the odd one at the bottom and right: ``height' =
-            ceil(height / stride)``. ``"VALID"`` pads nothing.
-        groups: channels are split into this many groups that do not see each other, default 1.
-        bias: whether a bias is added, default True.
-        weight_init, bias_init: from ``jax.nn.initializers``, default ``glorot_uniform()`` and ``zeros``.
+    Args:
+        in_channels: Size of the input's last axis.
+        out_channels: Size of the output's last axis.
+        kernel_size: Size of the kernel, an int or ``(height, width)``. Default: (3, 3).
+        stride: Step between outputs, an int or ``(height, width)``. Default: 1.
+        dilation: Step between the inputs of one output, an int or ``(height, width)``. Default: 1.
+        padding: ``"SAME"`` (default) pads with zeros on both sides, with the larger part at the bottom and right:
+            ``height' = ceil(height / stride)``. ``"VALID"`` does not pad.
+        groups: Number of groups of channels; an output depends only on the inputs of its group. Default: 1.
+        bias: Whether a bias is added. Default: True.
+        weight_init: Initializer of ``weight``, from ``jax.nn.initializers``. Default: ``glorot_uniform()``.
+        bias_init: Initializer of ``bias``, from ``jax.nn.initializers``. Default: ``zeros``.
 
     Raises:
-        TypeError: a size is not an int; applied, another dtype.
-        ValueError: a size below 1, channels that ``groups`` does not divide, an unknown padding; applied, another
-            shape, or under ``"VALID"`` an image smaller than the kernel reaches over.
+        TypeError: If a size is not an int; when applied, if the input has another dtype.
+        ValueError: If a size is below 1, ``groups`` does not divide the channels, or the padding is unknown; when
+            applied, if the input has another shape, or with ``"VALID"`` is smaller than the kernel spans.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.conv2d(1, 16, kernel_size=5, stride=2)
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 28, 28, 1)))
-    >>> y.shape
-    (2, 14, 14, 16)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.conv2d(1, 16, kernel_size=5, stride=2)
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 28, 28, 1)))
+        >>> y.shape
+        (2, 14, 14, 16)
     """
     name = call_text(
         conv2d, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
@@ -159,9 +164,9 @@ def _convolution(
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=channels, ndim=len(shape), layout=layout)
-        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+        spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
         if padding == "VALID":
-            _must_fit(name, x, reach)
+            _must_fit(name, x, spans)
         y = _convolved(x, vars.params["weight"], stride, dilation, padding, groups)
         if bias:
             y = y + along_last(vars.params["bias"], y.ndim)
@@ -173,16 +178,16 @@ def _convolution(
 def _convolved(
     x: jax.Array, weight: jax.Array, stride: tuple[int, ...], dilation: tuple[int, ...], padding: str, groups: int
 ) -> jax.Array:
-    if x.ndim == 3:  # a sequence is an image of one row
+    if x.ndim == 3:  # a sequence is computed as an image with one row
         return _convolved(x[:, None], weight[None], (1, *stride), (1, *dilation), padding, groups)[:, 0]
-    reach = [(k - 1) * d + 1 for k, d in zip(weight.shape[:2], dilation, strict=True)]
+    spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[:2], dilation, strict=True)]
     if padding == "CAUSAL":
-        pads = [(r - 1, 0) for r in reach]
+        pads = [(span - 1, 0) for span in spans]
     else:
-        pads = lax.padtype_to_pads(x.shape[1:3], reach, stride, padding)
-    windows = ConvConfig((stride[0], stride[1]), (dilation[0], dilation[1]), pads)
+        pads = lax.padtype_to_pads(x.shape[1:3], spans, stride, padding)
+    config = ConvConfig((stride[0], stride[1]), (dilation[0], dilation[1]), pads)
     dtype = accumulation_dtype(x.dtype)
-    return convolve(x.astype(dtype), weight.astype(dtype), windows, groups).astype(x.dtype)
+    return convolve(x.astype(dtype), weight.astype(dtype), config, groups).astype(x.dtype)
 
 
 def _channels(head: str, in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:
@@ -199,17 +204,17 @@ def _channels(head: str, in_channels: int, out_channels: int, groups: int) -> tu
 
 def _padding(head: str, padding: Any, known: tuple[str, ...]) -> str:
     if padding not in known:
-        hint = " Causal padding is conv1d's." if padding == "CAUSAL" else ""
+        hint = " Only conv1d has causal padding." if padding == "CAUSAL" else ""
         raise ValueError(
             f"{head}(padding=...) expected one of {', '.join(map(repr, known))}, received {padding!r}.{hint} For other "
-            'paddings put layers.fn(lambda x: jnp.pad(x, ...)) before it and use padding="VALID".'
+            'paddings put layers.fn(lambda x: jnp.pad(x, ...)) before it and write padding="VALID".'
         )
     return padding
 
 
-def _must_fit(name: str, x: jax.Array, reach: Sequence[int]) -> None:
-    if any(r > n for r, n in zip(reach, x.shape[1:-1], strict=True)):
+def _must_fit(name: str, x: jax.Array, spans: Sequence[int]) -> None:
+    if any(span > n for span, n in zip(spans, x.shape[1:-1], strict=True)):
         raise ValueError(
-            f"{here(name)} reaches over {' x '.join(map(str, reach))} positions and pads nothing, received "
-            f'{tree.describe(x)}: no output would be left. Use padding="SAME" or a smaller kernel.'
+            f"{here(name)} expected at least {' x '.join(map(str, spans))} positions, which its kernel spans, received "
+            f'{tree.describe(x)}. Write padding="SAME", or use a smaller kernel.'
         )

@@ -1,11 +1,12 @@
-"""The layer protocol: ``Layer`` (a pair of pure functions), ``Vars`` (what they pass along), and composition."""
+"""``Layer`` (a pair of pure functions, ``init`` and ``apply``), ``Vars`` (a model's variables), and composition."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import jax
@@ -14,17 +15,18 @@ import jax.numpy as jnp
 from kaun import tree
 from kaun._messages import locate
 from kaun.context import Context
+from kaun.layers.arguments import float_dtype
 from kaun.layers.path import at, here, is_frozen, watching
 
-__all__ = ["Float", "Int", "Layer", "Vars", "compose", "fn", "residual", "sequential"]
+__all__ = ["Float", "Int", "Layer", "Vars", "compose", "residual", "sequential"]
 
 
 class Float:
-    """Phantom kind of a floating array, for the type checker only."""
+    """The kind of floating arrays, for the type checker only."""
 
 
 class Int:
-    """Phantom kind of an integer array (token or class indices), for the type checker only."""
+    """The kind of integer arrays (token or class indices), for the type checker only."""
 
 
 In = TypeVar("In")
@@ -35,15 +37,23 @@ Out = TypeVar("Out")
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vars:
-    """The variables of a model: ``params`` (trained), ``state`` (running statistics, not trained), ``dtype``.
+    """The variables of a model, an immutable pytree.
 
-    ``params`` and ``state`` are nested dicts and lists of arrays; ``dtype`` is the model's floating dtype. A pytree.
+    Attributes:
+        params: The parameters, which are trained: nested dicts and lists of arrays.
+        state: What the layers update themselves and the optimizer does not, such as running statistics: nested dicts
+            and lists of arrays.
+        dtype: The model's floating dtype.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import Vars
-    >>> v = Vars(params={"weight": jnp.ones((2, 3))}, state={}, dtype=jnp.float32)
-    >>> v.replace(params={"weight": jnp.zeros((2, 3))}).params["weight"].sum()
-    Array(0., dtype=float32)
+    Raises:
+        TypeError: If ``dtype`` is None or not a dtype.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import Vars
+        >>> v = Vars(params={"weight": jnp.ones((2, 3))}, state={}, dtype=jnp.float32)
+        >>> v.replace(params={"weight": jnp.zeros((2, 3))}).params["weight"].sum()
+        Array(0., dtype=float32)
     """
 
     params: Any
@@ -51,34 +61,39 @@ class Vars:
     dtype: Any
 
     def __post_init__(self) -> None:
-        if self.dtype is None:  # NumPy reads None as float64
+        if self.dtype is None:  # NumPy takes None as float64
             raise TypeError("Vars(dtype=...) expected a dtype, received None. Use dtype=jnp.float32.")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
     def replace(self, **changes: Any) -> Vars:
-        """These variables with some of ``params``, ``state``, ``dtype`` replaced."""
+        """Return these variables with some of ``params``, ``state`` and ``dtype`` replaced."""
         return dataclasses.replace(self, **changes)
 
+    def __dir__(self) -> list[str]:
+        return ["dtype", "params", "replace", "state"]
+
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        """Flatten the pytree, for JAX."""
         key = jax.tree_util.GetAttrKey
         return ((key("params"), self.params), (key("state"), self.state)), self.dtype
 
     @classmethod
     def tree_unflatten(cls, dtype: Any, children: Sequence[Any]) -> Vars:
-        # Not through __init__: JAX unflattens with placeholders, and this runs at each step.
+        """Unflatten the pytree, for JAX."""
+        # Not through __init__, because JAX also unflattens with placeholders, and this runs at each step.
         new = object.__new__(cls)
         new.__dict__.update(params=children[0], state=children[1], dtype=dtype)
         return new
 
 
 class Init(Protocol):
-    """Makes a layer's variables. Draws its keys with ``rng.next_key()``."""
+    """A function that makes a layer's variables; it draws keys with ``rng.next_key()``."""
 
     def __call__(self, *, dtype: Any) -> Vars: ...
 
 
 class Apply(Protocol):
-    """A layer's forward pass: output and the variables after it (the same ones, unless ``state`` moved)."""
+    """A layer's forward pass; it returns the output and the variables, in which ``state`` may be updated."""
 
     def __call__(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]: ...
 
@@ -86,24 +101,31 @@ class Apply(Protocol):
 class Layer(Generic[In, Out]):
     """A model or a part of one: a pair of pure functions, ``init`` and ``apply``.
 
-    ``In`` and ``Out`` are the phantom kinds (``layers.Float``, ``layers.Int``) of input and output: the type checker
-    refuses ``linear >> embedding``. They do not exist at run time.
+    ``In`` and ``Out`` are the kinds of input and output (``layers.Float``, ``layers.Int``). With them the type checker
+    refuses ``linear >> embedding``; at run time they do not exist.
 
-    Arguments:
-        init: ``init(*, dtype) -> Vars``; draws its keys with ``rng.next_key()``.
-        apply: ``apply(vars, x, *, training, ctx) -> (y, vars)``; draws keys the same way (dropout).
-        name: what ``repr`` and error messages call it, default ``"layer"``.
+    Args:
+        init: ``init(*, dtype) -> Vars``. It draws keys with ``rng.next_key()``.
+        apply: ``apply(vars, x, *, training, ctx) -> (y, vars)``. It draws keys (for dropout) in the same way.
+        name: The name in ``repr`` and in error messages. Default: ``"layer"``.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import Layer, Vars
-    >>> def init(*, dtype):
-    ...     return Vars(params={"scale": jnp.ones((), dtype)}, state={}, dtype=dtype)
-    >>> def apply(vars, x, *, training, ctx):
-    ...     return x * vars.params["scale"], vars
-    >>> scale = Layer(init=init, apply=apply, name="scale()")
-    >>> y, _ = scale.apply(scale.init(dtype=jnp.float32), jnp.ones(3))
-    >>> y
-    Array([1., 1., 1.], dtype=float32)
+    Attributes:
+        name: The name.
+
+    Raises:
+        TypeError: If ``init`` or ``apply`` is not callable.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import Layer, Vars
+        >>> def init(*, dtype):
+        ...     return Vars(params={"scale": jnp.ones((), dtype)}, state={}, dtype=dtype)
+        >>> def apply(vars, x, *, training, ctx):
+        ...     return x * vars.params["scale"], vars
+        >>> scale = Layer(init=init, apply=apply, name="scale()")
+        >>> y, _ = scale.apply(scale.init(dtype=jnp.float32), jnp.ones(3))
+        >>> y
+        Array([1., 1., 1.], dtype=float32)
     """
 
     __slots__ = ("__weakref__", "_apply", "_init", "name")
@@ -120,13 +142,16 @@ class Layer(Generic[In, Out]):
         object.__setattr__(self, "name", name)
 
     def init(self, *, dtype: Any = jnp.float32) -> Vars:
-        """Fresh variables in ``dtype`` (default float32), with keys from the RNG scope.
+        """Make initial variables, with keys from the RNG scope.
+
+        Args:
+            dtype: The dtype of the parameters. Default: float32.
 
         Raises:
-            TypeError: when ``dtype`` is not floating, or the layer's own ``init`` returns no ``Vars``.
-            ValueError: when ``dtype`` is float64 and JAX runs without x64.
+            TypeError: If ``dtype`` is not floating, or the function ``init`` does not return a ``Vars``.
+            ValueError: If ``dtype`` is float64 and JAX runs without x64.
         """
-        made = self._init(dtype=_float_dtype(dtype))
+        made = self._init(dtype=float_dtype(dtype))
         if not isinstance(made, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"init of layer {here(self.name)} must return kaun.Vars, received {type(made).__name__} from "
@@ -135,12 +160,21 @@ class Layer(Generic[In, Out]):
         return made
 
     def apply(self, vars: Vars, x: Any, /, *, training: bool = False, ctx: Context | None = None) -> tuple[Any, Vars]:
-        """The output for ``x`` and the variables after it. Without a context the layer sees an empty one.
+        """Run the forward pass.
 
-        In a step of a trainer with ``trainable`` a layer all of whose parameters are frozen runs in evaluation mode.
+        In a step of a trainer with ``trainable``, a layer whose parameters are all frozen runs in evaluation mode.
+
+        Args:
+            vars: The layer's variables.
+            x: The input.
+            training: Whether the layer runs in training mode. Default: False, evaluation mode.
+            ctx: A Context. Default: an empty one.
+
+        Returns:
+            The output and the variables, in which ``state`` may be updated.
 
         Raises:
-            TypeError: when ``vars`` is no ``Vars``, or the layer's own ``apply`` does not return ``(y, vars)``.
+            TypeError: If ``vars`` is not a ``Vars``, or the function ``apply`` does not return ``(y, vars)``.
         """
         if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
@@ -162,24 +196,46 @@ class Layer(Generic[In, Out]):
         return compose(self, other)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"Layer is immutable: make another with Layer(init=..., apply=...), not .{name} =.")
+        raise AttributeError(f"Layer is immutable: instead of .{name} = ..., make another, Layer(init=..., apply=...).")
+
+    def __copy__(self) -> Layer[In, Out]:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Layer[In, Out]:
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # copy would otherwise set attributes
+        if not (_has_an_address(self._init) and _has_an_address(self._apply)) and not _pickles_closures():
+            head = self.name.splitlines()[0].rstrip("([")
+            raise TypeError(
+                f"layer {head} cannot be pickled: its init and apply are closures. Pickle the function that builds the "
+                "model, and the variables: pickle.dumps((build_model, state.vars)). Or use cloudpickle."
+            )
         return functools.partial(Layer, init=self._init, apply=self._apply, name=self.name), ()
+
+    def __dir__(self) -> list[str]:
+        return ["apply", "init", "name"]
 
     def __repr__(self) -> str:
         return self.name
 
 
 def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
-    """The layer that applies ``first``, then ``second``; also ``first >> second``. Parameters: ``left``, ``right``.
+    """Make the layer that applies ``first``, then ``second``; ``first >> second`` is the same.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> model = layers.embedding(10, 4) >> layers.linear(4, 2)
-    >>> sorted(model.init(dtype=jnp.float32).params)
-    ['left', 'right']
+    Args:
+        first: A layer. Its parameters are ``left``.
+        second: A layer. Its parameters are ``right``.
+
+    Raises:
+        TypeError: If one of them is not a ``Layer``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> model = layers.embedding(10, 4) >> layers.linear(4, 2)
+        >>> sorted(model.init(dtype=jnp.float32).params)
+        ['left', 'right']
     """
     _must_be_layer("compose", first)
     _must_be_layer("compose", second)
@@ -204,24 +260,28 @@ def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
 
 
 def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
-    """The layer that applies each of ``layers`` in turn. Parameter paths are their positions: ``0.weight``.
+    """Make the layer that applies each of ``layers`` in order.
 
-    A model that starts with an embedding is ``embedding(...) >> sequential([...])``: the type checker then knows that
-    it takes integers. (At run time an embedding may stand first in the list as well.)
+    A model that starts with an embedding is written ``embedding(...) >> sequential([...])``, so that the type checker
+    knows that it takes integers. At run time an embedding may also be the first layer of the list.
+
+    Args:
+        layers: The layers. The path of a parameter begins with the position of its layer: ``0.weight``.
 
     Raises:
-        TypeError: when ``layers`` is not a list, or an element is not a Layer.
-        ValueError: when there are none.
+        TypeError: If ``layers`` is not a list, or an element is not a ``Layer``.
+        ValueError: If the list is empty.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
-    >>> model
-    sequential([
-      linear(2, 4),
-      tanh(),
-      linear(4, 1),
-    ])
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
+        >>> model
+        sequential([
+          linear(2, 4),
+          tanh(),
+          linear(4, 1),
+        ])
     """
     if isinstance(layers, Layer):
         raise TypeError(f"sequential expected a list of layers, received {layers!r}. Write sequential([...]).")
@@ -252,16 +312,21 @@ def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
 
 
 def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
-    """The layer ``x + inner(x)``. Parameter path: ``inner``.
+    """Make the layer ``x + inner(x)``.
+
+    Args:
+        inner: A layer. Its parameters are ``inner``.
 
     Raises:
-        ValueError: when ``inner`` changes the shape or the dtype.
+        TypeError: If ``inner`` is not a ``Layer``.
+        ValueError: When applied, if ``inner`` changes the shape or the dtype.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from kaun import layers
-    >>> block = layers.residual(layers.linear(3, 3, weight_init=jax.nn.initializers.zeros))
-    >>> block.apply(block.init(dtype=jnp.float32), jnp.ones((1, 3)))[0]
-    Array([[1., 1., 1.]], dtype=float32)
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from kaun import layers
+        >>> block = layers.residual(layers.linear(3, 3, weight_init=jax.nn.initializers.zeros))
+        >>> block.apply(block.init(dtype=jnp.float32), jnp.ones((1, 3)))[0]
+        Array([[1., 1., 1.]], dtype=float32)
     """
     _must_be_layer("residual", inner)
 
@@ -282,35 +347,19 @@ def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
     return Layer(init=init, apply=apply, name=_block("residual", [inner]))
 
 
-def fn(f: Callable[..., Any], *, name: str | None = None) -> Layer[Any, Any]:
-    """The layer without variables that applies a pure function of one argument.
-
-    Arguments:
-        f: any pure function of the input, an array or a tree of them.
-        name: what ``repr`` shows, default ``fn(<name of f>)``.
-
-    Raises:
-        TypeError: when ``f`` is not callable.
-
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> model = layers.linear(2, 4) >> layers.fn(jnp.sin)
-    """
-    if not callable(f):
-        raise TypeError(f"fn expected a function of one argument, received {f!r}.")
-    return stateless(name or f"fn({getattr(f, '__name__', type(f).__name__)})", f)
+def _has_an_address(function: Any) -> bool:
+    """Whether pickle can find the function by its name; of a bound method it pickles the object."""
+    if getattr(function, "__self__", None) is not None:
+        return True
+    found: Any = sys.modules.get(getattr(function, "__module__", ""))
+    for name in getattr(function, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return found is function
 
 
-def stateless(name: str, f: Callable[..., Any]) -> Layer[Any, Any]:
-    """A layer without variables from a function of the input alone."""
-
-    def init(*, dtype: Any) -> Vars:
-        return Vars(params={}, state={}, dtype=dtype)
-
-    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        return f(x), vars
-
-    return Layer(init=init, apply=apply, name=name)
+def _pickles_closures() -> bool:
+    """Whether cloudpickle (its own copy in joblib or ray, too) is pickling: its pickler calls C, and C calls us."""
+    return "cloudpickle" in sys._getframe(2).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
 
 
 def _below(vars: Vars, key: Any) -> Vars:
@@ -341,18 +390,4 @@ def _block(head: str, children: Sequence[Layer[Any, Any]], left: str = "", right
 def _must_be_layer(where: str, value: Any) -> None:
     if not isinstance(value, Layer):
         hint = ", did you forget to call it?" if callable(value) else "."
-        raise TypeError(f"{where} expected layers, received {value!r}{hint} Write layers.fn(f) for a plain function.")
-
-
-def _float_dtype(dtype: Any) -> Any:
-    if dtype is None:  # NumPy reads None as float64
-        raise TypeError("init(dtype=...) expected a floating dtype, received None. Use dtype=jnp.float32.")
-    wanted = jnp.dtype(dtype)
-    if not jnp.issubdtype(wanted, jnp.floating):
-        raise TypeError(f"dtype={wanted.name} is not floating; a model's parameters are. Use dtype=jnp.float32.")
-    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
-        raise ValueError(
-            f"dtype={wanted.name} needs JAX's x64 mode, which is off: arrays would silently become float32. "
-            'Set jax.config.update("jax_enable_x64", True) before any array is made, or use dtype=jnp.float32.'
-        )
-    return wanted
+        raise TypeError(f"{where} expected layers, received {value!r}{hint} For a plain function write layers.fn(f).")

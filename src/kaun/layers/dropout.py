@@ -18,27 +18,28 @@ __all__ = ["drop", "dropout"]
 
 
 def dropout(rate: float) -> Layer[Float, Float]:
-    """The layer that in training zeroes each number with probability ``rate`` (Srivastava et al., 2014).
+    """Make the layer that sets each number to zero with probability ``rate`` in training (Srivastava et al., 2014).
 
-    What stays is divided by ``1 - rate``, so the expectation stays. The probability is ``rate`` to within 2**-17, to
-    within 2**-33 below 1/64 and above 63/64. Input and output have one shape and dtype, any floating one. The key is
-    ``rng.next_key()``, in a compiled step a function of the run's key and the step. In evaluation, and when ``rate``
-    is 0, it is the identity and draws no key.
+    The other numbers are divided by ``1 - rate``, so that the expected value does not change. The probability is
+    ``rate`` to within 2**-17, and to within 2**-33 below 1/64 and above 63/64. The output has the shape and dtype of
+    the input, any floating dtype. The key is ``rng.next_key()``, in a compiled step a function of the run's key and the
+    step. In evaluation, and when ``rate`` is 0, the layer is the identity and draws no key.
 
-    Arguments:
-        rate: share of numbers that are zeroed, in [0, 1).
+    Args:
+        rate: Probability with which a number is set to zero, in [0, 1).
 
     Raises:
-        TypeError: ``rate`` is not a number; applied, not a floating array.
-        ValueError: ``rate`` outside of [0, 1).
+        TypeError: If ``rate`` is not a number; when applied, if the input is not a floating array.
+        ValueError: If ``rate`` is outside [0, 1).
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers, rng
-    >>> layer = layers.dropout(0.5)
-    >>> with rng.scope(0):
-    ...     y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones(1000), training=True)
-    >>> sorted(set(y.tolist()))
-    [0.0, 2.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers, rng
+        >>> layer = layers.dropout(0.5)
+        >>> with rng.scope(0):
+        ...     y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones(1000), training=True)
+        >>> sorted(set(y.tolist()))
+        [0.0, 2.0]
     """
     rate = fraction("dropout", "rate", rate)
     name = call_text(dropout, rate=rate)
@@ -54,9 +55,9 @@ def dropout(rate: float) -> Layer[Float, Float]:
 
 
 def drop(x: jax.Array, rate: float) -> jax.Array:
-    """``x`` with each number zero with probability ``rate`` and the others divided by ``1 - rate``.
+    """Set each number to zero with probability ``rate``, and divide the others by ``1 - rate``.
 
-    The probability is that rate to within 2**-17, and to within 2**-33 for rates below 1/64 and above 63/64.
+    The probability is ``rate`` to within 2**-17, and to within 2**-33 below 1/64 and above 63/64.
     """
     if rate == 0:
         return x

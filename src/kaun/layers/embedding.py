@@ -23,31 +23,34 @@ __all__ = ["embedding"]
 def embedding(
     vocab_size: int, embed_dim: int, scale: bool = True, *, weight_init: Initializer | None = None
 ) -> Layer[Int, Float]:
-    """The layer that looks up a vector for each index: ``weight[x]``, times ``sqrt(embed_dim)`` if ``scale``.
+    """Make the layer that returns a vector for each index: ``weight[x]``, times ``sqrt(embed_dim)`` with ``scale``.
 
-    Input ``[...]`` of any integer dtype, output ``[..., embed_dim]`` in the model's dtype. Parameter: ``weight``
-    ``[vocab_size, embed_dim]``.
+    The input is ``[...]`` of any integer dtype, the output ``[..., embed_dim]`` in the model's dtype. Parameter:
+    ``weight`` ``[vocab_size, embed_dim]``.
 
-    An index outside of ``[0, vocab_size)``, a negative one too, is an error where the indices are concrete. Compiled
-    code cannot look at them: there its vector is NaN, so that the loss shows it, and never that of another index.
+    An index outside ``[0, vocab_size)``, also a negative one, is an error where the indices are concrete. In compiled
+    code their values are not known; there the vector is NaN, which makes the loss NaN. It is never the vector of
+    another index.
 
-    Arguments:
-        vocab_size: number of vectors.
-        embed_dim: size of each.
-        scale: whether vectors are multiplied by ``sqrt(embed_dim)`` (Vaswani et al., 2017, 3.4), default True.
-        weight_init: from ``jax.nn.initializers``, default normal such that each number of the output has variance 1:
-            standard deviation ``embed_dim ** -0.5`` with ``scale``, 1 without.
+    Args:
+        vocab_size: Number of vectors.
+        embed_dim: Size of each vector.
+        scale: Whether vectors are multiplied by ``sqrt(embed_dim)`` (Vaswani et al., 2017, 3.4). Default: True.
+        weight_init: Initializer of ``weight``, from ``jax.nn.initializers``. Default: normal with the standard
+            deviation ``embed_dim ** -0.5`` with ``scale`` and 1 without, so that each number of the output has variance
+            1.
 
     Raises:
-        TypeError: a size is not an int; applied, indices that are not of an integer dtype.
-        ValueError: a size below 1; applied to concrete indices, one outside of ``[0, vocab_size)``.
+        TypeError: If a size is not an int; when applied, if the indices do not have an integer dtype.
+        ValueError: If a size is below 1; when applied to concrete indices, if one is outside ``[0, vocab_size)``.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.embedding(100, 16)
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1, 2, 3]]))
-    >>> y.shape
-    (1, 3, 16)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.embedding(100, 16)
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1, 2, 3]]))
+        >>> y.shape
+        (1, 3, 16)
     """
     vocab, dim = size("embedding", "vocab_size", vocab_size), size("embedding", "embed_dim", embed_dim)
     name = call_text(embedding, vocab_size=vocab, embed_dim=dim, scale=scale)
@@ -60,9 +63,9 @@ def embedding(
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         indices = int_input(name, x)
         if not isinstance(indices, Tracer):
-            # x and not indices: as a JAX array an int64 of NumPy has already wrapped around into int32.
+            # x and not indices: an int64 of NumPy has been truncated to int32 in the JAX array.
             _must_be_in_range(name, np.asarray(x), vocab)
-        # jnp.take and plain indexing would read a negative index from the end.
+        # jnp.take and plain indexing would count a negative index from the end.
         rows = jnp.asarray(vars.params["weight"]).at[indices]
         y = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return y * math.sqrt(dim) if scale else y, vars
@@ -75,7 +78,7 @@ def _must_be_in_range(name: str, indices: np.ndarray[Any, Any], vocab: int) -> N
     if len(outside):
         position = tuple(int(i) for i in outside[0])
         index = int(indices[position])
-        fix = f"Make vocab_size {index + 1} or more" if index >= vocab else "Give padding an index of its own"
+        fix = f"Make vocab_size {index + 1} or more" if index >= vocab else "Give padding its own index"
         raise ValueError(
             f"{here(name)} expected indices in [0, {vocab}), received {index} at position {list(position)}. "
             f"{fix}, or correct the indices."

@@ -1,4 +1,4 @@
-"""A plain function and its parameters as a layer."""
+"""Plain functions as layers: without parameters (``fn``) and with them (``from_function``)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,66 @@ from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars
 
-__all__ = ["from_function"]
+__all__ = ["fn", "from_function", "stateless"]
 
 OFFERED = ("training", "ctx")
 
 
-def from_function(apply: Callable[..., Any], params: Any, *, name: str | None = None) -> Layer[Any, Any]:
-    """The layer that computes ``apply(params, x)`` and starts from ``params``.
+def fn(f: Callable[..., Any], *, name: str | None = None) -> Layer[Any, Any]:
+    """Make a layer without variables from a pure function of one argument.
 
-    Arguments:
-        apply: a pure function of parameters and input to the output. Where it has parameters of these names it also
-            gets ``training``, a bool, and ``ctx``, the Context.
-        params: its initial parameters, a pytree of floating arrays, best of nested dicts and lists; copied here.
-            ``init(dtype=...)`` casts them to its dtype (float32 unless given).
-        name: what ``repr`` and messages call it, default ``from_function(<name of apply>)``.
+    Args:
+        f: A pure function of the input, which is an array or a pytree of arrays.
+        name: The name that ``repr`` shows. Default: ``fn(<name of f>)``.
 
     Raises:
-        TypeError: when ``apply`` is no function of two arguments, or a leaf of ``params`` is no array or number.
+        TypeError: If ``f`` is not callable.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> def line(params, x):
-    ...     return params["slope"] * x + params["offset"]
-    >>> model = layers.from_function(line, {"slope": jnp.array(2.0), "offset": jnp.array(1.0)})
-    >>> model
-    from_function(line)
-    >>> model.apply(model.init(dtype=jnp.float32), jnp.arange(3.0))[0]
-    Array([1., 3., 5.], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> model = layers.linear(2, 4) >> layers.fn(jnp.sin)
+    """
+    if not callable(f):
+        raise TypeError(f"fn expected a function of one argument, received {f!r}.")
+    return stateless(name or f"fn({getattr(f, '__name__', type(f).__name__)})", f)
+
+
+def stateless(name: str, f: Callable[..., Any]) -> Layer[Any, Any]:
+    """Make a layer without variables from a function of the input."""
+
+    def init(*, dtype: Any) -> Vars:
+        return Vars(params={}, state={}, dtype=dtype)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        return f(x), vars
+
+    return Layer(init=init, apply=apply, name=name)
+
+
+def from_function(apply: Callable[..., Any], params: Any, *, name: str | None = None) -> Layer[Any, Any]:
+    """Make the layer that computes ``apply(params, x)``, with initial parameters.
+
+    Args:
+        apply: A pure function of the parameters and the input that returns the output. If it has arguments of these
+            names, it also receives ``training``, a bool, and ``ctx``, the Context.
+        params: The initial parameters, a pytree of floating arrays, best of nested dicts and lists. They are copied;
+            ``init(dtype=...)`` casts them to its dtype (float32 by default).
+        name: The name in ``repr`` and in error messages. Default: ``from_function(<name of apply>)``.
+
+    Raises:
+        TypeError: If ``apply`` is not a function of two arguments, or a leaf of ``params`` is not an array or number.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> def line(params, x):
+        ...     return params["slope"] * x + params["offset"]
+        >>> model = layers.from_function(line, {"slope": jnp.array(2.0), "offset": jnp.array(1.0)})
+        >>> model
+        from_function(line)
+        >>> model.apply(model.init(dtype=jnp.float32), jnp.arange(3.0))[0]
+        Array([1., 3., 5.], dtype=float32)
     """
     if not callable(apply):
         raise TypeError(
@@ -65,14 +98,14 @@ def from_function(apply: Callable[..., Any], params: Any, *, name: str | None = 
 def _array(path: str, leaf: Any) -> jax.Array:
     if not tree.is_array(leaf) and not isinstance(leaf, (int, float)):
         raise TypeError(
-            f"from_function(params=...) expected a tree of arrays, and {path!r} is {tree.describe(leaf)}. Leave it out "
-            "of the params: bind it with functools.partial, or read it in the function."
+            f"from_function(params=...) expected a tree of arrays, received {tree.describe(leaf)} at {path!r}. Take it "
+            "out of the params: bind it with functools.partial, or read it in the function."
         )
     return tree.strong(leaf)
 
 
 def _extra(apply: Callable[..., Any]) -> list[str]:
-    """The names of OFFERED that a function takes, once it is clear that it takes params and x."""
+    """The names of OFFERED that a function takes; a function that does not take params and x is refused."""
     try:
         signature = inspect.signature(apply)
     except ValueError:  # written in C
@@ -82,8 +115,8 @@ def _extra(apply: Callable[..., Any]) -> list[str]:
         signature.bind(None, None, **dict.fromkeys(extra))
     except TypeError as error:
         raise TypeError(
-            f"from_function expected a function (params, x), to which training= and ctx= may be added, received "
-            f"{locate(apply)} with the parameters {signature}: {error}. Write lambda params, x: f(...), with the other "
-            "arguments bound there."
+            f"from_function expected a function (params, x), which may also take training= and ctx=, received "
+            f"{locate(apply)} with the arguments {signature}: {error}. Write lambda params, x: f(...), and pass the "
+            "other arguments there."
         ) from None
     return extra

@@ -1,4 +1,4 @@
-"""Fresh parameters, drawn by an initializer and checked."""
+"""Initial parameters, drawn by an initializer and checked."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from kaun import rng, tree
 Initializer = Callable[..., Any]
 """A function ``(key, shape, dtype) -> array``, as those of ``jax.nn.initializers``."""
 
-
 GLOROT_UNIFORM: Initializer = jax.nn.initializers.glorot_uniform()
 
 
 def init_param(layer: str, what: str, initializer: Initializer, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A parameter of the given shape and dtype from an initializer and the next key of the RNG scope.
+    """Draw a parameter of this shape and dtype with an initializer and the next key of the RNG scope.
 
     Raises:
-        TypeError: when the initializer is not callable, or returns anything but an array of that shape and dtype.
+        TypeError: If the initializer is not callable, or does not return an array of that shape and dtype.
     """
     wanted = f"float array {jnp.dtype(dtype).name}{list(shape)}"
     fix = f"Write {what}=jax.nn.initializers.normal(0.02), or a function (key, shape, dtype) -> array."
@@ -29,7 +28,7 @@ def init_param(layer: str, what: str, initializer: Initializer, shape: tuple[int
         raise TypeError(f"{layer}({what}=...) expected an initializer, received {initializer!r}. {fix}")
     made = initializer(rng.next_key(), shape, dtype)
     if callable(made):
-        # jax.nn.initializers has both kinds: zeros is one, glorot_uniform() makes one.
+        # jax.nn.initializers has both kinds: zeros is an initializer, glorot_uniform() makes one.
         raise TypeError(
             f"{layer}({what}=...) returned a function, not a {wanted}: call it once, {what}={_called(initializer)}."
         )

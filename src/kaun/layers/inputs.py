@@ -1,4 +1,4 @@
-"""What arrives at a layer: its input's shape and dtype, checked."""
+"""Checks of the shape and dtype of a layer's input."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from kaun.layers.path import here
 def float_input(
     name: str, x: Any, dtype: Any = None, *, features: int | None = None, ndim: int | None = None, layout: str = "..."
 ) -> jax.Array:
-    """``x`` as a JAX array, checked for a layer that works on floats.
+    """Check the input of a layer that works on floats.
 
-    Arguments:
-        name: the layer, for messages.
-        x: what came. NumPy arrays are canonicalized as JAX does (float64 becomes float32 without x64).
-        dtype: the model's dtype (``vars.dtype``); None takes any floating one.
-        features: the size that the last axis must have; None takes any.
-        ndim: the number of axes; None takes any from 1.
-        layout: the axes before the last, for messages: ``"batch, height, width"``.
+    Args:
+        name: The layer, for messages.
+        x: The input. NumPy arrays are canonicalized as JAX does (float64 becomes float32 without x64).
+        dtype: The model's dtype (``vars.dtype``); None accepts any floating dtype.
+        features: The size that the last axis must have; None accepts any.
+        ndim: The number of axes; None accepts any number from 1.
+        layout: The axes before the last, for messages: ``"batch, height, width"``.
+
+    Returns:
+        The input as a JAX array.
 
     Raises:
-        TypeError: not an array, or of another dtype.
-        ValueError: another shape.
+        TypeError: If it is not an array, or has another dtype.
+        ValueError: If it has another shape.
     """
     x = _as_jax(name, x)
     last = features if features is not None else "channels"
@@ -56,10 +59,10 @@ def float_input(
 
 
 def int_input(name: str, x: Any, *, layout: str = "...") -> jax.Array:
-    """``x`` as a JAX array, checked for a layer that works on indices.
+    """Check the input of a layer that works on indices, and return it as a JAX array.
 
     Raises:
-        TypeError: not an array, or not of an integer dtype.
+        TypeError: If it is not an array, or its dtype is not an integer dtype.
     """
     x = _as_jax(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):

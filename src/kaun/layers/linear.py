@@ -24,29 +24,31 @@ def linear(
     weight_init: Initializer = GLOROT_UNIFORM,
     bias_init: Initializer = jax.nn.initializers.zeros,
 ) -> Layer[Float, Float]:
-    """The layer ``x @ weight + bias`` on the last axis, under any number of leading ones.
+    """Make the layer ``x @ weight + bias`` over the last axis, with any number of leading axes.
 
-    Input ``[..., in_features]`` in the model's dtype, output ``[..., out_features]``. Parameters: ``weight``
+    The input is ``[..., in_features]`` in the model's dtype, the output ``[..., out_features]``. Parameters: ``weight``
     ``[in_features, out_features]`` and, unless ``bias=False``, ``bias`` ``[out_features]``.
 
-    Arguments:
-        in_features: size of the input's last axis.
-        out_features: size of the output's last axis.
-        bias: whether a bias is added, default True.
-        weight_init: from ``jax.nn.initializers``, default ``glorot_uniform()``.
-        bias_init: from ``jax.nn.initializers``, default ``zeros``.
+    Args:
+        in_features: Size of the input's last axis.
+        out_features: Size of the output's last axis.
+        bias: Whether a bias is added. Default: True.
+        weight_init: Initializer of ``weight``, from ``jax.nn.initializers``. Default: ``glorot_uniform()``.
+        bias_init: Initializer of ``bias``, from ``jax.nn.initializers``. Default: ``zeros``.
 
     Raises:
-        TypeError: a size is not an int; at init, an initializer returns no array; applied, another dtype.
-        ValueError: a size below 1; applied, another width.
+        TypeError: If a size is not an int; in ``init``, if an initializer does not return an array; when applied, if
+            the input has another dtype.
+        ValueError: If a size is below 1; when applied, if the last axis has another size.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.linear(3, 2)
-    >>> variables = layer.init(dtype=jnp.float32)
-    >>> y, _ = layer.apply(variables, jnp.ones((5, 7, 3)))
-    >>> y.shape, variables.params["weight"].shape
-    ((5, 7, 2), (3, 2))
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.linear(3, 2)
+        >>> variables = layer.init(dtype=jnp.float32)
+        >>> y, _ = layer.apply(variables, jnp.ones((5, 7, 3)))
+        >>> y.shape, variables.params["weight"].shape
+        ((5, 7, 2), (3, 2))
     """
     fan_in, fan_out = size("linear", "in_features", in_features), size("linear", "out_features", out_features)
     name = call_text(linear, in_features=fan_in, out_features=fan_out, bias=bias)

@@ -1,6 +1,6 @@
-"""Normalization: over features, groups of channels, or the batch.
+"""Normalization over features, groups of channels, or the batch.
 
-All sum in float32 where the model is in half precision, and return the model's dtype.
+In half precision all layers sum in float32; their output has the model's dtype.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ __all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
 
 
 def layer_norm(dim: int, eps: float = 1e-5) -> Layer[Float, Float]:
-    """The layer that gives each last axis mean 0 and variance 1, then scales and shifts it (Ba et al., 2016).
+    """Make the layer that normalizes the last axis to mean 0 and variance 1, then scales and shifts (Ba et al., 2016).
 
-    ``(x - mean) / sqrt(var + eps) * weight + bias`` with the biased variance. Input and output ``[..., dim]`` in the
-    model's dtype. Parameters: ``weight`` (ones) and ``bias`` (zeros), ``[dim]``.
+    ``(x - mean) / sqrt(var + eps) * weight + bias`` with the biased variance. Input and output are ``[..., dim]`` in
+    the model's dtype. Parameters: ``weight`` (ones) and ``bias`` (zeros), ``[dim]``.
 
-    Arguments:
-        dim: size of the last axis.
-        eps: added to the variance, default 1e-5.
+    Args:
+        dim: Size of the last axis.
+        eps: Added to the variance. Default: 1e-5.
 
     Raises:
-        TypeError: an argument that is not a number; applied, another dtype.
-        ValueError: ``dim`` below 1, ``eps`` not above 0; applied, another width.
+        TypeError: If an argument is not a number; when applied, if the input has another dtype.
+        ValueError: If ``dim`` is below 1 or ``eps`` not above 0; when applied, if the last axis has another size.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.layer_norm(4)
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[2.0, 2.0, 6.0, 6.0]]))
-    >>> y.round(3)
-    Array([[-1., -1.,  1.,  1.]], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.layer_norm(4)
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[2.0, 2.0, 6.0, 6.0]]))
+        >>> y.round(3)
+        Array([[-1., -1.,  1.,  1.]], dtype=float32)
     """
     dim, eps = size("layer_norm", "dim", dim), positive("layer_norm", "eps", eps)
     name = call_text(layer_norm, dim=dim, eps=eps)
@@ -53,25 +54,26 @@ def layer_norm(dim: int, eps: float = 1e-5) -> Layer[Float, Float]:
 
 
 def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
-    """The layer that divides each last axis by its root mean square, then scales it (Zhang and Sennrich, 2019).
+    """Make the layer that divides the last axis by its root mean square, then scales (Zhang and Sennrich, 2019).
 
-    ``x / sqrt(mean(x**2) + eps) * weight``. Input and output ``[..., dim]`` in the model's dtype. Parameter:
+    ``x / sqrt(mean(x**2) + eps) * weight``. Input and output are ``[..., dim]`` in the model's dtype. Parameter:
     ``weight`` (ones), ``[dim]``.
 
-    Arguments:
-        dim: size of the last axis.
-        eps: added to the mean square, default 1e-6.
+    Args:
+        dim: Size of the last axis.
+        eps: Added to the mean square. Default: 1e-6.
 
     Raises:
-        TypeError: an argument that is not a number; applied, another dtype.
-        ValueError: ``dim`` below 1, ``eps`` not above 0; applied, another width.
+        TypeError: If an argument is not a number; when applied, if the input has another dtype.
+        ValueError: If ``dim`` is below 1 or ``eps`` not above 0; when applied, if the last axis has another size.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.rms_norm(2)
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1.0, 7.0]]))
-    >>> [f"{v:.3f}" for v in y[0]]
-    ['0.200', '1.400']
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.rms_norm(2)
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1.0, 7.0]]))
+        >>> [f"{v:.3f}" for v in y[0]]
+        ['0.200', '1.400']
     """
     dim, eps = size("rms_norm", "dim", dim), positive("rms_norm", "eps", eps)
     name = call_text(rms_norm, dim=dim, eps=eps)
@@ -88,28 +90,29 @@ def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
 
 
 def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[Float, Float]:
-    """The layer that gives each group of channels of each item mean 0 and variance 1 (Wu and He, 2018).
+    """Make the layer that normalizes each group of channels of each item to mean 0 and variance 1 (Wu and He, 2018).
 
-    The statistics go over the channels of the group and all axes between the batch and the channels. Input and output
-    ``[batch, ..., num_channels]`` in the model's dtype. Parameters: ``weight`` (ones) and ``bias`` (zeros),
-    ``[num_channels]``, one for each channel.
+    The statistics are taken over the channels of the group and all axes between the batch and the channels; the
+    variance is the biased one. Input and output are ``[batch, ..., num_channels]`` in the model's dtype. Parameters:
+    ``weight`` (ones) and ``bias`` (zeros), ``[num_channels]``, one for each channel.
 
-    Arguments:
-        num_groups: number of groups; it divides ``num_channels``.
-        num_channels: size of the last axis.
-        eps: added to the variance (the biased one), default 1e-5.
+    Args:
+        num_groups: Number of groups, a divisor of ``num_channels``.
+        num_channels: Size of the last axis.
+        eps: Added to the variance. Default: 1e-5.
 
     Raises:
-        TypeError: an argument that is not a number; applied, another dtype.
-        ValueError: a size below 1, ``num_groups`` that does not divide ``num_channels``, ``eps`` not above 0; applied,
-            another number of channels, or no batch axis.
+        TypeError: If an argument is not a number; when applied, if the input has another dtype.
+        ValueError: If a size is below 1, ``num_groups`` does not divide ``num_channels``, or ``eps`` is not above 0;
+            when applied, if the input has another number of channels, or no batch axis.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.group_norm(2, 4)
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1.0, 3.0, 10.0, 30.0]]))
-    >>> y.round(3)
-    Array([[-1.,  1., -1.,  1.]], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.group_norm(2, 4)
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[1.0, 3.0, 10.0, 30.0]]))
+        >>> y.round(3)
+        Array([[-1.,  1., -1.,  1.]], dtype=float32)
     """
     groups, channels = size("group_norm", "num_groups", num_groups), size("group_norm", "num_channels", num_channels)
     eps = positive("group_norm", "eps", eps)
@@ -135,34 +138,35 @@ def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[F
 
 
 def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> Layer[Float, Float]:
-    """The layer that gives each feature mean 0 and variance 1 over the batch (Ioffe and Szegedy, 2015).
+    """Make the layer that normalizes each feature to mean 0 and variance 1 over the batch (Ioffe and Szegedy, 2015).
 
-    Input and output ``[..., num_features]`` in the model's dtype. In training the statistics are those of the batch,
-    over all axes but the last, and the running ones move: ``running = momentum * running + (1 - momentum) * batch``.
-    In evaluation the running ones are used and stay. Parameters: ``weight`` (ones) and ``bias`` (zeros); state:
-    ``running_mean`` (zeros) and ``running_var`` (ones); each ``[num_features]``.
+    Input and output are ``[..., num_features]`` in the model's dtype. In training the statistics are those of the
+    batch, over all axes but the last, and the running statistics are updated: ``running = momentum * running + (1 -
+    momentum) * batch``. In evaluation the running statistics are used, and not updated. Parameters: ``weight`` (ones)
+    and ``bias`` (zeros); state: ``running_mean`` (zeros) and ``running_var`` (ones); each ``[num_features]``.
 
-    The variance is the biased one in both places, as in Keras and Flax; PyTorch's running variance is larger by
-    n / (n - 1), and its momentum is one minus this one. In a half precision model the state is kept in float32: there
-    a step of 1 percent would be lost to rounding.
+    Both variances are the biased ones, as in Keras and Flax. PyTorch's running variance is larger by n / (n - 1), and
+    its momentum is one minus this one. In a half-precision model the state is kept in float32, because an update by 1
+    percent would be lost to rounding.
 
-    Arguments:
-        num_features: size of the last axis.
-        momentum: share of the running statistics that a training step keeps, in [0, 1), default 0.99.
-        eps: added to the variance, default 1e-5.
+    Args:
+        num_features: Size of the last axis.
+        momentum: Weight of the old running statistics in an update, in [0, 1). Default: 0.99.
+        eps: Added to the variance. Default: 1e-5.
 
     Raises:
-        TypeError: an argument that is not a number; applied, another dtype.
-        ValueError: ``num_features`` below 1, ``eps`` not above 0, ``momentum`` outside of [0, 1); applied, another
-            width; in training, fewer than two values for each feature (their variance says nothing).
+        TypeError: If an argument is not a number; when applied, if the input has another dtype.
+        ValueError: If ``num_features`` is below 1, ``eps`` not above 0, or ``momentum`` outside [0, 1); when applied,
+            if the last axis has another size, or in training there are fewer than two values for each feature.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.batch_norm(1)
-    >>> variables = layer.init(dtype=jnp.float32)
-    >>> y, after = layer.apply(variables, jnp.array([[2.0], [4.0]]), training=True)
-    >>> y.round(3).ravel(), after.state["running_mean"].round(3)
-    (Array([-1.,  1.], dtype=float32), Array([0.03], dtype=float32))
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.batch_norm(1)
+        >>> variables = layer.init(dtype=jnp.float32)
+        >>> y, after = layer.apply(variables, jnp.array([[2.0], [4.0]]), training=True)
+        >>> y.round(3).ravel(), after.state["running_mean"].round(3)
+        (Array([-1.,  1.], dtype=float32), Array([0.03], dtype=float32))
     """
     features, eps = size("batch_norm", "num_features", num_features), positive("batch_norm", "eps", eps)
     momentum = fraction("batch_norm", "momentum", momentum)
@@ -182,8 +186,8 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
         if training:
             mean, var = _batch_statistics(name, x)
             state = {
-                "running_mean": _moved(state["running_mean"], mean, momentum),
-                "running_var": _moved(state["running_var"], var, momentum),
+                "running_mean": _updated(state["running_mean"], mean, momentum),
+                "running_var": _updated(state["running_var"], var, momentum),
             }
         else:
             mean, var = (state[key].astype(accumulation_dtype(x.dtype)) for key in ("running_mean", "running_var"))
@@ -204,7 +208,7 @@ def _weight_and_bias(dim: int) -> Any:
 
 def _standardize(x: jax.Array, axis: int | tuple[int, ...], eps: float) -> jax.Array:
     z = x.astype(accumulation_dtype(x.dtype))
-    # Left to itself it takes mean(x^2) - mean(x)^2, which cancels where the mean is large against the spread.
+    # By default it computes mean(x^2) - mean(x)^2, which loses precision where the mean is large against the variance.
     variance = jnp.var(z, axis, keepdims=True)
     return jax.nn.standardize(z, axis, jnp.mean(z, axis, keepdims=True), variance, eps)
 
@@ -229,6 +233,6 @@ def _batch_statistics(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(z, axis=axes), jnp.var(z, axis=axes)
 
 
-def _moved(running: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:
-    # Back to the dtype it came in, so that a state never changes its type from one step to the next.
+def _updated(running: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:
+    # In the dtype that it had, so that the state has the same type after each step.
     return (momentum * running.astype(batch.dtype) + (1 - momentum) * batch).astype(running.dtype)

@@ -1,4 +1,4 @@
-"""Where in the model we are, and what arrives there: the checks of the layers, whose messages name the path."""
+"""The path in the model of the layer that is being applied, for error messages; which layers are frozen or watched."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["at", "frozen_layers", "here", "is_frozen", "path", "watched", "watch
 Watch = Callable[[Any, Any, Callable[[], Any]], Any]
 
 _path: ContextVar[tuple[str, ...]] = ContextVar("kaun_layer_path", default=())
-_still: ContextVar[frozenset[int]] = ContextVar("kaun_still_leaves", default=frozenset())
+_frozen: ContextVar[frozenset[int]] = ContextVar("kaun_frozen_leaves", default=frozenset())
 _watch: ContextVar[Watch | None] = ContextVar("kaun_layer_watch", default=None)
 
 
 @contextlib.contextmanager
 def at(key: str) -> Generator[None, None, None]:
-    """Inside, error messages say that we are below ``key`` in the model."""
+    """Inside this context, error messages add ``key`` to the path in the model."""
     token = _path.set((*_path.get(), key))
     try:
         yield
     except Exception as err:
         path = ".".join(_path.get())
-        if not hasattr(err, "kaun_layer"):  # the innermost layer is the one to name
+        if not hasattr(err, "kaun_layer"):  # the innermost layer is named
             err.kaun_layer = path  # pyright: ignore[reportAttributeAccessIssue]
             if repr(path) not in str(err):
                 err.add_note(f"In the model's layer {path!r}.")
@@ -37,25 +37,25 @@ def at(key: str) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def frozen_layers(leaves: Sequence[Any]) -> Generator[None, None, None]:
-    """Inside, a layer all of whose parameters are among these arrays is applied in evaluation mode."""
-    token = _still.set(frozenset(map(id, leaves)))
+    """Inside this context, a layer whose parameters are all among these arrays is applied in evaluation mode."""
+    token = _frozen.set(frozenset(map(id, leaves)))
     try:
         yield
     finally:
-        _still.reset(token)
+        _frozen.reset(token)
 
 
 def is_frozen(params: Any) -> bool:
-    """Whether these are parameters, and all among the arrays given to ``still``."""
-    # By identity: it holds in a container that was written by hand, too, which knows nothing of paths.
-    known = _still.get()
+    """Whether there are parameters and all of them are among the arrays given to ``frozen_layers``."""
+    # By identity, so that it also works in a container written by hand, which does not record paths.
+    known = _frozen.get()
     leaves = jax.tree_util.tree_leaves(params) if known else []
     return bool(leaves) and all(id(leaf) in known for leaf in leaves)
 
 
 @contextlib.contextmanager
 def watched(watch: Watch) -> Generator[None, None, None]:
-    """Inside, each layer is applied by ``watch(layer, vars, run)``, which gives what ``run()`` gives."""
+    """Inside this context, a layer is applied by ``watch(layer, vars, run)``, which returns what ``run()`` does."""
     token = _watch.set(watch)
     try:
         yield
@@ -64,17 +64,17 @@ def watched(watch: Watch) -> Generator[None, None, None]:
 
 
 def watching() -> Watch | None:
-    """Who watches layers being applied, None for nobody."""
+    """The function given to ``watched``, or None."""
     return _watch.get()
 
 
 def path() -> str:
-    """The path in the model of the layer that is being applied, as far as the containers around it said."""
+    """The path in the model of the layer that is being applied; containers that do not call ``at`` add nothing."""
     return ".".join(_path.get())
 
 
 def here(name: str) -> str:
-    """A layer as error messages name it: what it is and its path in the model."""
+    """A layer as error messages name it: its name and its path in the model."""
     head = name if "\n" not in name else name.split("(", 1)[0]
     path = ".".join(_path.get())
     return f"{head} at {path!r}" if path else head

@@ -1,4 +1,4 @@
-"""Pooling of images, and ``flatten``, which turns what is left into vectors."""
+"""Pooling of images, and ``flatten``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import jax
 from kaun import tree
 from kaun._kernels import larger, largest_in_windows, taps, windows
 from kaun.layers.arguments import accumulation_dtype, call_text, pair
-from kaun.layers.core import Float, Layer, stateless
+from kaun.layers.core import Float, Layer
+from kaun.layers.function import stateless
 from kaun.layers.inputs import float_input
 from kaun.layers.path import here
 
@@ -21,28 +22,31 @@ __all__ = ["avg_pool2d", "flatten", "max_pool2d"]
 
 
 def max_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | None = None) -> Layer[Float, Float]:
-    """The layer that gives the largest number of each window of an image, channel by channel.
+    """Make the layer that takes the maximum of each window of an image, for each channel.
 
-    Input ``[batch, height, width, channels]`` of any floating dtype, output ``[batch, height', width', channels]`` in
-    the same, with ``height' = (height - kernel height) // stride + 1``: nothing is padded, what does not fill a window
-    is left out. Where several numbers of a window are largest, the gradient goes to the first of them (by rows), as in
-    PyTorch and XLA. NaN in a window gives NaN.
+    The input is ``[batch, height, width, channels]`` of any floating dtype, the output ``[batch, height', width',
+    channels]`` of the same dtype, with ``height' = (height - kernel height) // stride + 1``: nothing is padded, and
+    rows and columns that do not fill a window are left out. If several numbers of a window are equal to the maximum,
+    the gradient goes to the first of them (row by row), as in PyTorch and XLA. The maximum of a window with a NaN is
+    NaN.
 
-    Arguments:
-        kernel_size: the window, an int or ``(height, width)``.
-        stride: step between windows, likewise; default the window itself.
+    Args:
+        kernel_size: Size of the window, an int or ``(height, width)``.
+        stride: Step between windows, an int or ``(height, width)``. Default: ``kernel_size``.
 
     Raises:
-        TypeError: a size is not an int; applied, not a floating array.
-        ValueError: a size below 1; applied, not four axes, or an image smaller than the window.
+        TypeError: If a size is not an int; when applied, if the input is not a floating array.
+        ValueError: If a size is below 1; when applied, if the input does not have four axes, or the image is smaller
+            than the window.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.max_pool2d(2)
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.arange(16.0).reshape(1, 4, 4, 1))
-    >>> y.reshape(2, 2)
-    Array([[ 5.,  7.],
-           [13., 15.]], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.max_pool2d(2)
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.arange(16.0).reshape(1, 4, 4, 1))
+        >>> y.reshape(2, 2)
+        Array([[ 5.,  7.],
+               [13., 15.]], dtype=float32)
     """
     window, step = _sizes("max_pool2d", kernel_size, stride)
     name = call_text(max_pool2d, kernel_size=kernel_size, stride=stride)
@@ -56,26 +60,28 @@ def max_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | N
 
 
 def avg_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | None = None) -> Layer[Float, Float]:
-    """The layer that gives the mean of each window of an image, channel by channel.
+    """Make the layer that takes the mean of each window of an image, for each channel.
 
-    Input ``[batch, height, width, channels]`` of any floating dtype, output ``[batch, height', width', channels]`` in
-    the same, with ``height' = (height - kernel height) // stride + 1``: nothing is padded, what does not fill a window
-    is left out. Sums are taken in float32 in half precision.
+    The input is ``[batch, height, width, channels]`` of any floating dtype, the output ``[batch, height', width',
+    channels]`` of the same dtype, with ``height' = (height - kernel height) // stride + 1``: nothing is padded, and
+    rows and columns that do not fill a window are left out. Half precision is summed in float32.
 
-    Arguments:
-        kernel_size: the window, an int or ``(height, width)``.
-        stride: step between windows, likewise; default the window itself.
+    Args:
+        kernel_size: Size of the window, an int or ``(height, width)``.
+        stride: Step between windows, an int or ``(height, width)``. Default: ``kernel_size``.
 
     Raises:
-        TypeError: a size is not an int; applied, not a floating array.
-        ValueError: a size below 1; applied, not four axes, or an image smaller than the window.
+        TypeError: If a size is not an int; when applied, if the input is not a floating array.
+        ValueError: If a size is below 1; when applied, if the input does not have four axes, or the image is smaller
+            than the window.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.avg_pool2d((2, 4))
-    >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.arange(16.0).reshape(1, 4, 4, 1))
-    >>> y.reshape(2)
-    Array([ 3.5, 11.5], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.avg_pool2d((2, 4))
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.arange(16.0).reshape(1, 4, 4, 1))
+        >>> y.reshape(2)
+        Array([ 3.5, 11.5], dtype=float32)
     """
     window, step = _sizes("avg_pool2d", kernel_size, stride)
     name = call_text(avg_pool2d, kernel_size=kernel_size, stride=stride)
@@ -89,17 +95,18 @@ def avg_pool2d(kernel_size: int | Sequence[int], stride: int | Sequence[int] | N
 
 
 def flatten() -> Layer[Float, Float]:
-    """The layer that makes one vector of each item: ``[batch, ...]`` to ``[batch, product of the rest]``.
+    """Make the layer that reshapes each item to a vector: ``[batch, ...]`` to ``[batch, product of the rest]``.
 
     Raises:
-        TypeError: applied to anything but a floating array.
-        ValueError: applied to an array without axes.
+        TypeError: When applied, if the input is not a floating array.
+        ValueError: When applied, if the input has no axes.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun import layers
-    >>> layer = layers.flatten()
-    >>> layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 4, 4, 3)))[0].shape
-    (2, 48)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.flatten()
+        >>> layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 4, 4, 3)))[0].shape
+        (2, 48)
     """
 
     def flat(x: Any) -> jax.Array:
@@ -119,8 +126,8 @@ def _pool(name: str, window: tuple[int, int], reduce: Callable[[jax.Array], jax.
         x = float_input(name, x, ndim=4, layout="batch, height, width")
         if window[0] > x.shape[1] or window[1] > x.shape[2]:
             raise ValueError(
-                f"{here(name)} looks at windows of {window[0]} x {window[1]}, received {tree.describe(x)}: the image "
-                "is smaller. Use a smaller kernel_size, or pool less before."
+                f"{here(name)} expected images of at least {window[0]} x {window[1]}, its window, received "
+                f"{tree.describe(x)}. Use a smaller kernel_size, or pool less in the layers before."
             )
         return reduce(x).astype(x.dtype)
 

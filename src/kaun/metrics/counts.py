@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from kaun import tree
-from kaun.losses import as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
+from kaun.losses.checks import as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
 
 __all__ = [
     "Average",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kaun import tree
-from kaun.losses import Array
+from kaun.losses.checks import Array
 from kaun.metrics import counts
 from kaun.metrics.counts import Average, Score
 

@@ -11,6 +11,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import log_loss
 
 from kaun import losses
+from kaun.losses import checks, functions
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -52,7 +53,7 @@ def known_to(logits):
 
 
 # Compiled, as in training; called eagerly each operation of each shape would compile by itself.
-compiled = {name: jax.jit(getattr(losses, name)) for name in losses.__all__}
+compiled = {name: jax.jit(getattr(losses, name)) for name in functions.__all__}
 SPARSE = jax.jit(jax.value_and_grad(losses.cross_entropy_sparse))
 DENSE = jax.jit(jax.value_and_grad(losses.cross_entropy))
 
@@ -309,7 +310,7 @@ def test_an_index_out_of_range_is_nan_in_compiled_code(bad, dtype):
 
 
 def test_class_indices_are_safe_to_use_where_they_are_not_valid():
-    checked = jax.jit(lambda indices: losses.class_indices("f", "indices", indices, CLASSES))
+    checked = jax.jit(lambda indices: checks.class_indices("f", "indices", indices, CLASSES))
     safe, valid = checked(np.array([-1, 0, 3, 4, 100], np.int8))
     assert safe.tolist() == [0, 0, 3, 0, 0] and safe.dtype == jnp.int32
     assert valid.tolist() == [False, True, True, False, False]
@@ -429,7 +430,10 @@ def test_cross_entropy_sends_class_indices_to_the_sparse_one():
 @pytest.mark.parametrize(
     ("shape", "fix"),
     [
-        ((2, CLASSES), r"One-hot indices become indices with indices\.argmax\(axis=-1\)"),
+        (
+            (2, CLASSES),
+            r"If indices are one-hot, write indices\.argmax\(axis=-1\)\. If each element has one yes-or-no score",
+        ),
         ((2, 1), r"Write indices\.reshape\(logits\.shape\[:-1\]\)"),
         ((3,), r"Make indices\.shape equal logits\.shape\[:-1\]"),
     ],
@@ -524,7 +528,7 @@ def test_nothing_to_average_is_an_error(name):
     outputs, labels = LOSSES[name]
     with pytest.raises(
         ValueError,
-        match=rf"{name} expected at least one element, received (logits|predictions) float32\[0.*a mean over nothing is NaN\. Leave empty batches out",
+        match=rf"{name} expected at least one element, received (logits|predictions) float32\[0.*the mean of no elements is NaN\. Leave empty batches out",
     ):
         getattr(losses, name)(outputs[:0], labels[:0])
 

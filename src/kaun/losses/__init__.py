@@ -1,0 +1,21 @@
+"""Losses: scalar means over the elements or rows of a batch, computed by optax, with shapes and dtypes checked.
+
+Shapes must be equal: nothing broadcasts. Dtypes must be equal: nothing is cast, and the loss has the same dtype.
+There are two exceptions, both exact: NumPy arrays are canonicalized as JAX does (float64 becomes float32 without x64),
+and labels that are zeros and ones may be bool or integer arrays.
+
+A half-precision model with float32 targets therefore gets an error that offers both conversions. Usually the right one
+is ``mse(predictions.astype(jnp.float32), targets)``: the targets stay exact, squares do not overflow float16, and the
+reported loss is float32. The gradient reaches the model in the model's dtype.
+
+Class indices, and integer labels that must be 0 or 1, are checked where their values are known: in an eager call, also
+under ``jax.grad``. In compiled code they are not known. There the loss is NaN when an index is out of range (an index
+is never wrapped or clamped), and the gradient is that of the other rows.
+"""
+
+from kaun.losses.functions import binary_cross_entropy as binary_cross_entropy
+from kaun.losses.functions import cross_entropy as cross_entropy
+from kaun.losses.functions import cross_entropy_sparse as cross_entropy_sparse
+from kaun.losses.functions import huber as huber
+from kaun.losses.functions import mae as mae
+from kaun.losses.functions import mse as mse

@@ -1,0 +1,165 @@
+"""Checks of the arrays that losses and metrics receive: kinds, shapes, dtypes, and values where they are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from kaun import tree
+
+__all__ = [
+    "Array", "as_array", "class_indices", "equal_shapes", "floats", "index_shape", "known", "not_empty",
+    "zeros_and_ones",
+]  # fmt: skip
+
+Array = jax.Array | np.ndarray[Any, Any] | np.generic
+
+
+def as_array(where: str, name: str, value: Any) -> jax.Array:
+    """The argument as a JAX array; anything but an array of JAX or NumPy is refused."""
+    if isinstance(value, jax.Array):
+        return value
+    if not tree.is_array(value):
+        raise TypeError(
+            f"{where} expected an array for {name}, received {type(value).__name__}. Write jnp.asarray({name})."
+        )
+    # A copy, because on a CPU JAX reads the memory of a NumPy array after this call has returned.
+    return jnp.asarray(tree.snapshot(value))
+
+
+def floats(where: str, name: str, value: Any) -> jax.Array:
+    """A model's output as a JAX array, checked: real, floating, not empty."""
+    x = as_array(where, name, value)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        fix = f"{name}.real or jnp.abs({name})" if jnp.iscomplexobj(x) else f"{name}.astype(jnp.float32)"
+        raise TypeError(f"{where} expected floating {name}, received {tree.describe(x)}. Write {fix}.")
+    not_empty(where, name, x)
+    return x
+
+
+def not_empty(where: str, name: str, x: jax.Array) -> None:
+    """Refuse an array without elements."""
+    if x.size == 0:
+        raise ValueError(
+            f"{where} expected at least one element, received {name} {tree.describe(x)}: the mean of no "
+            "elements is NaN. Leave empty batches out."
+        )
+
+
+def equal_shapes(where: str, left: str, a: jax.Array, right: str, b: jax.Array) -> None:
+    """Refuse two arrays of different shapes."""
+    if a.shape == b.shape:
+        return
+    if _equal_but_ones(a.shape, b.shape):
+        fix = f"Write {right}.reshape({left}.shape)"
+    elif _broadcasts(b.shape, a.shape):
+        fix = f"If {right} should be repeated, write jnp.broadcast_to({right}, {left}.shape)"
+    else:
+        fix = f"Make {right}.shape equal {left}.shape"
+    raise ValueError(
+        f"{where} expected equal shapes, received {left} {tree.describe(a)} and {right} {tree.describe(b)}: nothing "
+        f"broadcasts. {fix}."
+    )
+
+
+def index_shape(where: str, left: str, scores: jax.Array, right: str, indices: jax.Array) -> None:
+    """Refuse indices whose shape is not that of the scores without the last axis."""
+    if scores.ndim and indices.shape == scores.shape[:-1]:
+        return
+    if scores.ndim and indices.shape == scores.shape:
+        fix = (
+            f"If {right} are one-hot, write {right}.argmax(axis=-1). If each element has one yes-or-no score, use "
+            "losses.binary_cross_entropy or metrics.binary_accuracy"
+        )
+    elif scores.ndim and _equal_but_ones(indices.shape, scores.shape[:-1]):
+        fix = f"Write {right}.reshape({left}.shape[:-1])"
+    else:
+        fix = f"Make {right}.shape equal {left}.shape[:-1]"
+    raise ValueError(
+        f"{where} expected {left} [..., classes] and {right} [...], received {left} {tree.describe(scores)} and "
+        f"{right} {tree.describe(indices)}. {fix}."
+    )
+
+
+def class_indices(where: str, name: str, value: Any, classes: int) -> tuple[jax.Array, jax.Array]:
+    """Check class indices, where their values are known.
+
+    Returns:
+        The indices as int32 with 0 in place of those out of range, and a mask of those in range.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If one is out of range and the values are known.
+    """
+    indices = as_array(where, name, value)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(
+            f"{where} expected integer class indices for {name}, received {tree.describe(indices)}. "
+            f"Write {name}.astype(jnp.int32)."
+        )
+    # The value as it was passed, not as JAX has it: canonicalized to int32, 2**32 + 1 would be the valid index 1.
+    host = known(value)
+    if host is not None:
+        host = host.astype(np.int64) if host.dtype.itemsize < 8 else host
+        fix = (
+            "To leave rows out, index both arrays with a mask first, or weight the rows of "
+            "optax.losses.softmax_cross_entropy_with_integer_labels"
+        )
+        _none_outside(where, name, host, (host >= 0) & (host < classes), f"0 to {classes - 1}", fix)
+    if indices.dtype.itemsize < 4:
+        indices = indices.astype(jnp.int32)  # an int8 cannot be compared with 1,000 classes
+    valid = (indices >= 0) & (indices < classes)
+    return jnp.where(valid, indices, 0).astype(jnp.int32), valid
+
+
+def zeros_and_ones(where: str, name: str, value: Any) -> tuple[jax.Array, jax.Array]:
+    """Check labels of any dtype that must be 0 or 1, where their values are known.
+
+    Returns:
+        The labels as bools, and a mask of those that were 0 or 1.
+
+    Raises:
+        ValueError: If one is neither and the values are known.
+    """
+    labels = as_array(where, name, value)
+    if labels.dtype == jnp.bool_:
+        return labels, jnp.ones_like(labels)
+    host = known(value)
+    if host is not None:
+        hard = jnp.issubdtype(labels.dtype, jnp.integer)
+        fix = f"Write {name} > 0 if another number means 1" if hard else f"Write {name} > 0.5 for hard labels"
+        _none_outside(where, name, host, (host == 0) | (host == 1), "0 and 1", fix)
+    return labels == 1, (labels == 0) | (labels == 1)
+
+
+def known(value: Any) -> np.ndarray[Any, Any] | None:
+    """The values on the host; None if they are not known yet (traced) or lie in other processes."""
+    if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+        return None
+    return np.asarray(value)
+
+
+def _none_outside(where: str, name: str, host: Any, inside: Any, allowed: str, fix: str) -> None:
+    if inside.all():
+        return
+    outside = np.argwhere(~inside)
+    position = f"[{', '.join(map(str, outside[0]))}]" if host.ndim else ""
+    raise ValueError(
+        f"{where} expected {name} in {allowed}, received {name}{position} = {host[tuple(outside[0])]} "
+        f"({len(outside)} of {host.size} are outside). {fix}."
+    )
+
+
+def _equal_but_ones(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return [n for n in a if n != 1] == [n for n in b if n != 1]
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False

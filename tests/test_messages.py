@@ -1,0 +1,88 @@
+"""Where a function was written, and warnings at the user's line."""
+
+import functools
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kaun
+from kaun._messages import locate, warn
+
+
+def plain(x):
+    return x
+
+
+FIRST_LINE = plain.__code__.co_firstlineno
+
+
+class Model:
+    def loss(self, x):
+        return x
+
+    def __call__(self, x):
+        return x
+
+
+noted = functools.partial(plain)
+noted.note = "Python does not merge this partial with another around it"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        plain,
+        functools.partial(plain, 1),
+        functools.partial(noted, x=1),
+        jax.jit(plain),
+        functools.partial(jax.jit(plain)),
+    ],
+    ids=["plain", "partial", "nested partial", "jit", "partial of jit"],
+)
+def test_locate_says_name_file_and_line_of_what_the_user_wrote(function):
+    assert locate(function) == f"`plain` (test_messages.py:{FIRST_LINE})"
+
+
+def test_locate_of_methods_lambdas_and_inner_functions():
+    def inner(x):
+        return x
+
+    line = Model.loss.__code__.co_firstlineno
+    assert locate(Model().loss) == f"`Model.loss` (test_messages.py:{line})"
+    assert locate(inner) == f"`inner` (test_messages.py:{inner.__code__.co_firstlineno})"
+    assert locate(lambda: 0).startswith("`<lambda>` (test_messages.py:")
+
+
+def test_locate_without_a_source_is_the_name_alone():
+    assert locate(len) == "`len`"
+    assert locate(Model()) == "`Model`"
+    assert locate(3) == "`int`"
+
+
+def test_jitted_output_is_not_in_the_way_of_locate():
+    assert locate(jax.jit(jnp.sin)).startswith("`sin`")
+
+
+def warned(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    (warning,) = caught
+    return warning
+
+
+def test_a_warning_names_the_users_line():
+    warning = warned(lambda: warn("the text"))
+    assert (str(warning.message), warning.category, warning.filename) == ("the text", UserWarning, __file__)
+    assert warning.lineno == test_a_warning_names_the_users_line.__code__.co_firstlineno + 1
+    assert warned(lambda: warn("again", kaun.errors.RecompilationWarning)).category is kaun.errors.RecompilationWarning
+
+
+@pytest.mark.parametrize(("file", "shown"), [("kaun/new/room.py", __file__), ("kaun_models/train.py", "itself")])
+def test_files_of_kaun_are_passed_over_and_those_of_a_package_with_a_longer_name_are_not(file, shown):
+    path = str(Path(kaun.__file__).parents[1] / file)
+    code = compile("warn('the text')", path, "exec")
+    assert warned(lambda: exec(code, {"warn": warn})).filename == (path if shown == "itself" else shown)
