@@ -23,9 +23,19 @@ OPTIONS = {
 # batch_norm that trains cannot be computed in parts.
 CASES = [
     *(("norms", option) for option in OPTIONS if option != "microbatches"),
-    *(("attention", option) for option in OPTIONS),
+    ("attention", "microbatches"),
+    ("attention", "all"),
     ("wide", "trainable"),
-    ("wide", "float16"),
+    *(
+        pytest.param(model, option, marks=pytest.mark.slow)
+        for model, option in [
+            ("attention", "trainable"),
+            ("attention", "biases"),
+            ("attention", "bfloat16"),
+            ("attention", "float16"),
+            ("wide", "float16"),
+        ]
+    ),
 ]
 
 
