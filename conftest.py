@@ -8,15 +8,12 @@ import os
 import re
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
 # Most of the suite's time would be XLA compiling the same small models again and again. JAX's own compile cache
 # compiles each program once for all tests, workers and runs, and for the processes that tests start, which inherit
 # these variables. `make clean` removes it; JAX_ENABLE_COMPILATION_CACHE=false runs the suite without it.
-CACHE = Path(__file__).resolve().parent / ".jax_cache"
-CACHE_LIMIT = 1_000_000_000  # bytes
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -30,6 +27,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before pytest collects the doctests of single files, which would otherwise run a second copy of each module.
 import kaun  # noqa: E402, F401
+
+CACHE = Path(__file__).resolve().parent / ".jax_cache"
+CACHE_LIMIT = 1_000_000_000  # bytes
 
 OF_OTHERS = ("datasets", "equinox", "flax", "grain", "haiku", "torch")
 

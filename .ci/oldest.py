@@ -1,4 +1,4 @@
-"""Prints constraints for pip that hold kaun's dependencies at the floors of pyproject.toml; `make test-oldest` uses it."""
+"""Prints constraints for pip that hold kaun's dependencies at the floors of pyproject.toml, for `make test-oldest`."""
 
 import re
 import sys
