@@ -32,7 +32,7 @@ help:
 	@echo "make test-oldest  the suite on the oldest JAX and other dependencies that pyproject.toml admits"
 	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
 	@echo "make test-torch   layers, losses and a training run against PyTorch"
-	@echo "make faults       kills, power losses and damage in long form; about half an hour"
+	@echo "make faults       the part of test-slow with kills, power losses and damage; about half an hour"
 	@echo "make test-interop models and loaders of other libraries, beside their own loops"
 	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"
 	@echo "make lint         ruff and basedpyright"
@@ -75,7 +75,7 @@ test-torch:
 	@$(MAKE) --no-print-directory suite VENV=.venv-torch ALSO=torch TESTS="tests/parity/torch -m ''"
 
 faults: $(VENV)/.dev
-	KAUN_FAULTS=long $(PYTEST) -s -m '' tests/faults $(ARGS)
+	$(PYTEST) -s -m '' tests/faults $(ARGS)
 
 test-interop:
 	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku grain datasets torch" \
