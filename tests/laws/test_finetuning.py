@@ -22,13 +22,17 @@ OPTIONS = {
 }
 # batch_norm that trains cannot be computed in parts.
 CASES = [
-    *(("norms", option) for option in OPTIONS if option != "microbatches"),
+    ("norms", "trainable"),
+    ("norms", "bfloat16"),
+    ("norms", "all"),
     ("attention", "microbatches"),
-    ("attention", "all"),
     ("wide", "trainable"),
     *(
         pytest.param(model, option, marks=pytest.mark.slow)
         for model, option in [
+            ("norms", "biases"),
+            ("norms", "float16"),
+            ("attention", "all"),
             ("attention", "trainable"),
             ("attention", "biases"),
             ("attention", "bfloat16"),

@@ -17,7 +17,7 @@ OPTIMIZERS = ["adam", "adamw_schedule", "nesterov", "multi_steps", "inject", "em
 
 # Each model with one optimizer and each optimizer with one model; the other pairs are in the long form.
 PAIRS = [
-    pytest.param(model, optimizer, marks=[] if model == "norms" or optimizer == "adam" else pytest.mark.slow)
+    pytest.param(model, optimizer, marks=[] if model == "mlp" or optimizer == "adam" else pytest.mark.slow)
     for model in MODELS
     for optimizer in OPTIMIZERS
 ]
