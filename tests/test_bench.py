@@ -89,6 +89,7 @@ def test_the_order_is_that_of_kauns_data(as_users_do):
         )
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     file, page = tmp_path / "results.json", tmp_path / "page.md"
     command = [sys.executable, "-m", "bench", "--only", "xor", "--steps", "2", "--rounds", "1", "--runners"]

@@ -75,7 +75,8 @@ def test_every_example_is_here_and_says_how_to_run_it():
             assert f'add_argument("{option}"' in text
 
 
-@pytest.mark.parametrize("name", SHORT)
+# The others are called as functions below, in the same process.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "xor" else pytest.mark.slow) for n in SHORT])
 def test_from_the_command_line(name, tmp_path):
     options, printed = SHORT[name]
     absent = [package for package in NEEDED.get(name, []) if not is_installed(package)]
@@ -193,6 +194,13 @@ def test_a_gan_is_two_steps_of_optax_by_hand():
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, after["discriminator"].vars.params, judging)
     jax.tree.map(close, after["generator"].vars.params, painting)
+
+
+def test_a_small_gpt2_learns_and_writes(capsys):
+    _, (pattern,) = SHORT["gpt2"]
+    _, state = example("gpt2").main(steps=12, count=5)
+    assert int(state.step) == 12
+    assert re.search(pattern, capsys.readouterr().out)
 
 
 def test_windows_are_pieces_of_the_text():

@@ -256,6 +256,66 @@ def test_every_public_method_has_a_docstring():
     assert not [name for name, method in methods.items() if not method.__doc__]
 
 
+# Names that said nothing, or two things, before each module had its room. "" stands for all of src.
+OLD_NAMES = {
+    "": {
+        "Body", "Expected", "Flight", "Frozen", "Hook", "Lagging", "Most", "Plan", "Programs", "Ran", "Rows", "Runs",
+        "Token", "Tracked", "Windows", "adds", "advance", "begun", "beside", "heard", "heard_in", "judge",
+        "lift", "lifted", "nothing_lost", "scored", "settled", "spell", "staged", "take_apart", "thinned",
+    },
+    "_engine": {"_before", "_done", "_flight", "_held", "_wrong", "fault", "good", "lost", "wrong"},
+    "_run": {"Look", "_shown", "_told", "again", "place", "settle", "tell"},
+    "_step": {"Parts", "fault", "good", "lost", "still", "wrong"},
+    "data": {"Run", "Stage", "place"},
+    "evaluation": {"Total", "_Sums"},
+    "metrics": {"Total", "_Sums"},
+}  # fmt: skip
+
+
+def identifiers(path):
+    """(line, name) for each name that a file reads, defines, imports or passes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        for field in ("id", "attr", "name", "arg", "asname"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield getattr(node, "lineno", 0), name.split(".")[-1]
+
+
+def test_old_names_are_gone():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for module, path in MODULES.items()
+        for line, name in identifiers(path)
+        if name in OLD_NAMES[""] | OLD_NAMES.get(room(module), set())
+    ]
+    assert not found
+
+
+def test_every_package_says_what_it_is_for():
+    packages = {name: path for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert {"kaun", "_loss", "data", "layers"} <= set(packages)
+    assert not [name for name, path in packages.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def test_pre_commit_and_continuous_integration_run_targets_that_exist():
+    targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    ran = {}
+    for name in (".pre-commit-config.yaml", ".github/workflows/ci.yml", ".ci/run"):
+        text = re.sub(r"#.*", "", (ROOT / name).read_text()).replace("${{ matrix.target }}", "test-slow")
+        ran[name] = set(re.findall(r"(?:run:|entry:|exec) make ([\w-]+)", text.replace("${{ matrix.jax }}", "oldest")))
+    assert ran[".pre-commit-config.yaml"] == {"lint"} and ran[".ci/run"] == {"test"}
+    assert {"test", "test-oldest", "test-slow"} <= ran[".github/workflows/ci.yml"]
+    assert not [name for names in ran.values() for name in names if name not in targets]
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {project['version']}\n" in citation and f"\nlicense: {project['license']}\n" in citation
+    pythons = re.search(r"python: \[(.*)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())[1]
+    listed = [c.split()[-1] for c in project["classifiers"] if re.search(r"Python :: 3\.\d+$", c)]
+    assert re.findall(r"[\d.]+", pythons) == listed and project["requires-python"] == f">={listed[0]}"
+
+
 def test_import_kaun_pulls_in_nothing_optional():
     code = "import sys, kaun; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

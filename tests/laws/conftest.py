@@ -1,5 +1,6 @@
 """The models, optimizers and comparisons that every law is tried on."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -35,13 +36,13 @@ def _cnn():
 
 
 def _attention():
-    def block(dropout):
-        attend = layers.layer_norm(8) >> layers.multi_head_attention(8, 2, is_causal=True, rope=True, dropout=dropout)
-        return layers.residual(attend) >> layers.residual(
-            layers.sequential([layers.layer_norm(8), layers.linear(8, 16), layers.gelu(), layers.linear(16, 8)])
+    def attend(dropout):
+        return layers.residual(
+            layers.layer_norm(8) >> layers.multi_head_attention(8, 2, is_causal=True, rope=True, dropout=dropout)
         )
 
-    return layers.embedding(11, 8) >> block(0.1) >> block(0.0) >> layers.linear(8, 11)
+    more = layers.sequential([layers.layer_norm(8), layers.linear(8, 16), layers.gelu(), layers.linear(16, 8)])
+    return layers.embedding(11, 8) >> attend(0.1) >> layers.residual(more) >> attend(0.0) >> layers.linear(8, 11)
 
 
 def _wide():
@@ -77,10 +78,15 @@ def _data(model, n=24, batch_size=7, epochs=2, seed=3):
     return batches.map(lambda b: (b[0], lambda out: losses.cross_entropy_sparse(out, b[1]))).epochs(epochs)
 
 
-def _trainer(model, optimizer="adam", seed=7):
+def _fresh(model, optimizer="adam", seed=7):
+    """A trainer that has compiled nothing yet, and its state."""
     with rng.scope(seed):
         trainer = kaun.Trainer(model=MODELS[model](), optimizer=OPTIMIZERS[optimizer]())
         return trainer, trainer.init(dtype=jnp.float32)
+
+
+# Trainers and states are values, so the tests of a session share them, and what they have compiled.
+_trainer = functools.cache(_fresh)
 
 
 def _bytes(tree):
@@ -103,5 +109,12 @@ def _fold(trainer, state, data, **options):
 @pytest.fixture
 def zoo():
     return SimpleNamespace(
-        arrays=_arrays, data=_data, trainer=_trainer, bytes=_bytes, fold=_fold, models=MODELS, optimizers=OPTIMIZERS
+        arrays=_arrays,
+        data=_data,
+        trainer=_trainer,
+        fresh=_fresh,
+        bytes=_bytes,
+        fold=_fold,
+        models=MODELS,
+        optimizers=OPTIMIZERS,
     )

@@ -51,7 +51,7 @@ SOURCES = {
 
 
 @functools.cache
-def trained(name):
+def trained():
     with rng.scope(7):
         parts = [layers.linear(5, 8), layers.batch_norm(8), layers.relu(), layers.dropout(0.5), layers.linear(8, 3)]
         trainer = kaun.Trainer(model=layers.sequential(parts), optimizer=optax.sgd(1e-2, momentum=0.9))
@@ -67,7 +67,7 @@ def raw(tree):
 @functools.cache
 def fold(name):
     """The state and the loss after each step of ``trainer.step`` over a source."""
-    trainer, state = trained(name)
+    trainer, state = trained()
     steps = [(state, None)]
     for x, loss in SOURCES[name]():
         value, state = trainer.step(state, x, loss=loss)
@@ -105,7 +105,7 @@ class Watching:
 )
 @settings(max_examples=60, deadline=None)
 def test_what_is_reported_when_is_that_of_single_steps(name, wanted, looks, stop):
-    trainer, state = trained(name)
+    trainer, state = trained()
     steps = fold(name)
     total = len(steps) - 1
     last = stop if stop is not None and stop <= total else total
@@ -129,7 +129,7 @@ def test_what_is_reported_when_is_that_of_single_steps(name, wanted, looks, stop
 @given(st.integers(0, 20), st.sets(st.integers(1, 20), max_size=3), st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_an_exception_of_the_data_comes_after_all_steps_before_it(good, wanted, prefetch):
-    trainer, state = trained("list")
+    trainer, state = trained()
     steps = fold("list")
 
     def source():
@@ -147,7 +147,7 @@ def test_an_exception_of_the_data_comes_after_all_steps_before_it(good, wanted, 
 
 @pytest.mark.parametrize("bad", [1, 2, 3, 9])
 def test_an_exception_of_a_loss_comes_at_its_item(bad):
-    trainer, state = trained("list")
+    trainer, state = trained()
     steps = fold("list")
     taken = []
 
@@ -210,7 +210,7 @@ def test_what_is_not_stacked_is_right_too(of, large):
 
 
 def test_a_user_may_write_to_arrays_between_items():
-    trainer, state = trained("closures")
+    trainer, state = trained()
     x, y = np.empty((5, 5), np.float32), np.empty(5, np.int32)
 
     def source():

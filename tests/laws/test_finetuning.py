@@ -22,10 +22,24 @@ OPTIONS = {
 }
 # batch_norm that trains cannot be computed in parts.
 CASES = [
-    *(("norms", option) for option in OPTIONS if option != "microbatches"),
-    *(("attention", option) for option in OPTIONS),
+    ("norms", "trainable"),
+    ("norms", "bfloat16"),
+    ("norms", "all"),
+    ("attention", "microbatches"),
     ("wide", "trainable"),
-    ("wide", "float16"),
+    *(
+        pytest.param(model, option, marks=pytest.mark.slow)
+        for model, option in [
+            ("norms", "biases"),
+            ("norms", "float16"),
+            ("attention", "all"),
+            ("attention", "trainable"),
+            ("attention", "biases"),
+            ("attention", "bfloat16"),
+            ("attention", "float16"),
+            ("wide", "float16"),
+        ]
+    ),
 ]
 
 

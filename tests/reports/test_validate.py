@@ -70,7 +70,12 @@ class Watching:
             raise EarlyStop
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+# Any two of the four reports come in both orders.
+SHORT = [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)]
+OTHERS = sorted(set(itertools.permutations(range(4))) - set(SHORT))
+
+
+@pytest.mark.parametrize("order", [*SHORT, *(pytest.param(order, marks=pytest.mark.slow) for order in OTHERS)])
 def test_in_any_order_it_is_shown_recorded_and_watched(made, data, order):
     trainer, start = made
     train = data.with_loss(losses.cross_entropy_sparse)

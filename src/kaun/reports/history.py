@@ -185,7 +185,7 @@ def _figure(
     centres, medians = _running_median(losses, window)
     axes.plot(steps[centres], medians, color=STRONG, linewidth=2, label=f"median of {window} steps")
     _finish(axes, xlabel="step", ylabel="loss")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")  # matplotlib searches "best" for seconds where there are many points
     for i, name in enumerate(names):
         below = figure.add_subplot(grid[1 + i // ACROSS, i % ACROSS])
         points = [(step, values[name]) for step, values in results if math.isfinite(values.get(name, math.nan))]

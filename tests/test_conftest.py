@@ -1,0 +1,81 @@
+"""What conftest.py gives to all tests: the compile cache on disk, and property tests in a short form."""
+
+import os
+import uuid
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def root(pytestconfig):
+    return pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+
+
+@pytest.fixture
+def cached():
+    if not jax.config.jax_enable_compilation_cache:
+        pytest.skip("the suite runs without the compile cache")
+
+
+@pytest.fixture
+def compiled():
+    """A function that compiles a program of a new name, and gives the files that the cache has of it."""
+    folder, name = Path(jax.config.jax_compilation_cache_dir), f"kept_{uuid.uuid4().hex}"
+
+    def run():
+        double = lambda x: x * 2
+        double.__name__ = name
+        np.testing.assert_array_equal(jax.jit(double)(np.arange(3.0, dtype=np.float32)), [0, 2, 4])
+        return list(folder.glob(f"*{name}*"))
+
+    yield run
+    for path in folder.glob(f"*{name}*"):
+        path.unlink()
+
+
+def test_what_was_compiled_is_kept_and_found_again(cached, compiled):
+    (path,) = compiled()
+    before = path.stat().st_mtime_ns
+    assert compiled() == [path] and path.stat().st_mtime_ns == before
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == jax.config.jax_compilation_cache_dir, "for processes of tests"
+
+
+@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: raw[::-1]])
+def test_a_damaged_file_is_as_good_as_none(cached, compiled, damage):
+    (path,) = compiled()
+    path.write_bytes(damage(path.read_bytes()))
+    compiled()
+
+
+def test_tests_that_measure_compiling_do_without(no_compile_cache, compiled):
+    assert compiled() == []
+
+
+def test_a_full_cache_loses_its_oldest_files(root, tmp_path):
+    for i in range(10):
+        (tmp_path / str(i)).write_bytes(bytes(100))
+        os.utime(tmp_path / str(i), (i, i))
+    root.shrink(tmp_path, 1000)
+    assert len(list(tmp_path.iterdir())) == 10
+    root.shrink(tmp_path, 999)
+    assert {path.name for path in tmp_path.iterdir()} == {"6", "7", "8", "9"}
+
+
+def test_the_short_form_is_a_quarter_of_the_examples(root):
+    assert [root.examples(n, "full") for n in (3, 40)] == [3, 40]
+    assert [root.examples(n, "short") for n in (3, 6, 20, 40, 100)] == [3, 5, 5, 10, 25]
+
+
+@given(st.integers())
+@settings(max_examples=40)
+def test_it_holds_for_this_one(n):
+    stated = test_it_holds_for_this_one._hypothesis_internal_use_settings
+    assert stated.max_examples == {"short": 10, "full": 40}[settings.get_current_profile_name()]
+    assert stated.deadline is None and stated.print_blob and not stated.derandomize
