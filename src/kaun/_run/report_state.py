@@ -35,7 +35,7 @@ def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             return [put(f"{path}/{i}", v) for i, v in enumerate(value)]
         if isinstance(value, TrainState):
             for name, leaf in tree.flatten(value)[0].items():
-                arrays[f"{path}/{name}"] = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+                arrays[f"{path}/{name}"] = np.asarray(jax.random.key_data(leaf) if tree.is_key(leaf) else leaf)
             return _STATE + path
         if isinstance(value, (jax.Array, np.ndarray)):
             arrays[path] = np.asarray(value)
@@ -91,18 +91,15 @@ def _state(arrays: Mapping[str, Any], path: str, like: TrainState) -> TrainState
     restored: list[Any] = []
     for name, leaf in leaves.items():
         array = _array(arrays, f"{path}/{name}")
-        expected = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        expected = jax.eval_shape(jax.random.key_data, leaf) if tree.is_key(leaf) else leaf
         if array.shape != expected.shape or array.dtype != expected.dtype:
             raise ValueError(
                 f"the state that a report saved has {tree.describe(array)} at {name!r}; the state of this run has "
                 f"{tree.describe(expected)} there"
             )
-        restored.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array)
+        restored.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if tree.is_key(leaf) else array)
     return jax.tree_util.tree_map(jnp.asarray, structure.unflatten(restored))
 
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def pack_results(results: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
@@ -118,7 +117,7 @@ def stack_all(items: list[Any]) -> Any:
 
 
 def _as_numbers(path: Any, k: int, leaf: Any) -> Any:
-    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    is_key = tree.is_key(leaf)
     array = None if is_key else np.asarray(leaf)
     if array is None or array.dtype.kind not in "biufcV" or array.dtype.fields is not None:
         is_of_objects = isinstance(leaf, np.ndarray) and leaf.dtype == object

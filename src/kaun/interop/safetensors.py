@@ -221,7 +221,7 @@ def _leaves(vars: Vars) -> dict[str, Any]:
                 f"safetensors.into: leaf {name!r} of vars is a {type(leaf).__name__}, not an array. Write "
                 "jnp.asarray(leaf)."
             )
-    return {name: leaf for name, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)}
+    return {name: leaf for name, leaf in leaves.items() if not tree.is_key(leaf)}
 
 
 def _misfits(
