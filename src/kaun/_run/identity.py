@@ -148,7 +148,7 @@ def _function(f: Any) -> Fact:
     fact: Fact = {"function": getattr(f, "__qualname__", type(f).__qualname__)}
     if isinstance(f, types.FunctionType):
         fact["code"] = f"{digest.PYTHON}:{look.code(f)}"
-        found += digest.names_captured(look, f)
+        found += look.reads(f)
     elif isinstance(f, (type, types.BuiltinFunctionType)):
         fact["content"] = look.tell(f)
     else:

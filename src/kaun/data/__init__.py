@@ -3,13 +3,13 @@
 ``pipeline`` has the methods that users call, ``nodes`` what a stage does, ``loaders`` the loaders of other libraries.
 """
 
+from kaun._loss import Loss as Loss
 from kaun.data.chunks import Chunk as Chunk
 from kaun.data.chunks import RowGather as RowGather
 from kaun.data.chunks import open_items as open_items
 from kaun.data.convert import as_arrays as as_arrays
 from kaun.data.convert import is_tensor as is_tensor
 from kaun.data.convert import loader_facts as loader_facts
-from kaun.data.items import Loss as Loss
 from kaun.data.items import check_context as check_context
 from kaun.data.items import check_loss as check_loss
 from kaun.data.items import empty_data as empty_data

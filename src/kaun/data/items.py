@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
-
-import jax
+from typing import Any, cast
 
 from kaun import tree
+from kaun._loss import Loss
 from kaun.context import Context
 
-__all__ = ["Loss", "check_context", "check_loss", "empty_data", "known_length", "not_data", "parse_item"]
-
-
-class Loss(Protocol):
-    """The scalar loss of a model's output; what belongs to the batch (labels) is in its closure.
-
-    It may return ``(loss, {"name": scalar})``: the other scalars go to the reports.
-    """
-
-    def __call__(self, output: Any, /) -> jax.Array | tuple[jax.Array, dict[str, Any]]: ...
+__all__ = ["check_context", "check_loss", "empty_data", "known_length", "not_data", "parse_item"]
 
 
 def not_data(data: Any) -> str:
