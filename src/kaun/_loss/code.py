@@ -16,7 +16,7 @@ __all__ = ["Chains", "CodeInfo", "code_info", "refuse_assignments"]
 _MOST_INFOS = 4096
 _LOADS_OUTSIDE = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"])
 _LOADS_GLOBAL = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"])
-_READS_ATTRIBUTE = frozenset(["LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"])
+_READS_ATTRIBUTE = frozenset(["LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM", "DELETE_ATTR"])
 _NO_OPERATION = frozenset(["EXTENDED_ARG", "CACHE", "NOP"])
 
 Chains = Mapping[str, Any]

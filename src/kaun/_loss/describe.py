@@ -8,7 +8,7 @@ from typing import Any
 
 from kaun import tree
 from kaun._loss.code import CodeInfo
-from kaun._loss.key import ByIdentity, Held, KeyNode, LossKey
+from kaun._loss.key import KeyNode, LossKey
 
 __all__ = ["captures", "subject"]
 
@@ -111,7 +111,10 @@ def _plain(node: KeyNode) -> str:
 
 
 def subject(key: LossKey) -> Any:
-    """The callable that a key is about, for messages: the user's own code in it, else the library function it uses."""
+    """The function that a key is about, for messages: the user's own code in it, else the library function it uses.
+
+    It captures nothing: it may be kept.
+    """
     found = list(_callables(key.node))
     own = [f for mine, f in found if mine]
     return own[0] if own else found[-1][1] if found else None
@@ -125,12 +128,6 @@ def _callables(node: Any) -> Iterator[tuple[bool, Any]]:
             yield from _callables(node.node)
         case ("static", types.FunctionType() as function):
             yield False, function
-        case ("method", ("function", CodeInfo() as info, *_), ("object", ByIdentity() as same, *_)) if (
-            info.code.co_name == "__call__" and same.value is not None
-        ):
-            yield True, same.value
-        case ("object" | "class", ByIdentity() | Held() as same, *_) if same.value is not None:
-            yield True, same.value
         case tuple():
             for part in node:  # pyright: ignore[reportUnknownVariableType]
                 yield from _callables(part)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from kaun import tree
+from kaun._loss.code import Chains
 from kaun._loss.key import KeyNode, by_identity
 from kaun._loss.origin import is_library, is_library_type
 from kaun._loss.reads import (
@@ -195,13 +196,46 @@ def _class(walk: Walk, value: type, at: int) -> KeyNode:
     if is_library_type(value):
         walk.notes.identical.append((at, value))
         return ("static", value)
+    walk.asked = True
+    chains = walk.chains
+    if "" not in chains and is_library_type(type(value)) and (entries := _settings(value, chains)) is not None:
+        return ("module", value.__qualname__, False, _named_members(walk, value, entries, chains, at), walk.strict)
     if (again := walk.met(value, at)) is not None:
         return again
-    walk.asked = True
-    return ("class", walk.same(value, at)[1], _members(walk, value, at, None)[1], walk.strict)
+    rest = _members(walk, value, at, None)[1]
+    rest += _members(walk, type(value), walk.notes.read(type, at), None)[1]  # of a metaclass
+    return ("class", walk.same(value, at)[1], rest, walk.strict)
+
+
+def _settings(kind: type, chains: Chains) -> dict[str, tuple[type, Any]] | None:
+    """The entries that code reads of a class of which it uses nothing but attributes; None where they are computed."""
+    found: dict[str, tuple[type, Any]] = {}
+    for name in chains:
+        base = next((base for base in kind.__mro__ if name in vars(base)), object)
+        if is_library_type(base) or isinstance(entry := vars(base)[name], classmethod) or not _how(
+            entry, function_in(entry)[0]
+        ):
+            return None
+        found[name] = base, entry
+    return found
+
+
+def _named_members(
+    walk: Walk, kind: type, entries: dict[str, tuple[type, Any]], chains: Chains, at: int
+) -> KeyNode:  # fmt: skip
+    own = [base for base in kind.__mro__ if not is_library_type(base)]
+    scopes = {base: _class_scope(walk, kind, base, at, frozenset(chains)) for base in own}
+    found: list[tuple[str, KeyNode]] = []
+    for name, (base, entry) in entries.items():
+        function, path = function_in(entry)
+        get, parent = _entry(walk, name, path, scopes[base])
+        found.append((name, _attribute(walk, function, get, parent, chains[name])))
+    return tuple(found)
 
 
 def _enum(walk: Walk, value: Any, at: int) -> KeyNode:
+    if (again := walk.met(value, at)) is not None:
+        return again
     walk.asked = True
     return ("enum", walk.same(value, at)[1], _members(walk, type(value), walk.notes.read(type, at), None)[1])
 
@@ -218,6 +252,7 @@ def _module(walk: Walk, value: types.ModuleType, at: int) -> KeyNode:
     held, reads = vars(value), module_reads(value, chains, walk.names)
     present = frozenset(n for n, _ in reads)
     names = (frozenset(chains) - {""}) | present | (walk.names if whole else frozenset())
+    walk.notes.read_equal(operator.attrgetter("__name__"), at, value.__name__)
     scope = walk.notes.read(operator.attrgetter("__dict__"), at, dict)
     _note_present(walk, scope, names, present)
     found: list[tuple[str, KeyNode]] = [

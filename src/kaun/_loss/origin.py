@@ -21,6 +21,9 @@ _LIBRARIES = frozenset("""
 """.split())  # noqa: SIM905
 
 
+_HEAP_TYPE = 1 << 9
+
+
 def is_library(name: str) -> bool:
     """Whether a module belongs to JAX's ecosystem, a library that losses are written with, or Python itself."""
     root = name.partition(".")[0]
@@ -29,7 +32,9 @@ def is_library(name: str) -> bool:
 
 def is_library_type(kind: type) -> bool:
     """Whether a class was defined in a library."""
-    return is_library(getattr(kind, "__module__", None) or "")
+    name = getattr(kind, "__module__", None) or ""
+    # exec without a __name__ leaves a class in "builtins".
+    return is_library(name) and not (name == "builtins" and kind.__flags__ & _HEAP_TYPE)
 
 
 def root_package(function: types.FunctionType) -> str:

@@ -114,7 +114,7 @@ def slots_of(kind: type) -> dict[str, types.MemberDescriptorType]:
         name: entry
         for base in reversed(kind.__mro__)
         for name, entry in vars(base).items()
-        if isinstance(entry, types.MemberDescriptorType)
+        if isinstance(entry, types.MemberDescriptorType) and name != "__dict__"
     }
 
 

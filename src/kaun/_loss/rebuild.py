@@ -114,6 +114,7 @@ class Rebuilt:
             names[name] = self.make(node)
         for name, node in attributes:
             setattr(made, name, self.make(node))
+        self._watched(made.__dict__)
         if imports:
             self.watch.modules.update({name: self.make(node) for name, node in imports})
         self._strict = before
@@ -139,6 +140,7 @@ class Rebuilt:
             self._set(made, kind, name, node, bind[how])
         if strict:
             self.watch.add_object(made)
+            self.watch.add_class(kind)
         return made
 
     def _set(self, made: Any, kind: type, name: str, node: KeyNode, bind: Callable[[Any], Any]) -> None:
@@ -209,7 +211,7 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "typed": lambda made, kind, value: value,
     "same": Rebuilt.same_,
     "library": Rebuilt.same_,
-    "enum": lambda made, same, rest: same.value,
+    "enum": lambda made, same, rest: made.keep(same.value),
     "float": lambda made, value: float.fromhex(value),
     "complex": lambda made, real, imag: complex(float.fromhex(real), float.fromhex(imag)),
     "tuple": lambda made, items: tuple(made.many(items)),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import builtins
 import collections
 import functools
-import sys
+import importlib.util
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
 
+from kaun._loss.origin import is_library_type
 from kaun.errors import CaptureError
 
 __all__ = ["UnforeseenError", "Watch"]
@@ -54,8 +55,10 @@ class Watch:
                 self._contents.append((made, cast("Any", base)(made)))
 
     def add_class(self, kind: type) -> None:
-        """Watch a class of the user's, which is not a copy."""
-        self._classes.append((kind, dict(vars(kind))))
+        """Watch a class of the user's and its bases, which are not copies."""
+        for base in kind.__mro__:
+            if not is_library_type(base):
+                self._classes.append((base, dict(vars(base))))
 
     def add_foreign(self, value: Any) -> None:
         """Watch what an object of a library holds, which is not a copy, for traced values."""
@@ -143,16 +146,13 @@ class Watch:
             name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
         ) -> Any:
             module = builtins.__import__(name, globals, locals, fromlist, level)
-            return self._imported(module)
+            full = importlib.util.resolve_name("." * level + name, globals["__package__"]) if level else name
+            return self.modules.get(full if fromlist else full.partition(".")[0], module)
 
         return {
             "getattr": guarded_getattr, "hasattr": guarded_hasattr, "globals": guarded_globals,
             "__import__": guarded_import,
         }  # fmt: skip
-
-    def _imported(self, module: types.ModuleType) -> Any:
-        found = self.modules.get(module.__name__)
-        return found if found is not None and sys.modules.get(module.__name__) is module else module
 
 
 class UnforeseenError(CaptureError):
