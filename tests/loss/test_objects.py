@@ -195,6 +195,13 @@ KINDS = {
     "text": lambda y: reads((Text("abc"), Number(3), y), lambda n, out: out.sum() * len(n[0]) * n[1] * n[1].extra),
     "deque": lambda y: reads(collections.deque([y], 3), lambda n, out: losses.mse(out, n[0]) * n.maxlen),
     "counter": lambda y: reads((collections.Counter("aab"), y), lambda n, out: losses.mse(out, n[1]) * n[0]["a"]),
+    "defaults": lambda y: reads(
+        collections.defaultdict(int, a=1, b=y), lambda n, out: losses.mse(out, n["b"]) * n["a"]
+    ),
+    "ordered": lambda y: reads(
+        collections.OrderedDict(b=2.0, a=y),
+        lambda n, out: losses.mse(out, list(n.values())[1]) * next(iter(n.values())),
+    ),
     "user dict": lambda y: reads(collections.UserDict(y=y), lambda n, out: losses.mse(out, n["y"])),
     "set": lambda y: reads(({1, "a"}, y), lambda n, out: losses.mse(out, n[1]) * len(n[0])),
     "cycle": cycle,
@@ -296,6 +303,9 @@ class Failing(Exception):
     pass
 
 
+COMPUTED, FAILING = Computed(), Failing()
+
+
 def by_name(obj, name):
     return lambda out: out.mean() * getattr(obj, name)
 
@@ -323,8 +333,14 @@ BEFORE = r"reads `weight` of a \w+ by a name that is computed when it runs.*weig
 @pytest.mark.parametrize(
     ("loss", "text"),
     [
-        (lambda out, obj=Computed(): out.mean() * obj.alpha, "`obj`, a Computed, .*`__getattr__`.*weight = config.weight"),
-        (lambda out, obj=Failing(): out.mean() * len(obj.args), "a Failing, which keeps its state neither in `__dict__`"),
+        (
+            lambda out: out.mean() * COMPUTED.alpha,
+            "`COMPUTED`, a Computed, .*`__getattr__`.*weight = config.weight",
+        ),
+        (
+            lambda out: out.mean() * len(FAILING.args),
+            "a Failing, which keeps its state neither in `__dict__`",
+        ),
         (by_name(types.SimpleNamespace(weight=1.0), "weight"), BEFORE),
         (by_name_with_default(types.SimpleNamespace(), "weight"), BEFORE),
         (asks_by_name(ByName(), "weight"), BEFORE),
@@ -368,7 +384,7 @@ def test_what_cannot_be_captured_is_refused_where_it_is_used():
 
     holder = Holder()
     assert traced(holder.fine)[1] == 2.5
-    with pytest.raises(CaptureError, match="reads `numbers` of a Holder, a list_iterator, an iterator: .*y = next"):
+    with pytest.raises(CaptureError, match=r"reads `numbers` of a Holder, a list_iterator, an iterator: .*y = next"):
         traced(holder.takes)
     for loss in (holder.draws, holder.maybe):
         with pytest.raises(CaptureError, match="reads `random` of a Holder, a Generator, a random generator: "):

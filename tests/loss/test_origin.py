@@ -132,7 +132,7 @@ def test_only_the_users_own_code_is_refused(package):
     """A write in a package that the loss only uses is that package's affair; in the package of the loss it is not."""
     key, arrays = capture_loss(lambda out: package.counted(out))
     assert rebuild_loss(key, arrays)(np.ones(2)) == 2.0
-    with pytest.raises(CaptureError, match="`counted` .* assigns to the global variable `ALPHA`"):
+    with pytest.raises(CaptureError, match=r"`counted` .* assigns to the global variable `ALPHA`"):
         capture_loss(package.counted)
 
 
@@ -215,7 +215,7 @@ def decorated(name):
         beartype, jaxtyping = pytest.importorskip("beartype"), pytest.importorskip("jaxtyping")
 
         @jaxtyping.jaxtyped(typechecker=beartype.beartype)
-        def typed(out: jaxtyping.Float[jaxtyping.Array, "n"]) -> jaxtyping.Float[jaxtyping.Array, ""]:
+        def typed(out: jaxtyping.Float[jaxtyping.Array, "..."]) -> jaxtyping.Float[jaxtyping.Array, "..."]:
             return losses.mse(out, TARGETS) * WEIGHT
 
         return typed

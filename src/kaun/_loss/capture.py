@@ -92,7 +92,7 @@ def capture_loss(loss: Callable[..., Any]) -> tuple[LossKey, list[Any]]:
     """
     if type(loss) is types.FunctionType:
         code = loss.__code__
-    elif type(loss) is FrozenLoss:
+    elif isinstance(loss, FrozenLoss):
         return loss.key, loss.arrays
     else:
         loss, code = _with_code(loss)
@@ -112,7 +112,7 @@ def _with_code(loss: Any) -> tuple[Any, Any]:
     """
     kind = type(loss)
     if kind is not types.MethodType and kind is not functools.partial:
-        call = getattr(kind, "__call__", None)
+        call = getattr(kind, "__call__", None)  # noqa: B004
         if not isinstance(call, types.FunctionType) or is_library_type(kind):
             return loss, None
         loss = types.MethodType(call, loss)

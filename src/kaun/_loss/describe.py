@@ -129,7 +129,7 @@ def _callables(node: Any) -> Iterator[tuple[bool, Any]]:
         case ("static", types.FunctionType() as function):
             yield False, function
         case tuple():
-            for part in node:  # pyright: ignore[reportUnknownVariableType]
+            for part in node:
                 yield from _callables(part)
         case _:
             pass

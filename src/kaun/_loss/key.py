@@ -125,7 +125,7 @@ class LossKey:
 
 def _tokens(node: Any) -> Iterator[ByIdentity | Held]:
     if isinstance(node, (tuple, frozenset)):
-        for part in node:  # pyright: ignore[reportUnknownVariableType]
+        for part in node:
             yield from _tokens(part)
     elif isinstance(node, (ByIdentity, Held)):
         yield node

@@ -13,12 +13,18 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from kaun import tree
 from kaun._loss.code import Chains
 from kaun._loss.key import KeyNode, by_identity
 from kaun._loss.origin import is_library, is_library_type
 from kaun._loss.reads import (
-    function_in, instance_reads, is_namespace, members_of, module_reads, reads_all, slots_of, transparent,
+    function_in,
+    instance_reads,
+    is_namespace,
+    members_of,
+    module_reads,
+    reads_all,
+    slots_of,
+    transparent,
 )  # fmt: skip
 from kaun._loss.values import VALUES, classify_value, dict_parts, refuse, set_parts
 from kaun._loss.walk import Handler, RefusedError, Walk
@@ -30,6 +36,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.ndarray, np.gene
 # What a class of the user's may extend, and what of it is walked.
 _PAYLOADS: tuple[type, ...] = (list, dict, set, frozenset, tuple, str, int, float, bytes)
 _KEEPS_ITS_STATE_IN_PYTHON = (collections.UserDict, collections.UserList, functools.partial)
+_SOLID = (object, types.SimpleNamespace, collections.OrderedDict, collections.defaultdict, *_PAYLOADS)
 _HEAP_TYPE = 1 << 9
 
 
@@ -57,7 +64,7 @@ def _refuse_unreadable(kind: type) -> None:
     solid = next(base for base in kind.__mro__ if not base.__flags__ & _HEAP_TYPE)
     places = len(slots_of(kind)) + 2  # a dict and weak references
     hidden = solid is object and kind.__basicsize__ > object.__basicsize__ + places * tuple.__itemsize__
-    if hidden or solid not in (object, types.SimpleNamespace, *_PAYLOADS):
+    if hidden or solid not in _SOLID:
         raise RefusedError(
             f"a {kind.__name__}, which keeps its state neither in `__dict__` nor in slots, where it can be seen. Read "
             "what the loss needs before the closure, weight = config.weight, and capture weight."
@@ -167,7 +174,7 @@ def _entry(walk: Walk, name: str, path: str, scope: int) -> tuple[Callable[[Any]
 
 
 def _how(entry: Any, function: Any) -> str:
-    """How a stand-in holds an entry of a class: bound to it, to the class, as it is; "" if it has to stay in the class."""
+    """How a stand-in holds an entry of a class: bound to it, to the class, or as it is; "" if it stays in the class."""
     if isinstance(entry, classmethod):
         return "class"
     if isinstance(entry, (types.FunctionType, staticmethod)) or transparent(entry):
@@ -212,8 +219,10 @@ def _settings(kind: type, chains: Chains) -> dict[str, tuple[type, Any]] | None:
     found: dict[str, tuple[type, Any]] = {}
     for name in chains:
         base = next((base for base in kind.__mro__ if name in vars(base)), object)
-        if is_library_type(base) or isinstance(entry := vars(base)[name], classmethod) or not _how(
-            entry, function_in(entry)[0]
+        if (
+            is_library_type(base)
+            or isinstance(entry := vars(base)[name], classmethod)
+            or not _how(entry, function_in(entry)[0])
         ):
             return None
         found[name] = base, entry
@@ -339,12 +348,12 @@ def _of_object(kind: type, value: Any) -> Handler:
         return _module
     if issubclass(kind, enum.Enum):
         return _enum
+    if issubclass(kind, (list, dict, set, frozenset, tuple)):
+        return _object  # not as a pytree, which sorts keys; a named tuple too
     if jax.tree_util.tree_structure(value) != jax.tree_util.tree_structure(0):
         return _pytree
     if hasattr(kind, "__array__") or hasattr(kind, "__jax_array__"):
         return _refuse_foreign
     if not is_library_type(kind) or is_namespace(kind) or issubclass(kind, _KEEPS_ITS_STATE_IN_PYTHON):
-        return _object
-    if issubclass(kind, (list, dict, set, frozenset, tuple)) and not tree.is_array(value):
         return _object
     return _library_object

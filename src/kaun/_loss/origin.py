@@ -1,4 +1,4 @@
-"""Whose code it is: a library's, or anybody else's. Decided by the name of its top-level package, never by its folder."""
+"""Whose code it is: a library's, or anybody else's. The name of its top-level package decides, never its folder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ __all__ = ["is_library", "is_library_type", "root_package"]
 
 # What these hold at module level does not change during a run, so that none of it is looked at. A package on no list
 # may be the user's own, wherever it is installed: what its functions read is part of the loss.
-_LIBRARIES = frozenset("""
+_LIBRARIES_NAMES = """
     kaun jax jaxlib numpy scipy optax flax equinox haiku chex einops jaxtyping beartype typeguard diffrax distrax
     lineax optimistix orthax quax penzai treescope tensorflow_probability tensorflow torch torchvision keras orbax
     distreqx flowjax numpyro blackjax brax jraph rlax e3nn_jax jax_md jaxopt ott dm_pix objax trax t5x clu jmp paxml
     praxis grain datasets tensorflow_datasets ml_collections ml_dtypes safetensors transformers tokenizers
     huggingface_hub sklearn pandas polars pyarrow xarray h5py zarr matplotlib seaborn plotly PIL cv2 skimage imageio
     tqdm rich loguru wandb mlflow tensorboardX tensorboard optuna hydra omegaconf pydantic attr attrs absl tree
-    wadler_lindig opt_einsum typing_extensions numba sympy networkx IPython ipykernel pytest _pytest pluggy hypothesis
-    triton cloudpickle dill joblib dask ray psutil yaml toolz cytoolz sortedcontainers more_itertools wrapt
-""".split())  # noqa: SIM905
+    wadler_lindig opt_einsum typing_extensions numba sympy networkx IPython ipykernel pytest _pytest pluggy
+    hypothesis triton cloudpickle dill joblib dask ray psutil yaml toolz cytoolz sortedcontainers more_itertools
+    wrapt
+"""
+_LIBRARIES = frozenset(_LIBRARIES_NAMES.split())
 
 
 _HEAP_TYPE = 1 << 9

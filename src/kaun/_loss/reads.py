@@ -26,11 +26,12 @@ EMPTY_CELL = types.CellType()
 Pairs = list[tuple[str, Any]]
 
 _CONTAINERS = (list, dict, set, frozenset, tuple, str, int, float, bytes)
-_NEVER_IMPLICIT = frozenset("""
-    __init__ __new__ __post_init__ __repr__ __str__ __del__ __init_subclass__ __class_getitem__ __set_name__ __reduce__
-    __reduce_ex__ __getstate__ __setstate__ __getnewargs__ __setattr__ __delattr__ __replace__ __annotate__ __dir__
-    __annotate_func__ __subclasshook__ __eq__ __ne__ __hash__ __sizeof__ __format__ __doc__
-""".split())  # noqa: SIM905
+_NEVER_IMPLICIT_NAMES = """
+    __init__ __new__ __post_init__ __repr__ __str__ __del__ __init_subclass__ __class_getitem__ __set_name__
+    __reduce__ __reduce_ex__ __getstate__ __setstate__ __getnewargs__ __setattr__ __delattr__ __replace__
+    __annotate__ __dir__ __annotate_func__ __subclasshook__ __eq__ __ne__ __hash__ __sizeof__ __format__ __doc__
+"""
+_NEVER_IMPLICIT = frozenset(_NEVER_IMPLICIT_NAMES.split())
 _EMPTY_BASES = (object, abc.ABC, Generic, Protocol, *_CONTAINERS)
 _NAMESPACES = frozenset([
     ("types", "SimpleNamespace"), ("argparse", "Namespace"), ("argparse", "_AttributeHolder"),

@@ -5,12 +5,12 @@ A key is a tree of tuples; the first element of each says how that part is made 
 
 from __future__ import annotations
 
-import array
 import builtins
 import collections
 import functools
 import sys
 import types
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -163,9 +163,11 @@ class Rebuilt:
         if payload is dict:
             table = cast("dict[Any, Any]", kind.__new__(kind))
             pairs = lambda: zip(self.many(content[0]), self.many(content[1]), strict=True)
-            return table, lambda: [dict.__setitem__(table, k, v) for k, v in pairs()]
+            ordered = issubclass(kind, collections.OrderedDict)
+            put: Any = collections.OrderedDict.__setitem__ if ordered else dict.__setitem__
+            return table, lambda: [put(table, k, v) for k, v in pairs()]
         if payload is set:
-            group = set.__new__(kind)
+            group = cast("set[Any]", kind.__new__(kind))
             return group, lambda: set.update(group, self.many(content[0]))
         inside = self.many(content[0] if payload is frozenset else content) if payload in (tuple, frozenset) else None
         return payload.__new__(kind, self.make(content) if inside is None else inside), nothing
@@ -220,7 +222,7 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "set": Rebuilt.set_,
     "deque": Rebuilt.deque_,
     "bytes": lambda made, kind, value: kind(value),
-    "numbers": lambda made, typecode, value: array.array(typecode, value),
+    "numbers": lambda made, typecode, value: cast("Any", array)(typecode, value),
     "proxy": lambda made, inside: types.MappingProxyType(made.make(inside)),
     "view": lambda made, name, inside: getattr(made.make(inside), name)(),
     "slice": lambda made, parts: slice(*made.many(parts)),

@@ -1,4 +1,4 @@
-"""How values and functions are captured: a handler for each type, which gives the node of the key and notes its reads."""
+"""How values and functions are captured: a handler for each type gives the node of the key and notes its reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import random
 import sys
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def home_of(loss: Any, depth: int = 3) -> str:
             return info.root
         inside = [v for _, v in function_reads(loss).cells if callable(v)]
         return next(filter(None, (home_of(v, depth - 1) for v in inside)), "") if depth else ""
-    kind = cast("type", loss if isinstance(loss, type) else type(loss))
+    kind = loss if isinstance(loss, type) else type(loss)
     return "" if is_library_type(kind) else (kind.__module__ or "").partition(".")[0]
 
 
@@ -204,9 +204,7 @@ def _function_parts(walk: Walk, value: types.FunctionType, info: CodeInfo, at: i
     if absent:  # names of built-in functions, unless one is hidden by a global from now on
         keys = notes.read(operator.methodcaller("keys"), scope)
         notes.read_equal(operator.methodcaller("isdisjoint", absent), keys, True)
-    outside = tuple([
-        (n, walk.visit(v, operator.itemgetter(n), scope, info.chains.get(n))) for n, v in reads.outside
-    ])
+    outside = tuple([(n, walk.visit(v, operator.itemgetter(n), scope, info.chains.get(n))) for n, v in reads.outside])
     module = str(value.__globals__.get("__name__") or "")
     attributes = _function_attributes(walk, value, at)
     imports = _imports(walk, info, value.__globals__) if info.imports else ()

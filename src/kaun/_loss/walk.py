@@ -1,4 +1,4 @@
-"""One walk over what a callable captures: what it has met, and what it has noted. The handlers of the values are apart."""
+"""One walk over what a callable captures: what it has met and noted. Handlers of the values are in other files."""
 
 from __future__ import annotations
 
