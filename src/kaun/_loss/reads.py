@@ -175,20 +175,19 @@ def module_reads(module: types.ModuleType, chains: Chains, names: frozenset[str]
     return [(n, held[n]) for n in sorted(wanted & held.keys())]
 
 
-def reads_by_name(function: types.FunctionType, names: frozenset[str]) -> Pairs:
-    """What a function captures, sorted by name; of a user's modules what is read of them, ``module.name``."""
+def reads_by_name(function: types.FunctionType) -> Pairs:
+    """What a function captures, sorted by name; of a user's module just what the function reads of it."""
     chains = code_info(function).chains
-    found: Pairs = []
-    for name, value in function_reads(function).pairs():
-        found += _opened(name, value, chains.get(name, {"": None}), names)
-    return sorted(found, key=lambda pair: pair[0])
+    found = [(n, _narrowed(v, chains.get(n, {"": None}))) for n, v in function_reads(function).pairs()]
+    return sorted(found, key=lambda pair: pair[0])  # in which order code reads them depends on the version of Python
 
 
-def _opened(name: str, value: Any, chains: Chains, names: frozenset[str]) -> Pairs:
+def _narrowed(value: Any, chains: Chains) -> Any:
     if not isinstance(value, types.ModuleType) or is_library(value.__name__) or "" in chains:
-        return [(name, value)]
-    pairs = module_reads(value, chains, names)
-    return [pair for n, v in pairs for pair in _opened(f"{name}.{n}", v, chains[n], names)]
+        return value
+    made = types.ModuleType(value.__name__)
+    vars(made).update({n: _narrowed(v, chains[n]) for n, v in module_reads(value, chains, frozenset())})
+    return made
 
 
 def attributes_of(value: Any, names: frozenset[str]) -> Pairs:

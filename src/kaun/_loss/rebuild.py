@@ -161,13 +161,13 @@ class Rebuilt:
             made = list.__new__(kind)
             return made, lambda: list.extend(made, self.many(content))
         if payload is dict:
-            table = cast("dict[Any, Any]", kind.__new__(kind))
+            table = cast("Any", kind).__new__(kind)
             pairs = lambda: zip(self.many(content[0]), self.many(content[1]), strict=True)
             ordered = issubclass(kind, collections.OrderedDict)
             put: Any = collections.OrderedDict.__setitem__ if ordered else dict.__setitem__
             return table, lambda: [put(table, k, v) for k, v in pairs()]
         if payload is set:
-            group = cast("set[Any]", kind.__new__(kind))
+            group = cast("Any", kind).__new__(kind)
             return group, lambda: set.update(group, self.many(content[0]))
         inside = self.many(content[0] if payload is frozenset else content) if payload in (tuple, frozenset) else None
         return payload.__new__(kind, self.make(content) if inside is None else inside), nothing

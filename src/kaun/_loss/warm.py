@@ -71,17 +71,18 @@ class Warm:
     """
 
     __slots__ = (
-        "_arrays", "_equal", "_identical", "_memo", "_pick_equal", "_pick_identical", "_same", "_steps", "_weak", "key",
+        "_arrays", "_equal", "_identical", "_memo", "_pick_equal", "_pick_identical", "_same", "_steps", "key",
     )  # fmt: skip
 
     def __init__(self, notes: Notes, key: LossKey) -> None:
         self.key = key
-        self._steps = tuple(notes.steps)
+        weak = dict(notes.weak)
+        # A check of an object's class comes before what is read of it: a read may run code of another class.
+        self._steps = tuple([(*step, weak.get(at)) for at, step in enumerate(notes.steps, start=1)])
         self._equal = _as_picked([value for _, value in notes.equal])
         self._pick_equal = _picker([at for at, _ in notes.equal])
         self._identical = _as_picked([value for _, value in notes.identical])
         self._pick_identical = _picker([at for at, _ in notes.identical])
-        self._weak = tuple(notes.weak)
         self._same = tuple(notes.same)
         self._arrays = _picker(notes.arrays)
         self._memo = _picker(notes.memo) if len(notes.memo) > 1 else None
@@ -91,9 +92,11 @@ class Warm:
         values = [loss]
         add = values.append
         try:
-            for get, parent, kind in self._steps:
+            for get, parent, kind, reference in self._steps:
                 value = get(values[parent])
                 if type(value) is not kind and kind is not None:
+                    return None
+                if reference is not None and reference() is not value:
                     return None
                 add(value)
         except _UNLIKE:  # a list became shorter, a cell was emptied
@@ -102,9 +105,6 @@ class Warm:
             return None
         if not all(map(operator.is_, self._pick_identical(values), self._identical)):
             return None
-        for at, reference in self._weak:
-            if reference() is not values[at]:
-                return None
         for at, before in self._same:
             if values[at] is not values[before]:
                 return None

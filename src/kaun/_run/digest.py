@@ -114,7 +114,7 @@ class Digester:
     def reads(self, function: types.FunctionType) -> list[tuple[str, Any]]:
         """What a function captures, by name. The attribute names in its code count from now on."""
         self._names |= code_info(function).names
-        return reads_by_name(function, self.names)
+        return reads_by_name(function)
 
     def also(self, kind: type) -> None:
         """Let the attribute names in the methods of a class count."""
