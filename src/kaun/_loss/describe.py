@@ -65,7 +65,7 @@ def _parts(node: KeyNode, name: str) -> Iterator[tuple[str, KeyNode]]:
             yield from _payload_parts(payload, content, name)
             yield from ((f"{name}.{n}", v) for n, v in attributes)
             yield from ((f"{name}.{n}", v) for n, _, v in members)
-            yield from ((f"{name}.{n}", v) for n, v in rest if v)
+            yield from ((f"{name}.__class__.{n}", v) for n, v in rest if v)
         case ("class" | "enum" | "library", _, rest, *_):
             yield from ((f"{name}.{n}", v) for n, v in rest if v)
         case ("module", _, _, found, _):

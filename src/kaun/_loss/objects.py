@@ -185,18 +185,15 @@ def _how(entry: Any, function: Any) -> str:
 
 def _unlifted(walk: Walk, value: Any, get: Callable[[Any], Any], parent: int) -> KeyNode:
     mark = walk.mark()
-    lifts, memo, walk.lifts, walk.memo = walk.lifts, walk.memo, False, dict(walk.memo)
-    noted = len(walk.notes.memo)
+    lifts, walk.lifts = walk.lifts, False
     strict, walk.strict = walk.strict, False
     try:
         return walk.visit(value, get, parent)
     except RefusedError:
-        walk.memo = memo
         walk.back_to(mark)
         return ()
     finally:
-        walk.lifts, walk.memo, walk.strict = lifts, memo, strict
-        del walk.notes.memo[noted:]
+        walk.lifts, walk.strict = lifts, strict
 
 
 def _class(walk: Walk, value: type, at: int) -> KeyNode:

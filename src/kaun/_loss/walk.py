@@ -12,6 +12,7 @@ from kaun._loss.warm import Getter, Notes
 
 __all__ = ["Handler", "RefusedError", "Walk"]
 
+_MOST_READS = 500  # from there on code of packages that are not the user's own is taken as it is
 Handler = Callable[["Walk", Any, int], KeyNode]
 
 
@@ -40,6 +41,7 @@ class Walk:
         self.handlers, self.classify, self.home, self.names = handlers, classify, home, names
         self.arrays: list[Any] = []
         self.memo: dict[int, tuple[int, int]] = {}
+        self.unlifted: dict[int, tuple[int, int]] = {}  # met where nothing is lifted, and no part of a stand-in
         self.infos: dict[CodeInfo, None] = {}
         self.notes = Notes()
         self.asked = False
@@ -62,23 +64,27 @@ class Walk:
         self.chains = {"": None} if chains is None else chains
         if self.strict:
             return handler(self, value, at)
+        if len(self.notes.steps) > _MOST_READS:
+            return self.same(value, at)
         mark = self.mark()
         try:
             return handler(self, value, at)
-        except RefusedError:  # in code that is not the user's own
+        except (RefusedError, RecursionError):  # in code that is not the user's own
             self.back_to(mark)
             return self.same(value, at)
 
     def mark(self) -> tuple[Any, ...]:
         """How far the walk has come, for ``back_to``."""
-        return len(self.arrays), len(self.memo), self.notes.mark(), self.notes.complete
+        return len(self.arrays), len(self.memo), len(self.unlifted), self.notes.mark(), self.notes.complete
 
     def back_to(self, mark: tuple[Any, ...]) -> None:
         """Forget what was met since."""
-        count, met, noted, self.notes.complete = mark
+        count, met, unlifted, noted, self.notes.complete = mark
         del self.arrays[count:]
         while len(self.memo) > met:
             self.memo.popitem()
+        while len(self.unlifted) > unlifted:
+            self.unlifted.popitem()
         self.notes.back_to(noted)
 
     def weak(self, at: int, value: Any) -> None:
@@ -92,11 +98,12 @@ class Walk:
 
     def met(self, value: Any, at: int) -> KeyNode | None:
         """A reference to a value met before, None for a new one: cycles end, and what is shared stays shared."""
-        found = self.memo.get(id(value))
+        found = self.memo.get(id(value)) or (None if self.lifts else self.unlifted.get(id(value)))
         if found is not None:
             self.notes.same.append((at, found[1]))
             return ("again", found[0])
-        self.memo[id(value)] = (len(self.memo), at)
+        memo = self.memo if self.lifts else self.unlifted
+        memo[id(value)] = (len(memo) if self.lifts else -1 - len(memo), at)
         self.notes.memo.append(at)
         self._alive.append(value)  # the memo goes by id
         return None
