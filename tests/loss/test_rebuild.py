@@ -37,11 +37,11 @@ def test_every_capture_has_a_name_and_a_description():
     def loss(out, k=7, *, flag=True):
         return inner(out), batch.y, table, plain.y, plain.alpha, k, flag
 
-    told = captures(*capture.capture_loss(loss))
-    assert told["batch.y"] == "float32[3, 1]" and told["batch.weight"] == "2.0"
-    assert told["table['a'][0]"] == "float32[3, 1]" and told["table['a'][1]"] == "None" and told["table[3]"] == "'x'"
-    assert told["inner.rate"] == "0.5" and told["k"] == "7" and told["flag"] == "True"
-    assert told["plain.alpha"] == "0.25" and told["plain.y"] == "float32[3, 1]"
+    words = captures(*capture.capture_loss(loss))
+    assert words["batch.y"] == "float32[3, 1]" and words["batch.weight"] == "2.0"
+    assert words["table['a'][0]"] == "float32[3, 1]" and words["table['a'][1]"] == "None" and words["table[3]"] == "'x'"
+    assert words["inner.rate"] == "0.5" and words["k"] == "7" and words["flag"] == "True"
+    assert words["plain.alpha"] == "0.25" and words["plain.y"] == "float32[3, 1]"
 
 
 def test_partials_methods_and_frozen_losses_in_words():
@@ -49,8 +49,8 @@ def test_partials_methods_and_frozen_losses_in_words():
         def loss(self, out):
             return out
 
-    told = captures(*capture.capture_loss(functools.partial(lambda a, out, scale=1: out, Y, scale=3)))
-    assert told["(0)"] == "float32[3, 1]" and told["(scale)"] == "3"
+    words = captures(*capture.capture_loss(functools.partial(lambda a, out, scale=1: out, Y, scale=3)))
+    assert words["(0)"] == "float32[3, 1]" and words["(scale)"] == "3"
     assert captures(*capture.capture_loss(Objective().loss))["self"].endswith("Objective object")
     frozen = capture.snapshot_loss(lambda: Y)
     assert captures(*capture.capture_loss(lambda: frozen()))["frozen.Y"] == "float32[3, 1]"

@@ -16,14 +16,14 @@ __all__ = ["captures", "subject"]
 def captures(key: LossKey, arrays: Iterable[Any]) -> dict[str, str]:
     """What a closure captures, in words, by name: arrays as dtype and shape, static values as they print."""
     found: dict[str, str] = {}
-    _tell(key.node, "", iter(arrays), found)
+    _describe(key.node, "", iter(arrays), found)
     return found
 
 
-def _tell(node: KeyNode, name: str, arrays: Iterator[Any], found: dict[str, str]) -> None:
+def _describe(node: KeyNode, name: str, arrays: Iterator[Any], found: dict[str, str]) -> None:
     parts = list(_parts(node, name))
     for part, inner in parts:
-        _tell(inner, part, arrays, found)
+        _describe(inner, part, arrays, found)
     match node:
         case ("array",):
             found[name] = tree.describe(next(arrays))

@@ -23,7 +23,7 @@ class RefusedError(Exception):
 class Walk:
     """One walk over what a callable captures.
 
-    Arguments:
+    Args:
         handlers: the handlers of the types of Python and of libraries.
         classify: the handler of a value of any other type.
         home: the top-level package in which the loss was defined.

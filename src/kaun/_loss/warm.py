@@ -65,7 +65,7 @@ class Notes:
 class Warm:
     """The capture of callables of one form.
 
-    Arguments:
+    Args:
         notes: of the walk that found it.
         key: the key that such callables have.
     """

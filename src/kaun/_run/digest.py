@@ -66,7 +66,7 @@ class Digester:
         self._asked = True
         return frozenset(self._names)
 
-    def tell(self, value: Any) -> str:
+    def describe(self, value: Any) -> str:
         """A value in a line: short numbers as they print, arrays by dtype, shape and content, the rest by digest.
 
         Where code is part of it, the digest of the code comes last, after the version of Python.

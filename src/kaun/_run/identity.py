@@ -69,7 +69,7 @@ def digest_function(f: Callable[..., Any]) -> str:
     >>> identity.digest_function(make(0.1)) == identity.digest_function(make(0.2))
     False
     """
-    return Digester(f).tell(f)
+    return Digester(f).describe(f)
 
 
 # Facts
@@ -98,11 +98,13 @@ def _tree(value: Any) -> Fact | str:
     pairs, treedef = jax.tree_util.tree_flatten_with_path(value)
     look = Digester(value)
     if len(pairs) > _MOST_LEAVES:
-        return look.tell(value)
-    found: Fact = {tree.path_name(path): look.tell(leaf) for path, leaf in pairs}
+        return look.describe(value)
+    found: Fact = {tree.path_name(path): look.describe(leaf) for path, leaf in pairs}
     # Tuple or list, names of a dict's empty parts: all of the tree but its leaves.
     return (
-        found if list(found) == [""] else {**found, "(structure)": Digester().tell(treedef.unflatten([0] * len(pairs)))}
+        found
+        if list(found) == [""]
+        else {**found, "(structure)": Digester().describe(treedef.unflatten([0] * len(pairs)))}
     )
 
 
@@ -115,7 +117,7 @@ def _item(item: Any) -> Fact | str:
 
 def _items(items: Any) -> str:
     look = Digester(items)
-    return look.tell(items)
+    return look.describe(items)
 
 
 def _source(source: Any) -> Fact:
@@ -150,11 +152,11 @@ def _function(f: Any) -> Fact:
         fact["code"] = f"{digest.PYTHON}:{look.code(f)}"
         found += look.reads(f)
     elif isinstance(f, (type, types.BuiltinFunctionType)):
-        fact["content"] = look.tell(f)
+        fact["content"] = look.describe(f)
     else:
         found += digest.names_of_object(look, f)
-        fact["content"] = look.tell(f)
-    fact["reads"] = {name: look.tell(value) for name, value in found}
+        fact["content"] = look.describe(f)
+    fact["reads"] = {name: look.describe(value) for name, value in found}
     return fact
 
 
