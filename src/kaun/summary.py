@@ -13,9 +13,10 @@ import numpy as np
 
 from kaun import rng, tree
 from kaun._engine import StepInputs
+from kaun._loss import Loss
 from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
 from kaun.context import Context
-from kaun.data import Loss, check_context, check_loss
+from kaun.data import check_context, check_loss
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import path as path_here
 from kaun.layers.path import watched

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from kaun import rng, tree
 from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop
+from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
 from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
 from kaun._step import (
@@ -48,7 +49,7 @@ from kaun._step import (
 )
 from kaun.checkpoint import Directory
 from kaun.context import Context
-from kaun.data import Data, Item, Loss, check_context, check_loss, chunks_of, empty_data, not_data, open_items
+from kaun.data import Data, Item, check_context, check_loss, chunks_of, empty_data, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Layer, Vars
 from kaun.state import TrainState, check_state

@@ -130,12 +130,12 @@ class Link:
     next = None
 
 
-def test_an_endless_chain_of_objects_is_refused():
+def test_objects_nested_too_deeply_are_refused():
     first = link = Link()
     for _ in range(1100):
         link.next = Link()
         link = link.next
-    with pytest.raises(CaptureError, match=r"reach more than 1000 others.*y = obj.y"):
+    with pytest.raises(CaptureError, match=r"captures `first`, values nested too deeply to be followed.*y = obj.y"):
         capture.capture_loss(lambda: first.next)
 
 

@@ -7,13 +7,13 @@ import optax
 import pytest
 
 import kaun.layers
-from kaun._loss import code, origin
+from kaun._loss import code, origin, reads
 from kaun.errors import CaptureError
 
 outside = 1
 
 
-def reads(out):
+def reads_outside(out):
     def inner():
         return [outside for _ in range(3)], np.sum
 
@@ -21,18 +21,18 @@ def reads(out):
 
 
 def test_globals_and_names_of_nested_code_are_found():
-    plan = code.code_info(reads)
-    assert set(plan.global_names) == {"outside", "range", "np", "getattr"}
-    assert {"attribute", "by_name", "sum"} <= plan.names and "not a name!" not in plan.names
-    assert code.code_info(reads) is plan
-    assert plan.stub.__code__ is reads.__code__
+    info = code.code_info(reads_outside)
+    assert set(info.global_names) == {"outside", "range", "np", "getattr"}
+    assert {"attribute", "by_name", "sum"} <= info.names and "not a name!" not in info.names
+    assert code.code_info(reads_outside) is info
+    assert info.stub.__code__ is reads_outside.__code__
 
 
 def test_own_code_is_told_from_libraries():
-    assert code.code_info(reads).own
-    assert not code.code_info(optax.adam).own and not code.code_info(kaun.layers.linear).own
-    assert not code.code_info(types.FunctionType(types.new_class.__code__, vars(types))).own
-    assert origin.is_own_module(__name__) and not origin.is_own_module("numpy") and not origin.is_own_module("json")
+    assert not code.code_info(reads_outside).library
+    assert code.code_info(optax.adam).library and code.code_info(kaun.layers.linear).library
+    assert code.code_info(types.FunctionType(types.new_class.__code__, vars(types))).library
+    assert not origin.is_library(__name__) and origin.is_library("numpy") and origin.is_library("json")
     assert origin.is_library("kaun.layers.core") and not origin.is_library("kaunas")
 
 
@@ -48,6 +48,7 @@ def test_a_variable_of_the_functions_own_may_be_written_from_within():
         return total
 
     assert code.code_info(fine).code is fine.__code__
+    code.refuse_assignments(fine)
 
 
 def test_deleting_counts_as_writing():
@@ -58,7 +59,7 @@ def test_deleting_counts_as_writing():
         del box
 
     with pytest.raises(CaptureError, match="assigns to the nonlocal variable `box`"):
-        code.code_info(deletes)
+        code.refuse_assignments(deletes)
 
 
 class Slots:
@@ -81,19 +82,19 @@ class Thing:
 
 
 def test_attributes_are_read_without_running_the_objects_code():
-    found = dict(code.attributes_read(Thing(), frozenset(["kind", "own", "computed", "static", "missing"])))
+    found = dict(reads.attributes_of(Thing(), frozenset(["kind", "own", "computed", "static", "missing"])))
     assert found["kind"] == 1 and found["own"] == 2 and set(found) == {"kind", "own", "computed", "static"}
     assert found["computed"] is Thing.computed.fget and found["static"] is Thing.static
     slots = Slots()
     slots.a = 5
-    assert code.attributes_read(slots, frozenset("ab")) == [("a", 5)]
+    assert reads.attributes_of(slots, frozenset("ab")) == [("a", 5)]
 
 
-def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(code, "_MOST_PLANS", 3)
-    monkeypatch.setattr(code, "_plans", {})
+def test_infos_are_bounded(monkeypatch):
+    monkeypatch.setattr(code, "_MOST_INFOS", 3)
+    monkeypatch.setattr(code, "_infos", {})
     for i in range(10):
         scope = {}
         exec(f"def f(): return {i}", scope)
         code.code_info(scope["f"])
-    assert len(code._plans) == 3
+    assert len(code._infos) == 3

@@ -8,7 +8,8 @@ import pytest
 
 from kaun import Data, losses
 from kaun._loss import capture
-from kaun._loss.describe import captures, hidden_arrays, subject
+from kaun._loss.describe import captures, subject
+from kaun._loss.key import LossKey
 from kaun._loss.rebuild import Rebuilt, parts
 
 Y = np.zeros((3, 1), np.float32)
@@ -36,12 +37,11 @@ def test_every_capture_has_a_name_and_a_description():
     def loss(out, k=7, *, flag=True):
         return inner(out), batch.y, table, plain.y, plain.alpha, k, flag
 
-    told = captures(*capture.capture_loss(loss))
-    assert told["batch.y"] == "float32[3, 1]" and told["batch.weight"] == "2.0"
-    assert told["table['a'][0]"] == "float32[3, 1]" and told["table['a'][1]"] == "None" and told["table[3]"] == "'x'"
-    assert told["inner.rate"] == "0.5" and told["k"] == "7" and told["flag"] == "True"
-    assert told["Plain.alpha"] == "0.25" and "float32[3, 1] with digest" in told["Plain.y"]
-    assert next(iter(hidden_arrays(capture.capture_loss(loss)[0])))[0] == "`y` of a Plain"
+    words = captures(*capture.capture_loss(loss))
+    assert words["batch.y"] == "float32[3, 1]" and words["batch.weight"] == "2.0"
+    assert words["table['a'][0]"] == "float32[3, 1]" and words["table['a'][1]"] == "None" and words["table[3]"] == "'x'"
+    assert words["inner.rate"] == "0.5" and words["k"] == "7" and words["flag"] == "True"
+    assert words["plain.alpha"] == "0.25" and words["plain.y"] == "float32[3, 1]"
 
 
 def test_partials_methods_and_frozen_losses_in_words():
@@ -49,9 +49,9 @@ def test_partials_methods_and_frozen_losses_in_words():
         def loss(self, out):
             return out
 
-    told = captures(*capture.capture_loss(functools.partial(lambda a, out, scale=1: out, Y, scale=3)))
-    assert told["(0)"] == "float32[3, 1]" and told["(scale)"] == "3"
-    assert "Objective object at" in captures(*capture.capture_loss(Objective().loss))["self"]
+    words = captures(*capture.capture_loss(functools.partial(lambda a, out, scale=1: out, Y, scale=3)))
+    assert words["(0)"] == "float32[3, 1]" and words["(scale)"] == "3"
+    assert captures(*capture.capture_loss(Objective().loss))["self"].endswith("Objective object")
     frozen = capture.snapshot_loss(lambda: Y)
     assert captures(*capture.capture_loss(lambda: frozen()))["frozen.Y"] == "float32[3, 1]"
 
@@ -84,8 +84,8 @@ def test_what_a_key_is_about():
     assert about(loss).__code__ is about(functools.partial(loss, 1)).__code__ is loss.__code__
     assert about(functools.partial(losses.mse, Y)) is losses.mse
     assert about(Data.from_items([(Y, Y)]).with_loss(losses.mse).__iter__().__next__()[1]) is losses.mse
-    assert about(Objective()) is Objective
-    assert subject((("static", max), ())) is None
+    assert about(Objective()).__code__ is Objective.__call__.__code__
+    assert subject(LossKey(("static", max), frozenset())) is None
 
 
 @pytest.mark.parametrize("write", ["append", "setitem", "attribute", "field", "delete"])
@@ -105,8 +105,8 @@ def test_writes_are_seen_and_undone(write):
             batch.weight = 9
 
     made = Rebuilt(*capture.capture_loss(function))
-    assert not made.written()
+    assert not made.watch.restore()
     made.function()
-    assert made.written()
+    assert made.watch.restore()
     assert items == [1, 2] and table == {"a": 1} and plain.alpha == 0.25 and batch.weight == 2.0
-    assert not made.written()
+    assert not made.watch.restore()

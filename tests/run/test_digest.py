@@ -191,17 +191,17 @@ EACH = [
 def test_values_of_each_kind_count_by_content(one, same, other):
     assert of(one) == of(same)
     assert of(one) != of(other)
-    assert Digester(one).tell(one) == Digester(same).tell(same) != Digester(other).tell(other)
+    assert Digester(one).describe(one) == Digester(same).describe(same) != Digester(other).describe(other)
 
 
-def test_values_are_told_in_words():
+def test_values_are_described_in_words():
     for value, text in [(None, "None"), (True, "True"), (3, "3"), (0.5, "0.5"), (np.float32(0.5), "float32[] 0.5")]:
-        assert Digester(value).tell(value) == text
-    assert Digester(np).tell(np) == "module numpy"
-    assert re.fullmatch(r"str sha256:\w{64}", Digester("secret").tell("secret"))
-    assert re.fullmatch(r"float32\[2\] sha256:\w{64}", Digester().tell(np.zeros(2, np.float32)))
+        assert Digester(value).describe(value) == text
+    assert Digester(np).describe(np) == "module numpy"
+    assert re.fullmatch(r"str sha256:\w{64}", Digester("secret").describe("secret"))
+    assert re.fullmatch(r"float32\[2\] sha256:\w{64}", Digester().describe(np.zeros(2, np.float32)))
     f = closure(1)
-    assert re.fullmatch(rf"closure.<locals>.<lambda> sha256:\w{{64}} {digest.PYTHON}:\w{{64}}", Digester(f).tell(f))
+    assert re.fullmatch(rf"closure.<locals>.<lambda> sha256:\w{{64}} {digest.PYTHON}:\w{{64}}", Digester(f).describe(f))
 
 
 def test_what_refers_to_itself_has_a_digest():

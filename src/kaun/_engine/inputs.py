@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,11 +63,10 @@ class StepInputs:
         """The leaves as they are now: NumPy arrays copied, because XLA may read them after the call has returned."""
         return [tree.snapshot(a) for a in self.leaves]
 
-    def split(self, leaves: list[Any]) -> tuple[Any, list[Any], Context]:
-        """Input, captured arrays and context, made of leaves in the order of this call's."""
-        _, x_def, ctx_def, n, m = self.static
-        join = jax.tree_util.tree_unflatten
-        return join(x_def, leaves[:n]), leaves[n : n + m], join(ctx_def, leaves[n + m :])
+    @property
+    def split(self) -> Callable[[list[Any]], tuple[Any, list[Any], Context]]:
+        """A function from leaves in this order to input, captured arrays and context. It holds no array."""
+        return functools.partial(_split, self.static)
 
     @property
     def examples(self) -> int | None:
@@ -96,6 +97,12 @@ class StepInputs:
         if self.loss_key is not None:
             told |= {f"captured {n}": v for n, v in captures(self.loss_key, arrays).items()}
         return told
+
+
+def _split(static: tuple[Any, ...], leaves: list[Any]) -> tuple[Any, list[Any], Context]:
+    _, x_def, ctx_def, n, m = static
+    join = jax.tree_util.tree_unflatten
+    return join(x_def, leaves[:n]), leaves[n : n + m], join(ctx_def, leaves[n + m :])
 
 
 def is_host(leaf: Any) -> bool:

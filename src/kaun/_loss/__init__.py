@@ -5,16 +5,18 @@ A loss is a fresh closure for each batch. It is taken apart into a static key an
 """
 
 from kaun._loss.capture import FrozenLoss as FrozenLoss
+from kaun._loss.capture import Loss as Loss
 from kaun._loss.capture import capture_loss as capture_loss
 from kaun._loss.capture import snapshot_loss as snapshot_loss
-from kaun._loss.code import attributes_read as attributes_read
-from kaun._loss.code import names_read as names_read
-from kaun._loss.code import own_methods as own_methods
+from kaun._loss.code import code_info as code_info
 from kaun._loss.describe import captures as captures
 from kaun._loss.describe import subject as subject
-from kaun._loss.origin import is_own as is_own
-from kaun._loss.origin import is_own_module as is_own_module
-from kaun._loss.rebuild import Rebuilt as Rebuilt
+from kaun._loss.key import LossKey as LossKey
+from kaun._loss.origin import is_library as is_library
+from kaun._loss.reads import attributes_of as attributes_of
+from kaun._loss.reads import methods_of as methods_of
+from kaun._loss.reads import reads_by_name as reads_by_name
 from kaun._loss.rebuild import parts as parts
+from kaun._loss.rebuild import rebuild_loss as rebuild_loss
 from kaun._loss.trace import trace_function as trace_function
 from kaun._loss.trace import trace_loss as trace_loss

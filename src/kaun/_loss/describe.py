@@ -7,102 +7,129 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kaun import tree
-from kaun._loss.code import ByIdentity, CodeInfo
-from kaun._loss.rebuild import ByContent, KeyNode
+from kaun._loss.code import CodeInfo
+from kaun._loss.key import KeyNode, LossKey
+
+__all__ = ["captures", "subject"]
 
 
-def captures(key: Any, arrays: Iterable[Any]) -> dict[str, str]:
+def captures(key: LossKey, arrays: Iterable[Any]) -> dict[str, str]:
     """What a closure captures, in words, by name: arrays as dtype and shape, static values as they print."""
     found: dict[str, str] = {}
-    _tell(key[0], "", iter(arrays), found)
-    for kind, attributes in key[1]:
-        for name, token in attributes:
-            _tell(token, f"{kind}.{name}", iter(()), found)
+    _describe(key.node, "", iter(arrays), found)
     return found
 
 
-def _tell(token: KeyNode, name: str, arrays: Iterator[Any], found: dict[str, str]) -> None:
-    match token:
+def _describe(node: KeyNode, name: str, arrays: Iterator[Any], found: dict[str, str]) -> None:
+    parts = list(_parts(node, name))
+    for part, inner in parts:
+        _describe(inner, part, arrays, found)
+    match node:
         case ("array",):
             found[name] = tree.describe(next(arrays))
-        case ("function", plan, _, cells, defaults, keywords, outside):
-            below = f"{name}." if name else ""
-            parts = [*zip(plan.code.co_freevars, cells, strict=True)]
-            arguments = plan.code.co_varnames[: plan.code.co_argcount]
-            parts += zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
-            for part, inner in [*parts, *keywords, *outside]:
-                _tell(inner, below + part, arrays, found)
-        case ("dict", keys, values):
-            for k, v in zip(keys, values, strict=True):
-                _tell(v, f"{name}[{_plain(k)}]", arrays, found)
-        case ("dataclass", _, names, values):
-            for n, v in zip(names, values, strict=True):
-                _tell(v, f"{name}.{n}", arrays, found)
-        case ("tuple" | "list" as kind, items) | ("pytree" as kind, _, items):
-            for i, item in enumerate(items):
-                _tell(item, f"{name}[{i}]", arrays, found)
-            found[f"{name} ({kind})"] = str(len(items) if kind != "pytree" else token[1])
-        case ("partial", function, args, keys, values):
-            _tell(function, name, arrays, found)
-            for k, v in [*((str(i), a) for i, a in enumerate(args)), *zip(keys, values, strict=True)]:
-                _tell(v, f"{name}({k})", arrays, found)
-        case ("method", function, owner):
-            _tell(function, name, arrays, found)
-            _tell(owner, f"{name}.self" if name else "self", arrays, found)
-        case ("frozen", key, count):
-            inner = captures(key, [next(arrays) for _ in range(count)])
-            found.update({f"{name}.{k}" if name and k else name + k: v for k, v in inner.items()})
+        case ("tuple" | "list" as kind, items):
+            found[f"{name} ({kind})"] = str(len(items))
+        case ("pytree", treedef, *_):
+            found[f"{name} (pytree)"] = str(treedef)
+        case ("frozen", inner_key, count):
+            inside = captures(inner_key, [next(arrays) for _ in range(count)])
+            found.update({f"{name}.{k}" if name and k else name + k: v for k, v in inside.items()})
+        case ("object", same, *_) if not parts:
+            found[name] = f"{same.text.partition(' ')[2] or same.text} object"
+        case ("same" | "class" | "enum" | "library", same, *_):
+            found[name] = _plain(node)
+        case _ if not parts and node:
+            found[name] = _plain(node)
         case _:
-            found[name] = _plain(token)
+            pass
 
 
-def _plain(token: KeyNode) -> str:
-    match token:
+def _parts(node: KeyNode, name: str) -> Iterator[tuple[str, KeyNode]]:
+    """The nodes inside a node with their names, in the order in which their arrays come."""
+    below = f"{name}." if name else ""
+    match node:
+        case ("function", info, _, _, cells, defaults, keywords, outside, attributes, imports):
+            yield from ((below + n, v) for n, v in zip(info.code.co_freevars, cells, strict=True))
+            if defaults[0] == "tuple":
+                arguments = info.code.co_varnames[: info.code.co_argcount]
+                first = len(arguments) - len(defaults[1])
+                yield from ((below + n, v) for n, v in zip(arguments[first:], defaults[1], strict=True))
+            if keywords[0] == "dict":
+                yield from ((below + k[2], v) for k, v in zip(keywords[1], keywords[2], strict=True))
+            yield from ((below + n, v) for n, v in (*outside, *attributes, *imports))
+        case ("dict", keys, values):
+            yield from ((f"{name}[{_plain(k)}]", v) for k, v in zip(keys, values, strict=True))
+        case ("tuple" | "list", items) | ("deque" | "pytree", _, items, *_):
+            yield from ((f"{name}[{i}]", v) for i, v in enumerate(items))
+        case ("object", _, payload, content, attributes, members, rest, _):
+            yield from _payload_parts(payload, content, name)
+            yield from ((f"{name}.{n}", v) for n, v in attributes)
+            yield from ((f"{name}.{n}", v) for n, _, v in members)
+            yield from ((f"{name}.__class__.{n}", v) for n, v in rest if v)
+        case ("class" | "enum" | "library", _, rest, *_):
+            yield from ((f"{name}.{n}", v) for n, v in rest if v)
+        case ("module", _, _, found, _):
+            yield from ((f"{name}.{n}", v) for n, v in found)
+        case ("partial", function, args, keywords):
+            yield name, function
+            yield from ((f"{name}({i})", v) for i, v in enumerate(args[1]))
+            yield from ((f"{name}({k[2]})", v) for k, v in zip(keywords[1], keywords[2], strict=True))
+        case ("method", function, owner):
+            yield name, function
+            yield (f"{name}.self" if name else "self"), owner
+        case ("proxy", inside) | ("view", _, inside) | ("bound", _, inside):
+            yield name, inside
+        case _:
+            pass
+
+
+def _payload_parts(payload: type | None, content: KeyNode, name: str) -> Iterator[tuple[str, KeyNode]]:
+    if payload is dict:
+        yield from _parts(("dict", *content), name)
+    elif payload in (list, tuple):
+        yield from _parts(("list", content), name)
+    elif payload is not None and payload not in (set, frozenset):
+        yield name, content
+
+
+def _plain(node: KeyNode) -> str:
+    match node:
         case ("static", value) | ("typed", _, value):
             return repr(value)
         case ("float", value):
             return repr(float.fromhex(value))
-        case ("same" | "object", same):
-            return f"{type(same.value).__name__} object at {id(same.value):#x}"
+        case ("enum", same, _):
+            return repr(same.value)
+        case ("same" | "class" | "library", same, *_):
+            return same.text
         case ("content", content):
-            return f"{tree.describe(content.value)} with digest {content.digest[-1].hex()[:8]}"
+            return f"{content.text} with digest {content.digest[-1].hex()[:8]}"
+        case ("bytes" | "numbers", kind, value):
+            return f"{kind} {value!r}"
         case _:
-            return str(token[0])
+            return str(node[0])
 
 
-def hidden_arrays(key: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays that a loss can reach through objects and that could not be lifted: how they are reached, and they."""
-    for kind, attributes in key[1]:
-        for name, token in attributes:
-            for array in _arrays_in(token):
-                yield f"`{name}` of a {kind}", array
+def subject(key: LossKey) -> Any:
+    """The function that a key is about, for messages: the user's own code in it, else the library function it uses.
 
-
-def _arrays_in(token: Any) -> Iterator[Any]:
-    if isinstance(token, tuple):
-        for part in token:
-            yield from _arrays_in(part)
-    elif isinstance(token, (ByIdentity, ByContent)) and tree.is_array(token.value):
-        yield token.value
-
-
-def subject(key: Any) -> Any:
-    """The callable that a key is about, for messages: the user's own code in it, else the library function it uses."""
-    found = list(_callables(key[0]))
+    It captures nothing: it may be kept.
+    """
+    found = list(_callables(key.node))
     own = [f for mine, f in found if mine]
     return own[0] if own else found[-1][1] if found else None
 
 
-def _callables(token: Any) -> Iterator[tuple[bool, Any]]:
-    match token:
+def _callables(node: Any) -> Iterator[tuple[bool, Any]]:
+    match node:
         case CodeInfo():
-            yield token.own, token.stub
+            yield not node.library, node.stub
+        case LossKey():
+            yield from _callables(node.node)
         case ("static", types.FunctionType() as function):
             yield False, function
-        case ("object" | "dataclass", ByIdentity(value=value), *_) | ("object" | "dataclass", value, *_):
-            yield True, value if isinstance(value, type) else type(value)
         case tuple():
-            for part in token:
+            for part in node:
                 yield from _callables(part)
         case _:
             pass

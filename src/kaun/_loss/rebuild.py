@@ -1,47 +1,31 @@
-"""The key of a closure made into a callable again, around given arrays; and a key told in words.
+"""The key of a closure made into a callable again, around given arrays.
 
 A key is a tree of tuples; the first element of each says how that part is made again (``_REBUILD``, at the end).
 """
 
 from __future__ import annotations
 
+import builtins
+import collections
 import functools
+import sys
 import types
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 
-from kaun._loss.code import ByIdentity, CodeInfo
+from kaun._loss.code import CodeInfo
+from kaun._loss.key import EMPTY, ByIdentity, Held, KeyNode, LossKey
+from kaun._loss.watch import Watch
 
-__all__ = [
-    "ARRAY",
-    "EMPTY",
-    "ByContent",
-    "KeyNode",
-    "Rebuilt",
-    "parts",
-]
-
-KeyNode = tuple[Any, ...]
-ARRAY: KeyNode = ("array",)
-EMPTY: KeyNode = ("empty",)
+__all__ = ["Rebuilt", "parts", "rebuild_loss"]
 
 
-class ByContent:
-    """A NumPy array as a static value: equal to those of equal dtype, shape and bytes."""
-
-    __slots__ = ("digest", "value")
-
-    def __init__(self, value: Any, digest: bytes) -> None:
-        self.value = value
-        self.digest = (value.dtype, value.shape, digest)
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is ByContent and other.digest == self.digest
+def rebuild_loss(key: LossKey, arrays: Iterable[Any]) -> Callable[..., Any]:
+    """The callable of a key, around given arrays."""
+    return Rebuilt(key, arrays).function
 
 
 class Rebuilt:
@@ -49,35 +33,27 @@ class Rebuilt:
 
     Attributes:
         function: the callable.
+        watch: what it could write to.
     """
 
-    def __init__(self, key: Any, arrays: Iterable[Any]) -> None:
+    def __init__(self, key: LossKey, arrays: Iterable[Any]) -> None:
         self._arrays = iter(arrays)
         self._made: list[Any] = []
-        self._watched: list[tuple[Any, Any]] = []
-        self.function: Callable[..., Any] = self.make(key[0])
+        self._strict = True
+        self.watch = Watch(key.names)
+        self._builtins: dict[str, Any] = {**vars(builtins), **self.watch.guards()}
+        self.function: Callable[..., Any] = self.make(key.node)
 
-    def make(self, token: KeyNode) -> Any:
-        return _REBUILD[token[0]](self, *token[1:])
+    def make(self, node: KeyNode) -> Any:
+        return _REBUILD[node[0]](self, *node[1:])
 
-    def many(self, tokens: Iterable[KeyNode]) -> list[Any]:
-        return [self.make(t) for t in tokens]
+    def many(self, nodes: Iterable[KeyNode]) -> list[Any]:
+        return [self.make(node) for node in nodes]
 
     def keep(self, value: Any) -> Any:
+        """Make a value known by its number, for what refers to it again."""
         self._made.append(value)
         return value
-
-    def watch(self, contents: Any) -> None:
-        self._watched.append((contents, contents.copy()))
-
-    def written(self) -> bool:
-        """Whether a captured list, dict or object was written to; if so it is put back as it was."""
-        changed = [(now, before) for now, before in self._watched if not _same_items(now, before)]
-        for now, before in changed:
-            # An object of the user's is not a copy: a traced value must not stay in it.
-            now.clear()
-            now.extend(before) if isinstance(now, list) else now.update(before)
-        return bool(changed)
 
     def array(self) -> Any:
         return next(self._arrays)
@@ -88,61 +64,146 @@ class Rebuilt:
     def list_(self, items: KeyNode) -> list[Any]:
         made: list[Any] = self.keep([])
         made.extend(self.many(items))
-        self.watch(made)
+        self._watched(made)
         return made
 
     def dict_(self, keys: KeyNode, values: KeyNode) -> dict[Any, Any]:
         made: dict[Any, Any] = self.keep({})
         made.update(zip(self.many(keys), self.many(values), strict=True))
-        self.watch(made)
+        self._watched(made)
         return made
 
-    def object_(self, same: ByIdentity) -> Any:
-        value = self.keep(same.value)
-        if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, types.ModuleType):
-            self.watch(value.__dict__)
-        return value
+    def set_(self, kind: type, items: KeyNode) -> Any:
+        if kind is frozenset:
+            return frozenset(self.many(items))
+        made: set[Any] = self.keep(set())
+        made.update(self.many(items))
+        self._watched(made)
+        return made
+
+    def deque_(self, maxlen: int | None, items: KeyNode) -> Any:
+        made: collections.deque[Any] = self.keep(collections.deque(maxlen=maxlen))
+        made.extend(self.many(items))
+        self._watched(made)
+        return made
+
+    def _watched(self, contents: Any) -> None:
+        if self._strict:
+            self.watch.add(contents)
 
     def function_(
-        self, plan: CodeInfo, names: ByIdentity, cells: KeyNode, defaults: KeyNode, keywords: KeyNode, outside: KeyNode
-    ) -> types.FunctionType:
+        self, info: CodeInfo, strict: bool, scope: Held | str, cells: KeyNode, defaults: KeyNode, keywords: KeyNode,
+        outside: KeyNode, attributes: KeyNode, imports: KeyNode,
+    ) -> types.FunctionType:  # fmt: skip
+        before, self._strict = self._strict, strict
         closure = tuple([types.CellType() for _ in cells])
-        scope: dict[str, Any] = dict(names.value)
-        made = types.FunctionType(plan.code, scope, plan.code.co_name, None, closure)
+        names: dict[str, Any]
+        if isinstance(scope, Held):
+            names = scope.value
+        else:
+            package = getattr(sys.modules.get(scope), "__package__", None)
+            names = {"__name__": scope, "__package__": package, "__builtins__": self._builtins}
+        made = types.FunctionType(info.code, names, info.code.co_name, None, closure)
         self.keep(made)
-        for cell, token in zip(closure, cells, strict=True):
-            if token is not EMPTY:
-                cell.cell_contents = self.make(token)
-        made.__defaults__ = tuple(self.many(defaults)) or None
-        made.__kwdefaults__ = {k: self.make(t) for k, t in keywords} or None
-        scope.update((n, self.make(t)) for n, t in outside)
+        for cell, node in zip(closure, cells, strict=True):
+            if node is not EMPTY:
+                cell.cell_contents = self.make(node)
+        made.__defaults__ = self.make(defaults)
+        made.__kwdefaults__ = self.make(keywords)
+        for name, node in outside:
+            names[name] = self.make(node)
+        for name, node in attributes:
+            setattr(made, name, self.make(node))
+        self._watched(made.__dict__)
+        if imports:
+            self.watch.modules.update({name: self.make(node) for name, node in imports})
+        self._strict = before
         return made
 
-    def dataclass_(self, kind: type, names: tuple[str, ...], values: KeyNode) -> Any:
-        made = self.keep(object.__new__(kind))
-        for name, token in zip(names, values, strict=True):
-            object.__setattr__(made, name, self.make(token))
-        if isinstance(getattr(made, "__dict__", None), dict):
-            self.watch(made.__dict__)
+    def object_(
+        self, same: ByIdentity, payload: type | None, content: KeyNode, attributes: KeyNode, members: KeyNode,
+        rest: KeyNode, strict: bool,
+    ) -> Any:  # fmt: skip
+        kind = same.value
+        made, fill = self._empty(kind, payload, content)
+        self.keep(made)
+        fill()
+        self.watch.stand_in(made, kind.__name__)
+        for name, node in attributes:
+            self._set(made, kind, name, node, lambda value: value)
+        bind: dict[str, Callable[[Any], Any]] = {
+            "static": lambda value: value,
+            "bound": lambda value: types.MethodType(value, made),
+            "class": lambda value: types.MethodType(value, kind),
+        }
+        for name, how, node in members:
+            self._set(made, kind, name, node, bind[how])
+        if strict:
+            self.watch.add_object(made)
+            self.watch.add_class(kind)
         return made
 
-    def partial_(self, function: KeyNode, args: KeyNode, keys: tuple[str, ...], values: KeyNode) -> Any:
-        f = self.make(function)
-        positional = self.many(args)
-        return functools.partial(f, *positional, **dict(zip(keys, self.many(values), strict=True)))
+    def _set(self, made: Any, kind: type, name: str, node: KeyNode, bind: Callable[[Any], Any]) -> None:
+        if node[0] == "refused":
+            self.watch.refuse(made, name, node[1])
+        elif isinstance(getattr(kind, name, None), types.MemberDescriptorType):
+            object.__setattr__(made, name, bind(self.make(node)))
+        else:
+            made.__dict__[name] = bind(self.make(node))
 
-    def frozen_(self, key: Any, count: int) -> Any:
+    def _empty(self, kind: type, payload: type | None, content: KeyNode) -> tuple[Any, Callable[[], Any]]:
+        """An object of a class with nothing in it yet, and what fills in the items of a list or dict."""
+        nothing = lambda: None
+        if payload is None:
+            solid = types.SimpleNamespace if issubclass(kind, types.SimpleNamespace) else object
+            return cast("Any", solid).__new__(kind), nothing
+        if payload is list:
+            made = list.__new__(kind)
+            return made, lambda: list.extend(made, self.many(content))
+        if payload is dict:
+            table = cast("Any", kind).__new__(kind)
+            pairs = lambda: zip(self.many(content[0]), self.many(content[1]), strict=True)
+            ordered = issubclass(kind, collections.OrderedDict)
+            put: Any = collections.OrderedDict.__setitem__ if ordered else dict.__setitem__
+            return table, lambda: [put(table, k, v) for k, v in pairs()]
+        if payload is set:
+            group = cast("Any", kind).__new__(kind)
+            return group, lambda: set.update(group, self.many(content[0]))
+        inside = self.many(content[0] if payload is frozenset else content) if payload in (tuple, frozenset) else None
+        return payload.__new__(kind, self.make(content) if inside is None else inside), nothing
+
+    def class_(self, same: ByIdentity, rest: KeyNode, strict: bool) -> Any:
+        kind = self.keep(same.value)
+        if strict:
+            self.watch.add_class(kind)
+        return kind
+
+    def module_(self, name: str, whole: bool, found: KeyNode, strict: bool) -> types.ModuleType:
+        made = types.ModuleType(name)
+        if whole:
+            self.keep(made)
+        self.watch.stand_in(made, f"module {name}")
+        for attribute, node in found:
+            self._set(made, types.ModuleType, attribute, node, lambda value: value)
+        if strict:
+            self.watch.add(made.__dict__)
+        return made
+
+    def same_(self, same: ByIdentity, *_: KeyNode) -> Any:
+        self.watch.add_foreign(same.value)
+        return same.value
+
+    def refused(self, reason: str) -> Any:
+        raise AssertionError(reason)
+
+    def partial_(self, function: KeyNode, args: KeyNode, keywords: KeyNode) -> Any:
+        f, positional = self.make(function), self.make(args)
+        return functools.partial(f, *positional, **self.make(keywords))
+
+    def frozen_(self, key: LossKey, count: int) -> Any:
         inner = Rebuilt(key, [next(self._arrays) for _ in range(count)])
-        self._watched += inner._watched
+        self.watch.include(inner.watch)
         return inner.function
-
-
-def _same_items(now: Any, before: Any) -> bool:
-    if len(now) != len(before):
-        return False
-    if isinstance(now, dict):
-        return all(k in now and now[k] is v for k, v in before.items())
-    return all(a is b for a, b in zip(now, before, strict=True))
 
 
 _REBUILD: dict[str, Callable[..., Any]] = {
@@ -150,31 +211,36 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "again": Rebuilt.again,
     "static": lambda made, value: value,
     "typed": lambda made, kind, value: value,
-    "same": lambda made, same: same.value,
+    "same": Rebuilt.same_,
+    "library": Rebuilt.same_,
+    "enum": lambda made, same, rest: made.keep(same.value),
     "float": lambda made, value: float.fromhex(value),
     "complex": lambda made, real, imag: complex(float.fromhex(real), float.fromhex(imag)),
     "tuple": lambda made, items: tuple(made.many(items)),
     "list": Rebuilt.list_,
     "dict": Rebuilt.dict_,
-    "set": lambda made, kind, items: kind(made.many(items)),
+    "set": Rebuilt.set_,
+    "deque": Rebuilt.deque_,
+    "bytes": lambda made, kind, value: kind(value),
+    "numbers": lambda made, typecode, value: cast("Any", array)(typecode, value),
+    "proxy": lambda made, inside: types.MappingProxyType(made.make(inside)),
+    "view": lambda made, name, inside: getattr(made.make(inside), name)(),
     "slice": lambda made, parts: slice(*made.many(parts)),
     "object": Rebuilt.object_,
+    "class": Rebuilt.class_,
+    "module": Rebuilt.module_,
     "function": Rebuilt.function_,
     "method": lambda made, function, owner: types.MethodType(made.make(function), made.make(owner)),
     "bound": lambda made, name, owner: getattr(made.make(owner), name),
     "partial": Rebuilt.partial_,
     "frozen": Rebuilt.frozen_,
-    "dataclass": Rebuilt.dataclass_,
-    "pytree": lambda made, treedef, leaves: jax.tree_util.tree_unflatten(treedef, made.many(leaves)),
+    "pytree": lambda made, treedef, leaves, rest: jax.tree_util.tree_unflatten(treedef, made.many(leaves)),
 }
 
 
-def parts(key: Any, arrays: Iterable[Any]) -> Iterator[tuple[str, Any, list[Any]]]:
-    """Of a dict of frozen callables, taken apart as one: name, key and arrays of each."""
-    _, names, frozen = key[0]
+def parts(key: LossKey, arrays: Iterable[Any]) -> Iterator[tuple[str, LossKey, list[Any]]]:
+    """Of a dict of frozen callables, captured as one: name, key and arrays of each."""
+    _, names, frozen = key.node
     each = iter(arrays)
     for (*_, name), (_, inner, count) in zip(names, frozen, strict=True):
         yield name, inner, [next(each) for _ in range(count)]
-
-
-# A key in words: for error messages, and to say why something was compiled again.

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 
 from kaun import rng, tree
 from kaun._jax import programs_in
 from kaun._loss import describe
+from kaun._loss.key import LossKey
 from kaun._loss.rebuild import Rebuilt
+from kaun._loss.watch import UnforeseenError
 from kaun._messages import locate
 from kaun.errors import CaptureError
 from kaun.grad import check_scalar
@@ -26,13 +27,13 @@ RESERVED = frozenset(
 )
 
 
-def trace_loss(key: Any, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a model's output, a scalar, with every array that the loss captures given from outside.
 
     And the other scalars that the loss returned beside it, by name, in float32.
 
-    Arguments:
-        key: the loss as ``lift.take_apart`` gave it.
+    Args:
+        key: the loss as ``capture_loss`` gave it.
         arrays: what it captures, traced.
         output: the model's output, any pytree.
 
@@ -71,20 +72,33 @@ def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, ja
 
 
 def trace_function(
-    key: Any, arrays: Sequence[Any], given: tuple[Any, ...], check: Callable[[Any], Any], role: str
+    key: LossKey, arrays: Sequence[Any], given: tuple[Any, ...], check: Callable[[Any], Any], role: str
 ) -> Any:
+    """Trace a captured function, refuse what it must not do, and give what ``check`` makes of its result."""
+    function = describe.subject(key)
+    where = f"{role} {locate(function)}"
+
     def run(draw: jax.Array, given: tuple[Any, ...], arrays: Sequence[Any]) -> Any:
         rebuilt = Rebuilt(key, arrays)
-        with rng.scope(draw):
-            value = rebuilt.function(*given)
-        if rebuilt.written():
-            _refuse_writes(f"{role} {locate(function)}")
+        try:
+            with rng.scope(draw):
+                value = rebuilt.function(*given)
+        except AttributeError as error:
+            reason = rebuilt.watch.explain(error)
+            if not reason:
+                raise
+            raise CaptureError(f"{where} {reason}") from None
+        except UnforeseenError as error:
+            raise CaptureError(f"{where} {error}") from None
+        finally:
+            wrote = rebuilt.watch.restore()
+        if wrote:
+            _refuse_writes(where)
         return check(value)
 
-    function = describe.subject(key)
     arguments = (rng.next_key(), given, list(arrays))
     closed, out = jax.make_jaxpr(run, return_shape=True)(*arguments)
-    _refuse_constants(closed, key, f"{role} {locate(function)}")
+    _refuse_constants(closed, key, where)
     # What was looked at is what runs: the loss is not traced a second time.
     leaves = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree_util.tree_leaves(arguments))
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(out), leaves)
@@ -98,26 +112,17 @@ def _refuse_writes(where: str) -> None:
     )
 
 
-def _refuse_constants(closed: Any, key: Any, where: str) -> None:
-    hidden = list(describe.hidden_arrays(key))
+def _refuse_constants(closed: Any, key: LossKey, where: str) -> None:
+    known = {id(value) for value in key.objects()}
     for constant in (c for program in programs_in(closed) for c in getattr(program, "consts", ())):
-        through = next((name for name, array in hidden if _is_same(constant, array)), None)
-        if through is None and not isinstance(constant, jax.Array):
-            continue  # NumPy arrays made while the loss ran, np.array([0.1, 0.9]), are part of its code
-        if isinstance(constant, jax.core.Tracer):
-            continue  # belongs to the user's own jit around the step, and is an argument there
+        # NumPy arrays made while the loss ran, np.array([0.1, 0.9]), are part of its code. A tracer belongs to the
+        # user's own jit around the step, and is an argument there. Arrays in a class are part of the key.
+        if isinstance(constant, jax.core.Tracer) or not isinstance(constant, jax.Array) or id(constant) in known:
+            continue
         kind = where.split()[0]
         bound = "loss = lambda output: losses.mse(output, y)" if kind == "loss" else "metric = lambda p, t: (p - t) @ y"
         raise CaptureError(
-            f"{where} reads an array {tree.describe(constant)} through {through or 'an object'}, where it cannot be "
-            f"found again for the next batch: the compiled {kind} would go on with this one. Bind it to a name of its "
-            f"own first,\n    y = batch.y\n    {bound}\nor make the object a dataclass, whose fields are looked into."
+            f"{where} reads an array {tree.describe(constant)} through an object that cannot be looked into, where it "
+            f"cannot be found again for the next batch: the compiled {kind} would go on with this one. Bind it to a "
+            f"name of its own first,\n    y = batch.y\n    {bound}"
         )
-
-
-def _is_same(constant: Any, array: Any) -> bool:
-    if isinstance(constant, jax.Array):
-        return constant is array
-    if not isinstance(array, np.ndarray) or array.ndim == 0 or constant.shape != array.shape:
-        return False  # a number is a literal of the program, and part of the key by its value
-    return bool(np.array_equal(np.asarray(constant), array.astype(constant.dtype)))

@@ -11,7 +11,9 @@ import random
 import re
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable
+from array import array
+from collections import UserList, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, MappingView
 from typing import Any, cast
 
 import jax
@@ -19,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._loss import FrozenLoss, Rebuilt, attributes_read, is_own, is_own_module, names_read, own_methods
+from kaun._loss import FrozenLoss, attributes_of, code_info, is_library, methods_of, reads_by_name, rebuild_loss
 from kaun.data import as_arrays, is_tensor
 
-__all__ = ["PYTHON", "Digester", "digest_array", "names_captured", "names_of_object"]
+__all__ = ["PYTHON", "Digester", "digest_array", "names_of_object"]
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 """Bytecode is compared within one version only, which digests of code name."""
 
+_INSIDE_WRAPPERS = ("__wrapped__", "fun", "fwd", "bwd", "jvp")  # jax.custom_jvp, jax.custom_vjp
 _MOST_BYTES = 1 << 30
 _WINDOWS, _WINDOW_BYTES = 4096, 16 << 10
 _CYCLE = ("cycle", "")
@@ -37,7 +40,7 @@ _PRINTED = frozenset(["datetime", "decimal", "fractions", "uuid"])  # modules wh
 class Digester:
     """One look at values.
 
-    Arguments:
+    Args:
         roots: what will be asked about. Of objects that are neither data nor known, those attributes count that the
             code in them names; all that is needed is collected first.
     """
@@ -47,7 +50,6 @@ class Digester:
         self._known: dict[int, tuple[Any, tuple[str, str]]] = {}
         self._arrays: dict[int, tuple[Any, str]] = {}
         self._codes: dict[int, tuple[types.CodeType, str]] = {}
-        self._outside: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}
         self._open: set[int] = set()
         self._asked = False
         while True:
@@ -64,7 +66,7 @@ class Digester:
         self._asked = True
         return frozenset(self._names)
 
-    def tell(self, value: Any) -> str:
+    def describe(self, value: Any) -> str:
         """A value in a line: short numbers as they print, arrays by dtype, shape and content, the rest by digest.
 
         Where code is part of it, the digest of the code comes last, after the version of Python.
@@ -76,7 +78,7 @@ class Digester:
             if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number) and value.size == 1:
                 return f"{tree.describe(value)} {value.item()!r}"
             return f"{tree.describe(value)} sha256:{self.array(value)}"
-        if isinstance(value, types.ModuleType) and not is_own_module(value.__name__):
+        if isinstance(value, types.ModuleType) and is_library(value.__name__):
             return f"module {value.__name__}"
         inside, code = self.digest(value)
         name = getattr(value, "__qualname__", None) or kind.__qualname__
@@ -109,14 +111,15 @@ class Digester:
             known = self._codes[id(code)] = (code, sums.hex()[1])
         return known[1]
 
-    def reads(self, code: types.CodeType) -> tuple[str, ...]:
-        """The globals that code reads. Its names count from now on."""
-        known = self._outside.get(id(code))
-        if known is None:
-            outside, names = names_read(code)
-            known = self._outside[id(code)] = (code, outside)
-            self._names |= names
-        return known[1]
+    def reads(self, function: types.FunctionType) -> list[tuple[str, Any]]:
+        """What a function captures, by name. The attribute names in its code count from now on."""
+        self._names |= code_info(function).names
+        return reads_by_name(function)
+
+    def also(self, kind: type) -> None:
+        """Let the attribute names in the methods of a class count."""
+        for method in methods_of(kind):
+            self._names |= code_info(method).names
 
     def array(self, value: Any) -> str:
         """The SHA-256 of an array's content, of one of objects that of its items."""
@@ -248,12 +251,12 @@ def _put_callable(sums: _Sums, value: Any) -> None:
             sums.put("builtin", value.__qualname__)
             sums.values([] if isinstance(value.__self__, types.ModuleType) else [value.__self__])
         case FrozenLoss():
-            sums.values([Rebuilt(value.key, value.arrays).function])
+            sums.values([rebuild_loss(value.key, value.arrays)])
         case type() | types.ModuleType():
             name = value.__qualname__ if isinstance(value, type) else ""
             home = value.__module__ if isinstance(value, type) else value.__name__
             sums.put("class" if name else "module", name or home)
-            if is_own_module(home):
+            if not is_library(home):
                 _put_attributes(sums, value)
         case _ if isinstance(getattr(value, "__wrapped__", None), types.FunctionType):  # jitted, or with a cache
             sums.put("wrapped", type(value).__qualname__)
@@ -265,22 +268,7 @@ def _put_callable(sums: _Sums, value: Any) -> None:
 def _put_function(sums: _Sums, function: types.FunctionType) -> None:
     sums.put("function", function.__qualname__)
     sums.code(sums.look.code(function))
-    sums.named(names_captured(sums.look, function))
-
-
-def names_captured(look: Digester, function: types.FunctionType) -> list[tuple[str, Any]]:
-    """What a function reads outside of itself: its cells, its defaults, and globals where it is the user's own."""
-    code = function.__code__
-    outside = look.reads(code)
-    cells = [(n, c) for n, c in zip(code.co_freevars, function.__closure__ or (), strict=True) if c != types.CellType()]
-    found = [(name, cell.cell_contents) for name, cell in cells]
-    defaults = function.__defaults__ or ()
-    arguments = code.co_varnames[: code.co_argcount]
-    found += zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
-    found += (function.__kwdefaults__ or {}).items()
-    if is_own(function):
-        found += [(n, function.__globals__[n]) for n in outside if n in function.__globals__]
-    return sorted(found, key=lambda pair: pair[0])  # in which order code reads them depends on the version of Python
+    sums.named(sums.look.reads(function))
 
 
 def _put_code(sums: _Sums, code: types.CodeType, doc: str | None = None) -> None:
@@ -332,10 +320,24 @@ def _put_attributes(sums: _Sums, value: Any, but: Collection[str] = ()) -> None:
 
 
 def names_of_object(look: Digester, value: Any) -> list[tuple[str, Any]]:
-    """The attributes of an object that count: those of the user's own that the code names."""
-    kinds = value.__mro__ if isinstance(value, type) else type(value).__mro__
-    home = kinds[0].__module__
-    own = isinstance(value, types.ModuleType) or home in _SETTINGS or is_own_module(home)
-    for method in own_methods(kinds[0]):
-        look.reads(method.__code__)
-    return attributes_read(value, look.names if own else frozenset())
+    """What counts of an object: its items, and of the user's own the attributes that the code names."""
+    home = getattr(value if isinstance(value, type) else type(value), "__module__", None) or ""
+    own = isinstance(value, types.ModuleType) or home in _SETTINGS or not is_library(home)
+    # Here an object may be data, and not read by the code at hand: what any of its methods reads counts.
+    look.also(value if isinstance(value, type) else type(value))
+    return _items_of(value) + (attributes_of(value, look.names) if own else [])
+
+
+def _items_of(value: Any) -> list[tuple[str, Any]]:
+    """What is in a container of a kind that has no digest of its own, and the functions in a wrapper around one."""
+    if isinstance(value, Mapping):
+        held = cast("Mapping[Any, Any]", value)
+        return [("keys", list(held)), ("values", list(held.values()))]
+    if isinstance(value, (bytearray, memoryview)):
+        return [("bytes", bytes(value))]
+    if isinstance(value, (list, tuple, set, frozenset, deque, UserList, array, MappingView)):
+        return [("items", list(cast("Iterable[Any]", value)))]
+    if callable(value) and hasattr(value, "__wrapped__"):
+        inside = [(n, getattr(value, n, None)) for n in _INSIDE_WRAPPERS]
+        return [(n, f) for n, f in inside if isinstance(f, types.FunctionType)]
+    return []

@@ -145,12 +145,12 @@ def _tree(value: Any) -> Fact | str:
     pairs, treedef = jax.tree_util.tree_flatten_with_path(value)
     digester = Digester(value)
     if len(pairs) > _MOST_LEAVES:
-        return digester.tell(value)
-    found: Fact = {tree.path_name(path): digester.tell(leaf) for path, leaf in pairs}
+        return digester.describe(value)
+    found: Fact = {tree.path_name(path): digester.describe(leaf) for path, leaf in pairs}
     if list(found) == [""]:
         return found
     # All of the tree but its leaves: tuple or list, names of empty parts of a dict.
-    return {**found, "(structure)": Digester().tell(treedef.unflatten([0] * len(pairs)))}
+    return {**found, "(structure)": Digester().describe(treedef.unflatten([0] * len(pairs)))}
 
 
 def _item(item: Any) -> Fact | str:
@@ -161,7 +161,7 @@ def _item(item: Any) -> Fact | str:
 
 
 def _items(items: Any) -> str:
-    return Digester(items).tell(items)
+    return Digester(items).describe(items)
 
 
 def _source(source: Any) -> Fact:
@@ -194,13 +194,13 @@ def _function(f: Any) -> Fact:
     fact: Fact = {"function": getattr(f, "__qualname__", type(f).__qualname__)}
     if isinstance(f, types.FunctionType):
         fact["code"] = f"{digest.PYTHON}:{digester.code(f)}"
-        found += digest.names_captured(digester, f)
+        found += digester.reads(f)
     elif isinstance(f, (type, types.BuiltinFunctionType)):
-        fact["content"] = digester.tell(f)
+        fact["content"] = digester.describe(f)
     else:
         found += digest.names_of_object(digester, f)
-        fact["content"] = digester.tell(f)
-    fact["reads"] = {name: digester.tell(value) for name, value in found}
+        fact["content"] = digester.describe(f)
+    fact["reads"] = {name: digester.describe(value) for name, value in found}
     return fact
 
 

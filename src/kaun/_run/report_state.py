@@ -101,7 +101,6 @@ def _state(arrays: Mapping[str, Any], path: str, like: TrainState) -> TrainState
     return jax.tree_util.tree_map(jnp.asarray, structure.unflatten(restored))
 
 
-
 def pack_results(results: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Any]:
     """Return results, pairs of a step and values by name, as arrays and a list of names, for a snapshot."""
     results = list(results)

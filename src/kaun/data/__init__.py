@@ -16,7 +16,6 @@ from kaun.data.convert import is_tensor as is_tensor
 from kaun.data.convert import loader_facts as loader_facts
 from kaun.data.items import Item as Item
 from kaun.data.items import LabelledItem as LabelledItem
-from kaun.data.items import Loss as Loss
 from kaun.data.items import check_context as check_context
 from kaun.data.items import check_loss as check_loss
 from kaun.data.items import empty_data as empty_data

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, cast
-
-import jax
+from typing import Any, NamedTuple, cast
 
 from kaun import tree
+from kaun._loss import Loss
 from kaun.context import Context
 from kaun.data.arguments import function_text
 from kaun.data.collate import outline_of
 
-__all__ = ["Item", "LabelledItem", "Loss", "attach_loss", "check_context", "check_loss", "empty_data", "not_data"]
-
-
-class Loss(Protocol):
-    """The scalar loss of a model's output; what belongs to the batch (labels) is in its closure.
-
-    It may return ``(loss, {"name": scalar})``: the other scalars go to the reports.
-    """
-
-    def __call__(self, output: Any, /) -> jax.Array | tuple[jax.Array, dict[str, Any]]: ...
+__all__ = ["Item", "LabelledItem", "attach_loss", "check_context", "check_loss", "empty_data", "not_data"]
 
 
 class Item(NamedTuple):

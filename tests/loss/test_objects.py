@@ -1,0 +1,626 @@
+"""Losses that read objects: what they read is seen as it is now, arrays are lifted, and the objects stay as they are."""
+
+import argparse
+import collections
+import dataclasses
+import enum
+import functools
+import gc
+import logging
+import queue
+import random
+import types
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kaun
+from kaun import losses, rng
+from kaun._loss import capture_loss, rebuild_loss, snapshot_loss, trace_loss
+from kaun._loss.rebuild import Rebuilt
+from kaun.errors import CaptureError
+
+OUT = jnp.array([1.0, 2.0])
+
+
+def full(value):
+    return np.full(2, value, np.float32)
+
+
+def traced(loss):
+    """The key of a loss, and its value as a step computes it: traced, under jit."""
+    key, arrays = capture_loss(loss)
+
+    def run(out, arrays):
+        with rng.scope(0):
+            return trace_loss(key, arrays, out)[0]
+
+    return key, float(jax.jit(run)(OUT, arrays))
+
+
+class Base:
+    scale_of_class = 2.0
+    table = full(1)
+
+    def loss(self, out):
+        return losses.mse(out, self.targets) * self.scale
+
+    @property
+    def scale(self):
+        return self.alpha * self.scale_of_class
+
+    @functools.cached_property
+    def slow(self):
+        return self.alpha * 3
+
+    @classmethod
+    def of_class(cls, out):
+        return out.mean() * cls.scale_of_class
+
+    @staticmethod
+    def of_nothing(out):
+        return out.sum()
+
+
+class Objective(Base):
+    def __init__(self):
+        self.alpha, self.targets, self.unread = 1.0, full(0), full(7)
+        self.inner = types.SimpleNamespace(y=full(0), w=1.0)
+
+    def loss(self, out):
+        own = self.slow + self.of_class(out) + self.of_nothing(out) + (self.table * out).sum()
+        return super().loss(out) + own + losses.mse(out, self.inner.y) * self.inner.w
+
+    def __call__(self, out):
+        return self.loss(out) + len(self)
+
+    def __len__(self):
+        return int(self.alpha)
+
+
+WAYS = {
+    "method": lambda obj: obj.loss,
+    "object": lambda obj: obj,
+    "lambda": lambda obj: lambda out: obj.loss(out),
+    "called": lambda obj: lambda out: obj(out),
+    "partial": lambda obj: functools.partial(obj.loss),
+    "listed": lambda obj: lambda out, objects=(obj, [obj]): objects[1][0].loss(out),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_methods_properties_and_what_they_inherit(way, monkeypatch):
+    obj = Objective()
+    loss = lambda: WAYS[way](obj)
+
+    def check():
+        obj.__dict__.pop("slow", None)
+        expected = float(loss()(OUT))
+        obj.__dict__.pop("slow", None)
+        key, value = traced(loss())
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        assert "slow" not in vars(obj), "the object stays as it is"
+        return key
+
+    first = check()
+    obj.targets, obj.inner.y = jnp.array([5.0, 6.0]), full(3)
+    assert check() is first, "arrays are arguments"
+    monkeypatch.setattr(Base, "table", full(4))
+    assert check() is first
+    obj.unread = 1
+    assert check() is first, "what the code does not read does not count"
+    for change in (
+        lambda: setattr(obj, "alpha", 2.0),
+        lambda: setattr(obj.inner, "w", 5.0),
+        lambda: monkeypatch.setattr(Base, "scale_of_class", 3.0),
+        lambda: monkeypatch.setattr(Base, "of_nothing", staticmethod(lambda out: out.max())),
+        lambda: setattr(obj, "table", full(9)),
+    ):
+        change()
+        key = check()
+        assert key is not first
+        first = key
+
+
+@dataclasses.dataclass
+class Fields:
+    y: object = dataclasses.field(default_factory=lambda: full(2))
+    table: dict = dataclasses.field(default_factory=lambda: {"a": 1.0})
+
+    def loss(self, out):
+        return losses.mse(out, self.y) * self.table["a"]
+
+
+class Slots:
+    __slots__ = ("unset", "w", "y")
+
+    def __init__(self):
+        self.y, self.w = full(2), 2.0
+
+    def loss(self, out):
+        return losses.mse(out, self.y) * self.w
+
+
+class AttributeDict(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Text(str):
+    """A kind of string."""
+
+
+class Number(int):
+    extra = 3.0
+
+
+Pair = collections.namedtuple("Pair", "y w")
+
+
+class Kind(enum.Enum):
+    A = 1
+
+    @property
+    def weight(self):
+        return KIND_WEIGHT
+
+
+KIND_WEIGHT = 1.0
+
+
+class Items(list):
+    pass
+
+
+def cycle(y):
+    a, b = Objective(), Objective()
+    a.other, b.other, a.targets, b.targets = b, a, y, y
+    return lambda out: losses.mse(out, a.other.other.targets) * b.other.alpha + losses.mse(out, b.targets)
+
+
+def reads(value, f):
+    return lambda out: f(value, out)
+
+
+KINDS = {
+    "dataclass": lambda y: Fields(y).loss,
+    "slots": lambda y: (lambda s: (setattr(s, "y", y), s.loss)[1])(Slots()),
+    "namespace": lambda y: reads(types.SimpleNamespace(y=y, w=1.0), lambda n, out: losses.mse(out, n.y) * n.w),
+    "arguments": lambda y: reads(argparse.Namespace(y=y, w=1.0), lambda n, out: losses.mse(out, n.y) * n.w),
+    "attribute dict": lambda y: reads(AttributeDict(y=y, w=1.0), lambda n, out: losses.mse(out, n.y) * n["w"]),
+    "named tuple": lambda y: reads(Pair(y, 1.0), lambda n, out: losses.mse(out, n.y) * n.w),
+    "items": lambda y: reads(Items([y, 2.0]), lambda n, out: losses.mse(out, n[0]) * n[1]),
+    "text": lambda y: reads((Text("abc"), Number(3), y), lambda n, out: out.sum() * len(n[0]) * n[1] * n[1].extra),
+    "deque": lambda y: reads(collections.deque([y], 3), lambda n, out: losses.mse(out, n[0]) * n.maxlen),
+    "counter": lambda y: reads((collections.Counter("aab"), y), lambda n, out: losses.mse(out, n[1]) * n[0]["a"]),
+    "defaults": lambda y: reads(
+        collections.defaultdict(int, a=1, b=y), lambda n, out: losses.mse(out, n["b"]) * n["a"]
+    ),
+    "ordered": lambda y: reads(
+        collections.OrderedDict(b=2.0, a=y),
+        lambda n, out: losses.mse(out, list(n.values())[1]) * next(iter(n.values())),
+    ),
+    "user dict": lambda y: reads(collections.UserDict(y=y), lambda n, out: losses.mse(out, n["y"])),
+    "set": lambda y: reads(({1, "a"}, y), lambda n, out: losses.mse(out, n[1]) * len(n[0])),
+    "cycle": cycle,
+    "enum": lambda y: reads((Kind.A, y), lambda n, out: losses.mse(out, n[1]) * n[0].weight),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_objects_of_every_kind_compile_once(kind):
+    keys = set()
+    for i in range(3):
+        loss = KINDS[kind](full(i))
+        key, value = traced(loss)
+        np.testing.assert_allclose(value, float(loss(OUT)), rtol=1e-6)
+        keys.add(key)
+    assert len(keys) == 1
+
+
+def test_a_class_used_as_configuration():
+    class Config:
+        y = full(1)
+        alpha = 2.0
+
+        @staticmethod
+        def double(x):
+            return 2 * x
+
+    loss = lambda out: losses.mse(out, Config.y) * Config.double(Config.alpha)
+    first, value = traced(loss)
+    Config.y = full(3)
+    assert traced(loss) == (first, float(loss(OUT)))
+    Config.alpha = 5.0
+    assert traced(loss)[0] is not first and traced(loss)[1] == float(loss(OUT)) != value
+
+
+def test_functions_loggers_and_objects_of_libraries_are_never_refused():
+    log = logging.getLogger("kaun.test")
+    generator_of_library = functools.lru_cache(lambda: 2.0)
+    twice = jax.vmap(lambda x: 2 * x)
+
+    @jax.custom_vjp
+    def custom(x):
+        return x * KIND_WEIGHT
+
+    custom.defvjp(lambda x: (x, None), lambda residual, g: (g,))
+
+    def loss(out):
+        log.debug("%s", out)
+        log.info("traced")
+        return custom(twice(out)).mean() * generator_of_library()
+
+    key, value = traced(loss)
+    assert value == 6.0 and traced(loss)[0] is key
+
+
+def test_a_function_keeps_its_attributes():
+    def loss(out):
+        return out.mean() * loss.alpha
+
+    for alpha in (1.0, 2.0):
+        loss.alpha = alpha
+        assert traced(loss)[1] == 1.5 * alpha
+
+
+@pytest.mark.parametrize("name", ["", "__main__"])
+def test_a_notebook(name):
+    scope = {"__name__": name} if name else {}
+    code = (
+        "from kaun import losses\n"
+        "w = 1.0\n"
+        "class C:\n"
+        "    a = 1.0\n"
+        "    def __init__(self, y): self.y = y\n"
+        "    def loss(self, out): return losses.mse(out, self.y) * self.a * w\n"
+        "def f(out): return losses.mse(out, y) * w\n"
+    )
+    exec(compile(code, "<ipython-input-1-5a>", "exec"), scope)
+    keys = set()
+    for i in range(3):
+        scope["y"] = full(i)
+        for loss in (scope["f"], scope["C"](full(i)).loss):
+            key, value = traced(loss)
+            assert value == float(loss(OUT))
+            keys.add(key)
+    assert len(keys) == 2
+    scope["w"] = 3.0
+    assert traced(scope["f"])[1] == float(scope["f"](OUT)) and traced(scope["f"])[0] not in keys
+
+
+# Refusals
+
+
+class Computed:
+    def __getattr__(self, name):
+        return 1.0
+
+
+class Failing(Exception):
+    pass
+
+
+COMPUTED, FAILING = Computed(), Failing()
+
+
+def by_name(obj, name):
+    return lambda out: out.mean() * getattr(obj, name)
+
+
+def by_name_with_default(obj, name):
+    return lambda out: out.mean() * getattr(obj, name, 2.0)
+
+
+def asks_by_name(obj, name):
+    return lambda out: out.mean() * hasattr(obj, name)
+
+
+class ByName:
+    def __init__(self):
+        self.weight = 1.0
+
+    def loss(self, out):
+        return out.mean() * getattr(self, KIND_NAME)
+
+
+KIND_NAME = "weight"
+BEFORE = r"reads `weight` of a \w+ by a name that is computed when it runs.*weight = config.weight, and capture weight"
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (
+            lambda out: out.mean() * COMPUTED.alpha,
+            "`COMPUTED`, a Computed, .*`__getattr__`.*weight = config.weight",
+        ),
+        (
+            lambda out: out.mean() * len(FAILING.args),
+            "a Failing, which keeps its state neither in `__dict__`",
+        ),
+        (by_name(types.SimpleNamespace(weight=1.0), "weight"), BEFORE),
+        (by_name_with_default(types.SimpleNamespace(), "weight"), BEFORE),
+        (asks_by_name(ByName(), "weight"), BEFORE),
+        (ByName().loss, BEFORE),
+        (lambda out: out.mean() * globals()["KIND_WEIGHT"], r"calls `globals\(\)`.*weight = globals\(\)\[name\]"),
+    ],
+    ids=range(7),
+)
+def test_what_is_read_by_computed_names_is_refused(loss, text):
+    with pytest.raises(CaptureError, match=rf"(?s)loss `.*{text}"):
+        traced(loss)
+
+
+def test_a_module_that_computes_its_attributes_is_refused():
+    module = types.ModuleType("test_objects")  # of the package in which the loss is defined
+    module.__getattr__ = lambda name: 2.0
+    module.__name__ = __name__
+    loss = lambda out: out.mean() * module.weight
+    with pytest.raises(CaptureError, match=r"reads `weight` .* computed by `__getattr__` .*capture weight"):
+        traced(loss)
+    module.__name__ = "lazy_package"
+    assert traced(loss)[1] == 3.0, "in another package it is read as it is"
+
+
+def test_what_cannot_be_captured_is_refused_where_it_is_used():
+    class Holder:
+        def __init__(self):
+            self.numbers, self.random, self.y = iter([1]), np.random.default_rng(0), full(0)
+
+        def fine(self, out):
+            return losses.mse(out, self.y) + 0 * jax.random.uniform(rng.next_key())
+
+        def takes(self, out):
+            return out.mean() * next(self.numbers)
+
+        def draws(self, out):
+            return out.mean() * self.random.normal()
+
+        def maybe(self, out):
+            return out.mean() * getattr(self, "random", None).normal()
+
+    holder = Holder()
+    assert traced(holder.fine)[1] == 2.5
+    with pytest.raises(CaptureError, match=r"reads `numbers` of a Holder, a list_iterator, an iterator: .*y = next"):
+        traced(holder.takes)
+    for loss in (holder.draws, holder.maybe):
+        with pytest.raises(CaptureError, match="reads `random` of a Holder, a Generator, a random generator: "):
+            traced(loss)
+    assert next(holder.numbers) == 1
+
+
+def test_an_attribute_that_nobody_has_is_missing():
+    obj = types.SimpleNamespace(y=1.0)
+    for loss in (lambda out: out.mean() * obj.missing, lambda out: out.mean() * Base.missing):
+        with pytest.raises(AttributeError, match="missing"):
+            traced(loss)
+    assert traced(lambda out: out.mean() * getattr(obj, "missing", 2.0))[1] == 3.0
+
+
+class Writer:
+    count = 0
+
+    def __init__(self):
+        self.items, self.n, self.table, self.some = [1], 0, {"a": 1}, {1}
+        self.last = collections.deque([1])
+        self.inner = types.SimpleNamespace(items=[1], n=0)
+
+    def append(self, out):
+        self.items.append(out)
+
+    def extend(self, out):
+        self.inner.items.extend([out])
+
+    def augmented(self, out):
+        self.items += [out]
+
+    def item(self, out):
+        self.items[0] = out
+
+    def key(self, out):
+        self.table["b"] = out
+
+    def update(self, out):
+        self.table.update(a=out)
+
+    def delete(self, out):
+        del self.table["a"]
+
+    def add(self, out):
+        self.some.add(2)
+
+    def left(self, out):
+        self.last.appendleft(out)
+
+    def attribute(self, out):
+        self.n = out
+
+    def new_attribute(self, out):
+        self.fresh = out
+
+    def passed_on(self, out):
+        writes_to(self.inner, out)
+
+    def of_class(self, out):
+        type(self).count = out
+
+    def of_class_by_name(self, out):
+        Writer.count = out
+
+    def deleted(self, out):
+        del self.n
+
+    def by_setattr(self, out):
+        setattr(self, "n", out)  # noqa: B010
+
+    def in_module(self, out):
+        SETTINGS.value = out
+
+    def in_function(self, out):
+        writes_to.last = out
+
+
+def writes_to(obj, out):
+    obj.n = out
+
+
+SETTINGS = types.ModuleType("settings_of_test")
+SETTINGS.value = 1.0
+WRITES = [name for name, f in vars(Writer).items() if isinstance(f, types.FunctionType) and name != "__init__"]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_are_refused_and_leave_nothing_behind(write):
+    writer = Writer()
+    method = getattr(writer, write)
+
+    def loss(out):
+        method(out)
+        return out.mean()
+
+    with pytest.raises(CaptureError, match="writes to a list, dict or object that it captures"):
+        traced(loss)
+    assert vars(writer) == vars(Writer()) and Writer.count == 0 and SETTINGS.value == 1.0
+    assert "last" not in vars(writes_to)
+
+
+def test_a_traced_value_put_into_an_object_of_a_library_is_refused():
+    waiting = queue.Queue()
+
+    def loss(out):
+        waiting.put(out)
+        return out.mean()
+
+    with pytest.raises(CaptureError, match="writes to a list, dict or object"):
+        traced(loss)
+    assert not waiting.queue
+
+
+def test_a_write_is_undone_when_the_loss_fails():
+    writer = Writer()
+
+    def loss(out):
+        Writer.count = out
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        traced(loss)
+    assert Writer.count == 0 and writer.count == 0
+
+
+# What stays alive
+
+
+class Weak(np.ndarray):
+    """An array that can be watched."""
+
+
+def alive_cases():
+    y, j = np.ones((1, 2), np.float32).view(Weak), jnp.ones((1, 2))
+
+    class Local:
+        def __init__(self):
+            self.y, self.j = y, j
+
+        def loss(self, out):
+            return losses.mse(out, self.y) + losses.mse(out, self.j)
+
+        __call__ = loss
+
+    @dataclasses.dataclass
+    class Data:
+        y: object
+        j: object
+
+        def loss(self, out):
+            return losses.mse(out, self.y) + losses.mse(out, self.j)
+
+    module = types.ModuleType("module_of_test")
+    exec("from kaun import losses\ndef f(out): return losses.mse(out, y) + losses.mse(out, j)", module.__dict__)
+    module.y, module.j = y, j
+    scope = {}
+    exec("from kaun import losses\ndef f(out): return losses.mse(out, y) + losses.mse(out, j)", scope)
+    scope.update(y=y, j=j)
+    inner = lambda out: losses.mse(out, y) + losses.mse(out, j)
+    obj, data = Local(), Data(y, j)
+    return {
+        "cell": (inner, [y, j, inner]),
+        "nested": (lambda out: inner(out), [y, j, inner]),
+        "jitted": (jax.jit(inner), [y, j, inner]),
+        "method": (obj.loss, [y, j, obj, Local]),
+        "callable": (obj, [y, j, obj, Local]),
+        "dataclass": (data.loss, [y, j, data, Data]),
+        "module": (lambda out: module.f(out), [y, j, module, module.f]),
+        "notebook": (scope["f"], [y, j, scope["f"]]),
+        "class": ((lambda c: lambda out: losses.mse(out, c.y))(type("C", (), {"y": y})), [y]),
+        "default": (lambda out, y=y: losses.mse(out, y) + losses.mse(out, j), [y, j]),
+        "library object": (reads(random.SystemRandom, lambda n, out: out.mean()), [y]),
+    }
+
+
+@pytest.fixture(scope="module")
+def linear():
+    import optax
+
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=kaun.layers.linear(2, 2, bias=False), optimizer=optax.sgd(0.1))
+        return trainer, trainer.init()
+
+
+@pytest.mark.parametrize("case", sorted(alive_cases()))
+def test_nothing_that_a_loss_captured_stays_alive(case, linear):
+    trainer, state = linear
+    x = np.ones((1, 2), np.float32)
+
+    def run():
+        loss, held = alive_cases()[case]
+        trainer.step(state, x, loss=loss)
+        trainer.fit(state, [(x, loss)] * 3)
+        trainer.fit(state, kaun.Data.from_items([(x, loss)] * 3).prefetch(2))
+        return [weakref.ref(value) for value in held]
+
+    watched = run()
+    gc.collect()
+    assert [ref() for ref in watched if ref() is not None] == []
+
+
+def test_a_key_of_what_is_gone_equals_no_other():
+    """The id of an object that is gone may be given to the next one."""
+    keys = []
+    for _ in range(50):
+        marker = queue.Queue()  # of a library: static by identity
+        keys.append(capture_loss(reads(marker, lambda n, out: n))[0])
+        del marker
+    assert len(set(keys)) == 50
+
+
+def test_a_frozen_loss_keeps_what_it_needs():
+    def generator():
+        for i in range(3):
+            marker = queue.Queue()
+            marker.put(i)
+            yield lambda: marker.get_nowait()
+
+    frozen = [snapshot_loss(loss) for loss in generator()]
+    gc.collect()
+    assert [f() for f in frozen] == [0, 1, 2]
+
+
+def test_stand_ins_hold_what_is_read_and_nothing_else():
+    class Holder:
+        def __init__(self):
+            self.alpha, self.targets, self.unread = 1.0, full(0), full(1)
+
+        def loss(self, out):
+            return self.unread
+
+    obj = Holder()
+    key, arrays = capture_loss(lambda: (obj, obj.alpha, obj.targets))
+    made, alpha, targets = rebuild_loss(key, arrays)()
+    assert type(made) is Holder and made is not obj and alpha == 1.0 and targets is obj.targets
+    assert vars(made).keys() == {"alpha", "targets"}
+    rebuilt = Rebuilt(key, arrays)
+    assert not rebuilt.watch.restore()
