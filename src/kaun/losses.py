@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from kaun import tree
+from kaun._jax import is_traced
 
 __all__ = ["binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"]
 
@@ -309,7 +309,7 @@ def zeros_and_ones(where: str, name: str, value: Any) -> tuple[jax.Array, jax.Ar
 
 def known(value: Any) -> np.ndarray[Any, Any] | None:
     """The values on the host; None for those that are not known yet (traced) or not here (in other processes)."""
-    if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+    if is_traced(value) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
         return None
     return np.asarray(value)
 

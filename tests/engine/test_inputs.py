@@ -79,11 +79,11 @@ def test_owned_leaves_are_copies_of_what_may_change():
         ),
         (
             [Batch(X, X)],
-            r"x at '0' expected .* received Batch\. Let JAX look into it, jax.tree_util.register_dataclass\(Batch\), and the model gets",
+            r"x at '0' expected .* received Batch\. Register it as a pytree, jax.tree_util.register_dataclass\(Batch\); the model then receives",
         ),
         (
             Tensor(),
-            r"x expected .* received Tensor\. Data.from_iterable\(loader\) makes arrays of the tensors of another library",
+            r"x expected .* received Tensor\. Data.from_iterable\(loader\) converts the tensors of another library",
         ),
         ({"a": [1, None, b"a"]}, "x at 'a.2' expected a NumPy or JAX array of numbers, received bytes"),
         (np.ma.masked_array([1.0]), "received a masked array of dtype float64"),
@@ -97,7 +97,7 @@ def test_inputs_are_numbers(x, text):
 
 def test_a_call_is_told_in_words():
     y = jnp.zeros(4, jnp.int32)
-    words = StepInputs({"a": X}, lambda out: (out - y).sum() * 2, Context(mask=X)).words()
+    words = StepInputs({"a": X}, lambda out: (out - y).sum() * 2, Context(mask=X)).describe()
     assert words["x.a"] == "float32[2, 3]" and words["ctx['mask']"] == "float32[2, 3]"
     assert words["captured y"] == "int32[4]"
     assert "test_inputs.py" in StepInputs(X, mean, None).code and StepInputs(X, None, None).code == ""

@@ -38,8 +38,8 @@ def test_it_is_told_what_changed():
         "first",
         "x changed from float32[2] to float32[3]",
         "x changed from float32[3] to int32[3]",
-        "the items of a block, stacked before, are passed once",
-        "the program made for these arguments had been dropped, or its shardings changed",
+        "the items of a block were stacked before and are passed once",
+        "its program was dropped from the cache, or the shardings of its arguments changed",
         "first",
         "captured by changed from 2 to 3",
     ]

@@ -17,16 +17,16 @@ from kaun._engine.program import TracedStep
 KEY = jax.random.key(0)
 
 
-OPEN = None
+OPEN = None  # the status of a run that does not end at a step that is not finite
 
 
-def traced(step, leaves, call):
-    def whole(leaves, key, given, fault):
-        loss, after = step(leaves, key, given)
-        return loss, {"twice": 2 * loss}, after, fault
+def traced(step, leaves, inputs, mode="ignore"):
+    def whole(leaves, key, item):
+        loss, after = step(leaves, key, item)
+        return loss, {"twice": 2 * loss}, after, jnp.isfinite(loss), jnp.zeros(1)
 
     jitted = jax.jit(whole)
-    return TracedStep(jitted, jitted.trace(leaves, KEY, call.leaves, OPEN), call, 0.25)
+    return TracedStep(jitted, jitted.trace(leaves, KEY, inputs.leaves), inputs, mode, 0.25)
 
 
 def call_of(*arrays):
@@ -54,7 +54,7 @@ def body():
 def one_by_one(body, items):
     w, found = W, []
     for x in items:
-        loss, (w,) = body.program("step", (False, False)).run([w], KEY, OPEN, jnp.int32(1), [x, Y], [])
+        loss, (w,) = body.program("step", (False, False)).jitted([w], KEY, jnp.int32(1), [x, Y])
         found.append(loss)
     return np.array(found).tobytes(), np.asarray(w).tobytes()
 
@@ -64,7 +64,7 @@ def together(body, items, *, entry="fit", packing=None, y_too=False):
     stack = np.zeros((body.capacity, 64), np.float32)
     stack[: len(items)] = items
     shared, stacked = ([], [stack, jnp.full(body.capacity, Y)]) if y_too else ([Y], [stack])
-    losses, _, held, _ = body.program(entry, (True, y_too), packing).run(
+    losses, _, held, _ = body.program(entry, (True, y_too), packing).jitted(
         held, KEY, OPEN, jnp.int32(len(items)), shared, stacked
     )
     (w,) = packing.unpack(held) if packing else held
@@ -80,7 +80,7 @@ def test_a_block_is_its_steps_to_the_last_bit(body):
 
 
 def test_one_item_again_and_again_is_its_steps_to_the_last_bit(body):
-    losses, _, (w,), _ = body.program("fit", (False, False)).run([W], KEY, OPEN, jnp.int32(5), [ITEMS[0], Y], [])
+    losses, _, (w,), _ = body.program("fit", (False, False)).jitted([W], KEY, OPEN, jnp.int32(5), [ITEMS[0], Y], [])
     assert (np.asarray(losses)[:5].tobytes(), np.asarray(w).tobytes()) == one_by_one(body, ITEMS[:1] * 5)
 
 
@@ -101,7 +101,7 @@ def test_any_cut_into_blocks_gives_the_same_bytes(body, order, data):
 
 def loop_body(program, *arguments):
     """The instructions of the compiled loop's body, without the names and numbers that a compiler gives out."""
-    text = program.run.lower(*arguments).compile().as_text()
+    text = program.jitted.lower(*arguments).compile().as_text()
     computations = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
     name = re.search(r"while\(.*?body=%?([\w.\-]+)", text).group(1)
     plain = re.sub(r", metadata=\{[^}]*\}|[\w.\-]*\.\d+", "", computations[name])
@@ -125,7 +125,7 @@ def test_a_pattern_is_used_again_where_it_can_be(body):
 def test_programs_are_made_once(body):
     assert body.program("fit", (True, False)) is body.program("fit", (True, False))
     assert body.program("fit", (True, False)) is not body.program("fit in place", (True, False))
-    assert body.program("fit", (True, False)).fresh and body.seconds == 0.25
+    assert body.program("fit", (True, False)).compiled is False and body.seconds == 0.25
 
 
 def foreign(leaves, key, given):
@@ -144,9 +144,9 @@ def test_convolutions_of_other_libraries_are_kept_out_of_loops():
     x, w = np.ones((4, 3, 16, 16), np.float32), jnp.full((8, 3, 3, 3), 0.1, jnp.float32)
     body = traced(foreign, [w], call_of(x))
     assert not body.looped and body.capacity == 1
-    loss, (after,) = body.program("step", (False,)).run([w], KEY, OPEN, jnp.int32(1), [x], [])
-    losses, _, (other,), _ = body.program("fit in place", (False,)).run([w + 0], KEY, OPEN, jnp.int32(1), [x], [])
+    loss, (after,) = body.program("step", (False,)).jitted([w], KEY, jnp.int32(1), [x])
+    losses, _, (other,), _ = body.program("fit in place", (False,)).jitted([w + 0], KEY, OPEN, jnp.int32(1), [x], [])
     assert losses.shape == (1,) and float(losses[0]) == float(loss)
     assert np.asarray(after).tobytes() == np.asarray(other).tobytes()
-    text = body.program("fit", (False,)).run.lower([w], KEY, OPEN, jnp.int32(1), [x], []).as_text()
+    text = body.program("fit", (False,)).jitted.lower([w], KEY, OPEN, jnp.int32(1), [x], []).as_text()
     assert "while" not in text

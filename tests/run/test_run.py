@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import kaun
 from kaun import Data, checkpoint, layers, losses, metrics, reports, rng
-from kaun._engine import jaxpr2
+from kaun._engine import jaxpr as jaxprs
 from kaun.checkpoint import Directory, ResumeMismatch
 
 G = np.random.default_rng(0)
@@ -358,14 +358,14 @@ def test_constants_that_print_alike_are_told_apart():
     rates = [jnp.full(3, rate) for rate in (0.1, 0.2)]
     programs = [jax.make_jaxpr(lambda x, r=r: x * r)(jnp.ones(3)) for r in rates]
     assert str(programs[0]) == str(programs[1])
-    assert jaxpr2.digest_program(programs[0]) != jaxpr2.digest_program(programs[1])
+    assert jaxprs.digest_program(programs[0]) != jaxprs.digest_program(programs[1])
     inner = [jax.make_jaxpr(jax.jit(lambda x, r=r: x * r))(jnp.ones(3)) for r in rates]
-    assert jaxpr2.digest_program(inner[0]) != jaxpr2.digest_program(inner[1])
+    assert jaxprs.digest_program(inner[0]) != jaxprs.digest_program(inner[1])
     keys = [jax.random.key(0), jax.random.key(1)]
     drawn = [jax.make_jaxpr(lambda x, k=k: x + jax.random.normal(k, (3,)))(jnp.ones(3)) for k in keys]
-    assert jaxpr2.digest_program(drawn[0]) != jaxpr2.digest_program(drawn[1])
+    assert jaxprs.digest_program(drawn[0]) != jaxprs.digest_program(drawn[1])
     again = jax.make_jaxpr(lambda x: x * rates[0])(jnp.ones(3))
-    assert jaxpr2.digest_program(programs[0]) == jaxpr2.digest_program(again)
+    assert jaxprs.digest_program(programs[0]) == jaxprs.digest_program(again)
 
 
 def test_other_reports_are_refused(tmp_path, made):

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from kaun import tree
+from kaun._jax import is_jitted
 from kaun._loss import code, origin
 from kaun._loss.code import ByIdentity, CodeInfo
 from kaun._loss.rebuild import ARRAY, EMPTY, ByContent, KeyNode, Rebuilt
@@ -382,7 +383,7 @@ def _classify(kind: type, value: Any) -> Handler:
         return _refuse_random
     if issubclass(kind, Iterator):
         return _refuse_iterator
-    if kind.__name__ == "PjitFunction" and hasattr(value, "__wrapped__"):
+    if is_jitted(value):
         return _jitted
     if isinstance(value, MappingView):
         return _opaque

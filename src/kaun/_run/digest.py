@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._jax import children_of
 from kaun._loss import FrozenLoss, Rebuilt, attributes_read, is_own, is_own_module, names_read, own_methods
 from kaun.data import as_arrays, is_tensor
 
@@ -319,7 +320,7 @@ def _put_object(sums: _Sums, value: Any) -> None:
         names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
         sums.named((name, getattr(value, name)) for name in names)
         _put_attributes(sums, value, names)
-    elif (flat := jax.tree_util.default_registry.flatten_one_level(value)) is not None:
+    elif (flat := children_of(value)) is not None:
         sums.values([list(flat[0]), flat[1]])
         _put_attributes(sums, value)
     else:

@@ -62,7 +62,7 @@ class CheckpointSaver:
         given = tree.flatten({"x": x, "ctx": dict(ctx.items())})[0]
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(call.subject, '__qualname__', type(call.subject).__name__)}: {kind}"
-        digest = digest_program(body.traced) + " raises" * body.selects
+        digest = digest_program(body.jaxpr) + " " + body.on_nonfinite
         if self._known.get(name, digest) != digest:
             line = (
                 f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "

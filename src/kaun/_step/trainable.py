@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -79,11 +79,9 @@ class Partition:
         """All variables after an update of those that train."""
         return vars.replace(params=_either(vars.params, self._frozen))
 
-    @contextmanager
-    def still(self) -> Generator[None, None, None]:
-        """Inside, layers that are frozen as a whole run in evaluation mode."""
-        with frozen_layers(jax.tree_util.tree_leaves(self._cast)):
-            yield
+    def frozen_layers(self) -> AbstractContextManager[None]:
+        """Return a context in which layers that are frozen as a whole run in evaluation mode."""
+        return frozen_layers(jax.tree_util.tree_leaves(self._cast))
 
     def kept(self, state: Any) -> Any:
         """The layers' state after a step, where layers that are frozen as a whole keep theirs."""

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from kaun._jax import is_traced
 from kaun.context import Context
 from kaun.layers.arguments import call_text, size
 from kaun.layers.core import Float, Int, Layer, Vars
@@ -59,7 +59,7 @@ def embedding(
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         indices = int_input(name, x)
-        if not isinstance(indices, Tracer):
+        if not is_traced(indices):
             # x and not indices: as a JAX array an int64 of NumPy has already wrapped around into int32.
             _must_be_in_range(name, np.asarray(x), vocab)
         # jnp.take and plain indexing would read a negative index from the end.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-from jax.core import Tracer
-
 from kaun import tree
+from kaun._jax import is_traced
 from kaun._messages import locate
 from kaun.metrics.sums import AHEAD, ExactMean, is_real_scalar
 
@@ -147,7 +146,7 @@ def _value_and_count(where: str, name: str, result: Any) -> tuple[Any, Any]:
 
 def _real_scalar(where: str, must: str, value: Any) -> Any:
     """The value, not waited for, once it is known to be a real number or an array of shape () that holds one."""
-    if isinstance(value, Tracer):
+    if is_traced(value):
         raise TypeError(
             f"{where} received a value that JAX is tracing, {tree.describe(value)}: there is no number yet. Return it "
             "from the compiled function, and use it outside."
