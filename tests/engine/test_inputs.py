@@ -75,7 +75,7 @@ def test_owned_leaves_are_copies_of_what_may_change():
         ("a", "x expected a NumPy or JAX array of numbers, received str"),
         (
             {"a": RAGGED},
-            r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad them",
+            r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad the parts",
         ),
         (
             [Batch(X, X)],
