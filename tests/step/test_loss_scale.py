@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale():
 def test_at_scale_one_the_scale_is_not_the_reason():
     wrong = lambda out: jnp.sqrt(jnp.abs(out - out)).sum()  # 0, with a nan for a gradient
     trainer, state = made(scale=4.0)
-    with pytest.raises(NonFiniteLoss, match=r"The loss is 0 at step 3, not finite is the gradient of '0\.bias'"):
+    with pytest.raises(NonFiniteLoss, match=r"The loss is 0 at step 3; the gradient is not finite for '0\.bias'"):
         trainer.fit(state, Data.repeat(9, (X, wrong)))
 
 

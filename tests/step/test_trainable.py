@@ -189,7 +189,7 @@ def test_what_is_not_finite_is_named_by_its_own_path():
         ),
     )
     with pytest.raises(
-        NonFiniteLoss, match=r"not finite is the gradient of '4\.bias', '4\.weight' \(2 of 2\)"
+        NonFiniteLoss, match=r"the gradient is not finite for '4\.bias', '4\.weight' \(2 of 2 parameters\)"
     ) as caught:
         trainer.fit(state, [(X, lambda out: mse(out) * jnp.nan)])
     assert caught.value.parameters == ("4.bias", "4.weight")
