@@ -5,7 +5,7 @@ Nothing else in kaun uses such a part, so a new JAX release is a matter of this 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.core
 from jax import lax
 
 __all__ = [
-    "Convolution", "children_of", "constants_in", "convolutions_in", "is_jitted", "is_traced", "programs_in",
+    "Convolution", "any_traced", "children_of", "constants_in", "convolutions_in", "is_jitted", "is_traced", "programs_in",
     "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
@@ -25,6 +25,15 @@ def is_traced(value: Any) -> bool:
     the module in which it lies.
     """
     return isinstance(value, jax.core.Tracer)
+
+
+def any_traced(values: Iterable[Any]) -> bool:
+    """Return whether one of some values is traced. In one call: it is asked for each array of each ``step``."""
+    traced = jax.core.Tracer
+    for value in values:  # noqa: SIM110 - any() would resume a generator for each value
+        if isinstance(value, traced):
+            return True
+    return False
 
 
 def trace_of(value: Any) -> Any:

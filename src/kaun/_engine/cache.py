@@ -13,7 +13,7 @@ import jax
 from kaun._engine.inputs import StepInputs
 from kaun._engine.log import Compilation, CompilationLog
 from kaun._engine.program import Program, TracedStep
-from kaun._jax import is_traced
+from kaun._jax import any_traced
 
 
 class ProgramCache:
@@ -100,7 +100,7 @@ class ProgramCache:
     ) -> Any:  # fmt: skip
         """Run a program; inside a function that the user compiles it becomes a part of that."""
         leaves, key = arguments[:2]
-        if any(map(is_traced, (*leaves, key, *inputs.leaves))):
+        if any_traced((*leaves, key, *inputs.leaves)):
             return program.function(*arguments)
         if not program.compiled:
             self.compile(program, entry, inputs, training, arguments, traced)
