@@ -13,8 +13,8 @@ import jax.core
 from jax import lax
 
 __all__ = [
-    "Convolution", "any_traced", "children_of", "constants_in", "convolutions_in", "is_jitted", "is_traced", "programs_in",
-    "run_program", "threefry_2x32", "trace_of",
+    "Convolution", "any_traced", "children_of", "constants_in", "convolutions_in", "is_jitted", "is_traced",
+    "programs_in", "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A call: what of it decides which program runs it, and what is only passed along."""
+"""StepInputs: what of an item decides which program runs it, and what is only passed along."""
 
 import dataclasses
 
@@ -95,7 +95,7 @@ def test_inputs_are_numbers(x, text):
         StepInputs(x, mean, None)
 
 
-def test_a_call_is_told_in_words():
+def test_inputs_are_described_in_words():
     y = jnp.zeros(4, jnp.int32)
     words = StepInputs({"a": X}, lambda out: (out - y).sum() * 2, Context(mask=X)).describe()
     assert words["x.a"] == "float32[2, 3]" and words["ctx['mask']"] == "float32[2, 3]"

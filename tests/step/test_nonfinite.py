@@ -114,7 +114,8 @@ def test_a_gradient_that_is_not_finite_where_the_loss_is(mode):
     assert value == 0.0 and same(after.replace(step=state.step), state)
     if mode == "raise":
         with pytest.raises(
-            NonFiniteLoss, match=r"The loss is 0 at step 1; the gradient is not finite for 'weight' \(1 of 1 parameters\)"
+            NonFiniteLoss,
+            match=r"The loss is 0 at step 1; the gradient is not finite for 'weight' \(1 of 1 parameters\)",
         ):
             trainer.fit(state, [(X, root)])
 

@@ -86,7 +86,7 @@ def test_a_layer_frozen_as_a_whole_runs_as_in_predict_and_keeps_its_state():
         state = trainer.make_state(moved)
     _, after = trainer.step(state, X, loss=mse)
     jax.tree.map(np.testing.assert_array_equal, after.vars.state, state.vars.state)
-    # without the dropout, which has no parameters and goes on, the loss is that of predict
+    # without the dropout, which has no parameters and stays active, the loss is that of predict
     quiet = lambda: layers.sequential([layers.linear(3, 4), layers.batch_norm(4), layers.linear(4, 2)])
     trainer, state = made(lambda path: path.startswith("2"), quiet)
     state = state.replace(vars=state.vars.replace(state=jax.tree.map(lambda a: a + 0.5, state.vars.state)))

@@ -60,6 +60,7 @@ class StepInputs:
             more, ctx_def = _flatten(ctx, "ctx")
             leaves += more
         kinds: list[Any] = []
+        a: Any
         for a in leaves:
             if type(a) in known:
                 kinds.append((a.shape, a.dtype, a.weak_type))
