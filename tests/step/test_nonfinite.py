@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kaun
 from kaun import Data, Layer, Vars, layers, losses, reports, rng
-from kaun._step.nonfinite import match_state, squares_of
+from kaun._step.nonfinite import both_finite, match_state, squares_of
 from kaun.errors import NonFiniteLoss
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -196,6 +196,16 @@ def test_squares_are_of_each_leaf_in_float32():
     tree = {"a": jnp.full(3, 2.0), "b": [jnp.full((2, 2), 3, jnp.bfloat16)]}
     found = squares_of(tree)
     assert found.dtype == jnp.float32 and found.tolist() == [12.0, 36.0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_loss_and_norm_are_looked_at_together(dtype):
+    most, norm = jnp.finfo(dtype).max, jnp.sqrt(jnp.finfo(jnp.float32).max)
+    finite = [(most, norm), (-most, norm), (0, norm), (most, 0), (-1, 1)]
+    others = [(v, n) for v in (jnp.inf, -jnp.inf, jnp.nan) for n in (0, norm, jnp.inf, jnp.nan)]
+    others += [(v, n) for v in (0, most, -most) for n in (jnp.inf, jnp.nan)]
+    both = lambda v, n: bool(both_finite(jnp.asarray(v, dtype), jnp.asarray(n, jnp.float32)))
+    assert all(both(*pair) for pair in finite) and not any(both(*pair) for pair in others)
 
 
 def test_a_state_of_another_form_is_refused():

@@ -183,7 +183,8 @@ def _block(
 
     def straight(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         # Without a loop, for a step that XLA runs slowly inside one.
-        loss, row, held, status = _advance(traced, packing, stops, held, key, status, shared)
+        running = status[0] > 0 if stops else None
+        loss, row, held, status = _guarded_step(traced, packing, running, held, key, status, shared)
         return loss[None], row[None], held, status
 
     def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
@@ -196,36 +197,44 @@ def _block(
             given = iter(shared)
             sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
             item = [next(sliced if is_stacked else given) for is_stacked in pattern]
-            loss, row, held, status = _advance(traced, packing, stops, held, key, status, item)
+            loss, row, held, status = _guarded_step(traced, packing, True if stops else None, held, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
             return i + 1, held, status, losses, lax.dynamic_update_index_in_dim(table, row, i, 0)
 
         losses, table = jnp.zeros(rows, traced.loss_dtype), jnp.zeros((rows, len(traced.names)), jnp.float32)
-        _, held, status, losses, table = lax.while_loop(unfinished, body, (jnp.int32(0), held, status, losses, table))
+        _, held, status, losses, table = lax.while_loop(unfinished, body, (jnp.uint32(0), held, status, losses, table))
         return losses, table, held, status
 
     rows = traced.capacity if any(pattern) else ROWS
     return looped if traced.looped else straight
 
 
-def _advance(
-    traced: TracedStep,
-    packing: Packing | None,
-    stops: bool,
-    held: list[Any],
-    key: jax.Array,
-    status: Any,
+def _guarded_step(
+    traced: TracedStep, packing: Packing | None, running: Any, held: list[Any], key: jax.Array, status: Any,
     item: list[Any],
-) -> Any:
-    """Run the step on the arrays of a state, packed or not, and discard it where it is not finite."""
+) -> Any:  # fmt: skip
+    """Run the step on the arrays of a state, and discard it where it is not finite.
+
+    Args:
+        traced: The step.
+        packing: How the state is packed, None where it is not.
+        running: Whether all steps before were finite; None where runs do not end at one that is not.
+        held: The arrays.
+        key: The run's key.
+        status: The status, see ``StepResults``.
+        item: The arrays of the item.
+
+    Returns:
+        The loss, the row of other numbers, the arrays and the status after the step.
+    """
     loss, numbers, after, finite, squares = traced.step(packing.unpack(held) if packing else held, key, item)
     after = packing.pack(after) if packing else after
-    if stops:
-        finite &= status[0] > 0
+    if running is not None:
+        finite = finite if running is True else finite & running
         status = jnp.concatenate([finite.astype(status.dtype)[None], squares])
     if traced.on_nonfinite != "ignore":
-        always = [False] * len(held) if stops else _step_counter(packing, len(held))
-        after = [jnp.where(finite | each, new, old) for each, new, old in zip(always, after, held, strict=True)]
+        kept = _step_counter(packing, len(held)) if running is None else [False] * len(held)
+        after = [jnp.where(finite | each, new, old) for each, new, old in zip(kept, after, held, strict=True)]
     return loss, jnp.stack([numbers[name] for name in traced.names]), after, status
 
 
@@ -260,6 +269,6 @@ def _all_finite(squares: int, dtype: Any) -> jax.Array:
 
 @functools.lru_cache(maxsize=2 * ROWS)
 def device_count_of(count: int) -> jax.Array:
-    """Return a number of steps on the device."""
+    """Return a number of steps on the device, unsigned: an index that may be negative costs two operations more."""
     with jax.ensure_compile_time_eval():
-        return jnp.asarray(count, jnp.int32)
+        return jnp.asarray(count, jnp.uint32)

@@ -100,6 +100,6 @@ def after_overflow(
     good = jnp.where(overflowed | full, 0, opt_state.good + 1)
     squares = jnp.where(overflowed, 0, squares)
     norm = jnp.where(overflowed, 0, norm).astype(jnp.float32)
-    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    finite = nonfinite.both_finite(value, norm)
     numbers = {"grad_norm": norm, "finite": (finite & ~overflowed).astype(jnp.float32)}
     return vars, LossScale(scale, good, inner), finite, squares, numbers

@@ -17,7 +17,7 @@ from kaun import rng, tree
 from kaun._step.loss_scale import LossScale, add_loss_scale, after_overflow, inner_state, scale_loss, unscale
 from kaun._step.microbatches import check_microbatches, run_in_parts
 from kaun._step.model import VarsSpec, check_model
-from kaun._step.nonfinite import check_mode, squares_of
+from kaun._step.nonfinite import both_finite, check_mode, squares_of
 from kaun._step.optimizer import Optimizer, apply_update, check_optimizer, check_params, init_optimizer, rates
 from kaun._step.precision import Policy, apply_model, cast_to_compute, parse_precision
 from kaun._step.trainable import Partition, check_trainable, trainable_part
@@ -150,7 +150,7 @@ def train_step(
         gradient = unscale(opt_state, gradient)
     squares = squares_of(gradient)
     norm = jnp.sqrt(squares.sum())
-    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    finite = both_finite(value, norm)
     numbers = {"grad_norm": norm.astype(jnp.float32)}
 
     value_fn = lambda params: objective(params)[1][0]
