@@ -123,7 +123,7 @@ batches in the same order in each runner, with Adam, in float32, on the CPU. The
 end must agree (to 1e-5 at first; then to 2e-3, as rounding differs from library to library and training lets it grow),
 or there is no page.
 
-Each run is a process of its own: it compiles, trains for one pass over the data, and then times passes. Runs are
+Each run is its own process: it compiles, trains for one pass over the data, and then times passes. Runs are
 interleaved in rounds. *Ratio* is the median, over the rounds, of a runner's time per step over that of the hand-written
 loop in the same round, so what slows the whole machine cancels. *First step* includes tracing and compiling; *all
 compiling* is by how much first step and first pass together took longer than they do later. Keras shuffles by a key of
@@ -175,12 +175,12 @@ def width_rows(found: Results) -> Iterator[str]:
 def others(found: Results) -> Iterator[str]:
     have = found["extras"]
     if "closures" in have:
-        yield f"- Taking a fresh closure apart: {have['closures']['microseconds']:.1f} us (median of 1,000)."
+        yield f"- Capturing a fresh closure: {have['closures']['microseconds']:.1f} us (median of 1,000)."
     if "import" in have:
         seconds = have["import"]
         kaun, optax = seconds["kaun"], seconds["optax"]
         yield f"- `import kaun` after `import jax`: {kaun:.2f} s; `import optax` alone: {optax:.2f} s."
-    yield "- JAX keeps compiled programs from one process to the next when it is told where. (The second setting is for"
+    yield "- JAX keeps compiled programs from one process to the next if it is given a folder. (The second setting is for"
     yield "  short compilations, which it would leave out.) Nothing needs to change in a program:"
     yield "\n  ```text"
     yield "  JAX_COMPILATION_CACHE_DIR=~/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 python train.py"
@@ -190,7 +190,7 @@ def others(found: Results) -> Iterator[str]:
             cold, again = median(times["cold"]), median(times["warm"])
             where = f"{cold:.2f} s in the process that fills the cache, {again:.2f} s in the next"
             yield f"  - First step of {name}: {where}."
-    yield "- XLA reads flags of its own when a process starts, and kaun sets none. One of them is about loops over"
+    yield "- XLA reads flags when a process starts, and kaun sets none. One of them is about loops over"
     yield "  little data, so about tiny models:"
     yield f"\n  ```text\n  XLA_FLAGS={FLAG} python train.py\n  ```\n"
     for name, times in have.get("flag", {}).items():

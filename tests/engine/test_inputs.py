@@ -54,19 +54,19 @@ def test_equal_keys_are_equal_programs():
 
 def test_leaves_are_split_as_they_were_put_in():
     y = np.ones(4, np.float32)
-    call = StepInputs({"a": X, "b": (X + 1,)}, lambda out: (out - y).sum(), Context(mask=X + 2))
-    assert [a.flat[0] for a in call.leaves] == [0, 1, 1, 2]
-    x, arrays, ctx = call.split(["a", "b", "y", "mask"])
+    inputs = StepInputs({"a": X, "b": (X + 1,)}, lambda out: (out - y).sum(), Context(mask=X + 2))
+    assert [a.flat[0] for a in inputs.leaves] == [0, 1, 1, 2]
+    x, arrays, ctx = inputs.split(["a", "b", "y", "mask"])
     assert x == {"a": "a", "b": ("b",)} and arrays == ["y"] and ctx["mask"] == "mask"
 
 
 def test_owned_leaves_are_copies_of_what_may_change():
     mine, device = X.copy(), jnp.ones(2)
-    call = StepInputs((mine, device, 3.0), mean, None)
-    owned = call.owned()
+    inputs = StepInputs((mine, device, 3.0), mean, None)
+    owned = inputs.owned()
     mine[:] = 7
     assert owned[0].max() == 0 and owned[1] is device and owned[2] == 3.0
-    assert call.leaves[0] is mine
+    assert inputs.leaves[0] is mine
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from kaun.data import Chunk
 ONE = jnp.float32(1)
 
 
-def advance(carry, key, x, ctx, loss, training):
+def simple_step(carry, key, x, ctx, loss, training):
     """A 'model' with one number: output x * w, update w - loss. Its number beside the loss is the sum of x."""
     w, count = carry
     with rng.scope(key):
@@ -34,7 +34,7 @@ def forward(carry, key, x, ctx):
     return x * carry[0]
 
 
-def cache(train_step=advance, **options):
+def cache(train_step=simple_step, **options):
     return ProgramCache(train_step, forward, None, **options)
 
 
@@ -244,8 +244,8 @@ def test_a_copy_is_other_memory_in_the_same_place(committed):
 
 
 def stopping(carry, key, x, ctx, loss, training):
-    """As ``advance``, but a step with an x of nan is not finite, which its norm shows too."""
-    out = advance(carry, key, x, ctx, loss, training)
+    """As ``simple_step``, but a step with an x of nan is not finite, which its norm shows too."""
+    out = simple_step(carry, key, x, ctx, loss, training)
     numbers = {**out.numbers, "grad_norm": jnp.sum(x).astype(jnp.float32)}
     return out._replace(numbers=numbers, finite=jnp.isfinite(x), squares=x * jnp.ones(1))
 
@@ -269,7 +269,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it(looking, size, leaves)
 
     xs = [0.5, 0.25, 0.125, np.nan, 0.5, np.nan, 0.25]
     start = [jnp.ones(size)] * leaves, jnp.int32(0)
-    reference = StepLoop(cache(several(advance)), start, jax.random.key(0), None)
+    reference = StepLoop(cache(several(simple_step)), start, jax.random.key(0), None)
     for x in xs[:3]:
         push(reference, np.float32(x), mean)
     programs = cache(several(stopping), on_nonfinite="raise")

@@ -48,7 +48,7 @@ def both_finite(value: jax.Array, norm: jax.Array) -> jax.Array:
     By their sum, which costs a tiny step one operation less. A norm is at most the square root of the largest number,
     so it is lost in rounding beside a loss that is near that.
     """
-    wide = jnp.promote_types(value.dtype, norm.dtype)
+    wide = max(value.dtype, norm.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     return jnp.isfinite(value.astype(wide) + norm.astype(wide))
 
 
