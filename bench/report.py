@@ -180,7 +180,7 @@ def others(found: Results) -> Iterator[str]:
         seconds = have["import"]
         kaun, optax = seconds["kaun"], seconds["optax"]
         yield f"- `import kaun` after `import jax`: {kaun:.2f} s; `import optax` alone: {optax:.2f} s."
-    yield "- JAX keeps compiled programs from one process to the next if it is given a folder. (The second setting is for"
+    yield "- JAX keeps compiled programs from one process to the next if it has a folder. (The second setting is for"
     yield "  short compilations, which it would leave out.) Nothing needs to change in a program:"
     yield "\n  ```text"
     yield "  JAX_COMPILATION_CACHE_DIR=~/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 python train.py"

@@ -189,7 +189,7 @@ def test_the_page_of_recorded_results(tmp_path):
         "| adam50m, peak memory, to the unsynced loop's | 1.10 | 1.00 | reached |  |",
         "| gpt, first step of a second process with JAX's compile cache, to the first's | 0.50 | 0.62 | **not reached** |  |",
         "| 8 | 1.20 | 1.40 | 0.20 |",
-        "- Taking a fresh closure apart: 3.5 us (median of 1,000).",
+        "- Capturing a fresh closure: 3.5 us (median of 1,000).",
         "  - First step of cnn: 3.00 s in the process that fills the cache, 2.00 s in the next.",
         "  - xor, **kaun**, no report: 5.0 us per step without it, 1.4 us with it.",
     ):
