@@ -246,6 +246,7 @@ def test_a_copy_is_other_memory_in_the_same_place(committed):
 def stopping(carry, key, x, ctx, loss, training):
     """As ``simple_step``, but a step with an x of nan is not finite, which its norm shows too."""
     out = simple_step(carry, key, x, ctx, loss, training)
+    out = out._replace(carry=(jnp.where(jnp.isfinite(x), out.carry[0], carry[0]), out.carry[1]))
     numbers = {**out.numbers, "grad_norm": jnp.sum(x).astype(jnp.float32)}
     return out._replace(numbers=numbers, finite=jnp.isfinite(x), squares=x * jnp.ones(1))
 

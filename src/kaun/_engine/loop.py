@@ -226,6 +226,8 @@ class StepLoop:
             arrays = unpack(self._packing, arrays)
         elif self._in_place:
             self._carry = (False, arrays, results)  # the loop continues with a copy
+        if self._failed_step is not None:
+            arrays = [*arrays[:-1], arrays[-1] - 1]  # the discarded step is counted in the arrays
         return jax.tree_util.tree_unflatten(self._structure, arrays)
 
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:

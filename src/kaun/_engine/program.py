@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from kaun._engine.batching import capacity_of
@@ -171,9 +170,6 @@ def _block(
 ) -> Callable[..., Any]:
     """Return the function that runs the steps of a block.
 
-    A step that is not finite is discarded: the whole state stays where the run ends there, and all but the number of
-    steps elsewhere.
-
     Args:
         traced: The step.
         pattern: For each leaf of an item whether it is stacked.
@@ -183,9 +179,13 @@ def _block(
 
     def straight(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         # Without a loop, for a step that XLA runs slowly inside one.
-        running = status[0] > 0 if stops else None
-        loss, row, held, status = _guarded_step(traced, packing, running, held, key, status, shared)
-        return loss[None], row[None], held, status
+        loss, row, after, last = _run_step(traced, packing, stops, held, key, status, shared)
+        if stops:  # after a step that is not finite nothing changes any more
+            running = status[0] > 0
+            after, last = jax.tree_util.tree_map(
+                lambda new, old: jnp.where(running, new, old), (after, last), (held, status)
+            )
+        return loss[None], row[None], after, last
 
     def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         def unfinished(carried: Any) -> jax.Array:
@@ -197,7 +197,7 @@ def _block(
             given = iter(shared)
             sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
             item = [next(sliced if is_stacked else given) for is_stacked in pattern]
-            loss, row, held, status = _guarded_step(traced, packing, True if stops else None, held, key, status, item)
+            loss, row, held, status = _run_step(traced, packing, stops, held, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
             return i + 1, held, status, losses, lax.dynamic_update_index_in_dim(table, row, i, 0)
 
@@ -209,42 +209,16 @@ def _block(
     return looped if traced.looped else straight
 
 
-def _guarded_step(
-    traced: TracedStep, packing: Packing | None, running: Any, held: list[Any], key: jax.Array, status: Any,
+def _run_step(
+    traced: TracedStep, packing: Packing | None, stops: bool, held: list[Any], key: jax.Array, status: Any,
     item: list[Any],
 ) -> Any:  # fmt: skip
-    """Run the step on the arrays of a state, and discard it where it is not finite.
-
-    Args:
-        traced: The step.
-        packing: How the state is packed, None where it is not.
-        running: Whether all steps before were finite; None where runs do not end at one that is not.
-        held: The arrays.
-        key: The run's key.
-        status: The status, see ``StepResults``.
-        item: The arrays of the item.
-
-    Returns:
-        The loss, the row of other numbers, the arrays and the status after the step.
-    """
+    """Return the loss, the row of other numbers, the arrays and the status after a step."""
     loss, numbers, after, finite, squares = traced.step(packing.unpack(held) if packing else held, key, item)
-    after = packing.pack(after) if packing else after
-    if running is not None:
-        finite = finite if running is True else finite & running
+    if stops:
         status = jnp.concatenate([finite.astype(status.dtype)[None], squares])
-    if traced.on_nonfinite != "ignore":
-        kept = _step_counter(packing, len(held)) if running is None else [False] * len(held)
-        after = [jnp.where(finite | each, new, old) for each, new, old in zip(kept, after, held, strict=True)]
-    return loss, jnp.stack([numbers[name] for name in traced.names]), after, status
-
-
-def _step_counter(packing: Packing | None, count: int) -> list[Any]:
-    """Return where the arrays of a state hold the number of steps, which is its last leaf."""
-    if packing is None:
-        return [False] * (count - 1) + [True]
-    flags = [np.zeros(shape, np.bool_) for _, shape, _ in packing.layout]
-    flags[-1][...] = True
-    return packing.pack(flags)
+    row = jnp.stack([numbers[name] for name in traced.names])
+    return loss, row, packing.pack(after) if packing else after, status
 
 
 def _one_step(traced: TracedStep, pattern: tuple[bool, ...]) -> Callable[..., Any]:

@@ -11,11 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kaun._step import nonfinite
 from kaun._step.precision import Policy
 from kaun.layers.arguments import accumulation_dtype
 
-__all__ = ["FIRST", "GROWTH", "LossScale", "add_loss_scale", "after_overflow", "inner_state", "scale_loss", "unscale"]
+__all__ = [
+    "FIRST",
+    "GROWTH",
+    "LossScale",
+    "adapt_scale",
+    "add_loss_scale",
+    "has_overflowed",
+    "inner_state",
+    "scale_loss",
+    "unscale",
+]
 
 FIRST, LEAST, MOST = 2.0**15, 1.0, 2.0**24
 GROWTH = 2000
@@ -72,34 +81,27 @@ def unscale(opt_state: LossScale, gradient: Any) -> Any:
     return jax.tree_util.tree_map(divide, gradient)
 
 
-def after_overflow(
-    opt_state: LossScale, value: jax.Array, squares: jax.Array, before: tuple[Any, Any], after: tuple[Any, Any]
-) -> tuple[Any, LossScale, jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Discard the update where the gradient overflowed, and adapt the scale.
-
-    The scale is the reason for a gradient that is not finite if the loss is finite and the scale is above 1.
+def has_overflowed(opt_state: LossScale, value: jax.Array, norm: jax.Array) -> jax.Array:
+    """Return whether the scale is the reason for a gradient that is not finite: the loss is, and the scale is above 1.
 
     Args:
         opt_state: The optimizer's state before the step.
         value: The loss.
-        squares: As ``nonfinite.squares_of`` returned them.
-        before: Variables and the optimizer's own state before the update.
-        after: The same after it.
-
-    Returns:
-        Variables and optimizer state after the step; whether the step is finite, which an overflow is; the squares,
-        zero for an overflow; and the numbers ``grad_norm`` and ``finite``, both 0 for an overflow.
+        norm: The norm of its gradient.
     """
-    norm = jnp.sqrt(squares.sum())
-    overflowed = jnp.isfinite(value) & ~jnp.isfinite(norm) & (opt_state.scale > LEAST)
-    after = nonfinite.match_state(before, after)
-    vars, inner = jax.tree_util.tree_map(lambda old, new: jnp.where(overflowed, old, new), before, after)
-    full = opt_state.good + 1 >= GROWTH
-    grown = jnp.where(full, jnp.minimum(opt_state.scale * 2, MOST), opt_state.scale)
-    scale = jnp.where(overflowed, opt_state.scale / 2, grown)
-    good = jnp.where(overflowed | full, 0, opt_state.good + 1)
-    squares = jnp.where(overflowed, 0, squares)
-    norm = jnp.where(overflowed, 0, norm).astype(jnp.float32)
-    finite = nonfinite.both_finite(value, norm)
-    numbers = {"grad_norm": norm, "finite": (finite & ~overflowed).astype(jnp.float32)}
-    return vars, LossScale(scale, good, inner), finite, squares, numbers
+    return jnp.isfinite(value) & ~jnp.isfinite(norm) & (opt_state.scale > LEAST)
+
+
+def adapt_scale(before: LossScale, inner: Any, updated: jax.Array, overflowed: jax.Array) -> LossScale:
+    """Return the optimizer's state after a step: an overflow halves the scale, and many updates in a row double it.
+
+    Args:
+        before: The state before the step.
+        inner: The optimizer's own state after it.
+        updated: Whether the step was an update.
+        overflowed: As ``has_overflowed``.
+    """
+    full = updated & (before.good + 1 >= GROWTH)
+    grown = jnp.where(full, jnp.minimum(before.scale * 2, MOST), before.scale)
+    good = jnp.where(overflowed | full, 0, before.good + updated.astype(jnp.int32))
+    return LossScale(jnp.where(overflowed, before.scale / 2, grown), good, inner)

@@ -132,18 +132,10 @@ def learning_rate(opt_state: Any) -> Any:
     return None
 
 
-def rates(before: Any, after: Any, finite: jax.Array | None) -> dict[str, jax.Array]:
-    """Return ``learning_rate`` by that name, where there is one, as the state after the step has it.
-
-    Args:
-        before: The optimizer's state before the step.
-        after: The same after the update.
-        finite: Whether the update is kept; None where it always is.
-    """
-    new, old = learning_rate(after), learning_rate(before)
-    if new is None or old is None:
-        return {}
-    return {"learning_rate": (new if finite is None else jnp.where(finite, new, old)).astype(jnp.float32)}
+def rates(opt_state: Any) -> dict[str, jax.Array]:
+    """Return ``learning_rate`` by that name, where an optimizer's state has one."""
+    rate = learning_rate(opt_state)
+    return {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
 
 
 def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> Any:

@@ -12,12 +12,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kaun import rng, tree
-from kaun._step.loss_scale import LossScale, add_loss_scale, after_overflow, inner_state, scale_loss, unscale
+from kaun._step.loss_scale import (
+    LossScale,
+    adapt_scale,
+    add_loss_scale,
+    has_overflowed,
+    inner_state,
+    scale_loss,
+    unscale,
+)
 from kaun._step.microbatches import check_microbatches, run_in_parts
 from kaun._step.model import VarsSpec, check_model
-from kaun._step.nonfinite import both_finite, check_mode, squares_of
+from kaun._step.nonfinite import both_finite, check_mode, match_state, squares_of
 from kaun._step.optimizer import Optimizer, apply_update, check_optimizer, check_params, init_optimizer, rates
 from kaun._step.precision import Policy, apply_model, cast_to_compute, parse_precision
 from kaun._step.trainable import Partition, check_trainable, trainable_part
@@ -92,10 +101,9 @@ class StepOutput(NamedTuple):
         numbers: Scalars for the reports, by name: ``grad_norm``, ``learning_rate`` where the optimizer state has one,
             what the loss returned beside its value; and ``finite`` (1.0 where the step is an update, else 0.0) under
             ``on_nonfinite="skip"`` and with a loss scale.
-        carry: The carry after the update. It is to be discarded where ``finite`` is False, unless
-            ``on_nonfinite="ignore"``.
+        carry: The carry after the step. A discarded step changes the number of steps alone.
         finite: Whether loss and gradient are finite, a bool scalar. An overflow for which the loss scale was too large
-            counts as finite: the carry then differs in the scale and the number of steps alone.
+            counts as finite: it is discarded too, and changes the scale.
         squares: For each leaf of the gradient the sum of its squares.
     """
 
@@ -127,7 +135,7 @@ def train_step(
         training: Whether the layers run in training mode.
 
     Returns:
-        The step's results. Nothing is discarded yet: see ``StepOutput.carry``.
+        The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"``.
     """
     vars, opt_state, step = carry
     settings.spec.check(vars)
@@ -151,19 +159,24 @@ def train_step(
     squares = squares_of(gradient)
     norm = jnp.sqrt(squares.sum())
     finite = both_finite(value, norm)
-    numbers = {"grad_norm": norm.astype(jnp.float32)}
+    overflowed = has_overflowed(opt_state, value, norm) if scaled else None
 
-    value_fn = lambda params: objective(params)[1][0]
-    params, after = apply_update(settings.optimizer, gradient, before, parts.vars.params, value, value_fn)
-    vars_after = parts.joined(parts.vars.replace(params=params, state=layer_state))
-    if scaled:
-        vars_after, after, finite, squares, numbers = after_overflow(
-            opt_state, value, squares, (vars, before), (vars_after, after)
-        )
-    elif settings.on_nonfinite == "skip":
+    def update() -> tuple[Vars, Any]:
+        value_fn = lambda params: objective(params)[1][0]
+        params, after = apply_update(settings.optimizer, gradient, before, parts.vars.params, value, value_fn)
+        return match_state((vars, before), (parts.joined(parts.vars.replace(params=params, state=layer_state)), after))
+
+    kept = finite if settings.on_nonfinite != "ignore" else None if overflowed is None else ~overflowed
+    vars, after = update() if kept is None else lax.cond(kept, update, lambda: (vars, before))
+    numbers = {"grad_norm": norm.astype(jnp.float32)}
+    if settings.on_nonfinite == "skip" or scaled:
         numbers["finite"] = finite.astype(jnp.float32)
-    numbers |= rates(opt_state, after, None if settings.on_nonfinite == "ignore" else finite) | scalars
-    return StepOutput(value, numbers, (vars_after, after, step + 1), finite, squares)
+    numbers |= rates(after) | scalars
+    if overflowed is not None:
+        after = adapt_scale(opt_state, after, kept, overflowed)
+        finite, squares = finite | overflowed, jnp.where(overflowed, 0, squares)
+        numbers["grad_norm"] = jnp.where(overflowed, 0, numbers["grad_norm"])
+    return StepOutput(value, numbers, (vars, after, step + 1), finite, squares)
 
 
 def eval_step(settings: Settings, carry: tuple[Vars, jax.Array], key: jax.Array, x: Any, ctx: Context) -> Any:
