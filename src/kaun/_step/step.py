@@ -166,8 +166,9 @@ def train_step(
         params, after = apply_update(settings.optimizer, gradient, before, parts.vars.params, value, value_fn)
         return match_state((vars, before), (parts.joined(parts.vars.replace(params=params, state=layer_state)), after))
 
-    kept = finite if settings.on_nonfinite != "ignore" else None if overflowed is None else ~overflowed
-    vars, after = update() if kept is None else lax.cond(kept, update, lambda: (vars, before))
+    kept = finite if settings.on_nonfinite != "ignore" else jnp.array(True) if overflowed is None else ~overflowed
+    always = settings.on_nonfinite == "ignore" and not scaled
+    vars_after, after = update() if always else lax.cond(kept, update, lambda: (vars, before))
     numbers = {"grad_norm": norm.astype(jnp.float32)}
     if settings.on_nonfinite == "skip" or scaled:
         numbers["finite"] = finite.astype(jnp.float32)
@@ -176,7 +177,7 @@ def train_step(
         after = adapt_scale(opt_state, after, kept, overflowed)
         finite, squares = finite | overflowed, jnp.where(overflowed, 0, squares)
         numbers["grad_norm"] = jnp.where(overflowed, 0, numbers["grad_norm"])
-    return StepOutput(value, numbers, (vars, after, step + 1), finite, squares)
+    return StepOutput(value, numbers, (vars_after, after, step + 1), finite, squares)
 
 
 def eval_step(settings: Settings, carry: tuple[Vars, jax.Array], key: jax.Array, x: Any, ctx: Context) -> Any:
