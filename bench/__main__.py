@@ -1,7 +1,7 @@
 """Measures kaun beside other ways to train the same model, and writes docs/performance.md.
 
-Each run is a process of its own; rounds of all runners are interleaved, and what is reported is the median of the
-ratios within a round. Runners must end at the same loss.
+Each run is its own process. Rounds of all runners are interleaved, and what is reported is the median of the ratios
+within a round. Runners must end at the same loss.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Both run in one process, in turns, with a new folder each time; what is printed is the median, and the median of the
 ratios within a round. kaun's restore is verified: every byte is hashed. ``blocked`` is the part of a save after which
-training goes on.
+training continues.
 """
 
 import argparse

@@ -24,8 +24,8 @@ print(time.perf_counter() - start)
 """
 
 APART = """
-from bench.extras import apart
-print(apart())
+from bench.extras import capture_time
+print(capture_time())
 """
 
 
@@ -46,12 +46,12 @@ def importing(rounds: int) -> dict[str, Any]:
 
 
 def closures(rounds: int) -> dict[str, Any]:
-    """Microseconds of taking a fresh closure apart."""
+    """Microseconds of capturing a fresh closure."""
     return {"microseconds": statistics.median(seconds_of(APART) for _ in range(rounds))}
 
 
-def apart(count: int = 1000) -> float:
-    """The median microseconds of taking apart a fresh closure over a batch's labels, over ``count`` of them."""
+def capture_time(count: int = 1000) -> float:
+    """The median microseconds of capturing a fresh closure over a batch's labels, over ``count`` of them."""
     import jax.numpy as jnp
 
     from kaun import losses

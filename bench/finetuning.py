@@ -1,4 +1,4 @@
-"""What fine-tuning's switches save: `python -m bench.finetuning [rounds]`.
+"""Measure what the options for fine-tuning save: `python -m bench.finetuning [rounds]`.
 
 One process; the trainers of a table take their steps in turn. Time is the median of a step, and the median ratio to the
 first trainer's within each round. Memory is XLA's: the state in, and the temporaries of one compiled step.
@@ -76,12 +76,12 @@ def measure(model: Any, shape: tuple[int, ...], loss: Any, options: dict[str, An
             found[name].append((time.perf_counter() - start) / STEPS)
     first = found[next(iter(options))]
     for name, (trainer, _) in runs.items():
-        told = kaun.summary(trainer, x, loss)
+        summary = kaun.summary(trainer, x, loss)
         ratio = statistics.median(a / b for a, b in zip(found[name], first, strict=True))
         print(
             f"  {name:20} {statistics.median(found[name]) * 1e3:8.1f} ms {ratio:6.2f}"
-            f"   parameters {told.bytes / 1e6:5.1f} MB   optimizer {told.optimizer_bytes / 1e6:5.1f} MB"
-            f"   temporaries {told.cost.temporaries / 1e6:6.1f} MB",
+            f"   parameters {summary.bytes / 1e6:5.1f} MB   optimizer {summary.optimizer_bytes / 1e6:5.1f} MB"
+            f"   temporaries {summary.cost.temporaries / 1e6:6.1f} MB",
             flush=True,
         )
 

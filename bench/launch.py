@@ -1,4 +1,4 @@
-"""Starts runs, each in a process of its own, in rounds, and refuses results of runners that trained differently."""
+"""Starts runs, each in its own process, in rounds, and refuses results of runners that trained differently."""
 
 import importlib.util
 import json
@@ -55,7 +55,7 @@ def pairs(workloads: Sequence[str], runners: Sequence[str]) -> list[tuple[str, s
 
 
 def one_round(todo: Sequence[tuple[str, str]], number: int, options: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The runs of one round, in an order of its own; those of one workload follow each other, to be compared."""
+    """The runs of one round, in its own order; those of one workload follow each other, to be compared."""
     draw = random.Random(number)
     workloads = list(dict.fromkeys(workload for workload, _ in todo))
     draw.shuffle(workloads)
@@ -75,13 +75,13 @@ def compare(runs: Sequence[dict[str, Any]]) -> None:
     """Refuses runs of one workload that did not end at the same losses."""
     (base,) = [run for run in runs if run["runner"] == BASE]
     tolerances = (FIRST_TOLERANCE, WORKLOADS[base["workload"]].tolerance)
-    wrong = [
+    different = [
         f"  {run['runner']}: {run['losses']}, {BASE}: {base['losses']}"
         for run in runs
         if not all(close(*pair, t) for *pair, t in zip(run["losses"], base["losses"], tolerances, strict=True))
     ]
-    if wrong:
+    if different:
         raise SystemExit(
             f"{base['workload']}: these runners did not train the same model on the same batches (losses after the "
-            "first step and at the end):\n" + "\n".join(wrong)
+            "first step and at the end):\n" + "\n".join(different)
         )

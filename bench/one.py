@@ -1,4 +1,4 @@
-"""One run, in a process of its own: ``python -m bench.one WORKLOAD RUNNER`` prints what it measured as JSON."""
+"""One run, in its own process: ``python -m bench.one WORKLOAD RUNNER`` prints what it measured as JSON."""
 
 import argparse
 import importlib
@@ -24,7 +24,7 @@ def measure(workload: Workload, runner: str, first_only: bool = False) -> dict:
     passes = [timed(session.run, workload.steps) for _ in range(workload.passes)]
     step = statistics.median(passes) / workload.steps
     compiling = max(0.0, first + warm - (workload.steps + 1) * step)
-    # Before the last check, which compiles and runs something of its own.
+    # Before the last check, which compiles and runs another program.
     peak = peak_memory()
     losses.append(session.check())
     return {**found, "step": step, "compiling": compiling, "losses": losses, "peak": peak}

@@ -21,7 +21,7 @@ class Workload:
     """One training task.
 
     Attributes:
-        name, about: how the tables call it, and what it is.
+        name, about: its name in the tables, and what it is.
         model: "dense" (linear layers with an activation between them), "cnn" or "gpt".
         sizes: the widths of a dense model, from input to output.
         make: makes the whole data, ``(x, y)``.
@@ -132,7 +132,7 @@ def _truth_table(rows: int) -> Arrays:
 
 
 def _classified(shape: tuple[int, ...], classes: int) -> Callable[[int], Arrays]:
-    """Random rows, in classes that a linear model could tell apart."""
+    """Random rows, in classes that a linear model could separate."""
 
     def make(rows: int) -> Arrays:
         g = np.random.default_rng(0)

@@ -28,7 +28,14 @@ ROWS = [
     {"reports", "summary"},
 ]
 # Modules of one row that stand on each other, which a row of single modules cannot avoid.
-WITHIN_A_ROW = {("_messages", "errors"), ("rng", "_messages"), ("_kernels", "_jax"), ("rng", "errors"), ("rng", "tree")}
+WITHIN_A_ROW = {
+    ("_messages", "errors"),
+    ("rng", "_messages"),
+    ("_kernels", "_jax"),
+    ("rng", "errors"),
+    ("rng", "tree"),
+    ("rng", "_jax"),
+}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
 ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "evaluation", "metrics"}
 

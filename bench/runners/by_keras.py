@@ -1,4 +1,4 @@
-"""Keras on JAX: ``model.fit``. It shuffles by a key of its own, so it gets the rows in the order of the others."""
+"""Keras on JAX: ``model.fit``. It shuffles by its own key, so it gets the rows in the order of the others."""
 
 import os
 

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kaun._jax import is_traced, trace_of
+
 __all__ = ["next_key", "scope"]
 
 
@@ -25,20 +27,20 @@ class _Scope:
         self.key = key
         self.counter = itertools.count()  # its next() is atomic, so two threads never get one key
         self.newest = 0
-        self.trace = _staging_trace(jnp.zeros((), jnp.uint32))
+        self.trace = _innermost_trace()
+
+
+def _innermost_trace() -> Any:
+    """Return the innermost trace that records operations into a program, None outside of any.
+
+    grad and vmap alone record nothing, so drawing under them is as good as outside.
+    """
+    return trace_of(jnp.zeros((), jnp.uint32))
 
 
 _current: ContextVar[_Scope | None] = ContextVar("kaun_rng_scope", default=None)
 _process_scope: _Scope | None = None
 _process_lock = threading.Lock()
-
-
-def _staging_trace(fresh: Any) -> Any:
-    """The innermost trace that records operations into a program, read from a value just made; None if it was computed.
-
-    grad and vmap record nothing by themselves, so a key that is drawn under them is computed as it is outside.
-    """
-    return getattr(fresh, "_trace", None)
 
 
 @contextlib.contextmanager
@@ -100,7 +102,7 @@ def next_key() -> jax.Array:
     current.newest = index = next(current.counter)
     key = jax.random.fold_in(current.key, index)
     # The second comparison is for a scope on a vmapped key, which carries vmap's trace; that records nothing.
-    if _staging_trace(key) is not current.trace and _staging_trace(jnp.zeros((), jnp.uint32)) is not current.trace:
+    if trace_of(key) is not current.trace and _innermost_trace() is not current.trace:
         raise RuntimeError(
             "rng.next_key() was called inside a function that JAX is compiling (jit, scan, cond, checkpoint), but its "
             "scope was opened outside: the key would be frozen into the compiled program and every call would draw "
@@ -152,7 +154,7 @@ def _as_key(seed_or_key: Any) -> jax.Array:
         with contextlib.suppress(TypeError, ValueError):  # uint32, but not as long as a key: refused below
             return jax.random.wrap_key_data(jnp.asarray(seed_or_key))
     if dtype is not None and jnp.issubdtype(dtype, jnp.integer) and shape == ():
-        traced = _staging_trace(seed_or_key) is not None
+        traced = is_traced(seed_or_key)
         return jax.random.key(seed_or_key) if traced else _from_seed(int(seed_or_key))
     if isinstance(seed_or_key, int) and not isinstance(seed_or_key, bool):
         return _from_seed(seed_or_key)

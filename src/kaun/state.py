@@ -1,4 +1,4 @@
-"""TrainState: everything a training run carries from step to step."""
+"""TrainState: everything that a training run carries from step to step."""
 
 from __future__ import annotations
 
@@ -19,49 +19,50 @@ _NAMES = ("vars", "opt_state", "step", "key")
 
 @jax.tree_util.register_pytree_with_keys_class
 class TrainState:
-    """Everything a training run carries from step to step: an immutable pytree that stays valid for ever.
+    """Everything that a training run carries from step to step: an immutable pytree that stays valid forever.
 
-    Attributes:
-        vars: the model's variables.
-        opt_state: the optimizer's state.
-        step: how many updates made it, an int32 scalar.
-        key: the run's key; the randomness of a step is a function of it and ``step``.
+    Args:
+        vars: The model's variables.
+        opt_state: The optimizer's state.
+        step: The number of steps so far, an int32 scalar.
+        key: The run's key; the randomness of a step is a function of it and ``step``.
 
-    >>> import jax.numpy as jnp, optax, kaun
-    >>> from kaun import layers, rng
-    >>> with rng.scope(0):
-    ...     state = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1)).init(dtype=jnp.float32)
-    >>> state
-    TrainState(step=0, 3 parameters in float32)
-    >>> state.vars.params["weight"].shape
-    (2, 1)
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import layers, rng
+        >>> with rng.scope(0):
+        ...     state = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1)).init(dtype=jnp.float32)
+        >>> state
+        TrainState(step=0, 3 parameters in float32)
+        >>> state.vars.params["weight"].shape
+        (2, 1)
     """
 
-    __slots__ = ("__weakref__", "_held", "_make")
-    _held: Fields | None
+    __slots__ = ("__weakref__", "_fields", "_make")
+    _fields: Fields | None
     _make: Callable[[], TrainState] | None
 
     def __init__(self, *, vars: Vars, opt_state: Any, step: jax.Array, key: jax.Array) -> None:
-        object.__setattr__(self, "_held", (vars, opt_state, step, key))
+        object.__setattr__(self, "_fields", (vars, opt_state, step, key))
         object.__setattr__(self, "_make", None)
 
     @classmethod
     def later(cls, make: Callable[[], TrainState]) -> TrainState:
-        """The state that ``make`` gives, made when it is first looked at: most reports look at none."""
+        """Return the state that ``make`` returns, made when it is first read: most reports read none."""
         new = object.__new__(cls)
-        object.__setattr__(new, "_held", None)
+        object.__setattr__(new, "_fields", None)
         object.__setattr__(new, "_make", make)
         return new
 
     def now(self) -> Fields:
-        """All four fields, made if they were not yet."""
-        if self._held is None:
-            # A report may have handed the state to a thread that looks at it while the loop wants to go on.
+        """Return all four fields, made if they were not yet."""
+        if self._fields is None:
+            # A report may have given the state to a thread that reads it while the loop continues.
             with _making:
-                if self._held is None:
+                if self._fields is None:
                     assert self._make is not None
-                    object.__setattr__(self, "_held", self._make().now())
-        return cast("Fields", self._held)
+                    object.__setattr__(self, "_fields", self._make().now())
+        return cast("Fields", self._fields)
 
     @property
     def vars(self) -> Vars:
@@ -75,7 +76,7 @@ class TrainState:
 
     @property
     def step(self) -> jax.Array:
-        """How many updates made it, an int32 scalar."""
+        """The number of steps so far, an int32 scalar."""
         return self.now()[2]
 
     @property
@@ -84,14 +85,14 @@ class TrainState:
         return self.now()[3]
 
     def replace(self, **changes: Any) -> TrainState:
-        """This state with some of its fields replaced."""
+        """Return this state with some of its fields replaced."""
         fields: dict[str, Any] = dict(zip(_NAMES, self.now(), strict=True))
         return TrainState(**{**fields, **changes})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"TrainState is immutable: use state = state.replace({name}=...).")
 
-    if not TYPE_CHECKING:  # the checker knows the fields, and must not take any other name for one
+    if not TYPE_CHECKING:  # the type checker knows the fields, and must not accept any other name
 
         def __getattr__(self, name: str) -> Any:
             hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
@@ -119,10 +120,10 @@ class TrainState:
 
 
 def check_state(state: Any, where: str) -> None:
-    """Refuse what is no TrainState.
+    """Check that a value is a ``TrainState``.
 
     Raises:
-        TypeError: when it is none.
+        TypeError: If it is not.
     """
     if not isinstance(state, TrainState):
         fix = "trainer.make_state(vars)" if isinstance(state, Vars) else "trainer.init()"

@@ -1,4 +1,4 @@
-"""A call: what of it decides which program runs it, and what is only passed along."""
+"""StepInputs: what of an item decides which program runs it, and what is only passed along."""
 
 import dataclasses
 
@@ -54,19 +54,19 @@ def test_equal_keys_are_equal_programs():
 
 def test_leaves_are_split_as_they_were_put_in():
     y = np.ones(4, np.float32)
-    call = StepInputs({"a": X, "b": (X + 1,)}, lambda out: (out - y).sum(), Context(mask=X + 2))
-    assert [a.flat[0] for a in call.leaves] == [0, 1, 1, 2]
-    x, arrays, ctx = call.split(["a", "b", "y", "mask"])
+    inputs = StepInputs({"a": X, "b": (X + 1,)}, lambda out: (out - y).sum(), Context(mask=X + 2))
+    assert [a.flat[0] for a in inputs.leaves] == [0, 1, 1, 2]
+    x, arrays, ctx = inputs.split(["a", "b", "y", "mask"])
     assert x == {"a": "a", "b": ("b",)} and arrays == ["y"] and ctx["mask"] == "mask"
 
 
 def test_owned_leaves_are_copies_of_what_may_change():
     mine, device = X.copy(), jnp.ones(2)
-    call = StepInputs((mine, device, 3.0), mean, None)
-    owned = call.owned()
+    inputs = StepInputs((mine, device, 3.0), mean, None)
+    owned = inputs.owned()
     mine[:] = 7
     assert owned[0].max() == 0 and owned[1] is device and owned[2] == 3.0
-    assert call.leaves[0] is mine
+    assert inputs.leaves[0] is mine
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,15 @@ def test_owned_leaves_are_copies_of_what_may_change():
         ("a", "x expected a NumPy or JAX array of numbers, received str"),
         (
             {"a": RAGGED},
-            r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad them",
+            r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad the parts",
         ),
         (
             [Batch(X, X)],
-            r"x at '0' expected .* received Batch\. Let JAX look into it, jax.tree_util.register_dataclass\(Batch\), and the model gets",
+            r"x at '0' expected .* received Batch\. Register it as a pytree, jax.tree_util.register_dataclass\(Batch\); the model then receives",
         ),
         (
             Tensor(),
-            r"x expected .* received Tensor\. Data.from_iterable\(loader\) makes arrays of the tensors of another library",
+            r"x expected .* received Tensor\. Data.from_iterable\(loader\) converts the tensors of another library",
         ),
         ({"a": [1, None, b"a"]}, "x at 'a.2' expected a NumPy or JAX array of numbers, received bytes"),
         (np.ma.masked_array([1.0]), "received a masked array of dtype float64"),
@@ -95,9 +95,9 @@ def test_inputs_are_numbers(x, text):
         StepInputs(x, mean, None)
 
 
-def test_a_call_is_told_in_words():
+def test_inputs_are_described_in_words():
     y = jnp.zeros(4, jnp.int32)
-    words = StepInputs({"a": X}, lambda out: (out - y).sum() * 2, Context(mask=X)).words()
+    words = StepInputs({"a": X}, lambda out: (out - y).sum() * 2, Context(mask=X)).describe()
     assert words["x.a"] == "float32[2, 3]" and words["ctx['mask']"] == "float32[2, 3]"
     assert words["captured y"] == "int32[4]"
     assert "test_inputs.py" in StepInputs(X, mean, None).code and StepInputs(X, None, None).code == ""

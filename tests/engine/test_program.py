@@ -1,4 +1,4 @@
-"""The body of a step and its programs: whatever is stacked, kept or overwritten, the same bytes."""
+"""TracedStep and its programs: whatever is stacked, kept or overwritten, the same bytes."""
 
 import re
 
@@ -12,24 +12,24 @@ from jax import lax
 
 from kaun._engine.inputs import StepInputs
 from kaun._engine.packing import Packing
-from kaun._engine.program import TracedStep
+from kaun._engine.program import TracedStep, device_count_of
 
 KEY = jax.random.key(0)
 
 
-OPEN = None
+OPEN = None  # the status of a run that does not end at a step that is not finite
 
 
-def traced(step, leaves, call):
-    def whole(leaves, key, given, fault):
-        loss, after = step(leaves, key, given)
-        return loss, {"twice": 2 * loss}, after, fault
+def traced(step, leaves, inputs, mode="ignore"):
+    def whole(leaves, key, item):
+        loss, after = step(leaves, key, item)
+        return loss, {"twice": 2 * loss}, after, jnp.isfinite(loss), jnp.zeros(1)
 
     jitted = jax.jit(whole)
-    return TracedStep(jitted, jitted.trace(leaves, KEY, call.leaves, OPEN), call, 0.25)
+    return TracedStep(jitted, jitted.trace(leaves, KEY, inputs.leaves), inputs, mode, 0.25)
 
 
-def call_of(*arrays):
+def inputs_of(*arrays):
     return StepInputs(list(arrays), None, None)
 
 
@@ -47,52 +47,54 @@ Y = jnp.float32(0.1)
 
 
 @pytest.fixture(scope="module")
-def body():
-    return traced(contracting, [W], call_of(ITEMS[0], Y))
+def step():
+    return traced(contracting, [W], inputs_of(ITEMS[0], Y))
 
 
-def one_by_one(body, items):
+def one_by_one(step, items):
     w, found = W, []
     for x in items:
-        loss, (w,) = body.program("step", (False, False)).run([w], KEY, OPEN, jnp.int32(1), [x, Y], [])
+        loss, (w,) = step.program("step", (False, False)).jitted([w], KEY, device_count_of(1), [x, Y])
         found.append(loss)
     return np.array(found).tobytes(), np.asarray(w).tobytes()
 
 
-def together(body, items, *, entry="fit", packing=None, y_too=False):
+def together(step, items, *, entry="fit", packing=None, y_too=False):
     held = packing.pack([W]) if packing else [W + 0]
-    stack = np.zeros((body.capacity, 64), np.float32)
+    stack = np.zeros((step.capacity, 64), np.float32)
     stack[: len(items)] = items
-    shared, stacked = ([], [stack, jnp.full(body.capacity, Y)]) if y_too else ([Y], [stack])
-    losses, _, held, _ = body.program(entry, (True, y_too), packing).run(
-        held, KEY, OPEN, jnp.int32(len(items)), shared, stacked
+    shared, stacked = ([], [stack, jnp.full(step.capacity, Y)]) if y_too else ([Y], [stack])
+    losses, _, held, _ = step.program(entry, (True, y_too), packing).jitted(
+        held, KEY, OPEN, device_count_of(len(items)), shared, stacked
     )
     (w,) = packing.unpack(held) if packing else held
     return np.asarray(losses)[: len(items)].tobytes(), np.asarray(w).tobytes()
 
 
-def test_a_block_is_its_steps_to_the_last_bit(body):
-    expected = one_by_one(body, ITEMS)
-    assert together(body, ITEMS) == expected
-    assert together(body, ITEMS, entry="fit in place") == expected
-    assert together(body, ITEMS, y_too=True) == expected, "what does not vary must not be computed ahead of the loop"
-    assert together(body, ITEMS, packing=Packing([((64,), jnp.dtype(jnp.float32))])) == expected
+def test_a_block_is_its_steps_to_the_last_bit(step):
+    expected = one_by_one(step, ITEMS)
+    assert together(step, ITEMS) == expected
+    assert together(step, ITEMS, entry="fit in place") == expected
+    assert together(step, ITEMS, y_too=True) == expected, "what does not vary must not be computed ahead of the loop"
+    assert together(step, ITEMS, packing=Packing([((64,), jnp.dtype(jnp.float32))])) == expected
 
 
-def test_one_item_again_and_again_is_its_steps_to_the_last_bit(body):
-    losses, _, (w,), _ = body.program("fit", (False, False)).run([W], KEY, OPEN, jnp.int32(5), [ITEMS[0], Y], [])
-    assert (np.asarray(losses)[:5].tobytes(), np.asarray(w).tobytes()) == one_by_one(body, ITEMS[:1] * 5)
+def test_one_item_again_and_again_is_its_steps_to_the_last_bit(step):
+    losses, _, (w,), _ = step.program("fit", (False, False)).jitted(
+        [W], KEY, OPEN, device_count_of(5), [ITEMS[0], Y], []
+    )
+    assert (np.asarray(losses)[:5].tobytes(), np.asarray(w).tobytes()) == one_by_one(step, ITEMS[:1] * 5)
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=20), st.data())
 @settings(max_examples=15, deadline=None)
-def test_any_cut_into_blocks_gives_the_same_bytes(body, order, data):
+def test_any_cut_into_blocks_gives_the_same_bytes(step, order, data):
     global W
     items, start, whole = [ITEMS[i] for i in order], W, []
-    expected = one_by_one(body, items)
+    expected = one_by_one(step, items)
     while items:
-        n = data.draw(st.integers(1, min(len(items), body.capacity)))
-        losses, w = together(body, items[:n])
+        n = data.draw(st.integers(1, min(len(items), step.capacity)))
+        losses, w = together(step, items[:n])
         whole.append(losses)
         W, items = jnp.asarray(np.frombuffer(w, np.float32)), items[n:]
     end, W = np.asarray(W).tobytes(), start
@@ -101,31 +103,31 @@ def test_any_cut_into_blocks_gives_the_same_bytes(body, order, data):
 
 def loop_body(program, *arguments):
     """The instructions of the compiled loop's body, without the names and numbers that a compiler gives out."""
-    text = program.run.lower(*arguments).compile().as_text()
+    text = program.jitted.lower(*arguments).compile().as_text()
     computations = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
     name = re.search(r"while\(.*?body=%?([\w.\-]+)", text).group(1)
     plain = re.sub(r", metadata=\{[^}]*\}|[\w.\-]*\.\d+", "", computations[name])
     return re.findall(r"(\w+\[[\d,]*\])\S* (fusion|dot|convolution|call|custom-call|sine|cosine|tanh)\(", plain)
 
 
-def test_the_compiled_loop_is_one_whether_its_memory_is_given_or_taken(body):
-    arguments = ([W], KEY, OPEN, jnp.int32(3), [Y], [np.zeros((body.capacity, 64), np.float32)])
-    kept = loop_body(body.program("fit", (True, False)), *arguments)
-    assert kept and kept == loop_body(body.program("fit in place", (True, False)), *arguments)
+def test_the_compiled_loop_is_one_whether_its_memory_is_given_or_taken(step):
+    arguments = ([W], KEY, OPEN, device_count_of(3), [Y], [np.zeros((step.capacity, 64), np.float32)])
+    kept = loop_body(step.program("fit", (True, False)), *arguments)
+    assert kept and kept == loop_body(step.program("fit in place", (True, False)), *arguments)
 
 
-def test_a_pattern_is_used_again_where_it_can_be(body):
-    body.patterns.clear()
-    assert body.pattern((True, False)) == (True, False)
-    assert body.pattern((False, False)) == (True, False), "one item of a block: no other program"
-    assert body.pattern((True, True)) == (True, True)
-    assert body.patterns == [(True, False), (True, True)]
+def test_a_pattern_is_used_again_where_it_can_be(step):
+    step.patterns.clear()
+    assert step.pattern((True, False)) == (True, False)
+    assert step.pattern((False, False)) == (True, False), "one item of a block: no other program"
+    assert step.pattern((True, True)) == (True, True)
+    assert step.patterns == [(True, False), (True, True)]
 
 
-def test_programs_are_made_once(body):
-    assert body.program("fit", (True, False)) is body.program("fit", (True, False))
-    assert body.program("fit", (True, False)) is not body.program("fit in place", (True, False))
-    assert body.program("fit", (True, False)).fresh and body.seconds == 0.25
+def test_programs_are_made_once(step):
+    assert step.program("fit", (True, False)) is step.program("fit", (True, False))
+    assert step.program("fit", (True, False)) is not step.program("fit in place", (True, False))
+    assert step.program("fit", (True, False)).compiled is False and step.seconds == 0.25
 
 
 def foreign(leaves, key, given):
@@ -142,11 +144,13 @@ def foreign(leaves, key, given):
 
 def test_convolutions_of_other_libraries_are_kept_out_of_loops():
     x, w = np.ones((4, 3, 16, 16), np.float32), jnp.full((8, 3, 3, 3), 0.1, jnp.float32)
-    body = traced(foreign, [w], call_of(x))
-    assert not body.looped and body.capacity == 1
-    loss, (after,) = body.program("step", (False,)).run([w], KEY, OPEN, jnp.int32(1), [x], [])
-    losses, _, (other,), _ = body.program("fit in place", (False,)).run([w + 0], KEY, OPEN, jnp.int32(1), [x], [])
+    step = traced(foreign, [w], inputs_of(x))
+    assert not step.looped and step.capacity == 1
+    loss, (after,) = step.program("step", (False,)).jitted([w], KEY, device_count_of(1), [x])
+    losses, _, (other,), _ = step.program("fit in place", (False,)).jitted(
+        [w + 0], KEY, OPEN, device_count_of(1), [x], []
+    )
     assert losses.shape == (1,) and float(losses[0]) == float(loss)
     assert np.asarray(after).tobytes() == np.asarray(other).tobytes()
-    text = body.program("fit", (False,)).run.lower([w], KEY, OPEN, jnp.int32(1), [x], []).as_text()
+    text = step.program("fit", (False,)).jitted.lower([w], KEY, OPEN, device_count_of(1), [x], []).as_text()
     assert "while" not in text

@@ -33,8 +33,8 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 def both(stride, dilation, padding, groups):
     """kaun's convolution and JAX's, as functions of image and weight."""
-    windows = ConvConfig(stride, dilation, padding)
-    ours = lambda x, weight: convolve(x, weight, windows, groups)
+    config = ConvConfig(stride, dilation, padding)
+    ours = lambda x, weight: convolve(x, weight, config, groups)
     return ours, lambda x, weight: stock(x, weight, stride, dilation, padding, groups)
 
 
@@ -109,9 +109,9 @@ def test_in_double_precision():
 @pytest.mark.parametrize("shape", [(2, 4, 1), (4, 4, 2), (3, 3, 3)])
 def test_a_loop_gives_the_bits_of_the_loop_of_one(shape):
     n_in, n_out, groups = shape
-    windows = ConvConfig((1, 1), (1, 1), ((1, 1), (1, 1)))
+    config = ConvConfig((1, 1), (1, 1), ((1, 1), (1, 1)))
     x, weight = normal(0, 4, 8, 8, n_in), 0.1 * normal(1, 3, 3, n_in // groups, n_out)
-    step = lambda i, w: w - 0.01 * jax.grad(lambda w: (convolve(x, w, windows, groups) ** 2).mean())(w)
+    step = lambda i, w: w - 0.01 * jax.grad(lambda w: (convolve(x, w, config, groups) ** 2).mean())(w)
     loop = jax.jit(lambda n, w: lax.fori_loop(0, n, step, w))
     once = weight
     for _ in range(3):

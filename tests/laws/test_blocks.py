@@ -76,7 +76,7 @@ def fold(name):
 
 
 class Watching:
-    """A report for some steps, which looks at the state or not, and records what it was told."""
+    """A report for some steps, which looks at the state or not, and records what it received."""
 
     def __init__(self, wanted, looks, stop):
         self.wanted, self.looks, self.stop = wanted, looks, stop

@@ -187,7 +187,7 @@ def test_early_stop_is_exact(run, k, form):
         assert len(taken) == k
     if form == "generator":
         rest = trainer.fit(end, source) if k < N else end
-        assert as_bytes(rest) == folded[-1], "the user's own generator goes on where fit left it"
+        assert as_bytes(rest) == folded[-1], "the user's own generator continues where fit left it"
 
 
 def test_early_stop_is_not_swallowed_when_it_comes_from_elsewhere(run):

@@ -115,7 +115,7 @@ def test_what_is_ready_is_delivered_after_a_moment_without_waiting():
     recorder.wants = lambda step: False
     caller = ReportCaller(recorder, None)
     caller._next = math.inf
-    pending = ran(2, 1.0)._replace(losses=Pending(), numbers=Pending(), fault=Pending())
+    pending = ran(2, 1.0)._replace(losses=Pending(), numbers=Pending(), status=Pending())
     caller.ran(ran(1, 1.0))
     caller.ran(pending)
     assert recorder.blocks == []
@@ -201,7 +201,7 @@ def test_a_block_has_every_number_of_its_steps_and_their_place_in_the_states_lif
     ((first, values),) = report.blocks
     assert first == 11 and values["step"] == [111, 112]
     assert values["loss"] == [1.0, 2.0] and values["grad_norm"] == [2.0, 4.0]
-    assert "good" not in values and "skipped" not in values
+    assert "finite" not in values and "skipped" not in values
     assert values["step_time"][0] > 0 and np.isclose(values["examples_per_second"][0], 4 / values["step_time"][0])
 
 
@@ -228,7 +228,7 @@ def test_the_step_that_ended_the_run_and_those_after_it_are_not_reported():
 def test_skipped_steps_are_reported_with_their_loss():
     report = Values()
     caller = ReportCaller(report, None, mode="skip")
-    skipping = ran(1, 1.0, math.inf, 3.0, names=("grad_norm", "good"))
+    skipping = ran(1, 1.0, math.inf, 3.0, names=("grad_norm", "finite"))
     caller.ran(skipping._replace(numbers=skipping.numbers.at[1, 1].set(0.0)))
     caller.finish()
     assert report.blocks[0][1]["skipped"] == [False, True, False] and report.blocks[0][1]["loss"][1] == math.inf

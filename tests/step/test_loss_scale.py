@@ -1,4 +1,4 @@
-"""Loss scaling: gradients that float16 would lose, forced overflow, growth, and whose fault a nan is."""
+"""Loss scaling: gradients that float16 would lose, forced overflow, growth, and which nan is not due to the scale."""
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,8 @@ def test_gradients_too_small_for_float16_arrive():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3), after.vars.params, expected.vars.params
     )
-    _, lost = trainer.step(state.replace(opt_state=state.opt_state._replace(scale=jnp.float32(1))), X, loss=tiny)
-    assert np.array_equal(lost.vars.params[0]["weight"], state.vars.params[0]["weight"])
+    _, unscaled = trainer.step(state.replace(opt_state=state.opt_state._replace(scale=jnp.float32(1))), X, loss=tiny)
+    assert np.array_equal(unscaled.vars.params[0]["weight"], state.vars.params[0]["weight"])
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip", "ignore"])
@@ -92,16 +92,16 @@ def test_a_fit_goes_on_until_the_scale_fits(mode):
     end = trainer.fit(state, Data.repeat(60, (X, mse)), report=report)
     rows = report.rows
     scale, good = numbers(end)
-    lost = round(24 - np.log2(scale))
-    assert 3 < lost < 20 and good <= 60 - lost and int(end.step) == 60
+    overflowed = round(24 - np.log2(scale))
+    assert 3 < overflowed < 20 and good <= 60 - overflowed and int(end.step) == 60
     skipped = np.array(rows["skipped"])
-    assert skipped[:4].all() and skipped.sum() == lost
+    assert skipped[:4].all() and skipped.sum() == overflowed
     assert (np.array(rows["grad_norm"]) == 0).tolist() == skipped.tolist()
     assert rows["loss"][-1] < rows["loss"][0] / 2
-    assert int(end.opt_state.inner[0].count) == 60 - lost
+    assert int(end.opt_state.inner[0].count) == 60 - overflowed
 
 
-def test_the_first_fault_is_found_after_overflows_in_its_block():
+def test_the_first_nonfinite_step_is_found_after_overflows_in_its_block():
     trainer, state = made(scale=2.0**24)
     good, bad = (X, mse), (X, lambda out: mse(out) * jnp.nan)
     with pytest.raises(NonFiniteLoss, match="The loss is nan at step 4") as caught:
@@ -117,10 +117,10 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale():
 
 
 def test_at_scale_one_the_scale_is_not_the_reason():
-    wrong = lambda out: jnp.sqrt(jnp.abs(out - out)).sum()  # 0, with a nan for a gradient
+    nonfinite = lambda out: jnp.sqrt(jnp.abs(out - out)).sum()  # 0, with a nan for a gradient
     trainer, state = made(scale=4.0)
-    with pytest.raises(NonFiniteLoss, match=r"The loss is 0 at step 3, not finite is the gradient of '0\.bias'"):
-        trainer.fit(state, Data.repeat(9, (X, wrong)))
+    with pytest.raises(NonFiniteLoss, match=r"The loss is 0 at step 3; the gradient is not finite for '0\.bias'"):
+        trainer.fit(state, Data.repeat(9, (X, nonfinite)))
 
 
 def test_2000_good_steps_double_it_up_to_a_limit():

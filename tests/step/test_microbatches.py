@@ -73,7 +73,7 @@ def test_batch_norm_is_refused_unless_it_stays():
     parts = lambda: (layers.linear(3, 4), layers.batch_norm(4), layers.linear(4, 2))
     trainer, state = made(3, *parts())
     with pytest.raises(
-        ValueError, match=r"state '1\.running_mean', '1\.running_var' moves in training.*group_norm.*trainable"
+        ValueError, match=r"state '1\.running_mean', '1\.running_var' changes in training.*group_norm.*trainable"
     ):
         trainer.step(state, X, loss=mse)
     trainer.step(state, X, loss=mse, training=False)
@@ -94,7 +94,7 @@ def test_what_is_as_long_as_the_batch_is_split_and_the_rest_is_whole():
     close((found[0][0], found[0][1].vars), (found[1][0], found[1][1].vars))
 
 
-def test_dropout_draws_anew_for_each_part_and_alike_in_both_passes():
+def test_dropout_draws_for_each_part_and_alike_in_both_passes():
     trainer, state = made(4, one(lambda w, x, ctx: x[:, :2] * w[None]), layers.dropout(0.5))
     ones = np.ones((12, 3), np.float32)
     _, after = trainer.step(state, ones, loss=lambda out: out.sum())

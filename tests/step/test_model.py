@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from kaun import Layer, Vars, layers
-from kaun._step import model, precision
+from kaun._step.model import VarsSpec, abstract_vars, check_model
+from kaun._step.precision import parse_precision
 
 
 def test_variables_are_shapes_and_dtypes_of_init():
     model = layers.sequential([layers.linear(2, 3), layers.batch_norm(3)])
-    found = model.abstract_vars(model, jnp.bfloat16)
+    found = abstract_vars(model, jnp.bfloat16)
     made = model.init(dtype=jnp.bfloat16)
     assert jax.tree.structure(found) == jax.tree.structure(made)
     kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(vars)] for vars in (found, made)]
@@ -24,7 +25,7 @@ def test_an_init_that_reads_its_own_numbers_is_run():
         weight = layers.linear(2, 2).init(dtype=dtype).params["weight"]
         return Vars(params={"weight": np.linalg.qr(np.asarray(weight))[0]}, state={}, dtype=dtype)
 
-    found = model.abstract_vars(Layer(init=init, apply=lambda v, x, **_: (x, v)), jnp.float32)
+    found = abstract_vars(Layer(init=init, apply=lambda v, x, **_: (x, v)), jnp.float32)
     assert found.params["weight"].shape == (2, 2)
 
 
@@ -35,7 +36,7 @@ def test_what_is_expected_is_found_out_once_for_each_dtype():
         calls.append(dtype)
         return layers.linear(2, 2).init(dtype=dtype)
 
-    expected = model.VarsSpec(Layer(init=init, apply=lambda v, x, **_: (x, v)), None)
+    expected = VarsSpec(Layer(init=init, apply=lambda v, x, **_: (x, v)), None)
     for dtype in (jnp.float32, jnp.float32, jnp.bfloat16):
         expected.check(layers.linear(2, 2).init(dtype=dtype))
     assert calls == [jnp.float32, jnp.bfloat16]
@@ -46,11 +47,11 @@ def test_what_is_expected_is_found_out_once_for_each_dtype():
 
 
 def test_another_precision_is_refused_first():
-    expected = model.VarsSpec(layers.linear(2, 2), precision.parse_precision("mixed_bfloat16"))
+    expected = VarsSpec(layers.linear(2, 2), parse_precision("mixed_bfloat16"))
     with pytest.raises(ValueError, match="keeps parameters in float32, received bfloat16"):
         expected.check(layers.linear(9, 9).init(dtype=jnp.bfloat16))
 
 
 def test_a_model_must_be_a_layer():
     with pytest.raises(TypeError, match="expected a kaun Layer, received 3"):
-        model.check_model(3)
+        check_model(3)

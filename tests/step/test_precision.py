@@ -68,7 +68,9 @@ def test_it_must_be_a_string():
 def test_a_dtype_that_contradicts_it_is_refused():
     trainer, state = made("mixed_bfloat16")
     assert trainer.init(dtype=jnp.float32).vars.dtype == jnp.float32
-    match = r"keeps parameters in float32, received bfloat16\. Write trainer\.init\(\) without.*or say params=bfloat16"
+    match = (
+        r"keeps parameters in float32, received bfloat16\. Write trainer\.init\(\) without.*or write params=bfloat16"
+    )
     with pytest.raises(ValueError, match=match):
         trainer.init(dtype=jnp.bfloat16)
     half = trainer.model.init(dtype=jnp.bfloat16)

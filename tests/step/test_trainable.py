@@ -86,7 +86,7 @@ def test_a_layer_frozen_as_a_whole_runs_as_in_predict_and_keeps_its_state():
         state = trainer.make_state(moved)
     _, after = trainer.step(state, X, loss=mse)
     jax.tree.map(np.testing.assert_array_equal, after.vars.state, state.vars.state)
-    # without the dropout, which has no parameters and goes on, the loss is that of predict
+    # without the dropout, which has no parameters and stays active, the loss is that of predict
     quiet = lambda: layers.sequential([layers.linear(3, 4), layers.batch_norm(4), layers.linear(4, 2)])
     trainer, state = made(lambda path: path.startswith("2"), quiet)
     state = state.replace(vars=state.vars.replace(state=jax.tree.map(lambda a: a + 0.5, state.vars.state)))
@@ -189,7 +189,7 @@ def test_what_is_not_finite_is_named_by_its_own_path():
         ),
     )
     with pytest.raises(
-        NonFiniteLoss, match=r"not finite is the gradient of '4\.bias', '4\.weight' \(2 of 2\)"
+        NonFiniteLoss, match=r"the gradient is not finite for '4\.bias', '4\.weight' \(2 of 2 parameters\)"
     ) as caught:
         trainer.fit(state, [(X, lambda out: mse(out) * jnp.nan)])
     assert caught.value.parameters == ("4.bias", "4.weight")

@@ -9,6 +9,8 @@ from kaun._engine.inputs import StepInputs as StepInputs
 from kaun._engine.jaxpr import digest_program as digest_program
 from kaun._engine.log import Compilation as Compilation
 from kaun._engine.loop import StepLoop as StepLoop
+from kaun._engine.loop import find_step as find_step
+from kaun._engine.loop import run_step as run_step
 from kaun._engine.packing import Packing as Packing
 from kaun._engine.program import TracedStep as TracedStep
 from kaun._engine.results import StepResults as StepResults

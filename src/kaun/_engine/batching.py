@@ -1,4 +1,4 @@
-"""Items of one kind collected for one dispatch: what differs between them is stacked, what is the same passed once."""
+"""BlockBuffer: items of one kind stacked for one dispatch. What differs is stacked, what is the same passed once."""
 
 from __future__ import annotations
 
@@ -20,38 +20,49 @@ _MOST_BYTES = 4 << 20
 _MOST_ITEMS = 128
 _LARGE = _MOST_BYTES // 4  # larger leaves are never stacked
 _FEW = 16
-# Dispatches that may still read their buffers: the newest two (``Loop`` waits for those before), and the next one.
+# Dispatches that may still read their buffers: the newest two (``StepLoop`` waits for earlier ones), and the next one.
 BUFFERS = 3
 
 
-def capacity_of(call: StepInputs) -> int:
-    """How many items of a call's kind one dispatch may hold."""
-    size = sum(n for n in map(_bytes, call.leaves) if n <= _LARGE)
+def capacity_of(inputs: StepInputs) -> int:
+    """Return how many items of this kind one dispatch may hold."""
+    size = sum(n for n in map(_bytes, inputs.leaves) if n <= _LARGE)
     return max(1, min(_MOST_ITEMS, _MOST_BYTES // max(size, 1)))
 
 
 class _Column(Protocol):
-    """One leaf of the items of a block."""
+    """One leaf of the items of a block.
+
+    Attributes:
+        alone: Whether it cannot be stacked, so that all items of a block must have one value.
+        selective: Whether ``takes`` may be False.
+        varies: Whether the items so far have more than one value.
+        row: The buffer into which ``add`` copies a value itself; None where ``put`` has to look at it.
+    """
 
     alone: bool
-    """Whether it cannot be stacked."""
+    selective: bool
     varies: bool
+    row: Any
 
     def takes(self, value: Any) -> bool:
-        """Whether the block can go on with this value."""
+        """Return whether a block that has items can take this value."""
         ...
 
-    def put(self, slot: int, value: Any) -> None: ...
+    def put(self, slot: int, value: Any) -> None:
+        """Take the value of the item in a slot."""
+        ...
+
     def fill(self, rows: RowGather, start: int, count: int) -> None:
-        """Take items of a run, from its number ``start`` on."""
+        """Take the values of ``count`` items of a chunk, from its number ``start`` on."""
         ...
 
     def shared(self) -> Any:
-        """The one value of all items."""
+        """Return the one value of all items."""
         ...
 
     def stacked(self, count: int) -> Any:
-        """The values of ``count`` items, along a leading axis as long as the capacity."""
+        """Return the values of ``count`` items along a leading axis as long as the capacity."""
         ...
 
 
@@ -60,12 +71,13 @@ class _Host:
 
     def __init__(self, value: Any, capacity: int) -> None:
         self.varies = False
-        self.alone = capacity == 1
+        self.alone = self.selective = capacity == 1
         dtype = jax.dtypes.canonicalize_dtype(value.dtype)
         self._same_dtype = dtype == value.dtype
         self._buffers = [aligned_empty((capacity, *value.shape), dtype) for _ in range(BUFFERS)]
         self._turn = 0
         self._first: Any = None
+        self.row: Any = None
 
     def takes(self, value: Any) -> bool:
         return not self.alone or self._is_first(value)
@@ -73,7 +85,7 @@ class _Host:
     def put(self, slot: int, value: Any) -> None:
         if slot == 0:
             self._turn = (self._turn + 1) % BUFFERS
-            self._first, self.varies = value, False
+            self._first, self.varies, self.row = value, False, None
         buffer = self._buffers[self._turn]
         if slot and not self.varies:
             # One object in every item, such as weights of the classes, is not stacked, unless it was written to.
@@ -81,6 +93,7 @@ class _Host:
                 return
             self.varies = True
             buffer[1:slot] = buffer[0]
+            self.row = buffer if self._same_dtype else None
         if self._same_dtype:
             buffer[slot] = value
         else:
@@ -89,7 +102,7 @@ class _Host:
 
     def fill(self, rows: RowGather, start: int, count: int) -> None:
         self._turn = (self._turn + 1) % BUFFERS
-        self._first, self.varies = None, count > 1
+        self._first, self.varies, self.row = None, count > 1, None
         rows.into(self._buffers[self._turn][:count], start)
 
     def _is_first(self, value: Any) -> bool:
@@ -108,10 +121,13 @@ class _Host:
 class _Device:
     """A JAX array, which cannot change. Arrays on several devices are not stacked: that would move them."""
 
+    selective = True
+    row = None
+
     def __init__(self, value: Any, capacity: int) -> None:
         self.varies = False
         self._capacity = capacity
-        # A stack is of a strong type.
+        # A stack does not keep a weak type.
         self.alone = capacity == 1 or bool(value.weak_type) or len(value.devices()) > 1
         self._values: list[Any] = []
         self._stack: Any = None
@@ -144,7 +160,8 @@ class _Device:
 class _Number:
     """A Python number: of a weak type, which a stack would lose, so another value ends the block."""
 
-    alone = True
+    alone = selective = True
+    row = None
     varies = False
 
     def __init__(self) -> None:
@@ -167,41 +184,50 @@ class _Number:
 
 
 class BlockBuffer:
-    """Where the items of one kind are collected; used again for the next block of that kind.
+    """Buffers where the items of one kind are collected; used again for the next block of that kind.
 
-    Arguments:
-        call: the first item, for its kinds.
-        capacity: the most items of a block.
+    Args:
+        inputs: The first item, for its kind.
+        capacity: The most items of a block.
+
+    Attributes:
+        capacity: As the argument.
+        count: How many items the block has.
     """
 
-    def __init__(self, call: StepInputs, capacity: int) -> None:
-        self.key = call.key
+    def __init__(self, inputs: StepInputs, capacity: int) -> None:
         self.capacity = capacity
         self.count = 0
-        self._columns: list[_Column] = [_column(a, capacity) for a in call.leaves]
+        self._key = inputs.key
+        self._columns: list[_Column] = [_column(a, capacity) for a in inputs.leaves]
+        self._selective = [(i, c) for i, c in enumerate(self._columns) if c.selective]
 
-    def takes(self, call: StepInputs) -> bool:
-        """Whether this item can join the block."""
-        columns = self._columns
-        return call.key == self.key and (
-            self.count == 0 or all(c.takes(a) for c, a in zip(columns, call.leaves, strict=True))
-        )
-
-    def add(self, call: StepInputs) -> None:
-        """Copy an item into the block."""
-        slot = self.count
-        for column, leaf in zip(self._columns, call.leaves, strict=True):
-            column.put(slot, leaf)
+    def add(self, inputs: StepInputs) -> bool:
+        """Copy an item into the block; return False, and do nothing, where the block cannot take it."""
+        # Run for each item: a call of a function costs 0.1 us, so the usual cases are decided here.
+        if inputs.key != self._key:
+            return False
+        slot, leaves = self.count, inputs.leaves
+        if slot:
+            for i, column in self._selective:
+                if not column.takes(leaves[i]):
+                    return False
+        for column, leaf in zip(self._columns, leaves, strict=True):
+            if slot and column.row is not None:
+                column.row[slot] = leaf
+            else:
+                column.put(slot, leaf)
         self.count = slot + 1
+        return True
 
-    def room(self, sources: Mapping[int, RowGather], call: StepInputs) -> int:
-        """How many items of a run one block can take."""
-        columns = zip(self._columns, call.leaves, strict=True)
+    def room(self, sources: Mapping[int, RowGather], inputs: StepInputs) -> int:
+        """Return how many items of a chunk one block can take."""
+        columns = zip(self._columns, inputs.leaves, strict=True)
         return 1 if any(c.alone and id(a) in sources for c, a in columns) else self.capacity
 
-    def fill(self, call: StepInputs, sources: Mapping[int, RowGather], start: int, count: int) -> None:
-        """Make the block of ``count`` items of a run, from its number ``start`` on."""
-        for column, leaf in zip(self._columns, call.leaves, strict=True):
+    def fill(self, inputs: StepInputs, sources: Mapping[int, RowGather], start: int, count: int) -> None:
+        """Make the block of ``count`` items of a chunk, from its number ``start`` on."""
+        for column, leaf in zip(self._columns, inputs.leaves, strict=True):
             rows = sources.get(id(leaf))
             if rows is None or count == 1 == start + 1:
                 column.put(0, leaf)
@@ -215,7 +241,7 @@ class BlockBuffer:
         return tuple([c.varies for c in self._columns])
 
     def arguments(self, pattern: Sequence[bool]) -> tuple[list[Any], list[Any]]:
-        """The leaves of the block, those of one value and those that the pattern says to stack; it is empty then."""
+        """Return the leaves of the block, those passed once and those that the pattern stacks; it is empty then."""
         pairs = list(zip(self._columns, pattern, strict=True))
         count, self.count = self.count, 0
         return [c.shared() for c, many in pairs if not many], [c.stacked(count) for c, many in pairs if many]
@@ -233,18 +259,18 @@ def _bytes(leaf: Any) -> int:
 
 
 def _same_bytes(a: Any, b: Any) -> bool:
-    """Whether two arrays of one shape and dtype hold the same bits."""
+    """Return whether two arrays of one shape and dtype hold the same bits."""
     if a.size <= _MOST_ITEMS:
         return a.tobytes() == b.tobytes()
     return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
 
 
 def _stack(values: Sequence[Any], capacity: int) -> Any:
-    """The stack of some arrays, filled up with the last to a length that never changes: one program for any count."""
+    """Return the stack of some arrays, filled with the last one up to the capacity: one program for any count."""
     values = [*values, *[values[-1]] * (capacity - len(values))]
     if capacity <= _FEW:
         return _stacked(*values)
-    # A call with hundreds of arguments takes long to look up: by and by.
+    # In groups: JAX takes long to look up the program for a call with hundreds of arguments.
     groups = [_stacked(*values[i : i + _FEW]) for i in range(0, capacity // _FEW * _FEW, _FEW)]
     rest = values[capacity // _FEW * _FEW :]
     return _joined(*groups, *([_stacked(*rest)] if rest else []))

@@ -1,4 +1,4 @@
-"""The record of what was compiled: where, for which code, why again, and in how many seconds."""
+"""Compilation and CompilationLog: what was compiled, why again, and in how many seconds."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Compilation:
 
     Attributes:
         where: ``"step"``, ``"fit"``, ``"predict"`` or ``"evaluate"``.
-        code: the loss's (the first metric's) name, file and line; for ``predict`` an empty string.
+        code: The name, file and line of the loss, or of the first metric; empty for ``predict``.
         why: ``"first"``, or what changed since the same code was compiled before, from what to what.
-        seconds: tracing and compiling, without the first run.
+        seconds: How long tracing and compiling took, without the first run.
     """
 
     where: str
@@ -37,8 +37,11 @@ class Compilation:
 class CompilationLog:
     """The newest thousand compilations of one trainer.
 
-    Arguments:
-        capacity: for how many pieces of code it is remembered what they were compiled for last.
+    Args:
+        capacity: For how many pieces of code the log remembers what they were compiled for last.
+
+    Attributes:
+        compilations: The newest thousand, the newest last.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -48,28 +51,32 @@ class CompilationLog:
         self._lock = threading.Lock()
 
     def add(
-        self, where: str, call: StepInputs, stacks: str, training: bool, seconds: float, *, known: bool = False
+        self, where: str, inputs: StepInputs, stacks: str, training: bool, seconds: float, *, known: bool = False
     ) -> None:
-        """Write down a compilation; warns once where one piece of code is compiled again and again.
+        """Log a compilation, and warn once where one piece of code is compiled again and again.
 
-        Arguments:
-            stacks: how the items of a block are passed, in words.
-            known: whether there is a program for equal items already, which are passed otherwise.
+        Args:
+            where: As ``Compilation.where``.
+            inputs: The inputs for which the program was compiled.
+            stacks: How the items of a block are passed, in words.
+            training: Whether the layers run in training mode.
+            seconds: How long it took.
+            known: Whether there is a program for equal items already, which are passed in another way.
         """
-        now = {**call.words(), "training": str(training), _ITEMS: stacks}
+        now = {**inputs.describe(), "training": str(training), _ITEMS: stacks}
         with self._lock:
-            before, count = self._latest.pop((where, call.subject), (None, 0))
-            self._latest[(where, call.subject)] = (now, count := count + (not known))
+            before, count = self._latest.pop((where, inputs.subject), (None, 0))
+            self._latest[(where, inputs.subject)] = (now, count := count + (not known))
             if len(self._latest) > self._capacity:
                 self._latest.popitem(last=False)
         why = "first" if before is None else _change(before, now)
-        self.compilations.append(Compilation(where=where, code=call.code, why=why, seconds=seconds))
+        self.compilations.append(Compilation(where=where, code=inputs.code, why=why, seconds=seconds))
         if count == _MANY and not known:
             warn(
-                f"{where} has compiled {_MANY} programs for {call.code or 'one model'}; the last because {why}. Each "
+                f"{where} has compiled {_MANY} programs for {inputs.code or 'one model'}; the last because {why}. Each "
                 "costs a compilation. Capture numbers that change as arrays, alpha = jnp.asarray(alpha), keep one "
                 "object instead of making equal ones, and give batches few different shapes. trainer.compilations "
-                "lists them all.",
+                "lists all of them.",
                 RecompilationWarning,
             )
 
@@ -79,5 +86,5 @@ def _change(before: dict[str, str], now: dict[str, str]) -> str:
     pairs = [(n, before.get(n, "nothing"), now.get(n, "nothing")) for n in names]
     changes = [f"{n} changed from {a} to {b}" for n, a, b in pairs if a != b and n != _ITEMS]
     if not changes and before[_ITEMS] != now[_ITEMS]:
-        return f"{_ITEMS}, {before[_ITEMS]} before, are {now[_ITEMS]}"
-    return "; ".join(changes[:3]) or "the program made for these arguments had been dropped, or its shardings changed"
+        return f"{_ITEMS} were {before[_ITEMS]} before and are {now[_ITEMS]}"
+    return "; ".join(changes[:3]) or "its program was dropped from the cache, or the shardings of its arguments changed"

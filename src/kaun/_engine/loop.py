@@ -1,8 +1,7 @@
-"""Compiled steps: many in one dispatch, each program compiled once and found again in microseconds.
+"""StepLoop: owns the state while ``fit`` runs, collects items in blocks, dispatches them, and waits two behind.
 
-The body of a step is traced once for each (loss code, static values, shapes, dtypes). Every program that runs it, one
-step for ``step`` or a block of them for ``fit``, is that body in the same loop. ``Programs`` holds them; ``Loop`` runs
-blocks over a state of its own, and knows when a state that a user has seen must be left alone.
+A step is traced once for each (loss code, static values, shapes, dtypes). Every program that runs it, one step for
+``step`` or a block of them for ``fit``, is that traced step in the same loop.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,40 +18,73 @@ import numpy as np
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
 from kaun._engine.inputs import StepInputs
-from kaun._engine.log import Compilation
-from kaun._engine.packing import copy, in_place, pack, packing_of, unpack
-from kaun._engine.program import ROWS, TracedStep, device_count_of
-from kaun._engine.results import PendingDispatch, StepResults
+from kaun._engine.packing import copy, in_place, packing_of, unpack
+from kaun._engine.program import ROWS, TracedStep, device_count_of, trace_step
+from kaun._engine.results import StepResults
 from kaun.context import Context
-from kaun.data import RowGather
+from kaun.data import Chunk, Item, RowGather
 
-__all__ = [
-    "Compilation",
-    "StepLoop",
-]
+__all__ = ["StepLoop", "find_step", "run_step"]
 
-_BEGIN = 2  # the steps of the first ones
+_BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
-_LONGEST = 0.1  # seconds that one dispatch should take at most: so long Python cannot hear of Ctrl-C
-_STAGES = 4
-_SAME: Mapping[int, RowGather] = {}
+_LONGEST = 0.1  # seconds that one dispatch should take at most: Python handles Ctrl-C between dispatches alone
+_BUFFERS = 4
+
+
+def find_step(
+    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool
+) -> TracedStep:
+    """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
+    where = ("train", structure, training, inputs.key)
+    found = programs.get(where)
+    if found is None:
+        train_step, mode = programs.train_step, programs.on_nonfinite
+        found = programs.add(where, trace_step(train_step, mode, structure, leaves, key, inputs, training))
+    return found
+
+
+def run_step(
+    programs: ProgramCache, carry: Any, key: jax.Array, inputs: StepInputs, training: bool
+) -> tuple[jax.Array, Any]:
+    """Return the loss of one step and the carry after it; what was given stays as it is."""
+    leaves, structure = jax.tree_util.tree_flatten(carry)
+    traced = find_step(programs, structure, leaves, key, inputs, training)
+    program = traced.program("step", (False,) * len(inputs.leaves))
+    arguments = (leaves, key, device_count_of(1), inputs.owned())
+    loss, leaves = programs.call(program, "step", inputs, training, arguments, traced)
+    return loss, jax.tree_util.tree_unflatten(structure, leaves)
+
+
+class _Block(NamedTuple):
+    """Items of one kind.
+
+    Attributes:
+        buffer: Where they are collected.
+        traced: The step that takes them.
+        inputs: The first item of that kind.
+    """
+
+    buffer: BlockBuffer
+    traced: TracedStep
+    inputs: StepInputs
 
 
 class StepLoop:
-    """A run of steps over a state of its own, some of them waiting to be run in one dispatch.
+    """A run of steps over its own copy of a state; some of them wait to be dispatched together.
 
-    Arguments:
-        programs: where the compiled steps are.
-        carry: the state to start from, a pytree whose last leaf counts the steps; it stays as it is.
-        key: the run's key.
-        ctx: the Context of every step.
-        ran: called after each dispatch.
-        compiled: called after each compilation with the seconds it took.
-        failed: gives the exception for a step that went wrong (``kaun.guard``), by its number, its loss and the squares
-            of its gradient; None where no step can.
-        done: how many steps were run before.
-        traced: called with each call of a kind that was not there before, and its body.
-        compiling: called before each compilation, with the entry that it is for.
+    Args:
+        programs: The cache of the trainer.
+        carry: The state to start from, a pytree whose last leaf counts the steps; it stays as it is.
+        key: The run's key.
+        ctx: The Context of every step.
+        on_dispatch: Called with the ``StepResults`` after each dispatch.
+        on_compile: Called after each compilation with the seconds it took.
+        error_for: Returns the exception for a step that is not finite, given its number, its loss and the squares of
+            its gradient; None where such a step does not end the run.
+        done: How many steps were run before.
+        on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen.
+        on_compiling: Called before each compilation with the entry for which it is.
     """
 
     def __init__(
@@ -61,228 +93,231 @@ class StepLoop:
         carry: Any,
         key: jax.Array,
         ctx: Context | None,
-        ran: Callable[[StepResults], None] = lambda ran: None,
-        compiled: Callable[[float], None] = lambda seconds: None,
-        failed: Callable[[int, float, Any], Exception] | None = None,
+        on_dispatch: Callable[[StepResults], None] = lambda results: None,
+        on_compile: Callable[[float], None] = lambda seconds: None,
+        error_for: Callable[[int, float, Any], Exception] | None = None,
         done: int = 0,
-        traced: Callable[[StepInputs, TracedStep], None] = lambda call, body: None,
-        compiling: Callable[[str], None] = lambda where: None,
+        on_trace: Callable[[StepInputs, TracedStep], None] = lambda inputs, traced: None,
+        on_compiling: Callable[[str], None] = lambda where: None,
     ) -> None:
-        self._compiling = compiling
-        self._programs, self.key, self._ctx, self._ran, self._compiled = programs, key, ctx, ran, compiled
-        self._failed, self._before, self._traced = failed, done, traced
-        self._wrong: int | None = None
-        leaves, self._def = jax.tree_util.tree_flatten(carry)
-        # Shapes and dtypes of the state: the arrays themselves must not be held on to.
+        self._programs, self.key, self._ctx = programs, key, ctx
+        self._on_dispatch, self._on_compile, self._on_trace = on_dispatch, on_compile, on_trace
+        self._on_compiling = on_compiling
+        self._error_for, self._first_step = error_for, done + 1
+        self._failed_step: int | None = None
+        leaves, self._structure = jax.tree_util.tree_flatten(carry)
+        # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._packing, self._in_place = packing_of(leaves), in_place(leaves)
         # Whether these arrays are in the loop's own form (packed, or memory to be overwritten), the arrays, and the
         # newest dispatch. One tuple, because an interrupt may come between any two assignments.
-        self._held: tuple[bool, list[Any], StepResults | None] = (False, leaves, None)
-        self._done: deque[Any] = deque(maxlen=1)
-        self._stages: OrderedDict[Hashable, tuple[BlockBuffer, TracedStep, StepInputs]] = OrderedDict()
-        self._open: tuple[BlockBuffer, TracedStep, StepInputs] | None = None
-        # What was dispatched and may not be done, with all that it takes to look at a step that went wrong.
-        self._flight: deque[PendingDispatch] = deque()
+        self._carry: tuple[bool, list[Any], StepResults | None] = (False, leaves, None)
+        self._result: deque[Any] = deque(maxlen=1)
+        self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
+        self._open: _Block | None = None
+        self._in_flight: deque[StepResults] = deque()
         self._finished = time.perf_counter()
         self._limit = _BEGIN
+        self._room = 1
+        self._exhausted = False
 
     @property
-    def room(self) -> int:
-        """How many steps one ``push`` may bring."""
+    def limit(self) -> int:
+        """How many steps the next dispatch should have at most."""
         return self._limit
+
+    def room(self, left: int) -> int:
+        """Return how many of the items that are left the next chunk given to ``push`` may hold."""
+        return min(left, self._room)
 
     @property
     def failed(self) -> bool:
-        """Whether a step went wrong, and that was told."""
-        return self._wrong is not None
+        """Whether a step was not finite, and an exception was raised for it."""
+        return self._failed_step is not None
 
     @property
     def done(self) -> int:
-        """The number of the last step that was run, before one that went wrong."""
-        ran = self._held[2]
-        if self._wrong is not None:
-            return self._wrong - 1
-        return self._before if ran is None else ran.first + ran.steps - 1
+        """The number of the last step that was run, before one that is not finite."""
+        results = self._carry[2]
+        if self._failed_step is not None:
+            return self._failed_step - 1
+        return self._first_step - 1 if results is None else results.first + results.steps - 1
 
     @property
     def loss(self) -> Any:
         """The loss of the last step that was run; waits for it.
 
         Raises:
-            Exception: what ``failed`` gives for the first step that went wrong.
+            Exception: What ``error_for`` returns for the first step that is not finite.
         """
         self.wait()
-        ran = self._held[2]
-        assert ran is not None
-        return np.asarray(ran.losses)[ran.steps - 1]  # indexed on the device it would be a dispatch of its own
+        results = self._carry[2]
+        assert results is not None
+        return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be a dispatch of its own
 
     def wait(self) -> None:
-        """Wait for the steps that were dispatched, where one of them may have gone wrong.
+        """Wait for the steps that were dispatched, where one of them may not be finite.
 
         Raises:
-            Exception: what ``failed`` gives for the first step that did.
+            Exception: What ``error_for`` returns for the first step that is not.
         """
-        while self._failed is not None and self._flight:
-            self._check(self._flight.popleft())
+        while self._error_for is not None and self._in_flight:
+            self._check(self._in_flight.popleft())
 
     def failure(self) -> Exception | None:
-        """The exception for the first step that went wrong, where one did of which nobody knows yet."""
+        """Return the exception for the first step that is not finite, if there is one and it was not raised yet."""
         try:
-            if self._wrong is None:
+            if self._failed_step is None:
                 self.wait()
         except Exception as error:
             return error
         return None
 
-    def push(
-        self,
-        x: Any,
-        loss: Callable[..., Any],
-        ctx: Context | None,
-        count: int = 1,
-        rows: Mapping[int, RowGather] = _SAME,
-    ) -> None:
-        """Run one step, or ``count`` of them, now or together with the next ones; see ``flush``.
+    def push(self, chunks: Iterator[Chunk], first: int, room: int) -> int:
+        """Take items until there are ``room`` steps or no more items, and run them now or with later ones.
 
-        Arguments:
-            rows: as of a ``Run``, whose first item this is.
+        Args:
+            chunks: The items.
+            first: The number of the first step, for messages.
+            room: The most steps.
+
+        Returns:
+            The number of steps; 0 where there are no more items.
         """
-        call = self._call(x, loss, ctx)
-        if count > 1:
-            self.flush()
-            return self._push_run(call, count, rows)
-        if self._open is None or not self._open[0].takes(call):
-            self.flush()
-            self._open = self._stage(call)
-        stage = self._open[0]
-        stage.add(call)
-        if stage.count >= min(self._limit, stage.capacity):
-            self.flush()
-        return None
+        count = 0
+        self._room = 0 if self._exhausted else room
+        for item, n, rows in chunks if self._room else ():
+            x, loss, ctx = Item.parse(item, first + count)
+            inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
+            if self._open is None or n > 1 or not self._open.buffer.add(inputs):
+                self.flush()
+                block = self._blocks.pop(inputs.key, None)
+                if block is None:
+                    traced = find_step(self._programs, self._structure, self._kinds, self.key, inputs, True)
+                    block = self._new_block(inputs, traced)
+                self._enter(block, inputs, n, rows)
+            count += n
+            self._room = room - count
+            if self._open is not None and self._open.buffer.count >= min(self._limit, self._open.buffer.capacity):
+                self.flush()
+            if count >= room:
+                return count
+        self._exhausted = True  # an iterator need not end a second time
+        return count
 
-    def look(self, x: Any, loss: Callable[..., Any], ctx: Context | None) -> None:
-        """Trace the step for an item, and do no more."""
-        self._stage(self._call(x, loss, ctx))
-
-    def _call(self, x: Any, loss: Callable[..., Any], ctx: Context | None) -> StepInputs:
-        return StepInputs(x, loss, self._ctx.merge(ctx) if self._ctx is not None else ctx)
+    def trace(self, item: Any) -> None:
+        """Trace the step for an item, and do not run it."""
+        x, loss, ctx = Item.parse(item, 1)
+        inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
+        self._new_block(inputs, find_step(self._programs, self._structure, self._kinds, self.key, inputs, True))
 
     def flush(self) -> None:
         """Run the steps that wait. Returns when they are dispatched, not when they are done."""
-        if self._open is None or not self._open[0].count:
+        if self._open is None or not self._open.buffer.count:
             return
-        stage, body, call = self._open
-        pattern = body.pattern(stage.varying)
-        count = stage.count
-        self._dispatch(body, call, pattern, count, *stage.arguments(pattern))
+        buffer, traced, inputs = self._open
+        pattern = traced.pattern(buffer.varying)
+        count = buffer.count
+        self._dispatch(traced, inputs, pattern, count, *buffer.arguments(pattern))
 
     def carry(self) -> Any:
-        """The state after the last step that was pushed."""
+        """Return the state after the last step that was pushed, or before one that is not finite."""
         self.flush()
         self._take()
-        own, arrays, ran = self._held
+        own, arrays, results = self._carry
         if own and self._packing is not None:
-            return jax.tree_util.tree_unflatten(self._def, unpack(self._packing, arrays))
-        if self._in_place:
-            self._held = (False, arrays, ran)  # the loop goes on with a copy
-            if self._wrong is not None:
-                arrays = [*arrays[:-1], arrays[-1] - 1]  # a step that went wrong changes nothing but its number
-        return jax.tree_util.tree_unflatten(self._def, arrays)
+            arrays = unpack(self._packing, arrays)
+        elif self._in_place:
+            self._carry = (False, arrays, results)  # the loop continues with a copy
+        if self._failed_step is not None:
+            arrays = [*arrays[:-1], arrays[-1] - 1]  # the discarded step is counted in the arrays
+        return jax.tree_util.tree_unflatten(self._structure, arrays)
 
-    def _stage(self, call: StepInputs) -> tuple[BlockBuffer, TracedStep, StepInputs]:
-        found = self._stages.pop(call.key, None)
-        if found is None:
-            body = self._programs.body(self._def, self._kinds, self.key, call, True)
-            self._traced(call, body)
-            found = (BlockBuffer(call, body.capacity), body, call)
-        self._stages[call.key] = found
-        if len(self._stages) > _STAGES:
-            self._stages.popitem(last=False)
-        return found
+    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
+        self._on_trace(inputs, traced)
+        return _Block(BlockBuffer(inputs, traced.capacity), traced, inputs)
 
-    def _push_run(self, call: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
-        stage, body, _ = self._open = self._stage(call)
-        most = stage.room(rows, call) if rows else ROWS if body.looped else 1
-        leaves, once = call.owned(), (False,) * len(call.leaves)
+    def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
+        """Make a block the open one, and put one item or ``count`` of them into it."""
+        self._open = self._blocks[inputs.key] = block
+        if len(self._blocks) > _BUFFERS:
+            self._blocks.popitem(last=False)
+        buffer, traced, _ = block
+        if count == 1:
+            buffer.add(inputs)
+            return
+        most = buffer.room(rows, inputs) if rows else ROWS if traced.looped else 1
+        leaves, once = inputs.owned(), (False,) * len(inputs.leaves)
         for start in range(0, count, most):
             n = min(most, count - start)
             if rows:
-                stage.fill(call, rows, start, n)
+                buffer.fill(inputs, rows, start, n)
                 self.flush()
             else:
-                self._dispatch(body, call, once, n, leaves, [])
+                self._dispatch(traced, inputs, once, n, leaves, [])
 
     def _dispatch(
         self,
-        body: TracedStep,
-        call: StepInputs,
+        traced: TracedStep,
+        inputs: StepInputs,
         pattern: tuple[bool, ...],
         count: int,
         shared: list[Any],
         stacked: list[Any],
     ) -> None:
         entry = "fit in place" if self._in_place else "fit"
-        program = body.program(entry, pattern, self._packing)
-        own, arrays, ran = self._held
+        program = traced.program(entry, pattern, self._packing)
+        own, arrays, results = self._carry
         if not own and self._in_place:
             for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
                 arrays[i] = copy(arrays[i])
-            self._held = (True, arrays, ran)
+            self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
-            self._held = (True, pack(self._packing, arrays), ran)
-        fault = body.fault if ran is None else ran.fault
-        first = self._before + 1 if ran is None else ran.first + ran.steps
-        arguments = (self._held[1], self.key, fault, device_count_of(count), shared, stacked)
-        if program.fresh:
-            self._compiling(entry.split()[0])
-            self._compiled(self._programs.compile(program, entry, call, True, arguments, body))
+            self._carry = (True, self._packing.pack([np.asarray(a) for a in arrays]), results)
+        status = traced.status if results is None else results.status
+        first = self._first_step if results is None else results.first + results.steps
+        arguments = (self._carry[1], self.key, status, device_count_of(count), shared, stacked)
+        if not program.compiled:
+            self._on_compiling(entry.split()[0])
+            self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
-        # two bytecodes, and must not find the state given away and its successor in nobody's hands.
-        about = (first, count, body, call)
-        self._done.extend(zip(itertools.starmap(program.run, (arguments,)), (about,), strict=False))
-        self._take()
-        ran = self._held[2]
-        assert ran is not None
-        self._ran(ran)
-        before = None if self._in_place or self._failed is None else arguments[0]
-        self._flight.append(PendingDispatch(ran, body, program, pattern, before, shared, stacked))
-        self._pace()
+        # two bytecodes, and must not come while the state is given away and the next one not stored.
+        about = (first, count, traced, inputs)
+        self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        results = self._take()
+        self._on_dispatch(results)
+        self._in_flight.append(results)
+        if len(self._in_flight) > _IN_FLIGHT:
+            self._pace(self._in_flight.popleft())
 
-    def _take(self) -> None:
-        if self._done:
-            (losses, numbers, arrays, fault), (first, count, body, call) = self._done[0]
-            self._held = (True, arrays, StepResults(first, count, losses, body.names, numbers, fault, call.examples))
-            self._done.clear()
+    def _take(self) -> Any:
+        """Store the newest dispatch as the state, and return its results."""
+        if self._result:
+            (losses, numbers, arrays, status), (first, count, traced, inputs) = self._result[0]
+            results = StepResults(first, count, losses, traced.names, numbers, status, inputs.examples)
+            self._carry = (True, arrays, results)
+            self._result.clear()
+        return self._carry[2]
 
-    def _check(self, flight: PendingDispatch) -> None:
-        """Raise where a step went wrong, with the state as it was before it."""
-        ran, body = flight.ran, flight.body
-        if self._failed is None or (i := ran.good()) == ran.steps:
+    def _check(self, results: StepResults) -> None:
+        """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
+        if self._error_for is None or results.status is None:
             return
-        self._wrong = ran.first + i
-        if flight.before is not None:
-            arguments = (flight.before, self.key, None, device_count_of(i), flight.shared, flight.stacked)
-            self._held = (True, flight.program.run(*arguments)[2], ran)
-        given, many = iter(flight.shared), iter(flight.stacked)
-        item = [next(many)[i] if varies else next(given) for varies in flight.pattern]
-        leaves = jax.tree_util.tree_leaves(self.carry())
-        squares = body.step(leaves, self.key, item, body.fault)[1]["squares"]
-        raise self._failed(self._wrong, float(np.asarray(ran.losses)[i]), np.asarray(squares))
-
-    def _pace(self) -> None:
-        """Wait for the last dispatch but two, and let blocks grow until one takes long enough to hide its dispatch."""
-        if len(self._flight) <= _IN_FLIGHT:
+        status = np.asarray(results.status)
+        if status[0] > 0:
             return
-        flight = self._flight.popleft()
-        ran = flight.ran
-        ran.losses.block_until_ready()
-        self._check(flight)
-        count = ran.steps
+        i = results.finite_steps()
+        self._failed_step = results.first + i
+        raise self._error_for(self._failed_step, float(np.asarray(results.losses)[i]), status[1:])
+
+    def _pace(self, results: StepResults) -> None:
+        """Wait for a dispatch, and let blocks grow until one takes long enough to hide its dispatch."""
+        results.losses.block_until_ready()
+        self._check(results)
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
         # The clock decides how many steps share a dispatch, which changes no bit of them.
         if elapsed > _LONGEST:
             self._limit = max(1, self._limit // 4)
-        elif elapsed < _LONGEST / 4 and count * 4 >= self._limit:
+        elif elapsed < _LONGEST / 4 and results.steps * 4 >= self._limit:
             self._limit = min(self._limit * 4, ROWS)

@@ -1,82 +1,100 @@
-"""One training step as it was traced, and the programs made of it: in a loop over the items of a block."""
+"""TracedStep: one training step as it was traced, and the programs made of it, each a loop over a block of items."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable
+import time
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs
 from kaun._engine.jaxpr import slow_in_loops
-from kaun._engine.packing import Packing
+from kaun._engine.packing import Packing, packing_of
+from kaun._loss import trace_loss
+from kaun._step import match_state
 
-__all__ = ["ROWS", "Program", "TracedStep", "device_count_of", "no_fault"]
+__all__ = ["ROWS", "Program", "TracedStep", "device_count_of", "trace_step"]
 
-# The most steps of one dispatch. With room for the losses of more, XLA:CPU takes a tiny model for so costly that it
-# hands each dispatch to another thread, which costs more than their step.
+# The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
+# it runs each dispatch on another thread, which costs more than its steps.
 ROWS = 128
-# XLA would move what does not depend on the item ahead of the loop, fuse it otherwise there, and so change the last bit
-# by whether items are stacked or not. That must not be seen in the numbers.
+# XLA would move what does not depend on the item out of the loop, fuse it in another way there, and so change the last
+# bit depending on whether items are stacked. The numbers must not depend on that.
 _OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class Program:
-    """A function, jitted and plain, and whether it has been compiled."""
+    """A function and its compiled form.
 
-    __slots__ = ("fresh", "lock", "plain", "run", "stacks")
+    Attributes:
+        function: The function.
+        jitted: The same, jitted.
+        compiled: Whether it was compiled.
+        stacks: How the items of a block are passed, in words.
+        lock: Held while it is compiled.
+    """
 
-    def __init__(self, plain: Callable[..., Any], stacks: str = "", **options: Any) -> None:
-        self.plain = plain
-        self.run = jax.jit(plain, **options)
+    __slots__ = ("compiled", "function", "jitted", "lock", "stacks")
+
+    def __init__(self, function: Callable[..., Any], stacks: str = "", **options: Any) -> None:
+        self.function = function
+        self.jitted = jax.jit(function, **options)
         self.stacks = stacks
-        self.fresh = True
+        self.compiled = False
         self.lock = threading.RLock()  # a loss may itself train
 
 
 class TracedStep:
-    """One training step as it was traced for calls of one key, and the programs made of it.
+    """One training step as it was traced for inputs of one key, and the programs made of it.
+
+    Args:
+        step: The jitted step, ``step(leaves, key, item) -> (loss, numbers, leaves, finite, squares)``.
+        traced: What tracing it gave.
+        inputs: The inputs for which it was traced.
+        on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
+        seconds: How long tracing took.
 
     Attributes:
-        looped: whether it runs in a loop, many steps for one dispatch.
-        capacity: how many items one dispatch may hold.
-        compiled: the entries for which there is a compiled program.
-        seconds: what tracing took; the first program that is compiled takes it over.
-        names: of the numbers that a step gives beside its loss, in the order of the columns.
-        fault: that of a run in which nothing has gone wrong; None where steps do not look at it.
-        selects: whether ``step`` itself must leave the state as it was when the step goes wrong.
-        traced: the jaxpr of the step.
+        step: As the argument.
+        jaxpr: The traced program.
+        on_nonfinite: As the argument.
+        names: The names of the numbers that a step gives beside its loss, in the order of their columns.
+        looped: Whether it runs in a loop, many steps for one dispatch.
+        capacity: How many items one dispatch may hold.
+        status: The status of a run in which all steps are finite (``StepResults``), None where runs do not end at one
+            that is not.
+        entries: The entries for which a program was compiled.
+        seconds: How long tracing took, until the first program that is compiled takes it over.
+        patterns: The patterns of blocks so far.
     """
 
     __slots__ = (
-        "_lock", "_programs", "capacity", "compiled", "fault", "looped", "loss_dtype", "names", "patterns", "seconds",
-        "selects", "step", "traced",
+        "_lock", "_programs", "capacity", "entries", "jaxpr", "looped", "loss_dtype", "names", "on_nonfinite",
+        "patterns", "seconds", "status", "step",
     )  # fmt: skip
 
-    def __init__(
-        self, step: Any, traced: Any, call: StepInputs, seconds: float, fault: Any = None, selects: bool = False
-    ) -> None:
-        self.step, self.fault, self.selects = step, fault, selects
-        self.traced = traced.jaxpr
-        loss, numbers, _, _ = traced.out_info
+    def __init__(self, step: Any, traced: Any, inputs: StepInputs, on_nonfinite: str, seconds: float) -> None:
+        self.step, self.jaxpr, self.on_nonfinite = step, traced.jaxpr, on_nonfinite
+        loss, numbers, _, _, squares = traced.out_info
         self.loss_dtype = loss.dtype
-        self.names = tuple(name for name, number in numbers.items() if number.shape == ())
+        self.names = tuple(numbers)
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
-        self.capacity = capacity_of(call) if self.looped else 1
+        self.capacity = capacity_of(inputs) if self.looped else 1
+        self.status = _all_finite(squares.shape[0], squares.dtype) if on_nonfinite == "raise" else None
+        self.entries: set[str] = set()
         self.seconds = seconds
-        self.compiled: set[str] = set()
+        self.patterns: list[tuple[bool, ...]] = []
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
-        self.patterns: list[tuple[bool, ...]] = []
 
     def pattern(self, varying: tuple[bool, ...]) -> tuple[bool, ...]:
-        """Which leaves to stack in a block where these vary: as in an earlier block, where that is possible."""
+        """Return which leaves of a block to stack where these vary: as in an earlier block, where that is possible."""
         if self.patterns and self.patterns[-1] == varying:
             return varying
         for known in reversed(self.patterns):
@@ -86,17 +104,17 @@ class TracedStep:
         return varying
 
     def program(self, entry: str, pattern: tuple[bool, ...], packing: Packing | None = None) -> Program:
-        """The program that runs the body over blocks stacked by a pattern, made (not yet compiled) where there is none.
+        """Return the program that runs the step over blocks stacked by a pattern; it may not be compiled yet.
 
-        It takes the state's arrays, the run's key, whether a step has gone wrong before (``kaun.guard``), the number of
-        steps, and the leaves that are not stacked and those that are; it gives the losses, an array at least as long
-        as the number of steps, the other numbers of each step, a row of float32 for each, the state's arrays, and
-        whether a step has gone wrong now.
+        It takes the state's arrays, the run's key, the status, the number of steps,
+        and the leaves that are not stacked and those that are. It returns the losses, an array at least as long as the
+        number of steps; the other numbers of each step, a row of float32 for each; the state's arrays; and the status.
 
-        Arguments:
-            entry: ``"fit"``; ``"fit in place"`` for one that takes its state's memory; ``"step"`` for one that gives
-                the loss of the first step alone.
-            packing: how the state comes and goes.
+        Args:
+            entry: ``"fit"``; ``"fit in place"`` for one that overwrites its state's memory; ``"step"`` for one that
+                takes leaves, runs one step, and returns its loss and the leaves after it.
+            pattern: For each leaf of an item whether it is stacked.
+            packing: How the state is packed, None where it is not. For ``"step"`` the program packs it itself.
         """
         found = self._programs.get((entry, pattern, packing))
         if found is not None:
@@ -104,8 +122,8 @@ class TracedStep:
         with self._lock:
             found = self._programs.get((entry, pattern, packing))
             if found is None:
-                run = _looped(self, pattern, packing) if self.looped else _straight(self, packing)
-                run = _one(self, run) if entry == "step" else run
+                run = _block(self, pattern, packing, stops=self.status is not None)
+                run = _one_step(self, pattern) if entry == "step" else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
                 found = Program(run, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
@@ -113,65 +131,118 @@ class TracedStep:
             return found
 
 
-def _looped(body: TracedStep, pattern: tuple[bool, ...], packing: Packing | None) -> Callable[..., Any]:
-    rows = body.capacity if any(pattern) else ROWS
+def trace_step(
+    train_step: Callable[..., Any],
+    on_nonfinite: str,
+    structure: Any,
+    leaves: Sequence[Any],
+    key: jax.Array,
+    inputs: StepInputs,
+    training: bool,
+) -> TracedStep:
+    """Trace a training step, which runs the user's model and loss.
 
-    def run(held: list[Any], key: jax.Array, fault: Any, count: Any, shared: list[Any], stacked: list[Any]) -> Any:
-        def one(i: Any, carried: Any) -> Any:
-            leaves, fault, losses, rest = carried
+    Args:
+        train_step: ``train_step(carry, key, x, ctx, loss, training)``, as ``kaun._step.train_step`` after its settings.
+        on_nonfinite: What happens to a step that is not finite.
+        structure: The structure of the carry.
+        leaves: Its leaves, or their shapes and dtypes. The last one counts the steps.
+        key: The run's key.
+        inputs: The inputs of the step.
+        training: Whether the layers run in training mode.
+    """
+    split, loss_key = inputs.split, inputs.loss_key
+
+    def step(leaves: list[Any], key: jax.Array, item: list[Any]) -> Any:
+        carry = jax.tree_util.tree_unflatten(structure, leaves)
+        x, arrays, ctx = split(item)
+        out = train_step(carry, key, x, ctx, functools.partial(trace_loss, loss_key, arrays), training)
+        after = jax.tree_util.tree_leaves(match_state(carry, out.carry))
+        return out.loss, out.numbers, after, out.finite, out.squares
+
+    start, jitted = time.perf_counter(), jax.jit(step)
+    traced = jitted.trace(list(leaves), key, inputs.leaves)
+    return TracedStep(jitted, traced, inputs, on_nonfinite, time.perf_counter() - start)
+
+
+def _block(
+    traced: TracedStep, pattern: tuple[bool, ...], packing: Packing | None, *, stops: bool
+) -> Callable[..., Any]:
+    """Return the function that runs the steps of a block.
+
+    Args:
+        traced: The step.
+        pattern: For each leaf of an item whether it is stacked.
+        packing: How the state is packed, None where it is not.
+        stops: Whether the run ends at a step that is not finite. Its later blocks run no step.
+    """
+
+    def straight(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
+        # Without a loop, for a step that XLA runs slowly inside one.
+        loss, row, after, last = _run_step(traced, packing, stops, held, key, status, shared)
+        if stops:  # after a step that is not finite nothing changes any more
+            running = status[0] > 0
+            after, last = jax.tree_util.tree_map(
+                lambda new, old: jnp.where(running, new, old), (after, last), (held, status)
+            )
+        return loss[None], row[None], after, last
+
+    def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
+        def unfinished(carried: Any) -> jax.Array:
+            i, _, status, _, _ = carried
+            return (i < count) & (status[0] > 0) if stops else i < count
+
+        def body(carried: Any) -> Any:
+            i, held, status, losses, table = carried
             given = iter(shared)
             sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
-            item = [next(sliced) if many else next(given) for many in pattern]
-            loss, numbers, leaves, fault = body.step(leaves, key, item, fault)
+            item = [next(sliced if is_stacked else given) for is_stacked in pattern]
+            loss, row, held, status = _run_step(traced, packing, stops, held, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
-            return leaves, fault, losses, lax.dynamic_update_index_in_dim(rest, _row(body, numbers), i, 0)
+            return i + 1, held, status, losses, lax.dynamic_update_index_in_dim(table, row, i, 0)
 
-        leaves = packing.unpack(held) if packing else held
-        losses, rest = jnp.zeros(rows, body.loss_dtype), jnp.zeros((rows, len(body.names)), jnp.float32)
-        leaves, fault, losses, rest = lax.fori_loop(0, count, one, (leaves, fault, losses, rest))
-        return losses, rest, packing.pack(leaves) if packing else leaves, fault
+        losses, table = jnp.zeros(rows, traced.loss_dtype), jnp.zeros((rows, len(traced.names)), jnp.float32)
+        _, held, status, losses, table = lax.while_loop(unfinished, body, (jnp.uint32(0), held, status, losses, table))
+        return losses, table, held, status
+
+    rows = traced.capacity if any(pattern) else ROWS
+    return looped if traced.looped else straight
+
+
+def _run_step(
+    traced: TracedStep, packing: Packing | None, stops: bool, held: list[Any], key: jax.Array, status: Any,
+    item: list[Any],
+) -> Any:  # fmt: skip
+    """Return the loss, the row of other numbers, the arrays and the status after a step."""
+    loss, numbers, after, finite, squares = traced.step(packing.unpack(held) if packing else held, key, item)
+    if stops:
+        status = jnp.concatenate([finite.astype(status.dtype)[None], squares])
+    row = jnp.stack([numbers[name] for name in traced.names])
+    return loss, row, packing.pack(after) if packing else after, status
+
+
+def _one_step(traced: TracedStep, pattern: tuple[bool, ...]) -> Callable[..., Any]:
+    """Return the function that runs one step from leaves to leaves, and gives its loss."""
+
+    def run(leaves: list[Any], key: jax.Array, count: Any, item: list[Any]) -> Any:
+        # The same loop as that of ``fit``, so that it has the same bits.
+        packing = packing_of(leaves)
+        block = _block(traced, pattern, packing, stops=False)
+        losses, _, held, _ = block(packing.pack(leaves) if packing else leaves, key, None, count, item, [])
+        return losses[0], packing.unpack(held) if packing else held
 
     return run
-
-
-def _straight(body: TracedStep, packing: Packing | None) -> Callable[..., Any]:
-    """One step without a loop, for what XLA runs badly inside of one."""
-
-    def run(held: list[Any], key: jax.Array, fault: Any, count: Any, shared: list[Any], stacked: list[Any]) -> Any:
-        leaves = packing.unpack(held) if packing else held
-        loss, numbers, leaves, fault = body.step(leaves, key, shared, fault)
-        return loss[None], _row(body, numbers)[None], packing.pack(leaves) if packing else leaves, fault
-
-    return run
-
-
-def _row(body: TracedStep, numbers: dict[str, jax.Array]) -> jax.Array:
-    return jnp.stack([numbers[name] for name in body.names])
-
-
-def _one(body: TracedStep, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The first step alone: its loss, and the state after it."""
-
-    def step(held: list[Any], *rest: Any) -> Any:
-        losses, numbers, leaves, _ = run(held, *rest)
-        if not body.selects:
-            return losses[0], leaves
-        good = jnp.isfinite(losses[0]) & jnp.isfinite(numbers[0, body.names.index("grad_norm")])
-        kept = [jnp.where(good, new, old) for new, old in zip(leaves, held, strict=True)]
-        return losses[0], [*kept[:-1], leaves[-1]]  # the last one counts the steps
-
-    return step
 
 
 @functools.cache
-def no_fault() -> jax.Array:
-    """False on the device: nothing has gone wrong."""
+def _all_finite(squares: int, dtype: Any) -> jax.Array:
+    """Return the status of a run before its first step, on the device."""
     with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.asarray(np.zeros((), np.bool_))
+        return jnp.ones(1 + squares, dtype)
 
 
 @functools.lru_cache(maxsize=2 * ROWS)
 def device_count_of(count: int) -> jax.Array:
-    """A number of steps on the device."""
+    """Return a number of steps on the device, unsigned: an index that may be negative costs two operations more."""
     with jax.ensure_compile_time_eval():
-        return jnp.asarray(count, jnp.int32)
+        return jnp.asarray(count, jnp.uint32)

@@ -1,4 +1,4 @@
-"""What a dispatch of steps gave, and what it takes to look at one of its steps again."""
+"""StepResults: what a dispatch of steps gave."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kaun._engine.program import Program, TracedStep
-
 
 class StepResults(NamedTuple):
     """Steps that were dispatched together, which may not be done yet.
 
-    first: the number of the first of them.
-    steps: how many they are.
-    losses: an array at least as long.
-    names: of the other numbers.
-    numbers: these, a row for each step.
-    fault: whether a step has gone wrong, up to the last of them; None where steps do not look at it.
-    examples: how many each of them learns from, None where that cannot be told.
+    Attributes:
+        first: The number of the first of them.
+        steps: How many they are.
+        losses: An array at least as long.
+        names: The names of the other numbers.
+        numbers: These numbers, a row for each step.
+        status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0), and the
+            squares of the gradient of the last step that ran (``train_step``). None elsewhere.
+        examples: How many examples each step learns from, None where that is unknown.
     """
 
     first: int
@@ -27,11 +27,11 @@ class StepResults(NamedTuple):
     losses: Any
     names: tuple[str, ...]
     numbers: jax.Array
-    fault: jax.Array | None
+    status: jax.Array | None
     examples: int | None
 
-    def good(self) -> int:
-        """How many of them there are before the first whose loss or gradient is not finite; waits for them."""
+    def finite_steps(self) -> int:
+        """Wait for the steps, and return how many come before the first whose loss or gradient is not finite."""
         if "grad_norm" not in self.names:
             return self.steps
         norms = np.asarray(self.numbers)[: self.steps, self.names.index("grad_norm")]
@@ -39,19 +39,7 @@ class StepResults(NamedTuple):
         return self.steps if finite.all() else int(np.argmin(finite))
 
     def values(self, steps: int) -> dict[str, np.ndarray[Any, Any]]:
-        """Loss and numbers by name, of the first steps; waits for them."""
+        """Wait for the steps, and return loss and numbers of the first ``steps`` of them by name."""
         table = np.asarray(self.numbers)[:steps]
         losses = np.asarray(self.losses)[:steps].astype(np.float32)
         return {"loss": losses} | {name: table[:, i] for i, name in enumerate(self.names)}
-
-
-class PendingDispatch(NamedTuple):
-    """A dispatch: which leaves of its items differ, the state before it where that is kept, and its items."""
-
-    ran: StepResults
-    body: TracedStep
-    program: Program
-    pattern: tuple[bool, ...]
-    before: list[Any] | None
-    shared: list[Any]
-    stacked: list[Any]

@@ -1,4 +1,4 @@
-"""Operations laid out so that XLA:CPU runs them on its fast kernels; elsewhere they are the stock operations."""
+"""Operations laid out so that XLA:CPU runs them on its fast kernels; on other devices they are JAX's own."""
 
 from kaun._kernels.conv import ConvConfig as ConvConfig
 from kaun._kernels.conv import convolve as convolve

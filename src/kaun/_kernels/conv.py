@@ -1,7 +1,7 @@
-"""Convolutions that stay fast inside compiled loops, and a look at a program for those that do not.
+"""Convolutions that stay fast inside compiled loops.
 
-XLA:CPU brings the convolutions of a program into the layout of its fast kernels, but not those inside a loop: there
-all but the canonical layout (channels last, ``HWIO``) run 5 to 70 times slower. JAX's own gradients are not in it.
+XLA:CPU converts the convolutions of a program to the layout of its fast kernels, but not those inside a loop: there all
+but the canonical layout (channels last, ``HWIO``) run 5 to 70 times slower. JAX's own gradients are not canonical.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class ConvConfig:
-    """How the kernel moves over an image: stride, dilation and zeros around it, each for height and width."""
+    """Stride, dilation and zero padding of a convolution, each for height and width."""
 
     __slots__ = ("dilation", "padding", "stride")
 
@@ -32,110 +32,112 @@ class ConvConfig:
         self.stride, self.dilation, self.padding = stride, dilation, padding
 
 
-def convolve(x: jax.Array, weight: jax.Array, windows: ConvConfig, groups: int) -> jax.Array:
-    """The convolution of ``[batch, height, width, channels]`` with ``[height, width, channels / groups, filters]``.
+def convolve(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -> jax.Array:
+    """Return the convolution of an image batch with a kernel.
 
-    On a CPU it and its first derivatives backwards run equally fast inside compiled loops and outside. Derivatives
-    forwards and second ones are right too, but not all of them are fast in loops (``slow_in_loops`` knows which).
-    Elsewhere it is ``lax.conv_general_dilated``.
+    On a CPU the convolution and its gradients run equally fast inside compiled loops and outside. Forward-mode and
+    second derivatives are correct too, but not all of them are fast in loops (``slow_in_loops`` tells which). On other
+    devices this is ``lax.conv_general_dilated``.
 
-    Arguments:
-        x: float32 or float64; half precision would round between the parts that are summed here.
-        weight: of the same dtype.
-        windows: stride, dilation and padding.
-        groups: number of groups of channels, which divides channels and filters.
+    Args:
+        x: ``[batch, height, width, channels]`` in float32 or float64; half precision would round between the parts that
+            are summed here.
+        weight: ``[height, width, channels / groups, filters]`` of the same dtype.
+        config: Stride, dilation and padding.
+        groups: The number of groups of channels, which divides channels and filters.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun._kernels import ConvConfig, convolve
-    >>> windows = ConvConfig((1, 1), (1, 1), [(0, 0), (1, 0)])
-    >>> convolve(jnp.ones((1, 1, 4, 1)), jnp.ones((1, 2, 1, 1)), windows, groups=1).ravel()
-    Array([1., 2., 2., 2.], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun._kernels import ConvConfig, convolve
+        >>> config = ConvConfig((1, 1), (1, 1), [(0, 0), (1, 0)])
+        >>> convolve(jnp.ones((1, 1, 4, 1)), jnp.ones((1, 2, 1, 1)), config, groups=1).ravel()
+        Array([1., 2., 2., 2.], dtype=float32)
     """
     if jax.default_backend() != "cpu":
-        return _library(x, weight, windows, ("NHWC", "HWIO", "NHWC"), groups)
+        return _library(x, weight, config, ("NHWC", "HWIO", "NHWC"), groups)
     if groups == 1:
-        return _dense(x, weight, windows)
-    return (_depthwise if weight.shape[2] == 1 else _grouped)(_padded(x, windows), weight, windows, groups)
+        return _dense(x, weight, config)
+    return (_depthwise if weight.shape[2] == 1 else _grouped)(_padded(x, config), weight, config, groups)
 
 
 def _library(
-    x: jax.Array, weight: jax.Array, windows: ConvConfig, layout: tuple[str, str, str], groups: int
+    x: jax.Array, weight: jax.Array, config: ConvConfig, layout: tuple[str, str, str], groups: int
 ) -> jax.Array:
     return lax.conv_general_dilated(
-        x, weight, windows.stride, windows.padding, rhs_dilation=windows.dilation, dimension_numbers=layout,
+        x, weight, config.stride, config.padding, rhs_dilation=config.dilation, dimension_numbers=layout,
         feature_group_count=groups,
     )  # fmt: skip
 
 
-def _dense(x: jax.Array, weight: jax.Array, windows: ConvConfig) -> jax.Array:
+def _dense(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
     @jax.custom_jvp
     def convolved(x: jax.Array, weight: jax.Array) -> jax.Array:
         if x.shape[3] == 1 and math.prod(weight.shape[:2]) <= 16:
-            # Of one channel the fast kernel makes little: 3 times slower than this on 3 x 3.
-            return _one_product(_padded(x, windows), weight, windows)
-        return _library(x, weight, windows, ("NHWC", "HWIO", "NHWC"), 1)
+            # The fast kernel is slow for one channel: 3 times slower than this on 3 x 3.
+            return _one_product(_padded(x, config), weight, config)
+        return _library(x, weight, config, ("NHWC", "HWIO", "NHWC"), 1)
 
     def derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         (x, weight), (x_dot, weight_dot) = primals, tangents
         parts: list[jax.Array] = []
         if not isinstance(x_dot, SymbolicZero):
-            # Its transpose, and that is what training runs, is in canonical layout.
-            parts.append(_library(x_dot, weight.swapaxes(2, 3), windows, ("NHWC", "HWOI", "NHWC"), 1))
+            # Its transpose, which is what training runs, is in canonical layout.
+            parts.append(_library(x_dot, weight.swapaxes(2, 3), config, ("NHWC", "HWOI", "NHWC"), 1))
         if not isinstance(weight_dot, SymbolicZero):
-            parts.append(_products(_padded(x, windows), weight_dot, windows))
+            parts.append(_products(_padded(x, config), weight_dot, config))
         return convolved(x, weight), functools.reduce(operator.add, parts)
 
     convolved.defjvp(derivative, symbolic_zeros=True)
     return convolved(x, weight)
 
 
-def _padded(x: jax.Array, windows: ConvConfig) -> jax.Array:
-    return jnp.pad(x, [(0, 0), *windows.padding, (0, 0)])
+def _padded(x: jax.Array, config: ConvConfig) -> jax.Array:
+    return jnp.pad(x, [(0, 0), *config.padding, (0, 0)])
 
 
-def _products(x: jax.Array, weight: jax.Array, windows: ConvConfig) -> jax.Array:
-    """The convolution of a padded image as one matrix product for each row of the kernel.
+def _products(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
+    """Return the convolution of a padded image as one matrix product for each row of the kernel.
 
-    Its gradient along the weight is as many products. Over all rows at once it would take more memory, and number by
-    number (without the columns side by side) more time.
+    Its gradient with respect to the weight has as many products. One product for all rows would take more memory, and
+    one for each place of the kernel more time.
     """
     height, width, _, filters = weight.shape
-    columns = jnp.concatenate(_taps(x, 2, width, windows), axis=-1)
-    rows = _taps(columns, 1, height, windows)
+    columns = jnp.concatenate(_taps(x, 2, width, config), axis=-1)
+    rows = _taps(columns, 1, height, config)
     flat = [row.reshape(-1, row.shape[3]) @ w.reshape(-1, filters) for row, w in zip(rows, weight, strict=True)]
     return functools.reduce(operator.add, flat).reshape(*rows[0].shape[:3], filters)
 
 
-def _one_product(x: jax.Array, weight: jax.Array, windows: ConvConfig) -> jax.Array:
-    taps = jnp.concatenate(_all_taps(x, weight, windows), axis=-1)
+def _one_product(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
+    taps = jnp.concatenate(_all_taps(x, weight, config), axis=-1)
     y = taps.reshape(-1, taps.shape[3]) @ weight.reshape(-1, weight.shape[3])
     return y.reshape(*taps.shape[:3], weight.shape[3])
 
 
-def _grouped(x: jax.Array, weight: jax.Array, windows: ConvConfig, groups: int) -> jax.Array:
+def _grouped(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -> jax.Array:
     def groups_first(a: jax.Array) -> jax.Array:
         return jnp.moveaxis(a.reshape(*a.shape[:3], groups, a.shape[3] // groups), 3, 0)
 
     inputs, weights = groups_first(x), groups_first(weight)
-    y = jax.vmap(lambda x, weight: _products(x, weight, windows))(inputs, weights)
+    y = jax.vmap(lambda x, weight: _products(x, weight, config))(inputs, weights)
     return jnp.moveaxis(y, 0, 3).reshape(*y.shape[1:4], weight.shape[3])
 
 
-def _depthwise(x: jax.Array, weight: jax.Array, windows: ConvConfig, groups: int) -> jax.Array:
-    # Next to nothing to multiply: the fast kernel takes 15 to 30 times as long as this sum.
+def _depthwise(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -> jax.Array:
+    # There is little to multiply: the fast kernel takes 15 to 30 times as long as this sum.
     filters = weight.shape[3]
     x = jnp.repeat(x, filters // groups, axis=3) if filters > groups else x
     weights = weight.reshape(-1, 1, 1, 1, filters)
-    return functools.reduce(operator.add, (t * w for t, w in zip(_all_taps(x, weight, windows), weights, strict=True)))
+    return functools.reduce(operator.add, (t * w for t, w in zip(_all_taps(x, weight, config), weights, strict=True)))
 
 
-def _all_taps(x: jax.Array, weight: jax.Array, windows: ConvConfig) -> list[jax.Array]:
+def _all_taps(x: jax.Array, weight: jax.Array, config: ConvConfig) -> list[jax.Array]:
     height, width = weight.shape[:2]
-    return [tap for row in _taps(x, 1, height, windows) for tap in _taps(row, 2, width, windows)]
+    return [tap for row in _taps(x, 1, height, config) for tap in _taps(row, 2, width, config)]
 
 
-def _taps(x: jax.Array, axis: int, count: int, windows: ConvConfig) -> list[jax.Array]:
-    """What the first number of the kernel along an axis sees of a padded image, then the second, and so on."""
-    step, dilation = windows.stride[axis - 1], windows.dilation[axis - 1]
+def _taps(x: jax.Array, axis: int, count: int, config: ConvConfig) -> list[jax.Array]:
+    """Return for each place of the kernel along an axis the part of a padded image that it is multiplied with."""
+    step, dilation = config.stride[axis - 1], config.dilation[axis - 1]
     last = (x.shape[axis] - (count - 1) * dilation - 1) // step * step
     return [lax.slice_in_dim(x, i * dilation, i * dilation + last + 1, step, axis) for i in range(count)]

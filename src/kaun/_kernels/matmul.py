@@ -1,4 +1,4 @@
-"""The matrix product with a gradient that XLA:CPU runs on its fast kernel."""
+"""A matrix product with a gradient that XLA:CPU runs on its fast kernel."""
 
 from __future__ import annotations
 
@@ -19,15 +19,23 @@ _ROWS = 256
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``x @ weight`` over the last axis of ``[..., n]`` and the first of ``[n, m]``.
+    """Return ``x @ weight``.
 
-    Forwards it is that. Where it is large and on a CPU, the gradient along the weight is taken in another layout than
-    JAX's own, 1.2 to 1.7 times as fast, equal but for rounding. All derivatives work.
+    On a CPU, where the product is large, the gradient with respect to the weight is computed in another layout than
+    JAX's own: 1.2 to 1.7 times as fast, and equal except for rounding. All derivatives work.
 
-    >>> import jax.numpy as jnp
-    >>> from kaun._kernels import matmul
-    >>> matmul(jnp.ones((2, 5, 3)), jnp.ones((3, 4))).shape
-    (2, 5, 4)
+    Args:
+        x: ``[..., n]``.
+        weight: ``[n, m]``.
+
+    Returns:
+        ``[..., m]``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun._kernels import matmul
+        >>> matmul(jnp.ones((2, 5, 3)), jnp.ones((3, 4))).shape
+        (2, 5, 4)
     """
     rows = math.prod(x.shape[:-1])
     if type(rows) is not int:
@@ -48,18 +56,18 @@ def _derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any])
     if not isinstance(x_dot, SymbolicZero):
         parts.append(x_dot @ weight)
     if not isinstance(weight_dot, SymbolicZero):
-        # Of a plain product XLA makes one of a transposed matrix, for which it has a slower kernel. Here both turns
-        # are copies of their own.
-        flipped = lax.dot_general(_turned(weight_dot), x, (((1,), (1,)), ((), ())))
-        parts.append(_turned(flipped))
+        # XLA turns a plain product into one of a transposed matrix, for which it has a slower kernel. Here both
+        # transposes are separate copies.
+        flipped = lax.dot_general(_transposed(weight_dot), x, (((1,), (1,)), ((), ())))
+        parts.append(_transposed(flipped))
     return _matmul(x, weight), functools.reduce(operator.add, parts)
 
 
 _matmul.defjvp(_derivative, symbolic_zeros=True)
 
 
-def _turned(a: jax.Array) -> jax.Array:
-    """The transpose of a matrix, in steps that XLA does not fold into a product."""
+def _transposed(a: jax.Array) -> jax.Array:
+    """Return the transpose of a matrix, in steps that XLA does not fold into a product."""
     rows, columns = a.shape
     parts = math.gcd(rows, 8)
     return a.reshape(parts, rows // parts, columns).transpose(2, 0, 1).reshape(columns, rows)

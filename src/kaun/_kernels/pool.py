@@ -13,10 +13,10 @@ from jax import lax
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def largest_in_windows(x: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """The largest number of each window, for windows side by side.
+    """Return the largest number of each window, for windows that do not overlap.
 
-    Its derivative picks by the place of that number. What JAX would derive puts the gradient back together from as
-    many padded arrays as a window has numbers, which takes 2 to 5 times as long.
+    Its gradient goes to the place of that number. JAX's own gradient adds as many padded arrays as a window has
+    numbers, which takes 2 to 5 times as long.
     """
     return _largest_and_where(x, window)[0]
 
@@ -45,15 +45,16 @@ def _largest_and_where(x: jax.Array, window: tuple[int, int]) -> tuple[jax.Array
 
 
 def larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    # A select, not jnp.maximum: it hands the whole gradient to one of two equal numbers, the first.
+    """Return the larger of two numbers, nan where one is."""
+    # A select, not jnp.maximum: the whole gradient goes to the first of two equal numbers.
     return jnp.where((b > a) | jnp.isnan(b), b, a)
 
 
 def taps(x: jax.Array, axis: int, window: int, step: int) -> list[jax.Array]:
-    """The first number of each window along an axis, the second of each, and so on: ``window`` arrays.
+    """Return the first number of each window along an axis, the second of each, and so on: ``window`` arrays.
 
-    Reducing these, one axis after the other, instead of lax.reduce_window: XLA:CPU runs the gradient of the latter's
-    maximum (select_and_scatter) 4 to 18 times slower on windows of 2 to 5, inside a loop as outside.
+    Pooling reduces these, one axis after the other, and not lax.reduce_window: XLA:CPU runs the gradient of that one's
+    maximum (select_and_scatter) 4 to 18 times slower on windows of 2 to 5, inside loops and outside.
     """
     if window == step:
         split = windows(x, axis, window)
@@ -63,7 +64,7 @@ def taps(x: jax.Array, axis: int, window: int, step: int) -> list[jax.Array]:
 
 
 def windows(x: jax.Array, axis: int, window: int) -> jax.Array:
-    """An axis split into windows side by side, ``[..., count, window, ...]``, the rest cut off."""
+    """Return an axis split into adjacent windows, ``[..., count, window, ...]``, without the rest."""
     count = x.shape[axis] // window
     x = lax.slice_in_dim(x, 0, count * window, axis=axis)
     return x.reshape(*x.shape[:axis], count, window, *x.shape[axis + 1 :])

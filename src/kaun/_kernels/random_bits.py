@@ -7,8 +7,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kaun._jax import threefry_2x32
+
 
 def bits_for(rate: float) -> int:
+    """Return how many bits a number needs to be compared with a rate: 8, 16 or 32."""
     # jax.random.bernoulli draws 64 bits for each number and uses 23. With as few as the rate needs, masks are drawn
     # 3 to 5 times as fast.
     if (rate * 2**8).is_integer():
@@ -17,9 +20,7 @@ def bits_for(rate: float) -> int:
 
 
 def random_bits(key: jax.Array, bits: int, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform integers of 8, 16 or 32 bits, a function of the key and the shape."""
-    from jax.extend.random import threefry2x32_p  # here and not above: half of the time that importing kaun takes
-
+    """Return uniform integers of 8, 16 or 32 bits, a function of the key and the shape."""
     rows, length = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     blocks = (rows, -(-length * bits // 64))
     if str(jax.random.key_impl(key)) == "threefry2x32":
@@ -27,7 +28,7 @@ def random_bits(key: jax.Array, bits: int, shape: tuple[int, ...]) -> jax.Array:
         # drawn where its rows are, and no number repeats however large the array.
         row, place = (jax.lax.broadcasted_iota(jnp.uint32, blocks, axis) for axis in (0, 1))
         first, second = jax.random.key_data(key)
-        words = jnp.stack(threefry2x32_p.bind(first, second, row, place), axis=-1)
+        words = jnp.stack(threefry_2x32((first, second), (row, place)), axis=-1)
     else:
         words = jax.random.bits(key, (*blocks, 2))
     numbers = jax.lax.bitcast_convert_type(words, f"uint{bits}").reshape(rows, blocks[1] * 64 // bits)

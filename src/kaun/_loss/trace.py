@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from kaun import rng, tree
-from kaun._jax import programs_in
+from kaun._jax import constants_in, is_traced, run_program
 from kaun._loss import describe
 from kaun._loss.key import LossKey
 from kaun._loss.rebuild import Rebuilt
@@ -23,7 +22,7 @@ from kaun.grad import check_scalar
 __all__ = ["RESERVED", "trace_loss"]
 
 RESERVED = frozenset(
-    {"examples_per_second", "good", "grad_norm", "learning_rate", "loss", "skipped", "step", "step_time"}
+    {"examples_per_second", "finite", "grad_norm", "learning_rate", "loss", "skipped", "step", "step_time"}
 )
 
 
@@ -100,7 +99,7 @@ def trace_function(
     closed, out = jax.make_jaxpr(run, return_shape=True)(*arguments)
     _refuse_constants(closed, key, where)
     # What was looked at is what runs: the loss is not traced a second time.
-    leaves = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree_util.tree_leaves(arguments))
+    leaves = run_program(closed, jax.tree_util.tree_leaves(arguments))
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(out), leaves)
 
 
@@ -114,10 +113,10 @@ def _refuse_writes(where: str) -> None:
 
 def _refuse_constants(closed: Any, key: LossKey, where: str) -> None:
     known = {id(value) for value in key.objects()}
-    for constant in (c for program in programs_in(closed) for c in getattr(program, "consts", ())):
+    for constant in constants_in(closed):
         # NumPy arrays made while the loss ran, np.array([0.1, 0.9]), are part of its code. A tracer belongs to the
         # user's own jit around the step, and is an argument there. Arrays in a class are part of the key.
-        if isinstance(constant, jax.core.Tracer) or not isinstance(constant, jax.Array) or id(constant) in known:
+        if is_traced(constant) or not isinstance(constant, jax.Array) or id(constant) in known:
             continue
         kind = where.split()[0]
         bound = "loss = lambda output: losses.mse(output, y)" if kind == "loss" else "metric = lambda p, t: (p - t) @ y"

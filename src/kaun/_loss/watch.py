@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
-from jax.core import Tracer
 
+from kaun._jax import is_traced
 from kaun._loss.origin import is_library_type
 from kaun.errors import CaptureError
 
@@ -93,7 +93,7 @@ class Watch:
         for made, before in self._objects:
             _put_back_attributes(made, before)
         for now, before in self._foreign:
-            if not _same_items(now, before) and any(isinstance(v, Tracer) for v in _values(now)):
+            if not _same_items(now, before) and any(is_traced(v) for v in _values(now)):
                 _put_back(now, before)
                 changed = True
         for kind, before in self._classes:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._jax import children_of
 from kaun._loss import FrozenLoss, attributes_of, code_info, is_library, methods_of, reads_by_name, rebuild_loss
 from kaun.data import as_arrays, is_tensor
 
@@ -307,7 +308,7 @@ def _put_object(sums: _Sums, value: Any) -> None:
         names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
         sums.named((name, getattr(value, name)) for name in names)
         _put_attributes(sums, value, names)
-    elif (flat := jax.tree_util.default_registry.flatten_one_level(value)) is not None:
+    elif (flat := children_of(value)) is not None:
         sums.values([list(flat[0]), flat[1]])
         _put_attributes(sums, value)
     else:

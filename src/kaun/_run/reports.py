@@ -166,7 +166,7 @@ class ReportCaller:
         self._steps -= sum(ran.steps for ran in ready)
         values: list[tuple[StepResults, dict[str, Any]]] = []
         for ran in ready:
-            steps = ran.good() if self._raises else ran.steps
+            steps = ran.finite_steps() if self._raises else ran.steps
             if not self._over:
                 values.append((ran, ran.values(steps)))
             self._over = self._over or steps < ran.steps
@@ -185,7 +185,7 @@ class ReportCaller:
     def _completed(self, first: int, values: dict[str, Any], examples: Any, seconds: float) -> dict[str, Any]:
         """The values of a block with the place of its steps in the state's life, and their speed."""
         n = len(values["loss"])
-        good = values.pop("good", None)
+        good = values.pop("finite", None)
         values["step"] = np.arange(n) + (int(self._before) - self._done + first)
         values["step_time"] = np.full(n, seconds, np.float32)
         if not np.isnan(examples).any():

@@ -103,7 +103,7 @@ class CheckpointSaver:
         given = tree.flatten({"x": x, "ctx": dict(ctx.items())})[0]
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(inputs.subject, '__qualname__', type(inputs.subject).__name__)}: {kind}"
-        digest = digest_program(traced_step.traced) + " raises" * traced_step.selects
+        digest = digest_program(traced_step.jaxpr) + " " + traced_step.on_nonfinite
         if self._programs.get(name, digest) != digest:
             line = (
                 f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "

@@ -1,4 +1,4 @@
-"""Big batches in little memory: the forward pass in parts, one loss of all outputs, the backward pass in parts."""
+"""A batch in parts, to save memory: forward pass in parts, one loss of all outputs, backward pass in parts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kaun.context import Context
 
 __all__ = ["batch_length", "check_microbatches", "run_in_parts"]
 
-_OWN = 2**32 - 1  # of the step's key: no scope on that key counts so far
+_PARTS = 2**32 - 1  # folded into the step's key; no scope on that key counts so far
 
 
 def check_microbatches(count: Any) -> None:
-    """Refuse what is no number of parts.
+    """Check the argument ``microbatches``.
 
     Raises:
-        TypeError: when it is no int.
-        ValueError: when it is below 1.
+        TypeError: If it is not an int.
+        ValueError: If it is below 1.
     """
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
         raise TypeError(f"Trainer(microbatches=...) expected an int of at least 1, received {count!r}. Write 4.")
@@ -32,24 +32,28 @@ def check_microbatches(count: Any) -> None:
 
 
 def batch_length(x: Any) -> int | None:
-    """The length of a batch: of its first array along that array's first axis; None where there is none."""
+    """Return the length of a batch: that of its first array along axis 0, None where it has no such array."""
     return next((a.shape[0] for a in jax.tree_util.tree_leaves(x) if np.ndim(a)), None)
 
 
 def run_in_parts(
     count: int, forward: Callable[[Any, Context], tuple[Any, Any]], x: Any, ctx: Context, state: Any, key: jax.Array
 ) -> tuple[Any, Any]:
-    """What ``forward(x, ctx)`` gives, output and layer state, computed in ``count`` parts one after the other.
+    """Return what ``forward(x, ctx)`` does, output and layer state, computed in parts one after the other.
 
-    Only the parts' inputs and outputs are kept for the gradient: each part runs once more, when it is its turn in the
-    backward pass. Arrays of x and ctx that are as long as the batch are split, others go whole to each part.
+    Only the parts' inputs and outputs are kept for the gradient: each part runs again in the backward pass. Arrays of x
+    and ctx that are as long as the batch are split; each part receives the others whole.
 
-    Arguments:
-        state: the layers' state before.
-        key: the step's; each part draws from one of its own.
+    Args:
+        count: The number of parts.
+        forward: The forward pass.
+        x: The input of the whole batch.
+        ctx: The context of the whole batch.
+        state: The layers' state before.
+        key: The step's key; each part draws from its own key.
 
     Raises:
-        ValueError: when the batch cannot be split so, the outputs cannot be joined, or a layer's state would move.
+        ValueError: If the batch cannot be split, the outputs cannot be joined, or a layer's state would change.
     """
     if count == 1:
         return forward(x, ctx)
@@ -57,7 +61,7 @@ def run_in_parts(
     leaves, structure = jax.tree_util.tree_flatten((x, ctx))
     split = [np.ndim(a) > 0 and a.shape[0] == length for a in leaves]
     rows = [a.reshape(count, length // count, *a.shape[1:]) for a, cut in zip(leaves, split, strict=True) if cut]
-    key = jax.random.fold_in(key, _OWN)
+    key = jax.random.fold_in(key, _PARTS)
 
     def part(given: tuple[jax.Array, list[Any]]) -> Any:
         number, cut = given[0], iter(given[1])
@@ -68,8 +72,8 @@ def run_in_parts(
         _must_join(output, length // count)
         return output
 
-    # Its gradient is a loop again, and its parts' own temporaries live for one turn of it. Nothing outside of the loop
-    # could share them, so they need no barrier against that.
+    # Its gradient is a loop too, and the temporaries of a part live for one iteration. Nothing outside the loop could
+    # share them, so they need no barrier against that.
     joined = lax.map(jax.checkpoint(part, prevent_cse=False), (jnp.arange(count), rows))
     return jax.tree_util.tree_map(lambda a: a.reshape(length, *a.shape[2:]), joined), state
 
@@ -96,8 +100,8 @@ def _must_stay(before: Any, after: Any) -> None:
     if moved:
         raise ValueError(
             "Trainer(microbatches=...) computes the batch in parts, but the model's state "
-            f"{', '.join(map(repr, moved[:5]))} moves in training: statistics of a part are not those of the batch. "
-            "Use layers.group_norm or layers.layer_norm in the place of layers.batch_norm, freeze that layer with "
+            f"{', '.join(map(repr, moved[:5]))} changes in training: statistics of a part are not those of the batch. "
+            "Use layers.group_norm or layers.layer_norm instead of layers.batch_norm, freeze that layer with "
             "Trainer(trainable=...), or step with training=False."
         )
 

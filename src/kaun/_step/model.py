@@ -1,4 +1,4 @@
-"""A model without numbers: its variables as shapes and dtypes, and whether others are of the same model."""
+"""The model as shapes and dtypes, and whether variables fit it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["VarsSpec", "abstract_vars", "check_model"]
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no Layer.
+    """Check the argument ``model``.
 
     Raises:
-        TypeError: when it is none.
+        TypeError: If it is not a ``Layer``.
     """
     if not isinstance(model, Layer):
         called = ", did you forget to call it?" if callable(model) else "."
@@ -29,7 +29,7 @@ def check_model(model: Any) -> None:
 
 
 def abstract_vars(model: Layer[Any, Any], dtype: Any) -> Any:
-    """The model's variables as shapes and dtypes."""
+    """Return the model's variables as shapes and dtypes."""
 
     def init() -> Vars:
         with rng.scope(0):
@@ -38,16 +38,16 @@ def abstract_vars(model: Layer[Any, Any], dtype: Any) -> Any:
     try:
         return jax.eval_shape(init)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-        made = init()  # an init that reads its own numbers, say through NumPy, has to be run
+        made = init()  # an init that reads its own numbers, for example through NumPy, has to be run
         return jax.eval_shape(lambda: jax.tree_util.tree_map(jnp.asarray, made))
 
 
 class VarsSpec:
-    """What the variables of a trainer's model look like.
+    """Shapes and dtypes of the variables of a trainer's model.
 
-    Arguments:
-        model: the model.
-        policy: the trainer's precision, None without one.
+    Args:
+        model: The model.
+        policy: The trainer's precision, None without one.
     """
 
     def __init__(self, model: Layer[Any, Any], policy: Policy | None) -> None:
@@ -55,10 +55,10 @@ class VarsSpec:
         self._known: dict[Any, Any] = {}
 
     def check(self, vars: Vars) -> None:
-        """Refuse variables of another model.
+        """Check that variables belong to the model.
 
         Raises:
-            ValueError: when paths, shapes or dtypes differ; the message lists them. Or when the precision is another.
+            ValueError: If paths, shapes or dtypes differ (the message lists them), or the precision does.
         """
         if self._policy is not None:
             self._policy.check(vars.dtype)

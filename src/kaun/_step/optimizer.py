@@ -1,4 +1,4 @@
-"""The optimizer as the trainer uses it: a fresh state that fits the parameters, and one update of them."""
+"""A fresh optimizer state that fits the parameters, and one update of them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Optimizer(Protocol):
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse what is no optimizer.
+    """Check the argument ``optimizer``.
 
     Raises:
-        TypeError: when it has no ``init`` or no ``update``.
+        TypeError: If it has no ``init`` or no ``update``.
     """
     missing = [n for n in ("init", "update") if not callable(getattr(optimizer, n, None))]
     if missing:
@@ -42,7 +42,12 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_params(params: Any, model: str) -> None:
-    """Refuse parameters that cannot be differentiated, or none at all."""
+    """Check that there are parameters, and that they can be differentiated.
+
+    Raises:
+        ValueError: If there are none.
+        TypeError: If one is not floating.
+    """
     leaves, _ = tree.flatten(params)
     if not leaves:
         raise ValueError(
@@ -58,7 +63,11 @@ def check_params(params: Any, model: str) -> None:
 
 
 def init_optimizer(optimizer: Optimizer, params: Any) -> Any:
-    """A fresh optimizer state, after a dry run that shows that its updates fit the parameters."""
+    """Return a fresh optimizer state, after a check by shapes that its updates fit the parameters.
+
+    Raises:
+        TypeError: If they do not.
+    """
     extra = {"value": jnp.zeros(()), "grad": params, "value_fn": optax.tree.sum}
     try:
         with _as_optax_expects():
@@ -75,7 +84,7 @@ def init_optimizer(optimizer: Optimizer, params: Any) -> Any:
 def _misfit(optimizer: Optimizer, why: str = "") -> TypeError:
     return TypeError(
         f"The optimizer ({locate(optimizer.update)}) does not work on the model's plain tree of parameters. {why}"
-        "An optimizer that wants parameters of a form of its own, such as optax.lookahead with its LookaheadParams, "
+        "An optimizer that needs its own form of parameters, such as optax.lookahead with its LookaheadParams, "
         "cannot be used in a Trainer; use the optimizer inside it (optax.sgd, optax.adam), or keep the slow weights "
         "with optax.ema or in a report."
     )
@@ -84,13 +93,18 @@ def _misfit(optimizer: Optimizer, why: str = "") -> TypeError:
 def apply_update(
     optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, value: Any, value_fn: Callable[[Any], Any]
 ) -> tuple[Any, Any]:
-    """The parameters after an update, and the optimizer's state.
+    """Return the parameters after an update, and the optimizer's state.
 
-    Arguments:
-        value: the loss, for optimizers that take extra arguments, as is ``value_fn``: the loss of other parameters.
+    Args:
+        optimizer: The optimizer.
+        gradient: The gradient of the loss.
+        opt_state: The optimizer's state before.
+        params: The parameters that train.
+        value: The loss, for optimizers that take extra arguments.
+        value_fn: The loss as a function of the parameters, for the same optimizers.
 
     Raises:
-        ValueError: when the state is one of other parameters.
+        ValueError: If the state does not fit the parameters.
     """
     extra = {"value": value, "grad": gradient, "value_fn": value_fn}
     try:
@@ -103,14 +117,14 @@ def apply_update(
         if not lines:
             raise
         raise ValueError(
-            "The optimizer's state does not fit the parameters that train, so it is of a trainer with another "
+            "The optimizer's state does not fit the parameters that train, so it belongs to a trainer with another "
             "optimizer or another trainable (expected is a fresh one):\n  " + "\n  ".join(lines[:10]) + "\n"
             "Write state = trainer.make_state(state.vars)."
         ) from error
 
 
 def learning_rate(opt_state: Any) -> Any:
-    """The learning rate in an optimizer's state, where ``optax.inject_hyperparams`` put one; None elsewhere."""
+    """Return the learning rate in an optimizer's state, where ``optax.inject_hyperparams`` put one; None elsewhere."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
         names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
         if names == ["hyperparams", "learning_rate"] and leaf.ndim == 0:
@@ -119,7 +133,7 @@ def learning_rate(opt_state: Any) -> Any:
 
 
 def rates(opt_state: Any) -> dict[str, jax.Array]:
-    """``learning_rate`` by that name, where there is one."""
+    """Return ``learning_rate`` by that name, where an optimizer's state has one."""
     rate = learning_rate(opt_state)
     return {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
 
@@ -130,7 +144,7 @@ def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, e
 
 @contextlib.contextmanager
 def _as_optax_expects() -> Generator[None]:
-    """optax multiplies its counts and rates with floats: under strict promotion even adam raises."""
+    """Allow promotion inside: optax multiplies its counts with floats, so under strict promotion even adam raises."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 

@@ -1,4 +1,4 @@
-"""Mixed precision: the dtypes in which parameters are kept, layers compute, and outputs reach the loss."""
+"""Mixed precision: the dtypes of parameters, of the layers' computation, and of the output that the loss receives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ NAMES = ("params", "compute", "output")
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Three dtypes: of the parameters as they are kept, of the forward pass, and of the output that the loss sees."""
+    """Three dtypes.
+
+    Attributes:
+        params: The dtype of the parameters as they are kept.
+        compute: The dtype of the forward pass.
+        output: The dtype of the output that the loss receives.
+    """
 
     params: Any
     compute: Any
@@ -33,21 +39,21 @@ class Policy:
 
     @property
     def scaled(self) -> bool:
-        """Whether gradients could get too small for the forward pass's dtype, so that the loss is scaled up."""
+        """Whether gradients could be too small for the forward pass's dtype, so that the loss is scaled up."""
         return self.compute == jnp.float16
 
     def check(self, dtype: Any) -> None:
-        """Refuse parameters that are kept in another dtype.
+        """Check the dtype in which parameters are kept.
 
         Raises:
-            ValueError: when they are.
+            ValueError: If it is another one.
         """
         if jnp.dtype(dtype) != self.params:
             name = jnp.dtype(dtype).name
             raise ValueError(
                 f"Trainer(precision={str(self)!r}) keeps parameters in {self.params.name}, received {name}. "
                 f"Write trainer.init() without a dtype, cast loaded parameters with "
-                f"checkpoint.load(path, like=trainer.init().vars, cast=True), or say params={name} in precision."
+                f"checkpoint.load(path, like=trainer.init().vars, cast=True), or write params={name} in precision."
             )
 
     def __str__(self) -> str:
@@ -55,15 +61,16 @@ class Policy:
 
 
 def parse_precision(precision: Any) -> Policy | None:
-    """The policy that a text says, None for None.
+    """Return the policy for the argument ``precision``, None for None.
 
     Raises:
-        TypeError: when it is no text.
-        ValueError: when it is not of the form ``"params=float32,compute=bfloat16,output=float32"``, or a short name.
+        TypeError: If it is not a string.
+        ValueError: If it is neither of the form ``"params=float32,compute=bfloat16,output=float32"`` nor a short name.
 
-    >>> from kaun._step import parse_precision
-    >>> str(parse_precision("mixed_bfloat16"))
-    'params=float32,compute=bfloat16,output=float32'
+    Examples:
+        >>> from kaun._step import parse_precision
+        >>> str(parse_precision("mixed_bfloat16"))
+        'params=float32,compute=bfloat16,output=float32'
     """
     if precision is None:
         return None
@@ -93,20 +100,20 @@ def _dtype(precision: str, name: str, value: str, fix: str) -> Any:
 
 
 def cast_to_compute(policy: Policy | None, value: Any) -> Any:
-    """A tree with its floating arrays in the dtype in which layers compute."""
+    """Return a tree with its floating arrays in the dtype in which layers compute."""
     return value if policy is None else _cast(value, policy.compute)
 
 
 def _cast(value: Any, dtype: Any) -> Any:
     floating = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.floating)
-    # What has the dtype already stays the same array: freezing knows its arrays by identity.
+    # An array of that dtype stays the same object: frozen layers are found by the identity of their arrays.
     return jax.tree_util.tree_map(lambda a: jnp.asarray(a, dtype) if floating(a) and a.dtype != dtype else a, value)
 
 
 def apply_model(
     policy: Policy | None, model: Layer[Any, Any], vars: Vars, x: Any, ctx: Context, training: bool
 ) -> tuple[Any, Any]:
-    """The model's output and its layers' state, computed as a policy says.
+    """Return the model's output and its layers' state, computed as a policy says.
 
     Parameters and the floating arrays of input and context are cast to ``compute``, the output to ``output``. The
     layers' state keeps its dtypes: running statistics are float32 in a float32 model.

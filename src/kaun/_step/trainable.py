@@ -1,9 +1,9 @@
-"""Freezing by path: which parameters train, and what holds for the layers that do not."""
+"""Which parameters train, and what holds for frozen layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -20,10 +20,10 @@ LISTED = 20  # paths, in a message
 
 
 def check_trainable(trainable: Any) -> None:
-    """Refuse what cannot say which parameters train.
+    """Check the argument ``trainable``.
 
     Raises:
-        TypeError: when it is neither None nor a function.
+        TypeError: If it is neither None nor a function.
     """
     if trainable is not None and not callable(trainable):
         raise TypeError(
@@ -33,10 +33,10 @@ def check_trainable(trainable: Any) -> None:
 
 
 def trainable_part(trainable: Trainable | None, params: Any) -> Any:
-    """The parameters with None in the place of those that are frozen.
+    """Return the parameters with None in place of the frozen ones.
 
     Raises:
-        ValueError: when all are; the message lists the paths.
+        ValueError: If all are frozen; the message lists the paths.
     """
     if trainable is None:
         return params
@@ -54,15 +54,15 @@ def trainable_part(trainable: Trainable | None, params: Any) -> Any:
 
 
 class Partition:
-    """A model's variables, taken apart into what trains and what does not.
+    """A model's variables, split into those that train and the frozen ones.
 
-    Arguments:
-        trainable: true for the paths of the parameters that train; None for all.
-        vars: the variables.
-        cast: applied to each frozen parameter once, ahead of all forward passes of the step.
+    Args:
+        trainable: True for the paths of the parameters that train; None for all.
+        vars: The variables.
+        cast: Applied to each frozen parameter once, before all forward passes of the step.
 
     Attributes:
-        vars: the variables, with None in the place of each frozen parameter.
+        vars: The variables, with None in place of each frozen parameter.
     """
 
     def __init__(self, trainable: Trainable | None, vars: Vars, cast: Callable[[Any], Any]) -> None:
@@ -72,21 +72,19 @@ class Partition:
         self._cast = jax.tree_util.tree_map(cast, self._frozen)
 
     def forward(self, params: Any) -> Vars:
-        """All variables for a forward pass, with these as the parameters that train."""
+        """Return all variables for a forward pass, with these as the parameters that train."""
         return self._whole.replace(params=_either(params, self._cast))
 
     def joined(self, vars: Vars) -> Vars:
-        """All variables after an update of those that train."""
+        """Return all variables after an update of those that train."""
         return vars.replace(params=_either(vars.params, self._frozen))
 
-    @contextmanager
-    def still(self) -> Generator[None, None, None]:
-        """Inside, layers that are frozen as a whole run in evaluation mode."""
-        with frozen_layers(jax.tree_util.tree_leaves(self._cast)):
-            yield
+    def frozen_layers(self) -> AbstractContextManager[None]:
+        """Return a context in which layers that are frozen as a whole run in evaluation mode."""
+        return frozen_layers(jax.tree_util.tree_leaves(self._cast))
 
     def kept(self, state: Any) -> Any:
-        """The layers' state after a step, where layers that are frozen as a whole keep theirs."""
+        """Return the layers' state after a step; layers that are frozen as a whole keep theirs."""
         frozen = tree.flatten(self._frozen)[0]
         if not frozen:
             return state
@@ -96,12 +94,12 @@ class Partition:
 
 def _with_paths(f: Callable[[str, Any, Any], Any], before: Any, after: Any) -> Any:
     if jax.tree_util.tree_structure(before) != jax.tree_util.tree_structure(after):
-        return after  # guard.as_before says what is wrong
+        return after  # match_state refuses it
     return jax.tree_util.tree_map_with_path(lambda path, a, b: f(tree.path_name(path), a, b), before, after)
 
 
 def _is_frozen(path: str, paths: dict[str, bool]) -> bool:
-    """Whether all parameters are frozen of the innermost part around a leaf of state that has parameters."""
+    """Return whether the innermost part of the model that has this leaf of state and parameters is all frozen."""
     while path:
         path = path.rpartition(".")[0]
         inside = [flag for name, flag in paths.items() if not path or name.startswith(f"{path}.")]

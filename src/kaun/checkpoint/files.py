@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from kaun._jax import is_traced
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.safetensors_header import (
     DTYPES,
@@ -192,7 +192,7 @@ def serialize(leaves: Mapping[str, Any]) -> list[memoryview]:
     if "__metadata__" in leaves:
         raise ValueError("checkpoint.save: '__metadata__' is a reserved key of safetensors files. Rename that leaf.")
     for leaf in leaves.values():
-        if isinstance(leaf, jax.Array) and not (isinstance(leaf, Tracer) or is_key(leaf) or leaf.is_deleted()):
+        if isinstance(leaf, jax.Array) and not (is_traced(leaf) or is_key(leaf) or leaf.is_deleted()):
             leaf.copy_to_host_async()  # all of them at once, before the first is waited for
     encoded = {name: encode(name, leaf) for name, leaf in leaves.items()}
     arrays = {name: array for name, (array, _) in encoded.items()}

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from kaun import rng
+from kaun._jax import is_traced
 
 
 class Orders:
@@ -27,7 +27,7 @@ class Orders:
 
     def __init__(self, where: str, n: int) -> None:
         self.key: jax.Array = rng.next_key()
-        if isinstance(self.key, Tracer):
+        if is_traced(self.key):
             raise RuntimeError(
                 f"{where} was called inside compiled code, where keys have no values yet. Build the pipeline outside "
                 "and pass its batches in."

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from kaun._jax import is_traced
 from kaun.context import Context
 from kaun.layers.arguments import call_text, size
 from kaun.layers.core import Float, Int, Layer, Vars
@@ -62,7 +62,7 @@ def embedding(
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         indices = int_input(name, x)
-        if not isinstance(indices, Tracer):
+        if not is_traced(indices):
             # x and not indices: an int64 of NumPy has been truncated to int32 in the JAX array.
             _must_be_in_range(name, np.asarray(x), vocab)
         # jnp.take and plain indexing would count a negative index from the end.

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from kaun import tree
+from kaun._jax import is_traced
 
 __all__ = [
     "Array", "as_array", "class_indices", "equal_shapes", "floats", "index_shape", "known", "not_empty",
@@ -138,7 +138,7 @@ def zeros_and_ones(where: str, name: str, value: Any) -> tuple[jax.Array, jax.Ar
 
 def known(value: Any) -> np.ndarray[Any, Any] | None:
     """The values on the host; None if they are not known yet (traced) or lie in other processes."""
-    if isinstance(value, Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+    if is_traced(value) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
         return None
     return np.asarray(value)
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from kaun import tree
+from kaun._jax import is_traced
 from kaun.losses.checks import as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
 
 __all__ = [
@@ -68,7 +68,7 @@ def binary_share(where: str, predictions: Any, targets: Any, threshold: Any) -> 
 
 def share(counts: Share) -> Score:
     """The quotient of the counts; NaN if some rows have invalid values."""
-    if isinstance(counts.right, Tracer):
+    if is_traced(counts.right):
         return jnp.where(counts.invalid > 0, jnp.nan, counts.right / counts.total)
     right, total, invalid = jax.device_get(counts)
     return math.nan if invalid else int(right) / int(total)
@@ -100,7 +100,7 @@ def check_average(where: str, average: Any) -> None:
 
 def averaged(counts: ClassCounts, average: str, of: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Score:
     """The average over classes of ``of(tp, fp, fn)``, a numerator and a denominator; 0 / 0 is 0."""
-    traced = isinstance(counts.tp, Tracer)
+    traced = is_traced(counts.tp)
     xp: Any = jnp if traced else np  # NumPy divides the integer counts in float64
 
     def ratio(a: Any, b: Any) -> Any:

@@ -6,9 +6,8 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-from jax.core import Tracer
-
 from kaun import tree
+from kaun._jax import is_traced
 from kaun._messages import locate
 from kaun.metrics.sums import DelayedReader, MetricSums, Ratio, add_scalars, run_ahead
 
@@ -181,7 +180,7 @@ def _ratio(where: str, name: str, result: Any) -> Ratio:
 
 def _real_scalar(where: str, must: str, value: Any) -> Any:
     """The value, not waited for, once it is known to be a real number or an array of shape () that holds one."""
-    if isinstance(value, Tracer):
+    if is_traced(value):
         raise TypeError(
             f"{where} received a value that JAX is tracing, {tree.describe(value)}: there is no number yet. Return it "
             "from the compiled function, and use it outside."

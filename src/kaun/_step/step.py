@@ -1,0 +1,196 @@
+"""What one step computes, as pure functions of settings, carry and batch. Read ``train_step`` first.
+
+The carry is the part of a ``TrainState`` that changes: variables, optimizer state and the number of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kaun import rng, tree
+from kaun._step.loss_scale import (
+    LossScale,
+    adapt_scale,
+    add_loss_scale,
+    has_overflowed,
+    inner_state,
+    scale_loss,
+    unscale,
+)
+from kaun._step.microbatches import check_microbatches, run_in_parts
+from kaun._step.model import VarsSpec, check_model
+from kaun._step.nonfinite import both_finite, check_mode, match_state, squares_of
+from kaun._step.optimizer import Optimizer, apply_update, check_optimizer, check_params, init_optimizer, rates
+from kaun._step.precision import Policy, apply_model, cast_to_compute, parse_precision
+from kaun._step.trainable import Partition, check_trainable, trainable_part
+from kaun.context import Context
+from kaun.layers.core import Layer, Vars
+
+__all__ = ["Settings", "StepOutput", "eval_step", "init_carry", "make_settings", "train_step"]
+
+Carry = tuple[Vars, Any, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of a ``Trainer``, checked, as a step uses them.
+
+    Attributes:
+        model: The ``Layer``.
+        optimizer: The optimizer.
+        on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
+        trainable: Whether the parameter at a path trains; None where all do.
+        policy: The dtypes of ``precision``; None without it.
+        microbatches: In how many parts a batch is computed.
+        spec: Shapes and dtypes of the model's variables.
+    """
+
+    model: Layer[Any, Any]
+    optimizer: Optimizer
+    on_nonfinite: str
+    trainable: Callable[[str], Any] | None
+    policy: Policy | None
+    microbatches: int
+    spec: VarsSpec
+
+
+def make_settings(
+    *, model: Any, optimizer: Any, on_nonfinite: Any, trainable: Any, precision: Any, microbatches: Any
+) -> Settings:
+    """Check the arguments of a trainer.
+
+    Raises:
+        TypeError, ValueError: If an argument is not of the kind that ``Trainer`` expects.
+    """
+    check_model(model)
+    check_optimizer(optimizer)
+    check_mode(on_nonfinite)
+    check_trainable(trainable)
+    check_microbatches(microbatches)
+    policy = parse_precision(precision)
+    spec = VarsSpec(model, policy)
+    return Settings(model, optimizer, on_nonfinite, trainable, policy, microbatches, spec)
+
+
+def init_carry(settings: Settings, vars: Vars) -> Carry:
+    """Return variables, a fresh optimizer state for those that train, and step 0.
+
+    Raises:
+        TypeError: If a parameter is not floating, or the optimizer does not fit the parameters.
+        ValueError: If the variables belong to another model, or nothing would train.
+    """
+    vars = jax.tree_util.tree_map(tree.strong, vars)
+    settings.spec.check(vars)
+    check_params(vars.params, settings.model.name.splitlines()[0])
+    opt_state = init_optimizer(settings.optimizer, trainable_part(settings.trainable, vars.params))
+    return vars, add_loss_scale(settings.policy, opt_state), jnp.zeros((), jnp.int32)
+
+
+class StepOutput(NamedTuple):
+    """What ``train_step`` computed.
+
+    Attributes:
+        loss: The loss before the update, a floating scalar.
+        numbers: Scalars for the reports, by name: ``grad_norm``, ``learning_rate`` where the optimizer state has one,
+            what the loss returned beside its value; and ``finite`` (1.0 where the step is an update, else 0.0) under
+            ``on_nonfinite="skip"`` and with a loss scale.
+        carry: The carry after the step. A discarded step changes the number of steps alone.
+        finite: Whether loss and gradient are finite, a bool scalar. An overflow for which the loss scale was too large
+            counts as finite: it is discarded too, and changes the scale.
+        squares: For each leaf of the gradient the sum of its squares.
+    """
+
+    loss: jax.Array
+    numbers: dict[str, jax.Array]
+    carry: Carry
+    finite: jax.Array
+    squares: jax.Array
+
+
+def train_step(
+    settings: Settings,
+    carry: Carry,
+    key: jax.Array,
+    x: Any,
+    ctx: Context,
+    loss: Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]],
+    training: bool,
+) -> StepOutput:
+    """Run one training step: forward pass, loss, gradient, update.
+
+    Args:
+        settings: The trainer's settings.
+        carry: Variables, optimizer state, number of steps.
+        key: The run's key; the step draws from a function of it and the number of steps.
+        x: The model's input.
+        ctx: The context of the layers.
+        loss: A function of the model's output that returns the loss and other scalars by name.
+        training: Whether the layers run in training mode.
+
+    Returns:
+        The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"``.
+    """
+    vars, opt_state, step = carry
+    settings.spec.check(vars)
+    step_key = jax.random.fold_in(key, step)
+    parts = Partition(settings.trainable, vars, functools.partial(cast_to_compute, settings.policy))
+    before = inner_state(settings.policy, opt_state)
+    scaled = isinstance(opt_state, LossScale)
+
+    def objective(params: Any) -> tuple[jax.Array, Any]:
+        model = functools.partial(
+            apply_model, settings.policy, settings.model, parts.forward(params), training=training
+        )
+        with rng.scope(step_key), parts.frozen_layers():
+            output, layer_state = run_in_parts(settings.microbatches, model, x, ctx, vars.state, step_key)
+            value, scalars = loss(output)
+        return scale_loss(opt_state, value) if scaled else value, (value, parts.kept(layer_state), scalars)
+
+    (_, (value, layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
+    if scaled:
+        gradient = unscale(opt_state, gradient)
+    squares = squares_of(gradient)
+    norm = jnp.sqrt(squares.sum())
+    finite = both_finite(value, norm)
+    overflowed = has_overflowed(opt_state, value, norm) if scaled else None
+
+    def update() -> tuple[Vars, Any]:
+        value_fn = lambda params: objective(params)[1][0]
+        params, after = apply_update(settings.optimizer, gradient, before, parts.vars.params, value, value_fn)
+        return match_state((vars, before), (parts.joined(parts.vars.replace(params=params, state=layer_state)), after))
+
+    kept = finite if settings.on_nonfinite != "ignore" else jnp.array(True) if overflowed is None else ~overflowed
+    always = settings.on_nonfinite == "ignore" and not scaled
+    vars_after, after = update() if always else lax.cond(kept, update, lambda: (vars, before))
+    numbers = {"grad_norm": norm.astype(jnp.float32)}
+    if settings.on_nonfinite == "skip" or scaled:
+        numbers["finite"] = finite.astype(jnp.float32)
+    numbers |= rates(after) | scalars
+    if overflowed is not None:
+        after = adapt_scale(opt_state, after, kept, overflowed)
+        finite, squares = finite | overflowed, jnp.where(overflowed, 0, squares)
+        numbers["grad_norm"] = jnp.where(overflowed, 0, numbers["grad_norm"])
+    return StepOutput(value, numbers, (vars_after, after, step + 1), finite, squares)
+
+
+def eval_step(settings: Settings, carry: tuple[Vars, jax.Array], key: jax.Array, x: Any, ctx: Context) -> Any:
+    """Return the model's output in evaluation mode.
+
+    Args:
+        settings: The trainer's settings.
+        carry: Variables and number of steps.
+        key: The run's key.
+        x: The model's input.
+        ctx: The context of the layers.
+    """
+    vars, step = carry
+    settings.spec.check(vars)
+    with rng.scope(jax.random.fold_in(key, step)):
+        return apply_model(settings.policy, settings.model, vars, x, ctx, training=False)[0]

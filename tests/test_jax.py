@@ -1,0 +1,137 @@
+"""The parts of JAX that are not its public API: each does what kaun relies on."""
+
+import ast
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import kaun
+from kaun import _jax
+
+SRC = Path(kaun.__file__).parent
+# What is not public API, or not covered by JAX's promise of stability, by the name under which it is reached.
+PRIVATE = re.compile(
+    r"jax\._src|jax\.core|jax\.extend|jax\.interpreters|jax\.lib\b|default_registry|PjitFunction|eval_jaxpr|"
+    r"\.eqns\b|\.invars\b|\.outvars\b|\.aval\b|\.consts\b|[a-z0-9]_p\b\.|conv_general_dilated_p|\"_trace\"|\._trace\b"
+)
+
+
+def code_of(path):
+    """The source of a file without its docstrings."""
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+            doc := ast.get_docstring(node, clean=False)
+        ):
+            text = text.replace(doc, "")
+    return text
+
+
+def test_nothing_else_uses_what_is_not_public():
+    found = {
+        f"{path.relative_to(SRC)}: {match.group()}"
+        for path in SRC.rglob("*.py")
+        if path.name != "_jax.py"
+        for match in PRIVATE.finditer(code_of(path))
+    }
+    assert not found
+
+
+def test_every_function_gives_its_reason():
+    for name in set(_jax.__all__) - {"Convolution"}:
+        doc = getattr(_jax, name).__doc__
+        assert len(doc.split("\n\n")) > 1 or ":" in doc, name
+
+
+def test_traced_values():
+    seen = []
+    jax.jit(lambda x: seen.extend([_jax.is_traced(x), _jax.any_traced([1, x]), _jax.trace_of(x) is not None]))(1.0)
+    assert seen == [True] * 3
+    assert not _jax.is_traced(jnp.ones(1)) and not _jax.any_traced([1, jnp.ones(1)])
+    assert _jax.trace_of(jnp.ones(1)) is None and not _jax.any_traced([])
+
+
+def test_values_of_one_trace_have_one_trace():
+    seen = []
+
+    def inside(x):
+        seen.append(_jax.trace_of(x) is _jax.trace_of(x + 1))
+        seen.append(_jax.trace_of(x) is jax.jit(lambda y: _jax.trace_of(y) and None)(x))
+        return x
+
+    jax.jit(inside)(1.0)
+    assert seen == [True, False]
+
+
+def test_jitted_functions():
+    def f(x):
+        return x
+
+    assert _jax.is_jitted(jax.jit(f)) and jax.jit(f).__wrapped__ is f
+    assert not _jax.is_jitted(f) and not _jax.is_jitted(jax.vmap(f))
+
+
+def test_children_of_a_node():
+    children, static = _jax.children_of({"b": 1, "a": 2})
+    assert list(children) == [2, 1] and tuple(static) == ("a", "b")
+    assert _jax.children_of(3) is None
+
+
+def inner_programs(x):
+    """Programs in a jitted function, a branch, a loop, and what a gradient keeps."""
+    table = jnp.arange(3.0)
+    y = jax.jit(lambda x: x * jnp.asarray([1.0, 2.0, 3.0]))(x)
+    y = lax.cond(y.sum() > 0, lambda y: y + table, lambda y: y - table, y)
+    return lax.fori_loop(0, 3, lambda i, y: y * 2, y)
+
+
+def test_a_traced_program_runs_as_it_was_traced():
+    calls = []
+
+    def f(x, y):
+        calls.append(1)
+        return inner_programs(x) + y, x.sum()
+
+    x = jnp.ones(3)
+    closed = jax.make_jaxpr(f)(x, x)
+    results = _jax.run_program(closed, [x, x])
+    np.testing.assert_array_equal(results[0], inner_programs(x) + x)
+    assert calls == [1] and results[1] == 3
+
+
+def test_programs_inside_programs_are_found():
+    closed = jax.make_jaxpr(inner_programs)(jnp.ones(3))
+    programs = list(_jax.programs_in(closed))
+    assert programs[0] is closed and len(programs) >= 5, "itself, jit, two branches, the loop's body"
+
+
+def test_constants_are_found_wherever_they_are():
+    array = jnp.arange(7.0)
+    host = np.arange(5.0, dtype=np.float32)
+    closed = jax.make_jaxpr(lambda x: lax.cond(x > 0, lambda: array.sum(), lambda: jnp.asarray(host).sum()))(1.0)
+    shapes = {np.shape(c) for c in _jax.constants_in(closed, literals=True)}
+    assert {(7,), (5,)} <= shapes
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["plain", "in a loop"])
+def test_convolutions_are_found_with_their_layouts(inside):
+    x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+
+    def f(x, w):
+        conv = lambda: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.fori_loop(0, 2, lambda i, a: a + conv(), jnp.zeros((2, 8, 8, 4))) if inside else conv()
+
+    (conv,) = _jax.convolutions_in(jax.make_jaxpr(f)(x, w))
+    assert conv == (((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)), 1, (3, 3, 3, 4), (2, 8, 8, 4))
+
+
+def test_the_block_cipher_is_that_of_jaxs_keys():
+    key = jax.random.key(7)
+    words = tuple(jax.random.key_data(key))
+    counts = (jnp.zeros((), jnp.uint32), jnp.uint32(3))
+    np.testing.assert_array_equal(_jax.threefry_2x32(words, counts), jax.random.key_data(jax.random.fold_in(key, 3)))
