@@ -272,7 +272,7 @@ OLD_NAMES = {
     },
     "_engine": {"_before", "_done", "_flight", "_held", "_wrong", "fault", "good", "lost", "wrong"},
     "_run": {"Look", "_shown", "_told", "again", "place", "settle", "tell"},
-    "_step": {"Parts", "fault", "good", "lost", "still", "wrong"},
+    "_step": {"Parts", "fault", "lost", "still", "wrong"},  # LossScale.good is the name in checkpoints
     "data": {"Run", "Stage", "place"},
     "evaluation": {"Total", "_Sums"},
     "metrics": {"Total", "_Sums"},

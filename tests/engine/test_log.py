@@ -47,17 +47,28 @@ def test_what_changed_is_logged():
     assert (first.where, first.seconds) == ("fit", 1.5) and "`mean` (test_log.py:" in first.code
 
 
-def test_a_new_object_is_named():
+def test_a_new_value_in_an_object_is_named():
     class Weights:
-        value = 1.0
+        def __init__(self, value):
+            self.value = value
 
     def weighted(by):
         return lambda out: out.mean() * by.value
 
     log = CompilationLog(8)
-    log.add("fit", inputs_of(2, weighted(Weights())), "", True, 0.1)
-    log.add("fit", inputs_of(2, weighted(Weights())), "", True, 0.1)
-    assert "captured by changed from Weights object at" in whys(log)[1]
+    log.add("fit", inputs_of(2, weighted(Weights(1.0))), "", True, 0.1)
+    log.add("fit", inputs_of(2, weighted(Weights(2.0))), "", True, 0.1)
+    assert whys(log)[1] == "captured by.value changed from 1.0 to 2.0"
+
+
+def test_a_new_object_that_is_static_by_identity_is_named():
+    def weighted(by):
+        return lambda out: by(out)
+
+    log = CompilationLog(8)
+    log.add("fit", inputs_of(2, weighted(np.frompyfunc(abs, 1, 1))), "", True, 0.1)
+    log.add("fit", inputs_of(2, weighted(np.frompyfunc(abs, 1, 1))), "", True, 0.1)
+    assert "captured by changed from ufunc object at" in whys(log)[1]
 
 
 def test_code_that_compiles_again_and_again_is_warned_about_once():

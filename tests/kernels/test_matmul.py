@@ -1,5 +1,7 @@
 """The matrix product beside ``@``: values and derivatives of both orders."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun._kernels.matmul import matmul
+from kaun._kernels import matmul
 
+MODULE = importlib.import_module("kaun._kernels.matmul")  # whose name in the package is the function
 quick = settings(max_examples=10, deadline=None)
 
 
@@ -40,8 +43,8 @@ def everything(f, x, weight, bars):
 def test_values_and_derivatives_are_those_of_the_operator(leading, n, m):
     x, weight, bars = normal(0, *leading, n), normal(1, n, m), normal(2, *leading, m)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kaun._kernels.matmul._LARGE", 0)
-        patch.setattr("kaun._kernels.matmul._ROWS", 0)
+        patch.setattr(MODULE, "_LARGE", 0)
+        patch.setattr(MODULE, "_ROWS", 0)
         ours = jax.jit(lambda *a: everything(matmul, *a))(x, weight, bars)
     agree(ours, jax.jit(lambda *a: everything(jnp.matmul, *a))(x, weight, bars))
 

@@ -98,9 +98,12 @@ def capture_loss(loss: Callable[..., Any]) -> tuple[LossKey, list[Any]]:
         loss, code = _with_code(loss)
     known = _forms.get(id(code))
     if known is not None and known[0] is code:
-        for form in known[1]:
+        forms = known[1]
+        for form in forms:
             arrays = form.arrays(loss)
             if arrays is not None:
+                if form is not forms[0]:
+                    forms.sort(key=lambda other: other is not form)  # the next one of its kind finds it first
                 return form.key, arrays
     return _capture(loss, code)
 

@@ -282,6 +282,12 @@ def _computed(walk: Walk, module: types.ModuleType, name: str, at: int) -> KeyNo
     return _attribute(walk, getattr(module, name), operator.attrgetter(name), at)
 
 
+def _exception(walk: Walk, value: Any, at: int) -> KeyNode:
+    """An exception arrives as the object that the loss raises; reading its arguments is refused, they are not seen."""
+    walk.asked = True
+    return (_object if "args" in walk.names else _library_object)(walk, value, at)
+
+
 def _library_object(walk: Walk, value: Any, at: int) -> KeyNode:
     """An object of a library: by identity, with those plain attributes that the code names, and functions in it."""
     walk.asked = True
@@ -345,6 +351,8 @@ def _of_object(kind: type, value: Any) -> Handler:
         return _module
     if issubclass(kind, enum.Enum):
         return _enum
+    if issubclass(kind, BaseException):
+        return _exception
     if issubclass(kind, (list, dict, set, frozenset, tuple)):
         return _object  # not as a pytree, which sorts keys; a named tuple too
     if jax.tree_util.tree_structure(value) != jax.tree_util.tree_structure(0):

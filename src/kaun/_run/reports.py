@@ -93,6 +93,11 @@ class ReportCaller:
             return most
         if self._wants is None:
             return 1
+        if self._total is not None:
+            # Steps after the last one are not asked about; a loader may yield more items than it said.
+            most = min(most, max(self._total - done, 0))
+            if not most:
+                return 1
         while self._wanted <= done and self._asked < done + most:
             self._ask()
         return min(self._wanted - done, most) if self._wanted > done else most
