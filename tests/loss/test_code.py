@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import kaun.layers
-from kaun._loss import code, origin, reads
+from kaun._loss import code, origin
 from kaun.errors import CaptureError
 
 outside = 1
@@ -82,12 +82,12 @@ class Thing:
 
 
 def test_attributes_are_read_without_running_the_objects_code():
-    found = dict(reads.attributes_of(Thing(), frozenset(["kind", "own", "computed", "static", "missing"])))
+    found = dict(code.attributes_of(Thing(), frozenset(["kind", "own", "computed", "static", "missing"])))
     assert found["kind"] == 1 and found["own"] == 2 and set(found) == {"kind", "own", "computed", "static"}
     assert found["computed"] is Thing.computed.fget and found["static"] is Thing.static
     slots = Slots()
     slots.a = 5
-    assert reads.attributes_of(slots, frozenset("ab")) == [("a", 5)]
+    assert code.attributes_of(slots, frozenset("ab")) == [("a", 5)]
 
 
 def test_infos_are_bounded(monkeypatch):

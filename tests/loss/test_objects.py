@@ -9,6 +9,7 @@ import gc
 import logging
 import queue
 import random
+import string
 import types
 import weakref
 
@@ -509,6 +510,218 @@ def test_a_write_is_undone_when_the_loss_fails():
     with pytest.raises(KeyError, match="mine"):
         traced(loss)
     assert Writer.count == 0 and writer.count == 0
+
+
+# What is read in other ways than by the name of a variable or of the object's own attribute
+
+
+class Table:
+    """Holds arrays and numbers in the class, and reads them in many ways."""
+
+    rows = full(1)
+    tree = {"a": full(1)}
+    alpha = 1.0
+
+    def by_type(self, out):
+        return (type(self).rows * out).sum()
+
+    def by_class(self, out):
+        return (self.__class__.rows * out).sum()
+
+    def inside(self, out):
+        return (type(self).tree["a"] * out).sum() + self.tree["a"].sum()
+
+    @classmethod
+    def of_class(cls, out):
+        return (cls.rows * out).sum()
+
+    @classmethod
+    def passed_on(cls, out):
+        return rows_of(cls, out)
+
+    def by_class_method(self, out):
+        return self.of_class(out) + (self.rows * out).sum()
+
+    def by_helper(self, out):
+        return self.passed_on(out) + (self.rows * out).sum()
+
+    @property
+    def shared(self):
+        return read_global()
+
+    def by_property(self, out):
+        return (out * read_global()).sum() + (out * self.shared).sum()
+
+    def as_dict(self):
+        return vars(self)
+
+    def by_vars(self, out):
+        return out.mean() * sum(self.as_dict().values()) * self.alpha
+
+
+class Extended(Table):
+    def by_super(self, out):
+        return (super().rows * out).sum() + self.alpha
+
+    def by_super_later(self, out):
+        above = super()
+        return (out + out.mean()).sum() + (above.rows * out).sum()
+
+
+def rows_of(kind, out):
+    return (kind.rows * out).sum()
+
+
+def read_global():
+    return GLOBAL_ROWS
+
+
+GLOBAL_ROWS = full(1)
+
+
+class Level(enum.Enum):
+    LOW = 1
+
+    def __init__(self, _):
+        self.weight, self.rows = 1.0, full(1)
+
+
+@jax.tree_util.register_pytree_node_class
+class Tree:
+    def __init__(self, y, config):
+        self.y, self.config = y, config
+
+    def tree_flatten(self):
+        return (self.y,), self.config
+
+    @classmethod
+    def tree_unflatten(cls, config, children):
+        return cls(*children, config)
+
+
+def own_attribute(out):
+    return out.mean() * getattr(own_attribute, "alpha", 2.0)
+
+
+def helper_with_attribute(out):
+    return out
+
+
+def set_table(name):
+    return lambda n: setattr(Table, name, n) if name == "alpha" else setattr(Table, name, full(n))
+
+
+def set_rows(n):
+    globals()["GLOBAL_ROWS"] = full(n)
+
+
+def in_tree(n):
+    Table.tree["a"] = full(n)
+
+
+def roundabout_cases():
+    """Losses, and what changes a value that they read: called with a number."""
+    formatter, chained = string.Formatter(), collections.ChainMap({"a": 1.0}, {"b": 2.0})
+    table, extended, instance = Table(), Extended(), Table()
+    instance.b = 1.0
+    config = types.SimpleNamespace(a=1.0)
+    of_user = Base()
+    of_user.a = 1.0
+    tree = Tree(full(1), of_user)
+    outer = Pair(Tree(full(1), of_user), 1.0)
+    key = "alpha"
+    return {
+        "attribute of the loss": (own_attribute, lambda n: setattr(own_attribute, "alpha", n)),
+        "attribute of a helper": (
+            lambda out: helper_with_attribute(out).mean() * getattr(helper_with_attribute, "alpha", 2.0),
+            lambda n: setattr(helper_with_attribute, "alpha", n),
+        ),
+        "attribute of a library's object": (
+            lambda out: out.mean() * getattr(formatter, "alpha", 2.0), lambda n: setattr(formatter, "alpha", n)
+        ),
+        "enum": (lambda out: out.mean() * Level.LOW.weight, lambda n: setattr(Level.LOW, "weight", n)),
+        "array of an enum": (lambda out: (out * Level.LOW.rows).sum(), lambda n: Level.LOW.rows.__setitem__(0, n)),
+        "type(self)": (table.by_type, set_table("rows")),
+        "self.__class__": (table.by_class, set_table("rows")),
+        "in place": (table.by_class, lambda n: Table.rows.__setitem__(0, n)),
+        "in a dict of the class": (table.inside, in_tree),
+        "class method": (table.by_class_method, set_table("rows")),
+        "class method by name": (lambda out: table.of_class(out), set_table("rows")),
+        "cls passed on": (table.by_helper, set_table("rows")),
+        "super": (extended.by_super, set_table("rows")),
+        "super in a variable": (extended.by_super_later, set_table("rows")),
+        "a helper of a property too": (table.by_property, set_rows),
+        "vars": (instance.by_vars, lambda n: setattr(instance, "b", n)),
+        "class and vars": (instance.by_vars, set_table("alpha")),
+        "vars of a class": (lambda out: out.mean() * vars(Table)[key], set_table("alpha")),
+        "chained": (lambda out: out.mean() * chained["a"], lambda n: chained.maps.insert(0, {"a": n})),
+        "static part of a pytree": (lambda out: out.mean() * tree.config.a, lambda n: setattr(of_user, "a", n)),
+        "of one inside": (lambda out: out.mean() * outer.y.config.a, lambda n: setattr(of_user, "a", n)),
+        "namespace": (lambda out: out.mean() * config.a, lambda n: setattr(config, "a", n)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", roundabout_cases())
+def test_what_is_read_in_roundabout_ways_is_never_stale(case):
+    loss, change = roundabout_cases()[case]
+    programs = {}
+    for n in (None, None, 3.0, 4.0, 4.0, 5.0):
+        if n is not None:
+            change(n)
+        key, arrays = capture_loss(loss)
+        if key not in programs:
+            programs[key] = jax.jit(functools.partial(run_traced, key))
+        np.testing.assert_allclose(float(programs[key](OUT, arrays)), float(loss(OUT)), rtol=1e-6)
+
+
+def run_traced(key, out, arrays):
+    with rng.scope(0):
+        return trace_loss(key, arrays, out)[0]
+
+
+def test_an_attribute_of_a_class_by_a_computed_name_is_refused():
+    key, table = "alpha", Table()
+    for loss in (lambda out: out.mean() * getattr(Table, key), lambda out: out.mean() * getattr(type(table), key)):
+        with pytest.raises(
+            CaptureError, match="reads `alpha` of a class Table by a name that is computed when it runs"
+        ):
+            traced(loss)
+
+
+def test_a_property_that_draws_random_numbers_is_refused():
+    generator = np.random.default_rng(0)
+
+    class Noisy:
+        @property
+        def noise(self):
+            return generator.normal()
+
+    noisy = Noisy()
+    with pytest.raises(CaptureError, match="captures `noisy`, a Generator, a random generator: "):
+        traced(lambda out: out.mean() + noisy.noise)
+
+
+def test_a_named_tuple_and_a_list_that_is_also_captured_alone():
+    rows = [full(1)]
+    a_pair = Pair(rows, 1.0)
+    loss = lambda out: losses.mse(out, a_pair.y[0]) + rows[0].sum()
+    for n in (1, 2):
+        rows[0] = full(n)
+        np.testing.assert_allclose(traced(loss)[1], float(loss(OUT)), rtol=1e-6)
+
+
+def test_code_of_ones_own_is_followed_however_much_it_reads():
+    """The limit of 500 reads is for packages of others."""
+    scope = {"__name__": __name__}
+    for i in range(200):
+        exec(f"def f{i}(x): return x", scope)
+    calls = " + ".join(f"f{i}(out)" for i in range(200))
+    exec(f"def f(out, table): return (({calls}) * table.shared).sum()", scope)
+    f, table = scope["f"], Table()
+    loss = lambda out: f(out, table)
+    for n in (1, 2):
+        globals()["GLOBAL_ROWS"] = full(n)
+        np.testing.assert_allclose(traced(loss)[1], float(loss(OUT)), rtol=1e-6)
 
 
 # What stays alive

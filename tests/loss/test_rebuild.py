@@ -9,8 +9,8 @@ import pytest
 from kaun import Data, losses
 from kaun._loss import capture
 from kaun._loss.describe import captures, subject
-from kaun._loss.key import LossKey
 from kaun._loss.rebuild import Rebuilt, parts
+from kaun._loss.walk import LossKey
 
 Y = np.zeros((3, 1), np.float32)
 rate = 0.5

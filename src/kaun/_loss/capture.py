@@ -16,15 +16,12 @@ from typing import Any, Protocol
 import jax
 
 from kaun import tree
-from kaun._loss.code import CodeInfo, code_info
-from kaun._loss.key import KeyNode, LossKey, loss_key
+from kaun._loss.code import code_info
 from kaun._loss.objects import HANDLERS, classify
 from kaun._loss.origin import is_library_type
-from kaun._loss.reads import attributes_of, function_reads, names_in
 from kaun._loss.rebuild import rebuild_loss
 from kaun._loss.values import home_of
-from kaun._loss.walk import RefusedError, Walk
-from kaun._loss.warm import Warm
+from kaun._loss.walk import KeyNode, LossKey, RefusedError, Walk, Warm, loss_key
 from kaun._messages import locate
 from kaun.errors import CaptureError
 
@@ -32,6 +29,7 @@ __all__ = ["FrozenLoss", "Loss", "capture_loss", "snapshot_loss"]
 
 _MOST_CODES = 1024
 _MOST_FORMS = 4
+_TOO_DEEP = "values nested too deeply to be followed. Capture what the loss needs, y = obj.y, and not the object."
 
 
 class Loss(Protocol):
@@ -124,64 +122,41 @@ def _with_code(loss: Any) -> tuple[Any, Any]:
 
 
 def _capture(loss: Callable[..., Any], code: Any) -> tuple[LossKey, list[Any]]:
-    walk, node = _walked(loss)
-    key = loss_key(node, walk.names if walk.asked else frozenset())
-    if code is not None and walk.notes.complete and node[0] in ("function", "method", "partial"):
+    walk, key = _walked(loss)
+    if code is not None and walk.complete and key.node[0] in ("function", "made"):
         while len(_forms) >= _MOST_CODES:
             _forms.pop(next(iter(_forms)), None)
         forms = _forms.setdefault(id(code), (code, []))[1]
-        forms.insert(0, Warm(walk.notes, key))
+        forms.insert(0, Warm(walk, key))
         del forms[_MOST_FORMS:]
     return key, walk.arrays
 
 
-def _walked(loss: Any) -> tuple[Walk, KeyNode]:
-    """The walk over a callable with all names in its code, which grow with the methods met on the way."""
-    home, names = home_of(loss), frozenset[str]()
+def _walked(loss: Any) -> tuple[Walk, LossKey]:
+    """The walk over a callable with all names in its code, which grow with the functions met on the way."""
+    home, names = home_of(loss), _names_in(loss)
     while True:
         walk = Walk(HANDLERS, classify, home, names)
         try:
             node = walk.node(HANDLERS.get(type(loss)) or classify(loss), loss, 0)
         except (RefusedError, RecursionError) as refused:
-            raise CaptureError(f"loss {locate(loss)} captures {_culprit(loss, walk)}{_reason(refused)}") from None
-        found = names_in(walk.infos)
-        if found == names or not walk.asked:
-            return walk, node
+            reason = str(refused) if isinstance(refused, RefusedError) else _TOO_DEEP
+            name = f"`{walk.culprit}`, " if walk.culprit else ""
+            raise CaptureError(f"loss {locate(loss)} captures {name}{reason}") from None
+        found = names.union(*[info.names for info in walk.infos])
+        if found == names:
+            return walk, loss_key(node, names)
         names = found
 
 
-def _reason(refused: Exception) -> str:
-    if isinstance(refused, RefusedError):
-        return str(refused)
-    return "values nested too deeply to be followed. Capture what the loss needs, y = obj.y, and not the object."
-
-
-def _culprit(loss: Any, refused: Walk) -> str:
-    """The name of the variable that holds what was refused, where it is one of the closure's own."""
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    found = function_reads(loss).pairs() if isinstance(loss, types.FunctionType) else attributes_of(loss, _names(loss))
-    for name, value in found:
-        walk = Walk(HANDLERS, classify, refused.home, refused.names)
-        try:
-            walk.node(HANDLERS.get(type(value)) or classify(value), value, 0)
-        except (RefusedError, RecursionError):
-            return f"`{name}`, "
-        except CaptureError:
-            continue
-    return ""
-
-
-def _names(loss: Any) -> frozenset[str]:
-    function = getattr(loss, "__func__", None)
-    infos: list[CodeInfo] = [code_info(function)] if isinstance(function, types.FunctionType) else []
-    return names_in(infos)
+def _names_in(loss: Any) -> frozenset[str]:
+    """The attribute names in the code of a function itself, so that most walks are complete at once."""
+    return code_info(loss).names if type(loss) is types.FunctionType else frozenset()
 
 
 def _frozen(walk: Walk, value: FrozenLoss, at: int) -> KeyNode:
-    walk.notes.identical.append((walk.notes.read(operator.attrgetter("key"), at), value.key))
-    held = walk.notes.read(operator.attrgetter("arrays"), at, list)
-    nodes = walk.items(value.arrays, held)
+    walk.same(value.key, walk.read(operator.attrgetter("key"), at))
+    nodes = walk.items(value.arrays, walk.read(operator.attrgetter("arrays"), at, list))
     return ("frozen", value.key, len(nodes))
 
 

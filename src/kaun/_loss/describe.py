@@ -8,7 +8,7 @@ from typing import Any
 
 from kaun import tree
 from kaun._loss.code import CodeInfo
-from kaun._loss.key import KeyNode, LossKey
+from kaun._loss.walk import KeyNode, LossKey
 
 __all__ = ["captures", "subject"]
 
@@ -50,10 +50,9 @@ def _parts(node: KeyNode, name: str) -> Iterator[tuple[str, KeyNode]]:
     match node:
         case ("function", info, _, _, cells, defaults, keywords, outside, attributes, imports):
             yield from ((below + n, v) for n, v in zip(info.code.co_freevars, cells, strict=True))
-            if defaults[0] == "tuple":
-                arguments = info.code.co_varnames[: info.code.co_argcount]
-                first = len(arguments) - len(defaults[1])
-                yield from ((below + n, v) for n, v in zip(arguments[first:], defaults[1], strict=True))
+            arguments = info.code.co_varnames[: info.code.co_argcount]
+            first = len(arguments) - len(defaults)
+            yield from ((below + n, v) for n, v in zip(arguments[first:], defaults, strict=True))
             if keywords[0] == "dict":
                 yield from ((below + k[2], v) for k, v in zip(keywords[1], keywords[2], strict=True))
             yield from ((below + n, v) for n, v in (*outside, *attributes, *imports))
@@ -61,35 +60,24 @@ def _parts(node: KeyNode, name: str) -> Iterator[tuple[str, KeyNode]]:
             yield from ((f"{name}[{_plain(k)}]", v) for k, v in zip(keys, values, strict=True))
         case ("tuple" | "list", items) | ("deque" | "pytree", _, items, *_):
             yield from ((f"{name}[{i}]", v) for i, v in enumerate(items))
-        case ("object", _, payload, content, attributes, members, rest, _):
-            yield from _payload_parts(payload, content, name)
+        case ("object", _, _, content, attributes, members, rest, _):
+            if content:
+                yield name, content
             yield from ((f"{name}.{n}", v) for n, v in attributes)
             yield from ((f"{name}.{n}", v) for n, _, v in members)
-            yield from ((f"{name}.__class__.{n}", v) for n, v in rest if v)
-        case ("class" | "enum" | "library", _, rest, *_):
-            yield from ((f"{name}.{n}", v) for n, v in rest if v)
-        case ("module", _, _, found, _):
+            yield from ((f"{name}.__class__.{n}", v) for n, v in rest)
+        case ("class" | "enum" | "library", _, found, *_) | ("module", _, _, found, _):
             yield from ((f"{name}.{n}", v) for n, v in found)
-        case ("partial", function, args, keywords):
+        case ("made", _, ("", "args", "keywords"), (function, args, keywords)):  # a partial
             yield name, function
             yield from ((f"{name}({i})", v) for i, v in enumerate(args[1]))
             yield from ((f"{name}({k[2]})", v) for k, v in zip(keywords[1], keywords[2], strict=True))
-        case ("method", function, owner):
-            yield name, function
-            yield (f"{name}.self" if name else "self"), owner
-        case ("proxy", inside) | ("view", _, inside) | ("bound", _, inside):
+        case ("made", _, names, parts):
+            yield from (((below + n) if n else name, v) for n, v in zip(names, parts, strict=True))
+        case ("bound", _, inside):
             yield name, inside
         case _:
             pass
-
-
-def _payload_parts(payload: type | None, content: KeyNode, name: str) -> Iterator[tuple[str, KeyNode]]:
-    if payload is dict:
-        yield from _parts(("dict", *content), name)
-    elif payload in (list, tuple):
-        yield from _parts(("list", content), name)
-    elif payload is not None and payload not in (set, frozenset):
-        yield name, content
 
 
 def _plain(node: KeyNode) -> str:
@@ -98,14 +86,12 @@ def _plain(node: KeyNode) -> str:
             return repr(value)
         case ("float", value):
             return repr(float.fromhex(value))
-        case ("enum", same, _):
-            return repr(same.value)
+        case ("enum", same, *_):
+            return repr(same.get())
         case ("same" | "class" | "library", same, *_):
             return same.text
-        case ("content", content):
-            return f"{content.text} with digest {content.digest[-1].hex()[:8]}"
-        case ("bytes" | "numbers", kind, value):
-            return f"{kind} {value!r}"
+        case ("content", dtype, shape, digest):
+            return f"{dtype}{list(shape)} with digest {digest[:8]}"
         case _:
             return str(node[0])
 

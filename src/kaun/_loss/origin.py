@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 
-__all__ = ["is_library", "is_library_type", "root_package"]
+__all__ = ["HEAP_TYPE", "is_library", "is_library_type", "root_package"]
 
 # What these hold at module level does not change during a run, so that none of it is looked at. A package on no list
 # may be the user's own, wherever it is installed: what its functions read is part of the loss.
@@ -23,7 +23,7 @@ _LIBRARIES_NAMES = """
 _LIBRARIES = frozenset(_LIBRARIES_NAMES.split())
 
 
-_HEAP_TYPE = 1 << 9
+HEAP_TYPE = 1 << 9  # the flag of a class that Python code made
 
 
 def is_library(name: str) -> bool:
@@ -36,7 +36,7 @@ def is_library_type(kind: type) -> bool:
     """Whether a class was defined in a library."""
     name = getattr(kind, "__module__", None) or ""
     # exec without a __name__ leaves a class in "builtins".
-    return is_library(name) and not (name == "builtins" and kind.__flags__ & _HEAP_TYPE)
+    return is_library(name) and not (name == "builtins" and kind.__flags__ & HEAP_TYPE)
 
 
 def root_package(function: types.FunctionType) -> str:

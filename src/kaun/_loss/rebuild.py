@@ -1,23 +1,23 @@
-"""The key of a closure made into a callable again, around given arrays.
+"""The callable of a key made again, around other arrays.
 
-A key is a tree of tuples; the first element of each says how that part is made again (``_REBUILD``, at the end).
+The first element of each node of the key says how that part is made (``_REBUILD``, at the end). Lists, dicts and
+functions are new ones, and an object is replaced by a stand-in: a new object of its class with the attributes that the
+code reads. So the user's own objects are not written to. That the loss writes at all is noticed by ``watch``.
 """
 
 from __future__ import annotations
 
 import builtins
 import collections
-import functools
 import sys
 import types
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import jax
 
-from kaun._loss.code import CodeInfo
-from kaun._loss.key import EMPTY, ByIdentity, Held, KeyNode, LossKey
+from kaun._loss.code import CodeInfo, own_classes
+from kaun._loss.walk import EMPTY, ByIdentity, KeyNode, LossKey
 from kaun._loss.watch import Watch
 
 __all__ = ["Rebuilt", "parts", "rebuild_loss"]
@@ -61,62 +61,40 @@ class Rebuilt:
     def again(self, index: int) -> Any:
         return self._made[index]
 
-    def list_(self, items: KeyNode) -> list[Any]:
-        made: list[Any] = self.keep([])
-        made.extend(self.many(items))
-        self._watched(made)
-        return made
-
-    def dict_(self, keys: KeyNode, values: KeyNode) -> dict[Any, Any]:
-        made: dict[Any, Any] = self.keep({})
-        made.update(zip(self.many(keys), self.many(values), strict=True))
-        self._watched(made)
-        return made
-
-    def set_(self, kind: type, items: KeyNode) -> Any:
-        if kind is frozenset:
-            return frozenset(self.many(items))
-        made: set[Any] = self.keep(set())
-        made.update(self.many(items))
-        self._watched(made)
-        return made
-
-    def deque_(self, maxlen: int | None, items: KeyNode) -> Any:
-        made: collections.deque[Any] = self.keep(collections.deque(maxlen=maxlen))
-        made.extend(self.many(items))
-        self._watched(made)
-        return made
-
-    def _watched(self, contents: Any) -> None:
+    def filled(self, made: Any, items: Callable[[], Any]) -> Any:
+        """A list, dict, set or deque with its items, which are made once it is known by its number."""
+        self.keep(made)
+        made.extend(items()) if hasattr(made, "extend") else made.update(items())
         if self._strict:
-            self.watch.add(contents)
+            self.watch.add(made)
+        return made
+
+    def pairs(self, keys: KeyNode, values: KeyNode) -> Iterable[tuple[Any, Any]]:
+        return zip(self.many(keys), self.many(values), strict=True)
 
     def function_(
-        self, info: CodeInfo, strict: bool, scope: Held | str, cells: KeyNode, defaults: KeyNode, keywords: KeyNode,
-        outside: KeyNode, attributes: KeyNode, imports: KeyNode,
+        self, info: CodeInfo, strict: bool, scope: ByIdentity | str, cells: KeyNode, defaults: KeyNode,
+        keywords: KeyNode, outside: KeyNode, attributes: KeyNode, imports: KeyNode,
     ) -> types.FunctionType:  # fmt: skip
         before, self._strict = self._strict, strict
         closure = tuple([types.CellType() for _ in cells])
         names: dict[str, Any]
-        if isinstance(scope, Held):
-            names = scope.value
+        if isinstance(scope, ByIdentity):
+            names = scope.get()
         else:
             package = getattr(sys.modules.get(scope), "__package__", None)
             names = {"__name__": scope, "__package__": package, "__builtins__": self._builtins}
-        made = types.FunctionType(info.code, names, info.code.co_name, None, closure)
-        self.keep(made)
+        made: Any = self.keep(types.FunctionType(info.code, names, info.code.co_name, None, closure))
         for cell, node in zip(closure, cells, strict=True):
             if node is not EMPTY:
                 cell.cell_contents = self.make(node)
-        made.__defaults__ = self.make(defaults)
+        made.__defaults__ = tuple(self.many(defaults)) or None
         made.__kwdefaults__ = self.make(keywords)
-        for name, node in outside:
-            names[name] = self.make(node)
-        for name, node in attributes:
-            setattr(made, name, self.make(node))
-        self._watched(made.__dict__)
-        if imports:
-            self.watch.modules.update({name: self.make(node) for name, node in imports})
+        names.update({name: self.make(node) for name, node in outside})
+        made.__dict__.update({name: self.make(node) for name, node in attributes})
+        self.watch.modules.update({name: self.make(node) for name, node in imports})
+        if strict:
+            self.watch.add(made.__dict__)
         self._strict = before
         return made
 
@@ -124,58 +102,52 @@ class Rebuilt:
         self, same: ByIdentity, payload: type | None, content: KeyNode, attributes: KeyNode, members: KeyNode,
         rest: KeyNode, strict: bool,
     ) -> Any:  # fmt: skip
-        kind = same.value
-        made, fill = self._empty(kind, payload, content)
-        self.keep(made)
-        fill()
+        kind = same.get()
+        made = self._empty(kind, payload, content)
         self.watch.stand_in(made, kind.__name__)
         for name, node in attributes:
-            self._set(made, kind, name, node, lambda value: value)
-        bind: dict[str, Callable[[Any], Any]] = {
-            "static": lambda value: value,
-            "bound": lambda value: types.MethodType(value, made),
-            "class": lambda value: types.MethodType(value, kind),
-        }
+            self._set(made, kind, name, node)
         for name, how, node in members:
-            self._set(made, kind, name, node, bind[how])
+            self._set(made, kind, name, node, how)
         if strict:
-            self.watch.add_object(made)
-            self.watch.add_class(kind)
+            self.watch.add(made, *own_classes(kind))
+            self.watch.stand_in(kind, f"class {kind.__name__}")
         return made
 
-    def _set(self, made: Any, kind: type, name: str, node: KeyNode, bind: Callable[[Any], Any]) -> None:
+    def _set(self, made: Any, kind: type, name: str, node: KeyNode, how: str = "static") -> None:
         if node[0] == "refused":
             self.watch.refuse(made, name, node[1])
-        elif isinstance(getattr(kind, name, None), types.MemberDescriptorType):
-            object.__setattr__(made, name, bind(self.make(node)))
+            return
+        value = self.make(node)
+        if how != "static":
+            value = types.MethodType(value, made if how == "bound" else kind)
+        if isinstance(getattr(kind, name, None), types.MemberDescriptorType):
+            object.__setattr__(made, name, value)
         else:
-            made.__dict__[name] = bind(self.make(node))
+            made.__dict__[name] = value
 
-    def _empty(self, kind: type, payload: type | None, content: KeyNode) -> tuple[Any, Callable[[], Any]]:
-        """An object of a class with nothing in it yet, and what fills in the items of a list or dict."""
-        nothing = lambda: None
-        if payload is None:
-            solid = types.SimpleNamespace if issubclass(kind, types.SimpleNamespace) else object
-            return cast("Any", solid).__new__(kind), nothing
-        if payload is list:
-            made = list.__new__(kind)
-            return made, lambda: list.extend(made, self.many(content))
-        if payload is dict:
-            table = cast("Any", kind).__new__(kind)
-            pairs = lambda: zip(self.many(content[0]), self.many(content[1]), strict=True)
-            ordered = issubclass(kind, collections.OrderedDict)
-            put: Any = collections.OrderedDict.__setitem__ if ordered else dict.__setitem__
-            return table, lambda: [put(table, k, v) for k, v in pairs()]
-        if payload is set:
-            group = cast("Any", kind).__new__(kind)
-            return group, lambda: set.update(group, self.many(content[0]))
-        inside = self.many(content[0] if payload is frozenset else content) if payload in (tuple, frozenset) else None
-        return payload.__new__(kind, self.make(content) if inside is None else inside), nothing
+    def _empty(self, kind: Any, payload: type | None, content: KeyNode) -> Any:
+        """An object of a class without attributes, and with the items where it is a kind of list, dict or the like."""
+        if payload in (list, dict, set):
+            made: Any = self.keep(kind.__new__(kind) if payload is not list else list.__new__(kind))
+            items = self.make(content)
+            if payload is dict:
+                put: Any = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
+                for key, value in items.items():
+                    put.__setitem__(made, key, value)
+            else:
+                (list.extend if payload is list else set.update)(made, items)
+            return made
+        if payload is not None:
+            return cast("Any", payload).__new__(kind, self.make(content))
+        solid: Any = types.SimpleNamespace if issubclass(kind, types.SimpleNamespace) else object
+        return self.keep(solid.__new__(kind))
 
     def class_(self, same: ByIdentity, rest: KeyNode, strict: bool) -> Any:
-        kind = self.keep(same.value)
+        kind = self.keep(same.get())
         if strict:
-            self.watch.add_class(kind)
+            self.watch.add(*own_classes(kind))
+            self.watch.stand_in(kind, f"class {kind.__name__}")
         return kind
 
     def module_(self, name: str, whole: bool, found: KeyNode, strict: bool) -> types.ModuleType:
@@ -184,21 +156,14 @@ class Rebuilt:
             self.keep(made)
         self.watch.stand_in(made, f"module {name}")
         for attribute, node in found:
-            self._set(made, types.ModuleType, attribute, node, lambda value: value)
+            self._set(made, types.ModuleType, attribute, node)
         if strict:
             self.watch.add(made.__dict__)
         return made
 
     def same_(self, same: ByIdentity, *_: KeyNode) -> Any:
-        self.watch.add_foreign(same.value)
-        return same.value
-
-    def refused(self, reason: str) -> Any:
-        raise AssertionError(reason)
-
-    def partial_(self, function: KeyNode, args: KeyNode, keywords: KeyNode) -> Any:
-        f, positional = self.make(function), self.make(args)
-        return functools.partial(f, *positional, **self.make(keywords))
+        self.watch.add_foreign(same.get())
+        return same.get()
 
     def frozen_(self, key: LossKey, count: int) -> Any:
         inner = Rebuilt(key, [next(self._arrays) for _ in range(count)])
@@ -213,26 +178,21 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "typed": lambda made, kind, value: value,
     "same": Rebuilt.same_,
     "library": Rebuilt.same_,
-    "enum": lambda made, same, rest: made.keep(same.value),
+    "enum": lambda made, same, rest: made.keep(same.get()),
     "float": lambda made, value: float.fromhex(value),
-    "complex": lambda made, real, imag: complex(float.fromhex(real), float.fromhex(imag)),
     "tuple": lambda made, items: tuple(made.many(items)),
-    "list": Rebuilt.list_,
-    "dict": Rebuilt.dict_,
-    "set": Rebuilt.set_,
-    "deque": Rebuilt.deque_,
-    "bytes": lambda made, kind, value: kind(value),
-    "numbers": lambda made, typecode, value: cast("Any", array)(typecode, value),
-    "proxy": lambda made, inside: types.MappingProxyType(made.make(inside)),
-    "view": lambda made, name, inside: getattr(made.make(inside), name)(),
-    "slice": lambda made, parts: slice(*made.many(parts)),
+    "list": lambda made, items: made.filled([], lambda: made.many(items)),
+    "dict": lambda made, keys, values: made.filled({}, lambda: made.pairs(keys, values)),
+    "set": lambda made, kind, items: (
+        made.filled(set(), lambda: made.many(items)) if kind is set else frozenset(made.many(items))
+    ),
+    "deque": lambda made, maxlen, items: made.filled(collections.deque(maxlen=maxlen), lambda: made.many(items)),
+    "made": lambda made, make, names, parts: make(*made.many(parts)),
     "object": Rebuilt.object_,
     "class": Rebuilt.class_,
     "module": Rebuilt.module_,
     "function": Rebuilt.function_,
-    "method": lambda made, function, owner: types.MethodType(made.make(function), made.make(owner)),
     "bound": lambda made, name, owner: getattr(made.make(owner), name),
-    "partial": Rebuilt.partial_,
     "frozen": Rebuilt.frozen_,
     "pytree": lambda made, treedef, leaves, rest: jax.tree_util.tree_unflatten(treedef, made.many(leaves)),
 }

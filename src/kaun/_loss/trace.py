@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from kaun import rng, tree
 from kaun._jax import constants_in, is_traced, run_program
 from kaun._loss import describe
-from kaun._loss.key import LossKey
 from kaun._loss.rebuild import Rebuilt
+from kaun._loss.walk import LossKey
 from kaun._loss.watch import UnforeseenError
 from kaun._messages import locate
 from kaun.errors import CaptureError

@@ -1,4 +1,4 @@
-"""How values and functions are captured: a handler for each type gives the node of the key and notes its reads."""
+"""The handlers of plain values, arrays, containers and functions: each returns a value's node and notes its reads."""
 
 from __future__ import annotations
 
@@ -11,19 +11,120 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from kaun._loss.code import CodeInfo, code_info, refuse_assignments
-from kaun._loss.key import ARRAY, EMPTY, ByContent, Held, KeyNode
+from kaun._loss.code import EMPTY_CELL, CodeInfo, code_info, function_reads, is_transparent, refuse_assignments
 from kaun._loss.origin import is_library, is_library_type
-from kaun._loss.reads import EMPTY_CELL, function_reads, transparent
-from kaun._loss.walk import Handler, RefusedError, Walk
+from kaun._loss.walk import ARRAY, EMPTY, ByIdentity, Getter, Handler, KeyNode, RefusedError, Walk
 
-__all__ = ["VALUES", "classify_value", "dict_parts", "home_of", "refuse", "set_parts"]
+__all__ = ["VALUES", "classify_value", "home_of", "refuse", "static"]
+
+
+def static(walk: Walk, value: Any, at: int) -> KeyNode:
+    """The node of what belongs to a library, and stays as it is for as long as the process."""
+    walk.same(value, at)
+    return ("static", value)
+
+
+def _plain(walk: Walk, value: Any, at: int) -> KeyNode:
+    walk.equal.append((at, value))
+    return ("typed", type(value), value)  # True is not 1
+
+
+def _float(walk: Walk, value: float, at: int) -> KeyNode:
+    walk.read_equal(float.hex, at, value.hex())
+    return ("float", value.hex())  # by its bits: -0.0 is not 0.0, and nan equals itself
+
+
+def _array(walk: Walk, value: Any, at: int) -> KeyNode:
+    if not walk.lifts:
+        return walk.same(value, at)
+    walk.arrays.append(value)
+    walk.array_places.append(at)
+    return ARRAY
+
+
+def _numpy(walk: Walk, value: Any, at: int) -> KeyNode:
+    masked = isinstance(value, np.ma.MaskedArray)
+    if masked or value.dtype.kind not in "biufcV" or value.dtype.fields is not None:
+        kind = "a masked array" if masked else f"a NumPy array of dtype {value.dtype}"
+        raise RefusedError(
+            f"{kind}, which JAX cannot hold. Convert it to numbers before the closure, y = np.asarray(y, np.float32)."
+        )
+    walk.read_equal(operator.attrgetter("dtype"), at, value.dtype)
+    if not walk.lifts:
+        content = value.tobytes()
+        walk.read_equal(operator.attrgetter("shape"), at, value.shape)
+        walk.read_equal(operator.methodcaller("tobytes"), at, content)
+        return ("content", value.dtype, value.shape, hashlib.blake2b(content, digest_size=16).hexdigest())
+    if type(value) is np.ndarray:
+        return _array(walk, value, at)
+    # A NumPy scalar, or an array of a class that behaves otherwise.
+    return _array(walk, np.array(value), walk.read(np.array, at))
+
+
+def _tuple(walk: Walk, value: tuple[Any, ...], at: int) -> KeyNode:
+    return ("tuple", walk.items(value, at))
+
+
+def _list(walk: Walk, value: list[Any], at: int) -> KeyNode:
+    return walk.met(value, at) or ("list", walk.items(value, at))
+
+
+def _dict(walk: Walk, value: dict[Any, Any], at: int) -> KeyNode:
+    if (again := walk.met(value, at)) is not None:
+        return again
+    keys = walk.items(tuple(value), walk.read(tuple, at, tuple))
+    return ("dict", keys, tuple([walk.visit(v, operator.itemgetter(k), at) for k, v in value.items()]))
+
+
+def _set(walk: Walk, value: Any, at: int) -> KeyNode:
+    again = walk.met(value, at) if type(value) is set else None
+    if again is not None:
+        return again
+    if all(type(v) is str for v in value):
+        walk.read_equal(frozenset, at, frozenset(value))
+        return ("set", type(value), frozenset([("typed", str, v) for v in value]))
+    walk.complete = False  # its items have no order by which they could be read again
+    return ("set", type(value), frozenset([walk.visit(v, operator.itemgetter(0), at) for v in value]))
+
+
+def _deque(walk: Walk, value: collections.deque[Any], at: int) -> KeyNode:
+    walk.read_equal(operator.attrgetter("maxlen"), at, value.maxlen)
+    return walk.met(value, at) or ("deque", value.maxlen, walk.items(value, at))
+
+
+def _made_of(make: Callable[..., Any], **getters: Getter) -> Handler:
+    """The handler of values that a function makes of a few parts: the parts by name, and how each is read."""
+    names = tuple([name.strip("_") for name in getters])
+
+    def handler(walk: Walk, value: Any, at: int) -> KeyNode:
+        return ("made", make, names, tuple([walk.visit(get(value), get, at) for get in getters.values()]))
+
+    return handler
+
+
+def _bound(walk: Walk, value: Any, at: int) -> KeyNode:
+    owner = getattr(value, "__self__", None)
+    if owner is None or isinstance(owner, types.ModuleType):
+        return static(walk, value, at)
+    walk.read_equal(operator.attrgetter("__name__"), at, value.__name__)
+    return ("bound", value.__name__, walk.visit(owner, operator.attrgetter("__self__"), at))  # [].append, array.sum
+
+
+def _transparent(walk: Walk, value: Any, at: int) -> KeyNode:
+    # A jitted function would hold its captured arrays as constants; the function under it is compiled with the step.
+    inside = value.__wrapped__
+    if isinstance(inside, types.FunctionType) and inside.__closure__ is None and code_info(inside).library:
+        return walk.same(value, at)
+    return walk.visit(inside, operator.attrgetter("__wrapped__"), at)
+
+
+# Functions
 
 
 def home_of(loss: Any, depth: int = 3) -> str:
@@ -43,120 +144,12 @@ def home_of(loss: Any, depth: int = 3) -> str:
     return "" if is_library_type(kind) else (kind.__module__ or "").partition(".")[0]
 
 
-def _plain(walk: Walk, value: Any, at: int) -> KeyNode:
-    walk.notes.equal.append((at, value))
-    return ("typed", type(value), value)  # True is not 1
-
-
-def _float(walk: Walk, value: float, at: int) -> KeyNode:
-    walk.notes.read_equal(float.hex, at, value.hex())
-    return ("float", value.hex())  # by its bits: -0.0 is not 0.0, and nan equals itself
-
-
-def _complex(walk: Walk, value: complex, at: int) -> KeyNode:
-    for part in ("real", "imag"):
-        walk.notes.read_equal(float.hex, walk.notes.read(operator.attrgetter(part), at), getattr(value, part).hex())
-    return ("complex", value.real.hex(), value.imag.hex())
-
-
-def _array(walk: Walk, value: Any, at: int) -> KeyNode:
-    if not walk.lifts:
-        return walk.same(value, at)
-    walk.arrays.append(value)
-    walk.notes.arrays.append(at)
-    return ARRAY
-
-
-def _numpy(walk: Walk, value: Any, at: int) -> KeyNode:
-    if value.dtype.kind not in "biufcV" or value.dtype.fields is not None or isinstance(value, np.ma.MaskedArray):
-        kind = "a masked array" if isinstance(value, np.ma.MaskedArray) else f"a NumPy array of dtype {value.dtype}"
-        raise RefusedError(
-            f"{kind}, which JAX cannot hold. Convert it to numbers before the closure, y = np.asarray(y, np.float32)."
-        )
-    walk.notes.read_equal(operator.attrgetter("dtype"), at, value.dtype)
-    if not walk.lifts:
-        content = value.tobytes()
-        walk.notes.read_equal(operator.attrgetter("shape"), at, value.shape)
-        walk.notes.read_equal(operator.methodcaller("tobytes"), at, content)
-        digest = (value.dtype, value.shape, hashlib.blake2b(content, digest_size=16).digest())
-        return ("content", ByContent(f"{value.dtype}{list(value.shape)}", digest))
-    if type(value) is np.ndarray:
-        return _array(walk, value, at)
-    # A NumPy scalar, or of a subclass with behaviour of its own.
-    return _array(walk, np.array(value), walk.notes.read(np.array, at))
-
-
-def _tuple(walk: Walk, value: tuple[Any, ...], at: int) -> KeyNode:
-    return ("tuple", walk.items(value, at))
-
-
-def _list(walk: Walk, value: list[Any], at: int) -> KeyNode:
-    return walk.met(value, at) or ("list", walk.items(value, at))
-
-
-def _dict(walk: Walk, value: dict[Any, Any], at: int) -> KeyNode:
-    return walk.met(value, at) or ("dict", *dict_parts(walk, value, at))
-
-
-def dict_parts(walk: Walk, value: dict[Any, Any], at: int) -> tuple[KeyNode, KeyNode]:
-    """The nodes of the keys and of the values of a dict."""
-    keys = walk.items(tuple(value), walk.notes.read(tuple, at, tuple))
-    return keys, tuple([walk.visit(v, operator.itemgetter(k), at) for k, v in value.items()])
-
-
-def _set(walk: Walk, value: Any, at: int) -> KeyNode:
-    again = walk.met(value, at) if type(value) is set else None
-    return again or ("set", type(value), set_parts(walk, value, at))
-
-
-def set_parts(walk: Walk, value: Any, at: int) -> frozenset[KeyNode]:
-    """The nodes of the items of a set, which have no order by which they could be read again."""
-    if all(type(v) is str for v in value):
-        walk.notes.read_equal(frozenset, at, frozenset(value))
-        return frozenset([("typed", str, v) for v in value])
-    walk.notes.complete = False
-    return frozenset([walk.visit(v, operator.itemgetter(0), at) for v in value])
-
-
-def _slice(walk: Walk, value: slice, at: int) -> KeyNode:
-    parts = ("start", "stop", "step")
-    return ("slice", tuple([walk.visit(getattr(value, p), operator.attrgetter(p), at) for p in parts]))
-
-
-def _deque(walk: Walk, value: collections.deque[Any], at: int) -> KeyNode:
-    walk.notes.read_equal(operator.attrgetter("maxlen"), at, value.maxlen)
-    return walk.met(value, at) or ("deque", value.maxlen, walk.items(value, at))
-
-
-def _bytes(walk: Walk, value: Any, at: int) -> KeyNode:
-    content = bytes(value)
-    walk.notes.read_equal(bytes, at, content)
-    return ("bytes", type(value), content)
-
-
-def _numbers(walk: Walk, value: array.array[Any], at: int) -> KeyNode:
-    walk.notes.read_equal(operator.attrgetter("typecode"), at, value.typecode)
-    walk.notes.read_equal(bytes, at, bytes(value))
-    return ("numbers", value.typecode, bytes(value))
-
-
-def _proxy(walk: Walk, value: Any, at: int) -> KeyNode:
-    return ("proxy", walk.visit(dict(value), dict, at))
-
-
-def _view(walk: Walk, value: Any, at: int) -> KeyNode:
-    inside = walk.visit(value.mapping, operator.attrgetter("mapping"), at)
-    return ("view", type(value).__name__.removeprefix("dict_"), inside)
-
-
 def _function(walk: Walk, value: types.FunctionType, at: int) -> KeyNode:
     info = code_info(value)
-    notes = walk.notes
-    closure = value.__closure__
-    if info.library and closure is None:
-        notes.identical.append((at, value))
-        return ("static", value)
-    own = not info.library and (info.root in ("", "__main__", "__mp_main__", walk.home)) and not _is_generated(value)
+    if info.library and value.__closure__ is None:
+        return static(walk, value, at)
+    generated = value.__code__.co_filename.startswith("<@")  # into the user's module, by a decorator like beartype
+    own = not info.library and info.root in ("", "__main__", "__mp_main__", walk.home) and not generated
     if not info.library and info.assigns is not None:
         if own and walk.strict:
             refuse_assignments(value)
@@ -164,100 +157,71 @@ def _function(walk: Walk, value: types.FunctionType, at: int) -> KeyNode:
     if (again := walk.met(value, at)) is not None:
         return again
     walk.infos[info] = None
-    strict, walk.strict = walk.strict, own or (info.library and walk.strict)
-    try:
+    with walk.mode(strict=own or (info.library and walk.strict), own=own or (info.library and walk.own)):
         return _function_parts(walk, value, info, at)
-    finally:
-        walk.strict = strict
-
-
-def _is_generated(value: types.FunctionType) -> bool:
-    """Whether a decorator wrote a function into the user's module, as beartype does."""
-    return value.__code__.co_filename.startswith("<@")
 
 
 def _function_parts(walk: Walk, value: types.FunctionType, info: CodeInfo, at: int) -> KeyNode:
-    notes, reads, get = walk.notes, function_reads(value), operator.attrgetter
-    code = notes.read(get("__code__"), at, types.CodeType)
-    notes.identical.append((code, info.code))
-    closure = notes.read(get("__closure__"), at, type(value.__closure__))
-    cells: list[KeyNode] = []
-    for i, (name, content) in enumerate(reads.cells):
-        if content is EMPTY_CELL:
-            notes.complete = False
-            cells.append(EMPTY)
-            continue
-        cell = notes.read(operator.itemgetter(i), closure)
-        if name == "__class__" and info.chains.get(name) in (None, {"": None}):
-            # For super(); what the class gives is walked with the object.
-            cells.append(walk.same(content, notes.read(get("cell_contents"), cell)))
-            continue
-        cells.append(walk.visit(content, get("cell_contents"), cell, info.chains.get(name)))
-    defaults = walk.visit(value.__defaults__, get("__defaults__"), at)
+    reads, get = function_reads(value), operator.attrgetter
+    walk.same(info.code, walk.read(get("__code__"), at))
+    closure = walk.read(get("__closure__"), at, type(value.__closure__))
+    cells = tuple([_cell(walk, n, v, i, closure, info) for i, (n, v) in enumerate(reads.cells)])
+    names = [name for name, _ in reads.defaults]
+    held = walk.read(get("__defaults__"), at, type(value.__defaults__))
+    defaults = () if value.__defaults__ is None else walk.items(value.__defaults__, held, names)
     keywords = walk.visit(value.__kwdefaults__, get("__kwdefaults__"), at)
-    scope = notes.read(get("__globals__"), at, dict)
+    scope = walk.read(get("__globals__"), at, dict)
     if info.library:
-        held = Held(value.__globals__)
-        notes.identical.append((scope, value.__globals__))
-        return ("function", info, walk.strict, held, tuple(cells), defaults, keywords, (), (), ())
+        walk.same(value.__globals__, scope)
+        return ("function", info, walk.strict, ByIdentity(value.__globals__), cells, defaults, keywords, (), (), ())
     absent = frozenset(info.global_names) - value.__globals__.keys()
     if absent:  # names of built-in functions, unless one is hidden by a global from now on
-        keys = notes.read(operator.methodcaller("keys"), scope)
-        notes.read_equal(operator.methodcaller("isdisjoint", absent), keys, True)
-    outside = tuple([(n, walk.visit(v, operator.itemgetter(n), scope, info.chains.get(n))) for n, v in reads.outside])
+        keys = walk.read(operator.methodcaller("keys"), scope)
+        walk.read_equal(operator.methodcaller("isdisjoint", absent), keys, True)
+    item, chains = operator.itemgetter, info.chains
+    outside = tuple([(n, walk.named(n, v, item(n), scope, chains.get(n))) for n, v in reads.outside])
     module = str(value.__globals__.get("__name__") or "")
     attributes = _function_attributes(walk, value, at)
     imports = _imports(walk, info, value.__globals__) if info.imports else ()
     return (
-        "function", info, walk.strict, module, tuple(cells), defaults, keywords, outside, attributes, imports
+        "function", info, walk.strict, module, cells, defaults, keywords, outside, attributes, imports
     )  # fmt: skip
 
 
+def _cell(walk: Walk, name: str, content: Any, i: int, closure: int, info: CodeInfo) -> KeyNode:
+    if content is EMPTY_CELL:
+        walk.complete = False
+        return EMPTY
+    get, cell = operator.attrgetter("cell_contents"), walk.read(operator.itemgetter(i), closure)
+    if name == "__class__" and info.chains.get(name) in (None, {"": None}):
+        return walk.same(content, walk.read(get, cell))  # for super(); what the class gives is walked with the object
+    return walk.named(name, content, get, cell, info.chains.get(name))
+
+
 def _function_attributes(walk: Walk, value: types.FunctionType, at: int) -> KeyNode:
-    walk.asked = True
-    held = {n: v for n, v in value.__dict__.items() if n in walk.names and n != "__wrapped__"}
-    scope = walk.notes.read(operator.attrgetter("__dict__"), at, dict) if held else 0
-    return tuple([(n, walk.visit(v, operator.itemgetter(n), scope)) for n, v in held.items()])
+    if not value.__dict__:
+        walk.read_equal(vars, at, {})
+        return ()
+    scope = walk.read(vars, at, dict)
+    present = sorted(walk.names & value.__dict__.keys())
+    walk.read_present(scope, walk.names, present)
+    held = [(n, value.__dict__[n]) for n in present if n != "__wrapped__"]
+    return tuple([(n, walk.visit(v, operator.itemgetter(n), scope)) for n, v in held])
 
 
 def _imports(walk: Walk, info: CodeInfo, scope: Mapping[str, Any]) -> KeyNode:
     """The modules that a function imports when it runs, as far as they are imported already."""
-    found: list[tuple[str, KeyNode]] = []
+    found: dict[str, KeyNode] = {}
     for name, level in info.imports:
         full = importlib.util.resolve_name("." * level + name, scope.get("__package__") or "") if level else name
-        parts = [full.partition(".")[0], full] if "." in full else [full]
-        for part in parts:
-            if part in sys.modules and not is_library(part) and part not in dict(found):
-                walk.notes.complete = False
-                found.append((part, walk.visit(sys.modules[part], operator.itemgetter(0), 0)))
-    return tuple(found)
+        for part in dict.fromkeys([full.partition(".")[0], full]):
+            if part in sys.modules and not is_library(part) and part not in found:
+                walk.complete = False
+                found[part] = walk.visit(sys.modules[part], operator.itemgetter(0), 0)
+    return tuple(found.items())
 
 
-def _method(walk: Walk, value: Any, at: int) -> KeyNode:
-    function, owner = operator.attrgetter("__func__"), operator.attrgetter("__self__")
-    return ("method", walk.visit(function(value), function, at), walk.visit(owner(value), owner, at))
-
-
-def _builtin(walk: Walk, value: Any, at: int) -> KeyNode:
-    owner = getattr(value, "__self__", None)
-    if owner is None or isinstance(owner, types.ModuleType):
-        walk.notes.identical.append((at, value))
-        return ("static", value)
-    walk.notes.read_equal(operator.attrgetter("__name__"), at, value.__name__)
-    return ("bound", value.__name__, walk.visit(owner, operator.attrgetter("__self__"), at))  # [].append, array.sum
-
-
-def _partial(walk: Walk, value: functools.partial[Any], at: int) -> KeyNode:
-    parts = [walk.visit(getattr(value, p), operator.attrgetter(p), at) for p in ("func", "args", "keywords")]
-    return ("partial", *parts)
-
-
-def _transparent(walk: Walk, value: Any, at: int) -> KeyNode:
-    # A jitted function would hold its captured arrays as constants; the function under it is compiled with the step.
-    inside = value.__wrapped__
-    if isinstance(inside, types.FunctionType) and inside.__closure__ is None and code_info(inside).library:
-        return walk.same(value, at)
-    return walk.visit(inside, operator.attrgetter("__wrapped__"), at)
+# What is refused
 
 
 def refuse(reason: str) -> Handler:
@@ -278,28 +242,35 @@ _refuse_random = refuse(
     "JAX inside the loss, jax.random.normal(kaun.rng.next_key(), shape)."
 )
 
+_get = operator.attrgetter
+_method = _made_of(types.MethodType, _=_get("__func__"), self=_get("__self__"))
 VALUES: dict[type, Handler] = {
     **dict.fromkeys((bool, int, str, bytes, type(None), type(...), type(NotImplemented), range), _plain),
     float: _float,
-    complex: _complex,
+    complex: _made_of(complex, real=_get("real"), imag=_get("imag")),
     np.ndarray: _numpy,
     tuple: _tuple,
     list: _list,
     dict: _dict,
     set: _set,
     frozenset: _set,
-    slice: _slice,
     collections.deque: _deque,
-    bytearray: _bytes,
-    memoryview: _bytes,
-    array.array: _numbers,
-    types.MappingProxyType: _proxy,
-    **dict.fromkeys((type({}.keys()), type({}.values()), type({}.items())), _view),
+    slice: _made_of(slice, start=_get("start"), stop=_get("stop"), step=_get("step")),
+    bytearray: _made_of(bytearray, _=bytes),
+    memoryview: _made_of(memoryview, _=bytes),
+    array.array: _made_of(array.array, typecode=_get("typecode"), _=bytes),
+    types.MappingProxyType: _made_of(types.MappingProxyType, _=dict),
+    type({}.keys()): _made_of(operator.methodcaller("keys"), _=_get("mapping")),
+    type({}.values()): _made_of(operator.methodcaller("values"), _=_get("mapping")),
+    type({}.items()): _made_of(operator.methodcaller("items"), _=_get("mapping")),
     types.FunctionType: _function,
     types.MethodType: _method,
-    types.BuiltinFunctionType: _builtin,
-    functools.partial: _partial,
-}
+    types.BuiltinFunctionType: _bound,
+    functools.partial: _made_of(
+        lambda f, args, keywords: functools.partial(f, *args, **keywords),
+        _=_get("func"), args=_get("args"), keywords=_get("keywords"),
+    ),
+}  # fmt: skip
 
 
 def classify_value(kind: type, value: Any) -> Handler | None:
@@ -314,7 +285,7 @@ def classify_value(kind: type, value: Any) -> Handler | None:
         return _refuse_random
     if issubclass(kind, Iterator):
         return _refuse_iterator
-    if transparent(value):
+    if is_transparent(value):
         return _transparent
     if callable(value) and isinstance(getattr(value, "__func__", None), types.FunctionType):
         return _method  # a bound method of a library's own making

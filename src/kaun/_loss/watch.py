@@ -13,7 +13,7 @@ from typing import Any, cast
 import jax
 
 from kaun._jax import is_traced
-from kaun._loss.origin import is_library_type
+from kaun._loss.code import slots_of
 from kaun.errors import CaptureError
 
 __all__ = ["UnforeseenError", "Watch"]
@@ -21,7 +21,11 @@ __all__ = ["UnforeseenError", "Watch"]
 _LEVELS = 3
 _MOST_CONTAINERS = 100
 _CONTAINERS = (list, dict, set, collections.deque)
-_IN_THE_CLASS = ("__dict__", "__weakref__", "__doc__", "__module__")
+_NOT_LOOKED_INTO = (type, types.ModuleType, types.FunctionType, jax.Array)
+
+
+class UnforeseenError(CaptureError):
+    """A read of what could not be foreseen in the code: what it is, and the fix."""
 
 
 class Watch:
@@ -36,39 +40,22 @@ class Watch:
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names
-        self._contents: list[tuple[Any, Any]] = []
-        self._foreign: list[tuple[Any, Any]] = []
-        self._classes: list[tuple[type, dict[str, Any]]] = []
-        self._objects: list[tuple[Any, dict[str, Any]]] = []
+        self._before: list[tuple[Any, Any, bool]] = []  # a thing, its state, and whether only traced values count
         self._stand_ins: dict[int, tuple[Any, str]] = {}
         self._refused: dict[tuple[int, str], str] = {}
         self.modules: dict[str, types.ModuleType] = {}
 
-    def add(self, contents: Any) -> None:
-        """Watch a list, dict, set or deque that was made for the callable."""
-        self._contents.append((contents, contents.copy()))
-
-    def add_object(self, made: Any) -> None:
-        """Watch a stand-in: its attributes, and its items where it has some."""
-        self._objects.append((made, _attributes(made)))
-        for base in (list, dict, set):
-            if isinstance(made, base):
-                self._contents.append((made, cast("Any", base)(made)))
-
-    def add_class(self, kind: type) -> None:
-        """Watch a class of the user's and its bases, which are not copies."""
-        for base in kind.__mro__:
-            if not is_library_type(base):
-                self._classes.append((base, dict(vars(base))))
+    def add(self, *things: Any) -> None:
+        """Watch lists, dicts, sets and deques, attributes of stand-ins, and classes, which are not copies."""
+        self._before += [(thing, _state(thing), False) for thing in things]
 
     def add_foreign(self, value: Any) -> None:
         """Watch what an object of a library holds, which is not a copy, for traced values."""
-        if not isinstance(value, (type, types.ModuleType, types.FunctionType)):
-            for contents in _containers_in(value):
-                self._foreign.append((contents, contents.copy()))
+        if not isinstance(value, _NOT_LOOKED_INTO):
+            self._before += [(contents, _state(contents), True) for contents in _containers_in(value)]
 
     def stand_in(self, made: Any, kind: str) -> None:
-        """Make known that an object holds no more than what the code was seen to read."""
+        """Make known that of an object or class only what the code names was looked at."""
         self._stand_ins[id(made)] = (made, kind)
 
     def refuse(self, made: Any, name: str, reason: str) -> None:
@@ -77,28 +64,17 @@ class Watch:
 
     def include(self, other: Watch) -> None:
         """Watch over all that another one watches over."""
-        for mine, more in ((self._contents, other._contents), (self._foreign, other._foreign)):
-            mine.extend(more)
-        self._classes += other._classes
-        self._objects += other._objects
+        self._before += other._before
 
     def restore(self) -> bool:
-        """Put back what was written to, and tell whether anything was."""
-        wrote = [now for now, before in self._contents if not _same_items(now, before)]
-        wrote += [made for made, before in self._objects if not _same_items(_attributes(made), before)]
-        changed = False
-        for now, before in self._contents:
-            if not _same_items(now, before):
-                _put_back(now, before)
-        for made, before in self._objects:
-            _put_back_attributes(made, before)
-        for now, before in self._foreign:
-            if not _same_items(now, before) and any(is_traced(v) for v in _values(now)):
-                _put_back(now, before)
-                changed = True
-        for kind, before in self._classes:
-            changed = _put_back_class(kind, before) or changed
-        return changed or bool(wrote)
+        """Put back what was written to. Return whether anything was."""
+        wrote = False
+        for thing, before, foreign in self._before:
+            now = _state(thing)
+            if not all(map(_same_items, now, before)) and (not foreign or any(map(is_traced, _values(now[0])))):
+                _put_back(thing, now, before)
+                wrote = True
+        return wrote
 
     def explain(self, error: AttributeError) -> str:
         """Why an attribute of a stand-in could not be read, "" where the object does not have it either."""
@@ -119,30 +95,23 @@ class Watch:
     def guards(self) -> dict[str, Callable[..., Any]]:
         """The built-in functions that could read what was not foreseen, with a check."""
 
-        def check(obj: Any, name: Any) -> None:
-            if id(obj) in self._stand_ins and isinstance(name, str) and not _holds(obj, name):
-                reason = self.explain(AttributeError(name=name, obj=obj))
-                if reason:
-                    raise UnforeseenError(reason)
+        def checked(read: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(read)
+            def guarded(obj: Any, name: str, *default: Any) -> Any:
+                if id(obj) in self._stand_ins and (isinstance(obj, type) or not _holds(obj, name)):
+                    reason = self.explain(AttributeError(name=name, obj=obj))
+                    if reason:
+                        raise UnforeseenError(reason)
+                return read(obj, name, *default)
 
-        @functools.wraps(getattr)
-        def guarded_getattr(obj: Any, name: str, *default: Any) -> Any:
-            check(obj, name)
-            return getattr(obj, name, *default)
+            return guarded
 
-        @functools.wraps(hasattr)
-        def guarded_hasattr(obj: Any, name: str) -> bool:
-            check(obj, name)
-            return hasattr(obj, name)
-
-        @functools.wraps(globals)
         def guarded_globals() -> dict[str, Any]:
             raise UnforeseenError(
                 "calls `globals()`, and reads variables by names that are computed when it runs. Read them before the "
                 "closure, weight = globals()[name], and capture weight."
             )
 
-        @functools.wraps(builtins.__import__)
         def guarded_import(
             name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
         ) -> Any:
@@ -151,58 +120,44 @@ class Watch:
             return self.modules.get(full if fromlist else full.partition(".")[0], module)
 
         return {
-            "getattr": guarded_getattr, "hasattr": guarded_hasattr, "globals": guarded_globals,
+            "getattr": checked(getattr), "hasattr": checked(hasattr), "globals": guarded_globals,
             "__import__": guarded_import,
         }  # fmt: skip
 
 
-class UnforeseenError(CaptureError):
-    """A read of what could not be foreseen in the code: what it is, and the fix."""
-
-
 def _holds(obj: Any, name: str) -> bool:
-    return name in getattr(obj, "__dict__", ()) or (
-        not isinstance(obj, types.ModuleType) and name in _slots(type(obj)) and hasattr(obj, name)
-    )
+    slots = {} if isinstance(obj, types.ModuleType) else slots_of(type(obj))
+    return name in getattr(obj, "__dict__", ()) or (name in slots and hasattr(obj, name))
 
 
-def _slots(kind: type) -> set[str]:
-    return {
-        n for base in kind.__mro__ for n, entry in vars(base).items() if isinstance(entry, types.MemberDescriptorType)
-    }
+# The state of a thing: its items, and its attributes
 
 
-def _attributes(made: Any) -> dict[str, Any]:
-    found = {n: getattr(made, n) for n in _slots(type(made)) if hasattr(made, n)}
-    cached = {
-        n for base in type(made).__mro__ for n, e in vars(base).items() if isinstance(e, functools.cached_property)
-    }
-    return found | {n: v for n, v in getattr(made, "__dict__", {}).items() if n not in cached}
+def _state(thing: Any) -> tuple[Any, dict[str, Any]]:
+    base = next((base for base in _CONTAINERS if isinstance(thing, base)), None)
+    items = cast("Any", base).copy(thing) if base else ()
+    return items, {} if type(thing) is base else _attributes(thing)
 
 
-def _put_back_attributes(made: Any, before: dict[str, Any]) -> None:
-    for name in _attributes(made).keys() - before.keys():
-        object.__delattr__(made, name)
-    for name, value in before.items():
-        if getattr(made, name, None) is not value:
-            object.__setattr__(made, name, value)
+def _attributes(thing: Any) -> dict[str, Any]:
+    held: dict[str, Any] = dict(getattr(thing, "__dict__", {}))
+    if isinstance(thing, type):
+        return {n: v for n, v in held.items() if not n.startswith("__")}
+    cached = {n for base in type(thing).__mro__ for n, e in vars(base).items() if type(e) is functools.cached_property}
+    slots = {n: getattr(thing, n) for n in slots_of(type(thing)) if hasattr(thing, n)}
+    return slots | {n: v for n, v in held.items() if n not in cached}
 
 
-def _put_back_class(kind: type, before: dict[str, Any]) -> bool:
-    now = vars(kind)
-    changed = [n for n in {*now, *before} if n not in _IN_THE_CLASS and now.get(n, now) is not before.get(n, before)]
-    changed = [n for n in changed if not (n not in before and n.startswith("__"))]
-    for name in changed:
-        if name in before:
-            setattr(kind, name, before[name])
-        else:
-            delattr(kind, name)
-    return bool(changed)
-
-
-def _put_back(now: Any, before: Any) -> None:
-    now.clear()
-    now.extend(before) if hasattr(now, "extend") else now.update(before)
+def _put_back(thing: Any, now: tuple[Any, dict[str, Any]], before: tuple[Any, dict[str, Any]]) -> None:
+    kind: Any = type if isinstance(thing, type) else object
+    for name in now[1].keys() - before[1].keys():
+        kind.__delattr__(thing, name)
+    for name, value in before[1].items():
+        if now[1].get(name, thing) is not value:
+            kind.__setattr__(thing, name, value)
+    if isinstance(thing, _CONTAINERS):
+        thing.clear()
+        thing.extend(before[0]) if isinstance(thing, (list, collections.deque)) else thing.update(before[0])
 
 
 def _same_items(now: Any, before: Any) -> bool:
@@ -224,15 +179,14 @@ def _values(contents: Any) -> Iterator[Any]:
 
 def _containers_in(value: Any) -> Iterator[Any]:
     """The lists, dicts and sets through which an object keeps what it is given, a few levels deep."""
-    level, seen, count = [value], set[int](), 0
+    level, seen = [value], set[int]()
     for _ in range(_LEVELS):
         inside: list[Any] = []
         for obj in level:
             contents = obj if isinstance(obj, _CONTAINERS) else getattr(obj, "__dict__", None)
-            if not isinstance(contents, _CONTAINERS) or id(contents) in seen or count > _MOST_CONTAINERS:
+            if not isinstance(contents, _CONTAINERS) or id(contents) in seen or len(seen) > _MOST_CONTAINERS:
                 continue
             seen.add(id(contents))
-            count += 1
             yield contents
             inside += list(contents.values() if isinstance(contents, dict) else contents)[:_MOST_CONTAINERS]
-        level = [v for v in inside if not isinstance(v, (type, types.ModuleType, types.FunctionType, jax.Array))]
+        level = [v for v in inside if not isinstance(v, _NOT_LOOKED_INTO)]
