@@ -48,23 +48,15 @@ def _parts(node: KeyNode, name: str) -> Iterator[tuple[str, KeyNode]]:
     """The nodes inside a node with their names, in the order in which their arrays come."""
     below = f"{name}." if name else ""
     match node:
-        case ("function", info, _, _, cells, defaults, keywords, outside, attributes, imports):
-            yield from ((below + n, v) for n, v in zip(info.code.co_freevars, cells, strict=True))
-            arguments = info.code.co_varnames[: info.code.co_argcount]
-            first = len(arguments) - len(defaults)
-            yield from ((below + n, v) for n, v in zip(arguments[first:], defaults, strict=True))
-            if keywords[0] == "dict":
-                yield from ((below + k[2], v) for k, v in zip(keywords[1], keywords[2], strict=True))
-            yield from ((below + n, v) for n, v in (*outside, *attributes, *imports))
+        case ("function", _, _, _, *parts):
+            yield from ((below + n, v) for part in parts for n, v in part)
         case ("dict", keys, values):
             yield from ((f"{name}[{_plain(k)}]", v) for k, v in zip(keys, values, strict=True))
         case ("tuple" | "list", items) | ("deque" | "pytree", _, items, *_):
             yield from ((f"{name}[{i}]", v) for i, v in enumerate(items))
         case ("object", _, _, content, attributes, members, rest, _):
-            if content:
-                yield name, content
-            yield from ((f"{name}.{n}", v) for n, v in attributes)
-            yield from ((f"{name}.{n}", v) for n, _, v in members)
+            yield from [(name, content)] if content else []
+            yield from ((f"{name}.{n}", v) for n, *_, v in (*attributes, *members))
             yield from ((f"{name}.__class__.{n}", v) for n, v in rest)
         case ("class" | "enum" | "library", _, found, *_) | ("module", _, _, found, _):
             yield from ((f"{name}.{n}", v) for n, v in found)

@@ -50,6 +50,9 @@ class Rebuilt:
     def many(self, nodes: Iterable[KeyNode]) -> list[Any]:
         return [self.make(node) for node in nodes]
 
+    def named(self, pairs: Iterable[tuple[str, KeyNode]]) -> dict[str, Any]:
+        return {name: self.make(node) for name, node in pairs}
+
     def keep(self, value: Any) -> Any:
         """Make a value known by its number, for what refers to it again."""
         self._made.append(value)
@@ -85,14 +88,14 @@ class Rebuilt:
             package = getattr(sys.modules.get(scope), "__package__", None)
             names = {"__name__": scope, "__package__": package, "__builtins__": self._builtins}
         made: Any = self.keep(types.FunctionType(info.code, names, info.code.co_name, None, closure))
-        for cell, node in zip(closure, cells, strict=True):
+        for cell, (_, node) in zip(closure, cells, strict=True):
             if node is not EMPTY:
                 cell.cell_contents = self.make(node)
-        made.__defaults__ = tuple(self.many(defaults)) or None
-        made.__kwdefaults__ = self.make(keywords)
-        names.update({name: self.make(node) for name, node in outside})
-        made.__dict__.update({name: self.make(node) for name, node in attributes})
-        self.watch.modules.update({name: self.make(node) for name, node in imports})
+        made.__defaults__ = tuple([self.make(node) for _, node in defaults]) or None
+        made.__kwdefaults__ = self.named(keywords) or None
+        names.update(self.named(outside))
+        made.__dict__.update(self.named(attributes))
+        self.watch.modules.update(self.named(imports))
         if strict:
             self.watch.add(made.__dict__)
         self._strict = before

@@ -162,14 +162,18 @@ def _function(walk: Walk, value: types.FunctionType, at: int) -> KeyNode:
 
 
 def _function_parts(walk: Walk, value: types.FunctionType, info: CodeInfo, at: int) -> KeyNode:
-    reads, get = function_reads(value), operator.attrgetter
+    reads, get, item = function_reads(value), operator.attrgetter, operator.itemgetter
     walk.same(info.code, walk.read(get("__code__"), at))
     closure = walk.read(get("__closure__"), at, type(value.__closure__))
-    cells = tuple([_cell(walk, n, v, i, closure, info) for i, (n, v) in enumerate(reads.cells)])
-    names = [name for name, _ in reads.defaults]
+    cells = tuple([(n, _cell(walk, n, v, i, closure, info)) for i, (n, v) in enumerate(reads.cells)])
     held = walk.read(get("__defaults__"), at, type(value.__defaults__))
-    defaults = () if value.__defaults__ is None else walk.items(value.__defaults__, held, names)
-    keywords = walk.visit(value.__kwdefaults__, get("__kwdefaults__"), at)
+    if value.__defaults__ is not None:
+        walk.read_equal(len, held, len(value.__defaults__))
+    defaults = tuple([(n, walk.named(n, v, item(i), held)) for i, (n, v) in enumerate(reads.defaults)])
+    held = walk.read(get("__kwdefaults__"), at, type(value.__kwdefaults__))
+    if value.__kwdefaults__ is not None:
+        walk.read_equal(tuple, held, tuple(value.__kwdefaults__))
+    keywords = tuple([(n, walk.named(n, v, item(n), held)) for n, v in reads.keywords])
     scope = walk.read(get("__globals__"), at, dict)
     if info.library:
         walk.same(value.__globals__, scope)
@@ -178,8 +182,7 @@ def _function_parts(walk: Walk, value: types.FunctionType, info: CodeInfo, at: i
     if absent:  # names of built-in functions, unless one is hidden by a global from now on
         keys = walk.read(operator.methodcaller("keys"), scope)
         walk.read_equal(operator.methodcaller("isdisjoint", absent), keys, True)
-    item, chains = operator.itemgetter, info.chains
-    outside = tuple([(n, walk.named(n, v, item(n), scope, chains.get(n))) for n, v in reads.outside])
+    outside = tuple([(n, walk.named(n, v, item(n), scope, info.chains.get(n))) for n, v in reads.outside])
     module = str(value.__globals__.get("__name__") or "")
     attributes = _function_attributes(walk, value, at)
     imports = _imports(walk, info, value.__globals__) if info.imports else ()

@@ -14,7 +14,7 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from kaun._loss.code import Chains, CodeInfo
@@ -193,14 +193,11 @@ class Walk:
             self.culprit = name
             raise
 
-    def items(self, values: Iterable[Any], at: int, names: Sequence[str] = ()) -> KeyNode:
+    def items(self, values: Iterable[Any], at: int) -> KeyNode:
         """The nodes of the items of a sequence, after a check of its length."""
         held = list(values)
         self.read_equal(len, at, len(held))
-        each = enumerate(held)
-        if names:
-            return tuple([self.named(names[i], v, operator.itemgetter(i), at) for i, v in each])
-        return tuple([self.visit(v, operator.itemgetter(i), at) for i, v in each])
+        return tuple([self.visit(v, operator.itemgetter(i), at) for i, v in enumerate(held)])
 
     def met(self, value: Any, at: int) -> KeyNode | None:
         """A reference to a value met before, None for a new one: cycles end, and what is shared stays shared."""
