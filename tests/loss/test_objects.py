@@ -393,6 +393,16 @@ def test_what_cannot_be_captured_is_refused_where_it_is_used():
     assert next(holder.numbers) == 1
 
 
+def test_an_array_that_was_refused_may_be_replaced():
+    obj = types.SimpleNamespace(y=np.array(["a", "b"]))
+    loss = lambda out: losses.mse(out, obj.y)
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="reads `y` of a SimpleNamespace, a NumPy array of dtype <U1"):
+            traced(loss)
+    obj.y = full(0)
+    assert traced(loss)[1] == 2.5
+
+
 def test_an_attribute_that_nobody_has_is_missing():
     obj = types.SimpleNamespace(y=1.0)
     for loss in (lambda out: out.mean() * obj.missing, lambda out: out.mean() * Base.missing):
@@ -599,6 +609,43 @@ class Tree:
         return cls(*children, config)
 
 
+class Made:
+    def __init__(self, y):
+        self.y = y * read_global()
+
+    def loss(self, out):
+        return (out * self.y).sum()
+
+    def again(self, out):
+        return type(self)(self.y).loss(out)
+
+
+class MadeAbove(Made):
+    def __init__(self):
+        super().__init__(2.0)
+
+
+@dataclasses.dataclass
+class MadeFields:
+    y: float = 1.0
+
+    def __post_init__(self):
+        self.scaled = self.y * read_global()
+
+
+def scaled_by(self, out, scale):
+    return out.mean() * scale
+
+
+class Words:
+    def __str__(self):
+        return str(float(read_global()[0]))
+
+
+class Partial:
+    loss = functools.partialmethod(scaled_by, scale=2.0)
+
+
 def own_attribute(out):
     return out.mean() * getattr(own_attribute, "alpha", 2.0)
 
@@ -629,7 +676,7 @@ def roundabout_cases():
     of_user.a = 1.0
     tree = Tree(full(1), of_user)
     outer = Pair(Tree(full(1), of_user), 1.0)
-    key = "alpha"
+    key, made, words = "alpha", Made(2.0), Words()
     return {
         "attribute of the loss": (own_attribute, lambda n: setattr(own_attribute, "alpha", n)),
         "attribute of a helper": (
@@ -657,6 +704,18 @@ def roundabout_cases():
         "chained": (lambda out: out.mean() * chained["a"], lambda n: chained.maps.insert(0, {"a": n})),
         "static part of a pytree": (lambda out: out.mean() * tree.config.a, lambda n: setattr(of_user, "a", n)),
         "of one inside": (lambda out: out.mean() * outer.y.config.a, lambda n: setattr(of_user, "a", n)),
+        "made inside": (lambda out: Made(2.0).loss(out), set_rows),
+        "made inside, of a class that extends": (lambda out: MadeAbove().loss(out), set_rows),
+        "made by an object": (made.again, set_rows),
+        "dataclass made inside": (lambda out: (out * MadeFields(2.0).scaled).sum(), set_rows),
+        "as text": (lambda out: out.mean() * float(f"{words}"), set_rows),
+        "partial method": (
+            Partial().loss, lambda n: setattr(Partial, "loss", functools.partialmethod(scaled_by, scale=n))
+        ),
+        "names of attributes": (
+            lambda out: out.mean() * len([n for n in dir(config) if n[0] != "_"]),
+            lambda n: setattr(config, f"b{n}".replace(".", "_"), n),
+        ),
         "namespace": (lambda out: out.mean() * config.a, lambda n: setattr(config, "a", n)),
     }  # fmt: skip
 

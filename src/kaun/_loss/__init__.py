@@ -1,19 +1,18 @@
 """How a loss is compiled once, although it is a new closure for each batch.
 
-A loss is taken apart into a *key*, which is static, and the *arrays* that it captures, which are arguments of the
-compiled step. Losses with the same key share one program. Read the files in this order, which is the order of the work:
+A loss is taken apart into a *key*, which is static, and the *arrays* that it captures, which become arguments of the
+compiled step. Losses with equal keys share one program. What the code reads is thus an argument (an array), a part of
+the key (all else), or refused. Read the files in this order, which is the order of the work:
 
-1. ``capture``: the entry, ``capture_loss``. A callable of a known form is captured by ``Warm.arrays``; else it is walked.
-2. ``walk``: the key, the walk that builds it from nodes and notes what it reads, and the warm form that it leaves behind.
-3. ``values`` and ``objects``: a handler for each type. Functions are followed through their cells, defaults and globals;
+1. ``capture``: the entry, ``capture_loss``. A callable of a known form is captured by ``Warm``, any other by a walk.
+2. ``walk``: the key; the walk, which builds it and notes what it reads; the warm form, which is made of these notes.
+3. ``values`` and ``objects``: a handler for each type. Functions are followed through cells, defaults and globals, and
    objects, classes and modules by the attributes that the code names.
-4. ``code`` and ``origin``: what the bytecode names, and whether a package is the user's own code or a library.
-5. ``rebuild``: the callable of a key made again around traced arrays, with stand-ins in the place of the user's objects.
-6. ``watch``: what the callable writes to, or reads without that its code says so, is refused while it is traced.
-7. ``trace``: all of it together, ``trace_loss``: the loss traced on its own, and its constants looked at.
-8. ``describe``: a key in words, for messages and for the reason of a compilation.
-
-A value that the code reads is thus either an argument (an array), or part of the key (anything else), or refused.
+4. ``code`` and ``origin``: what the bytecode names, and whether a package is a library or the user's own.
+5. ``rebuild``: the callable of a key made again, around traced arrays, with stand-ins in the place of objects.
+6. ``watch``: what the callable must not do while it is traced: write, and read by names that are not in its code.
+7. ``trace``: all of it together, ``trace_loss``, which also looks for arrays that no walk could find.
+8. ``describe``: a key in words, for messages and for the reasons of compilations.
 """
 
 from kaun._loss.capture import FrozenLoss as FrozenLoss

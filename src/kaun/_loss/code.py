@@ -20,9 +20,10 @@ from kaun._messages import locate
 from kaun.errors import CaptureError
 
 __all__ = [
-    "ALL_NAMES", "EMPTY_CELL", "PAYLOADS", "Chains", "CodeInfo", "attributes_of", "code_info", "function_in",
-    "function_reads", "instance_reads", "is_namespace", "is_transparent", "members_of", "methods_of", "module_reads",
-    "names_read_of_class", "own_classes", "reads_all", "reads_by_name", "refuse_assignments", "slots_of",
+    "ALL_NAMES", "CONSTRUCTORS", "EMPTY_CELL", "PAYLOADS", "Chains", "CodeInfo", "attributes_of", "code_info",
+    "function_in", "function_reads", "instance_reads", "is_namespace", "is_transparent", "members_of", "methods_of",
+    "module_reads", "names_read_of_class", "own_classes", "reads_all", "reads_by_name", "refuse_assignments",
+    "slots_of",
 ]  # fmt: skip
 
 Pairs = list[tuple[str, Any]]
@@ -31,10 +32,12 @@ Chains = Mapping[str, Any]
 
 EMPTY_CELL = types.CellType()
 """Stands for the content of a cell that is not filled yet."""
-ALL_NAMES = frozenset(["__dict__", "vars"])
+ALL_NAMES = frozenset(["__dict__", "vars", "dir"])
 """Code that names one of these may read every attribute."""
 PAYLOADS: tuple[type, ...] = (list, dict, set, frozenset, tuple, str, int, float, bytes)
 """What a class of the user's may extend, besides classes in Python."""
+CONSTRUCTORS = frozenset(["__init__", "__new__", "__post_init__"])
+"""What runs where code calls a class."""
 
 _MOST_INFOS = 4096
 _LOADS_OUTSIDE = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"])
@@ -43,9 +46,9 @@ _READS_ATTRIBUTE = frozenset(["LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IM
 _NO_OPERATION = frozenset(["EXTENDED_ARG", "CACHE", "NOP"])
 _BY_SUPER = "super()."
 _NEVER_IMPLICIT_NAMES = """
-    __init__ __new__ __post_init__ __repr__ __str__ __del__ __init_subclass__ __class_getitem__ __set_name__
+    __init__ __new__ __post_init__ __repr__ __del__ __init_subclass__ __class_getitem__ __set_name__
     __reduce__ __reduce_ex__ __getstate__ __setstate__ __getnewargs__ __setattr__ __delattr__ __replace__
-    __annotate__ __dir__ __annotate_func__ __subclasshook__ __eq__ __ne__ __hash__ __sizeof__ __format__ __doc__
+    __annotate__ __dir__ __annotate_func__ __subclasshook__ __eq__ __ne__ __hash__ __sizeof__ __doc__
 """
 _NEVER_IMPLICIT = frozenset(_NEVER_IMPLICIT_NAMES.split())
 _EMPTY_BASES = (object, abc.ABC, Generic, Protocol, *PAYLOADS)
@@ -124,7 +127,7 @@ def _named(ops: list[dis.Instruction], at: int) -> Iterator[str]:
         if op.opname == "LOAD_SUPER_ATTR":
             yield f"{_BY_SUPER}{op.argval}"
     elif op.opname in _LOADS_GLOBAL:
-        yield from {"vars", "type"} & {str(op.argval)}
+        yield from {"vars", "dir", "type"} & {str(op.argval)}
         if op.argval == "super":  # of Python 3.11, which has no LOAD_SUPER_ATTR
             after = itertools.takewhile(lambda o: not o.opname.startswith("STORE_"), ops[at + 1 : at + 8])
             yield _BY_SUPER + next((str(o.argval) for o in after if o.opname in _READS_ATTRIBUTE), "")
@@ -306,13 +309,13 @@ def members_of(kind: type, names: frozenset[str]) -> list[tuple[type, str, Any]]
         for base in own_classes(kind)
         for name, entry in sorted(vars(base).items())
         if not isinstance(entry, types.MemberDescriptorType)
-        and name not in _NEVER_IMPLICIT
-        and ((name in names and name not in ("__dict__", "__module__")) or _is_implicit(name, entry))
+        and ((name in names and name not in ("__dict__", "__module__", "__doc__")) or _is_implicit(name, entry))
     ]
 
 
 def _is_implicit(name: str, entry: Any) -> bool:
-    return name.startswith("__") and name.endswith("__") and isinstance(entry, types.FunctionType)
+    special = name.startswith("__") and name.endswith("__") and name not in _NEVER_IMPLICIT
+    return special and isinstance(entry, types.FunctionType)
 
 
 def names_read_of_class(kind: type, names: frozenset[str]) -> frozenset[str]:

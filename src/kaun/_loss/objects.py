@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
 import operator
 import types
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ import numpy as np
 from kaun._jax import children_of
 from kaun._loss.code import (
     ALL_NAMES,
+    CONSTRUCTORS,
     PAYLOADS,
     Chains,
     function_in,
@@ -102,6 +104,7 @@ def _attribute(walk: Walk, value: Any, get: Getter, parent: int, chains: Chains 
     except RefusedError as refused:
         walk.back_to(mark)
         walk.same(type(value), walk.read(type, walk.read(get, parent)))
+        walk.complete = walk.complete and not isinstance(value, (np.ndarray, np.generic))  # another dtype may be fine
         return ("refused", str(refused))
 
 
@@ -122,12 +125,14 @@ def _members(walk: Walk, kind: type, at: int, seen: set[str] | None) -> tuple[Ke
     if seen is None and names & ALL_NAMES:  # vars(Config)[name]
         names = names.union(*[vars(base) for base in own_classes(kind)]) - {"__annotations__", "__doc__"}
     of_class = names_read_of_class(kind, names)
+    if seen is None or of_class >= names:  # code may call the class
+        names |= CONSTRUCTORS
     entries = members_of(kind, names)
     for base in own_classes(kind):
         mine = [(name, entry) for of, name, entry in entries if of is base]
         scope = _class_scope(walk, kind, base, at, [name for name, _ in mine])
         for name, entry in mine:
-            function, path = function_in(entry)
+            function, path = function_in(entry) if type(entry) is not functools.partialmethod else (entry, "")
             read = _entry(walk, name, path, scope)
             how, special = _how(entry, function), name.startswith("__")
             takes = seen is not None and name not in seen and how and not special

@@ -247,6 +247,10 @@ _refuse_random = refuse(
 
 _get = operator.attrgetter
 _method = _made_of(types.MethodType, _=_get("__func__"), self=_get("__self__"))
+_partial = _made_of(
+    lambda f, args, keywords: functools.partial(f, *args, **keywords),
+    _=_get("func"), args=_get("args"), keywords=_get("keywords"),
+)  # fmt: skip
 VALUES: dict[type, Handler] = {
     **dict.fromkeys((bool, int, str, bytes, type(None), type(...), type(NotImplemented), range), _plain),
     float: _float,
@@ -269,11 +273,9 @@ VALUES: dict[type, Handler] = {
     types.FunctionType: _function,
     types.MethodType: _method,
     types.BuiltinFunctionType: _bound,
-    functools.partial: _made_of(
-        lambda f, args, keywords: functools.partial(f, *args, **keywords),
-        _=_get("func"), args=_get("args"), keywords=_get("keywords"),
-    ),
-}  # fmt: skip
+    functools.partial: _partial,
+    functools.partialmethod: _partial,
+}
 
 
 def classify_value(kind: type, value: Any) -> Handler | None:
