@@ -646,6 +646,24 @@ class Partial:
     loss = functools.partialmethod(scaled_by, scale=2.0)
 
 
+class Matched:
+    __match_args__ = ("a",)
+
+    def __init__(self):
+        self.a, self.b = 1.0, 1.0
+
+
+MATCHED = Matched()
+
+
+def by_pattern(out):
+    match MATCHED:
+        case Matched(a, b=b):
+            return out.mean() * a * b
+        case _:
+            return out.mean()
+
+
 def own_attribute(out):
     return out.mean() * getattr(own_attribute, "alpha", 2.0)
 
@@ -708,6 +726,8 @@ def roundabout_cases():
         "made inside, of a class that extends": (lambda out: MadeAbove().loss(out), set_rows),
         "made by an object": (made.again, set_rows),
         "dataclass made inside": (lambda out: (out * MadeFields(2.0).scaled).sum(), set_rows),
+        "pattern, by position": (by_pattern, lambda n: setattr(MATCHED, "a", n)),
+        "pattern, by name": (by_pattern, lambda n: setattr(MATCHED, "b", n)),
         "as text": (lambda out: out.mean() * float(f"{words}"), set_rows),
         "partial method": (
             Partial().loss, lambda n: setattr(Partial, "loss", functools.partialmethod(scaled_by, scale=n))

@@ -93,8 +93,10 @@ class CodeInfo:
         self.passes_first = False
         first = self.code.co_varnames[0] if self.code.co_argcount else ""
         for part in _nested(self.code):
-            # getattr(config, "alpha") names its attribute in a string constant.
-            names.update(c for c in part.co_consts if isinstance(c, str) and c.isidentifier())
+            # getattr(config, "alpha") and `case Config(alpha=a)` name their attributes in constants.
+            for const in part.co_consts:
+                words = const if isinstance(const, tuple) else (const,)
+                names.update(word for word in words if isinstance(word, str) and word.isidentifier())
             ops = [op for op in dis.get_instructions(part) if op.opname not in _NO_OPERATION]
             for i, op in enumerate(ops):
                 names.update(_named(ops, i))
@@ -253,11 +255,11 @@ def instance_reads(value: Any, names: frozenset[str]) -> Pairs:
     """
     held: dict[str, Any] = getattr(value, "__dict__", None) or {}
     slots = slots_of(type(value))
-    wanted = set(names)
+    wanted = names.union(getattr(type(value), "__match_args__", ()))
     if dataclasses.is_dataclass(value):
-        wanted.update(f.name for f in dataclasses.fields(value))
+        wanted |= {f.name for f in dataclasses.fields(value)}
     if reads_all(type(value), names):
-        wanted.update(_public(held), slots)
+        wanted = wanted.union(_public(held), slots)
     found = [(n, held[n]) for n in sorted(wanted & held.keys())]
     for name, slot in slots.items():
         if name in wanted and name not in held:

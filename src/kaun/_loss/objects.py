@@ -133,7 +133,7 @@ def _members(walk: Walk, kind: type, at: int, seen: set[str] | None) -> tuple[Ke
         scope = _class_scope(walk, kind, base, at, [name for name, _ in mine])
         for name, entry in mine:
             function, path = function_in(entry) if type(entry) is not functools.partialmethod else (entry, "")
-            read = _entry(walk, name, path, scope)
+            read = _entry(walk, name, entry, path, scope)
             how, special = _how(entry, function), name.startswith("__")
             takes = seen is not None and name not in seen and how and not special
             if seen is not None and takes:
@@ -158,11 +158,13 @@ def _class_scope(walk: Walk, kind: type, base: type, at: int, present: Iterable[
     return scope
 
 
-def _entry(walk: Walk, name: str, path: str, scope: int) -> tuple[Getter, int]:
+def _entry(walk: Walk, name: str, entry: Any, path: str, scope: int) -> tuple[Getter, int]:
     """How the function behind an entry of a class is read, and of what."""
     if not path:
         return operator.itemgetter(name), scope
-    return operator.attrgetter(path), walk.read(operator.itemgetter(name), scope)
+    at = walk.read(operator.itemgetter(name), scope)
+    walk.same(type(entry), walk.read(type, at))
+    return operator.attrgetter(path), at
 
 
 def _how(entry: Any, function: Any) -> str:
@@ -200,7 +202,7 @@ def _settings(walk: Walk, kind: type, chains: Chains, at: int) -> KeyNode | None
     found: list[tuple[str, KeyNode]] = []
     for base, name, entry in entries:
         function, path = function_in(entry)
-        found.append((name, _attribute(walk, function, *_entry(walk, name, path, scopes[base]), chains[name])))
+        found.append((name, _attribute(walk, function, *_entry(walk, name, entry, path, scopes[base]), chains[name])))
     return tuple(found)
 
 

@@ -92,7 +92,12 @@ def trace_function(
         finally:
             wrote = rebuilt.watch.restore()
         if wrote:
-            _refuse_writes(where)
+            raise CaptureError(
+                f"{where} writes to a list, dict or object that it captures. A compiled {where.split()[0]} runs as "
+                "Python only when it is traced, so the write would happen once and then never again. Keep values "
+                "outside: read the loss in report(step, loss, state), or call trainer.predict(state, x) there and "
+                "store what you need."
+            )
         return check(value)
 
     arguments = (rng.next_key(), given, list(arrays))
@@ -101,14 +106,6 @@ def trace_function(
     # What was looked at is what runs: the loss is not traced a second time.
     leaves = run_program(closed, jax.tree_util.tree_leaves(arguments))
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(out), leaves)
-
-
-def _refuse_writes(where: str) -> None:
-    raise CaptureError(
-        f"{where} writes to a list, dict or object that it captures. A compiled {where.split()[0]} runs as Python "
-        "only when it is traced, so the write would happen once and then never again. Keep values outside: read the "
-        "loss in report(step, loss, state), or call trainer.predict(state, x) there and store what you need."
-    )
 
 
 def _refuse_constants(closed: Any, key: LossKey, where: str) -> None:
