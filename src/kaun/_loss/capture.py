@@ -151,7 +151,8 @@ def _walked(loss: Any) -> tuple[Walk, LossKey]:
 
 def _names_in(loss: Any) -> frozenset[str]:
     """The attribute names in the code of a function itself, so that most walks are complete at once."""
-    return code_info(loss).names if type(loss) is types.FunctionType else frozenset()
+    function = loss.__func__ if type(loss) is types.MethodType else loss
+    return code_info(function).names if type(function) is types.FunctionType else frozenset()
 
 
 def _frozen(walk: Walk, value: FrozenLoss, at: int) -> KeyNode:

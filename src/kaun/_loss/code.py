@@ -290,7 +290,7 @@ def slots_of(kind: type) -> dict[str, types.MemberDescriptorType]:
     """The slots of a class and its bases by name."""
     return {
         name: entry
-        for base in reversed(kind.__mro__)
+        for base in reversed(kind.__mro__[:-1])
         for name, entry in vars(base).items()
         if isinstance(entry, types.MemberDescriptorType) and name != "__dict__"
     }

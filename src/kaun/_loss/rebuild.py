@@ -37,8 +37,8 @@ class Rebuilt:
     """
 
     def __init__(self, key: LossKey, arrays: Iterable[Any]) -> None:
-        self._arrays = iter(arrays)
-        self._made: list[Any] = []
+        self.arrays = iter(arrays)
+        self.made: list[Any] = []
         self._strict = True
         self.watch = Watch(key.names)
         self._builtins: dict[str, Any] = {**vars(builtins), **self.watch.guards()}
@@ -55,14 +55,8 @@ class Rebuilt:
 
     def keep(self, value: Any) -> Any:
         """Make a value known by its number, for what refers to it again."""
-        self._made.append(value)
+        self.made.append(value)
         return value
-
-    def array(self) -> Any:
-        return next(self._arrays)
-
-    def again(self, index: int) -> Any:
-        return self._made[index]
 
     def filled(self, made: Any, items: Callable[[], Any]) -> Any:
         """A list, dict, set or deque with its items, which are made once it is known by its number."""
@@ -71,9 +65,6 @@ class Rebuilt:
         if self._strict:
             self.watch.add(made)
         return made
-
-    def pairs(self, keys: KeyNode, values: KeyNode) -> Iterable[tuple[Any, Any]]:
-        return zip(self.many(keys), self.many(values), strict=True)
 
     def function_(
         self, info: CodeInfo, strict: bool, scope: ByIdentity | str, cells: KeyNode, defaults: KeyNode,
@@ -169,14 +160,14 @@ class Rebuilt:
         return same.get()
 
     def frozen_(self, key: LossKey, count: int) -> Any:
-        inner = Rebuilt(key, [next(self._arrays) for _ in range(count)])
+        inner = Rebuilt(key, [next(self.arrays) for _ in range(count)])
         self.watch.include(inner.watch)
         return inner.function
 
 
 _REBUILD: dict[str, Callable[..., Any]] = {
-    "array": Rebuilt.array,
-    "again": Rebuilt.again,
+    "array": lambda made: next(made.arrays),
+    "again": lambda made, number: made.made[number],
     "static": lambda made, value: value,
     "typed": lambda made, kind, value: value,
     "same": Rebuilt.same_,
@@ -185,7 +176,7 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "float": lambda made, value: float.fromhex(value),
     "tuple": lambda made, items: tuple(made.many(items)),
     "list": lambda made, items: made.filled([], lambda: made.many(items)),
-    "dict": lambda made, keys, values: made.filled({}, lambda: made.pairs(keys, values)),
+    "dict": lambda made, keys, values: made.filled({}, lambda: zip(made.many(keys), made.many(values), strict=True)),
     "set": lambda made, kind, items: (
         made.filled(set(), lambda: made.many(items)) if kind is set else frozenset(made.many(items))
     ),

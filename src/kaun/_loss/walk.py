@@ -215,16 +215,14 @@ class Walk:
         return None
 
     @contextlib.contextmanager
-    def mode(self, *, strict: bool, own: bool | None = None, lifts: bool | None = None) -> Generator[None]:
-        """Walk in another mode for a while."""
-        before = self.strict, self.own, self.lifts
-        self.strict = strict
-        self.own = self.own if own is None else own
-        self.lifts = self.lifts if lifts is None else lifts
+    def mode(self, **changed: bool) -> Generator[None]:
+        """Walk with other values of ``own``, ``strict`` or ``lifts`` for a while."""
+        before = {name: getattr(self, name) for name in changed}
+        vars(self).update(changed)
         try:
             yield
         finally:
-            self.strict, self.own, self.lifts = before
+            vars(self).update(before)
 
     def _grown(self) -> tuple[Any, ...]:
         noted = self.steps, self.equal, self.identical, self.again, self.distinct, self.array_places
