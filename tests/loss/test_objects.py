@@ -498,6 +498,28 @@ def test_writes_are_refused_and_leave_nothing_behind(write):
     assert "last" not in vars(writes_to)
 
 
+SEEN = []
+
+
+class WritesOutside:
+    @property
+    def scale(self):
+        SEEN.append(self)
+        return 1.0
+
+    def __getitem__(self, i):
+        SEEN.append(i)
+        return 1.0
+
+
+@pytest.mark.parametrize("read", [lambda obj: obj.scale, lambda obj: obj[0]])
+def test_properties_and_operators_that_write_are_refused(read):
+    obj = WritesOutside()
+    with pytest.raises(CaptureError, match="writes to a list, dict or object that it captures"):
+        traced(lambda out: out.mean() * read(obj))
+    assert SEEN == []
+
+
 def test_a_traced_value_put_into_an_object_of_a_library_is_refused():
     waiting = queue.Queue()
 

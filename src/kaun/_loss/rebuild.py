@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import jax
 
-from kaun._loss.code import CodeInfo, own_classes
+from kaun._loss.code import CodeInfo, function_in, function_reads, members_of, own_classes
 from kaun._loss.walk import EMPTY, ByIdentity, KeyNode, LossKey
-from kaun._loss.watch import Watch
+from kaun._loss.watch import CONTAINERS, Watch
 
 __all__ = ["Rebuilt", "parts", "rebuild_loss"]
 
@@ -40,6 +40,7 @@ class Rebuilt:
         self.arrays = iter(arrays)
         self.made: list[Any] = []
         self._strict = True
+        self._names = key.names
         self.watch = Watch(key.names)
         self._builtins: dict[str, Any] = {**vars(builtins), **self.watch.guards()}
         self.function: Callable[..., Any] = self.make(key.node)
@@ -104,8 +105,8 @@ class Rebuilt:
         for name, how, node in members:
             self._set(made, kind, name, node, how)
         if strict:
-            self.watch.add(made, *own_classes(kind))
-            self.watch.stand_in(kind, f"class {kind.__name__}")
+            self.watch.add(made)
+            self._watch_class(kind)
         return made
 
     def _set(self, made: Any, kind: type, name: str, node: KeyNode, how: str = "static") -> None:
@@ -140,9 +141,18 @@ class Rebuilt:
     def class_(self, same: ByIdentity, rest: KeyNode, strict: bool) -> Any:
         kind = self.keep(same.get())
         if strict:
-            self.watch.add(*own_classes(kind))
-            self.watch.stand_in(kind, f"class {kind.__name__}")
+            self._watch_class(kind)
         return kind
+
+    def _watch_class(self, kind: type) -> None:
+        """Watch a class, and what its properties and operators read outside. They are used as they are."""
+        self.watch.add(*own_classes(kind))
+        self.watch.stand_in(kind, f"class {kind.__name__}")
+        functions = [function_in(entry)[0] for _, _, entry in members_of(kind, self._names)]
+        for function in functions:
+            if isinstance(function, types.FunctionType):
+                found = [value for part in function_reads(function) for _, value in part]
+                self.watch.add(*[value for value in found if type(value) in CONTAINERS])
 
     def module_(self, name: str, whole: bool, found: KeyNode, strict: bool) -> types.ModuleType:
         made = types.ModuleType(name)

@@ -16,11 +16,11 @@ from kaun._jax import is_traced
 from kaun._loss.code import slots_of
 from kaun.errors import CaptureError
 
-__all__ = ["UnforeseenError", "Watch"]
+__all__ = ["CONTAINERS", "UnforeseenError", "Watch"]
 
 _LEVELS = 3
 _MOST_CONTAINERS = 100
-_CONTAINERS = (list, dict, set, collections.deque)
+CONTAINERS = (list, dict, set, collections.deque)
 _NOT_LOOKED_INTO = (type, types.ModuleType, types.FunctionType, jax.Array)
 
 
@@ -134,7 +134,7 @@ def _holds(obj: Any, name: str) -> bool:
 
 
 def _state(thing: Any) -> tuple[Any, dict[str, Any]]:
-    base = next((base for base in _CONTAINERS if isinstance(thing, base)), None)
+    base = next((base for base in CONTAINERS if isinstance(thing, base)), None)
     items = cast("Any", base).copy(thing) if base else ()
     return items, {} if type(thing) is base else _attributes(thing)
 
@@ -155,7 +155,7 @@ def _put_back(thing: Any, now: tuple[Any, dict[str, Any]], before: tuple[Any, di
     for name, value in before[1].items():
         if now[1].get(name, thing) is not value:
             kind.__setattr__(thing, name, value)
-    if isinstance(thing, _CONTAINERS):
+    if isinstance(thing, CONTAINERS):
         thing.clear()
         thing.extend(before[0]) if isinstance(thing, (list, collections.deque)) else thing.update(before[0])
 
@@ -183,8 +183,8 @@ def _containers_in(value: Any) -> Iterator[Any]:
     for _ in range(_LEVELS):
         inside: list[Any] = []
         for obj in level:
-            contents = obj if isinstance(obj, _CONTAINERS) else getattr(obj, "__dict__", None)
-            if not isinstance(contents, _CONTAINERS) or id(contents) in seen or len(seen) > _MOST_CONTAINERS:
+            contents = obj if isinstance(obj, CONTAINERS) else getattr(obj, "__dict__", None)
+            if not isinstance(contents, CONTAINERS) or id(contents) in seen or len(seen) > _MOST_CONTAINERS:
                 continue
             seen.add(id(contents))
             yield contents
