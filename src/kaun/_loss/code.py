@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, NamedTuple, Protocol
 
+from kaun._jax import is_jitted
 from kaun._loss.origin import is_library, is_library_type, root_package
 from kaun._messages import locate
 from kaun.errors import CaptureError
@@ -56,7 +57,7 @@ _NAMESPACES = frozenset([
     ("types", "SimpleNamespace"), ("argparse", "Namespace"), ("argparse", "_AttributeHolder"),
 ])  # fmt: skip
 # lru_cache and jit: the function in them is compiled with the step, and no traced value comes into their caches.
-_TRANSPARENT = frozenset(["PjitFunction", "_lru_cache_wrapper", "_JitWrapper"])
+_TRANSPARENT = frozenset(["_lru_cache_wrapper", "_JitWrapper"])
 
 
 class CodeInfo:
@@ -241,7 +242,7 @@ def _narrowed(value: Any, chains: Chains) -> Any:
 
 def is_transparent(value: Any) -> bool:
     """Whether a value is a decorated function under whose decorator one looks: of ``jax.jit`` or ``lru_cache``."""
-    return type(value).__name__ in _TRANSPARENT and hasattr(value, "__wrapped__")
+    return is_jitted(value) or (type(value).__name__ in _TRANSPARENT and hasattr(value, "__wrapped__"))
 
 
 # Objects, classes and modules
