@@ -253,15 +253,15 @@ def check_report(report: Any, where: str, what: str = "a report") -> None:
         _check_names(report, name)
     if unknown := sorted(names_of(report, "numbers") - NUMBERS):
         raise ValueError(
-            f"The report {locate(report)} has {unknown[0]!r} in `numbers`, which no step can compute; known are "
-            f"{', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: "
+            f"The report {locate(report)} has {unknown[0]!r} in `numbers`, which no step can compute; the known "
+            f"names are {', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: "
             f"(loss, {{{unknown[0]!r}: value}})."
         )
     own = {name for name in _PARAMETERS if (method := member(report, name)) and not _is_default(method, name)}
     if "snapshot" in own and "restore" not in own:
         raise TypeError(
-            f"The report {locate(report)} has snapshot() and no restore(values), so that a resumed run could not give "
-            "it back what it saved. Write def restore(self, values): ..."
+            f"The report {locate(report)} has snapshot() but no restore(values), so a resumed run could not restore "
+            "what it saved. Write def restore(self, values): ..."
         )
     _check_near_misses(report, own)
 
@@ -320,14 +320,14 @@ def _check_near_misses(report: Any, own: Collection[str]) -> None:
             arguments = _PARAMETERS[nearest]
             raise TypeError(
                 f"The report {locate(report)} has a method `{name}`, which fit does not call; the nearest name that it "
-                f"calls is `{nearest}`. Write def {nearest}(self{', ' * bool(arguments)}{arguments}), or, for a "
-                f"method of your own, _{name}."
+                f"calls is `{nearest}`. Write def {nearest}(self{', ' * bool(arguments)}{arguments}), or, if the "
+                f"method is your own, _{name}."
             )
         nearest = _nearest(name, unset)
         if nearest is not None and _holds_names(getattr(report, name, None)):
             raise TypeError(
                 f"The report {locate(report)} has an attribute `{name}`, which fit does not read; the nearest name "
-                f"that it reads is `{nearest}`. Write {nearest} = ..., or, for an attribute of your own, _{name}."
+                f"that it reads is `{nearest}`. Write {nearest} = ..., or, if the attribute is your own, _{name}."
             )
 
 

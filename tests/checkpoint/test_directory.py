@@ -225,7 +225,7 @@ def test_nothing_to_load(tmp_path, saved, make):
         Directory(tmp_path).load(make(1), step=3)
     runs = saved(3, 5)
     with pytest.raises(
-        FileNotFoundError, match=r"there is no checkpoint of step 4 in .*\. The steps that there are: \[3, 5\]"
+        FileNotFoundError, match=r"there is no checkpoint of step 4 in .*\. It has these steps: \[3, 5\]"
     ):
         runs.load(make(1), step=4)
 

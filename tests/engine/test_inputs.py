@@ -75,7 +75,7 @@ def test_owned_leaves_are_copies_of_what_may_change():
         ("a", "x expected a NumPy or JAX array of numbers, received str"),
         (
             {"a": RAGGED},
-            r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad the parts",
+            r"x at 'a' expected .* received an array of dtype object\. Its elements are objects, for example arrays of different shapes: pad them",
         ),
         (
             [Batch(X, X)],

@@ -499,7 +499,7 @@ def test_a_long_table_is_cut():
         into(variables, {"x": np.zeros(1)})
     rows = str(caught.value).splitlines()
     assert sum(row.startswith("  missing") for row in rows) == 20
-    assert "  (of each kind the first 20)" in rows
+    assert "  (the first 20 of each kind)" in rows
 
 
 def test_nothing_that_fits_is_an_error_even_if_not_strict():

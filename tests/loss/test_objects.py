@@ -339,7 +339,7 @@ BEFORE = r"reads `weight` of a \w+ by a name that is computed when it runs.*weig
         ),
         (
             lambda out: out.mean() * len(FAILING.args),
-            "a Failing, which keeps its state neither in `__dict__`",
+            "a Failing, which does not keep its state in `__dict__` or slots",
         ),
         (by_name(types.SimpleNamespace(weight=1.0), "weight"), BEFORE),
         (by_name_with_default(types.SimpleNamespace(), "weight"), BEFORE),

@@ -59,18 +59,18 @@ def test_another_set_of_reports_is_refused_with_what_differs(tmp_path):
     with pytest.raises(ValueError) as caught:
         reports.all_of(reports.history(), reports.csv(tmp_path / "a"), Keeper()).restore(saved)
     assert str(caught.value) == (
-        "The reports are not those of the run that was saved. By position among those that keep something, and kind:\n"
-        "  saved, and not there now: 2 Keeper\n"
-        "  saved, and not there now: 3 jsonl\n"
-        "  there now, and not saved: 2 csv\n"
-        "  there now, and not saved: 3 Keeper\n"
+        "The reports differ from those of the saved run. By position among the reports that save values, and kind:\n"
+        "  saved, but missing now: 2 Keeper\n"
+        "  saved, but missing now: 3 jsonl\n"
+        "  present now, but not saved: 2 csv\n"
+        "  present now, but not saved: 3 Keeper\n"
         "Pass the same ones in the same order: reports.all_of(History(...), Keeper(...), jsonl(...))."
     )
     with pytest.raises(
-        ValueError, match=r"there now, and not saved: 1 Keeper\nPass .*: reports\.all_of\(\.\.\.  # without those\)"
+        ValueError, match=r"present now, but not saved: 1 Keeper\nPass .*: reports\.all_of\(\.\.\.  # without those\)"
     ):
         reports.all_of(Keeper()).restore({})
-    with pytest.raises(ValueError, match="there now, and not saved: 1 History"):
+    with pytest.raises(ValueError, match="present now, but not saved: 1 History"):
         reports.all_of(reports.history()).restore(reports.history().snapshot())
 
 
@@ -91,9 +91,9 @@ def test_one_report_alone_refuses_what_others_kept(make):
     saved = reports.all_of(Keeper(1)).snapshot()
     with pytest.raises(
         ValueError,
-        match=r"cannot continue from these saved values, which are those of other reports: it needs '\w+', saved are '1 Keeper/a/b', '1 Keeper/value', 'reports'\. Pass the same reports",
+        match=r"cannot continue from these saved values, which belong to other reports: it needs '\w+'; the saved names are '1 Keeper/a/b', '1 Keeper/value', 'reports'\. Pass the same reports",
     ):
         make().restore(saved)
-    with pytest.raises(ValueError, match="saved are none"):
+    with pytest.raises(ValueError, match="the saved names are none"):
         make().restore({})
     make().restore(make().snapshot())

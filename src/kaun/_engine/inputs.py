@@ -153,9 +153,9 @@ def _not_numbers(value: Any, what: str) -> TypeError:
     path, leaf = next((p, v) for p, v in tree.flatten(value)[0].items() if not _is_numeric(v))
     kind = "a masked array" if isinstance(leaf, np.ma.MaskedArray) else "an array"
     received = f"{kind} of dtype {leaf.dtype}" if tree.is_array(leaf) else type(leaf).__name__
-    fix = "Convert it, np.asarray(value, np.float32), or leave it out of the batch."
+    fix = "Convert it, np.asarray(value, np.float32), or remove it from the batch."
     if tree.is_array(leaf) and leaf.dtype == object:
-        fix = "Such an array holds parts of different shapes, or no numbers: pad the parts to one shape in data.map(f)."
+        fix = "Its elements are objects, for example arrays of different shapes: pad them to one shape in data.map(f)."
     elif dataclasses.is_dataclass(leaf):
         kind = type(leaf).__name__
         fix = f"Register it as a pytree, jax.tree_util.register_dataclass({kind}); the model then receives the {kind}."

@@ -153,7 +153,7 @@ def _walked(loss: Any) -> tuple[Walk, KeyNode]:
 def _reason(refused: Exception) -> str:
     if isinstance(refused, RefusedError):
         return str(refused)
-    return "values nested too deeply to be followed. Capture what the loss needs, y = obj.y, and not the object."
+    return "values that are nested too deeply. Capture only what the loss needs, y = obj.y, instead of the object."
 
 
 def _culprit(loss: Any, refused: Walk) -> str:

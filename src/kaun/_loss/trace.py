@@ -121,7 +121,7 @@ def _refuse_constants(closed: Any, key: LossKey, where: str) -> None:
         kind = where.split()[0]
         bound = "loss = lambda output: losses.mse(output, y)" if kind == "loss" else "metric = lambda p, t: (p - t) @ y"
         raise CaptureError(
-            f"{where} reads an array {tree.describe(constant)} through an object that cannot be looked into, where it "
-            f"cannot be found again for the next batch: the compiled {kind} would go on with this one. Bind it to a "
-            f"name of its own first,\n    y = batch.y\n    {bound}"
+            f"{where} reads an array {tree.describe(constant)} through an object that kaun cannot inspect, so it "
+            f"cannot be read again for the next batch: the compiled {kind} would keep using this one. Assign it to a "
+            f"variable first,\n    y = batch.y\n    {bound}"
         )

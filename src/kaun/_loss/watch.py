@@ -112,8 +112,8 @@ class Watch:
         if name in self._names or (name.startswith("__") and name.endswith("__")):
             return ""
         return (
-            f"reads `{name}` of a {found[1]} by a name that is computed when it runs, so that the value could not be "
-            f"found again for the next batch. Read it before the closure, {name} = config.{name}, and capture {name}."
+            f"reads `{name}` of a {found[1]} by a name that is computed when it runs, so the value could not be "
+            f"read again for the next batch. Read it before the closure, {name} = config.{name}, and capture {name}."
         )
 
     def guards(self) -> dict[str, Callable[..., Any]]:

@@ -79,10 +79,10 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
     where = f"{str(directory.path)!r} holds another run, at step {step}. Its {what} differ{'s' * (what != 'reports')}:"
     if what not in directory.accept:
         raise ResumeMismatch(
-            f"{where}{listed}\nMake them the same again to resume; start another run in another directory, "
-            f'checkpoints=runs.child("other"); or resume anyway, Directory(..., accept={{"{what}"}}).'
+            f"{where}{listed}\nTo resume, make them equal again. To start another run, use another directory, "
+            f'checkpoints=runs.child("other"). To resume anyway, write Directory(..., accept={{"{what}"}}).'
         )
-    warn(f"{where}{listed}\nThe run is resumed, because accept= names it.")
+    warn(f"{where}{listed}\nThe run is resumed, because accept= contains {what!r}.")
 
 
 def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         warn(
-            f"A run is resumed where {'; '.join(changed)}. It continues from the same state, but its results may "
+            f"A run is resumed, although {'; '.join(changed)}. It continues from the same state, but its results may "
             "differ in their last bits from those of a run without interruption."
         )
 

@@ -82,7 +82,7 @@ def unpack_snapshot(saved: Any, arrays: Mapping[str, Any], like: TrainState) -> 
 
 def _array(arrays: Mapping[str, Any], name: str) -> Any:
     if name not in arrays:
-        raise ValueError(f"the checkpoint names the array {name!r} of a report, and does not contain it")
+        raise ValueError(f"the checkpoint names the array {name!r} of a report, but does not contain it")
     return np.array(arrays[name])
 
 
@@ -133,9 +133,9 @@ def saved_values(report: Any, values: Mapping[str, Any], *names: str) -> list[An
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(
-            f"{report_kind(report)} cannot continue from these saved values, which are those of other reports: it "
-            f"needs {missing[0]!r}, saved are {', '.join(map(repr, sorted(values))) or 'none'}. Pass the same reports "
-            "as in that run."
+            f"{report_kind(report)} cannot continue from these saved values, which belong to other reports: it "
+            f"needs {missing[0]!r}; the saved names are {', '.join(map(repr, sorted(values))) or 'none'}. "
+            "Pass the same reports as in that run."
         )
     return [values[name] for name in names]
 

@@ -123,8 +123,8 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
         )
     if jax.process_count() > 1:
         raise ValueError(
-            f"fit(checkpoints=...) is for one process, and this is one of {jax.process_count()}. Save the states of a "
-            "run over several hosts with Orbax, in a report."
+            f"fit(checkpoints=...) supports one process, and this run has {jax.process_count()}. Save the states of a "
+            "run on several hosts with Orbax, in a report."
         )
     keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
     keyed += unscoped(data)
@@ -155,7 +155,7 @@ def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[st
     """Set a run to where a checkpoint left it, if that is the same run."""
     found, done = saved.facts, saved.step
     if found["key"] != facts["key"]:
-        refuse_difference(directory, "key", done, ["the run's key: another seed (rng.scope) made this state"])
+        refuse_difference(directory, "key", done, ["the run's key: this state was made with another seed (rng.scope)"])
     if found["start"] != facts["start"]:
         line = f"the state's step at the start of the run was {found['start']}, is {facts['start']}"
         refuse_difference(directory, "key", done, [line])
@@ -174,7 +174,7 @@ def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
     kept = unpack_snapshot(saved.facts["report"], saved.reports, saved.state)
     if restore is None:
         if kept:
-            line = f"the checkpoint holds what other reports kept, which these cannot restore: {', '.join(kept)}"
+            line = f"the checkpoint holds values of other reports, which these cannot restore: {', '.join(kept)}"
             refuse_difference(directory, "reports", saved.step, [line])
         return
     try:

@@ -60,8 +60,8 @@ def inner_state(policy: Policy | None, opt_state: Any) -> Any:
     if scaled != isinstance(opt_state, LossScale):
         has, wants = ("a", "does not scale") if isinstance(opt_state, LossScale) else ("no", "scales")
         raise ValueError(
-            f"The state has {has} loss scale, and this trainer {wants} its loss: the state is of a trainer with "
-            "another precision. Write state = trainer.make_state(state.vars)."
+            f"The state has {has} loss scale, but this trainer {wants} its loss: the state belongs to a trainer "
+            "with another precision. Write state = trainer.make_state(state.vars)."
         )
     return opt_state.inner if scaled else opt_state
 

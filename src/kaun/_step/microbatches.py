@@ -82,7 +82,7 @@ def _length(x: Any, count: int) -> int:
     length = batch_length(x)
     if length is None:
         raise ValueError(
-            f"Trainer(microbatches={count}) splits x along its first axis, received x without one: "
+            f"Trainer(microbatches={count}) splits x along its first axis, but x has none: "
             f"{', '.join(map(tree.describe, jax.tree_util.tree_leaves(x))) or 'no arrays'}. Leave microbatches out."
         )
     if length % count or not length:

@@ -34,7 +34,7 @@ def check_optimizer(optimizer: Any) -> None:
     """
     missing = [n for n in ("init", "update") if not callable(getattr(optimizer, n, None))]
     if missing:
-        called = ", did you forget to call it?" if callable(optimizer) else "."
+        called = ". Did you forget to call it?" if callable(optimizer) else "."
         raise TypeError(
             "Trainer(optimizer=...) expected an object with init and update, as optax's have, received "
             f"{optimizer!r}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
@@ -52,7 +52,7 @@ def check_params(params: Any, model: str) -> None:
     if not leaves:
         raise ValueError(
             f"The model {model} has no parameters, so there is nothing to train. Add a layer that "
-            "has some, such as layers.linear(...), or call model.apply(vars, x) without a trainer."
+            "has parameters, such as layers.linear(...), or call model.apply(vars, x) without a trainer."
         )
     for path, leaf in leaves.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -117,8 +117,10 @@ def apply_update(
         if not lines:
             raise
         raise ValueError(
-            "The optimizer's state does not fit the parameters that train, so it belongs to a trainer with another "
-            "optimizer or another trainable (expected is a fresh one):\n  " + "\n  ".join(lines[:10]) + "\n"
+            "The optimizer's state does not fit the trainable parameters, so it belongs to a trainer with another "
+            "optimizer or another trainable (expected is a new state of this optimizer):\n  "
+            + "\n  ".join(lines[:10])
+            + "\n"
             "Write state = trainer.make_state(state.vars)."
         ) from error
 

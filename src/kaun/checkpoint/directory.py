@@ -192,7 +192,7 @@ class Directory:
                 "for the right folder."
             )
         return FileNotFoundError(
-            f"there is no checkpoint of step {step} in {str(self.path)!r}. The steps that there are: {steps}."
+            f"there is no checkpoint of step {step} in {str(self.path)!r}. It has these steps: {steps}."
         )
 
 
@@ -237,7 +237,7 @@ def of_other_leaves(directory: Directory, found: Found, listing: ResumeMismatch)
     return ResumeMismatch(
         f"the checkpoint of step {found.step} in {str(directory.path)!r} does not match the state that was "
         f"passed:{listing}\n"
-        "Make the model and the optimizer as they were in that run, or start another run in another directory: "
+        "Use the model and the optimizer of that run, or start another run in another directory: "
         f"checkpoint.Directory({str(directory.path)!r}).child('second')."
     )
 

@@ -131,8 +131,8 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
         cast_it = "\nTo convert between floating dtypes: checkpoint.load(path, like=..., cast=True)."
         raise ValueError(
             f"checkpoint.load: {str(file)!r} does not match `like`, nothing was loaded:{differences.listing()}\n"
-            "Make `like` as the saved tree was made (same model, same optimizer), or save and load the same part of it."
-            + (cast_it if differences.castable else "")
+            "Make `like` in the same way as the saved tree (same model, same optimizer), or save and load the same "
+            "part of it." + (cast_it if differences.castable else "")
         )
     return jax.tree.unflatten(structure, [restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
 

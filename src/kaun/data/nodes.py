@@ -303,7 +303,7 @@ def _note_where(error: Exception, stage: str, i: int) -> None:
     """Add the stage and the item to an exception of a user's function; the caller raises it again."""
     if isinstance(error, StopIteration):
         raise RuntimeError(
-            f"StopIteration in {stage}, item {i}: it would silently end the pipeline there. A next(iterator) in your "
-            "function ran out; use next(iterator, default), or give it as many items."
+            f"StopIteration in {stage}, item {i}: it would silently end the pipeline at this item. An iterator in "
+            "your function has no item left: call next(iterator, default), or use an iterator with enough items."
         ) from error
     error.add_note(f"In the data pipeline's {stage}, item {i} (counted from 0).")

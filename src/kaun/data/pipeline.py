@@ -284,8 +284,8 @@ class Data(Generic[T]):
         base, n = self._node.by_index, self._node.length
         if base is None or n is None:
             raise TypeError(
-                f"shuffle() needs items by index, which this stream does not have: {self!r}. Shuffle before prefetch; "
-                "collect a small stream first, Data.from_items(list(data)).shuffle(); or let the loader shuffle."
+                f"shuffle() needs items by index, which this pipeline does not have: {self!r}. Shuffle before "
+                "prefetch; collect a small stream, Data.from_items(list(data)).shuffle(); or let the loader shuffle."
             )
         orders = Orders("shuffle()", n)
         return self._then(nodes.shuffle_node(base, n, orders), ".shuffle()", key=orders.key)
@@ -360,8 +360,8 @@ class Data(Generic[T]):
     def __len__(self) -> int:
         if self._node.length is None:
             raise TypeError(
-                f"len() of this pipeline is not known, because its source has none: {self!r}. Use a source with a "
-                "length, Data.from_items(list(source)), or count as you iterate."
+                f"the length of this pipeline is not known, because its source has no len(): {self!r}. Use a source "
+                "with a length, Data.from_items(list(source)), or count the items while iterating."
             )
         return self._node.length
 

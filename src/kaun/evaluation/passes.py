@@ -41,7 +41,7 @@ def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Con
 
     expected = (
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
-        "From arrays write Data.batches((x, y), batch_size=256)."
+        "To make them from arrays, write Data.batches((x, y), batch_size=256)."
     )
     with open_items(data, expected) as items:
         if not run_ahead(items, compute, totals.take):
@@ -65,7 +65,7 @@ def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | No
         except (TypeError, ValueError) as error:
             if isinstance(x, tuple):
                 error.add_note(
-                    "The items of data given to predict are the model's inputs. Of pairs (x, y) write "
+                    "predict expects data whose items are the model's inputs. For pairs (x, y) write "
                     "trainer.predict(state, data.map(lambda b: b[0]))."
                 )
             raise

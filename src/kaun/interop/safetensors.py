@@ -252,7 +252,7 @@ def _misfits(
     lines = _table([("", "name", "expected", "found", ""), *(row for rows in groups for row in rows[:_LISTED])])
     words = ("missing", "unexpected", "of a wrong shape", "of a wrong dtype")
     total = ", ".join(f"{count} {word}" for count, word in zip(counts, words, strict=True) if count)
-    more = f"\n  (of each kind the first {_LISTED})" if max(counts) > _LISTED else ""
+    more = f"\n  (the first {_LISTED} of each kind)" if max(counts) > _LISTED else ""
     return (
         f"safetensors.into: the weights do not fit the variables, nothing was loaded; {total}:\n{lines}{more}"
         f"{_fixes(failing, shapes, dtypes, strict)}"

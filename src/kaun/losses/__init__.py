@@ -1,8 +1,8 @@
 """Losses: scalar means over the elements or rows of a batch, computed by optax, with shapes and dtypes checked.
 
-Shapes must be equal: nothing broadcasts. Dtypes must be equal: nothing is cast, and the loss has the same dtype.
-There are two exceptions, both exact: NumPy arrays are canonicalized as JAX does (float64 becomes float32 without x64),
-and labels that are zeros and ones may be bool or integer arrays.
+Shapes must be equal: arrays are not broadcast. Dtypes must be equal: arrays are not converted, and the loss has the
+same dtype. There are two exceptions, both exact: NumPy arrays are canonicalized as JAX does (float64 becomes float32
+without x64), and labels that are zeros and ones may be bool or integer arrays.
 
 A half-precision model with float32 targets therefore gets an error that offers both conversions. Usually the right one
 is ``mse(predictions.astype(jnp.float32), targets)``: the targets stay exact, squares do not overflow float16, and the

@@ -46,7 +46,7 @@ def not_empty(where: str, name: str, x: jax.Array) -> None:
     if x.size == 0:
         raise ValueError(
             f"{where} expected at least one element, received {name} {tree.describe(x)}: the mean of no "
-            "elements is NaN. Leave empty batches out."
+            "elements is NaN. Skip empty batches."
         )
 
 
@@ -61,8 +61,8 @@ def equal_shapes(where: str, left: str, a: jax.Array, right: str, b: jax.Array) 
     else:
         fix = f"Make {right}.shape equal {left}.shape"
     raise ValueError(
-        f"{where} expected equal shapes, received {left} {tree.describe(a)} and {right} {tree.describe(b)}: nothing "
-        f"broadcasts. {fix}."
+        f"{where} expected equal shapes, received {left} {tree.describe(a)} and {right} {tree.describe(b)}: they "
+        f"are not broadcast. {fix}."
     )
 
 
@@ -106,7 +106,7 @@ def class_indices(where: str, name: str, value: Any, classes: int) -> tuple[jax.
     if host is not None:
         host = host.astype(np.int64) if host.dtype.itemsize < 8 else host
         fix = (
-            "To leave rows out, index both arrays with a mask first, or weight the rows of "
+            "To exclude rows, index both arrays with a mask first, or weight the rows of "
             "optax.losses.softmax_cross_entropy_with_integer_labels"
         )
         _none_outside(where, name, host, (host >= 0) & (host < classes), f"0 to {classes - 1}", fix)

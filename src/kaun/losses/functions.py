@@ -223,8 +223,8 @@ def _equal_dtypes(where: str, left: tuple[str, jax.Array], right: tuple[str, jax
             f"{b_name}.astype(jnp.{a.dtype})"
         )
     raise TypeError(
-        f"{where} expected equal dtypes, received {a_name} {tree.describe(a)} and {b_name} {tree.describe(b)}: nothing "
-        f"is cast. {fix}."
+        f"{where} expected equal dtypes, received {a_name} {tree.describe(a)} and {b_name} {tree.describe(b)}: they "
+        f"are not converted. {fix}."
     )
 
 

@@ -173,8 +173,8 @@ class _AllOf(Report):
         wanted = self._wanted[-1].pop(step, None)
         if wanted is None:
             raise RuntimeError(
-                f"all_of(...) was called for step {step}, which it was not asked about, so its reports cannot all be "
-                "served. Do not call it from a function of your own; give that function to it, and it to fit:\n"
+                f"all_of(...) was called for step {step}, but its wants({step}) was not called before, so it does "
+                "not know which reports to call. Do not call it from your own function; pass that function to it:\n"
                 "    trainer.fit(state, data, report=reports.all_of(..., your_function))"
             )
         stops: list[EarlyStop] = []
@@ -294,11 +294,11 @@ def _snapshot(snapshots: Sequence[tuple[Any, Callable[..., Any]]]) -> dict[str, 
 def _restore(restores: Sequence[tuple[Any, Callable[..., Any]]], values: Mapping[str, Any]) -> None:
     was, now = list[str](values.get("reports", ())), _keys(restores)
     if was != now:
-        lines = [f"saved, and not there now: {key}" for key in was if key not in now]
-        lines += [f"there now, and not saved: {key}" for key in now if key not in was]
+        lines = [f"saved, but missing now: {key}" for key in was if key not in now]
+        lines += [f"present now, but not saved: {key}" for key in now if key not in was]
         names = ", ".join(f"{key.partition(' ')[2]}(...)" for key in was) or "...  # without those"
         raise ValueError(
-            "The reports are not those of the run that was saved. By position among those that keep something, and "
+            "The reports differ from those of the saved run. By position among the reports that save values, and "
             "kind:\n  " + "\n  ".join(lines) + f"\nPass the same ones in the same order: reports.all_of({names})."
         )
     for key, (_, restore) in zip(now, restores, strict=True):

@@ -113,6 +113,6 @@ class _LearningRate(Report):
         if rate.shape:
             raise TypeError(
                 f"learning_rate expected a schedule that returns a scalar; {locate(self._schedule)} returned shape "
-                f"{rate.shape}. Pass the function that the optimizer has."
+                f"{rate.shape}. Pass the schedule that the optimizer uses."
             )
         return rate.astype(jnp.float32)

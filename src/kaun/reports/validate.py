@@ -63,7 +63,7 @@ def validate(
         )
     if isinstance(data, Iterator) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(
-            f"validate iterates its data many times, and received {tree.describe(data)}. Pass a kaun.Data or a list; "
+            f"validate iterates its data many times, but received {tree.describe(data)}. Pass a kaun.Data or a list; "
             "for a generator write Data.from_items(list(generator))."
         )
     if isinstance(each, (bool, float, str)) or not isinstance(each, (int, Sized)):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -35,7 +35,7 @@ def wandb(*, run: Any = None, **settings: Any) -> Report:
     package = require_package("wandb", "wandb", "wandb")
     if run is not None and settings:
         raise TypeError(
-            f"wandb received a run, and {', '.join(settings)} for a new one. Write wandb(run=run), or "
+            f"wandb received both run= and {', '.join(settings)} for a new run. Write wandb(run=run), or "
             "wandb(project=...) without a run."
         )
     return Log(_Wandb(package, run, settings))
