@@ -643,7 +643,7 @@ def test_what_a_compiled_metric_cannot_do_is_refused_by_name():
     )
     refused(
         CaptureError,
-        r"metric 'own' .* reads an array float32\[2\] through an object that .*the compiled metric would go on",
+        r"metric 'own' .* reads an array float32\[2\] through an object that .*the compiled metric would keep using this one",
         on={"own": lambda p, t: (p.mean() * hidden().weight).sum()},
     )
     refused(

@@ -224,7 +224,7 @@ def test_a_place_of_the_template_must_be_in_the_pattern():
 
 def test_two_weights_cannot_have_one_name():
     with pytest.raises(
-        ValueError, match=re.escape("rename('{i}.w', 'w') gives '1.w' the name 'w', which '0.w' has. Make its")
+        ValueError, match=re.escape("rename('{i}.w', 'w') gives '1.w' the name 'w', which '0.w' already has. Make its")
     ):
         names(["0.w", "1.w"], rename("{i}.w", "w"))
     with pytest.raises(ValueError, match=r"gives 'x' the name 'a', which 'x' already has"):

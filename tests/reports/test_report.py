@@ -136,7 +136,7 @@ def test_a_method_may_take_fewer_arguments_and_gets_the_first_ones():
         ({"wants": True}, r"`wants` .* takes \(step\), .* received True\. Write def wants\(self, step\)\."),
         (
             {"snapshot": lambda self: {}},
-            r"`Mine` has snapshot\(\) and no restore\(values\), .* Write def restore\(self, values\)",
+            r"`Mine` has snapshot\(\) but no restore\(values\), .* Write def restore\(self, values\)",
         ),
         (
             {"measures": "accuracy"},
