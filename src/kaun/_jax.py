@@ -64,7 +64,7 @@ def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:
 def run_program(closed: Any, arguments: Sequence[Any]) -> list[Any]:
     """Return the results of a closed jaxpr for these arguments.
 
-    A function traced by ``jax.make_jaxpr`` is looked at and then run as it was traced; tracing it again would call the
+    A function traced by ``jax.make_jaxpr`` is inspected and then run as it was traced; tracing it again would call the
     user's code twice. ``jax.core.eval_jaxpr`` is not covered by JAX's promise of stability.
     """
     return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *arguments)
@@ -91,7 +91,7 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
 
     Args:
         closed: The closed jaxpr.
-        literals: Whether to yield the arrays that stand in equations too. Scalars there are part of the jaxpr's text.
+        literals: Whether to yield the arrays in equations too. Scalars there are part of the jaxpr's text.
     """
     for program in programs_in(closed):
         yield from getattr(program, "consts", ())
@@ -121,7 +121,7 @@ def convolutions_in(closed: Any) -> Iterator[Convolution]:
     """Yield the convolutions of a traced program and of all programs inside it.
 
     Whether XLA:CPU runs a convolution slowly inside a loop depends on its layout, which only the equation's parameters
-    tell.
+    state.
     """
     for program in programs_in(closed):
         for equation in getattr(program, "jaxpr", program).eqns:

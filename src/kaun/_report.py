@@ -31,7 +31,7 @@ _PARAMETERS = {
     "restore": "values",
 }
 _NAMES = ("measures", "watches", "numbers")
-# Methods that reports had before there was an interface, which would otherwise be ignored in silence.
+# Methods that reports had before there was an interface, which would otherwise be ignored without a message.
 _FORMER = {"compiled": "compiling", "judge": "observe", "beside": "begin", "thinned": "begin", "adds": "block"}
 
 
@@ -126,7 +126,7 @@ class Report:
 
         Returns:
             None; or, from a report with ``measures``, further arrays of shape (n,) by name, which the blocks of the
-            other reports of one ``all_of`` contain, in whatever order the reports stand.
+            other reports of one ``all_of`` contain, in any order.
         """
         return None
 
@@ -135,7 +135,7 @@ class Report:
 
         Args:
             first_step: The number of the first step, 1 unless a run is resumed.
-            total: The number of the last step, None where the length of the data is unknown.
+            total: The number of the last step, None if the length of the data is unknown.
             measured: The names that the calls of all reports of the fit measure.
             every: The ``n`` of the ``every(n, report)`` that contains the report, 1 without one. A block holds all
                 steps nevertheless.
@@ -145,7 +145,7 @@ class Report:
         """Finish a fit; called once, however the fit ends: end of the data, ``EarlyStop`` or any exception."""
 
     def compiling(self, where: str) -> Callable[[float], None] | None:
-        """Take note that a program of the fit begins to compile.
+        """Take note that a program of the fit starts to compile.
 
         Args:
             where: The program, as in ``trainer.compilations``: ``"fit"``.
@@ -164,14 +164,14 @@ class Report:
         Args:
             step: The number of the step in this fit.
             values: The values by name.
-            state: The state after the step. To keep it costs a copy; not to look at it costs nothing.
+            state: The state after the step. Keeping it costs a copy; a state that is not read costs nothing.
         """
 
     def snapshot(self) -> dict[str, Any]:
         """Return what the report needs to continue in a resumed run; called when a checkpoint is made.
 
         The values are dicts and lists of numbers, strings, None, arrays and TrainStates. All blocks of steps up to the
-        checkpoint were handed over before. A class that defines this method defines ``restore`` too.
+        checkpoint were passed to ``block`` before. A class that defines this method defines ``restore`` too.
         """
         return {}
 
@@ -199,7 +199,7 @@ def measured_by_call(report: Any) -> frozenset[str]:
 
 
 def member(report: Any, name: str) -> Callable[..., Any] | None:
-    """A method of a report, to be called with all arguments of the interface; None where it has only the default.
+    """A method of a report, to be called with all arguments of the interface; None if it has only the default.
 
     Raises:
         TypeError: If it cannot be called with these arguments, or the first ones of them.
@@ -308,7 +308,7 @@ def _check_near_misses(report: Any, own: Collection[str]) -> None:
     """Refuse a method or attribute that is probably one of the interface, misspelled.
 
     A method is compared with the methods that the report does not define, and a collection of names with the
-    attributes. An attribute ``blocks`` beside a method ``block`` is therefore left alone, as is any number.
+    attributes. An attribute ``blocks`` of a report with a method ``block`` is therefore accepted, as is any number.
     """
     missing = tuple([name for name in _PARAMETERS if name not in own])
     unset = tuple([name for name in _NAMES if not names_of(report, name)])

@@ -39,7 +39,9 @@ def test_it_must_be_a_function():
 
 
 def test_one_that_is_true_for_nothing_is_refused_with_the_paths():
-    with pytest.raises(ValueError, match=r"(?s)no parameter would train.*'0\.bias'\n  '0\.weight'\n.*'4\.weight'\nWrite"):
+    with pytest.raises(
+        ValueError, match=r"(?s)no parameter would train.*'0\.bias'\n  '0\.weight'\n.*'4\.weight'\nWrite"
+    ):
         made(lambda path: path.startswith("head"))
 
 

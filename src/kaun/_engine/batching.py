@@ -37,7 +37,7 @@ class _Column(Protocol):
         alone: Whether it cannot be stacked, so that all items of a block must have one value.
         selective: Whether ``takes`` may be False.
         varies: Whether the items so far have more than one value.
-        row: The buffer into which ``add`` copies a value itself; None where ``put`` has to look at it.
+        row: The buffer into which ``add`` copies a value itself; None if ``put`` has to handle it.
     """
 
     alone: bool

@@ -32,7 +32,7 @@ class StepInputs:
 
     Args:
         x: The model's input, any pytree of arrays.
-        loss: A function of the model's output, None where the output itself is wanted.
+        loss: A function of the model's output, None if the output itself is wanted.
         ctx: A Context, or None.
         what: The name of x in messages.
 
@@ -87,7 +87,7 @@ class StepInputs:
 
     @property
     def examples(self) -> int | None:
-        """The length of x's first array along its first axis, None where it has none."""
+        """The length of x's first array along its first axis, None if it has none."""
         shape = np.shape(self.leaves[0]) if self.static[3] else ()
         return shape[0] if shape else None
 

@@ -81,7 +81,7 @@ class StepLoop:
         on_dispatch: Called with the ``StepResults`` after each dispatch.
         on_compile: Called after each compilation with the seconds it took.
         error_for: Returns the exception for a step that is not finite, given its number, its loss and the squares of
-            its gradient; None where such a step does not end the run.
+            its gradient; None if such a step does not end the run.
         done: How many steps were run before.
         on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen.
         on_compiling: Called before each compilation with the entry for which it is.
@@ -153,7 +153,7 @@ class StepLoop:
         self.wait()
         results = self._carry[2]
         assert results is not None
-        return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be a dispatch of its own
+        return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
 
     def wait(self) -> None:
         """Wait for the steps that were dispatched, where one of them may not be finite.
@@ -269,7 +269,7 @@ class StepLoop:
         program = traced.program(entry, pattern, self._packing)
         own, arrays, results = self._carry
         if not own and self._in_place:
-            for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
+            for i in range(len(arrays)):  # one by one: each is freed before the next copy
                 arrays[i] = copy(arrays[i])
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:

@@ -67,7 +67,7 @@ class TracedStep:
         names: The names of the numbers that a step gives beside its loss, in the order of their columns.
         looped: Whether it runs in a loop, many steps for one dispatch.
         capacity: How many items one dispatch may hold.
-        status: The status of a run in which all steps are finite (``StepResults``), None where runs do not end at one
+        status: The status of a run in which all steps are finite (``StepResults``), None if runs do not end at one
             that is not.
         entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
@@ -114,7 +114,7 @@ class TracedStep:
             entry: ``"fit"``; ``"fit in place"`` for one that overwrites its state's memory; ``"step"`` for one that
                 takes leaves, runs one step, and returns its loss and the leaves after it.
             pattern: For each leaf of an item whether it is stacked.
-            packing: How the state is packed, None where it is not. For ``"step"`` the program packs it itself.
+            packing: How the state is packed, None if it is not. For ``"step"`` the program packs it itself.
         """
         found = self._programs.get((entry, pattern, packing))
         if found is not None:
@@ -173,7 +173,7 @@ def _block(
     Args:
         traced: The step.
         pattern: For each leaf of an item whether it is stacked.
-        packing: How the state is packed, None where it is not.
+        packing: How the state is packed, None if it is not.
         stops: Whether the run ends at a step that is not finite. Its later blocks run no step.
     """
 

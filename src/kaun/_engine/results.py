@@ -19,7 +19,7 @@ class StepResults(NamedTuple):
         numbers: These numbers, a row for each step.
         status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0), and the
             squares of the gradient of the last step that ran (``train_step``). None elsewhere.
-        examples: How many examples each step learns from, None where that is unknown.
+        examples: How many examples each step learns from, None if that is unknown.
     """
 
     first: int

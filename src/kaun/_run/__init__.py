@@ -1,4 +1,4 @@
-"""How a run is resumed: what it is (``identity``), where it stands (``run``, ``position``), and when it is saved."""
+"""How a run is resumed: what it is (``identity``), how far it is (``run``, ``position``), and when it is saved."""
 
 from kaun._run.report_state import pack_results as pack_results
 from kaun._run.report_state import report_kind as report_kind

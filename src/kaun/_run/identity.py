@@ -211,8 +211,8 @@ def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[s
     """One line for each difference between the data of a checkpoint and the data of now; none for the same data.
 
     The count of the last ``epochs(n)``, ``take(n)`` or ``repeat(n)`` may differ, and such a stage may be added or
-    removed at the end, as long as ``done`` items are there: the items up to then are the same. How far ``prefetch``
-    pulls ahead changes no item. Code is compared within one version of Python.
+    removed at the end, as long as ``done`` items are there: the items up to then are the same. The number in
+    ``prefetch(n)`` changes no item. Code is compared within one version of Python.
 
     Args:
         saved: the facts in the checkpoint.

@@ -51,7 +51,7 @@ def resume_from(data: Iterable[Any], n: int, position: Mapping[str, Any] | None 
 
 
 def position(data: Iterable[Any]) -> dict[str, Any] | None:
-    """The position after the items taken of data that ``resume_from`` returned, as JSON; None where it is not known.
+    """The position after the items taken of data that ``resume_from`` returned, as JSON; None if it is not known.
 
     It is known where the iterators of the loader have ``get_state()``, to JSON or bytes, and ``set_state(state)``, as
     those of grain do, and where each stage after it has a ``resume`` (``kaun.data.nodes.Resume``). Ask between two

@@ -18,7 +18,7 @@ from kaun.errors import EarlyStop
 __all__ = ["ReportCaller"]
 
 _BLOCK = 64
-_PATIENCE = 0.05  # seconds after which the values that are ready are handed over, however few they are
+_PATIENCE = 0.05  # seconds after which the values that are ready are passed on, however few they are
 
 
 def _check_watched(report: Any) -> None:
@@ -37,7 +37,7 @@ class ReportCaller:
 
     Args:
         report: A function ``(step, loss, state)`` or an object with the members of ``reports.Report``, or None.
-        total: The number of the fit's last step, None where it is unknown.
+        total: The number of the fit's last step, None if it is unknown.
         done: How many steps were done before, in a resumed run.
         before: ``state.step`` before the fit's first step.
         mode: ``on_nonfinite``: under ``"raise"`` a step that is not finite is discarded, and is the last one.
@@ -141,7 +141,7 @@ class ReportCaller:
         except EarlyStop:
             stops = True
         self.pending_report_loss = None
-        self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation is no part of a step
+        self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation does not count as part of a step
         return stops
 
     def compiling(self, where: str) -> None:
@@ -156,7 +156,7 @@ class ReportCaller:
             compiled(seconds)
 
     def finish(self) -> None:
-        """Hand over the values that are left, as they get ready."""
+        """Pass on the values that are left, as they get ready."""
         while self._waiting:
             self._deliver(1)
 

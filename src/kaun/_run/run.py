@@ -34,7 +34,7 @@ class TrainingRun:
     Attributes:
         data: the items that are left.
         done: how many steps it has taken.
-        total: how many it will have taken at the end, None where that is not known.
+        total: how many it will have taken at the end, None if that is not known.
         finished: whether there is nothing left to do.
         pending_report_loss: the last step's loss if its report was interrupted; the report is called again on resume.
         saver: writes its checkpoints, None without a directory for them.
@@ -95,7 +95,7 @@ def open_run(
     """
     if checkpoints is None:
         run = TrainingRun(state, data)
-        del state  # fit frees its memory where nobody else holds it
+        del state  # fit frees its memory if nothing else refers to it
         yield run
         return
     _check_resumable(checkpoints, state, data)

@@ -32,7 +32,7 @@ def check_microbatches(count: Any) -> None:
 
 
 def batch_length(x: Any) -> int | None:
-    """Return the length of a batch: that of its first array along axis 0, None where it has no such array."""
+    """Return the length of a batch: that of its first array along axis 0, None if it has no such array."""
     return next((a.shape[0] for a in jax.tree_util.tree_leaves(x) if np.ndim(a)), None)
 
 

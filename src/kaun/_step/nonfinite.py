@@ -1,4 +1,4 @@
-"""Steps that are not finite: what ``on_nonfinite`` may say, what is looked at, and the exception."""
+"""Steps that are not finite: the values of ``on_nonfinite``, what is checked, and the exception."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def both_finite(value: jax.Array, norm: jax.Array) -> jax.Array:
     """Return whether a loss and the norm of its gradient are finite.
 
     By their sum, which costs a tiny step one operation less. A norm is at most the square root of the largest number,
-    so it is lost in rounding beside a loss that is near that.
+    so added to a loss near that number it changes the sum by less than rounding does.
     """
     wide = max(value.dtype, norm.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     return jnp.isfinite(value.astype(wide) + norm.astype(wide))

@@ -46,7 +46,7 @@ class Settings:
         model: The ``Layer``.
         optimizer: The optimizer.
         on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
-        trainable: Whether the parameter at a path trains; None where all do.
+        trainable: Whether the parameter at a path trains; None if all do.
         policy: The dtypes of ``precision``; None without it.
         microbatches: In how many parts a batch is computed.
         spec: Shapes and dtypes of the model's variables.
@@ -99,7 +99,7 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: The loss before the update, a floating scalar.
         numbers: Scalars for the reports, by name: ``grad_norm``, ``learning_rate`` where the optimizer state has one,
-            what the loss returned beside its value; and ``finite`` (1.0 where the step is an update, else 0.0) under
+            what the loss returned with its value; and ``finite`` (1.0 where the step is an update, else 0.0) under
             ``on_nonfinite="skip"`` and with a loss scale.
         carry: The carry after the step. A discarded step changes the number of steps alone.
         finite: Whether loss and gradient are finite, a bool scalar. An overflow for which the loss scale was too large

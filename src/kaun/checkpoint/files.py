@@ -171,7 +171,7 @@ def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     try:
         if is_key(leaf):
             return np.asarray(jax.random.key_data(leaf)), f"key {jax.random.key_impl(leaf)}"
-        # In C order, as the format wants it. (np.ascontiguousarray would give a scalar an axis.)
+        # In C order, as the format requires. (np.ascontiguousarray would give a scalar an axis.)
         array = np.asarray(leaf, order="C")
     except Exception as err:
         err.add_note(f"checkpoint.save was reading {_leaf(name)}.")
@@ -354,7 +354,7 @@ def restore(name: str, value: Any, like: Any) -> Any:
     made = jax.device_put(value, like.sharding if placed else None)
     if not getattr(like, "weak_type", False):
         return made
-    # A strong type in the place of a weak one would compile the step again, and promote bfloat16 parameters to float32.
+    # A strong type instead of a weak one would compile the step again, and promote bfloat16 parameters to float32.
     weak = jnp.full(like.shape, np.zeros((), like.dtype).item())
     return weak.at[...].set(made) if weak.dtype == like.dtype else made
 

@@ -197,7 +197,7 @@ def parse(text: bytes, size: int) -> list[Place]:
 
 
 def _kinds(metadata: Any) -> dict[str, str]:
-    """The kinds of the leaves that are not arrays, by name. Other programs write none, and metadata of their own."""
+    """The kinds of the leaves that are not arrays, by name. Other programs write none, but other metadata."""
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -86,7 +86,7 @@ class LabelledItem(NamedTuple):
 
 
 def attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
-    """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in the place of y.
+    """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in place of y.
 
     Raises:
         TypeError: when it is neither, or has its loss already.

@@ -19,7 +19,7 @@ __all__ = ["ResumableLoader", "known_length", "open_items", "open_loader"]
 
 
 def known_length(data: Any) -> int | None:
-    """The length of any data or loader, None where it has none."""
+    """The length of any data or loader, None if it has none."""
     try:
         return len(data)
     except TypeError:  # torch's DataLoader over a stream has __len__ and raises this
@@ -212,7 +212,7 @@ class ResumableLoader:
         return max(0, len(self.source) - self._n)
 
     def position(self) -> dict[str, Any] | None:
-        """The position after the items taken so far, as JSON; None where the iterator has none, or none is taken."""
+        """The position after the items taken so far, as JSON; None if the iterator has none, or none is taken."""
         get_state = getattr(self._iterator, "get_state", None)
         if get_state is None or not hasattr(self._iterator, "set_state"):
             return None

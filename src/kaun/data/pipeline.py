@@ -131,7 +131,7 @@ class Data(Generic[T]):
 
         Raises:
             TypeError: when it is neither iterable nor callable.
-            RuntimeError: in iteration, when an iterator is used up.
+            RuntimeError: in iteration, when an iterator is exhausted.
 
         Examples:
             >>> data = Data.from_iterable(lambda: (x * x for x in range(4)))

@@ -94,7 +94,7 @@ class _Outputs:
     """The outputs of a model for all items, concatenated along axis 0 on the host.
 
     Args:
-        length: how many items there are, None where that is unknown.
+        length: how many items there are, None if that is unknown.
     """
 
     def __init__(self, length: int | None) -> None:
@@ -105,7 +105,7 @@ class _Outputs:
         self._used: list[int] = []
 
     def check(self, output: Any, number: int) -> None:
-        """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are looked at."""
+        """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are checked."""
         leaves = tree.flatten(output)[0]
         structure = jax.tree_util.tree_structure(output)
         scalar = next((path for path, leaf in leaves.items() if not leaf.shape), None)

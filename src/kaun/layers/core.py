@@ -361,7 +361,7 @@ def _has_an_address(function: Any) -> bool:
 
 
 def _pickles_closures() -> bool:
-    """Whether cloudpickle (its own copy in joblib or ray, too) is pickling: its pickler calls C, and C calls us."""
+    """Whether cloudpickle is pickling, also as the copy in joblib or ray: its pickler calls C, and C calls us."""
     return "cloudpickle" in sys._getframe(2).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
 
 

@@ -149,7 +149,7 @@ class _AllOf(Report):
         self._measured = frozenset[str]().union(*[measured_by_call(report) for report in reports])
         self.measures = self._measured
         self.watches = frozenset[str]().union(*[names_of(report, "watches") for report in reports])
-        # Who answered True, by step, until the step's call; one dict for each fit that is running (fits may nest).
+        # The reports that answered True, by step, until its call; one dict for each running fit (fits may nest).
         self._wanted: list[dict[int, list[Report | ReportFunction]]] = [{}]
         self._wants = [(report, member(report, "wants")) for report in reports]
         self._observers = _members(reports, "observe")
@@ -159,7 +159,7 @@ class _AllOf(Report):
         blocks = _members([report for report in reports if not _adds_values(report)], "block")
         if adding or blocks:  # only then does `fit` collect the values
             self.block = functools.partial(_hand_out, [block for _, block in adding], [block for _, block in blocks])
-        if snapshots := _members(reports, "snapshot"):  # methods of its own would be a cycle, which keeps states alive
+        if snapshots := _members(reports, "snapshot"):  # its methods would form a cycle, which keeps states alive
             self.snapshot = functools.partial(_snapshot, snapshots)
             self.restore = functools.partial(_restore, _members([report for report, _ in snapshots], "restore"))
 

@@ -23,7 +23,7 @@ def early_stopping(
 
     The value is what another report of the same ``all_of`` measures under this name (``validate``, say). If none
     measures ``"loss"``, ``monitor="loss"`` is the training loss: its mean over the steps since the last time, at the
-    steps of the ``every(n, ...)`` that contains the report. Without ``every`` it wants, and waits for, each step.
+    steps of the ``every(n, ...)`` that contains the report. Without ``every`` it waits for each step.
 
     The best state is kept whatever stopped the run: the end of the data, this report, another, an exception. Only a
     better state is copied. Passed to several fits, it continues from where it was.

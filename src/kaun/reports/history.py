@@ -26,8 +26,8 @@ PALE, STRONG = "#a9c6e8", "#1f5fa8"
 def history() -> History:
     """Return the report that records the loss of every step without making ``fit`` wait for any.
 
-    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits, or in a resumed run, it continues
-    from where it was. In one ``all_of`` with reports that measure (``validate``) it keeps their results, too.
+    It asks for no step, so ``fit`` runs as fast as without it. Passed to several fits, or in a resumed run, it
+    continues from where it was. In one ``all_of`` with reports that measure (``validate``) it keeps their results too.
 
     Examples:
         >>> import numpy as np
@@ -144,7 +144,7 @@ class History(Report):
         return False
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        """Record one step; for a function of your own that calls it. ``fit`` calls ``block``."""
+        """Record one step; for your own function that calls it. ``fit`` calls ``block``."""
         self.block(step, {"loss": np.array([loss], np.float32)})
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ def _figure(
         low, high = np.fmin.reduceat(losses, left), np.fmax.reduceat(losses, left)
         axes.fill_between(steps[left], low, high, color=PALE, linewidth=0.5, label="loss, lowest to highest")
     else:
-        marker = "o" if len(losses) <= 50 else None  # between gaps a lone step is no line
+        marker = "o" if len(losses) <= 50 else None  # a single step between gaps draws no line
         axes.plot(steps, losses, color=PALE, linewidth=1, marker=marker, markersize=3, label="loss")
     centres, medians = _running_median(losses, window)
     axes.plot(steps[centres], medians, color=STRONG, linewidth=2, label=f"median of {window} steps")

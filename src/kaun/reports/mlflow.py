@@ -28,7 +28,7 @@ def mlflow(
         experiment: The name of the experiment, made if it is missing.
         name: The name of the run, default chosen by MLflow.
         tracking_uri: Where to log, default as MLflow is configured.
-        run: The id of a run of your own, which is logged to and not ended; default a new one.
+        run: The id of an existing run, which is logged to and not ended; default a new one.
 
     Raises:
         ImportError: If mlflow is not installed.

@@ -113,7 +113,7 @@ class _Fit:
 
     def wants(self, step: int) -> bool:
         quiet = monotonic() - self._drawn
-        # Blocks cost nothing. To be called for a step makes fit wait for it, and while it waits it cannot prepare the
+        # Blocks cost nothing. A call for a step makes fit wait for it, and while it waits it cannot prepare the
         # next: one step in twenty keeps that below 5%.
         if quiet < self._display.pause() or (quiet < QUIET_SECONDS and step - self._step < QUIET_STEPS):
             return False

@@ -20,7 +20,7 @@ def wandb(*, run: Any = None, **settings: Any) -> Report:
     part to a second folder, and ``wandb sync`` merges the two. It never makes ``fit`` wait for the device.
 
     Args:
-        run: A run of your own, which is logged to and not finished; default a new one with these ``settings``.
+        run: An existing run, which is logged to and not finished; default a new one with these ``settings``.
         settings: The arguments of ``wandb.init``: ``project="digits"``, ``name=``, ``config=``, ``mode="offline"``.
 
     Raises:
@@ -52,7 +52,7 @@ class _Wandb:
     def cut(self, step: int) -> None:
         if self._run is not None:
             return
-        # A new run, beside one that the program may have started.
+        # A new run, in addition to one that the program may have started.
         settings = {"resume": "allow", "reinit": "create_new", **self._settings}
         settings |= {"id": self.run} if self.run else {}
         self._run = self._package.init(**settings) if self._given is None else self._given
