@@ -253,8 +253,8 @@ def check_report(report: Any, where: str, what: str = "a report") -> None:
         _check_names(report, name)
     if unknown := sorted(names_of(report, "numbers") - NUMBERS):
         raise ValueError(
-            f"The report {locate(report)} has {unknown[0]!r} in `numbers`, which no step can compute; the known "
-            f"names are {', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: "
+            f"The report {locate(report)} has {unknown[0]!r} in `numbers`, which no step can compute; known "
+            f"names: {', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: "
             f"(loss, {{{unknown[0]!r}: value}})."
         )
     own = {name for name in _PARAMETERS if (method := member(report, name)) and not _is_default(method, name)}

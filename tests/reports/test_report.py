@@ -158,7 +158,7 @@ def test_numbers_that_no_step_computes_are_refused(fit):
 
     with pytest.raises(
         ValueError,
-        match=r"`Norms` has 'layer_norms' in `numbers`, which no step can compute; the known names are none\. Return it from the "
+        match=r"`Norms` has 'layer_norms' in `numbers`, which no step can compute; known names: none\. Return it from the "
         r"loss: \(loss, {'layer_norms': value}\)\.",
     ):
         fit(Norms())

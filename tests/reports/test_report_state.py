@@ -91,9 +91,9 @@ def test_one_report_alone_refuses_what_others_kept(make):
     saved = reports.all_of(Keeper(1)).snapshot()
     with pytest.raises(
         ValueError,
-        match=r"cannot continue from these saved values, which belong to other reports: it needs '\w+'; the saved names are '1 Keeper/a/b', '1 Keeper/value', 'reports'\. Pass the same reports",
+        match=r"cannot continue from these saved values, which belong to other reports: it needs '\w+'; saved names: '1 Keeper/a/b', '1 Keeper/value', 'reports'\. Pass the same reports",
     ):
         make().restore(saved)
-    with pytest.raises(ValueError, match="the saved names are none"):
+    with pytest.raises(ValueError, match="saved names: none"):
         make().restore({})
     make().restore(make().snapshot())

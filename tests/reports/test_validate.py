@@ -105,7 +105,7 @@ def test_an_unknown_name_is_refused_before_the_first_step(made, data):
     report = reports.all_of(Watching("acuracy", 1.0), reports.validate(trainer, data, ON, each=5))
     with pytest.raises(
         ValueError,
-        match=r"A report watches 'acuracy', which no report of this fit measures; the measured names are 'accuracy', 'entropy', 'f1'",
+        match=r"A report watches 'acuracy', which no report of this fit measures; measured names: 'accuracy', 'entropy', 'f1'",
     ):
         trainer.fit(start, iter(()), report=report)
 

@@ -149,11 +149,11 @@ def test_what_is_watched_must_be_measured():
     report.measures = ("accuracy", "mse")
     with pytest.raises(
         ValueError,
-        match=r"A report watches 'f1', which no report of this fit measures; the measured names are 'accuracy', 'mse'\. Add a report that measures it: reports\.all_of\(reports\.validate\(trainer, valid, {\"f1\": \.\.\.}",
+        match=r"A report watches 'f1', which no report of this fit measures; measured names: 'accuracy', 'mse'\. Add a report that measures it: reports\.all_of\(reports\.validate\(trainer, valid, {\"f1\": \.\.\.}",
     ):
         ReportCaller(report, None)
     report.measures = ()
-    with pytest.raises(ValueError, match=r"watches 'accuracy', .*the measured names are none"):
+    with pytest.raises(ValueError, match=r"watches 'accuracy', .*measured names: none"):
         ReportCaller(report, None)
     report.measures = ("accuracy", "f1")
     ReportCaller(report, None)

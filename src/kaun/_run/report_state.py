@@ -134,7 +134,7 @@ def saved_values(report: Any, values: Mapping[str, Any], *names: str) -> list[An
     if missing:
         raise ValueError(
             f"{report_kind(report)} cannot continue from these saved values, which belong to other reports: it "
-            f"needs {missing[0]!r}; the saved names are {', '.join(map(repr, sorted(values))) or 'none'}. "
+            f"needs {missing[0]!r}; saved names: {', '.join(map(repr, sorted(values))) or 'none'}. "
             "Pass the same reports as in that run."
         )
     return [values[name] for name in names]

@@ -26,7 +26,7 @@ def _check_watched(report: Any) -> None:
     missing = sorted(names_of(report, "watches") - set(measured))
     if missing:
         raise ValueError(
-            f"A report watches {missing[0]!r}, which no report of this fit measures; the measured names are "
+            f"A report watches {missing[0]!r}, which no report of this fit measures; measured names: "
             f"{', '.join(map(repr, measured)) or 'none'}. Add a report that measures it: "
             f'reports.all_of(reports.validate(trainer, valid, {{"{missing[0]}": ...}}, each=train), ...).'
         )
