@@ -1,4 +1,4 @@
-"""A disk that is full, or that nothing may be written to: said before the first step, or the last save stays whole."""
+"""A disk that is full or read-only: an error before the first step, or the last checkpoint stays complete."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""A loss of power: what was not synced may be gone, half there, or zeros; names may have moved or not. Nothing saved is lost.
+"""A loss of power: what was not synced may be missing, incomplete or zeros, renamed or not. Nothing saved is lost.
 
 The model is harsher than file systems are: of the operations on a folder's names since its last sync any subset may have
 happened, and of a file's bytes since its last sync nothing, some, or zeros may be there.

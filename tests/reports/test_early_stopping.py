@@ -66,7 +66,7 @@ def test_it_is_its_definition_also_cut_in_two(values, mode, patience, min_delta,
     if best is None:
         with pytest.raises(
             RuntimeError,
-            match=r"early_stopping has no best state: 'a' was not measured yet, or was never a number\. Pass",
+            match=r"early_stopping has no best state: 'a' was not measured yet, or was always NaN\. Pass",
         ):
             stopper.best  # noqa: B018
         with pytest.raises(RuntimeError, match="no best state"):

@@ -85,7 +85,7 @@ def _reader(array: Any) -> Callable[[Any], Any]:
     if isinstance(array, jax.Array):
         return functools.partial(read_rows, array)
     view = array.view()
-    view.flags.writeable = False  # a batch is a view of the user's array: nobody writes through it by accident
+    view.flags.writeable = False  # a batch is a view of the user's array, which must not change by accident
     return view.__getitem__
 
 

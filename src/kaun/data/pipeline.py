@@ -127,7 +127,7 @@ class Data(Generic[T]):
         """The items of any loader, or of the loader that a function without arguments returns in each pass.
 
         A stream: no items by index (so no ``shuffle``), ``skip`` pulls what it skips, ``len()`` is what the loader
-        says. An iterator (a generator, say) can be iterated once.
+        says. An iterator, for example a generator, can be iterated once.
 
         Raises:
             TypeError: when it is neither iterable nor callable.

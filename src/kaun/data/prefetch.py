@@ -31,7 +31,7 @@ def snapshot_item(item: Any) -> Any:
 
 def _snapshot(value: Any) -> Any:
     kind = type(value)
-    # The common containers by hand: faster than a pytree, and keys of any type in their own order.
+    # The common containers directly: faster than a pytree, and keys of any type in their own order.
     if kind is tuple or kind is list:
         return kind([_snapshot(v) for v in value])
     if kind is dict:

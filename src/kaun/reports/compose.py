@@ -49,7 +49,7 @@ def every(n: int, f: Report | ReportFunction) -> Report:
     if n < 1:
         raise ValueError(f"every expected a number of steps of at least 1, received {n}. Write every(100, report).")
     check_report(f, "every")
-    if isinstance(f, _AllOf):  # so that what one of them measures reaches the reports outside, too
+    if isinstance(f, _AllOf):  # so that the reports outside also receive what one of them measures
         return _AllOf([_Every(n, report) for report in f.reports])
     return _Every(n, f)
 
@@ -59,7 +59,7 @@ def all_of(*reports: Report | ReportFunction) -> Report:
 
     When one raises EarlyStop, the later ones that want this step are still called, so that a logger after a stopper
     does not miss the last step; then ``fit`` stops. Any other exception is raised at once. What one measures
-    (``validate``, say) is given to the others that observe (``progress``, ``history``), whatever their order. Without
+    (``validate``) is passed to the others that observe (``progress``, ``history``), in any order. Without
     any reports it wants no step.
 
     Raises:

@@ -21,7 +21,7 @@ def early_stopping(
 ) -> EarlyStopping:
     """Return the report that keeps the best state by a value, and ends the fit when that value stops improving.
 
-    The value is what another report of the same ``all_of`` measures under this name (``validate``, say). If none
+    The value is what another report of the same ``all_of`` measures under this name (for example ``validate``). If none
     measures ``"loss"``, ``monitor="loss"`` is the training loss: its mean over the steps since the last time, at the
     steps of the ``every(n, ...)`` that contains the report. Without ``every`` it waits for each step.
 
@@ -114,7 +114,7 @@ class EarlyStopping(Report):
         """
         if self._best is None:
             raise RuntimeError(
-                f"early_stopping has no best state: {self._monitor!r} was not measured yet, or was never a number. "
+                f"early_stopping has no best state: {self._monitor!r} was not measured yet, or was always NaN. "
                 "Pass the report to fit, and measure earlier: reports.validate(..., each=100)."
             )
         return self._best

@@ -67,7 +67,7 @@ def csv(path: str | os.PathLike[str]) -> Report:
 
     What it contains, and when it is written, is as for ``jsonl``. The first column is the step; a cell is empty if a
     step has no such value; values that are not finite are written ``nan``, ``inf`` and ``-inf``. Names that come later,
-    those of ``validate`` say, become further columns at the right: the file is then rewritten once and replaced.
+    for example of ``validate``, become further columns at the right: the file is then rewritten once and replaced.
 
     Args:
         path: The file; missing folders are made.
