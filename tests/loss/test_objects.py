@@ -603,11 +603,13 @@ def test_what_a_constructor_reads_is_seen_as_it_is_now(kind, monkeypatch):
     def loss(out):
         return kind().factor * out.mean()
 
-    values = []
+    keys, values = [], []
     for value in (1.0, 2.0):
         monkeypatch.setitem(globals(), "FACTOR", value)
-        values.append(traced(loss)[1])
-    assert values == [1.5, 3.0]
+        key, result = traced(loss)
+        keys.append(key)
+        values.append(result)
+    assert values == [1.5, 3.0] and keys[0] != keys[1]
 
 
 def test_a_default_of_a_dataclass_that_the_loss_makes_is_seen_as_it_is_now():
@@ -616,9 +618,10 @@ def test_a_default_of_a_dataclass_that_the_loss_makes_is_seen_as_it_is_now():
         factor: float = 1.0
 
     loss = lambda out: Settings().factor * out.mean()
-    before = traced(loss)[1]
+    before, value = traced(loss)
     Settings.__init__.__defaults__ = (2.0,)
-    assert (before, traced(loss)[1]) == (1.5, 3.0)
+    after, changed = traced(loss)
+    assert (value, changed) == (1.5, 3.0) and before != after
 
 
 def test_a_traced_value_put_into_an_object_of_a_library_is_refused():
