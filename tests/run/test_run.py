@@ -333,6 +333,32 @@ def test_another_run_is_refused_by_name_and_accepted_by_name(tmp_path, made, cha
     assert int(done.value.kaun_state.step) == 9
 
 
+def test_a_loss_whose_static_value_changes_within_a_run_is_no_other_run(tmp_path):
+    trainer, state, _ = setting()
+
+    def items(scale=1.0):
+        yield from ((X[:4], lambda out, w=w: w * scale * losses.cross_entropy_sparse(out, Y[:4])) for w in (1, 1, 2, 3))
+
+    whole = trainer.fit(state, Data.from_iterable(items))
+    with pytest.raises(Killed):
+        trainer.fit(state, Data.from_iterable(items), report=killing(3), checkpoints=Directory(tmp_path, every=1))
+    trainer, state, _ = setting()
+    assert same(trainer.fit(state, Data.from_iterable(items), checkpoints=Directory(tmp_path)), whole)
+    assert same(trainer.fit(state, Data.from_iterable(items), checkpoints=Directory(tmp_path)), whole)
+
+
+def test_an_exception_at_the_end_of_a_fit_has_the_state():
+    trainer, state, train = setting()
+
+    class Failing(reports.Report):
+        def end(self):
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        trainer.fit(state, train, report=Failing())
+    assert same(caught.value.kaun_state, trainer.fit(state, train))
+
+
 def test_a_finished_run_of_another_program_is_refused_too(tmp_path, made):
     trainer, state, train, expected, _ = made
     trainer.fit(state, train.epochs(3), checkpoints=Directory(tmp_path))

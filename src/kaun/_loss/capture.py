@@ -166,7 +166,7 @@ def _culprit(loss: Any, refused: Walk) -> str:
         try:
             walk.node(HANDLERS.get(type(value)) or classify(value), value, 0)
         except (RefusedError, RecursionError):
-            return f"`{name}`, "
+            return "" if name.startswith("__") else f"`{name}`, "
         except CaptureError:
             continue
     return ""

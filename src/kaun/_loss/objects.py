@@ -121,17 +121,20 @@ def _attribute(walk: Walk, value: Any, get: Callable[[Any], Any], parent: int, c
         return ("refused", str(refused))
 
 
-def _members(walk: Walk, kind: type, at: int, seen: frozenset[str] | None) -> tuple[KeyNode, KeyNode]:
+def _members(
+    walk: Walk, kind: type, at: int, seen: frozenset[str] | None, *, makes: bool = False
+) -> tuple[KeyNode, KeyNode]:  # fmt: skip
     """What the classes of an object give to it: what its stand-in takes over, and what is used where it is.
 
     Args:
         seen: the names that the object holds itself; None where its stand-in can hold no more.
+        makes: whether the code may make an object of the class.
     """
     taken: list[tuple[str, str, KeyNode]] = []
     rest: list[tuple[str, KeyNode]] = []
     later: list[tuple[str, Any, int, str]] = []
     known = set(seen or ())
-    for base, entries in _by_class(kind, walk.names):
+    for base, entries in _by_class(kind, walk.names, makes):
         scope = _class_scope(walk, kind, base, at, frozenset(n for n, _ in entries))
         for name, entry in entries:
             function, path = function_in(entry)
@@ -142,13 +145,14 @@ def _members(walk: Walk, kind: type, at: int, seen: frozenset[str] | None) -> tu
             known.add(name)
             taken.append((name, how, _attribute(walk, function, *_entry(walk, name, path, scope))))
     for name, function, scope, path in later:
-        rest.append((name, _unlifted(walk, function, *_entry(walk, name, path, scope))))
+        strict = walk.strict and (name in walk.names or name == "__call__")
+        rest.append((name, _unlifted(walk, function, *_entry(walk, name, path, scope), strict=strict)))
     return tuple(taken), tuple(rest)
 
 
-def _by_class(kind: type, names: frozenset[str]) -> list[tuple[type, list[tuple[str, Any]]]]:
+def _by_class(kind: type, names: frozenset[str], makes: bool) -> list[tuple[type, list[tuple[str, Any]]]]:
     found: dict[type, list[tuple[str, Any]]] = {b: [] for b in kind.__mro__ if not is_library_type(b)}
-    for base, name, entry in members_of(kind, names):
+    for base, name, entry in members_of(kind, names, makes=makes):
         found[base].append((name, entry))
     return list(found.items())
 
@@ -183,17 +187,26 @@ def _how(entry: Any, function: Any) -> str:
     return "" if hasattr(type(entry), "__get__") else "static"
 
 
-def _unlifted(walk: Walk, value: Any, get: Callable[[Any], Any], parent: int) -> KeyNode:
+def _unlifted(
+    walk: Walk, value: Any, get: Callable[[Any], Any], parent: int, *, strict: bool = False
+) -> KeyNode:  # fmt: skip
+    """The node of a value that is used where it is: in it nothing is lifted.
+
+    Args:
+        strict: whether what cannot be followed in it is refused. Nobody knows whether an operator is used.
+    """
     mark = walk.mark()
     lifts, walk.lifts = walk.lifts, False
-    strict, walk.strict = walk.strict, False
+    before, walk.strict = walk.strict, strict
     try:
         return walk.visit(value, get, parent)
     except RefusedError:
+        if strict:
+            raise
         walk.back_to(mark)
         return ()
     finally:
-        walk.lifts, walk.strict = lifts, strict
+        walk.lifts, walk.strict = lifts, before
 
 
 def _class(walk: Walk, value: type, at: int) -> KeyNode:
@@ -206,7 +219,7 @@ def _class(walk: Walk, value: type, at: int) -> KeyNode:
         return ("module", value.__qualname__, False, _named_members(walk, value, entries, chains, at), walk.strict)
     if (again := walk.met(value, at)) is not None:
         return again
-    rest = _members(walk, value, at, None)[1]
+    rest = _members(walk, value, at, None, makes=True)[1]
     rest += _members(walk, type(value), walk.notes.read(type, at), None)[1]  # of a metaclass
     return ("class", walk.same(value, at)[1], rest, walk.strict)
 

@@ -6,7 +6,9 @@ The walk that captures a loss, the digests of a run, messages and descriptions g
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
+import enum
 import functools
 import types
 from collections.abc import Iterable
@@ -16,8 +18,9 @@ from kaun._loss.code import Chains, CodeInfo, code_info
 from kaun._loss.origin import is_library, is_library_type
 
 __all__ = [
-    "EMPTY_CELL", "Reads", "attributes_of", "function_in", "function_reads", "instance_reads", "is_namespace",
-    "members_of", "methods_of", "module_reads", "names_in", "reads_all", "reads_by_name", "slots_of", "transparent",
+    "EMPTY_CELL", "Reads", "attributes_of", "containers_behind", "function_in", "function_reads", "instance_reads",
+    "is_namespace", "members_of", "methods_of", "module_reads", "names_in", "reads_all", "reads_by_name", "slots_of",
+    "transparent",
 ]  # fmt: skip
 
 EMPTY_CELL = types.CellType()
@@ -32,6 +35,7 @@ _NEVER_IMPLICIT_NAMES = """
     __annotate__ __dir__ __annotate_func__ __subclasshook__ __eq__ __ne__ __hash__ __sizeof__ __format__ __doc__
 """
 _NEVER_IMPLICIT = frozenset(_NEVER_IMPLICIT_NAMES.split())
+_CONSTRUCTORS = frozenset(["__init__", "__new__", "__post_init__"])
 _EMPTY_BASES = (object, abc.ABC, Generic, Protocol, *_CONTAINERS)
 _NAMESPACES = frozenset([
     ("types", "SimpleNamespace"), ("argparse", "Namespace"), ("argparse", "_AttributeHolder"),
@@ -119,10 +123,11 @@ def slots_of(kind: type) -> dict[str, types.MemberDescriptorType]:
     }
 
 
-def members_of(kind: type, names: frozenset[str]) -> list[tuple[type, str, Any]]:
+def members_of(kind: type, names: frozenset[str], *, makes: bool = False) -> list[tuple[type, str, Any]]:
     """What the classes of a user give to code with these names: (class, name, entry) in the order of lookup.
 
-    Methods that operators call (``__call__``, ``__getitem__``, ``__add__``) count without being named.
+    Methods that operators call (``__call__``, ``__getitem__``, ``__add__``) count without being named, and where the
+    code may make an object of the class (``makes``), its constructors.
     """
     return [
         (base, name, entry)
@@ -130,13 +135,35 @@ def members_of(kind: type, names: frozenset[str]) -> list[tuple[type, str, Any]]
         if not is_library_type(base)
         for name, entry in sorted(vars(base).items())
         if not isinstance(entry, types.MemberDescriptorType)
-        and name not in _NEVER_IMPLICIT
-        and ((name in names and name not in ("__dict__", "__module__")) or _is_implicit(name, entry))
+        and ((makes and name in _CONSTRUCTORS) or (name not in _NEVER_IMPLICIT and _counts(name, entry, names)))
     ]
 
 
-def _is_implicit(name: str, entry: Any) -> bool:
-    return name.startswith("__") and name.endswith("__") and isinstance(entry, types.FunctionType)
+def _counts(name: str, entry: Any, names: frozenset[str]) -> bool:
+    implicit = name.startswith("__") and name.endswith("__") and isinstance(entry, types.FunctionType)
+    return implicit or (name in names and name not in ("__dict__", "__module__"))
+
+
+def containers_behind(kind: type, names: frozenset[str]) -> list[Any]:
+    """The lists, dicts, sets and deques that code of a user's class may write to where they are, not in a copy.
+
+    They are attributes of the class, and what its methods with these names, and functions that those call, capture.
+    Code of other packages than that of the class may write.
+    """
+    own = (kind.__module__.partition(".")[0], "", "__main__")
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] in own and not is_library_type(base)]
+    entries = [entry for base in bases for entry in vars(base).items()]
+    found = [] if issubclass(kind, enum.Enum) else [e for n, e in entries if not n.startswith("__")]
+    called = [function_in(e)[0] for n, e in entries if n in names or n.startswith("__")]
+    seen: dict[int, Any] = {}
+    while called:
+        function = called.pop()
+        if isinstance(function, types.FunctionType) and id(function) not in seen and code_info(function).root in own:
+            seen[id(function)] = function
+            values = [value for _, value in function_reads(function).pairs()]
+            found += values
+            called += values
+    return [value for value in found if isinstance(value, (list, dict, set, collections.deque))]
 
 
 def transparent(value: Any) -> bool:

@@ -176,6 +176,7 @@ class Rebuilt:
         kind = self.keep(same.value)
         if strict:
             self.watch.add_class(kind)
+            self.watch.add_class(type(kind))
         return kind
 
     def module_(self, name: str, whole: bool, found: KeyNode, strict: bool) -> types.ModuleType:

@@ -14,6 +14,7 @@ import jax
 
 from kaun._jax import is_traced
 from kaun._loss.origin import is_library_type
+from kaun._loss.reads import containers_behind
 from kaun.errors import CaptureError
 
 __all__ = ["UnforeseenError", "Watch"]
@@ -56,10 +57,12 @@ class Watch:
                 self._contents.append((made, cast("Any", base)(made)))
 
     def add_class(self, kind: type) -> None:
-        """Watch a class of the user's and its bases, which are not copies."""
+        """Watch a class of the user's and its bases, and what their code writes to, which are not copies."""
         for base in kind.__mro__:
             if not is_library_type(base):
                 self._classes.append((base, dict(vars(base))))
+        for contents in containers_behind(kind, self._names):
+            self.add(contents)
 
     def add_foreign(self, value: Any) -> None:
         """Watch what an object of a library holds, which is not a copy, for traced values."""

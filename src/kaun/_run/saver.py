@@ -23,6 +23,8 @@ from kaun.state import TrainState
 
 __all__ = ["CheckpointSaver", "flush_and_save", "save_on_error"]
 
+_MOST_PROGRAMS = 8  # of inputs of one kind; where there are several, another one is no difference
+
 
 class CheckpointSaver:
     """Writes the checkpoints of a run.
@@ -49,6 +51,7 @@ class CheckpointSaver:
         self._store, self._directory, self._facts, self._report = store, directory, facts, report
         same = saved is not None and saved.facts["machine"]["jax"] == jax.__version__
         self._programs: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
+        self._traced: set[str] = set()
         self._saved_step = 0 if saved is None else saved.step
         self._pulled = self._saved_step
 
@@ -104,13 +107,18 @@ class CheckpointSaver:
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(inputs.subject, '__qualname__', type(inputs.subject).__name__)}: {kind}"
         digest = digest_program(traced_step.jaxpr) + " " + traced_step.on_nonfinite
-        if self._programs.get(name, digest) != digest:
+        known = self._programs.get(name, digest).split("; ")
+        # A static value that the loss captures may change within a run, and gives it another program.
+        varies = name in self._traced or len(known) > 1
+        if digest not in known and not varies:
             line = (
                 f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "
                 "or on_nonfinite was changed"
             )
             refuse_difference(self._directory, "program", self._saved_step, [line])
-        self._programs[name] = digest
+            known = []
+        self._traced.add(name)
+        self._programs[name] = "; ".join([*known, *{digest}.difference(known)][-_MOST_PROGRAMS:])
 
 
 def flush_and_save(
@@ -163,4 +171,8 @@ def save_on_error(
             raise
         raise first from error
     finally:
-        hook.end()
+        try:
+            hook.end()
+        except BaseException as error:
+            error.kaun_state = now()  # pyright: ignore[reportAttributeAccessIssue]
+            raise
