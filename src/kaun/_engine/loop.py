@@ -105,6 +105,7 @@ class StepLoop:
         self._on_compiling = on_compiling
         self._error_for, self._first_step = error_for, done + 1
         self._failed_step: int | None = None
+        self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
@@ -230,7 +231,7 @@ class StepLoop:
         elif self._in_place:
             self._carry = (False, arrays, results)  # the loop continues with a copy
         if self._failed_step is not None:
-            arrays = [*arrays[:-1], arrays[-1] - 1]  # the discarded step is counted in the arrays
+            arrays = [*arrays[:-1], arrays[-1] - self._counts_discarded]
         return jax.tree_util.tree_unflatten(self._structure, arrays)
 
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
@@ -274,6 +275,7 @@ class StepLoop:
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
             self._carry = (True, self._packing.pack([np.asarray(a) for a in arrays]), results)
+        self._counts_discarded = int(traced.discards)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self.key, status, device_count_of(count), shared, stacked)

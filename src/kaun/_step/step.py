@@ -122,6 +122,7 @@ def train_step(
     ctx: Context,
     loss: Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]],
     training: bool,
+    discard: bool = True,
 ) -> StepOutput:
     """Run one training step: forward pass, loss, gradient, update.
 
@@ -133,9 +134,11 @@ def train_step(
         ctx: The context of the layers.
         loss: A function of the model's output that returns the loss and other scalars by name.
         training: Whether the layers run in training mode.
+        discard: Whether the step itself discards an update that is not finite. False where its caller does.
 
     Returns:
-        The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"``.
+        The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"`` or ``discard`` is
+        False. With a loss scale the step itself always discards.
     """
     vars, opt_state, step = carry
     settings.spec.check(vars)
@@ -167,7 +170,7 @@ def train_step(
         return match_state((vars, before), (parts.joined(parts.vars.replace(params=params, state=layer_state)), after))
 
     kept = finite if settings.on_nonfinite != "ignore" else jnp.array(True) if overflowed is None else ~overflowed
-    always = settings.on_nonfinite == "ignore" and not scaled
+    always = not scaled and (settings.on_nonfinite == "ignore" or not discard)
     vars_after, after = update() if always else lax.cond(kept, update, lambda: (vars, before))
     numbers = {"grad_norm": norm.astype(jnp.float32)}
     if settings.on_nonfinite == "skip" or scaled:
