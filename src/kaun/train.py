@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng
-from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, run_step
+from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
 from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
@@ -200,7 +200,7 @@ class Trainer(Generic[In, Out]):
 
         Raises:
             ValueError: If there are no items; with ``checkpoints``, if state or data were keyed outside an rng scope.
-            TypeError: If an item is not ``(x, loss)``.
+            TypeError: If an item is not ``(x, loss)``, or ``fit`` is called inside a function that JAX traces.
             NonFiniteLoss: As ``on_nonfinite`` says.
             ResumeMismatch: If the directory holds another run: other data, seed, program or reports.
             OSError: If a checkpoint cannot be written.
@@ -208,6 +208,9 @@ class Trainer(Generic[In, Out]):
                 ``kaun_state``.
         """
         check_state(state, "fit")
+        # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
+        # arguments is.
+        refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
         with open_run(checkpoints, state, data, report) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))

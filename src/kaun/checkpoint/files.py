@@ -25,7 +25,7 @@ from kaun.checkpoint.safetensors_header import (
     read_places,
     taker,
 )
-from kaun.tree import describe, difference, flatten, is_array, is_key
+from kaun.tree import describe, difference, flatten, is_array, is_key, is_weak
 
 __all__ = [
     "Differences",
@@ -352,7 +352,7 @@ def restore(name: str, value: Any, like: Any) -> Any:
         return value
     placed = isinstance(like, jax.ShapeDtypeStruct) or like.committed
     made = jax.device_put(value, like.sharding if placed else None)
-    if not getattr(like, "weak_type", False):
+    if not is_weak(like):
         return made
     # A strong type in the place of a weak one would compile the step again, and promote bfloat16 parameters to float32.
     weak = jnp.full(like.shape, np.zeros((), like.dtype).item())

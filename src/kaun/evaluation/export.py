@@ -42,7 +42,9 @@ def export_model(
     def shape(a: Any) -> jax.ShapeDtypeStruct:
         dims = np.shape(a)
         grown = dims and dims[0] == length
-        dtype = jax.dtypes.canonicalize_dtype(a.dtype if hasattr(a, "dtype") else np.result_type(a))
+        dtype = a.dtype if hasattr(a, "dtype") else np.result_type(a)
+        if not jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
+            dtype = jax.dtypes.canonicalize_dtype(dtype)
         return jax.ShapeDtypeStruct((batch, *dims[1:]) if grown else dims, dtype)
 
     given = (x,) if ctx is None else (x, {name: ctx[name] for name in ctx})
