@@ -187,3 +187,110 @@ def test_the_advice_for_fit_inside_jit_is_a_program_that_runs():
     assert values.shape == (3,)
     for left, right in zip(jax.tree.leaves(scanned.vars), jax.tree.leaves(end.vars), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-6)
+
+
+# 25. Optimizers.
+
+SCHEDULE = optax.linear_schedule(0.5, 0.1, 10)
+WIDE = {
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=SCHEDULE),
+    "a float32 rate": lambda: optax.adam(jnp.float32(0.01)),
+    "float32 moments": lambda: optax.adam(0.01, mu_dtype=jnp.float32),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", WIDE)
+def test_updates_of_half_precision_parameters_may_be_float32(name, dtype):
+    """optax.apply_updates casts them; kaun refused them with a text about optax.lookahead."""
+    trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=WIDE[name]())
+    with rng.scope(0):
+        state = trainer.init(dtype=dtype)
+    x, y = jnp.asarray(X, dtype), jnp.asarray(Y, dtype)
+    f = lambda output: losses.mse(output, y)
+    end = trainer.fit(state, Data.repeat(2, (x, f)))
+    optimizer, params = WIDE[name](), state.vars.params
+    opt_state = optimizer.init(params)
+    for _ in range(2):
+        gradient = jax.grad(lambda p: f(trainer.model.apply(kaun.Vars(p, {}, dtype), x)[0]))(params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+    for left, right in zip(jax.tree.leaves(end.vars.params), jax.tree.leaves(params), strict=True):
+        assert left.dtype == dtype
+        np.testing.assert_allclose(left.astype(np.float32), right.astype(np.float32), rtol=0.03)
+
+
+@pytest.mark.parametrize(("x64", "dtype"), [(True, jnp.float32), (True, jnp.bfloat16), (False, jnp.bfloat16)])
+def test_lbfgs_trains_models_narrower_than_its_line_search(x64, dtype):
+    """Its line search tries float64 or float32 parameters, which the second layer refused as input of another dtype."""
+    model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
+    trainer = kaun.Trainer(model=model, optimizer=optax.lbfgs())
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", x64)
+    try:
+        with rng.scope(0):
+            state = trainer.init(dtype=dtype)
+        f = lambda output: losses.mse(output.astype(jnp.float32), jnp.asarray(Y))
+        end = trainer.fit(state, Data.repeat(5, (jnp.asarray(X, dtype), f)))
+        first, last = (float(trainer.step(s, jnp.asarray(X, dtype), loss=f)[0]) for s in (state, end))
+    finally:
+        jax.config.update("jax_enable_x64", before)
+    assert last < 0.1 * first and end.vars.params[0]["weight"].dtype == dtype
+
+
+def sam(opaque):
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    return optax.contrib.sam(optax.sgd(0.5), ascent, opaque_mode=opaque)
+
+
+@pytest.mark.parametrize("trainable", [None, lambda path: path == "weight"])
+def test_opaque_sam_is_that_of_optax_by_hand(trainable):
+    """It needs ``grad_fn``, which a loop by hand passes: ``grad_fn must be provided when opaque_mode=True``."""
+    trainer, state = trained(layers.linear(2, 1), sam(True), trainable=trainable)
+    end = trainer.fit(state, Data.repeat(4, (X, loss)))
+    bias = state.vars.params["bias"]
+    params = {"weight": state.vars.params["weight"]} | ({} if trainable else {"bias": bias})
+    optimizer = sam(True)
+    opt_state = optimizer.init(params)
+    gradient = jax.grad(
+        lambda p: loss(trainer.model.apply(kaun.Vars({"bias": bias, **p}, {}, jnp.dtype("float32")), X)[0])
+    )
+    for _ in range(4):
+        updates, opt_state = optimizer.update(gradient(params), opt_state, params, grad_fn=lambda p, _: gradient(p))
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(end.vars.params["weight"], params["weight"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, lambda o: optax.chain(optax.clip(1.0), o)])
+def test_sophia_trains(wrap):
+    """It needs ``obj_fn``, the loss as a function of the parameters, also inside a chain."""
+    trainer, state = trained(layers.linear(2, 1), wrap(optax.contrib.sophia(0.05)))
+    end = trainer.fit(state, Data.repeat(20, (X, loss)))
+    assert trainer.step(end, X, loss=loss)[0] < 0.5 * trainer.step(state, X, loss=loss)[0]
+
+
+def test_an_optimizer_that_fails_is_refused_with_its_own_error():
+    """Differentially private SGD needs gradients of single examples; the message spoke of optax.lookahead alone."""
+    with pytest.raises(TypeError, match=r"It raises ValueError: .* expects `grads` to have a batch dimension"):
+        trained(layers.linear(2, 1), optax.contrib.differentially_private_aggregate(1.0, 0.1, key=jax.random.key(0)))
+
+
+def test_monitor_is_refused_before_the_first_step_with_what_to_write():
+    """optax.monitor's state has no measurements before its first update. optax.snapshot's has."""
+    with pytest.raises(TypeError, match=r"(?s)another form after an update.*measurements\.norm.*optax\.snapshot"):
+        trained(layers.linear(2, 1), optax.chain(optax.sgd(0.1), optax.monitor({"norm": optax.tree.norm})))
+    snapshot = optax.snapshot("norm", optax.tree.norm)
+    trainer, state = trained(layers.linear(2, 1), optax.chain(optax.sgd(0.1), snapshot))
+    assert optax.tree.get(trainer.fit(state, [(X, loss)]).opt_state, "norm") > 0
+
+
+def test_galore_with_frozen_parameters_is_refused_for_the_true_reason():
+    """It reads None leaves as parameters; what the message says to write runs."""
+    with pytest.raises(TypeError, match=r"(?s)the frozen parameters are None.*optax\.partition"):
+        trained(layers.linear(2, 1), optax.contrib.galore(0.1, rank=1), trainable=lambda path: path == "weight")
+    parts = {"train": optax.contrib.galore(0.1, rank=1), "frozen": optax.set_to_zero()}
+    trainer, state = trained(layers.linear(2, 1), optax.partition(parts, {"weight": "train", "bias": "frozen"}))
+    end = trainer.fit(state, [(X, loss)])
+    assert (end.vars.params["bias"] == state.vars.params["bias"]).all()
+    assert (end.vars.params["weight"] != state.vars.params["weight"]).any()
