@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kaun import rng
 from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, refuse_traced, run_step
@@ -166,9 +167,11 @@ class Trainer(Generic[In, Out]):
 
         Raises:
             CaptureError: If the loss captures what cannot be compiled faithfully.
-            TypeError, ValueError: If the input or the loss is of the wrong kind.
+            TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
         check_state(state, "step")
+        if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"step expected training=True or training=False, received {training!r}.")
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
         value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
         return value, _state(carry, state.key)
@@ -308,7 +311,8 @@ class Trainer(Generic[In, Out]):
             state: The state whose variables become part of the program.
             x: An input, for shapes and dtypes. Arrays as long as its first array along axis 0 have a row for each
                 example.
-            ctx: A Context, likewise; its arrays are an input of the program.
+            ctx: A Context, likewise; its arrays are an input of the program. One that is as long as the batch by chance
+                counts as having a row for each example: give an x of another length.
             platforms: Where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``). By default where this process runs.
         """
         check_state(state, "export")

@@ -294,3 +294,190 @@ def test_galore_with_frozen_parameters_is_refused_for_the_true_reason():
     end = trainer.fit(state, [(X, loss)])
     assert (end.vars.params["bias"] == state.vars.params["bias"]).all()
     assert (end.vars.params["weight"] != state.vars.params["weight"]).any()
+
+
+# 27. Models of other kinds.
+
+
+def quantized(dtype):
+    """``x @ (base + delta)``, with the base in a dtype that does not train."""
+
+    def init(*, dtype):
+        return kaun.Vars({"base": jnp.ones((2, 1), base), "delta": jnp.zeros((2, 1), dtype)}, {}, dtype)
+
+    def apply(vars, x, *, training, ctx):
+        return x @ (vars.params["base"].real.astype(x.dtype) + vars.params["delta"]), vars
+
+    base = dtype
+    return kaun.Layer(init=init, apply=apply, name="quantized")
+
+
+def test_frozen_integer_parameters_are_part_of_a_model():
+    """QLoRA: int8 weights that do not train, and a float32 delta that does. The int8 ones were refused."""
+    trainer, state = trained(quantized(jnp.int8), optax.adam(0.1), trainable=lambda path: path == "delta")
+    items = [(X, loss)] * 3
+    end = trainer.fit(state, items)
+    assert_same(end, folded(trainer, state, items))
+    assert end.vars.params["base"].dtype == jnp.int8 and (end.vars.params["delta"] != 0).all()
+
+
+def test_integer_and_complex_parameters_that_would_train_are_refused():
+    """The way out of complex parameters is two arrays, and of integers to freeze them; the text spoke of state alone."""
+    with pytest.raises(
+        TypeError, match=r"Parameter 'base' is int8\[2, 1\].*freeze it: Trainer\(trainable=lambda path: "
+    ):
+        trained(quantized(jnp.int8))
+    with pytest.raises(TypeError, match=r"only real floating arrays train.*as two parameters.*jax\.lax\.complex"):
+        trained(quantized(jnp.complex64))
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_one_function_of_hk_multi_transform_is_a_layer(stateful):
+    """An autoencoder with ``encode`` and ``decode``: ``'function' object has no attribute '_original_fn'``."""
+    hk = pytest.importorskip("haiku")
+
+    def build():
+        linear = hk.Linear(3)
+        return linear, {"encode": linear}
+
+    multi = (hk.multi_transform_with_state if stateful else hk.multi_transform)(build)
+    with pytest.raises(TypeError, match=r"which has several\. Choose one: interop\.haiku\(hk\.Transformed"):
+        kaun.interop.haiku(multi, X)
+    kind = hk.TransformedWithState if stateful else hk.Transformed
+    model = kaun.interop.haiku(kind(multi.init, multi.apply["encode"]), X)
+    trainer, state = trained(model)
+    assert trainer.predict(trainer.fit(state, [(X, lambda output: (output**2).mean())]), X).shape == (4, 3)
+
+
+@pytest.mark.parametrize("name", ["key", "rng_key", "rng"])
+def test_a_haiku_functions_key_may_have_any_name(name):
+    """``apply(params, key, x)`` around Haiku's: the key's place was taken for x, and x for a name of the Context."""
+    hk = pytest.importorskip("haiku")
+    pure = hk.transform(lambda x: hk.Linear(3)(x))
+    scope = {"inner": pure.apply}
+    exec(f"def apply(params, {name}, x): return inner(params, {name}, x)", scope)
+    model = kaun.interop.haiku(hk.Transformed(pure.init, scope["apply"]), X)
+    with rng.scope(0):
+        assert model.apply(model.init(dtype=jnp.float32), X, training=True)[0].shape == (4, 3)
+
+
+# 29. Microbatches.
+
+
+def test_batch_norm_under_microbatches_is_refused_at_the_first_item():
+    """A run must not end in its middle for a layer that it had from the start."""
+    model = layers.sequential([layers.linear(2, 4), layers.batch_norm(4), layers.linear(4, 1)])
+    trainer, state = trained(model, microbatches=2)
+    taken, seen = [], []
+
+    def items():
+        for number in range(5):
+            taken.append(number)
+            yield X, loss
+
+    with pytest.raises(ValueError, match=r"'1\.running_mean', '1\.running_var' changes in training"):
+        trainer.fit(state, items(), report=lambda step, value, state: seen.append(step))
+    assert taken == [0] and not seen
+
+
+# 31. Small ones.
+
+
+def test_a_dict_for_a_linen_call_of_several_inputs_names_method():
+    """``__call__(self, a, b)`` with ``{"a": ..., "b": ...}`` as x: the dict became a, and b was missing."""
+    nn = pytest.importorskip("flax.linen")
+
+    class Pair(nn.Module):
+        @nn.compact
+        def __call__(self, a, b):
+            return nn.Dense(1)(a) + b
+
+    x = {"a": X, "b": Y}
+    with pytest.raises(TypeError, match=r"method=lambda module, x: module\(a=x\['a'\], b=x\['b'\]\)"):
+        kaun.interop.linen(Pair(), x)
+    model = kaun.interop.linen(Pair(), x, method=lambda module, x: module(a=x["a"], b=x["b"]))
+    assert trained(model)[0].predict(trained(model)[1], x).shape == (4, 1)
+
+
+def test_step_takes_no_word_for_training():
+    """``training="no"`` trained, because a text is true."""
+    trainer, state = trained(layers.linear(2, 1))
+    with pytest.raises(TypeError, match="step expected training=True or training=False, received 'no'"):
+        trainer.step(state, X, loss=loss, training="no")
+    trainer.step(state, X, loss=loss, training=np.False_)
+
+
+def test_a_scalar_of_the_loss_may_have_any_name_of_the_guard():
+    """A loss that returned ``squares`` broke the look at the gradient's squares."""
+    trainer, state = trained(layers.linear(2, 1))
+    f = lambda output: (losses.mse(output, jnp.asarray(Y)), {"squares": output.sum(), "status": output.max()})
+    trainer.fit(state, [(X, f)] * 3)
+    with pytest.raises(kaun.errors.NonFiniteLoss, match=r"not finite for 'bias', 'weight' \(2 of 2"):
+        trainer.fit(state, [(X, f), (X * np.nan, f)])
+
+
+def test_a_long_chain_of_compositions_says_sequential():
+    """400 times ``>>`` ended in Python's RecursionError with a path of a thousand characters."""
+    model = layers.tanh()
+    for _ in range(400):
+        model = model >> layers.tanh()
+    with pytest.raises(RecursionError) as caught:
+        model.init(dtype=jnp.float32)
+        model.apply(model.init(dtype=jnp.float32), X)
+    assert "A long chain is sequential([a, b, ...])" in "".join(caught.value.__notes__)
+    assert sum(map(len, caught.value.__notes__)) < 1000
+
+
+def test_export_names_the_context_array_that_it_takes_for_rows():
+    """A table that is as long as the example batch by chance: JAX's raw error about symbolic shapes."""
+    inner = layers.linear(2, 1)
+
+    def apply(vars, x, *, training, ctx):
+        return inner.apply(vars, x @ (ctx["table"].T @ jnp.ones((4, 2))), training=training, ctx=ctx)
+
+    model = kaun.Layer(init=lambda *, dtype: inner.init(dtype=dtype), apply=apply, name="table")
+    trainer, state = trained(model)
+    ctx = Context(table=jnp.ones((4, 2)))
+    with pytest.raises(TypeError) as caught:
+        trainer.export(state, X, ctx=ctx)
+    assert any("ctx['table'] of length 4, as x has" in note for note in caught.value.__notes__)
+    program = trainer.export(state, X[:3], ctx=ctx)
+    np.testing.assert_allclose(program.call(X, dict(ctx)), trainer.predict(state, X, ctx=ctx), rtol=1e-6)
+
+
+@pytest.mark.parametrize("code", ["F4", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+def test_a_file_with_a_dtype_that_is_not_read_is_not_called_damaged(tmp_path, code):
+    """Quantized weights of the hub; ``damaged`` sent people to download them again."""
+    header = b'{"w":{"dtype":"%b","shape":[8],"data_offsets":[0,8]}}' % code.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    for read in (kaun.interop.safetensors.load, lambda path: checkpoint.load(path, like={"w": np.zeros(8)})):
+        with pytest.raises(ValueError, match=f"cannot be read: 'w' is of dtype '{code}'; kaun reads") as caught:
+            read(tmp_path / "model.safetensors")
+        assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model", "adapter_model", "model.fp16"])
+def test_a_folder_with_one_file_of_weights_is_read(tmp_path, name):
+    """Diffusion models and adapters of the hub have other names than ``model.safetensors``."""
+    checkpoint.save(tmp_path / f"{name}.safetensors", {"w": X})
+    assert (kaun.interop.safetensors.load(tmp_path)["w"] == X).all()
+    checkpoint.save(tmp_path / "other.safetensors", {"w": X})
+    with pytest.raises(FileNotFoundError, match=r"Pass the file itself"):
+        kaun.interop.safetensors.load(tmp_path)
+
+
+def test_a_shard_alone_is_not_a_model(tmp_path):
+    """An interrupted download: one of two shards, and no index."""
+    checkpoint.save(tmp_path / "model-00001-of-00002.safetensors", {"w": X})
+    with pytest.raises(FileNotFoundError, match="Pass the file itself"):
+        kaun.interop.safetensors.load(tmp_path)
+
+
+def test_a_missing_shard_names_the_index(tmp_path):
+    """A plain ``No such file`` did not say who asked for it."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"w": "model-00002-of-00002.safetensors"}}')
+    with pytest.raises(
+        FileNotFoundError, match=r"index\.json' names 'model-00002-of-00002\.safetensors', which is not"
+    ):
+        kaun.interop.safetensors.load(tmp_path)

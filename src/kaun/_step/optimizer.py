@@ -25,7 +25,7 @@ __all__ = [
     "rates",
 ]
 
-_EXTRA = ("value", "grad", "value_fn", "obj_fn", "grad_fn")
+_EXTRA: tuple[str, ...] = ("value", "grad", "value_fn", "obj_fn", "grad_fn")
 """What ``update`` may take by name: the loss, its gradient, the loss as a function of the parameters (two names), and
 its gradient as one."""
 
@@ -54,24 +54,34 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def check_params(params: Any, model: str) -> None:
-    """Check that there are parameters, and that they can be differentiated.
+def check_params(params: Any, trained: Any, model: str) -> None:
+    """Check that there are parameters, and that those that train can be differentiated.
+
+    Args:
+        params: All parameters.
+        trained: Those that train.
+        model: The model's name, for messages.
 
     Raises:
         ValueError: If there are none.
-        TypeError: If one is not floating.
+        TypeError: If one that trains is not floating.
     """
-    leaves, _ = tree.flatten(params)
-    if not leaves:
+    if not jax.tree_util.tree_leaves(params):
         raise ValueError(
             f"The model {model} has no parameters, so there is nothing to train. Add a layer that "
             "has some, such as layers.linear(...), or call model.apply(vars, x) without a trainer."
         )
-    for path, leaf in leaves.items():
+    for path, leaf in tree.flatten(trained)[0].items():
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"Parameter {path!r} is {tree.describe(leaf)}, and only real floating arrays train. Keep its real and "
+                "its imaginary part as two parameters, and write jax.lax.complex(real, imag) in apply."
+            )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"Parameter {path!r} is {tree.describe(leaf)}, and only floating arrays can be differentiated. Put it "
-                "into the layer's state: Vars(params=..., state={...}, dtype=dtype)."
+                "into the layer's state: Vars(params=..., state={...}, dtype=dtype). Or freeze it: "
+                f"Trainer(trainable=lambda path: path != {path!r})."
             )
 
 
@@ -196,7 +206,7 @@ def _updates(
     def gradient_of(given: Any, step: int = 0) -> Any:
         return jax.grad(loss_of)(given)
 
-    extra = dict(zip(_EXTRA, (value, gradient, loss_of, loss_of, gradient_of), strict=True))
+    extra: dict[str, Any] = dict(zip(_EXTRA, (value, gradient, loss_of, loss_of, gradient_of), strict=True))
     return optimizer.update(gradient, opt_state, params, **{name: extra[name] for name in _extra_names(optimizer)})
 
 

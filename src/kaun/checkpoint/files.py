@@ -19,6 +19,7 @@ from kaun.checkpoint.safetensors_header import (
     DTYPES,
     Place,
     Take,
+    UnreadDtype,
     header,
     in_order,
     read_array,
@@ -125,6 +126,8 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
             arrays, differences = read_arrays(*taker(opened), wanted, cast=cast)
             found = {place.name: decode(place, array) for place, array in arrays}
             del arrays  # so that a leaf is freed below, once it was converted
+        except UnreadDtype as err:
+            raise ValueError(f"checkpoint.load: {str(file)!r} cannot be read: {err}.") from err
         except ValueError as err:
             raise ValueError(f"checkpoint.load: {str(file)!r} is damaged or not a safetensors file: {err}.") from err
     if differences.lines:
