@@ -481,3 +481,12 @@ def test_a_missing_shard_names_the_index(tmp_path):
         FileNotFoundError, match=r"index\.json' names 'model-00002-of-00002\.safetensors', which is not"
     ):
         kaun.interop.safetensors.load(tmp_path)
+
+
+def test_the_error_of_a_scikit_learn_metric_in_evaluate_says_where_it_can_run():
+    """Its NumPy code met a traced array, and JAX's error did not say that a metric is compiled."""
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    trainer, state = trained(layers.linear(2, 1))
+    with pytest.raises(jax.errors.TracerArrayConversionError) as caught:
+        trainer.evaluate(state, [(X, Y)], {"r2": sklearn_metrics.r2_score})
+    assert any("What only NumPy can compute takes the predictions" in note for note in caught.value.__notes__)
