@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kaun import rng
-from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, run_step
+from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
 from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
@@ -166,9 +167,11 @@ class Trainer(Generic[In, Out]):
 
         Raises:
             CaptureError: If the loss captures what cannot be compiled faithfully.
-            TypeError, ValueError: If the input or the loss is of the wrong kind.
+            TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
         check_state(state, "step")
+        if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"step expected training=True or training=False, received {training!r}.")
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
         value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
         return value, _state(carry, state.key)
@@ -200,7 +203,7 @@ class Trainer(Generic[In, Out]):
 
         Raises:
             ValueError: If there are no items; with ``checkpoints``, if state or data were keyed outside an rng scope.
-            TypeError: If an item is not ``(x, loss)``.
+            TypeError: If an item is not ``(x, loss)``, or ``fit`` is called inside a function that JAX traces.
             NonFiniteLoss: As ``on_nonfinite`` says.
             ResumeMismatch: If the directory holds another run: other data, seed, program or reports.
             OSError: If a checkpoint cannot be written.
@@ -208,6 +211,9 @@ class Trainer(Generic[In, Out]):
                 ``kaun_state``.
         """
         check_state(state, "fit")
+        # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
+        # arguments is.
+        refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
         with open_run(checkpoints, state, data, report) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
@@ -305,7 +311,8 @@ class Trainer(Generic[In, Out]):
             state: The state whose variables become part of the program.
             x: An input, for shapes and dtypes. Arrays as long as its first array along axis 0 have a row for each
                 example.
-            ctx: A Context, likewise; its arrays are an input of the program.
+            ctx: A Context, likewise; its arrays are an input of the program. One that is as long as the batch by chance
+                counts as having a row for each example: give an x of another length.
             platforms: Where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``). By default where this process runs.
         """
         check_state(state, "export")

@@ -18,6 +18,7 @@ __all__ = [
     "is_key",
     "is_real",
     "is_real_scalar",
+    "is_weak",
     "map_with_path",
     "path_name",
     "snapshot",
@@ -60,6 +61,11 @@ def is_array(value: Any) -> bool:
 def is_key(value: Any) -> bool:
     """Whether a value is an array of typed PRNG keys (a traced one too)."""
     return is_array(value) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def is_weak(value: Any) -> bool:
+    """Whether a value is an array of a weak type. An array of typed PRNG keys has no attribute that tells."""
+    return bool(getattr(value, "weak_type", False))
 
 
 def is_real(value: Any) -> bool:
@@ -119,5 +125,4 @@ def snapshot(value: Any) -> Any:
 def strong(leaf: Any) -> jax.Array:
     """A leaf as a JAX array without a weak type, which would change in the first step and compile it a second time."""
     array = jnp.asarray(snapshot(leaf))
-    # A random key has no attribute weak_type.
-    return jax.lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
+    return jax.lax.convert_element_type(array, array.dtype) if is_weak(array) else array

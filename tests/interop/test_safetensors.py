@@ -295,7 +295,7 @@ def test_reading_takes_the_memory_of_the_arrays_once(tmp_path):
         (raw_file({"__metadata__": 3}), "'__metadata__' must be a JSON object of strings, and is 3"),
         (raw_file({"__metadata__": {"a": 3}}), "'__metadata__' must be a JSON object of strings, and is {'a': 3}"),
         (raw_file(b'{"w": 1, "w": 2}'), "JSON with the key 'w' twice in one object"),
-        (raw_file({"w": entry("F4")}, b"12345678"), "'w' is of dtype 'F4'; kaun reads U64, I64,"),
+        (raw_file({"w": entry("F4 ")}, b"12345678"), "'w' is of dtype 'F4 '; kaun reads U64, I64,"),
         (raw_file({"w": entry(["F32"])}, b"12345678"), "'w' is of dtype ['F32']"),
         (raw_file({"w": entry(shape=[-2])}, b"12345678"), "'w' has the shape [-2] and the data_offsets [0, 8]"),
         (raw_file({"w": entry(shape=[2.0])}, b"12345678"), "'w' has the shape [2.0]"),

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._jax import any_traced
 from kaun._loss import capture_loss, captures, subject
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.data import is_tensor
 
-__all__ = ["StepInputs", "is_host", "is_number"]
+__all__ = ["StepInputs", "as_arrays", "is_host", "is_number", "refuse_traced"]
 
 _LEAF = jax.tree_util.tree_structure(0)
 _NO_CONTEXT = jax.tree_util.tree_structure(Context())
 _NOT_NUMBERS = "OSUMmT"  # kinds of NumPy dtypes
-# Types seen to be JAX arrays; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
+# Types seen to be JAX arrays of numbers; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
+# Arrays of typed PRNG keys are of another class, which has no attribute weak_type.
 _array_types: set[type] = set()
 
 
@@ -82,8 +85,11 @@ class StepInputs:
 
     @property
     def split(self) -> Callable[[list[Any]], tuple[Any, list[Any], Context]]:
-        """A function from leaves in this order to input, captured arrays and context. It holds no array."""
-        return functools.partial(_split, self.static)
+        """A function from leaves in this order to input, captured arrays and context. It holds no array.
+
+        Leaves become JAX arrays. Those of a compiled function are; under ``jax.disable_jit`` they arrive as they were.
+        """
+        return functools.partial(_split_arrays, self.static)
 
     @property
     def examples(self) -> int | None:
@@ -108,7 +114,7 @@ class StepInputs:
 
     def describe(self) -> dict[str, str]:
         """Return all that the program depends on, by name, in words."""
-        x, arrays, ctx = self.split(self.leaves)
+        x, arrays, ctx = _split(self.static, self.leaves)
         words = {f"{self.what}.{p}" if p else self.what: _describe(a) for p, a in tree.flatten(x)[0].items()}
         words |= {f"ctx[{p!r}]": _describe(a) for p, a in tree.flatten(ctx)[0].items()}
         if self.loss_key is not None:
@@ -120,6 +126,30 @@ def _split(static: tuple[Any, ...], leaves: list[Any]) -> tuple[Any, list[Any], 
     _, x_def, ctx_def, n, m = static
     join = jax.tree_util.tree_unflatten
     return join(x_def, leaves[:n]), leaves[n : n + m], join(ctx_def, leaves[n + m :])
+
+
+def _split_arrays(static: tuple[Any, ...], leaves: list[Any]) -> tuple[Any, list[Any], Context]:
+    return _split(static, as_arrays(leaves))
+
+
+def as_arrays(leaves: Sequence[Any]) -> list[Any]:
+    """Return leaves as JAX arrays; those that are one stay the same object."""
+    return [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in leaves]
+
+
+def refuse_traced(values: Iterable[Any]) -> None:
+    """Check that ``fit`` received no traced array.
+
+    Raises:
+        TypeError: If one of the values is traced: ``fit`` was called inside a function that JAX traces.
+    """
+    if any_traced(values):
+        raise TypeError(
+            "fit was called inside a function that JAX traces (jit, grad, vmap, scan): it runs its steps from Python "
+            "and reads their results, and there they have no numbers. Call fit outside of that function. Inside of it, "
+            "one step is loss, state = trainer.step(state, x, loss=loss), and many are\n"
+            "    state, losses = jax.lax.scan(lambda state, x: trainer.step(state, x, loss=loss)[::-1], state, xs)"
+        )
 
 
 def is_host(leaf: Any) -> bool:
@@ -138,7 +168,7 @@ def _flatten(value: Any, what: str) -> tuple[list[Any], Any]:
         if type(leaf) not in _array_types and not (type(leaf) is np.ndarray and leaf.dtype.kind not in _NOT_NUMBERS):
             if not _is_numeric(leaf):
                 raise _not_numbers(value, what)
-            if isinstance(leaf, jax.Array):
+            if isinstance(leaf, jax.Array) and not tree.is_key(leaf):
                 _array_types.add(type(leaf))
     return leaves, treedef
 
@@ -168,9 +198,9 @@ def _not_numbers(value: Any, what: str) -> TypeError:
 
 def _kind(a: Any) -> tuple[Any, ...]:
     if isinstance(a, jax.Array):
-        return a.shape, a.dtype, a.weak_type
+        return a.shape, a.dtype, tree.is_weak(a)
     return (a.shape, a.dtype) if is_host(a) else (type(a),)
 
 
 def _describe(a: Any) -> str:
-    return tree.describe(a) + (" (weak)" if getattr(a, "weak_type", False) else "")
+    return tree.describe(a) + (" (weak)" if tree.is_weak(a) else "")

@@ -17,7 +17,7 @@ import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
-from kaun._engine.inputs import StepInputs
+from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, packing_of, unpack
 from kaun._engine.program import ROWS, TracedStep, device_count_of, trace_step
 from kaun._engine.results import StepResults
@@ -236,6 +236,7 @@ class StepLoop:
 
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
         self._on_trace(inputs, traced)
+        refuse_traced(inputs.leaves)
         return _Block(BlockBuffer(inputs, traced.capacity), traced, inputs)
 
     def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
@@ -266,6 +267,7 @@ class StepLoop:
         shared: list[Any],
         stacked: list[Any],
     ) -> None:
+        refuse_traced((*shared, *stacked))
         entry = "fit in place" if self._in_place else "fit"
         program = traced.program(entry, pattern, self._packing)
         own, arrays, results = self._carry

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kaun._engine.batching import capacity_of
-from kaun._engine.inputs import StepInputs
+from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import slow_in_loops
 from kaun._engine.packing import Packing, in_place, packing_of
 from kaun._loss import trace_loss
@@ -162,7 +162,7 @@ def trace_step(
     discards = on_nonfinite != "raise" or in_place(leaves)
 
     def step(leaves: list[Any], key: jax.Array, item: list[Any]) -> Any:
-        carry = jax.tree_util.tree_unflatten(structure, leaves)
+        carry = jax.tree_util.tree_unflatten(structure, as_arrays(leaves))
         x, arrays, ctx = split(item)
         out = train_step(carry, key, x, ctx, functools.partial(trace_loss, loss_key, arrays), training, discards)
         after = jax.tree_util.tree_leaves(match_state(carry, out.carry))

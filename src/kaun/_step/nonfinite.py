@@ -66,7 +66,7 @@ def match_state(before: T, after: T) -> T:
             f"model's or the optimizer's state changed (expected is before, found after the step):\n  {listed}\n"
             "Keep the dtype in apply or update with new.astype(old.dtype)."
         )
-    strong = lambda new, old: lax.convert_element_type(new, old.dtype) if new.weak_type else new
+    strong = lambda new, old: lax.convert_element_type(new, old.dtype) if tree.is_weak(new) else new
     return jax.tree_util.tree_map(strong, after, before)
 
 

@@ -83,13 +83,14 @@ def init_carry(settings: Settings, vars: Vars) -> Carry:
     """Return variables, a fresh optimizer state for those that train, and step 0.
 
     Raises:
-        TypeError: If a parameter is not floating, or the optimizer does not fit the parameters.
+        TypeError: If a parameter that trains is not floating, or the optimizer does not fit the parameters.
         ValueError: If the variables belong to another model, or nothing would train.
     """
     vars = jax.tree_util.tree_map(tree.strong, vars)
     settings.spec.check(vars)
-    check_params(vars.params, settings.model.name.splitlines()[0])
-    opt_state = init_optimizer(settings.optimizer, trainable_part(settings.trainable, vars.params))
+    trained = trainable_part(settings.trainable, vars.params) if jax.tree_util.tree_leaves(vars.params) else None
+    check_params(vars.params, trained, settings.model.name.splitlines()[0])
+    opt_state = init_optimizer(settings.optimizer, trained)
     return vars, add_loss_scale(settings.policy, opt_state), jnp.zeros((), jnp.int32)
 
 

@@ -19,13 +19,14 @@ from kaun.checkpoint.safetensors_header import (
     DTYPES,
     Place,
     Take,
+    UnreadDtype,
     header,
     in_order,
     read_array,
     read_places,
     taker,
 )
-from kaun.tree import describe, difference, flatten, is_array, is_key
+from kaun.tree import describe, difference, flatten, is_array, is_key, is_weak
 
 __all__ = [
     "Differences",
@@ -125,6 +126,8 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
             arrays, differences = read_arrays(*taker(opened), wanted, cast=cast)
             found = {place.name: decode(place, array) for place, array in arrays}
             del arrays  # so that a leaf is freed below, once it was converted
+        except UnreadDtype as err:
+            raise ValueError(f"checkpoint.load: {str(file)!r} cannot be read: {err}.") from err
         except ValueError as err:
             raise ValueError(f"checkpoint.load: {str(file)!r} is damaged or not a safetensors file: {err}.") from err
     if differences.lines:
@@ -352,7 +355,7 @@ def restore(name: str, value: Any, like: Any) -> Any:
         return value
     placed = isinstance(like, jax.ShapeDtypeStruct) or like.committed
     made = jax.device_put(value, like.sharding if placed else None)
-    if not getattr(like, "weak_type", False):
+    if not is_weak(like):
         return made
     # A strong type instead of a weak one would compile the step again, and promote bfloat16 parameters to float32.
     weak = jnp.full(like.shape, np.zeros((), like.dtype).item())
