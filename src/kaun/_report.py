@@ -120,9 +120,10 @@ class Report:
 
         Args:
             first_step: The number of the first step of the block in this fit.
-            values: Arrays of shape (n,), one number for each step: ``"loss"`` (float32), ``"step"`` (int64, the
-                ``state.step`` after the step), ``"step_time"`` in seconds, the scalars that the loss returned, and
-                where they are known ``"grad_norm"``, ``"learning_rate"``, ``"examples_per_second"``, ``"skipped"``.
+            values: Arrays of shape (n,), one number for each step: ``"loss"`` (float32, or float64 where the loss is),
+                ``"step"`` (int64, the ``state.step`` after the step), ``"step_time"`` in seconds, the scalars that the
+                loss returned, each in its own dtype (half precision in float32), and where they are known
+                ``"grad_norm"``, ``"learning_rate"``, ``"examples_per_second"``, ``"skipped"``.
 
         Returns:
             None; or, from a report with ``measures``, further arrays of shape (n,) by name, which the blocks of the

@@ -74,6 +74,14 @@ def is_real_scalar(value: Any) -> bool:
     return is_real(value) and getattr(value, "shape", ()) == ()
 
 
+def host_scalar(value: Any) -> jax.Array:
+    """A real scalar as the reports get it: in its own dtype, or in float32 or int32 where NumPy lacks that dtype."""
+    array = jnp.asarray(value)
+    if array.dtype.kind in "biu" or array.dtype in (jnp.float32, jnp.float64):
+        return array.astype(array.dtype)  # without a weak type
+    return array.astype(jnp.int32 if jnp.issubdtype(array.dtype, jnp.integer) else jnp.float32)
+
+
 def format_bytes(count: int) -> str:
     """A number of bytes for readers, in decimal units and three significant digits: ``1.65 KB``."""
     size = float(count)

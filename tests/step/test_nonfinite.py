@@ -194,7 +194,7 @@ def test_scalars_of_a_loss_are_reported_for_each_step():
 
 def test_squares_are_of_each_leaf_in_float32():
     tree = {"a": jnp.full(3, 2.0), "b": [jnp.full((2, 2), 3, jnp.bfloat16)]}
-    found = squares_of(tree)
+    found = squares_of(tree, jnp.float32)
     assert found.dtype == jnp.float32 and found.tolist() == [12.0, 36.0]
 
 

@@ -179,7 +179,7 @@ class ReportCaller:
         now = time.perf_counter()
         seconds = max(now - self._clock - self._seconds, 0.0) / max(taken, 1)
         self._clock, self._seconds = now, 0.0
-        for _, group in itertools.groupby(values, lambda pair: pair[0].names):
+        for _, group in itertools.groupby(values, lambda pair: pair[0].places):
             members = list(group)
             joined = {name: np.concatenate([v[name] for _, v in members]) for name in members[0][1]}
             if self._block is not None and len(joined["loss"]):

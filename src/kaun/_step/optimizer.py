@@ -135,7 +135,7 @@ def learning_rate(opt_state: Any) -> Any:
 def rates(opt_state: Any) -> dict[str, jax.Array]:
     """Return ``learning_rate`` by that name, where an optimizer's state has one."""
     rate = learning_rate(opt_state)
-    return {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
+    return {} if rate is None else {"learning_rate": tree.host_scalar(rate)}
 
 
 def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> Any:

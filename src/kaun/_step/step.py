@@ -156,7 +156,7 @@ def train_step(
     (_, (value, layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
     if scaled:
         gradient = unscale(opt_state, gradient)
-    squares = squares_of(gradient)
+    squares = squares_of(gradient, value.dtype)
     norm = jnp.sqrt(squares.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(opt_state, value, norm) if scaled else None
@@ -169,7 +169,7 @@ def train_step(
     kept = finite if settings.on_nonfinite != "ignore" else jnp.array(True) if overflowed is None else ~overflowed
     always = settings.on_nonfinite == "ignore" and not scaled
     vars_after, after = update() if always else lax.cond(kept, update, lambda: (vars, before))
-    numbers = {"grad_norm": norm.astype(jnp.float32)}
+    numbers = {"grad_norm": norm}
     if settings.on_nonfinite == "skip" or scaled:
         numbers["finite"] = finite.astype(jnp.float32)
     numbers |= rates(after) | scalars

@@ -90,16 +90,15 @@ class _LearningRate(Report):
         (self._skipped,) = saved_values(self, values, "skipped")
 
     def _at(self, counts: np.ndarray) -> np.ndarray:
-        rates = np.empty(len(counts), np.float32)
-        for index in np.unique(counts // CHUNK).tolist():
+        indices = np.unique(counts // CHUNK).tolist()
+        for index in indices:
             self._ahead(index)
             # The device works in order: steps that were dispatched after this chunk, and are done, prove it done.
-            chunk = self._chunks[index] = np.asarray(self._chunks[index])
+            self._chunks[index] = np.asarray(self._chunks[index])
             self._ahead(index + 1)
-            within = counts // CHUNK == index
-            rates[within] = chunk[counts[within] % CHUNK]
-        self._chunks = {index: chunk for index, chunk in self._chunks.items() if index >= counts[-1] // CHUNK}
-        return rates
+        rates = np.concatenate([self._chunks[index] for index in indices])
+        self._chunks = {index: chunk for index, chunk in self._chunks.items() if index >= indices[-1]}
+        return rates[np.searchsorted(indices, counts // CHUNK) * CHUNK + counts % CHUNK]
 
     def _ahead(self, index: int) -> None:
         if index not in self._chunks:
@@ -115,4 +114,4 @@ class _LearningRate(Report):
                 f"learning_rate expected a schedule that returns a scalar; {locate(self._schedule)} returned shape "
                 f"{rate.shape}. Pass the function that the optimizer has."
             )
-        return rate.astype(jnp.float32)
+        return rate.astype(jnp.float64 if rate.dtype == jnp.float64 else jnp.float32)

@@ -16,7 +16,7 @@ from kaun._report import Report
 from kaun._run import saved_values
 from kaun.train import TrainState
 
-__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "require_package"]
+__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array", "require_package"]
 
 Row = dict[str, Any]  # "step", an int, first; then float, int or bool by name
 
@@ -98,7 +98,7 @@ class Log(Report):
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         # Called by a user's own function, which may never call `end`.
         after = int(getattr(state, "step", step))
-        self._add(step, {"loss": np.array([loss], np.float32), "step": np.array([after])}, 1)
+        self._add(step, {"loss": loss_array(loss), "step": np.array([after])}, 1)
         self._put()
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
@@ -169,6 +169,13 @@ def _numbers(column: np.ndarray) -> list[Any]:
         return column.tolist()
     # The shortest digits that give the float32 again: 0.1 and not 0.10000000149011612.
     return [float(str(value)) for value in column.astype(np.float32)]
+
+
+def loss_array(loss: float) -> np.ndarray:
+    """Return the loss of one step as a block has it: in float32 where that holds it exactly, else in float64."""
+    with np.errstate(over="ignore"):
+        narrow = np.array([loss], np.float32)
+    return narrow if math.isnan(loss) or float(narrow[0]) == loss else np.array([loss])
 
 
 def encoded(row: Row) -> str:

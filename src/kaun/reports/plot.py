@@ -73,7 +73,8 @@ class _Plot(Report):
         return False
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        self.block(step, {"loss": np.array([loss], np.float32)})
+        self._history(step, loss, state)
+        self._changed()
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
         self._history.block(first_step, values)

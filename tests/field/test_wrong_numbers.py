@@ -1,0 +1,148 @@
+"""Numbers that were wrong in silence, one test for each situation in which a user met them."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kaun
+from kaun import Data, layers, reports, rng
+
+
+class Blocks(reports.Report):
+    """What the blocks of a fit contained."""
+
+    def __init__(self):
+        self.values = {}
+
+    def block(self, first_step, values):
+        for name, array in values.items():
+            self.values.setdefault(name, []).append(array)
+
+    def __getitem__(self, name):
+        return np.concatenate(self.values[name])
+
+
+def linear(optimizer, dtype=jnp.float32, **options):
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=layers.linear(1, 1, bias=False), optimizer=optimizer, **options)
+        return trainer, trainer.init(dtype=dtype)
+
+
+@pytest.mark.parametrize("looped", [True, False])
+def test_float64_losses_norms_and_scalars_keep_their_digits(looped):
+    """A physicist trains with x64 on: the loss improves by 1e-9 a step, and beside it stand an energy and a count.
+
+    Loss, gradient norm, learning rate and scalars went through float32 on their way to the host.
+    """
+    with jax.enable_x64(True):
+        trainer, state = linear(optax.inject_hyperparams(optax.sgd)(learning_rate=1e9 / 3), jnp.float64)
+
+        def loss(output):
+            value = 1.0 - 1e-9 * output.mean()
+            return value, {"energy": value * 4, "count": jnp.asarray(2**24 + 1), "half": jnp.float16(0.1)}
+
+        x = np.ones((2, 1))
+        items = [(x if looped else x + i, loss) for i in range(5)]
+        state, expected = state.replace(), []
+        now = state
+        for x, f in items:
+            value, now = trainer.step(now, x, loss=f)
+            expected.append(float(value))
+        blocks, history, seen = Blocks(), reports.history(), []
+        stopper = reports.early_stopping("loss", mode="min", patience=1)
+        parts = (blocks, history, lambda step, loss, state: seen.append(loss))
+        end = trainer.fit(state, items, report=reports.all_of(*parts))
+        assert end.vars.params["weight"] == now.vars.params["weight"]
+        again = trainer.fit(state, items, report=reports.all_of(stopper, history))
+        assert int(again.step) == 5, "each step was better"
+    assert len(set(expected)) == 5 and seen == expected
+    assert blocks["loss"].dtype == np.float64 and blocks["loss"].tolist() == expected
+    assert history.losses.dtype == np.float64 and history.losses.tolist() == expected * 2
+    assert blocks["energy"].tolist() == [value * 4 for value in expected]
+    assert blocks["count"].tolist() == [2**24 + 1] * 5
+    assert blocks["half"].dtype == np.float32 and blocks["half"][0] == np.float16(0.1)
+    assert blocks["learning_rate"].tolist() == [1e9 / 3] * 5
+    assert blocks["grad_norm"].dtype == np.float64
+    np.testing.assert_allclose(blocks["grad_norm"], [1e-9 * item[0].mean() for item in items], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("mode", ["raise", "skip", "ignore"])
+def test_a_float64_loss_beyond_float32_is_finite(dtype, mode):
+    """A likelihood in float64 begins at 7e39, with a gradient of 1e20: `step` did not train, and reports saw nothing.
+
+    The guard squared the gradient in float32, and the host compared loss and norm in float32.
+    """
+    with jax.enable_x64(True):
+        trainer, state = linear(optax.sgd(1e-21), jnp.dtype(dtype), on_nonfinite=mode)
+        item = (np.ones((2, 1), dtype), lambda output: 7e39 + 1e20 * output.astype(jnp.float64).mean())
+        value, after = trainer.step(state, *item[:1], loss=item[1])
+        blocks, history = Blocks(), reports.history()
+        end = trainer.fit(state, [item] * 3, report=reports.all_of(blocks, history))
+        moved = float(after.vars.params["weight"][0, 0] - state.vars.params["weight"][0, 0])
+    assert float(value) == pytest.approx(7e39)
+    assert moved == pytest.approx(-0.1, rel=1e-5)
+    assert int(end.step) == 3 and history.losses.tolist() == blocks["loss"].tolist() == pytest.approx([7e39] * 3)
+    np.testing.assert_allclose(blocks["grad_norm"], 1e20, rtol=1e-6)
+    assert not blocks.values.get("skipped") or not blocks["skipped"].any()
+
+
+def test_a_run_in_float64_is_resumed_and_logged_with_all_digits(tmp_path):
+    """Its history after a resume, its log file and its curve have the losses, not their float32 forms."""
+    with jax.enable_x64(True):
+        trainer, state = linear(optax.sgd(1e11), jnp.float64)
+        data = Data.repeat(6, (np.ones((2, 1)), lambda output: 1 - 1e-12 * output.mean()))
+        whole, cut = reports.history(), reports.history()
+        trainer.fit(state, data, report=reports.all_of(whole, reports.jsonl(tmp_path / "run.jsonl")))
+        directory = kaun.checkpoint.Directory(tmp_path / "run", every=2)
+        trainer.fit(state, data.take(4), report=cut, checkpoints=directory)
+        resumed = reports.history()
+        trainer.fit(state, data, report=resumed, checkpoints=directory)
+        written = [json.loads(line)["loss"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+        direct = reports.history()
+        trainer.fit(state, data, report=lambda step, loss, state: direct(step, loss, state))
+        measured = trainer.evaluate(state, [(np.ones((2, 1)), np.ones(2))], {"a": lambda p, t: 1 - 1e-12 * p.mean()})
+        assert measured["a"] == whole.losses[0]
+    assert len(set(whole.losses.tolist())) == 6
+    assert resumed.losses.tolist() == direct.losses.tolist() == written == whole.losses.tolist()
+
+
+def test_integers_beside_a_float32_loss_are_exact(tmp_path):
+    """A language model counts its tokens beside the loss: 16777217 was logged as 16777216.0."""
+    trainer, state = linear(optax.sgd(1e-3))
+    tokens = jnp.asarray(2**24 + 1)
+    data = Data.repeat(
+        3, (np.ones((2, 1), np.float32), lambda o: (o.mean(), {"tokens": tokens, "z": 0.1, "hit": True}))
+    )
+    blocks = Blocks()
+    trainer.fit(state, data, report=reports.all_of(blocks, reports.jsonl(tmp_path / "run.jsonl")))
+    assert blocks["tokens"].dtype == np.int32 and blocks["tokens"].tolist() == [2**24 + 1] * 3
+    row = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[0])
+    assert (row["tokens"], row["z"], row["hit"]) == (2**24 + 1, 0.1, True)
+    names = list(blocks.values)
+    assert names.index("hit") < names.index("tokens") < names.index("z"), "the order of the columns is the same"
+
+
+def test_a_learning_rate_in_float64_keeps_its_digits():
+    """`reports.learning_rate` of a schedule under x64."""
+    with jax.enable_x64(True):
+        trainer, state = linear(optax.sgd(optax.constant_schedule(1 / 3)), jnp.float64)
+        data = Data.repeat(3, (np.ones((2, 1)), lambda output: output.mean()))
+        report = reports.all_of(blocks := Blocks(), reports.learning_rate(optax.constant_schedule(1 / 3)))
+        trainer.fit(state, data, report=report)
+    assert blocks["learning_rate"].tolist() == [1 / 3] * 3
+
+
+def test_a_loss_called_by_hand_keeps_its_digits():
+    """A report of the user's own that calls the history passes Python floats on."""
+    history = reports.history()
+    history(1, 0.5, None)
+    assert history.losses.dtype == np.float32
+    for loss in (math.nan, 7e39, 1 / 3):
+        history(2, loss, None)
+    assert history.losses.tolist()[2:] == [7e39, 1 / 3] and math.isnan(history.losses[1])
