@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import Data, layers, reports, rng
+from kaun import Data, layers, losses, reports, rng
 
 
 class Blocks(reports.Report):
@@ -146,3 +146,139 @@ def test_a_loss_called_by_hand_keeps_its_digits():
     for loss in (math.nan, 7e39, 1 / 3):
         history(2, loss, None)
     assert history.losses.tolist()[2:] == [7e39, 1 / 3] and math.isnan(history.losses[1])
+
+
+def one_weight(losses_of, optimizer=None, **options):
+    """A trainer of one weight w, its state with w = 1, and data in which step i has the loss ``losses_of(i)(w)``."""
+    trainer, state = linear(optimizer or optax.sgd(1.0), **options)
+    state = state.replace(vars=state.vars.replace(params={"weight": jnp.ones((1, 1))}))
+    items = [(np.ones((1, 1), np.float32), lambda out, f=f: f(out[0, 0])) for f in losses_of]
+    return trainer, state, items
+
+
+def same_state(a, b):
+    jax.tree.map(np.testing.assert_array_equal, (a.vars, a.opt_state, a.step), (b.vars, b.opt_state, b.step))
+
+
+def states_of(trainer, state, items):
+    """The state before each step and after the last one."""
+    states = [state]
+    for x, loss in items:
+        states.append(trainer.step(states[-1], x, loss=loss)[1])
+    return states
+
+
+def descent(bad=(), steps=40):
+    """Losses that fall from step to step, and are nan at the steps ``bad``, which are counted from 1."""
+    return [
+        (lambda w: jnp.abs(w - 100) * jnp.nan) if step in bad else (lambda w: jnp.abs(w - 100))
+        for step in range(1, steps + 1)
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+@pytest.mark.parametrize("bad", [(1,), (2,), (4, 5), tuple(range(1, 13))])
+def test_a_skipped_step_does_not_end_an_improving_run(n, bad):
+    """One item of a corpus gives nan and is skipped: the run ended there, and `stopper.best` was empty.
+
+    The mean loss of its window was nan.
+    """
+    trainer, state, items = one_weight(descent(bad), on_nonfinite="skip")
+    stopper = reports.early_stopping("loss", mode="min", patience=1)
+    end = trainer.fit(state, items, report=reports.every(n, stopper))
+    assert int(end.step) == 40, "every window is better than the one before"
+    assert stopper.best_step == (40 // n - 1) * n
+    window = range(stopper.best_step, stopper.best_step + n)
+    assert stopper.best_value == pytest.approx(np.mean([99.0 - (i - len(bad)) for i in window]), rel=1e-7)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_best_state_by_the_training_loss_is_the_one_that_had_it(n, resume, tmp_path):
+    """A learning rate that is too large: the step with the best loss, 0.4507, led to a state whose loss is 5.446.
+
+    The state after that step was kept, and its loss is another one.
+    """
+    trainer, state, _ = one_weight([], optax.sgd(0.8))
+    targets = np.repeat(np.float32([0, 7]), [3, 6])
+    items = [(np.ones((1, 1), np.float32), lambda out, t=t: (out[0, 0] - t) ** 2) for t in map(np.asarray, targets)]
+    states = states_of(trainer, state, items)
+    values = [float(trainer.step(states[i], x, loss=loss)[0]) for i, (x, loss) in enumerate(items)]
+    stopper = reports.early_stopping("loss", mode="min", patience=100)
+    if resume:  # from a checkpoint in the middle of a window
+        directory = kaun.checkpoint.Directory(tmp_path / "run")
+        data = Data.from_items(items)
+        for steps in range(1, 10):
+            stopper = reports.early_stopping("loss", mode="min", patience=100)
+            trainer.fit(state, data.take(steps), report=reports.every(n, stopper), checkpoints=directory)
+    else:
+        trainer.fit(state, items, report=reports.every(n, stopper))
+    means = [np.mean(values[i : i + n]) for i in range(0, 9, n)]
+    best = int(np.argmin(means))
+    assert stopper.best_value == pytest.approx(means[best], rel=1e-6)
+    same_state(stopper.best, states[best * n])
+    if n == 1:
+        x, loss = items[best]
+        assert float(trainer.step(stopper.best, x, loss=loss)[0]) == stopper.best_value
+
+
+def test_one_stopper_for_two_runs_keeps_no_state_of_the_first():
+    """Five folds with one report: `best` was the state of another fold, trained on this one's held-out rows."""
+    easy, hard = [lambda w: w**2] * 4, [lambda w: w**2 + 50] * 4
+    trainer, state, items = one_weight(easy, optax.sgd(0.1))
+    harder = one_weight(hard)[2]
+    stopper = reports.early_stopping("loss", mode="min", patience=100)
+    first = trainer.fit(state, items, report=stopper)
+    assert stopper.best_value < 1
+    trainer.fit(state, harder, report=stopper)  # from the start again, with the same key
+    assert stopper.best_value > 50
+    assert stopper.best.key is not None and int(stopper.best.step) == 3
+    value = stopper.best_value
+    with rng.scope(1):
+        another = trainer.make_state(first.vars).replace(step=first.step)
+    trainer.fit(another, [(x, lambda out: out.mean() * 0 + 60) for x, _ in harder], report=stopper)
+    assert stopper.best_value == 60 > value, "another key is another run"
+
+
+def test_one_stopper_for_two_fits_of_a_run_continues():
+    """A run in two fits, the second from the state that the first returned, is one run for the stopper."""
+    trainer, state, items = one_weight([lambda w: w**2] * 4, optax.sgd(0.1))
+    stopper, whole = (reports.early_stopping("loss", mode="min", patience=3) for _ in range(2))
+    between = trainer.fit(state, items, report=stopper)
+    same = [(x, lambda out: out.mean() * 0 + 0.9) for x, _ in items]
+    end = trainer.fit(between, same, report=stopper)
+    assert int(end.step) == 7 and stopper.best_step == 3, "three values without a better one"
+    end = trainer.fit(state, items + same, report=whole)
+    assert int(end.step) == 7 and (whole.best_value, whole.best_step) == (stopper.best_value, 3)
+
+
+def test_the_training_loss_of_a_window_is_weighted_by_examples():
+    """A ragged last batch of one hard row counted as much as a batch of 64 in `early_stopping("loss")`."""
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.0))
+        state = trainer.init()
+    x = np.ones((9, 1), np.float32)
+    y = np.float32([[0]] * 8 + [[100]])
+    data = Data.batches((x, y), batch_size=8).with_loss(losses.mse)
+    stopper = reports.early_stopping("loss", mode="min", patience=1)
+    trainer.fit(state, data, report=reports.every(2, stopper))
+    whole = float(losses.mse(trainer.predict(state, x), y))
+    assert stopper.best_value == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_stopper_says_what_it_holds():
+    """A user kept training the state that `fit` returned, as after Keras' `restore_best_weights=True`."""
+    trainer, state, items = one_weight([lambda w: w**2] * 4, optax.sgd(0.1))
+    stopper = reports.early_stopping("loss", mode="min", patience=3)
+    assert repr(stopper) == "<early_stopping('loss', mode='min', patience=3): no value yet, .best is empty>"
+    trainer.fit(state, items, report=stopper)
+    assert repr(stopper) == (
+        "<early_stopping('loss', mode='min', patience=3): best value 0.262144; .best is the state before the steps "
+        "whose mean loss this is, of step 3; since then 0 of 3 values without a better one>"
+    )
+    measured = reports.early_stopping("a", mode="max", patience=2)
+    measured.observe(4, {"a": 0.5}, state)
+    assert repr(measured) == (
+        "<early_stopping('a', mode='max', patience=2): best value 0.5; .best is the state after the step at which it "
+        "was measured, of step 0; since then 0 of 2 values without a better one>"
+    )

@@ -263,7 +263,7 @@ def test_the_time_of_a_report_and_of_compiling_does_not_count_as_step_time(monke
 
     slow.block = report.block
     caller = ReportCaller(slow, None)
-    caller.begin()
+    caller.begin(lambda: None)
     now[0] += 12.0
     caller.compiled(8.0)
     caller.ran(ran(1, 1.0, 1.0))

@@ -21,7 +21,17 @@ from kaun.grad import check_scalar
 __all__ = ["RESERVED", "trace_loss"]
 
 RESERVED = frozenset(
-    {"examples_per_second", "finite", "grad_norm", "learning_rate", "loss", "skipped", "step", "step_time"}
+    {
+        "examples_per_second",
+        "examples_per_step",
+        "finite",
+        "grad_norm",
+        "learning_rate",
+        "loss",
+        "skipped",
+        "step",
+        "step_time",
+    }
 )
 
 

@@ -81,11 +81,11 @@ class ReportCaller:
         self._seconds = 0.0  # of compilation since then
         self._over = False  # a step was not finite and is discarded, as are those dispatched after it
 
-    def begin(self) -> None:
-        """Call the report's ``begin``."""
+    def begin(self, now: Callable[[], Any]) -> None:
+        """Call the report's ``begin``; ``now`` returns the state before the first step."""
         self._clock = time.perf_counter()
         if self._begin is not None:
-            self._begin(self._done + 1, self._total, measured_by_call(self._report), 1)
+            self._begin(self._done + 1, self._total, measured_by_call(self._report), 1, now())
 
     def ahead(self, done: int, most: int) -> int:
         """Return how many steps after those done may run before the report is called, at most ``most``."""
@@ -193,6 +193,7 @@ class ReportCaller:
         good = values.pop("finite", None)
         values["step"] = np.arange(n) + (int(self._before) - self._done + first)
         values["step_time"] = np.full(n, seconds, np.float32)
+        values["examples_per_step"] = np.where(np.isnan(examples), 1, examples).astype(np.int64)
         if not np.isnan(examples).any():
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
         if good is not None:

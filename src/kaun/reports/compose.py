@@ -138,9 +138,12 @@ class _Every(Report):
         # fit calls for wanted steps only; a user's own function may call it after each step.
         return self._f(step, loss, state) if step % self._n == 0 else None
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
         if self._begin is not None:
-            self._begin(first_step, total, measured, math.lcm(self._n, every))
+            self._begin(first_step, total, measured, math.lcm(self._n, every), state)
 
 
 class _AllOf(Report):
@@ -193,10 +196,13 @@ class _AllOf(Report):
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         _raise_first(_observed(self._observers, step, values, state, None))
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
         self._wanted.append({})
         for _, begin in self._begins:
-            begin(first_step, total, measured | self._measured, every)
+            begin(first_step, total, measured | self._measured, every, state)
 
     def compiling(self, where: str) -> Callable[[float], None]:
         compiled = [done for done in [compiling(where) for _, compiling in self._compilings] if callable(done)]

@@ -80,7 +80,7 @@ class _LearningRate(Report):
         self._skipped += int(skipped.sum())
         return {"learning_rate": self._at(before)}
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._ahead((first_step - 1) // CHUNK)  # most states begin with step 1 of a fit
 
     def snapshot(self) -> dict[str, Any]:

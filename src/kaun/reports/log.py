@@ -20,6 +20,7 @@ __all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array", "require_pa
 
 Row = dict[str, Any]  # "step", an int, first; then float, int or bool by name
 
+_NOT_LOGGED = ("step", "examples_per_step")
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -71,7 +72,9 @@ class Log(Report):
         self._row: Row | None = None  # the newest
         self._written = False  # whether that one is written
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1, *_: Any
+    ) -> None:
         self._fits += 1
         if self._fits > 1:
             raise RuntimeError(
@@ -159,7 +162,7 @@ class Log(Report):
 
 
 def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> list[Row]:
-    named = {name: _numbers(column) for name, column in columns.items() if name != "step"}
+    named = {name: _numbers(column) for name, column in columns.items() if name not in _NOT_LOGGED}
     steps = range(first + start, first + start + n * len(columns["loss"]), n)
     return [dict(zip(("step", *named), row, strict=True)) for row in zip(steps, *named.values(), strict=True)]
 

@@ -66,7 +66,7 @@ class _Plot(Report):
         self._next = 0.0  # when to draw
         self._new = False  # whether something was recorded since the last picture
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._next = monotonic() + FIRST
 
     def wants(self, step: int) -> bool:
