@@ -282,3 +282,31 @@ def test_a_stopper_says_what_it_holds():
         "<early_stopping('a', mode='max', patience=2): best value 0.5; .best is the state after the step at which it "
         "was measured, of step 0; since then 0 of 2 values without a better one>"
     )
+
+
+@pytest.mark.parametrize("pipeline", [lambda d: d.epochs(3), lambda d: d.epochs(3).with_loss(losses.mse).prefetch(2)])
+def test_an_epoch_of_validate_is_one_epoch_also_of_train_epochs(pipeline):
+    """`validate(..., each=train)` where `train` was already `epochs(3)`: it ran once, after the third epoch."""
+    data = Data.from_items([1, 2, 3, 4])
+    trainer, _ = linear(optax.sgd(1e-3))
+    several = pipeline(data)
+    validation = reports.validate(trainer, [], {"a": losses.mse}, each=several)
+    each = reports.each_epoch(several, lambda epoch, state: None)
+    for report in (validation, each):
+        assert [step for step in range(1, 13) if report.wants(step)] == [4, 8, 12]
+    twice = reports.each_epoch(several.epochs(2), lambda epoch, state: None)
+    assert [step for step in range(1, 13) if twice.wants(step)] == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    "pipeline", [lambda d: d.epochs(3).take(7), lambda d: d.epochs(3).skip(4), lambda d: d.epochs(3).batch(2)]
+)
+def test_a_part_of_several_epochs_is_no_epoch(pipeline):
+    """`each=train.epochs(3).take(7)` says nothing about where an epoch ends."""
+    several = pipeline(Data.from_items([1, 2, 3, 4]))
+    trainer, _ = linear(optax.sgd(1e-3))
+    text = r"expected the pipeline of one epoch, received (?s:.*)epochs\(3\).*, whose items are not whole epochs\. Pass"
+    with pytest.raises(ValueError, match=f"validate {text}"):
+        reports.validate(trainer, [], {"a": losses.mse}, each=several)
+    with pytest.raises(ValueError, match=f"each_epoch {text} .*each=train, with trainer.fit"):
+        reports.each_epoch(several, lambda epoch, state: None)
