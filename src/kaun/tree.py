@@ -119,8 +119,10 @@ def snapshot(value: Any) -> Any:
     """Return a copy of a NumPy array, and any other value itself.
 
     XLA reads NumPy memory after a call has returned, so a later write would change a step already dispatched. With
-    ``jnp.array(copy=True)`` in place of ``np.array`` later writes were still seen.
+    ``jnp.array(copy=True)`` in place of ``np.array`` later writes were still seen. A masked array keeps its mask.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        return value.copy()
     return np.array(value) if isinstance(value, np.ndarray) else value
 
 

@@ -310,3 +310,81 @@ def test_a_part_of_several_epochs_is_no_epoch(pipeline):
         reports.validate(trainer, [], {"a": losses.mse}, each=several)
     with pytest.raises(ValueError, match=f"each_epoch {text} .*each=train, with trainer.fit"):
         reports.each_epoch(several, lambda epoch, state: None)
+
+
+class Series:
+    """As pandas': ``[i]`` is the value with the label i."""
+
+    def __init__(self, values, labels):
+        self._values, self._labels = list(values), list(labels)
+        self.loc = self.iloc = self
+
+    def __len__(self):
+        return len(self._values)
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __getitem__(self, label):
+        return self._values[self._labels.index(label)]
+
+
+class DataFrame(Series):
+    columns = ("a", "b")
+
+
+def frames():
+    yield Series([10, 20, 30], [2, 0, 1]), r"Data\.from_items\(series\.to_numpy\(\)\)\."
+    records = r'Data\.from_items\(frame\.to_dict\("records"\)\)'
+    yield DataFrame([10, 20, 30], ["a", "b", "c"]), rf"Data\.batches\(\(frame.*, or for rows as dicts {records}"
+
+
+def refused_frames(frames):
+    for frame, fix in frames:
+        kind = type(frame).__name__
+        for where, make in (("from_items", Data.from_items), ("from_iterable", Data.from_iterable)):
+            text = rf"Data\.{where} expected items by their number, received a {kind}, which finds .*Write {fix}"
+            with pytest.raises(TypeError, match=text):
+                make(frame)
+
+
+def test_a_series_is_not_read_by_its_labels():
+    """A shuffled Series of pandas gave its rows in another order than its values, a DataFrame its columns."""
+    refused_frames(frames())
+
+
+def test_a_series_of_pandas_is_not_read_by_its_labels():
+    """The same with pandas itself."""
+    pandas = pytest.importorskip("pandas")
+    fixes = [fix for _, fix in frames()]
+    series, frame = pandas.Series([10, 20, 30], index=[2, 0, 1]), pandas.DataFrame({"a": [1, 2], "b": [3, 4]})
+    refused_frames(zip((series, frame), fixes, strict=True))
+
+
+def test_masked_arrays_keep_their_mask_or_are_refused():
+    """Sensor data with gaps as masked arrays: the numbers under the mask went into batches and losses."""
+    rows = [np.ma.masked_array([1.0, 999.0], mask=[False, True]), np.ma.masked_array([2.0, 3.0], mask=[False, False])]
+    data = Data.from_items(rows)
+    text = (
+        r"Data\.stack expected arrays without a mask, received a masked float64\[2\] of item 0\. Pass values and mask"
+    )
+    with pytest.raises(TypeError, match=text):
+        list(data.batch(2))
+    for batches in (data.map_batch(2, np.ma.stack), data.prefetch(2).map_batch(2, np.ma.stack)):
+        (batch,) = batches
+        assert isinstance(batch, np.ma.MaskedArray) and batch.sum() == 6.0
+    for pairs in (data.prefetch(2), data.map(lambda a: {"x": a}).prefetch(1).map(lambda d: d["x"])):
+        first = next(iter(pairs))
+        assert isinstance(first, np.ma.MaskedArray) and first.sum() == 1.0
+    text = r"mse expected targets without a mask, received a masked float32\[2\]: masked elements would count\. Leave"
+    with pytest.raises(TypeError, match=text):
+        losses.mse(jnp.zeros(2), rows[0].astype(np.float32))
+    trainer, state = linear(optax.sgd(1e-3))
+    masked = np.ma.masked_array(np.ones((4, 1), np.float32), mask=[[True], [False]] * 2)
+    good = np.ones((4, 1), np.float32)
+    for pair in ((masked, good), (good, masked)):
+        for batches in (Data.batches(pair, batch_size=2), Data.batches(pair, batch_size=2).prefetch(1)):
+            with pytest.raises(Exception, match="a masked array"):
+                trainer.fit(state, batches.with_loss(losses.mse))
+            with pytest.raises(TypeError, match="a masked array"):
+                trainer.evaluate(state, batches, {"mse": losses.mse})
