@@ -388,3 +388,38 @@ def test_masked_arrays_keep_their_mask_or_are_refused():
                 trainer.fit(state, batches.with_loss(losses.mse))
             with pytest.raises(TypeError, match="a masked array"):
                 trainer.evaluate(state, batches, {"mse": losses.mse})
+
+
+@pytest.mark.parametrize("wrong", [-0.5, 1.5, 255.0, math.nan])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_probabilities_outside_of_0_to_1_are_refused(wrong, kind):
+    """An autoencoder with images from 0 to 255 as labels had a binary cross entropy of minus thousands."""
+    labels = kind(np.float32([0.0, 1.0, wrong, 0.25]))
+    text = rf"binary_cross_entropy expected labels in 0 to 1, received labels\[2\] = {wrong} \(1 of 4 are outside\)\."
+    with pytest.raises(ValueError, match=text):
+        losses.binary_cross_entropy(jnp.zeros(4), labels)
+    losses.binary_cross_entropy(jnp.zeros(4), kind(np.float32([0.0, 1.0, 0.5, 0.25])))
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([[1, 0], [1, 1]], r"one_hot\.sum\(axis=-1\) in 1, received one_hot\.sum\(axis=-1\)\[1\] = 2\.0"),
+        ([[0, 0], [1, 0]], r"one_hot\.sum\(axis=-1\) in 1.* = 0\.0 \(1 of 2 are outside\)\. For several classes"),
+        ([[-0.5, 1.5], [1.0, 0.0]], r"one_hot in 0 to 1, received one_hot\[0, 0\] = -0\.5"),
+    ],
+)
+def test_rows_that_are_no_distributions_are_refused(rows, text):
+    """Labels of several classes at once, or a row of zeros for padding, in `cross_entropy`."""
+    labels = np.array(rows)
+    for given in (labels.astype(np.float32), jnp.asarray(labels, jnp.float32), labels):
+        if given.dtype != np.float64:
+            with pytest.raises(ValueError, match=f"cross_entropy expected {text}"):
+                losses.cross_entropy(jnp.zeros((2, 2)), given)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_distributions_may_be_rounded(dtype):
+    """A teacher's probabilities in half precision sum to 1 up to their rounding."""
+    probabilities = jax.nn.softmax(jnp.asarray(np.random.default_rng(0).normal(size=(8, 1000)), jnp.float32))
+    assert losses.cross_entropy(jnp.zeros((8, 1000), dtype), probabilities.astype(dtype)) > 0
