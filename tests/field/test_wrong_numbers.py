@@ -423,3 +423,103 @@ def test_distributions_may_be_rounded(dtype):
     """A teacher's probabilities in half precision sum to 1 up to their rounding."""
     probabilities = jax.nn.softmax(jnp.asarray(np.random.default_rng(0).normal(size=(8, 1000)), jnp.float32))
     assert losses.cross_entropy(jnp.zeros((8, 1000), dtype), probabilities.astype(dtype)) > 0
+
+
+def rates_of(trainer, state, items, *parts):
+    """The learning rates that the blocks of a fit have, the lengths by which each step moved the weight, the state."""
+    states = [state]
+    report = reports.all_of(blocks := Blocks(), *parts, lambda step, loss, now: states.append(now))
+    end = trainer.fit(state, items, report=report)
+    moved = np.diff([float(s.vars.params["weight"][0, 0]) for s in states])
+    return blocks["learning_rate"].tolist() if "learning_rate" in blocks.values else None, -moved, end
+
+
+SLOPE = (np.ones((1, 1), np.float32), lambda output: output.sum())  # of gradient 1
+BAD = (np.full((1, 1), np.nan, np.float32), SLOPE[1])
+HALVING = lambda count: 0.5**count
+
+
+def test_the_rate_under_multi_steps_is_that_of_its_updates():
+    """Gradients accumulated over 3 steps with `optax.MultiSteps`: the logged rate fell three times too fast.
+
+    With an injected rate, the steps of a window had the rate of the window before.
+    """
+    trainer, state = linear(optax.MultiSteps(optax.sgd(HALVING), 3).gradient_transformation())
+    rates, moved, end = rates_of(trainer, state, [SLOPE] * 7, reports.learning_rate(HALVING))
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
+    np.testing.assert_allclose(moved, [0, 0, 1, 0, 0, 0.5, 0], atol=1e-6)
+    rates, moved, _ = rates_of(trainer, end, [SLOPE] * 3, reports.learning_rate(HALVING))
+    assert rates == [0.25, 0.25, 0.125], "a further fit begins inside a window"
+    injected = optax.inject_hyperparams(optax.sgd)(learning_rate=HALVING)
+    trainer, state = linear(optax.MultiSteps(injected, 3).gradient_transformation())
+    rates, moved, _ = rates_of(trainer, state, [SLOPE] * 7)
+    np.testing.assert_array_equal(rates, [math.nan, math.nan, 1, math.nan, math.nan, 0.5, math.nan])
+    np.testing.assert_allclose(moved[2::3], [1, 0.5], atol=1e-6)
+
+
+def test_the_rate_after_skipped_steps_of_an_earlier_fit_is_right():
+    """A second fit with a new report, after a first one that skipped two steps: the rate was two updates ahead."""
+    trainer, state = linear(optax.sgd(HALVING), on_nonfinite="skip")
+    rates, _, end = rates_of(trainer, state, [SLOPE, BAD, BAD, SLOPE], reports.learning_rate(HALVING))
+    assert rates == [1, 0.5, 0.5, 0.5]
+    rates, moved, _ = rates_of(trainer, end, [SLOPE, BAD, SLOPE], reports.learning_rate(HALVING))
+    assert rates == [0.25, 0.125, 0.125]
+    np.testing.assert_allclose(moved, [0.25, 0, 0.125], atol=1e-6)
+
+
+def test_an_injected_rate_of_a_skipped_step_is_unknown():
+    """The state has the rate of the update before, which was logged for the skipped step."""
+    trainer, state = linear(optax.inject_hyperparams(optax.sgd)(learning_rate=HALVING), on_nonfinite="skip")
+    rates, moved, _ = rates_of(trainer, state, [SLOPE, BAD, SLOPE])
+    np.testing.assert_array_equal(rates, [1, math.nan, 0.5])
+    np.testing.assert_allclose(moved, [1, 0, 0.5], atol=1e-6)
+
+
+def test_of_two_injected_rates_none_is_the_rate_of_the_step():
+    """Head and body with learning rates of their own: the first that was found was logged for both."""
+    inject = optax.inject_hyperparams(optax.sgd)
+    optimizer = optax.partition({"a": inject(learning_rate=1.0), "b": inject(learning_rate=0.1)}, {"weight": "b"})
+    trainer, state = linear(optimizer)
+    rates, moved, _ = rates_of(trainer, state, [SLOPE])
+    assert rates is None
+    np.testing.assert_allclose(moved, [0.1], rtol=1e-5)
+
+
+def test_the_rate_with_reduce_on_plateau_is_scaled_or_unknown():
+    """`reduce_on_plateau` divided the rate by two, and the log went on with the one before."""
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, atol=1e9)
+    inject = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+    trainer, state = linear(optax.chain(inject, plateau))
+    rates, moved, _ = rates_of(trainer, state, [SLOPE] * 6)
+    np.testing.assert_allclose(rates, moved, rtol=1e-5)
+    assert rates[0] == 1 and rates[-1] < 0.5
+    trainer, state = linear(optax.chain(optax.sgd(HALVING), plateau))
+    with pytest.warns(UserWarning, match=r"gives NaN: reduce_on_plateau scales it\. Leave .*\n    optax\.inject_hyper"):
+        rates, *_ = rates_of(trainer, state, [SLOPE] * 2, reports.learning_rate(HALVING))
+    assert np.isnan(rates).all()
+
+
+def test_the_rate_of_schedules_at_different_counts_is_unknown():
+    """A schedule inside of `MultiSteps` and another one behind it."""
+    windows = optax.MultiSteps(optax.sgd(HALVING), 2).gradient_transformation()
+    trainer, state = linear(optax.chain(windows, optax.scale_by_schedule(HALVING)))
+    with pytest.warns(
+        UserWarning, match=r"gives NaN: the optimizer's state has schedules at different counts \(\[0\]\)"
+    ):
+        rates, *_ = rates_of(trainer, state, [SLOPE] * 2, reports.learning_rate(HALVING))
+    assert np.isnan(rates).all()
+
+
+def test_the_rate_is_right_after_a_resume_and_with_a_schedule_behind_multi_steps(tmp_path):
+    """A run of skipped steps is resumed by another process, in which the report is new."""
+    trainer, state = linear(optax.sgd(HALVING), on_nonfinite="skip")
+    data = Data.from_items([SLOPE, BAD, SLOPE, SLOPE])
+    directory = kaun.checkpoint.Directory(tmp_path / "run")
+    for steps in (2, 4):
+        report = reports.all_of(blocks := Blocks(), reports.learning_rate(HALVING))
+        trainer.fit(state, data.take(steps), report=report, checkpoints=directory)
+    assert blocks["learning_rate"].tolist() == [0.5, 0.25]
+    windows = optax.MultiSteps(optax.identity(), 2).gradient_transformation()
+    trainer, state = linear(optax.chain(windows, optax.scale_by_schedule(HALVING)))
+    rates, *_ = rates_of(trainer, state, [SLOPE] * 4, reports.learning_rate(HALVING))
+    assert rates == [1, 0.5, 0.25, 0.125]

@@ -22,17 +22,10 @@ __all__ = ["RESERVED", "trace_loss"]
 
 RESERVED = frozenset(
     {
-        "examples_per_second",
-        "examples_per_step",
-        "finite",
-        "grad_norm",
-        "learning_rate",
-        "loss",
-        "skipped",
-        "step",
-        "step_time",
+        "examples_per_second", "examples_per_step", "finite", "grad_norm", "learning_rate", "loss", "skipped", "step",
+        "step_time", "updates",
     }
-)
+)  # fmt: skip
 
 
 def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:

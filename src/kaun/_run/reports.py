@@ -198,4 +198,6 @@ class ReportCaller:
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
         if good is not None:
             values["skipped"] = good == 0
+            if "learning_rate" in values:  # the state has the rate of the update before
+                values["learning_rate"] = np.where(good == 0, np.nan, values["learning_rate"])
         return values

@@ -172,7 +172,7 @@ def train_step(
     numbers = {"grad_norm": norm}
     if settings.on_nonfinite == "skip" or scaled:
         numbers["finite"] = finite.astype(jnp.float32)
-    numbers |= rates(after) | scalars
+    numbers |= rates(before, after) | scalars
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)
         finite, squares = finite | overflowed, jnp.where(overflowed, 0, squares)

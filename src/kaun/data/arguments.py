@@ -28,14 +28,14 @@ def checked_count(where: str, name: str, value: Any, least: int) -> int:
     return number
 
 
-def refuse_frame(where: str, value: Any) -> None:
-    """Refuse a Series or DataFrame of pandas and its like, whose ``[i]`` finds a label, or a column, and not a row.
+def refuse_frame(where: str, value: Any) -> Any:
+    """The value, unless it is a Series or DataFrame of pandas or its like, whose ``[i]`` finds a label or a column.
 
     Raises:
         TypeError: when it is one: it has the rows by number as ``iloc``.
     """
     if not (hasattr(value, "iloc") and hasattr(value, "loc")):
-        return
+        return value
     fix = "Data.from_items(series.to_numpy())"
     if hasattr(value, "columns"):
         fix = (

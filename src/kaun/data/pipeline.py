@@ -60,8 +60,7 @@ class Data(Generic[T]):
             >>> list(Data.from_items("abc").skip(1))
             ['b', 'c']
         """
-        refuse_frame("Data.from_items", items)
-        held: Any = tuple(items) if isinstance(items, list) else items
+        held: Any = tuple(items) if isinstance(items, list) else refuse_frame("Data.from_items", items)
         if isinstance(held, Mapping) or not (hasattr(held, "__len__") and hasattr(held, "__getitem__")):
             raise TypeError(
                 "Data.from_items expected a sequence (a list, or anything with len() and [i]), received "
@@ -141,8 +140,7 @@ class Data(Generic[T]):
         """
         if isinstance(iterable, Data):
             return cast("Data[U]", iterable)
-        source: Any = iterable
-        refuse_frame("Data.from_iterable", source)
+        source: Any = refuse_frame("Data.from_iterable", iterable)
         if isinstance(source, Mapping) or not (hasattr(source, "__iter__") or callable(source)):
             raise TypeError(
                 "Data.from_iterable expected a loader, or a function without arguments that returns one, received "
