@@ -23,7 +23,7 @@ CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait", 
 _PARAMETERS = {
     "wants": "step",
     "block": "first_step, values",
-    "begin": "first_step, total, measured, every",
+    "begin": "first_step, total, measured, every, state",
     "end": "",
     "compiling": "where",
     "observe": "step, values, state",
@@ -120,9 +120,11 @@ class Report:
 
         Args:
             first_step: The number of the first step of the block in this fit.
-            values: Arrays of shape (n,), one number for each step: ``"loss"`` (float32), ``"step"`` (int64, the
-                ``state.step`` after the step), ``"step_time"`` in seconds, the scalars that the loss returned, and
-                where they are known ``"grad_norm"``, ``"learning_rate"``, ``"examples_per_second"``, ``"skipped"``.
+            values: Arrays of shape (n,), one number for each step: ``"loss"`` (float32, or float64 where the loss is),
+                ``"step"`` (int64, the ``state.step`` after the step), ``"step_time"`` in seconds, the scalars that the
+                loss returned, each in its own dtype (half precision in float32), ``"examples_per_step"`` (int64, 1
+                where x has no array with rows), and where they are known ``"grad_norm"``, ``"learning_rate"``,
+                ``"examples_per_second"``, ``"skipped"``, ``"updates"`` (of ``optax.MultiSteps``, up to the step).
 
         Returns:
             None; or, from a report with ``measures``, further arrays of shape (n,) by name, which the blocks of the
@@ -130,7 +132,15 @@ class Report:
         """
         return None
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str], every: int) -> None:
+    def begin(
+        self,
+        first_step: int,
+        total: int | None,
+        measured: frozenset[str],
+        every: int,
+        state: TrainState | None = None,
+        /,
+    ) -> None:
         """Prepare for a fit; called before its first step.
 
         Args:
@@ -139,6 +149,7 @@ class Report:
             measured: The names that the calls of all reports of the fit measure.
             every: The ``n`` of the ``every(n, report)`` that contains the report, 1 without one. A block holds all
                 steps nevertheless.
+            state: The state before the first step. It may be kept, at the cost of its memory.
         """
 
     def end(self) -> None:
@@ -226,8 +237,9 @@ def _taken(method: Any, most: int) -> int | None:
     if not callable(method):
         return None
     code = getattr(getattr(method, "__func__", None), "__code__", None)
-    if code is not None and code.co_argcount == most + 1 and not code.co_kwonlyargcount:
-        return most  # the usual case, without the 50 microseconds of a signature
+    if code is not None and not code.co_kwonlyargcount and 1 <= code.co_argcount <= most + 1:
+        # The usual case, without the 50 microseconds of a signature.
+        return most if code.co_flags & inspect.CO_VARARGS else code.co_argcount - 1
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):  # some builtins have none

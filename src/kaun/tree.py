@@ -80,6 +80,14 @@ def is_real_scalar(value: Any) -> bool:
     return is_real(value) and getattr(value, "shape", ()) == ()
 
 
+def host_scalar(value: Any) -> jax.Array:
+    """A real scalar as the reports get it: in its own dtype, or in float32 or int32 where NumPy lacks that dtype."""
+    array = jnp.asarray(value)
+    if array.dtype.kind in "biu" or array.dtype in (jnp.float32, jnp.float64):
+        return array.astype(array.dtype)  # without a weak type
+    return array.astype(jnp.int32 if jnp.issubdtype(array.dtype, jnp.integer) else jnp.float32)
+
+
 def format_bytes(count: int) -> str:
     """A number of bytes for readers, in decimal units and three significant digits: ``1.65 KB``."""
     size = float(count)
@@ -117,8 +125,10 @@ def snapshot(value: Any) -> Any:
     """Return a copy of a NumPy array, and any other value itself.
 
     XLA reads NumPy memory after a call has returned, so a later write would change a step already dispatched. With
-    ``jnp.array(copy=True)`` in place of ``np.array`` later writes were still seen.
+    ``jnp.array(copy=True)`` in place of ``np.array`` later writes were still seen. A masked array keeps its mask.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        return value.copy()
     return np.array(value) if isinstance(value, np.ndarray) else value
 
 

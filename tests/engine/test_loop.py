@@ -319,13 +319,8 @@ def test_the_results_of_a_dispatch_have_its_numbers(programs):
     push(run, np.full(3, 0.5, np.float32), lambda out: (out.mean(), {"most": out.max()}))
     run.flush()
     (results,) = seen
-    assert (results.first, results.steps, results.names, results.examples, results.finite_steps()) == (
-        1,
-        1,
-        ("most", "sum"),
-        3,
-        1,
-    )
+    assert (results.first, results.steps, results.examples, results.finite_steps()) == (1, 1, 3, 1)
+    assert results.places == {"most": (0, 0), "sum": (0, 1)}
     assert {name: list(v) for name, v in results.values(1).items()} == {"loss": [0.5], "most": [0.5], "sum": [1.5]}
 
 

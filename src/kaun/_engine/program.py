@@ -66,7 +66,8 @@ class TracedStep:
         jaxpr: The traced program.
         on_nonfinite: As the argument.
         discards: As the argument.
-        names: The names of the numbers that a step gives beside its loss, in the order of their columns.
+        tables: For each dtype the names of a step's numbers beside its loss, in the order of their columns.
+        places: For each of these numbers by name the index of its table and its column.
         looped: Whether it runs in a loop, many steps for one dispatch.
         capacity: How many items one dispatch may hold.
         status: The status of a run in which all steps are finite (``StepResults``), None if runs do not end at one
@@ -77,8 +78,8 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_lock", "_programs", "capacity", "discards", "entries", "jaxpr", "looped", "loss_dtype", "names",
-        "on_nonfinite", "patterns", "seconds", "status", "step",
+        "_lock", "_programs", "capacity", "discards", "entries", "jaxpr", "looped", "loss_dtype", "on_nonfinite",
+        "patterns", "places", "seconds", "status", "step", "tables",
     )  # fmt: skip
 
     def __init__(
@@ -87,7 +88,13 @@ class TracedStep:
         self.step, self.jaxpr, self.on_nonfinite, self.discards = step, traced.jaxpr, on_nonfinite, discards
         loss, numbers, _, _, squares = traced.out_info
         self.loss_dtype = loss.dtype
-        self.names = tuple(numbers)
+        self.tables: dict[Any, list[str]] = {}
+        for name, number in numbers.items():
+            self.tables.setdefault(number.dtype, []).append(name)
+        table_of = {dtype: i for i, dtype in enumerate(self.tables)}
+        self.places = {
+            name: (table_of[number.dtype], self.tables[number.dtype].index(name)) for name, number in numbers.items()
+        }
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.capacity = capacity_of(inputs) if self.looped else 1
         self.status = _all_finite(squares.shape[0], squares.dtype) if on_nonfinite == "raise" else None
@@ -112,7 +119,7 @@ class TracedStep:
 
         It takes the state's arrays, the run's key, the status, the number of steps,
         and the leaves that are not stacked and those that are. It returns the losses, an array at least as long as the
-        number of steps; the other numbers of each step, a row of float32 for each; the state's arrays; and the status.
+        number of steps; the other numbers of each step, a table for each dtype; the state's arrays; and the status.
 
         Args:
             entry: ``"fit"``; ``"fit in place"`` for one that overwrites its state's memory; ``"step"`` for one that
@@ -189,12 +196,12 @@ def _block(
     def straight(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         # Without a loop, for a step that XLA runs slowly inside one.
         before = packing.unpack(held) if packing else held
-        loss, row, after, last = _run_step(traced, stops, before, key, status, shared)
+        loss, rows, after, last = _run_step(traced, stops, before, key, status, shared)
         if stops:  # after a step that is not finite nothing changes any more
             running = status[0] > 0
             after = _select(running & (last[0] > 0) if keeps else running, after, before)
             last = jnp.where(running, last, status)
-        return loss[None], row[None], packing.pack(after) if packing else after, last
+        return loss[None], [row[None] for row in rows], packing.pack(after) if packing else after, last
 
     def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         def unfinished(carried: Any) -> jax.Array:
@@ -202,33 +209,34 @@ def _block(
             return (i < count) & (status[0] > 0) if stops else i < count
 
         def body(carried: Any) -> Any:
-            i, leaves, _, status, losses, table = carried
+            i, leaves, _, status, losses, tables = carried
             given = iter(shared)
             sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
             item = [next(sliced if is_stacked else given) for is_stacked in pattern]
-            loss, row, after, status = _run_step(traced, stops, leaves, key, status, item)
+            loss, rows, after, status = _run_step(traced, stops, leaves, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
-            table = lax.dynamic_update_index_in_dim(table, row, i, 0)
-            return i + 1, after, leaves if keeps else [], status, losses, table
+            tables = [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
+            return i + 1, after, leaves if keeps else [], status, losses, tables
 
-        losses, table = jnp.zeros(rows, traced.loss_dtype), jnp.zeros((rows, len(traced.names)), jnp.float32)
+        losses = jnp.zeros(length, traced.loss_dtype)
+        tables = [jnp.zeros((length, len(names)), dtype) for dtype, names in traced.tables.items()]
         leaves = packing.unpack(held) if packing else held
-        start = (jnp.uint32(0), leaves, leaves if keeps else [], status, losses, table)
-        _, leaves, before, status, losses, table = lax.while_loop(unfinished, body, start)
+        start = (jnp.uint32(0), leaves, leaves if keeps else [], status, losses, tables)
+        _, leaves, before, status, losses, tables = lax.while_loop(unfinished, body, start)
         leaves = _select(status[0] > 0, leaves, before) if keeps else leaves
-        return losses, table, packing.pack(leaves) if packing else leaves, status
+        return losses, tables, packing.pack(leaves) if packing else leaves, status
 
-    rows = traced.capacity if any(pattern) else ROWS
+    length = traced.capacity if any(pattern) else ROWS
     return looped if traced.looped else straight
 
 
 def _run_step(traced: TracedStep, stops: bool, leaves: list[Any], key: jax.Array, status: Any, item: list[Any]) -> Any:
-    """Return the loss, the row of other numbers, the leaves and the status after a step."""
+    """Return the loss, the rows of other numbers, the leaves and the status after a step."""
     loss, numbers, after, finite, squares = traced.step(leaves, key, item)
     if stops:
         status = jnp.concatenate([finite.astype(status.dtype)[None], squares])
-    row = jnp.stack([numbers[name] for name in traced.names])
-    return loss, row, after, status
+    rows = [jnp.stack([numbers[name] for name in names]) for names in traced.tables.values()]
+    return loss, rows, after, status
 
 
 def _select(condition: jax.Array, values: list[Any], others: list[Any]) -> list[Any]:

@@ -81,11 +81,11 @@ class ReportCaller:
         self._seconds = 0.0  # of compilation since then
         self._over = False  # a step was not finite and is discarded, as are those dispatched after it
 
-    def begin(self) -> None:
-        """Call the report's ``begin``."""
+    def begin(self, now: Callable[[], Any]) -> None:
+        """Call the report's ``begin``; ``now`` returns the state before the first step."""
         self._clock = time.perf_counter()
         if self._begin is not None:
-            self._begin(self._done + 1, self._total, measured_by_call(self._report), 1)
+            self._begin(self._done + 1, self._total, measured_by_call(self._report), 1, now())
 
     def ahead(self, done: int, most: int) -> int:
         """Return how many steps after those done may run before the report is called, at most ``most``."""
@@ -179,7 +179,7 @@ class ReportCaller:
         now = time.perf_counter()
         seconds = max(now - self._clock - self._seconds, 0.0) / max(taken, 1)
         self._clock, self._seconds = now, 0.0
-        for _, group in itertools.groupby(values, lambda pair: pair[0].names):
+        for _, group in itertools.groupby(values, lambda pair: pair[0].places):
             members = list(group)
             joined = {name: np.concatenate([v[name] for _, v in members]) for name in members[0][1]}
             if self._block is not None and len(joined["loss"]):
@@ -193,8 +193,11 @@ class ReportCaller:
         good = values.pop("finite", None)
         values["step"] = np.arange(n) + (int(self._before) - self._done + first)
         values["step_time"] = np.full(n, seconds, np.float32)
+        values["examples_per_step"] = np.where(np.isnan(examples), 1, examples).astype(np.int64)
         if not np.isnan(examples).any():
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
         if good is not None:
             values["skipped"] = good == 0
+            if "learning_rate" in values:  # the state has the rate of the update before
+                values["learning_rate"] = np.where(good == 0, np.nan, values["learning_rate"])
         return values

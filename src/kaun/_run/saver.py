@@ -153,7 +153,7 @@ def save_on_error(
         hook: calls the report, also at the begin and at the end.
     """
     try:
-        hook.begin()
+        hook.begin(now)
         yield
     except BaseException as error:
         first: BaseException = error

@@ -67,8 +67,9 @@ def inner_state(policy: Policy | None, opt_state: Any) -> Any:
 
 
 def scale_loss(opt_state: LossScale, value: jax.Array) -> jax.Array:
-    """Return the loss times the scale, in float32."""
-    return value.astype(jnp.float32) * opt_state.scale
+    """Return the loss times the scale, in float32 (float64 where the loss is)."""
+    wide = accumulation_dtype(value.dtype)
+    return value.astype(wide) * opt_state.scale.astype(wide)
 
 
 def unscale(opt_state: LossScale, gradient: Any) -> Any:

@@ -30,14 +30,14 @@ def check_mode(mode: Any) -> None:
         raise ValueError(f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, MODES))}, received {mode!r}.")
 
 
-def squares_of(gradient: Any) -> jax.Array:
-    """Return the sum of squares of each leaf of a gradient, a vector of float32 (float64 where a leaf is).
+def squares_of(gradient: Any, loss_dtype: Any) -> jax.Array:
+    """Return the sum of squares of each leaf of a gradient, a vector of float32 (float64 where a leaf or the loss is).
 
     The square root of its sum is the gradient's norm. A gradient counts as finite if its norm is: in float32 that is
     below 1.8e19.
     """
     leaves = jax.tree_util.tree_leaves(gradient)
-    widest = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+    widest = jnp.float64 if jnp.float64 in (loss_dtype, *[leaf.dtype for leaf in leaves]) else jnp.float32
     # A sum over all axes and not a dot of vectors, which would first transpose a transposed product.
     return jnp.stack([jnp.sum(jnp.square(leaf.astype(widest))) for leaf in leaves])
 

@@ -15,7 +15,6 @@ from kaun import tree
 from kaun._messages import locate
 
 __all__ = [
-    "_EXTRA",
     "Optimizer",
     "apply_update",
     "check_optimizer",
@@ -23,6 +22,7 @@ __all__ = [
     "init_optimizer",
     "learning_rate",
     "rates",
+    "state_nodes",
 ]
 
 _EXTRA: tuple[str, ...] = ("value", "grad", "value_fn", "obj_fn", "grad_fn")
@@ -182,19 +182,46 @@ def apply_update(
         ) from error
 
 
+def state_nodes(opt_state: Any, *names: str) -> list[Any]:
+    """Return the parts of an optimizer's state whose classes have these names; a part inside another is left out."""
+    is_one = lambda node: type(node).__name__ in names
+    return [node for node in jax.tree_util.tree_leaves(opt_state, is_leaf=is_one) if is_one(node)]
+
+
 def learning_rate(opt_state: Any) -> Any:
-    """Return the learning rate in an optimizer's state, where ``optax.inject_hyperparams`` put one; None elsewhere."""
+    """Return the learning rate in an optimizer's state, where ``optax.inject_hyperparams`` put one; else None.
+
+    None also where it put several: of those none is the learning rate of the step.
+    """
+    found: list[Any] = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
         names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
         if names == ["hyperparams", "learning_rate"] and leaf.ndim == 0:
-            return leaf
-    return None
+            found.append(leaf)
+    return found[0] if len(found) == 1 else None
 
 
-def rates(opt_state: Any) -> dict[str, jax.Array]:
-    """Return ``learning_rate`` by that name, where an optimizer's state has one."""
-    rate = learning_rate(opt_state)
-    return {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
+def rates(before: Any, after: Any) -> dict[str, jax.Array]:
+    """Return what a step tells of its update: ``learning_rate``, where it is known, and ``updates`` of MultiSteps.
+
+    The rate is nan in a step of ``optax.MultiSteps`` that makes no update: the state has the rate of the update before.
+
+    Args:
+        before: The optimizer's state before the step.
+        after: Its state after the step.
+    """
+    windows, scales = state_nodes(after, "MultiStepsState"), state_nodes(after, "ReduceLROnPlateauState")
+    updates = {"updates": windows[0].gradient_step} if len(windows) == 1 else {}
+    rate = learning_rate(after)
+    if rate is None or len(windows) > 1 or len(scales) > 1:
+        return updates
+    rate = tree.host_scalar(rate)
+    if scales:
+        rate = rate * scales[0].scale.astype(rate.dtype)
+    if windows and learning_rate(windows[0]) is not None:
+        made = windows[0].gradient_step != state_nodes(before, "MultiStepsState")[0].gradient_step
+        rate = jnp.where(made, rate, jnp.nan)
+    return {"learning_rate": rate} | updates
 
 
 def _updates(

@@ -160,7 +160,7 @@ def train_step(
     (_, (value, layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
     if scaled:
         gradient = unscale(opt_state, gradient)
-    squares = squares_of(gradient)
+    squares = squares_of(gradient, value.dtype)
     norm = jnp.sqrt(squares.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(opt_state, value, norm) if scaled else None
@@ -173,10 +173,10 @@ def train_step(
     kept = finite if settings.on_nonfinite != "ignore" else jnp.array(True) if overflowed is None else ~overflowed
     always = not scaled and (settings.on_nonfinite == "ignore" or not discard)
     vars_after, after = update() if always else lax.cond(kept, update, lambda: (vars, before))
-    numbers = {"grad_norm": norm.astype(jnp.float32)}
+    numbers = {"grad_norm": norm}
     if settings.on_nonfinite == "skip" or scaled:
         numbers["finite"] = finite.astype(jnp.float32)
-    numbers |= rates(after) | scalars
+    numbers |= rates(before, after) | scalars
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)
         finite, squares = finite | overflowed, jnp.where(overflowed, 0, squares)

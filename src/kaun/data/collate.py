@@ -117,6 +117,11 @@ def stack_all(items: list[Any]) -> Any:
 
 
 def _as_numbers(path: Any, k: int, leaf: Any) -> Any:
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(
+            f"Data.stack expected arrays without a mask, received a masked {tree.describe(leaf)}{_at(path)} of item "
+            f"{k}. Pass values and mask as two arrays, data.map(lambda a: (a.filled(0), ~np.ma.getmaskarray(a)))."
+        )
     is_key = tree.is_key(leaf)
     array = None if is_key else np.asarray(leaf)
     if array is None or array.dtype.kind not in "biufcV" or array.dtype.fields is not None:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from kaun import tree
 from kaun.data import collate, nodes
-from kaun.data.arguments import checked_count, function_text
+from kaun.data.arguments import checked_count, function_text, refuse_frame
 from kaun.data.items import attach_loss
 from kaun.data.nodes import Node, StageSpec
 from kaun.data.shuffle import Orders
@@ -54,13 +54,13 @@ class Data(Generic[T]):
         """The items of a sequence, read by index. A list is copied; any other sequence is used as it is.
 
         Raises:
-            TypeError: when it has no length or no items by index.
+            TypeError: when it has no length or no items by index, or is a Series or DataFrame of pandas.
 
         Examples:
             >>> list(Data.from_items("abc").skip(1))
             ['b', 'c']
         """
-        held: Any = tuple(items) if isinstance(items, list) else items
+        held: Any = tuple(items) if isinstance(items, list) else refuse_frame("Data.from_items", items)
         if isinstance(held, Mapping) or not (hasattr(held, "__len__") and hasattr(held, "__getitem__")):
             raise TypeError(
                 "Data.from_items expected a sequence (a list, or anything with len() and [i]), received "
@@ -130,7 +130,7 @@ class Data(Generic[T]):
         says. An iterator, for example a generator, can be iterated once.
 
         Raises:
-            TypeError: when it is neither iterable nor callable.
+            TypeError: when it is neither iterable nor callable, or is a Series or DataFrame of pandas.
             RuntimeError: in iteration, when an iterator is exhausted.
 
         Examples:
@@ -140,7 +140,7 @@ class Data(Generic[T]):
         """
         if isinstance(iterable, Data):
             return cast("Data[U]", iterable)
-        source: Any = iterable
+        source: Any = refuse_frame("Data.from_iterable", iterable)
         if isinstance(source, Mapping) or not (hasattr(source, "__iter__") or callable(source)):
             raise TypeError(
                 "Data.from_iterable expected a loader, or a function without arguments that returns one, received "

@@ -8,9 +8,10 @@ A half-precision model with float32 targets therefore gets an error that offers 
 is ``mse(predictions.astype(jnp.float32), targets)``: the targets stay exact, squares do not overflow float16, and the
 reported loss is float32. The gradient reaches the model in the model's dtype.
 
-Class indices, and integer labels that must be 0 or 1, are checked where their values are known: in an eager call, also
-under ``jax.grad``. In compiled code they are not known. There the loss is NaN when an index is out of range (an index
-is never wrapped or clamped), and the gradient is that of the other rows.
+Class indices, integer labels that must be 0 or 1, float labels from 0 to 1 and rows that must sum to 1 are checked
+where their values are known: in an eager call, also under ``jax.grad``. In compiled code they are not known. There the
+loss is NaN when an index or integer label is out of range (an index is never wrapped or clamped), and the gradient is
+that of the other rows; float labels are used as they are.
 """
 
 from kaun.losses.functions import binary_cross_entropy as binary_cross_entropy

@@ -14,6 +14,7 @@ from kaun import tree
 from kaun._messages import locate
 from kaun._report import Report, ReportFunction, check_report, check_takes, measured_by_call, member, names_of
 from kaun._run import report_kind
+from kaun.data import stages_of
 from kaun.errors import EarlyStop
 from kaun.train import TrainState
 
@@ -83,13 +84,13 @@ def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
     """Return the report that calls ``f(epoch, state)`` after each pass over ``train`` within one ``fit``.
 
     Args:
-        train: The pipeline of one epoch, of known length; ``fit`` gets ``train.epochs(n)``.
+        train: The pipeline of one epoch, of known length; ``fit`` gets ``train.epochs(n)``. Of that, one epoch counts.
         f: Called with the number of the pass in this fit, from 1 (a resumed run continues the count), and the
             TrainState after it; may raise EarlyStop.
 
     Raises:
         TypeError: If the length of ``train`` is unknown, or ``f`` is not callable with ``(epoch, state)``.
-        ValueError: If ``train`` is empty.
+        ValueError: If ``train`` is empty, or is a part of several epochs.
 
     Examples:
         >>> from kaun import reports
@@ -106,7 +107,7 @@ def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
 
 
 def steps_of_a_pass(where: str, train: Sized, fix: str) -> int:
-    """Return the length of a one-epoch pipeline, which must be known and not 0."""
+    """Return the length of a one-epoch pipeline, which must be known and not 0; of ``epochs(n)`` that of one epoch."""
     try:
         length = len(train)
     except TypeError:
@@ -116,7 +117,23 @@ def steps_of_a_pass(where: str, train: Sized, fix: str) -> int:
         ) from None
     if length == 0:
         raise ValueError(f"{where} expected the pipeline of one epoch, received an empty one (length 0).")
-    return length
+    return _one_pass(where, train, length)
+
+
+def _one_pass(where: str, train: Any, length: int) -> int:
+    stages = stages_of(train)
+    first = next((i for i, stage in enumerate(stages) if stage.name == "Data.epochs"), None)
+    if first is None:
+        return length
+    epochs, before = 1, stages[first - 1].length
+    for stage in stages[first:]:
+        epochs *= stage.given["n"] if stage.name == "Data.epochs" else 1
+        if before is None or stage.length != epochs * before:  # a stage after it cuts or joins items
+            raise ValueError(
+                f"{where} expected the pipeline of one epoch, received {train!r}, whose items are not whole epochs. "
+                "Pass the pipeline of which fit gets epochs(n): each=train, with trainer.fit(state, train.epochs(n))."
+            )
+    return length // epochs
 
 
 class _Every(Report):
@@ -138,9 +155,12 @@ class _Every(Report):
         # fit calls for wanted steps only; a user's own function may call it after each step.
         return self._f(step, loss, state) if step % self._n == 0 else None
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
         if self._begin is not None:
-            self._begin(first_step, total, measured, math.lcm(self._n, every))
+            self._begin(first_step, total, measured, math.lcm(self._n, every), state)
 
 
 class _AllOf(Report):
@@ -193,10 +213,13 @@ class _AllOf(Report):
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         _raise_first(_observed(self._observers, step, values, state, None))
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
         self._wanted.append({})
         for _, begin in self._begins:
-            begin(first_step, total, measured | self._measured, every)
+            begin(first_step, total, measured | self._measured, every, state)
 
     def compiling(self, where: str) -> Callable[[float], None]:
         compiled = [done for done in [compiling(where) for _, compiling in self._compilings] if callable(done)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from kaun._report import Report
 from kaun._run import pack_results, saved_values, unpack_results
+from kaun.reports.log import loss_array
 from kaun.train import TrainState
 
 __all__ = ["History", "history"]
@@ -58,8 +59,11 @@ class History(Report):
 
     @property
     def losses(self) -> np.ndarray:
-        """The loss of each step recorded, float32 of shape (n,), read-only; later steps do not change it."""
-        losses = np.array(self._losses, np.float32)
+        """The loss of each step recorded, shape (n,), read-only; later steps do not change it.
+
+        It is float32, or float64 where a loss was.
+        """
+        losses = np.array(self._losses)
         losses.flags.writeable = False
         return losses
 
@@ -119,7 +123,10 @@ class History(Report):
         """Record a block of steps; called by ``fit``."""
         if not self._losses:
             self._first_step = int(values["step"][0]) if "step" in values else first_step
-        self._losses.frombytes(values["loss"].astype(np.float32).tobytes())
+        losses = values["loss"]
+        if losses.dtype == np.float64 and self._losses.typecode == "f":
+            self._losses = array("d", self._losses)
+        self._losses.frombytes(losses.astype(self._losses.typecode).tobytes())
 
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         """Record what another report measured after the last step recorded; called by ``all_of``."""
@@ -137,7 +144,8 @@ class History(Report):
         """Continue from a checkpoint."""
         losses, self._first_step = saved_values(self, values, "losses", "first_step")
         self.results = unpack_results(self, values)
-        self._losses = array("f", np.asarray(losses, np.float32).tobytes())
+        losses = np.asarray(losses)
+        self._losses = array("d" if losses.dtype == np.float64 else "f", losses.tobytes())
 
     def wants(self, step: int) -> bool:
         """Return False: it needs only blocks."""
@@ -145,7 +153,7 @@ class History(Report):
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         """Record one step; for your own function that calls it. ``fit`` calls ``block``."""
-        self.block(step, {"loss": np.array([loss], np.float32)})
+        self.block(step, {"loss": loss_array(loss)})
 
     def __len__(self) -> int:
         """Return the number of steps recorded."""

@@ -16,10 +16,11 @@ from kaun._report import Report
 from kaun._run import saved_values
 from kaun.train import TrainState
 
-__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "require_package"]
+__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array", "require_package"]
 
 Row = dict[str, Any]  # "step", an int, first; then float, int or bool by name
 
+_NOT_LOGGED = ("step", "examples_per_step")
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -71,7 +72,9 @@ class Log(Report):
         self._row: Row | None = None  # the newest
         self._written = False  # whether that one is written
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1, *_: Any
+    ) -> None:
         self._fits += 1
         if self._fits > 1:
             raise RuntimeError(
@@ -98,7 +101,7 @@ class Log(Report):
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         # Called by a user's own function, which may never call `end`.
         after = int(getattr(state, "step", step))
-        self._add(step, {"loss": np.array([loss], np.float32), "step": np.array([after])}, 1)
+        self._add(step, {"loss": loss_array(loss), "step": np.array([after])}, 1)
         self._put()
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
@@ -159,7 +162,7 @@ class Log(Report):
 
 
 def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> list[Row]:
-    named = {name: _numbers(column) for name, column in columns.items() if name != "step"}
+    named = {name: _numbers(column) for name, column in columns.items() if name not in _NOT_LOGGED}
     steps = range(first + start, first + start + n * len(columns["loss"]), n)
     return [dict(zip(("step", *named), row, strict=True)) for row in zip(steps, *named.values(), strict=True)]
 
@@ -169,6 +172,13 @@ def _numbers(column: np.ndarray) -> list[Any]:
         return column.tolist()
     # The shortest digits that give the float32 again: 0.1 and not 0.10000000149011612.
     return [float(str(value)) for value in column.astype(np.float32)]
+
+
+def loss_array(loss: float) -> np.ndarray:
+    """Return the loss of one step as a block has it: in float32 where that holds it exactly, else in float64."""
+    with np.errstate(over="ignore"):
+        narrow = np.array([loss], np.float32)
+    return narrow if math.isnan(loss) or float(narrow[0]) == loss else np.array([loss])
 
 
 def encoded(row: Row) -> str:

@@ -66,14 +66,15 @@ class _Plot(Report):
         self._next = 0.0  # when to draw
         self._new = False  # whether something was recorded since the last picture
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._next = monotonic() + FIRST
 
     def wants(self, step: int) -> bool:
         return False
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        self.block(step, {"loss": np.array([loss], np.float32)})
+        self._history(step, loss, state)
+        self._changed()
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
         self._history.block(first_step, values)

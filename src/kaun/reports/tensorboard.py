@@ -22,6 +22,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Report:
     begins with step s makes TensorBoard drop what the folder has of step s and later, so that a run that was killed and
     is resumed has no step missing and none twice. Each fit adds a file to the folder. It never makes ``fit`` wait for
     the device; at thousands of steps a second, ``every(100, tensorboard(folder))`` is enough.
+    TensorBoard stores float32: it shows a float64 rounded, and one beyond 3.4e38 as infinite.
 
     Args:
         folder: The folder of one run, made if it is missing; pass it, or one above it, to ``tensorboard --logdir``.
