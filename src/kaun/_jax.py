@@ -13,9 +13,12 @@ import jax.core
 from jax import lax
 
 __all__ = [
-    "Convolution", "any_traced", "children_of", "constants_in", "convolutions_in", "is_jitted", "is_traced",
-    "programs_in", "run_program", "threefry_2x32", "trace_of",
+    "Convolution", "any_traced", "calls_the_host", "children_of", "constants_in", "convolutions_in", "is_jitted",
+    "is_traced", "programs_in", "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
+
+
+_HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])
 
 
 def is_traced(value: Any) -> bool:
@@ -99,6 +102,19 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
             for equation in getattr(program, "jaxpr", program).eqns:
                 values = (getattr(each, "val", None) for each in equation.invars)
                 yield from (value for value in values if getattr(value, "ndim", 0))
+
+
+def calls_the_host(closed: Any) -> bool:
+    """Return whether a traced program calls Python or foreign code while it runs, and so can fail by an exception.
+
+    A ``pure_callback`` has no effect by which JAX's public API would tell, so the names of the equations decide.
+    ``jax.debug.print`` is left out: it raises nothing.
+    """
+    return any(
+        equation.primitive.name in _HOST_CALLS
+        for program in programs_in(closed)
+        for equation in getattr(program, "jaxpr", program).eqns
+    )
 
 
 class Convolution(NamedTuple):

@@ -214,7 +214,7 @@ class Trainer(Generic[In, Out]):
             del state  # where the caller does not hold it either, its memory is free once it is copied
             caller, loop = self._begin(run, report, check_context(ctx))
             now, step = lambda: _state(loop.carry(), loop.key), run.done
-            with save_on_error(run.saver, loop, now, caller), open_items(run.data, not_data(data)) as items:
+            with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
                 stopped = pending is not None and caller.wants(step) and _stops(caller, step, pending, now)

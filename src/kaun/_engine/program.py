@@ -16,6 +16,7 @@ from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs
 from kaun._engine.jaxpr import slow_in_loops
 from kaun._engine.packing import Packing, packing_of
+from kaun._jax import calls_the_host
 from kaun._loss import trace_loss
 from kaun._step import match_state
 
@@ -65,7 +66,10 @@ class TracedStep:
         jaxpr: The traced program.
         on_nonfinite: As the argument.
         names: The names of the numbers that a step gives beside its loss, in the order of their columns.
-        looped: Whether it runs in a loop, many steps for one dispatch.
+        looped: Whether it runs in a loop.
+        can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
+            alone and keeps the memory of the state before it.
+        most: How many steps one dispatch may run.
         capacity: How many items one dispatch may hold.
         status: The status of a run in which all steps are finite (``StepResults``), None where runs do not end at one
             that is not.
@@ -75,8 +79,8 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_lock", "_programs", "capacity", "entries", "jaxpr", "looped", "loss_dtype", "names", "on_nonfinite",
-        "patterns", "seconds", "status", "step",
+        "_lock", "_programs", "can_raise", "capacity", "entries", "jaxpr", "looped", "loss_dtype", "most", "names",
+        "on_nonfinite", "patterns", "seconds", "status", "step",
     )  # fmt: skip
 
     def __init__(self, step: Any, traced: Any, inputs: StepInputs, on_nonfinite: str, seconds: float) -> None:
@@ -85,7 +89,9 @@ class TracedStep:
         self.loss_dtype = loss.dtype
         self.names = tuple(numbers)
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
-        self.capacity = capacity_of(inputs) if self.looped else 1
+        self.can_raise = calls_the_host(traced.jaxpr)
+        self.most = ROWS if self.looped and not self.can_raise else 1
+        self.capacity = min(capacity_of(inputs), self.most)
         self.status = _all_finite(squares.shape[0], squares.dtype) if on_nonfinite == "raise" else None
         self.entries: set[str] = set()
         self.seconds = seconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,8 @@ class TrainingRun:
         finished: whether there is nothing left to do.
         pending_report_loss: the last step's loss if its report was interrupted; the report is called again on resume.
         saver: writes its checkpoints, None without a directory for them.
-        signals: SIGTERM and SIGINT, where it has a directory.
+        signals: the signals that end it, where it has a directory.
+        now: gives the state after the last step, while the steps are taken and after that.
     """
 
     def __init__(self, state: TrainState, data: Iterable[Any], saver: CheckpointSaver | None = None) -> None:
@@ -50,6 +51,7 @@ class TrainingRun:
         self.pending_report_loss: float | None = None
         self.saver: CheckpointSaver | None = saver
         self.signals: Signals = Signals(wanted=saver is not None)
+        self.now: Callable[[], TrainState] | None = None
 
     def take(self) -> TrainState:
         """The state from which the run continues. It is returned once, so that the run does not keep it alive."""
@@ -96,15 +98,39 @@ def open_run(
     if checkpoints is None:
         run = TrainingRun(state, data)
         del state  # fit frees its memory where nobody else holds it
-        yield run
+        with _state_on_error(run):
+            yield run
         return
     _check_resumable(checkpoints, state, data)
     store = Store.open(checkpoints)
     try:
         run = _start_or_resume(store, checkpoints, state, data, report)
-        del state
-        with run.signals:
-            yield run
+    except BaseException:
+        store.close()
+        raise
+    del state
+    with _state_on_error(run), _closed(store), run.signals:
+        yield run
+
+
+@contextmanager
+def _state_on_error(run: TrainingRun) -> Generator[None]:
+    """Give the last state to an exception that came after the steps: of the last save, or of a signal."""
+    try:
+        yield
+    except BaseException as error:
+        if run.now is not None and not hasattr(error, "kaun_state"):
+            error.kaun_state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+    finally:
+        run.now = None  # it holds the loop, which holds the run
+
+
+@contextmanager
+def _closed(store: Store) -> Generator[None]:
+    """Wait for the last save at the end, and release the directory."""
+    try:
+        yield
     except BaseException as error:
         try:
             store.close()

@@ -1,10 +1,9 @@
-"""When a checkpoint of a run is due, what is written, and that nothing is lost when an exception ends the run."""
+"""When a checkpoint of a run is due, and what is written."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +20,7 @@ from kaun.checkpoint import Directory, Saved, Store
 from kaun.data import Chunk
 from kaun.state import TrainState
 
-__all__ = ["CheckpointSaver", "flush_and_save", "save_on_error"]
+__all__ = ["CheckpointSaver", "flush_and_save"]
 
 
 class CheckpointSaver:
@@ -51,6 +50,10 @@ class CheckpointSaver:
         self._programs: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
         self._saved_step = 0 if saved is None else saved.step
         self._pulled = self._saved_step
+
+    def newest(self, like: TrainState) -> Saved | None:
+        """The newest undamaged checkpoint, None if there is none."""
+        return self._store.newest(like)
 
     def ahead(self, done: int, most: int) -> int:
         """How many of the next ``most`` steps may run before a checkpoint is due."""
@@ -130,37 +133,3 @@ def flush_and_save(
     hook.finish()
     if saver is not None:
         saver.save(loop.done, now(), ended=ended)
-
-
-@contextmanager
-def save_on_error(
-    saver: CheckpointSaver | None, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller
-) -> Generator[None]:
-    """The block in which a fit takes its steps: an exception in it is given the last state, which is saved too.
-
-    Args:
-        saver: None without a directory.
-        loop: the steps of the fit.
-        now: gives the state after the last step.
-        hook: calls the report, also at the begin and at the end.
-    """
-    try:
-        hook.begin()
-        yield
-    except BaseException as error:
-        first: BaseException = error
-        with suppress(Exception):
-            now()  # runs the steps whose items came before this
-            first = loop.failure() or error
-            hook.finish()
-        first.kaun_state = state = now()  # pyright: ignore[reportAttributeAccessIssue]
-        if saver is not None:
-            try:
-                saver.save(loop.done, state, pending_report_loss=hook.pending_report_loss)
-            except Exception as failed:
-                first.add_note(f"Also, no checkpoint of step {loop.done} was written: {failed}")
-        if first is error:
-            raise
-        raise first from error
-    finally:
-        hook.end()

@@ -1,0 +1,317 @@
+"""No work is lost: situations from the issue trackers of other libraries, each with what must be left after it."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kaun
+from kaun import Data, checkpoint, layers, reports, rng
+from kaun.checkpoint.disk import Disk
+
+SMALL, LARGE = 3, 400  # of the two, only the state of the second is updated in place (more than 1 MiB with adam)
+
+
+class Host:
+    """Python code that a compiled step calls: raises at one of its calls."""
+
+    def __init__(self, fails_at):
+        self.calls, self.fails_at = 0, fails_at
+
+    def __call__(self, value):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise ValueError("the simulator is gone")
+        return np.asarray(value)
+
+
+def program_of(host, how):
+    """A loss that calls the host while it is computed."""
+
+    def loss(output):
+        value = (output**2).mean()
+        fixed, shape = jax.lax.stop_gradient(value), jax.ShapeDtypeStruct((), jnp.float32)
+        if how == "pure_callback":
+            return value + 0 * jax.pure_callback(host, shape, fixed)
+        if how == "io_callback":
+            return value + 0 * jax.experimental.io_callback(host, shape, fixed)
+        jax.debug.callback(lambda v: host(v) and None, fixed)
+        return value
+
+    return loss
+
+
+HOSTS: dict[str, Host] = {}
+
+
+def host_of(value):
+    return HOSTS["now"](value)
+
+
+def setting(width, seed=0):
+    with rng.scope(seed):
+        trainer = kaun.Trainer(model=layers.linear(width, width), optimizer=optax.adam(1e-3))
+        return trainer, trainer.init(), np.random.default_rng(0).normal(size=(4, width)).astype(np.float32)
+
+
+def square(output):
+    return (output**2).mean()
+
+
+def same(a, b):
+    def parts(state):
+        return jax.tree.leaves((state.vars, state.opt_state, state.step))
+
+    return all(np.array_equal(x, y) for x, y in zip(parts(a), parts(b), strict=True))
+
+
+def fold(trainer, state, x, loss, steps):
+    for _ in range(steps):
+        _, state = trainer.step(state, x, loss=loss)
+    return state
+
+
+def files_in(path):
+    return sorted(p.name for p in Path(path).iterdir() if not p.name.startswith("."))
+
+
+# The last save, and the end of a report
+
+
+@pytest.mark.parametrize("width", [SMALL, LARGE])
+@pytest.mark.parametrize("every", [None, 2])
+def test_the_last_save_fails_and_the_trained_state_is_on_the_error(tmp_path, monkeypatch, width, every):
+    """The disk is full when the run is over: hours of training end in an OSError of the last checkpoint."""
+    trainer, state, x = setting(width)
+    real, names = Disk.write, []
+
+    def write(self, file, data):
+        if state_is_last(file):
+            raise OSError(28, "No space left on device")
+        real(self, file, data)
+
+    def state_is_last(file):
+        names.append(file)
+        return armed[0]
+
+    armed = [False]
+    monkeypatch.setattr(Disk, "write", write)
+
+    def report(step, loss, state):
+        armed[0] = step == 4
+
+    with pytest.raises(OSError, match="a checkpoint could not be written") as caught:
+        trainer.fit(
+            state,
+            Data.repeat(4, (x, square)),
+            report=report,
+            checkpoints=checkpoint.Directory(tmp_path / "run", every=every),
+        )
+    assert same(caught.value.kaun_state, fold(trainer, state, x, square, 4))
+
+
+def test_the_folder_is_gone_at_the_last_save_and_the_trained_state_is_on_the_error(tmp_path):
+    """A clean-up job removes the scratch folder shortly before a run ends."""
+    trainer, state, x = setting(SMALL)
+
+    def report(step, loss, state):
+        if step == 4:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(OSError, match="could not be written") as caught:
+        runs = checkpoint.Directory(tmp_path / "run")
+        trainer.fit(state, Data.repeat(4, (x, square)), report=report, checkpoints=runs)
+    assert int(caught.value.kaun_state.step) == 4
+
+
+def test_a_signal_between_the_last_step_and_the_end_of_fit_has_the_state(tmp_path):
+    """SIGTERM arrives while a logger ends: the run is saved as finished, and the exception has its state."""
+    trainer, state, x = setting(SMALL)
+
+    class Slow(reports.Report):
+        def end(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        runs = checkpoint.Directory(tmp_path)
+        trainer.fit(state, Data.repeat(4, (x, square)), report=Slow(), checkpoints=runs)
+    assert caught.value.code == 143 and int(caught.value.kaun_state.step) == 4 and runs.steps() == [4]
+
+
+class Broken(reports.Report):
+    """A logger that cannot flush."""
+
+    def __init__(self, error=None):
+        self.error = error or OSError("cannot flush")
+
+    def end(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("width", [SMALL, LARGE])
+@pytest.mark.parametrize("saved", [False, True])
+def test_end_raises_after_the_last_step_and_the_trained_state_is_on_the_error(tmp_path, width, saved):
+    """A tracker refuses a name, or its server is down, when it is closed after the last step."""
+    trainer, state, x = setting(width)
+    runs = checkpoint.Directory(tmp_path)
+    with pytest.raises(OSError, match="cannot flush") as caught:
+        trainer.fit(state, Data.repeat(4, (x, square)), report=Broken(), checkpoints=runs if saved else None)
+    assert same(caught.value.kaun_state, fold(trainer, state, x, square, 4))
+    assert runs.steps() == ([4] if saved else [])
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+@pytest.mark.parametrize("compose", [lambda *r: reports.all_of(*r), lambda *r: r[0]])
+def test_end_raises_after_an_error_which_stays_the_error(kind, compose):
+    """Ctrl-C during training, and then the logger cannot flush: KeyboardInterrupt leaves, as the user expects."""
+    trainer, state, x = setting(SMALL)
+    first = kind("first")
+
+    def items():
+        yield from [(x, square)] * 2
+        raise first
+
+    with pytest.raises(kind) as caught:
+        trainer.fit(state, items(), report=compose(Broken(), reports.history()))
+    assert caught.value is first and int(first.kaun_state.step) == 2
+    assert first.__notes__ == ["Also, end() of a report raised OSError: cannot flush"]
+
+
+def test_ctrl_c_in_the_end_of_a_report_leaves_with_the_state():
+    """A second Ctrl-C, pressed because a tracker takes long to close after an error."""
+    trainer, state, x = setting(SMALL)
+
+    def items():
+        yield (x, square)
+        raise ZeroDivisionError
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.fit(state, items(), report=Broken(KeyboardInterrupt()))
+    assert int(caught.value.kaun_state.step) == 1 and isinstance(caught.value.__context__, ZeroDivisionError)
+
+
+def test_of_nested_fits_the_error_of_an_end_has_the_state_of_the_outer():
+    """A fit inside the end of a report fails: what leaves the outer fit has the outer state."""
+    trainer, state, x = setting(SMALL)
+
+    class Inner(reports.Report):
+        def end(self):
+            trainer.fit(state, Data.repeat(1, (x, square)), report=Broken())
+
+    with pytest.raises(OSError, match="flush") as caught:
+        trainer.fit(state, Data.repeat(5, (x, square)), report=Inner())
+    assert int(caught.value.kaun_state.step) == 5
+
+
+# The compiled program fails
+
+
+@pytest.mark.parametrize("width", [SMALL, LARGE])
+@pytest.mark.parametrize("how", ["pure_callback", "io_callback", "debug_callback"])
+@pytest.mark.parametrize("reported", [False, True])
+def test_the_compiled_step_raises_and_the_step_before_is_kept_and_saved(tmp_path, width, how, reported):
+    """A simulator called by jax.pure_callback, or an eqx.error_if, raises in step 7 of a run that saves at its end only."""
+    trainer, state, x = setting(width)
+    HOSTS["now"] = Host(fails_at=7)
+    runs = checkpoint.Directory(tmp_path)
+    seen = []
+    report = (lambda step, loss, state: seen.append(step)) if reported else reports.history()
+    with pytest.raises(Exception, match="the simulator is gone") as caught:
+        trainer.fit(state, Data.repeat(20, (x, program_of(host_of, how))), report=report, checkpoints=runs)
+    HOSTS["now"] = Host(fails_at=None)
+    expected = fold(trainer, state, x, program_of(host_of, how), 6)
+    assert same(caught.value.kaun_state, expected)
+    assert runs.steps() == [6] and same(runs.load(state), expected)
+    assert seen == [1, 2, 3, 4, 5, 6] if reported else len(report) == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*holds another run")
+def test_a_run_whose_program_failed_is_resumed_to_the_same_bytes(tmp_path):
+    """The simulator is started again, and the script with it."""
+    trainer, state, x = setting(LARGE)
+    item = (x, program_of(host_of, "pure_callback"))
+    runs = checkpoint.Directory(tmp_path, accept={"data"})  # the host is another object
+    HOSTS["now"] = Host(fails_at=5)
+    with pytest.raises(Exception, match="the simulator is gone"):
+        trainer.fit(state, Data.repeat(9, item), report=reports.history(), checkpoints=runs)
+    HOSTS["now"] = Host(fails_at=None)
+    history = reports.history()
+    end = trainer.fit(state, Data.repeat(9, item), report=history, checkpoints=runs)
+    assert same(end, trainer.fit(state, Data.repeat(9, item))) and len(history) == 9
+
+
+def too_large(output):
+    """A loss that needs 4 TB."""
+    return square(output) + 0 * jnp.sort(jnp.arange(2**40, dtype=jnp.float32) + output[0, 0] * 0)[7]
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
+@pytest.mark.parametrize("width", [SMALL, LARGE])
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_allocation_fails_and_the_newest_state_that_lives_is_kept(tmp_path, width, saved):
+    """One long batch needs more memory than there is, in the middle of a run."""
+    trainer, state, x = setting(width)
+    items = [(x, square)] * 6 + [(x, too_large)]
+    runs = checkpoint.Directory(tmp_path, every=4)
+    with pytest.raises(Exception, match="Out of memory") as caught:
+        trainer.fit(state, items, report=reports.history(), checkpoints=runs if saved else None)
+    # Of a large state the memory is given to the program that fails; a small one is not overwritten.
+    step = 6 if width == SMALL else 4 if saved else 0
+    assert same(caught.value.kaun_state, fold(trainer, state, x, square, step))
+    if width == SMALL:
+        assert not hasattr(caught.value, "__notes__") and runs.steps() == ([4, 6] if saved else [])
+    elif saved:
+        (note,) = caught.value.__notes__
+        assert note.endswith("kaun_state is that of the newest checkpoint, after step 4.") and runs.steps() == [4]
+    else:
+        (note,) = caught.value.__notes__
+        assert note == (
+            "The compiled step failed, and the newest states were lost with the memory given to it. kaun_state is "
+            "the newest that was held elsewhere, after step 0."
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
+def test_an_allocation_fails_and_a_state_that_a_report_kept_is_newer_than_the_checkpoint():
+    """A report keeps the state of step 3 for itself; nothing else is left of the run."""
+    trainer, state, x = setting(LARGE)
+    kept = []
+    report = reports.every(3, lambda step, loss, state: kept.append(state) if step == 3 else None)
+    with pytest.raises(Exception, match="Out of memory") as caught:
+        trainer.fit(state, [(x, square)] * 5 + [(x, too_large)], report=report)
+    assert int(caught.value.kaun_state.step) == 3 and same(caught.value.kaun_state, kept[0])
+    assert caught.value.__notes__[0].endswith("was held elsewhere, after step 3.")
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
+def test_an_allocation_fails_and_nothing_is_left_which_a_note_says():
+    """The state was given away to fit, and there is no checkpoint."""
+    trainer, _, x = setting(LARGE)
+    with rng.scope(1), pytest.raises(Exception, match="Out of memory") as caught:
+        trainer.fit(trainer.init(), [(x, square)] * 5 + [(x, too_large)])
+    assert not hasattr(caught.value, "kaun_state")
+    assert caught.value.__notes__ == [
+        "The compiled step failed, and the newest states were lost with the memory given to it. No earlier one is "
+        'left, so there is no kaun_state. Write fit(..., checkpoints=checkpoint.Directory("runs/digits", every=500)), '
+        "or hold the state that you pass to fit."
+    ]
+
+
+def test_a_step_that_calls_the_host_is_the_same_step():
+    """Where the host raises nothing, a large state comes out as by single steps."""
+    trainer, state, x = setting(LARGE)
+    HOSTS["now"] = Host(fails_at=None)
+    loss = program_of(host_of, "pure_callback")
+    mixed = [(x, square), (x, loss), (x, loss), (x, square), (x, square), (x, loss)] * 2
+    expected = state
+    for _, each in mixed:
+        _, expected = trainer.step(expected, x, loss=each)
+    before = jax.tree.map(np.array, state.vars.params)
+    assert same(trainer.fit(state, mixed), expected)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, state.vars.params))
