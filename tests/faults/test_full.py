@@ -65,7 +65,7 @@ def test_files_may_not_be_large(tmp_path):
     )
     assert "checkpoints cannot be written to " in second
     assert "File too large. The system limits the size of files (ulimit -f)" in second
-    assert left == "['lock', 'step-00000001', 'step-00000003'] [1, 3]"
+    assert left == "['.kaun-lock', 'step-00000001', 'step-00000003'] [1, 3]"
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def test_a_disk_that_becomes_full(volume, quick_disk, state_of, bytes_of):
         ) as error:
             store.join()
         assert error.value.errno == errno.ENOSPC
-        assert sorted(path.name for path in store._directory.path.iterdir() if path.name != "lock") == [
+        assert sorted(path.name for path in store._directory.path.iterdir() if path.name != ".kaun-lock") == [
             f"step-0000000{step}" for step in (1, 2, 3)
         ]
     with Store.open(Directory(volume / "runs", keep=1), quick_disk()) as store:

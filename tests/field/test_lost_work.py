@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 import kaun
 from kaun import Data, checkpoint, layers, reports, rng
 from kaun.checkpoint.disk import Disk
+from kaun.checkpoint.lock import Lock
 
 SMALL, LARGE = 3, 400  # of the two, only the state of the second is updated in place (more than 1 MiB with adam)
 
@@ -315,3 +318,107 @@ def test_a_step_that_calls_the_host_is_the_same_step():
     before = jax.tree.map(np.array, state.vars.params)
     assert same(trainer.fit(state, mixed), expected)
     assert jax.tree.all(jax.tree.map(np.array_equal, before, state.vars.params))
+
+
+# Where the files go
+
+
+def test_the_working_directory_changes_in_mid_run_and_the_checkpoints_stay_together(tmp_path, monkeypatch):
+    """A data loader, or Hydra, changes the working directory between two saves."""
+    monkeypatch.chdir(tmp_path)
+    trainer, state, x = setting(SMALL)
+    (tmp_path / "elsewhere").mkdir()
+    runs = checkpoint.Directory("runs/first", every=2)
+
+    def report(step, loss, state):
+        if step == 3:
+            os.chdir(tmp_path / "elsewhere")
+
+    trainer.fit(state, Data.repeat(6, (x, square)), report=report, checkpoints=runs)
+    assert files_in(tmp_path / "elsewhere") == [] and runs.steps() == [2, 4, 6]
+    assert runs.child("second").path == tmp_path / "runs" / "first" / "second"
+    assert int(runs.load(state).step) == 6
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    """Directory("~/runs") made a folder named ~ beside the script."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert checkpoint.Directory("~/runs").path == tmp_path / "runs"
+    checkpoint.save("~/a.safetensors", {"a": np.ones(2)})
+    assert (tmp_path / "a.safetensors").exists()
+    trainer, state, x = setting(SMALL)
+    trainer.fit(state, Data.repeat(2, (x, square)), report=reports.all_of(reports.jsonl("~/log"), reports.csv("~/c")))
+    assert {"log", "c"} <= set(files_in(tmp_path))
+
+
+TAKES_A_PATH = {
+    "checkpoint.Directory": checkpoint.Directory,
+    "checkpoint.save": lambda path: checkpoint.save(path, {"a": np.ones(2)}),
+    "checkpoint.load": lambda path: checkpoint.load(path, {"a": np.ones(2)}),
+    "jsonl": reports.jsonl,
+    "csv": reports.csv,
+}
+
+
+@pytest.mark.parametrize("where", TAKES_A_PATH)
+@pytest.mark.parametrize(
+    "path", ["gs://bucket/run", "s3://bucket/run", "hdfs://host:9000/run", Path("gs://bucket/run")]
+)
+def test_an_address_of_remote_storage_is_refused(tmp_path, monkeypatch, where, path):
+    """Checkpoints for gs://bucket/run went to a local folder named gs:, and were gone with the machine."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{where}.* takes a path on a local disk, and received .*'run', and copy"):
+        TAKES_A_PATH[where](path)
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["a:b/c", "C:/runs", "12:30/run", "run"])
+def test_a_local_name_with_a_colon_is_a_path(tmp_path, monkeypatch, path):
+    """A folder named by the time of day."""
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.Directory(path).path == tmp_path / path
+
+
+def test_a_file_of_the_user_named_lock_stays_as_it_is(tmp_path):
+    """The folder is that of a project, and its dependencies are pinned in a file named lock."""
+    trainer, state, x = setting(SMALL)
+    (tmp_path / "lock").write_text("numpy==2.0")
+    trainer.fit(state, Data.repeat(2, (x, square)), checkpoints=checkpoint.Directory(tmp_path))
+    assert (tmp_path / "lock").read_text() == "numpy==2.0"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="os.kill ends the process")
+def test_a_second_ctrl_c_while_the_thread_writes_and_the_next_fit_of_the_process(tmp_path, monkeypatch):
+    """In a notebook: Ctrl-C, again Ctrl-C because saving takes long, and the cell is run again."""
+    trainer, state, x = setting(SMALL)
+    runs, real, began = checkpoint.Directory(tmp_path), Disk.write, threading.Event()
+
+    def slow(self, file, data):
+        if threading.current_thread() is not threading.main_thread():
+            began.set()
+            time.sleep(0.5)
+        real(self, file, data)
+
+    def press():
+        began.wait()
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def report(step, loss, state):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Disk, "write", slow)
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.fit(state, Data.repeat(9, (x, square)), report=report, checkpoints=runs)
+    assert int(caught.value.kaun_state.step) == 3
+    with pytest.raises(RuntimeError, match="by another fit of this process"):  # for other processes; this one waits
+        Lock(tmp_path)
+    taken = []
+    trainer.fit(
+        state, Data.repeat(9, (x, square)), report=lambda step, loss, state: taken.append(step), checkpoints=runs
+    )
+    assert taken == [3, 4, 5, 6, 7, 8, 9] and runs.steps() == [3, 9]
+    assert files_in(tmp_path) == ["step-00000003", "step-00000009"]

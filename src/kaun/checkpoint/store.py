@@ -24,6 +24,7 @@ from kaun.tree import flatten, format_bytes
 __all__ = ["Saved", "Store"]
 
 _UNFINISHED = re.compile(r"\.kaun-[0-9a-f]{16}\.tmp", re.ASCII)
+_left_writing: dict[Path, threading.Event] = {}
 _PROBE = memoryview(bytes(1 << 16))
 
 
@@ -32,7 +33,11 @@ class Store:
 
     def __init__(self, directory: Directory, disk: Disk, lock: Lock) -> None:
         self._directory, self._disk, self._lock = directory, disk, lock
-        self._thread: threading.Thread | None = None
+        # Waited for instead of the thread: in Python 3.11 an interrupted Thread.join takes the thread for ended.
+        self._written = threading.Event()
+        self._written.set()
+        self._guard = threading.Lock()
+        self._closed = False  # of the thread that writes and close(), the later one releases the lock
         self._failed: BaseException | None = None
         self._warnings: list[str] = []
 
@@ -51,6 +56,7 @@ class Store:
             there = scan(disk, directory.path)
         _may_begin(directory, there)
         with _explained(directory):
+            _wait_for_writer(directory.path)
             _make(disk, directory.path)
             lock = Lock(directory.path)
             try:
@@ -112,8 +118,12 @@ class Store:
         self.join()
         draft = one.Draft(step, state, reports, facts)
         # Not a daemon thread: Python waits for it before the process ends.
-        self._thread = threading.Thread(target=self._write, args=(draft,), name="kaun-checkpoint")
-        self._thread.start()
+        self._written.clear()
+        try:
+            threading.Thread(target=self._write, args=(draft,), name="kaun-checkpoint").start()
+        except RuntimeError:  # the system has no thread left
+            self._written.set()
+            raise
 
     def join(self) -> None:
         """Wait for the save in progress.
@@ -121,9 +131,7 @@ class Store:
         Raises:
             OSError: when it failed; earlier checkpoints are untouched.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._written.wait()
         warnings, self._warnings = self._warnings, []
         for text in warnings:
             warn(text)
@@ -136,19 +144,31 @@ class Store:
     def close(self) -> None:
         """Wait for the save in progress, and release the directory; the second call does nothing.
 
+        Where the waiting is interrupted (Ctrl-C), the thread releases the directory when it has written.
+
         Raises:
             OSError: when the save failed.
         """
         try:
             self.join()
         finally:
-            self._lock.release()
+            with self._guard:
+                self._closed = True
+                if self._written.is_set():
+                    self._lock.release()
+                else:
+                    _left_writing[self._directory.path.resolve()] = self._written
 
     def _write(self, draft: one.Draft) -> None:
         try:
             self._put(draft)
         except BaseException as err:
             self._failed = err
+        finally:
+            with self._guard:
+                if self._closed:
+                    self._lock.release()
+                self._written.set()
 
     def _put(self, draft: one.Draft) -> None:
         disk, path = self._disk, self._directory.path
@@ -231,6 +251,14 @@ def _may_begin(directory: Directory, there: list[Found]) -> None:
             f"{path!r} has a checkpoint of step {there[0].step}, and resume='never' needs a directory without one. "
             f"Start in another directory, checkpoint.Directory({path!r}).child('second'), or resume with resume='auto'."
         )
+
+
+def _wait_for_writer(path: Path) -> None:
+    """Wait for the thread of an earlier run of this process, which an interrupt left behind while it was writing."""
+    written = _left_writing.get(path.resolve())
+    if written is not None:
+        written.wait()
+        _left_writing.pop(path.resolve(), None)
 
 
 def _make(disk: Disk, path: Path) -> None:

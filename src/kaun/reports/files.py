@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
+from kaun._paths import local_path
 from kaun._report import Report
 from kaun.checkpoint import Disk
 from kaun.reports.log import Log, Row, encoded
@@ -99,7 +100,7 @@ def csv(path: str | os.PathLike[str]) -> Report:
 def _path(where: str, path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'{where} expected the path of a file, received {path!r}. Write {where}("run.{where}").')
-    return Path(path).absolute()
+    return local_path(where, path)
 
 
 class _JsonLines:

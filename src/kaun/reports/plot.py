@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kaun._paths import local_path
 from kaun._report import Report
 from kaun.reports.history import History
 from kaun.reports.log import require_package
@@ -54,7 +55,7 @@ def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'plot expected the path of a picture, received {path!r}. Write plot("loss.png").')
     require_package("plot", "matplotlib", "plot")
-    whole = Path(path).absolute()
+    whole = local_path("plot", path)
     return _Plot(whole if whole.suffix else whole.with_suffix(".png"), log)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kaun._paths import local_path
 from kaun._report import Report
 from kaun.reports.log import Log, Row, require_package
 
@@ -46,7 +47,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Report:
     require_package("tensorboard", "tensorboardX", "tensorboard")
     if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'tensorboard expected the path of a folder, received {folder!r}. Write tensorboard("run").')
-    return Log(_TensorBoard(Path(folder).absolute()))
+    return Log(_TensorBoard(local_path("tensorboard", folder)))
 
 
 class _TensorBoard:
