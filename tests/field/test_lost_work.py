@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import Data, checkpoint, layers, reports, rng
+from kaun import Data, checkpoint, layers, losses, reports, rng
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.lock import Lock
 
@@ -422,3 +422,86 @@ def test_a_second_ctrl_c_while_the_thread_writes_and_the_next_fit_of_the_process
     )
     assert taken == [3, 4, 5, 6, 7, 8, 9] and runs.steps() == [3, 9]
     assert files_in(tmp_path) == ["step-00000003", "step-00000009"]
+
+
+# What reports keep
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stops_at(n):
+    def report(step, loss, state):
+        if step == n:
+            raise Interrupted
+
+    return report
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda history, log: reports.all_of(history, log),
+        lambda history, log: reports.all_of(reports.time_limit(60), log, reports.every(2, history), stops_at(99)),
+    ],
+)
+@pytest.mark.parametrize("first", [lambda h: h, lambda h: reports.all_of(h, stops_at(99))])
+def test_a_logger_is_added_and_history_becomes_one_of_several(tmp_path, first, then):
+    """A run is interrupted, and before it is resumed a logger is added to it: what was recorded is still there."""
+    trainer, state, x = setting(SMALL)
+    runs, whole = checkpoint.Directory(tmp_path / "run"), Data.repeat(6, (x, square))
+    with pytest.raises(Interrupted):
+        trainer.fit(state, whole, report=reports.all_of(first(reports.history()), stops_at(3)), checkpoints=runs)
+    history = reports.history()
+    trainer.fit(state, whole, report=then(history, reports.jsonl(tmp_path / "log")), checkpoints=runs)
+    expected = reports.history()
+    trainer.fit(state, whole, report=expected)
+    assert np.array_equal(history.losses, expected.losses)
+
+
+def test_history_alone_becomes_all_of(tmp_path):
+    """The same, where the history had been the only report."""
+    trainer, state, x = setting(SMALL)
+    runs = checkpoint.Directory(tmp_path / "run", every=3)
+    trainer.fit(state, Data.repeat(3, (x, square)), report=reports.history(), checkpoints=runs)
+    history = reports.history()
+    longer = Data.repeat(5, (x, square))
+    trainer.fit(state, longer, report=reports.all_of(reports.jsonl(tmp_path / "log"), history), checkpoints=runs)
+    assert len(history) == 5
+    again = reports.history()
+    with pytest.raises(checkpoint.ResumeMismatch, match=r"(?s)Its reports differ:.*saved, and not there now: jsonl\("):
+        trainer.fit(state, Data.repeat(6, (x, square)), report=again, checkpoints=runs)
+    assert len(again) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*holds another run")
+def test_a_report_that_is_gone_is_dropped_alone(tmp_path):
+    """accept={"reports"}, given because a logger was removed, also threw the best state of early stopping away."""
+    trainer, state, x = setting(SMALL)
+    where, valid = tmp_path / "run", [(x, x)]
+    made = lambda: (
+        reports.validate(trainer, valid, {"error": losses.mse}, each=1),
+        reports.early_stopping("error", mode="min", patience=99),
+    )
+    validation, stopper = made()
+    log = reports.jsonl(tmp_path / "log")
+    trainer.fit(
+        state,
+        Data.repeat(3, (x, square)),
+        report=reports.all_of(log, validation, stopper),
+        checkpoints=checkpoint.Directory(where),
+    )
+    best = stopper.best_value
+    validation, stopper = made()
+    longer = Data.repeat(4, (x, square))
+    with pytest.raises(checkpoint.ResumeMismatch, match=r"(?s)not there now: jsonl.*accept=\{\"reports\"\}"):
+        trainer.fit(state, longer, report=reports.all_of(stopper, validation), checkpoints=checkpoint.Directory(where))
+    assert validation.results == []
+    trainer.fit(
+        state,
+        longer,
+        report=reports.all_of(stopper, validation),
+        checkpoints=checkpoint.Directory(where, accept={"reports"}),
+    )
+    assert [step for step, _ in validation.results] == [1, 2, 3, 4] and stopper.best_value <= best

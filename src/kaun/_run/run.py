@@ -13,7 +13,7 @@ from kaun._engine import StepInputs, TracedStep
 from kaun._report import member
 from kaun._run.identity import differences, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
-from kaun._run.report_state import unpack_snapshot
+from kaun._run.report_state import keeping, match_reports, unpack_snapshot
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Directory, Saved, Store
@@ -196,14 +196,15 @@ def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[st
 
 
 def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
-    restore = member(report, "restore")
+    """Give each report what it had kept; those that are new have nothing, and those that are gone are refused."""
     kept = unpack_snapshot(saved.facts["report"], saved.reports, saved.state)
-    if restore is None:
-        if kept:
-            line = f"the checkpoint holds what other reports kept, which these cannot restore: {', '.join(kept)}"
-            refuse_difference(directory, "reports", saved.step, [line])
-        return
-    try:
-        restore(kept)
-    except ValueError as error:
-        refuse_difference(directory, "reports", saved.step, [str(error)])
+    matched, gone = match_reports(keeping(report), kept)
+    if gone:
+        refuse_difference(directory, "reports", saved.step, gone)
+    for each, values in matched:
+        restore = member(each, "restore")
+        assert restore is not None
+        try:
+            restore(values)
+        except ValueError as error:
+            refuse_difference(directory, "reports", saved.step, [str(error)])

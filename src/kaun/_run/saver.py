@@ -11,10 +11,9 @@ import jax
 
 from kaun import tree
 from kaun._engine import StepInputs, StepLoop, TracedStep, digest_program
-from kaun._report import member
 from kaun._run.identity import refuse_difference
 from kaun._run.position import position
-from kaun._run.report_state import pack_snapshot
+from kaun._run.report_state import keeping, pack_snapshot, snapshot_reports
 from kaun._run.reports import ReportCaller
 from kaun.checkpoint import Directory, Saved, Store
 from kaun.data import Chunk
@@ -82,8 +81,7 @@ class CheckpointSaver:
         """
         if not step or (step == self._saved_step and not ended and pending_report_loss is None):
             return  # the checkpoint that is there may say that the run had ended
-        snapshot = member(self._report, "snapshot")
-        report, arrays = pack_snapshot({} if snapshot is None else snapshot())
+        report, arrays = pack_snapshot(snapshot_reports(keeping(self._report)))
         # The names are those of earlier checkpoints, which must stay readable.
         facts = {
             **self._facts, "programs": self._programs, "report": report, "ended": ended,

@@ -107,7 +107,7 @@ class _JsonLines:
     name, run = "jsonl", ""
 
     def __init__(self, path: Path) -> None:
-        self._file = _File(path)
+        self.path, self._file = str(path), _File(path)
 
     def cut(self, step: int) -> None:
         with self._file.read() as lines:
@@ -128,7 +128,7 @@ class _Table:
     name, run = "csv", ""
 
     def __init__(self, path: Path) -> None:
-        self._file = _File(path)
+        self.path, self._file = str(path), _File(path)
         self._columns: list[str] = []
 
     def cut(self, step: int) -> None:

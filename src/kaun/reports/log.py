@@ -29,9 +29,11 @@ class Sink(Protocol):
     Attributes:
         name: The name of the report.
         run: The id of the run that is written to; empty for files.
+        path: The file or folder; empty for services.
     """
 
     name: str
+    path: str
     run: str
 
     def cut(self, step: int) -> None:
@@ -61,6 +63,7 @@ class Log(Report):
 
     def __init__(self, sink: Sink) -> None:
         self.__name__ = sink.name
+        self.path = sink.path
         self._sink = sink
         self._fits = 0
         self._every = 1

@@ -44,6 +44,7 @@ def mlflow(
 
 class _Mlflow:
     name = "mlflow"
+    path = ""
 
     def __init__(
         self, package: Any, experiment: str, name: str | None, tracking_uri: str | None, given: str | None

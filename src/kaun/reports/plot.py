@@ -63,6 +63,7 @@ class _Plot(Report):
     def __init__(self, path: Path, log: bool) -> None:
         self.__name__ = "plot"
         self._path, self._log = path, log
+        self.path = path
         self._history = History()
         self._next = 0.0  # when to draw
         self._new = False  # whether something was recorded since the last picture

@@ -54,7 +54,7 @@ class _TensorBoard:
     name, run = "tensorboard", ""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self.path = folder, str(folder)
         self._writer: Any = None
         # Not its SummaryWriter: its flush does not empty its queue, and two of its files made within one second get
         # the same name.

@@ -43,6 +43,7 @@ def wandb(*, run: Any = None, **settings: Any) -> Report:
 
 class _Wandb:
     name = "wandb"
+    path = ""
 
     def __init__(self, package: Any, given: Any, settings: dict[str, Any]) -> None:
         self._package, self._given, self._settings = package, given, settings
