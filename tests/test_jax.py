@@ -151,3 +151,12 @@ def test_calls_of_the_host_are_found(inside):
         assert _jax.calls_the_host(jax.make_jaxpr(inside(f))(jnp.float32(1)))
     printing = lambda x: (jax.debug.print("{}", x), x * 2)[1]
     assert not _jax.calls_the_host(jax.make_jaxpr(inside(printing))(jnp.float32(1)))
+
+
+def test_the_service_that_waits_for_sigterm(monkeypatch):
+    from jax._src import distributed
+
+    assert _jax.preemption_service_runs() is False
+    assert hasattr(distributed.global_state, "preemption_sync_manager")
+    monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", object())
+    assert _jax.preemption_service_runs() is True

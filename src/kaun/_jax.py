@@ -5,6 +5,7 @@ Nothing else in kaun uses such a part, so a new JAX release is a matter of this 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jax import lax
 
 __all__ = [
     "Convolution", "any_traced", "calls_the_host", "children_of", "constants_in", "convolutions_in", "is_jitted",
-    "is_traced", "programs_in", "run_program", "threefry_2x32", "trace_of",
+    "is_traced", "preemption_service_runs", "programs_in", "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
 
@@ -62,6 +63,16 @@ def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:
     ``jax.tree_util`` flattens whole trees only, and gives the static part of a node of a registered class no name.
     """
     return jax.tree_util.default_registry.flatten_one_level(value)
+
+
+def preemption_service_runs() -> bool:
+    """Return whether JAX's distributed service waits for SIGTERM, to save at a step that all processes agree on.
+
+    ``jax.distributed`` has no public way to ask. The service replaces the handler of the operating system, which Python
+    does not see.
+    """
+    state = sys.modules.get("jax._src.distributed")
+    return getattr(getattr(state, "global_state", None), "preemption_sync_manager", None) is not None
 
 
 def run_program(closed: Any, arguments: Sequence[Any]) -> list[Any]:
