@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -505,3 +507,139 @@ def test_a_report_that_is_gone_is_dropped_alone(tmp_path):
         checkpoints=checkpoint.Directory(where, accept={"reports"}),
     )
     assert [step for step, _ in validation.results] == [1, 2, 3, 4] and stopper.best_value <= best
+
+
+# Logs
+
+
+def log_to(kind, path):
+    return getattr(reports, kind)(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tensorboard", "plot"])
+@pytest.mark.parametrize("compose", [lambda log: log, lambda log: reports.all_of(reports.every(50, log))])
+def test_a_log_that_cannot_be_written_is_refused_before_the_first_step(tmp_path, kind, compose):
+    """A typo in the path of a log: the error came after minutes, or at the end, and named no path."""
+    pytest.importorskip("tensorboardX")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("x")
+    trainer, state, x = setting(SMALL)
+    taken = []
+
+    def items():
+        for _ in range(3):
+            taken.append(1)
+            yield (x, square)
+
+    with pytest.raises(OSError, match=f"{kind} cannot write to .*file.log") as caught:
+        trainer.fit(state, items(), report=compose(log_to(kind, tmp_path / "file" / "log.png")))
+    assert taken == [] and same(caught.value.kaun_state, state)
+    if kind != "tensorboard":
+        with pytest.raises(OSError, match=f"{kind} cannot write to .*Is a directory"):
+            (tmp_path / "a.png").mkdir()
+            trainer.fit(state, items(), report=compose(log_to(kind, tmp_path / "a.png")))
+    assert files_in(tmp_path) == sorted({"file", *(["a.png"] if kind != "tensorboard" else [])})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be deleted")
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tensorboard"])
+def test_a_log_that_is_deleted_in_mid_run_is_noticed(tmp_path, kind):
+    """A clean-up job deletes the folder of the logs: all later rows went to a file without a name."""
+    pytest.importorskip("tensorboardX")
+    trainer, state, x = setting(SMALL)
+
+    def report(step, loss, state):
+        if step == 3:
+            shutil.rmtree(tmp_path / "logs")
+
+    with pytest.raises(OSError, match=r"logs.* was deleted during the run") as caught:
+        trainer.fit(
+            state,
+            Data.repeat(9, (x, square)),
+            report=reports.all_of(log_to(kind, tmp_path / "logs" / "log"), report)
+            if kind != "tensorboard"
+            else reports.all_of(log_to(kind, tmp_path / "logs"), report),
+        )
+    assert 3 <= int(caught.value.kaun_state.step) <= 5
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tensorboard"])
+@pytest.mark.parametrize("one", [True, False])
+def test_a_fresh_run_with_the_path_of_an_older_log_warns(tmp_path, kind, one):
+    """Five folds with one logger: of four of them no row was left, without a word."""
+    pytest.importorskip("tensorboardX")
+    trainer, state, x = setting(SMALL)
+    path = tmp_path / "log"
+    log = log_to(kind, path)
+    end = trainer.fit(state, Data.repeat(7, (x, square)), report=log)
+    log = log if one else log_to(kind, path)
+    trainer.fit(end, Data.repeat(2, (x, square)), report=log)  # the same life goes on, and nothing is removed
+    log = log if one else log_to(kind, path)
+    with pytest.warns(UserWarning) as caught:
+        trainer.fit(state, Data.repeat(3, (x, square)), report=log)
+    assert [str(w.message) for w in caught] == [
+        f"{kind}: {str(path)!r} holds steps 1 to 9 of an earlier fit, which are removed, because this one begins with "
+        f'step 1. Give each run its own path: reports.{kind}(f"run-{{i}}").'
+    ]
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tensorboard"])
+def test_a_run_that_is_resumed_removes_its_own_rows_without_a_warning(tmp_path, kind):
+    """Rows after the newest checkpoint come again; that is no loss."""
+    pytest.importorskip("tensorboardX")
+    trainer, state, x = setting(SMALL)
+    data, runs = Data.repeat(6, (x, square)), checkpoint.Directory(tmp_path / "run", every=2)
+    trainer.fit(state, data, report=log_to(kind, tmp_path / "log"), checkpoints=runs)
+    for newest in (tmp_path / "run").glob("step-00000006*"):
+        shutil.rmtree(newest)
+    trainer.fit(state, data, report=log_to(kind, tmp_path / "log"), checkpoints=runs)
+    if kind == "jsonl":
+        assert len((tmp_path / "log").read_text().splitlines()) == 6
+
+
+# Signals
+
+TRAIN = """
+import os, signal, sys
+import numpy as np, optax, kaun
+from kaun import Data, checkpoint, layers, rng
+
+folder, number, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+if how == "ignored":
+    signal.signal(number, signal.SIG_IGN)
+if how == "handled":
+    signal.signal(number, lambda *_: print("mine"))
+with rng.scope(0):
+    trainer = kaun.Trainer(model=layers.linear(3, 3), optimizer=optax.sgd(0.1))
+    state = trainer.init()
+
+def report(step, loss, state):
+    if step == 4:
+        os.kill(os.getpid(), number)
+
+runs = None if how == "unsaved" else checkpoint.Directory(folder)
+item = (np.ones((2, 3), np.float32), lambda out: (out**2).mean())
+trainer.fit(state, Data.repeat(9, item), report=report, checkpoints=runs)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("how", ["saved", "unsaved", "ignored", "handled"])
+def test_a_closed_terminal_and_the_warning_of_slurm_are_saved(tmp_path, name, how):
+    """An ssh connection breaks (SIGHUP), or Slurm warns a minute before the end (SIGUSR1): the run ended unsaved.
+
+    Under nohup SIGHUP is ignored, and stays so; a handler of the user's own is left to do what it does.
+    """
+    number = getattr(signal, name)
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, tmp_path / "run", str(int(number)), how],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    expected = {"saved": (128 + number, [4]), "unsaved": (-number, [])}.get(how, (0, [9]))
+    assert (done.returncode, checkpoint.Directory(tmp_path / "run").steps()) == expected, done.stderr
+    assert done.stdout == ("mine\n" if how == "handled" else "")

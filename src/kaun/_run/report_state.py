@@ -144,7 +144,7 @@ def match_reports(
     if kept and "reports" not in kept:
         if len(reports) == 1:
             return [(reports[0], dict(kept))], []
-        return [], [f"one report was saved, and there are {len(reports)} now: {', '.join(map(_shown, reports))}"]
+        return [], [f"one report was saved, and there are {len(reports)} now: {', '.join(map(_described, reports))}"]
     keys: list[str] = list(kept.get("reports", ()))
     unknown = [None] * len(keys)
     saved = list(zip(keys, kept.get("names", unknown), kept.get("paths", unknown), strict=True))
@@ -175,7 +175,7 @@ def _path(report: Any) -> str:
     return str(path) if isinstance(path, (str, os.PathLike)) else ""
 
 
-def _shown(report: Any) -> str:
+def _described(report: Any) -> str:
     return f"{report_kind(report)}({_names(report)})"
 
 

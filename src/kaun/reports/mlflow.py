@@ -55,7 +55,10 @@ class _Mlflow:
         self.run = given or ""
         self._logged: dict[str, set[int]] = {}
 
-    def cut(self, step: int) -> None:
+    def check(self) -> None:
+        pass  # the first values are sent with the first steps
+
+    def cut(self, step: int) -> tuple[int, int] | None:
         if self._client is None:
             self._client = self._package.MlflowClient(tracking_uri=self._uri)
             self._resume() if self.run else self._create()
@@ -63,6 +66,8 @@ class _Mlflow:
             key: {metric.step for metric in self._client.get_metric_history(self.run, key) if metric.step >= step}
             for key in self._client.get_run(self.run).data.metrics
         }
+        steps = set[int]().union(*self._logged.values())
+        return (min(steps), max(steps)) if steps else None
 
     def _create(self) -> None:
         found = self._client.get_experiment_by_name(self._experiment)

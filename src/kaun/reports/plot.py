@@ -12,6 +12,7 @@ import numpy as np
 
 from kaun._paths import local_path
 from kaun._report import Report
+from kaun.reports.files import check_writable
 from kaun.reports.history import History
 from kaun.reports.log import require_package
 from kaun.train import TrainState
@@ -70,6 +71,7 @@ class _Plot(Report):
 
     def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
         self._next = monotonic() + FIRST
+        check_writable("plot", self._path)
 
     def wants(self, step: int) -> bool:
         return False
