@@ -643,3 +643,46 @@ def test_a_closed_terminal_and_the_warning_of_slurm_are_saved(tmp_path, name, ho
     expected = {"saved": (128 + number, [4]), "unsaved": (-number, [])}.get(how, (0, [9]))
     assert (done.returncode, checkpoint.Directory(tmp_path / "run").steps()) == expected, done.stderr
     assert done.stdout == ("mine\n" if how == "handled" else "")
+
+
+# A disk that cannot be written
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Call it with a folder: the system then refuses to write there, as on a disk that is mounted read-only."""
+
+    def refuse(folder):
+        real_open, real_mkdir = os.open, os.mkdir
+
+        def inside(path):
+            return str(path).startswith(str(folder))
+
+        def open_(path, flags, *more, **named):
+            if inside(path) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                raise OSError(30, "Read-only file system", str(path))
+            return real_open(path, flags, *more, **named)
+
+        def mkdir(path, *more, **named):
+            if inside(path):
+                raise OSError(30, "Read-only file system", str(path))
+            return real_mkdir(path, *more, **named)
+
+        monkeypatch.setattr(os, "open", open_)
+        monkeypatch.setattr(os, "mkdir", mkdir)
+
+    return refuse
+
+
+def test_a_finished_run_on_a_read_only_disk_gives_its_state(tmp_path, read_only):
+    """The results of a run were archived on a read-only disk; the script is run again for its plots."""
+    trainer, state, x = setting(SMALL)
+    runs, data = checkpoint.Directory(tmp_path / "run"), Data.repeat(5, (x, square))
+    end = trainer.fit(state, data, report=reports.history(), checkpoints=runs)
+    read_only(tmp_path)
+    history = reports.history()
+    assert same(trainer.fit(state, data, report=history, checkpoints=runs), end) and len(history) == 5
+    with pytest.raises(OSError, match=r"checkpoints cannot be written to .*Read-only file system"):
+        trainer.fit(state, Data.repeat(9, (x, square)), report=reports.history(), checkpoints=runs)
+    with pytest.raises(OSError, match=r"checkpoints cannot be written to .*Read-only file system"):
+        trainer.fit(state, data, checkpoints=runs.child("other"))

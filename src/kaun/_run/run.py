@@ -173,6 +173,8 @@ def _start_or_resume(
     if saved is not None:
         _resume(run, directory, saved, facts, report)
     if not run.finished:
+        if store.read_only is not None:
+            raise store.read_only
         run.data = saver.data = resume_from(data, run.done, None if saved is None else saved.facts["place"])
     return run
 

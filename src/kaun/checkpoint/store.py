@@ -25,14 +25,20 @@ __all__ = ["Saved", "Store"]
 
 _UNFINISHED = re.compile(r"\.kaun-[0-9a-f]{16}\.tmp", re.ASCII)
 _left_writing: dict[Path, threading.Event] = {}
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _PROBE = memoryview(bytes(1 << 16))
 
 
 class Store:
-    """A Directory in use: locked, writable, with at most one save in progress. Open one with ``Store.open``."""
+    """A Directory in use: locked, writable, with at most one save in progress. Open one with ``Store.open``.
 
-    def __init__(self, directory: Directory, disk: Disk, lock: Lock) -> None:
-        self._directory, self._disk, self._lock = directory, disk, lock
+    Attributes:
+        read_only: The error of a directory that has checkpoints and cannot be written. Nothing is locked then, and only
+            ``newest`` can be used.
+    """
+
+    def __init__(self, directory: Directory, disk: Disk, lock: Lock | None, read_only: OSError | None = None) -> None:
+        self._directory, self._disk, self._lock, self.read_only = directory, disk, lock, read_only
         # Waited for instead of the thread: in Python 3.11 an interrupted Thread.join takes the thread for ended.
         self._written = threading.Event()
         self._written.set()
@@ -49,23 +55,20 @@ class Store:
             FileNotFoundError: for ``resume="must"`` without a checkpoint.
             FileExistsError: for ``resume="never"`` with one.
             RuntimeError: when another run uses the directory.
-            OSError: when nothing can be written there; the message says what to do.
+            OSError: when nothing can be written there; the message says what to do. Where there are checkpoints and
+                the disk is read-only, the error is ``read_only``: of a run that is finished they are read.
         """
         disk = disk or Disk()
         with _explained(directory):
             there = scan(disk, directory.path)
         _may_begin(directory, there)
-        with _explained(directory):
-            _wait_for_writer(directory.path)
-            _make(disk, directory.path)
-            lock = Lock(directory.path)
-            try:
-                _tidy(disk, directory.path)
-                _probe(disk, directory.path)
-            except BaseException:
-                lock.release()
-                raise
-        return cls(directory, disk, lock)
+        try:
+            with _explained(directory):
+                return cls(directory, disk, _locked(disk, directory.path))
+        except OSError as err:
+            if there and err.errno in _READ_ONLY:
+                return cls(directory, disk, None, err)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +88,8 @@ class Store:
             OSError: when a checkpoint of this size does not fit on the disk.
         """
         self.join()
-        self._must_fit(like)
+        if self.read_only is None:
+            self._must_fit(like)
         bad: list[tuple[Found, str]] = []
         for found in scan(self._disk, self._directory.path):
             try:
@@ -155,7 +159,7 @@ class Store:
             with self._guard:
                 self._closed = True
                 if self._written.is_set():
-                    self._lock.release()
+                    self._release()
                 else:
                     _left_writing[self._directory.path.resolve()] = self._written
 
@@ -167,8 +171,12 @@ class Store:
         finally:
             with self._guard:
                 if self._closed:
-                    self._lock.release()
+                    self._release()
                 self._written.set()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _put(self, draft: one.Draft) -> None:
         disk, path = self._disk, self._directory.path
@@ -212,9 +220,12 @@ class Store:
             names = (f"damaged-{found.path.name}" + (f"-{i}" if i else "") for i in range(len(taken) + 1))
             name = next(name for name in names if name not in taken)
             taken.add(name)
-            self._disk.rename(found.path, path / name)
-            moved.append(f"{text}\n    (kept as {name})")
-        self._disk.sync_folder(path)
+            if self.read_only is None:
+                self._disk.rename(found.path, path / name)
+                text += f"\n    (kept as {name})"
+            moved.append(text)
+        if self.read_only is None:
+            self._disk.sync_folder(path)
         listed = "\n  ".join(moved)
         warn(
             f"{str(path)!r}: the run resumes from step {sound.step}, because newer checkpoints are damaged:\n  "
@@ -251,6 +262,20 @@ def _may_begin(directory: Directory, there: list[Found]) -> None:
             f"{path!r} has a checkpoint of step {there[0].step}, and resume='never' needs a directory without one. "
             f"Start in another directory, checkpoint.Directory({path!r}).child('second'), or resume with resume='auto'."
         )
+
+
+def _locked(disk: Disk, path: Path) -> Lock:
+    """Make and lock a folder, and check that files can be written."""
+    _wait_for_writer(path)
+    _make(disk, path)
+    lock = Lock(path)
+    try:
+        _tidy(disk, path)
+        _probe(disk, path)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 def _wait_for_writer(path: Path) -> None:
