@@ -192,8 +192,8 @@ class Trainer(Generic[In, Out]):
             report: Called after each step that it wants with ``(step, loss, state)``: the step's number in this fit,
                 from 1; its loss as a float; the state after it. Raise ``EarlyStop`` in it to end the fit there.
             checkpoints: Directory for checkpoints. If it already holds a run, that run is resumed, with bitwise the
-                same result as without interruption; if it is finished, its final state is returned. SIGTERM and Ctrl-C
-                finish the step in progress, save, and end the fit.
+                same result as without interruption; if it is finished, its final state is returned. Ctrl-C, SIGTERM,
+                SIGHUP and SIGUSR1 finish the step in progress, save, and end the fit, unless they have other handlers.
 
         Returns:
             The state after the last step.
@@ -204,8 +204,8 @@ class Trainer(Generic[In, Out]):
             NonFiniteLoss: As ``on_nonfinite`` says.
             ResumeMismatch: If the directory holds another run: other data, seed, program or reports.
             OSError: If a checkpoint cannot be written.
-            Exception: Whatever data, loss or report raise, unchanged, with the last completed state as its
-                ``kaun_state``.
+            Exception: Whatever data, loss, report or the compiled step raise, unchanged, with the last completed state
+                as its ``kaun_state``; where that one is lost, the newest that is left, and a note.
         """
         check_state(state, "fit")
         with open_run(checkpoints, state, data, report) as run:

@@ -183,7 +183,7 @@ def test_an_error_at_any_operation_of_a_save_is_told_and_leaves_nothing(
             store.save(3, state_of(3), {}, {})
             store.join()
             names = sorted(entry.name for entry in path.iterdir())
-            hidden = [name for name in names if name.startswith(".kaun")]
+            hidden = [name for name in names if name.startswith(".kaun-") and name != ".kaun-lock"]
             assert [name for name in names if name not in hidden] == [".kaun-lock", "step-00000003"]
             # Only what was being removed when the error came may be left, until the next start.
             assert len(hidden) <= (disk.failed in ("remove", "remove_folder", "entries"))

@@ -247,7 +247,7 @@ def of_other_leaves(directory: Directory, found: Found, listing: ResumeMismatch)
 def _path(path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"checkpoint.Directory expected a path first, received {type(path).__name__}.")
-    return local_path("checkpoint.Directory", path)
+    return local_path("checkpoint.Directory", path).absolute()
 
 
 def _every(every: object) -> object:

@@ -101,7 +101,7 @@ def csv(path: str | os.PathLike[str]) -> Report:
 def _path(where: str, path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'{where} expected the path of a file, received {path!r}. Write {where}("run.{where}").')
-    return local_path(where, path)
+    return local_path(where, path).absolute()
 
 
 class _JsonLines:

@@ -56,7 +56,7 @@ def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'plot expected the path of a picture, received {path!r}. Write plot("loss.png").')
     require_package("plot", "matplotlib", "plot")
-    whole = local_path("plot", path)
+    whole = local_path("plot", path).absolute()
     return _Plot(whole if whole.suffix else whole.with_suffix(".png"), log)
 
 

@@ -49,7 +49,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Report:
     require_package("tensorboard", "tensorboardX", "tensorboard")
     if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'tensorboard expected the path of a folder, received {folder!r}. Write tensorboard("run").')
-    return Log(_TensorBoard(local_path("tensorboard", folder)))
+    return Log(_TensorBoard(local_path("tensorboard", folder).absolute()))
 
 
 class _TensorBoard:
