@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "kaun"
 # The floor plan: each package or module of the root, from the row that imports nothing of kaun to those that users call.
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
-    {"_jax", "_kernels", "_messages", "errors", "rng", "tree"},
+    {"_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
     {"context", "grad", "losses"},
     {"_loss", "layers", "metrics"},
     {"_step", "data", "state"},

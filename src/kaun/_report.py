@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,17 @@ from kaun import tree
 from kaun._messages import locate
 from kaun.state import TrainState
 
-__all__ = ["Report", "ReportFunction", "calls", "check_report", "check_takes", "measured_by_call", "member", "names_of"]
+__all__ = [
+    "Composite",
+    "Report",
+    "ReportFunction",
+    "calls",
+    "check_report",
+    "check_takes",
+    "measured_by_call",
+    "member",
+    "names_of",
+]
 
 NUMBERS: frozenset[str] = frozenset()  # what a step can compute for `Report.numbers`
 CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait", "reset" and "snapshot_path" are not
@@ -192,6 +202,16 @@ class Report:
         If the run was interrupted in the report's call for a step, the report is called for that step again, before
         the first block.
         """
+
+
+class Composite(Report):
+    """A report made of several, each of which keeps its own values in a checkpoint.
+
+    Attributes:
+        reports: These reports.
+    """
+
+    reports: Sequence[Any] = ()
 
 
 def calls(report: Any) -> bool:

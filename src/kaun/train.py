@@ -195,8 +195,8 @@ class Trainer(Generic[In, Out]):
             report: Called after each step that it wants with ``(step, loss, state)``: the step's number in this fit,
                 from 1; its loss as a float; the state after it. Raise ``EarlyStop`` in it to end the fit there.
             checkpoints: Directory for checkpoints. If it already holds a run, that run is resumed, with bitwise the
-                same result as without interruption; if it is finished, its final state is returned. SIGTERM and Ctrl-C
-                finish the step in progress, save, and end the fit.
+                same result as without interruption; if it is finished, its final state is returned. Ctrl-C, SIGTERM,
+                SIGHUP and SIGUSR1 finish the step in progress, save, and end the fit, unless they have other handlers.
 
         Returns:
             The state after the last step.
@@ -207,8 +207,8 @@ class Trainer(Generic[In, Out]):
             NonFiniteLoss: As ``on_nonfinite`` says.
             ResumeMismatch: If the directory holds another run: other data, seed, program or reports.
             OSError: If a checkpoint cannot be written.
-            Exception: Whatever data, loss or report raise, unchanged, with the last completed state as its
-                ``kaun_state``.
+            Exception: Whatever data, loss, report or the compiled step raise, unchanged, with the last completed state
+                as its ``kaun_state``; where that one is lost, the newest that is left, and a note.
         """
         check_state(state, "fit")
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
@@ -220,7 +220,7 @@ class Trainer(Generic[In, Out]):
             del state  # where the caller does not hold it either, its memory is free once it is copied
             caller, loop = self._begin(run, report, check_context(ctx))
             now, step = lambda: _state(loop.carry(), loop.key), run.done
-            with save_on_error(run.saver, loop, now, caller), open_items(run.data, not_data(data)) as items:
+            with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
                 stopped = pending is not None and caller.wants(step) and _stops(caller, step, pending, now)

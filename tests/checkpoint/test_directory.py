@@ -41,7 +41,7 @@ def test_defaults_and_equality(tmp_path):
     with pytest.raises(AttributeError):
         runs.keep = 5
     assert repr(Directory("a", every=5, accept=["data"])) == (
-        f"Directory(path={Path('a')!r}, every=5, keep=3, resume='auto', accept=frozenset({{'data'}}))"
+        f"Directory(path={Path('a').absolute()!r}, every=5, keep=3, resume='auto', accept=frozenset({{'data'}}))"
     )
 
 

@@ -16,6 +16,7 @@ from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import slow_in_loops
 from kaun._engine.packing import Packing, in_place, packing_of
+from kaun._jax import calls_the_host
 from kaun._loss import trace_loss
 from kaun._step import match_state
 
@@ -68,7 +69,10 @@ class TracedStep:
         discards: As the argument.
         tables: For each dtype the names of a step's numbers beside its loss, in the order of their columns.
         places: For each of these numbers by name the index of its table and its column.
-        looped: Whether it runs in a loop, many steps for one dispatch.
+        looped: Whether it runs in a loop.
+        can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
+            alone and keeps the memory of the state before it.
+        most: How many steps one dispatch may run.
         capacity: How many items one dispatch may hold.
         status: The status of a run in which all steps are finite (``StepResults``), None if runs do not end at one
             that is not.
@@ -78,8 +82,8 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_lock", "_programs", "capacity", "discards", "entries", "jaxpr", "looped", "loss_dtype", "on_nonfinite",
-        "patterns", "places", "seconds", "status", "step", "tables",
+        "_lock", "_programs", "can_raise", "capacity", "discards", "entries", "jaxpr", "looped", "loss_dtype", "most",
+        "on_nonfinite", "patterns", "places", "seconds", "status", "step", "tables",
     )  # fmt: skip
 
     def __init__(
@@ -96,7 +100,9 @@ class TracedStep:
             name: (table_of[number.dtype], self.tables[number.dtype].index(name)) for name, number in numbers.items()
         }
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
-        self.capacity = capacity_of(inputs) if self.looped else 1
+        self.can_raise = calls_the_host(traced.jaxpr)
+        self.most = ROWS if self.looped and not self.can_raise else 1
+        self.capacity = min(capacity_of(inputs), self.most)
         self.status = _all_finite(squares.shape[0], squares.dtype) if on_nonfinite == "raise" else None
         self.entries: set[str] = set()
         self.seconds = seconds

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun._jax import is_traced
+from kaun._paths import local_path
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.safetensors_header import (
     DTYPES,
@@ -143,7 +144,7 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
 def _as_path(path: Any, call: str) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"checkpoint.{call} expected a path first, received {type(path).__name__}.")
-    return Path(path)
+    return local_path(f"checkpoint.{call}", path)
 
 
 def check_template(wanted: Mapping[str, Any]) -> None:

@@ -12,8 +12,17 @@ import numpy as np
 
 from kaun import tree
 from kaun._messages import locate
-from kaun._report import Report, ReportFunction, check_report, check_takes, measured_by_call, member, names_of
-from kaun._run import report_kind
+from kaun._report import (
+    Composite,
+    Report,
+    ReportFunction,
+    check_report,
+    check_takes,
+    measured_by_call,
+    member,
+    names_of,
+)
+from kaun._run import keeping, match_reports, report_kind, snapshot_reports
 from kaun.data import stages_of
 from kaun.errors import EarlyStop
 from kaun.train import TrainState
@@ -142,6 +151,7 @@ class _Every(Report):
         self.__name__ = report_kind(f)
         self.measures, self.watches = measured_by_call(f), names_of(f, "watches")
         self.adds_values = _adds_values(f)
+        self.path = getattr(f, "path", "")
         self._wants, self._begin = member(f, "wants"), member(f, "begin")
         # All else is that of f. A member that f lacks stays the default, for which `fit` does no work.
         for name in ("block", "end", "compiling", "observe", "snapshot", "restore"):
@@ -163,7 +173,7 @@ class _Every(Report):
             self._begin(first_step, total, measured, math.lcm(self._n, every), state)
 
 
-class _AllOf(Report):
+class _AllOf(Composite):
     def __init__(self, reports: Sequence[Report | ReportFunction]) -> None:
         self.reports = reports
         self._measured = frozenset[str]().union(*[measured_by_call(report) for report in reports])
@@ -179,9 +189,9 @@ class _AllOf(Report):
         blocks = _members([report for report in reports if not _adds_values(report)], "block")
         if adding or blocks:  # only then does `fit` collect the values
             self.block = functools.partial(_hand_out, [block for _, block in adding], [block for _, block in blocks])
-        if snapshots := _members(reports, "snapshot"):  # its methods would form a cycle, which keeps states alive
-            self.snapshot = functools.partial(_snapshot, snapshots)
-            self.restore = functools.partial(_restore, _members([report for report, _ in snapshots], "restore"))
+        if kept := keeping(self):  # methods of its own would be a cycle, which keeps states alive
+            self.snapshot = functools.partial(snapshot_reports, kept)
+            self.restore = functools.partial(_restore, kept)
 
     def wants(self, step: int) -> bool:
         wanted = [report for report, wants in self._wants if wants is None or wants(step)]
@@ -305,28 +315,11 @@ def _checked_values(values: Any, report: Any) -> Mapping[str, float]:
     return values
 
 
-def _snapshot(snapshots: Sequence[tuple[Any, Callable[..., Any]]]) -> dict[str, Any]:
-    """What each report keeps, in one flat dict; keys are position, kind and the report's own name for it."""
-    keys = _keys(snapshots)
-    kept: dict[str, Any] = {"reports": keys}
-    for key, (_, snapshot) in zip(keys, snapshots, strict=True):
-        kept |= {f"{key}/{name}": value for name, value in snapshot().items()}
-    return kept
-
-
-def _restore(restores: Sequence[tuple[Any, Callable[..., Any]]], values: Mapping[str, Any]) -> None:
-    was, now = list[str](values.get("reports", ())), _keys(restores)
-    if was != now:
-        lines = [f"saved, but missing now: {key}" for key in was if key not in now]
-        lines += [f"present now, but not saved: {key}" for key in now if key not in was]
-        names = ", ".join(f"{key.partition(' ')[2]}(...)" for key in was) or "...  # without those"
-        raise ValueError(
-            "The reports differ from those of the saved run. By position among the reports that save values, and "
-            "kind:\n  " + "\n  ".join(lines) + f"\nPass the same ones in the same order: reports.all_of({names})."
-        )
-    for key, (_, restore) in zip(now, restores, strict=True):
-        restore({name[len(key) + 1 :]: value for name, value in values.items() if name.startswith(f"{key}/")})
-
-
-def _keys(reports: Sequence[tuple[Any, Any]]) -> list[str]:
-    return [f"{position} {report_kind(report)}" for position, (report, _) in enumerate(reports, start=1)]
+def _restore(reports: Sequence[Any], values: Mapping[str, Any]) -> None:
+    matched, gone = match_reports(reports, values)
+    if gone:
+        raise ValueError("The reports are not those of the run that was saved:\n  " + "\n  ".join(gone))
+    for report, kept in matched:
+        restore = member(report, "restore")
+        assert restore is not None
+        restore(kept)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kaun._paths import local_path
 from kaun._report import Report
 from kaun._run import pack_results, saved_values, unpack_results
 from kaun.reports.log import loss_array
@@ -114,7 +115,7 @@ class History(Report):
         figure = _figure(steps, losses, window, self.results)
         if log:
             figure.axes[0].set_yscale("log")
-        path = Path(path)
+        path = local_path("history.plot", path)
         path = path if path.suffix else path.with_suffix(".png")
         figure.savefig(path)
         return path

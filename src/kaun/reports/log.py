@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kaun._messages import warn
 from kaun._report import Report
 from kaun._run import saved_values
 from kaun.train import TrainState
@@ -30,13 +31,24 @@ class Sink(Protocol):
     Attributes:
         name: The name of the report.
         run: The id of the run that is written to; empty for files.
+        path: The file or folder; empty for services.
     """
 
     name: str
+    path: str
     run: str
 
-    def cut(self, step: int) -> None:
-        """Open it, and remove the rows of this step and later ones, which come again or belong to an earlier run."""
+    def check(self) -> None:
+        """Raise OSError, with the path, where nothing can be written."""
+        ...
+
+    def cut(self, step: int) -> tuple[int, int] | None:
+        """Open it, and remove the rows of this step and later ones, which come again or belong to an earlier run.
+
+        Returns:
+            The first and the last step that are removed, or that stay and make it ignore new values of these steps;
+            None where there is none, or it cannot tell.
+        """
         ...
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -62,6 +74,7 @@ class Log(Report):
 
     def __init__(self, sink: Sink) -> None:
         self.__name__ = sink.name
+        self.path = sink.path
         self._sink = sink
         self._fits = 0
         self._every = 1
@@ -71,6 +84,7 @@ class Log(Report):
         self._names: set[str] = set()  # of the values in blocks
         self._row: Row | None = None  # the newest
         self._written = False  # whether that one is written
+        self._restored = False  # whether the next fit is resumed: it writes again what came after its checkpoint
 
     def begin(
         self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1, *_: Any
@@ -83,6 +97,7 @@ class Log(Report):
             )
         self._open, self._every = False, every
         self._outer = sys.exception()
+        self._sink.check()
 
     def end(self) -> None:
         self._fits = max(0, self._fits - 1)
@@ -143,6 +158,7 @@ class Log(Report):
     def restore(self, values: Mapping[str, Any]) -> None:
         row, self._offset, names, self._sink.run = saved_values(self, values, "row", "offset", "names", "run")
         self._names, self._row, self._written = set(names), decoded(row) if row else None, True
+        self._restored = True
 
     def _start(self, step: int) -> None:
         """Open the sink at the first step of a fit, or at the step after which its run was interrupted."""
@@ -152,8 +168,23 @@ class Log(Report):
             self._row = None
         # What was measured after the newest row may come again, or not have come at all.
         self._written = False
-        self._sink.cut(step if self._row is None else self._row["step"])
-        self._open = True
+        dropped = self._sink.cut(step if self._row is None else self._row["step"])
+        if dropped is not None and not self._restored:
+            self._warn(step, *dropped)
+        self._open, self._restored = True, False
+
+    def _warn(self, step: int, first: int, last: int) -> None:
+        held = f"holds {f'steps {first} to {last}' if last > first else f'step {last}'} of an earlier fit"
+        if self.path:
+            warn(
+                f"{self.__name__}: {self.path!r} {held}, which are removed, because this one begins with step {step}. "
+                f'Give each run its own path: reports.{self.__name__}(f"run-{{i}}").'
+            )
+        else:
+            warn(
+                f"{self.__name__}: the run {self._sink.run!r} {held}. They stay, and what this fit has for these steps "
+                f"is not logged. Make a report for each fit: reports.{self.__name__}(...)."
+            )
 
     def _put(self) -> None:
         if self._row is not None and not self._written:
