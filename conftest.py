@@ -65,6 +65,12 @@ def pytest_sessionstart(session):
         shrink(CACHE, CACHE_LIMIT)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _doctests_are_code_of_a_user(doctest_namespace):
+    """Without it their globals have the name of kaun's module, and a loss does not follow the globals of a library."""
+    doctest_namespace["__name__"] = "__main__"
+
+
 def pytest_collection_modifyitems(items):
     """Skip examples of libraries that are not installed, and shorten property tests."""
     for item in items:

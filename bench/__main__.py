@@ -1,4 +1,4 @@
-"""Measures kaun beside other ways to train the same model, and writes docs/performance.md.
+"""Measures kaun and other ways to train the same model, and writes docs/performance.md.
 
 Each run is its own process. Rounds of all runners are interleaved, and what is reported is the median of the ratios
 within a round. Runners must end at the same loss.

@@ -1,4 +1,4 @@
-"""Seconds of saving and restoring an Adam state, beside Orbax's standard checkpointer: ``python -m bench.checkpoints``.
+"""Seconds to save and restore an Adam state, by kaun and by Orbax: ``python -m bench.checkpoints``.
 
 Both run in one process, in turns, with a new folder each time; what is printed is the median, and the median of the
 ratios within a round. kaun's restore is verified: every byte is hashed. ``blocked`` is the part of a save after which

@@ -1,7 +1,7 @@
 """Measure what the guard against steps that are not finite costs: ``python -m bench.guard mlp cnn gpt adam50m``.
 
 Trainers of all modes run in turn in one process: "raise" and "skip" discard a step that is not finite, "ignore" takes
-the norm of the gradient all the same, and "bare" takes no norm. Printed are the medians, and the ratios to "bare"
+the norm of the gradient as well, and "bare" takes no norm. Printed are the medians, and the ratios to "bare"
 within each round.
 """
 

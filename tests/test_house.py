@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "kaun"
 # The floor plan: each package or module of the root, from the row that imports nothing of kaun to those that users call.
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
-    {"_jax", "_kernels", "_messages", "errors", "rng", "tree"},
+    {"_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
     {"context", "grad", "losses"},
     {"_loss", "layers", "metrics"},
     {"_step", "data", "state"},
@@ -261,6 +261,59 @@ def test_every_public_method_has_a_docstring():
     methods = {f"{name}.{a}": m for name, value in public_objects() for a, m in public_methods(value).items()}
     assert {"kaun.Trainer.fit", "kaun.Data.map", "kaun.Data.stack", "kaun.Layer.init"} <= set(methods)
     assert not [name for name, method in methods.items() if not method.__doc__]
+
+
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Examples")
+
+
+def docstrings(source):
+    """The line and the text of each docstring of a file: of modules, classes, functions and variables."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, inspect.cleandoc(node.value.value)
+
+
+def wrong_sections(source):
+    """The lines of a file's docstrings that do not render: other headers, empty sections, doctests without Examples."""
+    for start, text in docstrings(source):
+        section, lines = "", ["", *text.splitlines(), ""]
+        for i, line in enumerate(lines[:-1]):
+            header = re.fullmatch(r"( *)(\w+):", line)
+            if header and (not header[1] or header[2] in SECTIONS):
+                section = header[2]
+                right = not header[1] and section in SECTIONS and not lines[i - 1] and lines[i + 1].startswith("    ")
+            else:
+                section = "" if line[:1].strip() else section
+                right = ">>> " not in line or (section == "Examples" and line.startswith("    "))
+            if not right:
+                yield f"{start + i - 1}: {line}"
+
+
+def test_sections_of_docstrings_render_and_doctests_are_examples():
+    assert not [f"{name}:{wrong}" for name, path in MODULES.items() for wrong in wrong_sections(path.read_text())]
+    texts = {name: path.read_text() for name, path in MODULES.items()}
+    found = {header: sum(f"    {header}:\n" in text for text in texts.values()) for header in SECTIONS}
+    assert min(found.values()) >= 1 and found["Examples"] >= 30, found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "One.\n\n>>> 1\n1",
+        "One.\n\nArgs:\n    x: One.\n\n>>> 1\n1",
+        "One.\n\nArgs:\n    x: One.\n    >>> 1\n    1",
+        "One.\n\nExamples:\n    >>> 1\n    1\n\nMore.\n    >>> 1\n    1",
+        "One.\n\nExample:\n    >>> 1\n    1",
+        "One.\n\nArguments:\n    x: One.",
+        "One.\nReturns:\n    x",
+        "One.\n\nReturns:\nx",
+        "One.\n\nMore.\n\n    Returns:\n        x",
+    ],
+)
+def test_sections_that_do_not_render_are_found(text):
+    good = "One.\n\nArgs:\n    x: One.\n\nExamples:\n    >>> 1\n    1\n\n    Two::\n\n        >>> 2"
+    assert not list(wrong_sections(f"def f(): {good!r}"))
+    assert list(wrong_sections(f"def f(): {text!r}"))
 
 
 # Names that said nothing, or two things, before each module had its room. "" stands for all of src.

@@ -135,3 +135,28 @@ def test_the_block_cipher_is_that_of_jaxs_keys():
     words = tuple(jax.random.key_data(key))
     counts = (jnp.zeros((), jnp.uint32), jnp.uint32(3))
     np.testing.assert_array_equal(_jax.threefry_2x32(words, counts), jax.random.key_data(jax.random.fold_in(key, 3)))
+
+
+@pytest.mark.parametrize("inside", [lambda f: f, jax.jit, lambda f: lambda x: jax.lax.cond(x > 0, f, lambda x: x, x)])
+def test_calls_of_the_host_are_found(inside):
+    import jax.experimental
+
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    calling = {
+        "pure": lambda x: jax.pure_callback(lambda x: x, shape, x),
+        "io": lambda x: jax.experimental.io_callback(lambda x: x, shape, x),
+        "debug": lambda x: (jax.debug.callback(lambda x: None, x), x)[1],
+    }
+    for f in calling.values():
+        assert _jax.calls_the_host(jax.make_jaxpr(inside(f))(jnp.float32(1)))
+    printing = lambda x: (jax.debug.print("{}", x), x * 2)[1]
+    assert not _jax.calls_the_host(jax.make_jaxpr(inside(printing))(jnp.float32(1)))
+
+
+def test_the_service_that_waits_for_sigterm(monkeypatch):
+    from jax._src import distributed
+
+    assert _jax.preemption_service_runs() is False
+    assert hasattr(distributed.global_state, "preemption_sync_manager")
+    monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", object())
+    assert _jax.preemption_service_runs() is True

@@ -45,7 +45,7 @@ def both(made, error, match, *, x=X, loss=mse, ctx=None, trainer=None, state=Non
 def test_the_model_must_be_a_layer():
     with pytest.raises(TypeError, match=r"Trainer\(model=...\) expected a kaun Layer, received 3"):
         kaun.Trainer(model=3, optimizer=optax.sgd(0.1))
-    with pytest.raises(TypeError, match=r"did you forget to call it\? Write model=layers.sequential"):
+    with pytest.raises(TypeError, match=r"\. Did you forget to call it\? Write model=layers.sequential"):
         kaun.Trainer(model=layers.linear, optimizer=optax.sgd(0.1))
 
 
@@ -65,7 +65,7 @@ def test_a_trainer_is_not_pickled_and_the_message_says_what_to_pickle(made):
 def test_the_optimizer_must_have_init_and_update():
     model = layers.linear(2, 1)
     with pytest.raises(
-        TypeError, match=r"has no init and no update, did you forget to call it\? Write optimizer=optax.adam"
+        TypeError, match=r"has no init and no update\. Did you forget to call it\? Write optimizer=optax.adam"
     ):
         kaun.Trainer(model=model, optimizer=optax.sgd)
     with pytest.raises(TypeError, match=r"received 'adam', which has no init and no update"):
@@ -75,7 +75,10 @@ def test_the_optimizer_must_have_init_and_update():
 def test_lookahead_is_refused_with_the_reason():
     optimizer = optax.lookahead(optax.sgd(0.1), 5, 0.5)
     trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optimizer)
-    with pytest.raises(TypeError, match=r"does not work on the model's plain tree of parameters.*LookaheadParams"):
+    with pytest.raises(
+        TypeError,
+        match=r"(?s)does not work on the model's plain tree of parameters\. It raises AttributeError: 'dict' object has no attribute 'fast'.*LookaheadParams",
+    ):
         trainer.init()
 
 
@@ -251,7 +254,7 @@ def test_a_dtype_other_than_the_models(made):
     both(
         made,
         TypeError,
-        r"received bfloat16\[4, 2\]: the model is float32.*x.astype\(jnp.float32\)",
+        r"received bfloat16\[4, 2\]: the parameters are float32.*x.astype\(jnp.float32\)",
         x=jnp.ones((4, 2), jnp.bfloat16),
     )
     trainer, state = made
@@ -330,7 +333,7 @@ def test_empty_data(made):
     used = iter([(X, mse)])
     trainer.fit(state, used)
     for data in ([], used, Data.repeat(1, (X, mse)).take(0)):
-        with pytest.raises(ValueError, match=r"fit received no items: the data is empty.*used up"):
+        with pytest.raises(ValueError, match=r"fit received no items: the data is empty.*a new iterator\."):
             trainer.fit(state, data)
 
 

@@ -115,7 +115,7 @@ def session(workload: Workload, report=None, model_of=own, hand_over=True) -> Se
     loss = by_hand.loss_of(workload)
 
     def run(steps):
-        # Handed over, so that nobody but fit holds the state from before: the memory of one, as by hand.
+        # Passed on, so that only fit refers to the previous state: the memory of one, as by hand.
         kept = None if hand_over else states[0]
         states.append(trainer.fit(states.pop(), data if steps == workload.steps else data.take(steps), report=report))
         del kept

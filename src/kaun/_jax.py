@@ -5,6 +5,7 @@ Nothing else in kaun uses such a part, so a new JAX release is a matter of this 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,12 @@ import jax.core
 from jax import lax
 
 __all__ = [
-    "Convolution", "any_traced", "children_of", "constants_in", "convolutions_in", "is_jitted", "is_traced",
-    "programs_in", "run_program", "threefry_2x32", "trace_of",
+    "Convolution", "any_traced", "calls_the_host", "children_of", "constants_in", "convolutions_in", "is_jitted",
+    "is_traced", "preemption_service_runs", "programs_in", "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
+
+
+_HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])
 
 
 def is_traced(value: Any) -> bool:
@@ -61,10 +65,20 @@ def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:
     return jax.tree_util.default_registry.flatten_one_level(value)
 
 
+def preemption_service_runs() -> bool:
+    """Return whether JAX's distributed service waits for SIGTERM, to save at a step that all processes agree on.
+
+    ``jax.distributed`` has no public way to ask. The service replaces the handler of the operating system, which Python
+    does not see.
+    """
+    state = sys.modules.get("jax._src.distributed")
+    return getattr(getattr(state, "global_state", None), "preemption_sync_manager", None) is not None
+
+
 def run_program(closed: Any, arguments: Sequence[Any]) -> list[Any]:
     """Return the results of a closed jaxpr for these arguments.
 
-    A function traced by ``jax.make_jaxpr`` is looked at and then run as it was traced; tracing it again would call the
+    A function traced by ``jax.make_jaxpr`` is inspected and then run as it was traced; tracing it again would call the
     user's code twice. ``jax.core.eval_jaxpr`` is not covered by JAX's promise of stability.
     """
     return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *arguments)
@@ -91,7 +105,7 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
 
     Args:
         closed: The closed jaxpr.
-        literals: Whether to yield the arrays that stand in equations too. Scalars there are part of the jaxpr's text.
+        literals: Whether to yield the arrays in equations too. Scalars there are part of the jaxpr's text.
     """
     for program in programs_in(closed):
         yield from getattr(program, "consts", ())
@@ -99,6 +113,19 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
             for equation in getattr(program, "jaxpr", program).eqns:
                 values = (getattr(each, "val", None) for each in equation.invars)
                 yield from (value for value in values if getattr(value, "ndim", 0))
+
+
+def calls_the_host(closed: Any) -> bool:
+    """Return whether a traced program calls Python or foreign code while it runs, and so can fail by an exception.
+
+    A ``pure_callback`` has no effect by which JAX's public API would tell, so the names of the equations decide.
+    ``jax.debug.print`` is left out: it raises nothing.
+    """
+    return any(
+        equation.primitive.name in _HOST_CALLS
+        for program in programs_in(closed)
+        for equation in getattr(program, "jaxpr", program).eqns
+    )
 
 
 class Convolution(NamedTuple):
@@ -121,7 +148,7 @@ def convolutions_in(closed: Any) -> Iterator[Convolution]:
     """Yield the convolutions of a traced program and of all programs inside it.
 
     Whether XLA:CPU runs a convolution slowly inside a loop depends on its layout, which only the equation's parameters
-    tell.
+    state.
     """
     for program in programs_in(closed):
         for equation in getattr(program, "jaxpr", program).eqns:

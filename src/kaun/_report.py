@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,17 @@ from kaun import tree
 from kaun._messages import locate
 from kaun.state import TrainState
 
-__all__ = ["Report", "ReportFunction", "calls", "check_report", "check_takes", "measured_by_call", "member", "names_of"]
+__all__ = [
+    "Composite",
+    "Report",
+    "ReportFunction",
+    "calls",
+    "check_report",
+    "check_takes",
+    "measured_by_call",
+    "member",
+    "names_of",
+]
 
 NUMBERS: frozenset[str] = frozenset()  # what a step can compute for `Report.numbers`
 CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait", "reset" and "snapshot_path" are not
@@ -23,7 +33,7 @@ CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait", 
 _PARAMETERS = {
     "wants": "step",
     "block": "first_step, values",
-    "begin": "first_step, total, measured, every",
+    "begin": "first_step, total, measured, every, state",
     "end": "",
     "compiling": "where",
     "observe": "step, values, state",
@@ -31,7 +41,7 @@ _PARAMETERS = {
     "restore": "values",
 }
 _NAMES = ("measures", "watches", "numbers")
-# Methods that reports had before there was an interface, which would otherwise be ignored in silence.
+# Methods that reports had before there was an interface, which would otherwise be ignored without a message.
 _FORMER = {"compiled": "compiling", "judge": "observe", "beside": "begin", "thinned": "begin", "adds": "block"}
 
 
@@ -120,32 +130,43 @@ class Report:
 
         Args:
             first_step: The number of the first step of the block in this fit.
-            values: Arrays of shape (n,), one number for each step: ``"loss"`` (float32), ``"step"`` (int64, the
-                ``state.step`` after the step), ``"step_time"`` in seconds, the scalars that the loss returned, and
-                where they are known ``"grad_norm"``, ``"learning_rate"``, ``"examples_per_second"``, ``"skipped"``.
+            values: Arrays of shape (n,), one number for each step: ``"loss"`` (float32, or float64 where the loss is),
+                ``"step"`` (int64, the ``state.step`` after the step), ``"step_time"`` in seconds, the scalars that the
+                loss returned, each in its own dtype (half precision in float32), ``"examples_per_step"`` (int64, 1
+                where x has no array with rows), and where they are known ``"grad_norm"``, ``"learning_rate"``,
+                ``"examples_per_second"``, ``"skipped"``, ``"updates"`` (of ``optax.MultiSteps``, up to the step).
 
         Returns:
             None; or, from a report with ``measures``, further arrays of shape (n,) by name, which the blocks of the
-            other reports of one ``all_of`` contain, in whatever order the reports stand.
+            other reports of one ``all_of`` contain, in any order.
         """
         return None
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str], every: int) -> None:
+    def begin(
+        self,
+        first_step: int,
+        total: int | None,
+        measured: frozenset[str],
+        every: int,
+        state: TrainState | None = None,
+        /,
+    ) -> None:
         """Prepare for a fit; called before its first step.
 
         Args:
             first_step: The number of the first step, 1 unless a run is resumed.
-            total: The number of the last step, None where the length of the data is unknown.
+            total: The number of the last step, None if the length of the data is unknown.
             measured: The names that the calls of all reports of the fit measure.
             every: The ``n`` of the ``every(n, report)`` that contains the report, 1 without one. A block holds all
                 steps nevertheless.
+            state: The state before the first step. It may be kept, at the cost of its memory.
         """
 
     def end(self) -> None:
         """Finish a fit; called once, however the fit ends: end of the data, ``EarlyStop`` or any exception."""
 
     def compiling(self, where: str) -> Callable[[float], None] | None:
-        """Take note that a program of the fit begins to compile.
+        """Take note that a program of the fit starts to compile.
 
         Args:
             where: The program, as in ``trainer.compilations``: ``"fit"``.
@@ -164,14 +185,14 @@ class Report:
         Args:
             step: The number of the step in this fit.
             values: The values by name.
-            state: The state after the step. To keep it costs a copy; not to look at it costs nothing.
+            state: The state after the step. Keeping it costs a copy; a state that is not read costs nothing.
         """
 
     def snapshot(self) -> dict[str, Any]:
         """Return what the report needs to continue in a resumed run; called when a checkpoint is made.
 
         The values are dicts and lists of numbers, strings, None, arrays and TrainStates. All blocks of steps up to the
-        checkpoint were handed over before. A class that defines this method defines ``restore`` too.
+        checkpoint were passed to ``block`` before. A class that defines this method defines ``restore`` too.
         """
         return {}
 
@@ -181,6 +202,16 @@ class Report:
         If the run was interrupted in the report's call for a step, the report is called for that step again, before
         the first block.
         """
+
+
+class Composite(Report):
+    """A report made of several, each of which keeps its own values in a checkpoint.
+
+    Attributes:
+        reports: These reports.
+    """
+
+    reports: Sequence[Any] = ()
 
 
 def calls(report: Any) -> bool:
@@ -199,7 +230,7 @@ def measured_by_call(report: Any) -> frozenset[str]:
 
 
 def member(report: Any, name: str) -> Callable[..., Any] | None:
-    """A method of a report, to be called with all arguments of the interface; None where it has only the default.
+    """A method of a report, to be called with all arguments of the interface; None if it has only the default.
 
     Raises:
         TypeError: If it cannot be called with these arguments, or the first ones of them.
@@ -226,8 +257,9 @@ def _taken(method: Any, most: int) -> int | None:
     if not callable(method):
         return None
     code = getattr(getattr(method, "__func__", None), "__code__", None)
-    if code is not None and code.co_argcount == most + 1 and not code.co_kwonlyargcount:
-        return most  # the usual case, without the 50 microseconds of a signature
+    if code is not None and not code.co_kwonlyargcount and 1 <= code.co_argcount <= most + 1:
+        # The usual case, without the 50 microseconds of a signature.
+        return most if code.co_flags & inspect.CO_VARARGS else code.co_argcount - 1
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):  # some builtins have none
@@ -253,15 +285,15 @@ def check_report(report: Any, where: str, what: str = "a report") -> None:
         _check_names(report, name)
     if unknown := sorted(names_of(report, "numbers") - NUMBERS):
         raise ValueError(
-            f"The report {locate(report)} has {unknown[0]!r} in `numbers`, which no step can compute; known are "
-            f"{', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: "
+            f"The report {locate(report)} has {unknown[0]!r} in `numbers`, which no step can compute; known "
+            f"names: {', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: "
             f"(loss, {{{unknown[0]!r}: value}})."
         )
     own = {name for name in _PARAMETERS if (method := member(report, name)) and not _is_default(method, name)}
     if "snapshot" in own and "restore" not in own:
         raise TypeError(
-            f"The report {locate(report)} has snapshot() and no restore(values), so that a resumed run could not give "
-            "it back what it saved. Write def restore(self, values): ..."
+            f"The report {locate(report)} has snapshot() but no restore(values), so a resumed run could not restore "
+            "what it saved. Write def restore(self, values): ..."
         )
     _check_near_misses(report, own)
 
@@ -308,7 +340,7 @@ def _check_near_misses(report: Any, own: Collection[str]) -> None:
     """Refuse a method or attribute that is probably one of the interface, misspelled.
 
     A method is compared with the methods that the report does not define, and a collection of names with the
-    attributes. An attribute ``blocks`` beside a method ``block`` is therefore left alone, as is any number.
+    attributes. An attribute ``blocks`` of a report with a method ``block`` is therefore accepted, as is any number.
     """
     missing = tuple([name for name in _PARAMETERS if name not in own])
     unset = tuple([name for name in _NAMES if not names_of(report, name)])
@@ -320,14 +352,14 @@ def _check_near_misses(report: Any, own: Collection[str]) -> None:
             arguments = _PARAMETERS[nearest]
             raise TypeError(
                 f"The report {locate(report)} has a method `{name}`, which fit does not call; the nearest name that it "
-                f"calls is `{nearest}`. Write def {nearest}(self{', ' * bool(arguments)}{arguments}), or, for a "
-                f"method of your own, _{name}."
+                f"calls is `{nearest}`. Write def {nearest}(self{', ' * bool(arguments)}{arguments}), or, if the "
+                f"method is your own, _{name}."
             )
         nearest = _nearest(name, unset)
         if nearest is not None and _holds_names(getattr(report, name, None)):
             raise TypeError(
                 f"The report {locate(report)} has an attribute `{name}`, which fit does not read; the nearest name "
-                f"that it reads is `{nearest}`. Write {nearest} = ..., or, for an attribute of your own, _{name}."
+                f"that it reads is `{nearest}`. Write {nearest} = ..., or, if the attribute is your own, _{name}."
             )
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kaun import rng
-from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, run_step
+from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
 from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
@@ -166,9 +167,11 @@ class Trainer(Generic[In, Out]):
 
         Raises:
             CaptureError: If the loss captures what cannot be compiled faithfully.
-            TypeError, ValueError: If the input or the loss is of the wrong kind.
+            TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
         check_state(state, "step")
+        if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"step expected training=True or training=False, received {training!r}.")
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
         value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
         return value, _state(carry, state.key)
@@ -192,29 +195,32 @@ class Trainer(Generic[In, Out]):
             report: Called after each step that it wants with ``(step, loss, state)``: the step's number in this fit,
                 from 1; its loss as a float; the state after it. Raise ``EarlyStop`` in it to end the fit there.
             checkpoints: Directory for checkpoints. If it already holds a run, that run is resumed, with bitwise the
-                same result as without interruption; if it is finished, its final state is returned. SIGTERM and Ctrl-C
-                finish the step in progress, save, and end the fit.
+                same result as without interruption; if it is finished, its final state is returned. Ctrl-C, SIGTERM,
+                SIGHUP and SIGUSR1 finish the step in progress, save, and end the fit, unless they have other handlers.
 
         Returns:
             The state after the last step.
 
         Raises:
             ValueError: If there are no items; with ``checkpoints``, if state or data were keyed outside an rng scope.
-            TypeError: If an item is not ``(x, loss)``.
+            TypeError: If an item is not ``(x, loss)``, or ``fit`` is called inside a function that JAX traces.
             NonFiniteLoss: As ``on_nonfinite`` says.
             ResumeMismatch: If the directory holds another run: other data, seed, program or reports.
             OSError: If a checkpoint cannot be written.
-            Exception: Whatever data, loss or report raise, unchanged, with the last completed state as its
-                ``kaun_state``.
+            Exception: Whatever data, loss, report or the compiled step raise, unchanged, with the last completed state
+                as its ``kaun_state``; where that one is lost, the newest that is left, and a note.
         """
         check_state(state, "fit")
+        # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
+        # arguments is.
+        refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
         with open_run(checkpoints, state, data, report) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
             del state  # where the caller does not hold it either, its memory is free once it is copied
             caller, loop = self._begin(run, report, check_context(ctx))
             now, step = lambda: _state(loop.carry(), loop.key), run.done
-            with save_on_error(run.saver, loop, now, caller), open_items(run.data, not_data(data)) as items:
+            with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
                 stopped = pending is not None and caller.wants(step) and _stops(caller, step, pending, now)
@@ -305,7 +311,8 @@ class Trainer(Generic[In, Out]):
             state: The state whose variables become part of the program.
             x: An input, for shapes and dtypes. Arrays as long as its first array along axis 0 have a row for each
                 example.
-            ctx: A Context, likewise; its arrays are an input of the program.
+            ctx: A Context, likewise; its arrays are an input of the program. One that is as long as the batch by chance
+                counts as having a row for each example: give an x of another length.
             platforms: Where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``). By default where this process runs.
         """
         check_state(state, "export")

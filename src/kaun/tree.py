@@ -18,6 +18,7 @@ __all__ = [
     "is_key",
     "is_real",
     "is_real_scalar",
+    "is_weak",
     "map_with_path",
     "path_name",
     "snapshot",
@@ -62,6 +63,11 @@ def is_key(value: Any) -> bool:
     return is_array(value) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
+def is_weak(value: Any) -> bool:
+    """Whether a value is an array of a weak type. An array of typed PRNG keys has no attribute that tells."""
+    return bool(getattr(value, "weak_type", False))
+
+
 def is_real(value: Any) -> bool:
     """Whether a value is a real number or an array of them, of any shape (a traced one too). Bools are numbers."""
     if is_array(value):
@@ -72,6 +78,14 @@ def is_real(value: Any) -> bool:
 def is_real_scalar(value: Any) -> bool:
     """Whether a value is a real number, or an array of shape () that holds one (a traced one too)."""
     return is_real(value) and getattr(value, "shape", ()) == ()
+
+
+def host_scalar(value: Any) -> jax.Array:
+    """A real scalar as the reports get it: in its own dtype, or in float32 or int32 where NumPy lacks that dtype."""
+    array = jnp.asarray(value)
+    if array.dtype.kind in "biu" or array.dtype in (jnp.float32, jnp.float64):
+        return array.astype(array.dtype)  # without a weak type
+    return array.astype(jnp.int32 if jnp.issubdtype(array.dtype, jnp.integer) else jnp.float32)
 
 
 def format_bytes(count: int) -> str:
@@ -111,13 +125,14 @@ def snapshot(value: Any) -> Any:
     """Return a copy of a NumPy array, and any other value itself.
 
     XLA reads NumPy memory after a call has returned, so a later write would change a step already dispatched. With
-    ``jnp.array(copy=True)`` in place of ``np.array`` later writes were still seen.
+    ``jnp.array(copy=True)`` in place of ``np.array`` later writes were still seen. A masked array keeps its mask.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        return value.copy()
     return np.array(value) if isinstance(value, np.ndarray) else value
 
 
 def strong(leaf: Any) -> jax.Array:
     """A leaf as a JAX array without a weak type, which would change in the first step and compile it a second time."""
     array = jnp.asarray(snapshot(leaf))
-    # A random key has no attribute weak_type.
-    return jax.lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
+    return jax.lax.convert_element_type(array, array.dtype) if is_weak(array) else array

@@ -41,7 +41,7 @@ def test_defaults_and_equality(tmp_path):
     with pytest.raises(AttributeError):
         runs.keep = 5
     assert repr(Directory("a", every=5, accept=["data"])) == (
-        f"Directory(path={Path('a')!r}, every=5, keep=3, resume='auto', accept=frozenset({{'data'}}))"
+        f"Directory(path={Path('a').absolute()!r}, every=5, keep=3, resume='auto', accept=frozenset({{'data'}}))"
     )
 
 
@@ -225,7 +225,7 @@ def test_nothing_to_load(tmp_path, saved, make):
         Directory(tmp_path).load(make(1), step=3)
     runs = saved(3, 5)
     with pytest.raises(
-        FileNotFoundError, match=r"there is no checkpoint of step 4 in .*\. The steps that there are: \[3, 5\]"
+        FileNotFoundError, match=r"there is no checkpoint of step 4 in .*\. It has these steps: \[3, 5\]"
     ):
         runs.load(make(1), step=4)
 

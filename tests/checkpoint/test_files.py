@@ -712,7 +712,7 @@ def test_marks_that_do_not_fit_their_leaves_are_refused(file, kinds, text):
 def test_a_dtype_that_only_others_write_is_refused(file):
     header = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\x12")
-    with pytest.raises(ValueError, match="damaged or not a safetensors file: 'w' is of dtype 'F4'; kaun reads U64"):
+    with pytest.raises(ValueError, match="cannot be read: 'w' is of dtype 'F4'; kaun reads U64"):
         checkpoint.load(file, like={"w": np.zeros(2, np.uint8)})
 
 

@@ -1,4 +1,4 @@
-"""The lock: one holder at a time, in this process or another, and never held by the dead."""
+"""The lock: one holder at a time, in this process or another, and none is held after its process ended."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The manifest: what was sealed comes back, and no other text does, whether its sum is right or not."""
+"""The manifest: what was written is read exactly, and any other text is refused, also with a correct checksum."""
 
 import hashlib
 import json

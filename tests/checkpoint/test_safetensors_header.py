@@ -1,4 +1,4 @@
-"""The header of a safetensors file: the library's own bytes, and no claim believed."""
+"""The header of a safetensors file: the same bytes as the library's, and every claim of a header is checked."""
 
 import json
 import math

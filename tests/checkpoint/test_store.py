@@ -35,7 +35,7 @@ def opened(tmp_path, disk):
 
 
 def names(path):
-    return sorted(entry.name for entry in path.iterdir() if entry.name != "lock")
+    return sorted(entry.name for entry in path.iterdir() if entry.name != ".kaun-lock")
 
 
 def flip(path):

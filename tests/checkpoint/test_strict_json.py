@@ -1,4 +1,4 @@
-"""JSON that nobody vouches for: what is dumped comes back as it was, and nothing else gets in."""
+"""JSON from sources that are not trusted: what was dumped is loaded exactly, and anything else is refused."""
 
 import json
 import time
@@ -48,7 +48,7 @@ def test_any_json_of_another_program_is_read_as_json_reads_it(value):
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        ((1, 2), TypeError, r"^facts is a tuple, which JSON would not give back as the same type"),
+        ((1, 2), TypeError, r"^facts is a tuple, which JSON would load as another type"),
         ({"a": {1, 2}}, TypeError, r"^facts\['a'\] is a set"),
         ({"a": [0, np.float64(1)]}, TypeError, r"^facts\['a'\]\[1\] is a float64"),
         ({1: 2}, TypeError, r"^facts has the key 1; JSON keys are str\. Write str\(key\)"),

@@ -50,17 +50,19 @@ def test_items_of_another_form_name_their_number_and_the_way_out():
 def test_items_with_labels_are_parsed():
     assert LabelledItem.parse((1, 2), 1) == (1, 2, None)
     assert LabelledItem.parse([1, 2, CTX], 1) == (1, 2, CTX)
-    with pytest.raises(TypeError, match=r"item 3 is a tuple of \(int, builtin.*It was made for fit.*before with_loss"):
+    with pytest.raises(
+        TypeError, match=r"item 3 is a tuple of \(int, builtin.*This item is for fit.*without with_loss"
+    ):
         LabelledItem.parse((1, abs), 3)
     for item, received in [((1, 2, 3), r"a tuple of \(int, int, int\)"), ([1], r"a list of \(int\)"), (1.0, "float")]:
-        with pytest.raises(TypeError, match=rf"item 4 is {received}. From arrays make them with Data.batches"):
+        with pytest.raises(TypeError, match=rf"item 4 is {received}. To make them from arrays, write Data.batches"):
             LabelledItem.parse(item, 4)
 
 
 def test_a_loss_is_attached_to_labels():
     x, loss, ctx = attach_loss(lambda output, y: output - y, (np.ones(2), 3.0, CTX))
     assert x.tolist() == [1, 1] and loss(5.0) == 2.0 and ctx is CTX
-    with pytest.raises(TypeError, match=r"these items have their loss already. Leave with_loss out"):
+    with pytest.raises(TypeError, match=r"these items already have a loss. Remove with_loss"):
         attach_loss(lambda output, y: output, (1, abs))
 
 

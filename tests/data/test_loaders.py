@@ -45,11 +45,11 @@ X = np.zeros(2)
 )
 def test_items_that_change_their_structure_are_named(first, second, text):
     data = Data.from_iterable(lambda: iter([first, first, second]))
-    with pytest.raises(TypeError, match="expected items of one structure, received another one than before") as caught:
+    with pytest.raises(
+        TypeError, match="expected all items to have the same structure, received an item of another structure"
+    ) as caught:
         list(data)
-    assert f": {text}. Give all items one structure where they are made, Data.from_iterable(lambda: map(alike" in str(
-        caught.value
-    )
+    assert f": {text}. Convert the items in the loader, Data.from_iterable(lambda: map(convert" in str(caught.value)
     (note,) = caught.value.__notes__
     assert note.startswith("In the data pipeline's Data.from_iterable(<lambda>") and note.endswith(
         ", item 2 (counted from 0)."

@@ -469,7 +469,7 @@ def test_a_loader_that_refuses_len_has_none():
         def __len__(self):
             raise TypeError("streaming")
 
-    with pytest.raises(TypeError, match=r"len\(\) of this pipeline is not known.*Data.from_iterable\(Loader\)"):
+    with pytest.raises(TypeError, match=r"the length of this pipeline is not known.*Data.from_iterable\(Loader\)"):
         len(Data.from_iterable(Loader()))
 
 
@@ -478,10 +478,10 @@ def test_a_used_up_iterator_is_an_error(again: Callable[[Data[int]], Any]):
     data = Data.from_iterable(x for x in range(3))
     assert list(data) == [0, 1, 2]
     with pytest.raises(
-        RuntimeError, match=r"from_iterable\(generator\) is used up.*Data.from_items\(list\(iterator\)\)"
+        RuntimeError, match=r"from_iterable\(generator\) is exhausted.*Data.from_items\(list\(iterator\)\)"
     ):
         again(data)
-    with pytest.raises(RuntimeError, match="used up"):
+    with pytest.raises(RuntimeError, match="is exhausted"):
         list(Data.from_iterable(iter([1, 2])).epochs(2))
 
 
@@ -489,7 +489,7 @@ def test_a_function_that_hands_out_one_iterator_twice_is_an_error():
     numbers = iter([1, 2, 3])
     data = Data.from_iterable(lambda: numbers)
     assert list(data) == [1, 2, 3]
-    with pytest.raises(RuntimeError, match=r"came out empty, though it had items in an earlier pass"):
+    with pytest.raises(RuntimeError, match=r"has no items, although it had items in an earlier pass"):
         list(data)
     assert list(Data.from_iterable(lambda: iter(())).epochs(3)) == []
 
@@ -562,7 +562,8 @@ def test_batches_take_prng_keys():
 
 def test_batches_of_unequal_lengths_name_paths_and_lengths():
     with pytest.raises(
-        ValueError, match=r"(?s)one length along axis 0.*4 at 'x': float64\[4, 2\].*3 at 'y.0': int64\[3\].*x\[:n\]"
+        ValueError,
+        match=r"(?s)the same length along axis 0.*4 at 'x': float64\[4, 2\].*3 at 'y.0': int64\[3\].*x\[:n\]",
     ):
         Data.batches({"x": np.zeros((4, 2)), "y": (np.zeros(3, np.int64),)}, 2)
 
@@ -622,7 +623,11 @@ def test_stack_fetches_jax_arrays_and_keeps_bfloat16():
             r"at 'x', received float64\[3\] in item 0 and float64\[4\] in item 1.*Pad",
         ),
         ([(1, 1), (1, 2), (1, 2.5)], ValueError, r"at '1', received int64\[\] in item 0 and float64\[\] in item 2"),
-        ([(1, 2), [1, 2]], ValueError, r"one structure, received \(int, int\) at item 0 and \[int, int\] at item 1"),
+        (
+            [(1, 2), [1, 2]],
+            ValueError,
+            r"the same structure, received \(int, int\) at item 0 and \[int, int\] at item 1",
+        ),
         ([{"x": 1}, {"y": 1}], ValueError, r"received \{'x': int\} at item 0 and \{'y': int\} at item 1.*map_batch"),
         ([{"t": "a"}, {"t": "b"}], TypeError, r"numbers and arrays of numbers, received str at 't' of item 0"),
         ([jax.random.key(0)], TypeError, r"received key<fry>\[\] of item 0"),
@@ -670,7 +675,7 @@ def test_with_loss_keeps_a_context_and_takes_lists():
         ({"x": np.zeros(2), "y": 1}, r"items \(x, y\).*received \{'x': float64\[2\], 'y': int\}.*item\[\"x\"\]"),
         ((1,), r"received \(int\)"),
         ((1, 2, 3, 4), r"received \(int, int, int, int\)"),
-        ((1, square), r"received the function square \(test_pipeline.py:\d+\).*Leave with_loss out"),
+        ((1, square), r"received the function square \(test_pipeline.py:\d+\).*Remove with_loss"),
         ((1, 2, np.ones(3)), r"a Context as third.*received float64\[3\].*Context\(weights=b\[2\]\)"),
     ],
 )

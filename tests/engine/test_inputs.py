@@ -56,8 +56,15 @@ def test_leaves_are_split_as_they_were_put_in():
     y = np.ones(4, np.float32)
     inputs = StepInputs({"a": X, "b": (X + 1,)}, lambda out: (out - y).sum(), Context(mask=X + 2))
     assert [a.flat[0] for a in inputs.leaves] == [0, 1, 1, 2]
-    x, arrays, ctx = inputs.split(["a", "b", "y", "mask"])
-    assert x == {"a": "a", "b": ("b",)} and arrays == ["y"] and ctx["mask"] == "mask"
+    a, b, y, mask = given = [jnp.full(2, float(i)) for i in range(4)]
+    x, arrays, ctx = inputs.split(given)
+    assert x["a"] is a and x["b"][0] is b and arrays[0] is y and ctx["mask"] is mask
+
+
+def test_split_gives_jax_arrays():
+    inputs = StepInputs((X, 3.0), mean, None)
+    x, _, _ = inputs.split(inputs.leaves)
+    assert all(isinstance(leaf, jax.Array) for leaf in x) and x[1].weak_type
 
 
 def test_owned_leaves_are_copies_of_what_may_change():
@@ -75,7 +82,7 @@ def test_owned_leaves_are_copies_of_what_may_change():
         ("a", "x expected a NumPy or JAX array of numbers, received str"),
         (
             {"a": RAGGED},
-            r"x at 'a' expected .* received an array of dtype object\. Such an array holds parts of different shapes.*pad the parts",
+            r"x at 'a' expected .* received an array of dtype object\. Its elements are objects, for example arrays of different shapes: pad them",
         ),
         (
             [Batch(X, X)],

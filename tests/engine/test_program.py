@@ -26,7 +26,7 @@ def traced(step, leaves, inputs, mode="ignore"):
         return loss, {"twice": 2 * loss}, after, jnp.isfinite(loss), jnp.zeros(1)
 
     jitted = jax.jit(whole)
-    return TracedStep(jitted, jitted.trace(leaves, KEY, inputs.leaves), inputs, mode, 0.25)
+    return TracedStep(jitted, jitted.trace(leaves, KEY, inputs.leaves), inputs, mode, True, 0.25)
 
 
 def inputs_of(*arrays):

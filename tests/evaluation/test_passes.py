@@ -484,17 +484,21 @@ X = np.ones((2, 3), np.float32)
 @pytest.mark.parametrize(
     ("data", "error", "match"),
     [
-        ([], ValueError, "evaluate received no items: the data is empty. An iterator or generator that was used up"),
+        (
+            [],
+            ValueError,
+            "evaluate received no items: the data is empty. An iterator or generator is empty when it is iterated a",
+        ),
         (iter(()), ValueError, "evaluate received no items"),
         (
             3,
             TypeError,
-            r"evaluate expected data, a kaun.Data or an iterable of \(x, y\), received int\. From arrays write",
+            r"evaluate expected data, a kaun.Data or an iterable of \(x, y\), received int\. To make them from arrays, write",
         ),
         (
             (X, X),
             TypeError,
-            r"item 1 is float32\[2, 3\]\. From arrays make them with Data\.batches\(\(x, y\), batch_size=256\)",
+            r"item 1 is float32\[2, 3\]\. To make them from arrays, write Data\.batches\(\(x, y\), batch_size=256\)",
         ),
         (
             [(X,)],
@@ -505,7 +509,7 @@ X = np.ones((2, 3), np.float32)
         (
             [(X, losses.mse)],
             TypeError,
-            r"item 1 is a tuple of \(float32\[2, 3\], function\)\. It was made for fit: pass the pipeline",
+            r"item 1 is a tuple of \(float32\[2, 3\], function\)\. This item is for fit: pass the pipeline",
         ),
         (
             [(X, {"label": ["a"]})],
@@ -639,7 +643,7 @@ def test_what_a_compiled_metric_cannot_do_is_refused_by_name():
     )
     refused(
         CaptureError,
-        r"metric 'own' .* reads an array float32\[2\] through an object that .*the compiled metric would go on",
+        r"metric 'own' .* reads an array float32\[2\] through an object that .*the compiled metric would keep using this one",
         on={"own": lambda p, t: (p.mean() * hidden().weight).sum()},
     )
     refused(

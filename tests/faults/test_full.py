@@ -1,4 +1,4 @@
-"""A disk that is full, or that nothing may be written to: said before the first step, or the last save stays whole."""
+"""A disk that is full or read-only: an error before the first step, or the last checkpoint stays complete."""
 
 import contextlib
 import errno
@@ -65,7 +65,7 @@ def test_files_may_not_be_large(tmp_path):
     )
     assert "checkpoints cannot be written to " in second
     assert "File too large. The system limits the size of files (ulimit -f)" in second
-    assert left == "['lock', 'step-00000001', 'step-00000003'] [1, 3]"
+    assert left == "['.kaun-lock', 'step-00000001', 'step-00000003'] [1, 3]"
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def test_a_disk_that_becomes_full(volume, quick_disk, state_of, bytes_of):
         ) as error:
             store.join()
         assert error.value.errno == errno.ENOSPC
-        assert sorted(path.name for path in store._directory.path.iterdir() if path.name != "lock") == [
+        assert sorted(path.name for path in store._directory.path.iterdir() if path.name != ".kaun-lock") == [
             f"step-0000000{step}" for step in (1, 2, 3)
         ]
     with Store.open(Directory(volume / "runs", keep=1), quick_disk()) as store:
@@ -143,12 +143,15 @@ def test_a_disk_that_is_read_only_is_said_at_the_start_and_can_be_read(volume, q
     with Store.open(runs, quick_disk()) as store:
         store.save(1, state_of(1), {}, {})
     subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True)
-    for directory in (runs, runs.child("new")):
-        with pytest.raises(
-            OSError, match=r"cannot be written to .*Read-only file system\. Choose a directory that"
-        ) as error:
-            Store.open(directory, quick_disk())
-        assert error.value.errno == errno.EROFS
+    with pytest.raises(
+        OSError, match=r"cannot be written to .*Read-only file system\. Choose a directory that"
+    ) as error:
+        Store.open(runs.child("new"), quick_disk())
+    # Where there are checkpoints the error is kept for a run that is not finished.
+    with Store.open(runs, quick_disk()) as store:
+        assert str(store.read_only) == str(error.value).replace("runs/new", "runs")
+        assert error.value.errno == store.read_only.errno == errno.EROFS
+        assert bytes_of(store.newest(state_of(9)).state) == bytes_of(state_of(1))
     assert runs.steps() == [1]
     assert bytes_of(runs.load(state_of(9))) == bytes_of(state_of(1))
 

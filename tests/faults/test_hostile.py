@@ -1,4 +1,4 @@
-"""Checkpoints that somebody made to do harm, their sums right: no file outside is opened, nothing runs, nothing is believed."""
+"""Hostile checkpoints with correct checksums: no other file is opened, no code runs, and every claim is checked."""
 
 import hashlib
 import json

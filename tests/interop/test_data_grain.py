@@ -1,4 +1,4 @@
-"""grain's datasets as data: a run that goes on puts their iterators back where they were."""
+"""grain's datasets as data: a resumed run sets their iterators to the saved position."""
 
 import itertools
 import json

@@ -143,7 +143,7 @@ def forking(**options):
 ], ids=["from_iterable", "factory", "fit", "resumed"])  # fmt: skip
 def test_workers_that_would_be_forked_are_refused(make):
     loader = forking(multiprocessing_context="fork")
-    with pytest.raises(RuntimeError, match=r'(?s)has num_workers=1, and would fork.*multiprocessing_context="forkserver"\) \(or "spawn"\).*'
+    with pytest.raises(RuntimeError, match=r'(?s)has num_workers=1 and would fork.*multiprocessing_context="forkserver"\) \(or "spawn"\).*'
                        r'__main__.*num_workers=0.*prefetch\(2\)'):  # fmt: skip
         make(loader)
 

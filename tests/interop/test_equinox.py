@@ -1,4 +1,4 @@
-"""Equinox modules as layers, beside the loop of its docs: `eqx.filter_jit`, `eqx.filter_value_and_grad`, `jax.vmap`."""
+"""Equinox modules as layers, compared with the loop of its docs: `eqx.filter_jit`, `eqx.filter_value_and_grad`, `jax.vmap`."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""NNX modules as layers, beside NNX's own loop: `nnx.jit`, `nnx.value_and_grad`, `nnx.Optimizer`."""
+"""NNX modules as layers, compared with NNX's own loop: `nnx.jit`, `nnx.value_and_grad`, `nnx.Optimizer`."""
 
 import jax
 import jax.numpy as jnp

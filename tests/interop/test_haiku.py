@@ -1,4 +1,4 @@
-"""Haiku functions as layers, beside the loop of its docs: `transformed.apply` in a jitted step, and optax."""
+"""Haiku functions as layers, compared with the loop of its docs: `transformed.apply` in a jitted step, and optax."""
 
 import jax
 import jax.numpy as jnp

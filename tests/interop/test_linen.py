@@ -1,4 +1,4 @@
-"""Linen modules as layers, beside the loop of Flax's docs: `module.apply` in a jitted step, and optax."""
+"""Linen modules as layers, compared with the loop of Flax's docs: `module.apply` in a jitted step, and optax."""
 
 import jax
 import jax.numpy as jnp

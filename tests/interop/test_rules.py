@@ -224,13 +224,13 @@ def test_a_place_of_the_template_must_be_in_the_pattern():
 
 def test_two_weights_cannot_have_one_name():
     with pytest.raises(
-        ValueError, match=re.escape("rename('{i}.w', 'w') gives '1.w' the name 'w', which '0.w' has. Make its")
+        ValueError, match=re.escape("rename('{i}.w', 'w') gives '1.w' the name 'w', which '0.w' already has. Make its")
     ):
         names(["0.w", "1.w"], rename("{i}.w", "w"))
-    with pytest.raises(ValueError, match=r"gives 'x' the name 'a', which 'x' has"):
+    with pytest.raises(ValueError, match=r"gives 'x' the name 'a', which 'x' already has"):
         names(["x"], split("x", ["a", "a"], sizes=[0, 1]))
     with pytest.raises(
-        ValueError, match=r"gives 'y' the name 'z', which 'x' has.*drop\(pattern\) one of the two first"
+        ValueError, match=r"gives 'y' the name 'z', which 'x' already has.*drop\(pattern\) one of the two first"
     ):
         names(["x", "y"], rename("x", "z"), rename("y", "z"))
 
@@ -248,7 +248,7 @@ def test_axes_that_do_not_fit():
 
 def test_sizes_that_do_not_fit():
     with pytest.raises(
-        ValueError, match=r"axis -1 of 'w', float64\[2, 5\], cannot be cut into 3 equal parts\. Give sizes="
+        ValueError, match=r"axis -1 of 'w', float64\[2, 5\], cannot be split into 3 equal parts\. Give sizes="
     ):
         applied({"w": np.zeros((2, 5))}, split("w", ["a", "b", "c"]))
     with pytest.raises(
@@ -257,7 +257,9 @@ def test_sizes_that_do_not_fit():
         applied({"w": np.zeros((2, 5))}, split("w", ["a", "b"], 0, sizes=[1, 4]))
     with pytest.raises(ValueError, match=r"the sizes add up to 2"):
         applied({"w": np.zeros((2, 5))}, split("w", ["a", "b"], 0, sizes=[-1, 3]))
-    with pytest.raises(ValueError, match=r"into names 2 parts, and sizes has 1\. Give one for each"):
+    with pytest.raises(
+        ValueError, match=r"into has 2 templates, and sizes has 1 entries\. Give one size for each template"
+    ):
         split("w", ["a", "b"], sizes=[1])
     with pytest.raises(ValueError, match=r"a template for each part, received none\. Use drop\(pattern\)"):
         split("w", [])

@@ -295,7 +295,7 @@ def test_reading_takes_the_memory_of_the_arrays_once(tmp_path):
         (raw_file({"__metadata__": 3}), "'__metadata__' must be a JSON object of strings, and is 3"),
         (raw_file({"__metadata__": {"a": 3}}), "'__metadata__' must be a JSON object of strings, and is {'a': 3}"),
         (raw_file(b'{"w": 1, "w": 2}'), "JSON with the key 'w' twice in one object"),
-        (raw_file({"w": entry("F4")}, b"12345678"), "'w' is of dtype 'F4'; kaun reads U64, I64,"),
+        (raw_file({"w": entry("F4 ")}, b"12345678"), "'w' is of dtype 'F4 '; kaun reads U64, I64,"),
         (raw_file({"w": entry(["F32"])}, b"12345678"), "'w' is of dtype ['F32']"),
         (raw_file({"w": entry(shape=[-2])}, b"12345678"), "'w' has the shape [-2] and the data_offsets [0, 8]"),
         (raw_file({"w": entry(shape=[2.0])}, b"12345678"), "'w' has the shape [2.0]"),
@@ -499,7 +499,7 @@ def test_a_long_table_is_cut():
         into(variables, {"x": np.zeros(1)})
     rows = str(caught.value).splitlines()
     assert sum(row.startswith("  missing") for row in rows) == 20
-    assert "  (of each kind the first 20)" in rows
+    assert "  (the first 20 of each kind)" in rows
 
 
 def test_nothing_that_fits_is_an_error_even_if_not_strict():

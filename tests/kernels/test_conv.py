@@ -1,4 +1,4 @@
-"""kaun's convolution beside JAX's: values, derivatives of both orders, and which of the two is slow in loops."""
+"""kaun's convolution compared with JAX's: values, derivatives of both orders, and which of the two is slow in loops."""
 
 import subprocess
 import sys

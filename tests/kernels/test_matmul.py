@@ -1,4 +1,4 @@
-"""The matrix product beside ``@``: values and derivatives of both orders."""
+"""The matrix product compared with ``@``: values and derivatives of both orders."""
 
 import importlib
 

@@ -345,7 +345,7 @@ def test_an_array_behind_a_plain_object_is_lifted(kind):
 def test_an_array_that_no_walk_can_find_is_refused():
     holder = Holder(jnp.zeros((4, 1)))
     hidden = weakref.ref(holder)
-    refused(lambda out: losses.mse(out, hidden().y), r"(?s)reads an array float32\[4, 1\] through an object.*Bind it")
+    refused(lambda out: losses.mse(out, hidden().y), r"(?s)reads an array float32\[4, 1\] through an object.*Assign it")
 
 
 def test_attributes_of_plain_objects_are_never_stale():

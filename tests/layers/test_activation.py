@@ -50,7 +50,8 @@ def test_keeps_shape_and_dtype(name, dtype):
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_an_integer_input_names_the_layer(name):
     with pytest.raises(
-        TypeError, match=rf"{name}\(\) expected float\[\.\.\., channels\], received int32\[3\]: it works on floats"
+        TypeError,
+        match=rf"{name}\(\) expected float\[\.\.\., channels\], received int32\[3\]: the layer needs floating-point input",
     ):
         apply(name, jnp.arange(3))
     model = getattr(layers, name)() >> layers.relu()

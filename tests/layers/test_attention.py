@@ -277,7 +277,7 @@ def test_parameters():
     [
         (
             (6, 4),
-            r"\(embed_dim=6, num_heads=4\): the heads must divide embed_dim evenly, received 6 / 4 = 1\.5\. Write embed_dim=8",
+            r"\(embed_dim=6, num_heads=4\): num_heads must divide embed_dim evenly, received 6 / 4 = 1\.5\. Write embed_dim=8",
         ),
         (
             (8, 4, 3),
@@ -308,7 +308,8 @@ def test_other_inputs_name_the_layer():
     ):
         model.apply(variables, jnp.ones((2, 5, 6)))
     with pytest.raises(
-        ValueError, match=r"at '0' expected float32\[batch, seq, 8\], received float32\[5, 8\]: 2 axes instead of 3"
+        ValueError,
+        match=r"at '0' expected float32\[batch, seq, 8\], received float32\[5, 8\]: it has 2 axes instead of 3",
     ):
         model.apply(variables, jnp.ones((5, 8)))
     with pytest.raises(TypeError, match=r"at '0' expected float32\[batch, seq, 8\], received int32\[2, 5, 8\]"):
@@ -329,7 +330,7 @@ def test_other_inputs_name_the_layer():
             TypeError,
             r"received float32\[2, 5\]\. Write mask != 0 for a mask of zeros and ones, mask == 0",
         ),
-        (None, TypeError, r"received NoneType.* without a mask, leave the name out of the context\."),
+        (None, TypeError, r"received NoneType.* to use no mask, leave attention_mask out of the context\."),
     ],
 )
 def test_other_masks_name_the_layer(mask, kind, received):
@@ -402,7 +403,7 @@ def test_rope_refuses_other_axes(axis):
 
 def test_rope_refuses_other_inputs():
     with pytest.raises(
-        ValueError, match=r"rope expected an even last axis, whose halves it rotates, received float32\[4, 3\]"
+        ValueError, match=r"rope expected a last axis of even size, received float32\[4, 3\]: it rotates its two halves"
     ):
         layers.rope(jnp.ones((4, 3)))
     with pytest.raises(TypeError, match=r"rope expected float\[\.\.\., channels\], received int32\[4, 2\]"):

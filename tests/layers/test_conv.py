@@ -234,7 +234,7 @@ def test_other_inputs_name_the_layer():
     ):
         model.apply(filled(model), jnp.ones((1, 4, 4, 3)))
     with pytest.raises(
-        ValueError, match=r"conv2d\(3, 4\) at '0' expected .* received float32\[4, 4, 3\]: 3 axes instead of 4"
+        ValueError, match=r"conv2d\(3, 4\) at '0' expected .* received float32\[4, 4, 3\]: it has 3 axes instead of 4"
     ):
         model.apply(filled(model), jnp.ones((4, 4, 3)))
     with pytest.raises(

@@ -454,7 +454,7 @@ def test_layers_are_immutable():
     model = affine(3)
     with pytest.raises(
         AttributeError,
-        match=r"Layer is immutable: instead of \.name = \.\.\., make another, Layer\(init=\.\.\., apply=\.\.\.\)\.",
+        match=r"Layer is immutable: instead of \.name = \.\.\., make another layer, Layer\(init=\.\.\., apply=\.\.\.\)\.",
     ):
         model.name = "other"
     with pytest.raises(AttributeError, match="immutable"):
@@ -475,7 +475,7 @@ def test_layers_are_immutable():
         (lambda: affine(2) >> 3, r"compose expected layers, received 3\."),
         (
             lambda: layers.sequential([affine(2), affine]),
-            r"sequential expected layers, received .*, did you forget to call",
+            r"sequential expected layers, received .*\. Did you forget to call",
         ),
         (
             lambda: layers.sequential(affine(2)),
@@ -498,7 +498,10 @@ def test_an_empty_sequential_is_an_error():
 @pytest.mark.parametrize(
     ("inner", "text"),
     [
-        (affine(3, 2), r"residual adds its input float32\[2, 3\] to .*float32\[2, 2\].*Make affine\(3, 2\) keep them"),
+        (
+            affine(3, 2),
+            r"residual adds its input float32\[2, 3\] to .*float32\[2, 2\].*Change affine\(3, 2\) so that it keeps both",
+        ),
         (
             layers.fn(lambda x: jnp.asarray(x, jnp.float16)),
             r"float32\[2, 3\] to its inner layer's output float16\[2, 3\]",
@@ -538,11 +541,19 @@ def test_other_errors_get_a_note_with_the_path_of_the_innermost_layer():
         (
             jnp.ones((2, 3), jnp.int32),
             TypeError,
-            r"received int32\[2, 3\]: it works on floats.*x\.astype\(jnp\.float32\)",
+            r"received int32\[2, 3\]: the layer needs floating-point input.*x\.astype\(jnp\.float32\)",
         ),
-        (jnp.ones((2, 3), jnp.float16), TypeError, r"received float16\[2, 3\]: the model is float32.*jnp\.float16\)"),
-        (jnp.ones((2, 5)), ValueError, r"received float32\[2, 5\]: the last axis is 5, not 3\. Make the layer 5 wide"),
-        (jnp.ones(()), ValueError, r"received float32\[\]: 0 axes instead of one or more"),
+        (
+            jnp.ones((2, 3), jnp.float16),
+            TypeError,
+            r"received float16\[2, 3\]: the parameters are float32.*jnp\.float16\)",
+        ),
+        (
+            jnp.ones((2, 5)),
+            ValueError,
+            r"received float32\[2, 5\]: the last axis has size 5, not 3\. Make the layer with 5 input features",
+        ),
+        (jnp.ones(()), ValueError, r"received float32\[\]: it has 0 axes instead of one or more"),
         ({"a": jnp.ones(3)}, TypeError, r"an array, received dict.*a layer that takes a tree: Layer\("),
         (None, TypeError, "an array, received NoneType"),
     ],
@@ -554,13 +565,17 @@ def test_float_inputs_that_do_not_fit(x, error, text):
 
 
 def test_float_inputs_of_the_wrong_number_of_axes():
-    with pytest.raises(ValueError, match=r"conv expected float\[batch, length, channels\].*: 2 axes instead of 3\."):
+    with pytest.raises(
+        ValueError, match=r"conv expected float\[batch, length, channels\].*: it has 2 axes instead of 3\."
+    ):
         inputs.float_input("conv", jnp.ones((2, 3)), ndim=3, layout="batch, length")
 
 
 def test_int_inputs():
     assert inputs.int_input("table", np.arange(3)).dtype == jnp.int32
-    with pytest.raises(TypeError, match=r"table expected int\[batch\], received float32\[2\]: it works on indices"):
+    with pytest.raises(
+        TypeError, match=r"table expected int\[batch\], received float32\[2\]: the layer needs integer indices"
+    ):
         inputs.int_input("table", jnp.ones(2), layout="batch")
     with pytest.raises(TypeError, match="table expected an array, received list"):
         inputs.int_input("table", [1, 2])

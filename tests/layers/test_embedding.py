@@ -84,7 +84,7 @@ def test_compiled_an_index_outside_is_nan_and_its_neighbours_are_right(dtype, va
             jnp.array([[1, 2], [3, 10]]),
             r"embedding\(10, 4\) expected indices in \[0, 10\), received 10 at position \[1, 1\]\. Make vocab_size 11",
         ),
-        (np.array([3, -1]), r"received -1 at position \[1\]\. Give padding its own index"),
+        (np.array([3, -1]), r"received -1 at position \[1\]\. Use an index below 10 for padding"),
         (np.array([2**32 + 1]), r"received 4294967297 at position \[0\]"),
         (np.int32(12), r"received 12 at position \[\]"),
     ],
@@ -106,7 +106,7 @@ def test_concrete_indices_are_checked_under_grad_and_named_by_path():
 def test_what_is_not_an_index_is_refused(x):
     layer = layers.embedding(10, 4)
     with pytest.raises(
-        TypeError, match=r"embedding\(10, 4\) expected int\[\.\.\.\], received .*\[3\]: it works on indices"
+        TypeError, match=r"embedding\(10, 4\) expected int\[\.\.\.\], received .*\[3\]: the layer needs integer indices"
     ):
         layer.apply(made(layer), x)
 

@@ -109,7 +109,7 @@ def test_another_dtype_is_refused():
     layer = layers.linear(3, 2)
     with pytest.raises(TypeError, match=r"linear\(3, 2\) expected float32\[\.\.\., 3\], received int32\[1, 3\]"):
         layer.apply(made(layer), jnp.ones((1, 3), jnp.int32))
-    with pytest.raises(TypeError, match=r"received float32\[1, 3\]: the model is bfloat16"):
+    with pytest.raises(TypeError, match=r"received float32\[1, 3\]: the parameters are bfloat16"):
         layer.apply(made(layer, dtype=jnp.bfloat16), jnp.ones((1, 3)))
 
 

@@ -210,7 +210,7 @@ def test_other_inputs_name_the_layer(layer):
     head = layer.name.split("(")[0]
     with pytest.raises(
         ValueError,
-        match=rf"{head}\(.*\) at '0' expected float32\[.*, 4\], received float32\[2, 3\]: the last axis is 3",
+        match=rf"{head}\(.*\) at '0' expected float32\[.*, 4\], received float32\[2, 3\]: the last axis has size 3",
     ):
         model.apply(made(model), jnp.ones((2, 3)))
     with pytest.raises(TypeError, match=rf"{head}\(.*\) at '0' expected float32\[.*, 4\], received int32\[2, 4\]"):

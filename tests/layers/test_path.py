@@ -28,10 +28,10 @@ def test_the_innermost_layer_is_noted_once_and_only_where_the_message_does_not_s
     ("x", "options", "error", "text"),
     [
         (np.ones((2, 3), np.int32), {}, TypeError, r"dense expected float\[..., channels\], received int32\[2, 3\]"),
-        (jnp.ones((2, 3)), {"dtype": jnp.bfloat16}, TypeError, r"the model is bfloat16.*astype\(jnp.bfloat16\)"),
-        (jnp.ones((2, 3)), {"ndim": 4}, ValueError, "2 axes instead of 4"),
-        (jnp.ones(()), {}, ValueError, "0 axes instead of one or more"),
-        (jnp.ones((2, 3)), {"features": 5}, ValueError, "the last axis is 3, not 5"),
+        (jnp.ones((2, 3)), {"dtype": jnp.bfloat16}, TypeError, r"the parameters are bfloat16.*astype\(jnp.bfloat16\)"),
+        (jnp.ones((2, 3)), {"ndim": 4}, ValueError, ": it has 2 axes instead of 4"),
+        (jnp.ones(()), {}, ValueError, ": it has 0 axes instead of one or more"),
+        (jnp.ones((2, 3)), {"features": 5}, ValueError, "the last axis has size 3, not 5"),
         ([1.0], {}, TypeError, "dense expected an array, received list"),
     ],
 )

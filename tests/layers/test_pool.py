@@ -128,7 +128,7 @@ def test_other_inputs_name_the_layer(name):
     variables = layer.init(dtype=jnp.float32)
     with pytest.raises(
         ValueError,
-        match=rf"{name}\(\(2, 3\)\) at 'left' expected images of at least 2 x 3, its window, received float32\[1, 4, 2, 1\]",
+        match=rf"{name}\(\(2, 3\)\) at 'left' expected images of at least 2 x 3, its window size, received float32\[1, 4, 2, 1\]",
     ):
         layer.apply(variables, jnp.ones((1, 4, 2, 1)))
     with pytest.raises(
@@ -150,7 +150,7 @@ def test_flatten_keeps_the_batch_axis(shape, flat):
 def test_flatten_refuses_other_inputs():
     with pytest.raises(TypeError, match=r"flatten\(\) expected float\[\.\.\., channels\], received int32\[2, 3\]"):
         apply(layers.flatten(), jnp.ones((2, 3), jnp.int32))
-    with pytest.raises(ValueError, match=r"flatten\(\) expected .* received float32\[\]: 0 axes"):
+    with pytest.raises(ValueError, match=r"flatten\(\) expected .* received float32\[\]: it has 0 axes"):
         apply(layers.flatten(), jnp.float32(1))
 
 

@@ -135,7 +135,7 @@ def test_objects_nested_too_deeply_are_refused():
     for _ in range(1100):
         link.next = Link()
         link = link.next
-    with pytest.raises(CaptureError, match=r"captures `first`, values nested too deeply to be followed.*y = obj.y"):
+    with pytest.raises(CaptureError, match=r"captures `first`, values that are nested too deeply.*y = obj.y"):
         capture.capture_loss(lambda: first.next)
 
 

@@ -340,7 +340,7 @@ BEFORE = r"reads `weight` of a \w+ by a name that is computed when it runs.*weig
         ),
         (
             lambda out: out.mean() * len(FAILING.args),
-            "a Failing, which keeps its state neither in `__dict__`",
+            "a Failing, which does not keep its state in `__dict__` or slots",
         ),
         (by_name(types.SimpleNamespace(weight=1.0), "weight"), BEFORE),
         (by_name_with_default(types.SimpleNamespace(), "weight"), BEFORE),
@@ -518,6 +518,143 @@ def test_properties_and_operators_that_write_are_refused(read):
     with pytest.raises(CaptureError, match="writes to a list, dict or object that it captures"):
         traced(lambda out: out.mean() * read(obj))
     assert SEEN == []
+
+
+RECORD = []
+NOISE = np.random.default_rng(0)
+WEIGHTS = iter([1.0, 2.0])
+FACTOR = 1.0
+
+
+def recorded(out):
+    RECORD.append(out)
+    return out.mean()
+
+
+class Recording:
+    made = []
+
+    def super_method(self, out):
+        return recorded(out)
+
+    def __call__(self, out):
+        return recorded(out)
+
+    def __getitem__(self, out):
+        return recorded(out)
+
+    @property
+    def mean(self):
+        return recorded(OUT)
+
+    @classmethod
+    def of_class(cls, out):
+        cls.made.append(out)
+        return out.mean()
+
+    @property
+    def noise(self):
+        return NOISE.normal()
+
+    @property
+    def weight(self):
+        return next(WEIGHTS)
+
+
+class Inheriting(Recording):
+    def super_method(self, out):
+        return super().super_method(out)
+
+
+class Registered:
+    def __init__(self, out):
+        RECORD.append(out)
+        self.factor = out.mean()
+
+
+class Registering(type):
+    def __call__(cls, *args):
+        RECORD.append(args)
+        return super().__call__(*args)
+
+
+class Meta(metaclass=Registering):
+    factor = 1.0
+
+
+RECORDING = Inheriting()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        RECORDING.super_method, Recording.of_class, lambda out: RECORDING(out), lambda out: RECORDING[out],
+        lambda out: RECORDING.mean * out.mean(), lambda out: Registered(out).factor,
+        lambda out: Meta().factor * out.mean(),
+    ],
+)  # fmt: skip
+def test_writes_by_code_that_is_used_where_it_is_are_refused_too(loss):
+    with pytest.raises(CaptureError, match="writes to a list, dict or object that it captures"):
+        traced(loss)
+    assert not RECORD and not Recording.made
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (lambda out: RECORDING.noise * out.mean(), "captures `RECORDING`, a Generator, a random generator"),
+        (lambda out: RECORDING.weight * out.mean(), "captures `RECORDING`, a list_iterator, an iterator"),
+    ],
+)
+def test_what_a_property_may_not_read_is_refused(loss, text):
+    with pytest.raises(CaptureError, match=text):
+        traced(loss)
+
+
+class FromInit:
+    def __init__(self):
+        self.factor = FACTOR
+
+
+class FromNew:
+    def __new__(cls):
+        made = object.__new__(cls)
+        made.factor = FACTOR
+        return made
+
+
+@dataclasses.dataclass
+class FromPostInit:
+    factor: float = 0.0
+
+    def __post_init__(self):
+        self.factor += FACTOR
+
+
+@pytest.mark.parametrize("kind", [FromInit, FromNew, FromPostInit])
+def test_what_a_constructor_reads_is_seen_as_it_is_now(kind, monkeypatch):
+    def loss(out):
+        return kind().factor * out.mean()
+
+    keys, values = [], []
+    for value in (1.0, 2.0):
+        monkeypatch.setitem(globals(), "FACTOR", value)
+        key, result = traced(loss)
+        keys.append(key)
+        values.append(result)
+    assert values == [1.5, 3.0] and keys[0] != keys[1]
+
+
+def test_a_default_of_a_dataclass_that_the_loss_makes_is_seen_as_it_is_now():
+    @dataclasses.dataclass
+    class Settings:
+        factor: float = 1.0
+
+    loss = lambda out: Settings().factor * out.mean()
+    before, value = traced(loss)
+    Settings.__init__.__defaults__ = (2.0,)
+    after, changed = traced(loss)
+    assert (value, changed) == (1.5, 3.0) and before != after
 
 
 def test_a_traced_value_put_into_an_object_of_a_library_is_refused():

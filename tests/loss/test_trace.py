@@ -133,7 +133,7 @@ def test_what_a_metric_may_not_do_names_it():
         run_metrics({"b": lambda p, t: float(p.sum())}, jnp.ones(3), jnp.ones(3))
 
 
-def test_scalars_beside_the_loss_come_by_name_in_float32():
+def test_scalars_beside_the_loss_come_by_name_in_their_own_dtype():
     def loss(out):
         return out.mean(), {"right": (out > 0).sum(), "half": out.astype(jnp.bfloat16).mean(), "three": 3}
 
@@ -142,7 +142,7 @@ def test_scalars_beside_the_loss_come_by_name_in_float32():
         value, scalars = trace_loss(key, arrays, jnp.array([-1.0, 3.0]))
     assert value == 1.0 and list(scalars) == ["half", "right", "three"]
     assert {n: (float(v), str(v.dtype)) for n, v in scalars.items()} == {
-        "half": (1.0, "float32"), "right": (1.0, "float32"), "three": (3.0, "float32"),
+        "half": (1.0, "float32"), "right": (1.0, "int32"), "three": (3.0, "int32"),
     }  # fmt: skip
 
 

@@ -407,7 +407,7 @@ def test_shapes_must_be_equal(name, shape, fix):
 def test_mse_of_a_column_and_a_row_is_an_error_in_every_mode():
     outputs, targets = jnp.zeros((4, 1)), jnp.zeros(4)
     message = (
-        r"mse expected equal shapes, received predictions float32\[4, 1\] and targets float32\[4\]: nothing broadcasts\. "
+        r"mse expected equal shapes, received predictions float32\[4, 1\] and targets float32\[4\]: they are not broadcast\. "
         r"Write targets\.reshape\(predictions\.shape\)\."
     )
     with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=message):
@@ -464,7 +464,7 @@ def test_indices_are_integers(dtype):
 def test_an_index_out_of_range_is_named_with_its_place(where, bad, array):
     indices = classes(0, (2, 3))
     indices[where] = bad
-    message = rf"expected indices in 0 to 3, received indices\[{where[0]}, {where[1]}\] = {bad} \(1 of 6 are outside\)\. To leave rows out"
+    message = rf"expected indices in 0 to 3, received indices\[{where[0]}, {where[1]}\] = {bad} \(1 of 6 are outside\)\. To exclude rows"
     with pytest.raises(ValueError, match=message):
         losses.cross_entropy_sparse(normal(0, (2, 3, CLASSES)), array(indices))
 
@@ -490,7 +490,7 @@ def test_floating_dtypes_must_be_equal(name):
     outputs, labels = LOSSES[name]
     with pytest.raises(
         TypeError,
-        match=rf"{name} expected equal dtypes, received \w+ bfloat16\[.*\] and \w+ float32\[.*\]: nothing is cast\. To compute in float32 write (logits|predictions)\.astype\(jnp\.float32\), to compute in bfloat16 write \w+\.astype\(jnp\.bfloat16\)",
+        match=rf"{name} expected equal dtypes, received \w+ bfloat16\[.*\] and \w+ float32\[.*\]: they are not converted\. To compute in float32 write (logits|predictions)\.astype\(jnp\.float32\), to compute in bfloat16 write \w+\.astype\(jnp\.bfloat16\)",
     ):
         getattr(losses, name)(jnp.asarray(outputs, jnp.bfloat16), labels)
 
@@ -500,7 +500,7 @@ def test_floating_dtypes_must_be_equal(name):
 def test_targets_of_a_regression_are_floats(name, dtype):
     with pytest.raises(
         TypeError,
-        match=rf"{name} expected equal dtypes, .*{np.dtype(dtype).name}\[2\]: nothing is cast\. Write targets\.astype\(predictions\.dtype\)",
+        match=rf"{name} expected equal dtypes, .*{np.dtype(dtype).name}\[2\]: they are not converted\. Write targets\.astype\(predictions\.dtype\)",
     ):
         getattr(losses, name)(np.zeros(2, np.float32), np.zeros(2, dtype))
 
@@ -528,7 +528,7 @@ def test_nothing_to_average_is_an_error(name):
     outputs, labels = LOSSES[name]
     with pytest.raises(
         ValueError,
-        match=rf"{name} expected at least one element, received (logits|predictions) float32\[0.*the mean of no elements is NaN\. Leave empty batches out",
+        match=rf"{name} expected at least one element, received (logits|predictions) float32\[0.*the mean of no elements is NaN\. Skip empty batches",
     ):
         getattr(losses, name)(outputs[:0], labels[:0])
 

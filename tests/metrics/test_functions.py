@@ -277,7 +277,7 @@ def test_targets_have_the_shape_of_the_rows(name, shape, fix):
 def test_class_ids_have_the_shape_of_the_targets():
     with pytest.raises(
         ValueError,
-        match=r"accuracy expected equal shapes, received predictions int32\[3, 1\] and targets int32\[3\]: nothing broadcasts\. Write targets\.reshape",
+        match=r"accuracy expected equal shapes, received predictions int32\[3, 1\] and targets int32\[3\]: they are not broadcast\. Write targets\.reshape",
     ):
         metrics.accuracy(np.zeros((3, 1), np.int32), np.zeros(3, np.int32))
     with pytest.raises(
@@ -321,7 +321,7 @@ def test_no_rows_are_an_error(name):
     f, scores, targets = CALLS[name]
     with pytest.raises(
         ValueError,
-        match=rf"{name} expected at least one element, received predictions float32\[0.*Leave empty batches out",
+        match=rf"{name} expected at least one element, received predictions float32\[0.*Skip empty batches",
     ):
         f(scores[:0], targets[:0])
 

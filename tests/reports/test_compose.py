@@ -300,7 +300,7 @@ def test_every_and_each_epoch_keep_their_steps_when_a_function_calls_them_each_t
 
 def test_all_of_called_by_a_function_that_never_asked_is_an_error():
     both = reports.all_of(note([], "f"), reports.history())
-    with pytest.raises(RuntimeError, match=r"called for step 1, which it was not asked about") as err:
+    with pytest.raises(RuntimeError, match=r"called for step 1, but its wants\(1\) was not called before") as err:
         drive(lambda step, loss, state: both(step, loss, state), [0.5])
     assert "trainer.fit(state, data, report=reports.all_of(..., your_function))" in str(err.value)
 

@@ -66,7 +66,7 @@ def test_it_is_its_definition_also_cut_in_two(values, mode, patience, min_delta,
     if best is None:
         with pytest.raises(
             RuntimeError,
-            match=r"early_stopping has no best state: 'a' was not measured yet, or was never a number\. Pass",
+            match=r"early_stopping has no best state: 'a' was not measured yet, or was always NaN\. Pass",
         ):
             stopper.best  # noqa: B018
         with pytest.raises(RuntimeError, match="no best state"):
@@ -146,7 +146,7 @@ def test_nothing_is_copied_where_nothing_is_better(made, monkeypatch):
     before = TrainState.now
     made_now = []
     monkeypatch.setattr(
-        TrainState, "now", lambda self: made_now.append(self._held is None and weakref.ref(self)) or before(self)
+        TrainState, "now", lambda self: made_now.append(self._fields is None and weakref.ref(self)) or before(self)
     )
     trainer.fit(states[0], train.epochs(12), report=reports.all_of(Falling(), stopper))
     gc.collect()
@@ -168,8 +168,8 @@ def test_the_training_loss_is_its_mean_since_the_last_time(made, n):
     stop, best = by_hand(means, "min", 3, 0.0)
     for found in (stopper, alone._f):
         assert found.best_value == pytest.approx(means[best], rel=1e-12)
-        assert found.best_step == n * (best + 1)
-        same(found.best, states[n * (best + 1)])
+        assert found.best_step == n * best, "the state at the start of the window"
+        same(found.best, states[n * best])
     assert int(end.step) == (60 if stop is None else n * (stop + 1))
 
 
@@ -218,8 +218,9 @@ def test_called_for_a_step_with_a_measured_name_it_does_nothing():
     stopper(1, 0.5, "state")
     loss = reports.early_stopping("loss", mode="min", patience=1)
     assert loss.wants(1) and member(loss, "block") is not None
-    loss(1, 0.5, "state")  # by a user's own function, without blocks
-    assert loss.best_value == 0.5
+    loss(1, 0.7, "state 1")  # by a user's own function, without begin and blocks: nobody knows the state before
+    loss(2, 0.5, "state 2")
+    assert (loss.best_value, loss.best) == (0.5, "state 1")
 
 
 @pytest.mark.parametrize(

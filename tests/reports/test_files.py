@@ -31,9 +31,11 @@ def test_fits_of_one_life_are_one_file_and_a_fit_from_before_cuts_it(tmp_path, k
     write(report, 1, [3.0, 2.0, 1.0])
     write(report, 1, [0.5, 0.25], offset=3)
     assert steps() == [1, 2, 3, 4, 5]
-    write(report, 1, [9.0], offset=2)
+    with pytest.warns(UserWarning, match="holds steps 3 to 5 of an earlier fit, which are removed"):
+        write(report, 1, [9.0], offset=2)
     assert steps() == [1, 2, 3]
-    write(getattr(reports, kind)(path), 1, [7.0])
+    with pytest.warns(UserWarning, match="holds steps 1 to 3 of an earlier fit, which are removed"):
+        write(getattr(reports, kind)(path), 1, [7.0])
     assert steps() == [1]
 
 
@@ -46,9 +48,11 @@ def test_a_new_name_becomes_a_column_at_the_right_and_leaves_with_its_lines(tmp_
     report.block(3, {"loss": np.array([np.nan, -np.inf], np.float32), "skipped": np.array([True, False])})
     report.end()
     assert path.read_text().splitlines()[3:] == ["3,nan,,,true", "4,-inf,,,false"]
-    write(reports.csv(path), 3, [1.0])
+    with pytest.warns(UserWarning, match="holds steps 3 to 4 of an earlier fit"):
+        write(reports.csv(path), 3, [1.0])
     assert path.read_text() == 'step,loss,"a,b","c ""d"""\n1,3.0,,\n2,2.0,0.5,2.0\n3,1.0,,\n'
-    write(reports.csv(path), 2, [1.0])
+    with pytest.warns(UserWarning, match="holds steps 2 to 3 of an earlier fit"):
+        write(reports.csv(path), 2, [1.0])
     assert path.read_text() == "step,loss\n1,3.0\n2,1.0\n"
     assert [p.name for p in tmp_path.iterdir()] == ["run.csv"]
 

@@ -142,7 +142,7 @@ def test_what_is_no_scalar_and_no_cpu_are_errors(monkeypatch):
     report = reports.learning_rate(functools.partial(jnp.full, 3))
     with pytest.raises(
         TypeError,
-        match=r"learning_rate expected a schedule that returns a scalar; .* returned shape \(3,\)\. Pass the function",
+        match=r"learning_rate expected a schedule that returns a scalar; .* returned shape \(3,\)\. Pass the schedule that the optimizer uses",
     ):
         reports.all_of(Seen(), report).block(1, values(1))
 

@@ -87,3 +87,32 @@ def test_mlflow_logs_to_a_run_of_the_user_and_leaves_it_open(mlflow):
     report.end()
     assert client.get_run(run).info.status == "RUNNING"
     assert {name: len(values) for name, values in metrics(client, run).items()} == {"loss": 1500, "double": 1500}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_names_that_mlflow_refuses_are_made_legal_with_one_warning(mlflow):
+    """acc@1 is refused by MLflow, when the values are written: often at the end of a run."""
+    uri, client = mlflow
+    report = reports.mlflow(tracking_uri=uri)
+    report.begin(1, None)
+    odd = {
+        "acc@1": 0.5,
+        "acc#1": 0.25,
+        "acc_1": 0.75,
+        "top/5 %": 1.0,
+        "../up": 2.0,
+        "/root": 3.0,
+        "a//b": 4.0,
+        "x" * 300: 5.0,
+    }
+    with pytest.warns(UserWarning) as caught:
+        report.block(1, block(1, *range(3), **{name: np.full(3, value) for name, value in odd.items()}))
+        report.block(4, block(4, *range(3), **{name: np.full(3, value) for name, value in odd.items()}))
+        report.end()
+    (message,) = [str(w.message) for w in caught if "mlflow does not take" in str(w.message)]
+    assert "It logs 'acc@1' as 'acc_1_2', 'acc#1' as 'acc_1_3', 'top/5 %' as 'top/5 _'" in message
+    found = {name: values[0][1] for name, values in metrics(client, report.snapshot()["run"]).items()}
+    del found["loss"]
+    assert found == {
+        "acc_1": 0.75, "acc_1_2": 0.5, "acc_1_3": 0.25, "top/5 _": 1.0, "_up": 2.0, "root": 3.0, "a/b": 4.0, "x" * 240: 5.0,
+    }  # fmt: skip

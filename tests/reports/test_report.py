@@ -77,8 +77,8 @@ def test_all_members_are_called_with_what_the_interface_lists():
         def block(self, first_step, values):
             log.append(("block", first_step, sorted(values)))
 
-        def begin(self, first_step, total, measured, every):
-            log.append(("begin", first_step, total, measured, every))
+        def begin(self, first_step, total, measured, every, state):
+            log.append(("begin", first_step, total, measured, every, int(state.step)))
 
         def end(self):
             log.append(("end",))
@@ -92,9 +92,9 @@ def test_all_members_are_called_with_what_the_interface_lists():
             log.append(("observe", step, values, int(state.step)))
 
     fit(reports.all_of(Observer(), reports.every(2, All())))
-    assert log[:3] == [("begin", 1, 5, frozenset({"m"}), 2), ("compiling", "fit"), ("compiled", float)]
+    assert log[:3] == [("begin", 1, 5, frozenset({"m"}), 2, 0), ("compiling", "fit"), ("compiled", float)]
     assert log[-1] == ("end",)
-    names = ["examples_per_second", "grad_norm", "loss", "step", "step_time"]
+    names = ["examples_per_second", "examples_per_step", "grad_norm", "loss", "step", "step_time"]
     blocks = [entry for entry in log if entry[0] == "block"]
     assert blocks[0] == ("block", 1, names) and {tuple(entry[2]) for entry in blocks} == {tuple(names)}
     assert [entry for entry in log if entry[0] in ("call", "observe")] == [
@@ -136,7 +136,7 @@ def test_a_method_may_take_fewer_arguments_and_gets_the_first_ones():
         ({"wants": True}, r"`wants` .* takes \(step\), .* received True\. Write def wants\(self, step\)\."),
         (
             {"snapshot": lambda self: {}},
-            r"`Mine` has snapshot\(\) and no restore\(values\), .* Write def restore\(self, values\)",
+            r"`Mine` has snapshot\(\) but no restore\(values\), .* Write def restore\(self, values\)",
         ),
         (
             {"measures": "accuracy"},
@@ -158,7 +158,7 @@ def test_numbers_that_no_step_computes_are_refused(fit):
 
     with pytest.raises(
         ValueError,
-        match=r"`Norms` has 'layer_norms' in `numbers`, which no step can compute; known are none\. Return it from the "
+        match=r"`Norms` has 'layer_norms' in `numbers`, which no step can compute; known names: none\. Return it from the "
         r"loss: \(loss, {'layer_norms': value}\)\.",
     ):
         fit(Norms())

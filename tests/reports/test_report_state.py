@@ -1,5 +1,6 @@
 """What reports keep: one flat dict for a composite, the same set of reports to get it back."""
 
+import numpy as np
 import pytest
 
 from kaun import reports
@@ -57,21 +58,57 @@ def test_what_keeps_nothing_has_nothing_to_say():
 def test_another_set_of_reports_is_refused_with_what_differs(tmp_path):
     saved = reports.all_of(reports.history(), Keeper(1), reports.every(9, reports.jsonl(tmp_path / "a"))).snapshot()
     with pytest.raises(ValueError) as caught:
-        reports.all_of(reports.history(), reports.csv(tmp_path / "a"), Keeper()).restore(saved)
+        reports.all_of(reports.history(), reports.csv(tmp_path / "a"), Other()).restore(saved)
     assert str(caught.value) == (
-        "The reports are not those of the run that was saved. By position among those that keep something, and kind:\n"
-        "  saved, and not there now: 2 Keeper\n"
-        "  saved, and not there now: 3 jsonl\n"
-        "  there now, and not saved: 2 csv\n"
-        "  there now, and not saved: 3 Keeper\n"
-        "Pass the same ones in the same order: reports.all_of(History(...), Keeper(...), jsonl(...))."
+        "The reports are not those of the run that was saved:\n"
+        "  saved, and not there now: Keeper()\n"
+        f"  saved, and not there now: jsonl({str(tmp_path / 'a')!r})"
     )
-    with pytest.raises(
-        ValueError, match=r"there now, and not saved: 1 Keeper\nPass .*: reports\.all_of\(\.\.\.  # without those\)"
-    ):
-        reports.all_of(Keeper()).restore({})
-    with pytest.raises(ValueError, match="there now, and not saved: 1 History"):
-        reports.all_of(reports.history()).restore(reports.history().snapshot())
+
+
+def test_reports_are_found_again_by_kind_names_and_path_and_then_in_order(tmp_path):
+    log, stop = (lambda name: reports.jsonl(tmp_path / name)), reports.early_stopping
+    a, b = log("a"), log("b")
+    a._names, b._names = {"a"}, {"b"}
+    best, least, keeper = stop("accuracy", mode="max", patience=9), stop("error", mode="min", patience=9), Keeper(5)
+    best.observe(1, {"accuracy": 0.5}, "best")
+    least.observe(1, {"error": 0.25}, "least")
+    saved = reports.all_of(a, b, best, least, keeper).snapshot()
+    assert saved["names"] == ["", "", "'accuracy'", "'error'", ""] and saved["paths"][1] == str(tmp_path / "b")
+    found = (
+        log("b"),
+        stop("error", mode="min", patience=9),
+        Keeper(),
+        log("a"),
+        stop("accuracy", mode="max", patience=9),
+        reports.history(),
+    )
+    reports.all_of(*found).restore(saved)
+    assert (found[0]._names, found[3]._names) == ({"b"}, {"a"}) and found[2].value == 5
+    assert (found[1].best, found[4].best, len(found[5])) == ("least", "best", 0)
+    moved = (log("c"), log("d"))  # the project's folder was moved
+    reports.all_of(*moved).restore(reports.all_of(a, b).snapshot())
+    assert [log._names for log in moved] == [{"a"}, {"b"}]
+    with pytest.raises(ValueError, match=r"not there now: EarlyStopping\('accuracy'\)"):
+        reports.all_of(found[1]).restore(reports.all_of(best).snapshot())
+
+
+def test_what_earlier_versions_saved_is_found_by_its_kind():
+    old = {
+        "reports": ["1 Keeper", "2 Other"],
+        "1 Keeper/value": 1,
+        "1 Keeper/a/b": 2,
+        "2 Other/value": 3,
+        "2 Other/a/b": 2,
+    }
+    one, two = Keeper(), Other()
+    reports.all_of(reports.history(), two, one).restore(old)
+    assert (one.value, two.value) == (1, 3)
+    alone = reports.history()
+    reports.all_of(plain, alone).restore({**reports.history().snapshot(), "losses": np.ones(3, np.float32)})
+    assert len(alone) == 3
+    with pytest.raises(ValueError, match=r"one report was saved, and there are 2 now: History\(\), Keeper\(\)"):
+        reports.all_of(alone, one).restore(reports.history().snapshot())
 
 
 @pytest.mark.parametrize(
@@ -91,9 +128,9 @@ def test_one_report_alone_refuses_what_others_kept(make):
     saved = reports.all_of(Keeper(1)).snapshot()
     with pytest.raises(
         ValueError,
-        match=r"cannot continue from these saved values, which are those of other reports: it needs '\w+', saved are '1 Keeper/a/b', '1 Keeper/value', 'reports'\. Pass the same reports",
+        match=r"cannot continue from these saved values, which belong to other reports: it needs '\w+'; saved names: '1 Keeper/a/b', '1 Keeper/value', 'names', 'paths', 'reports'\. Pass the same reports",
     ):
         make().restore(saved)
-    with pytest.raises(ValueError, match="saved are none"):
+    with pytest.raises(ValueError, match="saved names: none"):
         make().restore({})
     make().restore(make().snapshot())

@@ -105,7 +105,7 @@ def test_an_unknown_name_is_refused_before_the_first_step(made, data):
     report = reports.all_of(Watching("acuracy", 1.0), reports.validate(trainer, data, ON, each=5))
     with pytest.raises(
         ValueError,
-        match=r"A report watches 'acuracy', which no report of this fit measures; measured are 'accuracy', 'entropy', 'f1'",
+        match=r"A report watches 'acuracy', which no report of this fit measures; measured names: 'accuracy', 'entropy', 'f1'",
     ):
         trainer.fit(start, iter(()), report=report)
 
@@ -158,7 +158,7 @@ def test_an_error_of_the_evaluation_comes_with_the_state(made, data):
         (
             {"data": iter([1])},
             TypeError,
-            r"validate iterates its data many times, and received list_iterator\. Pass a kaun\.Data",
+            r"validate iterates its data many times, but received list_iterator\. Pass a kaun\.Data",
         ),
         ({"data": 3}, TypeError, r"received int\. Pass a kaun\.Data or a list; for a generator write Data"),
         ({"metrics": [metrics.f1]}, TypeError, r"validate expected metrics as a dict"),

@@ -102,6 +102,6 @@ def test_wandb_logs_to_a_run_of_the_user_and_leaves_it_open(wandb, tmp_path):
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert records(folder) == ([{"_step": 1, "loss": 5.0}, {"_step": 2, "accuracy": 1.0}], 0)
     with pytest.raises(
-        TypeError, match=r"wandb received a run, and project, name for a new one\. Write wandb\(run=run\)"
+        TypeError, match=r"wandb received both run= and project, name for a new run\. Write wandb\(run=run\)"
     ):
         reports.wandb(run=run, project="digits", name="a")

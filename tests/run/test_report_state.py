@@ -62,7 +62,7 @@ def test_what_is_missing_or_of_another_model_is_refused():
     packed, arrays = pack_snapshot({"best": STATE, "losses": np.ones(2)})
     without = {name: a for name, a in arrays.items() if name != "losses"}
     with pytest.raises(
-        ValueError, match="the checkpoint names the array 'losses' of a report, and does not contain it"
+        ValueError, match="the checkpoint names the array 'losses' of a report, but does not contain it"
     ):
         unpack_snapshot(packed, without, STATE)
     with rng.scope(0):

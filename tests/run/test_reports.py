@@ -35,7 +35,8 @@ def ran(first, *values, names=("grad_norm",), examples=4):
     """What a dispatch of these steps gives: as long as its capacity."""
     rows = [[2 * value if name == "grad_norm" else 1.0 for name in names] for value in [*values, -1.0, -1.0]]
     held = jnp.array([*values, -1.0, -1.0], jnp.float32)
-    return StepResults(first, len(values), held, names, jnp.array(rows, jnp.float32), None, examples)
+    places = {name: (0, column) for column, name in enumerate(names)}
+    return StepResults(first, len(values), held, [jnp.array(rows, jnp.float32)], places, None, examples)
 
 
 def test_nothing_is_asked_or_kept_without_a_report():
@@ -149,11 +150,11 @@ def test_what_is_watched_must_be_measured():
     report.measures = ("accuracy", "mse")
     with pytest.raises(
         ValueError,
-        match=r"A report watches 'f1', which no report of this fit measures; measured are 'accuracy', 'mse'\. Put one beside it: reports\.all_of\(reports\.validate\(trainer, valid, {\"f1\": \.\.\.}",
+        match=r"A report watches 'f1', which no report of this fit measures; measured names: 'accuracy', 'mse'\. Add a report that measures it: reports\.all_of\(reports\.validate\(trainer, valid, {\"f1\": \.\.\.}",
     ):
         ReportCaller(report, None)
     report.measures = ()
-    with pytest.raises(ValueError, match=r"watches 'accuracy', .*measured are none"):
+    with pytest.raises(ValueError, match=r"watches 'accuracy', .*measured names: none"):
         ReportCaller(report, None)
     report.measures = ("accuracy", "f1")
     ReportCaller(report, None)
@@ -229,7 +230,7 @@ def test_skipped_steps_are_reported_with_their_loss():
     report = Values()
     caller = ReportCaller(report, None, mode="skip")
     skipping = ran(1, 1.0, math.inf, 3.0, names=("grad_norm", "finite"))
-    caller.ran(skipping._replace(numbers=skipping.numbers.at[1, 1].set(0.0)))
+    caller.ran(skipping._replace(numbers=[skipping.numbers[0].at[1, 1].set(0.0)]))
     caller.finish()
     assert report.blocks[0][1]["skipped"] == [False, True, False] and report.blocks[0][1]["loss"][1] == math.inf
 
@@ -262,7 +263,7 @@ def test_the_time_of_a_report_and_of_compiling_does_not_count_as_step_time(monke
 
     slow.block = report.block
     caller = ReportCaller(slow, None)
-    caller.begin()
+    caller.begin(lambda: None)
     now[0] += 12.0
     caller.compiled(8.0)
     caller.ran(ran(1, 1.0, 1.0))

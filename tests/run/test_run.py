@@ -293,7 +293,7 @@ def test_numbers_that_go_wrong_leave_the_state_before_them(tmp_path):
 
 
 CHANGES = {
-    "seed": ({"seed": 1}, {"key", "data"}, "the run's key: another seed"),
+    "seed": ({"seed": 1}, {"key", "data"}, "the run's key: this state was made with another seed"),
     "batch_size": ({"batch_size": 5}, {"data"}, "Data.batches: batch_size was 4, is 5"),
     "rows": ({"x": X + (np.arange(22) == 9)[:, None].astype(np.float32)}, {"data"}, "Data.batches"),
     "loss": ({"loss": lambda o, y: 2 * losses.cross_entropy_sparse(o, y)}, {"data", "program"}, "Data.with_loss"),
@@ -325,9 +325,38 @@ def test_another_run_is_refused_by_name_and_accepted_by_name(tmp_path, made, cha
         return
     assert "runs.child" in str(caught.value) and "accept={" in str(caught.value)
     assert kind is ResumeMismatch
-    with pytest.warns(UserWarning, match="is resumed, because accept= names it"), pytest.raises(Killed) as done:
+    with (
+        pytest.warns(UserWarning, match="is resumed, because accept= contains '(data|key|program)'"),
+        pytest.raises(Killed) as done,
+    ):
         go(names)
     assert int(done.value.kaun_state.step) == 9
+
+
+def test_a_loss_whose_static_value_changes_within_a_run_is_no_other_run(tmp_path):
+    trainer, state, _ = setting()
+
+    def items(scale=1.0):
+        yield from ((X[:4], lambda out, w=w: w * scale * losses.cross_entropy_sparse(out, Y[:4])) for w in (1, 1, 2, 3))
+
+    whole = trainer.fit(state, Data.from_iterable(items))
+    with pytest.raises(Killed):
+        trainer.fit(state, Data.from_iterable(items), report=killing(3), checkpoints=Directory(tmp_path, every=1))
+    trainer, state, _ = setting()
+    assert same(trainer.fit(state, Data.from_iterable(items), checkpoints=Directory(tmp_path)), whole)
+    assert same(trainer.fit(state, Data.from_iterable(items), checkpoints=Directory(tmp_path)), whole)
+
+
+def test_an_exception_at_the_end_of_a_fit_has_the_state():
+    trainer, state, train = setting()
+
+    class Failing(reports.Report):
+        def end(self):
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        trainer.fit(state, train, report=Failing())
+    assert same(caught.value.kaun_state, trainer.fit(state, train))
 
 
 def test_a_finished_run_of_another_program_is_refused_too(tmp_path, made):
@@ -336,7 +365,7 @@ def test_a_finished_run_of_another_program_is_refused_too(tmp_path, made):
     other, state, train = setting(rate=0.2)
     with pytest.raises(ResumeMismatch, match="compiled step"):
         other.fit(state, train.epochs(3), checkpoints=Directory(tmp_path))
-    with pytest.warns(UserWarning, match="accept= names it") as caught:
+    with pytest.warns(UserWarning, match="accept= contains 'program'") as caught:
         accepting = Directory(tmp_path, accept={"program"})
         assert same(other.fit(state, train.epochs(3), checkpoints=accepting), expected)
     assert caught[0].filename == __file__, "a warning is of the line that called fit"
@@ -349,7 +378,7 @@ def test_a_resumed_run_keeps_its_own_key(tmp_path, made):
         trainer.fit(state, train.epochs(3), report=killing(8), checkpoints=Directory(tmp_path))
     with rng.scope(5):
         other = trainer.make_state(state.vars)
-    with pytest.warns(UserWarning, match="accept= names it"):
+    with pytest.warns(UserWarning, match="accept= contains 'key'"):
         end = trainer.fit(other, train.epochs(3), checkpoints=Directory(tmp_path, accept={"key"}))
     assert same(end, expected) and end.key == expected.key
 
@@ -375,7 +404,7 @@ def test_other_reports_are_refused(tmp_path, made):
     for other in (reports.all_of(killing(9), reports.time_limit(9)), reports.all_of(killing(9)), killing(9), None):
         with pytest.raises(ResumeMismatch, match=r"(?s)Its reports differ:.*[Hh]istory"):
             trainer.fit(state, train, report=other, checkpoints=Directory(tmp_path))
-    with pytest.warns(UserWarning, match="accept= names it"):
+    with pytest.warns(UserWarning, match="accept= contains 'reports'"):
         trainer.fit(state, train, checkpoints=Directory(tmp_path, accept={"reports"}))
 
 
@@ -386,7 +415,7 @@ def test_another_machine_is_a_warning(tmp_path, made, monkeypatch):
         patched.setattr(os, "sched_getaffinity", lambda _: range(99), raising=False)
         with pytest.raises(Killed):
             trainer.fit(state, train.epochs(3), report=killing(8), checkpoints=Directory(tmp_path))
-    with pytest.warns(UserWarning, match=r"resumed where jax was 0.1, is .*cores was 99, is .*may differ"):
+    with pytest.warns(UserWarning, match=r"resumed, although jax was 0.1, is .*cores was 99, is .*may differ"):
         assert same(trainer.fit(state, train.epochs(3), checkpoints=Directory(tmp_path)), expected)
 
 
@@ -426,7 +455,7 @@ def test_what_could_not_be_resumed_is_refused_at_the_start(tmp_path, made, monke
         trainer.fit(state, unscoped, checkpoints=runs)
     with monkeypatch.context() as patched:
         patched.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(ValueError, match=r"for one process, and this is one of 2.*Orbax"):
+        with pytest.raises(ValueError, match=r"supports one process, and this run has 2.*Orbax"):
             trainer.fit(state, train, checkpoints=runs)
     with pytest.raises(FileNotFoundError, match="resume='must'"):
         trainer.fit(state, train, checkpoints=Directory(tmp_path / "runs", resume="must"))

@@ -118,3 +118,41 @@ def test_handlers_that_were_there_are_there_again():
         assert calls == [1]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_the_exit_status_tells_the_signal(name):
+    number = getattr(signal, name)
+    with pytest.raises(SystemExit) as caught, Signals(wanted=True) as signals:
+        send(number)
+        with signals.interruptible():
+            pass
+    assert caught.value.code == 128 + number and signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_what_is_ignored_or_handled_by_the_user_is_left_alone(name):
+    number, calls = getattr(signal, name), []
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        for handler in (signal.SIG_IGN, lambda *_: calls.append(1)):
+            signal.signal(number, handler)
+            with Signals(wanted=True) as signals:
+                assert signal.getsignal(number) is handler
+                with signals.interruptible():
+                    send(number)
+            assert signal.getsignal(number) is handler
+        assert calls == [1]
+    finally:
+        signal.signal(number, before)
+
+
+def test_sigterm_is_left_to_the_service_of_jax(monkeypatch):
+    from jax._src import distributed
+
+    monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", object())
+    with Signals(wanted=True):
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler

@@ -155,8 +155,8 @@ def test_a_state_of_another_precision_is_refused():
     trainer, state = made()
     plain, other = made(precision="mixed_bfloat16")
     with pytest.raises(
-        ValueError, match=r"The state has no loss scale, and this trainer scales its loss.*make_state\(state\.vars\)"
+        ValueError, match=r"The state has no loss scale, but this trainer scales its loss.*make_state\(state\.vars\)"
     ):
         trainer.step(other, X, loss=mse)
-    with pytest.raises(ValueError, match="The state has a loss scale, and this trainer does not scale its loss"):
+    with pytest.raises(ValueError, match="The state has a loss scale, but this trainer does not scale its loss"):
         plain.step(state, X, loss=mse)

@@ -57,7 +57,7 @@ def test_the_batch_must_divide():
 
 def test_there_must_be_a_batch():
     trainer, state = made(4, one(lambda w, x, ctx: x * w))
-    with pytest.raises(ValueError, match=r"splits x along its first axis, received x without one: float32\[\]\. Leave"):
+    with pytest.raises(ValueError, match=r"splits x along its first axis, but x has none: float32\[\]\. Leave"):
         trainer.step(state, jnp.float32(1), loss=lambda out: out.sum())
 
 

@@ -48,7 +48,7 @@ def test_what_is_expected_is_found_out_once_for_each_dtype():
 
 def test_another_precision_is_refused_first():
     expected = VarsSpec(layers.linear(2, 2), parse_precision("mixed_bfloat16"))
-    with pytest.raises(ValueError, match="keeps parameters in float32, received bfloat16"):
+    with pytest.raises(ValueError, match="expected parameters in float32, received bfloat16"):
         expected.check(layers.linear(9, 9).init(dtype=jnp.bfloat16))
 
 

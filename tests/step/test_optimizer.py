@@ -61,4 +61,20 @@ def test_extra_arguments_go_to_those_that_take_them():
     for o in (takes, plain):
         after, _ = optimizer.apply_update(o, params, (), params, jnp.float32(3), value_fn)
         assert after["w"].tolist() == [2.0, 2.0]
-    assert seen["value"] == 3.0 and seen["grad"] is params and seen["value_fn"] is value_fn
+    assert seen["value"] == 3.0 and seen["grad"] is params
+    wide = {"w": np.ones(2, np.float64) * 2}
+    assert seen["value_fn"](wide) == seen["obj_fn"](wide) == value_fn(wide)
+    assert seen["grad_fn"](params, 0)["w"].tolist() == [1.0, 1.0]
+
+
+def test_extra_arguments_without_a_double_star_go_by_name():
+    seen = {}
+
+    def update(grad, state, params=None, obj_fn=None, *, value, other=4):
+        seen.update(value=value, obj_fn=obj_fn, other=other)
+        return grad, state
+
+    params = {"w": jnp.ones(2)}
+    named = optax.GradientTransformation(lambda p: (), update)
+    optimizer.apply_update(named, params, (), params, jnp.float32(3), lambda p: p["w"].sum())
+    assert seen["value"] == 3.0 and seen["obj_fn"](params) == 2.0 and seen["other"] == 4

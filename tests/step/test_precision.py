@@ -69,7 +69,7 @@ def test_a_dtype_that_contradicts_it_is_refused():
     trainer, state = made("mixed_bfloat16")
     assert trainer.init(dtype=jnp.float32).vars.dtype == jnp.float32
     match = (
-        r"keeps parameters in float32, received bfloat16\. Write trainer\.init\(\) without.*or write params=bfloat16"
+        r"expected parameters in float32, received bfloat16\. Write trainer\.init\(\) without.*or write params=bfloat16"
     )
     with pytest.raises(ValueError, match=match):
         trainer.init(dtype=jnp.bfloat16)

@@ -39,7 +39,9 @@ def test_it_must_be_a_function():
 
 
 def test_one_that_is_true_for_nothing_is_refused_with_the_paths():
-    with pytest.raises(ValueError, match=r"(?s)nothing would train.*'0\.bias'\n  '0\.weight'\n.*'4\.weight'\nWrite"):
+    with pytest.raises(
+        ValueError, match=r"(?s)no parameter would train.*'0\.bias'\n  '0\.weight'\n.*'4\.weight'\nWrite"
+    ):
         made(lambda path: path.startswith("head"))
 
 
@@ -174,7 +176,7 @@ def test_the_state_of_another_trainable_is_refused(swap):
     every, large = made(None)
     trainer, state = (every, small) if swap else (some, large)
     with pytest.raises(
-        ValueError, match=r"(?s)does not fit the parameters that train.*another trainable.*0\.mu\.0\.bias.*make_state"
+        ValueError, match=r"(?s)does not fit the trainable parameters.*another trainable.*0\.mu\.0\.bias.*make_state"
     ):
         trainer.step(state, X, loss=mse)
     again = trainer.make_state(state.vars)

@@ -6,6 +6,7 @@ A step is traced once for each kind of item (``inputs``, ``cache``), compiled in
 
 from kaun._engine.cache import ProgramCache as ProgramCache
 from kaun._engine.inputs import StepInputs as StepInputs
+from kaun._engine.inputs import refuse_traced as refuse_traced
 from kaun._engine.jaxpr import digest_program as digest_program
 from kaun._engine.log import Compilation as Compilation
 from kaun._engine.loop import StepLoop as StepLoop

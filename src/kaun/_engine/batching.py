@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._engine.inputs import StepInputs, is_host, is_number
+from kaun import tree
+from kaun._engine.inputs import StepInputs, is_host, is_number, refuse_traced
 from kaun._kernels import aligned_empty
 from kaun.data import RowGather
 
@@ -37,7 +38,7 @@ class _Column(Protocol):
         alone: Whether it cannot be stacked, so that all items of a block must have one value.
         selective: Whether ``takes`` may be False.
         varies: Whether the items so far have more than one value.
-        row: The buffer into which ``add`` copies a value itself; None where ``put`` has to look at it.
+        row: The buffer into which ``add`` copies a value itself; None if ``put`` has to handle it.
     """
 
     alone: bool
@@ -128,14 +129,20 @@ class _Device:
         self.varies = False
         self._capacity = capacity
         # A stack does not keep a weak type.
-        self.alone = capacity == 1 or bool(value.weak_type) or len(value.devices()) > 1
+        self.alone = capacity == 1 or tree.is_weak(value) or len(value.devices()) > 1
         self._values: list[Any] = []
         self._stack: Any = None
 
     def takes(self, value: Any) -> bool:
         if not self._values or value is self._values[0]:
             return True
-        return not self.alone and value.sharding == self._values[0].sharding
+        if self.alone:
+            return False
+        try:
+            return value.sharding == self._values[0].sharding
+        except AttributeError:  # a traced array has none
+            refuse_traced((value,))
+            raise
 
     def put(self, slot: int, value: Any) -> None:
         if slot == 0:

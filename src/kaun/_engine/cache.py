@@ -53,7 +53,7 @@ class ProgramCache:
         return self._log.compilations
 
     def get(self, key: Hashable) -> Any:
-        """Return what is kept under a key, None where nothing is."""
+        """Return what is kept under a key, None if nothing is."""
         with self._lock:
             found = self._table.get(key)
             if found is not None:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._jax import any_traced
 from kaun._loss import capture_loss, captures, subject
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.data import is_tensor
 
-__all__ = ["StepInputs", "is_host", "is_number"]
+__all__ = ["StepInputs", "as_arrays", "is_host", "is_number", "refuse_traced"]
 
 _LEAF = jax.tree_util.tree_structure(0)
 _NO_CONTEXT = jax.tree_util.tree_structure(Context())
 _NOT_NUMBERS = "OSUMmT"  # kinds of NumPy dtypes
-# Types seen to be JAX arrays; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
+# Types seen to be JAX arrays of numbers; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
+# Arrays of typed PRNG keys are of another class, which has no attribute weak_type.
 _array_types: set[type] = set()
 
 
@@ -32,7 +35,7 @@ class StepInputs:
 
     Args:
         x: The model's input, any pytree of arrays.
-        loss: A function of the model's output, None where the output itself is wanted.
+        loss: A function of the model's output, None if the output itself is wanted.
         ctx: A Context, or None.
         what: The name of x in messages.
 
@@ -82,12 +85,15 @@ class StepInputs:
 
     @property
     def split(self) -> Callable[[list[Any]], tuple[Any, list[Any], Context]]:
-        """A function from leaves in this order to input, captured arrays and context. It holds no array."""
-        return functools.partial(_split, self.static)
+        """A function from leaves in this order to input, captured arrays and context. It holds no array.
+
+        Leaves become JAX arrays. Those of a compiled function are; under ``jax.disable_jit`` they arrive as they were.
+        """
+        return functools.partial(_split_arrays, self.static)
 
     @property
     def examples(self) -> int | None:
-        """The length of x's first array along its first axis, None where it has none."""
+        """The length of x's first array along its first axis, None if it has none."""
         shape = np.shape(self.leaves[0]) if self.static[3] else ()
         return shape[0] if shape else None
 
@@ -108,7 +114,7 @@ class StepInputs:
 
     def describe(self) -> dict[str, str]:
         """Return all that the program depends on, by name, in words."""
-        x, arrays, ctx = self.split(self.leaves)
+        x, arrays, ctx = _split(self.static, self.leaves)
         words = {f"{self.what}.{p}" if p else self.what: _describe(a) for p, a in tree.flatten(x)[0].items()}
         words |= {f"ctx[{p!r}]": _describe(a) for p, a in tree.flatten(ctx)[0].items()}
         if self.loss_key is not None:
@@ -120,6 +126,30 @@ def _split(static: tuple[Any, ...], leaves: list[Any]) -> tuple[Any, list[Any], 
     _, x_def, ctx_def, n, m = static
     join = jax.tree_util.tree_unflatten
     return join(x_def, leaves[:n]), leaves[n : n + m], join(ctx_def, leaves[n + m :])
+
+
+def _split_arrays(static: tuple[Any, ...], leaves: list[Any]) -> tuple[Any, list[Any], Context]:
+    return _split(static, as_arrays(leaves))
+
+
+def as_arrays(leaves: Sequence[Any]) -> list[Any]:
+    """Return leaves as JAX arrays; those that are one stay the same object."""
+    return [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in leaves]
+
+
+def refuse_traced(values: Iterable[Any]) -> None:
+    """Check that ``fit`` received no traced array.
+
+    Raises:
+        TypeError: If one of the values is traced: ``fit`` was called inside a function that JAX traces.
+    """
+    if any_traced(values):
+        raise TypeError(
+            "fit was called inside a function that JAX traces (jit, grad, vmap, scan): it runs its steps from Python "
+            "and reads their results, and there they have no numbers. Call fit outside of that function. Inside of it, "
+            "one step is loss, state = trainer.step(state, x, loss=loss), and many are\n"
+            "    state, losses = jax.lax.scan(lambda state, x: trainer.step(state, x, loss=loss)[::-1], state, xs)"
+        )
 
 
 def is_host(leaf: Any) -> bool:
@@ -138,7 +168,7 @@ def _flatten(value: Any, what: str) -> tuple[list[Any], Any]:
         if type(leaf) not in _array_types and not (type(leaf) is np.ndarray and leaf.dtype.kind not in _NOT_NUMBERS):
             if not _is_numeric(leaf):
                 raise _not_numbers(value, what)
-            if isinstance(leaf, jax.Array):
+            if isinstance(leaf, jax.Array) and not tree.is_key(leaf):
                 _array_types.add(type(leaf))
     return leaves, treedef
 
@@ -153,9 +183,9 @@ def _not_numbers(value: Any, what: str) -> TypeError:
     path, leaf = next((p, v) for p, v in tree.flatten(value)[0].items() if not _is_numeric(v))
     kind = "a masked array" if isinstance(leaf, np.ma.MaskedArray) else "an array"
     received = f"{kind} of dtype {leaf.dtype}" if tree.is_array(leaf) else type(leaf).__name__
-    fix = "Convert it, np.asarray(value, np.float32), or leave it out of the batch."
+    fix = "Convert it, np.asarray(value, np.float32), or remove it from the batch."
     if tree.is_array(leaf) and leaf.dtype == object:
-        fix = "Such an array holds parts of different shapes, or no numbers: pad the parts to one shape in data.map(f)."
+        fix = "Its elements are objects, for example arrays of different shapes: pad them to one shape in data.map(f)."
     elif dataclasses.is_dataclass(leaf):
         kind = type(leaf).__name__
         fix = f"Register it as a pytree, jax.tree_util.register_dataclass({kind}); the model then receives the {kind}."
@@ -168,9 +198,9 @@ def _not_numbers(value: Any, what: str) -> TypeError:
 
 def _kind(a: Any) -> tuple[Any, ...]:
     if isinstance(a, jax.Array):
-        return a.shape, a.dtype, a.weak_type
+        return a.shape, a.dtype, tree.is_weak(a)
     return (a.shape, a.dtype) if is_host(a) else (type(a),)
 
 
 def _describe(a: Any) -> str:
-    return tree.describe(a) + (" (weak)" if getattr(a, "weak_type", False) else "")
+    return tree.describe(a) + (" (weak)" if tree.is_weak(a) else "")

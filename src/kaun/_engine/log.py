@@ -73,10 +73,10 @@ class CompilationLog:
         self.compilations.append(Compilation(where=where, code=inputs.code, why=why, seconds=seconds))
         if count == _MANY and not known:
             warn(
-                f"{where} has compiled {_MANY} programs for {inputs.code or 'one model'}; the last because {why}. Each "
-                "costs a compilation. Capture numbers that change as arrays, alpha = jnp.asarray(alpha), keep one "
-                "object instead of making equal ones, and give batches few different shapes. trainer.compilations "
-                "lists all of them.",
+                f"{where} has compiled {_MANY} programs for {inputs.code or 'one model'}; the last because {why}. "
+                "Compiling takes time. Capture numbers that change as arrays, alpha = jnp.asarray(alpha), reuse one "
+                "object instead of making equal ones, and use few different shapes of batches. trainer.compilations "
+                "lists all programs.",
                 RecompilationWarning,
             )
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
-from kaun._engine.inputs import StepInputs
+from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, packing_of, unpack
 from kaun._engine.program import ROWS, TracedStep, device_count_of, trace_step
 from kaun._engine.results import StepResults
@@ -81,7 +82,7 @@ class StepLoop:
         on_dispatch: Called with the ``StepResults`` after each dispatch.
         on_compile: Called after each compilation with the seconds it took.
         error_for: Returns the exception for a step that is not finite, given its number, its loss and the squares of
-            its gradient; None where such a step does not end the run.
+            its gradient; None if such a step does not end the run.
         done: How many steps were run before.
         on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen.
         on_compiling: Called before each compilation with the entry for which it is.
@@ -105,6 +106,7 @@ class StepLoop:
         self._on_compiling = on_compiling
         self._error_for, self._first_step = error_for, done + 1
         self._failed_step: int | None = None
+        self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
@@ -113,6 +115,10 @@ class StepLoop:
         # newest dispatch. One tuple, because an interrupt may come between any two assignments.
         self._carry: tuple[bool, list[Any], StepResults | None] = (False, leaves, None)
         self._result: deque[Any] = deque(maxlen=1)
+        # To go back to where a dispatch fails: states before the newest dispatches, where these did not overwrite them,
+        # and the newest arrays that others may hold.
+        self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
+        self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
         self._open: _Block | None = None
         self._in_flight: deque[StepResults] = deque()
@@ -153,7 +159,7 @@ class StepLoop:
         self.wait()
         results = self._carry[2]
         assert results is not None
-        return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be a dispatch of its own
+        return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
 
     def wait(self) -> None:
         """Wait for the steps that were dispatched, where one of them may not be finite.
@@ -230,11 +236,39 @@ class StepLoop:
         elif self._in_place:
             self._carry = (False, arrays, results)  # the loop continues with a copy
         if self._failed_step is not None:
-            arrays = [*arrays[:-1], arrays[-1] - 1]  # the discarded step is counted in the arrays
+            arrays = [*arrays[:-1], arrays[-1] - self._counts_discarded]
         return jax.tree_util.tree_unflatten(self._structure, arrays)
+
+    @property
+    def kinds(self) -> Any:
+        """The state's shapes and dtypes."""
+        return jax.tree_util.tree_unflatten(self._structure, self._kinds)
+
+    def recover(self) -> Literal["newest", "held", "lost"]:
+        """Go back to the newest state that can be read, where a dispatch failed.
+
+        Returns:
+            ``"newest"`` where that is the state before the failed dispatch, or none failed; ``"held"`` where that one
+            is lost with its memory, and an earlier one that somebody else holds is left; ``"lost"`` where none is.
+        """
+        self._take()
+        if _readable(self._carry[1]):
+            return "newest"
+        self._failed_step = None
+        while self._earlier:
+            self._carry = self._earlier.pop()
+            if _readable(self._carry[1]):
+                return "newest"
+        references, results = self._shared
+        arrays = [reference() for reference in references]
+        if not arrays or any(array is None for array in arrays) or not _readable(arrays):
+            return "lost"
+        self._carry = (False, arrays, results)
+        return "held"
 
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
         self._on_trace(inputs, traced)
+        refuse_traced(inputs.leaves)
         return _Block(BlockBuffer(inputs, traced.capacity), traced, inputs)
 
     def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
@@ -246,7 +280,7 @@ class StepLoop:
         if count == 1:
             buffer.add(inputs)
             return
-        most = buffer.room(rows, inputs) if rows else ROWS if traced.looped else 1
+        most = buffer.room(rows, inputs) if rows else traced.most
         leaves, once = inputs.owned(), (False,) * len(inputs.leaves)
         for start in range(0, count, most):
             n = min(most, count - start)
@@ -265,26 +299,39 @@ class StepLoop:
         shared: list[Any],
         stacked: list[Any],
     ) -> None:
-        entry = "fit in place" if self._in_place else "fit"
+        refuse_traced((*shared, *stacked))
+        overwrites = self._in_place and not traced.can_raise
+        entry = "fit in place" if overwrites else "fit"
         program = traced.program(entry, pattern, self._packing)
         own, arrays, results = self._carry
-        if not own and self._in_place:
+        if not own and overwrites:
+            self._shared = [weakref.ref(a) for a in arrays], results
             for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
                 arrays[i] = copy(arrays[i])
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
             self._carry = (True, self._packing.pack([np.asarray(a) for a in arrays]), results)
+        self._counts_discarded = int(traced.discards)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self.key, status, device_count_of(count), shared, stacked)
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
+        before = self._carry
+        if not self._in_place:
+            self._earlier.append(before)
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
         about = (first, count, traced, inputs)
         self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
         results = self._take()
+        if traced.can_raise:
+            try:
+                results.losses.block_until_ready()
+            except Exception:
+                self._carry = before
+                raise
         self._on_dispatch(results)
         self._in_flight.append(results)
         if len(self._in_flight) > _IN_FLIGHT:
@@ -294,7 +341,7 @@ class StepLoop:
         """Store the newest dispatch as the state, and return its results."""
         if self._result:
             (losses, numbers, arrays, status), (first, count, traced, inputs) = self._result[0]
-            results = StepResults(first, count, losses, traced.names, numbers, status, inputs.examples)
+            results = StepResults(first, count, losses, numbers, traced.places, status, inputs.examples)
             self._carry = (True, arrays, results)
             self._result.clear()
         return self._carry[2]
@@ -321,3 +368,12 @@ class StepLoop:
             self._limit = max(1, self._limit // 4)
         elif elapsed < _LONGEST / 4 and results.steps * 4 >= self._limit:
             self._limit = min(self._limit * 4, ROWS)
+
+
+def _readable(arrays: list[Any]) -> bool:
+    """Wait for arrays, and return whether all have values; a failed program leaves none, nor does donated memory."""
+    try:
+        jax.block_until_ready(arrays)
+        return not any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
+    except Exception:
+        return False

@@ -59,7 +59,7 @@ class Packing:
 
 
 def packing_of(leaves: Sequence[Any]) -> Packing | None:
-    """Return how to pack a state, None where it does not pay: few arrays, many bytes, or more than one device.
+    """Return how to pack a state, None if it does not pay: few arrays, many bytes, or more than one device.
 
     Shapes and dtypes alone decide. A packed step may differ in the last bit from one that is not packed, so ``step``
     and ``fit`` must pack the same states.

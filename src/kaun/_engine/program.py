@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kaun._engine.batching import capacity_of
-from kaun._engine.inputs import StepInputs
+from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import slow_in_loops
-from kaun._engine.packing import Packing, packing_of
+from kaun._engine.packing import Packing, in_place, packing_of
+from kaun._jax import calls_the_host
 from kaun._loss import trace_loss
 from kaun._step import match_state
 
@@ -58,16 +59,22 @@ class TracedStep:
         traced: What tracing it gave.
         inputs: The inputs for which it was traced.
         on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
+        discards: Whether the step itself discards an update that is not finite.
         seconds: How long tracing took.
 
     Attributes:
         step: As the argument.
         jaxpr: The traced program.
         on_nonfinite: As the argument.
-        names: The names of the numbers that a step gives beside its loss, in the order of their columns.
-        looped: Whether it runs in a loop, many steps for one dispatch.
+        discards: As the argument.
+        tables: For each dtype the names of a step's numbers beside its loss, in the order of their columns.
+        places: For each of these numbers by name the index of its table and its column.
+        looped: Whether it runs in a loop.
+        can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
+            alone and keeps the memory of the state before it.
+        most: How many steps one dispatch may run.
         capacity: How many items one dispatch may hold.
-        status: The status of a run in which all steps are finite (``StepResults``), None where runs do not end at one
+        status: The status of a run in which all steps are finite (``StepResults``), None if runs do not end at one
             that is not.
         entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
@@ -75,17 +82,27 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_lock", "_programs", "capacity", "entries", "jaxpr", "looped", "loss_dtype", "names", "on_nonfinite",
-        "patterns", "seconds", "status", "step",
+        "_lock", "_programs", "can_raise", "capacity", "discards", "entries", "jaxpr", "looped", "loss_dtype", "most",
+        "on_nonfinite", "patterns", "places", "seconds", "status", "step", "tables",
     )  # fmt: skip
 
-    def __init__(self, step: Any, traced: Any, inputs: StepInputs, on_nonfinite: str, seconds: float) -> None:
-        self.step, self.jaxpr, self.on_nonfinite = step, traced.jaxpr, on_nonfinite
+    def __init__(
+        self, step: Any, traced: Any, inputs: StepInputs, on_nonfinite: str, discards: bool, seconds: float
+    ) -> None:
+        self.step, self.jaxpr, self.on_nonfinite, self.discards = step, traced.jaxpr, on_nonfinite, discards
         loss, numbers, _, _, squares = traced.out_info
         self.loss_dtype = loss.dtype
-        self.names = tuple(numbers)
+        self.tables: dict[Any, list[str]] = {}
+        for name, number in numbers.items():
+            self.tables.setdefault(number.dtype, []).append(name)
+        table_of = {dtype: i for i, dtype in enumerate(self.tables)}
+        self.places = {
+            name: (table_of[number.dtype], self.tables[number.dtype].index(name)) for name, number in numbers.items()
+        }
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
-        self.capacity = capacity_of(inputs) if self.looped else 1
+        self.can_raise = calls_the_host(traced.jaxpr)
+        self.most = ROWS if self.looped and not self.can_raise else 1
+        self.capacity = min(capacity_of(inputs), self.most)
         self.status = _all_finite(squares.shape[0], squares.dtype) if on_nonfinite == "raise" else None
         self.entries: set[str] = set()
         self.seconds = seconds
@@ -108,13 +125,13 @@ class TracedStep:
 
         It takes the state's arrays, the run's key, the status, the number of steps,
         and the leaves that are not stacked and those that are. It returns the losses, an array at least as long as the
-        number of steps; the other numbers of each step, a row of float32 for each; the state's arrays; and the status.
+        number of steps; the other numbers of each step, a table for each dtype; the state's arrays; and the status.
 
         Args:
             entry: ``"fit"``; ``"fit in place"`` for one that overwrites its state's memory; ``"step"`` for one that
                 takes leaves, runs one step, and returns its loss and the leaves after it.
             pattern: For each leaf of an item whether it is stacked.
-            packing: How the state is packed, None where it is not. For ``"step"`` the program packs it itself.
+            packing: How the state is packed, None if it is not. For ``"step"`` the program packs it itself.
         """
         found = self._programs.get((entry, pattern, packing))
         if found is not None:
@@ -122,7 +139,8 @@ class TracedStep:
         with self._lock:
             found = self._programs.get((entry, pattern, packing))
             if found is None:
-                run = _block(self, pattern, packing, stops=self.status is not None)
+                stops = self.status is not None
+                run = _block(self, pattern, packing, stops=stops, keeps=stops and not self.discards)
                 run = _one_step(self, pattern) if entry == "step" else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
@@ -152,73 +170,83 @@ def trace_step(
         training: Whether the layers run in training mode.
     """
     split, loss_key = inputs.split, inputs.loss_key
+    # A condition around the update of a small model would cost as much as the update, and change its last bits.
+    # There the loop over the steps keeps the state before the step (``_block``).
+    discards = on_nonfinite != "raise" or in_place(leaves)
 
     def step(leaves: list[Any], key: jax.Array, item: list[Any]) -> Any:
-        carry = jax.tree_util.tree_unflatten(structure, leaves)
+        carry = jax.tree_util.tree_unflatten(structure, as_arrays(leaves))
         x, arrays, ctx = split(item)
-        out = train_step(carry, key, x, ctx, functools.partial(trace_loss, loss_key, arrays), training)
+        out = train_step(carry, key, x, ctx, functools.partial(trace_loss, loss_key, arrays), training, discards)
         after = jax.tree_util.tree_leaves(match_state(carry, out.carry))
         return out.loss, out.numbers, after, out.finite, out.squares
 
     start, jitted = time.perf_counter(), jax.jit(step)
     traced = jitted.trace(list(leaves), key, inputs.leaves)
-    return TracedStep(jitted, traced, inputs, on_nonfinite, time.perf_counter() - start)
+    return TracedStep(jitted, traced, inputs, on_nonfinite, discards, time.perf_counter() - start)
 
 
 def _block(
-    traced: TracedStep, pattern: tuple[bool, ...], packing: Packing | None, *, stops: bool
+    traced: TracedStep, pattern: tuple[bool, ...], packing: Packing | None, *, stops: bool, keeps: bool
 ) -> Callable[..., Any]:
     """Return the function that runs the steps of a block.
 
     Args:
         traced: The step.
         pattern: For each leaf of an item whether it is stacked.
-        packing: How the state is packed, None where it is not.
+        packing: How the state is packed, None if it is not.
         stops: Whether the run ends at a step that is not finite. Its later blocks run no step.
+        keeps: Whether the state before each step is kept, and returned where that step is not finite.
     """
 
     def straight(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         # Without a loop, for a step that XLA runs slowly inside one.
-        loss, row, after, last = _run_step(traced, packing, stops, held, key, status, shared)
+        before = packing.unpack(held) if packing else held
+        loss, rows, after, last = _run_step(traced, stops, before, key, status, shared)
         if stops:  # after a step that is not finite nothing changes any more
             running = status[0] > 0
-            after, last = jax.tree_util.tree_map(
-                lambda new, old: jnp.where(running, new, old), (after, last), (held, status)
-            )
-        return loss[None], row[None], after, last
+            after = _select(running & (last[0] > 0) if keeps else running, after, before)
+            last = jnp.where(running, last, status)
+        return loss[None], [row[None] for row in rows], packing.pack(after) if packing else after, last
 
     def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         def unfinished(carried: Any) -> jax.Array:
-            i, _, status, _, _ = carried
+            i, _, _, status, _, _ = carried
             return (i < count) & (status[0] > 0) if stops else i < count
 
         def body(carried: Any) -> Any:
-            i, held, status, losses, table = carried
+            i, leaves, _, status, losses, tables = carried
             given = iter(shared)
             sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
             item = [next(sliced if is_stacked else given) for is_stacked in pattern]
-            loss, row, held, status = _run_step(traced, packing, stops, held, key, status, item)
+            loss, rows, after, status = _run_step(traced, stops, leaves, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
-            return i + 1, held, status, losses, lax.dynamic_update_index_in_dim(table, row, i, 0)
+            tables = [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
+            return i + 1, after, leaves if keeps else [], status, losses, tables
 
-        losses, table = jnp.zeros(rows, traced.loss_dtype), jnp.zeros((rows, len(traced.names)), jnp.float32)
-        _, held, status, losses, table = lax.while_loop(unfinished, body, (jnp.uint32(0), held, status, losses, table))
-        return losses, table, held, status
+        losses = jnp.zeros(length, traced.loss_dtype)
+        tables = [jnp.zeros((length, len(names)), dtype) for dtype, names in traced.tables.items()]
+        leaves = packing.unpack(held) if packing else held
+        start = (jnp.uint32(0), leaves, leaves if keeps else [], status, losses, tables)
+        _, leaves, before, status, losses, tables = lax.while_loop(unfinished, body, start)
+        leaves = _select(status[0] > 0, leaves, before) if keeps else leaves
+        return losses, tables, packing.pack(leaves) if packing else leaves, status
 
-    rows = traced.capacity if any(pattern) else ROWS
+    length = traced.capacity if any(pattern) else ROWS
     return looped if traced.looped else straight
 
 
-def _run_step(
-    traced: TracedStep, packing: Packing | None, stops: bool, held: list[Any], key: jax.Array, status: Any,
-    item: list[Any],
-) -> Any:  # fmt: skip
-    """Return the loss, the row of other numbers, the arrays and the status after a step."""
-    loss, numbers, after, finite, squares = traced.step(packing.unpack(held) if packing else held, key, item)
+def _run_step(traced: TracedStep, stops: bool, leaves: list[Any], key: jax.Array, status: Any, item: list[Any]) -> Any:
+    """Return the loss, the rows of other numbers, the leaves and the status after a step."""
+    loss, numbers, after, finite, squares = traced.step(leaves, key, item)
     if stops:
         status = jnp.concatenate([finite.astype(status.dtype)[None], squares])
-    row = jnp.stack([numbers[name] for name in traced.names])
-    return loss, row, packing.pack(after) if packing else after, status
+    rows = [jnp.stack([numbers[name] for name in names]) for names in traced.tables.values()]
+    return loss, rows, after, status
+
+
+def _select(condition: jax.Array, values: list[Any], others: list[Any]) -> list[Any]:
+    return [jnp.where(condition, value, other) for value, other in zip(values, others, strict=True)]
 
 
 def _one_step(traced: TracedStep, pattern: tuple[bool, ...]) -> Callable[..., Any]:
@@ -227,9 +255,13 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...]) -> Callable[..., An
     def run(leaves: list[Any], key: jax.Array, count: Any, item: list[Any]) -> Any:
         # The same loop as that of ``fit``, so that it has the same bits.
         packing = packing_of(leaves)
-        block = _block(traced, pattern, packing, stops=False)
-        losses, _, held, _ = block(packing.pack(leaves) if packing else leaves, key, None, count, item, [])
-        return losses[0], packing.unpack(held) if packing else held
+        block = _block(traced, pattern, packing, stops=not traced.discards, keeps=False)
+        held = packing.pack(leaves) if packing else leaves
+        losses, _, held, status = block(held, key, traced.status, count, item, [])
+        after = packing.unpack(held) if packing else held
+        if not traced.discards:
+            after = [*_select(status[0] > 0, after[:-1], leaves[:-1]), after[-1]]  # the last one counts the steps
+        return losses[0], after
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,31 +16,38 @@ class StepResults(NamedTuple):
         first: The number of the first of them.
         steps: How many they are.
         losses: An array at least as long.
-        names: The names of the other numbers.
-        numbers: These numbers, a row for each step.
+        numbers: The other numbers, a table for each dtype, with a row for each step.
+        places: For each of these numbers by name its table and its column.
         status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0), and the
             squares of the gradient of the last step that ran (``train_step``). None elsewhere.
-        examples: How many examples each step learns from, None where that is unknown.
+        examples: How many examples each step learns from, None if that is unknown.
     """
 
     first: int
     steps: int
     losses: Any
-    names: tuple[str, ...]
-    numbers: jax.Array
+    numbers: Sequence[jax.Array]
+    places: Mapping[str, tuple[int, int]]
     status: jax.Array | None
     examples: int | None
 
     def finite_steps(self) -> int:
         """Wait for the steps, and return how many come before the first whose loss or gradient is not finite."""
-        if "grad_norm" not in self.names:
+        if "grad_norm" not in self.places:
             return self.steps
-        norms = np.asarray(self.numbers)[: self.steps, self.names.index("grad_norm")]
-        finite = np.isfinite(np.asarray(self.losses)[: self.steps].astype(np.float32)) & np.isfinite(norms)
+        table, column = self.places["grad_norm"]
+        norms = np.asarray(self.numbers[table])[: self.steps, column]
+        finite = np.isfinite(_widened(self.losses)[: self.steps]) & np.isfinite(norms)
         return self.steps if finite.all() else int(np.argmin(finite))
 
     def values(self, steps: int) -> dict[str, np.ndarray[Any, Any]]:
         """Wait for the steps, and return loss and numbers of the first ``steps`` of them by name."""
-        table = np.asarray(self.numbers)[:steps]
-        losses = np.asarray(self.losses)[:steps].astype(np.float32)
-        return {"loss": losses} | {name: table[:, i] for i, name in enumerate(self.names)}
+        tables = [np.asarray(table)[:steps] for table in self.numbers]
+        named = {name: tables[table][:, column] for name, (table, column) in self.places.items()}
+        return {"loss": _widened(self.losses)[:steps]} | named
+
+
+def _widened(losses: Any) -> np.ndarray[Any, Any]:
+    """Losses on the host in their own dtype, those of half precision as float32, which holds them exactly."""
+    losses = np.asarray(losses)
+    return losses if losses.dtype == np.float64 else losses.astype(np.float32)

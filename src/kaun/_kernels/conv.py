@@ -36,8 +36,8 @@ def convolve(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -
     """Return the convolution of an image batch with a kernel.
 
     On a CPU the convolution and its gradients run equally fast inside compiled loops and outside. Forward-mode and
-    second derivatives are correct too, but not all of them are fast in loops (``slow_in_loops`` tells which). On other
-    devices this is ``lax.conv_general_dilated``.
+    second derivatives are correct too, but not all of them are fast in loops (``slow_in_loops`` detects which). On
+    other devices this is ``lax.conv_general_dilated``.
 
     Args:
         x: ``[batch, height, width, channels]`` in float32 or float64; half precision would round between the parts that

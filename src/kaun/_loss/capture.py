@@ -29,7 +29,7 @@ __all__ = ["FrozenLoss", "Loss", "capture_loss", "snapshot_loss"]
 
 _MOST_CODES = 1024
 _MOST_FORMS = 4
-_TOO_DEEP = "values nested too deeply to be followed. Capture what the loss needs, y = obj.y, and not the object."
+_TOO_DEEP = "values that are nested too deeply. Capture only what the loss needs, y = obj.y, instead of the object."
 
 
 class Loss(Protocol):

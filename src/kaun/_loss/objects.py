@@ -70,7 +70,7 @@ def _refuse_unreadable(kind: type) -> None:
     hidden = solid is object and kind.__basicsize__ > object.__basicsize__ + places * tuple.__itemsize__
     if hidden or solid not in _SOLID:
         raise RefusedError(
-            f"a {kind.__name__}, which keeps its state neither in `__dict__` nor in slots, where it can be seen. Read "
+            f"a {kind.__name__}, which does not keep its state in `__dict__` or slots, so kaun cannot read it. Read "
             "what the loss needs before the closure, weight = config.weight, and capture weight."
         )
 

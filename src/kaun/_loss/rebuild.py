@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import jax
 
-from kaun._loss.code import CodeInfo, function_in, function_reads, members_of, own_classes
+from kaun._loss.code import CodeInfo, own_classes
 from kaun._loss.walk import EMPTY, ByIdentity, KeyNode, LossKey
-from kaun._loss.watch import CONTAINERS, Watch
+from kaun._loss.watch import Watch, containers_behind
 
 __all__ = ["Rebuilt", "parts", "rebuild_loss"]
 
@@ -145,14 +145,10 @@ class Rebuilt:
         return kind
 
     def _watch_class(self, kind: type) -> None:
-        """Watch a class, and what its properties and operators read outside. They are used as they are."""
-        self.watch.add(*own_classes(kind))
+        """Watch a class, and the containers to which its code may write. They are used as they are."""
         self.watch.stand_in(kind, f"class {kind.__name__}")
-        functions = [function_in(entry)[0] for _, _, entry in members_of(kind, self._names)]
-        for function in functions:
-            if isinstance(function, types.FunctionType):
-                found = [value for part in function_reads(function) for _, value in part]
-                self.watch.add(*[value for value in found if type(value) in CONTAINERS])
+        for each in (kind, type(kind)):
+            self.watch.add(*own_classes(each), *containers_behind(each, self._names))
 
     def module_(self, name: str, whole: bool, found: KeyNode, strict: bool) -> types.ModuleType:
         made = types.ModuleType(name)

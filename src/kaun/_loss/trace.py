@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from kaun import rng, tree
 from kaun._jax import constants_in, is_traced, run_program
@@ -22,14 +21,17 @@ from kaun.grad import check_scalar
 __all__ = ["RESERVED", "trace_loss"]
 
 RESERVED = frozenset(
-    {"examples_per_second", "finite", "grad_norm", "learning_rate", "loss", "skipped", "step", "step_time"}
-)
+    {
+        "examples_per_second", "examples_per_step", "finite", "grad_norm", "learning_rate", "loss", "skipped", "step",
+        "step_time", "updates",
+    }
+)  # fmt: skip
 
 
 def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a model's output, a scalar, with every array that the loss captures given from outside.
 
-    And the other scalars that the loss returned beside it, by name, in float32.
+    And the other scalars that the loss returned beside it, by name, each in its own dtype.
 
     Args:
         key: the loss as ``capture_loss`` gave it.
@@ -67,7 +69,7 @@ def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, ja
             f"loss {locate(function)} must return (loss, dict of scalars by name); {name!r}: {why}. A scalar is a real "
             f"number or an array of shape (): jnp.mean(value). Names that are taken: {', '.join(sorted(RESERVED))}."
         )
-    return value, {name: jnp.asarray(v).astype(jnp.float32) for name, v in sorted(given.items())}
+    return value, {name: tree.host_scalar(v) for name, v in sorted(given.items())}
 
 
 def trace_function(
@@ -118,7 +120,7 @@ def _refuse_constants(closed: Any, key: LossKey, where: str) -> None:
         kind = where.split()[0]
         bound = "loss = lambda output: losses.mse(output, y)" if kind == "loss" else "metric = lambda p, t: (p - t) @ y"
         raise CaptureError(
-            f"{where} reads an array {tree.describe(constant)} through an object that cannot be looked into, where it "
-            f"cannot be found again for the next batch: the compiled {kind} would go on with this one. Bind it to a "
-            f"name of its own first,\n    y = batch.y\n    {bound}"
+            f"{where} reads an array {tree.describe(constant)} through an object that kaun cannot inspect, so it "
+            f"cannot be read again for the next batch: the compiled {kind} would keep using this one. Assign it to a "
+            f"variable first,\n    y = batch.y\n    {bound}"
         )

@@ -237,11 +237,11 @@ def refuse(reason: str) -> Handler:
 
 
 _refuse_iterator = refuse(
-    "an iterator: a compiled loss would take one value from it when it is traced and use that for ever. Take the value "
+    "an iterator: a compiled loss would take one value when it is traced and use it forever. Take the value "
     "outside, y = next(it), and capture y, or make it part of the data: data.map(lambda x: (x, loss))."
 )
 _refuse_random = refuse(
-    "a random generator: a compiled loss would draw once when it is traced and use those numbers for ever. Draw with "
+    "a random generator: a compiled loss would draw once when it is traced and use those numbers forever. Draw with "
     "JAX inside the loss, jax.random.normal(kaun.rng.next_key(), shape)."
 )
 

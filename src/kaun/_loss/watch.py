@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import enum
 import functools
 import importlib.util
 import types
@@ -13,10 +14,10 @@ from typing import Any, cast
 import jax
 
 from kaun._jax import is_traced
-from kaun._loss.code import slots_of
+from kaun._loss.code import code_info, function_in, function_reads, own_classes, slots_of
 from kaun.errors import CaptureError
 
-__all__ = ["CONTAINERS", "UnforeseenError", "Watch"]
+__all__ = ["UnforeseenError", "Watch", "containers_behind"]
 
 _LEVELS = 3
 _MOST_CONTAINERS = 100
@@ -88,8 +89,8 @@ class Watch:
         if name in self._names or (name.startswith("__") and name.endswith("__")):
             return ""
         return (
-            f"reads `{name}` of a {found[1]} by a name that is computed when it runs, so that the value could not be "
-            f"found again for the next batch. Read it before the closure, {name} = config.{name}, and capture {name}."
+            f"reads `{name}` of a {found[1]} by a name that is computed when it runs, so the value could not be "
+            f"read again for the next batch. Read it before the closure, {name} = config.{name}, and capture {name}."
         )
 
     def guards(self) -> dict[str, Callable[..., Any]]:
@@ -190,3 +191,25 @@ def _containers_in(value: Any) -> Iterator[Any]:
             yield contents
             inside += list(contents.values() if isinstance(contents, dict) else contents)[:_MOST_CONTAINERS]
         level = [v for v in inside if not isinstance(v, _NOT_LOOKED_INTO)]
+
+
+def containers_behind(kind: type, names: frozenset[str]) -> list[Any]:
+    """The containers that code of a user's class may write to where they are, not in a copy.
+
+    They are attributes of the class, and what its methods with these names capture, and the functions that those call.
+    Code of other packages than that of the class may write.
+    """
+    own = (kind.__module__.partition(".")[0], "", "__main__")
+    bases = [base for base in own_classes(kind) if base.__module__.partition(".")[0] in own]
+    entries = [entry for base in bases for entry in vars(base).items()]
+    found = [] if issubclass(kind, enum.Enum) else [e for n, e in entries if not n.startswith("__")]
+    called = [function_in(e)[0] for n, e in entries if n in names or n.startswith("__")]
+    seen: dict[int, Any] = {}
+    while called:
+        function = called.pop()
+        if isinstance(function, types.FunctionType) and id(function) not in seen and code_info(function).root in own:
+            seen[id(function)] = function
+            values = [value for part in function_reads(function) for _, value in part]
+            found += values
+            called += values
+    return [value for value in found if isinstance(value, CONTAINERS)]

@@ -1,12 +1,15 @@
-"""How a run is resumed: what it is (``identity``), where it stands (``run``, ``position``), and when it is saved."""
+"""How a run is resumed: what it is (``identity``), how far it is (``run``, ``position``), and when it is saved."""
 
+from kaun._run.failure import save_on_error as save_on_error
+from kaun._run.report_state import keeping as keeping
+from kaun._run.report_state import match_reports as match_reports
 from kaun._run.report_state import pack_results as pack_results
 from kaun._run.report_state import report_kind as report_kind
 from kaun._run.report_state import saved_values as saved_values
+from kaun._run.report_state import snapshot_reports as snapshot_reports
 from kaun._run.report_state import unpack_results as unpack_results
 from kaun._run.reports import ReportCaller as ReportCaller
 from kaun._run.run import TrainingRun as TrainingRun
 from kaun._run.run import open_run as open_run
 from kaun._run.saver import flush_and_save as flush_and_save
-from kaun._run.saver import save_on_error as save_on_error
 from kaun._run.signals import Signals as Signals

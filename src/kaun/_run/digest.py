@@ -228,7 +228,7 @@ def _put(sums: _Sums, value: Any) -> None:
         sums.put("dict")
         sums.values(value)
         sums.values(value.values())
-    elif kind in (set, frozenset):  # in an order of their own, strings in another one in each process
+    elif kind in (set, frozenset):  # their order is arbitrary; that of strings differs between processes
         sums.put(kind.__name__)
         for digests in sorted(sums.look.digest(v) for v in value):
             sums.inner(digests)
@@ -330,7 +330,7 @@ def names_of_object(look: Digester, value: Any) -> list[tuple[str, Any]]:
 
 
 def _items_of(value: Any) -> list[tuple[str, Any]]:
-    """What is in a container of a kind that has no digest of its own, and the functions in a wrapper around one."""
+    """What is in a container of a kind without a handler, and the functions in a wrapper around one."""
     if isinstance(value, Mapping):
         held = cast("Mapping[Any, Any]", value)
         return [("keys", list(held)), ("values", list(held.values()))]

@@ -79,10 +79,10 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
     where = f"{str(directory.path)!r} holds another run, at step {step}. Its {what} differ{'s' * (what != 'reports')}:"
     if what not in directory.accept:
         raise ResumeMismatch(
-            f"{where}{listed}\nMake them the same again to resume; start another run in another directory, "
-            f'checkpoints=runs.child("other"); or resume anyway, Directory(..., accept={{"{what}"}}).'
+            f"{where}{listed}\nTo resume, make them equal again. To start another run, use another directory, "
+            f'checkpoints=runs.child("other"). To resume anyway, write Directory(..., accept={{"{what}"}}).'
         )
-    warn(f"{where}{listed}\nThe run is resumed, because accept= names it.")
+    warn(f"{where}{listed}\nThe run is resumed, because accept= contains {what!r}.")
 
 
 def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         warn(
-            f"A run is resumed where {'; '.join(changed)}. It continues from the same state, but its results may "
+            f"A run is resumed, although {'; '.join(changed)}. It continues from the same state, but its results may "
             "differ in their last bits from those of a run without interruption."
         )
 
@@ -211,8 +211,8 @@ def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[s
     """One line for each difference between the data of a checkpoint and the data of now; none for the same data.
 
     The count of the last ``epochs(n)``, ``take(n)`` or ``repeat(n)`` may differ, and such a stage may be added or
-    removed at the end, as long as ``done`` items are there: the items up to then are the same. How far ``prefetch``
-    pulls ahead changes no item. Code is compared within one version of Python.
+    removed at the end, as long as ``done`` items are there: the items up to then are the same. The number in
+    ``prefetch(n)`` changes no item. Code is compared within one version of Python.
 
     Args:
         saved: the facts in the checkpoint.

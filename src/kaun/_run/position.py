@@ -35,8 +35,8 @@ def resume_from(data: Iterable[Any], n: int, position: Mapping[str, Any] | None 
     if hasattr(source, "__next__") and not (_has_state(source) and resumable and (position or not n)):
         raise TypeError(
             f"A run with checkpoints expected data that can be iterated again, received {type(source).__name__}, an "
-            "iterator that can be iterated once: a run that is started again could not find its place in it. Pass a "
-            "list, list(iterator); a Data, Data.batches((x, y), batch_size=64); or a function that makes a fresh one, "
+            "iterator that can be iterated once: a resumed run could not continue where it stopped. Pass a list, "
+            "list(iterator); a Data, Data.batches((x, y), batch_size=64); or a function that returns a new iterator, "
             "Data.from_iterable(lambda: make_iterator())."
         )
     if isinstance(data, (list, tuple)):
@@ -51,7 +51,7 @@ def resume_from(data: Iterable[Any], n: int, position: Mapping[str, Any] | None 
 
 
 def position(data: Iterable[Any]) -> dict[str, Any] | None:
-    """The position after the items taken of data that ``resume_from`` returned, as JSON; None where it is not known.
+    """The position after the items taken of data that ``resume_from`` returned, as JSON; None if it is not known.
 
     It is known where the iterators of the loader have ``get_state()``, to JSON or bytes, and ``set_state(state)``, as
     those of grain do, and where each stage after it has a ``resume`` (``kaun.data.nodes.Resume``). Ask between two

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._report import Composite, measured_by_call, member, names_of
 from kaun.state import TrainState
 
-__all__ = ["pack_results", "pack_snapshot", "report_kind", "saved_values", "unpack_results", "unpack_snapshot"]
+__all__ = [
+    "keeping", "match_reports", "pack_results", "pack_snapshot", "report_kind", "saved_values", "snapshot_reports",
+    "unpack_results", "unpack_snapshot",
+]  # fmt: skip
 
 _ARRAY, _STATE = "array:", "state:"
 
@@ -82,7 +87,7 @@ def unpack_snapshot(saved: Any, arrays: Mapping[str, Any], like: TrainState) -> 
 
 def _array(arrays: Mapping[str, Any], name: str) -> Any:
     if name not in arrays:
-        raise ValueError(f"the checkpoint names the array {name!r} of a report, and does not contain it")
+        raise ValueError(f"the checkpoint names the array {name!r} of a report, but does not contain it")
     return np.array(arrays[name])
 
 
@@ -99,6 +104,79 @@ def _state(arrays: Mapping[str, Any], path: str, like: TrainState) -> TrainState
             )
         restored.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if tree.is_key(leaf) else array)
     return jax.tree_util.tree_map(jnp.asarray, structure.unflatten(restored))
+
+
+def keeping(report: Any) -> list[Any]:
+    """Return the reports of a fit that keep something in checkpoints."""
+    reports = report.reports if isinstance(report, Composite) else [report]
+    return [each for each in reports if member(each, "snapshot") is not None]
+
+
+def snapshot_reports(reports: Sequence[Any]) -> dict[str, Any]:
+    """Return what each of some reports keeps, in one flat dict with keys of position, kind and the report's own name.
+
+    By ``"reports"`` (positions and kinds), ``"names"`` and ``"paths"``, ``match_reports`` finds the same reports again.
+    """
+    if not reports:
+        return {}
+    keys = [f"{position} {report_kind(report)}" for position, report in enumerate(reports, start=1)]
+    kept: dict[str, Any] = {"reports": keys, "names": [*map(_names, reports)], "paths": [*map(_path, reports)]}
+    for key, report in zip(keys, reports, strict=True):
+        snapshot = member(report, "snapshot")
+        assert snapshot is not None
+        kept |= {f"{key}/{name}": value for name, value in snapshot().items()}
+    return kept
+
+
+def match_reports(
+    reports: Sequence[Any], kept: Mapping[str, Any]
+) -> tuple[list[tuple[Any, dict[str, Any]]], list[str]]:
+    """Return each report with what it had kept, where it had, and the lines about those that are gone.
+
+    A report is the same if its kind and the names of the values that it watches and measures are. Among those, first
+    come reports of the same path, then they are matched in order. Earlier versions saved no names and no paths, and
+    what a report alone kept without its kind.
+
+    Args:
+        reports: The reports that keep something.
+        kept: What ``snapshot_reports`` returned.
+    """
+    if kept and "reports" not in kept:
+        if len(reports) == 1:
+            return [(reports[0], dict(kept))], []
+        return [], [f"one report was saved, and there are {len(reports)} now: {', '.join(map(_described, reports))}"]
+    keys: list[str] = list(kept.get("reports", ()))
+    unknown = [None] * len(keys)
+    saved = list(zip(keys, kept.get("names", unknown), kept.get("paths", unknown), strict=True))
+    found: dict[int, str] = {}
+    for same_path in (True, False):
+        for key, names, path in saved:
+            for i, report in enumerate(reports):
+                same = report_kind(report) == key.partition(" ")[2] and names in (None, _names(report))
+                if i not in found and key not in found.values() and same and (path == _path(report) or not same_path):
+                    found[i] = key
+    values = {key: {n[len(key) + 1 :]: v for n, v in kept.items() if n.startswith(f"{key}/")} for key in keys}
+    gone = [
+        f"saved, and not there now: {key.partition(' ')[2]}({', '.join(filter(None, (names, path and repr(path))))})"
+        for key, names, path in saved
+        if key not in found.values() and values[key]
+    ]
+    return [(reports[i], values[key]) for i, key in sorted(found.items())], gone
+
+
+def _names(report: Any) -> str:
+    """The names by which reports of one kind are different ones."""
+    return ", ".join(map(repr, sorted(names_of(report, "watches") | measured_by_call(report))))
+
+
+def _path(report: Any) -> str:
+    """Where a report writes, empty if that is nowhere."""
+    path = getattr(report, "path", "")
+    return str(path) if isinstance(path, (str, os.PathLike)) else ""
+
+
+def _described(report: Any) -> str:
+    return f"{report_kind(report)}({_names(report)})"
 
 
 def pack_results(results: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Any]:
@@ -133,9 +211,9 @@ def saved_values(report: Any, values: Mapping[str, Any], *names: str) -> list[An
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(
-            f"{report_kind(report)} cannot continue from these saved values, which are those of other reports: it "
-            f"needs {missing[0]!r}, saved are {', '.join(map(repr, sorted(values))) or 'none'}. Pass the same reports "
-            "as in that run."
+            f"{report_kind(report)} cannot continue from these saved values, which belong to other reports: it "
+            f"needs {missing[0]!r}; saved names: {', '.join(map(repr, sorted(values))) or 'none'}. "
+            "Pass the same reports as in that run."
         )
     return [values[name] for name in names]
 

@@ -18,7 +18,7 @@ from kaun.errors import EarlyStop
 __all__ = ["ReportCaller"]
 
 _BLOCK = 64
-_PATIENCE = 0.05  # seconds after which the values that are ready are handed over, however few they are
+_PATIENCE = 0.05  # seconds after which the values that are ready are passed on, however few they are
 
 
 def _check_watched(report: Any) -> None:
@@ -26,9 +26,9 @@ def _check_watched(report: Any) -> None:
     missing = sorted(names_of(report, "watches") - set(measured))
     if missing:
         raise ValueError(
-            f"A report watches {missing[0]!r}, which no report of this fit measures; measured are "
-            f"{', '.join(map(repr, measured)) or 'none'}. Put one beside it: reports.all_of(reports.validate(trainer, "
-            f'valid, {{"{missing[0]}": ...}}, each=train), ...).'
+            f"A report watches {missing[0]!r}, which no report of this fit measures; measured names: "
+            f"{', '.join(map(repr, measured)) or 'none'}. Add a report that measures it: "
+            f'reports.all_of(reports.validate(trainer, valid, {{"{missing[0]}": ...}}, each=train), ...).'
         )
 
 
@@ -37,7 +37,7 @@ class ReportCaller:
 
     Args:
         report: A function ``(step, loss, state)`` or an object with the members of ``reports.Report``, or None.
-        total: The number of the fit's last step, None where it is unknown.
+        total: The number of the fit's last step, None if it is unknown.
         done: How many steps were done before, in a resumed run.
         before: ``state.step`` before the fit's first step.
         mode: ``on_nonfinite``: under ``"raise"`` a step that is not finite is discarded, and is the last one.
@@ -81,11 +81,11 @@ class ReportCaller:
         self._seconds = 0.0  # of compilation since then
         self._over = False  # a step was not finite and is discarded, as are those dispatched after it
 
-    def begin(self) -> None:
-        """Call the report's ``begin``."""
+    def begin(self, now: Callable[[], Any]) -> None:
+        """Call the report's ``begin``; ``now`` returns the state before the first step."""
         self._clock = time.perf_counter()
         if self._begin is not None:
-            self._begin(self._done + 1, self._total, measured_by_call(self._report), 1)
+            self._begin(self._done + 1, self._total, measured_by_call(self._report), 1, now())
 
     def ahead(self, done: int, most: int) -> int:
         """Return how many steps after those done may run before the report is called, at most ``most``."""
@@ -141,7 +141,7 @@ class ReportCaller:
         except EarlyStop:
             stops = True
         self.pending_report_loss = None
-        self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation is no part of a step
+        self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation does not count as part of a step
         return stops
 
     def compiling(self, where: str) -> None:
@@ -156,7 +156,7 @@ class ReportCaller:
             compiled(seconds)
 
     def finish(self) -> None:
-        """Hand over the values that are left, as they get ready."""
+        """Pass on the values that are left, as they get ready."""
         while self._waiting:
             self._deliver(1)
 
@@ -179,7 +179,7 @@ class ReportCaller:
         now = time.perf_counter()
         seconds = max(now - self._clock - self._seconds, 0.0) / max(taken, 1)
         self._clock, self._seconds = now, 0.0
-        for _, group in itertools.groupby(values, lambda pair: pair[0].names):
+        for _, group in itertools.groupby(values, lambda pair: pair[0].places):
             members = list(group)
             joined = {name: np.concatenate([v[name] for _, v in members]) for name in members[0][1]}
             if self._block is not None and len(joined["loss"]):
@@ -193,8 +193,11 @@ class ReportCaller:
         good = values.pop("finite", None)
         values["step"] = np.arange(n) + (int(self._before) - self._done + first)
         values["step_time"] = np.full(n, seconds, np.float32)
+        values["examples_per_step"] = np.where(np.isnan(examples), 1, examples).astype(np.int64)
         if not np.isnan(examples).any():
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
         if good is not None:
             values["skipped"] = good == 0
+            if "learning_rate" in values:  # the state has the rate of the update before
+                values["learning_rate"] = np.where(good == 0, np.nan, values["learning_rate"])
         return values

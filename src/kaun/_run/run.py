@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from kaun._engine import StepInputs, TracedStep
 from kaun._report import member
 from kaun._run.identity import differences, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
-from kaun._run.report_state import unpack_snapshot
+from kaun._run.report_state import keeping, match_reports, unpack_snapshot
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Directory, Saved, Store
@@ -34,11 +34,12 @@ class TrainingRun:
     Attributes:
         data: the items that are left.
         done: how many steps it has taken.
-        total: how many it will have taken at the end, None where that is not known.
+        total: how many it will have taken at the end, None if that is not known.
         finished: whether there is nothing left to do.
         pending_report_loss: the last step's loss if its report was interrupted; the report is called again on resume.
         saver: writes its checkpoints, None without a directory for them.
-        signals: SIGTERM and SIGINT, where it has a directory.
+        signals: the signals that end it, where it has a directory.
+        now: gives the state after the last step, while the steps are taken and after that.
     """
 
     def __init__(self, state: TrainState, data: Iterable[Any], saver: CheckpointSaver | None = None) -> None:
@@ -50,6 +51,7 @@ class TrainingRun:
         self.pending_report_loss: float | None = None
         self.saver: CheckpointSaver | None = saver
         self.signals: Signals = Signals(wanted=saver is not None)
+        self.now: Callable[[], TrainState] | None = None
 
     def take(self) -> TrainState:
         """The state from which the run continues. It is returned once, so that the run does not keep it alive."""
@@ -96,15 +98,39 @@ def open_run(
     if checkpoints is None:
         run = TrainingRun(state, data)
         del state  # fit frees its memory where nobody else holds it
-        yield run
+        with _state_on_error(run):
+            yield run
         return
     _check_resumable(checkpoints, state, data)
     store = Store.open(checkpoints)
     try:
         run = _start_or_resume(store, checkpoints, state, data, report)
-        del state
-        with run.signals:
-            yield run
+    except BaseException:
+        store.close()
+        raise
+    del state
+    with _state_on_error(run), _closed(store), run.signals:
+        yield run
+
+
+@contextmanager
+def _state_on_error(run: TrainingRun) -> Generator[None]:
+    """Give the last state to an exception that came after the steps: of the last save, or of a signal."""
+    try:
+        yield
+    except BaseException as error:
+        if run.now is not None and not hasattr(error, "kaun_state"):
+            error.kaun_state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+    finally:
+        run.now = None  # it holds the loop, which holds the run
+
+
+@contextmanager
+def _closed(store: Store) -> Generator[None]:
+    """Wait for the last save at the end, and release the directory."""
+    try:
+        yield
     except BaseException as error:
         try:
             store.close()
@@ -123,8 +149,8 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
         )
     if jax.process_count() > 1:
         raise ValueError(
-            f"fit(checkpoints=...) is for one process, and this is one of {jax.process_count()}. Save the states of a "
-            "run over several hosts with Orbax, in a report."
+            f"fit(checkpoints=...) supports one process, and this run has {jax.process_count()}. Save the states of a "
+            "run on several hosts with Orbax, in a report."
         )
     keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
     keyed += unscoped(data)
@@ -147,6 +173,8 @@ def _start_or_resume(
     if saved is not None:
         _resume(run, directory, saved, facts, report)
     if not run.finished:
+        if store.read_only is not None:
+            raise store.read_only
         run.data = saver.data = resume_from(data, run.done, None if saved is None else saved.facts["place"])
     return run
 
@@ -155,7 +183,7 @@ def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[st
     """Set a run to where a checkpoint left it, if that is the same run."""
     found, done = saved.facts, saved.step
     if found["key"] != facts["key"]:
-        refuse_difference(directory, "key", done, ["the run's key: another seed (rng.scope) made this state"])
+        refuse_difference(directory, "key", done, ["the run's key: this state was made with another seed (rng.scope)"])
     if found["start"] != facts["start"]:
         line = f"the state's step at the start of the run was {found['start']}, is {facts['start']}"
         refuse_difference(directory, "key", done, [line])
@@ -170,14 +198,15 @@ def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[st
 
 
 def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
-    restore = member(report, "restore")
+    """Give each report what it had kept; those that are new have nothing, and those that are gone are refused."""
     kept = unpack_snapshot(saved.facts["report"], saved.reports, saved.state)
-    if restore is None:
-        if kept:
-            line = f"the checkpoint holds what other reports kept, which these cannot restore: {', '.join(kept)}"
-            refuse_difference(directory, "reports", saved.step, [line])
-        return
-    try:
-        restore(kept)
-    except ValueError as error:
-        refuse_difference(directory, "reports", saved.step, [str(error)])
+    matched, gone = match_reports(keeping(report), kept)
+    if gone:
+        refuse_difference(directory, "reports", saved.step, gone)
+    for each, values in matched:
+        restore = member(each, "restore")
+        assert restore is not None
+        try:
+            restore(values)
+        except ValueError as error:
+            refuse_difference(directory, "reports", saved.step, [str(error)])

@@ -1,10 +1,9 @@
-"""When a checkpoint of a run is due, what is written, and that nothing is lost when an exception ends the run."""
+"""When a checkpoint of a run is due, and what is written."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -12,16 +11,17 @@ import jax
 
 from kaun import tree
 from kaun._engine import StepInputs, StepLoop, TracedStep, digest_program
-from kaun._report import member
 from kaun._run.identity import refuse_difference
 from kaun._run.position import position
-from kaun._run.report_state import pack_snapshot
+from kaun._run.report_state import keeping, pack_snapshot, snapshot_reports
 from kaun._run.reports import ReportCaller
 from kaun.checkpoint import Directory, Saved, Store
 from kaun.data import Chunk
 from kaun.state import TrainState
 
-__all__ = ["CheckpointSaver", "flush_and_save", "save_on_error"]
+__all__ = ["CheckpointSaver", "flush_and_save"]
+
+_MOST_PROGRAMS = 8  # of inputs of one kind; where there are several, another one is no difference
 
 
 class CheckpointSaver:
@@ -49,8 +49,13 @@ class CheckpointSaver:
         self._store, self._directory, self._facts, self._report = store, directory, facts, report
         same = saved is not None and saved.facts["machine"]["jax"] == jax.__version__
         self._programs: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
+        self._traced: set[str] = set()
         self._saved_step = 0 if saved is None else saved.step
         self._pulled = self._saved_step
+
+    def newest(self, like: TrainState) -> Saved | None:
+        """The newest undamaged checkpoint, None if there is none."""
+        return self._store.newest(like)
 
     def ahead(self, done: int, most: int) -> int:
         """How many of the next ``most`` steps may run before a checkpoint is due."""
@@ -79,8 +84,7 @@ class CheckpointSaver:
         """
         if not step or (step == self._saved_step and not ended and pending_report_loss is None):
             return  # the checkpoint that is there may say that the run had ended
-        snapshot = member(self._report, "snapshot")
-        report, arrays = pack_snapshot({} if snapshot is None else snapshot())
+        report, arrays = pack_snapshot(snapshot_reports(keeping(self._report)))
         # The names are those of earlier checkpoints, which must stay readable.
         facts = {
             **self._facts, "programs": self._programs, "report": report, "ended": ended,
@@ -104,13 +108,18 @@ class CheckpointSaver:
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(inputs.subject, '__qualname__', type(inputs.subject).__name__)}: {kind}"
         digest = digest_program(traced_step.jaxpr) + " " + traced_step.on_nonfinite
-        if self._programs.get(name, digest) != digest:
+        known = self._programs.get(name, digest).split("; ")
+        # A static value that the loss captures may change within a run, and gives it another program.
+        varies = name in self._traced or len(known) > 1
+        if digest not in known and not varies:
             line = (
                 f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "
                 "or on_nonfinite was changed"
             )
             refuse_difference(self._directory, "program", self._saved_step, [line])
-        self._programs[name] = digest
+            known = []
+        self._traced.add(name)
+        self._programs[name] = "; ".join([*known, *{digest}.difference(known)][-_MOST_PROGRAMS:])
 
 
 def flush_and_save(
@@ -130,37 +139,3 @@ def flush_and_save(
     hook.finish()
     if saver is not None:
         saver.save(loop.done, now(), ended=ended)
-
-
-@contextmanager
-def save_on_error(
-    saver: CheckpointSaver | None, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller
-) -> Generator[None]:
-    """The block in which a fit takes its steps: an exception in it is given the last state, which is saved too.
-
-    Args:
-        saver: None without a directory.
-        loop: the steps of the fit.
-        now: gives the state after the last step.
-        hook: calls the report, also at the begin and at the end.
-    """
-    try:
-        hook.begin()
-        yield
-    except BaseException as error:
-        first: BaseException = error
-        with suppress(Exception):
-            now()  # runs the steps whose items came before this
-            first = loop.failure() or error
-            hook.finish()
-        first.kaun_state = state = now()  # pyright: ignore[reportAttributeAccessIssue]
-        if saver is not None:
-            try:
-                saver.save(loop.done, state, pending_report_loss=hook.pending_report_loss)
-            except Exception as failed:
-                first.add_note(f"Also, no checkpoint of step {loop.done} was written: {failed}")
-        if first is error:
-            raise
-        raise first from error
-    finally:
-        hook.end()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during a run: handled where nothing is half done."""
+"""Signals that end a run (SIGTERM, Ctrl-C and others): handled where nothing is half done."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+from kaun._jax import preemption_service_runs
+
 __all__ = ["Signals"]
 
 T = TypeVar("T")
-_HANDLED = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP comes when a terminal is closed, SIGUSR1 from Slurm (--signal=USR1@60). Windows has neither.
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+_HANDLED = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_FREE = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Signals:
     """Holds signals back until the code says that it can be interrupted; a second one interrupts at once.
 
-    SIGTERM becomes ``SystemExit(143)``, SIGINT ``KeyboardInterrupt``. Python handles signals in its main thread alone;
-    in any other thread this does nothing. Outside of the ``with`` block the handlers are those from before.
+    SIGINT becomes ``KeyboardInterrupt``, each other signal n ``SystemExit(128 + n)``. A signal that is ignored, or that
+    has a handler of the user or of JAX's distributed service, is left alone. Python handles signals in its main thread
+    alone; in any other thread this does nothing. Outside of the ``with`` block the handlers are those from before.
 
     Args:
         wanted: False for one that does nothing.
@@ -34,7 +40,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if self._wanted and threading.current_thread() is threading.main_thread():
-            self._handlers = {each: signal.signal(each, self._handle) for each in _HANDLED}
+            theirs = {signal.SIGTERM} if preemption_service_runs() else set[signal.Signals]()
+            free = [each for each in _HANDLED if each not in theirs and signal.getsignal(each) in _FREE]
+            self._handlers = {each: signal.signal(each, self._handle) for each in free}
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -75,7 +83,8 @@ class Signals:
 
     def _raise(self) -> None:
         self._raised = True
-        raise KeyboardInterrupt if self._received == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+        assert self._received is not None
+        raise KeyboardInterrupt if self._received == signal.SIGINT else SystemExit(128 + self._received)
 
     def _restore(self) -> None:
         for each, handler in self._handlers.items():

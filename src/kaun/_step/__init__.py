@@ -8,6 +8,7 @@ from kaun._step.model import abstract_vars as abstract_vars
 from kaun._step.nonfinite import match_state as match_state
 from kaun._step.nonfinite import nonfinite_error as nonfinite_error
 from kaun._step.optimizer import Optimizer as Optimizer
+from kaun._step.optimizer import state_nodes as state_nodes
 from kaun._step.precision import DEFAULT_DTYPE as DEFAULT_DTYPE
 from kaun._step.precision import apply_model as apply_model
 from kaun._step.precision import parse_precision as parse_precision

@@ -60,15 +60,16 @@ def inner_state(policy: Policy | None, opt_state: Any) -> Any:
     if scaled != isinstance(opt_state, LossScale):
         has, wants = ("a", "does not scale") if isinstance(opt_state, LossScale) else ("no", "scales")
         raise ValueError(
-            f"The state has {has} loss scale, and this trainer {wants} its loss: the state is of a trainer with "
-            "another precision. Write state = trainer.make_state(state.vars)."
+            f"The state has {has} loss scale, but this trainer {wants} its loss: the state belongs to a trainer "
+            "with another precision. Write state = trainer.make_state(state.vars)."
         )
     return opt_state.inner if scaled else opt_state
 
 
 def scale_loss(opt_state: LossScale, value: jax.Array) -> jax.Array:
-    """Return the loss times the scale, in float32."""
-    return value.astype(jnp.float32) * opt_state.scale
+    """Return the loss times the scale, in float32 (float64 where the loss is)."""
+    wide = accumulation_dtype(value.dtype)
+    return value.astype(wide) * opt_state.scale.astype(wide)
 
 
 def unscale(opt_state: LossScale, gradient: Any) -> Any:

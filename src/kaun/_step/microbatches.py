@@ -32,7 +32,7 @@ def check_microbatches(count: Any) -> None:
 
 
 def batch_length(x: Any) -> int | None:
-    """Return the length of a batch: that of its first array along axis 0, None where it has no such array."""
+    """Return the length of a batch: that of its first array along axis 0, None if it has no such array."""
     return next((a.shape[0] for a in jax.tree_util.tree_leaves(x) if np.ndim(a)), None)
 
 
@@ -82,7 +82,7 @@ def _length(x: Any, count: int) -> int:
     length = batch_length(x)
     if length is None:
         raise ValueError(
-            f"Trainer(microbatches={count}) splits x along its first axis, received x without one: "
+            f"Trainer(microbatches={count}) splits x along its first axis, but x has none: "
             f"{', '.join(map(tree.describe, jax.tree_util.tree_leaves(x))) or 'no arrays'}. Leave microbatches out."
         )
     if length % count or not length:

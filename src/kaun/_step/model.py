@@ -21,7 +21,7 @@ def check_model(model: Any) -> None:
         TypeError: If it is not a ``Layer``.
     """
     if not isinstance(model, Layer):
-        called = ", did you forget to call it?" if callable(model) else "."
+        called = ". Did you forget to call it?" if callable(model) else "."
         raise TypeError(
             f"Trainer(model=...) expected a kaun Layer, received {model!r}{called} Write "
             "model=layers.sequential([layers.linear(2, 1)])."

@@ -1,4 +1,4 @@
-"""Steps that are not finite: what ``on_nonfinite`` may say, what is looked at, and the exception."""
+"""Steps that are not finite: the values of ``on_nonfinite``, what is checked, and the exception."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def check_mode(mode: Any) -> None:
         raise ValueError(f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, MODES))}, received {mode!r}.")
 
 
-def squares_of(gradient: Any) -> jax.Array:
-    """Return the sum of squares of each leaf of a gradient, a vector of float32 (float64 where a leaf is).
+def squares_of(gradient: Any, loss_dtype: Any) -> jax.Array:
+    """Return the sum of squares of each leaf of a gradient, a vector of float32 (float64 where a leaf or the loss is).
 
     The square root of its sum is the gradient's norm. A gradient counts as finite if its norm is: in float32 that is
     below 1.8e19.
     """
     leaves = jax.tree_util.tree_leaves(gradient)
-    widest = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+    widest = jnp.float64 if jnp.float64 in (loss_dtype, *[leaf.dtype for leaf in leaves]) else jnp.float32
     # A sum over all axes and not a dot of vectors, which would first transpose a transposed product.
     return jnp.stack([jnp.sum(jnp.square(leaf.astype(widest))) for leaf in leaves])
 
@@ -46,7 +46,7 @@ def both_finite(value: jax.Array, norm: jax.Array) -> jax.Array:
     """Return whether a loss and the norm of its gradient are finite.
 
     By their sum, which costs a tiny step one operation less. A norm is at most the square root of the largest number,
-    so it is lost in rounding beside a loss that is near that.
+    so added to a loss near that number it changes the sum by less than rounding does.
     """
     wide = max(value.dtype, norm.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     return jnp.isfinite(value.astype(wide) + norm.astype(wide))
@@ -66,7 +66,7 @@ def match_state(before: T, after: T) -> T:
             f"model's or the optimizer's state changed (expected is before, found after the step):\n  {listed}\n"
             "Keep the dtype in apply or update with new.astype(old.dtype)."
         )
-    strong = lambda new, old: lax.convert_element_type(new, old.dtype) if new.weak_type else new
+    strong = lambda new, old: lax.convert_element_type(new, old.dtype) if tree.is_weak(new) else new
     return jax.tree_util.tree_map(strong, after, before)
 
 

@@ -14,7 +14,20 @@ import optax
 from kaun import tree
 from kaun._messages import locate
 
-__all__ = ["Optimizer", "apply_update", "check_optimizer", "check_params", "init_optimizer", "learning_rate", "rates"]
+__all__ = [
+    "Optimizer",
+    "apply_update",
+    "check_optimizer",
+    "check_params",
+    "init_optimizer",
+    "learning_rate",
+    "rates",
+    "state_nodes",
+]
+
+_EXTRA: tuple[str, ...] = ("value", "grad", "value_fn", "obj_fn", "grad_fn")
+"""What ``update`` may take by name: the loss, its gradient, the loss as a function of the parameters (two names), and
+its gradient as one."""
 
 
 class Optimizer(Protocol):
@@ -34,31 +47,41 @@ def check_optimizer(optimizer: Any) -> None:
     """
     missing = [n for n in ("init", "update") if not callable(getattr(optimizer, n, None))]
     if missing:
-        called = ", did you forget to call it?" if callable(optimizer) else "."
+        called = ". Did you forget to call it?" if callable(optimizer) else "."
         raise TypeError(
             "Trainer(optimizer=...) expected an object with init and update, as optax's have, received "
             f"{optimizer!r}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
         )
 
 
-def check_params(params: Any, model: str) -> None:
-    """Check that there are parameters, and that they can be differentiated.
+def check_params(params: Any, trained: Any, model: str) -> None:
+    """Check that there are parameters, and that those that train can be differentiated.
+
+    Args:
+        params: All parameters.
+        trained: Those that train.
+        model: The model's name, for messages.
 
     Raises:
         ValueError: If there are none.
-        TypeError: If one is not floating.
+        TypeError: If one that trains is not floating.
     """
-    leaves, _ = tree.flatten(params)
-    if not leaves:
+    if not jax.tree_util.tree_leaves(params):
         raise ValueError(
             f"The model {model} has no parameters, so there is nothing to train. Add a layer that "
-            "has some, such as layers.linear(...), or call model.apply(vars, x) without a trainer."
+            "has parameters, such as layers.linear(...), or call model.apply(vars, x) without a trainer."
         )
-    for path, leaf in leaves.items():
+    for path, leaf in tree.flatten(trained)[0].items():
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"Parameter {path!r} is {tree.describe(leaf)}, and only real floating arrays train. Keep its real and "
+                "its imaginary part as two parameters, and write jax.lax.complex(real, imag) in apply."
+            )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"Parameter {path!r} is {tree.describe(leaf)}, and only floating arrays can be differentiated. Put it "
-                "into the layer's state: Vars(params=..., state={...}, dtype=dtype)."
+                "into the layer's state: Vars(params=..., state={...}, dtype=dtype). Or freeze it: "
+                f"Trainer(trainable=lambda path: path != {path!r})."
             )
 
 
@@ -68,26 +91,61 @@ def init_optimizer(optimizer: Optimizer, params: Any) -> Any:
     Raises:
         TypeError: If they do not.
     """
-    extra = {"value": jnp.zeros(()), "grad": params, "value_fn": optax.tree.sum}
+
+    def updates_of(params: Any, opt_state: Any) -> Any:
+        return _updates(optimizer, params, opt_state, params, optax.tree.sum(params), optax.tree.sum)
+
     try:
         with _as_optax_expects():
             opt_state = jax.tree_util.tree_map(tree.strong, optimizer.init(params))
-            updates, _ = jax.eval_shape(lambda g, o: _updates(optimizer, g, o, g, extra), params, opt_state)
+            updates, after = jax.eval_shape(updates_of, params, opt_state)
     except Exception as error:
-        raise _misfit(optimizer) from error
-    lines = tree.difference(params, updates)
+        raise _misfit(optimizer, f"It raises {type(error).__name__}: {error}\n{_about_frozen(params)}") from error
+    lines = _mismatch(params, updates)
     if lines:
-        raise _misfit(optimizer, "Its updates differ from them:\n  " + "\n  ".join(lines[:10]) + "\n")
+        raise _misfit(optimizer, f"Its updates differ from them:\n  {lines}\n")
+    lines = _mismatch(opt_state, after)
+    if lines:
+        raise TypeError(
+            f"The state of the optimizer ({locate(optimizer.update)}) has another form after an update than its init "
+            f"gave it (expected is before, found after the update):\n  {lines}\nCompiled steps need one form. In the "
+            "place of optax.monitor write optax.snapshot(name, f), or let the loss return (loss, {name: scalar})."
+        )
     return opt_state
 
 
-def _misfit(optimizer: Optimizer, why: str = "") -> TypeError:
+def _misfit(optimizer: Optimizer, why: str) -> TypeError:
     return TypeError(
         f"The optimizer ({locate(optimizer.update)}) does not work on the model's plain tree of parameters. {why}"
-        "An optimizer that needs its own form of parameters, such as optax.lookahead with its LookaheadParams, "
-        "cannot be used in a Trainer; use the optimizer inside it (optax.sgd, optax.adam), or keep the slow weights "
-        "with optax.ema or in a report."
+        "A Trainer calls optimizer.init(params) and optimizer.update(gradient, opt_state, params), with "
+        f"{', '.join(_EXTRA)} by name where update takes them. An optimizer that needs other arguments, gradients of "
+        "single examples, or its own form of parameters, such as optax.lookahead with its LookaheadParams, cannot be "
+        "used in a Trainer; use the optimizer inside it (optax.sgd, optax.adam)."
     )
+
+
+def _about_frozen(params: Any) -> str:
+    if all(leaf is not None for leaf in jax.tree_util.tree_leaves(params, is_leaf=lambda leaf: leaf is None)):
+        return ""
+    return (
+        "With Trainer(trainable=...) the frozen parameters are None in the tree that it receives. If it does not take "
+        'None, leave trainable out, and freeze with optax.partition({"train": optimizer, "frozen": '
+        "optax.set_to_zero()}, labels).\n"
+    )
+
+
+def _mismatch(expected: Any, found: Any) -> str:
+    """Return in which paths and shapes two trees differ, in words. Floating leaves may be of any floating dtype."""
+    structures = [jax.tree_util.tree_structure(each) for each in (expected, found)]
+
+    def cast(a: Any, b: Any) -> Any:
+        floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b))
+        return jax.ShapeDtypeStruct(b.shape, a.dtype) if floating else b
+
+    if structures[0] == structures[1]:
+        found = jax.tree_util.tree_map(cast, expected, found)
+        structures = []
+    return "\n  ".join([*tree.difference(expected, found)[:10]] or [*map(str, structures)])
 
 
 def apply_update(
@@ -106,10 +164,9 @@ def apply_update(
     Raises:
         ValueError: If the state does not fit the parameters.
     """
-    extra = {"value": value, "grad": gradient, "value_fn": value_fn}
     try:
         with _as_optax_expects():
-            updates, opt_state = _updates(optimizer, gradient, opt_state, params, extra)
+            updates, opt_state = _updates(optimizer, gradient, opt_state, params, value, value_fn)
             return optax.apply_updates(params, updates), opt_state
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         with _as_optax_expects():
@@ -117,29 +174,69 @@ def apply_update(
         if not lines:
             raise
         raise ValueError(
-            "The optimizer's state does not fit the parameters that train, so it belongs to a trainer with another "
-            "optimizer or another trainable (expected is a fresh one):\n  " + "\n  ".join(lines[:10]) + "\n"
+            "The optimizer's state does not fit the trainable parameters, so it belongs to a trainer with another "
+            "optimizer or another trainable (expected is a new state of this optimizer):\n  "
+            + "\n  ".join(lines[:10])
+            + "\n"
             "Write state = trainer.make_state(state.vars)."
         ) from error
 
 
+def state_nodes(opt_state: Any, *names: str) -> list[Any]:
+    """Return the parts of an optimizer's state whose classes have these names; a part inside another is left out."""
+    is_one = lambda node: type(node).__name__ in names
+    return [node for node in jax.tree_util.tree_leaves(opt_state, is_leaf=is_one) if is_one(node)]
+
+
 def learning_rate(opt_state: Any) -> Any:
-    """Return the learning rate in an optimizer's state, where ``optax.inject_hyperparams`` put one; None elsewhere."""
+    """Return the learning rate in an optimizer's state, where ``optax.inject_hyperparams`` put one; else None.
+
+    None also where it put several: of those none is the learning rate of the step.
+    """
+    found: list[Any] = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
         names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
         if names == ["hyperparams", "learning_rate"] and leaf.ndim == 0:
-            return leaf
-    return None
+            found.append(leaf)
+    return found[0] if len(found) == 1 else None
 
 
-def rates(opt_state: Any) -> dict[str, jax.Array]:
-    """Return ``learning_rate`` by that name, where an optimizer's state has one."""
-    rate = learning_rate(opt_state)
-    return {} if rate is None else {"learning_rate": rate.astype(jnp.float32)}
+def rates(before: Any, after: Any) -> dict[str, jax.Array]:
+    """Return what a step tells of its update: ``learning_rate``, where it is known, and ``updates`` of MultiSteps.
+
+    The rate is nan in a step of ``optax.MultiSteps`` that makes no update: the state has the rate of the update before.
+
+    Args:
+        before: The optimizer's state before the step.
+        after: Its state after the step.
+    """
+    windows, scales = state_nodes(after, "MultiStepsState"), state_nodes(after, "ReduceLROnPlateauState")
+    updates = {"updates": windows[0].gradient_step} if len(windows) == 1 else {}
+    rate = learning_rate(after)
+    if rate is None or len(windows) > 1 or len(scales) > 1:
+        return updates
+    rate = tree.host_scalar(rate)
+    if scales:
+        rate = rate * scales[0].scale.astype(rate.dtype)
+    if windows and learning_rate(windows[0]) is not None:
+        made = windows[0].gradient_step != state_nodes(before, "MultiStepsState")[0].gradient_step
+        rate = jnp.where(made, rate, jnp.nan)
+    return {"learning_rate": rate} | updates
 
 
-def _updates(optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, extra: dict[str, Any]) -> Any:
-    return optimizer.update(gradient, opt_state, params, **(extra if _takes_extra(optimizer) else {}))
+def _updates(
+    optimizer: Optimizer, gradient: Any, opt_state: Any, params: Any, value: Any, value_fn: Callable[[Any], Any]
+) -> Any:  # fmt: skip
+    # Line searches refuse an argument that value_fn does not take, so it takes those of the other optimizers too.
+    def loss_of(given: Any, obj_fn: Any = None, grad_fn: Any = None) -> Any:
+        # A line search under x64, or of bfloat16 parameters, tries parameters of a wider dtype than the model's.
+        return value_fn(jax.tree_util.tree_map(lambda p, old: jnp.asarray(p, old.dtype), given, params))
+
+    def gradient_of(given: Any, step: int = 0) -> Any:
+        return jax.grad(loss_of)(given)
+
+    extra: dict[str, Any] = dict(zip(_EXTRA, (value, gradient, loss_of, loss_of, gradient_of), strict=True))
+    return optimizer.update(gradient, opt_state, params, **{name: extra[name] for name in _extra_names(optimizer)})
 
 
 @contextlib.contextmanager
@@ -149,6 +246,11 @@ def _as_optax_expects() -> Generator[None]:
         yield
 
 
-def _takes_extra(optimizer: Optimizer) -> bool:
-    kinds = [p.kind for p in inspect.signature(optimizer.update).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
+def _extra_names(optimizer: Optimizer) -> list[str]:
+    """Return which of the extra arguments ``update`` takes, beside gradient, state and parameters."""
+    parameters = list(inspect.signature(optimizer.update).parameters.values())
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return list(_EXTRA)
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    own = [p for i, p in enumerate(parameters) if i > 2 or p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return [p.name for p in own if p.kind in by_name and p.name in _EXTRA]

@@ -13,7 +13,7 @@ from kaun.layers.core import Layer, Vars
 
 __all__ = ["DEFAULT_DTYPE", "Policy", "apply_model", "cast_to_compute", "parse_precision"]
 
-DEFAULT_DTYPE: Any = type("Default", (), {"__repr__": lambda self: "as precision says, or float32"})()
+DEFAULT_DTYPE: Any = type("Default", (), {"__repr__": lambda self: "from precision, or float32"})()
 """The dtype of a trainer's ``init`` where none is given; None is refused, because NumPy reads it as float64."""
 
 SHORT = {
@@ -51,7 +51,7 @@ class Policy:
         if jnp.dtype(dtype) != self.params:
             name = jnp.dtype(dtype).name
             raise ValueError(
-                f"Trainer(precision={str(self)!r}) keeps parameters in {self.params.name}, received {name}. "
+                f"Trainer(precision={str(self)!r}) expected parameters in {self.params.name}, received {name}. "
                 f"Write trainer.init() without a dtype, cast loaded parameters with "
                 f"checkpoint.load(path, like=trainer.init().vars, cast=True), or write params={name} in precision."
             )

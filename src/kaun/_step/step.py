@@ -46,7 +46,7 @@ class Settings:
         model: The ``Layer``.
         optimizer: The optimizer.
         on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
-        trainable: Whether the parameter at a path trains; None where all do.
+        trainable: Whether the parameter at a path trains; None if all do.
         policy: The dtypes of ``precision``; None without it.
         microbatches: In how many parts a batch is computed.
         spec: Shapes and dtypes of the model's variables.
@@ -83,13 +83,14 @@ def init_carry(settings: Settings, vars: Vars) -> Carry:
     """Return variables, a fresh optimizer state for those that train, and step 0.
 
     Raises:
-        TypeError: If a parameter is not floating, or the optimizer does not fit the parameters.
+        TypeError: If a parameter that trains is not floating, or the optimizer does not fit the parameters.
         ValueError: If the variables belong to another model, or nothing would train.
     """
     vars = jax.tree_util.tree_map(tree.strong, vars)
     settings.spec.check(vars)
-    check_params(vars.params, settings.model.name.splitlines()[0])
-    opt_state = init_optimizer(settings.optimizer, trainable_part(settings.trainable, vars.params))
+    trained = trainable_part(settings.trainable, vars.params) if jax.tree_util.tree_leaves(vars.params) else None
+    check_params(vars.params, trained, settings.model.name.splitlines()[0])
+    opt_state = init_optimizer(settings.optimizer, trained)
     return vars, add_loss_scale(settings.policy, opt_state), jnp.zeros((), jnp.int32)
 
 
@@ -99,7 +100,7 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: The loss before the update, a floating scalar.
         numbers: Scalars for the reports, by name: ``grad_norm``, ``learning_rate`` where the optimizer state has one,
-            what the loss returned beside its value; and ``finite`` (1.0 where the step is an update, else 0.0) under
+            what the loss returned with its value; and ``finite`` (1.0 where the step is an update, else 0.0) under
             ``on_nonfinite="skip"`` and with a loss scale.
         carry: The carry after the step. A discarded step changes the number of steps alone.
         finite: Whether loss and gradient are finite, a bool scalar. An overflow for which the loss scale was too large
@@ -122,6 +123,7 @@ def train_step(
     ctx: Context,
     loss: Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]],
     training: bool,
+    discard: bool = True,
 ) -> StepOutput:
     """Run one training step: forward pass, loss, gradient, update.
 
@@ -133,9 +135,11 @@ def train_step(
         ctx: The context of the layers.
         loss: A function of the model's output that returns the loss and other scalars by name.
         training: Whether the layers run in training mode.
+        discard: Whether the step itself discards an update that is not finite. False where its caller does.
 
     Returns:
-        The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"``.
+        The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"`` or ``discard`` is
+        False. With a loss scale the step itself always discards.
     """
     vars, opt_state, step = carry
     settings.spec.check(vars)
@@ -156,7 +160,7 @@ def train_step(
     (_, (value, layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
     if scaled:
         gradient = unscale(opt_state, gradient)
-    squares = squares_of(gradient)
+    squares = squares_of(gradient, value.dtype)
     norm = jnp.sqrt(squares.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(opt_state, value, norm) if scaled else None
@@ -167,12 +171,12 @@ def train_step(
         return match_state((vars, before), (parts.joined(parts.vars.replace(params=params, state=layer_state)), after))
 
     kept = finite if settings.on_nonfinite != "ignore" else jnp.array(True) if overflowed is None else ~overflowed
-    always = settings.on_nonfinite == "ignore" and not scaled
+    always = not scaled and (settings.on_nonfinite == "ignore" or not discard)
     vars_after, after = update() if always else lax.cond(kept, update, lambda: (vars, before))
-    numbers = {"grad_norm": norm.astype(jnp.float32)}
+    numbers = {"grad_norm": norm}
     if settings.on_nonfinite == "skip" or scaled:
         numbers["finite"] = finite.astype(jnp.float32)
-    numbers |= rates(after) | scalars
+    numbers |= rates(before, after) | scalars
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)
         finite, squares = finite | overflowed, jnp.where(overflowed, 0, squares)

@@ -27,8 +27,8 @@ def check_trainable(trainable: Any) -> None:
     """
     if trainable is not None and not callable(trainable):
         raise TypeError(
-            "Trainer(trainable=...) expected a function from a parameter's path to whether it trains, received "
-            f'{trainable!r}. Write trainable=lambda path: path.startswith("head.").'
+            "Trainer(trainable=...) expected a function (path) -> bool that is True for parameters that train, "
+            f'received {trainable!r}. Write trainable=lambda path: path.startswith("head.").'
         )
 
 
@@ -45,8 +45,8 @@ def trainable_part(trainable: Trainable | None, params: Any) -> Any:
         paths = list(tree.flatten(params)[0])
         more = f"\n  and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
         raise ValueError(
-            f"Trainer(trainable=...) expected a function that is true for some of the model's parameters, received "
-            f"{locate(trainable)}, which is true for none of them: nothing would train. The paths are\n  "
+            f"Trainer(trainable=...) expected a function that is True for some of the model's parameters, received "
+            f"{locate(trainable)}, which is False for all of them: no parameter would train. The paths are\n  "
             + "\n  ".join(map(repr, paths[:LISTED]))
             + f'{more}\nWrite trainable=lambda path: path.startswith("{paths[-1].rpartition(".")[0]}"), for example.'
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from kaun._messages import warn
+from kaun._paths import local_path
 from kaun.checkpoint import one
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
@@ -22,7 +23,7 @@ _RESUME = ("auto", "must", "never")
 _ACCEPT = ("data", "key", "program", "reports")
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,6}))?", re.ASCII)
 _CHILD = re.compile(r"\w(?:[\w .-]{0,98}\w)?")
-_OURS = re.compile(r"(step|damaged)-[0-9].*|lock", re.IGNORECASE)
+_OURS = re.compile(r"(step|damaged)-[0-9].*|lock", re.IGNORECASE)  # lock: of earlier versions
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows reserves
 
 
@@ -31,7 +32,8 @@ class Directory:
     """A folder for the checkpoints of one run; pass it to ``fit`` as ``checkpoints=``.
 
     Args:
-        path: the folder. It is made when it is first used. Only one run at a time may use it.
+        path: the folder, on a local disk. It is made when it is first used. Only one run at a time may use it. A
+            relative path is taken from the working directory of now, and ``~`` is the home folder.
         every: how often a checkpoint is written: a number of steps (int) or a time (timedelta). Default None: only at
             the end, and when the run is interrupted.
         keep: how many of the newest checkpoints are kept, at least 1. Default 3.
@@ -41,7 +43,7 @@ class Directory:
             ``"program"``, ``"key"``, ``"reports"``. Default none: each difference raises ``ResumeMismatch``.
 
     Attributes:
-        path: the folder.
+        path: the folder, absolute.
         every: as the argument.
         keep: as the argument.
         resume: as the argument.
@@ -49,7 +51,7 @@ class Directory:
 
     Raises:
         TypeError: for an argument of the wrong type.
-        ValueError: for an argument out of range.
+        ValueError: for an argument out of range, and for an address such as ``gs://bucket/run``.
 
     Examples:
         >>> from datetime import timedelta
@@ -192,7 +194,7 @@ class Directory:
                 "for the right folder."
             )
         return FileNotFoundError(
-            f"there is no checkpoint of step {step} in {str(self.path)!r}. The steps that there are: {steps}."
+            f"there is no checkpoint of step {step} in {str(self.path)!r}. It has these steps: {steps}."
         )
 
 
@@ -237,7 +239,7 @@ def of_other_leaves(directory: Directory, found: Found, listing: ResumeMismatch)
     return ResumeMismatch(
         f"the checkpoint of step {found.step} in {str(directory.path)!r} does not match the state that was "
         f"passed:{listing}\n"
-        "Make the model and the optimizer as they were in that run, or start another run in another directory: "
+        "Use the model and the optimizer of that run, or start another run in another directory: "
         f"checkpoint.Directory({str(directory.path)!r}).child('second')."
     )
 
@@ -245,7 +247,7 @@ def of_other_leaves(directory: Directory, found: Found, listing: ResumeMismatch)
 def _path(path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"checkpoint.Directory expected a path first, received {type(path).__name__}.")
-    return Path(path)
+    return local_path("checkpoint.Directory", path).absolute()
 
 
 def _every(every: object) -> object:

@@ -14,18 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun._jax import is_traced
+from kaun._paths import local_path
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.safetensors_header import (
     DTYPES,
     Place,
     Take,
+    UnreadDtype,
     header,
     in_order,
     read_array,
     read_places,
     taker,
 )
-from kaun.tree import describe, difference, flatten, is_array, is_key
+from kaun.tree import describe, difference, flatten, is_array, is_key, is_weak
 
 __all__ = [
     "Differences",
@@ -125,14 +127,16 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
             arrays, differences = read_arrays(*taker(opened), wanted, cast=cast)
             found = {place.name: decode(place, array) for place, array in arrays}
             del arrays  # so that a leaf is freed below, once it was converted
+        except UnreadDtype as err:
+            raise ValueError(f"checkpoint.load: {str(file)!r} cannot be read: {err}.") from err
         except ValueError as err:
             raise ValueError(f"checkpoint.load: {str(file)!r} is damaged or not a safetensors file: {err}.") from err
     if differences.lines:
         cast_it = "\nTo convert between floating dtypes: checkpoint.load(path, like=..., cast=True)."
         raise ValueError(
             f"checkpoint.load: {str(file)!r} does not match `like`, nothing was loaded:{differences.listing()}\n"
-            "Make `like` as the saved tree was made (same model, same optimizer), or save and load the same part of it."
-            + (cast_it if differences.castable else "")
+            "Make `like` in the same way as the saved tree (same model, same optimizer), or save and load the same "
+            "part of it." + (cast_it if differences.castable else "")
         )
     return jax.tree.unflatten(structure, [restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
 
@@ -140,7 +144,7 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
 def _as_path(path: Any, call: str) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"checkpoint.{call} expected a path first, received {type(path).__name__}.")
-    return Path(path)
+    return local_path(f"checkpoint.{call}", path)
 
 
 def check_template(wanted: Mapping[str, Any]) -> None:
@@ -171,7 +175,7 @@ def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     try:
         if is_key(leaf):
             return np.asarray(jax.random.key_data(leaf)), f"key {jax.random.key_impl(leaf)}"
-        # In C order, as the format wants it. (np.ascontiguousarray would give a scalar an axis.)
+        # In C order, as the format requires. (np.ascontiguousarray would give a scalar an axis.)
         array = np.asarray(leaf, order="C")
     except Exception as err:
         err.add_note(f"checkpoint.save was reading {_leaf(name)}.")
@@ -352,9 +356,9 @@ def restore(name: str, value: Any, like: Any) -> Any:
         return value
     placed = isinstance(like, jax.ShapeDtypeStruct) or like.committed
     made = jax.device_put(value, like.sharding if placed else None)
-    if not getattr(like, "weak_type", False):
+    if not is_weak(like):
         return made
-    # A strong type in the place of a weak one would compile the step again, and promote bfloat16 parameters to float32.
+    # A strong type instead of a weak one would compile the step again, and promote bfloat16 parameters to float32.
     weak = jnp.full(like.shape, np.zeros((), like.dtype).item())
     return weak.at[...].set(made) if weak.dtype == like.dtype else made
 

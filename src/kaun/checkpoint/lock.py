@@ -17,7 +17,7 @@ from kaun.errors import Locked
 
 __all__ = ["NAME", "Lock", "Locked"]
 
-NAME = "lock"
+NAME = ".kaun-lock"  # a user's file would not have this name
 _LARGEST = 4096
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _guard = threading.Lock()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
     "Place",
     "Short",
     "Take",
+    "UnreadDtype",
     "header",
     "in_order",
     "parse",
@@ -38,6 +40,10 @@ Take = Callable[[memoryview], None]
 
 class Short(ValueError):
     """A file has fewer bytes than it had when it was opened."""
+
+
+class UnreadDtype(ValueError):
+    """A sound file has an array of a dtype that NumPy and JAX do not have, such as ``F4``."""
 
 
 # In the order of the format's own library: the widest dtypes come first, so that each array is aligned.
@@ -65,6 +71,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 LARGEST = 100_000_000  # bytes of a header: the limit of the format's own library
 _LARGEST_NUMBER = 2**48  # of a length or a place; NumPy cannot make an array of a longer axis
+_CODE = re.compile(r"[BCFIU][0-9]+(_E[0-9]+M[0-9]+(FN|FNU|FNUZ)?)?")  # what the format may call a dtype
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {code: rank for rank, code in enumerate(DTYPES)}
 
@@ -197,7 +204,7 @@ def parse(text: bytes, size: int) -> list[Place]:
 
 
 def _kinds(metadata: Any) -> dict[str, str]:
-    """The kinds of the leaves that are not arrays, by name. Other programs write none, and metadata of their own."""
+    """The kinds of the leaves that are not arrays, by name. Other programs write none, but other metadata."""
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -224,7 +231,8 @@ def _place(name: str, entry: Any, kind: str | None) -> Place:
         raise ValueError(f"{_short(name)} must be {expected} in its header, and is {_short(entry)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"{_short(name)} is of dtype {_short(code)}; kaun reads {', '.join(DTYPES)}")
+        error = UnreadDtype if isinstance(code, str) and _CODE.fullmatch(code) else ValueError
+        raise error(f"{_short(name)} is of dtype {_short(code)}; kaun reads {', '.join(DTYPES)}")
     if not (_whole(shape) and len(shape) <= 64 and _whole(offsets) and len(offsets) == 2):
         raise ValueError(f"{_short(name)} has the shape {_short(shape)} and the data_offsets {_short(offsets)}")
     (start, stop), dtype = offsets, DTYPES[code]

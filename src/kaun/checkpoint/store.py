@@ -24,15 +24,26 @@ from kaun.tree import flatten, format_bytes
 __all__ = ["Saved", "Store"]
 
 _UNFINISHED = re.compile(r"\.kaun-[0-9a-f]{16}\.tmp", re.ASCII)
+_left_writing: dict[Path, threading.Event] = {}
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _PROBE = memoryview(bytes(1 << 16))
 
 
 class Store:
-    """A Directory in use: locked, writable, with at most one save in progress. Open one with ``Store.open``."""
+    """A Directory in use: locked, writable, with at most one save in progress. Open one with ``Store.open``.
 
-    def __init__(self, directory: Directory, disk: Disk, lock: Lock) -> None:
-        self._directory, self._disk, self._lock = directory, disk, lock
-        self._thread: threading.Thread | None = None
+    Attributes:
+        read_only: The error of a directory that has checkpoints and cannot be written. Nothing is locked then, and only
+            ``newest`` can be used.
+    """
+
+    def __init__(self, directory: Directory, disk: Disk, lock: Lock | None, read_only: OSError | None = None) -> None:
+        self._directory, self._disk, self._lock, self.read_only = directory, disk, lock, read_only
+        # Waited for instead of the thread: in Python 3.11 an interrupted Thread.join takes the thread for ended.
+        self._written = threading.Event()
+        self._written.set()
+        self._guard = threading.Lock()
+        self._closed = False  # of the thread that writes and close(), the later one releases the lock
         self._failed: BaseException | None = None
         self._warnings: list[str] = []
 
@@ -44,22 +55,20 @@ class Store:
             FileNotFoundError: for ``resume="must"`` without a checkpoint.
             FileExistsError: for ``resume="never"`` with one.
             RuntimeError: when another run uses the directory.
-            OSError: when nothing can be written there; the message says what to do.
+            OSError: when nothing can be written there; the message says what to do. Where there are checkpoints and
+                the disk is read-only, the error is ``read_only``: of a run that is finished they are read.
         """
         disk = disk or Disk()
         with _explained(directory):
             there = scan(disk, directory.path)
         _may_begin(directory, there)
-        with _explained(directory):
-            _make(disk, directory.path)
-            lock = Lock(directory.path)
-            try:
-                _tidy(disk, directory.path)
-                _probe(disk, directory.path)
-            except BaseException:
-                lock.release()
-                raise
-        return cls(directory, disk, lock)
+        try:
+            with _explained(directory):
+                return cls(directory, disk, _locked(disk, directory.path))
+        except OSError as err:
+            if there and err.errno in _READ_ONLY:
+                return cls(directory, disk, None, err)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +88,8 @@ class Store:
             OSError: when a checkpoint of this size does not fit on the disk.
         """
         self.join()
-        self._must_fit(like)
+        if self.read_only is None:
+            self._must_fit(like)
         bad: list[tuple[Found, str]] = []
         for found in scan(self._disk, self._directory.path):
             try:
@@ -112,8 +122,12 @@ class Store:
         self.join()
         draft = one.Draft(step, state, reports, facts)
         # Not a daemon thread: Python waits for it before the process ends.
-        self._thread = threading.Thread(target=self._write, args=(draft,), name="kaun-checkpoint")
-        self._thread.start()
+        self._written.clear()
+        try:
+            threading.Thread(target=self._write, args=(draft,), name="kaun-checkpoint").start()
+        except RuntimeError:  # the system has no thread left
+            self._written.set()
+            raise
 
     def join(self) -> None:
         """Wait for the save in progress.
@@ -121,9 +135,7 @@ class Store:
         Raises:
             OSError: when it failed; earlier checkpoints are untouched.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._written.wait()
         warnings, self._warnings = self._warnings, []
         for text in warnings:
             warn(text)
@@ -136,19 +148,35 @@ class Store:
     def close(self) -> None:
         """Wait for the save in progress, and release the directory; the second call does nothing.
 
+        Where the waiting is interrupted (Ctrl-C), the thread releases the directory when it has written.
+
         Raises:
             OSError: when the save failed.
         """
         try:
             self.join()
         finally:
-            self._lock.release()
+            with self._guard:
+                self._closed = True
+                if self._written.is_set():
+                    self._release()
+                else:
+                    _left_writing[self._directory.path.resolve()] = self._written
 
     def _write(self, draft: one.Draft) -> None:
         try:
             self._put(draft)
         except BaseException as err:
             self._failed = err
+        finally:
+            with self._guard:
+                if self._closed:
+                    self._release()
+                self._written.set()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _put(self, draft: one.Draft) -> None:
         disk, path = self._disk, self._directory.path
@@ -192,9 +220,12 @@ class Store:
             names = (f"damaged-{found.path.name}" + (f"-{i}" if i else "") for i in range(len(taken) + 1))
             name = next(name for name in names if name not in taken)
             taken.add(name)
-            self._disk.rename(found.path, path / name)
-            moved.append(f"{text}\n    (kept as {name})")
-        self._disk.sync_folder(path)
+            if self.read_only is None:
+                self._disk.rename(found.path, path / name)
+                text += f"\n    (kept as {name})"
+            moved.append(text)
+        if self.read_only is None:
+            self._disk.sync_folder(path)
         listed = "\n  ".join(moved)
         warn(
             f"{str(path)!r}: the run resumes from step {sound.step}, because newer checkpoints are damaged:\n  "
@@ -231,6 +262,28 @@ def _may_begin(directory: Directory, there: list[Found]) -> None:
             f"{path!r} has a checkpoint of step {there[0].step}, and resume='never' needs a directory without one. "
             f"Start in another directory, checkpoint.Directory({path!r}).child('second'), or resume with resume='auto'."
         )
+
+
+def _locked(disk: Disk, path: Path) -> Lock:
+    """Make and lock a folder, and check that files can be written."""
+    _wait_for_writer(path)
+    _make(disk, path)
+    lock = Lock(path)
+    try:
+        _tidy(disk, path)
+        _probe(disk, path)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _wait_for_writer(path: Path) -> None:
+    """Wait for the thread of an earlier run of this process, which an interrupt left behind while it was writing."""
+    written = _left_writing.get(path.resolve())
+    if written is not None:
+        written.wait()
+        _left_writing.pop(path.resolve(), None)
 
 
 def _make(disk: Disk, path: Path) -> None:

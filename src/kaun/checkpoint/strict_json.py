@@ -61,7 +61,7 @@ def _check(value: Any, name: str, depth: int) -> None:
             )
     elif value is not None and kind is not bool and kind is not str:
         raise TypeError(
-            f"{name} is a {kind.__name__}, which JSON would not give back as the same type. Write a dict, list, str, "
+            f"{name} is a {kind.__name__}, which JSON would load as another type. Write a dict, list, str, "
             "int, float, bool or None."
         )
 

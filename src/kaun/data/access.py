@@ -31,13 +31,13 @@ def chunks_of(data: Iterable[Any], iterator: Iterator[Any], limit: Limit) -> Ite
 
 
 def resume_of(data: Any) -> Resume | None:
-    """How a pipeline is opened again from a position of its loader, None where that is not known."""
+    """How a pipeline is opened again from a position of its loader, None if that is not known."""
     node = _node(data)
     return None if node is None else node.resume
 
 
 def over_loader(data: Data[Any], resume: Resume, loader: ResumableLoader, n: int) -> Data[Any]:
-    """The items of a pipeline after the first ``n``, taken from a loader that stands after them."""
+    """The items of a pipeline after the first ``n``, taken from a loader whose position is after them."""
     first, *rest = stages_of(data)
     return make_data(resume.node(loader, n), first._replace(given={"source": loader}), *rest)
 

@@ -39,8 +39,8 @@ class ArrayRows:
         if len({len(leaf) for _, leaf in pairs}) > 1:
             lines = "".join(f"\n    {len(leaf)}{_at(path)}: {tree.describe(leaf)}" for path, leaf in pairs)
             raise ValueError(
-                f"{where} expected arrays of one length along axis 0, received lengths{lines}\n"
-                "Cut them to one length, x[:n], or check that the axis of items comes first."
+                f"{where} expected arrays of the same length along axis 0, received lengths{lines}\n"
+                "Slice them to the same length, x[:n], or check that axis 0 is the axis of items."
             )
         self.leaves: list[Any] = [leaf for _, leaf in pairs]
         self.length = len(self.leaves[0])
@@ -77,7 +77,7 @@ def _check_array(where: str, path: Any, leaf: Any) -> None:
     if leaf.ndim == 0:
         raise ValueError(
             f"{where} expected arrays with a leading axis of items, received {tree.describe(leaf)}{_at(path)}. "
-            "Give it one per item, np.full(n, value), or add it in map(f)."
+            "Pass an array with one value for each item, np.full(n, value), or add the value in map(f)."
         )
 
 
@@ -85,7 +85,7 @@ def _reader(array: Any) -> Callable[[Any], Any]:
     if isinstance(array, jax.Array):
         return functools.partial(read_rows, array)
     view = array.view()
-    view.flags.writeable = False  # a batch is a view of the user's array: nobody writes through it by accident
+    view.flags.writeable = False  # a batch is a view of the user's array, which must not change by accident
     return view.__getitem__
 
 
@@ -98,8 +98,8 @@ def stack_all(items: list[Any]) -> Any:
         leaves, found = jax.tree_util.tree_flatten(item)
         if found != treedef:
             raise ValueError(
-                f"Data.stack expected items of one structure, received {outline_of(items[0])} at item 0 and "
-                f"{outline_of(item)} at item {k}. Make them alike, data.map(f), or collate them with map_batch(n, f)."
+                f"Data.stack expected items of the same structure, received {outline_of(items[0])} at item 0 and "
+                f"{outline_of(item)} at item {k}. Convert them with data.map(f), or collate them with map_batch(n, f)."
             )
         columns.append([_as_numbers(path, k, leaf) for (path, _), leaf in zip(pairs, leaves, strict=True)])
     stacked: list[Any] = []
@@ -108,22 +108,27 @@ def stack_all(items: list[Any]) -> Any:
         for k, array in enumerate(column):
             if array.shape != first.shape or array.dtype != first.dtype:
                 raise ValueError(
-                    f"Data.stack expected arrays of one shape and dtype{_at(path)}, received {tree.describe(first)} in "
-                    f"item 0 and {tree.describe(array)} in item {k}. Pad or convert them, data.map(f), or collate them "
-                    "with map_batch(n, f)."
+                    f"Data.stack expected arrays of the same shape and dtype{_at(path)}, received "
+                    f"{tree.describe(first)} in item 0 and {tree.describe(array)} in item {k}. Pad or convert them "
+                    "with data.map(f), or collate them with map_batch(n, f)."
                 )
         stacked.append(np.stack(column))
     return treedef.unflatten(stacked)
 
 
 def _as_numbers(path: Any, k: int, leaf: Any) -> Any:
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(
+            f"Data.stack expected arrays without a mask, received a masked {tree.describe(leaf)}{_at(path)} of item "
+            f"{k}. Pass values and mask as two arrays, data.map(lambda a: (a.filled(0), ~np.ma.getmaskarray(a)))."
+        )
     is_key = tree.is_key(leaf)
     array = None if is_key else np.asarray(leaf)
     if array is None or array.dtype.kind not in "biufcV" or array.dtype.fields is not None:
         is_of_objects = isinstance(leaf, np.ndarray) and leaf.dtype == object
         raise TypeError(
             f"Data.stack expected numbers and arrays of numbers, received {tree.describe(leaf)}{_at(path)} of item "
-            f"{k}. {'Pad its parts to one shape' if is_of_objects else 'Leave it out'}, data.map(f), or collate the "
+            f"{k}. {'Pad its parts to one shape' if is_of_objects else 'Remove it'} with data.map(f), or collate the "
             "items with map_batch(n, f)."
         )
     return array

@@ -159,11 +159,11 @@ def refuse_forks(loader: Any, stage: str) -> None:
     if (context.get_start_method() if context is not None else default) == "fork":
         n = loader.num_workers
         raise RuntimeError(
-            f"{stage} has num_workers={n}, and would fork them from this process, in which JAX runs threads: a forked "
-            f"worker can hang for ever. Use another start method, DataLoader(..., num_workers={n}, "
-            'multiprocessing_context="forkserver") (or "spawn"), with the code of the script under '
-            'if __name__ == "__main__":. Or load in this process, num_workers=0, and let '
-            "Data.from_iterable(loader).prefetch(2) stay ahead."
+            f"{stage} has num_workers={n} and would fork its workers from this process. JAX runs threads in it, so a "
+            f"forked worker can hang. Use another start method, DataLoader(..., num_workers={n}, "
+            'multiprocessing_context="forkserver") (or "spawn"), and put the code of the script under '
+            'if __name__ == "__main__":. Or load in this process, num_workers=0, and in another thread, '
+            "Data.from_iterable(loader).prefetch(2)."
         )
 
 

@@ -46,7 +46,7 @@ class Item(NamedTuple):
                 return cls(item[0], cast("Loss", item[1]), ctx)
         raise TypeError(
             "fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item "
-            f"{step} is {_received(item)}. From (x, y) pairs make them with data.with_loss(losses.mse)."
+            f"{step} is {_received(item)}. To make them from pairs (x, y), write data.with_loss(losses.mse)."
         )
 
 
@@ -75,9 +75,9 @@ class LabelledItem(NamedTuple):
             if ctx is None or isinstance(ctx, Context):
                 return cls(item[0], item[1], ctx)
         fix = (
-            "It was made for fit: pass the pipeline as it is before with_loss, whose items are (x, y)."
+            "This item is for fit: pass the pipeline without with_loss, whose items are (x, y)."
             if Item.is_training_item(item)
-            else "From arrays make them with Data.batches((x, y), batch_size=256)."
+            else "To make them from arrays, write Data.batches((x, y), batch_size=256)."
         )
         raise TypeError(
             "evaluate expected items (x, y) or (x, y, Context), with targets y; item "
@@ -86,7 +86,7 @@ class LabelledItem(NamedTuple):
 
 
 def attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
-    """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in the place of y.
+    """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in place of y.
 
     Raises:
         TypeError: when it is neither, or has its loss already.
@@ -100,12 +100,12 @@ def attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
     if callable(y):
         raise TypeError(
             f"with_loss expected labels y in items (x, y), received the function {function_text('with_loss', y)}: "
-            "these items have their loss already. Leave with_loss out."
+            "these items already have a loss. Remove with_loss."
         )
     if ctx and not isinstance(ctx[0], Mapping):
         raise TypeError(
             f"with_loss expected a Context as third element of an item (x, y, ctx), received {outline_of(ctx[0])}. "
-            "Name it, data.map(lambda b: (b[0], b[1], Context(weights=b[2]))), or make it part of y."
+            "Give it a name, data.map(lambda b: (b[0], b[1], Context(weights=b[2]))), or make it part of y."
         )
     return x, _loss(f, y), *ctx
 
@@ -122,15 +122,15 @@ def not_data(data: Any) -> str:
     """The message for what cannot be iterated."""
     return (
         f"fit expected data, a kaun.Data or an iterable of (x, loss), received {type(data).__name__}. "
-        "To train on one batch many times write Data.repeat(1000, (x, loss))."
+        "To train on one batch many times, write Data.repeat(1000, (x, loss))."
     )
 
 
 def empty_data(entry: str) -> ValueError:
     """The exception of ``fit``, ``evaluate`` or ``predict`` for data without items."""
     return ValueError(
-        f"{entry} received no items: the data is empty. An iterator or generator that was used up gives nothing the "
-        "second time; pass a list, a kaun.Data, or make a new one."
+        f"{entry} received no items: the data is empty. An iterator or generator is empty when it is iterated a "
+        "second time: pass a list, a kaun.Data, or a new iterator."
     )
 
 

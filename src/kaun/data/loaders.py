@@ -19,7 +19,7 @@ __all__ = ["ResumableLoader", "known_length", "open_items", "open_loader"]
 
 
 def known_length(data: Any) -> int | None:
-    """The length of any data or loader, None where it has none."""
+    """The length of any data or loader, None if it has none."""
     try:
         return len(data)
     except TypeError:  # torch's DataLoader over a stream has __len__ and raises this
@@ -70,8 +70,9 @@ def open_loader(source: Any, stage: str) -> Callable[[int, int], Iterator[Any]]:
             return once.pop()  # atomic: of two threads one gets it
         except IndexError:
             raise RuntimeError(
-                f"{stage} is used up: an iterator can be iterated once. Pass a list, Data.from_items(list(iterator)), "
-                "or a function that makes a fresh one, Data.from_iterable(lambda: make_iterator())."
+                f"{stage} is exhausted: an iterator can be iterated once. Pass a list, "
+                "Data.from_items(list(iterator)), or a function that returns a new iterator, "
+                "Data.from_iterable(lambda: make_iterator())."
             ) from None
 
     def open(epoch: int, start: int) -> Iterator[Any]:
@@ -96,8 +97,8 @@ def open_loader(source: Any, stage: str) -> Callable[[int, int], Iterator[Any]]:
             raise
         if had_items and not count:
             raise RuntimeError(
-                f"{stage} came out empty, though it had items in an earlier pass: it hands out the same used-up "
-                "iterator again. Pass a function that makes a fresh one, Data.from_iterable(lambda: make_iterator())."
+                f"{stage} has no items, although it had items in an earlier pass: it returns the same exhausted "
+                "iterator. Pass a function that returns a new iterator, Data.from_iterable(lambda: make_iterator())."
             )
 
     return open
@@ -116,9 +117,9 @@ class _Structure:
         now = _outline(item)
         if now != self._first and now is not _HAS_LOSS:
             raise TypeError(
-                f"{stage} expected items of one structure, received another one than before: "
-                f"{'; '.join(_changes('', self._first, now))}. Give all items one structure where they are made, "
-                "Data.from_iterable(lambda: map(alike, loader))."
+                f"{stage} expected all items to have the same structure, received an item of another structure: "
+                f"{'; '.join(_changes('', self._first, now))}. Convert the items in the loader, "
+                "Data.from_iterable(lambda: map(convert, loader))."
             )
 
 
@@ -211,7 +212,7 @@ class ResumableLoader:
         return max(0, len(self.source) - self._n)
 
     def position(self) -> dict[str, Any] | None:
-        """The position after the items taken so far, as JSON; None where the iterator has none, or none is taken."""
+        """The position after the items taken so far, as JSON; None if the iterator has none, or none is taken."""
         get_state = getattr(self._iterator, "get_state", None)
         if get_state is None or not hasattr(self._iterator, "set_state"):
             return None
@@ -240,5 +241,5 @@ def _read(position: Any) -> tuple[int, Mapping[str, Any]]:
         case _:
             raise ValueError(
                 "ResumableLoader expected a position that ResumableLoader.position() returned, received "
-                f"{position!r}. The checkpoint is of another version, or damaged."
+                f"{position!r}. The checkpoint was written by another version, or is damaged."
             )

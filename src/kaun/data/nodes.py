@@ -27,16 +27,16 @@ GetItem = Callable[[int], Any]
 
 
 class Node(NamedTuple):
-    """What a stage does. Passes (epochs) and items count from 0; only a shuffle looks at the pass.
+    """What a stage does. Passes (epochs) and items count from 0; only a shuffle depends on the pass.
 
     Attributes:
         open: ``open(epoch, start)`` iterates one pass from its item ``start`` on.
-        length: the number of items of a pass, None where it is not known.
+        length: the number of items of a pass, None if it is not known.
         seekable: whether ``start`` costs nothing and ``length`` is exact (what a loader says of its length may be
             wrong).
         by_index: ``by_index(epoch)`` is the function from index to item that a shuffle needs, None for a stream.
-        chunks: iterates a pass several items at a time, see ``chunks.Chunks``; None where that gains nothing.
-        resume: how the stage is opened again from a position of its loader, None where that is not known.
+        chunks: iterates a pass several items at a time, see ``chunks.Chunks``; None if that gains nothing.
+        resume: how the stage is opened again from a position of its loader, None if that is not known.
     """
 
     open: Callable[[int, int], Iterator[Any]]
@@ -51,7 +51,7 @@ class Resume(NamedTuple):
     """How a stage over a loader is opened again: for stages that keep nothing between two of their items.
 
     Attributes:
-        node: ``node(loader, n)`` is the rest of the stage after ``n`` of its items; the loader stands where it stood
+        node: ``node(loader, n)`` is the rest of the stage after ``n`` of its items; the loader is where it was
             then, in its pass number ``loader.passes``.
         whole_passes: whether each pass of the stage is a whole pass of the loader.
     """
@@ -66,7 +66,7 @@ class StageSpec(NamedTuple):
     Attributes:
         text: as the pipeline prints it.
         given: its parameters by name; arrays, functions and keys as they are.
-        length: the number of items of a pass after it, None where it is not known.
+        length: the number of items of a pass after it, None if it is not known.
     """
 
     text: str
@@ -303,7 +303,7 @@ def _note_where(error: Exception, stage: str, i: int) -> None:
     """Add the stage and the item to an exception of a user's function; the caller raises it again."""
     if isinstance(error, StopIteration):
         raise RuntimeError(
-            f"StopIteration in {stage}, item {i}: it would silently end the pipeline there. A next(iterator) in your "
-            "function ran out; use next(iterator, default), or give it as many items."
+            f"StopIteration in {stage}, item {i}: it would silently end the pipeline at this item. An iterator in "
+            "your function has no item left: call next(iterator, default), or use an iterator with enough items."
         ) from error
     error.add_note(f"In the data pipeline's {stage}, item {i} (counted from 0).")

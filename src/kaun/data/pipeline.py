@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from kaun import tree
 from kaun.data import collate, nodes
-from kaun.data.arguments import checked_count, function_text
+from kaun.data.arguments import checked_count, function_text, refuse_frame
 from kaun.data.items import attach_loss
 from kaun.data.nodes import Node, StageSpec
 from kaun.data.shuffle import Orders
@@ -54,13 +54,13 @@ class Data(Generic[T]):
         """The items of a sequence, read by index. A list is copied; any other sequence is used as it is.
 
         Raises:
-            TypeError: when it has no length or no items by index.
+            TypeError: when it has no length or no items by index, or is a Series or DataFrame of pandas.
 
         Examples:
             >>> list(Data.from_items("abc").skip(1))
             ['b', 'c']
         """
-        held: Any = tuple(items) if isinstance(items, list) else items
+        held: Any = tuple(items) if isinstance(items, list) else refuse_frame("Data.from_items", items)
         if isinstance(held, Mapping) or not (hasattr(held, "__len__") and hasattr(held, "__getitem__")):
             raise TypeError(
                 "Data.from_items expected a sequence (a list, or anything with len() and [i]), received "
@@ -127,11 +127,11 @@ class Data(Generic[T]):
         """The items of any loader, or of the loader that a function without arguments returns in each pass.
 
         A stream: no items by index (so no ``shuffle``), ``skip`` pulls what it skips, ``len()`` is what the loader
-        says. An iterator (a generator, say) can be iterated once.
+        says. An iterator, for example a generator, can be iterated once.
 
         Raises:
-            TypeError: when it is neither iterable nor callable.
-            RuntimeError: in iteration, when an iterator is used up.
+            TypeError: when it is neither iterable nor callable, or is a Series or DataFrame of pandas.
+            RuntimeError: in iteration, when an iterator is exhausted.
 
         Examples:
             >>> data = Data.from_iterable(lambda: (x * x for x in range(4)))
@@ -140,7 +140,7 @@ class Data(Generic[T]):
         """
         if isinstance(iterable, Data):
             return cast("Data[U]", iterable)
-        source: Any = iterable
+        source: Any = refuse_frame("Data.from_iterable", iterable)
         if isinstance(source, Mapping) or not (hasattr(source, "__iter__") or callable(source)):
             raise TypeError(
                 "Data.from_iterable expected a loader, or a function without arguments that returns one, received "
@@ -284,8 +284,8 @@ class Data(Generic[T]):
         base, n = self._node.by_index, self._node.length
         if base is None or n is None:
             raise TypeError(
-                f"shuffle() needs items by index, which this stream does not have: {self!r}. Shuffle before prefetch; "
-                "collect a small stream first, Data.from_items(list(data)).shuffle(); or let the loader shuffle."
+                f"shuffle() needs items by index, which this pipeline does not have: {self!r}. Shuffle before "
+                "prefetch; collect a small stream, Data.from_items(list(data)).shuffle(); or let the loader shuffle."
             )
         orders = Orders("shuffle()", n)
         return self._then(nodes.shuffle_node(base, n, orders), ".shuffle()", key=orders.key)
@@ -360,8 +360,8 @@ class Data(Generic[T]):
     def __len__(self) -> int:
         if self._node.length is None:
             raise TypeError(
-                f"len() of this pipeline is not known, because its source has none: {self!r}. Use a source with a "
-                "length, Data.from_items(list(source)), or count as you iterate."
+                f"the length of this pipeline is not known, because its source has no len(): {self!r}. Use a source "
+                "with a length, Data.from_items(list(source)), or count the items while iterating."
             )
         return self._node.length
 

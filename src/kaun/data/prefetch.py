@@ -31,7 +31,7 @@ def snapshot_item(item: Any) -> Any:
 
 def _snapshot(value: Any) -> Any:
     kind = type(value)
-    # The common containers by hand: faster than a pytree, and keys of any type in their own order.
+    # The common containers directly: faster than a pytree, and keys of any type in their own order.
     if kind is tuple or kind is list:
         return kind([_snapshot(v) for v in value])
     if kind is dict:
@@ -50,7 +50,7 @@ def prefetched(open: Callable[[], Iterator[Any]], n: int) -> Iterator[Any]:
     def end() -> None:
         stopped.set()
         slots.release()
-        # Wait, so that this thread has left the loader before its next pass begins; not for ever, it may hang.
+        # Wait, so that this thread has left the loader before its next pass starts; with a limit, because it may hang.
         if thread.is_alive() and thread is not threading.current_thread():
             thread.join(timeout=2.0)
 

@@ -42,7 +42,9 @@ def export_model(
     def shape(a: Any) -> jax.ShapeDtypeStruct:
         dims = np.shape(a)
         grown = dims and dims[0] == length
-        dtype = jax.dtypes.canonicalize_dtype(a.dtype if hasattr(a, "dtype") else np.result_type(a))
+        dtype = a.dtype if hasattr(a, "dtype") else np.result_type(a)
+        if not jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
+            dtype = jax.dtypes.canonicalize_dtype(dtype)
         return jax.ShapeDtypeStruct((batch, *dims[1:]) if grown else dims, dtype)
 
     given = (x,) if ctx is None else (x, {name: ctx[name] for name in ctx})
@@ -58,3 +60,12 @@ def export_model(
             "export makes a program for batches of any length, but the model uses the length as a number: "
             f"{str(error).splitlines()[0]} Use operations on arrays instead, or a size of -1 in a reshape."
         ) from error
+    except (TypeError, ValueError) as error:
+        named = ctx or Context()
+        rows = [name for name in named if np.shape(named[name])[:1] == (length,)]
+        if rows:
+            error.add_note(
+                f"In export: {', '.join(f'ctx[{name!r}]' for name in rows)} of length {length}, as x has, counts as "
+                "having a row for each example. If it has not, give export an x of another length."
+            )
+        raise

@@ -41,7 +41,7 @@ def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Con
 
     expected = (
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
-        "From arrays write Data.batches((x, y), batch_size=256)."
+        "To make them from arrays, write Data.batches((x, y), batch_size=256)."
     )
     with open_items(data, expected) as items:
         if not run_ahead(items, compute, totals.take):
@@ -65,7 +65,7 @@ def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | No
         except (TypeError, ValueError) as error:
             if isinstance(x, tuple):
                 error.add_note(
-                    "The items of data given to predict are the model's inputs. Of pairs (x, y) write "
+                    "predict expects data whose items are the model's inputs. For pairs (x, y) write "
                     "trainer.predict(state, data.map(lambda b: b[0]))."
                 )
             raise
@@ -94,7 +94,7 @@ class _Outputs:
     """The outputs of a model for all items, concatenated along axis 0 on the host.
 
     Args:
-        length: how many items there are, None where that is unknown.
+        length: how many items there are, None if that is unknown.
     """
 
     def __init__(self, length: int | None) -> None:
@@ -105,7 +105,7 @@ class _Outputs:
         self._used: list[int] = []
 
     def check(self, output: Any, number: int) -> None:
-        """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are looked at."""
+        """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are checked."""
         leaves = tree.flatten(output)[0]
         structure = jax.tree_util.tree_structure(output)
         scalar = next((path for path, leaf in leaves.items() if not leaf.shape), None)

@@ -41,7 +41,7 @@ def check_metrics(where: str, metrics: Any) -> dict[str, Metric]:
         if not callable(metric):
             raise TypeError(
                 f"{where} expected the metric {name!r} to be a function (predictions, targets), received "
-                f'{tree.describe(metric)}. Write {{"{name}": metrics.accuracy}}, or a function of your own.'
+                f'{tree.describe(metric)}. Write {{"{name}": metrics.accuracy}}, or your own function.'
             )
     if not metrics:
         fix = 'Write {"accuracy": metrics.accuracy}.'

@@ -58,14 +58,20 @@ class _Adapter:
     def __init__(self, hk: Any, transformed: Any, sample: Any, ctx: Context) -> None:
         if not isinstance(transformed, (hk.Transformed, hk.TransformedWithState)):
             called = getattr(transformed, "__name__", "f")
+            if isinstance(transformed, (hk.MultiTransformed, hk.MultiTransformedWithState)):
+                kind = type(transformed).__name__.removeprefix("Multi")
+                raise TypeError(
+                    f"haiku expected one function, received a {type(transformed).__name__}, which has several. Choose "
+                    f'one: interop.haiku(hk.{kind}(multi.init, multi.apply["encode"]), x), or multi.apply.encode.'
+                )
             raise TypeError(
                 "haiku expected a function transformed by hk.transform or hk.transform_with_state, received "
                 f"{tree.describe(transformed)}. Write interop.haiku(hk.transform_with_state({called}), x)."
             )
         self.sample, self.ctx = sample, ctx
         self.stateful = isinstance(transformed, hk.TransformedWithState)
-        self.function = transformed if self.stateful else hk.with_empty_state(transformed)
-        self.keyed = "rng" in inspect.signature(transformed.apply).parameters
+        self.function = transformed if self.stateful else _WithEmptyState(transformed)
+        self.keyed = _takes_key(transformed, 1 + self.stateful)
         original = inspect.signature(transformed.apply)
         self.keywords = Keywords.of(transformed.apply, 2 + self.stateful + self.keyed)
         self.name = "haiku(" + ", ".join(list(original.parameters)[1 + self.stateful + self.keyed :]) + ")"
@@ -100,3 +106,24 @@ class _Adapter:
 
     def export(self, vars: Vars) -> Any:
         return (vars.params, vars.state) if self.stateful else vars.params
+
+
+class _WithEmptyState:
+    """As ``hk.with_empty_state``, which needs a mark on the functions that those of ``hk.multi_transform`` lack."""
+
+    def __init__(self, transformed: Any) -> None:
+        self._transformed = transformed
+
+    def init(self, *args: Any, **words: Any) -> tuple[Any, Any]:
+        return self._transformed.init(*args, **words), {}
+
+    def apply(self, params: Any, state: Any, *args: Any, **words: Any) -> tuple[Any, Any]:
+        return self._transformed.apply(params, *args, **words), state
+
+
+def _takes_key(transformed: Any, held: int) -> bool:
+    """Return whether ``apply`` takes a key after the ``held`` arguments for params and state, whatever its name is."""
+    init, apply = (list(inspect.signature(f).parameters.values()) for f in (transformed.init, transformed.apply))
+    if any(p.kind is p.VAR_POSITIONAL for p in (*init, *apply)):
+        return [p.name for p in apply[held : held + 1]] == ["rng"]
+    return len(apply) - held == len(init)  # init takes a key and then the inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kaun import rng, tree
@@ -55,7 +55,7 @@ def linen(
 
     Raises:
         ImportError: If flax is not installed.
-        TypeError: If ``module`` is not a Linen module.
+        TypeError: If ``module`` is not a Linen module, or takes the entries of a ``sample`` that is a dict one by one.
         MissingContext: If the call needs a name that the Context does not have.
         ValueError: When applied, if the call changes the structure of its state.
 
@@ -97,6 +97,7 @@ class _Adapter:
                 'the forward pass: interop.linen(module, x, method="encode").'
             )
         self.keywords = Keywords.of(call, 2)
+        _check_inputs(self.name, self.keywords.required, sample)
         words = self.keywords.required
         self.fields = [f for f in SWITCHES if f in module.__dataclass_fields__ and f not in words]
 
@@ -146,6 +147,18 @@ def _keys() -> dict[str, Any]:
     # Flax uses the stream "params" in place of one that is missing. Its key differs from that of "dropout": each stream
     # counts its own draws, so two streams with one key would draw the same numbers.
     return {"dropout": rng.next_key(), "params": rng.next_key()}
+
+
+def _check_inputs(name: str, required: Mapping[str, bool], sample: Any) -> None:
+    """Refuse a dict of inputs for a call that takes them one by one: it would be the first of them."""
+    if isinstance(sample, Mapping) and len(sample) > 1:
+        by_name = [key for key in sample if required.get(key)]
+        if by_name:
+            words = ", ".join(f"{key}=x[{key!r}]" for key in sample)
+            raise TypeError(
+                f"{name} takes {', '.join(map(repr, by_name))} as an argument of its own, and a layer has one input, "
+                f"here a dict with that name. Write interop.linen(module, x, method=lambda module, x: module({words}))."
+            )
 
 
 def _check(flax: Any, module: Any) -> None:

@@ -128,7 +128,10 @@ def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int
         raise ValueError("split(pattern, into) expected a template for each part, received none. Use drop(pattern).")
     call = f"split({pattern!r}, {templates!r}, axis={axis}{'' if given is None else f', sizes={given}'})"
     if given is not None and len(given) != len(templates):
-        raise ValueError(f"{call}: into names {len(templates)} parts, and sizes has {len(given)}. Give one for each.")
+        raise ValueError(
+            f"{call}: into has {len(templates)} templates, and sizes has {len(given)} entries. Give one size for each "
+            "template."
+        )
     change = functools.partial(_cut, call, len(templates), axis, given)
     return _rule(call, pattern, tuple(templates), change)
 
@@ -171,8 +174,8 @@ def mapped(weights: Mapping[str, Any], mapping: Sequence[Rule]) -> tuple[dict[st
             for new, part in zip(names, (array,) if match is None else rule.change(name, array), strict=True):
                 if new in named:
                     raise ValueError(
-                        f"safetensors.into: {rule} gives {old[name]!r} the name {new!r}, which {origins[new]!r} has. "
-                        "Make its pattern narrower, or drop(pattern) one of the two first."
+                        f"safetensors.into: {rule} gives {old[name]!r} the name {new!r}, which {origins[new]!r} "
+                        "already has. Make its pattern narrower, or drop(pattern) one of the two first."
                     )
                 named[new], origins[new] = part, old[name]
         if not matched:
@@ -256,7 +259,7 @@ def _cut(call: str, parts: int, axis: int, sizes: list[int] | None, name: str, a
     length = array.shape[axis]
     if sizes is None and length % parts:
         raise ValueError(
-            f"{call}: axis {axis} of {name!r}, {tree.describe(array)}, cannot be cut into {parts} equal parts. Give "
+            f"{call}: axis {axis} of {name!r}, {tree.describe(array)}, cannot be split into {parts} equal parts. Give "
             "sizes=[...], or another axis=."
         )
     each = [length // parts] * parts if sizes is None else sizes

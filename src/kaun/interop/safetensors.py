@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun.checkpoint import read_safetensors
+from kaun.checkpoint import UnreadDtype, read_safetensors
 from kaun.interop.rules import Array, Rule, drop, mapped, rename, split, transpose, unmatched
 from kaun.layers.core import Vars
 
 __all__ = ["Rule", "drop", "into", "load", "rename", "split", "transpose"]
 
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _LISTED = 20  # lines of each kind in an error
 
 
@@ -32,7 +34,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
 
     Args:
         path: A file; or a folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files
-            that it names (which may not lie outside the folder); or such an index.
+            that it names (which may not lie outside the folder); or such an index. A folder without these two may have
+            one such file or index of another name, such as ``adapter_model.safetensors``.
 
     Returns:
         NumPy arrays by name, with the shapes and dtypes in the file (bfloat16 and float8 are JAX's dtypes).
@@ -61,7 +64,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
         return _read(file)
     weights: dict[str, Array] = {}
     for name, expected in _shards(file).items():
-        part = _read(file.parent / name)
+        part = _read(_shard(file, name))
         if part.keys() != expected:
             wrong = sorted(part.keys() ^ expected)
             raise ValueError(
@@ -137,8 +140,13 @@ def _inside(folder: Path) -> Path:
     """The weights file or the index in a folder."""
     both = [folder / _INDEX, folder / "model.safetensors"]
     present = [file for file in both if file.is_file()]
-    if len(present) == 1:
-        return present[0]
+    # Other names of the hub: diffusion_pytorch_model, adapter_model, model.fp16.
+    found = sorted(file for file in folder.iterdir() if file.is_file())
+    indexes = [file for file in found if file.name.endswith(_INDEX.removeprefix("model"))]
+    single = [file for file in found if file.name.endswith(".safetensors") and not _SHARD.search(file.name)]
+    for named in (present, [*indexes, *single]):
+        if len(named) == 1:
+            return named[0]
     if present:
         raise ValueError(
             f"safetensors.load: {str(folder)!r} has {both[1].name!r} and {_INDEX!r}. Pass the one to read, "
@@ -149,6 +157,16 @@ def _inside(folder: Path) -> Path:
         f"safetensors.load: {str(folder)!r} has neither {both[1].name!r} nor {_INDEX!r}, only {names[:_LISTED]}. Pass "
         "the file itself, load('folder/name.safetensors')."
     )
+
+
+def _shard(index: Path, name: str) -> Path:
+    file = index.parent / name
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"safetensors.load: {str(index)!r} names {name!r}, which is not a file in its folder. Download the folder "
+            "again: a part of the weights is missing."
+        )
+    return file
 
 
 def _shards(index: Path) -> dict[str, set[str]]:
@@ -171,6 +189,11 @@ def _read(file: Path) -> dict[str, Array]:
             _refuse_pickle(file, opened.peek(8)[:8])
         try:
             return read_safetensors(opened)
+        except UnreadDtype as err:
+            raise ValueError(
+                f"safetensors.load: {str(file)!r} cannot be read: {err}. Convert those arrays with the program that "
+                "wrote them, to bfloat16 for example."
+            ) from err
         except ValueError as err:
             raise _damaged(file, str(err)) from err
 
@@ -252,7 +275,7 @@ def _misfits(
     lines = _table([("", "name", "expected", "found", ""), *(row for rows in groups for row in rows[:_LISTED])])
     words = ("missing", "unexpected", "of a wrong shape", "of a wrong dtype")
     total = ", ".join(f"{count} {word}" for count, word in zip(counts, words, strict=True) if count)
-    more = f"\n  (of each kind the first {_LISTED})" if max(counts) > _LISTED else ""
+    more = f"\n  (the first {_LISTED} of each kind)" if max(counts) > _LISTED else ""
     return (
         f"safetensors.into: the weights do not fit the variables, nothing was loaded; {total}:\n{lines}{more}"
         f"{_fixes(failing, shapes, dtypes, strict)}"

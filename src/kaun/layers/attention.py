@@ -128,7 +128,7 @@ def rope(x: Any, theta: float = 10000.0, seq_axis: int = -2) -> jax.Array:
     theta, half = positive("rope", "theta", theta), x.shape[-1] // 2
     if x.shape[-1] % 2:
         raise ValueError(
-            f"{here('rope')} expected an even last axis, whose halves it rotates, received {tree.describe(x)}."
+            f"{here('rope')} expected a last axis of even size, received {tree.describe(x)}: it rotates its two halves."
         )
     axis = seq_axis + x.ndim if seq_axis < 0 else seq_axis
     if not 0 <= axis < x.ndim - 1:
@@ -156,7 +156,7 @@ def _heads(embed_dim: int, num_heads: int, num_kv_heads: int | None, rotate: boo
     kv_heads = heads if num_kv_heads is None else size(layer, "num_kv_heads", num_kv_heads)
     if embed % heads:
         raise ValueError(
-            f"{layer}(embed_dim={embed}, num_heads={heads}): the heads must divide embed_dim evenly, received "
+            f"{layer}(embed_dim={embed}, num_heads={heads}): num_heads must divide embed_dim evenly, received "
             f"{embed} / {heads} = {embed / heads:g}. Write embed_dim={-(-embed // heads) * heads}, for example."
         )
     if heads % kv_heads:
@@ -181,7 +181,7 @@ def _key_mask(name: str, x: jax.Array, ctx: Context) -> jax.Array | None:
     if not (tree.is_array(mask) and any(jnp.issubdtype(mask.dtype, kind) for kind in kinds)):
         raise TypeError(
             f"{expected}, received {tree.describe(mask)}. Write mask != 0 for a mask of zeros and ones, mask == 0 for "
-            "one that is added to the logits; without a mask, leave the name out of the context."
+            "one that is added to the logits; to use no mask, leave attention_mask out of the context."
         )
     if mask.shape != x.shape[:2]:
         raise ValueError(

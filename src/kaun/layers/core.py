@@ -196,7 +196,9 @@ class Layer(Generic[In, Out]):
         return compose(self, other)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"Layer is immutable: instead of .{name} = ..., make another, Layer(init=..., apply=...).")
+        raise AttributeError(
+            f"Layer is immutable: instead of .{name} = ..., make another layer, Layer(init=..., apply=...)."
+        )
 
     def __copy__(self) -> Layer[In, Out]:
         return self
@@ -340,7 +342,8 @@ def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
         if jnp.shape(y) != jnp.shape(x) or jnp.result_type(y) != jnp.result_type(x):
             raise ValueError(
                 f"{here('residual')} adds its input {tree.describe(x)} to its inner layer's output "
-                f"{tree.describe(y)}: shapes and dtypes must be equal. Make {inner.name.splitlines()[0]} keep them."
+                f"{tree.describe(y)}: shapes and dtypes must be equal. Change "
+                f"{inner.name.splitlines()[0]} so that it keeps both."
             )
         return x + y, vars.replace(state={"inner": after.state})
 
@@ -358,7 +361,7 @@ def _has_an_address(function: Any) -> bool:
 
 
 def _pickles_closures() -> bool:
-    """Whether cloudpickle (its own copy in joblib or ray, too) is pickling: its pickler calls C, and C calls us."""
+    """Whether cloudpickle is pickling, also as the copy in joblib or ray: its pickler calls C, and C calls us."""
     return "cloudpickle" in sys._getframe(2).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
 
 
@@ -389,5 +392,5 @@ def _block(head: str, children: Sequence[Layer[Any, Any]], left: str = "", right
 
 def _must_be_layer(where: str, value: Any) -> None:
     if not isinstance(value, Layer):
-        hint = ", did you forget to call it?" if callable(value) else "."
+        hint = ". Did you forget to call it?" if callable(value) else "."
         raise TypeError(f"{where} expected layers, received {value!r}{hint} For a plain function write layers.fn(f).")

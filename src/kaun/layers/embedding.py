@@ -78,7 +78,7 @@ def _must_be_in_range(name: str, indices: np.ndarray[Any, Any], vocab: int) -> N
     if len(outside):
         position = tuple(int(i) for i in outside[0])
         index = int(indices[position])
-        fix = f"Make vocab_size {index + 1} or more" if index >= vocab else "Give padding its own index"
+        fix = f"Make vocab_size {index + 1} or more" if index >= vocab else f"Use an index below {vocab} for padding"
         raise ValueError(
             f"{here(name)} expected indices in [0, {vocab}), received {index} at position {list(position)}. "
             f"{fix}, or correct the indices."

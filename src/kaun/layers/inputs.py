@@ -39,21 +39,21 @@ def float_input(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         fix = f"x.astype(jnp.{jnp.dtype(dtype).name if dtype is not None else 'float32'})"
         raise TypeError(
-            f"{here(name)} expected {expected}, {received}: it works on floats. Convert the input, {fix}, or put "
-            "layers.embedding(...) first if these are indices."
+            f"{here(name)} expected {expected}, {received}: the layer needs floating-point input. Convert it, {fix}, "
+            "or put layers.embedding(...) first if these are indices."
         )
     if dtype is not None and x.dtype != dtype:
         raise TypeError(
-            f"{here(name)} expected {expected}, {received}: the model is {jnp.dtype(dtype).name}. Convert the input, "
-            f"x.astype(jnp.{jnp.dtype(dtype).name}), or make the model with init(dtype=jnp.{x.dtype.name})."
+            f"{here(name)} expected {expected}, {received}: the parameters are {jnp.dtype(dtype).name}. Convert the "
+            f"input, x.astype(jnp.{jnp.dtype(dtype).name}), or make the model with init(dtype=jnp.{x.dtype.name})."
         )
     if (ndim is not None and x.ndim != ndim) or x.ndim == 0:
         wanted = ndim or "one or more"
-        raise ValueError(f"{here(name)} expected {expected}, {received}: {x.ndim} axes instead of {wanted}.")
+        raise ValueError(f"{here(name)} expected {expected}, {received}: it has {x.ndim} axes instead of {wanted}.")
     if features is not None and x.shape[-1] != features:
         raise ValueError(
-            f"{here(name)} expected {expected}, {received}: the last axis is {x.shape[-1]}, not {features}. "
-            f"Make the layer {x.shape[-1]} wide, or the one before it {features}."
+            f"{here(name)} expected {expected}, {received}: the last axis has size {x.shape[-1]}, not {features}. "
+            f"Make the layer with {x.shape[-1]} input features, or the layer before it with {features} output features."
         )
     return x
 
@@ -67,7 +67,7 @@ def int_input(name: str, x: Any, *, layout: str = "...") -> jax.Array:
     x = _as_jax(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(
-            f"{here(name)} expected int[{layout}], received {tree.describe(x)}: it works on indices. "
+            f"{here(name)} expected int[{layout}], received {tree.describe(x)}: the layer needs integer indices. "
             "Convert the input, x.astype(jnp.int32)."
         )
     return x

@@ -225,7 +225,7 @@ def _batch_statistics(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     if count < 2:
         raise ValueError(
             f"{here(name)} expected two or more values for each feature in training, received {tree.describe(x)}, "
-            f"{count} for each: the output would not depend on the input. Drop a last batch of one with "
+            f"{count} for each: the output would not depend on the input. Drop a last batch of one example with "
             "Data.batches(..., drop_last=True), or use layers.layer_norm."
         )
     z = x.astype(accumulation_dtype(x.dtype))

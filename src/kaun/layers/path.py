@@ -28,7 +28,12 @@ def at(key: str) -> Generator[None, None, None]:
         path = ".".join(_path.get())
         if not hasattr(err, "kaun_layer"):  # the innermost layer is named
             err.kaun_layer = path  # pyright: ignore[reportAttributeAccessIssue]
-            if repr(path) not in str(err):
+            if isinstance(err, RecursionError):
+                err.add_note(
+                    f"The model nests {len(_path.get())} layers deep. A long chain is sequential([a, b, ...]), not "
+                    "a >> b >> ..., which is one layer inside another for each >>."
+                )
+            elif repr(path) not in str(err):
                 err.add_note(f"In the model's layer {path!r}.")
         raise
     finally:

@@ -126,8 +126,8 @@ def _pool(name: str, window: tuple[int, int], reduce: Callable[[jax.Array], jax.
         x = float_input(name, x, ndim=4, layout="batch, height, width")
         if window[0] > x.shape[1] or window[1] > x.shape[2]:
             raise ValueError(
-                f"{here(name)} expected images of at least {window[0]} x {window[1]}, its window, received "
-                f"{tree.describe(x)}. Use a smaller kernel_size, or pool less in the layers before."
+                f"{here(name)} expected images of at least {window[0]} x {window[1]}, its window size, received "
+                f"{tree.describe(x)}. Use a smaller kernel_size, or less pooling in the layers before it."
             )
         return reduce(x).astype(x.dtype)
 

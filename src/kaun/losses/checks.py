@@ -12,8 +12,8 @@ from kaun import tree
 from kaun._jax import is_traced
 
 __all__ = [
-    "Array", "as_array", "class_indices", "equal_shapes", "floats", "index_shape", "known", "not_empty",
-    "zeros_and_ones",
+    "Array", "as_array", "class_indices", "distributions", "equal_shapes", "floats", "index_shape", "known",
+    "not_empty", "probabilities", "zeros_and_ones",
 ]  # fmt: skip
 
 Array = jax.Array | np.ndarray[Any, Any] | np.generic
@@ -26,6 +26,11 @@ def as_array(where: str, name: str, value: Any) -> jax.Array:
     if not tree.is_array(value):
         raise TypeError(
             f"{where} expected an array for {name}, received {type(value).__name__}. Write jnp.asarray({name})."
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{where} expected {name} without a mask, received a masked {tree.describe(value)}: masked elements would "
+            f"count. Leave them out: keep = ~np.ma.getmaskarray({name}), then index both arrays with keep."
         )
     # A copy, because on a CPU JAX reads the memory of a NumPy array after this call has returned.
     return jnp.asarray(tree.snapshot(value))
@@ -46,7 +51,7 @@ def not_empty(where: str, name: str, x: jax.Array) -> None:
     if x.size == 0:
         raise ValueError(
             f"{where} expected at least one element, received {name} {tree.describe(x)}: the mean of no "
-            "elements is NaN. Leave empty batches out."
+            "elements is NaN. Skip empty batches."
         )
 
 
@@ -61,8 +66,8 @@ def equal_shapes(where: str, left: str, a: jax.Array, right: str, b: jax.Array) 
     else:
         fix = f"Make {right}.shape equal {left}.shape"
     raise ValueError(
-        f"{where} expected equal shapes, received {left} {tree.describe(a)} and {right} {tree.describe(b)}: nothing "
-        f"broadcasts. {fix}."
+        f"{where} expected equal shapes, received {left} {tree.describe(a)} and {right} {tree.describe(b)}: they "
+        f"are not broadcast. {fix}."
     )
 
 
@@ -106,7 +111,7 @@ def class_indices(where: str, name: str, value: Any, classes: int) -> tuple[jax.
     if host is not None:
         host = host.astype(np.int64) if host.dtype.itemsize < 8 else host
         fix = (
-            "To leave rows out, index both arrays with a mask first, or weight the rows of "
+            "To exclude rows, index both arrays with a mask first, or weight the rows of "
             "optax.losses.softmax_cross_entropy_with_integer_labels"
         )
         _none_outside(where, name, host, (host >= 0) & (host < classes), f"0 to {classes - 1}", fix)
@@ -134,6 +139,29 @@ def zeros_and_ones(where: str, name: str, value: Any) -> tuple[jax.Array, jax.Ar
         fix = f"Write {name} > 0 if another number means 1" if hard else f"Write {name} > 0.5 for hard labels"
         _none_outside(where, name, host, (host == 0) | (host == 1), "0 and 1", fix)
     return labels == 1, (labels == 0) | (labels == 1)
+
+
+def probabilities(where: str, name: str, value: Any) -> None:
+    """Refuse numbers outside of 0 to 1, where they are known."""
+    host = known(value)
+    if host is not None:
+        fix = f"Write {name} / {name}.max() for grey values, or {name} > 0 if another number means 1"
+        _none_outside(where, name, host, (host >= 0) & (host <= 1), "0 to 1", fix)
+
+
+def distributions(where: str, name: str, value: Any) -> None:
+    """Refuse rows that are not distributions over the last axis, where they are known.
+
+    A sum may differ from 1 by a hundredth: rounded numbers, and half precision.
+    """
+    host = known(value)
+    if host is None:
+        return
+    fix = "For several classes at once in a row use losses.binary_cross_entropy"
+    _none_outside(where, name, host, host >= 0, "0 to 1", fix)
+    sums = host.astype(np.float64).sum(axis=-1)
+    fix = f"{fix}; leave rows without a class out; or write {name} / {name}.sum(axis=-1, keepdims=True)"
+    _none_outside(where, f"{name}.sum(axis=-1)", sums, abs(sums - 1) <= 0.01, "1", fix)
 
 
 def known(value: Any) -> np.ndarray[Any, Any] | None:

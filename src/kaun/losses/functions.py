@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import optax
 
 from kaun import tree
-from kaun.losses.checks import Array, as_array, class_indices, equal_shapes, floats, index_shape, known, zeros_and_ones
+from kaun.losses.checks import (
+    Array,
+    as_array,
+    class_indices,
+    distributions,
+    equal_shapes,
+    floats,
+    index_shape,
+    known,
+    probabilities,
+    zeros_and_ones,
+)
 
 __all__ = ["binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"]
 
@@ -31,8 +42,8 @@ def cross_entropy(logits: Array, one_hot: Array) -> jax.Array:
     Raises:
         TypeError: If an argument is not an array, the logits are not floating, or the labels have another floating
             dtype.
-        ValueError: If the shapes differ, there are no elements, or an integer label (of known value) is neither 0 nor
-            1.
+        ValueError: If the shapes differ, there are no elements, or, of known value, an integer label is neither 0 nor 1
+            or a row is negative somewhere or does not sum to 1 (within 0.01).
 
     Examples:
         >>> import jax.numpy as jnp
@@ -52,6 +63,7 @@ def cross_entropy(logits: Array, one_hot: Array) -> jax.Array:
         )
     equal_shapes(where, "logits", logits, "one_hot", labels)
     labels, valid = _binary_or_float(where, ("logits", logits), ("one_hot", labels), one_hot)
+    distributions(where, "one_hot", one_hot)
     rows = optax.losses.safe_softmax_cross_entropy(logits, labels)
     return jnp.where(valid.all(axis=-1), rows, jnp.nan).mean()
 
@@ -105,8 +117,8 @@ def binary_cross_entropy(logits: Array, labels: Array) -> jax.Array:
     Raises:
         TypeError: If an argument is not an array, the logits are not floating, or the labels have another floating
             dtype.
-        ValueError: If the shapes differ, there are no elements, or an integer label (of known value) is neither 0 nor
-            1.
+        ValueError: If the shapes differ, there are no elements, or, of known value, an integer label is neither 0 nor 1
+            or a float one outside of 0 to 1.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -119,6 +131,7 @@ def binary_cross_entropy(logits: Array, labels: Array) -> jax.Array:
     given = as_array(where, "labels", labels)
     equal_shapes(where, "logits", logits, "labels", given)
     given, valid = _binary_or_float(where, ("logits", logits), ("labels", given), labels)
+    probabilities(where, "labels", labels)
     elements = optax.losses.sigmoid_binary_cross_entropy(logits, given)
     return jnp.where(valid, elements, jnp.nan).mean()
 
@@ -223,8 +236,8 @@ def _equal_dtypes(where: str, left: tuple[str, jax.Array], right: tuple[str, jax
             f"{b_name}.astype(jnp.{a.dtype})"
         )
     raise TypeError(
-        f"{where} expected equal dtypes, received {a_name} {tree.describe(a)} and {b_name} {tree.describe(b)}: nothing "
-        f"is cast. {fix}."
+        f"{where} expected equal dtypes, received {a_name} {tree.describe(a)} and {b_name} {tree.describe(b)}: they "
+        f"are not converted. {fix}."
     )
 
 

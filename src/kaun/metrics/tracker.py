@@ -166,7 +166,7 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
         return {name: _ratio(place, name, results[name]) for name in names}
 
     if not run_ahead(cast("Iterable[Any]", data), measure, functools.partial(add_scalars, sums)):
-        raise ValueError(f"{where} expected at least one item, received none: the mean of nothing is not a number.")
+        raise ValueError(f"{where} expected at least one item, received none: the mean of no items is undefined.")
     return {name: sums[name] for name in names}
 
 

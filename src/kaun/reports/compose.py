@@ -12,8 +12,18 @@ import numpy as np
 
 from kaun import tree
 from kaun._messages import locate
-from kaun._report import Report, ReportFunction, check_report, check_takes, measured_by_call, member, names_of
-from kaun._run import report_kind
+from kaun._report import (
+    Composite,
+    Report,
+    ReportFunction,
+    check_report,
+    check_takes,
+    measured_by_call,
+    member,
+    names_of,
+)
+from kaun._run import keeping, match_reports, report_kind, snapshot_reports
+from kaun.data import stages_of
 from kaun.errors import EarlyStop
 from kaun.train import TrainState
 
@@ -49,7 +59,7 @@ def every(n: int, f: Report | ReportFunction) -> Report:
     if n < 1:
         raise ValueError(f"every expected a number of steps of at least 1, received {n}. Write every(100, report).")
     check_report(f, "every")
-    if isinstance(f, _AllOf):  # so that what one of them measures reaches the reports outside, too
+    if isinstance(f, _AllOf):  # so that the reports outside also receive what one of them measures
         return _AllOf([_Every(n, report) for report in f.reports])
     return _Every(n, f)
 
@@ -59,7 +69,7 @@ def all_of(*reports: Report | ReportFunction) -> Report:
 
     When one raises EarlyStop, the later ones that want this step are still called, so that a logger after a stopper
     does not miss the last step; then ``fit`` stops. Any other exception is raised at once. What one measures
-    (``validate``, say) is given to the others that observe (``progress``, ``history``), whatever their order. Without
+    (``validate``) is passed to the others that observe (``progress``, ``history``), in any order. Without
     any reports it wants no step.
 
     Raises:
@@ -83,13 +93,13 @@ def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
     """Return the report that calls ``f(epoch, state)`` after each pass over ``train`` within one ``fit``.
 
     Args:
-        train: The pipeline of one epoch, of known length; ``fit`` gets ``train.epochs(n)``.
+        train: The pipeline of one epoch, of known length; ``fit`` gets ``train.epochs(n)``. Of that, one epoch counts.
         f: Called with the number of the pass in this fit, from 1 (a resumed run continues the count), and the
             TrainState after it; may raise EarlyStop.
 
     Raises:
         TypeError: If the length of ``train`` is unknown, or ``f`` is not callable with ``(epoch, state)``.
-        ValueError: If ``train`` is empty.
+        ValueError: If ``train`` is empty, or is a part of several epochs.
 
     Examples:
         >>> from kaun import reports
@@ -106,7 +116,7 @@ def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
 
 
 def steps_of_a_pass(where: str, train: Sized, fix: str) -> int:
-    """Return the length of a one-epoch pipeline, which must be known and not 0."""
+    """Return the length of a one-epoch pipeline, which must be known and not 0; of ``epochs(n)`` that of one epoch."""
     try:
         length = len(train)
     except TypeError:
@@ -116,7 +126,23 @@ def steps_of_a_pass(where: str, train: Sized, fix: str) -> int:
         ) from None
     if length == 0:
         raise ValueError(f"{where} expected the pipeline of one epoch, received an empty one (length 0).")
-    return length
+    return _one_pass(where, train, length)
+
+
+def _one_pass(where: str, train: Any, length: int) -> int:
+    stages = stages_of(train)
+    first = next((i for i, stage in enumerate(stages) if stage.name == "Data.epochs"), None)
+    if first is None:
+        return length
+    epochs, before = 1, stages[first - 1].length
+    for stage in stages[first:]:
+        epochs *= stage.given["n"] if stage.name == "Data.epochs" else 1
+        if before is None or stage.length != epochs * before:  # a stage after it cuts or joins items
+            raise ValueError(
+                f"{where} expected the pipeline of one epoch, received {train!r}, whose items are not whole epochs. "
+                "Pass the pipeline of which fit gets epochs(n): each=train, with trainer.fit(state, train.epochs(n))."
+            )
+    return length // epochs
 
 
 class _Every(Report):
@@ -125,6 +151,7 @@ class _Every(Report):
         self.__name__ = report_kind(f)
         self.measures, self.watches = measured_by_call(f), names_of(f, "watches")
         self.adds_values = _adds_values(f)
+        self.path = getattr(f, "path", "")
         self._wants, self._begin = member(f, "wants"), member(f, "begin")
         # All else is that of f. A member that f lacks stays the default, for which `fit` does no work.
         for name in ("block", "end", "compiling", "observe", "snapshot", "restore"):
@@ -138,18 +165,21 @@ class _Every(Report):
         # fit calls for wanted steps only; a user's own function may call it after each step.
         return self._f(step, loss, state) if step % self._n == 0 else None
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
         if self._begin is not None:
-            self._begin(first_step, total, measured, math.lcm(self._n, every))
+            self._begin(first_step, total, measured, math.lcm(self._n, every), state)
 
 
-class _AllOf(Report):
+class _AllOf(Composite):
     def __init__(self, reports: Sequence[Report | ReportFunction]) -> None:
         self.reports = reports
         self._measured = frozenset[str]().union(*[measured_by_call(report) for report in reports])
         self.measures = self._measured
         self.watches = frozenset[str]().union(*[names_of(report, "watches") for report in reports])
-        # Who answered True, by step, until the step's call; one dict for each fit that is running (fits may nest).
+        # The reports that answered True, by step, until its call; one dict for each running fit (fits may nest).
         self._wanted: list[dict[int, list[Report | ReportFunction]]] = [{}]
         self._wants = [(report, member(report, "wants")) for report in reports]
         self._observers = _members(reports, "observe")
@@ -159,9 +189,9 @@ class _AllOf(Report):
         blocks = _members([report for report in reports if not _adds_values(report)], "block")
         if adding or blocks:  # only then does `fit` collect the values
             self.block = functools.partial(_hand_out, [block for _, block in adding], [block for _, block in blocks])
-        if snapshots := _members(reports, "snapshot"):  # methods of its own would be a cycle, which keeps states alive
-            self.snapshot = functools.partial(_snapshot, snapshots)
-            self.restore = functools.partial(_restore, _members([report for report, _ in snapshots], "restore"))
+        if kept := keeping(self):  # methods of its own would be a cycle, which keeps states alive
+            self.snapshot = functools.partial(snapshot_reports, kept)
+            self.restore = functools.partial(_restore, kept)
 
     def wants(self, step: int) -> bool:
         wanted = [report for report, wants in self._wants if wants is None or wants(step)]
@@ -173,8 +203,8 @@ class _AllOf(Report):
         wanted = self._wanted[-1].pop(step, None)
         if wanted is None:
             raise RuntimeError(
-                f"all_of(...) was called for step {step}, which it was not asked about, so its reports cannot all be "
-                "served. Do not call it from a function of your own; give that function to it, and it to fit:\n"
+                f"all_of(...) was called for step {step}, but its wants({step}) was not called before, so it does "
+                "not know which reports to call. Do not call it from your own function; pass that function to it:\n"
                 "    trainer.fit(state, data, report=reports.all_of(..., your_function))"
             )
         stops: list[EarlyStop] = []
@@ -193,10 +223,13 @@ class _AllOf(Report):
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         _raise_first(_observed(self._observers, step, values, state, None))
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
         self._wanted.append({})
         for _, begin in self._begins:
-            begin(first_step, total, measured | self._measured, every)
+            begin(first_step, total, measured | self._measured, every, state)
 
     def compiling(self, where: str) -> Callable[[float], None]:
         compiled = [done for done in [compiling(where) for _, compiling in self._compilings] if callable(done)]
@@ -282,28 +315,11 @@ def _checked_values(values: Any, report: Any) -> Mapping[str, float]:
     return values
 
 
-def _snapshot(snapshots: Sequence[tuple[Any, Callable[..., Any]]]) -> dict[str, Any]:
-    """What each report keeps, in one flat dict; keys are position, kind and the report's own name for it."""
-    keys = _keys(snapshots)
-    kept: dict[str, Any] = {"reports": keys}
-    for key, (_, snapshot) in zip(keys, snapshots, strict=True):
-        kept |= {f"{key}/{name}": value for name, value in snapshot().items()}
-    return kept
-
-
-def _restore(restores: Sequence[tuple[Any, Callable[..., Any]]], values: Mapping[str, Any]) -> None:
-    was, now = list[str](values.get("reports", ())), _keys(restores)
-    if was != now:
-        lines = [f"saved, and not there now: {key}" for key in was if key not in now]
-        lines += [f"there now, and not saved: {key}" for key in now if key not in was]
-        names = ", ".join(f"{key.partition(' ')[2]}(...)" for key in was) or "...  # without those"
-        raise ValueError(
-            "The reports are not those of the run that was saved. By position among those that keep something, and "
-            "kind:\n  " + "\n  ".join(lines) + f"\nPass the same ones in the same order: reports.all_of({names})."
-        )
-    for key, (_, restore) in zip(now, restores, strict=True):
-        restore({name[len(key) + 1 :]: value for name, value in values.items() if name.startswith(f"{key}/")})
-
-
-def _keys(reports: Sequence[tuple[Any, Any]]) -> list[str]:
-    return [f"{position} {report_kind(report)}" for position, (report, _) in enumerate(reports, start=1)]
+def _restore(reports: Sequence[Any], values: Mapping[str, Any]) -> None:
+    matched, gone = match_reports(reports, values)
+    if gone:
+        raise ValueError("The reports are not those of the run that was saved:\n  " + "\n  ".join(gone))
+    for report, kept in matched:
+        restore = member(report, "restore")
+        assert restore is not None
+        restore(kept)

@@ -6,8 +6,10 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
+from kaun import tree
 from kaun._report import Report
 from kaun._run import saved_values
 from kaun.errors import EarlyStop
@@ -21,12 +23,18 @@ def early_stopping(
 ) -> EarlyStopping:
     """Return the report that keeps the best state by a value, and ends the fit when that value stops improving.
 
-    The value is what another report of the same ``all_of`` measures under this name (``validate``, say). If none
-    measures ``"loss"``, ``monitor="loss"`` is the training loss: its mean over the steps since the last time, at the
-    steps of the ``every(n, ...)`` that contains the report. Without ``every`` it wants, and waits for, each step.
+    The value is what another report of the same ``all_of`` measures under this name, such as ``validate``. ``fit``
+    returns the last state; the best one is ``stopper.best``, whatever stopped the run: the end of the data, this
+    report, another, an exception. Only a better state is copied.
 
-    The best state is kept whatever stopped the run: the end of the data, this report, another, an exception. Only a
-    better state is copied. Passed to several fits, it continues from where it was.
+    If no report measures ``"loss"``, ``monitor="loss"`` is the training loss. A step computes the loss of the state
+    before it, so ``best`` is then the state before the step whose loss was best. In ``every(n, stopper)`` the value is
+    the mean loss of the n steps of a window, weighted by their numbers of examples, and the state is the one at the
+    window's start. Skipped steps are left out; a window without any others has no value. A state is copied for each
+    window; without ``every`` that is each step, for which ``fit`` waits.
+
+    Passed to a further fit of the same run, one that begins where the last one ended or later, it continues from where
+    it was. A fit of another run, of another state or from an earlier step, begins without a best state.
 
     Args:
         monitor: The name of the value.
@@ -94,27 +102,36 @@ class EarlyStopping(Report):
     """
 
     watches: Collection[str]
+    _held = "after the step at which it was measured"
 
     def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
         self.watches = frozenset({monitor})
         self._monitor, self._sign, self._patience, self._min_delta = monitor, sign, patience, min_delta
+        self._run: bytes | None = None  # the key of the run that it judges, None where that is not known
+        self._offset = 0  # from the fit's steps to those of the state
+        self._last = 0  # the step of the newest state that it has seen
+        self._judged = 0  # the last step, of this fit
+        self._forget()
+
+    def _forget(self) -> None:
         self._best: TrainState | None = None
         self._value = -math.inf  # of the best state; this and the next are negated for "min"
         self._passed = -math.inf  # what a value must pass by min_delta
         self._waited = 0
-        self._judged = 0  # the last step, of this fit
-        self._sum, self._count = 0.0, 0  # of the training loss since the last time, where that is judged
 
     @property
     def best(self) -> TrainState:
-        """The state after the step with the best value.
+        """The state with the best value: after the step at which it was measured.
+
+        For the training loss it is the state before the steps whose mean loss was best: that is the state, or the first
+        of the states, that had this loss.
 
         Raises:
             RuntimeError: If there was no value yet; so do ``best_value`` and ``best_step``.
         """
         if self._best is None:
             raise RuntimeError(
-                f"early_stopping has no best state: {self._monitor!r} was not measured yet, or was never a number. "
+                f"early_stopping has no best state: {self._monitor!r} was not measured yet, or was always NaN. "
                 "Pass the report to fit, and measure earlier: reports.validate(..., each=100)."
             )
         return self._best
@@ -130,10 +147,30 @@ class EarlyStopping(Report):
         """The step of the best state: ``int(best.step)``."""
         return int(self.best.step)
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def __repr__(self) -> str:
+        mode = "max" if self._sign > 0 else "min"
+        held = "no value yet, .best is empty"
+        if self._best is not None:
+            held = (
+                f"best value {self.best_value:g}; .best is the state {self._held}, of step {self.best_step}; since "
+                f"then {self._waited} of {self._patience} values without a better one"
+            )
+        return f"<early_stopping({self._monitor!r}, mode={mode!r}, patience={self._patience}): {held}>"
+
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
         """Begin a fit; called by ``fit``."""
         if first_step <= self._judged:
             self._judged = 0
+        if state is None:
+            return
+        key = jax.random.key_data(state.key) if tree.is_key(state.key) else state.key
+        key, step = np.asarray(key).tobytes(), int(state.step)
+        if self._run is not None and (key != self._run or step < self._last):
+            self._forget()
+        self._run, self._last, self._offset = key, step, step + 1 - first_step
 
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         """Judge what another report measured; called by ``all_of``."""
@@ -142,21 +179,21 @@ class EarlyStopping(Report):
 
     def snapshot(self) -> dict[str, Any]:
         """Return the best state and what decides about the next ones, for a checkpoint."""
-        numbers = np.array([self._value, self._passed, self._sum])
-        kept = {"numbers": numbers, "waited": self._waited, "judged": self._judged, "count": self._count}
+        numbers = np.array([self._value, self._passed])
+        kept = {"numbers": numbers, "waited": self._waited, "judged": self._judged}
         return kept if self._best is None else {**kept, "best": self._best}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
-        saved = saved_values(self, values, "numbers", "waited", "judged", "count")
-        numbers, self._waited, self._judged, self._count = saved
-        self._value, self._passed, self._sum = map(float, numbers)
+        numbers, self._waited, self._judged = saved_values(self, values, "numbers", "waited", "judged")
+        self._value, self._passed = map(float, numbers[:2])
         self._best = values.get("best")
+        self._run = None  # the run of the next fit
 
     def _judge(self, step: int, value: float, state: TrainState) -> None:
         if step == self._judged:  # a second time, in a run that was interrupted while this step was reported
             return
-        self._judged = step
+        self._judged, self._last = step, max(self._last, step + self._offset)
         value *= self._sign
         if value > self._value:
             self._value, self._best = value, state
@@ -169,27 +206,73 @@ class EarlyStopping(Report):
 
 
 class _TrainingLossStopping(EarlyStopping):
-    """``early_stopping("loss")``: if no report of the fit measures a ``"loss"``, the training loss is judged."""
+    """``early_stopping("loss")``: if no report of the fit measures a ``"loss"``, the training loss is judged.
+
+    A step's loss is that of the state before it. The value is the mean loss of the steps from one call to the next, its
+    window, and the state that is kept for it is the one before the first of them.
+    """
 
     def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
         super().__init__(monitor, sign, patience, min_delta)
         self.__name__ = "EarlyStopping"  # in checkpoints
         self.watches = ()
         self._measured = False  # whether another report of this fit measures it
+        self._resumed = False
+        self._open_window(None)
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
-        super().begin(first_step, total, measured, every)
+    def _open_window(self, start: TrainState | None) -> None:
+        self._start = start
+        self._mean, self._weight, self._count = 0.0, 0.0, 0  # of the losses, with their examples, and all steps
+
+    @property
+    def _held(self) -> str:
+        return EarlyStopping._held if self._measured else "before the steps whose mean loss this is"
+
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
+        super().begin(first_step, total, measured, every, state)
         self._measured = self._monitor in measured
+        start = None if self._measured else state
+        if not self._resumed:
+            self._open_window(start)
+        elif not self._count:
+            self._start = start
+        self._resumed = False
 
     def wants(self, step: int) -> bool:
         return not self._measured
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
-        self._sum += float(values["loss"].astype(np.float64).sum())
-        self._count += len(values["loss"])
+        losses = values["loss"].tolist()
+        self._count += len(losses)
+        examples = values.get("examples_per_step", np.ones(len(losses)))
+        weights = np.where(values["skipped"], 0, examples) if "skipped" in values else examples
+        # One by one, so that the value does not depend on how the steps are cut into blocks.
+        for loss, weight in zip(losses, weights.tolist(), strict=True):
+            if weight:
+                self._weight += weight
+                self._mean += (loss - self._mean) * (weight / self._weight)
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        if not self._measured:
-            value = self._sum / self._count if self._count else loss
-            self._sum, self._count = 0.0, 0
-            self._judge(step, value, state)
+        if self._measured or step == self._judged:
+            return
+        start, value = self._start, self._mean if self._count else loss
+        has_value = self._weight > 0 or not self._count
+        self._open_window(state)
+        if start is not None and has_value:
+            self._judge(step, value, start)
+        else:
+            self._judged = step
+
+    def snapshot(self) -> dict[str, Any]:
+        window = {"mean": self._mean, "weight": self._weight, "count": self._count}
+        # The state at the beginning of a window that has no steps yet is the one that the checkpoint has anyway.
+        start = {} if self._start is None or not self._count else {"start": self._start}
+        return super().snapshot() | window | start
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        super().restore(values)
+        self._mean, self._weight, self._count = saved_values(self, values, "mean", "weight", "count")
+        self._start, self._resumed = values.get("start"), True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv as tables
+import errno
 import io
 import itertools
 import os
@@ -12,11 +13,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
+from kaun._paths import local_path
 from kaun._report import Report
 from kaun.checkpoint import Disk
 from kaun.reports.log import Log, Row, encoded
 
-__all__ = ["csv", "jsonl"]
+__all__ = ["check_writable", "csv", "jsonl"]
 
 _LINE = re.compile(rb'\{"step": (\d+)[,}]')
 _CELLS = re.compile(rb"(\d+),")
@@ -67,7 +69,7 @@ def csv(path: str | os.PathLike[str]) -> Report:
 
     What it contains, and when it is written, is as for ``jsonl``. The first column is the step; a cell is empty if a
     step has no such value; values that are not finite are written ``nan``, ``inf`` and ``-inf``. Names that come later,
-    those of ``validate`` say, become further columns at the right: the file is then rewritten once and replaced.
+    for example of ``validate``, become further columns at the right: the file is then rewritten once and replaced.
 
     Args:
         path: The file; missing folders are made.
@@ -99,19 +101,24 @@ def csv(path: str | os.PathLike[str]) -> Report:
 def _path(where: str, path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'{where} expected the path of a file, received {path!r}. Write {where}("run.{where}").')
-    return Path(path).absolute()
+    return local_path(where, path).absolute()
 
 
 class _JsonLines:
     name, run = "jsonl", ""
 
     def __init__(self, path: Path) -> None:
-        self._file = _File(path)
+        self.path, self._file = str(path), _File(path)
 
-    def cut(self, step: int) -> None:
+    def check(self) -> None:
+        check_writable(self.name, self._file.path)
+
+    def cut(self, step: int) -> tuple[int, int] | None:
         with self._file.read() as lines:
-            size = sum(len(line) for line in _kept(self._file.path, lines, _LINE, step, head=b'{"step": '))
+            rows = _Rows(self._file.path, lines, _LINE, step, head=b'{"step": ')
+            size = sum(map(len, rows))
         self._file.open(size)
+        return rows.dropped
 
     def write(self, rows: Sequence[Row]) -> None:
         self._file.append("".join([encoded(row) + "\n" for row in rows]))
@@ -127,28 +134,33 @@ class _Table:
     name, run = "csv", ""
 
     def __init__(self, path: Path) -> None:
-        self._file = _File(path)
+        self.path, self._file = str(path), _File(path)
         self._columns: list[str] = []
 
-    def cut(self, step: int) -> None:
+    def check(self) -> None:
+        check_writable(self.name, self._file.path)
+
+    def cut(self, step: int) -> tuple[int, int] | None:
         with self._file.read() as lines:
             head = next(lines, b"")
             if not b"step,".startswith(head[:5].strip(b"\0")):
                 raise ValueError(_damaged(self._file.path, 1, 'the names of the columns, the first of them "step"'))
             # Columns in which only removed lines have a value are the rightmost ones; they will be added again.
             spare, size = None, len(head)
-            for line in _kept(self._file.path, lines, _CELLS, step, number=2):
+            rows = _Rows(self._file.path, lines, _CELLS, step, number=2)
+            for line in rows:
                 size += len(line)
                 spare = min(len(line) - len(line.rstrip(b",\n")) - 1, size if spare is None else spare)
         if spare is None:
             self._columns = []
             self._file.open(0)
-            return
+            return rows.dropped
         self._columns = next(tables.reader([head.decode()]))
         self._file.open(size)
         if spare:
             del self._columns[-spare:]
             self._rewrite(lambda line: line[: -spare - 1] + b"\n")
+        return rows.dropped
 
     def write(self, rows: Sequence[Row]) -> None:
         new = list(dict.fromkeys([name for row in rows for name in row if name not in self._columns]))
@@ -183,23 +195,49 @@ def _cell(value: float) -> str:
     return ("true" if value else "false") if isinstance(value, bool) else repr(value)
 
 
-def _kept(
-    path: Path, lines: Iterable[bytes], form: re.Pattern[bytes], step: int, number: int = 1, head: bytes | None = None
-) -> Iterator[bytes]:
-    """The lines of the steps before this one, up to one that a crash left incomplete; any other damage is an error."""
-    torn: int | None = None
-    for at, line in enumerate(lines, start=number):
-        found = form.match(line) if line.endswith(b"\n") else None
-        if found is not None and int(found[1]) >= step:
-            return
-        if found is not None and torn is None:
-            yield line
-            continue
-        # A kill leaves a part of a line, a power cut may leave zeros.
-        begins = head is None or at > number or head.startswith(line[: len(head)].strip(b"\0"))
-        if found is not None or not begins or (line.endswith(b"\n") and b"\0" not in line):
-            raise ValueError(_damaged(path, at if torn is None else torn, "the values of a step"))
-        torn = at if torn is None else torn
+class _Rows:
+    """The lines of the steps before this one, up to one that a crash left incomplete; any other damage is an error.
+
+    Attributes:
+        dropped: The first and the last of the other steps, None without any.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lines: Iterator[bytes],
+        form: re.Pattern[bytes],
+        step: int,
+        number: int = 1,
+        head: bytes | None = None,
+    ) -> None:
+        self._path, self._lines, self._form, self._step = path, lines, form, step
+        self._number, self._head = number, head
+        self.dropped: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        torn: int | None = None
+        for at, line in enumerate(self._lines, start=self._number):
+            found = self._form.match(line) if line.endswith(b"\n") else None
+            if found is not None and int(found[1]) >= self._step:
+                self._drop(int(found[1]))
+                return
+            if found is not None and torn is None:
+                yield line
+                continue
+            # A kill leaves a part of a line, a power cut may leave zeros.
+            head = self._head
+            begins = head is None or at > self._number or head.startswith(line[: len(head)].strip(b"\0"))
+            if found is not None or not begins or (line.endswith(b"\n") and b"\0" not in line):
+                raise ValueError(_damaged(self._path, at if torn is None else torn, "the values of a step"))
+            torn = at if torn is None else torn
+
+    def _drop(self, first: int) -> None:
+        last = first
+        for line in self._lines:
+            found = self._form.match(line)
+            last = last if found is None else int(found[1])
+        self.dropped = first, last
 
 
 def _damaged(path: Path, line: int, expected: str) -> str:
@@ -207,6 +245,23 @@ def _damaged(path: Path, line: int, expected: str) -> str:
         f"{path}, line {line}: expected {expected}, as this report writes it. The file is damaged, or was written by "
         "another program. Move it away, or write to another path."
     )
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise OSError, with the path, where a file cannot be written; it is neither made nor changed, its folder is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("xb" if new else "r+b").close()
+        if new:
+            path.unlink()
+    except OSError as err:
+        raise _cannot_write(name, path, err) from err
+
+
+def _cannot_write(name: str, path: Path, err: OSError) -> OSError:
+    text = f"{name} cannot write to {str(path)!r}: {err.strerror or err}. Choose a path that you may write to"
+    return OSError(err.errno, text)
 
 
 class _File:
@@ -237,8 +292,13 @@ class _File:
     def append(self, text: str) -> None:
         left = memoryview(text.encode())
         try:
+            if self._file is not None and left and not os.fstat(self._file.fileno()).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "the file was deleted during the run")
             while self._file is not None and left:
                 left = left[self._file.write(left) :]
+        except OSError as err:
+            self.close()
+            raise _cannot_write("the log", self.path, err) from err
         except BaseException:
             self.close()  # the last line may be incomplete, so nothing may follow it
             raise

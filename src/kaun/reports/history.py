@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from kaun._paths import local_path
 from kaun._report import Report
 from kaun._run import pack_results, saved_values, unpack_results
+from kaun.reports.log import loss_array
 from kaun.train import TrainState
 
 __all__ = ["History", "history"]
@@ -26,8 +28,8 @@ PALE, STRONG = "#a9c6e8", "#1f5fa8"
 def history() -> History:
     """Return the report that records the loss of every step without making ``fit`` wait for any.
 
-    It wants no step, so ``fit`` runs as fast as without it. Passed to several fits, or in a resumed run, it continues
-    from where it was. In one ``all_of`` with reports that measure (``validate``) it keeps their results, too.
+    It asks for no step, so ``fit`` runs as fast as without it. Passed to several fits, or in a resumed run, it
+    continues from where it was. In one ``all_of`` with reports that measure (``validate``) it keeps their results too.
 
     Examples:
         >>> import numpy as np
@@ -58,8 +60,11 @@ class History(Report):
 
     @property
     def losses(self) -> np.ndarray:
-        """The loss of each step recorded, float32 of shape (n,), read-only; later steps do not change it."""
-        losses = np.array(self._losses, np.float32)
+        """The loss of each step recorded, shape (n,), read-only; later steps do not change it.
+
+        It is float32, or float64 where a loss was.
+        """
+        losses = np.array(self._losses)
         losses.flags.writeable = False
         return losses
 
@@ -110,7 +115,7 @@ class History(Report):
         figure = _figure(steps, losses, window, self.results)
         if log:
             figure.axes[0].set_yscale("log")
-        path = Path(path)
+        path = local_path("history.plot", path)
         path = path if path.suffix else path.with_suffix(".png")
         figure.savefig(path)
         return path
@@ -119,7 +124,10 @@ class History(Report):
         """Record a block of steps; called by ``fit``."""
         if not self._losses:
             self._first_step = int(values["step"][0]) if "step" in values else first_step
-        self._losses.frombytes(values["loss"].astype(np.float32).tobytes())
+        losses = values["loss"]
+        if losses.dtype == np.float64 and self._losses.typecode == "f":
+            self._losses = array("d", self._losses)
+        self._losses.frombytes(losses.astype(self._losses.typecode).tobytes())
 
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         """Record what another report measured after the last step recorded; called by ``all_of``."""
@@ -137,15 +145,16 @@ class History(Report):
         """Continue from a checkpoint."""
         losses, self._first_step = saved_values(self, values, "losses", "first_step")
         self.results = unpack_results(self, values)
-        self._losses = array("f", np.asarray(losses, np.float32).tobytes())
+        losses = np.asarray(losses)
+        self._losses = array("d" if losses.dtype == np.float64 else "f", losses.tobytes())
 
     def wants(self, step: int) -> bool:
         """Return False: it needs only blocks."""
         return False
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        """Record one step; for a function of your own that calls it. ``fit`` calls ``block``."""
-        self.block(step, {"loss": np.array([loss], np.float32)})
+        """Record one step; for your own function that calls it. ``fit`` calls ``block``."""
+        self.block(step, {"loss": loss_array(loss)})
 
     def __len__(self) -> int:
         """Return the number of steps recorded."""
@@ -180,7 +189,7 @@ def _figure(
         low, high = np.fmin.reduceat(losses, left), np.fmax.reduceat(losses, left)
         axes.fill_between(steps[left], low, high, color=PALE, linewidth=0.5, label="loss, lowest to highest")
     else:
-        marker = "o" if len(losses) <= 50 else None  # between gaps a lone step is no line
+        marker = "o" if len(losses) <= 50 else None  # a single step between gaps draws no line
         axes.plot(steps, losses, color=PALE, linewidth=1, marker=marker, markersize=3, label="loss")
     centres, medians = _running_median(losses, window)
     axes.plot(steps[centres], medians, color=STRONG, linewidth=2, label=f"median of {window} steps")

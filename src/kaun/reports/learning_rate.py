@@ -9,23 +9,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._messages import locate
+from kaun._messages import locate, warn
 from kaun._report import Report
 from kaun._run import saved_values
+from kaun._step import state_nodes
+from kaun.train import TrainState
 
 __all__ = ["learning_rate"]
 
 CHUNK = 4096  # counts that are evaluated at once
+# The parts of an optimizer's state that count its updates for a schedule.
+_COUNTING = ("ScaleByScheduleState", "InjectHyperparamsState", "InjectStatefulHyperparamsState")
 
 
 def learning_rate(schedule: Callable[[Any], Any]) -> Report:
     """Return the report that adds ``"learning_rate"``, the learning rate of each step, to the blocks of other reports.
 
-    It is the schedule at the number of updates made before the step: 0 at the first step of a state's life, and a step
-    that was skipped (``values["skipped"]``) made none. It is evaluated on JAX's CPU device for 4096 counts at once,
-    well ahead of the steps, so that ``fit`` waits for it at its first block only. The reports of one ``all_of`` get it
-    in any order; it replaces a learning rate that ``fit`` knows itself (of ``optax.inject_hyperparams``). Without
-    other reports it has no effect.
+    It is the schedule at the number of updates before the step. That number is read from the optimizer's state when a
+    fit begins; a step that was skipped, and a step of ``optax.MultiSteps`` inside its window, make no update. The rate
+    is NaN, with a warning when the fit begins, where the state says that it cannot be known: schedules at different
+    counts, or a rate that ``reduce_on_plateau`` scales.
+
+    The schedule is evaluated on JAX's CPU device for 4096 counts at once, well ahead of the steps, so that ``fit``
+    waits for it at its first block only. The reports of one ``all_of`` get it in any order; it replaces a learning rate
+    that ``fit`` knows itself (of ``optax.inject_hyperparams``). Without other reports it has no effect.
 
     Args:
         schedule: The function of the count that the optimizer has; any of optax's.
@@ -68,20 +75,59 @@ class _LearningRate(Report):
         self._schedule, self._device = schedule, device
         self._rates = jax.jit(jax.vmap(self._rate))
         self._chunks: dict[int, Any] = {}
-        self._skipped = 0  # in the state's life up to now
+        self._skipped = 0  # how many steps of the state's life made no update
+        self._updates: int | None = None  # those of MultiSteps so far, where the schedule is inside of it
+        self._from_state = self._unknown = False
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(values["loss"])
+        if self._unknown:
+            return {"learning_rate": np.full(count, np.nan, np.float32)}
         first = int(values["step"][0]) if "step" in values else first_step
-        if first == 1:
+        if first == 1 and not self._from_state:
             self._skipped = 0
         skipped = values.get("skipped", np.zeros(count, bool)).astype(np.int64)
+        if self._updates is not None:
+            skipped = 1 - np.diff(values["updates"], prepend=self._updates)
+            self._updates = int(values["updates"][-1])
         before = np.arange(first - 1, first - 1 + count) - self._skipped - (np.cumsum(skipped) - skipped)
         self._skipped += int(skipped.sum())
         return {"learning_rate": self._at(before)}
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
-        self._ahead((first_step - 1) // CHUNK)  # most states begin with step 1 of a fit
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
+        if state is not None:
+            self._read(state)
+        done = first_step - 1 if state is None else int(state.step)
+        self._ahead(max(0, done - self._skipped) // CHUNK)
+
+    def _read(self, state: TrainState) -> None:
+        """Find the number of updates in the optimizer's state."""
+        outer = state_nodes(state.opt_state, "MultiStepsState", *_COUNTING)
+        windows = [node for node in outer if type(node).__name__ == "MultiStepsState"]
+        counts = {int(node.count) for node in outer if node not in windows}
+        inner = {int(node.count) for node in state_nodes([w.inner_opt_state for w in windows], *_COUNTING)}
+        why = ""
+        if state_nodes(state.opt_state, "ReduceLROnPlateauState"):
+            why = "reduce_on_plateau scales it"
+        elif len(windows) > 1 or len(counts | inner) > 1 or (counts and inner):
+            why = f"the optimizer's state has schedules at different counts ({sorted(counts | inner)})"
+        self._unknown = bool(why)
+        if why:
+            warn(
+                f"learning_rate(schedule) cannot know the learning rate, and gives NaN: {why}. Leave this report out, "
+                "and write the optimizer with optax.inject_hyperparams, whose rate fit knows:\n"
+                "    optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"
+            )
+        inside = bool(windows) and not counts
+        self._updates = int(windows[0].gradient_step) if inside and not why else None
+        known = counts or inner or ({self._updates} if inside else set())
+        self._from_state = bool(known)
+        if known and not why:
+            (updates,) = known
+            self._skipped = int(state.step) - int(updates or 0)
 
     def snapshot(self) -> dict[str, Any]:
         return {"skipped": self._skipped}
@@ -90,16 +136,15 @@ class _LearningRate(Report):
         (self._skipped,) = saved_values(self, values, "skipped")
 
     def _at(self, counts: np.ndarray) -> np.ndarray:
-        rates = np.empty(len(counts), np.float32)
-        for index in np.unique(counts // CHUNK).tolist():
+        indices = np.unique(counts // CHUNK).tolist()
+        for index in indices:
             self._ahead(index)
             # The device works in order: steps that were dispatched after this chunk, and are done, prove it done.
-            chunk = self._chunks[index] = np.asarray(self._chunks[index])
+            self._chunks[index] = np.asarray(self._chunks[index])
             self._ahead(index + 1)
-            within = counts // CHUNK == index
-            rates[within] = chunk[counts[within] % CHUNK]
-        self._chunks = {index: chunk for index, chunk in self._chunks.items() if index >= counts[-1] // CHUNK}
-        return rates
+        rates = np.concatenate([self._chunks[index] for index in indices])
+        self._chunks = {index: chunk for index, chunk in self._chunks.items() if index >= indices[-1]}
+        return rates[np.searchsorted(indices, counts // CHUNK) * CHUNK + counts % CHUNK]
 
     def _ahead(self, index: int) -> None:
         if index not in self._chunks:
@@ -113,6 +158,6 @@ class _LearningRate(Report):
         if rate.shape:
             raise TypeError(
                 f"learning_rate expected a schedule that returns a scalar; {locate(self._schedule)} returned shape "
-                f"{rate.shape}. Pass the function that the optimizer has."
+                f"{rate.shape}. Pass the schedule that the optimizer uses."
             )
-        return rate.astype(jnp.float32)
+        return rate.astype(jnp.float64 if rate.dtype == jnp.float64 else jnp.float32)

@@ -12,14 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kaun._messages import warn
 from kaun._report import Report
 from kaun._run import saved_values
 from kaun.train import TrainState
 
-__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "require_package"]
+__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array", "require_package"]
 
 Row = dict[str, Any]  # "step", an int, first; then float, int or bool by name
 
+_NOT_LOGGED = ("step", "examples_per_step")
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -29,13 +31,24 @@ class Sink(Protocol):
     Attributes:
         name: The name of the report.
         run: The id of the run that is written to; empty for files.
+        path: The file or folder; empty for services.
     """
 
     name: str
+    path: str
     run: str
 
-    def cut(self, step: int) -> None:
-        """Open it, and remove the rows of this step and later ones, which come again or belong to an earlier run."""
+    def check(self) -> None:
+        """Raise OSError, with the path, where nothing can be written."""
+        ...
+
+    def cut(self, step: int) -> tuple[int, int] | None:
+        """Open it, and remove the rows of this step and later ones, which come again or belong to an earlier run.
+
+        Returns:
+            The first and the last step that are removed, or that stay and make it ignore new values of these steps;
+            None where there is none, or it cannot tell.
+        """
         ...
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -61,6 +74,7 @@ class Log(Report):
 
     def __init__(self, sink: Sink) -> None:
         self.__name__ = sink.name
+        self.path = sink.path
         self._sink = sink
         self._fits = 0
         self._every = 1
@@ -70,8 +84,11 @@ class Log(Report):
         self._names: set[str] = set()  # of the values in blocks
         self._row: Row | None = None  # the newest
         self._written = False  # whether that one is written
+        self._restored = False  # whether the next fit is resumed: it writes again what came after its checkpoint
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1, *_: Any
+    ) -> None:
         self._fits += 1
         if self._fits > 1:
             raise RuntimeError(
@@ -80,6 +97,7 @@ class Log(Report):
             )
         self._open, self._every = False, every
         self._outer = sys.exception()
+        self._sink.check()
 
     def end(self) -> None:
         self._fits = max(0, self._fits - 1)
@@ -98,7 +116,7 @@ class Log(Report):
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         # Called by a user's own function, which may never call `end`.
         after = int(getattr(state, "step", step))
-        self._add(step, {"loss": np.array([loss], np.float32), "step": np.array([after])}, 1)
+        self._add(step, {"loss": loss_array(loss), "step": np.array([after])}, 1)
         self._put()
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
@@ -140,6 +158,7 @@ class Log(Report):
     def restore(self, values: Mapping[str, Any]) -> None:
         row, self._offset, names, self._sink.run = saved_values(self, values, "row", "offset", "names", "run")
         self._names, self._row, self._written = set(names), decoded(row) if row else None, True
+        self._restored = True
 
     def _start(self, step: int) -> None:
         """Open the sink at the first step of a fit, or at the step after which its run was interrupted."""
@@ -149,8 +168,23 @@ class Log(Report):
             self._row = None
         # What was measured after the newest row may come again, or not have come at all.
         self._written = False
-        self._sink.cut(step if self._row is None else self._row["step"])
-        self._open = True
+        dropped = self._sink.cut(step if self._row is None else self._row["step"])
+        if dropped is not None and not self._restored:
+            self._warn(step, *dropped)
+        self._open, self._restored = True, False
+
+    def _warn(self, step: int, first: int, last: int) -> None:
+        held = f"holds {f'steps {first} to {last}' if last > first else f'step {last}'} of an earlier fit"
+        if self.path:
+            warn(
+                f"{self.__name__}: {self.path!r} {held}, which are removed, because this one begins with step {step}. "
+                f'Give each run its own path: reports.{self.__name__}(f"run-{{i}}").'
+            )
+        else:
+            warn(
+                f"{self.__name__}: the run {self._sink.run!r} {held}. They stay, and what this fit has for these steps "
+                f"is not logged. Make a report for each fit: reports.{self.__name__}(...)."
+            )
 
     def _put(self) -> None:
         if self._row is not None and not self._written:
@@ -159,7 +193,7 @@ class Log(Report):
 
 
 def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> list[Row]:
-    named = {name: _numbers(column) for name, column in columns.items() if name != "step"}
+    named = {name: _numbers(column) for name, column in columns.items() if name not in _NOT_LOGGED}
     steps = range(first + start, first + start + n * len(columns["loss"]), n)
     return [dict(zip(("step", *named), row, strict=True)) for row in zip(steps, *named.values(), strict=True)]
 
@@ -169,6 +203,13 @@ def _numbers(column: np.ndarray) -> list[Any]:
         return column.tolist()
     # The shortest digits that give the float32 again: 0.1 and not 0.10000000149011612.
     return [float(str(value)) for value in column.astype(np.float32)]
+
+
+def loss_array(loss: float) -> np.ndarray:
+    """Return the loss of one step as a block has it: in float32 where that holds it exactly, else in float64."""
+    with np.errstate(over="ignore"):
+        narrow = np.array([loss], np.float32)
+    return narrow if math.isnan(loss) or float(narrow[0]) == loss else np.array([loss])
 
 
 def encoded(row: Row) -> str:

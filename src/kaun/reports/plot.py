@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from kaun._paths import local_path
 from kaun._report import Report
+from kaun.reports.files import check_writable
 from kaun.reports.history import History
 from kaun.reports.log import require_package
 from kaun.train import TrainState
@@ -54,7 +56,7 @@ def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'plot expected the path of a picture, received {path!r}. Write plot("loss.png").')
     require_package("plot", "matplotlib", "plot")
-    whole = Path(path).absolute()
+    whole = local_path("plot", path).absolute()
     return _Plot(whole if whole.suffix else whole.with_suffix(".png"), log)
 
 
@@ -62,18 +64,21 @@ class _Plot(Report):
     def __init__(self, path: Path, log: bool) -> None:
         self.__name__ = "plot"
         self._path, self._log = path, log
+        self.path = path
         self._history = History()
         self._next = 0.0  # when to draw
         self._new = False  # whether something was recorded since the last picture
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._next = monotonic() + FIRST
+        check_writable("plot", self._path)
 
     def wants(self, step: int) -> bool:
         return False
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        self.block(step, {"loss": np.array([loss], np.float32)})
+        self._history(step, loss, state)
+        self._changed()
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
         self._history.block(first_step, values)

@@ -69,7 +69,7 @@ class _Progress(Report):
         self._file = file
         self._fits: list[_Fit] = []  # one for each fit that is running (fits may nest)
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         known = total if self._total is None else self._total
         self._fits.append(_Fit(_display(first_step - 1, known, self._description, self._file), first_step - 1))
 
@@ -113,7 +113,7 @@ class _Fit:
 
     def wants(self, step: int) -> bool:
         quiet = monotonic() - self._drawn
-        # Blocks cost nothing. To be called for a step makes fit wait for it, and while it waits it cannot prepare the
+        # Blocks cost nothing. A call for a step makes fit wait for it, and while it waits it cannot prepare the
         # next: one step in twenty keeps that below 5%.
         if quiet < self._display.pause() or (quiet < QUIET_SECONDS and step - self._step < QUIET_STEPS):
             return False

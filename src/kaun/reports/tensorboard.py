@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kaun._paths import local_path
 from kaun._report import Report
 from kaun.reports.log import Log, Row, require_package
 
@@ -22,6 +25,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Report:
     begins with step s makes TensorBoard drop what the folder has of step s and later, so that a run that was killed and
     is resumed has no step missing and none twice. Each fit adds a file to the folder. It never makes ``fit`` wait for
     the device; at thousands of steps a second, ``every(100, tensorboard(folder))`` is enough.
+    TensorBoard stores float32: it shows a float64 rounded, and one beyond 3.4e38 as infinite.
 
     Args:
         folder: The folder of one run, made if it is missing; pass it, or one above it, to ``tensorboard --logdir``.
@@ -46,22 +50,31 @@ def tensorboard(folder: str | os.PathLike[str]) -> Report:
     require_package("tensorboard", "tensorboardX", "tensorboard")
     if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'tensorboard expected the path of a folder, received {folder!r}. Write tensorboard("run").')
-    return Log(_TensorBoard(Path(folder).absolute()))
+    return Log(_TensorBoard(local_path("tensorboard", folder).absolute()))
 
 
 class _TensorBoard:
     name, run = "tensorboard", ""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self.path = folder, str(folder)
         self._writer: Any = None
+        self._last = 0  # the newest step that this report wrote
         # Not its SummaryWriter: its flush does not empty its queue, and two of its files made within one second get
         # the same name.
         self._files: Any = importlib.import_module("tensorboardX.event_file_writer")
         self._events: Any = importlib.import_module("tensorboardX.proto.event_pb2")
         self._summaries: Any = importlib.import_module("tensorboardX.proto.summary_pb2")
 
-    def cut(self, step: int) -> None:
+    def check(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as err:
+            raise OSError(err.errno, f"tensorboard cannot write to {self.path!r}: {err.strerror or err}") from err
+
+    def cut(self, step: int) -> tuple[int, int] | None:
         self.close(None)
         self._folder.mkdir(parents=True, exist_ok=True)
         another = any(self._folder.glob("events.out.tfevents.*"))
@@ -71,10 +84,18 @@ class _TensorBoard:
             start = self._events.SessionLog(status=self._events.SessionLog.START)
             self._write(step, session_log=start)
             self._writer.flush()
+        if another and not self._last:
+            self._last = max(self._steps(), default=0)
+        dropped = (step, self._last) if self._last >= step else None
+        self._last = min(self._last, step - 1)
+        return dropped
 
     def write(self, rows: Sequence[Row]) -> None:
         if self._writer is None or not rows:
             return
+        if not self._folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"tensorboard: the folder {self.path!r} was deleted during the run")
+        self._last = rows[-1]["step"]
         value = self._summaries.Summary.Value
         for row in rows:
             scalars = [value(tag=name, simple_value=float(v)) for name, v in row.items() if name != "step"]
@@ -88,6 +109,20 @@ class _TensorBoard:
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()
+
+    def _steps(self) -> Iterator[int]:
+        """The steps in the folder's files, up to the first part of each that is not whole."""
+        for path in self._folder.glob("events.out.tfevents.*"):
+            with path.open("rb") as file:
+                # The form of TensorFlow's records: length, its checksum, an event, its checksum.
+                while len(head := file.read(12)) == 12:
+                    length = int.from_bytes(head[:8], "little")
+                    event = file.read(length)
+                    if len(event) < length or len(file.read(4)) < 4:
+                        break
+                    parsed = self._events.Event.FromString(event)
+                    if parsed.HasField("summary"):
+                        yield parsed.step
 
     def _write(self, step: int, **what: Any) -> None:
         self._writer.write_event(self._events.Event(wall_time=time.time(), step=step, **what))

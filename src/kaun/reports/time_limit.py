@@ -51,7 +51,7 @@ class _TimeLimit(Report):
         self._before = 0.0  # spent in the run before the checkpoint from which the next fit is resumed
         self._starts: list[float] = []  # for each fit that is running (fits may nest)
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1) -> None:
+    def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._starts.append(monotonic() - self._before)
         self._before = 0.0
 

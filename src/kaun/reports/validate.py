@@ -33,14 +33,15 @@ def validate(
         trainer: The trainer whose ``fit`` gets the report.
         data: The held-out data, as for ``evaluate``; it is iterated again each time.
         metrics: As for ``evaluate``, by name.
-        each: The pipeline of one epoch, of known length, of which ``fit`` gets ``train.epochs(n)``; or a number of
-            steps, at least 1. Steps count from 1 in each fit; a resumed run continues the count.
+        each: The pipeline of one epoch, of known length, of which ``fit`` gets ``train.epochs(n)`` (of that, one epoch
+            counts); or a number of steps, at least 1. Steps count from 1 in each fit; a resumed run continues the
+            count.
         ctx: A Context for the layers, default none.
 
     Raises:
         TypeError: If an argument is of the wrong kind, ``data`` can be iterated only once, or the length of ``each``
             is unknown.
-        ValueError: If ``each`` is empty or less than 1, or there are no metrics.
+        ValueError: If ``each`` is empty, less than 1 or a part of several epochs, or there are no metrics.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -63,7 +64,7 @@ def validate(
         )
     if isinstance(data, Iterator) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(
-            f"validate iterates its data many times, and received {tree.describe(data)}. Pass a kaun.Data or a list; "
+            f"validate iterates its data many times, but received {tree.describe(data)}. Pass a kaun.Data or a list; "
             "for a generator write Data.from_items(list(generator))."
         )
     if isinstance(each, (bool, float, str)) or not isinstance(each, (int, Sized)):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -20,7 +20,7 @@ def wandb(*, run: Any = None, **settings: Any) -> Report:
     part to a second folder, and ``wandb sync`` merges the two. It never makes ``fit`` wait for the device.
 
     Args:
-        run: A run of your own, which is logged to and not finished; default a new one with these ``settings``.
+        run: An existing run, which is logged to and not finished; default a new one with these ``settings``.
         settings: The arguments of ``wandb.init``: ``project="digits"``, ``name=``, ``config=``, ``mode="offline"``.
 
     Raises:
@@ -35,7 +35,7 @@ def wandb(*, run: Any = None, **settings: Any) -> Report:
     package = require_package("wandb", "wandb", "wandb")
     if run is not None and settings:
         raise TypeError(
-            f"wandb received a run, and {', '.join(settings)} for a new one. Write wandb(run=run), or "
+            f"wandb received both run= and {', '.join(settings)} for a new run. Write wandb(run=run), or "
             "wandb(project=...) without a run."
         )
     return Log(_Wandb(package, run, settings))
@@ -43,20 +43,27 @@ def wandb(*, run: Any = None, **settings: Any) -> Report:
 
 class _Wandb:
     name = "wandb"
+    path = ""
 
     def __init__(self, package: Any, given: Any, settings: dict[str, Any]) -> None:
         self._package, self._given, self._settings = package, given, settings
         self._run: Any = None
         self.run = ""
+        self._last = 0  # the newest step that this report logged
 
-    def cut(self, step: int) -> None:
+    def check(self) -> None:
+        pass  # wandb tells what is wrong when the run begins
+
+    def cut(self, step: int) -> tuple[int, int] | None:
+        dropped = (step, self._last) if self._last >= step else None
         if self._run is not None:
-            return
-        # A new run, beside one that the program may have started.
+            return dropped
+        # A new run, in addition to one that the program may have started.
         settings = {"resume": "allow", "reinit": "create_new", **self._settings}
         settings |= {"id": self.run} if self.run else {}
         self._run = self._package.init(**settings) if self._given is None else self._given
         self.run = self._run.id
+        return dropped
 
     def write(self, rows: Sequence[Row]) -> None:
         if self._run is None:
@@ -64,6 +71,7 @@ class _Wandb:
         for row in rows:
             values = {name: value for name, value in row.items() if name != "step"}
             self._run.log(values, step=row["step"], commit=True)
+            self._last = row["step"]
 
     def sync(self) -> None:
         pass  # wandb writes in another process

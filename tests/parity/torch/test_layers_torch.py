@@ -1,4 +1,4 @@
-"""Every layer beside PyTorch's, from equal parameters in float32: output, and gradients of input and parameters.
+"""Every layer compared with PyTorch's, from equal parameters in float32: output, and gradients of input and parameters.
 
 Two arrays agree when their largest difference is at most 1e-5 of the largest number of PyTorch's. Run with -rP to see
 the differences.

@@ -1,0 +1,92 @@
+"""What is left when an exception ends a fit: the newest state that can be read, on the exception and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+
+from kaun._engine import StepLoop
+from kaun._run.reports import ReportCaller
+from kaun._run.run import TrainingRun
+from kaun.state import TrainState
+
+__all__ = ["save_on_error"]
+
+
+@contextmanager
+def save_on_error(
+    run: TrainingRun, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller
+) -> Generator[None]:
+    """The block in which a fit takes its steps: an exception in it is given the last state, which is saved too.
+
+    Args:
+        run: the run.
+        loop: the steps of the fit.
+        now: gives the state after the last step.
+        hook: calls the report, also at the begin and at the end.
+    """
+    run.now = now
+    try:
+        try:
+            hook.begin(now)
+            yield
+        except BaseException as error:
+            first: BaseException = error
+            with suppress(Exception):
+                now()  # runs the steps whose items came before this
+                first = loop.failure() or error
+                hook.finish()
+            _keep_state(first, run, loop, hook)
+            if first is error:
+                raise
+            raise first from error
+    except BaseException as error:
+        try:
+            _end(run, hook)
+        except Exception as failed:
+            error.add_note(f"Also, end() of a report raised {type(failed).__name__}: {failed}")
+        raise
+    _end(run, hook)
+
+
+def _end(run: TrainingRun, hook: ReportCaller) -> None:
+    try:
+        hook.end()
+    except BaseException as error:
+        if run.now is not None:
+            error.kaun_state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: ReportCaller) -> None:
+    """Give an exception the newest state that can be read, and save it."""
+    assert run.now is not None
+    found = loop.recover()
+    if found == "newest":
+        error.kaun_state = state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+        if run.saver is not None:
+            try:
+                run.saver.save(loop.done, state, pending_report_loss=hook.pending_report_loss)
+            except Exception as failed:
+                error.add_note(f"Also, no checkpoint of step {loop.done} was written: {failed}")
+        return
+    # Not saved: the reports may have the values of later steps already.
+    lost = "The compiled step failed, and the newest states were lost with the memory given to it. "
+    saved = None
+    if run.saver is not None:
+        vars, opt_state, count = loop.kinds
+        like = TrainState(vars=vars, opt_state=opt_state, step=count, key=loop.key)
+        with suppress(Exception):
+            saved = run.saver.newest(like)
+    if saved is not None and (found == "lost" or saved.step >= loop.done):
+        error.kaun_state, run.now = saved.state, lambda: saved.state  # pyright: ignore[reportAttributeAccessIssue]
+        error.add_note(f"{lost}kaun_state is that of the newest checkpoint, after step {saved.step}.")
+    elif found == "held":
+        error.kaun_state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+        error.add_note(f"{lost}kaun_state is the newest that was held elsewhere, after step {loop.done}.")
+    else:
+        run.now = None
+        error.add_note(
+            f"{lost}No earlier one is left, so there is no kaun_state. Write fit(..., checkpoints=checkpoint.Directory("
+            '"runs/digits", every=500)), or hold the state that you pass to fit.'
+        )
