@@ -6,6 +6,7 @@ Strict mode: no implicit dtype promotion, no implicit rank promotion (warnings a
 import importlib.util
 import os
 import re
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +22,10 @@ import jax
 import pytest
 from hypothesis import settings
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+# A shell that starts this in the background has SIGINT ignored, which a fit would respect; tests of it send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -12,7 +12,7 @@ from jax import lax
 
 from kaun._engine.inputs import StepInputs
 from kaun._engine.packing import Packing
-from kaun._engine.program import TracedStep, device_count_of
+from kaun._engine.program import TracedStep, count_on_device
 
 KEY = jax.random.key(0)
 
@@ -54,7 +54,7 @@ def step():
 def one_by_one(step, items):
     w, found = W, []
     for x in items:
-        loss, (w,) = step.program("step", (False, False)).jitted([w], KEY, device_count_of(1), [x, Y])
+        loss, (w,) = step.program("step", (False, False)).jitted([w], KEY, count_on_device(1), [x, Y])
         found.append(loss)
     return np.array(found).tobytes(), np.asarray(w).tobytes()
 
@@ -65,7 +65,7 @@ def together(step, items, *, entry="fit", packing=None, y_too=False):
     stack[: len(items)] = items
     shared, stacked = ([], [stack, jnp.full(step.capacity, Y)]) if y_too else ([Y], [stack])
     losses, _, held, _ = step.program(entry, (True, y_too), packing).jitted(
-        held, KEY, OPEN, device_count_of(len(items)), shared, stacked
+        held, KEY, OPEN, count_on_device(len(items)), shared, stacked
     )
     (w,) = packing.unpack(held) if packing else held
     return np.asarray(losses)[: len(items)].tobytes(), np.asarray(w).tobytes()
@@ -81,7 +81,7 @@ def test_a_block_is_its_steps_to_the_last_bit(step):
 
 def test_one_item_again_and_again_is_its_steps_to_the_last_bit(step):
     losses, _, (w,), _ = step.program("fit", (False, False)).jitted(
-        [W], KEY, OPEN, device_count_of(5), [ITEMS[0], Y], []
+        [W], KEY, OPEN, count_on_device(5), [ITEMS[0], Y], []
     )
     assert (np.asarray(losses)[:5].tobytes(), np.asarray(w).tobytes()) == one_by_one(step, ITEMS[:1] * 5)
 
@@ -111,7 +111,7 @@ def loop_body(program, *arguments):
 
 
 def test_the_compiled_loop_is_one_whether_its_memory_is_given_or_taken(step):
-    arguments = ([W], KEY, OPEN, device_count_of(3), [Y], [np.zeros((step.capacity, 64), np.float32)])
+    arguments = ([W], KEY, OPEN, count_on_device(3), [Y], [np.zeros((step.capacity, 64), np.float32)])
     kept = loop_body(step.program("fit", (True, False)), *arguments)
     assert kept and kept == loop_body(step.program("fit in place", (True, False)), *arguments)
 
@@ -146,11 +146,11 @@ def test_convolutions_of_other_libraries_are_kept_out_of_loops():
     x, w = np.ones((4, 3, 16, 16), np.float32), jnp.full((8, 3, 3, 3), 0.1, jnp.float32)
     step = traced(foreign, [w], inputs_of(x))
     assert not step.looped and step.capacity == 1
-    loss, (after,) = step.program("step", (False,)).jitted([w], KEY, device_count_of(1), [x])
+    loss, (after,) = step.program("step", (False,)).jitted([w], KEY, count_on_device(1), [x])
     losses, _, (other,), _ = step.program("fit in place", (False,)).jitted(
-        [w + 0], KEY, OPEN, device_count_of(1), [x], []
+        [w + 0], KEY, OPEN, count_on_device(1), [x], []
     )
     assert losses.shape == (1,) and float(losses[0]) == float(loss)
     assert np.asarray(after).tobytes() == np.asarray(other).tobytes()
-    text = step.program("fit", (False,)).jitted.lower([w], KEY, OPEN, device_count_of(1), [x], []).as_text()
+    text = step.program("fit", (False,)).jitted.lower([w], KEY, OPEN, count_on_device(1), [x], []).as_text()
     assert "while" not in text

@@ -299,4 +299,6 @@ def test_a_plain_report_after_each_step_costs_few_calls_and_one_that_wants_none_
     plain = lambda step, loss, state: None
     assert per_step(plain) <= 78
     assert per_step(reports.all_of(plain, reports.every(10, plain))) <= 86.3
-    assert per_step(reports.Report()) <= per_step(reports.every(10**6, plain)) + 1
+    # Both count by the dispatch, and a clock decides how many steps one has: the least of some fits is compared.
+    least = lambda report: min(per_step(report) for _ in range(4))
+    assert least(reports.Report()) <= least(reports.every(10**6, plain)) + 1

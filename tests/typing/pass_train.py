@@ -106,7 +106,15 @@ class Whole(reports.Report):
     measures = ("largest",)
     watches = ("largest",)
 
-    def begin(self, first_step: int, total: int | None, measured: frozenset[str], every: int) -> None:
+    def begin(
+        self,
+        first_step: int,
+        total: int | None,
+        measured: frozenset[str],
+        every: int,
+        state: TrainState | None = None,
+        /,
+    ) -> None:
         self.largest = 0.0
 
     def wants(self, step: int) -> bool:

@@ -20,7 +20,7 @@ from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, packing_of, unpack
-from kaun._engine.program import ROWS, TracedStep, device_count_of, trace_step
+from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
 from kaun._engine.results import StepResults
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
@@ -52,7 +52,7 @@ def run_step(
     leaves, structure = jax.tree_util.tree_flatten(carry)
     traced = find_step(programs, structure, leaves, key, inputs, training)
     program = traced.program("step", (False,) * len(inputs.leaves))
-    arguments = (leaves, key, device_count_of(1), inputs.owned())
+    arguments = (leaves, key, count_on_device(1), inputs.owned())
     loss, leaves = programs.call(program, "step", inputs, training, arguments, traced)
     return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
@@ -314,7 +314,7 @@ class StepLoop:
         self._counts_discarded = int(traced.discards)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
-        arguments = (self._carry[1], self.key, status, device_count_of(count), shared, stacked)
+        arguments = (self._carry[1], self.key, status, count_on_device(count), shared, stacked)
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))

@@ -20,7 +20,7 @@ from kaun._jax import calls_the_host
 from kaun._loss import trace_loss
 from kaun._step import match_state
 
-__all__ = ["ROWS", "Program", "TracedStep", "device_count_of", "trace_step"]
+__all__ = ["ROWS", "Program", "TracedStep", "count_on_device", "trace_step"]
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
 # it runs each dispatch on another thread, which costs more than its steps.
@@ -274,7 +274,7 @@ def _all_finite(squares: int, dtype: Any) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=2 * ROWS)
-def device_count_of(count: int) -> jax.Array:
+def count_on_device(count: int) -> jax.Array:
     """Return a number of steps on the device, unsigned: an index that may be negative costs two operations more."""
     with jax.ensure_compile_time_eval():
         return jnp.asarray(count, jnp.uint32)

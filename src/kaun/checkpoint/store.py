@@ -38,7 +38,8 @@ class Store:
     """
 
     def __init__(self, directory: Directory, disk: Disk, lock: Lock | None, read_only: OSError | None = None) -> None:
-        self._directory, self._disk, self._lock, self.read_only = directory, disk, lock, read_only
+        self._directory, self._disk, self._lock = directory, disk, lock
+        self.read_only: OSError | None = read_only
         # Waited for instead of the thread: in Python 3.11 an interrupted Thread.join takes the thread for ended.
         self._written = threading.Event()
         self._written.set()

@@ -87,5 +87,5 @@ def test_more_tokens_than_positions_are_an_error(gpt2):
 def test_another_architecture_is_an_error(gpt2, tmp_path, change):
     config = json.loads((HERE / "gpt2" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=r"GPT-2's own activation and widths, which the folder's config\.json has not"):
+    with pytest.raises(ValueError, match=r"only GPT-2's activation and widths; the folder's config\.json has others\."):
         gpt2.read(tmp_path)
