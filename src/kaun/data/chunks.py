@@ -89,7 +89,9 @@ class RowGather:
         return self._index[first:last]
 
 
-gather_rows = jax.jit(lambda array, index: array.at[index].get(mode="promise_in_bounds"))
+gather_rows: Callable[[jax.Array, Any], jax.Array] = jax.jit(
+    lambda array, index: array.at[index].get(mode="promise_in_bounds")
+)
 """The rows of a JAX array at an index array, which must be in its bounds."""
 
 

@@ -43,7 +43,7 @@ class ArrayRows:
                 "Slice them to the same length, x[:n], or check that axis 0 is the axis of items."
             )
         self.leaves: list[Any] = [leaf for _, leaf in pairs]
-        self.length = len(self.leaves[0])
+        self.length: int = len(self.leaves[0])
         self._readers = [_reader(leaf) for leaf in self.leaves]
 
     def take(self, index: Any) -> Any:

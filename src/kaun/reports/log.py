@@ -74,7 +74,7 @@ class Log(Report):
 
     def __init__(self, sink: Sink) -> None:
         self.__name__ = sink.name
-        self.path = sink.path
+        self.path: str = sink.path
         self._sink = sink
         self._fits = 0
         self._every = 1
