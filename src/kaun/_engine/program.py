@@ -161,7 +161,8 @@ def trace_step(
     """Trace a training step, which runs the user's model and loss.
 
     Args:
-        train_step: ``train_step(carry, key, x, ctx, loss, training)``, as ``kaun._step.train_step`` after its settings.
+        train_step: ``train_step(carry, key, x, ctx, loss, training, discard)``, as ``kaun._step.train_step`` after
+            its settings.
         on_nonfinite: What happens to a step that is not finite.
         structure: The structure of the carry.
         leaves: Its leaves, or their shapes and dtypes. The last one counts the steps.
@@ -170,8 +171,8 @@ def trace_step(
         training: Whether the layers run in training mode.
     """
     split, loss_key = inputs.split, inputs.loss_key
-    # A condition around the update of a small model would cost as much as the update, and change its last bits.
-    # There the loop over the steps keeps the state before the step (``_block``).
+    # A condition around the update of a small state would change its last bits against a loop written by hand. There
+    # the loop over the steps keeps the state before the step (``_block``).
     discards = on_nonfinite != "raise" or in_place(leaves)
 
     def step(leaves: list[Any], key: jax.Array, item: list[Any]) -> Any:
