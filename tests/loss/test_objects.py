@@ -498,6 +498,16 @@ def test_writes_are_refused_and_leave_nothing_behind(write):
     assert "last" not in vars(writes_to)
 
 
+def test_an_attribute_set_on_a_module_of_a_library_is_refused_and_taken_back():
+    def loss(out):
+        losses.kept_by_a_test = out
+        return losses.mse(out, jnp.zeros_like(out))
+
+    with pytest.raises(CaptureError, match="writes to a list, dict or object that it captures"):
+        traced(loss)
+    assert not hasattr(losses, "kept_by_a_test")
+
+
 SEEN = []
 
 

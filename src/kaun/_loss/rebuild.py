@@ -161,6 +161,11 @@ class Rebuilt:
             self.watch.add(made.__dict__)
         return made
 
+    def static_(self, value: Any) -> Any:
+        if isinstance(value, types.ModuleType):
+            self.watch.add_foreign(value)
+        return value
+
     def same_(self, same: ByIdentity, *_: KeyNode) -> Any:
         self.watch.add_foreign(same.get())
         return same.get()
@@ -174,7 +179,7 @@ class Rebuilt:
 _REBUILD: dict[str, Callable[..., Any]] = {
     "array": lambda made: next(made.arrays),
     "again": lambda made, number: made.made[number],
-    "static": lambda made, value: value,
+    "static": Rebuilt.static_,
     "typed": lambda made, kind, value: value,
     "same": Rebuilt.same_,
     "library": Rebuilt.same_,

@@ -51,7 +51,9 @@ class Watch:
         self._before += [(thing, _state(thing), False) for thing in things]
 
     def add_foreign(self, value: Any) -> None:
-        """Watch what an object of a library holds, which is not a copy, for traced values."""
+        """Watch a module of a library, or what an object of one holds, for traced values. They are not copies."""
+        if isinstance(value, types.ModuleType):
+            self._before.append((value, _state(value), True))
         if not isinstance(value, _NOT_LOOKED_INTO):
             self._before += [(contents, _state(contents), True) for contents in _containers_in(value)]
 
@@ -72,7 +74,7 @@ class Watch:
         wrote = False
         for thing, before, foreign in self._before:
             now = _state(thing)
-            if not all(map(_same_items, now, before)) and (not foreign or any(map(is_traced, _values(now[0])))):
+            if not all(map(_same_items, now, before)) and (not foreign or any(map(is_traced, _values(*now)))):
                 _put_back(thing, now, before)
                 wrote = True
         return wrote
@@ -171,8 +173,8 @@ def _same_items(now: Any, before: Any) -> bool:
     return all(a is b for a, b in zip(now, before, strict=True))
 
 
-def _values(contents: Any) -> Iterator[Any]:
-    for value in contents.values() if isinstance(contents, dict) else contents:
+def _values(items: Any, attributes: dict[str, Any]) -> Iterator[Any]:
+    for value in (*(items.values() if isinstance(items, dict) else items), *attributes.values()):
         yield value
         if isinstance(value, (list, tuple)):
             yield from cast("list[Any]", value)
