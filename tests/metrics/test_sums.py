@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun.metrics.sums import Counts, DelayedReader, ExactMean, Mean, MetricSums, Ratio, add_scalars, run_ahead
+from kaun.metrics.sums import Counts, DelayedReader, ExactMean, Mean, MetricSums, Ratio, add_results, run_ahead
 
 
 @given(st.integers(2, 9), st.integers(0, 40), st.integers(0, 40))
@@ -86,5 +86,5 @@ def test_scalars_are_read_in_one_call(monkeypatch):
     calls, real = [], jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: calls.append(len(x)) or real(x))
     sums = MetricSums()
-    add_scalars(sums, [{"a": Ratio(jnp.float32(1), 1)}, {"a": Ratio(2, 1), "b": Ratio(jnp.bfloat16(3), jnp.int8(2))}])
+    add_results(sums, [{"a": Ratio(jnp.float32(1), 1)}, {"a": Ratio(2, 1), "b": Ratio(jnp.bfloat16(3), jnp.int8(2))}])
     assert calls == [2] and (sums["a"], sums["b"]) == (1.5, 1.5)
