@@ -17,7 +17,7 @@ from jax import lax
 
 from kaun import tree
 from kaun.losses.checks import as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
-from kaun.metrics.parts import Rows, settle
+from kaun.metrics.parts import Rows, as_floats, settle
 from kaun.metrics.weights import Weights, blank, check_weights, nothing_to_average
 
 __all__ = [
@@ -153,7 +153,7 @@ def matrix(counts: Any, **settings: Any) -> Matrix:
     """The matrix of the counts in int64 or float64, traced in float32; NaN if some rows have invalid values."""
     (rows, invalid), xp = settle(counts)
     if xp is jnp:
-        return jnp.where(invalid > 0, jnp.nan, rows.astype(jnp.promote_types(rows.dtype, jnp.float32)))
+        return jnp.where(invalid > 0, jnp.nan, as_floats(jnp, rows))
     if invalid:
         return np.full(rows.shape, np.nan)
     if not rows.any():
@@ -223,7 +223,7 @@ def _sum_by(xp: Any, ids: Any, values: Any, length: int) -> Any:
 
 def _real(xp: Any, weights: Any) -> Any:
     """Weights in compiled code as floats: sums of large int32 weights would overflow. On the host they are wide."""
-    return weights if xp is np else weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    return weights if xp is np else as_floats(xp, weights)
 
 
 def _flat(*columns: Any) -> tuple[Any, ...]:

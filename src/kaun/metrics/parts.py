@@ -16,7 +16,7 @@ import numpy as np
 
 from kaun._jax import any_traced
 
-__all__ = ["Mergeable", "Rows", "merge", "on_host", "outline", "settle"]
+__all__ = ["Mergeable", "Rows", "as_floats", "merge", "on_host", "outline", "settle"]
 
 
 class Mergeable:
@@ -101,6 +101,11 @@ def settle(counts: Any) -> tuple[Any, Any]:
         return on_host(counts), np
     convert = lambda node: node.counted(jnp) if isinstance(node, Rows) else node
     return jax.tree_util.tree_map(convert, counts, is_leaf=_is_rows), jnp
+
+
+def as_floats(xp: Any, values: Any) -> Any:
+    """Values in float64 on the host, and in compiled code in float32 or, where they are it, in float64."""
+    return values.astype(np.float64 if xp is np or values.dtype == np.float64 else np.float32)
 
 
 def outline(counts: Any) -> Any:

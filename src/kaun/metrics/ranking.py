@@ -11,7 +11,7 @@ from kaun import tree
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, equal_shapes, floats, zeros_and_ones
 from kaun.metrics.counts import Score
-from kaun.metrics.parts import Rows, settle
+from kaun.metrics.parts import Rows, as_floats, settle
 from kaun.metrics.weights import blank, check_weights, nothing_to_average
 
 __all__ = ["auc", "auc_of", "average_precision", "average_precision_of", "ranks"]
@@ -115,8 +115,8 @@ def average_precision_of(counts: Any, **settings: Any) -> Score:
 
 def _columns(xp: Any, rows: Rows) -> tuple[Any, Any, Any]:
     scores, ones, *weights = rows.columns
-    wide = lambda a: a.astype(np.float64 if xp is np else jnp.promote_types(a.dtype, jnp.float32))
-    return wide(scores), wide(ones), wide(weights[0]) if weights else xp.ones_like(wide(ones))
+    scores, ones, *weights = (as_floats(xp, column) for column in (scores, ones, *weights))
+    return scores, ones.astype(scores.dtype), weights[0].astype(scores.dtype) if weights else xp.ones_like(scores)
 
 
 def _cumulated(xp: Any, scores: Any, values: Any) -> tuple[Any, Any, Any]:

@@ -19,7 +19,7 @@ from kaun import tree
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, class_indices, equal_shapes, floats, index_shape
 from kaun.metrics.counts import Score
-from kaun.metrics.parts import Mergeable, Rows, settle
+from kaun.metrics.parts import Mergeable, Rows, as_floats, settle
 from kaun.metrics.weights import Weights, blank, check_weights, nothing_to_average
 
 __all__ = [
@@ -212,7 +212,7 @@ def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> Rows:
     logits = floats(where, "predictions", predictions)
     index_shape(where, "predictions", logits, "targets", labels := as_array(where, "targets", targets))
     checked = check_weights(where, weights, labels.shape)
-    logits = blank(logits, checked.counted).astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = as_floats(jnp, blank(logits, checked.counted))
     safe, valid = class_indices(where, "targets", blank(targets, checked.counted), logits.shape[-1])
     values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, safe)
     values = jnp.where(valid & checked.valid, values, jnp.nan)
@@ -284,7 +284,7 @@ def _distances(xp: Any, predictions: Any, targets: Any, weights: Any = None) -> 
 
 def _moments(xp: Any, predictions: Any, targets: Any, weights: Any = None) -> Moments:
     errors = _totals(xp, _errors(xp, predictions, targets) ** 2, weights)
-    rows, targets = len(targets), _real(xp, targets)
+    rows, targets = len(targets), as_floats(xp, targets)
     safe = xp.where(errors.weight == 0, 1, errors.weight)
     mean = _totals(xp, targets, weights).total / safe
     pivot = mean.astype(np.float32).astype(mean.dtype)
@@ -296,17 +296,12 @@ def _moments(xp: Any, predictions: Any, targets: Any, weights: Any = None) -> Mo
 def _totals(xp: Any, values: Any, weights: Any = None) -> Sums:
     if weights is None:
         return Sums(values.sum(axis=0), xp.full(values.shape[1:], len(values), values.dtype))
-    weights = _real(xp, weights).astype(values.dtype)
+    weights = as_floats(xp, weights).astype(values.dtype)
     return Sums((values * weights).sum(axis=0), weights.sum(axis=0))
 
 
 def _errors(xp: Any, predictions: Any, targets: Any) -> Any:
-    return _real(xp, targets) - _real(xp, predictions)
-
-
-def _real(xp: Any, values: Any) -> Any:
-    """Values in float64 on the host, and in compiled code in float32 at least."""
-    return values.astype(np.float64 if xp is np else jnp.promote_types(values.dtype, jnp.float32))
+    return as_floats(xp, targets) - as_floats(xp, predictions)
 
 
 def _means(counts: Any) -> tuple[Any, Any]:
