@@ -17,7 +17,7 @@ from jax import lax
 
 from kaun import tree
 from kaun.losses.checks import as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
-from kaun.metrics.parts import Rows, as_floats, settle
+from kaun.metrics.parts import RowValues, as_floats, settle
 from kaun.metrics.weights import Weights, blank, check_weights, nothing_to_average
 
 __all__ = [
@@ -127,7 +127,7 @@ def class_counts(where: str, predictions: Any, targets: Any, num_classes: int | 
     """Counts by class; the number of classes is that of the scores' columns or, for class indices, ``num_classes``."""
     predicted, wanted, valid, classes, checked = _counted_ids(where, predictions, targets, num_classes, weights)
     if checked.values is not None:
-        return Rows(_flat(predicted, wanted, checked.values, ~valid), _weighted_classes, (classes,))
+        return RowValues(_flat(predicted, wanted, checked.values, ~valid), _weighted_classes, (classes,))
     counted = valid & checked.counted
     right, wrong = counted & (predicted == wanted), (counted & (predicted != wanted)).astype(jnp.int32)
     none = jnp.zeros(classes, jnp.int32)
@@ -143,7 +143,7 @@ def matrix_counts(where: str, predictions: Any, targets: Any, num_classes: int |
     """The number of rows, or the sum of their weights, by target and predicted class."""
     predicted, wanted, valid, classes, checked = _counted_ids(where, predictions, targets, num_classes, weights)
     if checked.values is not None:
-        return Rows(_flat(predicted, wanted, checked.values, ~valid), _weighted_matrix, (classes,))
+        return RowValues(_flat(predicted, wanted, checked.values, ~valid), _weighted_matrix, (classes,))
     counted = (valid & checked.counted).astype(jnp.int32)
     rows = jnp.zeros((classes, classes), jnp.int32).at[wanted, predicted].add(counted)
     return MatrixCounts(rows, jnp.sum(~valid, dtype=jnp.int32))
@@ -188,7 +188,7 @@ def averaged(counts: Any, average: str, of: Callable[[Any, Any, Any], tuple[Any,
 def _share_of(right: jax.Array, valid: jax.Array, weights: Weights) -> Any:
     valid = valid & weights.valid
     if weights.values is not None:
-        return Rows(_flat(right & valid, weights.values, ~valid), _weighted_share)
+        return RowValues(_flat(right & valid, weights.values, ~valid), _weighted_share)
     count = lambda rows: jnp.sum(rows, dtype=jnp.int32)
     total = right.size if weights.counted is True else count(weights.counted)
     return Share(right=count(right & valid & weights.counted), total=total, invalid=count(~valid))

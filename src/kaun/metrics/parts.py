@@ -1,7 +1,7 @@
 """The counts of a metric, which add up over batches.
 
 On the host counts are int64 and float64. What float32 cannot add up exactly (weights, errors) leaves the device as
-``Rows``, the values of each row, and is summed on the host.
+``RowValues``, the values of each row, and is summed on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from kaun._jax import any_traced
 
-__all__ = ["Mergeable", "Rows", "as_floats", "merge", "on_host", "outline", "settle"]
+__all__ = ["Mergeable", "RowValues", "as_floats", "merge", "on_host", "outline", "settle"]
 
 
 class Mergeable:
@@ -30,7 +30,7 @@ class Mergeable:
 
 
 @jax.tree_util.register_pytree_node_class
-class Rows(Mergeable):
+class RowValues(Mergeable):
     """Values of each row of a batch, from which the host computes counts, or which it keeps.
 
     Attributes:
@@ -49,18 +49,18 @@ class Rows(Mergeable):
         """The counts of the rows, or the rows themselves where they are kept."""
         return self if self.count is None else self.count(xp, *self.columns, *self.settings)
 
-    def merged(self, other: Rows) -> Rows:
+    def merged(self, other: RowValues) -> RowValues:
         """The rows of both, one after another."""
         xp: Any = jnp if any_traced([*self.columns, *other.columns]) else np
         pairs = zip(self.columns, other.columns, strict=True)
-        return Rows(tuple(xp.concatenate(pair) for pair in pairs), self.count, self.settings)
+        return RowValues(tuple(xp.concatenate(pair) for pair in pairs), self.count, self.settings)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Called by JAX: the children, and the rest."""
         return self.columns, (self.count, self.settings)
 
     @classmethod
-    def tree_unflatten(cls, rest: Any, columns: tuple[Any, ...]) -> Rows:
+    def tree_unflatten(cls, rest: Any, columns: tuple[Any, ...]) -> RowValues:
         """Called by JAX: the pytree made again."""
         return cls(columns, *rest)
 
@@ -83,14 +83,14 @@ def on_host(counts: Any, batches: bool = False) -> Any:
     """
 
     def convert(node: Any) -> Any:
-        if not isinstance(node, Rows):
+        if not isinstance(node, RowValues):
             wide = _wide(node)
             return wide.sum(axis=0) if batches else wide
         columns: tuple[Any, ...] = tuple(map(np.asarray, node.columns))
         if batches:
             columns = tuple(c.reshape(-1, *c.shape[2:]) for c in columns)
         columns = columns if node.count is None else tuple(map(_wide, columns))
-        return Rows(columns, node.count, node.settings).counted(np)
+        return RowValues(columns, node.count, node.settings).counted(np)
 
     return jax.tree_util.tree_map(convert, counts, is_leaf=_is_rows)
 
@@ -99,7 +99,7 @@ def settle(counts: Any) -> tuple[Any, Any]:
     """The counts without rows that are not counted yet, and the namespace to compute with: NumPy, or JAX if traced."""
     if not any_traced(jax.tree_util.tree_leaves(counts)):
         return on_host(counts), np
-    convert = lambda node: node.counted(jnp) if isinstance(node, Rows) else node
+    convert = lambda node: node.counted(jnp) if isinstance(node, RowValues) else node
     return jax.tree_util.tree_map(convert, counts, is_leaf=_is_rows), jnp
 
 
@@ -110,12 +110,12 @@ def as_floats(xp: Any, values: Any) -> Any:
 
 def outline(counts: Any) -> Any:
     """The counts without the lengths of kept rows, to compare shapes."""
-    convert = lambda node: [c[:0] for c in node.columns] if isinstance(node, Rows) else node
+    convert = lambda node: [c[:0] for c in node.columns] if isinstance(node, RowValues) else node
     return jax.tree_util.tree_map(convert, counts, is_leaf=_is_rows)
 
 
 def _is_rows(node: Any) -> bool:
-    return isinstance(node, Rows)
+    return isinstance(node, RowValues)
 
 
 def _wide(values: Any) -> np.ndarray[Any, Any]:

@@ -11,7 +11,7 @@ from kaun import tree
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, equal_shapes, floats, zeros_and_ones
 from kaun.metrics.counts import Score
-from kaun.metrics.parts import Rows, as_floats, settle
+from kaun.metrics.parts import RowValues, as_floats, settle
 from kaun.metrics.weights import blank, check_weights, nothing_to_average
 
 __all__ = ["auc", "auc_of", "average_precision", "average_precision_of", "ranks"]
@@ -76,7 +76,7 @@ def average_precision(predictions: Array, targets: Array, *, weights: Array | No
     return average_precision_of(ranks("average_precision", predictions, targets, weights=weights))
 
 
-def ranks(where: str, predictions: Any, targets: Any, *, weights: Any = None) -> Rows:
+def ranks(where: str, predictions: Any, targets: Any, *, weights: Any = None) -> RowValues:
     """The counts of both: scores, which are NaN where a row is not valid, targets, and weights if there are some."""
     scores, labels = floats(where, "predictions", predictions), as_array(where, "targets", targets)
     equal_shapes(where, "predictions", scores, "targets", labels)
@@ -88,14 +88,14 @@ def ranks(where: str, predictions: Any, targets: Any, *, weights: Any = None) ->
         numpy = isinstance(predictions, (np.ndarray, np.generic))
         scores = blank(tree.snapshot(predictions) if numpy else scores, checked.counted)
     own = checked.values if checked.values is not None else checked.counted
-    return Rows(tuple(a.reshape(-1) for a in (scores, ones, *(() if own is True else (own,)))), None)
+    return RowValues(tuple(a.reshape(-1) for a in (scores, ones, *(() if own is True else (own,)))), None)
 
 
 def auc_of(counts: Any, **settings: Any) -> Score:
     """The area under the curve of the rows."""
     found, xp = settle(counts)
     scores, ones, weights = _columns(xp, found)
-    above, upto, rows = _cumulated(xp, scores, ones * weights)
+    above, upto, (rows,) = _cumulated(xp, scores, ones * weights)
     negative = (1 - ones) * weights
     # The positives above each negative, which are all added up: nothing is subtracted.
     area = (negative * (rows[above] + rows[upto])).sum() / 2
@@ -107,23 +107,22 @@ def average_precision_of(counts: Any, **settings: Any) -> Score:
     found, xp = settle(counts)
     scores, ones, weights = _columns(xp, found)
     positive = ones * weights
-    _, upto, hits = _cumulated(xp, scores, positive)
-    _, _, rows = _cumulated(xp, scores, weights)
+    _, upto, (hits, rows) = _cumulated(xp, scores, positive, weights)
     precision = hits[upto] / xp.where(rows[upto] == 0, 1, rows[upto])
     return _score(xp, scores, weights, (positive * precision).sum(), positive.sum(), 0.0)
 
 
-def _columns(xp: Any, rows: Rows) -> tuple[Any, Any, Any]:
+def _columns(xp: Any, rows: RowValues) -> tuple[Any, Any, Any]:
     scores, ones, *weights = rows.columns
     scores, ones, *weights = (as_floats(xp, column) for column in (scores, ones, *weights))
     return scores, ones.astype(scores.dtype), weights[0].astype(scores.dtype) if weights else xp.ones_like(scores)
 
 
-def _cumulated(xp: Any, scores: Any, values: Any) -> tuple[Any, Any, Any]:
-    """How many rows have a larger score than each row, or one that is as large, and sums of values from the top."""
+def _cumulated(xp: Any, scores: Any, *values: Any) -> tuple[Any, Any, list[Any]]:
+    """How many rows have a larger score than each row, how many one as large or larger, and the sums from the top."""
     order = xp.argsort(-scores)
     falling = -scores[order]
-    sums = xp.concatenate([xp.zeros_like(values[:1]), xp.cumsum(values[order])])
+    sums = [xp.concatenate([xp.zeros_like(v[:1]), xp.cumsum(v[order])]) for v in values]
     return xp.searchsorted(falling, -scores, side="left"), xp.searchsorted(falling, -scores, side="right"), sums
 
 

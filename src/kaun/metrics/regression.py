@@ -19,7 +19,7 @@ from kaun import tree
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, class_indices, equal_shapes, floats, index_shape
 from kaun.metrics.counts import Score
-from kaun.metrics.parts import Mergeable, Rows, as_floats, settle
+from kaun.metrics.parts import Mergeable, RowValues, as_floats, settle
 from kaun.metrics.weights import Weights, blank, check_weights, nothing_to_average
 
 __all__ = [
@@ -191,22 +191,22 @@ class Moments(Mergeable):
         )
 
 
-def squared_errors(predictions: Any, targets: Any, *, weights: Any = None) -> Rows:
+def squared_errors(predictions: Any, targets: Any, *, weights: Any = None) -> RowValues:
     """The counts of ``rmse``."""
-    return Rows(_columns("rmse", predictions, targets, weights), _squares)
+    return RowValues(_columns("rmse", predictions, targets, weights), _squares)
 
 
-def absolute_errors(predictions: Any, targets: Any, *, weights: Any = None) -> Rows:
+def absolute_errors(predictions: Any, targets: Any, *, weights: Any = None) -> RowValues:
     """The counts of ``mean_absolute_error``."""
-    return Rows(_columns("mean_absolute_error", predictions, targets, weights), _distances)
+    return RowValues(_columns("mean_absolute_error", predictions, targets, weights), _distances)
 
 
-def moments(predictions: Any, targets: Any, *, weights: Any = None) -> Rows:
+def moments(predictions: Any, targets: Any, *, weights: Any = None) -> RowValues:
     """The counts of ``r2``."""
-    return Rows(_columns("r2", predictions, targets, weights), _moments)
+    return RowValues(_columns("r2", predictions, targets, weights), _moments)
 
 
-def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> Rows:
+def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> RowValues:
     """The counts of ``perplexity``."""
     where = "perplexity"
     logits = floats(where, "predictions", predictions)
@@ -216,7 +216,7 @@ def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> Rows:
     safe, valid = class_indices(where, "targets", blank(targets, checked.counted), logits.shape[-1])
     values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, safe)
     values = jnp.where(valid & checked.valid, values, jnp.nan)
-    return Rows((values.reshape(-1), *(w.reshape(-1) for w in _column(checked))), _totals)
+    return RowValues((values.reshape(-1), *(w.reshape(-1) for w in _column(checked))), _totals)
 
 
 def rmse_of(counts: Any, **settings: Any) -> Score:
