@@ -158,18 +158,34 @@ def test_compiled_metrics_are_the_same_to_float32():
             assert all(np.isnan(found).all() for found in wrong.values()), "a negative weight is seen"
 
 
-def test_perplexity_is_the_exponential_of_the_log_loss():
-    g = np.random.default_rng(0)
-    logits, targets = g.normal(size=(20, 5)).astype(np.float32), g.integers(0, 5, 20)
-    weights = g.random(20, np.float32)
-    wide = np.exp(logits.astype(np.float64))
-    loss = sklearn.log_loss(targets, wide / wide.sum(axis=1, keepdims=True), sample_weight=weights, labels=range(5))
-    found = metrics.perplexity(logits, targets, weights=weights)
-    assert found == pytest.approx(np.exp(loss), rel=1e-6)
-    assert over_batches(metrics.perplexity, logits, targets, weights, [0, 8, 20]) == pytest.approx(found, rel=1e-6)
-    rows = np.array([np.log(metrics.perplexity(logits[i : i + 1], targets[i : i + 1])) for i in range(20)])
-    assert found == pytest.approx(np.exp((rows * weights).sum() / weights.astype(float).sum()), rel=1e-6)
-    assert metrics.perplexity(logits.reshape(4, 5, 5), targets.reshape(4, 5)) == pytest.approx(
-        metrics.perplexity(logits, targets), rel=1e-6
+PERPLEXITY = {
+    "perplexity": (
+        metrics.perplexity,
+        lambda t, p, w: np.exp(
+            sklearn.log_loss(
+                t, np.exp(p) / np.exp(p).sum(axis=1, keepdims=True), sample_weight=w, labels=range(CLASSES)
+            )
+        ),
     )
-    assert metrics.perplexity(np.float16([[0, 0]]), np.array([1])) == pytest.approx(2, rel=1e-6)
+}
+
+
+@given(batches())
+@settings(max_examples=20, deadline=None)
+def test_perplexity_is_the_exponential_of_the_log_loss(cut):
+    bounds, g, weights = cut
+    logits = g.normal(size=(bounds[-1], CLASSES)).astype(np.float32)
+    compare(PERPLEXITY, logits, g.integers(0, CLASSES, bounds[-1]), weights, bounds)
+
+
+def test_perplexity_of_any_shape_and_compiled():
+    g = np.random.default_rng(0)
+    logits, targets = g.normal(size=(4, 5, CLASSES)).astype(np.float32), g.integers(0, CLASSES, (4, 5))
+    found, weights = metrics.perplexity(logits, targets), g.random((4, 5), np.float32)
+    assert found == metrics.perplexity(logits.reshape(20, CLASSES), targets.reshape(20))
+    assert metrics.perplexity(logits[0, 0], targets[0, 0]) == metrics.perplexity(logits[0, :1], targets[0, :1])
+    compiled = jax.jit(metrics.perplexity)(logits, targets, weights=weights)
+    assert float(compiled) == pytest.approx(metrics.perplexity(logits, targets, weights=weights), rel=1e-6)
+    assert metrics.perplexity(np.float16([[0, 0]]), np.array([1])) == pytest.approx(2, rel=1e-14)
+    many = np.zeros((3, 2**20), np.float32)
+    assert metrics.perplexity(many, np.array([0, 5, 9])) == pytest.approx(2**20, rel=1e-12)

@@ -297,7 +297,7 @@ def binary_counts(predictions: Any, targets: Any, threshold: float = 0.5, *, wei
     return counts.binary_share("binary_accuracy", predictions, targets, threshold, weights)
 
 
-def top_k_counts(predictions: Any, targets: Any, *, k: int, weights: Any = None) -> Any:
+def top_k_counts(predictions: Any, targets: Any, *, k: int = 1, weights: Any = None) -> Any:
     """The counts of ``top_k_share``."""
     return counts.top_k_share("top_k_accuracy", predictions, targets, k, weights)
 

@@ -19,7 +19,7 @@ from kaun.metrics.parts import merge, on_host, outline, settle
 __all__ = ["Counted", "CountedParts", "gives_array", "result_of"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Counted:
     """A metric in two parts, so that its value over many batches is that of all their rows together.
 
@@ -45,6 +45,11 @@ class Counted:
 
     counts: Callable[..., Any]
     result: Callable[[Any], Any]
+
+    # Narrower than the field, which may be called with weights: so that checkers know the arguments of a lambda.
+    def __init__(self, counts: Callable[[Any, Any], Any], result: Callable[[Any], Any]) -> None:
+        object.__setattr__(self, "counts", counts)
+        object.__setattr__(self, "result", result)
 
     def __call__(self, predictions: Any, targets: Any, *, weights: Any = None) -> Any:
         """Return the value of the metric for one batch."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +84,7 @@ def on_host(counts: Any, batches: bool = False) -> Any:
 
     def convert(node: Any) -> Any:
         if not isinstance(node, RowValues):
-            wide = _wide(node)
-            return wide.sum(axis=0) if batches else wide
+            return np.asarray(node).sum(axis=0, dtype=_wide_dtype(node)) if batches else _wide(node)
         columns: tuple[Any, ...] = tuple(map(np.asarray, node.columns))
         if batches:
             columns = tuple(c.reshape(-1, *c.shape[2:]) for c in columns)
@@ -119,5 +118,8 @@ def _is_rows(node: Any) -> bool:
 
 
 def _wide(values: Any) -> np.ndarray[Any, Any]:
-    array = cast("np.ndarray[Any, Any]", np.asarray(values))
-    return array.astype(np.float64 if jnp.issubdtype(array.dtype, jnp.floating) else np.int64)
+    return np.asarray(values).astype(_wide_dtype(values))
+
+
+def _wide_dtype(values: Any) -> Any:
+    return np.float64 if jnp.issubdtype(np.asarray(values).dtype, jnp.floating) else np.int64

@@ -115,8 +115,9 @@ def r2(predictions: Array, targets: Array, *, weights: Array | None = None) -> S
 def perplexity(predictions: Array, targets: Array, *, weights: Array | None = None) -> Score:
     """Return the exponential of the mean negative log likelihood of the targets.
 
-    The likelihood of each target is computed as ``losses.cross_entropy_sparse`` does, in the dtype of the scores and at
-    least in float32; their mean is exact. It is the exponential of scikit-learn's ``log_loss`` of the probabilities.
+    It is the exponential of scikit-learn's ``log_loss`` of the probabilities. In compiled code, that of
+    ``trainer.evaluate`` included, the likelihood of each target is computed in the dtype of the logits, at least in
+    float32, as ``losses.cross_entropy_sparse`` does; ``evaluate`` adds them up in float64.
 
     Args:
         predictions: logits, float [..., classes].
@@ -212,10 +213,15 @@ def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> RowVa
     logits = floats(where, "predictions", predictions)
     index_shape(where, "predictions", logits, "targets", labels := as_array(where, "targets", targets))
     checked = check_weights(where, weights, labels.shape)
-    logits = as_floats(jnp, blank(logits, checked.counted))
     safe, valid = class_indices(where, "targets", blank(targets, checked.counted), logits.shape[-1])
-    values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, safe)
-    values = jnp.where(valid & checked.valid, values, jnp.nan)
+    if any_traced([predictions, targets, weights]):
+        rows = blank(logits, checked.counted)
+        values = optax.losses.softmax_cross_entropy_with_integer_labels(as_floats(jnp, rows), safe)
+        values = jnp.where(valid & checked.valid, values, jnp.nan)
+    else:
+        numpy = isinstance(predictions, (np.ndarray, np.generic))  # what is float64 stays float64
+        rows = np.asarray(blank(tree.snapshot(predictions) if numpy else logits, checked.counted))
+        values = _likelihoods_on_host(rows.reshape(-1, rows.shape[-1]), np.asarray(safe).reshape(-1))
     return RowValues((values.reshape(-1), *(w.reshape(-1) for w in _column(checked))), _totals)
 
 
@@ -247,6 +253,18 @@ def r2_of(counts: Any, **settings: Any) -> Score:
     with np.errstate(invalid="ignore"):  # inf / inf is NaN, which is visible
         scores = xp.where(spread == 0, flat, 1 - error / xp.where(spread == 0, 1, spread))
     return _score(xp, xp.where(found.rows < 2, xp.nan, scores.mean()))
+
+
+def _likelihoods_on_host(logits: np.ndarray[Any, Any], ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    values, step = np.empty(len(ids)), max(1, 2**20 // logits.shape[-1])
+    for start in range(0, len(ids), step):  # in parts: all logits of a large vocabulary in float64 need much memory
+        rows = slice(start, start + step)
+        with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is visible
+            shifted = logits[rows].astype(np.float64)
+            shifted -= shifted.max(axis=-1, keepdims=True)
+            own = np.take_along_axis(shifted, ids[rows, None], axis=-1)[:, 0]
+            values[rows] = np.log(np.exp(shifted).sum(axis=-1)) - own
+    return values
 
 
 def _columns(where: str, predictions: Any, targets: Any, weights: Any) -> tuple[Any, ...]:
