@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn
 
 from kaun import metrics
 
-CLASSES, SIZES = 4, (1, 3, 8)  # few sizes of batches, because each shape is compiled
+CLASSES, SIZES = 4, (1, 8)  # few sizes of batches, because each shape is compiled
 LABELS = {"labels": range(CLASSES)}
 AVERAGED = {"average": "macro", "zero_division": 0, **LABELS}
 f1_by_support = functools.partial(metrics.f1, average="weighted")
@@ -56,7 +56,7 @@ REGRESSION = {
 @st.composite
 def batches(draw):
     """Bounds of batches, a random generator, and weights of the rows: none, floats of any scale, bools or integers."""
-    left, bounds = draw(st.sampled_from([3, 8, 45])), [0]
+    left, bounds = draw(st.sampled_from([8, 25])), [0]
     while left:
         size = draw(st.sampled_from([size for size in SIZES if size <= left]))
         bounds.append(bounds[-1] + size)
@@ -143,7 +143,7 @@ def test_compiled_metrics_are_the_same_to_float32():
         found |= {n: m(scores[:, 0], binary, weights=weights) for n, (m, _) in BINARY.items()}
         return found | {n: m(scores[:, 0], real, weights=weights) for n, (m, _) in REGRESSION.items()}
 
-    for dtype in (np.float32, np.int32, bool):
+    for dtype in (np.int32, bool):
         weights = (g.integers(0, 3, 12)).astype(dtype)
         for name, found in compiled(weights).items():
             table = {**CLASSIFICATION, **BINARY, **REGRESSION}
