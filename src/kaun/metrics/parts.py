@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,20 @@ import numpy as np
 
 from kaun._jax import any_traced
 
-__all__ = ["Mergeable", "RowValues", "as_floats", "merge", "on_host", "outline", "settle"]
+__all__ = ["RowValues", "as_floats", "merge", "on_host", "outline", "settle"]
 
 
-class Mergeable:
+@runtime_checkable
+class Mergeable(Protocol):
     """A node in a tree of counts that has another way to merge than addition leaf by leaf."""
-
-    __slots__ = ()
 
     def merged(self, other: Any) -> Any:
         """The counts of the rows of both."""
-        raise NotImplementedError
+        ...
 
 
 @jax.tree_util.register_pytree_node_class
-class RowValues(Mergeable):
+class RowValues:
     """Values of each row of a batch, from which the host computes counts, or which it keeps.
 
     Attributes:

@@ -19,7 +19,7 @@ from kaun import tree
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, class_indices, equal_shapes, floats, index_shape
 from kaun.metrics.counts import Score
-from kaun.metrics.parts import Mergeable, RowValues, as_floats, settle
+from kaun.metrics.parts import RowValues, as_floats, settle
 from kaun.metrics.weights import Weights, blank, check_weights, nothing_to_average
 
 __all__ = [
@@ -151,7 +151,7 @@ class Sums(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Moments(Mergeable):
+class Moments:
     """By column the targets' mean, and sums of squares about it and about the predictions.
 
     The mean is ``pivot + offset`` with a pivot in float32. The distance of float32 targets to it is exact in float64,
