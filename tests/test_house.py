@@ -60,7 +60,9 @@ PUBLIC = {
     },
     "kaun.losses": {"binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"},
     "kaun.metrics": {
-        "Counted", "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
+        "Counted", "Tracker", "accuracy", "auc", "average_precision", "binary_accuracy", "confusion_matrix", "evaluate",
+        "evaluate_many", "f1", "mean_absolute_error", "mean_iou", "perplexity", "precision", "r2", "recall", "rmse",
+        "top_k_accuracy",
     },
     "kaun.reports": {
         "EarlyStopping", "History", "Report", "ReportFunction", "Validation", "all_of", "csv", "each_epoch",

@@ -273,17 +273,17 @@ class Trainer(Generic[In, Out]):
                 those of ``ctx``.
             metrics: By name, functions of ``(predictions, targets)``, the model's output and y. A scalar counts by the
                 number of examples in its batch (the length of y along axis 0), a pair ``(sum, count)`` by its count,
-                and ``metrics.accuracy``, ``precision``, ``recall``, ``f1``, their partials and any ``metrics.Counted``
-                by summed counts: their result is that of all rows at once, however they are cut into batches.
+                and the functions of ``metrics``, their partials and any ``metrics.Counted`` by summed counts: their
+                result is that of all rows at once, however they are cut into batches.
             ctx: A Context for the layers.
 
         Returns:
-            Floats by name, sorted by name.
+            Floats by name, sorted by name; a NumPy array for a metric that is one, as ``confusion_matrix`` is.
 
         Raises:
             CaptureError: If a metric captures what cannot be compiled faithfully.
             TypeError: If items, metrics, or what these return are of the wrong kind.
-            ValueError: If there are no items or no metrics, or counts add up to 0.
+            ValueError: If there are no items or no metrics, or counts or weights add up to 0.
             Exception: Whatever data or metrics raise, unchanged.
 
         Examples:

@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun.metrics.sums import Counts, DelayedReader, ExactMean, Mean, MetricSums, Ratio, add_scalars, run_ahead
+from kaun.metrics.parts import RowValues
+from kaun.metrics.sums import (
+    Counts,
+    CountSums,
+    DelayedReader,
+    ExactMean,
+    Mean,
+    MetricSums,
+    Ratio,
+    add_results,
+    run_ahead,
+)
 
 
 @given(st.integers(2, 9), st.integers(0, 40), st.integers(0, 40))
@@ -82,9 +93,20 @@ def test_sums_by_name():
         sums.add("counts", Counts({"a": np.ones((1, 3), np.int32), "b": np.float32([0.1])}))
 
 
+def test_rows_are_kept_in_order_and_copied_few_times():
+    """Merged one batch after another, a thousand batches would copy the first one a thousand times."""
+    sums, rows = CountSums("auc"), np.arange(1000, dtype=np.float32)
+    for row in rows:
+        sums.add(Counts({"auc": RowValues((row[None, None],), None), "n": np.ones(1, np.int32)}))
+        assert len(sums._groups) <= 10
+    found = sums.result()
+    np.testing.assert_array_equal(found["auc"].columns[0], rows)
+    assert found["n"] == 1000 and found["auc"].columns[0].dtype == np.float32
+
+
 def test_scalars_are_read_in_one_call(monkeypatch):
     calls, real = [], jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: calls.append(len(x)) or real(x))
     sums = MetricSums()
-    add_scalars(sums, [{"a": Ratio(jnp.float32(1), 1)}, {"a": Ratio(2, 1), "b": Ratio(jnp.bfloat16(3), jnp.int8(2))}])
+    add_results(sums, [{"a": Ratio(jnp.float32(1), 1)}, {"a": Ratio(2, 1), "b": Ratio(jnp.bfloat16(3), jnp.int8(2))}])
     assert calls == [2] and (sums["a"], sums["b"]) == (1.5, 1.5)

@@ -1,5 +1,6 @@
 """validate: alone, in composites of any order, and what it refuses."""
 
+import functools
 import io
 import itertools
 
@@ -204,3 +205,29 @@ def test_results_are_numbered_by_the_state_and_go_on_after_a_restart(made, data)
     state = middle.replace(step=middle.step + 0)
     again(5, 0.5, state.replace(step=jnp.int32(15)))  # interrupted there, and called again
     assert [step for step, _ in again.results] == [5, 10, 15]
+
+
+def test_a_metric_that_is_an_array_is_refused_with_the_way_out():
+    """confusion_matrix ahead of the fit, one of the user's own when it is measured first."""
+    trainer = Trainer(model=layers.linear(2, 2), optimizer=optax.sgd(0.1))
+    data = [(np.ones((3, 2), np.float32), np.array([0, 1, 1], np.int32))]
+    matrix = metrics.Counted.of(metrics.confusion_matrix)
+    message = (
+        r"validate expected metrics that give numbers, but 'm' gives an array, .* call trainer\.evaluate after fit"
+    )
+    for metric in (
+        metrics.confusion_matrix,
+        functools.partial(metrics.confusion_matrix, num_classes=2),
+        matrix,
+        metrics.Counted(lambda p, t: matrix.counts(p, t), matrix.result),
+    ):
+        with pytest.raises(TypeError, match=message):
+            reports.validate(trainer, data, {"m": metric}, each=1)
+    own = reports.validate(trainer, data, {"m": metrics.Counted(lambda p, t: p.sum(0), lambda s: s)}, each=1)
+    with pytest.raises(TypeError, match=message):
+        own(1, 0.0, trainer.init())
+    assert own.results == []
+    entry = metrics.Counted(matrix.counts, lambda sums: float(matrix.result(sums)[1, 1]))
+    number = reports.validate(trainer, data, {"m": entry}, each=1)
+    number(1, 0.0, trainer.init())
+    assert type(number.latest["m"]) is float

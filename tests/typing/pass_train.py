@@ -68,6 +68,11 @@ assert_type(trainer.evaluate(state, batches, chosen), dict[str, float])
 trainer.evaluate(state, [(x, y), (x, y)], {"loss": losses.mse}, ctx=Context())
 trainer.evaluate(state, ((x, y, Context(mask=m)) for m in (x, y)), {"loss": losses.mse})
 assert_type(metrics.Counted.of(metrics.accuracy), metrics.Counted)
+trainer.evaluate(state, batches, {"mae": metrics.mean_absolute_error, "r2": metrics.r2})
+made: dict[str, Callable[[Any, Any], Any]] = {"m": metrics.confusion_matrix, "top": metrics.top_k_accuracy(3)}
+r2 = metrics.Counted.of(metrics.r2)
+weighted = metrics.Counted(lambda p, y: r2.counts(p, y[0], weights=y[1]), r2.result)
+print((r2.parts(y, y) + r2.parts(y, y, weights=jnp.ones(4))).result())
 
 validation = reports.validate(trainer, batches, chosen, each=train)
 assert_type(validation, reports.Validation)

@@ -14,8 +14,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._engine import Packing
-from kaun._messages import locate
-from kaun.metrics import Counted, Counts, Mean, MetricSums, Part, Ratio
+from kaun.metrics import Counted, Counts, Mean, MetricSums, Part, Ratio, result_of
 
 __all__ = ["Metric", "MetricTotals", "PackedMetrics", "check_metrics", "part_of", "with_counts"]
 
@@ -165,7 +164,7 @@ class MetricTotals:
             self._add()
 
     def results(self) -> dict[str, float]:
-        """The value of each metric, by name."""
+        """The value of each metric by name, a float or an array."""
         self._add()
         return {name: self._result(name, metric) for name, metric in self._metrics.items()}
 
@@ -179,10 +178,4 @@ class MetricTotals:
         counted = Counted.find(metric)
         if counted is None:
             return self._sums[name]
-        result = counted.result(self._sums[name])
-        if not tree.is_real_scalar(result):
-            raise TypeError(
-                f"metric {name!r}: the result {locate(counted.result)} of its counts must be a real number, received "
-                f"{'None' if result is None else tree.describe(result)}. Return a float."
-            )
-        return float(result)
+        return result_of(f"metric {name!r}", counted, self._sums[name])

@@ -1,11 +1,23 @@
-"""Metrics of predictions against targets, and their exact means over batches."""
+"""Metrics of predictions against targets, and their exact values over batches."""
 
-from kaun.metrics.functions import Counted as Counted
-from kaun.metrics.functions import accuracy as accuracy
-from kaun.metrics.functions import binary_accuracy as binary_accuracy
-from kaun.metrics.functions import f1 as f1
-from kaun.metrics.functions import precision as precision
-from kaun.metrics.functions import recall as recall
+from kaun.metrics.classification import accuracy as accuracy
+from kaun.metrics.classification import binary_accuracy as binary_accuracy
+from kaun.metrics.classification import confusion_matrix as confusion_matrix
+from kaun.metrics.classification import f1 as f1
+from kaun.metrics.classification import mean_iou as mean_iou
+from kaun.metrics.classification import precision as precision
+from kaun.metrics.classification import recall as recall
+from kaun.metrics.classification import top_k_accuracy as top_k_accuracy
+from kaun.metrics.counted import Counted as Counted
+from kaun.metrics.counted import CountedParts as CountedParts
+from kaun.metrics.counted import gives_array as gives_array
+from kaun.metrics.counted import result_of as result_of
+from kaun.metrics.ranking import auc as auc
+from kaun.metrics.ranking import average_precision as average_precision
+from kaun.metrics.regression import mean_absolute_error as mean_absolute_error
+from kaun.metrics.regression import perplexity as perplexity
+from kaun.metrics.regression import r2 as r2
+from kaun.metrics.regression import rmse as rmse
 from kaun.metrics.sums import Counts as Counts
 from kaun.metrics.sums import Mean as Mean
 from kaun.metrics.sums import MetricSums as MetricSums
@@ -16,9 +28,11 @@ from kaun.metrics.tracker import Tracker as Tracker
 from kaun.metrics.tracker import evaluate as evaluate
 from kaun.metrics.tracker import evaluate_many as evaluate_many
 
-# What users reach; the rest is for kaun.evaluation.
+# What users reach; the rest is for other packages of kaun.
 __all__ = [
-    "Counted", "Tracker", "accuracy", "binary_accuracy", "evaluate", "evaluate_many", "f1", "precision", "recall",
+    "Counted", "Tracker", "accuracy", "auc", "average_precision", "binary_accuracy", "confusion_matrix", "evaluate",
+    "evaluate_many", "f1", "mean_absolute_error", "mean_iou", "perplexity", "precision", "r2", "recall", "rmse",
+    "top_k_accuracy",
 ]  # fmt: skip
 
 

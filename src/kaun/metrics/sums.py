@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun.metrics.counted import CountedParts
+from kaun.metrics.parts import merge, on_host, outline
 
-__all__ = ["Counts", "DelayedReader", "Mean", "MetricSums", "Part", "Ratio", "add_scalars", "run_ahead"]
+__all__ = ["Counts", "DelayedReader", "Mean", "MetricSums", "Part", "Ratio", "add_results", "run_ahead"]
 
 # How many results may wait on the device. In an evaluation each holds its batch until it is computed, so few.
 _AHEAD = 16
@@ -107,14 +109,18 @@ class MetricSums:
         return self._sums[name].result()
 
 
-def add_scalars(sums: MetricSums, items: list[dict[str, Ratio]]) -> None:
-    """Read the ratios of some items from the device in one call, and add them."""
-    by_name: dict[str, list[Ratio]] = {}
-    for ratios in jax.device_get(items):
-        for name, ratio in ratios.items():
-            by_name.setdefault(name, []).append(ratio)
-    for name, ratios in by_name.items():
-        sums.add(name, Ratio([float(total) for total, _ in ratios], [float(count) for _, count in ratios]))
+def add_results(sums: MetricSums, items: list[dict[str, Ratio | CountedParts]]) -> None:
+    """Read the ratios and the parts of some items from the device in one call, and add them."""
+    by_name: dict[str, list[Any]] = {}
+    for results in jax.device_get(items):
+        for name, result in results.items():
+            by_name.setdefault(name, []).append(result)
+    for name, results in by_name.items():
+        if isinstance(results[0], CountedParts):
+            for parts in results:
+                sums.add(name, Counts(jax.tree_util.tree_map(lambda a: np.asarray(a)[None], parts.counts)))
+        else:
+            sums.add(name, Ratio([float(total) for total, _ in results], [float(count) for _, count in results]))
 
 
 class ExactMean:
@@ -158,32 +164,28 @@ def _exact(values: list[float]) -> list[float]:
 
 
 class CountSums:
-    """Sums of pytrees of counts: integers and bools in int64, floats in float64."""
+    """Sums of pytrees of counts: integers and bools in int64, floats in float64, and rows that are kept."""
 
-    __slots__ = ("_name", "_sums")
+    __slots__ = ("_groups", "_name")
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._sums: Any = None
+        # Sizes fall: two groups of one size are merged at once. So rows that are kept are copied a few times only.
+        self._groups: list[tuple[int, Any]] = []
 
     def add(self, part: Any) -> None:
         """Add counts, stacked along axis 0; ValueError if their shapes are not those of before."""
-        counts = jax.tree_util.tree_map(_sum_batches, part.sums)
-        if self._sums is None:
-            self._sums = counts
-            return
-        if changed := tree.difference(self._sums, counts):
+        counts, size = on_host(part.sums, batches=True), 1
+        if self._groups and (changed := tree.difference(outline(self._groups[0][1]), outline(counts))):
             raise ValueError(
                 f"metric {self._name!r}: counts must have the same shapes in all batches to add up; in a later one\n  "
                 + "\n  ".join(changed[:10])
                 + "\nMake their shapes independent of the batch's, for example by the number of classes."
             )
-        self._sums = jax.tree_util.tree_map(np.add, self._sums, counts)
+        while self._groups and self._groups[-1][0] == size:
+            counts, size = merge(self._groups.pop()[1], counts), 2 * size
+        self._groups.append((size, counts))
 
     def result(self) -> Any:
         """The sums, in the tree of the counts."""
-        return self._sums
-
-
-def _sum_batches(counts: Any) -> Any:
-    return counts.sum(axis=0, dtype=np.float64 if jnp.issubdtype(counts.dtype, jnp.floating) else np.int64)
+        return functools.reduce(merge, (counts for _, counts in self._groups))

@@ -6,10 +6,13 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import jax
+
 from kaun import tree
 from kaun._jax import is_traced
 from kaun._messages import locate
-from kaun.metrics.sums import DelayedReader, MetricSums, Ratio, add_scalars, run_ahead
+from kaun.metrics.counted import Counted, CountedParts, result_of
+from kaun.metrics.sums import DelayedReader, MetricSums, Ratio, add_results, run_ahead
 
 __all__ = ["Tracker", "evaluate", "evaluate_many"]
 
@@ -24,16 +27,17 @@ def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     and takes ``metrics.f1`` and the others as they are.
 
     Args:
-        f: ``f(item)`` returns a pair ``(sum, count)``, or a scalar, which stands for ``(value, 1)``. Scalars may be
-            JAX's; they are read some items late, so that a compiled ``f`` runs ahead of the host.
+        f: ``f(item)`` returns a pair ``(sum, count)``, a scalar, which stands for ``(value, 1)``, or the parts of a
+            metric, ``Counted.of(metrics.f1).parts(predictions, targets)``. They may be JAX's; they are read some items
+            late, so that a compiled ``f`` runs ahead of the host.
         data: the items, a ``Data`` or any iterable.
 
     Returns:
-        The sum of all sums over the sum of all counts.
+        The sum of all sums over the sum of all counts; of parts the metric of all rows, an array where it is one.
 
     Raises:
-        TypeError: when f is not callable or does not return real scalars, or when data is not iterable.
-        ValueError: when there are no items, or the counts add up to 0.
+        TypeError: when f is not callable or does not return real scalars or parts, or when data is not iterable.
+        ValueError: when there are no items, the counts add up to 0, or parts are of several metrics.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -49,7 +53,8 @@ def evaluate_many(f: Callable[[Any], dict[str, Any]], data: Iterable[Any]) -> di
     """Compute the means of several named results over the items of ``data``, in one pass.
 
     Args:
-        f: ``f(item)`` returns a dict from names, the same for every item, to scalars or pairs as in ``evaluate``.
+        f: ``f(item)`` returns a dict from names, the same for every item, to scalars, pairs or parts as in
+            ``evaluate``.
         data: the items, a ``Data`` or any iterable.
 
     Returns:
@@ -131,7 +136,7 @@ class Tracker:
         """Remove all names and values."""
         self._counts: dict[str, int] = {}
         self._sums = MetricSums()
-        self._reader = DelayedReader(_UNREAD, functools.partial(add_scalars, self._sums))
+        self._reader = DelayedReader(_UNREAD, functools.partial(add_results, self._sums))
 
     def items(self) -> list[tuple[str, float]]:
         """Return the pairs of name and mean, sorted by name."""
@@ -149,8 +154,9 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
             f"{tree.describe(data)}. Write {where}(f, data)."
         )
     sums, names, place = MetricSums(), list[str](), f"{where}: {locate(f)}"
+    metrics: dict[str, Counted | None] = {}
 
-    def measure(item: Any, number: int) -> dict[str, Ratio]:
+    def measure(item: Any, number: int) -> dict[str, Ratio | CountedParts]:
         results = f(item) if where == "evaluate_many" else {"": f(item)}
         if not isinstance(results, dict):
             raise TypeError(
@@ -163,14 +169,26 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
                 f"{place} must return the same names for every item, at least one; received "
                 f"{sorted(results)} for item {number}, and {names} for the first."
             )
-        return {name: _ratio(place, name, results[name]) for name in names}
+        for name, result in results.items():
+            metric = result.counted if isinstance(result, CountedParts) else None
+            if metrics.setdefault(name, metric) != metric:
+                raise ValueError(
+                    f"{place} must return the parts of one metric{f' for {name!r}' if name else ''} for every item; "
+                    f"those of item {number} are of another one. Make the Counted once, before the function."
+                )
+        return {name: _part(place, name, results[name]) for name in names}
 
-    if not run_ahead(cast("Iterable[Any]", data), measure, functools.partial(add_scalars, sums)):
+    if not run_ahead(cast("Iterable[Any]", data), measure, functools.partial(add_results, sums)):
         raise ValueError(f"{where} expected at least one item, received none: the mean of no items is undefined.")
-    return {name: sums[name] for name in names}
+    result = lambda name, metric: sums[name] if metric is None else result_of(place, metric, sums[name])
+    return {name: result(name, metrics[name]) for name in names}
 
 
-def _ratio(where: str, name: str, result: Any) -> Ratio:
+def _part(where: str, name: str, result: Any) -> Ratio | CountedParts:
+    if isinstance(result, CountedParts):
+        for leaf in jax.tree_util.tree_leaves(result):
+            _refuse_traced(where, leaf)
+        return result
     must = f"must return{f' for {name!r}' if name else ''} a real scalar or a pair (sum, count) of them"
     pair = cast("tuple[Any, ...]", result) if isinstance(result, tuple) else (result, 1)
     if len(pair) != 2:
@@ -180,12 +198,16 @@ def _ratio(where: str, name: str, result: Any) -> Ratio:
 
 def _real_scalar(where: str, must: str, value: Any) -> Any:
     """The value, not waited for, once it is known to be a real number or an array of shape () that holds one."""
+    _refuse_traced(where, value)
+    if not tree.is_real_scalar(value):
+        fix = " Take its mean, value.mean()." if getattr(value, "shape", ()) else ""
+        raise TypeError(f"{where} {must}, received {tree.describe(value)}.{fix}")
+    return tree.snapshot(value)
+
+
+def _refuse_traced(where: str, value: Any) -> None:
     if is_traced(value):
         raise TypeError(
             f"{where} received a value that JAX is tracing, {tree.describe(value)}: there is no number yet. Return it "
             "from the compiled function, and use it outside."
         )
-    if not tree.is_real_scalar(value):
-        fix = " Take its mean, value.mean()." if getattr(value, "shape", ()) else ""
-        raise TypeError(f"{where} {must}, received {tree.describe(value)}.{fix}")
-    return tree.snapshot(value)

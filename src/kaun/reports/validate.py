@@ -10,6 +10,7 @@ from kaun._report import Report
 from kaun._run import pack_results, unpack_results
 from kaun.context import Context
 from kaun.evaluation import check_metrics
+from kaun.metrics import gives_array
 from kaun.reports.compose import steps_of_a_pass
 from kaun.train import Trainer, TrainState
 
@@ -39,8 +40,8 @@ def validate(
         ctx: A Context for the layers, default none.
 
     Raises:
-        TypeError: If an argument is of the wrong kind, ``data`` can be iterated only once, or the length of ``each``
-            is unknown.
+        TypeError: If an argument is of the wrong kind, ``data`` can be iterated only once, the length of ``each`` is
+            unknown, or a metric gives an array, as ``confusion_matrix`` does: reports take numbers.
         ValueError: If ``each`` is empty, less than 1 or a part of several epochs, or there are no metrics.
 
     Examples:
@@ -77,7 +78,11 @@ def validate(
     if ctx is not None and not isinstance(ctx, Context):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
     steps = each if isinstance(each, int) else steps_of_a_pass("validate", each, "each=steps_per_epoch")
-    return Validation(trainer, data, check_metrics("validate", metrics), steps, ctx)
+    checked = check_metrics("validate", metrics)
+    for name, metric in checked.items():
+        if gives_array(metric):
+            raise _not_a_number(name)
+    return Validation(trainer, data, checked, steps, ctx)
 
 
 class Validation(Report):
@@ -121,6 +126,9 @@ class Validation(Report):
         if not self.wants(step):  # called by a user's own function after every step
             return None
         values = self._trainer.evaluate(state, self._data, self._metrics, ctx=self._ctx)
+        for name, value in values.items():
+            if not isinstance(value, float):
+                raise _not_a_number(name)
         at = int(state.step)
         if self.results and self.results[-1][0] == at:  # a second time, in a run that was interrupted there
             self.results.pop()
@@ -134,3 +142,12 @@ class Validation(Report):
     def restore(self, values: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.results = unpack_results(self, values)
+
+
+def _not_a_number(name: str) -> TypeError:
+    return TypeError(
+        f"validate expected metrics that give numbers, but {name!r} gives an array, and reports take numbers. For the "
+        "array call trainer.evaluate after fit or in a report of your own. For a number of it write matrix = "
+        "metrics.Counted.of(metrics.confusion_matrix) and give validate metrics.Counted(matrix.counts, lambda sums: "
+        "float(matrix.result(sums)[0, 1]))."
+    )
