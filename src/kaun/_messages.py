@@ -20,7 +20,9 @@ _CONTEXTS = contextlib.__file__
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that names the line of the user's code which called into kaun, also where JAX traces kaun."""
     level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
-    while frame is not None and (frame.f_code.co_filename.startswith(_SKIPPED) or frame.f_code.co_filename == _CONTEXTS):
+    while frame is not None and (
+        frame.f_code.co_filename.startswith(_SKIPPED) or frame.f_code.co_filename == _CONTEXTS
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 

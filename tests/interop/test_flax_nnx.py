@@ -254,7 +254,9 @@ class Forced(nnx.Module):
 
 def test_dropout_that_stays_on_in_evaluation_is_refused():
     layer = interop.flax_nnx(Forced())
-    text = r"flax_nnx\(Forced\): 'inner\.1' draws in evaluation mode, so dropout would stay on in predict: .* Leave that"
+    text = (
+        r"flax_nnx\(Forced\): 'inner\.1' draws in evaluation mode, so dropout would stay on in predict: .* Leave that"
+    )
     with rng.scope(0), pytest.raises(ValueError, match=text):
         layer.apply(layer.init(), jnp.ones((1, 2)))
     with rng.scope(0):

@@ -145,7 +145,7 @@ def test_a_frozen_part_of_another_librarys_model_runs_as_in_predict(name):
     moved = jax.tree_util.tree_map_with_path(
         lambda path, a, b: ("encoder" in str(path), bool((a != b).any())), state.vars.params, after.vars.params
     )
-    assert {pair for pair in jax.tree.leaves(moved, is_leaf=lambda a: isinstance(a, tuple))} == {
+    assert set(jax.tree.leaves(moved, is_leaf=lambda a: isinstance(a, tuple))) == {
         (True, False), (False, True),
     }  # fmt: skip
 
@@ -154,9 +154,7 @@ def test_a_frozen_part_of_another_librarys_model_runs_as_in_predict(name):
 def test_the_part_that_trains_runs_in_training_mode(name):
     """The other way round, the encoder trains under a frozen head: its statistics move, and its dropout is on."""
     with rng.scope(0):
-        trainer = kaun.Trainer(
-            model=MODELS[name](), optimizer=optax.sgd(0.1), trainable=lambda path: "encoder" in path
-        )
+        trainer = kaun.Trainer(model=MODELS[name](), optimizer=optax.sgd(0.1), trainable=lambda path: "encoder" in path)
         state = trainer.init()
     value, after = trainer.step(state, X, loss=mse)
     assert abs(float(value) - float(mse(trainer.predict(state, X)))) > 1e-3
@@ -237,9 +235,7 @@ def test_the_two_layers_of_the_refusals_text_do_it():
     backbone = interop.linen(Center(), X, method=lambda module, x, train: module(x, train, train))
     model = backbone >> interop.linen(nn.Dense(2), X)
     with rng.scope(0):
-        trainer = kaun.Trainer(
-            model=model, optimizer=optax.sgd(0.1), trainable=lambda path: path.startswith("right.")
-        )
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1), trainable=lambda path: path.startswith("right."))
         state = trainer.init()
     value, after = trainer.step(state, X, loss=mse)
     np.testing.assert_allclose(value, mse(trainer.predict(state, X)), rtol=1e-6)

@@ -117,7 +117,9 @@ class Noisy(nn.Module):
     def __call__(self, x, train: bool):
         weight = self.param("weight", nn.initializers.ones, ())
         draw = lambda stream: jax.random.normal(self.make_rng(stream), x.shape)
-        return jnp.stack([weight * x, draw("dropout" if train else "other"), draw("noise"), draw("noise"), draw("more")])
+        return jnp.stack(
+            [weight * x, draw("dropout" if train else "other"), draw("noise"), draw("noise"), draw("more")]
+        )
 
 
 def test_streams_are_fed_from_the_scope():
@@ -255,8 +257,14 @@ def test_what_is_sown_and_kept_is_part_of_the_output(keep):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ({"keep": "params"}, r"linen\(drop=\['intermediates'\], keep=\['params'\]\): .*'params' is the parameters\. Write"),
-        ({"keep": ["a", "b"], "drop": ["b"]}, r"linen\(drop=\['b'\], keep=\['a', 'b'\]\): .*'b' is in drop= too\. Write"),
+        (
+            {"keep": "params"},
+            r"linen\(drop=\['intermediates'\], keep=\['params'\]\): .*'params' is the parameters\. Write",
+        ),
+        (
+            {"keep": ["a", "b"], "drop": ["b"]},
+            r"linen\(drop=\['b'\], keep=\['a', 'b'\]\): .*'b' is in drop= too\. Write",
+        ),
     ],
 )
 def test_collections_that_cannot_be_kept_are_refused(words, text):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -13,63 +13,92 @@ from kaun._step.optimizer import state_nodes
 
 __all__ = ["EvaluatedParams"]
 
-# For each class of state: what the state's parameters are, a field with one number for each parameter, the number of
-# steps at which they are those to evaluate, and the code of those: of a whole tree, and of one parameter p that has a
-# number a in that field.
-_KINDS = {
-    "ScheduleFreeState": (
-        "the training iterate of optax.contrib.schedule_free, and not its average, which is to be evaluated",
-        "z", "step_count", 1,
-        "optax.contrib.schedule_free_eval_params(part, state.vars.params)",
-        "(p - (1 - part.b1) * a) / part.b1",
+
+class _Kind(NamedTuple):
+    """A class of optimizer states.
+
+    Attributes:
+        name: Its name.
+        are: What the parameters of such a state are, for the message.
+        field: Its field that has one array for each parameter, None if the parameters are those to evaluate.
+        counter: Its field that counts steps.
+        start: The value of ``counter`` at which the parameters are those to evaluate.
+        whole: The code of the parameters to evaluate, from a state named ``part``.
+        one: The code of one of them, from a parameter ``p`` and an array ``a`` of ``field``.
+    """
+
+    name: str
+    are: str
+    field: str
+    counter: str
+    start: int
+    whole: str
+    one: str
+
+
+_KINDS = (
+    _Kind(
+        name="ScheduleFreeState",
+        are="the training iterate of optax.contrib.schedule_free, and not the average, which is to be evaluated",
+        field="z",
+        counter="step_count",
+        start=1,
+        whole="optax.contrib.schedule_free_eval_params(part, state.vars.params)",
+        one="(p - (1 - part.b1) * a) / part.b1",
     ),
-    "SAMState": (
-        "perturbed: optax.contrib.sam is between two of its outer steps. Evaluate after a multiple of sync_period steps, "
-        "or use sam(..., opaque_mode=True), or evaluate its outer parameters",
-        "cache", "steps_since_sync", 0, "part.cache", "a",
+    _Kind(
+        name="SAMState",
+        are=(
+            "perturbed: optax.contrib.sam is between two of its outer steps. Evaluate after a multiple of sync_period "
+            "steps, or use sam(..., opaque_mode=True), or evaluate the outer parameters"
+        ),
+        field="cache",
+        counter="steps_since_sync",
+        start=0,
+        whole="part.cache",
+        one="a",
     ),
-}  # fmt: skip
+)
 
 
 class EvaluatedParams:
-    """Warns where the parameters of a trainer's states are not those that its optimizer means to be evaluated; once."""
+    """Warns, once, where the parameters of a trainer's states are not those that its optimizer evaluates."""
 
     def __init__(self) -> None:
         self._settled = False
 
     def check(self, opt_state: Any) -> None:
-        """Warn if the parameters that belong to this optimizer state are not those to evaluate. None has none."""
+        """Warn if the parameters beside this optimizer state are not those to evaluate; None is no optimizer state."""
         if self._settled or opt_state is None:
             return
-        found = {name: state_nodes(opt_state, name) for name in _KINDS}
-        # A SAM with opaque_mode=True keeps no parameters: it makes all of its steps in one.
-        found = {name: [node for node in nodes if getattr(node, _KINDS[name][1]) is not None]
-                 for name, nodes in found.items()}  # fmt: skip
-        self._settled = not any(found.values())  # the states of one trainer all have the same classes
-        for name, nodes in found.items():
-            if any(_has_moved(getattr(node, _KINDS[name][2]), _KINDS[name][3]) for node in nodes):
+        found = [(kind, node) for kind in _KINDS for node in state_nodes(opt_state, kind.name)]
+        found = [(kind, node) for kind, node in found if getattr(node, kind.field) is not None]
+        self._settled = not found  # the states of one trainer all have the same classes
+        for kind, node in found:
+            if _has_moved(getattr(node, kind.counter), kind.start):
                 self._settled = True
                 warn(
-                    f"The parameters of this state are {_KINDS[name][0]}. predict, evaluate, export and validate use "
-                    f"those of the state. Write\n{_code(name, nodes)}\n    evaluated = state.replace("
-                    "vars=state.vars.replace(params=params), opt_state=None)\nand predict with `evaluated`. "
-                    "This is said once."
+                    f"The parameters of this state are {kind.are}. predict, evaluate, export and validate use the "
+                    f"parameters of the state. Write\n{_code(kind, [node for each, node in found if each is kind])}\n"
+                    "    evaluated = state.replace(vars=state.vars.replace(params=params), opt_state=None)\n"
+                    "and use `evaluated` in the place of the state. This warning is given once."
                 )
+                return
 
 
 def _has_moved(count: Any, start: int) -> bool:
     return is_traced(count) or int(count) != start
 
 
-def _code(name: str, nodes: list[Any]) -> str:
+def _code(kind: _Kind, nodes: list[Any]) -> str:
     """Return the code that makes the parameters to evaluate."""
-    _, field, _, _, whole, one = _KINDS[name]
     absent = lambda leaf: leaf is None or isinstance(leaf, optax.MaskedNode)
-    if len(nodes) == 1 and not any(map(absent, jax.tree_util.tree_leaves(getattr(nodes[0], field), is_leaf=absent))):
-        return f'    part = optax.tree.get(state.opt_state, "{name}")\n    params = {whole}'
+    arrays = jax.tree_util.tree_leaves([getattr(node, kind.field) for node in nodes], is_leaf=absent)
+    if len(nodes) == 1 and not any(map(absent, arrays)):
+        return f'    part = optax.tree.get(state.opt_state, "{kind.name}")\n    params = {kind.whole}'
     return (
         "    params = state.vars.params\n"
-        f'    for _, part in optax.tree.get_all_with_path(state.opt_state, "{name}"):\n'
-        f"        merge = lambda p, a: {one} if isinstance(a, jax.Array) else p\n"
-        f"        params = jax.tree.map(merge, params, part.{field})"
+        f'    for _, part in optax.tree.get_all_with_path(state.opt_state, "{kind.name}"):\n'
+        f"        merge = lambda p, a: {kind.one} if isinstance(a, jax.Array) else p\n"
+        f"        params = jax.tree.map(merge, params, part.{kind.field})"
     )

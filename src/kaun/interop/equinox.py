@@ -16,7 +16,6 @@ from kaun.interop.keywords import (
     check_method,
     check_structure,
     key_path,
-    leaves_by_path,
     nested,
     package,
     pick,
@@ -45,10 +44,11 @@ def equinox(
     ``init(dtype=...)`` casts all floating arrays to its dtype, as ``eqx.nn.BatchNorm(dtype=...)`` does.
 
     An Equinox module takes one example, so it is vmapped over axis 0 of ``x``. The vmapped axis is named ``axis_name``,
-    which ``eqx.nn.BatchNorm`` needs, and ``key`` is split among the examples. In training the module runs as it was
-    passed, in evaluation as ``eqx.nn.inference_mode(module)``; a part whose parameters are all frozen by
-    ``Trainer(trainable=...)`` is in inference mode in training too. ``key`` comes from kaun's RNG scope; in evaluation it is
-    not passed if it has a default.
+    which ``eqx.nn.BatchNorm`` needs, and ``key`` is split among the examples. ``key`` comes from kaun's RNG scope; in
+    evaluation it is not passed if it has a default.
+
+    In training the module runs as it was passed, in evaluation as ``eqx.nn.inference_mode(module)``. A part whose
+    parameters are all frozen by ``Trainer(trainable=...)`` is in inference mode in training too.
 
     Other keyword arguments of the module's call receive the mode (``training``, ``train``, ``is_training``,
     ``deterministic``, ``use_running_average``, ``inference``) or the value of that name in the Context: scalars are
@@ -188,8 +188,9 @@ class _Adapter:
     def filled(self, vars: Vars, frozen: FrozenParts | None = None) -> tuple[Any, Any]:
         """The module and its ``eqx.nn.State`` with the values of ``vars``; frozen parts are in inference mode."""
         leaves = list(self.leaves)
-        for i, (owner, value) in self.switches.items() if frozen else ():
-            leaves[i] = leaves[i] if frozen.part(owner) is None else value
+        for i, (owner, value) in self.switches.items():
+            if frozen is not None and frozen.part(owner) is not None:
+                leaves[i] = value
         for i, path in self.arrays.items():
             leaves[i] = pick(vars.params if i in self.trained else vars.state, path)
         state = jax.tree_util.tree_unflatten(self.state_structure, [pick(vars.state, p) for p in self.state_paths])

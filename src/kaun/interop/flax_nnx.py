@@ -33,9 +33,9 @@ def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
 
     The module is split once, when the layer is made, and merged only while JAX traces, with ``module.train()`` or
     ``module.eval()`` called on the copy. What was in evaluation mode when the module was passed
-    (``use_running_average=True``, ``self.encoder.eval()``) stays in it; so do submodules whose parameters are all frozen
-    by ``Trainer(trainable=...)``. The object that was passed is never changed. What a call assigns to an ``nnx.Param``
-    is discarded: only the optimizer updates params.
+    (``use_running_average=True``, ``self.encoder.eval()``) stays in it, and a submodule whose parameters are all frozen
+    by ``Trainer(trainable=...)`` is in it too. The object that was passed is never changed. What a call assigns to an
+    ``nnx.Param`` is discarded: only the optimizer updates params.
 
     Keyword arguments of the module's call receive the mode (``training``, ``train``, ``is_training``,
     ``deterministic``, ``use_running_average``, ``inference``), streams (``rngs``), or the value of that name in the
@@ -48,8 +48,8 @@ def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
     Raises:
         ImportError: If flax is not installed.
         TypeError: If ``module`` is not an NNX module, or cannot be called.
-        ValueError: When applied, if the call adds or removes variables, draws dropout in evaluation mode, or changes the
-            state of a frozen submodule.
+        ValueError: When applied, if the call adds or removes variables, applies dropout in evaluation mode, or changes
+            the state of a frozen submodule.
 
     Examples:
         >>> import jax.numpy as jnp

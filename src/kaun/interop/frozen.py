@@ -41,8 +41,10 @@ class FrozenParts:
         return None
 
 
-def run_in_evaluation(module: Any, method: Callable[..., Any], call: Callable[..., Any], *args: Any, **words: Any) -> Any:
-    """Return ``call(*args, **words)`` with each switch of the mode set to evaluation: arguments, and the module's fields.
+def run_in_evaluation(
+    module: Any, method: Callable[..., Any], call: Callable[..., Any], *args: Any, **words: Any
+) -> Any:
+    """Return ``call(*args, **words)`` with each switch of the mode, arguments and the module's fields, at evaluation.
 
     Args:
         module: The module whose method is called.
