@@ -392,11 +392,7 @@ def block_text(head: str, children: Sequence[Layer[Any, Any]], left: str = "", r
 
 
 def must_be_layer(where: str, value: Any) -> None:
-    """Check that a value is a ``Layer``.
-
-    Raises:
-        TypeError: If it is not.
-    """
+    """Raise TypeError if a value is not a ``Layer``."""
     if not isinstance(value, Layer):
         hint = ". Did you forget to call it?" if callable(value) else "."
         raise TypeError(f"{where} expected layers, received {value!r}{hint} For a plain function write layers.fn(f).")
