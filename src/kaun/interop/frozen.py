@@ -10,7 +10,7 @@ from typing import Any
 from kaun.interop.keywords import SWITCHES
 from kaun.layers.path import here, is_frozen
 
-__all__ = ["FrozenParts", "check_unchanged", "run_in_evaluation"]
+__all__ = ["FrozenParts", "check_unchanged", "frozen_error", "run_in_evaluation"]
 
 Path = tuple[Any, ...]
 
@@ -42,7 +42,7 @@ class FrozenParts:
 
 
 def run_in_evaluation(
-    module: Any, method: Callable[..., Any], call: Callable[..., Any], *args: Any, **words: Any
+    module: Any, method: Callable[..., Any], call: Callable[..., Any], /, *args: Any, **words: Any
 ) -> Any:
     """Return ``call(*args, **words)`` with each switch of the mode, arguments and the module's fields, at evaluation.
 
@@ -92,12 +92,23 @@ def check_unchanged(
     for path, old in before.items():
         where = part(path)
         if where is not None and after.get(path) is not old:
-            name = ".".join(map(str, where))
-            raise ValueError(
-                f"{here(layer)} has a frozen part, {name!r}, which must run as in predict, but a call in training "
-                f"changes its state {'.'.join(map(str, path))!r}, and nothing that kaun can set switches its mode. "
-                f"Make two layers, of which the frozen one runs in evaluation mode as a whole:\n"
-                f"    model = {made.format('backbone')} >> {made.format('head')}\n"
-                '    trainer = Trainer(model=model, trainable=lambda path: path.startswith("right."), ...)\n'
-                f"Or train the parameters of {name!r} too."
-            )
+            raise frozen_error(layer, where, f"changes its state {'.'.join(map(str, path))!r}", made)
+
+
+def frozen_error(layer: str, part: Path, what: str, made: str) -> ValueError:
+    """Return the error for a frozen part that cannot be switched to evaluation mode.
+
+    Args:
+        layer: The layer's name.
+        part: The path of the part.
+        what: What a call in training does to it.
+        made: As for ``check_unchanged``.
+    """
+    name = ".".join(map(str, part))
+    return ValueError(
+        f"{here(layer)} has a frozen part, {name!r}, which must run as in predict, but a call in training {what}, and "
+        "nothing that kaun can set switches its mode. Make two layers, of which the frozen one runs in evaluation mode "
+        f"as a whole:\n    model = {made.format('backbone')} >> {made.format('head')}\n"
+        '    trainer = Trainer(model=model, trainable=lambda path: path.startswith("right."), ...)\n'
+        f"Or train the parameters of {name!r} too."
+    )

@@ -10,7 +10,7 @@ from typing import Any
 from kaun import rng, tree
 from kaun._messages import warn
 from kaun.context import Context
-from kaun.interop.frozen import FrozenParts, check_unchanged, run_in_evaluation
+from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
 from kaun.interop.keywords import Keywords, cast_floats, check_structure, leaves_by_path, package, plain, zeros
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
@@ -111,16 +111,19 @@ class _Adapter:
 
         def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             name = getattr(context.module, "module_name", None)  # None in the module's __init__
-            if name is None or frozen.part(tuple(name.split("/"))) is None:
+            part = None if name is None else frozen.part(tuple(name.split("/")))
+            if part is None:
                 return run(*args, **kwargs)
-            return run_in_evaluation(context.module, context.orig_method, run, *args, **kwargs)
+
+            def refuse(_: Any, value: Any, state: Any) -> Any:
+                what = f"changes its state {state.full_name!r}"
+                raise frozen_error(self.name, part, what, "interop.haiku({}, x)")
+
+            with self.hk.custom_setter(refuse):
+                return run_in_evaluation(context.module, context.orig_method, run, *args, **kwargs)
 
         with self.hk.intercept_methods(intercept) if frozen else contextlib.nullcontext():
-            y, after = call(rng.next_key()) if self.keyed else call()
-        if frozen:
-            made = "interop.haiku({}, x)"
-            check_unchanged(self.name, frozen.part, _by_path(vars.state), _by_path(plain(after)), made)
-        return y, after
+            return call(rng.next_key()) if self.keyed else call()
 
     def evaluated(self, call: Callable[..., Any]) -> tuple[Any, Any]:
         """The output in evaluation, and the state after it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.frozen import FrozenParts, check_unchanged, run_in_evaluation
+from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
 from kaun.interop.keywords import (
     SWITCHES,
     Keywords,
@@ -153,21 +153,25 @@ class _Adapter:
 
     def trained(self, module: Any, variables: Any, x: Any, words: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The output in training, and the collections that may change."""
-        state = {name: value for name, value in variables.items() if name != "params"}
+        state = [name for name in variables if name != "params"]
         frozen = FrozenParts(leaves_by_path(variables["params"]))
 
         def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            if frozen.part(context.module.path) is None:
+            part, scope = frozen.part(context.module.path), context.module.scope
+            if part is None or scope is None:
                 return call(*args, **kwargs)
-            return run_in_evaluation(context.module, context.orig_method, call, *args, **kwargs)
+            mutable, scope.mutable = scope.mutable, self.keep  # as in evaluation
+            try:
+                return run_in_evaluation(context.module, context.orig_method, call, *args, **kwargs)
+            except self.errors.ModifyScopeVariableError as error:
+                what = f"changes its state ({error})"
+                raise frozen_error(self.name, part, what, "interop.linen({}, x)") from error
+            finally:
+                scope.mutable = mutable
 
         with self.flax.intercept_methods(intercept) if frozen else contextlib.nullcontext():
             y, after = module.apply(variables, x, rngs=_keys(), mutable=[*state, *self.keep], **words)
-        after = plain(after)
-        if frozen:
-            part = lambda path: frozen.part(path[1:])
-            check_unchanged(self.name, part, leaves_by_path(state), leaves_by_path(after), "interop.linen({}, x)")
-        return y, after
+        return y, plain(after)
 
     def evaluated(self, module: Any, variables: Any, x: Any, words: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The output in evaluation, and the collections that are returned with it."""
