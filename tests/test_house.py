@@ -56,7 +56,7 @@ PUBLIC = {
     "kaun.layers": {
         "Float", "Int", "Layer", "Vars", "avg_pool2d", "batch_norm", "compose", "conv1d", "conv2d", "dropout",
         "embedding", "flatten", "fn", "from_function", "gelu", "group_norm", "layer_norm", "linear", "max_pool2d",
-        "multi_head_attention", "relu", "residual", "rms_norm", "rope", "sequential", "sigmoid", "silu", "tanh",
+        "multi_head_attention", "relu", "remat", "residual", "rms_norm", "rope", "sequential", "sigmoid", "silu", "tanh",
     },
     "kaun.losses": {"binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"},
     "kaun.metrics": {

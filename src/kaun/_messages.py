@@ -10,15 +10,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+
 # With the separator: a package named kaun_models beside this one is the user's.
-_HERE = str(Path(__file__).parent) + os.sep
+_SKIPPED = tuple(str(Path(file).parent) + os.sep for file in (__file__, jax.__file__))
 _CONTEXTS = contextlib.__file__
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning that names the line of the user's code which called into kaun."""
+    """Issue a warning that names the line of the user's code which called into kaun, also where JAX traces kaun."""
     level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
-    while frame is not None and (frame.f_code.co_filename.startswith(_HERE) or frame.f_code.co_filename == _CONTEXTS):
+    while frame is not None and (
+        frame.f_code.co_filename.startswith(_SKIPPED) or frame.f_code.co_filename == _CONTEXTS
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 

@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import secrets
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,9 +24,10 @@ class _Scope:
 
     __slots__ = ("counter", "key", "newest", "trace")
 
-    def __init__(self, key: jax.Array) -> None:
+    def __init__(self, key: jax.Array, counter: itertools.count[int] | None = None) -> None:
         self.key = key
-        self.counter = itertools.count()  # its next() is atomic, so two threads never get one key
+        # Its next() is atomic, so two threads never get one key.
+        self.counter = itertools.count() if counter is None else counter
         self.newest = 0
         self.trace = _innermost_trace()
 
@@ -109,9 +111,46 @@ def next_key() -> jax.Array:
             "the same numbers. Draw the key outside and pass it in,\n"
             "    compiled(rng.next_key(), x)\n"
             "or open a scope inside, on a key that is an argument:\n"
-            "    with rng.scope(key): ..."
+            "    with rng.scope(key): ...\n"
+            "In the place of jax.checkpoint around a layer write layers.remat(layer)."
         )
     return key
+
+
+def carry_scope() -> Callable[[], AbstractContextManager[None]]:
+    """Return a function that opens the current scope inside a function which JAX traces and then runs in this place.
+
+    Its keys are those that would be drawn here, in the same order. It is meant for ``jax.checkpoint``, which traces a
+    function at each call and runs the program once; the keys of a function that runs more often would repeat.
+
+    Examples:
+        >>> import jax
+        >>> from kaun import rng
+        >>> def drawn():
+        ...     scope = rng.carry_scope()
+        ...     def noise():
+        ...         with scope():
+        ...             return jax.random.normal(rng.next_key())
+        ...     return jax.checkpoint(noise)() - noise()
+        >>> with rng.scope(0):
+        ...     a = drawn()
+        >>> with rng.scope(0):
+        ...     b = jax.random.normal(rng.next_key()) - jax.random.normal(rng.next_key())
+        >>> a == b
+        Array(True, dtype=bool)
+    """
+    outer = _current.get() or _process_wide()
+    readable = _innermost_trace() is outer.trace
+
+    @contextlib.contextmanager
+    def inside() -> Generator[None, None, None]:
+        token = _current.set(_Scope(outer.key, outer.counter) if readable else outer)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    return inside
 
 
 def unscoped(key: jax.Array) -> bool:

@@ -22,6 +22,7 @@ from kaun._report import Report, ReportFunction
 from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
 from kaun._step import (
     DEFAULT_DTYPE,
+    EvaluatedParams,
     Optimizer,
     Settings,
     eval_step,
@@ -90,6 +91,7 @@ class Trainer(Generic[In, Out]):
     microbatches: int = 1
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
+    _evaluated: EvaluatedParams = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = ("model", "optimizer", "on_nonfinite", "trainable", "precision", "microbatches")
@@ -98,6 +100,7 @@ class Trainer(Generic[In, Out]):
         object.__setattr__(self, "_settings", settings)
         programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite)
         object.__setattr__(self, "_programs", programs)
+        object.__setattr__(self, "_evaluated", EvaluatedParams())
 
     def __copy__(self) -> Trainer[In, Out]:
         return self
@@ -316,9 +319,11 @@ class Trainer(Generic[In, Out]):
             platforms: Where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``). By default where this process runs.
         """
         check_state(state, "export")
+        self._evaluated.check(state.opt_state)
         return export_model(functools.partial(eval_step, self._settings), state, x, check_context(ctx), platforms)
 
     def _runner(self, entry: str, state: TrainState) -> Callable[[StepInputs], Any]:
+        self._evaluated.check(state.opt_state)
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
         return lambda inputs: self._programs.run(entry, structure, leaves, state.key, inputs)
 

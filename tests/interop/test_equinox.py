@@ -122,6 +122,17 @@ def test_dropout_drops(task):
     assert first[0] != first[1]
 
 
+def test_what_the_user_set_to_inference_stays_there_in_training():
+    module, state = eqx.nn.make_with_state(Normed)(0.9, "batch", jax.random.key(0))
+    fixed = eqx.tree_at(lambda m: (m.norm, m.drop), module, replace_fn=eqx.nn.inference_mode)
+    layer = interop.equinox(fixed, state)
+    variables, x = layer.init(), jnp.arange(12.0).reshape(2, 6)
+    with rng.scope(0):
+        y, after = layer.apply(variables, x, training=True)
+    np.testing.assert_array_equal(y, layer.apply(variables, x)[0])
+    jax.tree.map(np.testing.assert_array_equal, after.state, variables.state)
+
+
 def test_params_and_state_are_plain_and_named_by_attributes():
     model = Net(0.4, jax.random.key(0))
     variables = interop.equinox(model).init()

@@ -211,6 +211,58 @@ def test_evaluation_without_randomness_needs_no_scope():
     assert y.shape == (2, 3)
 
 
+class Fixed(nnx.Module):
+    """What its user set to evaluation, by argument of the constructor or by ``eval()``, and what was not set."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norm = nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
+        self.drop = nnx.Dropout(0.9, deterministic=True, rngs=rngs)
+        self.encoder = nnx.Sequential(nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.9, rngs=rngs))
+        self.encoder.eval()
+        self.free, self.attend = nnx.BatchNorm(3, rngs=rngs), nnx.MultiHeadAttention(1, 3, dropout_rate=0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.encoder(self.drop(self.norm(x)))
+
+    def unset(self, x):
+        return self.free(x), self.attend.deterministic
+
+
+def test_what_the_user_set_to_evaluation_stays_there_in_training():
+    """A pretrained encoder with fixed statistics: training normalized by the batch, with 90 % dropout."""
+    layer = interop.flax_nnx(Fixed())
+    variables, x = layer.init(), jnp.arange(12.0).reshape(4, 3)
+    with rng.scope(0):
+        y, after = layer.apply(variables, x, training=True)
+    np.testing.assert_array_equal(y, layer.apply(variables, x)[0])
+    jax.tree.map(np.testing.assert_array_equal, after.state, variables.state)
+    assert not interop.export(layer, after).free.use_running_average
+    with rng.scope(0):
+        (y, deterministic), after = interop.flax_nnx(Fixed(), method="unset").apply(variables, x, training=True)
+    assert deterministic is False and (after.state["free"]["mean"] != 0).all()
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+
+
+class Forced(nnx.Module):
+    def __init__(self):
+        self.inner = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))])
+
+    def __call__(self, x):
+        return self.inner[1](self.inner[0](x), deterministic=False)
+
+
+def test_dropout_that_stays_on_in_evaluation_is_refused():
+    layer = interop.flax_nnx(Forced())
+    text = (
+        r"flax_nnx\(Forced\): 'inner\.1' draws in evaluation mode, so dropout would stay on in predict: .* Leave that"
+    )
+    with rng.scope(0), pytest.raises(ValueError, match=text):
+        layer.apply(layer.init(), jnp.ones((1, 2)))
+    with rng.scope(0):
+        layer.apply(layer.init(), jnp.ones((1, 2)), training=True)
+
+
 class ByArgument(nnx.Module):
     def __init__(self):
         self.linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))

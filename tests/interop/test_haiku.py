@@ -136,9 +136,26 @@ def test_keys_come_from_the_scope():
         with rng.scope(seed):
             return layer.apply(variables, jnp.zeros(3), training=training)[0]
 
+    with pytest.warns(UserWarning, match="asks for a random key in evaluation mode"):
+        drawn(0, False)
     for training in (True, False):
         assert jnp.array_equal(drawn(0, training), drawn(0, training))
         assert not (drawn(0, training) == drawn(1, training)).any()
+
+
+def test_dropout_that_nobody_switches_is_warned_of_once_at_the_users_line():
+    """Haiku's dropout is a function with a key, which kaun cannot tell from noise that belongs to predict."""
+    forward = lambda x: hk.dropout(hk.next_rng_key(), 0.5, hk.Linear(4)(x))
+    trainer = kaun.Trainer(model=interop.haiku(hk.transform(forward), jnp.ones((1, 2))), optimizer=optax.sgd(0.1))
+    state = trainer.init()
+    text = (
+        r"haiku\(x\) asks for a random key in evaluation mode\. If that is for dropout, dropout stays on in predict: give"
+        r" .* is_training, and write hk\.dropout\(hk\.next_rng_key\(\), rate, x\) if is_training else x\."
+    )
+    with pytest.warns(UserWarning, match=text) as caught:
+        trainer.predict(state, jnp.ones((2, 2)))
+        trainer.predict(state, jnp.ones((3, 2)))  # compiled again
+    assert [each.filename for each in caught] == [__file__]
 
 
 def test_evaluation_without_randomness_needs_no_scope():

@@ -114,10 +114,12 @@ class Noisy(nn.Module):
     """Draws in evaluation too, from streams of other names."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train: bool):
         weight = self.param("weight", nn.initializers.ones, ())
         draw = lambda stream: jax.random.normal(self.make_rng(stream), x.shape)
-        return jnp.stack([weight * x, draw("dropout"), draw("noise"), draw("noise"), draw("more")])
+        return jnp.stack(
+            [weight * x, draw("dropout" if train else "other"), draw("noise"), draw("noise"), draw("more")]
+        )
 
 
 def test_streams_are_fed_from_the_scope():
@@ -132,6 +134,46 @@ def test_streams_are_fed_from_the_scope():
         assert jnp.array_equal(drawn(0, training), drawn(0, training))
         assert not (drawn(0, training)[1:] == drawn(1, training)[1:]).any()
         assert len(np.unique(drawn(0, training)[1:])) == 12
+
+
+class Unswitched(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dropout(0.5, deterministic=False)(nn.Dense(2, name="first")(x))
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+class Inside(nn.Module):
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Sequential([nn.Dense(2), Unswitched(name="block")])(x)
+
+
+@pytest.mark.parametrize(("module", "where"), [(Unswitched, "Dropout_0"), (Inside, "block.Dropout_0")])
+def test_dropout_that_nobody_switches_is_refused_in_evaluation(module, where):
+    """A model ported from a script that only trained: its predictions were another at each call."""
+    layer = interop.linen(module(), jnp.ones((1, 2)))
+    text = (
+        rf"linen\({module.__name__}\): '{where}' draws from the stream 'dropout' in evaluation mode, so dropout would "
+        r"stay on in predict\. .* write nn\.Dropout\(rate, deterministic=not train\)\. .* self\.make_rng\(\"noise\"\)\."
+    )
+    with rng.scope(0), pytest.raises(ValueError, match=text):
+        layer.apply(layer.init(), jnp.ones((1, 2)))
+    with rng.scope(0):
+        layer.apply(layer.init(), jnp.ones((1, 2)), training=True)
+
+
+def test_a_module_that_draws_from_the_stream_of_dropout_itself_is_refused_too():
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x) * jax.random.uniform(self.make_rng("dropout"))
+
+    layer = interop.linen(Own(), jnp.ones((1, 2)))
+    with rng.scope(0), pytest.raises(ValueError, match=r"linen\(Own\): 'Own' draws from the stream 'dropout'"):
+        layer.apply(layer.init(), jnp.ones((1, 2)))
 
 
 def test_evaluation_without_randomness_needs_no_scope():
@@ -188,10 +230,53 @@ def test_unknown_collections_are_state_and_what_is_sown_is_not():
     growing = interop.linen(Collects(), jnp.ones((1, 1)))
     text = (
         r"(?s)^linen\(Collects\) changed the structure of its state in a call:\n  losses\.l2\.1: expected nothing, found "
-        r"float32\[\]\nIf it is a collection that the module sows, discard it: interop\.linen\(module, x, drop=\["
+        r"float32\[\]\nIf it is a collection that the module sows, interop\.linen\(module, x, keep=\[\.\.\.\]\) returns it "
+        r"with the output, \(y, \{\.\.\.\}\), so that the loss can add it; drop=\[\.\.\.\] discards it\."
     )
     with rng.scope(0), pytest.raises(ValueError, match=text):
         growing.apply(growing.init(), jnp.ones((1, 1)), training=True)
+
+
+@pytest.mark.parametrize("keep", ["losses", ("losses",)])
+def test_what_is_sown_and_kept_is_part_of_the_output(keep):
+    """The load balancing of a mixture of experts is sown: `drop=` threw it away, and the experts collapsed."""
+    layer = interop.linen(Collects(), jnp.ones((1, 1)), keep=keep)
+    trainer = kaun.Trainer(model=layer, optimizer=optax.sgd(0.1))
+    with rng.scope(0):
+        state = trainer.init()
+    assert set(tree.flatten(state.vars.state)[0]) == {"counts.calls"}
+    loss = lambda output: output[0].mean() + 3 * sum(jax.tree.leaves(output[1]["losses"]))
+    value, after = trainer.step(state, jnp.full((2, 1), 2.0), loss=loss)
+    y, sown = trainer.predict(state, jnp.full((2, 1), 2.0))
+    assert jax.tree.map(float, sown) == {"losses": {"l2": (8.0,)}}
+    np.testing.assert_allclose(value, y.mean() + 24, rtol=1e-6)
+    assert after.vars.state["counts"]["calls"] == 1
+    assert set(interop.export(layer, after.vars)) == {"params", "counts"}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            {"keep": "params"},
+            r"linen\(drop=\['intermediates'\], keep=\['params'\]\): .*'params' is the parameters\. Write",
+        ),
+        (
+            {"keep": ["a", "b"], "drop": ["b"]},
+            r"linen\(drop=\['b'\], keep=\['a', 'b'\]\): .*'b' is in drop= too\. Write",
+        ),
+    ],
+)
+def test_collections_that_cannot_be_kept_are_refused(words, text):
+    with pytest.raises(ValueError, match=text):
+        interop.linen(Collects(), jnp.ones((1, 1)), **words)
+
+
+def test_a_kept_collection_in_which_nothing_is_sown_is_refused():
+    layer = interop.linen(Net(), jnp.ones((1, 2)), keep="loses")
+    text = r"linen\(Net\) sowed nothing in 'loses', which keep= names\. Name a collection that it sows: self\.sow\('loses', "
+    with rng.scope(0), pytest.raises(ValueError, match=text):
+        layer.apply(layer.init(), jnp.ones((2, 2)), training=True)
 
 
 class Fixed(nn.Module):

@@ -55,7 +55,19 @@ def leaves(tree):
 
 
 def test_nothing_is_missing():
-    protocol = {"Float", "Int", "Layer", "Vars", "compose", "fn", "from_function", "residual", "sequential", "rope"}
+    protocol = {
+        "Float",
+        "Int",
+        "Layer",
+        "Vars",
+        "compose",
+        "fn",
+        "from_function",
+        "remat",
+        "residual",
+        "rope",
+        "sequential",
+    }
     public = {name for name in vars(layers) if callable(getattr(layers, name))}
     assert public - protocol == set(CATALOGUE)
 

@@ -3,6 +3,7 @@
 Read ``step`` first: forward pass, loss, gradient, update. Each other module implements one argument of ``Trainer``.
 """
 
+from kaun._step.evaluated import EvaluatedParams as EvaluatedParams
 from kaun._step.microbatches import batch_length as batch_length
 from kaun._step.model import abstract_vars as abstract_vars
 from kaun._step.nonfinite import match_state as match_state

@@ -9,7 +9,17 @@ import jax
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.interop.keywords import Keywords, cast_floats, check_method, check_structure, nested, package, pick
+from kaun.interop.frozen import FrozenParts, check_unchanged
+from kaun.interop.keywords import (
+    Keywords,
+    cast_floats,
+    check_method,
+    check_structure,
+    key_path,
+    nested,
+    package,
+    pick,
+)
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here
 
@@ -34,9 +44,11 @@ def equinox(
     ``init(dtype=...)`` casts all floating arrays to its dtype, as ``eqx.nn.BatchNorm(dtype=...)`` does.
 
     An Equinox module takes one example, so it is vmapped over axis 0 of ``x``. The vmapped axis is named ``axis_name``,
-    which ``eqx.nn.BatchNorm`` needs, and ``key`` is split among the examples. In training the module runs as it was
-    passed, in evaluation as ``eqx.nn.inference_mode(module)``. ``key`` comes from kaun's RNG scope; in evaluation it is
-    not passed if it has a default.
+    which ``eqx.nn.BatchNorm`` needs, and ``key`` is split among the examples. ``key`` comes from kaun's RNG scope; in
+    evaluation it is not passed if it has a default.
+
+    In training the module runs as it was passed, in evaluation as ``eqx.nn.inference_mode(module)``. A part whose
+    parameters are all frozen by ``Trainer(trainable=...)`` is in inference mode in training too.
 
     Other keyword arguments of the module's call receive the mode (``training``, ``train``, ``is_training``,
     ``deterministic``, ``use_running_average``, ``inference``) or the value of that name in the Context: scalars are
@@ -52,7 +64,8 @@ def equinox(
     Raises:
         ImportError: If equinox is not installed.
         TypeError: If ``module`` cannot be called, or ``state`` is not an ``eqx.nn.State``.
-        ValueError: If the module's state is missing; when applied, if ``x`` has no batch axis.
+        ValueError: If the module's state is missing; when applied, if ``x`` has no batch axis, or the call changes the
+            state of a frozen part.
 
     Examples:
         >>> import equinox as eqx, jax, jax.numpy as jnp
@@ -96,7 +109,9 @@ class _Adapter:
         module, state = _with_state(eqx, module, state)
         pairs, self.structure = jax.tree_util.tree_flatten_with_path(module)
         self.leaves = [leaf for _, leaf in pairs]
-        self.arrays = {i: _keys(path) for i, (path, leaf) in enumerate(pairs) if eqx.is_array(leaf)}
+        paths = [key_path(path) for path, _ in pairs]
+        self.arrays = {i: paths[i] for i, leaf in enumerate(self.leaves) if eqx.is_array(leaf)}
+        self.switches = _switches(eqx, module, dict(zip(paths, self.leaves, strict=True)))
         self.trained = {i for i in self.arrays if eqx.is_inexact_array(self.leaves[i])}
         self.state_leaves, self.state_structure = jax.tree_util.tree_flatten(state)
         self.state_paths = _state_paths(eqx, module, self.state_structure)
@@ -115,7 +130,8 @@ class _Adapter:
         return Vars(params=cast_floats(nested(params), dtype), state=cast_floats(nested(kept), dtype), dtype=dtype)
 
     def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        module, state = self.filled(vars)
+        frozen = FrozenParts({path: pick(vars.params, path) for i, path in self.arrays.items() if i in self.trained})
+        module, state = self.filled(vars, frozen if training else None)
         if not training:
             module = self.eqx.nn.inference_mode(module)
         words = self.keywords.values(training=training, ctx=ctx, without=("key", "state"))
@@ -133,6 +149,9 @@ class _Adapter:
             )
         after = {path: pick(vars.state, path) for i, path in self.arrays.items() if i not in self.trained}
         after |= dict(zip(self.state_paths, leaves, strict=True))
+        if training and frozen:
+            before = {path: pick(vars.state, path) for path in after}
+            check_unchanged(self.name, frozen.part, before, after, "interop.equinox({})")
         return y, vars.replace(state=check_structure(self.name, vars.state, nested(after), fix))
 
     def called(self, module: Any, state: Any, x: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
@@ -166,9 +185,12 @@ class _Adapter:
             )
         return shapes[0][0]
 
-    def filled(self, vars: Vars) -> tuple[Any, Any]:
-        """The module and its ``eqx.nn.State`` with the values of ``vars``."""
+    def filled(self, vars: Vars, frozen: FrozenParts | None = None) -> tuple[Any, Any]:
+        """The module and its ``eqx.nn.State`` with the values of ``vars``; frozen parts are in inference mode."""
         leaves = list(self.leaves)
+        for i, (owner, value) in self.switches.items():
+            if frozen is not None and frozen.part(owner) is not None:
+                leaves[i] = value
         for i, path in self.arrays.items():
             leaves[i] = pick(vars.params if i in self.trained else vars.state, path)
         state = jax.tree_util.tree_unflatten(self.state_structure, [pick(vars.state, p) for p in self.state_paths])
@@ -179,15 +201,28 @@ class _Adapter:
         return (module, state) if self.stateful else module
 
 
-def _keys(path: Any) -> Path:
-    return tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))) for k in path)
+def _switches(eqx: Any, module: Any, leaves: dict[Path, Any]) -> dict[int, tuple[Path, Any]]:
+    """By position among the leaves: the module that a switch belongs to, and its value in inference mode.
+
+    The rate of a dropout is one too: an argument ``inference=False``, handed down through the calls, would override
+    the attribute.
+    """
+    dropout = lambda node: isinstance(node, eqx.nn.Dropout)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=dropout)
+    rates = {(*key_path(path), "p") for path, node in nodes if dropout(node)}
+    values = {"inference": True, "p": 0.0}
+    return {
+        i: (path[:-1], values[path[-1]])
+        for i, (path, leaf) in enumerate(leaves.items())
+        if (path[-1:] == ("inference",) and isinstance(leaf, bool)) or (path in rates and isinstance(leaf, float))
+    }
 
 
 def _indices(eqx: Any, module: Any) -> dict[Path, Any]:
     """The ``StateIndex`` at each path."""
     index = lambda leaf: isinstance(leaf, eqx.nn.StateIndex)
     pairs, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=index)
-    return {_keys(path): leaf for path, leaf in pairs if index(leaf)}
+    return {key_path(path): leaf for path, leaf in pairs if index(leaf)}
 
 
 def _with_state(eqx: Any, module: Any, state: Any) -> tuple[Any, Any]:
@@ -210,7 +245,7 @@ def _state_paths(eqx: Any, module: Any, structure: Any) -> list[Path]:
     paths: dict[int, Path] = {}
     for path, index in _indices(eqx, module).items():
         for inner, number in jax.tree_util.tree_flatten_with_path(numbered.get(index))[0]:
-            paths.setdefault(number, (*path, *_keys(inner)))
+            paths.setdefault(number, (*path, *key_path(inner)))
     return [paths.get(number, ("state", number)) for number in range(structure.num_leaves)]
 
 

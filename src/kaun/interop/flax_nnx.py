@@ -8,14 +8,18 @@ import jax
 
 from kaun import rng, tree
 from kaun.context import Context
+from kaun.interop.frozen import check_unchanged
 from kaun.interop.keywords import Keywords, cast_floats, check_method, check_structure, nested, origins, package, pick
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
-from kaun.layers.path import here
+from kaun.layers.path import here, is_frozen
 
 __all__ = ["flax_nnx"]
 
 Path = tuple[Any, ...]
+
+_MODES = ("deterministic", "use_running_average")  # the attributes that module.train() and module.eval() set
+_RATES = ("rate", "dropout_rate")
 
 
 def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
@@ -28,7 +32,9 @@ def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
     keeps it.
 
     The module is split once, when the layer is made, and merged only while JAX traces, with ``module.train()`` or
-    ``module.eval()`` called on the copy. The object that was passed is never changed. What a call assigns to an
+    ``module.eval()`` called on the copy. What was in evaluation mode when the module was passed
+    (``use_running_average=True``, ``self.encoder.eval()``) stays in it, and a submodule whose parameters are all frozen
+    by ``Trainer(trainable=...)`` is in it too. The object that was passed is never changed. What a call assigns to an
     ``nnx.Param`` is discarded: only the optimizer updates params.
 
     Keyword arguments of the module's call receive the mode (``training``, ``train``, ``is_training``,
@@ -42,7 +48,8 @@ def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
     Raises:
         ImportError: If flax is not installed.
         TypeError: If ``module`` is not an NNX module, or cannot be called.
-        ValueError: When applied, if the call adds or removes variables.
+        ValueError: When applied, if the call adds or removes variables, applies dropout in evaluation mode, or changes
+            the state of a frozen submodule.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -86,7 +93,7 @@ class _Adapter:
         self.made: dict[Path, Any] = {p: v.copy() if isinstance(v, nnx.Variable) else tree.snapshot(v) for p, v in flat}
         kind = lambda *kinds: [path for path, made in self.made.items() if isinstance(made, kinds)]
         self.params, self.keys, self.counts = kind(nnx.Param), kind(nnx.RngKey), kind(nnx.RngCount)
-        random = kind(nnx.RngState)
+        random, self.drops = kind(nnx.RngState), list(self.dropouts(module))
         self.state = [path for path in self.made if path not in {*self.params, *random}]
 
     def init(self, *, dtype: Any) -> Vars:
@@ -101,7 +108,9 @@ class _Adapter:
             named["rngs"] = self.nnx.Rngs(rng.next_key())
         key = rng.next_key() if training and self.keys else None
         y, after = self.call(vars, x, key, training, named)
-        if not training and any(after[path] is not _value(self.nnx, self.made[path]) for path in self.counts):
+        drawn = [path for path in self.counts if after[path] is not _value(self.nnx, self.made[path])]
+        if not training and drawn:
+            self.refuse_dropout(drawn)
             # The module draws in evaluation. Most do not, and then no key is drawn, which would need an open scope.
             y, after = self.call(vars, x, rng.next_key(), training, named)
         state = check_structure(
@@ -115,14 +124,59 @@ class _Adapter:
     ) -> tuple[Any, dict[Path, Any]]:
         """The output, and the value of every variable after it."""
         module = self.merged(vars, key)
-        (module.train if training else module.eval)()
+        frozen = self.in_training(module, vars) if training else []
+        if not training:
+            module.eval()
         if callable(self.method):
             y = self.method(module, x, **named)
         else:
             y = getattr(module, self.method or "__call__")(x, **named)
         after = dict(self.nnx.to_flat_state(self.nnx.state(module)))
         self.check_paths(after)
-        return y, {path: _value(self.nnx, after[path]) for path in self.made}
+        values = {path: _value(self.nnx, after[path]) for path in self.made}
+        if frozen:
+            before = {path: pick(vars.state, path) for path in self.state}
+            part = lambda path: next((where for where in frozen if path[: len(where)] == where), None)
+            check_unchanged(self.name, part, before, values, "interop.flax_nnx({})")
+        return y, values
+
+    def in_training(self, module: Any, vars: Vars) -> list[Path]:
+        """Switch a module to training mode, and return the paths of its submodules that are frozen as a whole.
+
+        These run in evaluation mode, as does what was in it when the layer was made.
+        """
+        modules = list(self.nnx.iter_modules(module))
+        fixed = [(each, mode) for _, each in modules for mode in _MODES if getattr(each, mode, None) is True]
+        module.train()
+        for each, mode in fixed:
+            setattr(each, mode, True)
+        if not any(map(is_frozen, jax.tree_util.tree_leaves(vars.params))):
+            return []
+        params = lambda part: self.nnx.to_pure_dict(self.nnx.state(part, self.nnx.Param))
+        frozen = [(path, part) for path, part in modules if is_frozen(params(part))]
+        for _, part in frozen:
+            part.eval()
+            for dropout in self.dropouts(part).values():
+                # An argument deterministic=False, handed down through the calls, would override the attribute.
+                for rate in _RATES:
+                    if hasattr(dropout, rate):
+                        setattr(dropout, rate, 0.0)
+        return [path for path, _ in frozen]
+
+    def refuse_dropout(self, drawn: list[Path]) -> None:
+        """Refuse a call in evaluation that drew from these streams, if one is a dropout's."""
+        for where in self.drops:
+            if any(path[: len(where)] == where for path in drawn):
+                name = ".".join(map(str, where)) or self.name
+                raise ValueError(
+                    f"{here(self.name)}: {name!r} draws in evaluation mode, so dropout would stay on in predict: it is "
+                    "called with deterministic=False. Leave that argument out, kaun calls module.train() and "
+                    "module.eval(); or give the model's __call__ an argument deterministic: bool, and pass that."
+                )
+
+    def dropouts(self, module: Any) -> dict[Path, Any]:
+        kinds = (self.nnx.Dropout, self.nnx.MultiHeadAttention)
+        return {path: each for path, each in self.nnx.iter_modules(module) if isinstance(each, kinds)}
 
     def merged(self, vars: Vars, key: jax.Array | None = None) -> Any:
         """The module with the values of ``vars``, and a different key for each of its random streams."""

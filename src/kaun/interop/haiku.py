@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from kaun import rng, tree
+from kaun._messages import warn
 from kaun.context import Context
-from kaun.interop.keywords import Keywords, cast_floats, check_structure, package, plain, zeros
+from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
+from kaun.interop.keywords import Keywords, cast_floats, check_structure, leaves_by_path, package, plain, zeros
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
+from kaun.layers.path import here
 
 __all__ = ["haiku"]
 
@@ -22,7 +27,9 @@ def haiku(transformed: Any, sample: Any, *, ctx: Context | None = None) -> Layer
     casts floating params to its dtype, and floating state to float32 or wider.
 
     In training the function's keys (``hk.next_rng_key``) come from kaun's RNG scope, and in evaluation too if it asks
-    for one. The mode is a keyword argument: ``is_training``, ``training``, ``train``, ``deterministic``,
+    for one, with a warning, once: dropout that is not switched off would stay on. Under ``Trainer(trainable=...)`` a
+    module whose parameters are all frozen runs in evaluation mode: the switches among its methods' arguments are set
+    where they are called. The mode is a keyword argument: ``is_training``, ``training``, ``train``, ``deterministic``,
     ``use_running_average`` or ``inference``. Other keyword arguments receive the value of that name in the Context.
 
     Args:
@@ -34,7 +41,7 @@ def haiku(transformed: Any, sample: Any, *, ctx: Context | None = None) -> Layer
         ImportError: If dm-haiku is not installed.
         TypeError: If ``transformed`` is not a transformed function.
         MissingContext: If the function needs a name that the Context does not have.
-        ValueError: When applied, if the function changes the structure of its state.
+        ValueError: When applied, if the function changes the structure of its state, or the state of a frozen module.
 
     Examples:
         >>> import haiku as hk, jax, jax.numpy as jnp
@@ -68,7 +75,7 @@ class _Adapter:
                 "haiku expected a function transformed by hk.transform or hk.transform_with_state, received "
                 f"{tree.describe(transformed)}. Write interop.haiku(hk.transform_with_state({called}), x)."
             )
-        self.sample, self.ctx = sample, ctx
+        self.hk, self.sample, self.ctx, self.warned = hk, sample, ctx, False
         self.stateful = isinstance(transformed, hk.TransformedWithState)
         self.function = transformed if self.stateful else _WithEmptyState(transformed)
         self.keyed = _takes_key(transformed, 1 + self.stateful)
@@ -89,20 +96,52 @@ class _Adapter:
     def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         words = self.keywords.values(training=training, ctx=ctx)
         call = lambda *key: self.function.apply(vars.params, vars.state, *key, x, **words)
-        if not self.keyed:
+        if training:
+            y, after = self.trained(vars, call)
+        elif not self.keyed:
             y, after = call()
-        elif training:
-            y, after = call(rng.next_key())
         else:
-            try:
-                y, after = call(None)
-            except ValueError as error:
-                if type(error).__name__ != "MissingRNGError":
-                    raise
-                # Most functions draw nothing in evaluation, and then no key is drawn, which would need an open scope.
-                y, after = call(rng.next_key())
+            y, after = self.evaluated(call)
         fix = "Give hk.get_state and hk.set_state the same shape at init and in every call."
         return y, vars.replace(state=check_structure(self.name, vars.state, plain(after), fix))
+
+    def trained(self, vars: Vars, call: Callable[..., Any]) -> tuple[Any, Any]:
+        """The output in training, and the state after it."""
+        frozen = FrozenParts(_by_path(vars.params))
+
+        def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            name = getattr(context.module, "module_name", None)  # None in the module's __init__
+            part = None if name is None else frozen.part(tuple(name.split("/")))
+            if part is None:
+                return run(*args, **kwargs)
+
+            def refuse(_: Any, value: Any, state: Any) -> Any:
+                what = f"changes its state {state.full_name!r}"
+                raise frozen_error(self.name, part, what, "interop.haiku({}, x)")
+
+            with self.hk.custom_setter(refuse):
+                return run_in_evaluation(context.module, context.orig_method, run, *args, **kwargs)
+
+        with self.hk.intercept_methods(intercept) if frozen else contextlib.nullcontext():
+            return call(rng.next_key()) if self.keyed else call()
+
+    def evaluated(self, call: Callable[..., Any]) -> tuple[Any, Any]:
+        """The output in evaluation, and the state after it."""
+        try:
+            return call(None)
+        except ValueError as error:
+            if type(error).__name__ != "MissingRNGError":
+                raise
+        # Most functions draw nothing in evaluation, and then no key is drawn, which would need an open scope.
+        result = call(rng.next_key())
+        if not self.warned:
+            self.warned = True
+            warn(
+                f"{here(self.name)} asks for a random key in evaluation mode. If that is for dropout, dropout stays on "
+                "in predict: give the function a keyword argument for the mode, is_training, and write "
+                "hk.dropout(hk.next_rng_key(), rate, x) if is_training else x."
+            )
+        return result
 
     def export(self, vars: Vars) -> Any:
         return (vars.params, vars.state) if self.stateful else vars.params
@@ -119,6 +158,11 @@ class _WithEmptyState:
 
     def apply(self, params: Any, state: Any, *args: Any, **words: Any) -> tuple[Any, Any]:
         return self._transformed.apply(params, *args, **words), state
+
+
+def _by_path(values: Any) -> dict[tuple[Any, ...], Any]:
+    """The leaves of Haiku's dicts by their paths, in which a module's name is one key for each module around it."""
+    return {(*name.split("/"), *inner): leaf for (name, *inner), leaf in leaves_by_path(values).items()}
 
 
 def _takes_key(transformed: Any, held: int) -> bool:

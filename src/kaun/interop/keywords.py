@@ -16,8 +16,8 @@ from kaun.context import Context
 from kaun.layers.path import here
 
 __all__ = [
-    "SWITCHES", "Keywords", "cast_floats", "check_method", "check_structure", "nested", "origins", "package", "pick",
-    "plain", "zeros",
+    "SWITCHES", "Keywords", "cast_floats", "check_method", "check_structure", "key_path", "leaves_by_path", "nested",
+    "origins", "package", "pick", "plain", "zeros",
 ]  # fmt: skip
 
 SWITCHES = {
@@ -112,6 +112,16 @@ def nested(values: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
             inner = inner.setdefault(key, {})
         inner[path[-1]] = value
     return made
+
+
+def key_path(path: Iterable[Any]) -> tuple[Any, ...]:
+    """A path of JAX's keys as plain keys, positions and names of attributes."""
+    return tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))) for k in path)
+
+
+def leaves_by_path(values: Any) -> dict[tuple[Any, ...], Any]:
+    """The leaves of a tree by their paths; of nested dicts the inverse of ``nested``."""
+    return {key_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(values)[0]}
 
 
 def pick(values: Any, path: Iterable[Any]) -> Any:

@@ -28,3 +28,4 @@ from kaun.layers.norm import rms_norm as rms_norm
 from kaun.layers.pool import avg_pool2d as avg_pool2d
 from kaun.layers.pool import flatten as flatten
 from kaun.layers.pool import max_pool2d as max_pool2d
+from kaun.layers.remat import remat as remat

@@ -18,7 +18,7 @@ from kaun.context import Context
 from kaun.layers.arguments import float_dtype
 from kaun.layers.path import at, here, is_frozen, watching
 
-__all__ = ["Float", "Int", "Layer", "Vars", "compose", "residual", "sequential"]
+__all__ = ["Float", "Int", "Layer", "Vars", "block_text", "compose", "must_be_layer", "residual", "sequential"]
 
 
 class Float:
@@ -239,8 +239,8 @@ def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
         >>> sorted(model.init(dtype=jnp.float32).params)
         ['left', 'right']
     """
-    _must_be_layer("compose", first)
-    _must_be_layer("compose", second)
+    must_be_layer("compose", first)
+    must_be_layer("compose", second)
 
     def init(*, dtype: Any) -> Vars:
         left, right = first.init(dtype=dtype), second.init(dtype=dtype)
@@ -258,7 +258,7 @@ def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
             state[key] = after.state
         return x, vars.replace(state=state)
 
-    return Layer(init=init, apply=apply, name=_block("compose", [first, second]))
+    return Layer(init=init, apply=apply, name=block_text("compose", [first, second]))
 
 
 def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
@@ -291,7 +291,7 @@ def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
     if not children:
         raise ValueError("sequential expected at least one layer, received an empty list.")
     for child in children:
-        _must_be_layer("sequential", child)
+        must_be_layer("sequential", child)
 
     def init(*, dtype: Any) -> Vars:
         made = [child.init(dtype=dtype) for child in children]
@@ -310,7 +310,7 @@ def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
             state.append(after.state)
         return x, vars.replace(state=state)
 
-    return Layer(init=init, apply=apply, name=_block("sequential", children, "[", "]"))
+    return Layer(init=init, apply=apply, name=block_text("sequential", children, "[", "]"))
 
 
 def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
@@ -330,7 +330,7 @@ def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
         >>> block.apply(block.init(dtype=jnp.float32), jnp.ones((1, 3)))[0]
         Array([[1., 1., 1.]], dtype=float32)
     """
-    _must_be_layer("residual", inner)
+    must_be_layer("residual", inner)
 
     def init(*, dtype: Any) -> Vars:
         made = inner.init(dtype=dtype)
@@ -347,7 +347,7 @@ def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
             )
         return x + y, vars.replace(state={"inner": after.state})
 
-    return Layer(init=init, apply=apply, name=_block("residual", [inner]))
+    return Layer(init=init, apply=apply, name=block_text("residual", [inner]))
 
 
 def _has_an_address(function: Any) -> bool:
@@ -385,12 +385,14 @@ def _length(part: Any) -> int | None:
     return len(part) if hasattr(part, "__len__") else None
 
 
-def _block(head: str, children: Sequence[Layer[Any, Any]], left: str = "", right: str = "") -> str:
+def block_text(head: str, children: Sequence[Layer[Any, Any]], left: str = "", right: str = "") -> str:
+    """The name of a layer that contains others: their names, indented."""
     inside = "".join(textwrap.indent(child.name, "  ") + ",\n" for child in children)
     return f"{head}({left}\n{inside}{right})"
 
 
-def _must_be_layer(where: str, value: Any) -> None:
+def must_be_layer(where: str, value: Any) -> None:
+    """Raise TypeError if a value is not a ``Layer``."""
     if not isinstance(value, Layer):
         hint = ". Did you forget to call it?" if callable(value) else "."
         raise TypeError(f"{where} expected layers, received {value!r}{hint} For a plain function write layers.fn(f).")
