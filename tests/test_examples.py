@@ -1,5 +1,6 @@
 """Each example in a short form: in strict mode with a look at what it made, and from the command line."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -198,9 +199,11 @@ def test_a_gan_is_two_steps_of_optax_by_hand():
     jax.tree.map(close, after["generator"].vars.params, painting)
 
 
-def test_a_small_gpt2_learns_and_writes(capsys):
+def test_a_small_gpt2_learns_and_writes(capsys, monkeypatch):
     _, (pattern,) = SHORT["gpt2"]
-    _, state = example("gpt2").main(steps=12, count=5)
+    gpt2 = example("gpt2")
+    monkeypatch.setitem(gpt2.SMALL, "n_layer", 1)  # it compiles in half the time
+    _, state = gpt2.main(steps=12, count=5)
     assert int(state.step) == 12
     assert re.search(pattern, capsys.readouterr().out)
 
@@ -217,8 +220,9 @@ def test_windows_are_pieces_of_the_text():
             assert "".join(chars.ALPHABET[n] for n in [*row, last]) in chars.TEXT
 
 
-def test_chars_learns_and_writes(capsys):
+def test_chars_learns_and_writes(capsys, monkeypatch):
     chars = example("chars")
+    monkeypatch.setattr(chars, "make_model", functools.partial(chars.make_model, blocks=1))
     trainer, state = chars.main(steps=40, characters=0)
     first, last = map(float, re.findall(r"(\d\.\d{3}) at the", capsys.readouterr().out))
     assert first > 4
