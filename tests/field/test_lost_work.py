@@ -611,7 +611,7 @@ def test_a_run_that_is_resumed_removes_its_own_rows_without_a_warning(tmp_path, 
 # Signals
 
 # Each case is a process of its own; the short form has each signal and each way to meet it.
-PROCESSES = {("saved", "SIGUSR1"), ("unsaved", "SIGHUP"), ("ignored", "SIGHUP"), ("handled", "SIGTERM")}
+PROCESSES = {("saved", "SIGUSR1"), ("unsaved", "SIGTERM"), ("ignored", "SIGHUP"), ("handled", "SIGUSR1")}
 
 TRAIN = """
 import os, signal, sys
