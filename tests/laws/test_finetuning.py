@@ -26,13 +26,14 @@ CASES = [
     ("norms", "trainable"),
     ("norms", "bfloat16"),
     ("norms", "all"),
-    ("attention", "microbatches"),
+    ("mlp", "microbatches"),
     ("wide", "trainable"),
     *(
         pytest.param(model, option, marks=pytest.mark.slow)
         for model, option in [
             ("norms", "biases"),
             ("norms", "float16"),
+            ("attention", "microbatches"),
             *(("transformer", option) for option in OPTIONS),
             ("wide", "float16"),
         ]
@@ -75,14 +76,15 @@ def test_fit_is_the_fold_of_step_byte_for_byte(zoo, with_option, model, option):
 @pytest.mark.parametrize(
     ("model", "option"),
     [
-        *(("attention" if option == "microbatches" else "norms", option) for option in OPTIONS),
+        *(("mlp" if option == "microbatches" else "norms", option) for option in OPTIONS),
         *(pytest.param("transformer", option, marks=pytest.mark.slow) for option in OPTIONS),
     ],
 )
 def test_fresh_closures_compile_once(zoo, with_option, model, option):
     trainer, state = with_option(model, option)
+    trainer = dataclasses.replace(trainer)  # it has compiled nothing, and the compile cache has its program
     trainer.fit(state, batches(zoo, model))
-    assert [c.where for c in trainer.compilations if c.where != "step"] == ["fit"]
+    assert [c.where for c in trainer.compilations] == ["fit"]
 
 
 def test_options_that_change_nothing_change_no_byte(zoo):
