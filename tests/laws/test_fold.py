@@ -96,7 +96,7 @@ def sequences(upto):
     return given(st.lists(st.integers(2, upto), min_size=1, max_size=8), st.integers(0, 2**31 - 1))
 
 
-@sequences(4)
+@sequences(3)
 @settings(max_examples=15, deadline=None)
 def test_fit_is_the_fold_for_any_sequence_of_batch_sizes(zoo, sizes, seed):
     check_a_sequence(zoo, sizes, seed)
