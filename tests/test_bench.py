@@ -42,7 +42,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("workload", RUNS)
+@pytest.mark.parametrize("workload", ["xor", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_runners_train_alike(workload, as_users_do):
     launch = module("launch")
     runs = [trained(workload, runner) for runner in RUNS[workload]]

@@ -96,7 +96,7 @@ def test_what_a_file_says_does_not_command_the_terminal(disk, tmp_path, make, ca
     assert "\\x1b]0;x\\x07\\r\\n\\u202e" in captured.out
 
 
-def test_as_a_program(runs):
+def test_as_a_program(runs, capsys):
     def run(*arguments):
         return subprocess.run(
             [sys.executable, "-W", "error", "-m", "kaun.checkpoint", *arguments],
@@ -110,7 +110,8 @@ def test_as_a_program(runs):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("2 sound, 0 damaged\n")
     assert run("verify", str(runs / "absent")).returncode == 1
-    wrong = run("repair", str(runs))
-    assert wrong.returncode == 2
-    assert "invalid choice: 'repair'" in wrong.stderr
+    with pytest.raises(SystemExit) as wrong:
+        main(["repair", str(runs)])
+    assert wrong.value.code == 2
+    assert "invalid choice: 'repair'" in capsys.readouterr().err
     assert json.loads((runs / "step-00000003" / one.MANIFEST).read_bytes())["step"] == 3

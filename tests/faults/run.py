@@ -21,9 +21,7 @@ def main(folder: Path) -> None:
     g = np.random.default_rng(0)
     x, y = g.normal(size=(90, 6)).astype(np.float32), g.integers(0, 3, 90).astype(np.int32)
     with rng.scope(7):
-        model = layers.sequential(
-            [layers.linear(6, 24), layers.batch_norm(24), layers.relu(), layers.dropout(0.3), layers.linear(24, 3)]
-        )
+        model = layers.sequential([layers.linear(6, 3), layers.batch_norm(3), layers.dropout(0.3)])
         schedule = optax.warmup_cosine_decay_schedule(0.0, 0.05, 10, 12 * EPOCHS)
         trainer = kaun.Trainer(model=model, optimizer=optax.adamw(schedule))
         state = trainer.init()

@@ -1,5 +1,6 @@
 """No work is lost: situations from the issue trackers of other libraries, each with what must be left after it."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -217,9 +218,18 @@ def test_of_nested_fits_the_error_of_an_end_has_the_state_of_the_outer():
 # The compiled program fails
 
 
-@pytest.mark.parametrize("width", [SMALL, LARGE])
-@pytest.mark.parametrize("how", ["pure_callback", "io_callback", "debug_callback"])
-@pytest.mark.parametrize("reported", [False, True])
+# JAX keeps no program that calls the host in its compile cache.
+CALLS_THE_HOST = {("pure_callback", SMALL, False), ("pure_callback", LARGE, True), ("io_callback", SMALL, True),
+                  ("debug_callback", LARGE, False)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "width", "reported"),
+    [
+        pytest.param(*case, marks=[] if case in CALLS_THE_HOST else pytest.mark.slow)
+        for case in itertools.product(["pure_callback", "io_callback", "debug_callback"], [SMALL, LARGE], [False, True])
+    ],
+)
 def test_the_compiled_step_raises_and_the_step_before_is_kept_and_saved(tmp_path, width, how, reported):
     """A simulator called by jax.pure_callback, or an eqx.error_if, raises in step 7 of a run that saves at its end only."""
     trainer, state, x = setting(width)
@@ -600,6 +610,9 @@ def test_a_run_that_is_resumed_removes_its_own_rows_without_a_warning(tmp_path, 
 
 # Signals
 
+# Each case is a process of its own; the short form has each signal and each way to meet it.
+PROCESSES = {("saved", "SIGUSR1"), ("unsaved", "SIGTERM"), ("ignored", "SIGHUP"), ("handled", "SIGUSR1")}
+
 TRAIN = """
 import os, signal, sys
 import numpy as np, optax, kaun
@@ -625,8 +638,14 @@ trainer.fit(state, Data.repeat(9, item), report=report, checkpoints=runs)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGTERM"])
-@pytest.mark.parametrize("how", ["saved", "unsaved", "ignored", "handled"])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        pytest.param(how, name, marks=[] if (how, name) in PROCESSES else pytest.mark.slow)
+        for how in ("saved", "unsaved", "ignored", "handled")
+        for name in ("SIGHUP", "SIGUSR1", "SIGTERM")
+    ],
+)
 def test_a_closed_terminal_and_the_warning_of_slurm_are_saved(tmp_path, name, how):
     """An ssh connection breaks (SIGHUP), or Slurm warns a minute before the end (SIGUSR1): the run ended unsaved.
 

@@ -22,7 +22,8 @@ def normal(seed, *shape, dtype=jnp.float32):
 def agree(a, b, tolerance=1e-5):
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert left.shape == right.shape and left.dtype == right.dtype
-        assert float(jnp.abs(left - right).max()) <= tolerance * float(jnp.abs(right).max())
+        left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+        assert np.abs(left - right).max() <= tolerance * np.abs(right).max()
 
 
 def everything(f, x, weight, bars):

@@ -35,14 +35,20 @@ def _cnn():
     return layers.sequential(parts)
 
 
-def _attention():
-    def attend(dropout):
-        return layers.residual(
-            layers.layer_norm(8) >> layers.multi_head_attention(8, 2, is_causal=True, rope=True, dropout=dropout)
-        )
+def _attend(dropout):
+    return layers.residual(
+        layers.layer_norm(8) >> layers.multi_head_attention(8, 2, is_causal=True, rope=True, dropout=dropout)
+    )
 
+
+def _attention():
+    return layers.embedding(11, 8) >> _attend(0.1) >> layers.linear(8, 11)
+
+
+def _transformer():
+    """For the long form: compiling it costs as much as compiling all the others."""
     more = layers.sequential([layers.layer_norm(8), layers.linear(8, 16), layers.gelu(), layers.linear(16, 8)])
-    return layers.embedding(11, 8) >> attend(0.1) >> layers.residual(more) >> attend(0.0) >> layers.linear(8, 11)
+    return layers.embedding(11, 8) >> _attend(0.1) >> layers.residual(more) >> _attend(0.0) >> layers.linear(8, 11)
 
 
 def _wide():
@@ -50,7 +56,14 @@ def _wide():
     return layers.sequential([layers.linear(5, 1024), layers.batch_norm(1024), layers.relu(), layers.linear(1024, 3)])
 
 
-MODELS = {"wide": _wide, "mlp": _mlp, "norms": _norms, "cnn": _cnn, "attention": _attention}
+MODELS = {
+    "wide": _wide,
+    "mlp": _mlp,
+    "norms": _norms,
+    "cnn": _cnn,
+    "attention": _attention,
+    "transformer": _transformer,
+}
 
 OPTIMIZERS = {
     "adam": lambda: optax.adam(1e-2),
@@ -65,7 +78,7 @@ OPTIMIZERS = {
 def _arrays(model, n=24, seed=0):
     """Inputs and integer labels for one of MODELS."""
     g = np.random.default_rng(seed)
-    if model == "attention":
+    if model in ("attention", "transformer"):
         return g.integers(0, 11, (n, 6), dtype=np.int32), g.integers(0, 11, (n, 6), dtype=np.int32)
     shape = (n, 8, 8, 1) if model == "cnn" else (n, 5)
     return g.normal(size=shape).astype(np.float32), g.integers(0, 3, n, dtype=np.int32)
@@ -106,7 +119,7 @@ def _fold(trainer, state, data, **options):
     return states, found
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def zoo():
     return SimpleNamespace(
         arrays=_arrays,

@@ -53,7 +53,7 @@ SOURCES = {
 @functools.cache
 def trained():
     with rng.scope(7):
-        parts = [layers.linear(5, 8), layers.batch_norm(8), layers.relu(), layers.dropout(0.5), layers.linear(8, 3)]
+        parts = [layers.linear(5, 3), layers.batch_norm(3), layers.dropout(0.5)]
         trainer = kaun.Trainer(model=layers.sequential(parts), optimizer=optax.sgd(1e-2, momentum=0.9))
         return trainer, trainer.init(dtype=jnp.float32)
 

@@ -50,8 +50,9 @@ def loss(b):
     return lambda out: losses.cross_entropy_sparse(out * weights[None] * settings["alpha"], b[1]) * len(settings["names"])
 
 
-state = trainer.fit(state, batches.map(lambda b: (b[0], loss(b))).epochs(2))
-state = trainer.fit(state, batches.with_loss(losses.cross_entropy_sparse))
+whole = batches.take(4)
+state = trainer.fit(state, whole.map(lambda b: (b[0], loss(b))).epochs(2))
+state = trainer.fit(state, whole.with_loss(losses.cross_entropy_sparse))
 value, state = trainer.step(state, x[:5], loss=loss((x, y[:5])))
 trainer.predict(state, x)
 trainer.evaluate(state, batches, {"accuracy": metrics.accuracy, "own": lambda p, t: (p.sum(), p.size)})

@@ -25,17 +25,22 @@ from kaun.errors import CaptureError, RecompilationWarning
 X = np.ones((4, 2), np.float32)
 
 
-@pytest.fixture(scope="module")
-def linear():
+@functools.cache
+def made():
     with rng.scope(0):
         trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
         return trainer, trainer.init()
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return fresh()
 
 
 def fresh():
-    with rng.scope(0):
-        trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
-        return trainer, trainer.init()
+    """A trainer that has compiled nothing yet, and its state."""
+    trainer, state = made()
+    return dataclasses.replace(trainer), state
 
 
 def direct(trainer, state, loss):
@@ -177,8 +182,18 @@ def by_callable_dataclass(y):
 MAKERS = [v for k, v in list(globals().items()) if k.startswith("by_")]
 
 
-@pytest.mark.parametrize("make", MAKERS, ids=lambda m: m.__name__)
-@pytest.mark.parametrize("kind", ["numpy", "jax", "float64"])
+KINDS = ["numpy", "jax", "float64"]
+
+
+# Each maker with one kind; all pairs in the long form.
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        pytest.param(make, kind, id=f"{make.__name__}-{kind}", marks=[] if i % 3 == j else pytest.mark.slow)
+        for i, make in enumerate(MAKERS)
+        for j, kind in enumerate(KINDS)
+    ],
+)
 def test_captured_arrays_are_followed_and_compile_once(make, kind, recwarn):
     trainer, state = fresh()
     g = np.random.default_rng(1)

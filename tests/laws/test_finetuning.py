@@ -1,12 +1,13 @@
 """Laws 1, 2, 3 and 5 with everything that fine-tuning switches on: the step stays one function, and fit its fold."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import rng, tree
@@ -25,29 +26,32 @@ CASES = [
     ("norms", "trainable"),
     ("norms", "bfloat16"),
     ("norms", "all"),
-    ("attention", "microbatches"),
+    ("mlp", "microbatches"),
     ("wide", "trainable"),
     *(
         pytest.param(model, option, marks=pytest.mark.slow)
         for model, option in [
             ("norms", "biases"),
             ("norms", "float16"),
-            ("attention", "all"),
-            ("attention", "trainable"),
-            ("attention", "biases"),
-            ("attention", "bfloat16"),
-            ("attention", "float16"),
+            ("attention", "microbatches"),
+            *(("transformer", option) for option in OPTIONS),
             ("wide", "float16"),
         ]
     ),
 ]
 
 
-def with_options(zoo, model, options, seed=7):
-    trainer, _ = zoo.trainer(model, seed=seed)
+def with_options(zoo, model, options):
+    trainer, _ = zoo.trainer(model)
     trainer = dataclasses.replace(trainer, **options)
-    with rng.scope(seed):
+    with rng.scope(7):
         return trainer, trainer.init()
+
+
+@pytest.fixture(scope="session")
+def with_option(zoo):
+    """The tests of a session share these trainers, and what they have compiled."""
+    return functools.cache(lambda model, option: with_options(zoo, model, OPTIONS[option]))
 
 
 def batches(zoo, model, epochs=2):
@@ -55,8 +59,8 @@ def batches(zoo, model, epochs=2):
 
 
 @pytest.mark.parametrize(("model", "option"), CASES)
-def test_fit_is_the_fold_of_step_byte_for_byte(zoo, model, option):
-    trainer, state = with_options(zoo, model, OPTIONS[option])
+def test_fit_is_the_fold_of_step_byte_for_byte(zoo, with_option, model, option):
+    trainer, state = with_option(model, option)
     before = zoo.bytes(state)
     seen = []
     data = batches(zoo, model)
@@ -69,10 +73,17 @@ def test_fit_is_the_fold_of_step_byte_for_byte(zoo, model, option):
     assert zoo.bytes(fitted) != before
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_fresh_closures_compile_once(zoo, option):
-    trainer, state = with_options(zoo, "attention", OPTIONS[option])
-    trainer.fit(state, batches(zoo, "attention"))
+@pytest.mark.parametrize(
+    ("model", "option"),
+    [
+        *(("mlp" if option == "microbatches" else "norms", option) for option in OPTIONS),
+        *(pytest.param("transformer", option, marks=pytest.mark.slow) for option in OPTIONS),
+    ],
+)
+def test_fresh_closures_compile_once(zoo, with_option, model, option):
+    trainer, state = with_option(model, option)
+    trainer = dataclasses.replace(trainer)  # it has compiled nothing, and the compile cache has its program
+    trainer.fit(state, batches(zoo, model))
     assert [c.where for c in trainer.compilations] == ["fit"]
 
 
@@ -87,7 +98,7 @@ def test_options_that_change_nothing_change_no_byte(zoo):
     assert zoo.bytes(same_dtypes.fit(state, data)) == expected
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None)
 @given(names=st.sets(st.sampled_from(["0.bias", "0.weight", "1.bias", "1.weight", "4.bias", "4.weight"]), min_size=1))
 def test_what_trains_moves_and_nothing_else(zoo, names):
     trainer, state = with_options(zoo, "norms", {"trainable": lambda path: path in names})

@@ -12,7 +12,7 @@ from kaun.metrics import counts
 
 CLASSES = 3
 PAIRS = st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1))
-SIZES = st.sampled_from([1, 4, 15])  # few, because each shape is compiled
+SIZES = st.sampled_from([1, 6])  # few, because each shape is compiled
 RATIOS = {"precision": lambda tp, fp, fn: (tp, tp + fp), "f1": lambda tp, fp, fn: (2 * tp, 2 * tp + fp + fn)}
 
 

@@ -16,7 +16,7 @@ from kaun import Context, Data, EarlyStop, Layer, Trainer, Vars, layers, losses,
 @pytest.fixture(scope="module")
 def made():
     with rng.scope(0):
-        model = layers.linear(2, 8) >> layers.batch_norm(8) >> layers.dropout(0.3) >> layers.linear(8, 3)
+        model = layers.linear(2, 3) >> layers.batch_norm(3) >> layers.dropout(0.3)
         trainer = Trainer(model=model, optimizer=optax.adam(1e-2))
         return trainer, trainer.init()
 

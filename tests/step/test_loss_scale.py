@@ -1,5 +1,7 @@
 """Loss scaling: gradients that float16 would lose, forced overflow, growth, and which nan is not due to the scale."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +21,20 @@ def mse(out):
     return losses.mse(out, Y)
 
 
-def made(*, precision="mixed_float16", optimizer=None, scale=None, good=0, **options):
+@functools.cache
+def trained(precision, optimizer, **options):
+    """Trainers and states are values, so the tests share them, and what they have compiled."""
     with rng.scope(0):
         model = layers.sequential([layers.linear(3, 4), layers.batch_norm(4), layers.tanh(), layers.linear(4, 2)])
-        trainer = kaun.Trainer(model=model, optimizer=optimizer or optax.adam(0.1), precision=precision, **options)
-        state = trainer.init()
+        trainer = kaun.Trainer(model=model, optimizer=optimizer, precision=precision, **options)
+        return trainer, trainer.init()
+
+
+ADAM, SGD, STILL = optax.adam(0.1), optax.sgd(1e7), optax.sgd(0.0)
+
+
+def made(*, precision="mixed_float16", optimizer=ADAM, scale=None, good=0, **options):
+    trainer, state = trained(precision, optimizer, **options)
     if scale is not None:
         state = state.replace(opt_state=state.opt_state._replace(scale=jnp.float32(scale), good=jnp.int32(good)))
     return trainer, state
@@ -63,10 +74,9 @@ def test_a_fresh_state_has_a_scale_and_other_precisions_none():
 def test_gradients_too_small_for_float16_arrive():
     # the largest is 1e-8 or so; the smallest number of float16 is 6e-8
     tiny = lambda out: mse(out) * 1e-8
-    sgd = optax.sgd(1e7)
-    trainer, state = made(optimizer=sgd)
+    trainer, state = made(optimizer=SGD)
     _, after = trainer.step(state, X, loss=tiny)
-    exact, _ = made(precision=None, optimizer=sgd)
+    exact, _ = made(precision=None, optimizer=SGD)
     _, expected = exact.step(exact.make_state(state.vars), X, loss=tiny)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3), after.vars.params, expected.vars.params
@@ -124,15 +134,14 @@ def test_at_scale_one_the_scale_is_not_the_reason():
 
 
 def test_2000_good_steps_double_it_up_to_a_limit():
-    still = optax.sgd(0.0)
-    trainer, state = made(optimizer=still)
+    trainer, state = made(optimizer=STILL)
     data = Data.repeat(loss_scale.GROWTH - 1, (X, mse))
     before = trainer.fit(state, data)
     assert numbers(before) == (2.0**15, 1999)
     after = trainer.fit(before, Data.repeat(1, (X, mse)))
     assert numbers(after) == (2.0**16, 0)
     small = lambda out: mse(out) * 1e-6
-    trainer, state = made(optimizer=still, scale=2.0**24, good=1999)
+    trainer, state = made(optimizer=STILL, scale=2.0**24, good=1999)
     assert numbers(trainer.step(state, X, loss=small)[1]) == (2.0**24, 0)
 
 

@@ -128,7 +128,7 @@ def test_a_loss_that_draws_draws_as_in_one_part():
 def test_line_searches_evaluate_the_same_loss():
     found = []
     for count in (1, 3):
-        trainer, state = made(count, optimizer=optax.lbfgs())
+        trainer, state = made(count, layers.linear(3, 2), optimizer=optax.lbfgs())
         for _ in range(3):
             value, state = trainer.step(state, X, loss=mse)
         found.append(value)

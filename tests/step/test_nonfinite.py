@@ -1,5 +1,7 @@
 """Steps that are not finite: they change nothing, in ``step`` and in every form of ``fit``."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +24,16 @@ def loss(out):
     return losses.mse(out, Y)
 
 
+@functools.cache
 def trainer_of(mode, model=None, optimizer=None):
+    """Trainers and states are values, so the tests share them, and what they have compiled."""
     with rng.scope(0):
         model = layers.linear(3, 1) >> layers.batch_norm(1) if model is None else model
         trainer = kaun.Trainer(model=model, optimizer=optimizer or optax.adam(0.1), on_nonfinite=mode)
         return trainer, trainer.init()
 
 
+@functools.cache
 def in_place():
     """A state of more than a megabyte, whose memory is taken over."""
     return layers.linear(3, 1) >> Layer(
@@ -37,6 +42,7 @@ def in_place():
     )
 
 
+@functools.cache
 def straight():
     """A step that XLA:CPU would run slowly inside a loop: a convolution that is not kaun's."""
     conv = lambda x: jax.lax.conv_general_dilated(

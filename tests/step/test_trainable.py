@@ -61,9 +61,9 @@ def test_the_gradient_is_jax_s_of_those_parameters_alone():
         return ((hidden @ head["weight"] + head["bias"][None] - Y) ** 2).mean()
 
     opt = optax.sgd(0.1, momentum=0.9)
-    opt_state = opt.init(head)
+    opt_state, slope = opt.init(head), jax.jit(jax.value_and_grad(objective))
     for _ in range(20):
-        value, gradient = jax.value_and_grad(objective)(head)
+        value, gradient = slope(head)
         updates, opt_state = opt.update(gradient, opt_state, head)
         head = optax.apply_updates(head, updates)
         found, state = trainer.step(state, X, loss=mse)
