@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._engine.explicit import MAYBE_EXPLICIT, explicit_mesh, to_automatic
 from kaun._jax import any_traced
 from kaun._loss import capture_loss, captures, subject
 from kaun._messages import locate
@@ -42,17 +44,20 @@ class StepInputs:
     Attributes:
         leaves: The arrays of input, loss and context, in this order.
         key: Hashable; inputs with equal keys run the same program.
+        mesh: The mesh of explicit axes on which one of the arrays lay, None in the usual case. The leaves are on
+            automatic axes.
 
     Raises:
         CaptureError: As ``capture_loss``.
         TypeError: If a leaf is not an array of numbers.
     """
 
-    __slots__ = ("key", "leaves", "static", "what")
+    __slots__ = ("key", "leaves", "mesh", "static", "what")
     what: str
     leaves: list[Any]
     static: tuple[Any, ...]
     key: tuple[Any, ...]
+    mesh: Any
 
     def __init__(self, x: Any, loss: Any, ctx: Context | None, what: str = "x") -> None:
         # Run for each item: a call of a function costs 0.1 us, so the usual cases are decided here.
@@ -70,18 +75,30 @@ class StepInputs:
             leaves += more
         kinds: list[Any] = []
         a: Any
+        maybe_explicit = False
         for a in leaves:
             if type(a) in known:
                 kinds.append((a.shape, a.dtype, a.weak_type))
+                maybe_explicit = maybe_explicit or type(getattr(a, "sharding", None)) in MAYBE_EXPLICIT
+            elif type(a) is array:
+                kinds.append((a.shape, a.dtype))
             else:
-                kinds.append((a.shape, a.dtype) if type(a) is array else _kind(a))
-        self.what, self.leaves = what, leaves
+                kinds.append(_kind(a))
+                maybe_explicit = True
+        self.what, self.mesh = what, explicit_mesh(leaves) if maybe_explicit else None
+        self.leaves = leaves if self.mesh is None else to_automatic(leaves)
         self.static = (loss_key, x_def, ctx_def, n, len(arrays))
         self.key = (self.static, tuple(kinds))
 
     def owned(self) -> list[Any]:
         """Return the leaves as they are now: NumPy arrays copied, because XLA may read them after the call returned."""
         return [tree.snapshot(a) for a in self.leaves]
+
+    def holding(self, leaves: list[Any]) -> StepInputs:
+        """Return the same inputs with other arrays in the place of these."""
+        made = copy.copy(self)
+        made.leaves = leaves
+        return made
 
     @property
     def split(self) -> Callable[[list[Any]], tuple[Any, list[Any], Context]]:

@@ -18,10 +18,12 @@ import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
+from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_traced, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, packing_of, unpack
 from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
 from kaun._engine.results import StepResults
+from kaun._jax import any_traced
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
@@ -50,10 +52,21 @@ def run_step(
 ) -> tuple[jax.Array, Any]:
     """Return the loss of one step and the carry after it; what was given stays as it is."""
     leaves, structure = jax.tree_util.tree_flatten(carry)
-    traced = find_step(programs, structure, leaves, key, inputs, training)
-    program = traced.program("step", (False,) * len(inputs.leaves))
-    arguments = (leaves, key, count_on_device(1), inputs.owned())
-    loss, leaves = programs.call(program, "step", inputs, training, arguments, traced)
+
+    def run(leaves: list[Any], key: jax.Array, inputs: StepInputs) -> tuple[jax.Array, list[Any]]:
+        traced = find_step(programs, structure, leaves, key, inputs, training)
+        program = traced.program("step", (False,) * len(inputs.leaves))
+        arguments = (leaves, key, count_on_device(1), inputs.owned())
+        return programs.call(program, "step", inputs, training, arguments, traced)
+
+    mesh = explicit_mesh(leaves) or inputs.mesh
+    if mesh is None:
+        loss, leaves = run(leaves, key, inputs)
+    elif any_traced((*leaves, key, *inputs.leaves)):
+        loss, leaves = run_traced(run, leaves, key, inputs)
+    else:
+        loss, after = run(to_automatic(leaves), *to_automatic([key]), inputs)
+        loss, *leaves = to_explicit([loss, *after], [None, *map(explicit_sharding, leaves)], mesh)
     return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
@@ -108,6 +121,11 @@ class StepLoop:
         self._failed_step: int | None = None
         self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
+        # Where the state is on a mesh of explicit axes, or an item was.
+        self._mesh: Any = explicit_mesh(leaves)
+        self._shardings = [explicit_sharding(a) for a in leaves]
+        self._given = None if self._mesh is None else [weakref.ref(a) for a in leaves]
+        leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._packing, self._in_place = packing_of(leaves), in_place(leaves)
@@ -195,11 +213,12 @@ class StepLoop:
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
+            self._mesh = self._mesh or inputs.mesh
             if self._open is None or n > 1 or not self._open.buffer.add(inputs):
                 self.flush()
                 block = self._blocks.pop(inputs.key, None)
                 if block is None:
-                    traced = find_step(self._programs, self._structure, self._kinds, self.key, inputs, True)
+                    traced = find_step(self._programs, self._structure, self._kinds, self._key, inputs, True)
                     block = self._new_block(inputs, traced)
                 self._enter(block, inputs, n, rows)
             count += n
@@ -215,7 +234,7 @@ class StepLoop:
         """Trace the step for an item, and do not run it."""
         x, loss, ctx = Item.parse(item, 1)
         inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
-        self._new_block(inputs, find_step(self._programs, self._structure, self._kinds, self.key, inputs, True))
+        self._new_block(inputs, find_step(self._programs, self._structure, self._kinds, self._key, inputs, True))
 
     def flush(self) -> None:
         """Run the steps that wait. Returns when they are dispatched, not when they are done."""
@@ -237,6 +256,9 @@ class StepLoop:
             self._carry = (False, arrays, results)  # the loop continues with a copy
         if self._failed_step is not None:
             arrays = [*arrays[:-1], arrays[-1] - self._counts_discarded]
+        if self._mesh is not None:
+            arrays = to_explicit(arrays, self._shardings, self._mesh)
+            self._given = [weakref.ref(a) for a in arrays]
         return jax.tree_util.tree_unflatten(self._structure, arrays)
 
     @property
@@ -263,7 +285,7 @@ class StepLoop:
         arrays = [reference() for reference in references]
         if not arrays or any(array is None for array in arrays) or not _readable(arrays):
             return "lost"
-        self._carry = (False, arrays, results)
+        self._carry = (False, to_automatic(arrays), results)
         return "held"
 
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
@@ -305,7 +327,7 @@ class StepLoop:
         program = traced.program(entry, pattern, self._packing)
         own, arrays, results = self._carry
         if not own and overwrites:
-            self._shared = [weakref.ref(a) for a in arrays], results
+            self._shared = self._given or [weakref.ref(a) for a in arrays], results
             for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
                 arrays[i] = copy(arrays[i])
             self._carry = (True, arrays, results)
@@ -314,7 +336,7 @@ class StepLoop:
         self._counts_discarded = int(traced.discards)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
-        arguments = (self._carry[1], self.key, status, count_on_device(count), shared, stacked)
+        arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))

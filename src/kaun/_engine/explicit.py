@@ -1,0 +1,108 @@
+"""Arrays on a mesh of explicit axes, the default of ``jax.make_mesh``: steps run on the same mesh with automatic axes.
+
+The type of an array on explicit axes contains its placement, and JAX refuses each operation that leaves the placement
+of its result open: a contraction of a sharded axis, a gather. Layers, optimizers and losses are written for automatic
+axes. Under ``jax.set_mesh`` nothing is changed: there users write for explicit axes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kaun._jax import is_traced
+
+if TYPE_CHECKING:
+    from kaun._engine.inputs import StepInputs
+
+__all__ = ["MAYBE_EXPLICIT", "explicit_mesh", "explicit_sharding", "run_traced", "to_automatic", "to_explicit"]
+
+MAYBE_EXPLICIT = frozenset([NamedSharding, type(None)])  # of what has none: a traced array, among others
+
+
+def explicit_mesh(arrays: Iterable[Any]) -> Any:
+    """Return the mesh of explicit axes on which one of some arrays lies, None without one or under ``jax.set_mesh``.
+
+    In a function that JAX traces it is an abstract mesh.
+    """
+    # Asked for each array of each step, so the usual case is decided here.
+    for array in arrays:
+        if type(getattr(array, "sharding", None)) in MAYBE_EXPLICIT:
+            sharding = explicit_sharding(array)
+            if sharding is not None:
+                return sharding.mesh
+    return None
+
+
+def explicit_sharding(array: Any) -> NamedSharding | None:
+    """Return the sharding of an array where that is on explicit axes, None elsewhere and under ``jax.set_mesh``."""
+    sharding = jax.typeof(array).sharding if is_traced(array) else getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding if jax.sharding.get_abstract_mesh().empty else None
+
+
+def to_automatic(arrays: Sequence[Any]) -> list[Any]:
+    """Return arrays, those on explicit axes on the same mesh with automatic axes; they share their memory."""
+    shardings = [None if is_traced(array) else explicit_sharding(array) for array in arrays]
+    return [
+        array if sharding is None else _put(array, _automatic(sharding))
+        for array, sharding in zip(arrays, shardings, strict=True)
+    ]
+
+
+def to_explicit(arrays: Sequence[Any], shardings: Sequence[NamedSharding | None], mesh: Mesh) -> list[Any]:
+    """Return arrays that a program computed, placed as those that it was given.
+
+    Args:
+        arrays: The arrays.
+        shardings: For each array the sharding on explicit axes that it had before, None if it had none.
+        mesh: The mesh of explicit axes on which a part of the program's arguments lay.
+    """
+    return [
+        _put(array, sharding) if sharding is not None else _back(array, mesh)
+        for array, sharding in zip(arrays, shardings, strict=True)
+    ]
+
+
+def run_traced(run: Callable[[list[Any], Any, StepInputs], Any], leaves: list[Any], key: Any, inputs: StepInputs) -> Any:
+    """Return ``run(leaves, key, inputs)`` on automatic axes, inside a function that JAX traces.
+
+    Args:
+        run: Returns the loss and the leaves after a step.
+        leaves: The state's leaves.
+        key: The run's key.
+        inputs: The inputs of the step.
+    """
+    everywhere = NamedSharding(explicit_mesh((*leaves, *inputs.leaves)) or inputs.mesh, PartitionSpec())
+    shardings = [explicit_sharding(leaf) or everywhere for leaf in leaves]
+    automatic = jax.sharding.auto_axes(
+        lambda leaves, key, given: run(leaves, key, inputs.holding(given)), out_sharding=(everywhere, shardings)
+    )
+    return automatic(leaves, key, inputs.leaves)
+
+
+def _back(array: Any, mesh: Mesh) -> Any:
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh != _twin(mesh):
+        return array
+    return _put(array, NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind))
+
+
+def _put(array: Any, sharding: NamedSharding) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding, weak_type=array.weak_type)
+    return jax.device_put(array, sharding)
+
+
+def _automatic(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(_twin(sharding.mesh), sharding.spec, memory_kind=sharding.memory_kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _twin(mesh: Any) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
