@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kaun._jax import is_traced
+from kaun._jax import any_traced, is_traced
 
-if TYPE_CHECKING:
-    from kaun._engine.inputs import StepInputs
-
-__all__ = ["MAYBE_EXPLICIT", "explicit_mesh", "explicit_sharding", "run_traced", "to_automatic", "to_explicit"]
+__all__ = ["MAYBE_EXPLICIT", "explicit_mesh", "explicit_sharding", "run_explicit", "to_automatic", "to_explicit"]
 
 MAYBE_EXPLICIT = frozenset([NamedSharding, type(None)])  # of what has none: a traced array, among others
 
@@ -69,21 +66,36 @@ def to_explicit(arrays: Sequence[Any], shardings: Sequence[NamedSharding | None]
     ]
 
 
-def run_traced(run: Callable[[list[Any], Any, StepInputs], Any], leaves: list[Any], key: Any, inputs: StepInputs) -> Any:
-    """Return ``run(leaves, key, inputs)`` on automatic axes, inside a function that JAX traces.
+def run_explicit(run: Callable[..., Any], carry: Any, key: Any, inputs: Any, mesh: Any) -> tuple[jax.Array, Any]:
+    """Return what ``run(carry, key, inputs)`` returns, run on automatic axes.
 
     Args:
-        run: Returns the loss and the leaves after a step.
-        leaves: The state's leaves.
+        run: Returns the loss and the carry after a step.
+        carry: The carry before it.
         key: The run's key.
-        inputs: The inputs of the step.
+        inputs: The ``StepInputs`` of the step.
+        mesh: The mesh of explicit axes.
+
+    Returns:
+        Loss and carry on explicit axes, each leaf placed as it was before.
     """
-    everywhere = NamedSharding(explicit_mesh((*leaves, *inputs.leaves)) or inputs.mesh, PartitionSpec())
-    shardings = [explicit_sharding(leaf) or everywhere for leaf in leaves]
-    automatic = jax.sharding.auto_axes(
-        lambda leaves, key, given: run(leaves, key, inputs.holding(given)), out_sharding=(everywhere, shardings)
-    )
-    return automatic(leaves, key, inputs.leaves)
+    leaves, structure = jax.tree_util.tree_flatten(carry)
+    shardings = [explicit_sharding(leaf) for leaf in leaves]
+
+    def run_leaves(leaves: list[Any], key: Any, given: list[Any]) -> tuple[Any, list[Any]]:
+        loss, carry = run(jax.tree_util.tree_unflatten(structure, leaves), key, inputs.holding(given))
+        return loss, jax.tree_util.tree_leaves(carry)
+
+    if any_traced((*leaves, key, *inputs.leaves)):
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        placed = (everywhere, [sharding or everywhere for sharding in shardings])
+        automatic: Any = jax.sharding.auto_axes(run_leaves, out_sharding=placed)
+        loss, leaves = automatic(leaves, key, inputs.leaves)
+    else:
+        (key,) = to_automatic([key])
+        loss, leaves = run_leaves(to_automatic(leaves), key, inputs.leaves)
+        loss, *leaves = to_explicit([loss, *leaves], [None, *shardings], mesh)
+    return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
 def _back(array: Any, mesh: Mesh) -> Any:

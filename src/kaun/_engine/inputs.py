@@ -95,9 +95,9 @@ class StepInputs:
         return [tree.snapshot(a) for a in self.leaves]
 
     def holding(self, leaves: list[Any]) -> StepInputs:
-        """Return the same inputs with other arrays in the place of these."""
+        """Return the same inputs with other arrays in the place of these, on automatic axes."""
         made = copy.copy(self)
-        made.leaves = leaves
+        made.leaves, made.mesh = leaves, None
         return made
 
     @property

@@ -6,6 +6,7 @@ A step is traced once for each (loss code, static values, shapes, dtypes). Every
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 import weakref
@@ -18,12 +19,11 @@ import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
-from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_traced, to_automatic, to_explicit
+from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, packing_of, unpack
 from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
 from kaun._engine.results import StepResults
-from kaun._jax import any_traced
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
@@ -52,21 +52,13 @@ def run_step(
 ) -> tuple[jax.Array, Any]:
     """Return the loss of one step and the carry after it; what was given stays as it is."""
     leaves, structure = jax.tree_util.tree_flatten(carry)
-
-    def run(leaves: list[Any], key: jax.Array, inputs: StepInputs) -> tuple[jax.Array, list[Any]]:
-        traced = find_step(programs, structure, leaves, key, inputs, training)
-        program = traced.program("step", (False,) * len(inputs.leaves))
-        arguments = (leaves, key, count_on_device(1), inputs.owned())
-        return programs.call(program, "step", inputs, training, arguments, traced)
-
     mesh = explicit_mesh(leaves) or inputs.mesh
-    if mesh is None:
-        loss, leaves = run(leaves, key, inputs)
-    elif any_traced((*leaves, key, *inputs.leaves)):
-        loss, leaves = run_traced(run, leaves, key, inputs)
-    else:
-        loss, after = run(to_automatic(leaves), *to_automatic([key]), inputs)
-        loss, *leaves = to_explicit([loss, *after], [None, *map(explicit_sharding, leaves)], mesh)
+    if mesh is not None:
+        return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
+    traced = find_step(programs, structure, leaves, key, inputs, training)
+    program = traced.program("step", (False,) * len(inputs.leaves))
+    arguments = (leaves, key, count_on_device(1), inputs.owned())
+    loss, leaves = programs.call(program, "step", inputs, training, arguments, traced)
     return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
