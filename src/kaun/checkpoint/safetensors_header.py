@@ -133,8 +133,9 @@ def header(arrays: Mapping[str, np.ndarray[Any, Any]], kinds: Mapping[str, str])
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST or len(arrays) > MOST:
         raise ValueError(
-            f"checkpoint.save: {len(arrays)} arrays, whose names and shapes take {len(text)} bytes, are too many for one file: at most "
-            f"{MOST} arrays and {LARGEST} bytes are read again. Save several files, or stack arrays of one shape."
+            f"checkpoint.save: {len(arrays)} arrays, whose names and shapes take {len(text)} bytes, are too many for "
+            f"one file: at most {MOST} arrays and {LARGEST} bytes are read again. Save several files, or stack arrays "
+            "of one shape."
         )
     return len(text).to_bytes(8, "little") + text
 
@@ -159,13 +160,13 @@ def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray[Any, Any]]:
     return {place.name: read_array(take, place) for place in read_places(take, size)}
 
 
-def read_index(path: Path) -> Any:
-    """The JSON of an index, which names arrays and their files; bounded as a header is.
+def read_index(path: Path) -> dict[str, Any]:
+    """The object of an index, which names arrays and their files; bounded as a header is.
 
     Raises:
-        ValueError: when it is not JSON, or too large.
+        ValueError: when it is not a JSON object, or too large.
     """
-    return strict_json.load(path, LARGEST, _TOKENS)
+    return _object(lambda: strict_json.load(path, LARGEST, _TOKENS), "its text")
 
 
 def read_places(take: Take, size: int) -> list[Place]:
@@ -241,8 +242,14 @@ def _kinds(metadata: Any) -> dict[str, str]:
 
 
 def _loads(text: bytes, what: str) -> dict[str, Any]:
+    return _object(lambda: strict_json.loads(text, LARGEST, _TOKENS), what)
+
+
+def _object(read: Callable[[], Any], what: str) -> dict[str, Any]:
     try:
-        value = strict_json.loads(text, LARGEST, _TOKENS)
+        value = read()
+    except strict_json.TooLarge as err:
+        raise ValueError(f"{what} is too large: {err}") from err
     except ValueError as err:
         raise ValueError(f"{what} is not valid JSON: {err}") from err
     if not isinstance(value, dict):
@@ -268,4 +275,3 @@ def _place(name: str, entry: Any, kind: str | None) -> Place:
 
 def _whole(numbers: Any) -> bool:
     return type(numbers) is list and all(type(n) is int and 0 <= n < _LARGEST_NUMBER for n in numbers)
-

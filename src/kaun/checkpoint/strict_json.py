@@ -14,7 +14,7 @@ from typing import Any
 
 from kaun._messages import quoted
 
-__all__ = ["DEPTH", "LARGEST", "dumps", "load", "loads"]
+__all__ = ["DEPTH", "LARGEST", "TooLarge", "dumps", "load", "loads"]
 
 LARGEST = 16 << 20
 DEPTH = 64
@@ -23,6 +23,10 @@ _LARGEST_INT = 2**256
 # A string, or a bracket outside of strings. A string without an end matches up to the end of the text, so that no part
 # of the text is scanned twice and the time is linear.
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)|[\[\]{}]', re.DOTALL)
+
+
+class TooLarge(ValueError):
+    """A JSON text is larger than what is read."""
 
 
 def dumps(value: Any, name: str) -> str:
@@ -83,12 +87,12 @@ def loads(raw: bytes, largest: int = LARGEST, most: int | None = None) -> Any:
             duplicate keys, and with finite numbers only.
     """
     if len(raw) > largest:
-        raise ValueError(f"JSON of {len(raw)} bytes, and at most {largest} are read")
+        raise TooLarge(f"JSON of {len(raw)} bytes, and at most {largest} are read")
     text = raw.decode()
     depth = 0
     for count, token in enumerate(_TOKEN.finditer(text), start=1):
         if most is not None and count > most:
-            raise ValueError(f"JSON of more than {most} strings and brackets, and no more are read")
+            raise TooLarge(f"it has more than {most} strings and brackets, and no more are read")
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         if depth > DEPTH:
             raise ValueError(f"JSON of more than {DEPTH} levels of containers")
@@ -102,7 +106,7 @@ def load(path: Path, largest: int, most: int | None = None) -> Any:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
-            raise ValueError(f"JSON of {size} bytes, and at most {largest} are read")
+            raise TooLarge(f"it has {size} bytes, and at most {largest} are read")
         return loads(file.read(largest + 1), largest, most)
 
 

@@ -177,7 +177,8 @@ def mapped(weights: Mapping[str, Any], mapping: Sequence[Rule]) -> tuple[dict[st
                 if new in named:
                     raise ValueError(
                         f"safetensors.into: {rule} gives {quoted(old[name])} the name {quoted(new)}, which "
-                        f"{quoted(origins[new])} already has. Make its pattern narrower, or drop(pattern) one of the two first."
+                        f"{quoted(origins[new])} already has. Make its pattern narrower, or drop(pattern) one of the "
+                        "two first."
                     )
                 named[new], origins[new] = part, old[name]
         if not matched:
@@ -253,17 +254,21 @@ def _transposed(call: str, axes: tuple[int, ...] | None, name: str, array: Array
     try:
         return (np.transpose(array, axes),)
     except ValueError as err:
-        raise ValueError(f"{call}: {quoted(name)} is {tree.describe(array)}, {err}. Give each of its axes once.") from err
+        raise ValueError(
+            f"{call}: {quoted(name)} is {tree.describe(array)}, {err}. Give each of its axes once."
+        ) from err
 
 
 def _cut(call: str, parts: int, axis: int, sizes: list[int] | None, name: str, array: Array) -> Sequence[Array]:
     if not -array.ndim <= axis < array.ndim:
-        raise ValueError(f"{call}: {quoted(name)} is {tree.describe(array)} and has no axis {axis}. Give another axis=.")
+        raise ValueError(
+            f"{call}: {quoted(name)} is {tree.describe(array)} and has no axis {axis}. Give another axis=."
+        )
     length = array.shape[axis]
     if sizes is None and length % parts:
         raise ValueError(
-            f"{call}: axis {axis} of {quoted(name)}, {tree.describe(array)}, cannot be split into {parts} equal parts. Give "
-            "sizes=[...], or another axis=."
+            f"{call}: axis {axis} of {quoted(name)}, {tree.describe(array)}, cannot be split into {parts} equal parts. "
+            "Give sizes=[...], or another axis=."
         )
     each = [length // parts] * parts if sizes is None else sizes
     if sum(each) != length or min(each) < 0:

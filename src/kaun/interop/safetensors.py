@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import os
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,8 +71,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
             wrong = sorted(part.keys() ^ expected)
             raise ValueError(
                 f"safetensors.load: {str(file)!r} and {quoted(name)} do not agree on {len(wrong)} names, "
-                f"[{', '.join(map(quoted, wrong[:3]))}]. They belong to two models, or one is incomplete. Download both "
-                "again."
+                f"[{', '.join(map(quoted, wrong[:3]))}]. They belong to two models, or one is incomplete. Download "
+                "both again."
             )
         weights |= part
     return weights
@@ -166,8 +166,8 @@ def _shard(index: Path, name: str) -> Path:
     file = index.parent / name
     if not file.is_file():
         raise FileNotFoundError(
-            f"safetensors.load: {str(index)!r} names {quoted(name)}, which is not a file in its folder. Download the folder "
-            "again: a part of the weights is missing."
+            f"safetensors.load: {str(index)!r} names {quoted(name)}, which is not a file in its folder. Download the "
+            "folder again: a part of the weights is missing."
         )
     return file
 
@@ -176,12 +176,19 @@ def _shards(index: Path) -> dict[str, set[str]]:
     """The files of an index, and the names of the arrays that each must have."""
     files: dict[str, set[str]] = {}
     try:
-        text = read_index(index)
+        found = read_index(index).get("weight_map")
     except ValueError as err:
-        raise _damaged(index, f"its text is not JSON, {err}") from err
-    for name, file in _object(index, _object(index, text, "its text").get("weight_map"), "'weight_map'").items():
+        raise _damaged(index, str(err)) from err
+    if not isinstance(found, dict):
+        raise _damaged(index, f"'weight_map' is not a JSON object but {type(found).__name__}")
+    for name, file in cast("dict[str, Any]", found).items():
         # The name comes from a downloaded file: as a path it could point to any file.
-        if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\:\0") or len(file) > 255:
+        if (
+            not isinstance(file, str)
+            or file in ("", ".", "..")
+            or any(mark in file for mark in "/\\:\0")
+            or len(file) > 255
+        ):
             raise ValueError(
                 f"safetensors.load: {str(index)!r} has {quoted(name)} in {quoted(file)}, which is not the name of a "
                 "file in its folder. Move the file there, and write its name into the index."
@@ -213,12 +220,6 @@ def _refuse_pickle(file: Path, first: bytes) -> None:
             "it. Reading a pickle can run any code, so kaun never does. If you trust it, convert it with torch: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
         )
-
-
-def _object(file: Path, value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _damaged(file, f"{what} is not a JSON object but {type(value).__name__}")
-    return cast("dict[str, Any]", value)
 
 
 def _damaged(file: Path, what: str) -> ValueError:
