@@ -84,7 +84,7 @@ def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> No
     Raises:
         ResumeMismatch: when they are not facts that ``CheckpointSaver`` writes.
     """
-    again, ended = facts.get("again"), facts.get("ended")
+    pending, ended = facts.get("again"), facts.get("ended")
     forms = {
         "key": isinstance(facts.get("key"), str),
         "start": type(facts.get("start")) is int,
@@ -93,7 +93,7 @@ def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> No
         "programs": _is_table(facts.get("programs"), str),
         "report": isinstance(facts.get("report"), dict),
         "ended": isinstance(ended, str) and ended in ("", "data", "stopped"),
-        "again": "again" in facts and (again is None or (isinstance(again, str) and bool(_HEX.fullmatch(again)))),
+        "again": "again" in facts and (pending is None or (isinstance(pending, str) and bool(_HEX.fullmatch(pending)))),
         "place": "place" in facts and isinstance(facts["place"], (dict, type(None))),
     }
     wrong = [name for name, is_right in forms.items() if not is_right]

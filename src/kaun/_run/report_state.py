@@ -149,7 +149,7 @@ def match_reports(
         if len(reports) == 1:
             return [(reports[0], dict(kept))], []
         return [], [f"one report was saved, and there are {len(reports)} now: {', '.join(map(_described, reports))}"]
-    keys: list[str] = kept.get("reports", [])
+    keys: Any = kept.get("reports", [])
     unknown = [None] * len(keys) if isinstance(keys, list) else []
     lists = keys, kept.get("names", unknown), kept.get("paths", unknown)
     if not all(map(_are_texts, lists)) or len(set(map(len, lists))) > 1 or None in keys:

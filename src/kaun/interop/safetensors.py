@@ -311,7 +311,7 @@ def _turned(name: str, leaves: dict[str, Any], named: dict[str, Array]) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    rows = [[plain(cell) for cell in row] for row in rows]
+    rows = [tuple(map(plain, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     spaced = ("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"  {line.rstrip()}" for line in spaced)
