@@ -8,7 +8,7 @@ axes. Under ``jax.set_mesh`` nothing is changed: there users write for explicit 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,23 +16,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kaun._jax import any_traced, is_traced
 
-__all__ = ["MAYBE_EXPLICIT", "explicit_mesh", "explicit_sharding", "run_explicit", "to_automatic", "to_explicit"]
-
-MAYBE_EXPLICIT = frozenset([NamedSharding, type(None)])  # of what has none: a traced array, among others
+__all__ = ["explicit_mesh", "explicit_sharding", "run_explicit", "to_automatic", "to_explicit"]
 
 
-def explicit_mesh(arrays: Iterable[Any]) -> Any:
+def explicit_mesh(arrays: Sequence[Any]) -> Any:
     """Return the mesh of explicit axes on which one of some arrays lies, None without one or under ``jax.set_mesh``.
 
     In a function that JAX traces it is an abstract mesh.
     """
-    # Asked for each array of each step, so the usual case is decided here.
-    for array in arrays:
-        if type(getattr(array, "sharding", None)) in MAYBE_EXPLICIT:
-            sharding = explicit_sharding(array)
-            if sharding is not None:
-                return sharding.mesh
-    return None
+    try:  # Asked for each array of each step, so the usual case is decided here.
+        for array in arrays:
+            if type(array.sharding) is NamedSharding:
+                break
+        else:
+            return None
+    except AttributeError:  # of a traced array, among others
+        pass
+    found = (sharding.mesh for sharding in map(explicit_sharding, arrays) if sharding is not None)
+    return next(found, None)
 
 
 def explicit_sharding(array: Any) -> NamedSharding | None:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from kaun import tree
-from kaun._engine.explicit import MAYBE_EXPLICIT, explicit_mesh, to_automatic
-from kaun._jax import any_traced
+from kaun._engine.explicit import explicit_mesh, to_automatic
+from kaun._jax import any_traced, is_traced
 from kaun._loss import capture_loss, captures, subject
 from kaun._messages import locate
 from kaun.context import Context
@@ -26,7 +27,7 @@ _LEAF = jax.tree_util.tree_structure(0)
 _NO_CONTEXT = jax.tree_util.tree_structure(Context())
 _NOT_NUMBERS = "OSUMmT"  # kinds of NumPy dtypes
 # Types seen to be JAX arrays of numbers; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
-# Arrays of typed PRNG keys are of another class, which has no attribute weak_type.
+# Arrays of typed PRNG keys are of another class, which has no attribute weak_type, and traced ones have no sharding.
 _array_types: set[type] = set()
 
 
@@ -79,7 +80,8 @@ class StepInputs:
         for a in leaves:
             if type(a) in known:
                 kinds.append((a.shape, a.dtype, a.weak_type))
-                maybe_explicit = maybe_explicit or type(getattr(a, "sharding", None)) in MAYBE_EXPLICIT
+                if type(a.sharding) is NamedSharding:
+                    maybe_explicit = True
             elif type(a) is array:
                 kinds.append((a.shape, a.dtype))
             else:
@@ -185,7 +187,7 @@ def _flatten(value: Any, what: str) -> tuple[list[Any], Any]:
         if type(leaf) not in _array_types and not (type(leaf) is np.ndarray and leaf.dtype.kind not in _NOT_NUMBERS):
             if not _is_numeric(leaf):
                 raise _not_numbers(value, what)
-            if isinstance(leaf, jax.Array) and not tree.is_key(leaf):
+            if isinstance(leaf, jax.Array) and not tree.is_key(leaf) and not is_traced(leaf):
                 _array_types.add(type(leaf))
     return leaves, treedef
 
