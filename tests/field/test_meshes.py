@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import kaun
 from kaun import Data, checkpoint, layers, losses, metrics, reports, rng
+from kaun._engine import StepLoop
+from kaun.data.chunks import one_by_one
 
 
 class World:
@@ -119,24 +121,19 @@ def test_a_run_on_a_mesh_is_resumed_on_it(world, tmp_path):
     assert placements(resumed) == placements(world.state)
 
 
-@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
-def test_the_state_that_is_left_when_memory_runs_out_is_explicit():
-    """One batch needs more memory than there is: the newest state that somebody holds, as it was placed."""
-    rows = NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), PartitionSpec("data"))
-    with rng.scope(0):
-        trainer = kaun.Trainer(model=layers.linear(400, 400), optimizer=optax.adam(0.01))
-        state = jax.device_put(trainer.init(), NamedSharding(rows.mesh, PartitionSpec()))
-    x = jax.device_put(jnp.ones((4, 400)), rows)
-
-    def too_large(output):
-        return (output**2).mean() + 0 * jnp.sort(jnp.arange(2**40, dtype=jnp.float32) + output[0, 0] * 0)[7]
-
-    items = [(x, lambda output: (output**2).mean())] * 3 + [(x, too_large)]
-    with pytest.raises(Exception, match="Out of memory") as caught:
-        trainer.fit(state, items)
-    assert content(caught.value.kaun_state) == content(state)
-    assert placements(caught.value.kaun_state) == placements(state)
-    assert caught.value.__notes__[0].endswith("was held elsewhere, after step 0.")
+def test_the_state_that_is_left_when_a_program_fails_is_explicit():
+    """The newest state is lost with the memory of a failed program: the one that the user holds, as it was placed."""
+    world = World(LARGE)
+    carry = world.state.vars, world.state.opt_state, world.state.step
+    loop = StepLoop(world.trainer._programs, carry, world.state.key, None)
+    loop.push(one_by_one(iter([(world.x, world.loss)])), 1, 1)
+    loop.flush()
+    for array in loop._carry[1]:
+        array.delete()
+    assert loop.recover() == "held"
+    found = loop.carry()
+    assert content(found) == content(carry)
+    assert placements(found) == placements(carry)
 
 
 def test_step_inside_a_jitted_function(small):
