@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import kaun
-from kaun._messages import locate, warn
+from kaun._messages import locate, quoted, warn
+from kaun._messages import plain as plain_text
 
 
 def plain(x):
@@ -86,3 +87,17 @@ def test_files_of_kaun_are_passed_over_and_those_of_a_package_with_a_longer_name
     path = str(Path(kaun.__file__).parents[1] / file)
     code = compile("warn('the text')", path, "exec")
     assert warned(lambda: exec(code, {"warn": warn})).filename == (path if shown == "itself" else shown)
+
+
+def test_plain_cuts_in_the_middle_and_escapes_what_does_not_print():
+    assert plain_text("0.weight") == "0.weight"
+    assert plain_text("a\x1b[2J\u202e\ud800b\n") == "a\\x1b[2J\\u202e\\ud800b\\n"
+    cut = plain_text("a" * 300 + "b" * 300)
+    assert (len(cut), cut[:3], cut[-3:], cut.count("...")) == (200, "aaa", "bbb", 1)
+    assert plain_text("x" * 10, 10) == "x" * 10
+
+
+def test_quoted_is_a_repr_of_bounded_length():
+    assert quoted("0.weight") == "'0.weight'"
+    assert quoted({"a": "\x1b"}) == "{'a': '\\x1b'}"
+    assert quoted("x" * 500) == "'" + "x" * 96 + "..."

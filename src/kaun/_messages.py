@@ -1,4 +1,4 @@
-"""Parts of errors and warnings: where a function was written, and a warning at the user's line."""
+"""Parts of errors and warnings: where a function was written, names from files, and a warning at the user's line."""
 
 from __future__ import annotations
 
@@ -38,3 +38,17 @@ def locate(function: Any) -> str:
     if code is None:
         return f"`{name}`"
     return f"`{name}` ({Path(code.co_filename).name}:{code.co_firstlineno})"
+
+
+def plain(text: object, most: int = 200) -> str:
+    """Text from a file, which nobody vouches for: cut to a length, and what a terminal would act on escaped."""
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most - most // 3 - 3]}...{text[-(most // 3) :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def quoted(value: object, most: int = 100) -> str:
+    """A name or another value from a file as its ``repr``, which escapes what is not printable, cut to a length."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -110,7 +110,8 @@ class Report:
             state: The state after the step. It may be kept; the copy that this costs is made only if it is.
 
         Returns:
-            The values of ``measures`` by name, or None. What a report without ``measures`` returns is ignored.
+            The values of ``measures`` by name, or None. What a report without ``measures`` returns is ignored, but a
+            TrainState is a TypeError: a report cannot change the state of the fit.
         """
         return None
 
@@ -366,7 +367,7 @@ def _check_near_misses(report: Any, own: Collection[str]) -> None:
 def _holds_names(value: Any) -> bool:
     if isinstance(value, str):
         return True
-    return isinstance(value, (tuple, list, set, frozenset)) and bool(value) and _are_names(value)
+    return isinstance(value, (tuple, list, set, frozenset, dict)) and bool(value) and _are_names(value)
 
 
 @functools.lru_cache(maxsize=4096)  # each fit asks for the same names again

@@ -428,7 +428,7 @@ def test_shards_may_be_links_as_in_the_hubs_cache(hub, tmp_path):
             r"do not agree on 2 names, \['a', 'b'\]\. They belong to two models, or one is incomplete\. Download both",
         ),
         ("{}", r"is damaged or not a safetensors index: 'weight_map' is not a JSON object but NoneType"),
-        ("[", r"is damaged or not a safetensors index: its text is not JSON"),
+        ("[", r"is damaged or not a safetensors index: its text is not valid JSON"),
     ],
 )
 def test_an_index_that_does_not_fit(hub, content, says):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from kaun._engine.explicit import explicit_mesh, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs
 from kaun._engine.log import Compilation, CompilationLog
 from kaun._engine.program import Program, TracedStep
@@ -72,7 +73,12 @@ class ProgramCache:
         """Return the model's output in evaluation mode (``"predict"``), or its metrics (``"evaluate"``)."""
         where = (entry, structure, inputs.key)
         program = self.get(where) or self.add(where, self._evaluation(entry, structure, inputs))
-        return self.call(program, entry, inputs, False, (leaves, key, inputs.owned()))
+        mesh = explicit_mesh(leaves) or inputs.mesh
+        if mesh is None or any_traced((*leaves, key, *inputs.leaves)):
+            return self.call(program, entry, inputs, False, (leaves, key, inputs.owned()))
+        arguments = (to_automatic(leaves), *to_automatic([key]), inputs.owned())
+        output, tree = jax.tree_util.tree_flatten(self.call(program, entry, inputs, False, arguments))
+        return jax.tree_util.tree_unflatten(tree, to_explicit(output, [None] * len(output), mesh))
 
     def compile(
         self, program: Program, entry: str, inputs: StepInputs, training: bool, arguments: Sequence[Any],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -10,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from kaun import tree
-from kaun._jax import any_traced
+from kaun._engine.explicit import explicit_mesh, to_automatic
+from kaun._jax import any_traced, is_traced
 from kaun._loss import capture_loss, captures, subject
 from kaun._messages import locate
 from kaun.context import Context
@@ -24,7 +27,7 @@ _LEAF = jax.tree_util.tree_structure(0)
 _NO_CONTEXT = jax.tree_util.tree_structure(Context())
 _NOT_NUMBERS = "OSUMmT"  # kinds of NumPy dtypes
 # Types seen to be JAX arrays of numbers; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
-# Arrays of typed PRNG keys are of another class, which has no attribute weak_type.
+# Arrays of typed PRNG keys are of another class, which has no attribute weak_type, and traced ones have no sharding.
 _array_types: set[type] = set()
 
 
@@ -42,17 +45,20 @@ class StepInputs:
     Attributes:
         leaves: The arrays of input, loss and context, in this order.
         key: Hashable; inputs with equal keys run the same program.
+        mesh: The mesh of explicit axes on which one of the arrays lay, None in the usual case. The leaves are on
+            automatic axes.
 
     Raises:
         CaptureError: As ``capture_loss``.
         TypeError: If a leaf is not an array of numbers.
     """
 
-    __slots__ = ("key", "leaves", "static", "what")
+    __slots__ = ("key", "leaves", "mesh", "static", "what")
     what: str
     leaves: list[Any]
     static: tuple[Any, ...]
     key: tuple[Any, ...]
+    mesh: Any
 
     def __init__(self, x: Any, loss: Any, ctx: Context | None, what: str = "x") -> None:
         # Run for each item: a call of a function costs 0.1 us, so the usual cases are decided here.
@@ -70,18 +76,31 @@ class StepInputs:
             leaves += more
         kinds: list[Any] = []
         a: Any
+        maybe_explicit = False
         for a in leaves:
             if type(a) in known:
                 kinds.append((a.shape, a.dtype, a.weak_type))
+                if type(a.sharding) is NamedSharding:
+                    maybe_explicit = True
+            elif type(a) is array:
+                kinds.append((a.shape, a.dtype))
             else:
-                kinds.append((a.shape, a.dtype) if type(a) is array else _kind(a))
-        self.what, self.leaves = what, leaves
+                kinds.append(_kind(a))
+                maybe_explicit = True
+        self.what, self.mesh = what, explicit_mesh(leaves) if maybe_explicit else None
+        self.leaves = leaves if self.mesh is None else to_automatic(leaves)
         self.static = (loss_key, x_def, ctx_def, n, len(arrays))
         self.key = (self.static, tuple(kinds))
 
     def owned(self) -> list[Any]:
         """Return the leaves as they are now: NumPy arrays copied, because XLA may read them after the call returned."""
         return [tree.snapshot(a) for a in self.leaves]
+
+    def holding(self, leaves: list[Any]) -> StepInputs:
+        """Return the same inputs with other arrays in the place of these, on automatic axes."""
+        made = copy.copy(self)
+        made.leaves, made.mesh = leaves, None
+        return made
 
     @property
     def split(self) -> Callable[[list[Any]], tuple[Any, list[Any], Context]]:
@@ -168,7 +187,7 @@ def _flatten(value: Any, what: str) -> tuple[list[Any], Any]:
         if type(leaf) not in _array_types and not (type(leaf) is np.ndarray and leaf.dtype.kind not in _NOT_NUMBERS):
             if not _is_numeric(leaf):
                 raise _not_numbers(value, what)
-            if isinstance(leaf, jax.Array) and not tree.is_key(leaf):
+            if isinstance(leaf, jax.Array) and not tree.is_key(leaf) and not is_traced(leaf):
                 _array_types.add(type(leaf))
     return leaves, treedef
 

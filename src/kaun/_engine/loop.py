@@ -6,6 +6,7 @@ A step is traced once for each (loss code, static values, shapes, dtypes). Every
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 import weakref
@@ -18,6 +19,7 @@ import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
+from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, packing_of, unpack
 from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
@@ -50,6 +52,9 @@ def run_step(
 ) -> tuple[jax.Array, Any]:
     """Return the loss of one step and the carry after it; what was given stays as it is."""
     leaves, structure = jax.tree_util.tree_flatten(carry)
+    mesh = explicit_mesh(leaves) or inputs.mesh
+    if mesh is not None:
+        return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
     traced = find_step(programs, structure, leaves, key, inputs, training)
     program = traced.program("step", (False,) * len(inputs.leaves))
     arguments = (leaves, key, count_on_device(1), inputs.owned())
@@ -108,6 +113,11 @@ class StepLoop:
         self._failed_step: int | None = None
         self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
+        # Where the state is on a mesh of explicit axes, or an item was.
+        self._mesh: Any = explicit_mesh(leaves)
+        self._shardings = [explicit_sharding(a) for a in leaves]
+        self._given = None if self._mesh is None else [weakref.ref(a) for a in leaves]
+        leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._packing, self._in_place = packing_of(leaves), in_place(leaves)
@@ -195,11 +205,12 @@ class StepLoop:
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
+            self._mesh = self._mesh or inputs.mesh
             if self._open is None or n > 1 or not self._open.buffer.add(inputs):
                 self.flush()
                 block = self._blocks.pop(inputs.key, None)
                 if block is None:
-                    traced = find_step(self._programs, self._structure, self._kinds, self.key, inputs, True)
+                    traced = find_step(self._programs, self._structure, self._kinds, self._key, inputs, True)
                     block = self._new_block(inputs, traced)
                 self._enter(block, inputs, n, rows)
             count += n
@@ -215,7 +226,7 @@ class StepLoop:
         """Trace the step for an item, and do not run it."""
         x, loss, ctx = Item.parse(item, 1)
         inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
-        self._new_block(inputs, find_step(self._programs, self._structure, self._kinds, self.key, inputs, True))
+        self._new_block(inputs, find_step(self._programs, self._structure, self._kinds, self._key, inputs, True))
 
     def flush(self) -> None:
         """Run the steps that wait. Returns when they are dispatched, not when they are done."""
@@ -237,6 +248,9 @@ class StepLoop:
             self._carry = (False, arrays, results)  # the loop continues with a copy
         if self._failed_step is not None:
             arrays = [*arrays[:-1], arrays[-1] - self._counts_discarded]
+        if self._mesh is not None:
+            arrays = to_explicit(arrays, self._shardings, self._mesh)
+            self._given = [weakref.ref(a) for a in arrays]
         return jax.tree_util.tree_unflatten(self._structure, arrays)
 
     @property
@@ -263,7 +277,7 @@ class StepLoop:
         arrays = [reference() for reference in references]
         if not arrays or any(array is None for array in arrays) or not _readable(arrays):
             return "lost"
-        self._carry = (False, arrays, results)
+        self._carry = (False, to_automatic(arrays), results)
         return "held"
 
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
@@ -305,7 +319,7 @@ class StepLoop:
         program = traced.program(entry, pattern, self._packing)
         own, arrays, results = self._carry
         if not own and overwrites:
-            self._shared = [weakref.ref(a) for a in arrays], results
+            self._shared = self._given or [weakref.ref(a) for a in arrays], results
             for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
                 arrays[i] = copy(arrays[i])
             self._carry = (True, arrays, results)
@@ -314,7 +328,7 @@ class StepLoop:
         self._counts_discarded = int(traced.discards)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
-        arguments = (self._carry[1], self.key, status, count_on_device(count), shared, stacked)
+        arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from kaun import rng, tree
-from kaun._messages import warn
+from kaun._messages import plain, warn
 from kaun._run import digest
 from kaun._run.digest import Digester
 from kaun.checkpoint import Directory
@@ -26,11 +26,21 @@ from kaun.data import Item, ResumableLoader, known_length, loader_facts, stages_
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
-__all__ = ["describe_data", "differences", "refuse_difference", "run_facts", "unscoped", "warn_of_machine"]
+__all__ = [
+    "check_facts",
+    "describe_data",
+    "differences",
+    "refuse_difference",
+    "run_facts",
+    "unscoped",
+    "warn_of_machine",
+]
 
 Fact = dict[str, Any]
 
 _MOST_LEAVES = 1000
+_LISTED = 50
+_HEX = re.compile(r"-?(inf|0x[0-9a-f.]{1,40}p[+-]?[0-9]{1,4})|nan")  # float.hex()
 _CODE = re.compile(r"(python\d+\.\d+):\w+")
 _CHANGE_NO_ITEM = frozenset(["Data.prefetch"])
 _ITEM_BY_ITEM = frozenset(["Data.map", "Data.with_loss"])  # they make one item of each
@@ -63,6 +73,64 @@ def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> None:
+    """Check the form of a checkpoint's facts: their sum says that nothing was damaged, not who wrote them.
+
+    Args:
+        directory: the directory that holds the run.
+        step: the step of the checkpoint.
+        facts: its facts.
+
+    Raises:
+        ResumeMismatch: when they are not facts that ``CheckpointSaver`` writes.
+    """
+    pending, ended = facts.get("again"), facts.get("ended")
+    forms = {
+        "key": isinstance(facts.get("key"), str),
+        "start": type(facts.get("start")) is int,
+        "data": _are_stages(facts.get("data")),
+        "machine": _is_table(facts.get("machine"), (str, int, type(None))) and "jax" in facts["machine"],
+        "programs": _is_table(facts.get("programs"), str),
+        "report": isinstance(facts.get("report"), dict),
+        "ended": isinstance(ended, str) and ended in ("", "data", "stopped"),
+        "again": "again" in facts and (pending is None or (isinstance(pending, str) and bool(_HEX.fullmatch(pending)))),
+        "place": "place" in facts and isinstance(facts["place"], (dict, type(None))),
+    }
+    wrong = [name for name, is_right in forms.items() if not is_right]
+    if wrong:
+        raise ResumeMismatch(
+            f"{str(directory.path)!r}: the checkpoint of step {step} is intact, but its facts ({', '.join(wrong)}) are "
+            "not those of a run of kaun: another program wrote or changed it. Directory.load and checkpoint.load read "
+            "its state; to train, use another directory: "
+            f"checkpoint.Directory({str(directory.path)!r}).child('second')."
+        )
+
+
+def _is_table(value: Any, kinds: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, kinds) for v in cast("Fact", value).values())
+
+
+def _are_stages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(stage, dict)
+        and isinstance(cast("Fact", stage).get("stage"), str)
+        and isinstance(cast("Fact", stage).get("length", False), (int, type(None)))
+        and _are_functions(stage)
+        for stage in cast("list[Any]", value)
+    )
+
+
+def _are_functions(value: Any) -> bool:
+    """Whether every function in a fact has the form that ``_function`` gives it."""
+    if isinstance(value, list):
+        return all(map(_are_functions, cast("list[Any]", value)))
+    if not isinstance(value, dict):
+        return True
+    fact = cast("Fact", value)
+    of_function = isinstance(fact.get("function", ""), str) and isinstance(fact.get("reads", {}), dict)
+    return of_function and ("function" in fact) == ("reads" in fact) and all(map(_are_functions, fact.values()))
+
+
 def refuse_difference(directory: Directory, what: str, step: int, lines: list[str]) -> None:
     """Refuse to resume a run that differs, or warn where the directory accepts that.
 
@@ -75,7 +143,8 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
     Raises:
         ResumeMismatch: unless the directory accepts it.
     """
-    listed = "".join(f"\n  {line}" for line in lines)
+    more = [f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    listed = "".join(f"\n  {plain(line, 1000)}" for line in [*lines[:_LISTED], *more])
     where = f"{str(directory.path)!r} holds another run, at step {step}. Its {what} differ{'s' * (what != 'reports')}:"
     if what not in directory.accept:
         raise ResumeMismatch(
@@ -90,8 +159,8 @@ def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         warn(
-            f"A run is resumed, although {'; '.join(changed)}. It continues from the same state, but its results may "
-            "differ in their last bits from those of a run without interruption."
+            f"A run is resumed, although {'; '.join(map(plain, changed))}. It continues from the same state, but its "
+            "results may differ in their last bits from those of a run without interruption."
         )
 
 

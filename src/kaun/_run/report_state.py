@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._messages import quoted
 from kaun._report import Composite, measured_by_call, member, names_of
 from kaun.state import TrainState
 
@@ -87,7 +88,7 @@ def unpack_snapshot(saved: Any, arrays: Mapping[str, Any], like: TrainState) -> 
 
 def _array(arrays: Mapping[str, Any], name: str) -> Any:
     if name not in arrays:
-        raise ValueError(f"the checkpoint names the array {name!r} of a report, but does not contain it")
+        raise ValueError(f"the checkpoint names the array {quoted(name)} of a report, but does not contain it")
     return np.array(arrays[name])
 
 
@@ -99,8 +100,8 @@ def _state(arrays: Mapping[str, Any], path: str, like: TrainState) -> TrainState
         expected = jax.eval_shape(jax.random.key_data, leaf) if tree.is_key(leaf) else leaf
         if array.shape != expected.shape or array.dtype != expected.dtype:
             raise ValueError(
-                f"the state that a report saved has {tree.describe(array)} at {name!r}; the state of this run has "
-                f"{tree.describe(expected)} there"
+                f"the state that a report saved has {tree.describe(array)} at {quoted(name)}; the state of this run "
+                f"has {tree.describe(expected)} there"
             )
         restored.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if tree.is_key(leaf) else array)
     return jax.tree_util.tree_map(jnp.asarray, structure.unflatten(restored))
@@ -140,14 +141,20 @@ def match_reports(
     Args:
         reports: The reports that keep something.
         kept: What ``snapshot_reports`` returned.
+
+    Raises:
+        ValueError: If it did not return that.
     """
     if kept and "reports" not in kept:
         if len(reports) == 1:
             return [(reports[0], dict(kept))], []
         return [], [f"one report was saved, and there are {len(reports)} now: {', '.join(map(_described, reports))}"]
-    keys: list[str] = list(kept.get("reports", ()))
-    unknown = [None] * len(keys)
-    saved = list(zip(keys, kept.get("names", unknown), kept.get("paths", unknown), strict=True))
+    keys: Any = kept.get("reports", [])
+    unknown = [None] * len(keys) if isinstance(keys, list) else []
+    lists = keys, kept.get("names", unknown), kept.get("paths", unknown)
+    if not all(map(_are_texts, lists)) or len(set(map(len, lists))) > 1 or None in keys:
+        raise ValueError("the list of reports in the checkpoint is not one that kaun writes")
+    saved = list(zip(*lists, strict=True))
     found: dict[int, str] = {}
     for same_path in (True, False):
         for key, names, path in saved:
@@ -162,6 +169,10 @@ def match_reports(
         if key not in found.values() and values[key]
     ]
     return [(reports[i], values[key]) for i, key in sorted(found.items())], gone
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, (str, type(None))) for text in cast("list[Any]", value))
 
 
 def _names(report: Any) -> str:
@@ -212,7 +223,7 @@ def saved_values(report: Any, values: Mapping[str, Any], *names: str) -> list[An
     if missing:
         raise ValueError(
             f"{report_kind(report)} cannot continue from these saved values, which belong to other reports: it "
-            f"needs {missing[0]!r}; saved names: {', '.join(map(repr, sorted(values))) or 'none'}. "
+            f"needs {missing[0]!r}; saved names: {', '.join(map(quoted, sorted(values))) or 'none'}. "
             "Pass the same reports as in that run."
         )
     return [values[name] for name in names]

@@ -4,21 +4,65 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import difflib
 import itertools
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import numpy as np
 
+from kaun import tree
 from kaun._engine import StepResults
+from kaun._messages import locate
 from kaun._report import check_report, measured_by_call, member, names_of
 from kaun.errors import EarlyStop
+from kaun.state import TrainState
 
-__all__ = ["ReportCaller"]
+__all__ = ["ReportCaller", "check_returned"]
 
 _BLOCK = 64
 _PATIENCE = 0.05  # seconds after which the values that are ready are passed on, however few they are
+
+
+def check_returned(report: Any, value: Any) -> Mapping[str, float] | None:
+    """Return the values that a report's call measured, by name; None if it has no ``measures`` or returned None.
+
+    Args:
+        report: The report, or the user's function inside of one.
+        value: What its call returned.
+
+    Raises:
+        TypeError: If that is a state, which ``fit`` would not use, or is not a dict of measured values.
+        ValueError: If it has a name that is not in ``measures``.
+    """
+    if isinstance(value, TrainState):
+        raise TypeError(
+            f"The report {locate(report)} returned a TrainState, and a report cannot change the state of its fit: what "
+            "it returns is not used. To change the state between steps, write the loop yourself,\n"
+            "    for x, loss in train:\n        _, state = trainer.step(state, x, loss=loss)\n"
+            "and between passes, call fit for each:\n"
+            "    for epoch in range(3):\n        state = change(trainer.fit(state, train.epoch(epoch)))\n"
+            "A report that keeps states returns None."
+        )
+    names = names_of(report, "measures") if value is not None else ()
+    if not names:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"A report with `measures` must return a dict from these names to floats, or None; {locate(report)} "
+            f'returned {tree.describe(value)}. Write return {{"{min(names)}": value}}.'
+        )
+    values = cast("Mapping[str, float]", value)
+    unknown = next((name for name in values if name not in names), None)
+    if unknown is not None:
+        nearest = next(iter(difflib.get_close_matches(str(unknown), sorted(names), n=1, cutoff=0)), "")
+        raise ValueError(
+            f"The report {locate(report)} returned a value {unknown!r}, which is not in its `measures`, so no other "
+            f"report can ask for it; the nearest of these names is {nearest!r}. Return that name, or write measures = "
+            f"{(*sorted(names), unknown)!r}."
+        )
+    return values
 
 
 def _check_watched(report: Any) -> None:
@@ -137,7 +181,7 @@ class ReportCaller:
         stops = False
         try:
             with self._interruptible():
-                self._report(step, self.pending_report_loss, state)
+                check_returned(self._report, self._report(step, self.pending_report_loss, state))
         except EarlyStop:
             stops = True
         self.pending_report_loss = None

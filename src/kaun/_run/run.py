@@ -11,9 +11,9 @@ import jax
 from kaun import rng
 from kaun._engine import StepInputs, TracedStep
 from kaun._report import member
-from kaun._run.identity import differences, refuse_difference, run_facts, unscoped, warn_of_machine
+from kaun._run.identity import check_facts, differences, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
-from kaun._run.report_state import keeping, match_reports, unpack_snapshot
+from kaun._run.report_state import keeping, match_reports, report_kind, unpack_snapshot
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Directory, Saved, Store
@@ -168,6 +168,8 @@ def _start_or_resume(
 ) -> TrainingRun:
     facts = run_facts(state, data)
     saved = store.newest(like=state)
+    if saved is not None:
+        check_facts(directory, saved.step, saved.facts)
     saver = CheckpointSaver(store, directory, facts, report, saved)
     run = TrainingRun(state if saved is None else saved.state, data, saver)
     if saved is not None:
@@ -199,8 +201,11 @@ def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[st
 
 def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
     """Give each report what it had kept; those that are new have nothing, and those that are gone are refused."""
-    kept = unpack_snapshot(saved.facts["report"], saved.reports, saved.state)
-    matched, gone = match_reports(keeping(report), kept)
+    try:
+        kept = unpack_snapshot(saved.facts["report"], saved.reports, saved.state)
+        matched, gone = match_reports(keeping(report), kept)
+    except ValueError as error:
+        matched, gone = [], [str(error)]
     if gone:
         refuse_difference(directory, "reports", saved.step, gone)
     for each, values in matched:
@@ -210,3 +215,6 @@ def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
             restore(values)
         except ValueError as error:
             refuse_difference(directory, "reports", saved.step, [str(error)])
+        except (TypeError, LookupError, AttributeError) as error:  # values of another form than the report saves
+            line = f"{report_kind(each)}.restore(values) failed, {type(error).__name__}: {error}"
+            refuse_difference(directory, "reports", saved.step, [line])

@@ -5,6 +5,7 @@ from kaun.checkpoint.disk import Disk as Disk
 from kaun.checkpoint.files import load as load
 from kaun.checkpoint.files import save as save
 from kaun.checkpoint.safetensors_header import UnreadDtype as UnreadDtype
+from kaun.checkpoint.safetensors_header import read_index as read_index
 from kaun.checkpoint.safetensors_header import read_safetensors as read_safetensors
 from kaun.checkpoint.store import Saved as Saved
 from kaun.checkpoint.store import Store as Store

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from kaun._messages import plain
 from kaun.checkpoint import one
 from kaun.checkpoint.directory import Found, parse_name, scan
 from kaun.checkpoint.disk import Disk
@@ -19,11 +20,11 @@ __all__ = ["main"]
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Run a command, and return its exit code: 0, or 1 if there is no checkpoint or one is damaged."""
+    """Run a command, and return its exit code: 0, or 1 if there is no checkpoint, or one cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m kaun.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in {
-        "verify": "read every byte of every checkpoint, and report which ones are damaged",
+        "verify": "read every byte of every checkpoint, and report which ones are damaged or of a newer kaun",
         "list": "print steps, sizes and dates, without reading the checkpoints",
         "show": "print the leaves of the newest checkpoint, or of the one at PATH",
     }.items():
@@ -39,24 +40,37 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _verify(disk: Disk, found: list[Found]) -> int:
-    bad = 0
+    counts = {"sound": 0, "damaged": 0, "newer": 0}
     for each in reversed(found):
         try:
             manifest = one.verify(disk, each.path, each.step)
-            print(f"{each.path.name}  sound    {format_bytes(sum(record.size for record in manifest.files.values()))}")
-        except (one.Damaged, ResumeMismatch, OSError) as err:
-            bad += 1
-            print(f"{each.path.name}  DAMAGED  {_plain(err)}")
-    print(f"{len(found) - bad} sound, {bad} damaged")
-    return int(bad > 0)
+            kind, text = "sound", format_bytes(sum(record.size for record in manifest.files.values()))
+        except ResumeMismatch as err:
+            kind, text = "newer", _error(err)
+        except (one.Damaged, OSError) as err:
+            kind, text = "damaged", _error(err)
+        counts[kind] += 1
+        print(f"{each.path.name}  {kind if kind == 'sound' else kind.upper():7}  {text}")
+    newer = f", {counts['newer']} of a newer kaun" if counts["newer"] else ""
+    print(f"{counts['sound']} sound, {counts['damaged']} damaged{newer}")
+    return int(counts["sound"] < len(found))
 
 
 def _list(disk: Disk, found: list[Found]) -> int:
+    bad = 0
     for each in reversed(found):
-        sizes = [(each.path / entry.name).lstat().st_size for entry in disk.entries(each.path) if entry.is_file]
-        made = datetime.fromtimestamp(each.path.lstat().st_mtime).isoformat(" ", "seconds")
-        print(f"{each.path.name}  {format_bytes(sum(sizes)):>10}  {made}")
-    return 0
+        try:
+            print(_line(disk, each))
+        except OSError as err:  # it was removed meanwhile, or may not be read
+            bad += 1
+            print(f"{each.path.name}  {_error(err)}")
+    return int(bad > 0)
+
+
+def _line(disk: Disk, each: Found) -> str:
+    sizes = [(each.path / entry.name).lstat().st_size for entry in disk.entries(each.path) if entry.is_file]
+    made = datetime.fromtimestamp(each.path.lstat().st_mtime).isoformat(" ", "seconds")
+    return f"{each.path.name}  {format_bytes(sum(sizes)):>10}  {made}"
 
 
 def _show(disk: Disk, found: list[Found]) -> int:
@@ -64,27 +78,27 @@ def _show(disk: Disk, found: list[Found]) -> int:
     try:
         manifest, files = one.leaves(disk, newest.path, newest.step)
     except (one.Damaged, ResumeMismatch, OSError) as err:
-        print(f"{newest.path.name} is damaged: {_plain(err)}", file=sys.stderr)
+        problem = "cannot be read" if isinstance(err, ResumeMismatch) else "is damaged"
+        print(f"{newest.path.name} {problem}: {_error(err)}", file=sys.stderr)
         return 1
     for name, places in files.items():
         print(f"{newest.path.name}/{name}")
-        rows = [(_plain(p.name), _leaf(p), format_bytes(p.stop - p.start)) for p in sorted(places)]
+        rows = [(plain(p.name), _leaf(p), format_bytes(p.stop - p.start)) for p in sorted(places)]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         for path, leaf, size in rows:
             print(f"  {path:{widths[0]}}  {leaf:{widths[1]}}  {size:>{widths[2]}}")
     for title, values in (("reports", manifest.reports), ("facts", manifest.facts)):
         for name, value in values.items():
-            print(f"{title}: {_plain(name)} = {_plain(repr(value))[:100]}")
+            print(f"{title}: {plain(name)} = {plain(repr(value), 100)}")
     return 0
 
 
 def _leaf(place: Any) -> str:
-    return _plain(f"{place.dtype.name}{list(place.shape)}" + (f" ({place.kind})" if place.kind else ""))
+    return plain(f"{place.dtype.name}{list(place.shape)}" + (f" ({place.kind})" if place.kind else ""))
 
 
-def _plain(text: object) -> str:
-    """Text from a file, with characters that a terminal would act on escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+def _error(err: Exception) -> str:
+    return plain(err, 1000)
 
 
 if __name__ == "__main__":

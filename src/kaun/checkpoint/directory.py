@@ -118,7 +118,8 @@ class Directory:
     def steps(self) -> list[int]:
         """Return the steps that have an undamaged checkpoint, in ascending order.
 
-        Every byte of every checkpoint is read and verified for this.
+        Every byte of every checkpoint is read and verified for this. Checkpoints of a newer kaun, which this one cannot
+        read, are left out, with a warning.
 
         Examples:
             >>> from kaun import checkpoint
@@ -127,12 +128,17 @@ class Directory:
         """
         disk = Disk()
         sound: set[int] = set()
+        newer: list[str] = []
         for found in scan(disk, self.path):
             try:
                 one.verify(disk, found.path, found.step)
                 sound.add(found.step)
             except one.Damaged:
                 continue
+            except ResumeMismatch as err:
+                newer.append(f"{found.path.name}: {err}")
+        if newer:
+            warn(f"{str(self.path)!r}: checkpoints that this kaun cannot read are left out:\n  " + "\n  ".join(newer))
         return sorted(sound)
 
     def load(self, like: TrainState, step: int | None = None) -> TrainState:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun._jax import is_traced
+from kaun._messages import plain, quoted
 from kaun._paths import local_path
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.safetensors_header import (
@@ -205,7 +206,7 @@ def serialize(leaves: Mapping[str, Any]) -> list[memoryview]:
 
 
 def _leaf(name: str) -> str:
-    return f"leaf {name!r}" if name else "the tree itself"
+    return f"leaf {quoted(name)}" if name else "the tree itself"
 
 
 @contextlib.contextmanager
@@ -258,7 +259,7 @@ class Differences(NamedTuple):
     def listing(self) -> str:
         """The lines under each other, at most 20 of them, and how to get 64 bits where they are missing."""
         more = len(self.lines) - _LISTED
-        shown = [*self.lines[:_LISTED], *([f"... and {more} more"] if more > 0 else [])]
+        shown = [*map(plain, self.lines[:_LISTED]), *([f"... and {more} more"] if more > 0 else [])]
         fix = 'For 64 bits: jax.config.update("jax_enable_x64", True), or a NumPy leaf in `like`.'
         return "".join(f"\n  {line}" for line in shown) + (f"\n{fix}" if self.too_wide else "")
 
@@ -300,7 +301,7 @@ def _check_kind(place: Place, words: Mapping[str, int]) -> None:
         return
     if place.dtype != np.uint32 or place.shape[-1:] != (words.get(place.kind),):
         what = f"{place.dtype.name}{list(place.shape)}"
-        raise ValueError(f"{_leaf(place.name[:80])} is marked as {place.kind[:80]!r} and holds {what}")
+        raise ValueError(f"{_leaf(place.name)} is marked as {quoted(place.kind)} and holds {what}")
 
 
 def _spec(place: Place) -> Any:

@@ -11,7 +11,7 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
-from kaun._messages import warn
+from kaun._messages import quoted, warn
 from kaun.checkpoint import strict_json
 from kaun.errors import Locked
 
@@ -101,7 +101,7 @@ def _owner(file: int) -> str:
     """Who holds the lock, in words; the content of the file is not trusted."""
     try:
         found = strict_json.loads(os.read(file, _LARGEST), _LARGEST)
-        return f"by process {int(found['process'])} on {str(found['host'])!r} since {str(found['since'])!r}"
+        return f"by process {int(found['process'])} on {quoted(found['host'])} since {quoted(found['since'])}"
     except (ValueError, TypeError, KeyError, OSError):
         return "by another process"
 

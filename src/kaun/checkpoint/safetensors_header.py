@@ -10,17 +10,20 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from kaun._kernels import aligned_empty
+from kaun._messages import quoted
 from kaun.checkpoint import strict_json
 
 __all__ = [
     "DTYPES",
     "LARGEST",
+    "MOST",
     "Place",
     "Short",
     "Take",
@@ -29,6 +32,7 @@ __all__ = [
     "in_order",
     "parse",
     "read_array",
+    "read_index",
     "read_places",
     "read_safetensors",
     "taker",
@@ -69,7 +73,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
         "BOOL": np.bool_,
     }.items()
 }
-LARGEST = 100_000_000  # bytes of a header: the limit of the format's own library
+# A header is parsed as a whole, in up to ten times its size, so less than the 100 MB of the format's own library. The
+# largest models of the hub have 100,000 arrays or so, with 100 bytes for each, and spread them over many files.
+LARGEST = 32_000_000  # bytes
+MOST = 250_000  # arrays
+_TOKENS = 11 * MOST  # an array takes 5 strings and 3 pairs of brackets
 _LARGEST_NUMBER = 2**48  # of a length or a place; NumPy cannot make an array of a longer axis
 _CODE = re.compile(r"[BCFIU][0-9]+(_E[0-9]+M[0-9]+(FN|FNU|FNUZ)?)?")  # what the format may call a dtype
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -123,6 +131,12 @@ def header(arrays: Mapping[str, np.ndarray[Any, Any]], kinds: Mapping[str, str])
         start += array.nbytes
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST or len(arrays) > MOST:
+        raise ValueError(
+            f"checkpoint.save: {len(arrays)} arrays, whose names and shapes take {len(text)} bytes, are too many for "
+            f"one file: at most {MOST} arrays and {LARGEST} bytes are read again. Save several files, or stack arrays "
+            "of one shape."
+        )
     return len(text).to_bytes(8, "little") + text
 
 
@@ -146,6 +160,15 @@ def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray[Any, Any]]:
     return {place.name: read_array(take, place) for place in read_places(take, size)}
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """The object of an index, which names arrays and their files; bounded as a header is.
+
+    Raises:
+        ValueError: when it is not a JSON object, or too large.
+    """
+    return _object(lambda: strict_json.load(path, LARGEST, _TOKENS), "its text")
+
+
 def read_places(take: Take, size: int) -> list[Place]:
     """The arrays that a file's header names, in the order of the file; the header must be the first thing read.
 
@@ -159,8 +182,10 @@ def read_places(take: Take, size: int) -> list[Place]:
     length = bytearray(min(8, size))
     take(memoryview(length))
     claimed = int.from_bytes(length, "little")
-    if size < 8 or claimed > min(size - 8, LARGEST):
+    if size < 8 or claimed > size - 8:
         raise ValueError(f"it has {size} bytes, and its header would need {8 + claimed}")
+    if claimed > LARGEST:
+        raise ValueError(f"its header has {claimed} bytes, and at most {LARGEST} are read")
     text = bytearray(claimed)
     take(memoryview(text))
     return parse(bytes(text), size - 8 - claimed)
@@ -172,7 +197,7 @@ def read_array(take: Take, place: Place) -> np.ndarray[Any, Any]:
     try:
         take(raw.data)
     except Short:
-        raise Short(f"it ends within {_short(place.name)}") from None
+        raise Short(f"it ends within {quoted(place.name)}") from None
     return raw.view(place.dtype).reshape(place.shape)
 
 
@@ -191,12 +216,13 @@ def parse(text: bytes, size: int) -> list[Place]:
     kinds = _kinds(entries.pop("__metadata__", None))
     places = [_place(name, entry, kinds.pop(name, None)) for name, entry in entries.items()]
     if kinds:
-        raise ValueError(f"it describes leaves that it does not hold, {sorted(kinds)[:5]}")
+        listed = ", ".join(map(quoted, sorted(kinds)[:5]))
+        raise ValueError(f"it describes leaves that it does not hold, [{listed}]")
     places.sort(key=lambda place: (place.start, place.stop))
     at = 0
     for place in places:
         if place.start != at:
-            raise ValueError(f"{_short(place.name)} begins at byte {place.start} of the arrays, and {at} comes next")
+            raise ValueError(f"{quoted(place.name)} begins at byte {place.start} of the arrays, and {at} comes next")
         at = place.stop
     if at != size:
         raise ValueError(f"its arrays need {at} bytes, and it has {size} for them")
@@ -208,44 +234,44 @@ def _kinds(metadata: Any) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"'__metadata__' must be a JSON object of strings, and is {_short(metadata)}")
+        raise ValueError(f"'__metadata__' must be a JSON object of strings, and is {quoted(metadata)}")
     kinds = _loads(metadata.get("kaun", "{}").encode(), "kaun's entry in '__metadata__'")
     if not all(isinstance(kind, str) for kind in kinds.values()):
-        raise ValueError(f"kaun's entry in '__metadata__' must hold strings, and is {_short(kinds)}")
+        raise ValueError(f"kaun's entry in '__metadata__' must hold strings, and is {quoted(kinds)}")
     return kinds
 
 
 def _loads(text: bytes, what: str) -> dict[str, Any]:
+    return _object(lambda: strict_json.loads(text, LARGEST, _TOKENS), what)
+
+
+def _object(read: Callable[[], Any], what: str) -> dict[str, Any]:
     try:
-        value = strict_json.loads(text, LARGEST)
+        value = read()
+    except strict_json.TooLarge as err:
+        raise ValueError(f"{what} is too large: {err}") from err
     except ValueError as err:
         raise ValueError(f"{what} is not valid JSON: {err}") from err
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object, and is {_short(value)}")
+        raise ValueError(f"{what} must be a JSON object, and is {quoted(value)}")
     return value
 
 
 def _place(name: str, entry: Any, kind: str | None) -> Place:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         expected = "a JSON object of dtype, shape and data_offsets"
-        raise ValueError(f"{_short(name)} must be {expected} in its header, and is {_short(entry)}")
+        raise ValueError(f"{quoted(name)} must be {expected} in its header, and is {quoted(entry)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         error = UnreadDtype if isinstance(code, str) and _CODE.fullmatch(code) else ValueError
-        raise error(f"{_short(name)} is of dtype {_short(code)}; kaun reads {', '.join(DTYPES)}")
+        raise error(f"{quoted(name)} is of dtype {quoted(code)}; kaun reads {', '.join(DTYPES)}")
     if not (_whole(shape) and len(shape) <= 64 and _whole(offsets) and len(offsets) == 2):
-        raise ValueError(f"{_short(name)} has the shape {_short(shape)} and the data_offsets {_short(offsets)}")
+        raise ValueError(f"{quoted(name)} has the shape {quoted(shape)} and the data_offsets {quoted(offsets)}")
     (start, stop), dtype = offsets, DTYPES[code]
     if stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{_short(name)} is {dtype.name}{_short(shape)} and has {stop - start} bytes")
+        raise ValueError(f"{quoted(name)} is {dtype.name}{quoted(shape)} and has {stop - start} bytes")
     return Place(name, dtype, tuple(shape), start, stop, kind)
 
 
 def _whole(numbers: Any) -> bool:
     return type(numbers) is list and all(type(n) is int and 0 <= n < _LARGEST_NUMBER for n in numbers)
-
-
-def _short(value: object) -> str:
-    """A value of a file in an error, where it must not fill the screen."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -15,6 +15,7 @@ from kaun._messages import warn
 from kaun.checkpoint import one
 from kaun.checkpoint.directory import Directory, Found, all_damaged, of_other_leaves, scan
 from kaun.checkpoint.disk import Disk
+from kaun.checkpoint.listed import Listed
 from kaun.checkpoint.lock import Lock, Locked
 from kaun.checkpoint.one import Saved
 from kaun.errors import ResumeMismatch
@@ -46,6 +47,7 @@ class Store:
         self._guard = threading.Lock()
         self._closed = False  # of the thread that writes and close(), the later one releases the lock
         self._failed: BaseException | None = None
+        self._listed: Listed | None = None  # by the first save: no save may cost more where more are kept
         self._warnings: list[str] = []
 
     @classmethod
@@ -184,10 +186,7 @@ class Store:
         temporary = path / f".kaun-{secrets.token_hex(8)}.tmp"
         try:
             draft.write(disk, temporary)
-            there = scan(disk, path)
-            edition = 1 + max((found.edition for found in there if found.step == draft.step), default=-1)
-            folder = path / (f"step-{draft.step:08d}" + (f".{edition}" if edition else ""))
-            disk.rename(temporary, folder)
+            self._name(draft.step, temporary)
         except BaseException:
             with contextlib.suppress(OSError):
                 _remove(disk, temporary)
@@ -195,26 +194,43 @@ class Store:
         # Older ones are removed only after this: before it, a loss of power could undo the renaming of the new one.
         disk.sync_folder(path)
         try:
-            self._retain([Found(draft.step, edition, folder), *there])
+            self._remove_old()
         except OSError as err:
             self._warnings.append(
                 f"the checkpoint of step {draft.step} was written, but an older one could not be removed from "
                 f"{str(path)!r}: {err}. This is tried again after the next save."
             )
 
-    def _retain(self, there: list[Found]) -> None:
-        there = sorted(there, reverse=True)
-        kept = sorted({found.step for found in there}, reverse=True)[: self._directory.keep]
-        newest = {step: max(found.edition for found in there if found.step == step) for step in kept}
-        for found in there:
-            if newest.get(found.step) != found.edition:
-                # Renamed first: a checkpoint that is removed in part would look like a damaged one.
-                away = self._directory.path / f".kaun-{secrets.token_hex(8)}.tmp"
-                self._disk.rename(found.path, away)
+    def _name(self, step: int, temporary: Path) -> None:
+        """Move a checkpoint to its own name, and note which ones it makes superfluous."""
+        path, keep = self._directory.path, self._directory.keep
+        if self._listed is None:
+            self._listed = Listed(scan(self._disk, path), keep)
+        found = self._listed.next(path, step)
+        try:
+            self._disk.rename(temporary, found.path)
+        except OSError as err:
+            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Somebody put a folder of that name there after it was listed.
+            self._listed = Listed(scan(self._disk, path), keep)
+            found = self._listed.next(path, step)
+            self._disk.rename(temporary, found.path)
+        self._listed.add(found)
+
+    def _remove_old(self) -> None:
+        assert self._listed is not None
+        old = self._listed.old
+        while old:
+            # Renamed first: a checkpoint that is removed in part would look like a damaged one.
+            away = self._directory.path / f".kaun-{secrets.token_hex(8)}.tmp"
+            with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+                self._disk.rename(old[0].path, away)
                 _remove(self._disk, away)
+            old.pop(0)
 
     def _rename_damaged(self, bad: list[tuple[Found, str]], sound: Found) -> None:
-        path = self._directory.path
+        path, self._listed = self._directory.path, None
         taken = {entry.name for entry in self._disk.entries(path)}
         moved: list[str] = []
         for found, text in bad:

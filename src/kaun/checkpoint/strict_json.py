@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from pathlib import Path
 from typing import Any
 
-__all__ = ["DEPTH", "LARGEST", "dumps", "loads"]
+from kaun._messages import quoted
+
+__all__ = ["DEPTH", "LARGEST", "TooLarge", "dumps", "load", "loads"]
 
 LARGEST = 16 << 20
 DEPTH = 64
@@ -19,6 +23,10 @@ _LARGEST_INT = 2**256
 # A string, or a bracket outside of strings. A string without an end matches up to the end of the text, so that no part
 # of the text is scanned twice and the time is linear.
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)|[\[\]{}]', re.DOTALL)
+
+
+class TooLarge(ValueError):
+    """A JSON text is larger than what is read."""
 
 
 def dumps(value: Any, name: str) -> str:
@@ -66,18 +74,25 @@ def _check(value: Any, name: str, depth: int) -> None:
         )
 
 
-def loads(raw: bytes, largest: int = LARGEST) -> Any:
+def loads(raw: bytes, largest: int = LARGEST, most: int | None = None) -> Any:
     """The value of a JSON text from a source that is not trusted.
 
+    Args:
+        raw: the text.
+        largest: how many bytes it may have.
+        most: how many strings and brackets, None for any number; each takes up to 100 bytes of memory.
+
     Raises:
-        ValueError: for anything but one JSON value of at most ``largest`` bytes and 64 levels of containers, without
+        ValueError: for anything but one JSON value within these limits and of at most 64 levels of containers, without
             duplicate keys, and with finite numbers only.
     """
     if len(raw) > largest:
-        raise ValueError(f"JSON of {len(raw)} bytes, and at most {largest} are read")
+        raise TooLarge(f"JSON of {len(raw)} bytes, and at most {largest} are read")
     text = raw.decode()
     depth = 0
-    for token in _TOKEN.finditer(text):
+    for count, token in enumerate(_TOKEN.finditer(text), start=1):
+        if most is not None and count > most:
+            raise TooLarge(f"it has more than {most} strings and brackets, and no more are read")
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         if depth > DEPTH:
             raise ValueError(f"JSON of more than {DEPTH} levels of containers")
@@ -86,12 +101,21 @@ def loads(raw: bytes, largest: int = LARGEST) -> Any:
     )
 
 
+def load(path: Path, largest: int, most: int | None = None) -> Any:
+    """The value of a JSON file from a source that is not trusted; see ``loads``. No more than ``largest`` is read."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise TooLarge(f"it has {size} bytes, and at most {largest} are read")
+        return loads(file.read(largest + 1), largest, most)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"JSON with the key {twice!r} twice in one object")
+        raise ValueError(f"JSON with the key {quoted(twice)} twice in one object")
     return made
 
 

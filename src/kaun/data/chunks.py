@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
     "Chunk",
@@ -90,9 +92,24 @@ class RowGather:
 
 
 gather_rows: Callable[[jax.Array, Any], jax.Array] = jax.jit(
-    lambda array, index: array.at[index].get(mode="promise_in_bounds")
+    lambda array, index: array.at[index].get(mode="promise_in_bounds", out_sharding=_where_rows_lie(array, len(index)))
 )
 """The rows of a JAX array at an index array, which must be in its bounds."""
+
+
+def _where_rows_lie(array: jax.Array, n: int) -> NamedSharding | None:
+    """Where to put ``n`` rows of an array on a mesh of explicit axes, for which JAX does not choose; None elsewhere."""
+    if not _is_explicit(array):
+        return None
+    sharding = jax.typeof(array).sharding
+    rows, *rest = sharding.spec
+    names = rows if isinstance(rows, tuple) else () if rows is None else (rows,)
+    divides = n % math.prod(sharding.mesh.shape[name] for name in names) == 0
+    return NamedSharding(sharding.mesh, PartitionSpec(rows if divides else None, *rest))
+
+
+def _is_explicit(array: Any) -> bool:
+    return isinstance(array, jax.Array) and AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
 
 
 def read_rows(array: jax.Array, index: Any) -> jax.Array:
@@ -131,11 +148,13 @@ def row_chunks(
         length: batches of a pass.
     """
     n = len(arrays[0])
+    # Rows are found again by the identity of the first item's arrays, and those on explicit axes are replaced by fit.
+    alone = any(_is_explicit(array) for array in arrays)
 
     def chunks(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
         rows = order(epoch)
         while start < length:
-            count = limit(max(1, n // size - start))
+            count = 1 if alone else limit(max(1, n // size - start))
             first = take(batch_index(rows, start, size, n))
             sources: dict[int, RowGather] = {}
             if count > 1:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from kaun._messages import quoted
 from kaun.data import convert
 from kaun.data.items import Item
 
@@ -241,5 +242,5 @@ def _read(position: Any) -> tuple[int, Mapping[str, Any]]:
         case _:
             raise ValueError(
                 "ResumableLoader expected a position that ResumableLoader.position() returned, received "
-                f"{position!r}. The checkpoint was written by another version, or is damaged."
+                f"{quoted(position)}. The checkpoint was written by another version, or is damaged."
             )

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from kaun import tree
+from kaun._messages import quoted
 
-__all__ = ["Array", "Rule", "drop", "mapped", "rename", "split", "transpose", "unmatched"]
+__all__ = ["COMPARED", "LONGEST", "Array", "Rule", "drop", "mapped", "rename", "split", "transpose", "unmatched"]
 
 Array = np.ndarray[Any, Any]
 
+COMPARED, LONGEST = 1000, 200  # names, and characters of each, among which near ones are looked for
 _PLACEHOLDER = re.compile(r"\{(\*?)(\w*)\}")
 
 
@@ -174,8 +176,9 @@ def mapped(weights: Mapping[str, Any], mapping: Sequence[Rule]) -> tuple[dict[st
             for new, part in zip(names, (array,) if match is None else rule.change(name, array), strict=True):
                 if new in named:
                     raise ValueError(
-                        f"safetensors.into: {rule} gives {old[name]!r} the name {new!r}, which {origins[new]!r} "
-                        "already has. Make its pattern narrower, or drop(pattern) one of the two first."
+                        f"safetensors.into: {rule} gives {quoted(old[name])} the name {quoted(new)}, which "
+                        f"{quoted(origins[new])} already has. Make its pattern narrower, or drop(pattern) one of the "
+                        "two first."
                     )
                 named[new], origins[new] = part, old[name]
         if not matched:
@@ -186,11 +189,12 @@ def mapped(weights: Mapping[str, Any], mapping: Sequence[Rule]) -> tuple[dict[st
 def unmatched(index: int, weights: Mapping[str, Any], mapping: Sequence[Rule]) -> str:
     """The error message for the rule at this index of the mapping, which matches nothing."""
     rule, present = mapping[index], list(mapped(weights, mapping[:index])[0])
-    near = difflib.get_close_matches(rule.pattern, present, n=3, cutoff=0.3) or present[:3]
+    compared = [name for name in present[:COMPARED] if len(name) <= LONGEST]
+    near = difflib.get_close_matches(rule.pattern, compared, n=3, cutoff=0.3) or present[:3]
     return (
         f"safetensors.into: rule {index} of the mapping, {rule}, matches no weight; if shapes fit by chance, nothing "
         f"else would show the mistake. The nearest of the {len(present)} names after the rules before it: "
-        f"{', '.join(map(repr, near)) or 'none'}. Correct its pattern, or remove the rule."
+        f"{', '.join(map(quoted, near)) or 'none'}. Correct its pattern, or remove the rule."
     )
 
 
@@ -250,22 +254,26 @@ def _transposed(call: str, axes: tuple[int, ...] | None, name: str, array: Array
     try:
         return (np.transpose(array, axes),)
     except ValueError as err:
-        raise ValueError(f"{call}: {name!r} is {tree.describe(array)}, {err}. Give each of its axes once.") from err
+        raise ValueError(
+            f"{call}: {quoted(name)} is {tree.describe(array)}, {err}. Give each of its axes once."
+        ) from err
 
 
 def _cut(call: str, parts: int, axis: int, sizes: list[int] | None, name: str, array: Array) -> Sequence[Array]:
     if not -array.ndim <= axis < array.ndim:
-        raise ValueError(f"{call}: {name!r} is {tree.describe(array)} and has no axis {axis}. Give another axis=.")
+        raise ValueError(
+            f"{call}: {quoted(name)} is {tree.describe(array)} and has no axis {axis}. Give another axis=."
+        )
     length = array.shape[axis]
     if sizes is None and length % parts:
         raise ValueError(
-            f"{call}: axis {axis} of {name!r}, {tree.describe(array)}, cannot be split into {parts} equal parts. Give "
-            "sizes=[...], or another axis=."
+            f"{call}: axis {axis} of {quoted(name)}, {tree.describe(array)}, cannot be split into {parts} equal parts. "
+            "Give sizes=[...], or another axis=."
         )
     each = [length // parts] * parts if sizes is None else sizes
     if sum(each) != length or min(each) < 0:
         raise ValueError(
-            f"{call}: axis {axis} of {name!r}, {tree.describe(array)}, has {length}, and the sizes add up to "
+            f"{call}: axis {axis} of {quoted(name)}, {tree.describe(array)}, has {length}, and the sizes add up to "
             f"{sum(each)}. Give sizes that make {length}."
         )
     return np.split(array, [int(n) for n in np.cumsum(each)[:-1]], axis=axis)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun.checkpoint import UnreadDtype, read_safetensors
-from kaun.interop.rules import Array, Rule, drop, mapped, rename, split, transpose, unmatched
+from kaun._messages import plain, quoted
+from kaun.checkpoint import UnreadDtype, read_index, read_safetensors
+from kaun.interop.rules import COMPARED, LONGEST, Array, Rule, drop, mapped, rename, split, transpose, unmatched
 from kaun.layers.core import Vars
 
 __all__ = ["Rule", "drop", "into", "load", "rename", "split", "transpose"]
@@ -34,15 +35,16 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
 
     Args:
         path: A file; or a folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files
-            that it names (which may not lie outside the folder); or such an index. A folder without these two may have
-            one such file or index of another name, such as ``adapter_model.safetensors``.
+            that it names; or such an index. A folder without these two may have one such file or index of another name,
+            such as ``adapter_model.safetensors``. An index gives names of files in its folder, never paths. Links in
+            the folder are followed wherever they lead: the hub's cache consists of links.
 
     Returns:
         NumPy arrays by name, with the shapes and dtypes in the file (bfloat16 and float8 are JAX's dtypes).
 
     Raises:
         ValueError: If a file is damaged or not a safetensors file, has a dtype that JAX does not have, or an index and
-            its files do not agree.
+            its files do not agree; and for a header or an index of more than 32 MB or 250,000 arrays.
         FileNotFoundError: If there is no such file, or the folder has no weights (the message lists its files).
         TypeError: If ``path`` is not a path.
 
@@ -68,8 +70,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
         if part.keys() != expected:
             wrong = sorted(part.keys() ^ expected)
             raise ValueError(
-                f"safetensors.load: {str(file)!r} and {name!r} do not agree on {len(wrong)} names, {wrong[:3]}. They "
-                "belong to two models, or one is incomplete. Download both again."
+                f"safetensors.load: {str(file)!r} and {quoted(name)} do not agree on {len(wrong)} names, "
+                f"[{', '.join(map(quoted, wrong[:3]))}]. They belong to two models, or one is incomplete. Download "
+                "both again."
             )
         weights |= part
     return weights
@@ -163,8 +166,8 @@ def _shard(index: Path, name: str) -> Path:
     file = index.parent / name
     if not file.is_file():
         raise FileNotFoundError(
-            f"safetensors.load: {str(index)!r} names {name!r}, which is not a file in its folder. Download the folder "
-            "again: a part of the weights is missing."
+            f"safetensors.load: {str(index)!r} names {quoted(name)}, which is not a file in its folder. Download the "
+            "folder again: a part of the weights is missing."
         )
     return file
 
@@ -172,12 +175,23 @@ def _shard(index: Path, name: str) -> Path:
 def _shards(index: Path) -> dict[str, set[str]]:
     """The files of an index, and the names of the arrays that each must have."""
     files: dict[str, set[str]] = {}
-    for name, file in _object(index, _object(index, index.read_bytes()).get("weight_map"), "'weight_map'").items():
+    try:
+        found = read_index(index).get("weight_map")
+    except ValueError as err:
+        raise _damaged(index, str(err)) from err
+    if not isinstance(found, dict):
+        raise _damaged(index, f"'weight_map' is not a JSON object but {type(found).__name__}")
+    for name, file in cast("dict[str, Any]", found).items():
         # The name comes from a downloaded file: as a path it could point to any file.
-        if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\:\0"):
+        if (
+            not isinstance(file, str)
+            or file in ("", ".", "..")
+            or any(mark in file for mark in "/\\:\0")
+            or len(file) > 255
+        ):
             raise ValueError(
-                f"safetensors.load: {str(index)!r} has {name!r} in {file!r}, which is not the name of a file in "
-                "its folder. Move the file there, and write its name into the index."
+                f"safetensors.load: {str(index)!r} has {quoted(name)} in {quoted(file)}, which is not the name of a "
+                "file in its folder. Move the file there, and write its name into the index."
             )
         files.setdefault(file, set()).add(name)
     return files
@@ -206,25 +220,6 @@ def _refuse_pickle(file: Path, first: bytes) -> None:
             "it. Reading a pickle can run any code, so kaun never does. If you trust it, convert it with torch: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
         )
-
-
-def _object(file: Path, value: Any, what: str = "its text") -> dict[str, Any]:
-    """A JSON object, parsed from bytes or found in another object."""
-    if isinstance(value, bytes):
-        try:
-            value = json.loads(value.decode(), object_pairs_hook=_once)
-        except (ValueError, RecursionError) as err:
-            raise _damaged(file, f"{what} is not JSON, {err}") from err
-    if not isinstance(value, dict):
-        raise _damaged(file, f"{what} is not a JSON object but {type(value).__name__}")
-    return cast("dict[str, Any]", value)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return made
 
 
 def _damaged(file: Path, what: str) -> ValueError:
@@ -301,8 +296,9 @@ def _may_become(weight: Array, leaf: Any, cast: bool) -> bool:
 
 
 def _near(name: str, leaves: dict[str, Any], named: dict[str, Array], unexpected: list[str]) -> str:
-    fitting = [other for other in unexpected if sorted(named[other].shape) == sorted(leaves[name].shape)]
-    near = difflib.get_close_matches(name, fitting, n=2, cutoff=0.4)
+    shape = sorted(leaves[name].shape)
+    fitting = (other for other in unexpected if len(other) <= LONGEST and sorted(named[other].shape) == shape)
+    near = difflib.get_close_matches(name, itertools.islice(fitting, COMPARED), n=2, cutoff=0.4)
     return f"near: {', '.join(near)}" if near else ""
 
 
@@ -315,6 +311,7 @@ def _turned(name: str, leaves: dict[str, Any], named: dict[str, Array]) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    rows = [tuple(map(plain, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     spaced = ("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"  {line.rstrip()}" for line in spaced)
@@ -334,7 +331,7 @@ def _replacement(name: str, weight: Array, leaf: Any) -> Any:
         lost = int(np.count_nonzero(np.isfinite(weight) & ~np.isfinite(value)))
     if lost:
         raise ValueError(
-            f"safetensors.into: {lost} of the {weight.size} values of {name!r} overflow in "
+            f"safetensors.into: {lost} of the {weight.size} values of {quoted(name)} overflow in "
             f"{np.dtype(leaf.dtype).name}. Make the model with init(dtype=jnp.{weight.dtype.name}), or scale them "
             "first."
         )

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from kaun import tree
-from kaun._messages import locate
 from kaun._report import (
     Composite,
     Report,
@@ -22,7 +20,7 @@ from kaun._report import (
     member,
     names_of,
 )
-from kaun._run import keeping, match_reports, report_kind, snapshot_reports
+from kaun._run import check_returned, keeping, match_reports, report_kind, snapshot_reports
 from kaun.data import stages_of
 from kaun.errors import EarlyStop
 from kaun.train import TrainState
@@ -163,7 +161,11 @@ class _Every(Report):
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> Any:
         # fit calls for wanted steps only; a user's own function may call it after each step.
-        return self._f(step, loss, state) if step % self._n == 0 else None
+        if step % self._n:
+            return None
+        value = self._f(step, loss, state)
+        check_returned(self._f, value)
+        return value
 
     def begin(
         self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
@@ -211,9 +213,9 @@ class _AllOf(Composite):
         measured: list[tuple[Any, Any]] = []
         for report in wanted:
             try:
-                values: Any = report(step, loss, state)
-                if values is not None and names_of(report, "measures"):
-                    measured.append((report, _checked_values(values, report)))
+                values = check_returned(report, report(step, loss, state))
+                if values is not None:
+                    measured.append((report, values))
             except EarlyStop as err:
                 stops.append(err.with_traceback(None))
         for source, values in measured:
@@ -258,7 +260,7 @@ class _EachEpoch(Report):
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         if self.wants(step):
-            self._f(step // self._length, state)
+            check_returned(self._f, self._f(step // self._length, state))
 
 
 def _members(reports: Iterable[Any], name: str) -> list[tuple[Any, Callable[..., Any]]]:
@@ -304,15 +306,6 @@ def _raise_first(stops: list[EarlyStop]) -> None:
     finally:
         # A cycle of an exception and its frames would keep the state in these frames, and fit would copy it.
         stops.clear()
-
-
-def _checked_values(values: Any, report: Any) -> Mapping[str, float]:
-    if not isinstance(values, Mapping):
-        raise TypeError(
-            f"A report with `measures` must return a dict from these names to floats, or None; {locate(report)} "
-            f'returned {tree.describe(values)}. Write return {{"{min(names_of(report, "measures"))}": value}}.'
-        )
-    return values
 
 
 def _restore(reports: Sequence[Any], values: Mapping[str, Any]) -> None:
