@@ -15,10 +15,15 @@ _HERE = str(Path(__file__).parent) + os.sep
 _CONTEXTS = contextlib.__file__
 
 
+def in_kaun(file: str) -> bool:
+    """Whether a file of code, as tracebacks name it, is kaun's own."""
+    return file.startswith(_HERE)
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that names the line of the user's code which called into kaun."""
     level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
-    while frame is not None and (frame.f_code.co_filename.startswith(_HERE) or frame.f_code.co_filename == _CONTEXTS):
+    while frame is not None and (in_kaun(frame.f_code.co_filename) or frame.f_code.co_filename == _CONTEXTS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 

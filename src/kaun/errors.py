@@ -28,6 +28,8 @@ class EarlyStop(Exception):
 class NonFiniteLoss(ArithmeticError):
     """A step's loss or gradient is nan or infinite; the state before that step is its ``kaun_state``.
 
+    ``kaun.explain(trainer, error)`` names the operation that made it so.
+
     Attributes:
         step: The number of the step in this fit, counted from 1.
         loss: The loss of the step.
@@ -54,10 +56,12 @@ class NonFiniteLoss(ArithmeticError):
     def __init__(self, message: str, step: int, loss: float, parameters: tuple[str, ...]) -> None:
         super().__init__(message)
         self.step, self.loss, self.parameters = step, loss, parameters
+        self.kaun_step: Any = None  # the state before the step and its item, for kaun.explain
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is pickled as its class and `args`, which have only the message.
-        return type(self), (*self.args, self.step, self.loss, self.parameters), self.__dict__
+        # The item has the loss, a closure, which does not pickle.
+        return type(self), (*self.args, self.step, self.loss, self.parameters), {**self.__dict__, "kaun_step": None}
 
 
 class CaptureError(TypeError):

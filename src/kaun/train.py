@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng
-from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, refuse_traced, run_step
+from kaun._engine import (
+    Compilation,
+    ProgramCache,
+    StepInputs,
+    StepLoop,
+    error_of,
+    find_step,
+    refuse_traced,
+    run_step,
+)
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
 from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
@@ -27,7 +36,6 @@ from kaun._step import (
     eval_step,
     init_carry,
     make_settings,
-    nonfinite_error,
     train_step,
     trainable_part,
 )
@@ -41,7 +49,7 @@ from kaun.state import TrainState, check_state
 if TYPE_CHECKING:
     from jax.export import Exported
 
-__all__ = ["Trainer", "lowered"]
+__all__ = ["Trainer", "lowered", "settings_of"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -329,7 +337,7 @@ class Trainer(Generic[In, Out]):
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
         caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
         trained = jax.tree_util.tree_structure(trainable_part(self.trainable, state.vars.params))
-        error_for = functools.partial(nonfinite_error, trained) if self.on_nonfinite == "raise" else None
+        error_for = functools.partial(error_of, self._settings, trained) if self.on_nonfinite == "raise" else None
         carry, key = (state.vars, state.opt_state, state.step), state.key
         del state
         hooks = (caller.ran, caller.compiled, error_for, run.done, run.on_trace, caller.compiling)
@@ -353,6 +361,11 @@ def lowered(trainer: Trainer[Any, Any], state: TrainState, inputs: StepInputs) -
     programs = trainer._programs  # pyright: ignore[reportPrivateUsage]
     traced = find_step(programs, structure, leaves, state.key, inputs, True)
     return traced.step.lower(leaves, state.key, inputs.leaves)
+
+
+def settings_of(trainer: Trainer[Any, Any]) -> Settings:
+    """Return the checked arguments of a trainer."""
+    return trainer._settings  # pyright: ignore[reportPrivateUsage]
 
 
 def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:

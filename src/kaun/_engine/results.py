@@ -1,4 +1,4 @@
-"""StepResults: what a dispatch of steps gave."""
+"""StepResults: what a dispatch of steps gave. PendingDispatch: one that may not be done yet, with its items."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from kaun import tree
+from kaun._engine.inputs import StepInputs
+
+__all__ = ["PendingDispatch", "StepResults"]
 
 
 class StepResults(NamedTuple):
@@ -45,6 +50,30 @@ class StepResults(NamedTuple):
         tables = [np.asarray(table)[:steps] for table in self.numbers]
         named = {name: tables[table][:, column] for name, (table, column) in self.places.items()}
         return {"loss": _widened(self.losses)[:steps]} | named
+
+
+class PendingDispatch(NamedTuple):
+    """A dispatch that may not be done yet, with its items, one of which may turn out to be the reason of an error.
+
+    Attributes:
+        results: What it gives.
+        inputs: An item of the kind of its items.
+        pattern: For each array of an item whether it is stacked.
+        shared: The arrays that are not, with one value for all items.
+        stacked: Those that are. Their memory is used again once the dispatch is done.
+    """
+
+    results: StepResults
+    inputs: StepInputs
+    pattern: tuple[bool, ...]
+    shared: list[Any]
+    stacked: list[Any]
+
+    def item(self, i: int) -> StepInputs:
+        """Return its item number ``i``, in memory that stays as it is."""
+        rows, given = iter(self.stacked), iter(self.shared)
+        leaves = [next(rows)[i] if stacked else next(given) for stacked in self.pattern]
+        return self.inputs.with_leaves([tree.snapshot(leaf) for leaf in leaves])
 
 
 def _widened(losses: Any) -> np.ndarray[Any, Any]:

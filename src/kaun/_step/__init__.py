@@ -19,3 +19,4 @@ from kaun._step.step import init_carry as init_carry
 from kaun._step.step import make_settings as make_settings
 from kaun._step.step import train_step as train_step
 from kaun._step.trainable import trainable_part as trainable_part
+from kaun._step.values import refused_values as refused_values

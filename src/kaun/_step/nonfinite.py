@@ -70,7 +70,9 @@ def match_state(before: T, after: T) -> T:
     return jax.tree_util.tree_map(strong, after, before)
 
 
-def nonfinite_error(params: Any, step: int, loss: float, squares: Any) -> NonFiniteLoss:
+def nonfinite_error(
+    params: Any, step: int, loss: float, squares: Any, refused: ValueError | None = None
+) -> NonFiniteLoss:
     """Return the exception for a step that is not finite.
 
     Args:
@@ -78,6 +80,7 @@ def nonfinite_error(params: Any, step: int, loss: float, squares: Any) -> NonFin
         step: The number of the step in its fit.
         loss: Its loss.
         squares: As ``squares_of`` returned them for its gradient.
+        refused: What ``refused_values`` returned for it.
     """
     paths = list(tree.flatten(params.unflatten(range(params.num_leaves)))[0])
     nonfinite = tuple(path for path, square in zip(paths, squares, strict=True) if not np.isfinite(square))
@@ -85,11 +88,16 @@ def nonfinite_error(params: Any, step: int, loss: float, squares: Any) -> NonFin
     listed = ", ".join(map(repr, nonfinite[:NAMED])) + more
     counted = f"{len(nonfinite)} of {len(paths)} parameters"
     where = f"the gradient is not finite for {listed} ({counted})" if nonfinite else "the gradient is finite"
+    advice = (
+        "Try a smaller learning rate, or optax.chain(optax.clip_by_global_norm(1.0), optimizer); look at that item's "
+        "input and labels."
+    )
+    if refused is not None:
+        advice = f"Run outside of the compiled step, it is refused: {refused}"
     text = (
         f"The loss is {loss:g} at step {step}; {where}. The state before that step is this exception's kaun_state. "
-        "Try a smaller learning rate, or optax.chain(optax.clip_by_global_norm(1.0), optimizer); look at that item's "
-        "input and labels; find the operation with\n    with jax.debug_nans(True): "
-        "trainer.step(err.kaun_state, x, loss=loss)\n"
+        f"{advice} For the operation, its line, its layer and the rows of the batch, write\n"
+        "    print(kaun.explain(trainer, err))\n"
         'To discard such steps and continue, write Trainer(..., on_nonfinite="skip").'
     )
     return NonFiniteLoss(text, step, loss, nonfinite)
