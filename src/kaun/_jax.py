@@ -15,14 +15,16 @@ import jax.core
 from jax import lax
 
 __all__ = [
-    "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in", "convolutions_in",
-    "evaluate", "is_jitted", "is_traced", "preemption_service_runs", "programs_in", "run_program", "threefry_2x32",
-    "trace_of",
+    "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
+    "convolutions_in", "evaluate", "is_jitted", "is_traced", "preemption_service_runs", "programs_in", "run_program",
+    "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
 
 _HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])
-_CALLS = frozenset(["jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"])
+_CALLS = frozenset(
+    ["jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"]
+)
 
 
 def is_traced(value: Any) -> bool:
@@ -191,7 +193,7 @@ class Frame(NamedTuple):
 
 
 class Operation:
-    """An equation of a traced program, with its place in the user's code: for a look at each value that a step computes.
+    """An equation of a traced program, with its place in the user's code.
 
     ``jax.debug_nans`` names one operation too, but stops at values that never reach the result, and says nothing of a
     loop's inside. The fields of equations are not public API.
@@ -245,8 +247,10 @@ class Operation:
     @property
     def while_parts(self) -> tuple[Any, int, Any, int] | None:
         """Condition and body of a ``while``, each with the number of operands that are its constants; else None."""
-        names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
-        return tuple([self._equation.params[name] for name in names]) if self.name == "while" else None  # pyright: ignore[reportReturnType]
+        if self.name != "while":
+            return None
+        params = self._equation.params
+        return params["cond_jaxpr"], params["cond_nconsts"], params["body_jaxpr"], params["body_nconsts"]
 
     @property
     def scan_parts(self) -> tuple[Any, int, int, Iterable[int]] | None:

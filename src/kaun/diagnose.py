@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import linecache
-import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import numpy as np
 
 from kaun import tree
-from kaun._engine import Event, FailedStep, Origin, Replay, as_arrays, origin_of, trace_step
-from kaun._jax import Frame, Operation
-from kaun._loss import is_library
-from kaun._messages import in_kaun
+from kaun._engine import (
+    LAYER,
+    Event,
+    FailedStep,
+    Origin,
+    Replay,
+    Source,
+    as_arrays,
+    origin_of,
+    source_of,
+    trace_step,
+)
 from kaun._step import Settings, train_step
 from kaun.errors import NonFiniteLoss
 from kaun.layers.path import path as path_here
@@ -27,10 +32,15 @@ from kaun.train import Trainer, settings_of
 
 __all__ = ["Explanation", "explain"]
 
-_STEP = train_step.__code__.co_filename
-_PYTHON = str(Path(os.__file__).parent) + os.sep
-_LAYER = re.compile(r"layer<([^>]*)>")
 _LISTED = 10  # rows, in the text
+_FINITE = (
+    "Run one operation at a time it is finite. The compiled step rounds in other places: a number is at the edge of "
+    "what its dtype can hold, or of what an operation is defined for."
+)
+_DERIVATIVES = (
+    "JAX computes a derivative for every element, also for those that jnp.where leaves out afterwards. Replace their "
+    "arguments first: jnp.sqrt(jnp.where(x > 0, x, 1.0))."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,23 +120,19 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
         refused = failed.refused(settings)
         part, leaf, origin, replay = _search(settings, failed)
     assert isinstance(error, NonFiniteLoss)
-    head = f"Step {error.step}: {_head(error, part, leaf)}"
-    lines = [head] if refused is None else [head, f"A check of kaun refuses its item: {refused}"]
+    lines = [f"Step {error.step}: {_head(error, part, leaf)}"]
+    lines += [] if refused is None else [f"A check of kaun refuses its item: {refused}"]
     if origin is None:
-        lines.append(
-            "Run one operation at a time it is finite. The compiled step rounds in other places: a number is at the "
-            "edge of what its dtype can hold, or of what an operation is defined for."
-        )
-        nothing = (None, None, None, False, None, None, None, None)
-        return Explanation(error.step, None, *nothing, _text(refused), "\n".join(lines))
+        lines.append(_FINITE)
+        nothing = (None, None, None, None, False, None, None, None, None)
+        return Explanation(error.step, *nothing, _text(refused), "\n".join(lines))
+    event, given = origin.event, origin.event.given
+    made = event if given is None else origin.became_nan
+    source = None if made is None else source_of(made, replay, derivative=part == "gradient")
     rows = _rows(origin, failed, settings)
-    found = _find(origin.event, replay, derived=part == "gradient")
-    lines += _words(origin, found, rows, failed, replay)
-    event = origin.event
-    return Explanation(
-        error.step, part, leaf, event.given, None if event.given is not None else found.name, found.derivative,
-        found.file, found.line, found.layer, rows, _text(refused), "\n".join(lines),
-    )  # fmt: skip
+    lines += _words(origin, source, rows, failed, replay)
+    found = (None, False, None, None, None) if source is None else source[:5]
+    return Explanation(error.step, part, leaf, given, *found, rows, _text(refused), "\n".join(lines))
 
 
 def _failed_step(error: Any) -> FailedStep:
@@ -148,7 +154,7 @@ def _search(settings: Settings, failed: FailedStep) -> tuple[str | None, str | N
     """Replay a step, and return what of it is not finite first, the leaf that an update made so, and its origin."""
 
     def scoped(layer: Any, vars: Any, run: Any) -> Any:
-        with jax.named_scope(f"layer<{path_here()}>"):
+        with jax.named_scope(LAYER.format(path_here())):
             return run()
 
     leaves, structure = jax.tree_util.tree_flatten(failed.carry)
@@ -189,87 +195,6 @@ def _head(error: NonFiniteLoss, part: str | None, leaf: str | None) -> str:
     return f"the loss is {error.loss:g}."
 
 
-class _Found(NamedTuple):
-    """Where an operation is.
-
-    Attributes:
-        name: Its name; for one of a derivative that of the operation which is derived.
-        derivative: Whether it is one of a derivative.
-        file: Its file.
-        line: Its line.
-        layer: The path of its layer.
-        where: The part of the step, in words.
-    """
-
-    name: str
-    derivative: bool
-    file: str | None
-    line: int | None
-    layer: str | None
-    where: str
-
-
-def _find(event: Event, replay: Replay, derived: bool) -> _Found:
-    if not event.operations:
-        return _Found("", False, None, None, None, "")
-    frames = _frames(event.operations)
-    own = [frame for frame in frames if not _is_library(frame.file)]
-    outside = [frame for frame in frames if "jax" not in _package(frame.file)]
-    file, line, _ = next(iter((own or outside)[-1:]), (None, None, None))
-    scopes = [found[-1] for operation in event.operations if (found := _LAYER.findall(operation.scopes))]
-    first = _derived_operation(event.operations[-1], replay) if derived else event.operations[-1]
-    derivative = derived and (first is not event.operations[-1] or "transpose(" in first.scopes)
-    return _Found(first.name, derivative, file, line, *_part(frames, scopes))
-
-
-def _part(frames: Sequence[Frame], scopes: Sequence[str]) -> tuple[str | None, str]:
-    """Return the path of the layer, and the part of a step, in words."""
-    inside = {"/".join(Path(frame.file).parts[-2:]) for frame in frames if in_kaun(frame.file)}
-    if "_loss/trace.py" in inside:
-        return None, "in the loss"
-    if "_step/optimizer.py" in inside:
-        return None, "in the optimizer's update"
-    if scopes:
-        return scopes[-1], f"in layer {scopes[-1]!r}" if scopes[-1] else "in the model"
-    return None, "in the square of the gradient" if "_step/nonfinite.py" in inside else "in the step"
-
-
-def _frames(operations: Sequence[Operation]) -> list[Frame]:
-    """Return the calls that led from the step to an operation, the outermost first."""
-    found = operations[0].frames
-    for outer, inner in itertools.pairwise(operations):
-        if outer.name in ("jit", "pjit") and _is_library(outer.file):
-            break  # it was traced once for all that call it, and its inner lines are those of the first
-        found = inner.frames
-    last = max((i for i, frame in enumerate(found) if frame.file == _STEP), default=-1)
-    return found[last + 1 :]
-
-
-def _derived_operation(operation: Operation, replay: Replay) -> Operation:
-    """Return the operation of whose derivative one is a part: the first that ran of those that one call made."""
-    key = _call(operation)
-    return next((other for other in replay.operations.values() if _call(other) == key), operation)
-
-
-def _call(operation: Operation) -> tuple[Frame, ...]:
-    """Return the frames of an operation without those of the rule of a derivative."""
-    frames = _frames([operation])
-    rule = (i for i, frame in enumerate(frames) if frame.file.endswith(os.path.join("interpreters", "ad.py")))
-    return tuple(frames[: next(rule, len(frames))])
-
-
-def _package(file: str) -> str:
-    """Return the package of a file among those that are installed, "" for another one."""
-    parts = Path(file).parts
-    index = max((i for i, part in enumerate(parts) if part in ("site-packages", "dist-packages")), default=-1)
-    return parts[index + 1].removesuffix(".py") if 0 <= index < len(parts) - 1 else ""
-
-
-def _is_library(file: str) -> bool:
-    package = _package(file)
-    return is_library(package) if package else in_kaun(file) or file.startswith(_PYTHON)
-
-
 def _rows(origin: Origin, failed: FailedStep, settings: Settings) -> tuple[int, ...] | None:
     examples, parts = failed.inputs.examples, settings.microbatches
     for event in (origin.event, *([origin.became_nan] if origin.became_nan else [])):
@@ -281,27 +206,22 @@ def _rows(origin: Origin, failed: FailedStep, settings: Settings) -> tuple[int, 
 
 
 def _words(
-    origin: Origin, found: _Found, rows: tuple[int, ...] | None, failed: FailedStep, replay: Replay
+    origin: Origin, source: Source | None, rows: tuple[int, ...] | None, failed: FailedStep, replay: Replay
 ) -> list[str]:
-    event = origin.event
+    event, later, lines = origin.event, origin.became_nan, list[str]()
     if event.given is not None:
-        lines = [f"{event.given} is not finite before the step: {event.value:g}{_at(event)}."]
-    else:
-        derivative = f"In the derivative of {_name(found.name)}, " if found.derivative else ""
-        lines = [f"{derivative}{_made(event)}, {found.where}{_source(found)}"]
-    if origin.became_nan is not None:
-        other = _find(origin.became_nan, replay, derived=False)
-        lines.append(f"That became nan: {_made(origin.became_nan)}, {other.where}{_source(other)}")
+        lines.append(f"{event.given} is not finite before the step: {_number(event.value)}{_at(event)}.")
+    elif source is not None:
+        derivative = f"In the derivative of {_name(source.name)}, " if source.derivative else ""
+        lines.append(f"{derivative}{_made(event)}, {_place(source)}")
+    if later is not None:
+        lines.append(f"That became nan: {_made(later)}, {_place(source_of(later, replay))}")
     if rows is not None:
         more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
         listed = ", ".join(map(str, rows[:_LISTED])) + more
-        lines.append(f"Rows of the batch that are not finite there: {listed} ({len(rows)} of {failed.inputs.examples}).")
-    if found.derivative:
-        lines.append(
-            "JAX computes a derivative for every element, also for those that jnp.where leaves out afterwards. Replace "
-            "their arguments first: jnp.sqrt(jnp.where(x > 0, x, 1.0))."
-        )
-    return lines
+        counted = f"{len(rows)} of {failed.inputs.examples}"
+        lines.append(f"Rows of the batch that are not finite there: {listed} ({counted}).")
+    return [*lines, _DERIVATIVES] if source is not None and source.derivative else lines
 
 
 def _made(event: Event) -> str:
@@ -310,8 +230,8 @@ def _made(event: Event) -> str:
     if name == "select_n":
         of = " and ".join(_number(v) for v in event.operands[1:])
     to = f" to {event.dtype}" if name == "convert_element_type" else ""
-    text = f"{_name(name)}{to}{' of ' + of if of else ''} gave {_number(event.value)}{_at(event)}"
-    return text[0].upper() + text[1:]
+    ends = " (float16 ends at 65504)" if event.dtype == np.float16 and not event.nan else ""
+    return f"{_name(name)}{to}{' of ' + of if of else ''} gave {_number(event.value)}{_at(event)}{ends}"
 
 
 def _name(operation: str) -> str:
@@ -319,18 +239,18 @@ def _name(operation: str) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:g}" if not isinstance(value, complex) else str(value)
+    return str(value) if np.iscomplexobj(value) else f"{float(value):g}"
 
 
 def _at(event: Event) -> str:
     return f" at {list(event.place)}" if event.place else ""
 
 
-def _source(found: _Found) -> str:
-    if found.file is None or found.line is None:
-        return "."
-    code = linecache.getline(found.file, found.line).strip()
-    return f", {Path(found.file).name}:{found.line}" + (f"\n    {code}" if code else "")
+def _place(source: Source) -> str:
+    if source.file is None or source.line is None:
+        return f"{source.where}."
+    code = linecache.getline(source.file, source.line).strip()
+    return f"{source.where}, {Path(source.file).name}:{source.line}" + (f"\n    {code}" if code else "")
 
 
 def _text(refused: ValueError | None) -> str | None:

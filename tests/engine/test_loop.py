@@ -258,7 +258,7 @@ def stopping(carry, key, x, ctx, loss, training, discard):
 def test_a_step_that_is_not_finite_ends_the_run_before_it(looking, size, leaves):
     seen = []
 
-    def error_for(step, loss, squares):
+    def error_for(step, loss, squares, failed):
         seen.append((step, loss, squares))
         return ArithmeticError(f"step {step}")
 

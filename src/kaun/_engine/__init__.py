@@ -1,7 +1,8 @@
 """How many steps run at once.
 
 A step is traced once for each kind of item (``inputs``, ``cache``), compiled into a loop over a block of items
-(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs.
+(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs. A step that is not
+finite (``failed``) can be run again one operation at a time (``replay``, ``source``).
 """
 
 from kaun._engine.cache import ProgramCache as ProgramCache
@@ -23,3 +24,6 @@ from kaun._engine.replay import Origin as Origin
 from kaun._engine.replay import Replay as Replay
 from kaun._engine.replay import origin_of as origin_of
 from kaun._engine.results import StepResults as StepResults
+from kaun._engine.source import LAYER as LAYER
+from kaun._engine.source import Source as Source
+from kaun._engine.source import source_of as source_of

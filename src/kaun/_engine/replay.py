@@ -7,11 +7,11 @@ either. ``origin_of`` walks these from a result back to the first.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -20,14 +20,28 @@ from kaun._jax import Operation, evaluate
 
 __all__ = ["Event", "Origin", "Replay", "origin_of"]
 
+_CONSTANT = "a constant"
 # What computes each element of its result from the elements of its operands at the same place.
-_ELEMENTWISE = frozenset(
-    """
+_ELEMENTWISE_NAMES = """
     abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh
     digamma div erf erf_inv erfc exp exp2 expm1 floor integer_pow lgamma log log1p logistic max min mul neg nextafter
     pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh
-    """.split()
-)
+"""
+_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
+
+
+class Reasons(NamedTuple):
+    """The operands of an operation whose result is not finite.
+
+    Attributes:
+        nan_from_nan: Those with a nan, where the result has one.
+        nan_from_inf: Those that are infinite where the result is nan.
+        inf_from_inf: Those that are infinite where the result is.
+    """
+
+    nan_from_nan: tuple[Event, ...]
+    nan_from_inf: tuple[Event, ...]
+    inf_from_inf: tuple[Event, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,15 +51,14 @@ class Event:
     Attributes:
         number: Its place in the order in which they came.
         nan: Whether it has a nan; else it has an infinity.
-        given: What it is, where no operation of the step made it: ``"x"``, and ``""`` for a constant; else None.
+        given: What it is, where no operation of the step made it: ``"x"``, ``"a constant"``; else None.
         operations: The operation of the step that made it, after the calls around that, the outermost first.
-        nan_from_nan: The operands with a nan that are the reason for its nan.
-        nan_from_inf: The infinite operands that are the reason for its nan.
-        inf_from_inf: The infinite operands that are the reason for its infinities.
+        reasons: The operands that are not finite either.
         shape: Its shape.
         dtype: Its dtype.
-        rows: Where along axis 0 it is not finite.
-        place: The index of its first nan, or of its first infinity.
+        rows: Where along axis 0 it is not finite although its operands are; where there is no such place, all rows that
+            are not finite.
+        place: The index of the first nan in those rows, or of the first infinity.
         value: What it has there.
         operands: The operands at that place, where the operation computes each element from those.
         turn: The number of the iteration of the outermost loop in which it was made.
@@ -55,9 +68,7 @@ class Event:
     nan: bool
     given: str | None
     operations: tuple[Operation, ...]
-    nan_from_nan: tuple[Event, ...]
-    nan_from_inf: tuple[Event, ...]
-    inf_from_inf: tuple[Event, ...]
+    reasons: Reasons
     shape: tuple[int, ...]
     dtype: Any
     rows: tuple[int, ...]
@@ -78,7 +89,7 @@ class Origin(NamedTuple):
 
     Attributes:
         event: The first array that is not finite.
-        became_nan: The first nan, where that first array is infinite and another operation made a nan of it.
+        became_nan: The first nan, where that first array is infinite and an operation made a nan of it.
     """
 
     event: Event
@@ -115,7 +126,7 @@ class Replay:
         return self._event(value, given=name)
 
     def _constant(self, value: Any) -> _Value:
-        return _Value(value, self._event(value, given=""), True)
+        return _Value(value, self._event(value, given=_CONSTANT), True)
 
     def _program(self, closed: Any, values: Sequence[_Value]) -> list[_Value]:
         (found,) = evaluate(closed, values, self._constant, self._apply)
@@ -135,9 +146,10 @@ class Replay:
             if operation.scan_parts is not None:
                 return self._scan(*operation.scan_parts, values)
             results = operation.run([value.array for value in values])
-            if all(value.constant for value in values):
-                return list(map(self._constant, results))
-            return [_Value(array, self._event(array, operands=values)) for array in results]
+            constant = all(value.constant for value in values)
+            if constant and any(v.event is not None and v.event.given == _CONSTANT for v in values):
+                return list(map(self._constant, results))  # jnp.nan of another shape or dtype
+            return [_Value(array, self._event(array, operands=values), constant) for array in results]
         finally:
             self._calls = calls
 
@@ -174,6 +186,7 @@ class Replay:
     def _event(
         self, array: Any, *, given: str | None = None, operands: Sequence[_Value] = (), elementwise: bool | None = None
     ) -> Event | None:
+        """Return the event of an array, None if it is finite."""
         dtype = getattr(array, "dtype", None) or jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.inexact):
             return None
@@ -182,27 +195,36 @@ class Replay:
         if finite.all():
             return None
         nan = np.isnan(host)
-        wanted = nan if nan.any() else ~finite
-        place = tuple(int(i) for i in np.argwhere(wanted)[0])
         name = self._calls[-1].name if self._calls and given is None else ""
         aligned = name in _ELEMENTWISE if elementwise is None else elementwise
         reasons = _reasons(name, nan, ~finite, operands) if aligned else _all_reasons(operands)
-        rows = tuple(np.flatnonzero(~finite.all(axis=tuple(range(1, host.ndim)))).tolist()) if host.ndim else ()
+        here = _made_here(nan, ~finite, operands) if aligned else ~finite
+        rows = tuple(np.flatnonzero(here.any(axis=tuple(range(1, host.ndim)))).tolist()) if host.ndim else ()
+        place = tuple(int(i) for i in np.argwhere(here & nan if (here & nan).any() else here)[0])
         at = tuple(np.broadcast_to(np.asarray(v.array), host.shape)[place] for v in operands) if aligned else ()
+        calls = self._calls if given is None else ()
         return Event(
-            next(self._numbers), bool(nan.any()), given, self._calls if given is None else (), *reasons,
-            host.shape, host.dtype, rows, place, host[place], at, self._turn,
+            next(self._numbers), bool(nan.any()), given, calls, reasons, host.shape, host.dtype, rows, place,
+            host[place], at, self._turn,
         )  # fmt: skip
 
 
-def _all_reasons(operands: Sequence[_Value]) -> tuple[tuple[Event, ...], ...]:
-    events = [value.event for value in operands if value.event is not None]
-    infinite = tuple(v.event for v in operands if v.event is not None and np.isinf(np.asarray(v.array)).any())
-    return tuple(event for event in events if event.nan), infinite, infinite
+def _made_here(nan: Any, bad: Any, operands: Sequence[_Value]) -> Any:
+    """Return where a result is nan and no operand is, or infinite and all are finite; if nowhere, where it is bad."""
+    some = lambda test: functools.reduce(np.logical_or, [test(np.asarray(value.array)) for value in operands])
+    here = (nan & ~some(np.isnan)) | (bad & ~nan & ~some(lambda a: ~np.isfinite(a)))
+    return here if here.any() else bad
 
 
-def _reasons(name: str, nan: Any, bad: Any, operands: Sequence[_Value]) -> tuple[tuple[Event, ...], ...]:
-    """Return the operands that are not finite at the places where the result is not, by kind as in ``Event``."""
+def _all_reasons(operands: Sequence[_Value]) -> Reasons:
+    """Return the operands that are not finite, wherever that is."""
+    pairs = [(value.event, np.asarray(value.array)) for value in operands if value.event is not None]
+    infinite = tuple(event for event, array in pairs if np.isinf(array).any())
+    return Reasons(tuple(event for event, _ in pairs if event.nan), infinite, infinite)
+
+
+def _reasons(name: str, nan: Any, bad: Any, operands: Sequence[_Value]) -> Reasons:
+    """Return the operands that are not finite at the places where the result is not."""
     found: tuple[list[Event], list[Event], list[Event]] = ([], [], [])
     for i, (array, event, _) in enumerate(operands):
         if event is None:
@@ -210,46 +232,46 @@ def _reasons(name: str, nan: Any, bad: Any, operands: Sequence[_Value]) -> tuple
         host = np.asarray(array)
         # Of the cases of a select, the one that was selected.
         taken = np.asarray(operands[0].array) == i - 1 if name == "select_n" else np.True_
-        for list_, result, operand in (
-            (found[0], nan, np.isnan(host)), (found[1], nan, np.isinf(host)), (found[2], bad & ~nan, np.isinf(host)),
-        ):  # fmt: skip
+        kinds = ((nan, np.isnan(host)), (nan, np.isinf(host)), (bad & ~nan, np.isinf(host)))
+        for events, (result, operand) in zip(found, kinds, strict=True):
             if (result & operand & taken).any():
-                list_.append(event)
-    return tuple(map(tuple, found))
+                events.append(event)
+    return Reasons(*map(tuple, found))
 
 
 def origin_of(event: Event) -> Origin:
-    """Return where an array that is not finite came from: the first operation of those that led to it.
+    """Return where an array that is not finite came from: the first array of those that led to it.
 
-    An infinity that the user gave, in a mask or as a constant, is no origin where an operation made a nan of it.
+    An infinity is a reason where an operation made a nan of it; a constant one, as in a mask, never is.
     """
-    makers = _ends(event, lambda e: e.nan_from_nan) if event.nan else []
-    if not makers:
-        return Origin(_made(_ends(event, lambda e: e.inf_from_inf)), None)
-    maker = _made(makers)
-    infinite = [(e, by) for cause in maker.nan_from_inf for e, by in _ends(cause, lambda e: e.inf_from_inf)]
-    infinite = [(e, by) for e, by in infinite if e.given is None]
-    return Origin(_made(infinite), maker) if infinite else Origin(maker, None)
+    made = _ends(event, lambda e: e.reasons.nan_from_nan) if event.nan else []
+    if not made:
+        return Origin(_first(_ends(event, lambda e: e.reasons.inf_from_inf)), None)
+    first = _first(made)
+    infinite = [end for e in first.reasons.nan_from_inf for end in _ends(e, lambda e: e.reasons.inf_from_inf)]
+    infinite = [end for end in infinite if end[0].given != _CONSTANT]
+    infinite = [end for end in infinite if end[0].given is None] or infinite
+    return Origin(_first(infinite), first) if infinite else Origin(first, None)
 
 
-def _made(ends: Sequence[tuple[Event, Event | None]]) -> Event:
-    """Return the earliest end; for a constant what it was given to."""
-    first, by = min(ends, key=lambda end: end[0].number)
-    return by if first.given == "" and by is not None else first
+def _first(ends: Sequence[tuple[Event, Event | None]]) -> Event:
+    """Return the earliest end; for a constant the result of the operation that took it."""
+    event, led_to = min(ends, key=lambda end: end[0].number)
+    return led_to if event.given == _CONSTANT and led_to is not None else event
 
 
-def _ends(event: Event, causes: Any) -> list[tuple[Event, Event | None]]:
-    """Return the events without causes from which an event comes, each with one that it led to."""
+def _ends(event: Event, reasons: Callable[[Event], Sequence[Event]]) -> list[tuple[Event, Event | None]]:
+    """Return the events without reasons from which an event comes, each with one that it led to."""
     found: list[tuple[Event, Event | None]] = []
     seen = {id(event)}
     left: list[tuple[Event, Event | None]] = [(event, None)]
     while left:
-        now, by = left.pop()
-        inner = causes(now)
-        if not inner:
-            found.append((now, by))
-        for cause in inner:
-            if id(cause) not in seen:
-                seen.add(id(cause))
-                left.append((cause, now))
+        now, led_to = left.pop()
+        earlier = reasons(now)
+        if not earlier:
+            found.append((now, led_to))
+        for each in earlier:
+            if id(each) not in seen:
+                seen.add(id(each))
+                left.append((each, now))
     return found
