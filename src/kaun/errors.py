@@ -56,7 +56,7 @@ class NonFiniteLoss(ArithmeticError):
     def __init__(self, message: str, step: int, loss: float, parameters: tuple[str, ...]) -> None:
         super().__init__(message)
         self.step, self.loss, self.parameters = step, loss, parameters
-        self.kaun_step: Any = None  # the state before the step and its item, for kaun.explain
+        self.kaun_step: Any = None  # the step, with the state before it and its item, for kaun.explain
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is pickled as its class and `args`, which have only the message.

@@ -36,6 +36,7 @@ from kaun._step import (
     eval_step,
     init_carry,
     make_settings,
+    nonfinite_error,
     train_step,
     trainable_part,
 )
@@ -337,7 +338,8 @@ class Trainer(Generic[In, Out]):
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
         caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
         trained = jax.tree_util.tree_structure(trainable_part(self.trainable, state.vars.params))
-        error_for = functools.partial(error_of, self._settings, trained) if self.on_nonfinite == "raise" else None
+        make = functools.partial(nonfinite_error, trained)
+        error_for = functools.partial(error_of, self._settings, make) if self.on_nonfinite == "raise" else None
         carry, key = (state.vars, state.opt_state, state.step), state.key
         del state
         hooks = (caller.ran, caller.compiled, error_for, run.done, run.on_trace, caller.compiling)
