@@ -164,15 +164,17 @@ def _search(settings: Settings, failed: FailedStep) -> tuple[str | None, str | N
         traced = trace_step(step, "ignore", structure, leaves, failed.key, failed.inputs, training=True)
     names = [*_leaf_names(failed.carry), "the run's key", *failed.inputs.names()]
     values = [*leaves, failed.key, *as_arrays(failed.inputs.leaves)]
-    replay, before = Replay(), 1 + len(traced.places)
-    groups = [[0], [before + len(leaves) + 1], range(before, before + len(leaves))]
+    replay, first = Replay(), 1 + len(traced.places)
+    groups = [[0], [first + len(leaves) + 1], range(first, first + len(leaves))]
     found = replay.run(traced.jaxpr, list(zip(names, values, strict=True)), groups)
     for part, events in zip(("loss", "gradient"), found, strict=False):
         if events[0] is not None:
             return part, None, origin_of(events[0]), replay
     after = next(iter(found))
-    known = {event.given for event in map(replay.given, leaves, names) if event is not None}
-    made = [(origin_of(e), name) for e, name in zip(after, names, strict=False) if e is not None and name not in known]
+    known = {name for name, leaf in zip(names, leaves, strict=False) if replay.given(leaf, name) is not None}
+    origins = [(origin_of(event), name) for event, name in zip(after, names, strict=False) if event is not None]
+    # What is infinite from the start stays so: nothing of this step is the reason.
+    made = [(o, name) for o, name in origins if name not in known or o.event.given is None or o.became_nan is not None]
     if not made:
         return None, None, None, replay
     origin, leaf = min(made, key=lambda pair: pair[0].event.number)
