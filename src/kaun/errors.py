@@ -26,12 +26,14 @@ class EarlyStop(Exception):
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A step's loss or gradient is nan or infinite; the state before that step is its ``kaun_state``.
+    """A step's loss, gradient or update is nan or infinite; the state before that step is its ``kaun_state``.
 
     Attributes:
         step: The number of the step in this fit, counted from 1.
         loss: The loss of the step.
         parameters: The paths of the parameters whose gradient is not finite.
+        leaves: Where loss and gradient are finite, the paths of what the update makes not finite: in ``"params"``,
+            ``"state"`` (of the layers) and ``"opt_state"``.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -50,14 +52,17 @@ class NonFiniteLoss(ArithmeticError):
     step: int
     loss: float
     parameters: tuple[str, ...]
+    leaves: tuple[str, ...]
 
-    def __init__(self, message: str, step: int, loss: float, parameters: tuple[str, ...]) -> None:
+    def __init__(
+        self, message: str, step: int, loss: float, parameters: tuple[str, ...], leaves: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
-        self.step, self.loss, self.parameters = step, loss, parameters
+        self.step, self.loss, self.parameters, self.leaves = step, loss, parameters, leaves
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is pickled as its class and `args`, which have only the message.
-        return type(self), (*self.args, self.step, self.loss, self.parameters), self.__dict__
+        return type(self), (*self.args, self.step, self.loss, self.parameters, self.leaves), self.__dict__
 
 
 class CaptureError(TypeError):

@@ -24,10 +24,10 @@ from kaun._step import (
     DEFAULT_DTYPE,
     Optimizer,
     Settings,
+    error_for,
     eval_step,
     init_carry,
     make_settings,
-    nonfinite_error,
     train_step,
     trainable_part,
 )
@@ -96,7 +96,8 @@ class Trainer(Generic[In, Out]):
         settings = make_settings(**{name: getattr(self, name) for name in names})
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         object.__setattr__(self, "_settings", settings)
-        programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite)
+        scaled = settings.policy is not None and settings.policy.scaled
+        programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite, scaled=scaled)
         object.__setattr__(self, "_programs", programs)
 
     def __copy__(self) -> Trainer[In, Out]:
@@ -328,11 +329,11 @@ class Trainer(Generic[In, Out]):
         state = run.take()
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
         caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
-        trained = jax.tree_util.tree_structure(trainable_part(self.trainable, state.vars.params))
-        error_for = functools.partial(nonfinite_error, trained) if self.on_nonfinite == "raise" else None
+        trained = trainable_part(self.trainable, state.vars.params)
+        failure = error_for(trained, state.vars, state.opt_state) if self.on_nonfinite == "raise" else None
         carry, key = (state.vars, state.opt_state, state.step), state.key
-        del state
-        hooks = (caller.ran, caller.compiled, error_for, run.done, run.on_trace, caller.compiling)
+        del state, trained
+        hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling)
         return caller, StepLoop(self._programs, carry, key, ctx, *hooks)
 
     def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:
