@@ -19,7 +19,7 @@ from kaun import rng
 from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
+from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error, warn_of_open_window
 from kaun._step import (
     DEFAULT_DTYPE,
     Optimizer,
@@ -215,7 +215,7 @@ class Trainer(Generic[In, Out]):
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        with open_run(checkpoints, state, data, report) as run:
+        with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
             del state  # where the caller does not hold it either, its memory is free once it is copied
@@ -236,7 +236,7 @@ class Trainer(Generic[In, Out]):
                 if step == 0:
                     raise empty_data("fit")
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
-            return now()
+            return warn_of_open_window(now())
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.

@@ -84,7 +84,9 @@ class Update:
             return self._after, none
 
         def look(after: dict[str, Any]) -> jax.Array:
-            return none if named is None else spoiled_leaves(*map(jax.tree_util.tree_leaves, map(named, (before, after))))
+            return (
+                none if named is None else spoiled_leaves(*map(jax.tree_util.tree_leaves, map(named, (before, after))))
+            )
 
         before, after = self._before, self._after
         if after is not None:
