@@ -16,8 +16,8 @@ from jax import lax
 
 __all__ = [
     "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
-    "convolutions_in", "evaluate", "is_jitted", "is_traced", "preemption_service_runs", "programs_in", "run_program",
-    "threefry_2x32", "trace_of",
+    "convolutions_in", "evaluate", "is_jitted", "is_traced", "preemption_service_runs", "primitives_in", "programs_in",
+    "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
 
@@ -120,17 +120,25 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
                 yield from (value for value in values if getattr(value, "ndim", 0))
 
 
+def primitives_in(closed: Any) -> set[str]:
+    """Return the names of the operations of a traced program and of all programs inside it.
+
+    The names decide which operations are costly, and which call the host: of these a ``pure_callback`` has no effect by
+    which JAX's public API would tell. The names of primitives are not public API.
+    """
+    return {
+        equation.primitive.name
+        for program in programs_in(closed)
+        for equation in getattr(program, "jaxpr", program).eqns
+    }
+
+
 def calls_the_host(closed: Any) -> bool:
     """Return whether a traced program calls Python or foreign code while it runs, and so can fail by an exception.
 
-    A ``pure_callback`` has no effect by which JAX's public API would tell, so the names of the equations decide.
     ``jax.debug.print`` is left out: it raises nothing.
     """
-    return any(
-        equation.primitive.name in _HOST_CALLS
-        for program in programs_in(closed)
-        for equation in getattr(program, "jaxpr", program).eqns
-    )
+    return not _HOST_CALLS.isdisjoint(primitives_in(closed))
 
 
 class Convolution(NamedTuple):

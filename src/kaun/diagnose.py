@@ -161,7 +161,7 @@ def _search(settings: Settings, failed: FailedStep) -> tuple[str | None, str | N
     # Updated in any case, so that the update can be looked at.
     step = functools.partial(train_step, dataclasses.replace(settings, on_nonfinite="ignore"))
     with watched(scoped):
-        traced = trace_step(step, "ignore", structure, leaves, failed.key, failed.inputs, training=True)
+        traced = trace_step(step, "ignore", False, structure, leaves, failed.key, failed.inputs, training=True)
     names = [*_leaf_names(failed.carry), "the run's key", *failed.inputs.names()]
     values = [*leaves, failed.key, *as_arrays(failed.inputs.leaves)]
     replay, first = Replay(), 1 + len(traced.places)

@@ -28,15 +28,15 @@ from kaun._engine import (
 )
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
+from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error, warn_of_open_window
 from kaun._step import (
     DEFAULT_DTYPE,
     Optimizer,
     Settings,
+    error_for,
     eval_step,
     init_carry,
     make_settings,
-    nonfinite_error,
     train_step,
     trainable_part,
 )
@@ -105,7 +105,8 @@ class Trainer(Generic[In, Out]):
         settings = make_settings(**{name: getattr(self, name) for name in names})
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         object.__setattr__(self, "_settings", settings)
-        programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite)
+        scaled = settings.policy is not None and settings.policy.scaled
+        programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite, scaled=scaled)
         object.__setattr__(self, "_programs", programs)
 
     def __copy__(self) -> Trainer[In, Out]:
@@ -223,7 +224,7 @@ class Trainer(Generic[In, Out]):
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        with open_run(checkpoints, state, data, report) as run:
+        with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
             del state  # where the caller does not hold it either, its memory is free once it is copied
@@ -244,7 +245,7 @@ class Trainer(Generic[In, Out]):
                 if step == 0:
                     raise empty_data("fit")
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
-            return now()
+            return warn_of_open_window(now())
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.
@@ -337,12 +338,12 @@ class Trainer(Generic[In, Out]):
         state = run.take()
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
         caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
-        trained = jax.tree_util.tree_structure(trainable_part(self.trainable, state.vars.params))
-        make = functools.partial(nonfinite_error, trained)
-        error_for = functools.partial(error_of, self._settings, make) if self.on_nonfinite == "raise" else None
+        trained = trainable_part(self.trainable, state.vars.params)
+        make = error_for(trained, state.vars, state.opt_state)
+        failure = functools.partial(error_of, self._settings, make) if self.on_nonfinite == "raise" else None
         carry, key = (state.vars, state.opt_state, state.step), state.key
-        del state
-        hooks = (caller.ran, caller.compiled, error_for, run.done, run.on_trace, caller.compiling)
+        del state, trained
+        hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling)
         return caller, StepLoop(self._programs, carry, key, ctx, *hooks)
 
     def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:

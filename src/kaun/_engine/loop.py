@@ -41,8 +41,8 @@ def find_step(
     where = ("train", structure, training, inputs.key)
     found = programs.get(where)
     if found is None:
-        train_step, mode = programs.train_step, programs.on_nonfinite
-        found = programs.add(where, trace_step(train_step, mode, structure, leaves, key, inputs, training))
+        step = programs.train_step, programs.on_nonfinite, programs.discards
+        found = programs.add(where, trace_step(*step, structure, leaves, key, inputs, training))
     return found
 
 
@@ -82,8 +82,8 @@ class StepLoop:
         ctx: The Context of every step.
         on_dispatch: Called with the ``StepResults`` after each dispatch.
         on_compile: Called after each compilation with the seconds it took.
-        error_for: Returns the exception for a step that is not finite, given its number, its loss, the squares of its
-            gradient, and the step itself; None if such a step does not end the run.
+        error_for: Returns the exception for a step that is not finite, given its number, its loss, its status after the
+            first number (``StepResults``), and the step itself; None if such a step does not end the run.
         done: How many steps were run before.
         on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen.
         on_compiling: Called before each compilation with the entry for which it is.
