@@ -172,8 +172,8 @@ def test_an_array_that_is_not_finite_before_the_step():
     params = {**state.vars.params, "bias": jnp.array([jnp.inf])}
     state = trainer.make_state(state.vars.replace(params=params))
     found = kaun.explain(trainer, failure(trainer, state, X, lambda out: (out - out).mean()))
-    assert found.given == "parameter 'bias'" and found.operation == "sub"
-    assert "parameter 'bias' is not finite before the step: inf at [0].\nThat became nan: `sub` of" in str(found)
+    assert found.given == "params.bias" and found.operation == "sub"
+    assert "params.bias is not finite before the step: inf at [0].\nThat became nan: `sub` of" in str(found)
 
 
 def test_a_constant_is_named_by_what_takes_it():
@@ -260,15 +260,15 @@ def test_an_update_is_explained_by_the_line_of_the_schedule():
     trainer, state = trained(layers.linear(2, 1), optax.sgd(schedule))
     found = kaun.explain(trainer, update_failure(trainer, state))
     assert (found.part, found.operation, found.file, found.line) == ("update", "div", HERE, line_of(schedule))
-    assert found.leaf == "parameter 'bias'"
-    assert "its gradient is finite, and the update makes parameter 'bias' not finite." in str(found)
+    assert found.leaf == "params.bias"
+    assert "its gradient is finite, and the update makes 'params.bias' not finite." in str(found)
     assert "`div` of 0.1 and 0 gave inf, in the optimizer's update, test_diagnose.py" in str(found)
 
 
 def test_an_update_is_explained_by_the_optimizers_line():
     trainer, state = trained(layers.linear(2, 1), optax.adam(0.1, eps=0.0))
     found = kaun.explain(trainer, update_failure(trainer, state, x=X * np.array([1, 0], np.float32)))
-    assert (found.part, found.leaf, found.operation) == ("update", "parameter 'weight'", "div")
+    assert (found.part, found.leaf, found.operation) == ("update", "params.weight", "div")
     assert "`div` of 0 and 0 gave nan at [1, 0], in the optimizer's update, " in str(found)
     assert "optax" in found.file
 
@@ -276,7 +276,7 @@ def test_an_update_is_explained_by_the_optimizers_line():
 def test_an_update_is_explained_by_the_layer_whose_state_overflows():
     trainer, state = trained(layers.linear(2, 1) >> layers.batch_norm(1))
     found = kaun.explain(trainer, update_failure(trainer, state, x=X * np.float32(1e25)))
-    assert (found.part, found.layer) == ("update", "right") and found.leaf.startswith("layer state 'right.")
+    assert (found.part, found.layer) == ("update", "right") and found.leaf.startswith("state.right.running_")
 
 
 def test_what_is_infinite_from_the_start_is_not_explained():

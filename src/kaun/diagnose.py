@@ -51,7 +51,7 @@ class Explanation:
         step: The number of the step in its fit.
         part: What of the step is not finite first: ``"loss"``, ``"gradient"`` or ``"update"``; None if the step is
             finite when it runs one operation at a time.
-        leaf: The parameter, or the leaf of the state, that the update makes not finite; None elsewhere.
+        leaf: The path of the leaf that the update makes not finite: ``"params.weight"``; None elsewhere.
         given: What was not finite before the step, such as ``"x"``; None if an operation made it.
         operation: The name of JAX's operation that made it; for one of a derivative, the operation that is derived.
         derivative: Whether it was made in the derivative of that operation.
@@ -182,10 +182,11 @@ def _search(settings: Settings, failed: FailedStep) -> tuple[str | None, str | N
 
 
 def _leaf_names(carry: Any) -> list[str]:
+    """Return the paths of the leaves of a carry: ``"params.weight"``, ``"opt_state.0.count"``."""
     vars, opt_state, _ = carry
-    kinds = (("parameter", vars.params), ("layer state", vars.state), ("optimizer state", opt_state))
-    paths = [(kind, path) for kind, part in kinds for path, _ in jax.tree_util.tree_flatten_with_path(part)[0]]
-    return [*[f"{kind} {tree.path_name(path)!r}" for kind, path in paths], "the number of steps"]
+    parts = (("params", vars.params), ("state", vars.state), ("opt_state", opt_state))
+    paths = [(name, *path) for name, part in parts for path, _ in jax.tree_util.tree_flatten_with_path(part)[0]]
+    return [*map(tree.path_name, paths), "the number of steps"]
 
 
 def _head(error: NonFiniteLoss, part: str | None, leaf: str | None) -> str:
@@ -193,7 +194,7 @@ def _head(error: NonFiniteLoss, part: str | None, leaf: str | None) -> str:
         named = ", ".join(map(repr, error.parameters)) or "its parameters"
         return f"the loss is {error.loss:g}, and its gradient is not finite for {named}."
     if part == "update":
-        return f"the loss is {error.loss:g}, its gradient is finite, and the update makes {leaf} not finite."
+        return f"the loss is {error.loss:g}, its gradient is finite, and the update makes {leaf!r} not finite."
     return f"the loss is {error.loss:g}."
 
 
