@@ -92,7 +92,7 @@ def test_the_derivative_of_a_root_at_zero():
     assert (found.part, found.operation, found.derivative) == ("gradient", "sqrt", True)
     assert (found.file, found.line) == (HERE, line_of(roots)) and found.rows == (0, 1, 2, 3)
     text = str(found)
-    assert text.startswith("Step 1: the loss is 0, and its gradient is not finite for 'bias', 'weight'.\n")
+    assert text.startswith("Step 1: the loss is 0, and its gradient is not finite for 2 parameters.\n")
     assert "In the derivative of `sqrt`, `div` of 0.5 and 0 gave inf at [0, 0], in the loss, test_diagnose" in text
     assert "That became nan: `mul` of 0 and inf gave nan at [0, 0], in the loss" in text
     assert text.endswith("Replace their arguments first: jnp.sqrt(jnp.where(x > 0, x, 1.0)).")
@@ -107,7 +107,7 @@ def test_the_derivative_of_a_layer():
 def test_a_gradient_whose_squares_overflow():
     found = explained(layers.linear(2, 1, weight_init=jax.nn.initializers.zeros), lambda out: out.sum() * 1e20)
     assert (found.part, found.operation) == ("gradient", "square")
-    assert "`square` of 4e+20 gave inf at [0], in the square of the gradient, nonfinite.py" in str(found)
+    assert "`square` of 4e+20 gave inf at [0], in the square of the gradient, watch.py" in str(found)
 
 
 def test_an_overflow_that_becomes_nan_later():
@@ -244,21 +244,14 @@ def test_the_replay_draws_the_masks_of_the_step():
     assert found.rows == tuple(np.flatnonzero(drawn == 0).tolist()) and 0 < len(found.rows) < 32
 
 
-def update_failure(trainer, state, x=X, loss=jnp.mean):
-    """The exception for a step whose loss and gradient are finite."""
-    error = NonFiniteLoss("", 1, float(trainer.step(state, x, loss=loss)[0]), ())
-    carry = state.vars, state.opt_state, state.step
-    error.kaun_step = FailedStep(carry, state.key, StepInputs(x, loss, None))
-    return error
-
-
 def schedule(count):
     return 0.1 / count
 
 
 def test_an_update_is_explained_by_the_line_of_the_schedule():
     trainer, state = trained(layers.linear(2, 1), optax.sgd(schedule))
-    found = kaun.explain(trainer, update_failure(trainer, state))
+    found = kaun.explain(trainer, error := failure(trainer, state, X, jnp.mean))
+    assert found.leaf in error.leaves and "print(kaun.explain(trainer, err))" in str(error)
     assert (found.part, found.operation, found.file, found.line) == ("update", "div", HERE, line_of(schedule))
     assert found.leaf == "params.bias"
     assert "its gradient is finite, and the update makes 'params.bias' not finite." in str(found)
@@ -267,7 +260,7 @@ def test_an_update_is_explained_by_the_line_of_the_schedule():
 
 def test_an_update_is_explained_by_the_optimizers_line():
     trainer, state = trained(layers.linear(2, 1), optax.adam(0.1, eps=0.0))
-    found = kaun.explain(trainer, update_failure(trainer, state, x=X * np.array([1, 0], np.float32)))
+    found = kaun.explain(trainer, failure(trainer, state, X * np.array([1, 0], np.float32), jnp.mean))
     assert (found.part, found.leaf, found.operation) == ("update", "params.weight", "div")
     assert "`div` of 0 and 0 gave nan at [1, 0], in the optimizer's update, " in str(found)
     assert "optax" in found.file
@@ -275,14 +268,17 @@ def test_an_update_is_explained_by_the_optimizers_line():
 
 def test_an_update_is_explained_by_the_layer_whose_state_overflows():
     trainer, state = trained(layers.linear(2, 1) >> layers.batch_norm(1))
-    found = kaun.explain(trainer, update_failure(trainer, state, x=X * np.float32(1e25)))
+    found = kaun.explain(trainer, failure(trainer, state, X * np.float32(1e25), lambda out: out.mean() * 0))
     assert (found.part, found.layer) == ("update", "right") and found.leaf.startswith("state.right.running_")
 
 
-def test_what_is_infinite_from_the_start_is_not_explained():
+def test_a_step_that_is_finite_and_what_is_infinite_from_the_start():
     trainer, state = trained(layers.linear(2, 1), optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()))
     assert any(np.isinf(a).any() for a in jax.tree.leaves(state.opt_state))
-    found = kaun.explain(trainer, update_failure(trainer, state))
+    error = failure(trainer, state, X, lambda out: out.mean() * jnp.nan)
+    carry = state.vars, state.opt_state, state.step
+    error.kaun_step = FailedStep(carry, state.key, StepInputs(X, jnp.mean, None))
+    found = kaun.explain(trainer, error)
     assert (found.part, found.operation, found.leaf) == (None, None, None)
     assert str(found).startswith("Step 1: the loss is ") and "Run one operation at a time it is finite. " in str(found)
 

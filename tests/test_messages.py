@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import kaun
-from kaun._messages import locate, warn
+from kaun._messages import in_kaun, locate, warn
 
 
 def plain(x):
@@ -86,3 +86,9 @@ def test_files_of_kaun_are_passed_over_and_those_of_a_package_with_a_longer_name
     path = str(Path(kaun.__file__).parents[1] / file)
     code = compile("warn('the text')", path, "exec")
     assert warned(lambda: exec(code, {"warn": warn})).filename == (path if shown == "itself" else shown)
+
+
+def test_a_package_whose_name_begins_with_kaun_is_the_users():
+    folder = Path(kaun.__file__).parent
+    assert in_kaun(kaun.__file__) and in_kaun(str(folder / "losses" / "functions.py"))
+    assert not in_kaun(__file__) and not in_kaun(str(folder.with_name("kaun_models") / "a.py"))

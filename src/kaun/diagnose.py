@@ -84,8 +84,8 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
     """Say which operation made a step not finite, in which line and layer, and for which rows of the batch.
 
     Runs the failing step once more, with the same state, item and random numbers, one operation at a time and not
-    compiled: the forward pass and the loss; if these are finite the gradient; then the update. Each operation is
-    compiled on its own, so it takes seconds for a large model.
+    compiled as a whole: the forward pass and the loss; if these are finite the gradient; then the update. Each
+    operation is compiled on its own, which takes seconds, and callbacks to the host are called again.
 
     Args:
         trainer: The trainer whose ``fit`` raised the error.
@@ -191,8 +191,8 @@ def _leaf_names(carry: Any) -> list[str]:
 
 def _head(error: NonFiniteLoss, part: str | None, leaf: str | None) -> str:
     if part == "gradient":
-        named = ", ".join(map(repr, error.parameters)) or "its parameters"
-        return f"the loss is {error.loss:g}, and its gradient is not finite for {named}."
+        counted = f"{len(error.parameters)} parameters" if len(error.parameters) > 1 else repr(*error.parameters)
+        return f"the loss is {error.loss:g}, and its gradient is not finite for {counted}."
     if part == "update":
         return f"the loss is {error.loss:g}, its gradient is finite, and the update makes {leaf!r} not finite."
     return f"the loss is {error.loss:g}."

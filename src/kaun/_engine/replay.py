@@ -200,7 +200,8 @@ class Replay:
         reasons = _reasons(name, nan, ~finite, operands) if aligned else _all_reasons(operands)
         here = _made_here(nan, ~finite, operands) if aligned else ~finite
         rows = tuple(np.flatnonzero(here.any(axis=tuple(range(1, host.ndim)))).tolist()) if host.ndim else ()
-        place = tuple(int(i) for i in np.argwhere(here & nan if (here & nan).any() else here)[0])
+        wanted = here & nan if (here & nan).any() else here
+        place = tuple(int(i) for i in np.unravel_index(np.argmax(wanted), wanted.shape))
         at = tuple(np.broadcast_to(np.asarray(v.array), host.shape)[place] for v in operands) if aligned else ()
         calls = self._calls if given is None else ()
         return Event(

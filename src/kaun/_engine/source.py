@@ -75,7 +75,7 @@ def _part(operations: Sequence[Operation]) -> tuple[str | None, str]:
     layers = [found[-1] for operation in operations if (found := _LAYER.findall(operation.scopes))]
     if layers:
         return layers[-1], f"in layer {layers[-1]!r}" if layers[-1] else "in the model"
-    return None, "in the square of the gradient" if "_step/nonfinite.py" in inside else "in the step"
+    return None, "in the square of the gradient" if "_step/watch.py" in inside else "in the step"
 
 
 def _frames(operations: Sequence[Operation]) -> list[Frame]:
