@@ -64,9 +64,10 @@ class Trainer(Generic[In, Out]):
         model: A ``Layer``.
         optimizer: Any object with optax's ``init`` and ``update``. Optimizers that take extra arguments (line searches,
             ``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``) receive ``value``, ``grad`` and ``value_fn``.
-        on_nonfinite: What to do when a step's loss or gradient is not finite. ``"raise"`` (default) discards the step,
-            and ``fit`` raises ``NonFiniteLoss``; ``"skip"`` discards it and continues; ``"ignore"`` applies it. A
-            discarded step changes ``state.step`` alone. ``step`` never raises.
+        on_nonfinite: What to do when a step's loss or gradient is not finite, or an element of the state is not that
+            was finite before. ``"raise"`` (default) discards the step, and ``fit`` raises ``NonFiniteLoss``; ``"skip"``
+            discards it and continues; ``"ignore"`` applies it. A discarded step changes ``state.step`` alone. ``step``
+            never raises.
         trainable: Whether the parameter at a path (``"0.weight"``) trains; by default all do. The others are neither
             differentiated nor in the optimizer's state. A layer, or any part of the model, whose parameters are all
             frozen runs as in ``predict`` and keeps its state.
@@ -74,7 +75,7 @@ class Trainer(Generic[In, Out]):
             ``"params=float32,compute=bfloat16,output=float32"``, or for short ``"mixed_bfloat16"`` and
             ``"mixed_float16"``. By default nothing is cast. Computation in float16 scales the loss: ``opt_state`` is
             then a ``LossScale``.
-        microbatches: In how many parts a step computes each batch, to save memory. Default 1.
+        microbatches: In how many parts a step computes each batch, of any length, to save memory. Default 1.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong kind, such as an optimizer without ``init``.

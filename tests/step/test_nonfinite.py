@@ -74,6 +74,7 @@ def test_the_state_on_the_exception_is_the_one_before_that_step(kind, report):
     assert {"left.weight", "left.bias"} <= set(caught.value.parameters)
 
 
+@pytest.mark.filterwarnings("ignore:on_nonfinite=")
 @given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(1, 7))
 @settings(max_examples=15, deadline=None)
 def test_skipping_is_a_fit_over_the_good_items_with_a_count_of_all(skipping, good, n):
