@@ -1,8 +1,8 @@
 """Measure what the guard against steps that are not finite costs: ``python -m bench.guard mlp cnn gpt adam50m``.
 
-Trainers of all modes run in turn in one process: "raise" and "skip" discard a step that is not finite, "ignore" takes
-the norm of the gradient as well, and "bare" takes no norm. Printed are the medians, and the ratios to "bare"
-within each round.
+Trainers of all modes run in turn in one process: "raise" and "skip" look at loss, gradient and update, and discard a
+step that is not finite, "ignore" takes the norm of the gradient alone, and "bare" takes no norm. Printed are the
+medians, and the ratios to "bare" within each round.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ KINDS = {"raise": "raise", "skip": "skip", "ignore": "ignore", "bare": "ignore"}
 @contextlib.contextmanager
 def bare():
     """Inside, steps are traced without the norm of the gradient."""
-    squares_of = step.squares_of
-    step.squares_of = lambda gradient: jnp.zeros(len(jax.tree.leaves(gradient)), jnp.float32)
+    checks_of = step.checks_of
+    step.checks_of = lambda gradient, *_: jnp.zeros(len(jax.tree.leaves(gradient)), jnp.float32)
     try:
         yield
     finally:
-        step.squares_of = squares_of
+        step.checks_of = checks_of
 
 
 def measure(name: str, rounds: int) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ ROWS = [
     {"_engine", "_report", "checkpoint"},
     {"_run", "evaluation", "interop"},
     {"train"},
-    {"reports", "summary"},
+    {"diagnose", "reports", "summary"},
 ]
 # Modules of one row that stand on each other, which a row of single modules cannot avoid.
 WITHIN_A_ROW = {
@@ -43,7 +43,7 @@ ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", 
 PUBLIC = {
     "kaun": {
         "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
-        "checkpoint", "errors", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
+        "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
     },
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.errors": {

@@ -1,7 +1,9 @@
 """The parts of JAX that are not its public API: each does what kaun relies on."""
 
 import ast
+import functools
 import re
+import weakref
 from pathlib import Path
 
 import jax
@@ -43,7 +45,7 @@ def test_nothing_else_uses_what_is_not_public():
 
 
 def test_every_function_gives_its_reason():
-    for name in set(_jax.__all__) - {"Convolution"}:
+    for name in set(_jax.__all__) - {"Convolution", "Frame"}:
         doc = getattr(_jax, name).__doc__
         assert len(doc.split("\n\n")) > 1 or ":" in doc, name
 
@@ -160,3 +162,88 @@ def test_the_service_that_waits_for_sigterm(monkeypatch):
     assert hasattr(distributed.global_state, "preemption_sync_manager")
     monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", object())
     assert _jax.preemption_service_runs() is True
+
+
+def log_of(x):
+    return jnp.log(x)
+
+
+def test_operations_say_where_they_are_in_the_users_code():
+    def f(x):
+        with jax.named_scope("here"):
+            return jax.nn.logsumexp(log_of(x)) + jax.jit(lambda x: x * 2)(x)
+
+    equations = []
+    closed = jax.make_jaxpr(jax.grad(f))(3.0)
+    jax.tree.leaves([*_jax.evaluate(closed, [3.0], lambda c: c, lambda o, v: (equations.append(o), o.run(v))[1])])
+    log = next(o for o in equations if o.name == "log")
+    file, line = __file__, log_of.__code__.co_firstlineno + 1
+    assert [frame[:2] for frame in log.frames if frame.file == file][-1] == (file, line)
+    assert log.frames[0] == min(equations, key=lambda o: o.key).frames[0], "the outermost call is the first"
+    assert log.scopes == "jvp(here)" and any(o.scopes == "transpose(jvp(here))" for o in equations)
+    called = [o for o in equations if o.called is not None]
+    assert file in {o.file for o in called}
+
+
+def loops(x):
+    first, ys = lax.scan(lambda c, a: (c + a, c * a), 0.0, x, reverse=True)
+    last = lax.while_loop(lambda c: c < 100, lambda c: c * first, first)
+    return lax.cond(last > 3, lambda a: a, lambda a: -a, last), ys, jax.checkpoint(jnp.sin)(last)
+
+
+def test_a_program_is_evaluated_equation_by_equation():
+    def apply(operation, values):
+        seen.append(operation.name)
+        if operation.called is not None:
+            return evaluate(operation.called, values)
+        if operation.branches:
+            return evaluate(operation.branches[int(values[0])], values[1:])
+        if operation.while_parts is not None:
+            condition, constants, body, more = operation.while_parts
+            carried = values[constants + more :]
+            while evaluate(condition, [*values[:constants], *carried])[0]:
+                carried = evaluate(body, [*values[constants : constants + more], *carried])
+            return carried
+        if operation.scan_parts is not None:
+            body, constants, carries, order = operation.scan_parts
+            assert (constants, carries, list(order)) == (0, 1, [2, 1, 0])
+        return operation.run(values)
+
+    def evaluate(closed, values):
+        (found,) = _jax.evaluate(closed, values, lambda constant: constant, apply)
+        return found
+
+    seen, x = [], jnp.array([1.0, 2.0, 3.0])
+    closed = jax.make_jaxpr(loops)(x)
+    for found, expected in zip(evaluate(closed, [x]), jax.tree.leaves(loops(x)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert {"scan", "while", "cond", "sin", "mul"} <= set(seen)
+
+
+def test_only_what_a_group_of_results_needs_runs_before_it():
+    closed = jax.make_jaxpr(lambda x: (jnp.sin(x), jnp.cos(x) + jnp.sin(x), jnp.exp(2.0)))(1.0)
+    seen = []
+    apply = lambda operation, values: (seen.append(operation.name), operation.run(values))[1]
+    groups = _jax.evaluate(closed, [1.0], lambda constant: constant, apply, [[0], [2, 1]])
+    (first,) = next(groups)
+    assert seen == ["sin"] and abs(first - np.sin(1)) < 1e-6
+    assert len(next(groups)) == 2 and sorted(seen)[:1] == ["add"] and "cos" in seen
+
+
+def test_values_that_are_not_needed_any_more_are_freed():
+    class Value:
+        def __init__(self, array):
+            self.array = array
+            alive.add(self)
+
+    alive = weakref.WeakSet()
+    most = 0
+
+    def apply(operation, values):
+        nonlocal most
+        most = max(most, len(alive))
+        return [Value(array) for array in operation.run([value.array for value in values])]
+
+    closed = jax.make_jaxpr(lambda x: functools.reduce(lambda a, _: jnp.sin(a), range(20), x))(1.0)
+    list(_jax.evaluate(closed, [Value(1.0)], Value, apply))
+    assert most <= 4

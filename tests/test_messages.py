@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import kaun
-from kaun._messages import locate, quoted, warn
+from kaun._messages import in_kaun, locate, quoted, warn
 from kaun._messages import plain as plain_text
 
 
@@ -101,3 +101,9 @@ def test_quoted_is_a_repr_of_bounded_length():
     assert quoted("0.weight") == "'0.weight'"
     assert quoted({"a": "\x1b"}) == "{'a': '\\x1b'}"
     assert quoted("x" * 500) == "'" + "x" * 96 + "..."
+
+
+def test_a_package_whose_name_begins_with_kaun_is_the_users():
+    folder = Path(kaun.__file__).parent
+    assert in_kaun(kaun.__file__) and in_kaun(str(folder / "losses" / "functions.py"))
+    assert not in_kaun(__file__) and not in_kaun(str(folder.with_name("kaun_models") / "a.py"))

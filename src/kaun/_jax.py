@@ -6,7 +6,8 @@ Nothing else in kaun uses such a part, so a new JAX release is a matter of this 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +15,16 @@ import jax.core
 from jax import lax
 
 __all__ = [
-    "Convolution", "any_traced", "calls_the_host", "children_of", "constants_in", "convolutions_in", "is_jitted",
-    "is_traced", "preemption_service_runs", "programs_in", "run_program", "threefry_2x32", "trace_of",
+    "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
+    "convolutions_in", "evaluate", "is_jitted", "is_traced", "preemption_service_runs", "primitives_in", "programs_in",
+    "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
 
 _HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])
+_CALLS = frozenset(
+    ["jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"]
+)
 
 
 def is_traced(value: Any) -> bool:
@@ -115,17 +120,25 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
                 yield from (value for value in values if getattr(value, "ndim", 0))
 
 
+def primitives_in(closed: Any) -> set[str]:
+    """Return the names of the operations of a traced program and of all programs inside it.
+
+    The names decide which operations are costly, and which call the host: of these a ``pure_callback`` has no effect by
+    which JAX's public API would tell. The names of primitives are not public API.
+    """
+    return {
+        equation.primitive.name
+        for program in programs_in(closed)
+        for equation in getattr(program, "jaxpr", program).eqns
+    }
+
+
 def calls_the_host(closed: Any) -> bool:
     """Return whether a traced program calls Python or foreign code while it runs, and so can fail by an exception.
 
-    A ``pure_callback`` has no effect by which JAX's public API would tell, so the names of the equations decide.
     ``jax.debug.print`` is left out: it raises nothing.
     """
-    return any(
-        equation.primitive.name in _HOST_CALLS
-        for program in programs_in(closed)
-        for equation in getattr(program, "jaxpr", program).eqns
-    )
+    return not _HOST_CALLS.isdisjoint(primitives_in(closed))
 
 
 class Convolution(NamedTuple):
@@ -171,3 +184,159 @@ def threefry_2x32(key: tuple[jax.Array, jax.Array], counts: tuple[jax.Array, jax
     from jax.extend.random import threefry2x32_p  # here and not above: half of the time that importing kaun takes
 
     return threefry2x32_p.bind(*key, *counts)
+
+
+class Frame(NamedTuple):
+    """A call in Python code that led to an operation.
+
+    Attributes:
+        file: The file of the code.
+        line: The line.
+        offset: The place in the bytecode, which tells the calls of one line apart.
+    """
+
+    file: str
+    line: int
+    offset: int
+
+
+class Operation:
+    """An equation of a traced program, with its place in the user's code.
+
+    ``jax.debug_nans`` names one operation too, but stops at values that never reach the result, and says nothing of a
+    loop's inside. The fields of equations are not public API.
+
+    Attributes:
+        name: The name of its primitive: ``"log"``.
+    """
+
+    __slots__ = ("_equation", "name")
+
+    def __init__(self, equation: Any) -> None:
+        self._equation = equation
+        self.name: str = equation.primitive.name
+
+    @property
+    def key(self) -> int:
+        """A number that is the same whenever the equation runs."""
+        return id(self._equation)
+
+    @property
+    def frames(self) -> list[Frame]:
+        """The calls that led to it, the outermost first."""
+        trace = self._equation.source_info.traceback
+        if trace is None:
+            return []
+        pairs = zip(trace.frames, trace.raw_frames()[1], strict=True)
+        return [Frame(frame.file_name, frame.line_num, offset) for frame, offset in pairs][::-1]
+
+    @property
+    def scopes(self) -> str:
+        """The names given by ``jax.named_scope``, and transformations: ``"transpose(jvp(attention))"``."""
+        return str(self._equation.source_info.name_stack)
+
+    @property
+    def called(self) -> Any:
+        """The program of an equation that runs one once, such as a jitted function; else None."""
+        params = self._equation.params
+        return params.get("jaxpr", params.get("call_jaxpr")) if self.name in _CALLS else None
+
+    @property
+    def file(self) -> str:
+        """The file of the function that is called, where that is known."""
+        info = getattr(getattr(self.called, "jaxpr", self.called), "debug_info", None)
+        return str(getattr(info, "func_src_info", "") or "").rpartition(" at ")[2].rpartition(":")[0]
+
+    @property
+    def branches(self) -> Sequence[Any]:
+        """The programs of a condition, whose first operand is the number of the one that runs."""
+        return self._equation.params["branches"] if self.name == "cond" else ()
+
+    @property
+    def while_parts(self) -> tuple[Any, int, Any, int] | None:
+        """Condition and body of a ``while``, each with the number of operands that are its constants; else None."""
+        if self.name != "while":
+            return None
+        params = self._equation.params
+        return params["cond_jaxpr"], params["cond_nconsts"], params["body_jaxpr"], params["body_nconsts"]
+
+    @property
+    def scan_parts(self) -> tuple[Any, int, int, Iterable[int]] | None:
+        """Body, number of constants, number of carried values, and order of the iterations of a ``scan``; else None."""
+        if self.name != "scan" or not self._equation.params["length"]:
+            return None
+        body, length = self._equation.params["jaxpr"], self._equation.params["length"]
+        inner = getattr(body, "jaxpr", body)
+        # By shapes, because JAX 0.10 and 0.12 have other parameters: a stacked value has one axis more than its slice.
+        stacked = lambda pairs: sum(a.aval.ndim > b.aval.ndim for a, b in pairs)
+        carried = len(inner.outvars) - stacked(zip(self._equation.outvars, inner.outvars, strict=True))
+        given = zip(self._equation.invars, inner.invars, strict=True)
+        constants = len(inner.invars) - stacked(given) - carried
+        order = range(length)
+        return body, constants, carried, reversed(order) if self._equation.params["reverse"] else order
+
+    def run(self, values: Sequence[Any]) -> list[Any]:
+        """Return its results for these operands, computed now."""
+        params = self._equation.primitive.get_bind_params(self._equation.params)
+        with self._equation.ctx.manager:
+            found = self._equation.primitive.bind(*values, **params)
+        return list(found) if self._equation.primitive.multiple_results else [found]
+
+
+def evaluate(
+    closed: Any,
+    arguments: Sequence[Any],
+    constant: Callable[[Any], Any],
+    apply: Callable[[Operation, list[Any]], list[Any]],
+    groups: Sequence[Sequence[int]] | None = None,
+) -> Iterator[list[Any]]:
+    """Run a traced program equation by equation, on values of the caller's form, and yield its results.
+
+    ``jax.core.eval_jaxpr`` runs arrays alone, and gives nobody a look between two equations.
+
+    Args:
+        closed: The program, a closed jaxpr or a jaxpr.
+        arguments: Its arguments.
+        constant: Makes a value of a constant of the program.
+        apply: Gives the results of an equation for its operands.
+        groups: Numbers of results. They are yielded group by group, and only what a group needs runs before it. By
+            default one group of all.
+    """
+    jaxpr = getattr(closed, "jaxpr", closed)
+    env = dict(zip(jaxpr.constvars, map(constant, getattr(closed, "consts", ())), strict=True))
+    env |= zip(jaxpr.invars, arguments, strict=True)
+    read = lambda atom: constant(atom.val) if _is_literal(atom) else env[atom]
+    results = [[jaxpr.outvars[i] for i in group] for group in groups or [range(len(jaxpr.outvars))]]
+    plan = _in_groups(jaxpr.eqns, results)
+    uses = Counter(atom for atoms in results for atom in atoms if not _is_literal(atom))
+    uses.update(atom for each in plan for equation in each for atom in equation.invars if not _is_literal(atom))
+    for equations, wanted in zip(plan, results, strict=True):
+        for equation in equations:
+            env |= zip(equation.outvars, apply(Operation(equation), list(map(read, equation.invars))), strict=True)
+            read_now = [atom for atom in equation.invars if not _is_literal(atom)]
+            uses.subtract(read_now)
+            for atom in {*read_now, *equation.outvars}:
+                if not uses[atom]:
+                    del env[atom]  # frees its memory
+        yield list(map(read, wanted))
+
+
+def _is_literal(atom: Any) -> bool:
+    return hasattr(atom, "val")
+
+
+def _in_groups(equations: Sequence[Any], results: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The equations that each group of results needs, beside those of the groups before it."""
+    plan: list[list[Any]] = []
+    left = list(equations)
+    for wanted in results:
+        needed, kept, chosen = {atom for atom in wanted if not _is_literal(atom)}, list[Any](), list[Any]()
+        for equation in reversed(left):
+            if needed.isdisjoint(equation.outvars):
+                kept.append(equation)
+            else:
+                needed.update(atom for atom in equation.invars if not _is_literal(atom))
+                chosen.append(equation)
+        left = kept[::-1]
+        plan.append(chosen[::-1])
+    return plan

@@ -17,6 +17,11 @@ _SKIPPED = tuple(str(Path(file).parent) + os.sep for file in (__file__, jax.__fi
 _CONTEXTS = contextlib.__file__
 
 
+def in_kaun(file: str) -> bool:
+    """Whether a file of code, as tracebacks name it, is kaun's own."""
+    return file.startswith(_SKIPPED[0])
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that names the line of the user's code which called into kaun, also where JAX traces kaun."""
     level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]

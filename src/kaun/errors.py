@@ -26,12 +26,16 @@ class EarlyStop(Exception):
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A step's loss or gradient is nan or infinite; the state before that step is its ``kaun_state``.
+    """A step's loss, gradient or update is nan or infinite; the state before that step is its ``kaun_state``.
+
+    ``kaun.explain(trainer, error)`` names the operation that made it so.
 
     Attributes:
         step: The number of the step in this fit, counted from 1.
         loss: The loss of the step.
         parameters: The paths of the parameters whose gradient is not finite.
+        leaves: Where loss and gradient are finite, the paths of what the update makes not finite: in ``"params"``,
+            ``"state"`` (of the layers) and ``"opt_state"``.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -50,14 +54,20 @@ class NonFiniteLoss(ArithmeticError):
     step: int
     loss: float
     parameters: tuple[str, ...]
+    leaves: tuple[str, ...]
 
-    def __init__(self, message: str, step: int, loss: float, parameters: tuple[str, ...]) -> None:
+    def __init__(
+        self, message: str, step: int, loss: float, parameters: tuple[str, ...], leaves: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
-        self.step, self.loss, self.parameters = step, loss, parameters
+        self.step, self.loss, self.parameters, self.leaves = step, loss, parameters, leaves
+        self.kaun_step: Any = None  # the step, with the state before it and its item, for kaun.explain
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default an exception is pickled as its class and `args`, which have only the message.
-        return type(self), (*self.args, self.step, self.loss, self.parameters), self.__dict__
+        # By default an exception is pickled as its class and `args`, which have only the message. The item has the
+        # loss, a closure, which does not pickle.
+        given = (*self.args, self.step, self.loss, self.parameters, self.leaves)
+        return type(self), given, {**self.__dict__, "kaun_step": None}
 
 
 class CaptureError(TypeError):

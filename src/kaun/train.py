@@ -16,19 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng
-from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, refuse_traced, run_step
+from kaun._engine import (
+    Compilation,
+    ProgramCache,
+    StepInputs,
+    StepLoop,
+    error_of,
+    find_step,
+    refuse_traced,
+    run_step,
+)
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
+from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error, warn_of_open_window
 from kaun._step import (
     DEFAULT_DTYPE,
     EvaluatedParams,
     Optimizer,
     Settings,
+    error_for,
     eval_step,
     init_carry,
     make_settings,
-    nonfinite_error,
     train_step,
     trainable_part,
 )
@@ -42,7 +51,7 @@ from kaun.state import TrainState, check_state
 if TYPE_CHECKING:
     from jax.export import Exported
 
-__all__ = ["Trainer", "lowered"]
+__all__ = ["Trainer", "lowered", "settings_of"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -56,9 +65,10 @@ class Trainer(Generic[In, Out]):
         model: A ``Layer``.
         optimizer: Any object with optax's ``init`` and ``update``. Optimizers that take extra arguments (line searches,
             ``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``) receive ``value``, ``grad`` and ``value_fn``.
-        on_nonfinite: What to do when a step's loss or gradient is not finite. ``"raise"`` (default) discards the step,
-            and ``fit`` raises ``NonFiniteLoss``; ``"skip"`` discards it and continues; ``"ignore"`` applies it. A
-            discarded step changes ``state.step`` alone. ``step`` never raises.
+        on_nonfinite: What to do when a step's loss or gradient is not finite, or an element of the state is not that
+            was finite before. ``"raise"`` (default) discards the step, and ``fit`` raises ``NonFiniteLoss``; ``"skip"``
+            discards it and continues; ``"ignore"`` applies it. A discarded step changes ``state.step`` alone. ``step``
+            never raises.
         trainable: Whether the parameter at a path (``"0.weight"``) trains; by default all do. The others are neither
             differentiated nor in the optimizer's state. A layer, or any part of the model, whose parameters are all
             frozen runs as in ``predict`` and keeps its state.
@@ -66,7 +76,7 @@ class Trainer(Generic[In, Out]):
             ``"params=float32,compute=bfloat16,output=float32"``, or for short ``"mixed_bfloat16"`` and
             ``"mixed_float16"``. By default nothing is cast. Computation in float16 scales the loss: ``opt_state`` is
             then a ``LossScale``.
-        microbatches: In how many parts a step computes each batch, to save memory. Default 1.
+        microbatches: In how many parts a step computes each batch, of any length, to save memory. Default 1.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong kind, such as an optimizer without ``init``.
@@ -98,7 +108,8 @@ class Trainer(Generic[In, Out]):
         settings = make_settings(**{name: getattr(self, name) for name in names})
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         object.__setattr__(self, "_settings", settings)
-        programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite)
+        scaled = settings.policy is not None and settings.policy.scaled
+        programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite, scaled=scaled)
         object.__setattr__(self, "_programs", programs)
         object.__setattr__(self, "_evaluated", EvaluatedParams())
 
@@ -217,7 +228,7 @@ class Trainer(Generic[In, Out]):
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        with open_run(checkpoints, state, data, report) as run:
+        with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
             del state  # where the caller does not hold it either, its memory is free once it is copied
@@ -238,7 +249,7 @@ class Trainer(Generic[In, Out]):
                 if step == 0:
                     raise empty_data("fit")
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
-            return now()
+            return warn_of_open_window(now())
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.
@@ -333,11 +344,12 @@ class Trainer(Generic[In, Out]):
         state = run.take()
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
         caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
-        trained = jax.tree_util.tree_structure(trainable_part(self.trainable, state.vars.params))
-        error_for = functools.partial(nonfinite_error, trained) if self.on_nonfinite == "raise" else None
+        trained = trainable_part(self.trainable, state.vars.params)
+        make = error_for(trained, state.vars, state.opt_state)
+        failure = functools.partial(error_of, self._settings, make) if self.on_nonfinite == "raise" else None
         carry, key = (state.vars, state.opt_state, state.step), state.key
-        del state
-        hooks = (caller.ran, caller.compiled, error_for, run.done, run.on_trace, caller.compiling)
+        del state, trained
+        hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling)
         return caller, StepLoop(self._programs, carry, key, ctx, *hooks)
 
     def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:
@@ -358,6 +370,11 @@ def lowered(trainer: Trainer[Any, Any], state: TrainState, inputs: StepInputs) -
     programs = trainer._programs  # pyright: ignore[reportPrivateUsage]
     traced = find_step(programs, structure, leaves, state.key, inputs, True)
     return traced.step.lower(leaves, state.key, inputs.leaves)
+
+
+def settings_of(trainer: Trainer[Any, Any]) -> Settings:
+    """Return the checked arguments of a trainer."""
+    return trainer._settings  # pyright: ignore[reportPrivateUsage]
 
 
 def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:

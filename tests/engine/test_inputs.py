@@ -121,3 +121,22 @@ def test_kinds_of_leaves():
         True,
     ]
     assert jax.tree_util.tree_leaves(StepInputs(1.0, None, None).leaves) == [1.0]
+
+
+def test_leaves_have_names_and_can_be_others():
+    class Batch:
+        def __init__(self, y):
+            self.y = y
+
+    y, batch = X[:, 0], Batch(X)
+    loss = lambda out: (out - y).sum() + (batch.y * out).sum() + sum(a.sum() for a in [X][:1])
+    inputs = StepInputs({"a": X, "b": [X, 2.0]}, loss, Context(mask=X))
+    names = inputs.names()
+    assert len(names) == len(inputs.leaves)
+    assert names[:3] == ["x.a", "x.b.0", "x.b.1"] and names[-1] == "ctx['mask']"
+    assert {"y, captured by the loss", "batch.y, captured by the loss"} <= set(names)
+    by_name = dict(zip(names, inputs.leaves, strict=True))
+    assert by_name["y, captured by the loss"] is y and by_name["batch.y, captured by the loss"] is X
+    assert StepInputs(X, None, None).names() == ["x"]
+    other = inputs.with_leaves([2 * leaf for leaf in inputs.leaves])
+    assert other.key == inputs.key and other.examples == inputs.examples and other.leaves[2] == 4.0

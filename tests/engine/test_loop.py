@@ -249,7 +249,7 @@ def stopping(carry, key, x, ctx, loss, training, discard):
     if discard:
         out = out._replace(carry=(jnp.where(jnp.isfinite(x), out.carry[0], carry[0]), out.carry[1]))
     numbers = {**out.numbers, "grad_norm": jnp.sum(x).astype(jnp.float32)}
-    return out._replace(numbers=numbers, finite=jnp.isfinite(x), squares=x * jnp.ones(1))
+    return out._replace(numbers=numbers, finite=jnp.isfinite(x), checks=x * jnp.ones(1))
 
 
 @pytest.mark.parametrize("leaves", [1, 4], ids=["leaves", "packed"])
@@ -258,7 +258,7 @@ def stopping(carry, key, x, ctx, loss, training, discard):
 def test_a_step_that_is_not_finite_ends_the_run_before_it(looking, size, leaves):
     seen = []
 
-    def error_for(step, loss, squares):
+    def error_for(step, loss, squares, failed):
         seen.append((step, loss, squares))
         return ArithmeticError(f"step {step}")
 
@@ -285,7 +285,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it(looking, size, leaves)
         run.flush()
         run.wait()
     assert run.failed and run.done == 13 and run.failure() is None
-    assert seen[0][0] == 14 and np.isnan(seen[0][1]) and np.isnan(seen[0][2]).all()
+    assert seen[0][0] == 14 and np.isnan(seen[0][1]) and np.isnan(seen[0][2][0])
     assert np.array_equal(run.carry()[0][0], reference.carry()[0][0]) and run.carry()[1] == 3
 
 

@@ -262,11 +262,11 @@ def test_a_run_whose_program_failed_is_resumed_to_the_same_bytes(tmp_path):
 
 
 def too_large(output):
-    """A loss that needs 4 TB."""
-    return square(output) + 0 * jnp.sort(jnp.arange(2**40, dtype=jnp.float32) + output[0, 0] * 0)[7]
+    """A loss that needs 4 TB. The compiler of JAX 0.12 crashes on its gradient, so it has none."""
+    numbers = jax.lax.iota(jnp.float32, 2**40) + jax.lax.stop_gradient(output[0, 0])
+    return square(output) + 0 * jax.lax.sort(numbers)[7]
 
 
-@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 @pytest.mark.parametrize("width", [SMALL, LARGE])
 @pytest.mark.parametrize("saved", [False, True])
 def test_an_allocation_fails_and_the_newest_state_that_lives_is_kept(tmp_path, width, saved):
@@ -292,7 +292,6 @@ def test_an_allocation_fails_and_the_newest_state_that_lives_is_kept(tmp_path, w
         )
 
 
-@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 def test_an_allocation_fails_and_a_state_that_a_report_kept_is_newer_than_the_checkpoint():
     """A report keeps the state of step 3 for itself; nothing else is left of the run."""
     trainer, state, x = setting(LARGE)
@@ -304,7 +303,6 @@ def test_an_allocation_fails_and_a_state_that_a_report_kept_is_newer_than_the_ch
     assert caught.value.__notes__[0].endswith("was held elsewhere, after step 3.")
 
 
-@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 def test_an_allocation_fails_and_nothing_is_left_which_a_note_says():
     """The state was given away to fit, and there is no checkpoint."""
     trainer, _, x = setting(LARGE)

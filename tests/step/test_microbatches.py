@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import Context, Layer, Vars, layers, losses, rng
+from kaun import Context, Layer, Vars, layers, losses, reports, rng
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
@@ -29,6 +29,14 @@ def one(apply):
     return Layer(init=init, apply=lambda vars, x, *, training, ctx: (apply(vars.params["w"], x, ctx), vars))
 
 
+class BlockReport(reports.Report):
+    def __init__(self, block):
+        self.block = block
+
+    def wants(self, step):
+        return False
+
+
 def close(a, b, rtol=1e-6):
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=rtol, atol=1e-6), a, b)
 
@@ -43,16 +51,36 @@ def test_it_must_be_a_count(count, error, received):
         made(count)
 
 
-def test_the_batch_must_divide():
-    trainer, state = made(4)
-    loss = lambda out: out.sum()
-    with pytest.raises(
-        ValueError,
-        match=r"microbatches=4\).*4 equal parts, received a batch of 10\. Write Data\.batches\(\.\.\., batch_size=8, drop_last=True",
-    ):
-        trainer.step(state, X[:10], loss=loss)
-    with pytest.raises(ValueError, match="received a batch of 3"):
-        trainer.fit(state, [(X, loss), (X[:3], loss)])
+@pytest.mark.parametrize("length", [1, 7, 10])
+def test_a_batch_of_any_length_is_the_same_step(length):
+    found = []
+    for count in (1, 4):
+        trainer, state = made(count, precision="mixed_bfloat16" if length == 7 else None)
+        found.append(trainer.step(state, X[:length], loss=lambda out: losses.mse(out, Y[:length])))
+    close((found[0][0], found[0][1].vars), (found[1][0], found[1][1].vars), rtol=1e-6 if length != 7 else 1e-2)
+
+
+def test_a_part_is_at_most_as_long_as_those_of_a_whole_batch():
+    lengths = []
+
+    def apply(w, x, ctx):
+        lengths.append(x.shape[0])
+        return x[:, :2] * w[None] * ctx["mask"][:, None]
+
+    trainer, state = made(4, one(apply))
+    for length, parts in ((12, {3}), (10, {3, 1}), (9, {3}), (5, {2, 1}), (3, {1})):
+        lengths.clear()
+        trainer.step(state, X[:length], loss=lambda out: out.sum(), ctx=Context(mask=jnp.ones(length)))
+        assert set(lengths) == parts
+
+
+def test_the_last_part_of_a_ragged_batch_draws_for_itself():
+    trainer, state = made(3, one(lambda w, x, ctx: x * w[0]), layers.dropout(0.5))
+    drawn = []
+    loss = lambda out: (out.sum(), {f"n{i}": out[i].sum() for i in (0, 4, 8)})
+    rows = lambda step, values: drawn.extend(float(values[f"n{i}"][0]) for i in (0, 4, 8))
+    trainer.fit(state, [(np.ones((10, 300), np.float32), loss)], report=BlockReport(rows))
+    assert len(set(drawn)) == 3, "each part has its own mask"
 
 
 def test_there_must_be_a_batch():
@@ -100,16 +128,9 @@ def test_dropout_draws_for_each_part_and_alike_in_both_passes():
     _, after = trainer.step(state, ones, loss=lambda out: out.sum())
     rows = []
 
-    class Rows:
-        def __call__(self, step, loss, state): ...
-        def wants(self, step):
-            return False
-
-        def block(self, first, values):
-            rows.extend([[float(values[f"n{i}"][0]) for i in range(12)], values["loss"][0]])
-
+    keep = lambda first, values: rows.extend([[float(values[f"n{i}"][0]) for i in range(12)], values["loss"][0]])
     end = trainer.fit(
-        state, [(ones, lambda out: (out.sum(), {f"n{i}": out[i].sum() for i in range(12)}))], report=Rows()
+        state, [(ones, lambda out: (out.sum(), {f"n{i}": out[i].sum() for i in range(12)}))], report=BlockReport(keep)
     )
     drawn, total = np.array(rows[0]).reshape(4, 3), rows[1]
     assert len({tuple(part) for part in drawn}) > 1, "the parts must not share one mask"

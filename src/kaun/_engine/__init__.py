@@ -1,11 +1,15 @@
 """How many steps run at once.
 
 A step is traced once for each kind of item (``inputs``, ``cache``), compiled into a loop over a block of items
-(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs.
+(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs. A step that is not
+finite (``failed``) can be run again one operation at a time (``replay``, ``source``).
 """
 
 from kaun._engine.cache import ProgramCache as ProgramCache
+from kaun._engine.failed import FailedStep as FailedStep
+from kaun._engine.failed import error_of as error_of
 from kaun._engine.inputs import StepInputs as StepInputs
+from kaun._engine.inputs import as_arrays as as_arrays
 from kaun._engine.inputs import refuse_traced as refuse_traced
 from kaun._engine.jaxpr import digest_program as digest_program
 from kaun._engine.log import Compilation as Compilation
@@ -14,4 +18,12 @@ from kaun._engine.loop import find_step as find_step
 from kaun._engine.loop import run_step as run_step
 from kaun._engine.packing import Packing as Packing
 from kaun._engine.program import TracedStep as TracedStep
+from kaun._engine.program import trace_step as trace_step
+from kaun._engine.replay import Event as Event
+from kaun._engine.replay import Origin as Origin
+from kaun._engine.replay import Replay as Replay
+from kaun._engine.replay import origin_of as origin_of
 from kaun._engine.results import StepResults as StepResults
+from kaun._engine.source import LAYER as LAYER
+from kaun._engine.source import Source as Source
+from kaun._engine.source import source_of as source_of

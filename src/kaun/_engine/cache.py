@@ -25,11 +25,13 @@ class ProgramCache:
         forward: ``forward(carry, key, x, ctx) -> output``, the model in evaluation mode.
         metrics: ``metrics(loss_key, arrays, key, output, targets) -> parts``, the traced metrics of ``evaluate``.
         on_nonfinite: What happens to a step that is not finite: ``"raise"``, ``"skip"`` or ``"ignore"``.
+        scaled: Whether the loss is scaled: a step then discards an overflow itself.
         capacity: How many traced steps are kept, each with its programs.
 
     Attributes:
         train_step: As the argument.
         on_nonfinite: As the argument.
+        discards: Whether every step itself discards an update that is not finite.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class ProgramCache:
         metrics: Callable[..., Any],
         *,
         on_nonfinite: str = "ignore",
+        scaled: bool = False,
         capacity: int = 256,
     ) -> None:
         self.train_step, self.on_nonfinite = train_step, on_nonfinite
+        self.discards = scaled or on_nonfinite != "raise"
         self._forward, self._metrics = forward, metrics
         self._capacity = capacity
         self._table: OrderedDict[Hashable, Any] = OrderedDict()

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from kaun import tree
 from kaun._engine.explicit import explicit_mesh, to_automatic
 from kaun._jax import any_traced, is_traced
-from kaun._loss import capture_loss, captures, subject
+from kaun._loss import array_names, capture_loss, captures, subject
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.data import is_tensor
@@ -92,6 +92,12 @@ class StepInputs:
         self.static = (loss_key, x_def, ctx_def, n, len(arrays))
         self.key = (self.static, tuple(kinds))
 
+    def with_leaves(self, leaves: list[Any]) -> StepInputs:
+        """Return another item of the same kind, with these arrays."""
+        new = object.__new__(StepInputs)
+        new.what, new.leaves, new.static, new.key = self.what, leaves, self.static, self.key
+        return new
+
     def owned(self) -> list[Any]:
         """Return the leaves as they are now: NumPy arrays copied, because XLA may read them after the call returned."""
         return [tree.snapshot(a) for a in self.leaves]
@@ -130,6 +136,14 @@ class StepInputs:
     def code(self) -> str:
         """The name, file and line of the loss, empty without a loss."""
         return locate(self.subject) if self.subject is not None else ""
+
+    def names(self) -> list[str]:
+        """Return for each leaf what it is: ``"x"``, ``"y, captured by the loss"``, ``"ctx['mask']"``."""
+        loss_key, _, _, _, captured = self.static
+        x, _, ctx = _split(self.static, self.leaves)
+        names = [f"{self.what}.{path}" if path else self.what for path in tree.flatten(x)[0]]
+        names += [f"{name}, captured by the loss" for name in array_names(loss_key, captured)] if captured else []
+        return [*names, *[f"ctx[{path!r}]" for path in tree.flatten(ctx)[0]]]
 
     def describe(self) -> dict[str, str]:
         """Return all that the program depends on, by name, in words."""

@@ -20,10 +20,11 @@ import numpy as np
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
+from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, packing_of, unpack
 from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
-from kaun._engine.results import StepResults
+from kaun._engine.results import PendingDispatch, StepResults
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
@@ -42,8 +43,8 @@ def find_step(
     where = ("train", structure, training, inputs.key)
     found = programs.get(where)
     if found is None:
-        train_step, mode = programs.train_step, programs.on_nonfinite
-        found = programs.add(where, trace_step(train_step, mode, structure, leaves, key, inputs, training))
+        step = programs.train_step, programs.on_nonfinite, programs.discards
+        found = programs.add(where, trace_step(*step, structure, leaves, key, inputs, training))
     return found
 
 
@@ -86,8 +87,8 @@ class StepLoop:
         ctx: The Context of every step.
         on_dispatch: Called with the ``StepResults`` after each dispatch.
         on_compile: Called after each compilation with the seconds it took.
-        error_for: Returns the exception for a step that is not finite, given its number, its loss and the squares of
-            its gradient; None if such a step does not end the run.
+        error_for: Returns the exception for a step that is not finite, given its number, its loss, its status after the
+            first number (``StepResults``), and the step itself; None if such a step does not end the run.
         done: How many steps were run before.
         on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen.
         on_compiling: Called before each compilation with the entry for which it is.
@@ -101,7 +102,7 @@ class StepLoop:
         ctx: Context | None,
         on_dispatch: Callable[[StepResults], None] = lambda results: None,
         on_compile: Callable[[float], None] = lambda seconds: None,
-        error_for: Callable[[int, float, Any], Exception] | None = None,
+        error_for: Callable[[int, float, Any, FailedStep], Exception] | None = None,
         done: int = 0,
         on_trace: Callable[[StepInputs, TracedStep], None] = lambda inputs, traced: None,
         on_compiling: Callable[[str], None] = lambda where: None,
@@ -131,7 +132,7 @@ class StepLoop:
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
         self._open: _Block | None = None
-        self._in_flight: deque[StepResults] = deque()
+        self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
         self._limit = _BEGIN
         self._room = 1
@@ -347,7 +348,9 @@ class StepLoop:
                 self._carry = before
                 raise
         self._on_dispatch(results)
-        self._in_flight.append(results)
+        # The items stay until their steps are known to be finite: the exception for one that is not has its item.
+        items = (pattern, shared, stacked) if self._error_for is not None else ((), [], [])
+        self._in_flight.append(PendingDispatch(results, inputs, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
 
@@ -360,8 +363,9 @@ class StepLoop:
             self._result.clear()
         return self._carry[2]
 
-    def _check(self, results: StepResults) -> None:
+    def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
+        results = dispatch.results
         if self._error_for is None or results.status is None:
             return
         status = np.asarray(results.status)
@@ -369,12 +373,14 @@ class StepLoop:
             return
         i = results.finite_steps()
         self._failed_step = results.first + i
-        raise self._error_for(self._failed_step, float(np.asarray(results.losses)[i]), status[1:])
+        failed = FailedStep(self.carry(), self.key, dispatch.item(i))
+        raise self._error_for(self._failed_step, float(np.asarray(results.losses)[i]), status[1:], failed)
 
-    def _pace(self, results: StepResults) -> None:
+    def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide its dispatch."""
+        results = dispatch.results
         results.losses.block_until_ready()
-        self._check(results)
+        self._check(dispatch)
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
         # The clock decides how many steps share a dispatch, which changes no bit of them.

@@ -18,7 +18,7 @@ from kaun._engine.jaxpr import slow_in_loops
 from kaun._engine.packing import Packing, in_place, packing_of
 from kaun._jax import calls_the_host
 from kaun._loss import trace_loss
-from kaun._step import match_state
+from kaun._step import match_state, spoiled_leaves
 
 __all__ = ["ROWS", "Program", "TracedStep", "count_on_device", "trace_step"]
 
@@ -55,7 +55,7 @@ class TracedStep:
     """One training step as it was traced for inputs of one key, and the programs made of it.
 
     Args:
-        step: The jitted step, ``step(leaves, key, item) -> (loss, numbers, leaves, finite, squares)``.
+        step: The jitted step, ``step(leaves, key, item) -> (loss, numbers, leaves, finite, checks)``.
         traced: What tracing it gave.
         inputs: The inputs for which it was traced.
         on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
@@ -67,6 +67,7 @@ class TracedStep:
         jaxpr: The traced program.
         on_nonfinite: As the argument.
         discards: As the argument.
+        checks: How many checks a step returns (``StepOutput``).
         tables: For each dtype the names of a step's numbers beside its loss, in the order of their columns.
         places: For each of these numbers by name the index of its table and its column.
         looped: Whether it runs in a loop.
@@ -82,16 +83,16 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_lock", "_programs", "can_raise", "capacity", "discards", "entries", "jaxpr", "looped", "loss_dtype", "most",
-        "on_nonfinite", "patterns", "places", "seconds", "status", "step", "tables",
+        "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "looped", "loss_dtype",
+        "most", "on_nonfinite", "patterns", "places", "seconds", "status", "step", "tables",
     )  # fmt: skip
 
     def __init__(
         self, step: Any, traced: Any, inputs: StepInputs, on_nonfinite: str, discards: bool, seconds: float
     ) -> None:
         self.step, self.jaxpr, self.on_nonfinite, self.discards = step, traced.jaxpr, on_nonfinite, discards
-        loss, numbers, _, _, squares = traced.out_info
-        self.loss_dtype = loss.dtype
+        loss, numbers, _, _, checks = traced.out_info
+        self.loss_dtype, self.checks = loss.dtype, checks.shape[0]
         self.tables: dict[Any, list[str]] = {}
         for name, number in numbers.items():
             self.tables.setdefault(number.dtype, []).append(name)
@@ -103,7 +104,8 @@ class TracedStep:
         self.can_raise = calls_the_host(traced.jaxpr)
         self.most = ROWS if self.looped and not self.can_raise else 1
         self.capacity = min(capacity_of(inputs), self.most)
-        self.status = _all_finite(squares.shape[0], squares.dtype) if on_nonfinite == "raise" else None
+        watched = 0 if discards else len(traced.out_info[2]) - 1  # a step that discards has looked at the leaves itself
+        self.status = _all_finite(checks.shape[0] + watched, checks.dtype) if on_nonfinite == "raise" else None
         self.entries: set[str] = set()
         self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
@@ -152,6 +154,7 @@ class TracedStep:
 def trace_step(
     train_step: Callable[..., Any],
     on_nonfinite: str,
+    discards: bool,
     structure: Any,
     leaves: Sequence[Any],
     key: jax.Array,
@@ -164,6 +167,7 @@ def trace_step(
         train_step: ``train_step(carry, key, x, ctx, loss, training, discard)``, as ``kaun._step.train_step`` after
             its settings.
         on_nonfinite: What happens to a step that is not finite.
+        discards: Whether the step itself always discards an update that is not finite.
         structure: The structure of the carry.
         leaves: Its leaves, or their shapes and dtypes. The last one counts the steps.
         key: The run's key.
@@ -173,14 +177,14 @@ def trace_step(
     split, loss_key = inputs.split, inputs.loss_key
     # A condition around the update of a small state would change its last bits against a loop written by hand. There
     # the loop over the steps keeps the state before the step (``_block``).
-    discards = on_nonfinite != "raise" or in_place(leaves)
+    discards = discards or in_place(leaves)
 
     def step(leaves: list[Any], key: jax.Array, item: list[Any]) -> Any:
         carry = jax.tree_util.tree_unflatten(structure, as_arrays(leaves))
         x, arrays, ctx = split(item)
         out = train_step(carry, key, x, ctx, functools.partial(trace_loss, loss_key, arrays), training, discards)
         after = jax.tree_util.tree_leaves(match_state(carry, out.carry))
-        return out.loss, out.numbers, after, out.finite, out.squares
+        return out.loss, out.numbers, after, out.finite, out.checks
 
     start, jitted = time.perf_counter(), jax.jit(step)
     traced = jitted.trace(list(leaves), key, inputs.leaves)
@@ -191,6 +195,8 @@ def _block(
     traced: TracedStep, pattern: tuple[bool, ...], packing: Packing | None, *, stops: bool, keeps: bool
 ) -> Callable[..., Any]:
     """Return the function that runs the steps of a block.
+
+    The status that it is given and returns is that of ``StepResults``; in the loop it has no place for the leaves.
 
     Args:
         traced: The step.
@@ -204,9 +210,13 @@ def _block(
         # Without a loop, for a step that XLA runs slowly inside one.
         before = packing.unpack(held) if packing else held
         loss, rows, after, last = _run_step(traced, stops, before, key, status, shared)
+        if keeps:
+            last, after = _kept(last, before, after)
+        elif stops:
+            status = status[: 1 + traced.checks]
         if stops:  # after a step that is not finite nothing changes any more
             running = status[0] > 0
-            after = _select(running & (last[0] > 0) if keeps else running, after, before)
+            after = _select(running, after, before)
             last = jnp.where(running, last, status)
         return loss[None], [row[None] for row in rows], packing.pack(after) if packing else after, last
 
@@ -228,9 +238,11 @@ def _block(
         losses = jnp.zeros(length, traced.loss_dtype)
         tables = [jnp.zeros((length, len(names)), dtype) for dtype, names in traced.tables.items()]
         leaves = packing.unpack(held) if packing else held
+        status = status[: 1 + traced.checks] if stops else status
         start = (jnp.uint32(0), leaves, leaves if keeps else [], status, losses, tables)
         _, leaves, before, status, losses, tables = lax.while_loop(unfinished, body, start)
-        leaves = _select(status[0] > 0, leaves, before) if keeps else leaves
+        if keeps:
+            status, leaves = _kept(status, before, leaves)
         return losses, tables, packing.pack(leaves) if packing else leaves, status
 
     length = traced.capacity if any(pattern) else ROWS
@@ -239,11 +251,19 @@ def _block(
 
 def _run_step(traced: TracedStep, stops: bool, leaves: list[Any], key: jax.Array, status: Any, item: list[Any]) -> Any:
     """Return the loss, the rows of other numbers, the leaves and the status after a step."""
-    loss, numbers, after, finite, squares = traced.step(leaves, key, item)
+    loss, numbers, after, finite, checks = traced.step(leaves, key, item)
     if stops:
-        status = jnp.concatenate([finite.astype(status.dtype)[None], squares])
+        status = jnp.concatenate([finite.astype(status.dtype)[None], checks])
     rows = [jnp.stack([numbers[name] for name in names]) for names in traced.tables.values()]
     return loss, rows, after, status
+
+
+def _kept(status: jax.Array, before: list[Any], after: list[Any]) -> tuple[jax.Array, list[Any]]:
+    """Return the status with its place for the leaves, and the state before the last step where that is not finite."""
+    finite = status[0] > 0
+    none = jnp.zeros(len(after) - 1, bool)
+    spoiled = lax.cond(finite, lambda: none, lambda: spoiled_leaves(before[:-1], after[:-1]))
+    return jnp.concatenate([status, spoiled.astype(status.dtype)]), _select(finite, after, before)
 
 
 def _select(condition: jax.Array, values: list[Any], others: list[Any]) -> list[Any]:
@@ -268,10 +288,10 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...]) -> Callable[..., An
 
 
 @functools.cache
-def _all_finite(squares: int, dtype: Any) -> jax.Array:
+def _all_finite(checks: int, dtype: Any) -> jax.Array:
     """Return the status of a run before its first step, on the device."""
     with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.ones(1 + squares, dtype)
+        return jnp.ones(1 + checks, dtype)
 
 
 @functools.lru_cache(maxsize=2 * ROWS)

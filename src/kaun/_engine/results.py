@@ -1,4 +1,4 @@
-"""StepResults: what a dispatch of steps gave."""
+"""StepResults: what a dispatch of steps gave. PendingDispatch: one that may not be done yet, with its items."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from kaun import tree
+from kaun._engine.inputs import StepInputs
+
+__all__ = ["PendingDispatch", "StepResults"]
 
 
 class StepResults(NamedTuple):
@@ -18,8 +23,9 @@ class StepResults(NamedTuple):
         losses: An array at least as long.
         numbers: The other numbers, a table for each dtype, with a row for each step.
         places: For each of these numbers by name its table and its column.
-        status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0), and the
-            squares of the gradient of the last step that ran (``train_step``). None elsewhere.
+        status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0); the
+            ``checks`` of the last step that ran (``StepOutput``); and for each leaf of the state but the last, the
+            number of steps, whether that step's update is why it is not finite. None elsewhere.
         examples: How many examples each step learns from, None if that is unknown.
     """
 
@@ -45,6 +51,30 @@ class StepResults(NamedTuple):
         tables = [np.asarray(table)[:steps] for table in self.numbers]
         named = {name: tables[table][:, column] for name, (table, column) in self.places.items()}
         return {"loss": _widened(self.losses)[:steps]} | named
+
+
+class PendingDispatch(NamedTuple):
+    """A dispatch that may not be done yet, with its items, one of which may turn out to be the reason of an error.
+
+    Attributes:
+        results: What it gives.
+        inputs: An item of the kind of its items.
+        pattern: For each array of an item whether it is stacked.
+        shared: The arrays that are not, with one value for all items.
+        stacked: Those that are. Their memory is used again once the dispatch is done.
+    """
+
+    results: StepResults
+    inputs: StepInputs
+    pattern: tuple[bool, ...]
+    shared: list[Any]
+    stacked: list[Any]
+
+    def item(self, i: int) -> StepInputs:
+        """Return its item number ``i``, in memory that stays as it is."""
+        rows, given = iter(self.stacked), iter(self.shared)
+        leaves = [next(rows)[i] if stacked else next(given) for stacked in self.pattern]
+        return self.inputs.with_leaves([tree.snapshot(leaf) for leaf in leaves])
 
 
 def _widened(losses: Any) -> np.ndarray[Any, Any]:

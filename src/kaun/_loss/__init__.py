@@ -23,6 +23,7 @@ from kaun._loss.code import attributes_of as attributes_of
 from kaun._loss.code import code_info as code_info
 from kaun._loss.code import methods_of as methods_of
 from kaun._loss.code import reads_by_name as reads_by_name
+from kaun._loss.describe import array_names as array_names
 from kaun._loss.describe import captures as captures
 from kaun._loss.describe import subject as subject
 from kaun._loss.origin import is_library as is_library

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from kaun import tree
 from kaun._loss.code import CodeInfo
 from kaun._loss.walk import KeyNode, LossKey
 
-__all__ = ["captures", "subject"]
+__all__ = ["array_names", "captures", "subject"]
 
 
 def captures(key: LossKey, arrays: Iterable[Any]) -> dict[str, str]:
     """What a closure captures, in words, by name: arrays as dtype and shape, static values as they print."""
-    found: dict[str, str] = {}
-    _describe(key.node, "", iter(arrays), found)
+    return _captures(key, arrays, tree.describe)
+
+
+def array_names(key: LossKey, count: int) -> list[str]:
+    """The names of the arrays that a closure captures, ``count`` of them, in their order."""
+    numbers = _captures(key, range(count), lambda number: number)
+    names = {number: name for name, number in numbers.items() if isinstance(number, int)}
+    return [names.get(i, "an array") for i in range(count)]
+
+
+def _captures(key: LossKey, arrays: Iterable[Any], text: Callable[[Any], Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    _describe(key.node, "", iter(arrays), found, text)
     return found
 
 
-def _describe(node: KeyNode, name: str, arrays: Iterator[Any], found: dict[str, str]) -> None:
+def _describe(
+    node: KeyNode, name: str, arrays: Iterator[Any], found: dict[str, Any], text: Callable[[Any], Any]
+) -> None:
     parts = list(_parts(node, name))
     for part, inner in parts:
-        _describe(inner, part, arrays, found)
+        _describe(inner, part, arrays, found, text)
     match node:
         case ("array",):
-            found[name] = tree.describe(next(arrays))
+            found[name] = text(next(arrays))
         case ("tuple" | "list" as kind, items):
             found[f"{name} ({kind})"] = str(len(items))
         case ("pytree", treedef, *_):
             found[f"{name} (pytree)"] = str(treedef)
         case ("frozen", inner_key, count):
-            inside = captures(inner_key, [next(arrays) for _ in range(count)])
+            inside = _captures(inner_key, [next(arrays) for _ in range(count)], text)
             found.update({f"{name}.{k}" if name and k else name + k: v for k, v in inside.items()})
         case ("object", same, *_) if not parts:
             found[name] = f"{same.text.partition(' ')[2] or same.text} object"

@@ -16,6 +16,7 @@ from kaun import tree
 from kaun._engine import StepResults
 from kaun._messages import locate
 from kaun._report import check_report, measured_by_call, member, names_of
+from kaun._run.notices import DiscardedSteps
 from kaun.errors import EarlyStop
 from kaun.state import TrainState
 
@@ -119,6 +120,7 @@ class ReportCaller:
         self._steps = 0
         self._next = time.monotonic() + _PATIENCE
         self._total, self._done, self._before, self._raises = total, done, before, mode == "raise"
+        self._discarded = DiscardedSteps() if mode == "skip" else None
         self.pending_report_loss, self._interruptible = pending_report_loss, interruptible
         self._asked = self._wanted = done if pending_report_loss is None else done - 1
         self._clock = time.perf_counter()
@@ -164,6 +166,8 @@ class ReportCaller:
 
     def ran(self, ran: StepResults) -> None:
         """Take the results of a dispatch, which may not be done yet."""
+        if self._discarded is not None:
+            self._discarded.ran(ran)
         if self._block is None:
             return
         self._waiting.append(ran)
@@ -199,8 +203,10 @@ class ReportCaller:
         if callable(compiled):
             compiled(seconds)
 
-    def finish(self) -> None:
-        """Pass on the values that are left, as they get ready."""
+    def finish(self, *, last: bool = False) -> None:
+        """Pass on the values that are left, as they get ready; ``last`` says that the fit ends with them."""
+        if self._discarded is not None:
+            self._discarded.finish(last=last)
         while self._waiting:
             self._deliver(1)
 
@@ -241,7 +247,7 @@ class ReportCaller:
         if not np.isnan(examples).any():
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
         if good is not None:
-            values["skipped"] = good == 0
+            values["skipped"] = good <= 0
             if "learning_rate" in values:  # the state has the rate of the update before
-                values["learning_rate"] = np.where(good == 0, np.nan, values["learning_rate"])
+                values["learning_rate"] = np.where(good <= 0, np.nan, values["learning_rate"])
         return values

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from kaun import rng
+from kaun import rng, tree
 from kaun._engine import StepInputs, TracedStep
 from kaun._report import member
 from kaun._run.identity import check_facts, differences, refuse_difference, run_facts, unscoped, warn_of_machine
@@ -79,7 +82,7 @@ class TrainingRun:
 
 @contextmanager
 def open_run(
-    checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any
+    checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any, on_nonfinite: str = "raise"
 ) -> Generator[TrainingRun, None, None]:
     """The run of a fit: a new one, or that of the directory. When the block ends, all checkpoints are on the disk.
 
@@ -88,6 +91,7 @@ def open_run(
         state: the state that ``fit`` was given.
         data: all items of the run.
         report: the report of the fit, whose snapshot is restored.
+        on_nonfinite: as the trainer's; unless it is ``"ignore"``, no run is resumed from a state that is not finite.
 
     Raises:
         ResumeMismatch: when the directory holds another run.
@@ -104,7 +108,7 @@ def open_run(
     _check_resumable(checkpoints, state, data)
     store = Store.open(checkpoints)
     try:
-        run = _start_or_resume(store, checkpoints, state, data, report)
+        run = _start_or_resume(store, checkpoints, state, data, report, watched=on_nonfinite != "ignore")
     except BaseException:
         store.close()
         raise
@@ -164,10 +168,10 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
 
 
 def _start_or_resume(
-    store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any
+    store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any, *, watched: bool
 ) -> TrainingRun:
     facts = run_facts(state, data)
-    saved = store.newest(like=state)
+    saved = store.newest(state, functools.partial(_spoiled, state)) if watched else store.newest(state)
     if saved is not None:
         check_facts(directory, saved.step, saved.facts)
     saver = CheckpointSaver(store, directory, facts, report, saved)
@@ -179,6 +183,20 @@ def _start_or_resume(
             raise store.read_only
         run.data = saver.data = resume_from(data, run.done, None if saved is None else saved.facts["place"])
     return run
+
+
+def _spoiled(start: TrainState, found: TrainState) -> str:
+    """Return what to say of a saved state with a leaf that is not finite, and was at the start of the run."""
+    before = tree.flatten(start)[0]
+    for path, leaf in tree.flatten(found)[0].items():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            spoiled = ~np.isfinite(np.asarray(leaf))
+            if spoiled.any() and (spoiled & np.isfinite(np.asarray(before[path]))).any():
+                return (
+                    f"{path!r} is not finite, and was finite when the run began. To train with it all the same, write "
+                    'Trainer(..., on_nonfinite="ignore")'
+                )
+    return ""
 
 
 def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[str, Any], report: Any) -> None:

@@ -136,6 +136,6 @@ def flush_and_save(
     """
     loop.flush()
     loop.wait()
-    hook.finish()
+    hook.finish(last=bool(ended))
     if saver is not None:
         saver.save(loop.done, now(), ended=ended)

@@ -6,8 +6,8 @@ Read ``step`` first: forward pass, loss, gradient, update. Each other module imp
 from kaun._step.evaluated import EvaluatedParams as EvaluatedParams
 from kaun._step.microbatches import batch_length as batch_length
 from kaun._step.model import abstract_vars as abstract_vars
+from kaun._step.nonfinite import error_for as error_for
 from kaun._step.nonfinite import match_state as match_state
-from kaun._step.nonfinite import nonfinite_error as nonfinite_error
 from kaun._step.optimizer import Optimizer as Optimizer
 from kaun._step.optimizer import state_nodes as state_nodes
 from kaun._step.precision import DEFAULT_DTYPE as DEFAULT_DTYPE
@@ -20,3 +20,5 @@ from kaun._step.step import init_carry as init_carry
 from kaun._step.step import make_settings as make_settings
 from kaun._step.step import train_step as train_step
 from kaun._step.trainable import trainable_part as trainable_part
+from kaun._step.values import refused_values as refused_values
+from kaun._step.watch import spoiled_leaves as spoiled_leaves

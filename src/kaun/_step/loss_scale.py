@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun._step.precision import Policy
+from kaun._step.watch import gradient_finite
 from kaun.layers.arguments import accumulation_dtype
 
 __all__ = [
@@ -82,15 +83,15 @@ def unscale(opt_state: LossScale, gradient: Any) -> Any:
     return jax.tree_util.tree_map(divide, gradient)
 
 
-def has_overflowed(opt_state: LossScale, value: jax.Array, norm: jax.Array) -> jax.Array:
+def has_overflowed(opt_state: LossScale, value: jax.Array, checks: jax.Array) -> jax.Array:
     """Return whether the scale is the reason for a gradient that is not finite: the loss is, and the scale is above 1.
 
     Args:
         opt_state: The optimizer's state before the step.
         value: The loss.
-        norm: The norm of its gradient.
+        checks: ``checks_of`` its gradient.
     """
-    return jnp.isfinite(value) & ~jnp.isfinite(norm) & (opt_state.scale > LEAST)
+    return jnp.isfinite(value) & ~gradient_finite(checks) & (opt_state.scale > LEAST)
 
 
 def adapt_scale(before: LossScale, inner: Any, updated: jax.Array, overflowed: jax.Array) -> LossScale:

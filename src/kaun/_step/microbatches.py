@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,8 @@ def run_in_parts(
     """Return what ``forward(x, ctx)`` does, output and layer state, computed in parts one after the other.
 
     Only the parts' inputs and outputs are kept for the gradient: each part runs again in the backward pass. Arrays of x
-    and ctx that are as long as the batch are split; each part receives the others whole.
+    and ctx that are as long as the batch are split; each part receives the others whole. The parts are of one length;
+    of a batch that they do not divide, the last one is shorter, and of a short batch there are fewer.
 
     Args:
         count: The number of parts.
@@ -53,29 +55,36 @@ def run_in_parts(
         key: The step's key; each part draws from its own key.
 
     Raises:
-        ValueError: If the batch cannot be split, the outputs cannot be joined, or a layer's state would change.
+        ValueError: If x has no first axis, the outputs cannot be joined, or a layer's state would change.
     """
-    if count == 1:
+    length = 0 if count == 1 else _length(x, count)
+    if not length:
         return forward(x, ctx)
-    length = _length(x, count)
+    size = -(-length // count)
+    whole, left = divmod(length, size)
     leaves, structure = jax.tree_util.tree_flatten((x, ctx))
     split = [np.ndim(a) > 0 and a.shape[0] == length for a in leaves]
-    rows = [a.reshape(count, length // count, *a.shape[1:]) for a, cut in zip(leaves, split, strict=True) if cut]
+    rows = [a for a, cut in zip(leaves, split, strict=True) if cut]
     key = jax.random.fold_in(key, _PARTS)
 
-    def part(given: tuple[jax.Array, list[Any]]) -> Any:
+    def part(given: tuple[Any, list[Any]], size: int = size) -> Any:
         number, cut = given[0], iter(given[1])
         inner = structure.unflatten([next(cut) if one else a for a, one in zip(leaves, split, strict=True)])
         with rng.scope(jax.random.fold_in(key, number)):
             output, after = forward(*inner)
         _must_stay(state, after)
-        _must_join(output, length // count)
+        _must_join(output, size)
         return output
 
     # Its gradient is a loop too, and the temporaries of a part live for one iteration. Nothing outside the loop could
     # share them, so they need no barrier against that.
-    joined = lax.map(jax.checkpoint(part, prevent_cse=False), (jnp.arange(count), rows))
-    return jax.tree_util.tree_map(lambda a: a.reshape(length, *a.shape[2:]), joined), state
+    equal = [a[: whole * size].reshape(whole, size, *a.shape[1:]) for a in rows]
+    joined = lax.map(jax.checkpoint(part, prevent_cse=False), (jnp.arange(whole), equal))
+    joined = jax.tree_util.tree_map(lambda a: a.reshape(whole * size, *a.shape[2:]), joined)
+    if left:
+        last = jax.checkpoint(functools.partial(part, size=left))((whole, [a[whole * size :] for a in rows]))
+        joined = jax.tree_util.tree_map(lambda *parts: jnp.concatenate(parts), joined, last)
+    return joined, state
 
 
 def _length(x: Any, count: int) -> int:
@@ -84,12 +93,6 @@ def _length(x: Any, count: int) -> int:
         raise ValueError(
             f"Trainer(microbatches={count}) splits x along its first axis, but x has none: "
             f"{', '.join(map(tree.describe, jax.tree_util.tree_leaves(x))) or 'no arrays'}. Leave microbatches out."
-        )
-    if length % count or not length:
-        fitting = max(length // count, 1) * count
-        raise ValueError(
-            f"Trainer(microbatches={count}) splits x along its first axis into {count} equal parts, received a batch "
-            f"of {length}. Write Data.batches(..., batch_size={fitting}, drop_last=True), for example."
         )
     return length
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -12,12 +14,15 @@ from jax import lax
 from kaun import tree
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "both_finite", "check_mode", "match_state", "nonfinite_error", "squares_of"]
+__all__ = ["MODES", "both_finite", "check_mode", "error_for", "match_state"]
 
 T = TypeVar("T")
 
 MODES = ("raise", "skip", "ignore")
-NAMED = 5  # parameters, in the message
+EXPLAIN = (
+    "For the operation, its line, its layer and the rows of the batch, write\n    print(kaun.explain(trainer, err))"
+)
+NAMED = 5  # paths, in the message
 
 
 def check_mode(mode: Any) -> None:
@@ -28,18 +33,6 @@ def check_mode(mode: Any) -> None:
     """
     if mode not in MODES:
         raise ValueError(f"Trainer(on_nonfinite=...) expected {', '.join(map(repr, MODES))}, received {mode!r}.")
-
-
-def squares_of(gradient: Any, loss_dtype: Any) -> jax.Array:
-    """Return the sum of squares of each leaf of a gradient, a vector of float32 (float64 where a leaf or the loss is).
-
-    The square root of its sum is the gradient's norm. A gradient counts as finite if its norm is: in float32 that is
-    below 1.8e19.
-    """
-    leaves = jax.tree_util.tree_leaves(gradient)
-    widest = jnp.float64 if jnp.float64 in (loss_dtype, *[leaf.dtype for leaf in leaves]) else jnp.float32
-    # A sum over all axes and not a dot of vectors, which would first transpose a transposed product.
-    return jnp.stack([jnp.sum(jnp.square(leaf.astype(widest))) for leaf in leaves])
 
 
 def both_finite(value: jax.Array, norm: jax.Array) -> jax.Array:
@@ -70,26 +63,70 @@ def match_state(before: T, after: T) -> T:
     return jax.tree_util.tree_map(strong, after, before)
 
 
-def nonfinite_error(params: Any, step: int, loss: float, squares: Any) -> NonFiniteLoss:
-    """Return the exception for a step that is not finite.
+def error_for(trained: Any, vars: Any, opt_state: Any) -> Callable[[int, float, Any, ValueError | None], NonFiniteLoss]:
+    """Return what makes the exception for a step that is not finite, of its number, loss, status and refused values.
+
+    The status is ``checks_of`` its gradient and update, and ``spoiled_leaves`` of variables and optimizer state.
 
     Args:
-        params: The structure of the parameters that train.
-        step: The number of the step in its fit.
-        loss: Its loss.
-        squares: As ``squares_of`` returned them for its gradient.
+        trained: The parameters that train.
+        vars: All variables; of these trees only the paths are kept.
+        opt_state: The optimizer's state.
     """
-    paths = list(tree.flatten(params.unflatten(range(params.num_leaves)))[0])
-    nonfinite = tuple(path for path, square in zip(paths, squares, strict=True) if not np.isfinite(square))
-    more = f" and {len(nonfinite) - NAMED} more" if len(nonfinite) > NAMED else ""
-    listed = ", ".join(map(repr, nonfinite[:NAMED])) + more
+    paths = tuple(tree.flatten(trained)[0])
+    found = jax.tree_util.tree_flatten_with_path(({"opt_state": opt_state}, vars))[0]
+    # The order is that of the carry, (vars, opt_state).
+    named = [tree.path_name(path[1:]) for path, _ in found]
+    optimizer = len(jax.tree_util.tree_leaves(opt_state))
+    return functools.partial(_nonfinite_error, paths, (*named[optimizer:], *named[:optimizer]))
+
+
+def _nonfinite_error(
+    paths: tuple[str, ...], leaves: tuple[str, ...], step: int, loss: float, status: Any, refused: ValueError | None
+) -> NonFiniteLoss:
+    nonfinite = tuple(path for path, square in zip(paths, status, strict=False) if not square < np.inf)
+    spoiled = tuple(leaf for leaf, flag in zip(leaves, status[-len(leaves) :], strict=True) if flag)
+    if np.isfinite(loss) and not nonfinite and spoiled:
+        return NonFiniteLoss(_about_update(step, loss, spoiled, len(leaves)), step, loss, (), spoiled)
     counted = f"{len(nonfinite)} of {len(paths)} parameters"
-    where = f"the gradient is not finite for {listed} ({counted})" if nonfinite else "the gradient is finite"
+    where = (
+        f"the gradient is not finite for {_listed(nonfinite)} ({counted})" if nonfinite else "the gradient is finite"
+    )
+    advice = (
+        "Try a smaller learning rate, or optax.chain(optax.clip_by_global_norm(1.0), optimizer); look at that item's "
+        "input and labels."
+    )
+    if refused is not None:
+        advice = f"Run outside of the compiled step, it is refused: {refused}"
     text = (
         f"The loss is {loss:g} at step {step}; {where}. The state before that step is this exception's kaun_state. "
-        "Try a smaller learning rate, or optax.chain(optax.clip_by_global_norm(1.0), optimizer); look at that item's "
-        "input and labels; find the operation with\n    with jax.debug_nans(True): "
-        "trainer.step(err.kaun_state, x, loss=loss)\n"
+        f"{advice} {EXPLAIN}\n"
         'To discard such steps and continue, write Trainer(..., on_nonfinite="skip").'
     )
     return NonFiniteLoss(text, step, loss, nonfinite)
+
+
+def _about_update(step: int, loss: float, spoiled: tuple[str, ...], count: int) -> str:
+    causes: list[str] = []
+    if any(path.startswith("params.") for path in spoiled):
+        causes.append(
+            "a learning rate that is nan or infinite at this step (call the schedule with this count), or a division "
+            "by zero in the optimizer (an eps of 0: write optax.adam(1e-3, eps=1e-8))"
+        )
+    if any(path.startswith("opt_state") for path in spoiled):
+        causes.append(
+            "a value in the optimizer's state that is too large for its dtype, such as the square of a gradient (write "
+            "optax.chain(optax.clip_by_global_norm(1.0), optimizer))"
+        )
+    if any(path.startswith("state.") for path in spoiled):
+        causes.append("a running statistic that is too large for its dtype (scale that layer's input)")
+    return (
+        f"The update of step {step} makes {_listed(spoiled)} not finite ({len(spoiled)} of the state's {count} "
+        f"leaves). Loss ({loss:g}) and gradient are finite. The state before that step is this exception's kaun_state. "
+        f"Look for {'; or for '.join(causes)}. {EXPLAIN}"
+    )
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return ", ".join(map(repr, paths[:NAMED])) + more

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kaun import rng, tree
 from kaun._step.loss_scale import (
@@ -26,10 +25,11 @@ from kaun._step.loss_scale import (
 )
 from kaun._step.microbatches import check_microbatches, run_in_parts
 from kaun._step.model import VarsSpec, check_model
-from kaun._step.nonfinite import both_finite, check_mode, match_state, squares_of
+from kaun._step.nonfinite import both_finite, check_mode, match_state
 from kaun._step.optimizer import Optimizer, apply_update, check_optimizer, check_params, init_optimizer, rates
 from kaun._step.precision import Policy, apply_model, cast_to_compute, parse_precision
 from kaun._step.trainable import Partition, check_trainable, trainable_part
+from kaun._step.watch import Update, checks_of, gradient_finite
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars
 
@@ -99,20 +99,22 @@ class StepOutput(NamedTuple):
 
     Attributes:
         loss: The loss before the update, a floating scalar.
-        numbers: Scalars for the reports, by name: ``grad_norm``, ``learning_rate`` where the optimizer state has one,
-            what the loss returned with its value; and ``finite`` (1.0 where the step is an update, else 0.0) under
-            ``on_nonfinite="skip"`` and with a loss scale.
+        numbers: Scalars for the reports, by name: ``grad_norm`` (nan where the update is not finite and the gradient
+            is), ``learning_rate`` where the optimizer state has one, what the loss returned with its value; and
+            ``finite`` under ``on_nonfinite="skip"`` and with a loss scale: 1.0 where the step is an update, 0.0 where
+            loss or gradient are not finite, -1.0 where the update is not.
         carry: The carry after the step. A discarded step changes the number of steps alone.
-        finite: Whether loss and gradient are finite, a bool scalar. An overflow for which the loss scale was too large
-            counts as finite: it is discarded too, and changes the scale.
-        squares: For each leaf of the gradient the sum of its squares.
+        finite: Whether loss, gradient and update are finite, a bool scalar. An overflow for which the loss scale was
+            too large counts as finite: it is discarded too, and changes the scale.
+        checks: As ``checks_of`` returns them. Where the step itself discards under ``"raise"``, they are followed by
+            ``spoiled_leaves`` of variables and optimizer state.
     """
 
     loss: jax.Array
     numbers: dict[str, jax.Array]
     carry: Carry
     finite: jax.Array
-    squares: jax.Array
+    checks: jax.Array
 
 
 def train_step(
@@ -160,28 +162,37 @@ def train_step(
     (_, (value, layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
     if scaled:
         gradient = unscale(opt_state, gradient)
-    squares = squares_of(gradient, value.dtype)
-    norm = jnp.sqrt(squares.sum())
-    finite = both_finite(value, norm)
-    overflowed = has_overflowed(opt_state, value, norm) if scaled else None
 
-    def update() -> tuple[Vars, Any]:
+    def update(opt_state: Any) -> dict[str, Any]:
         value_fn = lambda params: objective(params)[1][0]
-        params, after = apply_update(settings.optimizer, gradient, before, parts.vars.params, value, value_fn)
-        return match_state((vars, before), (parts.joined(parts.vars.replace(params=params, state=layer_state)), after))
+        params, after = apply_update(settings.optimizer, gradient, opt_state, parts.vars.params, value, value_fn)
+        return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
-    kept = finite if settings.on_nonfinite != "ignore" else jnp.array(True) if overflowed is None else ~overflowed
-    always = not scaled and (settings.on_nonfinite == "ignore" or not discard)
-    vars_after, after = update() if always else lax.cond(kept, update, lambda: (vars, before))
+    def whole(state: dict[str, Any]) -> tuple[Vars, Any]:
+        return parts.joined(vars.replace(params=state["params"], state=state["state"])), state["opt_state"]
+
+    old = {"params": parts.vars.params, "state": vars.state, "opt_state": before}
+    watched = settings.on_nonfinite != "ignore"
+    made = Update(update, old, discards=scaled or (watched and discard))
+    checks = made.checks(gradient, value.dtype) if watched else checks_of(gradient, old, old, value.dtype)
+    norm = jnp.sqrt(checks.sum())
+    finite = both_finite(value, norm)
+    overflowed = has_overflowed(opt_state, value, checks) if scaled else None
+    kept = finite if watched else jnp.array(True) if overflowed is None else ~overflowed
+    raises = settings.on_nonfinite == "raise" and made.discards
+    new, spoiled = made.made(kept, whole if raises else None)
     numbers = {"grad_norm": norm}
     if settings.on_nonfinite == "skip" or scaled:
-        numbers["finite"] = finite.astype(jnp.float32)
-    numbers |= rates(before, after) | scalars
+        by_update = ~finite & jnp.isfinite(value) & gradient_finite(checks)
+        numbers["finite"] = finite.astype(jnp.float32) - by_update.astype(jnp.float32)
+    numbers |= rates(before, new["opt_state"]) | scalars
+    checks = jnp.concatenate([checks, spoiled.astype(checks.dtype)]) if raises else checks
+    vars_after, after = whole(new)
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)
-        finite, squares = finite | overflowed, jnp.where(overflowed, 0, squares)
+        finite, checks = finite | overflowed, jnp.where(overflowed, 0, checks)
         numbers["grad_norm"] = jnp.where(overflowed, 0, numbers["grad_norm"])
-    return StepOutput(value, numbers, (vars_after, after, step + 1), finite, squares)
+    return StepOutput(value, numbers, (vars_after, after, step + 1), finite, checks)
 
 
 def eval_step(settings: Settings, carry: tuple[Vars, jax.Array], key: jax.Array, x: Any, ctx: Context) -> Any:

@@ -297,7 +297,8 @@ def _key_words(wanted: Mapping[str, Any]) -> dict[str, int]:
 
 def _check_kind(place: Place, words: Mapping[str, int]) -> None:
     """Raise ValueError unless an array has the dtype and shape of its kind of leaf; no other kind reaches JAX."""
-    if place.kind is None or (_STORED.get(place.kind) == place.dtype and place.shape == ()):
+    stored = _STORED.get(place.kind or "", np.void)  # dtype("float64") == None is true
+    if place.kind is None or (place.dtype == stored and place.shape == ()):
         return
     if place.dtype != np.uint32 or place.shape[-1:] != (words.get(place.kind),):
         what = f"{place.dtype.name}{list(place.shape)}"

@@ -7,7 +7,7 @@ import errno
 import re
 import secrets
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,11 +79,15 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def newest(self, like: TrainState) -> Saved | None:
+    def newest(self, like: TrainState, fault: Callable[[TrainState], str] = lambda state: "") -> Saved | None:
         """Return the newest undamaged checkpoint, None if there is no checkpoint at all.
 
         Damaged checkpoints that are newer are renamed, with a warning. It is also checked that the disk has space for
         one more checkpoint.
+
+        Args:
+            like: a state with the structure, shapes and dtypes of those saved.
+            fault: says what is wrong with a state, so that its checkpoint counts as damaged; empty where nothing is.
 
         Raises:
             ResumeMismatch: when the checkpoint has other leaves, shapes or dtypes than ``like``.
@@ -97,6 +101,8 @@ class Store:
         for found in scan(self._disk, self._directory.path):
             try:
                 saved = one.read(self._disk, found.path, found.step, like)
+                if wrong := fault(saved.state):
+                    raise one.Damaged(wrong)
             except one.Damaged as err:
                 bad.append((found, f"{found.path.name}: {err}"))
                 continue

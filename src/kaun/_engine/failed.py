@@ -1,0 +1,64 @@
+"""FailedStep: a step that is not finite, with all that it was computed from, and the exception for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from kaun import rng
+from kaun._engine.inputs import StepInputs
+from kaun._loss import rebuild_loss
+from kaun._step import Settings, refused_values
+from kaun.errors import NonFiniteLoss
+
+__all__ = ["FailedStep", "error_of"]
+
+
+class FailedStep(NamedTuple):
+    """A step of ``fit`` that is not finite. Only the exception for it holds one: it keeps a state and a batch alive.
+
+    Attributes:
+        carry: The carry before the step.
+        key: The run's key.
+        inputs: Its item.
+    """
+
+    carry: Any
+    key: jax.Array
+    inputs: StepInputs
+
+    def refused(self, settings: Settings) -> ValueError | None:
+        """Return the error of a layer or loss of kaun that refuses the values of the item, None if all take them."""
+        x, arrays, ctx = self.inputs.split(self.inputs.leaves)
+
+        def loss(output: Any) -> Any:
+            with rng.scope(rng.next_key()):
+                return rebuild_loss(self.inputs.loss_key, arrays)(output)
+
+        return refused_values(settings, self.carry, self.key, x, ctx, loss)
+
+
+def error_of(
+    settings: Settings,
+    make: Callable[[int, float, Any, ValueError | None], NonFiniteLoss],
+    step: int,
+    loss: float,
+    squares: Any,
+    failed: FailedStep,
+) -> NonFiniteLoss:
+    """Return the exception for a step that is not finite; what refuses the values of its item is the cause.
+
+    Args:
+        settings: The trainer's settings.
+        make: Makes the exception of the three numbers below and what refuses the item's values.
+        step: The number of the step in its fit.
+        loss: Its loss.
+        squares: The sums of squares of its gradient.
+        failed: The step.
+    """
+    refused = failed.refused(settings)
+    error = make(step, loss, squares, refused)
+    error.kaun_step, error.__cause__ = failed, refused
+    return error

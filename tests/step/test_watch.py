@@ -1,0 +1,80 @@
+"""What is looked at in an update before it is made. That it is the same in every form of fit: field/test_updates.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kaun._step.watch import Update, checks_of, gradient_finite, spoiled_leaves
+
+PARAMS = {"a": jnp.ones(3), "b": [jnp.ones((2, 2), jnp.bfloat16)]}
+
+
+def tree_of(params, state=(), opt_state=()):
+    return {"params": params, "state": state, "opt_state": opt_state}
+
+
+def test_of_a_gradient_there_are_the_squares_of_each_leaf_in_float32():
+    gradient = {"a": jnp.full(3, 2.0), "b": [jnp.full((2, 2), 3, jnp.bfloat16)]}
+    before = tree_of(PARAMS)
+    found = checks_of(gradient, before, before, jnp.float32)
+    assert found.dtype == jnp.float32 and found.tolist() == [12.0, 36.0]
+
+
+def test_what_an_update_spoils_is_marked_at_the_parameter_that_it_belongs_to():
+    spoilt = jnp.array([1.0, jnp.inf, 1.0])
+    moments = lambda a: (optax.EmptyState(), {"mu": {"a": a, "b": [jnp.ones((2, 2))]}, "scale": jnp.float32(1)})
+    before = tree_of(PARAMS, {"mean": jnp.ones(2)}, moments(jnp.ones(3)))
+    of = lambda after: checks_of(PARAMS, before, after, jnp.float32).tolist()
+    copied = jax.tree.map(lambda leaf: leaf + 0, before)
+    assert of(copied) == [3.0, 4.0, 0.0, 0.0]
+    assert of(copied | {"params": PARAMS | {"a": spoilt}}) == [-np.inf, 4.0, 0.0, 0.0]
+    assert of(copied | {"opt_state": moments(spoilt)}) == [-np.inf, 4.0, 0.0, 0.0]
+    assert of(copied | {"state": {"mean": spoilt[:2]}}) == [3.0, 4.0, 0.0, -np.inf]
+    assert len(of(before)) == 4, "of one length for all items, whatever they leave as it is"
+
+
+def test_a_gradient_that_is_not_finite_is_told_from_an_update_that_is_not():
+    before = tree_of(PARAMS)
+    after = tree_of(jax.tree.map(lambda leaf: leaf * jnp.nan, PARAMS))
+    update = checks_of(PARAMS, before, after, jnp.float32)
+    gradient = checks_of({**PARAMS, "a": jnp.array([1.0, jnp.nan, 2.0])}, before, after, jnp.float32)
+    assert update.tolist() == [-np.inf, -np.inf] and gradient_finite(update)
+    assert np.isnan(gradient[0]) and gradient[1] == -np.inf and not gradient_finite(gradient)
+    assert np.isnan(jnp.sqrt(update.sum())) and np.isnan(jnp.sqrt(gradient.sum()))
+
+
+def test_leaves_that_an_update_spoils():
+    before = [jnp.array([1.0, -jnp.inf]), jnp.array([1.0, -jnp.inf]), jnp.int32(1), jnp.float32(jnp.inf)]
+    after = [jnp.array([1.0, jnp.nan]), jnp.array([jnp.nan, -jnp.inf]), jnp.int32(2), jnp.float32(1)]
+    assert spoiled_leaves(before, after).tolist() == [False, True, False, False]
+
+
+def half(factor):
+    """An update that halves everything, or makes it nan, with a count in its state."""
+    return lambda state: tree_of({"a": PARAMS["a"] * factor(state)}, (), {"count": state["count"] + 1})
+
+
+@pytest.mark.parametrize("factor", [
+    lambda state: jnp.where(state["count"] < 1, 0.5, jnp.nan),
+    lambda state: jax.lax.cond(state["count"] < 1, lambda: 0.5, lambda: jnp.nan),
+    lambda state: jnp.where(state["count"] < 1, 0.5, jnp.nan) * jnp.sort(PARAMS["a"])[0],
+], ids=["twice", "with a condition", "once"])  # fmt: skip
+@pytest.mark.parametrize("discards", [False, True])
+def test_an_update_is_made_or_discarded(factor, discards):
+    def run(count):
+        before = tree_of({"a": PARAMS["a"]}, (), {"count": count})
+        update = Update(half(factor), before, discards=discards)
+        checks = update.checks({"a": PARAMS["a"]}, jnp.float32)
+        return checks, *update.made(jnp.isfinite(checks.sum()), (lambda t: t["params"]) if discards else None)
+
+    checks, after, spoiled = jax.jit(run)(0)
+    assert checks.tolist() == [3.0] and after["params"]["a"].tolist() == [0.5] * 3 and after["opt_state"]["count"] == 1
+    assert spoiled.tolist() == ([False] if discards else [])
+    checks, after, spoiled = jax.jit(run)(1)
+    assert checks.tolist() == [-np.inf] and spoiled.tolist() == ([True] if discards else [])
+    if discards:
+        assert after["params"]["a"].tolist() == [1.0] * 3 and after["opt_state"]["count"] == 1
+    else:
+        assert np.isnan(after["params"]["a"]).all() and after["opt_state"]["count"] == 2
