@@ -27,6 +27,7 @@ from kaun._step import (
     error_for,
     eval_step,
     init_carry,
+    inner_state,
     make_settings,
     train_step,
     trainable_part,
@@ -331,7 +332,9 @@ class Trainer(Generic[In, Out]):
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
         caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
         trained = trainable_part(self.trainable, state.vars.params)
-        failure = error_for(trained, state.vars, state.opt_state) if self.on_nonfinite == "raise" else None
+        failure = None
+        if self.on_nonfinite == "raise":
+            failure = error_for(trained, state.vars, inner_state(self._settings.policy, state.opt_state))
         carry, key = (state.vars, state.opt_state, state.step), state.key
         del state, trained
         hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling)
