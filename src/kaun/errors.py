@@ -35,7 +35,8 @@ class NonFiniteLoss(ArithmeticError):
         loss: The loss of the step.
         parameters: The paths of the parameters whose gradient is not finite.
         leaves: Where loss and gradient are finite, the paths of what the update makes not finite: in ``"params"``,
-            ``"state"`` (of the layers) and ``"opt_state"``.
+            ``"state"`` (of the layers) and ``"opt_state"``. In a state of more than 1 MiB a parameter stands for the
+            optimizer's arrays of it, too.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun

@@ -37,6 +37,7 @@ from kaun._step import (
     error_for,
     eval_step,
     init_carry,
+    inner_state,
     make_settings,
     train_step,
     trainable_part,
@@ -345,7 +346,7 @@ class Trainer(Generic[In, Out]):
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
         caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
         trained = trainable_part(self.trainable, state.vars.params)
-        make = error_for(trained, state.vars, state.opt_state)
+        make = error_for(trained, state.vars, inner_state(self._settings.policy, state.opt_state))
         failure = functools.partial(error_of, self._settings, make) if self.on_nonfinite == "raise" else None
         carry, key = (state.vars, state.opt_state, state.step), state.key
         del state, trained

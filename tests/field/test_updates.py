@@ -57,7 +57,7 @@ def test_a_schedule_that_becomes_nan_ends_the_run_before_that_step(width, report
     error = caught.value
     assert str(error).startswith(
         "The update of step 5 makes 'params.left.bias', 'params.left.weight', 'params.right.bias', "
-        "'params.right.weight' not finite (4 of the state's 14 leaves). Loss ("
+        f"'params.right.weight'{', or the optimizer state for it,' if width == LARGE else ''} not finite. Loss ("
     )
     assert "Look for a learning rate that is nan or infinite at this step" in str(error)
     assert "smaller learning rate" not in str(error)
@@ -89,16 +89,16 @@ def straight():
 
 OTHERS = {
     "adam(eps=0), and an input that is always 0": (
-        lambda: setting(optax.adam(0.1, eps=0.0)), X * np.float32([0, 1, 1]), "'params.left.weight' not finite (1 of",
+        lambda: setting(optax.adam(0.1, eps=0.0)), X * np.float32([0, 1, 1]), "'params.left.weight' not finite",
         "by zero in the optimizer (an eps of 0", 1,
     ),
     "a running variance that overflows": (
         lambda: setting(optax.sgd(0.1), model=layers.batch_norm(3)), X * np.float32(1e20),
-        "'state.running_var' not finite (1 of the state's 4 leaves)", "Look for a running statistic that is too", 1,
+        "'state.running_var' not finite", "Look for a running statistic that is too", 1,
     ),
     "a moment that overflows in float16": (
         lambda: setting(optax.adam(1e-3), model=layers.linear(3, 3), precision="params=float16,compute=float32,output=float32"),
-        X * np.float32(100), "'opt_state.0.nu.weight' not finite (1 of the state's 7 leaves)", "Look for a value in the optimizer's state", 1,
+        X * np.float32(100), "'opt_state.0.nu.weight' not finite", "Look for a value in the optimizer's state", 1,
     ),
     "a step outside of a loop": (
         lambda: setting(optax.sgd(breaks(at=3)), model=straight()), X, "'params.left.bias', 'params.left.weight' not", "schedule", 4,
@@ -107,14 +107,14 @@ OTHERS = {
         lambda: setting(optax.contrib.muon(breaks(at=1)), LARGE), X, "'params.left.weight'", "schedule", 2,
     ),
     "a window of MultiSteps, in place": (
-        lambda: setting(optax.MultiSteps(optax.adam(breaks(at=1)), 2), LARGE), X, "(4 of the state's 20 leaves)", "schedule", 3,
+        lambda: setting(optax.MultiSteps(optax.adam(breaks(at=1)), 2), LARGE), X, "'params.left.weight'", "schedule", 3,
     ),
     "under a loss scale, which does not shrink for it": (
         lambda: setting(optax.sgd(breaks(at=2)), precision="mixed_float16"), X, "'params.left.bias'", "schedule", 3,
     ),
     "frozen layers": (
         lambda: setting(optax.sgd(breaks(at=2)), LARGE, trainable=lambda path: path.startswith("left")), X,
-        "'params.left.bias', 'params.left.weight' not finite (2 of the state's 5 leaves)", "schedule", 3,
+        "'params.left.bias', 'params.left.weight' not finite", "schedule", 3,
     ),
 }  # fmt: skip
 

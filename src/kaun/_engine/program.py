@@ -104,7 +104,7 @@ class TracedStep:
         self.can_raise = calls_the_host(traced.jaxpr)
         self.most = ROWS if self.looped and not self.can_raise else 1
         self.capacity = min(capacity_of(inputs), self.most)
-        watched = 0 if discards else len(traced.out_info[2]) - 1  # a step that discards has looked at the leaves itself
+        watched = 0 if discards else len(traced.out_info[2]) - 1
         self.status = _all_finite(checks.shape[0] + watched, checks.dtype) if on_nonfinite == "raise" else None
         self.entries: set[str] = set()
         self.seconds = seconds

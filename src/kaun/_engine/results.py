@@ -24,8 +24,9 @@ class StepResults(NamedTuple):
         numbers: The other numbers, a table for each dtype, with a row for each step.
         places: For each of these numbers by name its table and its column.
         status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0); the
-            ``checks`` of the last step that ran (``StepOutput``); and for each leaf of the state but the last, the
-            number of steps, whether that step's update is why it is not finite. None elsewhere.
+            ``checks`` of the last step that ran (``StepOutput``); and, where the loop keeps the state before each step,
+            for each leaf but the last, the number of steps, whether that step's update is why it is not finite. None
+            elsewhere.
         examples: How many examples each step learns from, None if that is unknown.
     """
 

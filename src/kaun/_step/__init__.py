@@ -4,6 +4,7 @@ Read ``step`` first: forward pass, loss, gradient, update. Each other module imp
 """
 
 from kaun._step.evaluated import EvaluatedParams as EvaluatedParams
+from kaun._step.loss_scale import inner_state as inner_state
 from kaun._step.microbatches import batch_length as batch_length
 from kaun._step.model import abstract_vars as abstract_vars
 from kaun._step.nonfinite import error_for as error_for

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from kaun import tree
+from kaun._step.watch import check_names
 from kaun.errors import NonFiniteLoss
 
 __all__ = ["MODES", "both_finite", "check_mode", "error_for", "match_state"]
@@ -66,28 +67,36 @@ def match_state(before: T, after: T) -> T:
 def error_for(trained: Any, vars: Any, opt_state: Any) -> Callable[[int, float, Any, ValueError | None], NonFiniteLoss]:
     """Return what makes the exception for a step that is not finite, of its number, loss, status and refused values.
 
-    The status is ``checks_of`` its gradient and update, and ``spoiled_leaves`` of variables and optimizer state.
+    The status is ``checks_of`` its gradient and update; where the step does not itself discard, ``spoiled_leaves`` of
+    variables and optimizer state follow.
 
     Args:
         trained: The parameters that train.
         vars: All variables; of these trees only the paths are kept.
-        opt_state: The optimizer's state.
+        opt_state: The optimizer's own state.
     """
     paths = tuple(tree.flatten(trained)[0])
-    found = jax.tree_util.tree_flatten_with_path(({"opt_state": opt_state}, vars))[0]
-    # The order is that of the carry, (vars, opt_state).
-    named = [tree.path_name(path[1:]) for path, _ in found]
-    optimizer = len(jax.tree_util.tree_leaves(opt_state))
-    return functools.partial(_nonfinite_error, paths, (*named[optimizer:], *named[:optimizer]))
+    checked = check_names({"params": trained, "state": vars.state, "opt_state": opt_state})
+    found = jax.tree_util.tree_flatten_with_path((vars, {"opt_state": opt_state}))[0]
+    leaves = [tree.path_name(path[1:]) for path, _ in found]
+    return functools.partial(_nonfinite_error, paths, tuple(checked), tuple(leaves))
 
 
 def _nonfinite_error(
-    paths: tuple[str, ...], leaves: tuple[str, ...], step: int, loss: float, status: Any, refused: ValueError | None
+    paths: tuple[str, ...],
+    checked: tuple[str, ...],
+    leaves: tuple[str, ...],
+    step: int,
+    loss: float,
+    status: Any,
+    refused: ValueError | None,
 ) -> NonFiniteLoss:
     nonfinite = tuple(path for path, square in zip(paths, status, strict=False) if not square < np.inf)
-    spoiled = tuple(leaf for leaf, flag in zip(leaves, status[-len(leaves) :], strict=True) if flag)
+    exact = len(status) > len(checked)
+    names, flags = (leaves, status[len(checked) :]) if exact else (checked, np.isneginf(status))
+    spoiled = tuple(name for name, flag in zip(names, flags, strict=True) if flag)
     if np.isfinite(loss) and not nonfinite and spoiled:
-        return NonFiniteLoss(_about_update(step, loss, spoiled, len(leaves)), step, loss, (), spoiled)
+        return NonFiniteLoss(_about_update(step, loss, spoiled, exact), step, loss, (), spoiled)
     counted = f"{len(nonfinite)} of {len(paths)} parameters"
     where = (
         f"the gradient is not finite for {_listed(nonfinite)} ({counted})" if nonfinite else "the gradient is finite"
@@ -106,23 +115,27 @@ def _nonfinite_error(
     return NonFiniteLoss(text, step, loss, nonfinite)
 
 
-def _about_update(step: int, loss: float, spoiled: tuple[str, ...], count: int) -> str:
+def _about_update(step: int, loss: float, spoiled: tuple[str, ...], exact: bool) -> str:
     causes: list[str] = []
     if any(path.startswith("params.") for path in spoiled):
         causes.append(
             "a learning rate that is nan or infinite at this step (call the schedule with this count), or a division "
             "by zero in the optimizer (an eps of 0: write optax.adam(1e-3, eps=1e-8))"
         )
-    if any(path.startswith("opt_state") for path in spoiled):
+    if not exact or any(path.startswith("opt_state") for path in spoiled):
         causes.append(
             "a value in the optimizer's state that is too large for its dtype, such as the square of a gradient (write "
             "optax.chain(optax.clip_by_global_norm(1.0), optimizer))"
         )
     if any(path.startswith("state.") for path in spoiled):
         causes.append("a running statistic that is too large for its dtype (scale that layer's input)")
+    # One look for a parameter and what mirrors it: of a large state, looking at each would compile half as long again.
+    mirrored = ", or the optimizer state for it,"
+    if exact or not any(path.startswith("params.") for path in spoiled):
+        mirrored = ""
     return (
-        f"The update of step {step} makes {_listed(spoiled)} not finite ({len(spoiled)} of the state's {count} "
-        f"leaves). Loss ({loss:g}) and gradient are finite. The state before that step is this exception's kaun_state. "
+        f"The update of step {step} makes {_listed(spoiled)}{mirrored} not finite. "
+        f"Loss ({loss:g}) and gradient are finite. The state before that step is this exception's kaun_state. "
         f"Look for {'; or for '.join(causes)}. {EXPLAIN}"
     )
 

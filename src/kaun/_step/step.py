@@ -106,8 +106,7 @@ class StepOutput(NamedTuple):
         carry: The carry after the step. A discarded step changes the number of steps alone.
         finite: Whether loss, gradient and update are finite, a bool scalar. An overflow for which the loss scale was
             too large counts as finite: it is discarded too, and changes the scale.
-        checks: As ``checks_of`` returns them. Where the step itself discards under ``"raise"``, they are followed by
-            ``spoiled_leaves`` of variables and optimizer state.
+        checks: As ``checks_of`` returns them.
     """
 
     loss: jax.Array
@@ -168,9 +167,6 @@ def train_step(
         params, after = apply_update(settings.optimizer, gradient, opt_state, parts.vars.params, value, value_fn)
         return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
-    def whole(state: dict[str, Any]) -> tuple[Vars, Any]:
-        return parts.joined(vars.replace(params=state["params"], state=state["state"])), state["opt_state"]
-
     old = {"params": parts.vars.params, "state": vars.state, "opt_state": before}
     watched = settings.on_nonfinite != "ignore"
     made = Update(update, old, discards=scaled or (watched and discard))
@@ -179,19 +175,18 @@ def train_step(
     finite = both_finite(value, norm)
     overflowed = has_overflowed(opt_state, value, checks) if scaled else None
     kept = finite if watched else jnp.array(True) if overflowed is None else ~overflowed
-    raises = settings.on_nonfinite == "raise" and made.discards
-    new, spoiled = made.made(kept, whole if raises else None)
+    new = made.made(kept)
     numbers = {"grad_norm": norm}
     if settings.on_nonfinite == "skip" or scaled:
         by_update = ~finite & jnp.isfinite(value) & gradient_finite(checks)
         numbers["finite"] = finite.astype(jnp.float32) - by_update.astype(jnp.float32)
     numbers |= rates(before, new["opt_state"]) | scalars
-    checks = jnp.concatenate([checks, spoiled.astype(checks.dtype)]) if raises else checks
-    vars_after, after = whole(new)
+    after = new["opt_state"]
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)
         finite, checks = finite | overflowed, jnp.where(overflowed, 0, checks)
         numbers["grad_norm"] = jnp.where(overflowed, 0, numbers["grad_norm"])
+    vars_after = parts.joined(vars.replace(params=new["params"], state=new["state"]))
     return StepOutput(value, numbers, (vars_after, after, step + 1), finite, checks)
 
 

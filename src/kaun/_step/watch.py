@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kaun import tree
 from kaun._jax import primitives_in, run_program
 
-__all__ = ["Update", "checks_of", "gradient_finite", "spoiled_leaves"]
+__all__ = ["Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
 
 # Operations that cost too much to run twice, and those that call the host.
 _ONCE = frozenset([
@@ -68,33 +69,14 @@ class Update:
         of = lambda state: checks_of(gradient, before, self._run(state), loss_dtype)
         return jax.vmap(of)(jax.tree_util.tree_map(lambda leaf: leaf[None], before["opt_state"]))[0]
 
-    def made(
-        self, kept: jax.Array, named: Callable[[dict[str, Any]], Any] | None = None
-    ) -> tuple[dict[str, Any], jax.Array]:
-        """Return what is after the update, or before it where the step is not kept and this update discards.
-
-        Args:
-            kept: Whether the step is kept.
-            named: Makes of ``before`` or ``after`` the tree whose ``spoiled_leaves`` are returned too, zeros where the
-                step is kept. By default there are none.
-        """
-        none = jnp.zeros(0 if named is None else len(jax.tree_util.tree_leaves(named(self._before))), bool)
+    def made(self, kept: jax.Array) -> dict[str, Any]:
+        """Return what is after the update, or before it where the step is not kept and this update discards."""
         if not self.discards:
             assert self._after is not None
-            return self._after, none
-
-        def look(after: dict[str, Any]) -> jax.Array:
-            return (
-                none if named is None else spoiled_leaves(*map(jax.tree_util.tree_leaves, map(named, (before, after))))
-            )
-
-        before, after = self._before, self._after
-        if after is not None:
-            selected = jax.tree_util.tree_map(lambda new, old: jnp.where(kept, new, old), after, before)
-            return selected, jnp.where(kept, none, look(after))
-        # One condition for both: with two, XLA would copy the state for the one that does not overwrite it.
-        run = lambda: self._run(before["opt_state"])
-        return lax.cond(kept, lambda: (run(), none), lambda: (before, look(run())))
+            return self._after
+        if self._after is not None:
+            return jax.tree_util.tree_map(lambda new, old: jnp.where(kept, new, old), self._after, self._before)
+        return lax.cond(kept, lambda: self._run(self._before["opt_state"]), lambda: self._before)
 
 
 def checks_of(gradient: Any, before: dict[str, Any], after: dict[str, Any], loss_dtype: Any) -> jax.Array:
@@ -132,6 +114,16 @@ def checks_of(gradient: Any, before: dict[str, Any], after: dict[str, Any], loss
     return jnp.stack([*map(jnp.sum, marked), *others])
 
 
+def check_names(before: dict[str, Any]) -> list[str]:
+    """Return the paths for which the ``checks_of`` an update stand, given what is before it.
+
+    A parameter stands for what mirrors it, too.
+    """
+    params = [f"params.{path}" for path in tree.flatten(before["params"])[0]]
+    watched = _watched(before["params"], before)
+    return params + [tree.path_name(path) for path, place, looked_at in watched if looked_at and place is None]
+
+
 def gradient_finite(checks: jax.Array) -> jax.Array:
     """Return whether the gradient is finite whose ``checks_of`` are given; the update may still not be."""
     return checks.max() < jnp.inf
@@ -153,15 +145,23 @@ def _spoiled_elements(old: jax.Array, new: jax.Array) -> jax.Array:
 def _spoiled(gradient: Any, before: Any, after: Any) -> Iterator[tuple[int | None, jax.Array | None]]:
     """Yield for each leaf the number of the gradient's leaf that it belongs to, and where it is spoiled.
 
+    The second is None for a leaf that is the same as before.
+    """
+    pairs = zip(_watched(gradient, before), *map(jax.tree_util.tree_leaves, (before, after)), strict=True)
+    for (_, place, watched), old, new in pairs:
+        if watched:
+            yield place, None if new is old else _spoiled_elements(old, new)
+
+
+def _watched(gradient: Any, state: Any) -> Iterator[tuple[tuple[Any, ...], int | None, bool]]:
+    """Yield for each leaf its path, the number of the gradient's leaf that it belongs to, and whether it is looked at.
+
     A leaf belongs to the parameter with whose path its own ends, as in ``0.mu.left.weight``; the number is None where
-    there is none. The second is None for a leaf that is the same as before.
+    there is none.
     """
     pairs = jax.tree_util.tree_flatten_with_path(gradient)[0]
     places = {path: (i, leaf.shape) for i, (path, leaf) in enumerate(pairs)}
-    found = jax.tree_util.tree_flatten_with_path(after)[0]
-    for (path, new), old in zip(found, jax.tree_util.tree_leaves(before), strict=True):
-        if not jnp.issubdtype(old.dtype, jnp.inexact):
-            continue
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         ends = (places.get(path[i:]) for i in range(1, len(path) + 1))
-        place = next((i for i, shape in filter(None, ends) if shape == old.shape), None)
-        yield place, None if new is old else _spoiled_elements(old, new)
+        place = next((i for i, shape in filter(None, ends) if shape == leaf.shape), None)
+        yield path, place, bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
