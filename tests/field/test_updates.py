@@ -206,7 +206,7 @@ def test_skip_says_once_that_it_skips_all_the_time():
     (warning,) = caught
     assert warning.filename == __file__
     text = str(warning.message)
-    assert " steps in a row, 6 to " in text and "not finite is the update in 1" in text
+    assert " 100 steps in a row, 6 to 105, so" in text and "not finite is the update in 100 of them" in text
     assert "A schedule that is not finite stays so" in text and 'Write Trainer(..., on_nonfinite="raise")' in text
 
 

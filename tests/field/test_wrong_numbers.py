@@ -12,6 +12,8 @@ import pytest
 import kaun
 from kaun import Data, layers, losses, reports, rng
 
+pytestmark = pytest.mark.filterwarnings("ignore:The fit ended inside a window")
+
 
 class Blocks(reports.Report):
     """What the blocks of a fit contained."""

@@ -641,6 +641,6 @@ def test_dropping_a_state_tree_with_other_leaves_is_refused():
     trainer = kaun.Trainer(model=Layer(init=init, apply=apply), optimizer=optax.sgd(0.1))
     with (
         jax.numpy_dtype_promotion("standard"),
-        pytest.raises(TypeError, match=r"0.state.n: expected int32\[\], found float32"),
+        pytest.raises(TypeError, match=r"found after the step\):\n  state\.n: expected int32\[\], found float32"),
     ):
         trainer.step(trainer.init(), X, loss=lambda out: out.mean())

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import kaun
 from kaun import Context, Data, Layer, Vars, layers, losses, rng
 
+pytestmark = pytest.mark.filterwarnings("ignore:The fit ended inside a window")
+
 MODELS = ["wide", "mlp", "norms", "cnn", "attention", pytest.param("transformer", marks=pytest.mark.slow)]
 OPTIMIZERS = ["adam", "adamw_schedule", "nesterov", "multi_steps", "inject", "ema"]
 

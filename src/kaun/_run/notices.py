@@ -24,7 +24,7 @@ class DiscardedSteps:
     def __init__(self) -> None:
         self._waiting: deque[StepResults] = deque()
         self._reasons: list[str] = []  # of the steps discarded since the last update
-        self._last = 0  # the number of the newest step that was looked at
+        self._last = 0  # the number of the last one
         self._updates = self._warned = False
 
     def ran(self, results: StepResults) -> None:
@@ -43,18 +43,18 @@ class DiscardedSteps:
     def _look(self, results: StepResults) -> None:
         table, column = results.places["finite"]
         finite = np.asarray(results.numbers[table])[: results.steps, column]
-        self._last = results.first + results.steps - 1
         if finite.min() > 0:
             self._reasons, self._updates = [], True
             return
         losses = np.asarray(results.losses)[: results.steps].astype(np.float64)
-        for loss, code in zip(losses, finite, strict=True):
+        for number, (loss, code) in enumerate(zip(losses, finite, strict=True), results.first):
             if code > 0:
                 self._reasons, self._updates = [], True
-            else:
-                self._reasons.append("update" if code < 0 else "gradient" if np.isfinite(loss) else "loss")
-        if len(self._reasons) >= _MANY:
-            self._warn()
+                continue
+            self._last = number
+            self._reasons.append("update" if code < 0 else "gradient" if np.isfinite(loss) else "loss")
+            if len(self._reasons) == _MANY:
+                self._warn()
 
     def _warn(self) -> None:
         if self._warned:
