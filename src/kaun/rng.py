@@ -26,7 +26,7 @@ class _Scope:
     def __init__(self, key: jax.Array) -> None:
         self.key = key
         self.counter = itertools.count()  # its next() is atomic, so two threads never get one key
-        self.newest = 0
+        self.newest = -1
         self.trace = _innermost_trace()
 
 
@@ -112,6 +112,13 @@ def next_key() -> jax.Array:
             "    with rng.scope(key): ..."
         )
     return key
+
+
+def counts() -> dict[str, tuple[str, int]]:
+    """How many keys were drawn from the innermost scope, and outside of all, with the key of each."""
+    scopes = {"outside of any rng.scope": _process_scope, "in the rng.scope around fit": _current.get()}
+    data = lambda key: str(jax.random.key_data(key))
+    return {where: (data(s.key), s.newest) if s is not None else ("", -1) for where, s in scopes.items()}
 
 
 def unscoped(key: jax.Array) -> bool:

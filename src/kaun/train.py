@@ -19,7 +19,7 @@ from kaun import rng
 from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, find_step, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
+from kaun._run import RepeatedPasses, ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error
 from kaun._step import (
     DEFAULT_DTYPE,
     Optimizer,
@@ -33,7 +33,17 @@ from kaun._step import (
 )
 from kaun.checkpoint import Directory
 from kaun.context import Context
-from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, not_data, open_items
+from kaun.data import (
+    Data,
+    check_context,
+    check_loss,
+    chunks_of,
+    empty_data,
+    newest_pass,
+    not_data,
+    open_items,
+    stages_of,
+)
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Layer, Vars
 from kaun.state import TrainState, check_state
@@ -90,6 +100,7 @@ class Trainer(Generic[In, Out]):
     microbatches: int = 1
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
+    _passes: RepeatedPasses = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = ("model", "optimizer", "on_nonfinite", "trainable", "precision", "microbatches")
@@ -98,6 +109,7 @@ class Trainer(Generic[In, Out]):
         object.__setattr__(self, "_settings", settings)
         programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite)
         object.__setattr__(self, "_programs", programs)
+        object.__setattr__(self, "_passes", RepeatedPasses())
 
     def __copy__(self) -> Trainer[In, Out]:
         return self
@@ -170,6 +182,8 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
         check_state(state, "step")
+        if newest_pass.loss is not None and newest_pass.loss() is loss:
+            self._passes.check("step", newest_pass.take(), state)
         if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"step expected training=True or training=False, received {training!r}.")
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
@@ -217,6 +231,7 @@ class Trainer(Generic[In, Out]):
         with open_run(checkpoints, state, data, report) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
+            self._passes.check("fit", stages_of(data), state)
             del state  # where the caller does not hold it either, its memory is free once it is copied
             caller, loop = self._begin(run, report, check_context(ctx))
             now, step = lambda: _state(loop.carry(), loop.key), run.done

@@ -1,6 +1,7 @@
 """How a run is resumed: what it is (``identity``), how far it is (``run``, ``position``), and when it is saved."""
 
 from kaun._run.failure import save_on_error as save_on_error
+from kaun._run.repeats import RepeatedPasses as RepeatedPasses
 from kaun._run.report_state import keeping as keeping
 from kaun._run.report_state import match_reports as match_reports
 from kaun._run.report_state import pack_results as pack_results

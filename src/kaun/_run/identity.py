@@ -18,22 +18,26 @@ import jax
 import numpy as np
 
 from kaun import rng, tree
+from kaun._loss import FrozenLoss, function_reads
 from kaun._messages import warn
 from kaun._run import digest
 from kaun._run.digest import Digester
+from kaun._run.generators import find_generators
 from kaun.checkpoint import Directory
 from kaun.data import Item, ResumableLoader, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
-__all__ = ["describe_data", "differences", "refuse_difference", "run_facts", "unscoped", "warn_of_machine"]
+__all__ = [
+    "describe_data", "differences", "digest_item", "refuse_difference", "run_facts", "unscoped", "warn_of_machine",
+]  # fmt: skip
 
 Fact = dict[str, Any]
 
 _MOST_LEAVES = 1000
 _CODE = re.compile(r"(python\d+\.\d+):\w+")
 _CHANGE_NO_ITEM = frozenset(["Data.prefetch"])
-_ITEM_BY_ITEM = frozenset(["Data.map", "Data.with_loss"])  # they make one item of each
+_ITEM_BY_ITEM = frozenset(["Data.map", "Data.random_map", "Data.with_loss"])  # they make one item of each
 _COUNTS = frozenset(["Data.epochs", "Data.take"])
 _AFFINITY = hasattr(os, "sched_getaffinity")
 
@@ -122,6 +126,26 @@ def unscoped(data: Iterable[Any]) -> list[str]:
     return [s.text for s in stages_of(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
 
 
+def digest_item(item: Any) -> str:
+    """The digest of an item that a loader or a function made: of its arrays, and those in the closure of its loss."""
+    if Item.is_training_item(item):
+        x, loss, *ctx = cast("Sequence[Any]", item)
+        item = (x, _labels(loss), *ctx)
+    return Digester(item).digest(item)[0]
+
+
+def _labels(loss: Any) -> Any:
+    if isinstance(loss, FrozenLoss):
+        return loss.arrays
+    if isinstance(loss, functools.partial):
+        return [_labels(part) for part in (loss.func, *loss.args, *loss.keywords.values())]
+    if isinstance(loss, types.FunctionType):
+        reads = function_reads(loss)  # not the globals, which may change during a run
+        held = [value for pairs in (reads.cells, reads.defaults, reads.keywords) for _, value in pairs]
+        return [_labels(value) if callable(value) else value for value in held]
+    return None if callable(loss) else loss
+
+
 def _given(given: Mapping[str, Any]) -> Fact:
     known: Mapping[str, Callable[[Any], Any]] = {
         "arrays": _tree, "item": _item, "items": _items, "f": _function, "key": _key,
@@ -160,8 +184,10 @@ def _item(item: Any) -> Fact | str:
     return {"x": _tree(x), "loss": _function(loss), **({"ctx": _tree(ctx[0])} if ctx else {})}
 
 
-def _items(items: Any) -> str:
-    return Digester(items).describe(items)
+def _items(items: Any) -> Fact | str:
+    """A sequence by its content, or by its type and length as a loader where it may read from a disk."""
+    plain = isinstance(items, (list, tuple, range, str, bytes)) or tree.is_array(items)
+    return Digester(items).describe(items) if plain else _source(items)
 
 
 def _source(source: Any) -> Fact:
@@ -173,6 +199,10 @@ def _source(source: Any) -> Fact:
     if not hasattr(source, "__iter__") and callable(source):
         return {"f": _function(source)}
     found: Fact = {"type": type(source).__qualname__, "len": known_length(source), **loader_facts(source)}
+    states = {
+        path: Digester().digest(generator)[0] for path, generator, inside in find_generators(source) if not inside
+    }
+    found |= {"generators": states} if states else {}
     return {**found, "arrays": _tree(found["arrays"])} if "arrays" in found else found
 
 
@@ -207,7 +237,7 @@ def _function(f: Any) -> Fact:
 # Differences of data
 
 
-def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[str]:
+def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int, *, exact: bool = True) -> list[str]:
     """One line for each difference between the data of a checkpoint and the data of now; none for the same data.
 
     The count of the last ``epochs(n)``, ``take(n)`` or ``repeat(n)`` may differ, and such a stage may be added or
@@ -218,6 +248,7 @@ def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[s
         saved: the facts in the checkpoint.
         now: the facts of the data given to resume with.
         done: how many items the run has taken.
+        exact: whether there are as many items as the data of now says; a loader may say another number.
 
     Examples:
         >>> from kaun import Data
@@ -233,7 +264,7 @@ def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[s
         same_end = [f["stage"] for f in open_before] == [f["stage"] for f in open_current]
         return _lines(*(pairs[3] if same_end else pairs[0]))
     length = current[-1]["length"]
-    if length is not None and length < done:
+    if exact and length is not None and length < done:
         last = next((f["stage"] for f in reversed(current) if f["stage"] not in _ITEM_BY_ITEM), "the data")
         return [f"{last}: there are {length} items now, and the run has taken {done} already"]
     return []
@@ -261,7 +292,11 @@ def _lines(before: list[Fact], current: list[Fact]) -> list[str]:
             break
         where = old["stage"] if names.count(old["stage"]) == 1 else f"{old['stage']} (stage {i + 1})"
         for name in dict.fromkeys([*old, *new]):
-            lines += [] if name == "length" else _changes(where, name, old.get(name), new.get(name))
+            # Another seed is another state too; older checkpoints have no states.
+            known = name == "length" or (
+                name == "generators" and (name not in old or old.get("seed") != new.get("seed"))
+            )
+            lines += [] if known else _changes(where, name, old.get(name), new.get(name))
     if names != found:
         lines.append(f"the stages were {', '.join(names)}; they are {', '.join(found)}")
     return lines
@@ -282,7 +317,13 @@ def _changes(where: str, name: str, a: Any, b: Any) -> list[str]:
         return lines
     if name == "key":
         why = "another seed, or keys drawn in another order under rng.scope" if a and b else "shuffled or not"
-        return [f"{where}: the shuffle key was {_describe(a)}, is {_describe(b)} ({why})"]
+        kind = "key" if where.startswith("Data.random_map") else "shuffle key"
+        return [f"{where}: the {kind} was {_describe(a)}, is {_describe(b)} ({why})"]
+    if name.startswith("generators at "):
+        return [
+            f"{where}: the random generator {name.removeprefix('generators at ')[1:-1]} has another state: it is not "
+            "seeded, or was drawn from since. Make it again from a seed before each fit"
+        ]
     return [f"{where}: {_change(name, a, b)}"]
 
 

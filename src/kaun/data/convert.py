@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import multiprocessing
+import random
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["as_arrays", "is_tensor", "loader_facts", "refuse_forks"]
+__all__ = [
+    "as_arrays", "as_tensor", "generator_state", "has_exact_state", "is_generator", "is_huggingface_stream",
+    "is_tensor", "loader_facts", "parts_that_make_items", "refuse_forks", "set_epoch",
+]  # fmt: skip
 
 _MOST_TYPES = 4096
 _AS_BITS = frozenset(["bfloat16", "float8_e4m3fn", "float8_e5m2"])  # NumPy's own dtypes have none of these
@@ -41,6 +46,11 @@ def as_arrays(value: Any) -> Any:
 def is_tensor(value: Any) -> bool:
     """Whether a value is a tensor of another library."""
     return _handler(value) in (_from_torch, _from_numpy, _from_dlpack)
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> Any:
+    """A tensor of PyTorch with the values of an array, in the same memory."""
+    return cast("Any", sys.modules["torch"]).from_numpy(array)
 
 
 def _handler(value: Any) -> Callable[[Any], Any] | None:
@@ -165,6 +175,64 @@ def refuse_forks(loader: Any, stage: str) -> None:
             'if __name__ == "__main__":. Or load in this process, num_workers=0, and in another thread, '
             "Data.from_iterable(loader).prefetch(2)."
         )
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Call ``set_epoch(epoch)`` of a loader, or of its samplers and data set, where they have it."""
+    if callable(getattr(loader, "set_epoch", None)):
+        loader.set_epoch(epoch)
+        return
+    names = ("sampler", "batch_sampler", "dataset") if _is_of("torch.utils.data", "DataLoader", loader) else ()
+    parts = [getattr(loader, name) for name in names]
+    parts += [getattr(loader.batch_sampler, "sampler", None)] if names else []
+    for part in {id(part): part for part in parts}.values():
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def is_huggingface_stream(loader: Any) -> bool:
+    """Whether a loader is an ``IterableDataset`` of Hugging Face."""
+    return _is_of("datasets", "IterableDataset", loader)
+
+
+def has_exact_state(loader: Any) -> bool:
+    """Whether ``load_state_dict(state_dict())`` of a loader continues with its next item.
+
+    Hugging Face documents two exceptions for its streams: a shuffle buffer is filled again with other items, and a
+    batch of an arrow table may be lost.
+    """
+    if not hasattr(loader, "state_dict") or not hasattr(loader, "load_state_dict"):
+        return False
+    if not is_huggingface_stream(loader):
+        return True
+    text = repr(loader.state_dict())
+    return "Shuffled" not in text and "Rebatched" not in text
+
+
+def parts_that_make_items(loader: Any) -> tuple[Any, ...]:
+    """The parts of a loader that make its items, perhaps in other processes and not one after the other."""
+    if not _is_of("torch.utils.data", "DataLoader", loader):
+        return ()
+    return loader.dataset, loader.collate_fn
+
+
+def is_generator(value: Any) -> bool:
+    """Whether a value is a generator of random numbers, whose state changes with each draw."""
+    kinds = (np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+    return isinstance(value, kinds) or _is_of("torch", "Generator", value)
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of a generator of NumPy, Python or PyTorch, as a tree of numbers and arrays."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    if isinstance(generator, random.SystemRandom):
+        return secrets.token_bytes()  # it has none, and never draws the same numbers
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state().numpy()
 
 
 def loader_facts(source: Any) -> dict[str, Any]:
