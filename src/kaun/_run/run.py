@@ -178,8 +178,8 @@ def _start_or_resume(
     if not run.finished:
         if store.read_only is not None:
             raise store.read_only
-        place = None if saved is None else saved.facts["place"]
-        run.data = saver.data = resume_from(data, run.done, place, saver.check_last)
+        known = None if saved is None else saved.facts["place"]
+        run.data = saver.data = resume_from(data, run.done, known, saver.check_last)
     return run
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import multiprocessing
-import random
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -21,6 +19,7 @@ import numpy as np
 __all__ = [
     "as_arrays", "as_tensor", "generator_state", "has_exact_state", "is_generator", "is_huggingface_stream",
     "is_tensor", "loader_facts", "parts_that_make_items", "refuse_forks", "set_epoch",
+    "torch_generators",
 ]  # fmt: skip
 
 _MOST_TYPES = 4096
@@ -198,41 +197,29 @@ def is_huggingface_stream(loader: Any) -> bool:
 def has_exact_state(loader: Any) -> bool:
     """Whether ``load_state_dict(state_dict())`` of a loader continues with its next item.
 
-    Hugging Face documents two exceptions for its streams: a shuffle buffer is filled again with other items, and a
-    batch of an arrow table may be lost.
+    Hugging Face documents two exceptions for its streams: a shuffle buffer is filled again with other items, and batched
+    maps of arrow tables may lose a batch.
     """
     if not hasattr(loader, "state_dict") or not hasattr(loader, "load_state_dict"):
         return False
-    if not is_huggingface_stream(loader):
-        return True
-    text = repr(loader.state_dict())
-    return "Shuffled" not in text and "Rebatched" not in text
+    waiting = [loader._ex_iterable] if is_huggingface_stream(loader) else []
+    for stage in waiting:
+        of_tables = getattr(getattr(stage, "formatting", None), "format_type", None) == "arrow"
+        if "Shuffled" in type(stage).__name__ or (of_tables and getattr(stage, "batched", False)):
+            return False
+        inner = getattr(stage, "ex_iterable", None)
+        waiting += [*getattr(stage, "ex_iterables", ()), *([] if inner is None else [inner])]
+    return True
 
 
-def parts_that_make_items(loader: Any) -> tuple[Any, ...]:
-    """The parts of a loader that make its items, perhaps in other processes and not one after the other."""
+def torch_generators(loader: Any) -> list[Any]:
+    """The generators from which a ``DataLoader`` of PyTorch draws the order of each pass; none of any other loader."""
     if not _is_of("torch.utils.data", "DataLoader", loader):
-        return ()
-    return loader.dataset, loader.collate_fn
-
-
-def is_generator(value: Any) -> bool:
-    """Whether a value is a generator of random numbers, whose state changes with each draw."""
-    kinds = (np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
-    return isinstance(value, kinds) or _is_of("torch", "Generator", value)
-
-
-def generator_state(generator: Any) -> Any:
-    """The state of a generator of NumPy, Python or PyTorch, as a tree of numbers and arrays."""
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    if isinstance(generator, np.random.BitGenerator):
-        return generator.state
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    if isinstance(generator, random.SystemRandom):
-        return secrets.token_bytes()  # it has none, and never draws the same numbers
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state().numpy()
+        return []
+    found = [loader.generator or cast("Any", sys.modules["torch"]).default_generator]
+    samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found += [getattr(sampler, "generator", None) for sampler in samplers]
+    return list({id(generator): generator for generator in found if generator is not None}.values())
 
 
 def loader_facts(source: Any) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class ResumableLoader:
         self.source, self._n, self._check, self.skipping = source, n, check, False
         self.passes, self.taken, self._state = (0, 0, None) if position is None else _read(position)
         self._epoch: int | None = None
+        self._ended = False
         self._made: Any = None
         self._iterator: Any = None
 
@@ -83,14 +84,7 @@ class ResumableLoader:
         convert.refuse_forks(made, f"data ({type(made).__name__})")
         if self._epoch is not None:
             convert.set_epoch(made, self._epoch)
-        if state is not None and "state_dict" in state:
-            if convert.is_huggingface_stream(made):  # it would begin each pass at the state that was loaded
-                self._made = made = copy.copy(made)
-            made.load_state_dict(_unpacked(json.loads(state["state_dict"])))
-        elif state is not None:
-            self._iterator = iter(made)
-            self._iterator.set_state(_decoded(state))
-        items = self._pull(made, state is not None and "state_dict" not in state)
+        items = self._pull(made) if state is None else self._restored(made, state)
         if n and state is None:
             items = after_skipped(items, n, self, self._check)
         # islice, because it has no close(): closing these items must not close the user's own iterator.
@@ -101,7 +95,26 @@ class ResumableLoader:
         makes = callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__")
         return source() if makes else source
 
-    def _pull(self, made: Any, opened: bool) -> Iterator[Any]:
+    def _restored(self, made: Any, state: Mapping[str, Any]) -> Iterator[Any]:
+        """The rest of the pass after a position."""
+        if "state_dict" not in state:
+            self._iterator = iter(made)
+            self._iterator.set_state(_decoded(state))
+            return self._each()
+        saved = _unpacked(json.loads(state["state_dict"]))
+        if convert.is_huggingface_stream(made):  # it would begin each pass at the state that was loaded
+            self._made = made = copy.copy(made)
+        if saved["loader"] is None:  # the pass was at its end
+            self._iterator = iter(())
+        else:
+            made.load_state_dict(saved["loader"])
+            self._iterator = iter(made)
+        # torchdata restores the order of this pass, and not the generator from which that of the next one is drawn.
+        for generator, at in zip(convert.torch_generators(made), saved["generators"], strict=True):
+            generator.set_state(at)
+        return self._each()
+
+    def _pull(self, made: Any) -> Iterator[Any]:
         if self.skipping and (batches := SkippedBatches.of(made)) is not None:
             for _ in batches.indices:
                 self.taken += 1
@@ -111,11 +124,15 @@ class ResumableLoader:
             else:
                 return
             made = batches.rest()
-        if not opened:
-            self._iterator = iter(made)
+        self._iterator = iter(made)
+        yield from self._each()
+
+    def _each(self) -> Iterator[Any]:
+        self._ended = False
         for item in self._iterator:
             self.taken += 1
             yield SKIPPED if self.skipping else item
+        self._ended = True
 
     def __len__(self) -> int:
         return max(0, len(self.source) - self._n)
@@ -126,7 +143,9 @@ class ResumableLoader:
         if hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state"):
             state = _encoded(self._iterator.get_state())
         elif self._iterator is not None and convert.has_exact_state(self._made):
-            state = _packed_text(self._made.state_dict())
+            generators = [generator.get_state() for generator in convert.torch_generators(self._made)]
+            loader = None if self._ended else self._made.state_dict()
+            state = _packed_text({"loader": loader, "generators": generators})
         return None if state is None else {"pass": self.passes, "taken": self.taken, "state": state}
 
 
