@@ -141,7 +141,7 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
         drawn = _draws_between(before, torch_state)
         if k == 0 and is_loader:
             record |= {name: before[name] for name in drawn if name != _UNSCOPED}
-        if refused := [name for name in drawn if name not in record]:
+        if refused := [name for name in drawn if k > 0 or name not in record]:
             refuse_draws(directory, [f"making an item of {data!r} draws from {name}" for name in refused])
         if item is None:
             return

@@ -80,15 +80,16 @@ class CheckpointSaver:
             self._last = chunk.item if kept else None
             yield chunk
 
-    def check_last(self, count: int, item: Any) -> None:
+    def check_last(self, count: int, item: Any, final: bool) -> bool:
         """Compare the last item of the run's checkpoint, which was made again, with the one that it was.
 
         Args:
             count: how many items there are up to it.
             item: the item, None where there are fewer.
+            final: whether a difference is refused.
 
         Raises:
-            ResumeMismatch: when they differ, unless the directory accepts that.
+            ResumeMismatch: unless the directory accepts that.
         """
         step, lines = self._saved_step, list[str]()
         if count < step:
@@ -99,8 +100,9 @@ class CheckpointSaver:
                 "seed, or random numbers that come from no key. Seed the loader, torch.Generator().manual_seed(0); "
                 "draw random numbers in data.random_map(f)"
             ]
-        if lines:
+        if lines and final:
             refuse_difference(self._directory, "data", step, lines)
+        return not lines
 
     def save(self, step: int, state: TrainState, *, ended: str = "", pending_report_loss: float | None = None) -> None:
         """Write a checkpoint of a step, unless it is there already. A thread writes the files.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -9,12 +10,9 @@ from typing import Any
 from kaun.data.chunks import Chunk, Limit, one_by_one
 from kaun.data.nodes import Node, Resume, StageSpec
 from kaun.data.pipeline import Data, make_data
-from kaun.data.resumable import ResumableLoader, after_skipped
+from kaun.data.resumable import Check, ResumableLoader, after_skipped
 
-__all__ = ["Check", "chunks_of", "has_exact_length", "over_loader", "rest_of", "resume_of", "stages_of"]
-
-Check = Callable[[int, Any], None]
-"""Called with (how many items there are up to the n-th, the n-th item or None) when the n-th item is made again."""
+__all__ = ["chunks_of", "has_exact_length", "over_loader", "rest_of", "resume_of", "stages_of"]
 
 
 def stages_of(data: Any) -> tuple[StageSpec, ...]:
@@ -64,9 +62,8 @@ def over_loader(
     start = resume.start(loader, n if positioned else 0)
 
     def open(epoch: int | None, first: int) -> Iterator[Any]:
-        items = node.open(epoch, start)
-        if n and not positioned:
-            items = after_skipped(items, n, loader, check)
+        opened = functools.partial(node.open, epoch, start)
+        items = after_skipped(opened, n, loader, check) if n and not positioned else opened()
         yield from itertools.islice(items, first, None)
 
     return _rest(data, n, open, loader)
@@ -79,7 +76,11 @@ def rest_of(data: Data[Any], n: int, check: Check) -> Data[Any]:
     opened = node.open
 
     def open(epoch: int | None, first: int) -> Iterator[Any]:
-        yield from itertools.islice(after_skipped(opened(epoch, 0), 1, None, check), first, None)
+        items = opened(epoch, 0)
+        last = next(items, None)
+        check(n - (last is None), last, True)
+        del last
+        yield from itertools.islice(items, first, None)
 
     return _rest(data, n, open, None)
 

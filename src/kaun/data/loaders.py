@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from kaun.data import convert
+from kaun.data import convert, libraries
 from kaun.data.items import Item
 from kaun.data.resumable import SKIPPED, ResumableLoader
 
@@ -36,7 +36,7 @@ def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
         TypeError: when it cannot be iterated.
         RuntimeError: when it would fork its workers.
     """
-    convert.refuse_forks(data, f"data ({type(data).__name__})")
+    libraries.refuse_forks(data, f"data ({type(data).__name__})")
     try:
         iterator = iter(data)
     except TypeError:
@@ -59,7 +59,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
     once = [source] if hasattr(source, "__next__") else None
     had_items = False
     first: Any = None
-    convert.refuse_forks(source, stage)
+    libraries.refuse_forks(source, stage)
 
     def loader() -> Any:
         if once is None:
@@ -79,9 +79,9 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
         made = loader()
         if not hasattr(made, "__iter__"):
             raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
-        convert.refuse_forks(made, stage)
+        libraries.refuse_forks(made, stage)
         if epoch is not None:
-            convert.set_epoch(made, epoch)
+            libraries.set_epoch(made, epoch)
         try:
             items = iter(made)
             count = made.taken if isinstance(made, ResumableLoader) else 0

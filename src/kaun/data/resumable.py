@@ -11,13 +11,19 @@ from typing import Any, cast
 
 import numpy as np
 
-from kaun.data import convert
+from kaun.data import convert, libraries
 from kaun.data.torch_batches import SkippedBatches
 
-__all__ = ["SKIPPED", "ResumableLoader", "after_skipped"]
+__all__ = ["SKIPPED", "Check", "ResumableLoader", "after_skipped"]
+
+Check = Callable[[int, Any, bool], bool]
+"""``check(count, item, final)``: whether the last item that a run had taken is the same when it is made again.
+
+``count`` is how many items there are up to it; where there are fewer, it is None. Raises where ``final`` is True and it
+is another one.
+"""
 
 _LONGEST_STATE = 1 << 20
-_MISSING = object()
 
 
 class _Skipped:
@@ -40,13 +46,14 @@ class ResumableLoader:
         source: the loader or function.
         position: what ``position()`` of another one returned.
         n: how many items were taken, where no position is known.
-        check: called with the ``n``-th item when it is made again, see ``after_skipped``.
+        check: called with the ``n``-th item when it is made again.
 
     Attributes:
         source: the loader or function.
         passes: the number of the current pass, counted from 0.
         taken: how many items of that pass were taken.
         skipping: whether the items that are taken now are only counted.
+        unread: whether some of them were not even read.
 
     Raises:
         ValueError: for a position that ``position()`` cannot have returned.
@@ -56,18 +63,21 @@ class ResumableLoader:
     passes: int
     taken: int
     skipping: bool
+    unread: bool
 
     def __init__(
         self,
         source: Any,
         position: Mapping[str, Any] | None = None,
         n: int = 0,
-        check: Callable[[int, Any], None] | None = None,
+        check: Check | None = None,
     ) -> None:
-        self.source, self._n, self._check, self.skipping = source, n, check, False
+        self.source, self._n, self._check, self.skipping, self.unread = source, n, check, False, False
         self.passes, self.taken, self._state = (0, 0, None) if position is None else _read(position)
         self._epoch: int | None = None
         self._ended = False
+        self._reads_all = False
+        self._generators: list[tuple[Any, Any]] = []  # those of PyTorch, and their states before items were skipped
         self._made: Any = None
         self._iterator: Any = None
 
@@ -76,19 +86,29 @@ class ResumableLoader:
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
-        state, n = self._state, self._n
-        self._state, self._n = None, 0
+        n, self._n = self._n, 0
+        items = after_skipped(self._open, n, self, self._check) if n and self._state is None else self._open()
+        # islice, because it has no close(): closing these items must not close the user's own iterator.
+        return itertools.islice(items, None)
+
+    def _open(self) -> Iterator[Any]:
+        state, self._state = self._state, None
         self.passes += self._made is not None
         self.taken = self.taken if state is not None else 0
         self._made = made = self._make()
-        convert.refuse_forks(made, f"data ({type(made).__name__})")
+        libraries.refuse_forks(made, f"data ({type(made).__name__})")
         if self._epoch is not None:
-            convert.set_epoch(made, self._epoch)
-        items = self._pull(made) if state is None else self._restored(made, state)
-        if n and state is None:
-            items = after_skipped(items, n, self, self._check)
-        # islice, because it has no close(): closing these items must not close the user's own iterator.
-        return itertools.islice(items, None)
+            libraries.set_epoch(made, self._epoch)
+        if not self._generators:
+            self._generators = [(each, each.get_state()) for each in libraries.torch_generators(made)]
+        return self._pull(made) if state is None else self._restored(made, state)
+
+    def restart(self) -> None:
+        """Begin again, and read all items from now on."""
+        for generator, state in self._generators:
+            generator.set_state(state)
+        self.passes, self.taken, self.unread, self._reads_all = 0, 0, False, True
+        self._made = None
 
     def _make(self) -> Any:
         source = self.source
@@ -102,7 +122,7 @@ class ResumableLoader:
             self._iterator.set_state(_decoded(state))
             return self._each()
         saved = _unpacked(json.loads(state["state_dict"]))
-        if convert.is_huggingface_stream(made):  # it would begin each pass at the state that was loaded
+        if libraries.is_huggingface_stream(made):  # it would begin each pass at the state that was loaded
             self._made = made = copy.copy(made)
         if saved["loader"] is None:  # the pass was at its end
             self._iterator = iter(())
@@ -110,14 +130,15 @@ class ResumableLoader:
             made.load_state_dict(saved["loader"])
             self._iterator = iter(made)
         # torchdata restores the order of this pass, and not the generator from which that of the next one is drawn.
-        for generator, at in zip(convert.torch_generators(made), saved["generators"], strict=True):
+        for generator, at in zip(libraries.torch_generators(made), saved["generators"], strict=True):
             generator.set_state(at)
         return self._each()
 
     def _pull(self, made: Any) -> Iterator[Any]:
-        if self.skipping and (batches := SkippedBatches.of(made)) is not None:
+        batches = SkippedBatches.of(made) if self.skipping and not self._reads_all else None
+        if batches is not None:
             for _ in batches.indices:
-                self.taken += 1
+                self.taken, self.unread = self.taken + 1, True
                 yield SKIPPED
                 if not self.skipping:
                     break
@@ -142,34 +163,44 @@ class ResumableLoader:
         state = None
         if hasattr(self._iterator, "get_state") and hasattr(self._iterator, "set_state"):
             state = _encoded(self._iterator.get_state())
-        elif self._iterator is not None and convert.has_exact_state(self._made):
-            generators = [generator.get_state() for generator in convert.torch_generators(self._made)]
+        elif self._iterator is not None and libraries.has_exact_state(self._made):
+            generators = [generator.get_state() for generator in libraries.torch_generators(self._made)]
             loader = None if self._ended else self._made.state_dict()
             state = _packed_text({"loader": loader, "generators": generators})
         return None if state is None else {"pass": self.passes, "taken": self.taken, "state": state}
 
 
 def after_skipped(
-    items: Iterator[Any], n: int, loader: ResumableLoader | None, check: Callable[[int, Any], None] | None
+    open: Callable[[], Iterator[Any]], n: int, loader: ResumableLoader, check: Check | None
 ) -> Iterator[Any]:
     """The items after the first ``n``, which are taken again.
 
     Args:
-        items: all items.
+        open: iterates all items.
         n: how many were taken before, at least 1.
         loader: the loader under them, whose items before the ``n``-th are only counted.
-        check: called with (how many items there are up to the ``n``-th, the ``n``-th item or None).
+        check: called with the last of them, see ``Check``.
     """
-    if loader is not None:
-        loader.skipping = True
-    count = sum(1 for _ in itertools.islice(items, n - 1))
-    if loader is not None:
-        loader.skipping = False
-    last = next(items, _MISSING)
+    items = open()
+    count, last = _skipped(items, n, loader)
+    # Workers whose transforms are random have drawn no numbers for the batches that were not read.
+    if loader.unread and check is not None and not check(count, last, False):
+        loader.restart()
+        items = open()
+        count, last = _skipped(items, n, loader)
     if check is not None:
-        check(count + (last is not _MISSING), None if last is _MISSING else last)
+        check(count, last, True)
     del last
     yield from items
+
+
+def _skipped(items: Iterator[Any], n: int, loader: ResumableLoader) -> tuple[int, Any]:
+    """Take ``n`` items, and return how many there are and the last of them, None where there are fewer."""
+    loader.skipping = True
+    count = sum(1 for _ in itertools.islice(items, n - 1))
+    loader.skipping = False
+    last = next(items, SKIPPED)
+    return (count, None) if last is SKIPPED else (count + 1, last)
 
 
 def _encoded(state: Any) -> dict[str, Any] | None:
