@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun.data import convert
+from kaun.data import convert, libraries
 
 
 class Eager:

@@ -36,8 +36,8 @@ class RepeatedPasses:
             stages: those of the pipeline.
             state: the state before the pass.
         """
-        found = random_passes(stages)
-        if found is None or any_traced((state.key, state.step)):
+        found = None if any_traced((state.key, state.step)) else random_passes(stages)
+        if found is None:
             return
         run, step = (found[0], np.asarray(jax.random.key_data(state.key)).tobytes()), int(state.step)
         with self._lock:

@@ -96,9 +96,9 @@ class CheckpointSaver:
             lines = [f"the data has {count} items now, and the run has taken {step} already"]
         elif self._digest is not None and digest_item(item) != self._digest:
             lines = [
-                f"item {step - 1} (counted from 0), made again, is another one than in that run: a loader without a "
-                "seed, or random numbers that come from no key. Seed the loader, torch.Generator().manual_seed(0); "
-                "draw random numbers in data.random_map(f)"
+                f"item {step - 1} (counted from 0), made again, is another one than in that run: the data has changed, "
+                "a loader has no seed, or random numbers come from no key. Seed the loader, "
+                "torch.Generator().manual_seed(0); draw random numbers in data.random_map(f)"
             ]
         if lines and final:
             refuse_difference(self._directory, "data", step, lines)

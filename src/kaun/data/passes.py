@@ -31,8 +31,13 @@ def random_passes(stages: Sequence[StageSpec]) -> tuple[Passes, range] | None:
         ((name, count),) = counts[0].given.items()
         numbers = range(count) if name == "n" else range(count, count + 1)
     texts = [s.text for s in stages if s.name != "Data.prefetch" and (s not in counts or len(counts) > 1)]
-    arrays = [id(leaf) for s in stages for leaf in jax.tree_util.tree_leaves(s.given.get("arrays"))]
+    arrays = [_memory(leaf) for s in stages for leaf in jax.tree_util.tree_leaves(s.given.get("arrays"))]
     return (*texts, *(np.asarray(jax.random.key_data(key)).tobytes() for key in keys), *arrays), numbers
+
+
+def _memory(array: Any) -> Any:
+    """Which array it is; views of one array are the same."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else id(array)
 
 
 class _NewestPass:
