@@ -231,9 +231,9 @@ class Trainer(Generic[In, Out]):
         with open_run(checkpoints, state, data, report) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
+            caller, loop = self._begin(run, report, check_context(ctx))
             self._passes.check("fit", stages_of(data), state)
             del state  # where the caller does not hold it either, its memory is free once it is copied
-            caller, loop = self._begin(run, report, check_context(ctx))
             now, step = lambda: _state(loop.carry(), loop.key), run.done
             with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))

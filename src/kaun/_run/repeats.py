@@ -18,14 +18,14 @@ from kaun.state import TrainState
 __all__ = ["RepeatedPasses"]
 
 _MOST = 64
-_WARNED = 1 << 62  # as the step before a pass: none is beyond it
+_WARNED = 1 << 62  # no step is beyond it
 
 
 class RepeatedPasses:
     """The random passes that one trainer was trained on, and the first step of each run on them."""
 
     def __init__(self) -> None:
-        self._first: OrderedDict[Any, dict[int, int]] = OrderedDict()  # by run: of each pass the step before it
+        self._first: OrderedDict[Any, int] = OrderedDict()  # the step before the passes
         self._lock = threading.Lock()
 
     def check(self, entry: str, stages: Sequence[Any], state: TrainState) -> None:
@@ -39,20 +39,20 @@ class RepeatedPasses:
         found = None if any_traced((state.key, state.step)) else random_passes(stages)
         if found is None:
             return
-        run, step = (found[0], np.asarray(jax.random.key_data(state.key)).tobytes()), int(state.step)
+        run, step = (*found, np.asarray(jax.random.key_data(state.key)).tobytes()), int(state.step)
         with self._lock:
-            known = self._first.setdefault(run, {})
-            repeated = [known[e] for e in found[1] if known.setdefault(e, step) < step]
-            known.update(dict.fromkeys(found[1] if repeated else (), _WARNED))
+            first = self._first.setdefault(run, step)
+            if first < step:
+                self._first[run] = _WARNED
             while len(self._first) > _MOST:
                 self._first.popitem(last=False)
-        if repeated:
+        if first < step:
             loop = {
                 "fit": "for e in range(3): state = trainer.fit(state, train.epoch(e))",
                 "step": "for x, loss in train.epochs(3): _, state = trainer.step(state, x, loss=loss)",
             }[entry]
             warn(
-                f"{entry} received a pass on which this run was trained already, from step {min(repeated)} on. Each "
+                f"{entry} received a pass on which this run was trained already, from step {first} on. Each "
                 "iteration of a shuffled or random pipeline has the same order and the same random numbers. For others "
                 "in each epoch write trainer.fit(state, train.epochs(3)), or take pass e as train.epoch(e):\n"
                 f"    {loop}"
