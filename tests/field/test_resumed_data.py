@@ -1,5 +1,6 @@
 """Data that a resumed run got wrong in silence, one test for each situation in which a user met it."""
 
+import functools
 import random
 
 import jax
@@ -292,7 +293,9 @@ class Augment:
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-@pytest.mark.parametrize("form", ["map", "from_fn", "map_batch", "object", "method", "from_items", "default"])
+@pytest.mark.parametrize(
+    "form", ["map", "from_fn", "map_batch", "object", "method", "from_items", "default", "cached", "loader"]
+)
 def test_augmentation_by_a_captured_generator_is_refused(made, tmp_path, kind, form):
     """`generator = np.random.default_rng(0)` above a map: the second process begins with its first numbers again."""
     generator = GENERATORS[kind](0)
@@ -306,12 +309,24 @@ def test_augmentation_by_a_captured_generator_is_refused(made, tmp_path, kind, f
         "method": lambda: items.map(Augment(generator).shifted),
         "from_items": lambda: Data.from_items(Drawing(generator)),
         "default": lambda: items.map(lambda x, g=generator: x + np.float32(g.random())),
+        "cached": lambda: Data.from_fn(10, functools.cache(lambda i: shift(rows()[i]))),
+        "loader": lambda: Data.from_iterable(Mapped(shift)),
     }
     with pytest.raises(
         ValueError,
         match=r"(?s)because .* reads `[\w.]+` \(\w+\)\. The state of that generator is not saved\..*random_map",
     ):
         run(made, with_loss(forms[form]()), tmp_path)
+
+
+class Mapped:
+    """A loader with a transform, as those of Hugging Face."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def __iter__(self):
+        return map(self.f, rows())
 
 
 class Drawing:

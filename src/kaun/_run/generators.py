@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random
 import sys
 import types
@@ -44,7 +45,7 @@ def captured_generators(data: Any) -> list[str]:
     source = stages_of(data)[0].given.get("source") if stages_of(data) else data
     for part in parts_that_make_items(source):
         found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part)]
-    if not isinstance(source, types.FunctionType):  # one that makes a loader is replayed from its start
+    if hasattr(source, "__iter__"):  # a function that makes a loader is called again, and its facts have the states
         found += [f"the loader's function reads {path}" for path, _, inside in find_generators(source) if inside]
     return list(dict.fromkeys(found))
 
@@ -83,14 +84,14 @@ def _parts(value: Any, names: set[str], inside: bool) -> Iterator[tuple[str, Any
     elif isinstance(value, types.BuiltinFunctionType):
         yield value.__name__, None if isinstance(value.__self__, types.ModuleType) else value.__self__
     elif isinstance(value, Mapping):
-        yield from ((str(k), v) for k, v in list(cast("Mapping[Any, Any]", value).items())[:64])
+        yield from ((str(k), v) for k, v in itertools.islice(cast("Mapping[Any, Any]", value).items(), _MOST_ITEMS))
     elif isinstance(value, (list, tuple)):
         yield from (("", part) for part in cast("list[Any]", value)[:_MOST_ITEMS])
     elif isinstance(value, types.ModuleType):
         yield from [] if is_library(value.__name__) else vars(value).items()
+    elif (inner := getattr(value, "__wrapped__", None) if callable(value) else None) is not None:
+        yield "", inner
     elif kind.__module__.partition(".")[0] not in _SKIPPED:
-        if hasattr(value, "__wrapped__"):
-            yield "", value.__wrapped__
         if inside and not is_library(kind.__module__):
             names.update(*(code_info(method).names for method in methods_of(kind)))
             yield from attributes_of(value, frozenset(names))
