@@ -70,7 +70,7 @@ class _NewestPass:
             self.loss = None
 
 
-newest_pass = _NewestPass()
+newest_pass: _NewestPass = _NewestPass()
 
 
 def watch_of(stages: Sequence[StageSpec]) -> Callable[[Any], None] | None:
