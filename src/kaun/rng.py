@@ -28,7 +28,7 @@ class _Scope:
         self.key = key
         # Its next() is atomic, so two threads never get one key.
         self.counter = itertools.count() if counter is None else counter
-        self.newest = 0
+        self.newest = -1
         self.trace = _innermost_trace()
 
 
@@ -151,6 +151,13 @@ def carry_scope() -> Callable[[], AbstractContextManager[None]]:
             _current.reset(token)
 
     return inside
+
+
+def counts() -> dict[str, tuple[str, int]]:
+    """How many keys were drawn from the innermost scope, and outside of all, with the key of each."""
+    scopes = {"outside of any rng.scope": _process_scope, "in the rng.scope around fit": _current.get()}
+    data = lambda key: str(jax.random.key_data(key))
+    return {where: (data(s.key), s.newest) if s is not None else ("", -1) for where, s in scopes.items()}
 
 
 def unscoped(key: jax.Array) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng, tree
-from kaun._engine import StepInputs
+from kaun._engine import StepInputs, find_step
 from kaun._loss import Loss
 from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
 from kaun.context import Context
@@ -20,7 +20,8 @@ from kaun.data import check_context, check_loss
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import path as path_here
 from kaun.layers.path import watched
-from kaun.train import Trainer, lowered
+from kaun.state import TrainState
+from kaun.train import Trainer
 from kaun.tree import format_bytes
 
 __all__ = ["Cost", "Row", "Summary", "summary"]
@@ -232,7 +233,7 @@ def _described(result: Any) -> list[tuple[str, str]]:
 
 
 def _cost(trainer: Trainer[Any, Any], state: Any, inputs: StepInputs) -> Cost:
-    compiled = lowered(trainer, state, inputs).compile()
+    compiled = _lowered(trainer, state, inputs).compile()
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return Cost(
         flops=float((analysis or {}).get("flops", 0.0)), arguments=memory.argument_size_in_bytes,
@@ -255,3 +256,11 @@ def _count(value: Any) -> int:
 
 def _bytes(value: Any) -> int:
     return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree_util.tree_leaves(value))
+
+
+def _lowered(trainer: Trainer[Any, Any], state: TrainState, inputs: StepInputs) -> Any:
+    """Return a training step of a trainer as it goes to the compiler; the state may be shapes and dtypes."""
+    leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
+    programs = trainer._programs  # pyright: ignore[reportPrivateUsage]
+    traced = find_step(programs, structure, leaves, state.key, inputs, True)
+    return traced.step.lower(leaves, state.key, inputs.leaves)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -22,13 +21,20 @@ from kaun._engine import (
     StepInputs,
     StepLoop,
     error_of,
-    find_step,
     refuse_traced,
     run_step,
 )
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import ReportCaller, TrainingRun, flush_and_save, open_run, save_on_error, warn_of_open_window
+from kaun._run import (
+    RepeatedPasses,
+    ReportCaller,
+    TrainingRun,
+    flush_and_save,
+    open_run,
+    save_on_error,
+    warn_of_open_window,
+)
 from kaun._step import (
     DEFAULT_DTYPE,
     EvaluatedParams,
@@ -44,7 +50,17 @@ from kaun._step import (
 )
 from kaun.checkpoint import Directory
 from kaun.context import Context
-from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, not_data, open_items
+from kaun.data import (
+    Data,
+    check_context,
+    check_loss,
+    chunks_of,
+    empty_data,
+    newest_pass,
+    not_data,
+    open_items,
+    stages_of,
+)
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Layer, Vars
 from kaun.state import TrainState, check_state
@@ -52,7 +68,7 @@ from kaun.state import TrainState, check_state
 if TYPE_CHECKING:
     from jax.export import Exported
 
-__all__ = ["Trainer", "lowered", "settings_of"]
+__all__ = ["Trainer", "settings_of"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -103,6 +119,7 @@ class Trainer(Generic[In, Out]):
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
     _evaluated: EvaluatedParams = dataclasses.field(init=False, repr=False, compare=False)
+    _passes: RepeatedPasses = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = ("model", "optimizer", "on_nonfinite", "trainable", "precision", "microbatches")
@@ -113,6 +130,7 @@ class Trainer(Generic[In, Out]):
         programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite, scaled=scaled)
         object.__setattr__(self, "_programs", programs)
         object.__setattr__(self, "_evaluated", EvaluatedParams())
+        object.__setattr__(self, "_passes", RepeatedPasses())
 
     def __copy__(self) -> Trainer[In, Out]:
         return self
@@ -185,6 +203,8 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
         check_state(state, "step")
+        if newest_pass.loss is not None and newest_pass.loss() is loss:
+            self._passes.check("step", newest_pass.take(), state)
         if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"step expected training=True or training=False, received {training!r}.")
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
@@ -232,19 +252,20 @@ class Trainer(Generic[In, Out]):
         with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
+            self._passes.check("fit", stages_of(data), state)
             del state  # where the caller does not hold it either, its memory is free once it is copied
             caller, loop = self._begin(run, report, check_context(ctx))
             now, step = lambda: _state(loop.carry(), loop.key), run.done
             with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
-                stopped = pending is not None and caller.wants(step) and _stops(caller, step, pending, now)
+                stopped = pending is not None and caller.wants(step) and caller.stops_at(step, pending, now)
                 ahead = lambda: run.ahead(step, caller.ahead(step, loop.limit))
                 while not stopped and (count := loop.push(chunks, step + 1, ahead())):
                     step += count
                     if caller.wants(step):
                         loop.flush()
-                        stopped = _stops(caller, step, loop.loss, now)
+                        stopped = caller.stops_at(step, loop.loss, now)
                     if run.due(step) and not stopped:
                         flush_and_save(run.saver, loop, now, caller)
                 if step == 0:
@@ -365,14 +386,6 @@ class Trainer(Generic[In, Out]):
         return state
 
 
-def lowered(trainer: Trainer[Any, Any], state: TrainState, inputs: StepInputs) -> Any:
-    """Return a training step of a trainer as it goes to the compiler; the state may be shapes and dtypes."""
-    leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
-    programs = trainer._programs  # pyright: ignore[reportPrivateUsage]
-    traced = find_step(programs, structure, leaves, state.key, inputs, True)
-    return traced.step.lower(leaves, state.key, inputs.leaves)
-
-
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:
     """Return the checked arguments of a trainer."""
     return trainer._settings  # pyright: ignore[reportPrivateUsage]
@@ -381,16 +394,3 @@ def settings_of(trainer: Trainer[Any, Any]) -> Settings:
 def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
     vars, opt_state, step = carry
     return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)
-
-
-def _stops(caller: ReportCaller, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:
-    """Call the report, and return whether it asked to stop. A state that it keeps stays as it is."""
-    state = TrainState.later(now)
-    kept = weakref.ref(state)
-    try:
-        return caller.stops(step, loss, state)
-    finally:
-        del state
-        outlives = kept()
-        if outlives is not None:
-            outlives.now()  # before the next step overwrites its memory

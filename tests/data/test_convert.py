@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun.data import convert
+from kaun.data import convert, libraries
 
 
 class Eager:
@@ -114,5 +114,5 @@ def test_what_is_a_tensor():
 
 
 def test_loaders_of_no_known_library_have_no_facts_and_no_workers():
-    assert convert.loader_facts([1, 2]) == {}
-    convert.refuse_forks([1, 2], "data")
+    assert libraries.loader_facts([1, 2]) == {}
+    libraries.refuse_forks([1, 2], "data")

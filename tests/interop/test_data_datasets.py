@@ -1,5 +1,7 @@
 """Datasets of the Hugging Face library as data."""
 
+import itertools
+import json
 import subprocess
 import sys
 
@@ -63,3 +65,52 @@ def test_a_dataset_counts_by_its_own_fingerprint():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == identity.describe_data(Data.from_iterable(made()))[0]["fingerprint"], done.stderr
+
+
+# Resumed streams
+
+
+def stream(kind):
+    made = datasets.Dataset.from_dict({"x": list(range(23)), "y": list(range(23))}).to_iterable_dataset(num_shards=3)
+    match kind:
+        case "map":
+            return made.map(lambda row: {"x": row["x"] * 2}).filter(lambda row: row["x"] % 3)
+        case "numpy":
+            return made.with_format("numpy").map(lambda rows: {"x": rows["x"] + 1}, batched=True, batch_size=4)
+        case "buffer":
+            return made.shuffle(seed=3, buffer_size=8)
+    return made.skip(2).take(15)
+
+
+@pytest.mark.parametrize("kind", ["take", "map", "numpy", "buffer"])
+def test_a_stream_is_resumed_by_its_state_where_that_is_exact(kind):
+    """A late resume read the stream from its start; a shuffle buffer cannot be restored, and must be filled again."""
+    data = lambda: Data.from_iterable(stream(kind)).map(lambda row: int(row["x"])).epochs(3)
+    whole = list(data())
+    for n in (1, 8, 15, 24, len(whole) - 1):
+        rest = position.resume_from(data(), 0)
+        items = iter(rest)
+        assert list(itertools.islice(items, n)) == whole[:n]
+        where = json.loads(json.dumps(position.position(rest)))
+        assert (where is None) == (kind == "buffer")
+        items.close()
+        assert list(position.resume_from(data(), n, where)) == whole[n:]
+
+
+def test_the_state_of_a_generator_of_a_stream_counts():
+    """`stream.shuffle()` without a seed has another order in each process."""
+    made = lambda seed: Data.from_iterable(stream("take").shuffle(seed=seed, buffer_size=4))
+    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    assert words(made(1), made(1)) == []
+    (line,) = words(made(None), made(None))
+    assert "generator` (Generator) has another state: it is not seeded" in line
+
+
+def test_rows_by_index_count_by_the_fingerprint_too():
+    """Through from_items another data set of the same length was trained on without a word."""
+    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    assert words(Data.from_items(made()), Data.from_items(made())) == []
+    (line,) = words(Data.from_items(made()), Data.from_items(made(1)))
+    assert line.startswith("Data.from_items: items at 'fingerprint' was ")
+    captured = lambda rows: Data.from_fn(10, lambda i: rows[i])
+    assert words(captured(made()), captured(made())) == [] and words(captured(made()), captured(made(1)))

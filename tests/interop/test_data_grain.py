@@ -126,3 +126,21 @@ def test_a_map_dataset_is_a_sequence_too():
     data = Data.from_items(dataset).with_loss(losses.cross_entropy_sparse)
     assert len(data) == 10
     assert [x.tolist() for x, _ in position.resume_from(data, 7)] == [dataset[i][0].tolist() for i in (7, 8, 9)]
+
+
+class Plain(Source):
+    __repr__ = object.__repr__  # another text in each process, which grain compares
+
+
+def test_a_loader_over_a_source_with_a_default_repr_is_pulled():
+    """`__repr__` is missing in most users' sources: the resumed run ended in grain's own ValueError."""
+    sampler = grain.samplers.IndexSampler(40, shuffle=True, seed=1, num_epochs=1)
+    made = lambda: Data.from_iterable(
+        grain.DataLoader(data_source=Plain(), sampler=sampler, operations=[grain.transforms.Batch(4)])
+    ).map(lambda b: b[1].tolist())
+    rest = position.resume_from(made(), 0)
+    items = iter(rest)
+    taken = list(itertools.islice(items, 4))
+    assert position.position(rest) is None
+    items.close()
+    assert taken + list(position.resume_from(made(), 4)) == list(made())

@@ -1,6 +1,8 @@
 """PyTorch's loaders as data: tensors as arrays in the same memory, workers that are not forked, fingerprints."""
 
 import dataclasses
+import itertools
+import json
 import multiprocessing
 import subprocess
 import sys
@@ -15,9 +17,10 @@ torch = pytest.importorskip("torch")
 
 from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 
-from kaun import Data, Trainer, layers, losses, rng  # noqa: E402
+from kaun import Data, Trainer, checkpoint, layers, losses, rng  # noqa: E402
 from kaun._run import identity, position  # noqa: E402
 from kaun.data import convert  # noqa: E402
+from kaun.errors import ResumeMismatch  # noqa: E402
 
 
 class Pair(NamedTuple):
@@ -229,3 +232,183 @@ def test_the_rest_of_a_data_loader_is_pulled():
     rest = position.resume_from(data, 8)
     assert list(rest) == list(data)[8:]
     assert position.position(rest) is None
+
+
+# ---- Resumed loaders ---------------------------------------------------------------------------------------------
+
+
+class Counted(Dataset):
+    """Rows that count how often one is read."""
+
+    def __init__(self, n=25):
+        self.n, self.reads = n, 0
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return torch.tensor([float(i)]), i
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def default_seed(loader):
+    torch.manual_seed(3)
+    return loader
+
+
+SAMPLER = torch.utils.data.RandomSampler
+LOADERS = {
+    "in order": lambda rows: DataLoader(rows, 4),
+    "seeded": lambda rows: DataLoader(rows, 4, shuffle=True, generator=seeded(1)),
+    "default generator": lambda rows: default_seed(DataLoader(rows, 4, shuffle=True)),
+    "drop_last": lambda rows: DataLoader(rows, 4, shuffle=True, generator=seeded(1), drop_last=True),
+    "one generator": lambda rows: (
+        lambda g: DataLoader(rows, 4, generator=g, sampler=SAMPLER(rows, True, 70, generator=g))
+    )(seeded(3)),
+    "batch sampler": lambda rows: DataLoader(
+        rows, batch_sampler=torch.utils.data.BatchSampler(SAMPLER(rows, generator=seeded(9)), 3, False)
+    ),
+    "rows": lambda rows: DataLoader(rows, batch_size=None, shuffle=True, generator=seeded(1)),
+}
+STAGES = {
+    "epochs": lambda data: data.epochs(3),
+    "groups": lambda data: data.map_batch(2, lambda group: group[-1]).epochs(3),
+    "groups of all": lambda data: data.epochs(3).map_batch(2, lambda group: group[0]),
+}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_late_resume_reads_no_batch_that_it_skips(name, stages):
+    """Four steps after a restart read 640 rows, because all batches before them were made again."""
+
+    def data(rows):
+        return STAGES[stages](Data.from_iterable(LOADERS[name](rows))).map(lambda b: np.asarray(b[1]).tolist())
+
+    whole = list(data(Counted()))
+    for n in (1, 6, 7, 8, len(whole) - 1, len(whole)):
+        rows, checked = Counted(), []
+        made = data(rows)
+        rest = position.resume_from(made, n, None, lambda count, item, final: checked.append((count, item)) or True)
+        items = iter(rest)
+        first = next(items, None)
+        assert rows.reads <= 18, "the group of the last item and the next one"
+        assert ([] if first is None else [first, *items]) == whole[n:]
+        assert checked[-1] == (n, whole[n - 1])
+        if isinstance(whole[0], list) and stages == "epochs":
+            bare = [b[1].tolist() for b in position.resume_from(LOADERS[name](Counted()), 3)]
+            assert bare == [b[1].tolist() for b in LOADERS[name](Counted())][3:]
+
+
+class Noisy(Counted):
+    """Rows with noise that a worker draws, as transforms of torchvision do."""
+
+    def __getitem__(self, i):
+        return super().__getitem__(i)[0] + torch.randn(1), i
+
+
+def check_noisy(loader):
+    data = lambda: Data.from_iterable(loader()).map(lambda b: b[0].tolist()).epochs(2)
+    whole = list(data())
+    last = lambda count, item, final: (count, item) == (9, whole[8])
+    assert list(position.resume_from(data(), 9, None, last)) == whole[9:]
+
+
+def test_where_unread_batches_give_another_item_all_are_read():
+    """Transforms draw from the generator of the process: batches that were not read left it in another state."""
+    check_noisy(lambda: default_seed(DataLoader(Noisy(), 4, shuffle=True)))
+
+
+@pytest.mark.slow
+def test_workers_that_draw_are_replayed():
+    options = {"num_workers": 1, "multiprocessing_context": "forkserver"}
+    check_noisy(lambda: DataLoader(Noisy(), 4, shuffle=True, generator=seeded(1), **options))
+
+
+def killed_and_resumed(tmp_path, first, second):
+    with rng.scope(0):
+        trainer = Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(1e-3))
+        state = trainer.init()
+
+    def report(step, loss, state):
+        if step == 4:
+            raise KeyError
+
+    data = lambda loader: Data.from_iterable(loader).map(lambda b: (b[0], b[0])).with_loss(losses.mse)
+    runs = checkpoint.Directory(tmp_path / "runs")
+    with pytest.raises(KeyError):
+        trainer.fit(state, data(first), report=report, checkpoints=runs)
+    return trainer.fit(state, data(second), checkpoints=runs)
+
+
+def test_an_unseeded_loader_is_refused(tmp_path):
+    """`DataLoader(rows, shuffle=True)` without a seed: the resumed run had 25 of 32 rows, without a word."""
+    loader = lambda: DataLoader(Counted(), 4, shuffle=True)
+    torch.seed()
+    with pytest.raises(
+        ResumeMismatch, match=r"PyTorch's global generator \(torch\) has another state, and the loader draws"
+    ):
+        killed_and_resumed(tmp_path, loader(), loader())
+    assert int(killed_and_resumed(tmp_path / "in order", DataLoader(Counted(), 4), DataLoader(Counted(), 4)).step) == 7
+
+
+def test_a_generator_that_is_used_again_is_refused(tmp_path):
+    """A cell of a notebook, run again after Ctrl-C: the loader's generator is where the first run left it."""
+    loader = DataLoader(Counted(), 4, shuffle=True, generator=seeded(0))
+    with pytest.raises(
+        ResumeMismatch, match=r"the random generator `generator` \(Generator\) has another state: it is not seeded"
+    ):
+        killed_and_resumed(tmp_path, loader, loader)
+    loader = lambda: DataLoader(Counted(), 4, shuffle=True, generator=seeded(0))
+    assert int(killed_and_resumed(tmp_path / "seeded", loader(), loader()).step) == 7
+
+
+class Drawing(Counted):
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+    def __getitem__(self, i):
+        return torch.tensor([float(i)]) + float(self.generator.random()), i
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Drawing(np.random.default_rng(0)), r"the loader's Drawing reads `generator` \(Generator\)"),
+        (Noisy, r"draws from PyTorch's global generator \(torch\)"),
+    ],
+)
+def test_data_sets_that_draw_are_refused(tmp_path, make, text):
+    loader = lambda: DataLoader(make(), 4)
+    with pytest.raises(ValueError, match=rf"(?s)cannot be resumed with the same items, .*{text}.*data.random_map"):
+        killed_and_resumed(tmp_path, loader(), loader())
+
+
+def test_the_epoch_of_a_distributed_sampler_is_set():
+    sampler = torch.utils.data.distributed.DistributedSampler(Counted(), num_replicas=2, rank=0, seed=1)
+    data = Data.from_iterable(DataLoader(Counted(), 4, sampler=sampler)).map(lambda b: b[1].tolist())
+    passes = [list(data.epoch(e)) for e in range(3)]
+    assert list(data.epochs(3)) == [*passes[0], *passes[1], *passes[2]] and passes[0] != passes[1] != passes[2]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_torchdata_is_set_to_its_position():
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    for stages in STAGES.values():
+        data = lambda rows, stages=stages: stages(
+            Data.from_iterable(stateful(rows, 4, shuffle=True, generator=seeded(1)))
+        ).map(lambda b: b[1].tolist())
+        whole = list(data(Counted()))
+        for n in (1, 6, 7, 8, len(whole) - 1):
+            rest = position.resume_from(data(Counted()), 0)
+            items = iter(rest)
+            assert list(itertools.islice(items, n)) == whole[:n]
+            where, rows = json.loads(json.dumps(position.position(rest))), Counted()
+            items = iter(position.resume_from(data(rows), n, where))
+            first = next(items, None)
+            assert rows.reads <= 10 and ([] if first is None else [first, *items]) == whole[n:]

@@ -341,7 +341,7 @@ def test_of_nested_fits_the_outermost_state_is_on_the_exception(run):
 
     def report(step, loss, state):
         if step == 3:
-            trainer.fit(state, data, report=inner_report)
+            trainer.fit(state, list(data), report=inner_report)
 
     with pytest.raises(Oops) as caught:
         trainer.fit(state, data, report=report)

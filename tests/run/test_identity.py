@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from kaun import Context, Data, losses, rng
 from kaun._run import identity, position
+from kaun._run.differences import differences
 
 few = settings(max_examples=60, deadline=None)
 
@@ -187,7 +188,7 @@ def test_two_builds_have_the_same_facts_and_they_are_json(recipe):
     facts = identity.describe_data(build(recipe))
     assert facts == identity.describe_data(build(recipe))
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
-    assert identity.differences(facts, json.loads(json.dumps(facts)), 0) == []
+    assert differences(facts, json.loads(json.dumps(facts)), 0) == []
 
 
 @few
@@ -318,10 +319,10 @@ def test_the_last_count_may_change_and_such_a_stage_may_come_or_go(recipe, kind,
 
     old, new = made(a), made(b)
     done = min(len(list(old)), len(list(new)))
-    assert identity.differences(identity.describe_data(old), identity.describe_data(new), done) == []
+    assert differences(identity.describe_data(old), identity.describe_data(new), done) == []
     bare = data.map(code_of(1)) if wrapped else data
-    assert identity.differences(identity.describe_data(bare), identity.describe_data(new), min(len(whole), 0)) == []
-    assert identity.differences(identity.describe_data(new), identity.describe_data(bare), 0) == []
+    assert differences(identity.describe_data(bare), identity.describe_data(new), min(len(whole), 0)) == []
+    assert differences(identity.describe_data(new), identity.describe_data(bare), 0) == []
 
 
 @few
@@ -330,7 +331,7 @@ def test_an_inner_count_may_not(a, b, kind):
     assume(a != b)
     old, new = (getattr(Data.from_items(range(40)), kind)(n).batch(2) for n in (a, b))
     name = "e" if kind == "epoch" else "n"
-    found = identity.differences(identity.describe_data(old), identity.describe_data(new.epochs(3)), 0)
+    found = differences(identity.describe_data(old), identity.describe_data(new.epochs(3)), 0)
     assert found[0] == f"Data.{kind}: {name} was {a}, is {b}"
 
 
@@ -338,11 +339,9 @@ def test_fewer_items_than_were_taken_is_a_difference():
     with rng.scope(0):
         data = Data.batches(np.arange(10), 2, shuffle=True).with_loss(losses.mse)
     old, new = identity.describe_data(data.epochs(4)), identity.describe_data(data.epochs(2).prefetch(1))
-    assert identity.differences(old, new, 10) == []
-    assert identity.differences(old, new, 11) == [
-        "Data.epochs: there are 10 items now, and the run has taken 11 already"
-    ]
-    assert identity.differences(identity.describe_data([1, 2]), identity.describe_data([1, 2]), 3) == [
+    assert differences(old, new, 10) == []
+    assert differences(old, new, 11) == ["Data.epochs: there are 10 items now, and the run has taken 11 already"]
+    assert differences(identity.describe_data([1, 2]), identity.describe_data([1, 2]), 3) == [
         "list: there are 2 items now, and the run has taken 3 already"
     ]
 
@@ -350,7 +349,7 @@ def test_fewer_items_than_were_taken_is_a_difference():
 def test_how_far_prefetch_pulls_is_no_difference():
     data = Data.from_items([1, 2])
     assert identity.describe_data(data.prefetch(1)) != identity.describe_data(data.prefetch(2))
-    assert identity.differences(identity.describe_data(data.prefetch(1)), identity.describe_data(data), 0) == []
+    assert differences(identity.describe_data(data.prefetch(1)), identity.describe_data(data), 0) == []
 
 
 RATE = 0.5
@@ -373,7 +372,7 @@ def pipeline(seed=1, size=4, rate=0.1, table=(1, 2), f=None, x=None, shuffle=Tru
 
 
 def words(new, old=None):
-    return identity.differences(identity.describe_data(old or pipeline()), identity.describe_data(new), 0)
+    return differences(identity.describe_data(old or pipeline()), identity.describe_data(new), 0)
 
 
 def test_a_difference_says_stage_parameter_and_values():
@@ -402,7 +401,7 @@ def test_a_difference_says_stage_parameter_and_values():
 
 def test_code_and_globals_of_the_users_own_functions_count(monkeypatch):
     old = identity.describe_data(pipeline(f=uses_globals))
-    now = lambda: identity.differences(old, identity.describe_data(pipeline(f=uses_globals)), 0)
+    now = lambda: differences(old, identity.describe_data(pipeline(f=uses_globals)), 0)
     assert now() == []
     monkeypatch.setitem(globals(), "RATE", 0.25)
     assert now() == ["Data.map: `RATE`, which uses_globals reads, was 0.5, is 0.25"]
@@ -445,21 +444,21 @@ def test_what_code_reads_of_the_users_own_modules_counts(monkeypatch, tmp_path):
     f = lambda b: my_settings.scaled(b["x"]) + my_settings.RATE
     old = identity.describe_data(pipeline(f=f))
     monkeypatch.setattr(my_settings, "OTHER", object())
-    assert identity.differences(old, identity.describe_data(pipeline(f=f)), 0) == []
+    assert differences(old, identity.describe_data(pipeline(f=f)), 0) == []
     monkeypatch.setattr(my_settings, "RATE", 0.25)
-    (line,) = identity.differences(old, identity.describe_data(pipeline(f=f)), 0)
+    (line,) = differences(old, identity.describe_data(pipeline(f=f)), 0)
     assert "the content of `my_settings`, which " in line
 
 
 def test_code_is_compared_within_one_python_only():
     old = identity.describe_data(pipeline(f=code_of(1), rate=0.1))
     other = json.loads(json.dumps(old).replace("python3.", "python2."))
-    assert identity.differences(other, old, 0) == []
+    assert differences(other, old, 0) == []
     now = identity.describe_data(pipeline(f=code_of(2)))
-    assert identity.differences(other, now, 0) == []
-    assert identity.differences(old, now, 0) != []
+    assert differences(other, now, 0) == []
+    assert differences(old, now, 0) != []
     old = json.loads(json.dumps(identity.describe_data(pipeline(rate=0.1))).replace("python3.", "python2."))
-    assert len(identity.differences(old, identity.describe_data(pipeline(rate=0.2)), 0)) == 1
+    assert len(differences(old, identity.describe_data(pipeline(rate=0.2)), 0)) == 1
 
 
 def test_losses_in_lists_and_repeats_count():

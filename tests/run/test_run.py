@@ -176,7 +176,7 @@ def test_a_run_in_a_child_directory_is_a_new_one(tmp_path, made):
     first = trainer.fit(state, train.epochs(3), checkpoints=runs)
     with pytest.raises(ResumeMismatch, match=r"(?s)Its key differs:.*step at the start of the run was 0, is 18"):
         trainer.fit(first, train.epochs(1), checkpoints=runs)
-    second = trainer.fit(first, train.epochs(1), checkpoints=runs.child("finetune"))
+    second = trainer.fit(first, train.epoch(3), checkpoints=runs.child("finetune"))
     assert int(second.step) == 24 and same(runs.load(state), expected)
 
 

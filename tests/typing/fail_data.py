@@ -9,6 +9,7 @@ words = Data.from_items(["a", "bc"])
 lengths: Data[str] = words.map(len)  # E: reportAssignmentType
 words.map(lambda w: w.shape)  # E: reportAttributeAccessIssue
 words.map(3)  # E: reportArgumentType
+words.random_map(len)  # E: reportArgumentType
 words.batch("2")  # E: reportArgumentType
 words.epochs()  # E: reportCallIssue
 number: int = next(iter(words))  # E: reportAssignmentType

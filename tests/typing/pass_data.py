@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import assert_type
 
+import jax
 import numpy as np
 
 from kaun import Data
@@ -13,6 +14,7 @@ assert_type(words.map(len), Data[int])
 assert_type(words.map(lambda w: (w, len(w))), Data[tuple[str, int]])
 assert_type(words.shuffle().skip(1).take(1).prefetch(2), Data[str])
 assert_type(words.epochs(3), Data[str])
+assert_type(words.random_map(lambda key, word: (key, len(word))), Data[tuple[jax.Array, int]])
 assert_type(words.epoch(1), Data[str])
 assert_type(words.map_batch(2, len), Data[int])
 assert_type(Data.from_fn(3, lambda i: i * 0.5), Data[float])

@@ -42,7 +42,7 @@ batches = Data.batches((x, y), batch_size=2, shuffle=True)
 train = batches.with_loss(losses.binary_cross_entropy)
 assert_type(trainer.fit(state, train.epochs(2), report=report), TrainState)
 state = trainer.fit(state, train, ctx=Context(), report=reports.every(2, report))
-state = trainer.fit(state, train, report=reports.all_of(report, reports.history()))
+state = trainer.fit(state, train.epoch(1), report=reports.all_of(report, reports.history()))
 state = trainer.fit(state, batches.map(lambda b: (b[0], lambda logits: losses.mse(logits, b[1]))))
 
 # Any iterable will do.
@@ -80,8 +80,8 @@ history = reports.history()
 both = reports.all_of(
     reports.every(2, validation), history, report, reports.validate(trainer, [(x, y)], chosen, each=3)
 )
-state = trainer.fit(state, train.epochs(2), report=both)
-state = trainer.fit(state, train.epochs(2), report=validation)
+state = trainer.fit(state, train.epochs(4), report=both)
+state = trainer.fit(state, train.epochs(3), report=validation)
 assert_type(validation.latest, dict[str, float])
 assert_type(validation.results, list[tuple[int, dict[str, float]]])
 assert_type(history.results, list[tuple[int, dict[str, float]]])
@@ -102,7 +102,7 @@ class Watching:
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None: ...
 
 
-state = trainer.fit(state, train, report=reports.all_of(Watching(), validation))
+state = trainer.fit(state, train.epoch(2), report=reports.all_of(Watching(), validation))
 
 
 class Whole(reports.Report):
@@ -149,7 +149,7 @@ class Blocks(reports.Report):
         return {"double": 2 * values["loss"]}
 
 
-state = trainer.fit(state, train, report=Whole())
+state = trainer.fit(state, train.epoch(3), report=Whole())
 assert_type(reports.all_of(validation, reports.every(2, Whole()), Blocks(), report), reports.Report)
 function: reports.ReportFunction = report
 whole: reports.Report = Whole()

@@ -21,6 +21,7 @@ from kaun._loss.capture import capture_loss as capture_loss
 from kaun._loss.capture import snapshot_loss as snapshot_loss
 from kaun._loss.code import attributes_of as attributes_of
 from kaun._loss.code import code_info as code_info
+from kaun._loss.code import function_reads as function_reads
 from kaun._loss.code import methods_of as methods_of
 from kaun._loss.code import reads_by_name as reads_by_name
 from kaun._loss.describe import array_names as array_names

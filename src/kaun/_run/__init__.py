@@ -2,6 +2,7 @@
 
 from kaun._run.failure import save_on_error as save_on_error
 from kaun._run.notices import warn_of_open_window as warn_of_open_window
+from kaun._run.repeats import RepeatedPasses as RepeatedPasses
 from kaun._run.report_state import keeping as keeping
 from kaun._run.report_state import match_reports as match_reports
 from kaun._run.report_state import pack_results as pack_results

@@ -7,7 +7,6 @@ import enum
 import functools
 import hashlib
 import pathlib
-import random
 import re
 import sys
 import types
@@ -23,7 +22,7 @@ import numpy as np
 from kaun import tree
 from kaun._jax import children_of
 from kaun._loss import FrozenLoss, attributes_of, code_info, is_library, methods_of, reads_by_name, rebuild_loss
-from kaun.data import as_arrays, is_tensor
+from kaun.data import as_arrays, generator_state, is_generator, is_tensor, known_length, loader_facts
 
 __all__ = ["PYTHON", "Digester", "digest_array", "names_of_object"]
 
@@ -296,12 +295,10 @@ def _put_object(sums: _Sums, value: Any) -> None:
         sums.put(repr(value))
     elif isinstance(value, slice):
         sums.values([value.start, value.stop, value.step])
-    elif isinstance(value, np.random.Generator):
-        sums.values([value.bit_generator.state])
-    elif isinstance(value, np.random.RandomState):
-        sums.values([value.get_state(legacy=False)])
-    elif isinstance(value, random.Random):
-        sums.values([value.getstate()])
+    elif is_generator(value):
+        sums.values([generator_state(value)])
+    elif facts := loader_facts(value):
+        sums.values([known_length(value), facts])
     elif isinstance(value, property):
         sums.values([value.fget])
     elif dataclasses.is_dataclass(value):

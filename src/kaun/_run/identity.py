@@ -18,33 +18,26 @@ import jax
 import numpy as np
 
 from kaun import rng, tree
+from kaun._loss import FrozenLoss, function_reads
 from kaun._messages import plain, warn
 from kaun._run import digest
 from kaun._run.digest import Digester
+from kaun._run.generators import find_generators
 from kaun.checkpoint import Directory
 from kaun.data import Item, ResumableLoader, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
 __all__ = [
-    "check_facts",
-    "describe_data",
-    "differences",
-    "refuse_difference",
-    "run_facts",
-    "unscoped",
+    "check_facts", "describe_data", "digest_item", "refuse_difference", "run_facts", "unscoped",
     "warn_of_machine",
-]
+]  # fmt: skip
 
 Fact = dict[str, Any]
 
 _MOST_LEAVES = 1000
 _LISTED = 50
 _HEX = re.compile(r"-?(inf|0x[0-9a-f.]{1,40}p[+-]?[0-9]{1,4})|nan")  # float.hex()
-_CODE = re.compile(r"(python\d+\.\d+):\w+")
-_CHANGE_NO_ITEM = frozenset(["Data.prefetch"])
-_ITEM_BY_ITEM = frozenset(["Data.map", "Data.with_loss"])  # they make one item of each
-_COUNTS = frozenset(["Data.epochs", "Data.take"])
 _AFFINITY = hasattr(os, "sched_getaffinity")
 
 
@@ -191,6 +184,26 @@ def unscoped(data: Iterable[Any]) -> list[str]:
     return [s.text for s in stages_of(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
 
 
+def digest_item(item: Any) -> str:
+    """The digest of an item that a loader or a function made: of its arrays, and those in the closure of its loss."""
+    if Item.is_training_item(item):
+        x, loss, *ctx = cast("Sequence[Any]", item)
+        item = (x, _labels(loss), *ctx)
+    return Digester(item).digest(item)[0]
+
+
+def _labels(loss: Any) -> Any:
+    if isinstance(loss, FrozenLoss):
+        return loss.arrays
+    if isinstance(loss, functools.partial):
+        return [_labels(part) for part in (loss.func, *loss.args, *loss.keywords.values())]
+    if isinstance(loss, types.FunctionType):
+        reads = function_reads(loss)  # not the globals, which may change during a run
+        held = [value for pairs in (reads.cells, reads.defaults, reads.keywords) for _, value in pairs]
+        return [_labels(value) if callable(value) else value for value in held]
+    return None if callable(loss) else loss
+
+
 def _given(given: Mapping[str, Any]) -> Fact:
     known: Mapping[str, Callable[[Any], Any]] = {
         "arrays": _tree, "item": _item, "items": _items, "f": _function, "key": _key,
@@ -229,8 +242,10 @@ def _item(item: Any) -> Fact | str:
     return {"x": _tree(x), "loss": _function(loss), **({"ctx": _tree(ctx[0])} if ctx else {})}
 
 
-def _items(items: Any) -> str:
-    return Digester(items).describe(items)
+def _items(items: Any) -> Fact | str:
+    """A sequence by its content, or by its type and length as a loader where it may read from a disk."""
+    plain = isinstance(items, (list, tuple, range, str, bytes)) or tree.is_array(items)
+    return Digester(items).describe(items) if plain else _source(items)
 
 
 def _source(source: Any) -> Fact:
@@ -242,6 +257,10 @@ def _source(source: Any) -> Fact:
     if not hasattr(source, "__iter__") and callable(source):
         return {"f": _function(source)}
     found: Fact = {"type": type(source).__qualname__, "len": known_length(source), **loader_facts(source)}
+    states = {
+        path: Digester().digest(generator)[0] for path, generator, inside in find_generators(source) if not inside
+    }
+    found |= {"generators": states} if states else {}
     return {**found, "arrays": _tree(found["arrays"])} if "arrays" in found else found
 
 
@@ -271,124 +290,3 @@ def _function(f: Any) -> Fact:
         fact["content"] = digester.describe(f)
     fact["reads"] = {name: digester.describe(value) for name, value in found}
     return fact
-
-
-# Differences of data
-
-
-def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int) -> list[str]:
-    """One line for each difference between the data of a checkpoint and the data of now; none for the same data.
-
-    The count of the last ``epochs(n)``, ``take(n)`` or ``repeat(n)`` may differ, and such a stage may be added or
-    removed at the end, as long as ``done`` items are there: the items up to then are the same. The number in
-    ``prefetch(n)`` changes no item. Code is compared within one version of Python.
-
-    Args:
-        saved: the facts in the checkpoint.
-        now: the facts of the data given to resume with.
-        done: how many items the run has taken.
-
-    Examples:
-        >>> from kaun import Data
-        >>> from kaun._run import identity
-        >>> old, new = (identity.describe_data(Data.from_items(range(9)).batch(n).epochs(2)) for n in (2, 3))
-        >>> identity.differences(old, new, 1)
-        ['Data.batch: n was 2, is 3']
-    """
-    before, current = ([fact for fact in facts if fact["stage"] not in _CHANGE_NO_ITEM] for facts in (saved, now))
-    open_before, open_current = _without_last_count(before), _without_last_count(current)
-    pairs = [(before, current), (before, open_current), (open_before, current), (open_before, open_current)]
-    if all(_lines(*pair) for pair in pairs):
-        same_end = [f["stage"] for f in open_before] == [f["stage"] for f in open_current]
-        return _lines(*(pairs[3] if same_end else pairs[0]))
-    length = current[-1]["length"]
-    if length is not None and length < done:
-        last = next((f["stage"] for f in reversed(current) if f["stage"] not in _ITEM_BY_ITEM), "the data")
-        return [f"{last}: there are {length} items now, and the run has taken {done} already"]
-    return []
-
-
-def _without_last_count(facts: list[Fact]) -> list[Fact]:
-    """The facts without the last count that may differ."""
-    for i in reversed(range(len(facts))):
-        name = facts[i]["stage"]
-        if name == "Data.repeat":
-            return [*facts[:i], {**facts[i], "n": None}, *facts[i + 1 :]]
-        if name in _COUNTS:
-            return [*facts[:i], *facts[i + 1 :]]
-        if name not in _ITEM_BY_ITEM:
-            break
-    return facts
-
-
-def _lines(before: list[Fact], current: list[Fact]) -> list[str]:
-    """The differences, stage by stage up to the first that is another one."""
-    names, found = [f["stage"] for f in before], [f["stage"] for f in current]
-    lines: list[str] = []
-    for i, (old, new) in enumerate(zip(before, current, strict=False)):
-        if old["stage"] != new["stage"]:
-            break
-        where = old["stage"] if names.count(old["stage"]) == 1 else f"{old['stage']} (stage {i + 1})"
-        for name in dict.fromkeys([*old, *new]):
-            lines += [] if name == "length" else _changes(where, name, old.get(name), new.get(name))
-    if names != found:
-        lines.append(f"the stages were {', '.join(names)}; they are {', '.join(found)}")
-    return lines
-
-
-def _changes(where: str, name: str, a: Any, b: Any) -> list[str]:
-    """The differences of one parameter, or of the parts of it."""
-    if _is_same(a, b):
-        return []
-    if isinstance(a, dict) and isinstance(b, dict):
-        old, new = cast("Fact", a), cast("Fact", b)
-        if "function" in old and "function" in new:
-            return _changes_of_function(where, old, new)
-        lines: list[str] = []
-        for part in dict.fromkeys([*old, *new]):
-            inner = part if name == "item" and part else f"{name} at {part!r}" if part else name
-            lines += _changes(where, inner, old.get(part), new.get(part))
-        return lines
-    if name == "key":
-        why = "another seed, or keys drawn in another order under rng.scope" if a and b else "shuffled or not"
-        return [f"{where}: the shuffle key was {_describe(a)}, is {_describe(b)} ({why})"]
-    return [f"{where}: {_change(name, a, b)}"]
-
-
-def _changes_of_function(where: str, a: Fact, b: Fact) -> list[str]:
-    f = a["function"]
-    if f != b["function"]:
-        return [f"{where}: the function was {f}, is {b['function']}"]
-    lines = [] if _is_same(a.get("code"), b.get("code")) else [f"{where}: the code of {f} has changed"]
-    for name in dict.fromkeys([*a["reads"], *b["reads"]]):
-        lines += _changes(where, f"`{name}`, which {f} reads,", a["reads"].get(name), b["reads"].get(name))
-    return lines or [f"{where}: {f} has changed"]
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two facts are equal, but for code where the versions of Python differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        old, new = cast("Fact", a), cast("Fact", b)
-        return all(_is_same(old.get(k), new.get(k)) for k in {*old, *new})
-    if isinstance(a, str) and isinstance(b, str):
-        one, other = _CODE.search(a), _CODE.search(b)
-        if one and other and one[1] != other[1]:
-            return _CODE.sub("", a) == _CODE.sub("", b)
-    return type(a) is type(b) and a == b
-
-
-def _change(name: str, a: Any, b: Any) -> str:
-    old, new = _describe(a), _describe(b)
-    if old != new:
-        return f"{name} was {old}, is {new}"
-    inside = isinstance(a, str) and isinstance(b, str) and _CODE.sub("", a) == _CODE.sub("", b)
-    return f"the {'code' if inside else 'content'} of {name} has changed ({old})"
-
-
-def _describe(value: Any) -> str:
-    """A fact in words, without the digests in it."""
-    if isinstance(value, dict):
-        return str(cast("Fact", value).get("function", f"a tree of {len(value)} parts"))
-    if isinstance(value, str):
-        return _CODE.sub("", value).partition(" sha256:")[0].strip()
-    return "nothing" if value is None else str(value)

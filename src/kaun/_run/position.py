@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kaun.data import Data, ResumableLoader, checked_count, over_loader, resume_of, stages_of
+from kaun.data import Check, Data, ResumableLoader, checked_count, over_loader, rest_of, resume_of, stages_of
 
-__all__ = ["position", "resume_from"]
+__all__ = ["makes_items", "position", "resume_from"]
 
 
-def resume_from(data: Iterable[Any], n: int, position: Mapping[str, Any] | None = None) -> Iterable[Any]:
+def resume_from(
+    data: Iterable[Any], n: int, position: Mapping[str, Any] | None = None, check: Check | None = None
+) -> Iterable[Any]:
     """The data from its item ``n`` on, for one run: at no cost where it has items by index or a position is known.
 
     Args:
         data: a ``Data`` or any iterable, as ``fit`` takes it.
         n: how many items were taken.
         position: what ``position(data)`` returned then. Without one a stream pulls the items before ``n`` again.
+        check: called with the last of these items, where one is made again.
 
     Raises:
         TypeError: for an iterator that can be iterated once and has no ``get_state()`` and ``set_state(state)``, also
@@ -43,22 +46,31 @@ def resume_from(data: Iterable[Any], n: int, position: Mapping[str, Any] | None 
         return data[n:] if n else data
     if not isinstance(data, Data):
         is_iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
-        return ResumableLoader(source, position, n) if is_iterable else data
+        return ResumableLoader(source, position, n, check) if is_iterable else data
+    if resume is None and n and check is not None and makes_items(data):
+        return rest_of(data, n, check)
     if resume is None:
         return data.skip(n) if n else data
-    loader = ResumableLoader(source, position)
-    return over_loader(data, resume, loader, 0).skip(n) if position is None else over_loader(data, resume, loader, n)
+    return over_loader(data, resume, ResumableLoader(source, position), n, check, positioned=position is not None)
 
 
 def position(data: Iterable[Any]) -> dict[str, Any] | None:
     """The position after the items taken of data that ``resume_from`` returned, as JSON; None if it is not known.
 
-    It is known where the iterators of the loader have ``get_state()``, to JSON or bytes, and ``set_state(state)``, as
-    those of grain do, and where each stage after it has a ``resume`` (``kaun.data.nodes.Resume``). Ask between two
-    items.
+    It is known where the loader has one (``kaun.data.resumable.ResumableLoader``), and where each stage after it has a
+    ``resume`` (``kaun.data.nodes.Resume``). Ask between two items.
     """
     source = _source(data)
     return source.position() if isinstance(source, ResumableLoader) else None
+
+
+def makes_items(data: Any) -> bool:
+    """Whether a loader or a function of the user makes the items: they may be others when they are made again."""
+    stages = stages_of(data)
+    source = stages[0].given.get("items", stages[0].given.get("source", ())) if stages else data
+    if not isinstance(source, (list, tuple, range)):
+        return True
+    return any("f" in stage.given for stage in stages if stage.name != "Data.with_loss")
 
 
 def _source(data: Any) -> Any:

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -191,6 +192,18 @@ class ReportCaller:
         self.pending_report_loss = None
         self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation does not count as part of a step
         return stops
+
+    def stops_at(self, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:
+        """Call the report with the state of ``now``, if it is read, as ``stops``. A state that is kept stays valid."""
+        state = TrainState.later(now)
+        kept = weakref.ref(state)
+        try:
+            return self.stops(step, loss, state)
+        finally:
+            del state
+            outlives = kept()
+            if outlives is not None:
+                outlives.now()  # before the next step overwrites its memory
 
     def compiling(self, where: str) -> None:
         """Call the report's ``compiling``."""

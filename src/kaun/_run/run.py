@@ -14,13 +14,15 @@ import numpy as np
 from kaun import rng, tree
 from kaun._engine import StepInputs, TracedStep
 from kaun._report import member
-from kaun._run.identity import check_facts, differences, refuse_difference, run_facts, unscoped, warn_of_machine
+from kaun._run.differences import differences
+from kaun._run.generators import captured_generators, global_states, refuse_draws
+from kaun._run.identity import check_facts, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import keeping, match_reports, report_kind, unpack_snapshot
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Directory, Saved, Store
-from kaun.data import Chunk, known_length
+from kaun.data import Chunk, has_exact_length, known_length
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]
@@ -164,6 +166,8 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
             "rng scope, and another process would draw another key. Make trainer, state and data in a scope:\n"
             "    with rng.scope(42):\n        state = trainer.init()\n        train = Data.batches(..., shuffle=True)"
         )
+    if found := captured_generators(data):
+        refuse_draws(checkpoints, found)
     resume_from(data, 0)  # refuses what can be iterated once
 
 
@@ -177,11 +181,12 @@ def _start_or_resume(
     saver = CheckpointSaver(store, directory, facts, report, saved)
     run = TrainingRun(state if saved is None else saved.state, data, saver)
     if saved is not None:
-        _resume(run, directory, saved, facts, report)
+        _resume(run, directory, saved, facts, report, exact=has_exact_length(data))
     if not run.finished:
         if store.read_only is not None:
             raise store.read_only
-        run.data = saver.data = resume_from(data, run.done, None if saved is None else saved.facts["place"])
+        known = None if saved is None else saved.facts["place"]
+        run.data = saver.data = resume_from(data, run.done, known, saver.check_last)
     return run
 
 
@@ -199,19 +204,32 @@ def _spoiled(start: TrainState, found: TrainState) -> str:
     return ""
 
 
-def _resume(run: TrainingRun, directory: Directory, saved: Saved, facts: dict[str, Any], report: Any) -> None:
+def _resume(
+    run: TrainingRun, directory: Directory, saved: Saved, facts: dict[str, Any], report: Any, *, exact: bool
+) -> None:
     """Set a run to where a checkpoint left it, if that is the same run."""
     found, done = saved.facts, saved.step
     if found["key"] != facts["key"]:
         refuse_difference(directory, "key", done, ["the run's key: this state was made with another seed (rng.scope)"])
     if found["start"] != facts["start"]:
         line = f"the state's step at the start of the run was {found['start']}, is {facts['start']}"
+        if found["start"] < facts["start"]:
+            line += (
+                ". This state is probably what that run returned, as in a cell of a notebook that is run twice. Pass "
+                "the state that the run began with: state = trainer.init() in the same cell, before fit"
+            )
         refuse_difference(directory, "key", done, [line])
-    if lines := differences(found["data"], facts["data"], done):
+    lines, states = differences(found["data"], facts["data"], done, exact=exact), global_states()
+    lines += [
+        f"{name} has another state, and the loader draws its order from it: seed it at the same place of the script"
+        for name, state in found.get("draws", {}).items()
+        if state != states.get(name)
+    ]
+    if lines:
         refuse_difference(directory, "data", done, lines)
     warn_of_machine(found["machine"], facts["machine"])
     run.done = done
-    longer = run.total > done if run.total is not None else found["data"] != facts["data"]
+    longer = run.total > done if run.total is not None and exact else found["data"] != facts["data"]
     run.finished = found["ended"] == "stopped" or (found["ended"] == "data" and not longer)
     run.pending_report_loss = None if found["again"] is None else float.fromhex(found["again"])
     _restore_report(directory, report, saved)

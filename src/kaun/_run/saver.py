@@ -11,8 +11,9 @@ import jax
 
 from kaun import tree
 from kaun._engine import StepInputs, StepLoop, TracedStep, digest_program
-from kaun._run.identity import refuse_difference
-from kaun._run.position import position
+from kaun._run.generators import check_draws
+from kaun._run.identity import digest_item, refuse_difference
+from kaun._run.position import makes_items, position
 from kaun._run.report_state import keeping, pack_snapshot, snapshot_reports
 from kaun._run.reports import ReportCaller
 from kaun.checkpoint import Directory, Saved, Store
@@ -36,6 +37,7 @@ class CheckpointSaver:
 
     Attributes:
         data: the data of the run, whose position is saved.
+        draws: the states, at the start of the run, of the global generators that a loader draws from.
     """
 
     def __init__(
@@ -52,6 +54,9 @@ class CheckpointSaver:
         self._traced: set[str] = set()
         self._saved_step = 0 if saved is None else saved.step
         self._pulled = self._saved_step
+        self.draws: dict[str, str] = {} if saved is None else dict(saved.facts.get("draws", {}))
+        self._digest: str | None = None if saved is None else saved.facts.get("last")
+        self._last: Any = None  # the item that was pulled last, where making it again may give another one
 
     def newest(self, like: TrainState) -> Saved | None:
         """The newest undamaged checkpoint, None if there is none."""
@@ -68,10 +73,36 @@ class CheckpointSaver:
         return self._next is not None and time.monotonic() >= self._next
 
     def count_pulled(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The same chunks; counts the items in them."""
-        for chunk in chunks:
+        """The same chunks; counts the items in them, and looks at how they are made."""
+        kept = makes_items(self.data)
+        for chunk in check_draws(chunks, self.data, self._directory, self.draws) if kept else chunks:
             self._pulled += chunk.n
+            self._last = chunk.item if kept else None
             yield chunk
+
+    def check_last(self, count: int, item: Any, final: bool) -> bool:
+        """Compare the last item of the run's checkpoint, which was made again, with the one that it was.
+
+        Args:
+            count: how many items there are up to it.
+            item: the item, None where there are fewer.
+            final: whether a difference is refused.
+
+        Raises:
+            ResumeMismatch: unless the directory accepts that.
+        """
+        step, lines = self._saved_step, list[str]()
+        if count < step:
+            lines = [f"the data has {count} items now, and the run has taken {step} already"]
+        elif self._digest is not None and digest_item(item) != self._digest:
+            lines = [
+                f"item {step - 1} (counted from 0), made again, is another one than in that run: the data has changed, "
+                "a loader has no seed, or random numbers come from no key. Seed the loader, "
+                "torch.Generator().manual_seed(0); draw random numbers in data.random_map(f)"
+            ]
+        if lines and final:
+            refuse_difference(self._directory, "data", step, lines)
+        return not lines
 
     def save(self, step: int, state: TrainState, *, ended: str = "", pending_report_loss: float | None = None) -> None:
         """Write a checkpoint of a step, unless it is there already. A thread writes the files.
@@ -91,6 +122,8 @@ class CheckpointSaver:
             "again": None if pending_report_loss is None else pending_report_loss.hex(),
             # Where an item was pulled and then failed, the loader's position is not the run's.
             "place": position(self.data) if self._pulled == step else None,
+            "last": digest_item(self._last) if self._pulled == step and self._last is not None else None,
+            "draws": self.draws,
         }  # fmt: skip
         self._store.save(step, state, arrays, facts)
         self._saved_step = step

@@ -5,7 +5,9 @@ loaders of other libraries.
 """
 
 from kaun.data.access import chunks_of as chunks_of
+from kaun.data.access import has_exact_length as has_exact_length
 from kaun.data.access import over_loader as over_loader
+from kaun.data.access import rest_of as rest_of
 from kaun.data.access import resume_of as resume_of
 from kaun.data.access import stages_of as stages_of
 from kaun.data.arguments import checked_count as checked_count
@@ -13,16 +15,22 @@ from kaun.data.chunks import Chunk as Chunk
 from kaun.data.chunks import RowGather as RowGather
 from kaun.data.convert import as_arrays as as_arrays
 from kaun.data.convert import is_tensor as is_tensor
-from kaun.data.convert import loader_facts as loader_facts
 from kaun.data.items import Item as Item
 from kaun.data.items import LabelledItem as LabelledItem
 from kaun.data.items import check_context as check_context
 from kaun.data.items import check_loss as check_loss
 from kaun.data.items import empty_data as empty_data
 from kaun.data.items import not_data as not_data
-from kaun.data.loaders import ResumableLoader as ResumableLoader
+from kaun.data.libraries import generator_state as generator_state
+from kaun.data.libraries import is_generator as is_generator
+from kaun.data.libraries import loader_facts as loader_facts
+from kaun.data.libraries import parts_that_make_items as parts_that_make_items
 from kaun.data.loaders import known_length as known_length
 from kaun.data.loaders import open_items as open_items
+from kaun.data.passes import newest_pass as newest_pass
+from kaun.data.passes import random_passes as random_passes
 from kaun.data.pipeline import Data as Data
+from kaun.data.resumable import Check as Check
+from kaun.data.resumable import ResumableLoader as ResumableLoader
 
 __all__ = ["Data"]  # what users reach; the rest is for the other packages

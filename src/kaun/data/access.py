@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from kaun.data.chunks import Chunk, Limit, one_by_one
-from kaun.data.loaders import ResumableLoader
 from kaun.data.nodes import Node, Resume, StageSpec
 from kaun.data.pipeline import Data, make_data
+from kaun.data.resumable import Check, ResumableLoader, after_skipped
 
-__all__ = ["chunks_of", "over_loader", "resume_of", "stages_of"]
+__all__ = ["chunks_of", "has_exact_length", "over_loader", "rest_of", "resume_of", "stages_of"]
 
 
 def stages_of(data: Any) -> tuple[StageSpec, ...]:
@@ -27,7 +29,7 @@ def chunks_of(data: Iterable[Any], iterator: Iterator[Any], limit: Limit) -> Ite
         limit: how many items the next chunk may hold, see ``chunks.Limit``.
     """
     node = _node(data)
-    return one_by_one(iterator) if node is None or node.chunks is None else node.chunks(0, 0, limit)
+    return one_by_one(iterator) if node is None or node.chunks is None else node.chunks(None, 0, limit)
 
 
 def resume_of(data: Any) -> Resume | None:
@@ -36,10 +38,62 @@ def resume_of(data: Any) -> Resume | None:
     return None if node is None else node.resume
 
 
-def over_loader(data: Data[Any], resume: Resume, loader: ResumableLoader, n: int) -> Data[Any]:
-    """The items of a pipeline after the first ``n``, taken from a loader whose position is after them."""
-    first, *rest = stages_of(data)
-    return make_data(resume.node(loader, n), first._replace(given={"source": loader}), *rest)
+def has_exact_length(data: Any) -> bool:
+    """Whether what data says of its length is true: a loader may say another number than it gives."""
+    stages = stages_of(data)
+    source = stages[0].given.get("source", ()) if stages else data
+    return isinstance(source, (list, tuple, range))
+
+
+def over_loader(
+    data: Data[Any], resume: Resume, loader: ResumableLoader, n: int, check: Check | None, *, positioned: bool
+) -> Data[Any]:
+    """The items of a pipeline after the first ``n``, taken from a loader.
+
+    Args:
+        data: the pipeline.
+        resume: how it is opened again.
+        loader: its loader.
+        n: how many items were taken.
+        check: called with the last of them, where it is made again.
+        positioned: whether the loader is where it was after them. Otherwise they are taken again.
+    """
+    node = resume.node(loader, n if positioned else 0)
+    start = resume.start(loader, n if positioned else 0)
+
+    def open(epoch: int | None, first: int) -> Iterator[Any]:
+        opened = functools.partial(node.open, epoch, start)
+        items = after_skipped(opened, n, loader, check) if n and not positioned else opened()
+        yield from itertools.islice(items, first, None)
+
+    return _rest(data, n, open, loader)
+
+
+def rest_of(data: Data[Any], n: int, check: Check) -> Data[Any]:
+    """The items of a pipeline after the first ``n``, of which the last is made again and given to ``check``."""
+    node = _node(data.skip(n - 1))
+    assert node is not None
+    opened = node.open
+
+    def open(epoch: int | None, first: int) -> Iterator[Any]:
+        items = opened(epoch, 0)
+        last = next(items, None)
+        check(n - (last is None), last, True)
+        del last
+        yield from itertools.islice(items, first, None)
+
+    return _rest(data, n, open, None)
+
+
+def _rest(
+    data: Data[Any], n: int, open: Callable[[int | None, int], Iterator[Any]], loader: ResumableLoader | None
+) -> Data[Any]:
+    first, *others = stages_of(data)
+    node = _node(data)
+    assert node is not None
+    length = None if node.length is None else max(0, node.length - n)
+    made = Node(open, length, False, None)
+    return make_data(made, first if loader is None else first._replace(given={"source": loader}), *others)
 
 
 def _node(data: Any) -> Node | None:

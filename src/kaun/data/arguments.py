@@ -1,13 +1,18 @@
-"""Arguments of the methods of ``Data``, checked: counts and functions."""
+"""Arguments of the methods of ``Data``, checked: counts, sequences and functions; and what a pipeline cannot do."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
+from kaun import tree
 from kaun._messages import locate
 
-__all__ = ["checked_count", "function_text", "refuse_frame"]
+__all__ = [
+    "checked_batch_size", "checked_count", "checked_loader", "checked_sequence", "function_text", "no_index",
+    "no_length", "not_picklable",
+]  # fmt: skip
 
 
 def checked_count(where: str, name: str, value: Any, least: int) -> int:
@@ -28,14 +33,56 @@ def checked_count(where: str, name: str, value: Any, least: int) -> int:
     return number
 
 
-def refuse_frame(where: str, value: Any) -> Any:
-    """The value, unless it is a Series or DataFrame of pandas or its like, whose ``[i]`` finds a label or a column.
+def checked_sequence(where: str, items: Any) -> Any:
+    """A sequence, of which a list is copied.
 
     Raises:
-        TypeError: when it is one: it has the rows by number as ``iloc``.
+        TypeError: when it has no length or no items by index, or is a Series or DataFrame of pandas.
     """
+    _refuse_frame(where, items)
+    held: Any = tuple(cast("list[Any]", items)) if isinstance(items, list) else items
+    if isinstance(held, Mapping) or not (hasattr(held, "__len__") and hasattr(held, "__getitem__")):
+        raise TypeError(
+            f"{where} expected a sequence (a list, or anything with len() and [i]), received {type(items).__name__}. "
+            "Use Data.from_items(list(items)), or Data.from_iterable(loader) for a loader."
+        )
+    return held
+
+
+def checked_batch_size(where: str, value: Any) -> int:
+    """The number of rows of a batch.
+
+    Raises:
+        TypeError: when it is not an int, for example one of the arrays.
+        ValueError: when it is below 1.
+    """
+    if getattr(value, "ndim", 0) > 0:
+        raise TypeError(
+            f"{where} expected batch_size to be an int, received {tree.describe(value)}. The arrays are one argument: "
+            f"{where}((x, y), batch_size=64)."
+        )
+    return checked_count(where, "batch_size", value, 1)
+
+
+def checked_loader(where: str, source: Any) -> Any:
+    """A loader, or a function that makes one.
+
+    Raises:
+        TypeError: when it is neither iterable nor callable, or is a Series or DataFrame of pandas.
+    """
+    _refuse_frame(where, source)
+    if isinstance(source, Mapping) or not (hasattr(source, "__iter__") or callable(source)):
+        raise TypeError(
+            f"{where} expected a loader, or a function without arguments that returns one, received "
+            f"{type(source).__name__}. Use Data.batches for a dict of arrays, Data.repeat(n, item) for one item."
+        )
+    return source
+
+
+def _refuse_frame(where: str, value: Any) -> None:
+    """Refuse a Series or DataFrame of pandas or its like, whose ``[i]`` finds a label or a column."""
     if not (hasattr(value, "iloc") and hasattr(value, "loc")):
-        return value
+        return
     fix = "Data.from_items(series.to_numpy())"
     if hasattr(value, "columns"):
         fix = (
@@ -57,3 +104,27 @@ def function_text(where: str, f: Any) -> str:
     if not callable(f):
         raise TypeError(f"{where} expected a function, received {f!r}. Pass the function itself, {where}(f), not f(x).")
     return locate(f).replace("`", "")
+
+
+def no_index(pipeline: str) -> TypeError:
+    """The exception for a shuffle of items that have no index."""
+    return TypeError(
+        f"shuffle() needs items by index, which this pipeline does not have: {pipeline}. Shuffle before "
+        "prefetch; collect a small stream, Data.from_items(list(data)).shuffle(); or let the loader shuffle."
+    )
+
+
+def no_length(pipeline: str) -> TypeError:
+    """The exception for ``len`` where the source has none."""
+    return TypeError(
+        f"the length of this pipeline is not known, because its source has no len(): {pipeline}. Use a source "
+        "with a length, Data.from_items(list(source)), or count the items while iterating."
+    )
+
+
+def not_picklable(pipeline: str) -> TypeError:
+    """The exception for pickling a pipeline."""
+    return TypeError(
+        f"Data cannot be pickled, because its stages are closures: {pipeline}. Pickle the function that builds it, "
+        "and call it in the other process: def make_data(): return Data.from_fn(1000, read).batch(64)."
+    )

@@ -33,8 +33,8 @@ __all__ = [
 Limit = Callable[[int], int]
 """``limit(left)``: how many items the next chunk may hold, of those that are left; asked again for each chunk."""
 
-Chunks = Callable[[int, int, Limit], "Iterator[Chunk]"]
-"""``chunks(epoch, start, limit)``: the items of one pass, from ``start`` on."""
+Chunks = Callable[["int | None", int, Limit], "Iterator[Chunk]"]
+"""``chunks(epoch, start, limit)``: the items of one pass, from ``start`` on; the pass is as ``nodes.Node`` says."""
 
 _SAME: Mapping[int, RowGather] = types.MappingProxyType({})
 
@@ -120,7 +120,7 @@ def read_rows(array: jax.Array, index: Any) -> jax.Array:
 def item_chunks(item: Any, n: int) -> Chunks:
     """The same item ``n`` times."""
 
-    def chunks(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
+    def chunks(epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
         while start < n:
             count = limit(n - start)
             yield Chunk(item, count, _SAME)
@@ -136,7 +136,7 @@ def batch_index(order: Any, i: int, size: int, n: int) -> Any:
 
 
 def row_chunks(
-    arrays: Sequence[Any], take: Callable[[Any], Any], order: Callable[[int], Any], size: int, length: int
+    arrays: Sequence[Any], take: Callable[[Any], Any], order: Callable[[int | None], Any], size: int, length: int
 ) -> Chunks:
     """The batches of arrays in memory.
 
@@ -151,7 +151,7 @@ def row_chunks(
     # Rows are found again by the identity of the first item's arrays, and those on explicit axes are replaced by fit.
     alone = any(_is_explicit(array) for array in arrays)
 
-    def chunks(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
+    def chunks(epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
         rows = order(epoch)
         while start < length:
             count = 1 if alone else limit(max(1, n // size - start))
@@ -177,7 +177,7 @@ def map_chunks(chunks: Chunks | None, call: Callable[[int, Any], Any]) -> Chunks
     if chunks is None:
         return None
 
-    def mapped(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
+    def mapped(epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
         for chunk in chunks(epoch, start, limit):
             yield chunk._replace(item=call(start, chunk.item))
             start += chunk.n
@@ -190,10 +190,10 @@ def chain_chunks(chunks: Chunks | None, n: int, length: int | None) -> Chunks | 
     if chunks is None or not length:
         return None
 
-    def chained(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
+    def chained(epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
         first, within = divmod(start, length)
         for e in range(first, n):
-            yield from chunks(epoch * n + e, within if e == first else 0, limit)
+            yield from chunks((epoch or 0) * n + e, within if e == first else 0, limit)
 
     return chained
 
@@ -213,7 +213,7 @@ def take_chunks(chunks: Chunks | None, n: int) -> Chunks | None:
     if chunks is None:
         return None
 
-    def taken(epoch: int, start: int, limit: Limit) -> Iterator[Chunk]:
+    def taken(epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
         if start >= n:
             return
         left = [n - start]

@@ -1,4 +1,4 @@
-"""Objects of other libraries: their tensors as arrays, facts about their loaders, loaders that would fork refused.
+"""Tensors of other libraries as arrays.
 
 None of these libraries is imported here: an object of one exists only where it is imported already.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["as_arrays", "is_tensor", "loader_facts", "refuse_forks"]
+__all__ = ["as_arrays", "as_tensor", "is_of", "is_tensor"]
 
 _MOST_TYPES = 4096
 _AS_BITS = frozenset(["bfloat16", "float8_e4m3fn", "float8_e5m2"])  # NumPy's own dtypes have none of these
@@ -43,6 +42,11 @@ def is_tensor(value: Any) -> bool:
     return _handler(value) in (_from_torch, _from_numpy, _from_dlpack)
 
 
+def as_tensor(array: np.ndarray[Any, Any]) -> Any:
+    """A tensor of PyTorch with the values of an array, in the same memory."""
+    return cast("Any", sys.modules["torch"]).from_numpy(array)
+
+
 def _handler(value: Any) -> Callable[[Any], Any] | None:
     """How values of this type become arrays, None for what stays as it is; decided once for a type."""
     kind = type(value)
@@ -56,7 +60,7 @@ def _handler(value: Any) -> Callable[[Any], Any] | None:
 def _classify(kind: type, value: Any) -> Callable[[Any], Any] | None:
     if isinstance(value, (jax.Array, np.ndarray, np.generic, str, bytes, type)):
         return None
-    if _is_of("torch", "Tensor", value):
+    if is_of("torch", "Tensor", value):
         return _from_torch
     if isinstance(value, Mapping):
         return _mapping
@@ -69,7 +73,8 @@ def _classify(kind: type, value: Any) -> Callable[[Any], Any] | None:
     return _from_dlpack if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__") else None
 
 
-def _is_of(module: str, name: str, value: Any) -> bool:
+def is_of(module: str, name: str, value: Any) -> bool:
+    """Whether a value is of a class of a library, which is not imported for that."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(value, kind)
 
@@ -140,65 +145,3 @@ _HANDLERS: dict[type, Callable[[Any], Any] | None] = {
     tuple: _sequence,
     list: _sequence,
 }
-
-
-# Loaders
-
-
-def refuse_forks(loader: Any, stage: str) -> None:
-    """Refuse a PyTorch loader that would fork its workers from this process, in which JAX runs threads.
-
-    Raises:
-        RuntimeError: with the other ways to start them.
-    """
-    if not _is_of("torch.utils.data", "DataLoader", loader) or not loader.num_workers:
-        return
-    context = loader.multiprocessing_context
-    # Reading the default must not fix it (allow_none); the first of all is the default where none was set.
-    default = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    if (context.get_start_method() if context is not None else default) == "fork":
-        n = loader.num_workers
-        raise RuntimeError(
-            f"{stage} has num_workers={n} and would fork its workers from this process. JAX runs threads in it, so a "
-            f"forked worker can hang. Use another start method, DataLoader(..., num_workers={n}, "
-            'multiprocessing_context="forkserver") (or "spawn"), and put the code of the script under '
-            'if __name__ == "__main__":. Or load in this process, num_workers=0, and in another thread, '
-            "Data.from_iterable(loader).prefetch(2)."
-        )
-
-
-def loader_facts(source: Any) -> dict[str, Any]:
-    """What is known of a loader besides type and length: JSON values by name, and under "arrays" a tree of arrays."""
-    if _is_of("torch.utils.data", "DataLoader", source):
-        return _of_torch(source)
-    if _is_of("datasets", "Dataset", source):
-        return {"fingerprint": source._fingerprint}  # the library's own digest of content and transforms
-    if _is_of("grain", "MapDataset", source) or _is_of("grain", "IterDataset", source):
-        return {"stages": _of_grain(source)}
-    return {}
-
-
-def _of_torch(loader: Any) -> dict[str, Any]:
-    dataset, generator = loader.dataset, loader.generator
-    found = {
-        "dataset": type(dataset).__qualname__,
-        "batch_size": loader.batch_size,
-        "drop_last": bool(loader.drop_last),
-        "sampler": type(loader.sampler).__qualname__,
-        "seed": None if generator is None else int(generator.initial_seed()),
-    }
-    if _is_of("torch.utils.data", "TensorDataset", dataset):
-        found["arrays"] = as_arrays(dataset.tensors)
-    return found
-
-
-def _of_grain(dataset: Any) -> list[str]:
-    """The stages of a dataset, the source first, with the seed where one has a seed; without files and lines."""
-    found: list[str] = []
-    while dataset is not None:
-        seed = getattr(dataset, "_seed", None)
-        text = "" if " at 0x" in str(dataset) else str(dataset).partition(" @ ")[0]
-        found.append((text or type(dataset).__qualname__) + (f" seed={int(seed)}" if seed is not None else ""))
-        parents = getattr(dataset, "_parents", ())
-        dataset = parents[0] if parents else None
-    return found[::-1]

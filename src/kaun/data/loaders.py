@@ -1,22 +1,19 @@
-"""Loaders of other libraries: opened again in each pass, their items checked, their position known."""
+"""Loaders of other libraries: opened again in each pass, and their items checked."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
-import itertools
-import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 
-from kaun._messages import quoted
-from kaun.data import convert
+from kaun.data import convert, libraries
 from kaun.data.items import Item
+from kaun.data.resumable import SKIPPED, ResumableLoader
 
-__all__ = ["ResumableLoader", "known_length", "open_items", "open_loader"]
+__all__ = ["known_length", "open_items", "open_loader"]
 
 
 def known_length(data: Any) -> int | None:
@@ -39,7 +36,7 @@ def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
         TypeError: when it cannot be iterated.
         RuntimeError: when it would fork its workers.
     """
-    convert.refuse_forks(data, f"data ({type(data).__name__})")
+    libraries.refuse_forks(data, f"data ({type(data).__name__})")
     try:
         iterator = iter(data)
     except TypeError:
@@ -52,7 +49,7 @@ def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
             close()
 
 
-def open_loader(source: Any, stage: str) -> Callable[[int, int], Iterator[Any]]:
+def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator[Any]]:
     """The ``open`` of a node over a loader, or over a function that makes one.
 
     Args:
@@ -62,7 +59,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int, int], Iterator[Any]]:
     once = [source] if hasattr(source, "__next__") else None
     had_items = False
     first: Any = None
-    convert.refuse_forks(source, stage)
+    libraries.refuse_forks(source, stage)
 
     def loader() -> Any:
         if once is None:
@@ -76,18 +73,24 @@ def open_loader(source: Any, stage: str) -> Callable[[int, int], Iterator[Any]]:
                 "Data.from_iterable(lambda: make_iterator())."
             ) from None
 
-    def open(epoch: int, start: int) -> Iterator[Any]:
+    def open(epoch: int | None, start: int) -> Iterator[Any]:
         nonlocal had_items, first
         count = 0
         made = loader()
         if not hasattr(made, "__iter__"):
             raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
-        convert.refuse_forks(made, stage)
+        libraries.refuse_forks(made, stage)
+        if epoch is not None:
+            libraries.set_epoch(made, epoch)
         try:
+            items = iter(made)
+            count = made.taken if isinstance(made, ResumableLoader) else 0
             # Not `yield from`, which would close the user's own generator together with this one.
-            for item in made:
+            for item in items:
                 had_items = True
-                if count >= start:
+                if item is SKIPPED:
+                    yield item
+                elif count >= start:
                     found = convert.as_arrays(item)
                     first = first or _Structure(found)
                     first.check(found, stage)
@@ -166,81 +169,3 @@ def _changes(path: str, before: tuple[str, Any], now: tuple[str, Any]) -> Iterat
             yield from _changes(inner, old[name], new[name])
         else:
             yield f"{inner!r} {'is missing' if name in old else 'is new'}"
-
-
-class ResumableLoader:
-    """A loader, or a function that makes one, of which one run knows its position.
-
-    An iterator whose ``get_state()`` gives JSON or bytes, and whose ``set_state`` takes them, is set to a known
-    position at once; of any other ``n`` items are pulled first.
-
-    Args:
-        source: the loader or function.
-        position: what ``position()`` of another one returned.
-        n: how many items were taken, where no position is known.
-
-    Attributes:
-        source: the loader or function.
-        passes: the number of the current pass, counted from 0.
-
-    Raises:
-        ValueError: for a position that ``position()`` cannot have returned.
-    """
-
-    source: Any
-    passes: int
-
-    def __init__(self, source: Any, position: Mapping[str, Any] | None = None, n: int = 0) -> None:
-        self.source, self._n = source, n
-        self.passes, self._state = (0, None) if position is None else _read(position)
-        self._iterator: Any = None
-
-    def __iter__(self) -> Iterator[Any]:
-        source, state, n = self.source, self._state, self._n
-        makes = callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__")
-        self.passes += self._iterator is not None
-        made: Any = source() if makes else source
-        convert.refuse_forks(made, f"data ({type(made).__name__})")
-        self._iterator = iterator = iter(made)
-        self._state, self._n = None, 0
-        if state is not None:
-            iterator.set_state(_decoded(state))
-            n = 0
-        # islice also where nothing is skipped: closing this iterator must not close the user's own.
-        return itertools.islice(iterator, n, None) if n or iterator is made else iterator
-
-    def __len__(self) -> int:
-        return max(0, len(self.source) - self._n)
-
-    def position(self) -> dict[str, Any] | None:
-        """The position after the items taken so far, as JSON; None if the iterator has none, or none is taken."""
-        get_state = getattr(self._iterator, "get_state", None)
-        if get_state is None or not hasattr(self._iterator, "set_state"):
-            return None
-        state = _encoded(get_state())
-        return None if state is None else {"pass": self.passes, "state": state}
-
-
-def _encoded(state: Any) -> dict[str, Any] | None:
-    if isinstance(state, bytes):
-        return {"base64": base64.b64encode(state).decode()}
-    try:
-        return {"json": json.loads(json.dumps(state, allow_nan=False))}
-    except (TypeError, ValueError):
-        return None
-
-
-def _decoded(state: Mapping[str, Any]) -> Any:
-    return base64.b64decode(state["base64"]) if "base64" in state else state["json"]
-
-
-def _read(position: Any) -> tuple[int, Mapping[str, Any]]:
-    """The number of the pass and the state of the iterator in a position."""
-    match position:
-        case {"pass": int() as passes, "state": {"json": _} | {"base64": str()} as state} if passes >= 0:
-            return passes, state
-        case _:
-            raise ValueError(
-                "ResumableLoader expected a position that ResumableLoader.position() returned, received "
-                f"{quoted(position)}. The checkpoint was written by another version, or is damaged."
-            )

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from kaun.data.chunks import (
     Chunks,
     batch_index,
@@ -19,15 +21,20 @@ from kaun.data.chunks import (
     take_chunks,
 )
 from kaun.data.collate import ArrayRows
-from kaun.data.loaders import ResumableLoader, known_length, open_loader
+from kaun.data.loaders import known_length, open_loader
 from kaun.data.prefetch import prefetched, snapshot_item
+from kaun.data.resumable import SKIPPED, ResumableLoader
+from kaun.data.shuffle import item_keys
 
 GetItem = Callable[[int], Any]
 """The function from index to item of one pass."""
 
 
 class Node(NamedTuple):
-    """What a stage does. Passes (epochs) and items count from 0; only a shuffle depends on the pass.
+    """What a stage does. Passes (epochs) and items count from 0; only orders, keys and loaders depend on the pass.
+
+    The pass is None outside of ``epochs`` and ``epoch``. It is pass 0 then, and a loader keeps an epoch that its user
+    has set.
 
     Attributes:
         open: ``open(epoch, start)`` iterates one pass from its item ``start`` on.
@@ -37,26 +44,30 @@ class Node(NamedTuple):
         by_index: ``by_index(epoch)`` is the function from index to item that a shuffle needs, None for a stream.
         chunks: iterates a pass several items at a time, see ``chunks.Chunks``; None if that gains nothing.
         resume: how the stage is opened again from a position of its loader, None if that is not known.
+        takes_first: whether ``open`` has a third argument, a function that it calls with its first item.
     """
 
-    open: Callable[[int, int], Iterator[Any]]
+    open: Callable[..., Iterator[Any]]
     length: int | None
     seekable: bool
-    by_index: Callable[[int], GetItem] | None
+    by_index: Callable[[int | None], GetItem] | None
     chunks: Chunks | None = None
     resume: Resume | None = None
+    takes_first: bool = False
 
 
 class Resume(NamedTuple):
-    """How a stage over a loader is opened again: for stages that keep nothing between two of their items.
+    """How a stage over a loader is opened again after some of its items, at the position of the loader.
 
     Attributes:
-        node: ``node(loader, n)`` is the rest of the stage after ``n`` of its items; the loader is where it was
-            then, in its pass number ``loader.passes``.
+        node: ``node(loader, n)`` is the stage over a loader that is where it was after ``n`` items of the stage, in its
+            pass number ``loader.passes``.
+        start: ``start(loader, n)`` is where that node has to be opened: the items of the pass before that position.
         whole_passes: whether each pass of the stage is a whole pass of the loader.
     """
 
     node: Callable[[ResumableLoader, int], Node]
+    start: Callable[[ResumableLoader, int], int]
     whole_passes: bool
 
 
@@ -82,9 +93,21 @@ class StageSpec(NamedTuple):
 # Sources
 
 
-def index_node(n: int, by_index: Callable[[int], GetItem]) -> Node:
+def index_node(n: int, by_index: Callable[[int | None], GetItem]) -> Node:
     """``n`` items, each made of its index."""
     return Node(lambda epoch, start: map(by_index(epoch), range(start, n)), n, True, by_index)
+
+
+def items_node(items: Any, stage: str) -> Node:
+    """The items of a sequence."""
+    get = items.__getitem__ if type(items) in (tuple, range) else noting_where(items.__getitem__, stage)
+    return index_node(len(items), lambda epoch: get)
+
+
+def function_node(n: int, f: Callable[[int], Any], stage: str) -> Node:
+    """The items ``f(0)`` to ``f(n - 1)``."""
+    get = noting_where(f, stage)
+    return index_node(n, lambda epoch: get)
 
 
 def repeat_node(n: int, item: Any) -> Node:
@@ -93,7 +116,7 @@ def repeat_node(n: int, item: Any) -> Node:
     return Node(opened, n, True, lambda epoch: lambda i: item, item_chunks(item, n))
 
 
-def batches_node(rows: ArrayRows, size: int, drop_last: bool, order: Callable[[int], Any]) -> Node:
+def batches_node(rows: ArrayRows, size: int, drop_last: bool, order: Callable[[int | None], Any]) -> Node:
     """The batches of arrays in memory.
 
     Args:
@@ -104,7 +127,7 @@ def batches_node(rows: ArrayRows, size: int, drop_last: bool, order: Callable[[i
     """
     length = group_count(rows.length, size, drop_last)
 
-    def by_index(epoch: int) -> GetItem:
+    def by_index(epoch: int | None) -> GetItem:
         index = order(epoch)
         return lambda i: rows.take(batch_index(index, i, size, rows.length))
 
@@ -115,9 +138,9 @@ def batches_node(rows: ArrayRows, size: int, drop_last: bool, order: Callable[[i
 def loader_node(source: Any, stage: str) -> Node:
     """The items of a loader, or of the loader that a function makes in each pass."""
     length = known_length(source)
-    rest = lambda loader, n: loader_node(loader, stage)._replace(length=None if n else length)
+    again = Resume(lambda loader, n: loader_node(loader, stage), lambda loader, n: loader.taken, True)
     by_items = isinstance(source, (list, tuple, range))  # the position in them is a number of items
-    return Node(open_loader(source, stage), length, False, None, resume=None if by_items else Resume(rest, True))
+    return Node(open_loader(source, stage), length, False, None, resume=None if by_items else again)
 
 
 # Stages
@@ -134,7 +157,7 @@ def map_node(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: b
     """
     call = noting_where(f, stage)
 
-    def open(epoch: int, start: int) -> Iterator[Any]:
+    def open(epoch: int | None, start: int, first: Callable[[Any], None] | None = None) -> Iterator[Any]:
         # One frame for each item, and not `call`: fit pulls an item for each step.
         i = start
         for item in base.open(epoch, start):
@@ -143,25 +166,45 @@ def map_node(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: b
             except Exception as error:
                 _note_where(error, stage, i)
                 raise
+            if first is not None:
+                first = first(made)
             yield made
             i += 1
 
     by_index = _by_index_of(base, lambda get: lambda i: call(i, get(i)))
     chunks = map_chunks(base.chunks, call) if keeps_arrays else None
-    resume = _resume_of(base, lambda node, n: map_node(node, f, stage))
-    return base._replace(open=open, by_index=by_index, chunks=chunks, resume=resume)
+    resume = _resume_of(base, lambda node: map_node(node, _but_skipped(f), stage))
+    return _over(base, open=open, by_index=by_index, chunks=chunks, resume=resume, takes_first=True)
+
+
+def random_map_node(base: Node, f: Callable[[jax.Array, Any], Any], key: jax.Array, stage: str) -> Node:
+    """The items ``f(key, item)``, with a key that is a function of ``key``, the pass and the index of the item."""
+    call = noting_where(f, stage)
+
+    def open(epoch: int | None, start: int) -> Iterator[Any]:
+        keys = item_keys(key, epoch)
+        for i, item in enumerate(base.open(epoch, start), start):
+            yield item if item is SKIPPED else call(i, keys(i), item)
+
+    def by_index(epoch: int | None) -> GetItem:
+        assert base.by_index is not None
+        get, keys = base.by_index(epoch), item_keys(key, epoch)
+        return lambda i: call(i, keys(i), get(i))
+
+    resume = _resume_of(base, lambda node: random_map_node(node, f, key, stage))
+    return _over(base, open=open, by_index=base.by_index and by_index, chunks=None, resume=resume)
 
 
 def group_node(base: Node, size: int, f: Callable[[list[Any]], Any], drop_last: bool, stage: str) -> Node:
     """The items ``f`` of each list of ``size`` consecutive items."""
     call, total = noting_where(f, stage), base.length or 0
 
-    def open(epoch: int, start: int) -> Iterator[Any]:
+    def open(epoch: int | None, start: int) -> Iterator[Any]:
         source = base.open(epoch, start * size)
         for i in itertools.count(start):
             group = [snapshot_item(item) for item in itertools.islice(source, size)]
             if len(group) == size or (group and not drop_last):
-                yield call(i, group)
+                yield SKIPPED if group[-1] is SKIPPED else call(i, group)
             if len(group) < size:
                 return
 
@@ -170,7 +213,7 @@ def group_node(base: Node, size: int, f: Callable[[list[Any]], Any], drop_last: 
 
     by_index = _by_index_of(base, lambda get: lambda i: call(i, [snapshot_item(get(j)) for j in indices(i)]))
     length = None if base.length is None else group_count(base.length, size, drop_last)
-    resume = _resume_of(base, lambda node, n: group_node(node, size, f, drop_last, stage), size=size)
+    resume = _resume_of(base, lambda node: group_node(node, size, f, drop_last, stage), size=size)
     return Node(open, length, base.seekable, by_index, resume=resume)
 
 
@@ -179,36 +222,46 @@ def group_count(n: int, size: int, drop_last: bool) -> int:
     return n // size if drop_last else -(-n // size)
 
 
-def shuffle_node(by_index: Callable[[int], GetItem], n: int, order: Callable[[int], Any]) -> Node:
+def shuffle_node(by_index: Callable[[int | None], GetItem], n: int, order: Callable[[int | None], Any]) -> Node:
     """``n`` items in the order of the pass."""
 
-    def shuffled(epoch: int) -> GetItem:
+    def shuffled(epoch: int | None) -> GetItem:
         get, rows = by_index(epoch), order(epoch)
         return lambda i: get(int(rows[i]))
 
     return index_node(n, shuffled)
 
 
-def epochs_node(base: Node, count: int) -> Node:
-    """``count`` passes, one after the other."""
-    length = base.length
+def epochs_node(base: Node, count: int, at: tuple[int, int, int] = (0, 0, 0)) -> Node:
+    """``count`` passes, one after the other.
 
-    def open(epoch: int, start: int) -> Iterator[Any]:
+    Args:
+        base: the stage before.
+        count: how many passes there are.
+        at: where a loader that is resumed is: its pass, the items of ``base`` before it in that pass, and all items
+            before it.
+    """
+    length = base.length
+    resumed, within_pass, done = at
+
+    def open(epoch: int | None, start: int) -> Iterator[Any]:
+        before = (epoch or 0) * count
         if not base.seekable or length is None:
-            whole = (base.open(epoch * count + e, 0) for e in range(count))
-            return itertools.islice(itertools.chain.from_iterable(whole), start, None)
+            passes = (base.open(before + e, within_pass if e == resumed else 0) for e in range(resumed, count))
+            return itertools.islice(itertools.chain.from_iterable(passes), start - done, None)
         if length == 0:
             return iter(())
         first, within = divmod(start, length)
-        rest = (base.open(epoch * count + e, within if e == first else 0) for e in range(first, count))
+        rest = (base.open(before + e, within if e == first else 0) for e in range(first, count))
         return itertools.chain.from_iterable(rest)
 
     resume: Resume | None = None
     if base.resume is not None and base.resume.whole_passes:
-        again = base.resume.node
-        resume = Resume(lambda loader, n: epochs_node(again(loader, n), max(0, count - loader.passes)), False)
+        again, start_of, _ = base.resume
+        rest_of = lambda loader, n: epochs_node(again(loader, n), count, (loader.passes, start_of(loader, n), n))
+        resume = Resume(rest_of, lambda loader, n: n, False)
     if length is None:
-        return base._replace(open=open, chunks=None, resume=resume)
+        return _over(base, open=open, chunks=None, resume=resume)
     by_index = None if base.by_index is None else functools.partial(_across_passes, base.by_index, count, length)
     chunks = chain_chunks(base.chunks, count, length) if base.seekable else None
     return Node(open, count * length, base.seekable, by_index, chunks, resume)
@@ -219,12 +272,13 @@ def pass_node(base: Node, e: int) -> Node:
     get = base.by_index
     by_index = None if get is None else lambda epoch: get(e)
     opened = lambda epoch, start: base.open(e, start)
-    return base._replace(open=opened, by_index=by_index, chunks=pass_chunks(base.chunks, e), resume=None)
+    return _over(base, open=opened, by_index=by_index, chunks=pass_chunks(base.chunks, e), resume=None)
 
 
 def skip_node(base: Node, count: int) -> Node:
     """The items after the first ``count``."""
-    return base._replace(
+    return _over(
+        base,
         open=lambda epoch, start: base.open(epoch, start + count),
         length=None if base.length is None else max(0, base.length - count),
         by_index=_by_index_of(base, lambda get: lambda i: get(i + count)),
@@ -235,46 +289,59 @@ def skip_node(base: Node, count: int) -> Node:
 
 def take_node(base: Node, count: int) -> Node:
     """The first ``count`` items."""
-    return base._replace(
+    return _over(
+        base,
         open=lambda epoch, start: itertools.islice(base.open(epoch, start), max(0, count - start)),
         length=None if base.length is None else min(count, base.length),
         chunks=take_chunks(base.chunks, count),
-        resume=_resume_of(base, lambda node, n: take_node(node, max(0, count - n)), whole_passes=False),
+        resume=_resume_of(base, lambda node: take_node(node, count), whole_passes=False),
     )
 
 
 def prefetch_node(base: Node, count: int) -> Node:
     """The same items, made by a thread that stays up to ``count`` items ahead."""
     ahead = lambda epoch, start: prefetched(functools.partial(base.open, epoch, start), count)
-    return base._replace(open=ahead, by_index=None, chunks=None, resume=None)
+    return _over(base, open=ahead, by_index=None, chunks=None, resume=None)
 
 
-def _by_index_of(base: Node, wrap: Callable[[GetItem], GetItem]) -> Callable[[int], GetItem] | None:
+def _over(base: Node, *, takes_first: bool = False, **fields: Any) -> Node:
+    """A stage over another one, which has the fields that are not given."""
+    return base._replace(takes_first=takes_first, **fields)
+
+
+def _by_index_of(base: Node, wrap: Callable[[GetItem], GetItem]) -> Callable[[int | None], GetItem] | None:
     """The ``by_index`` of a stage that makes its items of those of the same pass of ``base``."""
     by_index = base.by_index
     return None if by_index is None else lambda epoch: wrap(by_index(epoch))
 
 
-def _resume_of(
-    base: Node, wrap: Callable[[Node, int], Node], *, size: int = 1, whole_passes: bool = True
-) -> Resume | None:
+def _resume_of(base: Node, wrap: Callable[[Node], Node], *, size: int = 1, whole_passes: bool = True) -> Resume | None:
     """The ``resume`` of a stage.
 
     Args:
         base: the stage before.
-        wrap: ``wrap(rest, n)`` is the rest of the stage after ``n`` of its items, made of the rest of ``base``.
+        wrap: the stage over another ``base``.
         size: how many items of ``base`` make one of the stage.
         whole_passes: False where the stage ends before a pass of ``base`` does.
     """
     if base.resume is None:
         return None
-    again, whole = base.resume
-    return Resume(lambda loader, n: wrap(again(loader, n * size), n), whole and whole_passes)
+    again, start, whole = base.resume
+    return Resume(
+        lambda loader, n: wrap(again(loader, n * size)),
+        lambda loader, n: -(-start(loader, n * size) // size),
+        whole and whole_passes,
+    )
 
 
-def _across_passes(by_index: Callable[[int], GetItem], count: int, length: int, epoch: int) -> GetItem:
+def _but_skipped(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``f``, which is not called for an item that a resumed run skips."""
+    return lambda item: item if item is SKIPPED else f(item)
+
+
+def _across_passes(by_index: Callable[[int | None], GetItem], count: int, length: int, epoch: int | None) -> GetItem:
     # All passes stay open, each with its order, because a shuffle of them jumps between them.
-    view = functools.cache(lambda e: by_index(epoch * count + e))
+    view = functools.cache(lambda e: by_index((epoch or 0) * count + e))
 
     def get(i: int) -> Any:
         e, j = divmod(i, length)

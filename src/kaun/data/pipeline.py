@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, cast
 
-from kaun import tree
-from kaun.data import collate, nodes
-from kaun.data.arguments import checked_count, function_text, refuse_frame
+import jax
+
+from kaun.data import arguments, collate, nodes
+from kaun.data.arguments import checked_batch_size, checked_count, checked_loader, checked_sequence, function_text
 from kaun.data.items import attach_loss
 from kaun.data.nodes import Node, StageSpec
-from kaun.data.shuffle import Orders
+from kaun.data.passes import as_generator, watch_of
+from kaun.data.shuffle import Orders, draw_key
 
 __all__ = ["Data", "make_data"]
 
@@ -24,9 +25,8 @@ class Data(Generic[T]):
     """A lazy pipeline of items: immutable, iterated from the start by each ``for``, with ``len()`` where it is known.
 
     The class methods make one; each other method returns a new one. Functions given to a stage run when their item is
-    pulled, one item at a time, and must be pure: a pipeline is a value only if they are. For random numbers fold a key
-    with the item's index (``from_fn``). An exception of such a function is not changed; a note on it names the stage
-    and the item.
+    pulled, one item at a time, and must be pure: a pipeline is a value only if they are. Random numbers come from the
+    keys of ``random_map``. An exception of such a function is not changed; a note on it names the stage and the item.
 
     Raises:
         TypeError: when called (use a class method), and by every method for a count that is not an int.
@@ -60,15 +60,9 @@ class Data(Generic[T]):
             >>> list(Data.from_items("abc").skip(1))
             ['b', 'c']
         """
-        held: Any = tuple(items) if isinstance(items, list) else refuse_frame("Data.from_items", items)
-        if isinstance(held, Mapping) or not (hasattr(held, "__len__") and hasattr(held, "__getitem__")):
-            raise TypeError(
-                "Data.from_items expected a sequence (a list, or anything with len() and [i]), received "
-                f"{type(items).__name__}. Use Data.from_items(list(items)), or Data.from_iterable(loader) for a loader."
-            )
+        held = checked_sequence("Data.from_items", items)
         stage = f"Data.from_items({len(held)} items)"
-        get = held.__getitem__ if type(held) in (tuple, range) else nodes.noting_where(held.__getitem__, stage)
-        return _source(nodes.index_node(len(held), lambda epoch: get), stage, items=held)
+        return _source(nodes.items_node(held, stage), stage, items=held)
 
     @classmethod
     def from_arrays(cls, *arrays: Any) -> Data[Any]:
@@ -108,8 +102,7 @@ class Data(Generic[T]):
         """
         n = checked_count("Data.from_fn(n, f)", "n", n, 0)
         stage = f"Data.from_fn({n}, {function_text('Data.from_fn', f)})"
-        get = nodes.noting_where(f, stage)
-        return _source(nodes.index_node(n, lambda epoch: get), stage, n=n, f=f)
+        return _source(nodes.function_node(n, f, stage), stage, n=n, f=f)
 
     @classmethod
     def repeat(cls, n: int, item: U) -> Data[U]:
@@ -140,12 +133,7 @@ class Data(Generic[T]):
         """
         if isinstance(iterable, Data):
             return cast("Data[U]", iterable)
-        source: Any = refuse_frame("Data.from_iterable", iterable)
-        if isinstance(source, Mapping) or not (hasattr(source, "__iter__") or callable(source)):
-            raise TypeError(
-                "Data.from_iterable expected a loader, or a function without arguments that returns one, received "
-                f"{type(source).__name__}. Use Data.batches for a dict of arrays, Data.repeat(n, item) for one item."
-            )
+        source = checked_loader("Data.from_iterable", iterable)
         name = type(source).__name__ if hasattr(source, "__iter__") else function_text("Data.from_iterable", source)
         stage = f"Data.from_iterable({name})"
         return _source(nodes.loader_node(source, stage), stage, source=source)
@@ -174,19 +162,13 @@ class Data(Generic[T]):
             >>> [(batch["x"].shape, batch["y"].tolist()) for batch in data]
             [((2, 2), [0, 1]), ((2, 2), [2, 3]), ((1, 2), [4])]
         """
-        if getattr(batch_size, "ndim", 0) > 0:
-            raise TypeError(
-                f"Data.batches expected batch_size to be an int, received {tree.describe(batch_size)}. The arrays are "
-                "one argument: Data.batches((x, y), batch_size=64)."
-            )
-        size, drop_last = checked_count("Data.batches", "batch_size", batch_size, 1), bool(drop_last)
+        size, drop_last = checked_batch_size("Data.batches", batch_size), bool(drop_last)
         rows = collate.ArrayRows("Data.batches", arrays)
         orders = Orders("Data.batches(..., shuffle=True)", rows.length) if shuffle else None
         node = nodes.batches_node(rows, size, drop_last, orders or (lambda epoch: None))
         settings = f"batch_size={size}" + ", shuffle=True" * bool(shuffle) + ", drop_last=True" * drop_last
         text = f"Data.batches({collate.outline_of(arrays)}, {settings})"
-        key = None if orders is None else orders.key
-        return _source(node, text, arrays=arrays, batch_size=size, drop_last=drop_last, key=key)
+        return _source(node, text, arrays=arrays, batch_size=size, drop_last=drop_last, key=orders and orders.key)
 
     @staticmethod
     def stack(items: Iterable[Any]) -> Any:
@@ -216,6 +198,32 @@ class Data(Generic[T]):
         """
         stage = f".map({function_text('map', f)})"
         return self._then(nodes.map_node(self._node, f, stage), stage, f=f)
+
+    def random_map(self, f: Callable[[jax.Array, T], U]) -> Data[U]:
+        """The items ``f(key, item)``, each with its own random key: the way to augment data.
+
+        The key of item ``i`` of pass ``e`` is ``fold_in(fold_in(k, e), i)``, for a key ``k`` drawn from the RNG scope
+        here. Another iteration, process or resumed run gives the same items, and each pass other ones.
+
+        Args:
+            f: a function of a typed JAX key of shape () and an item, a row before ``batch`` and a batch after it. In
+                NumPy draw from ``np.random.default_rng(np.asarray(jax.random.key_data(key)))``.
+
+        Raises:
+            TypeError: when ``f`` is not callable.
+            RuntimeError: inside compiled code.
+
+        Examples:
+            >>> import jax
+            >>> from kaun import rng
+            >>> with rng.scope(0):
+            ...     noisy = Data.from_items([0.0, 0.0]).random_map(lambda key, x: x + float(jax.random.normal(key)))
+            >>> list(noisy) == list(noisy), list(noisy.epoch(0)) == list(noisy.epoch(1))
+            (True, False)
+        """
+        stage = f".random_map({function_text('random_map', f)})"
+        key = draw_key("random_map(f)")
+        return self._then(nodes.random_map_node(self._node, f, key, stage), stage, f=f, key=key)
 
     def batch(self, n: int, drop_last: bool = False) -> Data[Any]:
         """Each ``n`` consecutive items collated by ``Data.stack``; the last group may be smaller, or is dropped.
@@ -283,17 +291,15 @@ class Data(Generic[T]):
         """
         base, n = self._node.by_index, self._node.length
         if base is None or n is None:
-            raise TypeError(
-                f"shuffle() needs items by index, which this pipeline does not have: {self!r}. Shuffle before "
-                "prefetch; collect a small stream, Data.from_items(list(data)).shuffle(); or let the loader shuffle."
-            )
+            raise arguments.no_index(repr(self))
         orders = Orders("shuffle()", n)
         return self._then(nodes.shuffle_node(base, n, orders), ".shuffle()", key=orders.key)
 
     def epochs(self, n: int) -> Data[T]:
         """The items of ``n`` passes, one after the other: ``epoch(0)``, ``epoch(1)``, ... Each shuffle reshuffles.
 
-        Applied twice it continues counting: ``data.epochs(2).epochs(3)`` is passes 0 to 5.
+        Applied twice it continues counting: ``data.epochs(2).epochs(3)`` is passes 0 to 5. Before pass ``e`` of a
+        loader ``set_epoch(e)`` is called, of the loader, its sampler or its data set.
 
         Examples:
             >>> list(Data.from_items([1, 2]).epochs(3))
@@ -350,19 +356,14 @@ class Data(Generic[T]):
         return self._then(nodes.prefetch_node(self._node, n), f".prefetch({n})", n=n)
 
     def __iter__(self) -> Iterator[T]:
-        # Always a generator, so that whoever iterates can close() it: that ends the threads of prefetch at once. One
-        # that the last stage makes is used as it is, without a frame around it: fit pulls an item for each step.
-        return self._node.open(0, 0) if inspect.isgeneratorfunction(self._node.open) else self._generate()
-
-    def _generate(self) -> Iterator[T]:
-        yield from self._node.open(0, 0)
+        # Always a generator, so that whoever iterates can close() it and with it the threads of prefetch. One that the
+        # last stage makes is used without a frame around it: fit pulls an item for each step.
+        node, first = self._node, watch_of(self._stages)
+        return node.open(None, 0, first) if node.takes_first else as_generator(node.open, first)
 
     def __len__(self) -> int:
         if self._node.length is None:
-            raise TypeError(
-                f"the length of this pipeline is not known, because its source has no len(): {self!r}. Use a source "
-                "with a length, Data.from_items(list(source)), or count the items while iterating."
-            )
+            raise arguments.no_length(repr(self))
         return self._node.length
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -375,10 +376,7 @@ class Data(Generic[T]):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            f"Data cannot be pickled, because its stages are closures: {self!r}. Pickle the function that builds it, "
-            "and call it in the other process: def make_data(): return Data.from_fn(1000, read).batch(64)."
-        )
+        raise arguments.not_picklable(repr(self))
 
     def __repr__(self) -> str:
         texts = [stage.text for stage in self._stages]

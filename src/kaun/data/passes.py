@@ -1,0 +1,97 @@
+"""Which pass of a shuffled or random pipeline is iterated: a loop over epochs in Python repeats one pass."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kaun.data.items import Item
+from kaun.data.nodes import StageSpec
+
+__all__ = ["as_generator", "newest_pass", "random_passes", "watch_of"]
+
+Passes = tuple[Any, ...]
+"""What decides the items of a random pipeline: its stages, its keys, and which arrays it reads."""
+
+
+def random_passes(stages: Sequence[StageSpec]) -> tuple[Passes, range] | None:
+    """What decides the items of a pipeline and the numbers of its passes; None if nothing in it is random."""
+    keys = [s.given["key"] for s in stages if s.given.get("key") is not None]
+    if not keys:
+        return None
+    counts = [s for s in stages if s.name in ("Data.epochs", "Data.epoch")]
+    numbers = range(1)
+    if len(counts) == 1:
+        ((name, count),) = counts[0].given.items()
+        numbers = range(count) if name == "n" else range(count, count + 1)
+    texts = [s.text for s in stages if s.name != "Data.prefetch" and (s not in counts or len(counts) > 1)]
+    arrays = [_memory(leaf) for s in stages for leaf in jax.tree_util.tree_leaves(s.given.get("arrays"))]
+    return (*texts, *(np.asarray(jax.random.key_data(key)).tobytes() for key in keys), *arrays), numbers
+
+
+def _memory(array: Any) -> Any:
+    """Which array it is; views of one array are the same."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else id(array)
+
+
+class _NewestPass:
+    """The first item of the random pass that was opened last, for ``Trainer.step`` to look for.
+
+    Attributes:
+        loss: a weak reference to the loss of that item, None where there is none or it is gone.
+        stages: those of the pipeline.
+    """
+
+    def __init__(self) -> None:
+        self.loss: weakref.ref[Any] | None = None
+        self.stages: Sequence[StageSpec] = ()
+
+    def open(self, stages: Sequence[StageSpec], item: Any) -> None:
+        """Look for this item from now on."""
+        if Item.is_training_item(item):
+            try:
+                self.loss, self.stages = weakref.ref(item[1], self._forget), stages
+            except TypeError:  # a bound method of C code, for example
+                self.loss = None
+
+    def take(self) -> Sequence[StageSpec]:
+        """The stages of the pipeline; the item is not looked for any more."""
+        self.loss = None
+        return self.stages
+
+    def _forget(self, loss: weakref.ref[Any]) -> None:
+        if self.loss is loss:
+            self.loss = None
+
+
+newest_pass: _NewestPass = _NewestPass()
+
+
+def watch_of(stages: Sequence[StageSpec]) -> Callable[[Any], None] | None:
+    """What to call with the first item of a pass, None where nothing in the pipeline is random."""
+    for stage in stages:
+        if stage.given.get("key") is not None:
+            return functools.partial(newest_pass.open, stages)
+    return None
+
+
+def as_generator(open: Callable[..., Iterator[Any]], first: Callable[[Any], None] | None) -> Iterator[Any]:
+    """The items of ``open(None, 0)`` as a generator; ``first`` is called with the first."""
+    return open(None, 0) if first is None and inspect.isgeneratorfunction(open) else _each_item(open, first)
+
+
+def _each_item(open: Callable[..., Iterator[Any]], first: Callable[[Any], None] | None) -> Iterator[Any]:
+    items = open(None, 0)
+    if first is not None:
+        for item in items:
+            first(item)
+            yield item
+            del item
+            break
+    yield from items
