@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
@@ -10,10 +9,9 @@ from typing import Any, Generic, TypeVar, cast
 from kaun import tree
 from kaun.data import collate, nodes
 from kaun.data.arguments import checked_count, function_text, refuse_frame
-from kaun.data.items import attach_loss
+from kaun.data.items import loss_attacher
 from kaun.data.nodes import Node, StageSpec
 from kaun.data.shuffle import Orders
-from kaun.losses import parts_of
 
 __all__ = ["Data", "make_data"]
 
@@ -250,11 +248,9 @@ class Data(Generic[T]):
     def with_loss(self, f: Callable[[Any, Any], Any]) -> Data[Any]:
         """The items that ``fit`` takes: ``(x, y)`` become ``(x, output -> f(output, y))``, ``(x, y, ctx)`` keep ctx.
 
-        Of ``losses.mse`` and the others, also bound by ``functools.partial``, the items have ``f.parts``: their loss is
-        a ``losses.Mean``, which counts by its weight. Its scalar is ``loss(output).value``.
-
         Args:
-            f: the loss, ``f(output, y)`` to a scalar or a ``losses.Mean``: ``losses.mse``, or any function.
+            f: the loss, ``f(output, y)``. Of ``losses.mse`` and the like, also by ``functools.partial``, ``f.parts`` is
+                used, which gives a ``losses.Mean``.
 
         Raises:
             TypeError: when ``f`` is not callable; in iteration, when an item is neither such a pair nor such a triple.
@@ -265,7 +261,7 @@ class Data(Generic[T]):
             [2.0]
         """
         stage = f".with_loss({function_text('with_loss', f)})"
-        node = nodes.map_node(self._node, functools.partial(attach_loss, parts_of(f)), stage, keeps_arrays=True)
+        node = nodes.map_node(self._node, loss_attacher(f), stage, keeps_arrays=True)
         return self._then(node, stage, f=f)
 
     def shuffle(self) -> Data[T]:

@@ -98,7 +98,8 @@ class Mean:
 
     def _with(self, change: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], other: Scalar) -> Mean:
         total = jnp.asarray(self.total)
-        given = getattr(other, "dtype", total.dtype)  # a number of Python takes the dtype of the total
+        # A number of Python takes the dtype of the total.
+        given = jax.dtypes.canonicalize_dtype(getattr(other, "dtype", total.dtype))
         dtype = max(total.dtype, given, key=lambda d: jnp.issubdtype(d, jnp.floating) * d.itemsize)
         values = [jnp.asarray(each).astype(dtype) for each in (total, other, self.weight)]
         return Mean(change(*values), self.weight)
