@@ -60,7 +60,7 @@ def test_with_scalars_the_weight_stays():
     for name, (found, value) in changed.items():
         assert type(found) is losses.Mean, name
         assert found.value == value and found.weight == 4 and found.total.dtype == jnp.float32, name
-    assert float(mean) == 1.5
+    assert float(mean) == 1.5 and (losses.Mean(jnp.int32(6), 4) + 0.25).value == 1.75
     summed = sum(m.total for m in (mean + 2, mean - 2)) / 8
     assert summed == 1.5, "so the means of batches still add up"
 

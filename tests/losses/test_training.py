@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import Data, layers, losses, reports, rng
+from kaun import Data, layers, losses, metrics, reports, rng
 from kaun.errors import NonFiniteLoss
 
 ROWS, WIDTH = 33, 5  # batches of 3 rows: no power of two, so that a division rounds
@@ -163,6 +163,9 @@ def test_evaluate_counts_a_loss_by_its_weight():
     found = trainer.evaluate(state, Data.batches((X, y), 5), {"loss": loss, "own": own})
     np.testing.assert_allclose(found["loss"], loss(trainer.predict(state, X), y), rtol=1e-6)
     assert found["own"] == pytest.approx(KEEP.mean(), rel=1e-15)
+    by_item = lambda b: functools.partial(loss.func.parts, **loss.keywords)(trainer.predict(state, b[0]), b[1])
+    by_hand = metrics.evaluate(by_item, Data.batches((X, y), 5).skip(2))
+    np.testing.assert_allclose(by_hand, loss(trainer.predict(state, X[10:]), y[10:]), rtol=1e-6)
 
 
 # What is refused.

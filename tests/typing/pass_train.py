@@ -46,9 +46,10 @@ state = trainer.fit(state, train, report=reports.all_of(report, reports.history(
 state = trainer.fit(state, batches.map(lambda b: (b[0], lambda logits: losses.mse(logits, b[1]))))
 
 # Losses keep their arguments, and give their two sums.
-assert_type(losses.mse(x, y, weights=x, where=None), jax.Array)
-assert_type(losses.mse.parts(x, y), losses.Mean)
-assert_type(losses.cross_entropy_sparse.parts(x, y, ignore_index=-100, label_smoothing=0.1).value, jax.Array)
+assert_type(losses.mse(x, x, weights=x, where=None), jax.Array)
+assert_type(losses.mse.parts(x, x), losses.Mean)
+classes = np.array([0, 1, 1, -100])
+assert_type(losses.cross_entropy_sparse.parts(x, classes, ignore_index=-100, label_smoothing=0.1).value, jax.Array)
 state = trainer.fit(state, batches.with_loss(functools.partial(losses.huber, delta=0.5)))
 state = trainer.fit(state, [(x, lambda logits: losses.mse.parts(logits, y) + 0.1 * losses.mae(logits, y))])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, cast
+from typing import Any, ClassVar, ParamSpec, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,20 +87,25 @@ class Mean:
     def __neg__(self) -> Mean:
         return Mean(-jnp.asarray(self.total), self.weight)
 
+    def __radd__(self, other: Scalar) -> Mean:
+        return self + other
+
+    def __rmul__(self, other: Scalar) -> Mean:
+        return self * other
+
     def __rsub__(self, other: Scalar) -> Mean:
         return -self + other
 
     def __float__(self) -> float:
         return float(self.value)
 
-    __radd__, __rmul__ = __add__, __mul__
-    __array_ufunc__ = None  # NumPy would take it for an array of one object
+    __array_ufunc__: ClassVar[None] = None  # NumPy would take it for an array of one object
 
     def _with(self, change: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], other: Scalar) -> Mean:
         total = jnp.asarray(self.total)
-        # A number of Python takes the dtype of the total.
-        given = jax.dtypes.canonicalize_dtype(getattr(other, "dtype", total.dtype))
-        dtype = max(total.dtype, given, key=lambda d: jnp.issubdtype(d, jnp.floating) * d.itemsize)
+        own = total.dtype if jnp.issubdtype(total.dtype, jnp.floating) else wide(total.dtype)
+        given = jax.dtypes.canonicalize_dtype(getattr(other, "dtype", own))  # a number of Python has none
+        dtype = max(own, given, key=lambda d: jnp.issubdtype(d, jnp.floating) * d.itemsize)
         values = [jnp.asarray(each).astype(dtype) for each in (total, other, self.weight)]
         return Mean(change(*values), self.weight)
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 from kaun import tree
 from kaun._jax import is_traced
 from kaun._messages import locate
+from kaun.losses import Mean
 from kaun.metrics.sums import DelayedReader, MetricSums, Ratio, add_scalars, run_ahead
 
 __all__ = ["Tracker", "evaluate", "evaluate_many"]
@@ -24,8 +25,8 @@ def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     and takes ``metrics.f1`` and the others as they are.
 
     Args:
-        f: ``f(item)`` returns a pair ``(sum, count)``, or a scalar, which stands for ``(value, 1)``. Scalars may be
-            JAX's; they are read some items late, so that a compiled ``f`` runs ahead of the host.
+        f: ``f(item)`` returns a pair ``(sum, count)``, a ``losses.Mean``, or a scalar, which stands for ``(value, 1)``.
+            Scalars may be JAX's; they are read some items late, so that a compiled ``f`` runs ahead of the host.
         data: the items, a ``Data`` or any iterable.
 
     Returns:
@@ -172,6 +173,8 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
 
 def _ratio(where: str, name: str, result: Any) -> Ratio:
     must = f"must return{f' for {name!r}' if name else ''} a real scalar or a pair (sum, count) of them"
+    if isinstance(result, Mean):
+        result = (result.total, result.weight)
     pair = cast("tuple[Any, ...]", result) if isinstance(result, tuple) else (result, 1)
     if len(pair) != 2:
         raise TypeError(f"{where} {must}, received a tuple of {len(pair)}.")
