@@ -283,6 +283,10 @@ def test_logits_are_no_log_probabilities():
         match=r"kl_divergence expected jnp\.exp\(log_probs\).* Write jax\.nn\.log_softmax\(logits\) if they are",
     ):
         losses.kl_divergence(X, P)
+    with pytest.raises(ValueError, match=r"Write jax\.nn\.log_softmax"):
+        losses.kl_divergence(np.float32(1e4) * X, P)
+    many = jax.nn.log_softmax(jnp.asarray(g.normal(size=(8, 500)), jnp.bfloat16))
+    assert np.isfinite(losses.kl_divergence(many, jnp.eye(8, 500, dtype=jnp.bfloat16)))
     with pytest.raises(
         ValueError, match=r"expected probs\.sum\(axis=-1\) in 1, received probs\.sum\(axis=-1\)\[0\] = 2"
     ):

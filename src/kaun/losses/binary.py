@@ -63,8 +63,8 @@ def binary_cross_entropy(
         logits: Float ``[...]``, the log odds of label 1 (before the sigmoid).
         labels: Of the logits' shape. In the logits' dtype: probabilities of label 1. As bool or integers: zeros and
             ones.
-        pos_weight: What the loss of label 1 is multiplied by, a number or an array for the last axis. It is no weight
-            of the mean: the mean is still over the number of elements. Default: 1.
+        pos_weight: What the loss of label 1 is multiplied by, a number or an array for the last axis. It is not a
+            weight of the mean, which is still over the number of elements. Default: 1.
         weights: ``[...]`` or of leading axes of that, the weight of each element or row.
         where: Bool, of such a shape: which elements count.
 
@@ -125,8 +125,8 @@ def focal(
         logits: Float ``[...]``, the log odds of label 1 (before the sigmoid).
         labels: Of the logits' shape. In the logits' dtype: probabilities of label 1. As bool or integers: zeros and
             ones.
-        alpha: From 0 to 1: the loss of label 1 is multiplied by it, that of label 0 by ``1 - alpha``. It is no weight
-            of the mean. Default: None, neither is multiplied. The paper has 0.25.
+        alpha: From 0 to 1: the loss of label 1 is multiplied by it, that of label 0 by ``1 - alpha``. It is not a
+            weight of the mean. Default: None, neither is multiplied. The paper has 0.25.
         gamma: Not negative; 0 is the sigmoid cross entropy. Default: 2.
         weights: ``[...]`` or of leading axes of that, the weight of each element or row.
         where: Bool, of such a shape: which elements count.

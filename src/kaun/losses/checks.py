@@ -172,10 +172,10 @@ def probabilities(where: str, name: str, value: Any, kept: Kept = ALL) -> None:
         inside(where, name, host, (host >= 0) & (host <= 1), "0 to 1", fix, kept)
 
 
-def distributions(where: str, name: str, value: Any, kept: Kept = ALL, fix: str = "") -> None:
+def distributions(where: str, name: str, value: Any, kept: Kept = ALL, fix: str = "", within: float = 0.01) -> None:
     """Refuse rows that are not distributions over the last axis, where they are known.
 
-    A sum may differ from 1 by a hundredth: rounded numbers, and half precision.
+    A sum may differ from 1 by a hundredth, or by ``within``: rounded numbers, and half precision.
     """
     host = known(value)
     if host is None or kept is None:
@@ -184,7 +184,7 @@ def distributions(where: str, name: str, value: Any, kept: Kept = ALL, fix: str 
     inside(where, name, host, host >= 0, "0 to 1", first, kept)
     sums = host.astype(np.float64).sum(axis=-1)
     fix = fix or f"{first}; leave rows without a class out; or write {name} / {name}.sum(axis=-1, keepdims=True)"
-    inside(where, f"{name}.sum(axis=-1)", sums, abs(sums - 1) <= 0.01, "1", fix, kept.reshape(kept.shape[:-1]))
+    inside(where, f"{name}.sum(axis=-1)", sums, abs(sums - 1) <= within, "1", fix, kept.reshape(kept.shape[:-1]))
 
 
 def number(
