@@ -58,7 +58,10 @@ PUBLIC = {
         "embedding", "flatten", "fn", "from_function", "gelu", "group_norm", "layer_norm", "linear", "max_pool2d",
         "multi_head_attention", "relu", "remat", "residual", "rms_norm", "rope", "sequential", "sigmoid", "silu", "tanh",
     },
-    "kaun.losses": {"binary_cross_entropy", "cross_entropy", "cross_entropy_sparse", "huber", "mae", "mse"},
+    "kaun.losses": {
+        "Mean", "binary_cross_entropy", "cosine_distance", "cross_entropy", "cross_entropy_sparse", "ctc", "focal",
+        "gaussian_nll", "hinge", "huber", "info_nce", "kl_divergence", "log_cosh", "mae", "mse", "poisson_nll", "triplet",
+    },
     "kaun.metrics": {
         "Counted", "Tracker", "accuracy", "auc", "average_precision", "binary_accuracy", "confusion_matrix", "evaluate",
         "evaluate_many", "f1", "mean_absolute_error", "mean_iou", "perplexity", "precision", "r2", "recall", "rmse",

@@ -190,13 +190,14 @@ class Trainer(Generic[In, Out]):
         Args:
             state: The state before the step.
             x: The model's input, an array or any pytree of arrays.
-            loss: A function from the model's output to a scalar. It may be a fresh closure at each call.
+            loss: A function from the model's output to a scalar or a ``losses.Mean``, or to a pair of that and a dict
+                of others by name, for reports. It may be a fresh closure at each call.
             training: False runs the model in evaluation mode (no dropout, running statistics used and kept), and still
                 differentiates and updates.
             ctx: A Context for the layers.
 
         Returns:
-            The loss before the update, a floating scalar, and the state after the update.
+            The loss before the update, a floating scalar (of a ``Mean`` its value), and the state after the update.
 
         Raises:
             CaptureError: If the loss captures what cannot be compiled faithfully.
@@ -308,9 +309,10 @@ class Trainer(Generic[In, Out]):
             data: A ``Data`` or any iterable of ``(x, y)`` or ``(x, y, ctx)``. The names of an item's Context override
                 those of ``ctx``.
             metrics: By name, functions of ``(predictions, targets)``, the model's output and y. A scalar counts by the
-                number of examples in its batch (the length of y along axis 0), a pair ``(sum, count)`` by its count,
-                and the functions of ``metrics``, their partials and any ``metrics.Counted`` by summed counts: their
-                result is that of all rows at once, however they are cut into batches.
+                number of examples in its batch (the length of y along axis 0), a pair ``(sum, count)`` or a
+                ``losses.Mean``, which ``losses.mse`` and the like give here, by its count or weight, and the functions
+                of ``metrics``, their partials and any ``metrics.Counted`` by summed counts: their result is that of all
+                rows at once, however they are cut into batches.
             ctx: A Context for the layers.
 
         Returns:

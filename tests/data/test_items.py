@@ -10,10 +10,10 @@ from kaun import Context
 from kaun.data.items import (
     Item,
     LabelledItem,
-    attach_loss,
     check_context,
     check_loss,
     empty_data,
+    loss_attacher,
     not_data,
 )
 
@@ -60,10 +60,10 @@ def test_items_with_labels_are_parsed():
 
 
 def test_a_loss_is_attached_to_labels():
-    x, loss, ctx = attach_loss(lambda output, y: output - y, (np.ones(2), 3.0, CTX))
+    x, loss, ctx = loss_attacher(lambda output, y: output - y)((np.ones(2), 3.0, CTX))
     assert x.tolist() == [1, 1] and loss(5.0) == 2.0 and ctx is CTX
     with pytest.raises(TypeError, match=r"these items already have a loss. Remove with_loss"):
-        attach_loss(lambda output, y: output, (1, abs))
+        loss_attacher(lambda output, y: output)((1, abs))
 
 
 def test_losses_and_contexts_of_the_wrong_kind():

@@ -120,13 +120,15 @@ def test_scalars_are_weighted_by_examples_and_pairs_by_their_count(two_heads, si
     )
     t = g.normal(size=p.shape).astype(np.float32)
     kept = lambda p, t: (jnp.where(p > 0, t, 0).sum(), (p > 0).sum())
-    found = trainer.evaluate(
-        state, [*cut((p, t), sizes), (np.ones((1, 3), np.float32), t[:1])], {"mse": losses.mse, "kept": kept}
-    )
+    scalar = lambda p, t: losses.mse(p, t)
     batches = [*cut((p, t), sizes), (np.ones((1, 3), np.float32), t[:1])]
+    found = trainer.evaluate(state, batches, {"mse": scalar, "kept": kept, "parts": losses.mse})
     mse, pair = jax.jit(losses.mse), jax.jit(kept)
     expected = sum(Fraction(float(mse(*b))) * len(b[1]) for b in batches) / (sum(sizes) + 1)
     assert found["mse"] == pytest.approx(float(expected), rel=1e-15)
+    means = [jax.jit(losses.mse.parts)(*b) for b in batches]
+    expected = sum(Fraction(float(mean.total)) for mean in means) / (3 * (sum(sizes) + 1))
+    assert found["parts"] == pytest.approx(float(expected), rel=1e-15)
     pairs = [pair(*b) for b in batches]
     expected = sum(Fraction(float(s)) for s, _ in pairs) / sum(int(c) for _, c in pairs)
     assert found["kept"] == pytest.approx(float(expected), rel=1e-15)

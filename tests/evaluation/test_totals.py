@@ -39,8 +39,11 @@ def test_what_a_metric_returns_becomes_a_part_that_adds_up():
 def test_library_metrics_and_their_partials_give_counts_and_others_stay():
     for metric in (metrics.accuracy, metrics.f1, functools.partial(functools.partial(metrics.recall, average="micro"))):
         assert isinstance(totals.with_counts(metric)(P, T), Counts)
-    for metric in (losses.mse, functools.partial(losses.huber, delta=0.5), functools.partial(metrics.f1, P)):
+    for metric in (max, lambda p, t: losses.mse(p, t), functools.partial(metrics.f1, P)):
         assert totals.with_counts(metric) is metric
+    assert totals.with_counts(losses.mse) is losses.mse.parts
+    bound = totals.with_counts(functools.partial(losses.huber, delta=0.5))
+    assert (bound.func, bound.args, bound.keywords) == (losses.huber.parts, (), {"delta": 0.5})
 
 
 def test_means_and_ratios_mix_and_nothing_is_rounded():

@@ -83,7 +83,7 @@ def test_what_a_key_is_about():
     about = lambda f: subject(capture.capture_loss(f)[0])
     assert about(loss).__code__ is about(functools.partial(loss, 1)).__code__ is loss.__code__
     assert about(functools.partial(losses.mse, Y)) is losses.mse
-    assert about(Data.from_items([(Y, Y)]).with_loss(losses.mse).__iter__().__next__()[1]) is losses.mse
+    assert about(Data.from_items([(Y, Y)]).with_loss(losses.mse).__iter__().__next__()[1]) is losses.mse.parts
     assert about(Objective()).__code__ is Objective.__call__.__code__
     assert subject(LossKey(("static", max), frozenset())) is None
 

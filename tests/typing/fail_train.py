@@ -56,6 +56,10 @@ trainer.fit(state, [x, x])  # E: reportArgumentType
 trainer.fit(state, [(x, y)])  # E: reportArgumentType
 trainer.fit(state, Data.repeat(3, (x, 0.5)))  # E: reportArgumentType
 
+losses.mse.parts(x, y, weight=x)  # E: reportCallIssue
+losses.mse(x, y, ignore_index=0)  # E: reportCallIssue
+mean: jax.Array = losses.mse.parts(x, y)  # E: reportAssignmentType
+
 pairs = Data.from_items([(x, y)])
 trainer.evaluate(state, pairs)  # E: reportCallIssue
 trainer.evaluate(state, pairs, [metrics.accuracy])  # E: reportArgumentType

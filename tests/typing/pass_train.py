@@ -45,6 +45,21 @@ state = trainer.fit(state, train, ctx=Context(), report=reports.every(2, report)
 state = trainer.fit(state, train.epoch(1), report=reports.all_of(report, reports.history()))
 state = trainer.fit(state, batches.map(lambda b: (b[0], lambda logits: losses.mse(logits, b[1]))))
 
+# Losses keep their arguments, and give their two sums.
+assert_type(losses.mse(x, x, weights=x, where=None), jax.Array)
+assert_type(losses.mse.parts(x, x), losses.Mean)
+classes = np.array([0, 1, 1, -100])
+assert_type(losses.cross_entropy_sparse.parts(x, classes, ignore_index=-100, label_smoothing=0.1).value, jax.Array)
+state = trainer.fit(state, batches.with_loss(functools.partial(losses.huber, delta=0.5)))
+state = trainer.fit(state, [(x, lambda logits: losses.mse.parts(logits, y) + 0.1 * losses.mae(logits, y))])
+
+
+def masked(logits: jax.Array) -> tuple[losses.Mean, dict[str, jax.Array | losses.Mean]]:
+    return losses.Mean(logits.sum(), 4), {"accuracy": losses.Mean((logits > 0).sum(), logits.size)}
+
+
+state = trainer.fit(state, [(x, masked)])
+
 # Any iterable will do.
 state = trainer.fit(state, [(x, lambda logits: losses.mse(logits, y))])
 state = trainer.fit(state, ((x, lambda logits: losses.mse(logits, y), Context(mask=m)) for m in (x, y)))

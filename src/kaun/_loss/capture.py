@@ -24,6 +24,7 @@ from kaun._loss.values import home_of
 from kaun._loss.walk import KeyNode, LossKey, RefusedError, Walk, Warm, loss_key
 from kaun._messages import locate
 from kaun.errors import CaptureError
+from kaun.losses import Mean
 
 __all__ = ["FrozenLoss", "Loss", "capture_loss", "snapshot_loss"]
 
@@ -33,12 +34,12 @@ _TOO_DEEP = "values that are nested too deeply. Capture only what the loss needs
 
 
 class Loss(Protocol):
-    """The scalar loss of a model's output; what belongs to the batch (labels) is in its closure.
+    """The loss of a model's output, a scalar or a ``losses.Mean``; what belongs to the batch is in its closure.
 
-    It may return ``(loss, {"name": scalar})``: the other scalars go to the reports.
+    It may return ``(loss, {"name": scalar})``: the other scalars, or means, go to the reports.
     """
 
-    def __call__(self, output: Any, /) -> jax.Array | tuple[jax.Array, dict[str, Any]]: ...
+    def __call__(self, output: Any, /) -> jax.Array | Mean | tuple[jax.Array | Mean, dict[str, Any]]: ...
 
 
 class FrozenLoss:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kaun import rng, tree
 from kaun._jax import constants_in, is_traced, run_program
@@ -17,6 +18,7 @@ from kaun._loss.watch import UnforeseenError
 from kaun._messages import locate
 from kaun.errors import CaptureError
 from kaun.grad import check_scalar
+from kaun.losses import Mean
 
 __all__ = ["RESERVED", "trace_loss"]
 
@@ -31,7 +33,8 @@ RESERVED = frozenset(
 def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a model's output, a scalar, with every array that the loss captures given from outside.
 
-    And the other scalars that the loss returned beside it, by name, each in its own dtype.
+    And the other scalars that the loss returned beside it, by name, each in its own dtype. A ``losses.Mean`` is given
+    as its value.
 
     Args:
         key: the loss as ``capture_loss`` gave it.
@@ -40,7 +43,7 @@ def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Ar
 
     Raises:
         CaptureError: when it reads an array that it was not given, or writes to something that it captures.
-        TypeError, ValueError: when it does not return a real floating scalar.
+        TypeError, ValueError: when it does not return a real floating scalar, or a ``losses.Mean`` of scalars.
     """
     function = describe.subject(key)
     check = functools.partial(_with_scalars, function)
@@ -55,21 +58,45 @@ def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Ar
 
 
 def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    scalar = functools.partial(check_scalar, source="the model's output", role="loss")
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
-        return scalar(returned, function), {}
-    value, given = scalar(returned[0], function), dict(returned[1])
-    wrong = [
-        name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not tree.is_real_scalar(v)
-    ]
+        return _value(returned, function), {}
+    value, given = _value(returned[0], function), dict(returned[1])
+    wrong = [name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not _is_scalar(v)]
     if wrong:
         name = wrong[0]
-        why = "the name is kaun's own" if name in RESERVED else f"received {tree.describe(given[name])}"
+        why = "the name is kaun's own" if name in RESERVED else f"received {_received(given[name])}"
         raise TypeError(
             f"loss {locate(function)} must return (loss, dict of scalars by name); {name!r}: {why}. A scalar is a real "
-            f"number or an array of shape (): jnp.mean(value). Names that are taken: {', '.join(sorted(RESERVED))}."
+            "number, an array of shape (), jnp.mean(value), or a losses.Mean(total, weight) of two. Names that are "
+            f"taken: {', '.join(sorted(RESERVED))}."
         )
-    return value, {name: tree.host_scalar(v) for name, v in sorted(given.items())}
+    scalars = {name: v.value if isinstance(v, Mean) else v for name, v in sorted(given.items())}
+    return value, {name: tree.host_scalar(v) for name, v in scalars.items()}
+
+
+def _value(returned: Any, function: Any) -> jax.Array:
+    """The loss as a scalar."""
+    if not isinstance(returned, Mean):
+        return check_scalar(returned, function, source="the model's output", role="loss")
+    total = returned.total
+    if not (_is_scalar(returned) and isinstance(total, jax.Array) and jnp.issubdtype(total.dtype, jnp.floating)):
+        raise TypeError(
+            f"loss {locate(function)} must return losses.Mean(total, weight) of two real scalars, the total a floating "
+            f"one that is computed from the model's output by JAX; received {_received(returned)}. Write "
+            "losses.Mean((weights * values).sum(), weights.sum())."
+        )
+    return returned.value
+
+
+def _is_scalar(value: Any) -> bool:
+    each = (value.total, value.weight) if isinstance(value, Mean) else (value,)
+    return all(map(tree.is_real_scalar, each))
+
+
+def _received(value: Any) -> str:
+    if isinstance(value, Mean):
+        return f"Mean({tree.describe(value.total)}, {tree.describe(value.weight)})"
+    return tree.describe(value)
 
 
 def trace_function(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -10,8 +11,9 @@ from kaun._loss import Loss
 from kaun.context import Context
 from kaun.data.arguments import function_text
 from kaun.data.collate import outline_of
+from kaun.losses import parts_of
 
-__all__ = ["Item", "LabelledItem", "attach_loss", "check_context", "check_loss", "empty_data", "not_data"]
+__all__ = ["Item", "LabelledItem", "check_context", "check_loss", "empty_data", "loss_attacher", "not_data"]
 
 
 class Item(NamedTuple):
@@ -85,7 +87,12 @@ class LabelledItem(NamedTuple):
         )
 
 
-def attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
+def loss_attacher(f: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+    """The function of an item that attaches a loss to it: of a loss of kaun's that which gives its ``Mean``."""
+    return functools.partial(_attach_loss, parts_of(f))
+
+
+def _attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
     """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in place of y.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, cast
 
@@ -10,7 +9,7 @@ import jax
 
 from kaun.data import arguments, collate, nodes
 from kaun.data.arguments import checked_batch_size, checked_count, checked_loader, checked_sequence, function_text
-from kaun.data.items import attach_loss
+from kaun.data.items import loss_attacher
 from kaun.data.nodes import Node, StageSpec
 from kaun.data.passes import as_generator, watch_of
 from kaun.data.shuffle import Orders, draw_key
@@ -258,7 +257,8 @@ class Data(Generic[T]):
         """The items that ``fit`` takes: ``(x, y)`` become ``(x, output -> f(output, y))``, ``(x, y, ctx)`` keep ctx.
 
         Args:
-            f: the loss, ``f(output, y)`` to a scalar: ``losses.mse``, or any function.
+            f: the loss, ``f(output, y)``. Of ``losses.mse`` and the like, also by ``functools.partial``, ``f.parts`` is
+                used, which gives a ``losses.Mean``.
 
         Raises:
             TypeError: when ``f`` is not callable; in iteration, when an item is neither such a pair nor such a triple.
@@ -269,7 +269,7 @@ class Data(Generic[T]):
             [2.0]
         """
         stage = f".with_loss({function_text('with_loss', f)})"
-        node = nodes.map_node(self._node, functools.partial(attach_loss, f), stage, keeps_arrays=True)
+        node = nodes.map_node(self._node, loss_attacher(f), stage, keeps_arrays=True)
         return self._then(node, stage, f=f)
 
     def shuffle(self) -> Data[T]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import tree
+from kaun import losses, tree
 from kaun._engine import Packing
 from kaun.metrics import Counted, Counts, Mean, MetricSums, Part, Ratio, result_of
 
@@ -49,9 +49,9 @@ def check_metrics(where: str, metrics: Any) -> dict[str, Metric]:
 
 
 def with_counts(metric: Metric) -> Metric:
-    """The function that gives a batch's counts where the metric has them, otherwise the metric itself."""
+    """The function that gives a batch's counts where the metric has them, or its mean, otherwise the metric itself."""
     parts = Counted.find(metric)
-    return metric if parts is None else functools.partial(_as_counts, parts.counts)
+    return losses.parts_of(metric) if parts is None else functools.partial(_as_counts, parts.counts)
 
 
 def _as_counts(counts: Metric, predictions: Any, targets: Any) -> Counts:
@@ -73,6 +73,8 @@ def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Part:
                     f"{f' at {path!r}' if path else ''}. Return arrays that add up over batches."
                 )
         return value
+    if isinstance(value, losses.Mean):
+        value = (value.total, value.weight)
     if isinstance(value, tuple) and len(value) == 2 and tree.is_real_scalar(value[0]) and tree.is_real_scalar(value[1]):
         return Ratio(value[0], value[1])
     if not tree.is_real_scalar(value):

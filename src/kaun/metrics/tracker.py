@@ -11,6 +11,7 @@ import jax
 from kaun import tree
 from kaun._jax import is_traced
 from kaun._messages import locate
+from kaun.losses import Mean
 from kaun.metrics.counted import Counted, CountedParts, result_of
 from kaun.metrics.sums import DelayedReader, MetricSums, Ratio, add_results, run_ahead
 
@@ -27,9 +28,9 @@ def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     and takes ``metrics.f1`` and the others as they are.
 
     Args:
-        f: ``f(item)`` returns a pair ``(sum, count)``, a scalar, which stands for ``(value, 1)``, or the parts of a
-            metric, ``Counted.of(metrics.f1).parts(predictions, targets)``. They may be JAX's; they are read some items
-            late, so that a compiled ``f`` runs ahead of the host.
+        f: ``f(item)`` returns a pair ``(sum, count)``, a ``losses.Mean``, a scalar, which stands for ``(value, 1)``, or
+            the parts of a metric, ``Counted.of(metrics.f1).parts(predictions, targets)``. They may be JAX's; they are
+            read some items late, so that a compiled ``f`` runs ahead of the host.
         data: the items, a ``Data`` or any iterable.
 
     Returns:
@@ -190,6 +191,8 @@ def _part(where: str, name: str, result: Any) -> Ratio | CountedParts:
             _refuse_traced(where, leaf)
         return result
     must = f"must return{f' for {name!r}' if name else ''} a real scalar or a pair (sum, count) of them"
+    if isinstance(result, Mean):
+        result = (result.total, result.weight)
     pair = cast("tuple[Any, ...]", result) if isinstance(result, tuple) else (result, 1)
     if len(pair) != 2:
         raise TypeError(f"{where} {must}, received a tuple of {len(pair)}.")

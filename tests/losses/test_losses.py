@@ -11,7 +11,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import log_loss
 
 from kaun import losses
-from kaun.losses import checks, functions
+from kaun.losses import checks
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -53,7 +53,8 @@ def known_to(logits):
 
 
 # Compiled, as in training; called eagerly each operation of each shape would compile by itself.
-compiled = {name: jax.jit(getattr(losses, name)) for name in functions.__all__}
+OLD = ("cross_entropy", "cross_entropy_sparse", "binary_cross_entropy", "mse", "mae", "huber")
+compiled = {name: jax.jit(getattr(losses, name)) for name in OLD}
 SPARSE = jax.jit(jax.value_and_grad(losses.cross_entropy_sparse))
 DENSE = jax.jit(jax.value_and_grad(losses.cross_entropy))
 
