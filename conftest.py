@@ -23,9 +23,11 @@ import pytest
 from hypothesis import settings
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-# A shell that starts this in the background has SIGINT ignored, which a fit would respect; tests of it send one.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Shells ignore SIGINT, and nohup SIGHUP, for what they start in the background. A fit would respect that; tests of it
+# send these signals.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

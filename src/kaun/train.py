@@ -205,7 +205,7 @@ class Trainer(Generic[In, Out]):
         """
         check_state(state, "step")
         if newest_pass.loss is not None and newest_pass.loss() is loss:
-            self._passes.check("step", newest_pass.take(), state)
+            self._passes.check("step", newest_pass.take(), state.key, state.step)
         if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"step expected training=True or training=False, received {training!r}.")
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
@@ -253,9 +253,10 @@ class Trainer(Generic[In, Out]):
         with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
             if run.finished:
                 return self._finished(run, data, check_context(ctx))
-            self._passes.check("fit", stages_of(data), state)
+            key, first = state.key, state.step
             del state  # where the caller does not hold it either, its memory is free once it is copied
             caller, loop = self._begin(run, report, check_context(ctx))
+            self._passes.check("fit", stages_of(data), key, first)
             now, step = lambda: _state(loop.carry(), loop.key), run.done
             with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))

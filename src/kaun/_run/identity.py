@@ -88,6 +88,8 @@ def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> No
         "ended": isinstance(ended, str) and ended in ("", "data", "stopped"),
         "again": "again" in facts and (pending is None or (isinstance(pending, str) and bool(_HEX.fullmatch(pending)))),
         "place": "place" in facts and isinstance(facts["place"], (dict, type(None))),
+        "last": isinstance(facts.get("last"), (str, type(None))),
+        "draws": _is_table(facts.get("draws", {}), str),
     }
     wrong = [name for name, is_right in forms.items() if not is_right]
     if wrong:

@@ -13,7 +13,6 @@ import numpy as np
 from kaun._jax import any_traced
 from kaun._messages import warn
 from kaun.data import random_passes
-from kaun.state import TrainState
 
 __all__ = ["RepeatedPasses"]
 
@@ -28,25 +27,26 @@ class RepeatedPasses:
         self._first: OrderedDict[Any, int] = OrderedDict()  # the step before the passes
         self._lock = threading.Lock()
 
-    def check(self, entry: str, stages: Sequence[Any], state: TrainState) -> None:
+    def check(self, entry: str, stages: Sequence[Any], key: jax.Array, step: jax.Array) -> None:
         """Warn once where a state that came out of training on a random pass is trained on the same pass again.
 
         Args:
             entry: ``"fit"`` or ``"step"``.
             stages: those of the pipeline.
-            state: the state before the pass.
+            key: the run's key, of the state before the pass.
+            step: the number of steps of that state.
         """
-        found = None if any_traced((state.key, state.step)) else random_passes(stages)
+        found = None if any_traced((key, step)) else random_passes(stages)
         if found is None:
             return
-        run, step = (*found, np.asarray(jax.random.key_data(state.key)).tobytes()), int(state.step)
+        run, count = (*found, np.asarray(jax.random.key_data(key)).tobytes()), int(step)
         with self._lock:
-            first = self._first.setdefault(run, step)
-            if first < step:
+            first = self._first.setdefault(run, count)
+            if first < count:
                 self._first[run] = _WARNED
             while len(self._first) > _MOST:
                 self._first.popitem(last=False)
-        if first < step:
+        if first < count:
             loop = {
                 "fit": "for e in range(3): state = trainer.fit(state, train.epoch(e))",
                 "step": "for x, loss in train.epochs(3): _, state = trainer.step(state, x, loss=loss)",
