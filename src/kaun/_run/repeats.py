@@ -33,8 +33,8 @@ class RepeatedPasses:
 
         Args:
             entry: ``"fit"`` or ``"step"``.
-            stages: those of the pipeline.
-            state: the state before the pass.
+            stages: Those of the pipeline.
+            state: The state before the pass.
         """
         found = None if any_traced((state.key, state.step)) else random_passes(stages)
         if found is None:

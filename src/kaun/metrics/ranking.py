@@ -26,18 +26,18 @@ def auc(predictions: Array, targets: Array, *, weights: Array | None = None) -> 
     float32 scores and weights, 5 without weights, and sorts them once.
 
     Args:
-        predictions: scores of target 1, float [...]: probabilities, logits, or anything that grows with them. All
+        predictions: Scores of target 1, float [...]: probabilities, logits, or anything that grows with them. All
             elements are ranked together.
-        targets: zeros and ones as bools, integers or floats, of the same shape.
-        weights: numbers of at least 0, bools or integers or floats, of the shape of the targets or of its leading axes.
+        targets: Zeros and ones as bools, integers or floats, of the same shape.
+        weights: Numbers of at least 0, bools or integers or floats, of the shape of the targets or of its leading axes.
             The result is scikit-learn's with them as ``sample_weight``. By default each element weighs 1.
 
     Returns:
         The area, from 0 to 1; NaN without a target 1, without a target 0, or when a score is NaN.
 
     Raises:
-        TypeError: when an argument is not an array, or predictions are not floating.
-        ValueError: when the shapes differ, there are no elements, a target (of known value) is neither 0 nor 1, a
+        TypeError: If an argument is not an array, or predictions are not floating.
+        ValueError: If the shapes differ, there are no elements, a target (of known value) is neither 0 nor 1, a
             weight is negative or not finite, or all weights are 0.
 
     Examples:
@@ -56,16 +56,16 @@ def average_precision(predictions: Array, targets: Array, *, weights: Array | No
     precision and recall, without interpolation. It is exact, and keeps rows as ``auc`` does.
 
     Args:
-        predictions: as in ``auc``.
-        targets: as in ``auc``.
-        weights: as in ``auc``.
+        predictions: As in ``auc``.
+        targets: As in ``auc``.
+        weights: As in ``auc``.
 
     Returns:
         The mean, from 0 to 1; 0 without a target 1, and NaN when a score is NaN.
 
     Raises:
-        TypeError: as ``auc``.
-        ValueError: as ``auc``.
+        TypeError: As ``auc``.
+        ValueError: As ``auc``.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -35,17 +35,17 @@ def rmse(predictions: Array, targets: Array, *, weights: Array | None = None) ->
     roots of the columns. For one root over all elements pass both as [n], ``predictions.reshape(-1)``.
 
     Args:
-        predictions: float [rows, ...].
-        targets: real numbers of the same shape.
-        weights: numbers of at least 0, bools or integers or floats, of shape [rows] or of that of the targets. The
+        predictions: Float [rows, ...].
+        targets: Real numbers of the same shape.
+        weights: Numbers of at least 0, bools or integers or floats, of shape [rows] or of that of the targets. The
             result is scikit-learn's with them as ``sample_weight``. By default each row weighs 1.
 
     Returns:
         The error, in the unit of the targets.
 
     Raises:
-        TypeError: when an argument is not an array, predictions are not floating, or targets are not real.
-        ValueError: when the shapes differ, there are no rows, a weight (of known value) is negative or not finite, or
+        TypeError: If an argument is not an array, predictions are not floating, or targets are not real.
+        ValueError: If the shapes differ, there are no rows, a weight (of known value) is negative or not finite, or
             all weights are 0.
 
     Examples:
@@ -63,16 +63,16 @@ def mean_absolute_error(predictions: Array, targets: Array, *, weights: Array | 
     It is scikit-learn's ``mean_absolute_error(targets, predictions)``.
 
     Args:
-        predictions: as in ``rmse``.
-        targets: as in ``rmse``.
-        weights: as in ``rmse``.
+        predictions: As in ``rmse``.
+        targets: As in ``rmse``.
+        weights: As in ``rmse``.
 
     Returns:
         The error, in the unit of the targets.
 
     Raises:
-        TypeError: as ``rmse``.
-        ValueError: as ``rmse``.
+        TypeError: As ``rmse``.
+        ValueError: As ``rmse``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -91,17 +91,17 @@ def r2(predictions: Array, targets: Array, *, weights: Array | None = None) -> S
     targets' mean is large against their deviations.
 
     Args:
-        predictions: as in ``rmse``.
-        targets: as in ``rmse``.
-        weights: as in ``rmse``.
+        predictions: As in ``rmse``.
+        targets: As in ``rmse``.
+        weights: As in ``rmse``.
 
     Returns:
         The coefficient, at most 1; negative for predictions worse than the mean of the targets, and NaN for less than
         two rows.
 
     Raises:
-        TypeError: as ``rmse``.
-        ValueError: as ``rmse``.
+        TypeError: As ``rmse``.
+        ValueError: As ``rmse``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -120,17 +120,17 @@ def perplexity(predictions: Array, targets: Array, *, weights: Array | None = No
     float32, as ``losses.cross_entropy_sparse`` does; ``evaluate`` adds them up in float64.
 
     Args:
-        predictions: logits, float [..., classes].
-        targets: class indices, integers [...].
-        weights: numbers of at least 0 of the shape of the targets or of its leading axes; for tokens usually bools that
+        predictions: Logits, float [..., classes].
+        targets: Class indices, integers [...].
+        weights: Numbers of at least 0 of the shape of the targets or of its leading axes; for tokens usually bools that
             leave padding out. By default each target weighs 1.
 
     Returns:
         The perplexity, at least 1.
 
     Raises:
-        TypeError: when an argument is not an array, predictions are not floating, or targets are not integers.
-        ValueError: when the shapes do not match, there are no rows, a target (of known value) is not a class, a weight
+        TypeError: If an argument is not an array, predictions are not floating, or targets are not integers.
+        ValueError: If the shapes do not match, there are no rows, a target (of known value) is not a class, a weight
             is negative or not finite, or all weights are 0.
 
     Examples:
@@ -159,12 +159,12 @@ class Moments:
     ("Updating formulae and a pairwise algorithm for computing sample variances", 1979).
 
     Attributes:
-        rows: the number of rows.
-        weight: the sum of the weights.
-        pivot: a number near the mean.
-        offset: the mean without the pivot.
-        about_mean: the sum of squares about the mean, each times its weight.
-        about_predictions: the sum of squared errors, each times its weight.
+        rows: The number of rows.
+        weight: The sum of the weights.
+        pivot: A number near the mean.
+        offset: The mean without the pivot.
+        about_mean: The sum of squares about the mean, each times its weight.
+        about_predictions: The sum of squared errors, each times its weight.
     """
 
     rows: Any

@@ -48,8 +48,8 @@ class DelayedReader:
     """Passes values on in order and some values late, so that the device has newer work while they are read.
 
     Args:
-        window: how many values may wait.
-        take: called with lists of values; it reads them from the device.
+        window: How many values may wait.
+        take: Called with lists of values; it reads them from the device.
     """
 
     __slots__ = ("_pending", "_take", "_window")
@@ -79,9 +79,9 @@ def run_ahead(items: Iterable[Any], compute: Callable[[Any, int], Any], take: Ca
     """Make one pass over items, and return how many there were.
 
     Args:
-        items: any iterable.
+        items: Any iterable.
         compute: ``compute(item, number)``, numbers from 1, starts the work for one item and does not wait for it.
-        take: called with lists of what ``compute`` returned, in order and some items late; it reads them.
+        take: Called with lists of what ``compute`` returned, in order and some items late; it reads them.
     """
     reader, number = DelayedReader(_AHEAD, take), 0
     for number, item in enumerate(items, start=1):

@@ -18,9 +18,9 @@ class Weights(NamedTuple):
     """The weight of each element.
 
     Attributes:
-        values: the weights, in the shape of the elements; None where each element counts once or not at all.
-        counted: which elements have another weight than 0; True for all.
-        valid: which weights are finite and not negative; True for all.
+        values: The weights, in the shape of the elements; None where each element counts once or not at all.
+        counted: Which elements have another weight than 0; True for all.
+        valid: Which weights are finite and not negative; True for all.
     """
 
     values: Any
@@ -32,8 +32,8 @@ def check_weights(where: str, weights: Any, shape: tuple[int, ...]) -> Weights:
     """The weights of elements of a shape, given for each of them or for each of their rows.
 
     Raises:
-        TypeError: when they are not an array of real numbers.
-        ValueError: when their shape is not that of the elements or of their leading axes, or when a weight (of known
+        TypeError: If they are not an array of real numbers.
+        ValueError: If their shape is not that of the elements or of their leading axes, or if a weight (of known
             value) is negative or not finite.
     """
     if weights is None:
