@@ -38,7 +38,7 @@ def dumps(value: Any, name: str) -> str:
         name: What errors call the value.
 
     Raises:
-        TypeError: If a value is of any other type, which would come back as another one (a tuple as a list, for example).
+        TypeError: If a value is of any other type, which would come back as another one (a tuple as a list).
         ValueError: If a number is not finite or is too large, or there are more than 60 levels of containers.
     """
     _check(value, name, 0)
@@ -83,8 +83,8 @@ def loads(raw: bytes, largest: int = LARGEST, most: int | None = None) -> Any:
         most: How many strings and brackets, None for any number; each takes up to 100 bytes of memory.
 
     Raises:
-        ValueError: If the text is not one JSON value within these limits and of at most 64 levels of containers, without
-            duplicate keys, and with finite numbers only.
+        ValueError: If the text is not one JSON value within these limits and of at most 64 levels of containers,
+            without duplicate keys, and with finite numbers only.
     """
     if len(raw) > largest:
         raise TooLarge(f"JSON of {len(raw)} bytes, and at most {largest} are read")

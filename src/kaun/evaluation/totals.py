@@ -14,7 +14,7 @@ import numpy as np
 
 from kaun import losses, tree
 from kaun._engine import Packing
-from kaun.metrics import Counted, Counts, Mean, MetricSums, Part, Ratio, result_of
+from kaun.metrics import BatchMean, Counted, Counts, MetricSums, Part, Ratio, result_of
 
 __all__ = ["Metric", "MetricTotals", "PackedMetrics", "check_metrics", "part_of", "with_counts"]
 
@@ -86,7 +86,7 @@ def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Part:
             else ("Return one JAX scalar.")
         )
         raise TypeError(f"{where} must return a real scalar or a pair (sum, count) of them, received {received}. {fix}")
-    return Mean(value, _examples(where, predictions, targets))
+    return BatchMean(value, _examples(where, predictions, targets))
 
 
 def _examples(where: str, predictions: Any, targets: Any) -> int:

@@ -7,12 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import tree
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, equal_shapes, floats, zeros_and_ones
 from kaun.metrics.counts import Score
 from kaun.metrics.parts import RowValues, as_floats, settle
-from kaun.metrics.weights import blank, check_weights, nothing_to_average
+from kaun.metrics.weights import blank, check_weights, nothing_to_average, own_values
 
 __all__ = ["auc", "auc_of", "average_precision", "average_precision_of", "ranks"]
 
@@ -84,11 +83,9 @@ def ranks(where: str, predictions: Any, targets: Any, *, weights: Any = None) ->
     ones, valid = zeros_and_ones(where, "targets", blank(targets, checked.counted))
     if any_traced([predictions, targets, weights]):
         scores = jnp.where(valid & checked.valid, blank(scores, checked.counted), jnp.nan)
-    else:  # what is float64 stays float64 on the host
-        numpy = isinstance(predictions, (np.ndarray, np.generic))
-        scores = blank(tree.snapshot(predictions) if numpy else scores, checked.counted)
-    own = checked.values if checked.values is not None else checked.counted
-    return RowValues(tuple(a.reshape(-1) for a in (scores, ones, *(() if own is True else (own,)))), None)
+    else:
+        scores = blank(own_values(predictions, scores), checked.counted)
+    return RowValues(tuple(a.reshape(-1) for a in (scores, ones, *checked.columns)), None)
 
 
 def auc_of(counts: Any, **settings: Any) -> Score:

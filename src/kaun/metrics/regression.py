@@ -20,7 +20,7 @@ from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, class_indices, equal_shapes, floats, index_shape
 from kaun.metrics.counts import Score
 from kaun.metrics.parts import RowValues, as_floats, settle
-from kaun.metrics.weights import Weights, blank, check_weights, nothing_to_average
+from kaun.metrics.weights import blank, check_weights, nothing_to_average, own_values
 
 __all__ = [
     "absolute_errors", "likelihoods", "mean_absolute_error", "mean_of_columns", "moments", "perplexity",
@@ -210,8 +210,8 @@ def moments(predictions: Any, targets: Any, *, weights: Any = None) -> RowValues
 def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> RowValues:
     """The counts of ``perplexity``."""
     where = "perplexity"
-    logits = floats(where, "predictions", predictions)
-    index_shape(where, "predictions", logits, "targets", labels := as_array(where, "targets", targets))
+    logits, labels = floats(where, "predictions", predictions), as_array(where, "targets", targets)
+    index_shape(where, "predictions", logits, "targets", labels)
     checked = check_weights(where, weights, labels.shape)
     safe, valid = class_indices(where, "targets", blank(targets, checked.counted), logits.shape[-1])
     if any_traced([predictions, targets, weights]):
@@ -219,10 +219,9 @@ def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> RowVa
         values = optax.losses.softmax_cross_entropy_with_integer_labels(as_floats(jnp, rows), safe)
         values = jnp.where(valid & checked.valid, values, jnp.nan)
     else:
-        numpy = isinstance(predictions, (np.ndarray, np.generic))  # what is float64 stays float64
-        rows = np.asarray(blank(tree.snapshot(predictions) if numpy else logits, checked.counted))
+        rows = np.asarray(blank(own_values(predictions, logits), checked.counted))
         values = _likelihoods_on_host(rows.reshape(-1, rows.shape[-1]), np.asarray(safe).reshape(-1))
-    return RowValues((values.reshape(-1), *(w.reshape(-1) for w in _column(checked))), _totals)
+    return RowValues((values.reshape(-1), *(w.reshape(-1) for w in checked.columns)), _totals)
 
 
 def rmse_of(counts: Any, **settings: Any) -> Score:
@@ -274,22 +273,13 @@ def _columns(where: str, predictions: Any, targets: Any, weights: Any) -> tuple[
         raise TypeError(f"{where} expected targets that are real numbers, received {tree.describe(right)}.")
     equal_shapes(where, "predictions", left, "targets", right)
     checked = check_weights(where, weights, left.shape)
-    if not any_traced([predictions, targets, weights]):  # what is float64 stays float64 on the host
-        left, right = (
-            given if isinstance(given, (np.ndarray, np.generic)) else array
-            for given, array in ((tree.snapshot(predictions), left), (tree.snapshot(targets), right))
-        )
+    if not any_traced([predictions, targets, weights]):
+        left, right = own_values(predictions, left), own_values(targets, right)
     left, right = blank(left, checked.counted), blank(right, checked.counted)
     if checked.valid is not True:
         left = jnp.where(checked.valid, left, jnp.nan)
     rows = left.shape[0] if left.ndim else 1
-    return tuple(a.reshape(rows, -1) for a in (left, right, *_column(checked)))
-
-
-def _column(weights: Weights) -> tuple[Any, ...]:
-    if weights.values is not None:
-        return (weights.values,)
-    return () if weights.counted is True else (weights.counted,)
+    return tuple(a.reshape(rows, -1) for a in (left, right, *checked.columns))
 
 
 def _squares(xp: Any, predictions: Any, targets: Any, weights: Any = None) -> Sums:
