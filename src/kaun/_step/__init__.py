@@ -9,6 +9,7 @@ from kaun._step.microbatches import batch_length as batch_length
 from kaun._step.model import abstract_vars as abstract_vars
 from kaun._step.nonfinite import error_for as error_for
 from kaun._step.nonfinite import match_state as match_state
+from kaun._step.nonfinite import state_paths as state_paths
 from kaun._step.optimizer import Optimizer as Optimizer
 from kaun._step.optimizer import state_nodes as state_nodes
 from kaun._step.precision import DEFAULT_DTYPE as DEFAULT_DTYPE

@@ -15,7 +15,7 @@ from kaun import tree
 from kaun._step.watch import check_names
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "both_finite", "check_mode", "error_for", "match_state"]
+__all__ = ["MODES", "both_finite", "check_mode", "error_for", "match_state", "state_paths"]
 
 T = TypeVar("T")
 
@@ -77,9 +77,13 @@ def error_for(trained: Any, vars: Any, opt_state: Any) -> Callable[[int, float, 
     """
     paths = tuple(tree.flatten(trained)[0])
     checked = check_names({"params": trained, "state": vars.state, "opt_state": opt_state})
+    return functools.partial(_nonfinite_error, paths, tuple(checked), tuple(state_paths(vars, opt_state)))
+
+
+def state_paths(vars: Any, opt_state: Any) -> list[str]:
+    """Return the paths of the leaves of a state: ``"params.weight"``, ``"opt_state.0.count"``."""
     found = jax.tree_util.tree_flatten_with_path((vars, {"opt_state": opt_state}))[0]
-    leaves = [tree.path_name(path[1:]) for path, _ in found]
-    return functools.partial(_nonfinite_error, paths, tuple(checked), tuple(leaves))
+    return [tree.path_name(path[1:]) for path, _ in found]
 
 
 def _nonfinite_error(

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from kaun import tree
-from kaun._jax import primitives_in, run_program
+from kaun._jax import HOST_CALLS, primitives_in, run_program
 
 __all__ = ["Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
 
 # Operations that cost too much to run twice, and those that call the host.
-_ONCE = frozenset([
-    "cholesky", "conv_general_dilated", "cumsum", "debug_callback", "debug_print", "dot_general", "eig", "eigh",
-    "ffi_call", "fft", "householder_product", "io_callback", "lu", "pure_callback", "qr", "ragged_dot_general", "scan",
-    "schur", "sort", "svd", "top_k", "triangular_solve", "tridiagonal", "tridiagonal_solve", "while",
-])  # fmt: skip
+_ONCE = HOST_CALLS | {
+    "cholesky", "conv_general_dilated", "cumsum", "debug_print", "dot_general", "eig", "eigh", "fft",
+    "householder_product", "lu", "qr", "ragged_dot_general", "scan", "schur", "sort", "svd", "top_k",
+    "triangular_solve", "tridiagonal", "tridiagonal_solve", "while",
+}  # fmt: skip
 
 
 class Update:
