@@ -293,7 +293,7 @@ def evaluate(
 ) -> Iterator[list[Any]]:
     """Run a traced program equation by equation, on values of the caller's form, and yield its results.
 
-    ``jax.core.eval_jaxpr`` runs arrays alone, and gives nobody a look between two equations.
+    ``jax.core.eval_jaxpr`` runs on arrays alone, and has no hook between two equations.
 
     Args:
         closed: The program, a closed jaxpr or a jaxpr.

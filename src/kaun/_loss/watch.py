@@ -1,4 +1,4 @@
-"""What a loss that is being traced may not do to what it captures: write to it, or read what nobody could foresee."""
+"""What a traced loss may not do to what it captures: write to it, or read it by names that are not in its code."""
 
 from __future__ import annotations
 

@@ -244,8 +244,8 @@ def _item(item: Any) -> Fact | str:
 
 def _items(items: Any) -> Fact | str:
     """A sequence by its content, or by its type and length as a loader where it may read from a disk."""
-    plain = isinstance(items, (list, tuple, range, str, bytes)) or tree.is_array(items)
-    return Digester(items).describe(items) if plain else _source(items)
+    in_memory = isinstance(items, (list, tuple, range, str, bytes)) or tree.is_array(items)
+    return Digester(items).describe(items) if in_memory else _source(items)
 
 
 def _source(source: Any) -> Fact:

@@ -103,7 +103,7 @@ def open_run(
     """
     if checkpoints is None:
         run = TrainingRun(state, data)
-        del state  # fit frees its memory where nobody else holds it
+        del state  # fit frees its memory where nothing else refers to it
         with _state_on_error(run):
             yield run
         return

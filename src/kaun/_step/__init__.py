@@ -1,6 +1,7 @@
 """What one training step computes: pure functions of settings, carry and batch.
 
-Read ``step`` first: forward pass, loss, gradient, update. Each other module implements one argument of ``Trainer``.
+Read ``step`` first: forward pass, loss, gradient, update. Most other modules implement one argument of ``Trainer``;
+``nonfinite``, ``watch`` and ``values`` together decide whether a step is finite, and say why not.
 """
 
 from kaun._step.evaluated import EvaluatedParams as EvaluatedParams

@@ -1,4 +1,4 @@
-"""Steps that are not finite: the values of ``on_nonfinite``, what is checked, and the exception."""
+"""Steps that are not finite: the values of ``on_nonfinite``, the test of loss and gradient, and the exception."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["MODES", "both_finite", "check_mode", "error_for", "match_state", "st
 T = TypeVar("T")
 
 MODES = ("raise", "skip", "ignore")
-EXPLAIN = (
+_EXPLAIN = (
     "For the operation, its line, its layer and the rows of the batch, write\n    print(kaun.explain(trainer, err))"
 )
 NAMED = 5  # paths, in the message
@@ -113,7 +113,7 @@ def _nonfinite_error(
         advice = f"Run outside of the compiled step, it is refused: {refused}"
     text = (
         f"The loss is {loss:g} at step {step}; {where}. The state before that step is this exception's kaun_state. "
-        f"{advice} {EXPLAIN}\n"
+        f"{advice} {_EXPLAIN}\n"
         'To discard such steps and continue, write Trainer(..., on_nonfinite="skip").'
     )
     return NonFiniteLoss(text, step, loss, nonfinite)
@@ -140,7 +140,7 @@ def _about_update(step: int, loss: float, spoiled: tuple[str, ...], exact: bool)
     return (
         f"The update of step {step} makes {_listed(spoiled)}{mirrored} not finite. "
         f"Loss ({loss:g}) and gradient are finite. The state before that step is this exception's kaun_state. "
-        f"Look for {'; or for '.join(causes)}. {EXPLAIN}"
+        f"Look for {'; or for '.join(causes)}. {_EXPLAIN}"
     )
 
 

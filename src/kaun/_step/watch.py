@@ -30,15 +30,10 @@ class Update:
         before: ``{"params": ..., "state": ..., "opt_state": ...}`` before it: the parameters that train, the layers'
             state and the optimizer's. ``function`` returns the same.
         discards: Whether ``made`` is to give back ``before`` where the step is not finite.
-
-    Attributes:
-        discards: As the argument.
     """
 
     def __init__(self, function: Callable[[Any], Any], before: dict[str, Any], *, discards: bool) -> None:
-        self.discards = discards
-        self._before, self._after = before, None
-        self._branches = False
+        self._discards, self._before, self._after, self._branches = discards, before, None, False
         if not discards:
             self._after = function(before["opt_state"])
             return
@@ -71,7 +66,7 @@ class Update:
 
     def made(self, kept: jax.Array) -> dict[str, Any]:
         """Return what is after the update, or before it where the step is not kept and this update discards."""
-        if not self.discards:
+        if not self._discards:
             assert self._after is not None
             return self._after
         if self._after is not None:

@@ -218,7 +218,7 @@ class Store:
         except OSError as err:
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            # Somebody put a folder of that name there after it was listed.
+            # Another program put a folder of that name there after the directory was listed.
             self._listed = Listed(scan(self._disk, path), keep)
             found = self._listed.next(path, step)
             self._disk.rename(temporary, found.path)
@@ -230,7 +230,7 @@ class Store:
         while old:
             # Renamed first: a checkpoint that is removed in part would look like a damaged one.
             away = self._directory.path / f".kaun-{secrets.token_hex(8)}.tmp"
-            with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+            with contextlib.suppress(FileNotFoundError):  # another program removed it
                 self._disk.rename(old[0].path, away)
                 _remove(self._disk, away)
             old.pop(0)

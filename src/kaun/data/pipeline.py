@@ -202,7 +202,7 @@ class Data(Generic[T]):
         """The items ``f(key, item)``, each with its own random key: the way to augment data.
 
         The key of item ``i`` of pass ``e`` is ``fold_in(fold_in(k, e), i)``, for a key ``k`` drawn from the RNG scope
-        here. Another iteration, process or resumed run gives the same items, and each pass other ones.
+        here. Another iteration, process or resumed run gives the same items; each pass gives other items.
 
         Args:
             f: A function of a typed JAX key of shape () and an item, a row before ``batch`` and a batch after it. In
