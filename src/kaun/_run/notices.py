@@ -67,7 +67,8 @@ class DiscardedSteps:
         stuck = _STUCK if reasons["update"] else ""
         warn(
             f'on_nonfinite="skip" discarded {steps}, so the state was not trained. What is not finite: {listed} of '
-            f'them.{stuck} Write Trainer(..., on_nonfinite="raise"): its error says what is not finite, and what to try.'
+            f'them.{stuck} Write Trainer(..., on_nonfinite="raise"): its error says what is not finite, and '
+            "what to try."
         )
 
 
