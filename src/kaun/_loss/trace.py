@@ -33,8 +33,8 @@ RESERVED = frozenset(
 def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a model's output, a scalar, with every array that the loss captures given from outside.
 
-    And the other scalars that the loss returned beside it, by name, each in its own dtype. A ``losses.Mean`` is given
-    as its value.
+    With it the other scalars that the loss returned, by name, each in its own dtype. A ``losses.Mean`` is given as its
+    value.
 
     Args:
         key: The loss as ``capture_loss`` gave it.

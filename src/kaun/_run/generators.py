@@ -54,7 +54,7 @@ def find_generators(root: Any) -> Iterator[tuple[str, Any, bool]]:
     """The generators in a value: where, the generator, and whether a function captures it.
 
     Functions are followed through what they read, a user's objects in them through the attributes that code names, all
-    other objects through all attributes. Of containers the first items are looked at.
+    other objects through all attributes. Only the first items of a container are looked at.
     """
     seen: dict[int, Any] = {}
     names: set[str] = set()

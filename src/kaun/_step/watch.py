@@ -81,7 +81,7 @@ def checks_of(gradient: Any, before: dict[str, Any], after: dict[str, Any], loss
     update makes that parameter, or an array of the optimizer's state that mirrors it, not finite. Then for each other
     leaf 0, or ``-inf``. The square root of the sum is the norm of the gradient, or nan.
 
-    Of an array with elements that are not finite before, such as a mask, the others are looked at.
+    In an array with elements that are not finite before, such as a mask, only the other elements are looked at.
 
     Args:
         gradient: The gradient of the loss.

@@ -88,7 +88,7 @@ class LabelledItem(NamedTuple):
 
 
 def loss_attacher(f: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
-    """The function of an item that attaches a loss to it: of a loss of kaun's that which gives its ``Mean``."""
+    """The function that attaches a loss to an item. For a loss of kaun it attaches the ``parts`` of that loss."""
     return functools.partial(_attach_loss, parts_of(f))
 
 

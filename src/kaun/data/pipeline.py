@@ -257,8 +257,8 @@ class Data(Generic[T]):
         """The items that ``fit`` takes: ``(x, y)`` become ``(x, output -> f(output, y))``, ``(x, y, ctx)`` keep ctx.
 
         Args:
-            f: The loss, ``f(output, y)``. Of ``losses.mse`` and the like, also by ``functools.partial``, ``f.parts`` is
-                used, which gives a ``losses.Mean``.
+            f: The loss, ``f(output, y)``. For a loss of ``kaun.losses``, also in a ``functools.partial``, its ``parts``
+                are used, which give a ``losses.Mean``.
 
         Raises:
             TypeError: If ``f`` is not callable; in iteration, if an item is neither such a pair nor such a triple.
@@ -299,7 +299,7 @@ class Data(Generic[T]):
         """The items of ``n`` passes, one after the other: ``epoch(0)``, ``epoch(1)``, ... Each shuffle reshuffles.
 
         Applied twice it continues counting: ``data.epochs(2).epochs(3)`` is passes 0 to 5. Before pass ``e`` of a
-        loader ``set_epoch(e)`` is called, of the loader, its sampler or its data set.
+        loader, ``set_epoch(e)`` of the loader, its sampler or its data set is called.
 
         Examples:
             >>> list(Data.from_items([1, 2]).epochs(3))

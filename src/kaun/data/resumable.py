@@ -20,8 +20,8 @@ __all__ = ["SKIPPED", "Check", "ResumableLoader", "after_skipped"]
 Check = Callable[[int, Any, bool], bool]
 """``check(count, item, final)``: whether the last item that a run had taken is the same when it is made again.
 
-``count`` is how many items there are up to it; where there are fewer, it is None. Raises where ``final`` is True and it
-is another one.
+``count`` is the number of items up to it; ``item`` is None where there are fewer. It raises where ``final`` is True and
+the item is another one.
 """
 
 _LONGEST_STATE = 1 << 20
@@ -40,8 +40,8 @@ class ResumableLoader:
     """A loader, or a function that makes one, of which one run knows its position.
 
     An iterator with ``get_state()`` and ``set_state(state)`` (grain), or a loader with ``state_dict()`` and
-    ``load_state_dict(state)`` (torchdata, streams of Hugging Face), is set to a known position at once. Of any other
-    ``n`` items are taken first; a map-style ``DataLoader`` of PyTorch gives them without reading their rows.
+    ``load_state_dict(state)`` (torchdata, streams of Hugging Face), is set to a known position at once. From any
+    other ``n`` items are taken first; a map-style ``DataLoader`` of PyTorch gives them without reading their rows.
 
     Args:
         source: The loader or function.

@@ -214,7 +214,7 @@ def gives_array(metric: Any) -> bool:
 
 
 def _identity(f: Any) -> Any:
-    """What tells a function from others: of a partial, its function and what it binds."""
+    """What distinguishes a function from others: for a partial, its function and what it binds."""
     if not isinstance(f, functools.partial):
         return f
     bound = cast("functools.partial[Any]", f)
