@@ -113,7 +113,7 @@ def test_an_iterator_of_grain_goes_on_too():
 
 
 def test_what_a_dataset_is():
-    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    words = lambda old, new: differences(identity.describe_data(old), identity.describe_data(new), 0)
     made = lambda **options: Data.from_iterable(map_dataset(**options))
     assert words(made(), made()) == []
     assert words(made(), made(n=80)) == ["Data.from_iterable: len was 10, is 20"]

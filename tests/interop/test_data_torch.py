@@ -200,7 +200,7 @@ def test_workers_started_anew_survive_fit(tmp_path, method):
 
 
 def words(old, new):
-    return identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    return differences(identity.describe_data(old), identity.describe_data(new), 0)
 
 
 def test_what_a_data_loader_is():
