@@ -12,6 +12,7 @@ datasets = pytest.importorskip("datasets")
 
 from kaun import Data  # noqa: E402
 from kaun._run import identity, position  # noqa: E402
+from kaun._run.differences import differences  # noqa: E402
 
 
 def made(k=0):

@@ -10,6 +10,7 @@ grain = pytest.importorskip("grain")
 
 from kaun import Data, losses  # noqa: E402
 from kaun._run import identity, position  # noqa: E402
+from kaun._run.differences import differences  # noqa: E402
 
 
 def rows(n=40):

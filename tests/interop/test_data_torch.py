@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 
 from kaun import Data, Trainer, checkpoint, layers, losses, rng  # noqa: E402
 from kaun._run import identity, position  # noqa: E402
+from kaun._run.differences import differences  # noqa: E402
 from kaun.data import convert  # noqa: E402
 from kaun.errors import ResumeMismatch  # noqa: E402
 
