@@ -15,13 +15,14 @@ import jax.core
 from jax import lax
 
 __all__ = [
-    "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
+    "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
     "convolutions_in", "evaluate", "is_jitted", "is_traced", "preemption_service_runs", "primitives_in", "programs_in",
     "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
 
-_HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])
+HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])
+"""Names of the operations that call Python or foreign code."""
 _CALLS = frozenset(
     ["jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"]
 )
@@ -120,17 +121,18 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
                 yield from (value for value in values if getattr(value, "ndim", 0))
 
 
+def _equations_in(closed: Any) -> Iterator[Any]:
+    for program in programs_in(closed):
+        yield from getattr(program, "jaxpr", program).eqns
+
+
 def primitives_in(closed: Any) -> set[str]:
     """Return the names of the operations of a traced program and of all programs inside it.
 
     The names decide which operations are costly, and which call the host: of these a ``pure_callback`` has no effect by
     which JAX's public API would tell. The names of primitives are not public API.
     """
-    return {
-        equation.primitive.name
-        for program in programs_in(closed)
-        for equation in getattr(program, "jaxpr", program).eqns
-    }
+    return {equation.primitive.name for equation in _equations_in(closed)}
 
 
 def calls_the_host(closed: Any) -> bool:
@@ -138,7 +140,7 @@ def calls_the_host(closed: Any) -> bool:
 
     ``jax.debug.print`` is left out: it raises nothing.
     """
-    return not _HOST_CALLS.isdisjoint(primitives_in(closed))
+    return not HOST_CALLS.isdisjoint(primitives_in(closed))
 
 
 class Convolution(NamedTuple):
@@ -163,12 +165,11 @@ def convolutions_in(closed: Any) -> Iterator[Convolution]:
     Whether XLA:CPU runs a convolution slowly inside a loop depends on its layout, which only the equation's parameters
     state.
     """
-    for program in programs_in(closed):
-        for equation in getattr(program, "jaxpr", program).eqns:
-            if equation.primitive is lax.conv_general_dilated_p:
-                axes, groups = equation.params["dimension_numbers"], equation.params["batch_group_count"]
-                layout = (tuple(axes.lhs_spec), tuple(axes.rhs_spec), tuple(axes.out_spec))
-                yield Convolution(layout, groups, equation.invars[1].aval.shape, equation.outvars[0].aval.shape)
+    for equation in _equations_in(closed):
+        if equation.primitive is lax.conv_general_dilated_p:
+            axes, groups = equation.params["dimension_numbers"], equation.params["batch_group_count"]
+            layout = (tuple(axes.lhs_spec), tuple(axes.rhs_spec), tuple(axes.out_spec))
+            yield Convolution(layout, groups, equation.invars[1].aval.shape, equation.outvars[0].aval.shape)
 
 
 def threefry_2x32(key: tuple[jax.Array, jax.Array], counts: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
@@ -292,7 +293,7 @@ def evaluate(
 ) -> Iterator[list[Any]]:
     """Run a traced program equation by equation, on values of the caller's form, and yield its results.
 
-    ``jax.core.eval_jaxpr`` runs arrays alone, and gives nobody a look between two equations.
+    ``jax.core.eval_jaxpr`` runs on arrays alone, and has no hook between two equations.
 
     Args:
         closed: The program, a closed jaxpr or a jaxpr.

@@ -46,7 +46,7 @@ def locate(function: Any) -> str:
 
 
 def plain(text: object, most: int = 200) -> str:
-    """Text from a file, which nobody vouches for: cut to a length, and what a terminal would act on escaped."""
+    """Text from a file, which is not trusted: cut to a length, with characters that a terminal would act on escaped."""
     text = str(text)
     if len(text) > most:
         text = f"{text[: most - most // 3 - 3]}...{text[-(most // 3) :]}"

@@ -26,7 +26,7 @@ class Context(Mapping[str, Any]):
 
     Raises:
         TypeError: If a name is not a string.
-        MissingContext: (a ``KeyError``) If a name is read that is not there; the message lists the names that are.
+        MissingContext: If a name is read that is not there (a ``KeyError``); the message lists the names that are.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -24,7 +24,7 @@ from kaun._engine import (
     source_of,
     trace_step,
 )
-from kaun._step import Settings, train_step
+from kaun._step import Settings, state_paths, train_step
 from kaun.errors import NonFiniteLoss
 from kaun.layers.path import path as path_here
 from kaun.layers.path import watched
@@ -162,7 +162,8 @@ def _search(settings: Settings, failed: FailedStep) -> tuple[str | None, str | N
     step = functools.partial(train_step, dataclasses.replace(settings, on_nonfinite="ignore"))
     with watched(scoped):
         traced = trace_step(step, "ignore", False, structure, leaves, failed.key, failed.inputs, training=True)
-    names = [*_leaf_names(failed.carry), "the run's key", *failed.inputs.names()]
+    vars, opt_state, _ = failed.carry
+    names = [*state_paths(vars, opt_state), "the number of steps", "the run's key", *failed.inputs.names()]
     values = [*leaves, failed.key, *as_arrays(failed.inputs.leaves)]
     replay, first = Replay(), 1 + len(traced.places)
     groups = [[0], [first + len(leaves) + 1], range(first, first + len(leaves))]
@@ -179,14 +180,6 @@ def _search(settings: Settings, failed: FailedStep) -> tuple[str | None, str | N
         return None, None, None, replay
     origin, leaf = min(made, key=lambda pair: pair[0].event.number)
     return "update", leaf, origin, replay
-
-
-def _leaf_names(carry: Any) -> list[str]:
-    """Return the paths of the leaves of a carry: ``"params.weight"``, ``"opt_state.0.count"``."""
-    vars, opt_state, _ = carry
-    parts = (("params", vars.params), ("state", vars.state), ("opt_state", opt_state))
-    paths = [(name, *path) for name, part in parts for path, _ in jax.tree_util.tree_flatten_with_path(part)[0]]
-    return [*map(tree.path_name, paths), "the number of steps"]
 
 
 def _head(error: NonFiniteLoss, part: str | None, leaf: str | None) -> str:

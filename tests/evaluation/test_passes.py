@@ -22,7 +22,7 @@ from kaun import Context, Data, Layer, Vars, layers, losses, metrics, rng
 from kaun.errors import CaptureError
 from kaun.evaluation import passes
 from kaun.evaluation.totals import PackedMetrics
-from kaun.metrics import Mean
+from kaun.metrics import BatchMean
 
 CLASSES = 4
 AVERAGES = ("macro", "micro", "weighted")
@@ -361,7 +361,7 @@ class Pending:
 
 def test_the_loop_runs_ahead_of_the_host_and_not_too_far():
     pulled, lags, alive = [], [], []
-    form = PackedMetrics.of({"mean": Mean(np.float32(0), np.int32(1))}).form
+    form = PackedMetrics.of({"mean": BatchMean(np.float32(0), np.int32(1))}).form
 
     def items():
         for k in range(100):

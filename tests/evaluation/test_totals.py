@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from kaun import losses, metrics
 from kaun.evaluation import totals
 from kaun.evaluation.totals import MetricTotals, PackedMetrics
-from kaun.metrics import Counts, Mean, Ratio
+from kaun.metrics import BatchMean, Counts, Ratio
 
 P, T = jnp.ones((4, 3)), jnp.zeros(4, jnp.int32)
 
 
 def test_what_a_metric_returns_becomes_a_part_that_adds_up():
-    assert totals.part_of("m", 2.0, P, T) == Mean(2.0, 4)
+    assert totals.part_of("m", 2.0, P, T) == BatchMean(2.0, 4)
     assert totals.part_of("m", (3, 2), P, T) == Ratio(3, 2)
-    assert totals.part_of("m", 2.0, P, None) == Mean(2.0, 4)
+    assert totals.part_of("m", 2.0, P, None) == BatchMean(2.0, 4)
     counts = Counts({"a": jnp.ones(2)})
     assert totals.part_of("m", counts, P, T) is counts
     with pytest.raises(TypeError, match=r"m must return a real scalar or a pair .* received float32\[4, 3\]"):
@@ -48,11 +48,11 @@ def test_library_metrics_and_their_partials_give_counts_and_others_stay():
 
 def test_means_and_ratios_mix_and_nothing_is_rounded():
     totals_of_all = MetricTotals({"b": max, "a": max})
-    totals_of_all.take([PackedMetrics.of({"a": Mean(np.float32(0.1), 3), "b": Ratio(np.float32(2**60), 1)})])
+    totals_of_all.take([PackedMetrics.of({"a": BatchMean(np.float32(0.1), 3), "b": Ratio(np.float32(2**60), 1)})])
     totals_of_all.take(
         [PackedMetrics.of({"a": Ratio(np.float32(0.5), np.int32(1)), "b": Ratio(np.float32(-(2**60)), 1)})]
     )
-    totals_of_all.take([PackedMetrics.of({"a": Mean(jnp.bfloat16(0.5), 1), "b": Ratio(True, jnp.int8(2))})])
+    totals_of_all.take([PackedMetrics.of({"a": BatchMean(jnp.bfloat16(0.5), 1), "b": Ratio(True, jnp.int8(2))})])
     found = totals_of_all.results()
     assert found["a"] == pytest.approx((3 * float(np.float32(0.1)) + 1) / 5, rel=1e-16)
     assert list(found) == ["b", "a"] and found["b"] == 0.25
@@ -69,7 +69,9 @@ PARTS = st.lists(
 @settings(max_examples=30, deadline=None)
 def test_packing_loses_nothing(parts):
     """Each batch alone, stacked with those of its form, is what went in."""
-    made = [{"m": Mean(np.float32(v), n), "c": Counts({"k": np.array(k, np.int32), "b": v > 0})} for v, n, k in parts]
+    made = [
+        {"m": BatchMean(np.float32(v), n), "c": Counts({"k": np.array(k, np.int32), "b": v > 0})} for v, n, k in parts
+    ]
     packed = [jax.device_get(PackedMetrics.of(p)) for p in made]
     for given_, found in zip(made, packed, strict=True):
         same = [p for p in packed if p.form == found.form]

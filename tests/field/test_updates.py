@@ -206,7 +206,7 @@ def test_skip_says_once_that_it_skips_all_the_time():
     (warning,) = caught
     assert warning.filename == __file__
     text = str(warning.message)
-    assert " 100 steps in a row, 6 to 105, so" in text and "not finite is the update in 100 of them" in text
+    assert " 100 steps in a row, 6 to 105, so" in text and "What is not finite: the update in 100 of them" in text
     assert "A schedule that is not finite stays so" in text and 'Write Trainer(..., on_nonfinite="raise")' in text
 
 
@@ -215,7 +215,7 @@ def test_skip_says_that_no_step_of_a_fit_was_an_update():
     trainer, state = setting(optax.sgd(0.1), on_nonfinite="skip", precision="mixed_float16")
     loss = lambda output: (output.astype(jnp.float16) * jnp.float16(6e4)).sum() * jnp.float16(6e4)
     with pytest.warns(
-        UserWarning, match=r"discarded 3 steps in a row, 1 to 3, .*: not finite is the loss in 3 of them"
+        UserWarning, match=r"discarded 3 steps in a row, 1 to 3, .*What is not finite: the loss in 3 of them"
     ):
         trainer.fit(state, Data.repeat(3, (X, loss)), report=lambda *_: None)
 

@@ -12,6 +12,7 @@ datasets = pytest.importorskip("datasets")
 
 from kaun import Data  # noqa: E402
 from kaun._run import identity, position  # noqa: E402
+from kaun._run.differences import differences  # noqa: E402
 
 
 def made(k=0):
@@ -56,7 +57,7 @@ def test_rows_of_unequal_length_say_what_to_do():
 
 
 def test_a_dataset_counts_by_its_own_fingerprint():
-    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    words = lambda old, new: differences(identity.describe_data(old), identity.describe_data(new), 0)
     assert words(Data.from_iterable(made()), Data.from_iterable(made())) == []
     assert len(words(Data.from_iterable(made()), Data.from_iterable(made(1)))) == 1
     program = (
@@ -100,7 +101,7 @@ def test_a_stream_is_resumed_by_its_state_where_that_is_exact(kind):
 def test_the_state_of_a_generator_of_a_stream_counts():
     """`stream.shuffle()` without a seed has another order in each process."""
     made = lambda seed: Data.from_iterable(stream("take").shuffle(seed=seed, buffer_size=4))
-    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    words = lambda old, new: differences(identity.describe_data(old), identity.describe_data(new), 0)
     assert words(made(1), made(1)) == []
     (line,) = words(made(None), made(None))
     assert "generator` (Generator) has another state: it is not seeded" in line
@@ -108,7 +109,7 @@ def test_the_state_of_a_generator_of_a_stream_counts():
 
 def test_rows_by_index_count_by_the_fingerprint_too():
     """Through from_items another data set of the same length was trained on without a word."""
-    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    words = lambda old, new: differences(identity.describe_data(old), identity.describe_data(new), 0)
     assert words(Data.from_items(made()), Data.from_items(made())) == []
     (line,) = words(Data.from_items(made()), Data.from_items(made(1)))
     assert line.startswith("Data.from_items: items at 'fingerprint' was ")

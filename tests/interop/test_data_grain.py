@@ -10,6 +10,7 @@ grain = pytest.importorskip("grain")
 
 from kaun import Data, losses  # noqa: E402
 from kaun._run import identity, position  # noqa: E402
+from kaun._run.differences import differences  # noqa: E402
 
 
 def rows(n=40):
@@ -113,7 +114,7 @@ def test_an_iterator_of_grain_goes_on_too():
 
 
 def test_what_a_dataset_is():
-    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    words = lambda old, new: differences(identity.describe_data(old), identity.describe_data(new), 0)
     made = lambda **options: Data.from_iterable(map_dataset(**options))
     assert words(made(), made()) == []
     assert words(made(), made(n=80)) == ["Data.from_iterable: len was 10, is 20"]

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 
 from kaun import Data, Trainer, checkpoint, layers, losses, rng  # noqa: E402
 from kaun._run import identity, position  # noqa: E402
+from kaun._run.differences import differences  # noqa: E402
 from kaun.data import convert  # noqa: E402
 from kaun.errors import ResumeMismatch  # noqa: E402
 
@@ -200,7 +201,7 @@ def test_workers_started_anew_survive_fit(tmp_path, method):
 
 
 def words(old, new):
-    return identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    return differences(identity.describe_data(old), identity.describe_data(new), 0)
 
 
 def test_what_a_data_loader_is():

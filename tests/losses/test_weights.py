@@ -358,15 +358,15 @@ def test_a_mask_is_bool_and_weights_are_real():
 def test_weights_are_finite_and_not_negative(bad):
     w = np.ones(ROWS, np.float32)
     w[1] = bad
-    message = r"expected weights that are finite and not negative, received -?(1\.0|nan|inf) \(1 of 6 are not\)\. Write where="
+    message = r"expected weights to be finite and not negative, received weights\[1\] = -?(1\.0|nan|inf) \(1 of 6 are not\)\. Write where="
     with pytest.raises(ValueError, match="mse " + message):
         losses.mse(X, Y, weights=w)
     assert losses.mse(X, Y, weights=w, where=KEEP) == losses.mse(X, Y, where=KEEP)
     with pytest.raises(
-        ValueError, match=r"expected class_weights in 0 to the largest number, received class_weights\[1\]"
+        ValueError, match=r"expected class_weights to be finite and not negative, received class_weights\[1\]"
     ):
         losses.cross_entropy_sparse(X, labels, class_weights=w[:4])
-    with pytest.raises(ValueError, match=r"expected pos_weight in 0 to the largest number, received pos_weight = "):
+    with pytest.raises(ValueError, match=r"expected pos_weight to be finite and not negative, received pos_weight = "):
         losses.binary_cross_entropy(X, Y > 0, pos_weight=bad)
 
 

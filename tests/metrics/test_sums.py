@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from kaun.metrics.parts import RowValues
 from kaun.metrics.sums import (
+    BatchMean,
     Counts,
     CountSums,
     DelayedReader,
     ExactMean,
-    Mean,
     MetricSums,
     Ratio,
     add_results,
@@ -80,7 +80,7 @@ def test_counts_of_nothing():
 
 def test_sums_by_name():
     sums = MetricSums()
-    sums.add("mean", Mean(np.float32([0.1, 0.5]), np.int32([3, 1])))
+    sums.add("mean", BatchMean(np.float32([0.1, 0.5]), np.int32([3, 1])))
     sums.add("mean", Ratio(np.float32([0.5]), np.int32([1])))
     sums.add("counts", Counts({"a": np.ones((3, 2), np.int32), "b": np.float32([0.1, 0.1, 0.1])}))
     sums.add("counts", Counts({"a": np.ones((1, 2), np.int32), "b": np.float32([0.1])}))

@@ -69,7 +69,7 @@ def test_weights_are_finite_and_not_negative(name):
     for bad, shown in ((-1, r"-1\.0"), (np.nan, "nan"), (np.inf, "inf")):
         with pytest.raises(
             ValueError,
-            match=rf"^{name} expected weights that are finite and not negative, received weights\[2\] = {shown} \(1 of 4 are not\)\.",
+            match=rf"^{name} expected weights to be finite and not negative, received weights\[2\] = {shown} \(1 of 4 are not\)\.",
         ):
             metric(p, t, weights=np.array([1, 1, bad, 1], np.float32))
 

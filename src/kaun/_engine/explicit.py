@@ -84,7 +84,7 @@ def run_explicit(run: Callable[..., Any], carry: Any, key: Any, inputs: Any, mes
     shardings = [explicit_sharding(leaf) for leaf in leaves]
 
     def run_leaves(leaves: list[Any], key: Any, given: list[Any]) -> tuple[Any, list[Any]]:
-        loss, carry = run(jax.tree_util.tree_unflatten(structure, leaves), key, inputs.holding(given))
+        loss, carry = run(jax.tree_util.tree_unflatten(structure, leaves), key, inputs.with_leaves(given))
         return loss, jax.tree_util.tree_leaves(carry)
 
     if any_traced((*leaves, key, *inputs.leaves)):

@@ -92,18 +92,12 @@ class StepInputs:
         self.static = (loss_key, x_def, ctx_def, n, len(arrays))
         self.key = (self.static, tuple(kinds))
 
-    def with_leaves(self, leaves: list[Any]) -> StepInputs:
-        """Return another item of the same kind, with these arrays."""
-        new = object.__new__(StepInputs)
-        new.what, new.leaves, new.static, new.key = self.what, leaves, self.static, self.key
-        return new
-
     def owned(self) -> list[Any]:
         """Return the leaves as they are now: NumPy arrays copied, because XLA may read them after the call returned."""
         return [tree.snapshot(a) for a in self.leaves]
 
-    def holding(self, leaves: list[Any]) -> StepInputs:
-        """Return the same inputs with other arrays in the place of these, on automatic axes."""
+    def with_leaves(self, leaves: list[Any]) -> StepInputs:
+        """Return inputs of the same kind with these arrays, which are on automatic axes."""
         made = copy.copy(self)
         made.leaves, made.mesh = leaves, None
         return made

@@ -264,7 +264,7 @@ class StepLoop:
 
         Returns:
             ``"newest"`` where that is the state before the failed dispatch, or none failed; ``"held"`` where that one
-            is lost with its memory, and an earlier one that somebody else holds is left; ``"lost"`` where none is.
+            is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
         """
         self._take()
         if _readable(self._carry[1]):
@@ -321,7 +321,7 @@ class StepLoop:
         own, arrays, results = self._carry
         if not own and overwrites:
             self._shared = self._given or [weakref.ref(a) for a in arrays], results
-            for i in range(len(arrays)):  # one by one: what nobody else holds is freed before the next is copied
+            for i in range(len(arrays)):  # one by one: what nothing else refers to is freed before the next is copied
                 arrays[i] = copy(arrays[i])
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:

@@ -1,7 +1,7 @@
 """A traced step run one operation at a time, to find where a value that is not finite came from.
 
-Of each array that is not finite an ``Event`` says which operation made it, of which operands that were not finite
-either. ``origin_of`` walks these from a result back to the first.
+An ``Event`` says of an array that is not finite which operation made it, and which of the operands were not finite
+either. ``origin_of`` walks the events from a result back to the first.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _reasons(name: str, nan: Any, bad: Any, operands: Sequence[_Value]) -> Reaso
         if event is None:
             continue
         host = np.asarray(array)
-        # Of the cases of a select, the one that was selected.
+        # In a select only the selected case is a reason.
         taken = np.asarray(operands[0].array) == i - 1 if name == "select_n" else np.True_
         kinds = ((nan, np.isnan(host)), (nan, np.isinf(host)), (bad & ~nan, np.isinf(host)))
         for events, (result, operand) in zip(found, kinds, strict=True):

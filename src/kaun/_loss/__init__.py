@@ -32,4 +32,3 @@ from kaun._loss.rebuild import parts as parts
 from kaun._loss.rebuild import rebuild_loss as rebuild_loss
 from kaun._loss.trace import trace_function as trace_function
 from kaun._loss.trace import trace_loss as trace_loss
-from kaun._loss.walk import LossKey as LossKey

@@ -86,7 +86,7 @@ def capture_loss(loss: Callable[..., Any]) -> tuple[LossKey, list[Any]]:
         The key, equal for callables that can share a compiled program, and the arrays in a fixed order.
 
     Raises:
-        CaptureError: when it captures what a compiled step could not follow (an iterator, a random generator, an array
+        CaptureError: If it captures what a compiled step could not follow (an iterator, a random generator, an array
             of objects), or assigns to a variable outside of itself.
     """
     if type(loss) is types.FunctionType:

@@ -64,16 +64,16 @@ class CodeInfo:
     """A code object and the names through which it reaches outside; equal only to itself.
 
     Attributes:
-        code: the code object.
-        stub: a function of that code that captures nothing, to be named in messages.
-        root: the top-level package of the module in which the function was defined.
-        library: whether that is a library, whose globals do not change during a run.
-        global_names: the globals that it and the functions nested in it read.
-        chains: the attributes that are read of each global and each cell, as far as they follow it directly.
-        names: every attribute name and identifier-like string in it. "super().x" for an x that is read by ``super``.
-        imports: the modules that it imports: name and level of a relative import.
-        assigns: the first ``nonlocal`` or ``global`` variable to which it assigns, with its kind, or None.
-        passes_first: whether its first argument is used otherwise than by reading attributes of it.
+        code: The code object.
+        stub: A function of that code that captures nothing, to be named in messages.
+        root: The top-level package of the module in which the function was defined.
+        library: Whether that is a library, whose globals do not change during a run.
+        global_names: The globals that it and the functions nested in it read.
+        chains: The attributes that are read of each global and each cell, as far as they follow it directly.
+        names: Every attribute name and identifier-like string in it. "super().x" for an x that is read by ``super``.
+        imports: The modules that it imports: name and level of a relative import.
+        assigns: The first ``nonlocal`` or ``global`` variable to which it assigns, with its kind, or None.
+        passes_first: Whether its first argument is used otherwise than by reading attributes of it.
     """
 
     __slots__ = (
@@ -180,7 +180,7 @@ def refuse_assignments(function: types.FunctionType) -> None:
     """Refuse code that assigns to a variable outside of itself.
 
     Raises:
-        CaptureError: when it assigns to a ``nonlocal`` or ``global`` variable.
+        CaptureError: If it assigns to a ``nonlocal`` or ``global`` variable.
     """
     found = code_info(function).assigns
     if found is not None:

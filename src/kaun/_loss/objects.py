@@ -114,10 +114,10 @@ def _members(walk: Walk, kind: type, at: int, seen: set[str] | None) -> tuple[Ke
     The second is not made again: arrays in it are compared by content.
 
     Args:
-        walk: the walk.
-        kind: the class of the object.
-        at: the number of the class.
-        seen: the names that the object holds itself; None where its stand-in can hold no more.
+        walk: The walk.
+        kind: The class of the object.
+        at: The number of the class.
+        seen: The names that the object holds itself; None where its stand-in can hold no more.
     """
     taken: list[tuple[str, str, KeyNode]] = []
     rest: list[tuple[str, KeyNode]] = []

@@ -32,8 +32,8 @@ class Rebuilt:
     """A callable around given arrays, and a watch over what it was given to see that it does not write to it.
 
     Attributes:
-        function: the callable.
-        watch: what it could write to.
+        function: The callable.
+        watch: What it could write to.
     """
 
     def __init__(self, key: LossKey, arrays: Iterable[Any]) -> None:

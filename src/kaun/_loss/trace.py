@@ -33,17 +33,17 @@ RESERVED = frozenset(
 def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a model's output, a scalar, with every array that the loss captures given from outside.
 
-    And the other scalars that the loss returned beside it, by name, each in its own dtype. A ``losses.Mean`` is given
-    as its value.
+    With it the other scalars that the loss returned, by name, each in its own dtype. A ``losses.Mean`` is given as its
+    value.
 
     Args:
-        key: the loss as ``capture_loss`` gave it.
-        arrays: what it captures, traced.
-        output: the model's output, any pytree.
+        key: The loss as ``capture_loss`` gave it.
+        arrays: What it captures, traced.
+        output: The model's output, any pytree.
 
     Raises:
-        CaptureError: when it reads an array that it was not given, or writes to something that it captures.
-        TypeError, ValueError: when it does not return a real floating scalar, or a ``losses.Mean`` of scalars.
+        CaptureError: If it reads an array that it was not given, or writes to something that it captures.
+        TypeError, ValueError: If it does not return a real floating scalar, or a ``losses.Mean`` of scalars.
     """
     function = describe.subject(key)
     check = functools.partial(_with_scalars, function)

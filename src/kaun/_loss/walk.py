@@ -63,8 +63,8 @@ class LossKey:
     """The static part of a callable. There is one for each, so that keys compare and hash by identity.
 
     Attributes:
-        node: the tree of tuples, of which the callable is made again.
-        names: every attribute name in the code.
+        node: The tree of tuples, of which the callable is made again.
+        names: Every attribute name in the code.
     """
 
     __slots__ = ("__weakref__", "names", "node")
@@ -108,20 +108,20 @@ class Walk:
     """One walk over what a callable captures. Values are numbered as they are read; 0 is the callable itself.
 
     Args:
-        handlers: the handlers of the types of Python and of libraries.
-        classify: the handler of a value of any other type.
-        home: the top-level package in which the loss was defined.
-        names: the attribute names that its code is known to read.
+        handlers: The handlers of the types of Python and of libraries.
+        classify: The handler of a value of any other type.
+        home: The top-level package in which the loss was defined.
+        names: The attribute names that its code is known to read.
 
     Attributes:
-        arrays: the arrays, in the order in which they are met.
-        infos: the code that was met.
-        chains: what is read of the value at hand, where the code says it.
-        lifts: whether arrays become arguments; if not, they are compared by content.
-        own: whether the code at hand is the user's own.
-        strict: whether what cannot be followed is refused. Else it is static by identity.
-        culprit: the outermost variable that holds what was refused.
-        complete: whether the reads and checks say all that the walk depended on, so that there is a warm form.
+        arrays: The arrays, in the order in which they are met.
+        infos: The code that was met.
+        chains: What is read of the value at hand, where the code says it.
+        lifts: Whether arrays become arguments; if not, they are compared by content.
+        own: Whether the code at hand is the user's own.
+        strict: Whether what cannot be followed is refused. Else it is static by identity.
+        culprit: The outermost variable that holds what was refused.
+        complete: Whether the reads and checks say all that the walk depended on, so that there is a warm form.
     """
 
     def __init__(
@@ -245,8 +245,8 @@ class Warm:
     """The capture of callables of one form.
 
     Args:
-        walk: the walk that found it.
-        key: the key that such callables have.
+        walk: The walk that found it.
+        key: The key that such callables have.
     """
 
     __slots__ = ("_again", "_arrays", "_distinct", "_equal", "_pick_equal", "_steps", "key")

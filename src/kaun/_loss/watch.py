@@ -1,4 +1,4 @@
-"""What a loss that is being traced may not do to what it captures: write to it, or read what nobody could foresee."""
+"""What a traced loss may not do to what it captures: write to it, or read it by names that are not in its code."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Watch:
     """A watch over what one callable was given.
 
     Args:
-        names: every attribute name in its code.
+        names: Every attribute name in its code.
 
     Attributes:
-        modules: stand-ins for the modules that the code imports when it runs, by full name.
+        modules: Stand-ins for the modules that the code imports when it runs, by full name.
     """
 
     def __init__(self, names: frozenset[str]) -> None:

@@ -24,10 +24,10 @@ def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int, *, exact:
     ``prefetch(n)`` changes no item. Code is compared within one version of Python.
 
     Args:
-        saved: the facts in the checkpoint.
-        now: the facts of the data given to resume with.
-        done: how many items the run has taken.
-        exact: whether there are as many items as the data of now says; a loader may say another number.
+        saved: The facts in the checkpoint.
+        now: The facts of the data given to resume with.
+        done: How many items the run has taken.
+        exact: Whether there are as many items as the data of now says; a loader may say another number.
 
     Examples:
         >>> from kaun import Data

@@ -41,7 +41,7 @@ class Digester:
     """One look at values.
 
     Args:
-        roots: what will be asked about. Of objects that are neither data nor known, those attributes count that the
+        roots: What will be asked about. Of objects that are neither data nor known, those attributes count that the
             code in them names; all that is needed is collected first.
     """
 

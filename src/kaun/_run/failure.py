@@ -20,10 +20,10 @@ def save_on_error(
     """The block in which a fit takes its steps: an exception in it is given the last state, which is saved too.
 
     Args:
-        run: the run.
-        loop: the steps of the fit.
-        now: gives the state after the last step.
-        hook: calls the report, also at the begin and at the end.
+        run: The run.
+        loop: The steps of the fit.
+        now: Gives the state after the last step.
+        hook: Calls the report, also at the begin and at the end.
     """
     run.now = now
     try:

@@ -54,7 +54,7 @@ def find_generators(root: Any) -> Iterator[tuple[str, Any, bool]]:
     """The generators in a value: where, the generator, and whether a function captures it.
 
     Functions are followed through what they read, a user's objects in them through the attributes that code names, all
-    other objects through all attributes. Of containers the first items are looked at.
+    other objects through all attributes. Only the first items of a container are looked at.
     """
     seen: dict[int, Any] = {}
     names: set[str] = set()
@@ -126,13 +126,13 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
     again from the same state of the generator, which goes into ``record``.
 
     Args:
-        items: the items of a run.
-        data: the data that makes them.
-        directory: the directory of the run.
-        record: receives the states at the start, by the names of the generators.
+        items: The items of a run.
+        data: The data that makes them.
+        directory: The directory of the run.
+        record: Receives the states at the start, by the names of the generators.
 
     Raises:
-        ValueError: when items cannot be made again, unless the directory accepts other data.
+        ValueError: If items cannot be made again, unless the directory accepts other data.
     """
     stages = stages_of(data)
     is_loader = "source" in stages[0].given if stages else True
@@ -155,7 +155,7 @@ def refuse_draws(directory: Directory, lines: list[str]) -> None:
     """Refuse data whose items would be others in a resumed run, or warn where the directory accepts other data.
 
     Raises:
-        ValueError: unless it does.
+        ValueError: If it does not accept that.
     """
     text = (
         f"fit(checkpoints=...) cannot be resumed with the same items, because {'; '.join(lines)}. The state of that "
@@ -173,8 +173,8 @@ def _draws_between(before: Mapping[str, str], torch_state: Any) -> list[str]:
     """The names of the global generators that were drawn from since ``before``.
 
     Args:
-        before: the states then.
-        torch_state: that of PyTorch's generator then, None if it was not imported. The one number that opening a
+        before: The states then.
+        torch_state: That of PyTorch's generator then, None if it was not imported. The one number that opening a
             ``DataLoader`` draws, to seed its workers, does not count.
     """
     drawn = [name for name, state in global_states().items() if before.get(name, state) != state]

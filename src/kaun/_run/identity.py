@@ -48,8 +48,8 @@ def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
     """The facts of a run.
 
     Args:
-        state: the state at its start.
-        data: all its items.
+        state: The state at its start.
+        data: All its items.
 
     Returns:
         ``key``, ``start`` and ``data``, which must be the same in the process that resumes it, and ``machine``, of
@@ -70,12 +70,12 @@ def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> No
     """Check the form of a checkpoint's facts: their sum says that nothing was damaged, not who wrote them.
 
     Args:
-        directory: the directory that holds the run.
-        step: the step of the checkpoint.
-        facts: its facts.
+        directory: The directory that holds the run.
+        step: The step of the checkpoint.
+        facts: Its facts.
 
     Raises:
-        ResumeMismatch: when they are not facts that ``CheckpointSaver`` writes.
+        ResumeMismatch: If they are not facts that ``CheckpointSaver`` writes.
     """
     pending, ended = facts.get("again"), facts.get("ended")
     forms = {
@@ -130,13 +130,13 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
     """Refuse to resume a run that differs, or warn where the directory accepts that.
 
     Args:
-        directory: the directory that holds the run.
-        what: what differs, as ``Directory(accept=)`` names it.
-        step: the step of the checkpoint.
-        lines: one for each difference.
+        directory: The directory that holds the run.
+        what: What differs, as ``Directory(accept=)`` names it.
+        step: The step of the checkpoint.
+        lines: One for each difference.
 
     Raises:
-        ResumeMismatch: unless the directory accepts it.
+        ResumeMismatch: If the directory does not accept it.
     """
     more = [f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
     listed = "".join(f"\n  {plain(line, 1000)}" for line in [*lines[:_LISTED], *more])
@@ -246,8 +246,8 @@ def _item(item: Any) -> Fact | str:
 
 def _items(items: Any) -> Fact | str:
     """A sequence by its content, or by its type and length as a loader where it may read from a disk."""
-    plain = isinstance(items, (list, tuple, range, str, bytes)) or tree.is_array(items)
-    return Digester(items).describe(items) if plain else _source(items)
+    in_memory = isinstance(items, (list, tuple, range, str, bytes)) or tree.is_array(items)
+    return Digester(items).describe(items) if in_memory else _source(items)
 
 
 def _source(source: Any) -> Fact:

@@ -66,8 +66,9 @@ class DiscardedSteps:
         listed = ", ".join(f"the {what} in {n}" for what, n in reasons.most_common())
         stuck = _STUCK if reasons["update"] else ""
         warn(
-            f'on_nonfinite="skip" discarded {steps}, so the state was not trained: not finite is {listed} of them.'
-            f'{stuck} Write Trainer(..., on_nonfinite="raise"): its error says what is not finite, and what to try.'
+            f'on_nonfinite="skip" discarded {steps}, so the state was not trained. What is not finite: {listed} of '
+            f'them.{stuck} Write Trainer(..., on_nonfinite="raise"): its error says what is not finite, and '
+            "what to try."
         )
 
 

@@ -16,15 +16,15 @@ def resume_from(
     """The data from its item ``n`` on, for one run: at no cost where it has items by index or a position is known.
 
     Args:
-        data: a ``Data`` or any iterable, as ``fit`` takes it.
-        n: how many items were taken.
-        position: what ``position(data)`` returned then. Without one a stream pulls the items before ``n`` again.
-        check: called with the last of these items, where one is made again.
+        data: A ``Data`` or any iterable, as ``fit`` takes it.
+        n: How many items were taken.
+        position: What ``position(data)`` returned then. Without one a stream pulls the items before ``n`` again.
+        check: Called with the last of these items, where one is made again.
 
     Raises:
-        TypeError: for an iterator that can be iterated once and has no ``get_state()`` and ``set_state(state)``, also
-            where ``n`` is 0: the run could not be resumed later.
-        ValueError: for a position that ``position(data)`` cannot have returned.
+        TypeError: If data can be iterated once and has no ``get_state()`` and ``set_state(state)``, also where ``n`` is
+            0: the run could not be resumed later.
+        ValueError: If ``position(data)`` cannot have returned the position.
 
     Examples:
         >>> from kaun import Data

@@ -32,9 +32,9 @@ class RepeatedPasses:
 
         Args:
             entry: ``"fit"`` or ``"step"``.
-            stages: those of the pipeline.
-            key: the run's key, of the state before the pass.
-            step: the number of steps of that state.
+            stages: Those of the pipeline.
+            key: The run's key, of the state before the pass.
+            step: The number of steps of that state.
         """
         found = None if any_traced((key, step)) else random_passes(stages)
         if found is None:

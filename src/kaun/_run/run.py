@@ -32,19 +32,19 @@ class TrainingRun:
     """A run of steps over some data, which an earlier process may have started.
 
     Args:
-        state: the state to start from.
-        data: all items of the run.
-        saver: writes its checkpoints, None without a directory for them.
+        state: The state to start from.
+        data: All items of the run.
+        saver: Writes its checkpoints, None without a directory for them.
 
     Attributes:
-        data: the items that are left.
-        done: how many steps it has taken.
-        total: how many it will have taken at the end, None if that is not known.
-        finished: whether there is nothing left to do.
-        pending_report_loss: the last step's loss if its report was interrupted; the report is called again on resume.
-        saver: writes its checkpoints, None without a directory for them.
-        signals: the signals that end it, where it has a directory.
-        now: gives the state after the last step, while the steps are taken and after that.
+        data: The items that are left.
+        done: How many steps it has taken.
+        total: How many it will have taken at the end, None if that is not known.
+        finished: Whether there is nothing left to do.
+        pending_report_loss: The last step's loss if its report was interrupted; the report is called again on resume.
+        saver: Writes its checkpoints, None without a directory for them.
+        signals: The signals that end it, where it has a directory.
+        now: Gives the state after the last step, while the steps are taken and after that.
     """
 
     def __init__(self, state: TrainState, data: Iterable[Any], saver: CheckpointSaver | None = None) -> None:
@@ -89,21 +89,21 @@ def open_run(
     """The run of a fit: a new one, or that of the directory. When the block ends, all checkpoints are on the disk.
 
     Args:
-        checkpoints: the directory, or None.
-        state: the state that ``fit`` was given.
-        data: all items of the run.
-        report: the report of the fit, whose snapshot is restored.
-        on_nonfinite: as the trainer's; unless it is ``"ignore"``, no run is resumed from a state that is not finite.
+        checkpoints: The directory, or None.
+        state: The state that ``fit`` was given.
+        data: All items of the run.
+        report: The report of the fit, whose snapshot is restored.
+        on_nonfinite: As the trainer's; unless it is ``"ignore"``, no run is resumed from a state that is not finite.
 
     Raises:
-        ResumeMismatch: when the directory holds another run.
-        ValueError: when a run could not be resumed.
-        TypeError: for what is not a Directory, and for data that can be iterated once only.
-        OSError: when checkpoints cannot be written.
+        ResumeMismatch: If the directory holds another run.
+        ValueError: If a run could not be resumed.
+        TypeError: If ``checkpoints`` is not a Directory, or data can be iterated once only.
+        OSError: If checkpoints cannot be written.
     """
     if checkpoints is None:
         run = TrainingRun(state, data)
-        del state  # fit frees its memory where nobody else holds it
+        del state  # fit frees its memory where nothing else refers to it
         with _state_on_error(run):
             yield run
         return

@@ -29,15 +29,15 @@ class CheckpointSaver:
     """Writes the checkpoints of a run.
 
     Args:
-        store: the open directory.
-        directory: the directory as the user gave it.
-        facts: what the run is, see ``identity.run_facts``.
-        report: the report of the fit, whose snapshot is saved too.
-        saved: the checkpoint from which the run was resumed, None for a new one.
+        store: The open directory.
+        directory: The directory as the user gave it.
+        facts: What the run is, see ``identity.run_facts``.
+        report: The report of the fit, whose snapshot is saved too.
+        saved: The checkpoint from which the run was resumed, None for a new one.
 
     Attributes:
-        data: the data of the run, whose position is saved.
-        draws: the states, at the start of the run, of the global generators that a loader draws from.
+        data: The data of the run, whose position is saved.
+        draws: The states, at the start of the run, of the global generators that a loader draws from.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class CheckpointSaver:
         """Compare the last item of the run's checkpoint, which was made again, with the one that it was.
 
         Args:
-            count: how many items there are up to it.
-            item: the item, None where there are fewer.
-            final: whether a difference is refused.
+            count: How many items there are up to it.
+            item: The item, None where there are fewer.
+            final: Whether a difference is refused.
 
         Raises:
-            ResumeMismatch: unless the directory accepts that.
+            ResumeMismatch: If they differ, unless the directory accepts that.
         """
         step, lines = self._saved_step, list[str]()
         if count < step:
@@ -108,10 +108,10 @@ class CheckpointSaver:
         """Write a checkpoint of a step, unless it is there already. A thread writes the files.
 
         Args:
-            step: how many steps the run has taken; of step 0 nothing is written.
-            state: the state after them.
-            ended: how the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
-            pending_report_loss: the step's loss if its report was interrupted; the report is called again on resume.
+            step: How many steps the run has taken; of step 0 nothing is written.
+            state: The state after them.
+            ended: How the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
+            pending_report_loss: The step's loss if its report was interrupted; the report is called again on resume.
         """
         if not step or (step == self._saved_step and not ended and pending_report_loss is None):
             return  # the checkpoint that is there may say that the run had ended
@@ -133,7 +133,7 @@ class CheckpointSaver:
         """Compare a step's program with the one that the run was started with.
 
         Raises:
-            ResumeMismatch: when they differ, unless the directory accepts that.
+            ResumeMismatch: If they differ, unless the directory accepts that.
         """
         x, _, ctx = inputs.split(inputs.leaves)
         # Not by the loss's code, which may be another where only the program is to be the same.
@@ -162,10 +162,10 @@ def flush_and_save(
 
     Args:
         saver: None without a directory.
-        loop: the steps of the fit.
-        now: gives the state after the last step.
-        hook: calls the report.
-        ended: how the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
+        loop: The steps of the fit.
+        now: Gives the state after the last step.
+        hook: Calls the report.
+        ended: How the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
     """
     loop.flush()
     loop.wait()

@@ -1,6 +1,7 @@
 """What one training step computes: pure functions of settings, carry and batch.
 
-Read ``step`` first: forward pass, loss, gradient, update. Each other module implements one argument of ``Trainer``.
+Read ``step`` first: forward pass, loss, gradient, update. Most other modules implement one argument of ``Trainer``;
+``nonfinite``, ``watch`` and ``values`` together decide whether a step is finite, and say why not.
 """
 
 from kaun._step.evaluated import EvaluatedParams as EvaluatedParams
@@ -9,6 +10,7 @@ from kaun._step.microbatches import batch_length as batch_length
 from kaun._step.model import abstract_vars as abstract_vars
 from kaun._step.nonfinite import error_for as error_for
 from kaun._step.nonfinite import match_state as match_state
+from kaun._step.nonfinite import state_paths as state_paths
 from kaun._step.optimizer import Optimizer as Optimizer
 from kaun._step.optimizer import state_nodes as state_nodes
 from kaun._step.precision import DEFAULT_DTYPE as DEFAULT_DTYPE

@@ -43,8 +43,8 @@ def run_in_parts(
     """Return what ``forward(x, ctx)`` does, output and layer state, computed in parts one after the other.
 
     Only the parts' inputs and outputs are kept for the gradient: each part runs again in the backward pass. Arrays of x
-    and ctx that are as long as the batch are split; each part receives the others whole. The parts are of one length;
-    of a batch that they do not divide, the last one is shorter, and of a short batch there are fewer.
+    and ctx that are as long as the batch are split; each part receives the others whole. The parts have one length;
+    where it does not divide the batch, the last one is shorter, and a short batch has fewer parts.
 
     Args:
         count: The number of parts.

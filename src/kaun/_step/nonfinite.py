@@ -1,4 +1,4 @@
-"""Steps that are not finite: the values of ``on_nonfinite``, what is checked, and the exception."""
+"""Steps that are not finite: the values of ``on_nonfinite``, the test of loss and gradient, and the exception."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kaun import tree
 from kaun._step.watch import check_names
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "both_finite", "check_mode", "error_for", "match_state"]
+__all__ = ["MODES", "both_finite", "check_mode", "error_for", "match_state", "state_paths"]
 
 T = TypeVar("T")
 
 MODES = ("raise", "skip", "ignore")
-EXPLAIN = (
+_EXPLAIN = (
     "For the operation, its line, its layer and the rows of the batch, write\n    print(kaun.explain(trainer, err))"
 )
 NAMED = 5  # paths, in the message
@@ -77,9 +77,13 @@ def error_for(trained: Any, vars: Any, opt_state: Any) -> Callable[[int, float, 
     """
     paths = tuple(tree.flatten(trained)[0])
     checked = check_names({"params": trained, "state": vars.state, "opt_state": opt_state})
+    return functools.partial(_nonfinite_error, paths, tuple(checked), tuple(state_paths(vars, opt_state)))
+
+
+def state_paths(vars: Any, opt_state: Any) -> list[str]:
+    """Return the paths of the leaves of a state: ``"params.weight"``, ``"opt_state.0.count"``."""
     found = jax.tree_util.tree_flatten_with_path((vars, {"opt_state": opt_state}))[0]
-    leaves = [tree.path_name(path[1:]) for path, _ in found]
-    return functools.partial(_nonfinite_error, paths, tuple(checked), tuple(leaves))
+    return [tree.path_name(path[1:]) for path, _ in found]
 
 
 def _nonfinite_error(
@@ -109,7 +113,7 @@ def _nonfinite_error(
         advice = f"Run outside of the compiled step, it is refused: {refused}"
     text = (
         f"The loss is {loss:g} at step {step}; {where}. The state before that step is this exception's kaun_state. "
-        f"{advice} {EXPLAIN}\n"
+        f"{advice} {_EXPLAIN}\n"
         'To discard such steps and continue, write Trainer(..., on_nonfinite="skip").'
     )
     return NonFiniteLoss(text, step, loss, nonfinite)
@@ -136,7 +140,7 @@ def _about_update(step: int, loss: float, spoiled: tuple[str, ...], exact: bool)
     return (
         f"The update of step {step} makes {_listed(spoiled)}{mirrored} not finite. "
         f"Loss ({loss:g}) and gradient are finite. The state before that step is this exception's kaun_state. "
-        f"Look for {'; or for '.join(causes)}. {EXPLAIN}"
+        f"Look for {'; or for '.join(causes)}. {_EXPLAIN}"
     )
 
 

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from kaun import tree
-from kaun._jax import primitives_in, run_program
+from kaun._jax import HOST_CALLS, primitives_in, run_program
 
 __all__ = ["Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
 
 # Operations that cost too much to run twice, and those that call the host.
-_ONCE = frozenset([
-    "cholesky", "conv_general_dilated", "cumsum", "debug_callback", "debug_print", "dot_general", "eig", "eigh",
-    "ffi_call", "fft", "householder_product", "io_callback", "lu", "pure_callback", "qr", "ragged_dot_general", "scan",
-    "schur", "sort", "svd", "top_k", "triangular_solve", "tridiagonal", "tridiagonal_solve", "while",
-])  # fmt: skip
+_ONCE = HOST_CALLS | {
+    "cholesky", "conv_general_dilated", "cumsum", "debug_print", "dot_general", "eig", "eigh", "fft",
+    "householder_product", "lu", "qr", "ragged_dot_general", "scan", "schur", "sort", "svd", "top_k",
+    "triangular_solve", "tridiagonal", "tridiagonal_solve", "while",
+}  # fmt: skip
 
 
 class Update:
@@ -30,15 +30,10 @@ class Update:
         before: ``{"params": ..., "state": ..., "opt_state": ...}`` before it: the parameters that train, the layers'
             state and the optimizer's. ``function`` returns the same.
         discards: Whether ``made`` is to give back ``before`` where the step is not finite.
-
-    Attributes:
-        discards: As the argument.
     """
 
     def __init__(self, function: Callable[[Any], Any], before: dict[str, Any], *, discards: bool) -> None:
-        self.discards = discards
-        self._before, self._after = before, None
-        self._branches = False
+        self._discards, self._before, self._after, self._branches = discards, before, None, False
         if not discards:
             self._after = function(before["opt_state"])
             return
@@ -71,7 +66,7 @@ class Update:
 
     def made(self, kept: jax.Array) -> dict[str, Any]:
         """Return what is after the update, or before it where the step is not kept and this update discards."""
-        if not self.discards:
+        if not self._discards:
             assert self._after is not None
             return self._after
         if self._after is not None:
@@ -86,7 +81,7 @@ def checks_of(gradient: Any, before: dict[str, Any], after: dict[str, Any], loss
     update makes that parameter, or an array of the optimizer's state that mirrors it, not finite. Then for each other
     leaf 0, or ``-inf``. The square root of the sum is the norm of the gradient, or nan.
 
-    Of an array with elements that are not finite before, such as a mask, the others are looked at.
+    In an array with elements that are not finite before, such as a mask, only the other elements are looked at.
 
     Args:
         gradient: The gradient of the loss.

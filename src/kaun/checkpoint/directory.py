@@ -32,26 +32,26 @@ class Directory:
     """A folder for the checkpoints of one run; pass it to ``fit`` as ``checkpoints=``.
 
     Args:
-        path: the folder, on a local disk. It is made when it is first used. Only one run at a time may use it. A
+        path: The folder, on a local disk. It is made when it is first used. Only one run at a time may use it. A
             relative path is taken from the working directory of now, and ``~`` is the home folder.
-        every: how often a checkpoint is written: a number of steps (int) or a time (timedelta). Default None: only at
+        every: How often a checkpoint is written: a number of steps (int) or a time (timedelta). Default None: only at
             the end, and when the run is interrupted.
-        keep: how many of the newest checkpoints are kept, at least 1. Default 3.
+        keep: How many of the newest checkpoints are kept, at least 1. Default 3.
         resume: ``"auto"`` (default) resumes from the newest checkpoint, if there is one; ``"must"`` raises if there is
             none; ``"never"`` raises if there is one, so that nothing is ever mixed or overwritten.
-        accept: the kinds of differences with which a run may still be resumed, with a warning: ``"data"``,
+        accept: The kinds of differences with which a run may still be resumed, with a warning: ``"data"``,
             ``"program"``, ``"key"``, ``"reports"``. Default none: each difference raises ``ResumeMismatch``.
 
     Attributes:
-        path: the folder, absolute.
-        every: as the argument.
-        keep: as the argument.
-        resume: as the argument.
-        accept: as the argument, a frozenset.
+        path: The folder, absolute.
+        every: As the argument.
+        keep: As the argument.
+        resume: As the argument.
+        accept: As the argument, a frozenset.
 
     Raises:
-        TypeError: for an argument of the wrong type.
-        ValueError: for an argument out of range, and for an address such as ``gs://bucket/run``.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range, or the path is an address such as ``gs://bucket/run``.
 
     Examples:
         >>> from datetime import timedelta
@@ -92,11 +92,11 @@ class Directory:
         """Return a directory for another run, with the same settings, in a folder inside this one.
 
         Args:
-            name: the folder's name: at most 100 letters, digits, and `` _-.`` between them.
+            name: The folder's name: at most 100 letters, digits, and `` _-.`` between them.
 
         Raises:
-            TypeError: when the name is not a str.
-            ValueError: when it is not such a name.
+            TypeError: If the name is not a str.
+            ValueError: If it is not such a name.
 
         Examples:
             >>> from kaun import checkpoint
@@ -147,15 +147,15 @@ class Directory:
         A run may be writing to the directory meanwhile.
 
         Args:
-            like: a state of the structure, shapes and dtypes to load, for example ``trainer.init()``. Its values do not
+            like: A state of the structure, shapes and dtypes to load, for example ``trainer.init()``. Its values do not
                 matter; see ``checkpoint.load``.
-            step: the step of the checkpoint. Default None: the newest undamaged one, with a warning if a newer one is
+            step: The step of the checkpoint. Default None: the newest undamaged one, with a warning if a newer one is
                 damaged.
 
         Raises:
-            FileNotFoundError: when there is no checkpoint, or none of that step.
-            ValueError: when all checkpoints are damaged, or the one of that step is; each is listed.
-            ResumeMismatch: when the state has other leaves, shapes or dtypes than ``like``.
+            FileNotFoundError: If there is no checkpoint, or none of that step.
+            ValueError: If all checkpoints are damaged, or the one of that step is; each is listed.
+            ResumeMismatch: If the state has other leaves, shapes or dtypes than ``like``.
 
         Examples:
             >>> import tempfile, jax.numpy as jnp, optax, kaun

@@ -19,9 +19,9 @@ class Entry(NamedTuple):
     """A name in a folder.
 
     Attributes:
-        name: the name.
-        is_folder: whether it is a folder; False for a link.
-        is_file: whether it is a plain file; False for a link.
+        name: The name.
+        is_folder: Whether it is a folder; False for a link.
+        is_file: Whether it is a plain file; False for a link.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Disk:
         """Open a plain file for reading, and return its descriptor and its size in bytes.
 
         Raises:
-            OSError: when it cannot be opened, or is a link, a folder, a pipe or a device.
+            OSError: If it cannot be opened, or is a link, a folder, a pipe or a device.
         """
         file = os.open(path, os.O_RDONLY | _PLAIN | getattr(os, "O_NONBLOCK", 0))
         try:

@@ -59,14 +59,14 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     the values. (The checkpoints of a ``Directory`` have checksums.)
 
     Args:
-        path: the file. Its folder must exist. An existing file is replaced atomically: a reader, or a crash, finds the
+        path: The file. Its folder must exist. An existing file is replaced atomically: a reader, or a crash, finds the
             old file or the new one, never a part.
-        tree: any pytree: ``Vars``, a ``TrainState``, optimizer states, dicts. None is structure and takes no space.
+        tree: Any pytree: ``Vars``, a ``TrainState``, optimizer states, dicts. None is structure and takes no space.
 
     Raises:
-        TypeError: for a leaf, or a dtype of a leaf, that such a file cannot hold.
-        ValueError: when two leaves have the same readable path, or an int does not fit in 64 bits.
-        OSError: when the file cannot be written (FileNotFoundError when its folder does not exist).
+        TypeError: If such a file cannot hold a leaf, or the dtype of a leaf.
+        ValueError: If two leaves have the same readable path, or an int does not fit in 64 bits.
+        OSError: If the file cannot be written (FileNotFoundError if its folder does not exist).
 
     Examples:
         >>> import tempfile, jax.numpy as jnp
@@ -93,12 +93,12 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
     moment twice that of a leaf that is cast.
 
     Args:
-        path: a file that ``save`` or another program wrote.
-        like: the template: a tree of the structure, shapes and dtypes to load, for example a new ``trainer.init()``.
+        path: A file that ``save`` or another program wrote.
+        like: The template: a tree of the structure, shapes and dtypes to load, for example a new ``trainer.init()``.
             Its values do not matter. For a JAX array or a ``jax.ShapeDtypeStruct`` in it a JAX array is returned (with
             the leaf's weak type, and on its devices if these were chosen), for a NumPy array a NumPy array, and for a
             Python scalar a Python scalar.
-        cast: whether floating arrays may be converted to the precision of the template, as NumPy's ``astype`` does it.
+        cast: Whether floating arrays may be converted to the precision of the template, as NumPy's ``astype`` does it.
             The kind never changes: no float becomes an integer, and no integer becomes a float or another integer.
             Default False: dtypes must be equal.
 
@@ -106,10 +106,10 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
         The tree.
 
     Raises:
-        ValueError: when a leaf is missing, unexpected, or of another shape or dtype (one message lists them all, and
-            nothing is loaded), when a cast would overflow, or when the file is damaged or not a safetensors file.
-        TypeError: when ``like`` has a leaf that is neither an array nor a Python scalar.
-        OSError: when the file cannot be read.
+        ValueError: If a leaf is missing, unexpected, or of another shape or dtype (one message lists them all, and
+            nothing is loaded), when a cast would overflow, or if the file is damaged or not a safetensors file.
+        TypeError: If ``like`` has a leaf that is neither an array nor a Python scalar.
+        OSError: If the file cannot be read.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp
@@ -247,9 +247,9 @@ class Differences(NamedTuple):
     """How the leaves of a file differ from those of a template.
 
     Attributes:
-        lines: one line for each leaf that differs; empty if none does.
-        too_wide: whether one needs 64 bits and x64 is off.
-        castable: whether one is a float of another precision.
+        lines: One line for each leaf that differs; empty if none does.
+        too_wide: Whether one needs 64 bits and x64 is off.
+        castable: Whether one is a float of another precision.
     """
 
     lines: list[str]
@@ -270,13 +270,13 @@ def read_arrays(
     """The arrays of a file; none is read if their header shows that they do not match the template.
 
     Args:
-        take: reads the next bytes of the file, from its beginning.
-        size: how many bytes the file has.
-        wanted: the leaves of the template by name, None to read any.
-        cast: whether floating dtypes may differ.
+        take: Reads the next bytes of the file, from its beginning.
+        size: How many bytes the file has.
+        wanted: The leaves of the template by name, None to read any.
+        cast: Whether floating dtypes may differ.
 
     Raises:
-        ValueError: when the header is damaged, or an array is not what its kind of leaf is stored as.
+        ValueError: If the header is damaged, or an array is not what its kind of leaf is stored as.
     """
     places = read_places(take, size)
     words = _key_words(wanted or {})

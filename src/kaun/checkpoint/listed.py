@@ -14,7 +14,7 @@ class Listed:
 
     Args:
         found: The folders, the newest first.
-        keep: Of how many steps the newest checkpoint is kept.
+        keep: How many steps keep a checkpoint, each its newest one.
 
     Attributes:
         old: The checkpoints that can be removed.

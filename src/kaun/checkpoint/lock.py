@@ -33,11 +33,11 @@ class Lock:
     of that name.
 
     Args:
-        folder: the folder; the lock is a file in it.
+        folder: The folder; the lock is a file in it.
 
     Raises:
-        Locked: when another process, or another run of this process, holds the lock.
-        OSError: when the file cannot be made.
+        Locked: If another process, or another run of this process, holds the lock.
+        OSError: If the file cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -31,10 +31,10 @@ class Manifest(NamedTuple):
     """What a manifest says.
 
     Attributes:
-        step: the run's step.
-        files: the files of the checkpoint, by name.
-        reports: what reports keep and is not an array, by name.
-        facts: by what the run is recognized, by name.
+        step: The run's step.
+        files: The files of the checkpoint, by name.
+        reports: What reports keep and is not an array, by name.
+        facts: By what the run is recognized, by name.
     """
 
     step: int
@@ -47,9 +47,9 @@ def sealed(step: int, files: Mapping[str, FileDigest], text: str) -> bytes:
     """The bytes of a manifest.
 
     Args:
-        step: the run's step.
-        files: the files that were written, by name.
-        text: the entries of ``reports`` and ``facts``, as JSON without the braces around them.
+        step: The run's step.
+        files: The files that were written, by name.
+        text: The entries of ``reports`` and ``facts``, as JSON without the braces around them.
     """
     records = {name: record._asdict() for name, record in files.items()}
     about = strict_json.dumps({"kaun": VERSION, "step": step, "files": records}, "manifest")
@@ -61,8 +61,8 @@ def read(disk: Disk, path: Path, step: int) -> Manifest:
     """Read a manifest, and check that every byte is as it was written.
 
     Raises:
-        ValueError: when a byte differs, or the manifest is of another step.
-        ResumeMismatch: when a newer kaun wrote it.
+        ValueError: If a byte differs, or the manifest is of another step.
+        ResumeMismatch: If a newer kaun wrote it.
     """
     file, size = disk.open(path)
     try:

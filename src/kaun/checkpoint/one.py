@@ -39,10 +39,10 @@ class Saved(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-        step: the run's step.
-        state: the state.
-        reports: arrays and JSON values that reports keep, by name.
-        facts: by what the run is recognized, by name.
+        step: The run's step.
+        state: The state.
+        reports: Arrays and JSON values that reports keep, by name.
+        facts: By what the run is recognized, by name.
     """
 
     step: int
@@ -118,14 +118,14 @@ class Draft:
     """A checkpoint in memory, ready to be written. All arrays are copied, so the arguments may change afterwards.
 
     Args:
-        step: the run's step.
-        state: the state.
-        reports: arrays (which come back as NumPy's), floats, and JSON values, by name.
+        step: The run's step.
+        state: The state.
+        reports: Arrays (which come back as NumPy's), floats, and JSON values, by name.
         facts: JSON values, by name.
 
     Raises:
-        TypeError: for a value that neither JSON nor a safetensors file can hold.
-        ValueError: likewise, and when all that is not an array takes more than 16 MB.
+        TypeError: If neither JSON nor a safetensors file can hold a value.
+        ValueError: If they cannot hold it, or all that is not an array takes more than 16 MB.
     """
 
     def __init__(self, step: int, state: TrainState, reports: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -212,8 +212,8 @@ def verify(disk: Disk, folder: Path, step: int) -> Manifest:
     """Read every byte of a checkpoint, check it, and return the manifest.
 
     Raises:
-        Damaged: when a byte is not as it was written.
-        ResumeMismatch: when a newer version of kaun wrote the checkpoint.
+        Damaged: If a byte is not as it was written.
+        ResumeMismatch: If a newer version of kaun wrote the checkpoint.
     """
     about = _open(disk, folder, step)
     for name, record in about.files.items():
@@ -244,8 +244,8 @@ def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
     """Verify and return a checkpoint in the structure of ``like``; see ``checkpoint.load`` for what a template is.
 
     Raises:
-        Damaged: when a byte is not as it was written; nothing of the checkpoint was used.
-        ResumeMismatch: when the leaves, shapes and dtypes are not those of ``like``; the text is the list of
+        Damaged: If a byte is not as it was written; nothing of the checkpoint was used.
+        ResumeMismatch: If the leaves, shapes and dtypes are not those of ``like``; the text is the list of
             differences.
     """
     wanted, structure = flatten(like)

@@ -88,12 +88,12 @@ class Place(NamedTuple):
     """Where an array of a file is.
 
     Attributes:
-        name: the array's name.
-        dtype: its dtype.
-        shape: its shape.
-        start: where its bytes begin, counted from the end of the header.
-        stop: where they end.
-        kind: what kind of leaf was saved as this array; None for an array.
+        name: The array's name.
+        dtype: Its dtype.
+        shape: Its shape.
+        start: Where its bytes begin, counted from the end of the header.
+        stop: Where they end.
+        kind: What kind of leaf was saved as this array; None for an array.
     """
 
     name: str
@@ -114,8 +114,8 @@ def header(arrays: Mapping[str, np.ndarray[Any, Any]], kinds: Mapping[str, str])
     """All that comes before the arrays' bytes; the same bytes as the format's own library writes.
 
     Args:
-        arrays: the arrays by name.
-        kinds: for each leaf that is not an array, what kind of leaf it is.
+        arrays: The arrays by name.
+        kinds: For each leaf that is not an array, what kind of leaf it is.
     """
     # One entry of metadata: the format's own library writes several in an arbitrary order, and equal trees should give
     # equal files.
@@ -154,7 +154,7 @@ def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray[Any, Any]]:
     """All arrays of an open file by name, each in its own memory.
 
     Raises:
-        ValueError: when the file is damaged or is not a safetensors file; the message says where.
+        ValueError: If the file is damaged or is not a safetensors file; the message says where.
     """
     take, size = taker(file)
     return {place.name: read_array(take, place) for place in read_places(take, size)}
@@ -164,7 +164,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """The object of an index, which names arrays and their files; bounded as a header is.
 
     Raises:
-        ValueError: when it is not a JSON object, or too large.
+        ValueError: If it is not a JSON object, or too large.
     """
     return _object(lambda: strict_json.load(path, LARGEST, _TOKENS), "its text")
 
@@ -173,11 +173,11 @@ def read_places(take: Take, size: int) -> list[Place]:
     """The arrays that a file's header names, in the order of the file; the header must be the first thing read.
 
     Args:
-        take: reads the next bytes of the file.
-        size: how many bytes the file has.
+        take: Reads the next bytes of the file.
+        size: How many bytes the file has.
 
     Raises:
-        ValueError: as ``parse``, and when the header does not fit into the file.
+        ValueError: As ``parse``, and if the header does not fit into the file.
     """
     length = bytearray(min(8, size))
     take(memoryview(length))
@@ -205,11 +205,11 @@ def parse(text: bytes, size: int) -> list[Place]:
     """The arrays that a header names, in the order of the file.
 
     Args:
-        text: the header, without its length in front.
-        size: how many bytes follow it.
+        text: The header, without its length in front.
+        size: How many bytes follow it.
 
     Raises:
-        ValueError: unless the arrays are exactly what follows, one after the other without gaps, each as long as its
+        ValueError: If the arrays are not exactly what follows, one after the other without gaps, each as long as its
             shape and dtype say. Therefore no header can ask for more memory than the file has bytes.
     """
     entries = _loads(text, "its header")

@@ -55,10 +55,10 @@ class Store:
         """Make the folder, lock it, remove what interrupted saves left behind, and check that files can be written.
 
         Raises:
-            FileNotFoundError: for ``resume="must"`` without a checkpoint.
-            FileExistsError: for ``resume="never"`` with one.
-            RuntimeError: when another run uses the directory.
-            OSError: when nothing can be written there; the message says what to do. Where there are checkpoints and
+            FileNotFoundError: If there is no checkpoint under ``resume="must"``.
+            FileExistsError: If there is one under ``resume="never"``.
+            RuntimeError: If another run uses the directory.
+            OSError: If nothing can be written there; the message says what to do. Where there are checkpoints and
                 the disk is read-only, the error is ``read_only``: of a run that is finished they are read.
         """
         disk = disk or Disk()
@@ -86,13 +86,13 @@ class Store:
         one more checkpoint.
 
         Args:
-            like: a state with the structure, shapes and dtypes of those saved.
-            fault: says what is wrong with a state, so that its checkpoint counts as damaged; empty where nothing is.
+            like: A state with the structure, shapes and dtypes of those saved.
+            fault: Says what is wrong with a state, so that its checkpoint counts as damaged; empty where nothing is.
 
         Raises:
-            ResumeMismatch: when the checkpoint has other leaves, shapes or dtypes than ``like``.
-            ValueError: when there are checkpoints and every one is damaged; each is listed.
-            OSError: when a checkpoint of this size does not fit on the disk.
+            ResumeMismatch: If the checkpoint has other leaves, shapes or dtypes than ``like``.
+            ValueError: If there are checkpoints and every one is damaged; each is listed.
+            OSError: If a checkpoint of this size does not fit on the disk.
         """
         self.join()
         if self.read_only is None:
@@ -119,14 +119,14 @@ class Store:
         """Wait for the save before, copy everything from the device, and write it in a thread.
 
         Args:
-            step: the run's step. An earlier checkpoint of the same step is replaced once the new one is on the disk.
-            state: the state.
-            reports: arrays (JAX's come back as NumPy's) and JSON values, by name.
+            step: The run's step. An earlier checkpoint of the same step is replaced once the new one is on the disk.
+            state: The state.
+            reports: Arrays (JAX's come back as NumPy's) and JSON values, by name.
             facts: JSON values, by name.
 
         Raises:
-            OSError: when the save before failed.
-            TypeError: for a value that cannot be stored; nothing is written.
+            OSError: If the save before failed.
+            TypeError: If a value cannot be stored; nothing is written.
         """
         self.join()
         draft = one.Draft(step, state, reports, facts)
@@ -142,7 +142,7 @@ class Store:
         """Wait for the save in progress.
 
         Raises:
-            OSError: when it failed; earlier checkpoints are untouched.
+            OSError: If it failed; earlier checkpoints are untouched.
         """
         self._written.wait()
         warnings, self._warnings = self._warnings, []
@@ -160,7 +160,7 @@ class Store:
         Where the waiting is interrupted (Ctrl-C), the thread releases the directory when it has written.
 
         Raises:
-            OSError: when the save failed.
+            OSError: If the save failed.
         """
         try:
             self.join()
@@ -218,7 +218,7 @@ class Store:
         except OSError as err:
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            # Somebody put a folder of that name there after it was listed.
+            # Another program put a folder of that name there after the directory was listed.
             self._listed = Listed(scan(self._disk, path), keep)
             found = self._listed.next(path, step)
             self._disk.rename(temporary, found.path)
@@ -230,7 +230,7 @@ class Store:
         while old:
             # Renamed first: a checkpoint that is removed in part would look like a damaged one.
             away = self._directory.path / f".kaun-{secrets.token_hex(8)}.tmp"
-            with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+            with contextlib.suppress(FileNotFoundError):  # another program removed it
                 self._disk.rename(old[0].path, away)
                 _remove(self._disk, away)
             old.pop(0)

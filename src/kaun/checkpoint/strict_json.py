@@ -35,11 +35,11 @@ def dumps(value: Any, name: str) -> str:
     Args:
         value: None, bool, int below 2**256, finite float, str; dicts with str keys and lists of these, at
             most 60 levels deep.
-        name: what errors call the value.
+        name: What errors call the value.
 
     Raises:
-        TypeError: for any other type, which would come back as another one (a tuple as a list, for example).
-        ValueError: for a number that is not finite or is too large, and for more than 60 levels of containers.
+        TypeError: If a value is of any other type, which would come back as another one (a tuple as a list).
+        ValueError: If a number is not finite or is too large, or there are more than 60 levels of containers.
     """
     _check(value, name, 0)
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
@@ -78,13 +78,13 @@ def loads(raw: bytes, largest: int = LARGEST, most: int | None = None) -> Any:
     """The value of a JSON text from a source that is not trusted.
 
     Args:
-        raw: the text.
-        largest: how many bytes it may have.
-        most: how many strings and brackets, None for any number; each takes up to 100 bytes of memory.
+        raw: The text.
+        largest: How many bytes it may have.
+        most: How many strings and brackets, None for any number; each takes up to 100 bytes of memory.
 
     Raises:
-        ValueError: for anything but one JSON value within these limits and of at most 64 levels of containers, without
-            duplicate keys, and with finite numbers only.
+        ValueError: If the text is not one JSON value within these limits and of at most 64 levels of containers,
+            without duplicate keys, and with finite numbers only.
     """
     if len(raw) > largest:
         raise TooLarge(f"JSON of {len(raw)} bytes, and at most {largest} are read")

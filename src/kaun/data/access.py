@@ -24,9 +24,9 @@ def chunks_of(data: Iterable[Any], iterator: Iterator[Any], limit: Limit) -> Ite
     """The items of ``data`` as ``fit`` takes them: several at a time where a pipeline can, else one by one.
 
     Args:
-        data: what ``fit`` was given.
-        iterator: an iterator over it.
-        limit: how many items the next chunk may hold, see ``chunks.Limit``.
+        data: What ``fit`` was given.
+        iterator: An iterator over it.
+        limit: How many items the next chunk may hold, see ``chunks.Limit``.
     """
     node = _node(data)
     return one_by_one(iterator) if node is None or node.chunks is None else node.chunks(None, 0, limit)
@@ -51,12 +51,12 @@ def over_loader(
     """The items of a pipeline after the first ``n``, taken from a loader.
 
     Args:
-        data: the pipeline.
-        resume: how it is opened again.
-        loader: its loader.
-        n: how many items were taken.
-        check: called with the last of them, where it is made again.
-        positioned: whether the loader is where it was after them. Otherwise they are taken again.
+        data: The pipeline.
+        resume: How it is opened again.
+        loader: Its loader.
+        n: How many items were taken.
+        check: Called with the last of them, where it is made again.
+        positioned: Whether the loader is where it was after them. Otherwise they are taken again.
     """
     node = resume.node(loader, n if positioned else 0)
     start = resume.start(loader, n if positioned else 0)

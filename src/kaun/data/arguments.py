@@ -19,8 +19,8 @@ def checked_count(where: str, name: str, value: Any, least: int) -> int:
     """A count as an int of at least ``least``.
 
     Raises:
-        TypeError: when it is not an int.
-        ValueError: when it is too small.
+        TypeError: If it is not an int.
+        ValueError: If it is too small.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -37,7 +37,7 @@ def checked_sequence(where: str, items: Any) -> Any:
     """A sequence, of which a list is copied.
 
     Raises:
-        TypeError: when it has no length or no items by index, or is a Series or DataFrame of pandas.
+        TypeError: If it has no length or no items by index, or is a Series or DataFrame of pandas.
     """
     _refuse_frame(where, items)
     held: Any = tuple(cast("list[Any]", items)) if isinstance(items, list) else items
@@ -53,8 +53,8 @@ def checked_batch_size(where: str, value: Any) -> int:
     """The number of rows of a batch.
 
     Raises:
-        TypeError: when it is not an int, for example one of the arrays.
-        ValueError: when it is below 1.
+        TypeError: If it is not an int, for example one of the arrays.
+        ValueError: If it is below 1.
     """
     if getattr(value, "ndim", 0) > 0:
         raise TypeError(
@@ -68,7 +68,7 @@ def checked_loader(where: str, source: Any) -> Any:
     """A loader, or a function that makes one.
 
     Raises:
-        TypeError: when it is neither iterable nor callable, or is a Series or DataFrame of pandas.
+        TypeError: If it is neither iterable nor callable, or is a Series or DataFrame of pandas.
     """
     _refuse_frame(where, source)
     if isinstance(source, Mapping) or not (hasattr(source, "__iter__") or callable(source)):
@@ -99,7 +99,7 @@ def function_text(where: str, f: Any) -> str:
     """The name, file and line of a function.
 
     Raises:
-        TypeError: when it is not callable.
+        TypeError: If it is not callable.
     """
     if not callable(f):
         raise TypeError(f"{where} expected a function, received {f!r}. Pass the function itself, {where}(f), not f(x).")

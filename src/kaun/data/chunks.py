@@ -43,9 +43,9 @@ class Chunk(NamedTuple):
     """Consecutive items that differ, if at all, in the contents of some arrays.
 
     Attributes:
-        item: the first of them.
-        n: how many they are.
-        rows: for each array of the first item that differs in the others, by its id, the rows of all of them.
+        item: The first of them.
+        n: How many they are.
+        rows: For each array of the first item that differs in the others, by its id, the rows of all of them.
     """
 
     item: Any
@@ -57,9 +57,9 @@ class RowGather:
     """The rows of an array that make up the batches of a chunk.
 
     Args:
-        array: a NumPy or JAX array.
-        index: which rows of the array, those of one batch after those of the other: an index array or a slice.
-        size: rows of a batch.
+        array: A NumPy or JAX array.
+        index: Which rows of the array, those of one batch after those of the other: an index array or a slice.
+        size: Rows of a batch.
     """
 
     def __init__(self, array: Any, index: Any, size: int) -> None:
@@ -141,11 +141,11 @@ def row_chunks(
     """The batches of arrays in memory.
 
     Args:
-        arrays: the leaves of the tree whose rows ``take`` gives.
-        take: the tree of the rows at an index.
-        order: the order of the rows in a pass, None for their own.
-        size: rows of a batch; a last one that is smaller comes alone.
-        length: batches of a pass.
+        arrays: The leaves of the tree whose rows ``take`` gives.
+        take: The tree of the rows at an index.
+        order: The order of the rows in a pass, None for their own.
+        size: Rows of a batch; a last one that is smaller comes alone.
+        length: Batches of a pass.
     """
     n = len(arrays[0])
     # Rows are found again by the identity of the first item's arrays, and those on explicit axes are replaced by fit.

@@ -18,16 +18,16 @@ class ArrayRows:
     """The rows of a tree of arrays of one length along axis 0.
 
     Args:
-        where: the method of Data, for messages.
+        where: The method of Data, for messages.
         arrays: NumPy or JAX arrays, or any pytree of them.
 
     Attributes:
-        leaves: the arrays.
-        length: how many rows each has.
+        leaves: The arrays.
+        length: How many rows each has.
 
     Raises:
-        TypeError: when a leaf is not an array.
-        ValueError: when lengths differ, an array is a scalar, or there is none.
+        TypeError: If a leaf is not an array.
+        ValueError: If lengths differ, an array is a scalar, or there is none.
     """
 
     def __init__(self, where: str, arrays: Any) -> None:

@@ -29,7 +29,7 @@ def as_arrays(value: Any) -> Any:
     and dataclasses, registered as a pytree or not, are searched for tensors.
 
     Raises:
-        TypeError: for a tensor that is not dense.
+        TypeError: If a tensor is not dense.
     """
     convert = _HANDLERS.get(type(value), _handler)
     if convert is _handler:

@@ -20,9 +20,9 @@ class Item(NamedTuple):
     """An item of the data of ``fit``.
 
     Attributes:
-        x: the model's input, an array or any pytree of arrays.
-        loss: a function of the model's output.
-        ctx: the item's own Context, or None.
+        x: The model's input, an array or any pytree of arrays.
+        loss: A function of the model's output.
+        ctx: The item's own Context, or None.
     """
 
     x: Any
@@ -39,7 +39,7 @@ class Item(NamedTuple):
         """The parts of an item that ``fit`` takes at ``step``.
 
         Raises:
-            TypeError: when it is not ``(x, loss)`` or ``(x, loss, Context)``.
+            TypeError: If it is not ``(x, loss)`` or ``(x, loss, Context)``.
         """
         # The test of is_training_item once more, because this runs for each step and a call costs 0.1 us.
         if isinstance(item, (tuple, list)) and len(item) in (2, 3) and callable(item[1]):
@@ -56,9 +56,9 @@ class LabelledItem(NamedTuple):
     """An item of the data of ``evaluate``.
 
     Attributes:
-        x: the model's input, an array or any pytree of arrays.
-        y: the targets, likewise.
-        ctx: the item's own Context, or None.
+        x: The model's input, an array or any pytree of arrays.
+        y: The targets, likewise.
+        ctx: The item's own Context, or None.
     """
 
     x: Any
@@ -70,7 +70,7 @@ class LabelledItem(NamedTuple):
         """The parts of an item that ``evaluate`` takes as the ``number``-th.
 
         Raises:
-            TypeError: when it is not ``(x, y)`` or ``(x, y, Context)``.
+            TypeError: If it is not ``(x, y)`` or ``(x, y, Context)``.
         """
         if isinstance(item, (tuple, list)) and len(item) in (2, 3) and not callable(item[1]):
             ctx = item[2] if len(item) == 3 else None
@@ -88,7 +88,7 @@ class LabelledItem(NamedTuple):
 
 
 def loss_attacher(f: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
-    """The function of an item that attaches a loss to it: of a loss of kaun's that which gives its ``Mean``."""
+    """The function that attaches a loss to an item. For a loss of kaun it attaches the ``parts`` of that loss."""
     return functools.partial(_attach_loss, parts_of(f))
 
 
@@ -96,7 +96,7 @@ def _attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
     """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in place of y.
 
     Raises:
-        TypeError: when it is neither, or has its loss already.
+        TypeError: If it is neither, or has its loss already.
     """
     if not (isinstance(item, (tuple, list)) and len(item) in (2, 3)):
         raise TypeError(
@@ -145,7 +145,7 @@ def check_loss(loss: Any) -> Loss:
     """The loss given to ``step``.
 
     Raises:
-        TypeError: when it is not callable.
+        TypeError: If it is not callable.
     """
     if not callable(loss):
         raise TypeError(
@@ -159,7 +159,7 @@ def check_context(ctx: Any) -> Context | None:
     """The context given to a method of a trainer.
 
     Raises:
-        TypeError: when it is neither a Context nor None.
+        TypeError: If it is neither a Context nor None.
     """
     if ctx is not None and not isinstance(ctx, Context):
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")

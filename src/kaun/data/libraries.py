@@ -25,7 +25,7 @@ def refuse_forks(loader: Any, stage: str) -> None:
     """Refuse a PyTorch loader that would fork its workers from this process, in which JAX runs threads.
 
     Raises:
-        RuntimeError: with the other ways to start them.
+        RuntimeError: If it would; the message lists the other ways to start them.
     """
     if not is_of("torch.utils.data", "DataLoader", loader) or not loader.num_workers:
         return

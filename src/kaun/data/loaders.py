@@ -29,12 +29,12 @@ def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
     """An iterator over the data, closed at the end if it was made here.
 
     Args:
-        data: what the user gave.
-        expected: the message where it cannot be iterated.
+        data: What the user gave.
+        expected: The message where it cannot be iterated.
 
     Raises:
-        TypeError: when it cannot be iterated.
-        RuntimeError: when it would fork its workers.
+        TypeError: If it cannot be iterated.
+        RuntimeError: If it would fork its workers.
     """
     libraries.refuse_forks(data, f"data ({type(data).__name__})")
     try:
@@ -53,8 +53,8 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
     """The ``open`` of a node over a loader, or over a function that makes one.
 
     Args:
-        source: the loader or function.
-        stage: the stage as the pipeline prints it, for messages.
+        source: The loader or function.
+        stage: The stage as the pipeline prints it, for messages.
     """
     once = [source] if hasattr(source, "__next__") else None
     had_items = False

@@ -38,13 +38,13 @@ class Node(NamedTuple):
 
     Attributes:
         open: ``open(epoch, start)`` iterates one pass from its item ``start`` on.
-        length: the number of items of a pass, None if it is not known.
-        seekable: whether ``start`` costs nothing and ``length`` is exact (what a loader says of its length may be
+        length: The number of items of a pass, None if it is not known.
+        seekable: Whether ``start`` costs nothing and ``length`` is exact (what a loader says of its length may be
             wrong).
         by_index: ``by_index(epoch)`` is the function from index to item that a shuffle needs, None for a stream.
-        chunks: iterates a pass several items at a time, see ``chunks.Chunks``; None if that gains nothing.
-        resume: how the stage is opened again from a position of its loader, None if that is not known.
-        takes_first: whether ``open`` has a third argument, a function that it calls with its first item.
+        chunks: Iterates a pass several items at a time, see ``chunks.Chunks``; None if that gains nothing.
+        resume: How the stage is opened again from a position of its loader, None if that is not known.
+        takes_first: Whether ``open`` has a third argument, a function that it calls with its first item.
     """
 
     open: Callable[..., Iterator[Any]]
@@ -63,7 +63,7 @@ class Resume(NamedTuple):
         node: ``node(loader, n)`` is the stage over a loader that is where it was after ``n`` items of the stage, in its
             pass number ``loader.passes``.
         start: ``start(loader, n)`` is where that node has to be opened: the items of the pass before that position.
-        whole_passes: whether each pass of the stage is a whole pass of the loader.
+        whole_passes: Whether each pass of the stage is a whole pass of the loader.
     """
 
     node: Callable[[ResumableLoader, int], Node]
@@ -75,9 +75,9 @@ class StageSpec(NamedTuple):
     """One stage as the user wrote it.
 
     Attributes:
-        text: as the pipeline prints it.
-        given: its parameters by name; arrays, functions and keys as they are.
-        length: the number of items of a pass after it, None if it is not known.
+        text: As the pipeline prints it.
+        given: Its parameters by name; arrays, functions and keys as they are.
+        length: The number of items of a pass after it, None if it is not known.
     """
 
     text: str
@@ -120,10 +120,10 @@ def batches_node(rows: ArrayRows, size: int, drop_last: bool, order: Callable[[i
     """The batches of arrays in memory.
 
     Args:
-        rows: the arrays.
-        size: rows of a batch.
-        drop_last: whether a last batch that is smaller is left out.
-        order: the order of the rows in a pass, None for their own.
+        rows: The arrays.
+        size: Rows of a batch.
+        drop_last: Whether a last batch that is smaller is left out.
+        order: The order of the rows in a pass, None for their own.
     """
     length = group_count(rows.length, size, drop_last)
 
@@ -150,10 +150,10 @@ def map_node(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: b
     """The items ``f(item)``.
 
     Args:
-        base: the stage before.
-        f: the function.
-        stage: the stage as the pipeline prints it, for messages.
-        keeps_arrays: whether ``f`` reads no array of an item, and passes all of them on.
+        base: The stage before.
+        f: The function.
+        stage: The stage as the pipeline prints it, for messages.
+        keeps_arrays: Whether ``f`` reads no array of an item, and passes all of them on.
     """
     call = noting_where(f, stage)
 
@@ -236,9 +236,9 @@ def epochs_node(base: Node, count: int, at: tuple[int, int, int] = (0, 0, 0)) ->
     """``count`` passes, one after the other.
 
     Args:
-        base: the stage before.
-        count: how many passes there are.
-        at: where a loader that is resumed is: its pass, the items of ``base`` before it in that pass, and all items
+        base: The stage before.
+        count: How many passes there are.
+        at: Where a loader that is resumed is: its pass, the items of ``base`` before it in that pass, and all items
             before it.
     """
     length = base.length
@@ -319,9 +319,9 @@ def _resume_of(base: Node, wrap: Callable[[Node], Node], *, size: int = 1, whole
     """The ``resume`` of a stage.
 
     Args:
-        base: the stage before.
-        wrap: the stage over another ``base``.
-        size: how many items of ``base`` make one of the stage.
+        base: The stage before.
+        wrap: The stage over another ``base``.
+        size: How many items of ``base`` make one of the stage.
         whole_passes: False where the stage ends before a pass of ``base`` does.
     """
     if base.resume is None:

@@ -44,8 +44,8 @@ class _NewestPass:
     """The first item of the random pass that was opened last, for ``Trainer.step`` to look for.
 
     Attributes:
-        loss: a weak reference to the loss of that item, None where there is none or it is gone.
-        stages: those of the pipeline.
+        loss: A weak reference to the loss of that item, None where there is none or it is gone.
+        stages: Those of the pipeline.
     """
 
     def __init__(self) -> None:

@@ -28,8 +28,8 @@ class Data(Generic[T]):
     keys of ``random_map``. An exception of such a function is not changed; a note on it names the stage and the item.
 
     Raises:
-        TypeError: when called (use a class method), and by every method for a count that is not an int.
-        ValueError: by every method for a count below 0, or below 1 where that makes no sense.
+        TypeError: If ``Data`` is called (use a class method), or a count that a method receives is not an int.
+        ValueError: If a count that a method receives is below 0, or below 1 where 0 has no meaning.
 
     Examples:
         >>> from kaun import Data
@@ -53,7 +53,7 @@ class Data(Generic[T]):
         """The items of a sequence, read by index. A list is copied; any other sequence is used as it is.
 
         Raises:
-            TypeError: when it has no length or no items by index, or is a Series or DataFrame of pandas.
+            TypeError: If it has no length or no items by index, or is a Series or DataFrame of pandas.
 
         Examples:
             >>> list(Data.from_items("abc").skip(1))
@@ -74,7 +74,7 @@ class Data(Generic[T]):
                 one-dimensional ones scalars. JAX arrays stay on their device.
 
         Raises:
-            TypeError, ValueError: as ``batches``.
+            TypeError, ValueError: As ``batches``.
 
         Examples:
             >>> import numpy as np
@@ -93,7 +93,7 @@ class Data(Generic[T]):
         """The items ``f(0)`` to ``f(n - 1)``, each computed when it is pulled.
 
         Raises:
-            TypeError: when ``f`` is not callable.
+            TypeError: If ``f`` is not callable.
 
         Examples:
             >>> list(Data.from_fn(4, lambda i: i * i))
@@ -122,8 +122,8 @@ class Data(Generic[T]):
         says. An iterator, for example a generator, can be iterated once.
 
         Raises:
-            TypeError: when it is neither iterable nor callable, or is a Series or DataFrame of pandas.
-            RuntimeError: in iteration, when an iterator is exhausted.
+            TypeError: If it is neither iterable nor callable, or is a Series or DataFrame of pandas.
+            RuntimeError: If, in iteration, an iterator is exhausted.
 
         Examples:
             >>> data = Data.from_iterable(lambda: (x * x for x in range(4)))
@@ -146,14 +146,14 @@ class Data(Generic[T]):
 
         Args:
             arrays: NumPy or JAX arrays of one length along axis 0, in any tree: a tuple, a dict, a single array.
-            batch_size: the rows of a batch; the last one has what remains.
-            shuffle: whether rows come in a random order, another one in each epoch, as with ``Data.shuffle``. Default
+            batch_size: The rows of a batch; the last one has what remains.
+            shuffle: Whether rows come in a random order, another one in each epoch, as with ``Data.shuffle``. Default
                 False. Draws one key from the RNG scope when called.
-            drop_last: whether a last batch that is not full is left out. Default False.
+            drop_last: Whether a last batch that is not full is left out. Default False.
 
         Raises:
-            TypeError: when a leaf is not an array.
-            ValueError: when lengths differ, an array is a scalar, or there is none.
+            TypeError: If a leaf is not an array.
+            ValueError: If lengths differ, an array is a scalar, or there is none.
 
         Examples:
             >>> import numpy as np
@@ -176,8 +176,8 @@ class Data(Generic[T]):
         Python numbers take NumPy's dtypes (int64, float64), which JAX canonicalizes later. JAX arrays are fetched.
 
         Raises:
-            ValueError: when there are no items, or they differ in structure, in a shape or in a dtype.
-            TypeError: when a leaf is neither a number nor an array of numbers.
+            ValueError: If there are no items, or they differ in structure, in a shape or in a dtype.
+            TypeError: If a leaf is neither a number nor an array of numbers.
 
         Examples:
             >>> Data.stack([{"x": 1.0, "y": 0}, {"x": 2.0, "y": 1}])
@@ -189,7 +189,7 @@ class Data(Generic[T]):
         """The items ``f(item)``: ``f`` is called once for each item, in order.
 
         Raises:
-            TypeError: when ``f`` is not callable.
+            TypeError: If ``f`` is not callable.
 
         Examples:
             >>> list(Data.from_items([1, 2]).map(lambda x: -x))
@@ -202,15 +202,15 @@ class Data(Generic[T]):
         """The items ``f(key, item)``, each with its own random key: the way to augment data.
 
         The key of item ``i`` of pass ``e`` is ``fold_in(fold_in(k, e), i)``, for a key ``k`` drawn from the RNG scope
-        here. Another iteration, process or resumed run gives the same items, and each pass other ones.
+        here. Another iteration, process or resumed run gives the same items; each pass gives other items.
 
         Args:
-            f: a function of a typed JAX key of shape () and an item, a row before ``batch`` and a batch after it. In
+            f: A function of a typed JAX key of shape () and an item, a row before ``batch`` and a batch after it. In
                 NumPy draw from ``np.random.default_rng(np.asarray(jax.random.key_data(key)))``.
 
         Raises:
-            TypeError: when ``f`` is not callable.
-            RuntimeError: inside compiled code.
+            TypeError: If ``f`` is not callable.
+            RuntimeError: If it is called inside compiled code.
 
         Examples:
             >>> import jax
@@ -228,7 +228,7 @@ class Data(Generic[T]):
         """Each ``n`` consecutive items collated by ``Data.stack``; the last group may be smaller, or is dropped.
 
         Raises:
-            TypeError, ValueError: in iteration, as ``Data.stack``.
+            TypeError, ValueError: In iteration, as ``Data.stack``.
 
         Examples:
             >>> [b.tolist() for b in Data.from_items([1, 2, 3, 4, 5]).batch(2)]
@@ -243,7 +243,7 @@ class Data(Generic[T]):
         """The items ``f([...])`` of each list of ``n`` consecutive items; the last may be shorter, or is dropped.
 
         Raises:
-            TypeError: when ``f`` is not callable.
+            TypeError: If ``f`` is not callable.
 
         Examples:
             >>> list(Data.from_items([1, 2, 3, 4, 5]).map_batch(2, sum, drop_last=True))
@@ -257,11 +257,11 @@ class Data(Generic[T]):
         """The items that ``fit`` takes: ``(x, y)`` become ``(x, output -> f(output, y))``, ``(x, y, ctx)`` keep ctx.
 
         Args:
-            f: the loss, ``f(output, y)``. Of ``losses.mse`` and the like, also by ``functools.partial``, ``f.parts`` is
-                used, which gives a ``losses.Mean``.
+            f: The loss, ``f(output, y)``. For a loss of ``kaun.losses``, also in a ``functools.partial``, its ``parts``
+                are used, which give a ``losses.Mean``.
 
         Raises:
-            TypeError: when ``f`` is not callable; in iteration, when an item is neither such a pair nor such a triple.
+            TypeError: If ``f`` is not callable; in iteration, if an item is neither such a pair nor such a triple.
 
         Examples:
             >>> data = Data.from_items([(1.0, 3.0)]).with_loss(lambda output, y: abs(output - y))
@@ -279,8 +279,8 @@ class Data(Generic[T]):
         function of key and pass, the same on every machine. Without ``epochs`` it is pass 0, the same each time.
 
         Raises:
-            TypeError: when the items have no index, after ``from_iterable`` or ``prefetch``.
-            RuntimeError: inside compiled code.
+            TypeError: If the items have no index, after ``from_iterable`` or ``prefetch``.
+            RuntimeError: If it is called inside compiled code.
 
         Examples:
             >>> from kaun import rng
@@ -299,7 +299,7 @@ class Data(Generic[T]):
         """The items of ``n`` passes, one after the other: ``epoch(0)``, ``epoch(1)``, ... Each shuffle reshuffles.
 
         Applied twice it continues counting: ``data.epochs(2).epochs(3)`` is passes 0 to 5. Before pass ``e`` of a
-        loader ``set_epoch(e)`` is called, of the loader, its sampler or its data set.
+        loader, ``set_epoch(e)`` of the loader, its sampler or its data set is called.
 
         Examples:
             >>> list(Data.from_items([1, 2]).epochs(3))

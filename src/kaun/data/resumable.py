@@ -20,8 +20,8 @@ __all__ = ["SKIPPED", "Check", "ResumableLoader", "after_skipped"]
 Check = Callable[[int, Any, bool], bool]
 """``check(count, item, final)``: whether the last item that a run had taken is the same when it is made again.
 
-``count`` is how many items there are up to it; where there are fewer, it is None. Raises where ``final`` is True and it
-is another one.
+``count`` is the number of items up to it; ``item`` is None where there are fewer. It raises where ``final`` is True and
+the item is another one.
 """
 
 _LONGEST_STATE = 1 << 20
@@ -40,24 +40,24 @@ class ResumableLoader:
     """A loader, or a function that makes one, of which one run knows its position.
 
     An iterator with ``get_state()`` and ``set_state(state)`` (grain), or a loader with ``state_dict()`` and
-    ``load_state_dict(state)`` (torchdata, streams of Hugging Face), is set to a known position at once. Of any other
-    ``n`` items are taken first; a map-style ``DataLoader`` of PyTorch gives them without reading their rows.
+    ``load_state_dict(state)`` (torchdata, streams of Hugging Face), is set to a known position at once. From any
+    other ``n`` items are taken first; a map-style ``DataLoader`` of PyTorch gives them without reading their rows.
 
     Args:
-        source: the loader or function.
-        position: what ``position()`` of another one returned.
-        n: how many items were taken, where no position is known.
-        check: called with the ``n``-th item when it is made again.
+        source: The loader or function.
+        position: What ``position()`` of another one returned.
+        n: How many items were taken, where no position is known.
+        check: Called with the ``n``-th item when it is made again.
 
     Attributes:
-        source: the loader or function.
-        passes: the number of the current pass, counted from 0.
-        taken: how many items of that pass were taken.
-        skipping: whether the items that are taken now are only counted.
-        unread: whether some of them were not even read.
+        source: The loader or function.
+        passes: The number of the current pass, counted from 0.
+        taken: How many items of that pass were taken.
+        skipping: Whether the items that are taken now are only counted.
+        unread: Whether some of them were not even read.
 
     Raises:
-        ValueError: for a position that ``position()`` cannot have returned.
+        ValueError: If ``position()`` cannot have returned the position.
     """
 
     source: Any
@@ -177,10 +177,10 @@ def after_skipped(
     """The items after the first ``n``, which are taken again.
 
     Args:
-        open: iterates all items.
-        n: how many were taken before, at least 1.
-        loader: the loader under them, whose items before the ``n``-th are only counted.
-        check: called with the last of them, see ``Check``.
+        open: Iterates all items.
+        n: How many were taken before, at least 1.
+        loader: The loader under them, whose items before the ``n``-th are only counted.
+        check: Called with the last of them, see ``Check``.
     """
     items = open()
     count, last = _skipped(items, n, loader)

@@ -18,10 +18,10 @@ def draw_key(where: str) -> jax.Array:
     """A key for a pipeline, drawn from the RNG scope.
 
     Args:
-        where: the method of Data, for messages.
+        where: The method of Data, for messages.
 
     Raises:
-        RuntimeError: inside compiled code.
+        RuntimeError: If it is called inside compiled code.
     """
     key = rng.next_key()
     if is_traced(key):
@@ -46,14 +46,14 @@ class Orders:
     """The order of ``n`` items in each pass, a function of a key and the pass. The key is drawn from the RNG scope.
 
     Args:
-        where: the method of Data, for messages.
-        n: how many items there are.
+        where: The method of Data, for messages.
+        n: How many items there are.
 
     Attributes:
-        key: the key.
+        key: The key.
 
     Raises:
-        RuntimeError: inside compiled code.
+        RuntimeError: If it is called inside compiled code.
     """
 
     def __init__(self, where: str, n: int) -> None:

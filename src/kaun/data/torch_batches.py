@@ -17,10 +17,10 @@ class SkippedBatches:
     the sampler. So the rest of this pass, and all later ones, are those of a pass that was read.
 
     Args:
-        loader: the loader.
+        loader: The loader.
 
     Attributes:
-        indices: iterates the indices of each batch.
+        indices: Iterates the indices of each batch.
     """
 
     indices: Iterator[Any]

@@ -25,13 +25,13 @@ def export_model(
 
     Args:
         forward: ``forward(carry, key, x, ctx) -> output``.
-        state: its weights become constants of the program.
-        x: an input, as arrays or as their shapes and dtypes.
-        ctx: a context, as arrays or as their shapes and dtypes; None for a program without one.
-        platforms: where the program can run, None for the platform of this process.
+        state: Its weights become constants of the program.
+        x: An input, as arrays or as their shapes and dtypes.
+        ctx: A context, as arrays or as their shapes and dtypes; None for a program without one.
+        platforms: Where the program can run, None for the platform of this process.
 
     Raises:
-        ValueError: when the model needs a batch of a known length.
+        ValueError: If the model needs a batch of a known length.
     """
     from jax import export  # imported here because it takes time and most programs do not need it
 

@@ -25,10 +25,10 @@ def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Con
     """The metrics over all items of ``data``, by name; see ``Trainer.evaluate``.
 
     Args:
-        run: runs the compiled program for its inputs, and does not wait for it.
-        data: items ``(x, y)`` or ``(x, y, Context)``.
-        metrics: functions of predictions and targets, by name.
-        ctx: the context of all items; an item's own context overrides its names.
+        run: Runs the compiled program for its inputs, and does not wait for it.
+        data: Items ``(x, y)`` or ``(x, y, Context)``.
+        metrics: Functions of predictions and targets, by name.
+        ctx: The context of all items; an item's own context overrides its names.
     """
     metrics = check_metrics("evaluate", metrics)
     totals = MetricTotals(metrics)
@@ -53,9 +53,9 @@ def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | No
     """The outputs for all items of ``data``, concatenated along axis 0; see ``Trainer.predict``.
 
     Args:
-        run: runs the compiled program for its inputs, and does not wait for it.
-        data: the model's inputs.
-        ctx: the context of all items.
+        run: Runs the compiled program for its inputs, and does not wait for it.
+        data: The model's inputs.
+        ctx: The context of all items.
     """
     outputs = _Outputs(known_length(data))
 
@@ -94,7 +94,7 @@ class _Outputs:
     """The outputs of a model for all items, concatenated along axis 0 on the host.
 
     Args:
-        length: how many items there are, None if that is unknown.
+        length: How many items there are, None if that is unknown.
     """
 
     def __init__(self, length: int | None) -> None:

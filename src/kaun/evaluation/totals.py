@@ -14,7 +14,7 @@ import numpy as np
 
 from kaun import losses, tree
 from kaun._engine import Packing
-from kaun.metrics import Counted, Counts, Mean, MetricSums, Part, Ratio, result_of
+from kaun.metrics import BatchMean, Counted, Counts, MetricSums, Part, Ratio, result_of
 
 __all__ = ["Metric", "MetricTotals", "PackedMetrics", "check_metrics", "part_of", "with_counts"]
 
@@ -26,8 +26,8 @@ def check_metrics(where: str, metrics: Any) -> dict[str, Metric]:
     """The metrics by name, sorted by name.
 
     Raises:
-        TypeError: when they are not a mapping from strings to functions.
-        ValueError: when there are none.
+        TypeError: If they are not a mapping from strings to functions.
+        ValueError: If there are none.
     """
     if not isinstance(metrics, Mapping):
         raise TypeError(
@@ -62,8 +62,8 @@ def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Part:
     """What a metric returned for a batch, in a form that adds up over batches.
 
     Raises:
-        TypeError: when the value is not a real scalar or a pair of them, or, of counts, not a pytree of real numbers.
-        ValueError: when the value is a mean, and the number of examples is unknown.
+        TypeError: If the value is not a real scalar or a pair of them, or, of counts, not a pytree of real numbers.
+        ValueError: If the value is a mean, and the number of examples is unknown.
     """
     if isinstance(value, Counts):
         for path, leaf in tree.flatten(value.sums)[0].items():
@@ -86,7 +86,7 @@ def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Part:
             else ("Return one JAX scalar.")
         )
         raise TypeError(f"{where} must return a real scalar or a pair (sum, count) of them, received {received}. {fix}")
-    return Mean(value, _examples(where, predictions, targets))
+    return BatchMean(value, _examples(where, predictions, targets))
 
 
 def _examples(where: str, predictions: Any, targets: Any) -> int:
@@ -110,8 +110,8 @@ class PackedMetrics:
     """The parts of one batch by name, in one vector for each dtype: reading from the device costs by the array.
 
     Attributes:
-        form: the layout of the parts in the vectors, and their pytree structure.
-        vectors: the vectors.
+        form: The layout of the parts in the vectors, and their pytree structure.
+        vectors: The vectors.
     """
 
     __slots__ = ("form", "vectors")

@@ -17,16 +17,16 @@ def trace_metrics(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any,
     """The metrics of a model's output for one batch, by name, as parts that add up over batches.
 
     Args:
-        key: the static key of a dict of metrics, as ``snapshot_loss`` captured them.
-        arrays: the arrays that the metrics capture, traced.
-        draw: the random key of each metric's RNG scope.
-        output: the model's output, any pytree.
-        targets: the targets, any pytree.
+        key: The static key of a dict of metrics, as ``snapshot_loss`` captured them.
+        arrays: The arrays that the metrics capture, traced.
+        draw: The random key of each metric's RNG scope.
+        output: The model's output, any pytree.
+        targets: The targets, any pytree.
 
     Raises:
-        CaptureError: when a metric reads an array that it was not given, or writes to something that it captures.
-        TypeError: when a metric returns something else than real scalars, pairs or counts.
-        ValueError: when a metric returns a mean, and the number of examples is unknown.
+        CaptureError: If a metric reads an array that it was not given, or writes to something that it captures.
+        TypeError: If a metric returns something else than real scalars, pairs or counts.
+        ValueError: If a metric returns a mean, and the number of examples is unknown.
     """
     found: dict[str, Any] = {}
     for name, inner, own in parts(key, arrays):

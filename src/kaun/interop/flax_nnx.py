@@ -48,7 +48,7 @@ def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
     Raises:
         ImportError: If flax is not installed.
         TypeError: If ``module`` is not an NNX module, or cannot be called.
-        ValueError: When applied, if the call adds or removes variables, applies dropout in evaluation mode, or changes
+        ValueError: If, when applied, the call adds or removes variables, applies dropout in evaluation mode, or changes
             the state of a frozen submodule.
 
     Examples:

@@ -44,7 +44,7 @@ class FrozenParts:
 def run_in_evaluation(
     module: Any, method: Callable[..., Any], call: Callable[..., Any], /, *args: Any, **words: Any
 ) -> Any:
-    """Return ``call(*args, **words)`` with each switch of the mode, arguments and the module's fields, at evaluation.
+    """Return ``call(*args, **words)`` with each switch of the mode, argument or field, set to evaluation.
 
     Args:
         module: The module whose method is called.

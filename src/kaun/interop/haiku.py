@@ -41,7 +41,7 @@ def haiku(transformed: Any, sample: Any, *, ctx: Context | None = None) -> Layer
         ImportError: If dm-haiku is not installed.
         TypeError: If ``transformed`` is not a transformed function.
         MissingContext: If the function needs a name that the Context does not have.
-        ValueError: When applied, if the function changes the structure of its state, or the state of a frozen module.
+        ValueError: If, when applied, the function changes the structure of its state, or the state of a frozen module.
 
     Examples:
         >>> import haiku as hk, jax, jax.numpy as jnp

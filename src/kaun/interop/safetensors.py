@@ -44,7 +44,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
 
     Raises:
         ValueError: If a file is damaged or not a safetensors file, has a dtype that JAX does not have, or an index and
-            its files do not agree; and for a header or an index of more than 32 MB or 250,000 arrays.
+            its files do not agree, or a header or an index has more than 32 MB or 250,000 arrays.
         FileNotFoundError: If there is no such file, or the folder has no weights (the message lists its files).
         TypeError: If ``path`` is not a path.
 

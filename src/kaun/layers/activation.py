@@ -19,7 +19,7 @@ def relu() -> Layer[Float, Float]:
     """Make the layer ``max(x, 0)``, whose gradient at 0 is 0 (``jax.nn.relu``).
 
     Raises:
-        TypeError: When applied, if the input is not a floating array.
+        TypeError: If, when applied, the input is not a floating array.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -38,7 +38,7 @@ def gelu() -> Layer[Float, Float]:
     ``layers.fn(functools.partial(jax.nn.gelu, approximate=False))``.
 
     Raises:
-        TypeError: When applied, if the input is not a floating array.
+        TypeError: If, when applied, the input is not a floating array.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -55,7 +55,7 @@ def silu() -> Layer[Float, Float]:
     """Make the layer ``x * sigmoid(x)``, also called swish (``jax.nn.silu``).
 
     Raises:
-        TypeError: When applied, if the input is not a floating array.
+        TypeError: If, when applied, the input is not a floating array.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -72,7 +72,7 @@ def tanh() -> Layer[Float, Float]:
     """Make the layer ``tanh(x)``, between -1 and 1 (``jax.nn.tanh``).
 
     Raises:
-        TypeError: When applied, if the input is not a floating array.
+        TypeError: If, when applied, the input is not a floating array.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -89,7 +89,7 @@ def sigmoid() -> Layer[Float, Float]:
     """Make the layer ``1 / (1 + exp(-x))``, between 0 and 1 (``jax.nn.sigmoid``).
 
     Raises:
-        TypeError: When applied, if the input is not a floating array.
+        TypeError: If, when applied, the input is not a floating array.
 
     Examples:
         >>> import jax.numpy as jnp

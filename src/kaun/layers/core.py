@@ -321,7 +321,7 @@ def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
 
     Raises:
         TypeError: If ``inner`` is not a ``Layer``.
-        ValueError: When applied, if ``inner`` changes the shape or the dtype.
+        ValueError: If, when applied, ``inner`` changes the shape or the dtype.
 
     Examples:
         >>> import jax, jax.numpy as jnp

@@ -98,8 +98,8 @@ def flatten() -> Layer[Float, Float]:
     """Make the layer that reshapes each item to a vector: ``[batch, ...]`` to ``[batch, product of the rest]``.
 
     Raises:
-        TypeError: When applied, if the input is not a floating array.
-        ValueError: When applied, if the input has no axes.
+        TypeError: If, when applied, the input is not a floating array.
+        ValueError: If, when applied, the input has no axes.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Losses of classes that are two, yes and no; the rules that all share are in the docstring of the package."""
+"""Losses of two classes, yes and no; the rules that all share are in the docstring of the package."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from kaun._jax import is_traced
 
 __all__ = [
     "Array", "as_array", "class_indices", "distributions", "equal_but_ones", "equal_dtypes", "equal_shapes", "factors",
-    "floats", "floats_alike", "index_shape", "inside", "known", "not_empty", "number", "probabilities",
-    "zeros_and_ones", "zeros_and_ones_or_floats",
+    "floats", "floats_alike", "index_shape", "inside", "known", "not_empty", "not_negative", "number",
+    "positive_number", "probabilities", "trailing", "zeros_and_ones", "zeros_and_ones_or_floats",
 ]  # fmt: skip
 
 Array = jax.Array | np.ndarray[Any, Any] | np.generic
@@ -211,6 +211,13 @@ def number(
     return jnp.where((given >= least) & (given <= most), given, jnp.nan)
 
 
+def positive_number(where: str, name: str, value: Any, dtype: Any, fix: str) -> jax.Array:
+    """A number of a loss as ``number``, positive in the dtype of the outputs: 1e-9 is zero in float16."""
+    limits = jnp.finfo(dtype)
+    allowed = f"positive and finite in {dtype}"
+    return number(where, name, value, dtype, float(limits.tiny), float(limits.max), allowed, fix)
+
+
 def factors(where: str, name: str, value: Any, outputs: jax.Array) -> jax.Array:
     """Factors for the last axis of a model's outputs in their dtype and rank; NaN where one is traced and negative.
 
@@ -222,8 +229,7 @@ def factors(where: str, name: str, value: Any, outputs: jax.Array) -> jax.Array:
         raise TypeError(f"{where} expected real numbers for {name}, received {tree.describe(value)}.")
     host = known(value)
     if host is not None:
-        right = (host >= 0) & np.isfinite(host.astype(np.float64))
-        inside(where, name, host, right, "0 to the largest number", f"Write {name} that are finite and not negative")
+        not_negative(where, name, host, f"Give {name} of at least 0")
     given = jnp.asarray(value).astype(outputs.dtype)
     given = given.reshape((1,) * (outputs.ndim - 1) + given.shape) if given.ndim else given
     return jnp.where(given >= 0, given, jnp.nan)
@@ -263,13 +269,28 @@ def known(value: Any) -> np.ndarray[Any, Any] | None:
 
 def inside(where: str, name: str, host: Any, right: Any, allowed: str, fix: str, kept: Kept = ALL) -> None:
     """Refuse values on the host that are not right and count."""
+    _refuse(where, name, host, right, f"in {allowed}", "outside", fix, kept)
+
+
+def not_negative(where: str, name: str, host: Any, fix: str, kept: Kept = ALL) -> None:
+    """Refuse numbers on the host that are negative or not finite, and count."""
+    right = (host >= 0) & np.isfinite(host.astype(np.float64))
+    _refuse(where, name, host, right, "to be finite and not negative", "not", fix, kept)
+
+
+def trailing(array: Any, ndim: int) -> Any:
+    """An array with axes of length 1 after its own, up to that many."""
+    return array.reshape((*array.shape, *[1] * (ndim - array.ndim)))
+
+
+def _refuse(where: str, name: str, host: Any, right: Any, expected: str, verdict: str, fix: str, kept: Kept) -> None:
     if kept is None or (right := right | ~kept).all():
         return
-    outside = np.argwhere(~right)
-    position = f"[{', '.join(map(str, outside[0]))}]" if host.ndim else ""
+    wrong = np.argwhere(~right)
+    position = f"[{', '.join(map(str, wrong[0]))}]" if host.ndim else ""
     raise ValueError(
-        f"{where} expected {name} in {allowed}, received {name}{position} = {host[tuple(outside[0])]} "
-        f"({len(outside)} of {host.size} are outside). {fix}."
+        f"{where} expected {name} {expected}, received {name}{position} = {host[tuple(wrong[0])]} "
+        f"({len(wrong)} of {host.size} are {verdict}). {fix}."
     )
 
 

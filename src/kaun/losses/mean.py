@@ -110,7 +110,7 @@ class Mean:
         return Mean(change(*values), self.weight)
 
 
-# By a constant XLA divides as it does in jnp.mean, by its reciprocal. Jitted, so that an eager call has the same bits.
+# XLA divides by a constant as in jnp.mean, by its reciprocal. Jitted, so that an eager call has the same bits.
 _quotient = jax.jit(lambda total, weight: total / weight, static_argnums=1)
 
 

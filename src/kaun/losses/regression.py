@@ -18,7 +18,7 @@ from kaun.losses.checks import (
     floats_alike,
     inside,
     known,
-    number,
+    positive_number,
 )
 from kaun.losses.mean import Mean, scalar_like, with_parts
 from kaun.losses.weighting import Weighting, weighting
@@ -107,10 +107,7 @@ def _huber(
     where: Array | None = None,
 ) -> Mean:
     p, t, counted = _pairs("huber", predictions, targets, weights, where)
-    limits = jnp.finfo(p.dtype)
-    # In that dtype: 1e-9 is zero in float16, and the loss would be zero too.
-    least, most, allowed = float(limits.tiny), float(limits.max), f"positive and finite in {p.dtype}"
-    turn = number("huber", "delta", delta, p.dtype, least, most, allowed, "1.0")
+    turn = positive_number("huber", "delta", delta, p.dtype, "1.0")
     return counted.mean(optax.losses.huber_loss(p, t, delta=turn))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from kaun import tree
-from kaun.losses.checks import Array, floats_alike, number
+from kaun.losses.checks import Array, floats_alike, positive_number
 from kaun.losses.mean import Mean, scalar_like, with_parts
 from kaun.losses.weighting import weighting
 
@@ -68,9 +68,7 @@ def _info_nce(
     x, y = floats_alike(name, "queries", queries, "keys", keys)
     if x.ndim != 2:
         raise ValueError(f"{name} expected queries [batch, features], received {tree.describe(x)}.")
-    limits = jnp.finfo(x.dtype)
-    least, most, allowed = float(limits.tiny), float(limits.max), f"positive and finite in {x.dtype}"
-    divisor = number(name, "temperature", temperature, x.dtype, least, most, allowed, "0.07")
+    divisor = positive_number(name, "temperature", temperature, x.dtype, "0.07")
     counted = weighting(name, x, x.shape[:1], weights, where)
     (x, some), (y, others) = _no_zeros(counted.safe(x)), _no_zeros(counted.safe(y))
     x = jnp.where(some[:, None], x / optax.safe_norm(x, 0, axis=-1, keepdims=True), 0)
@@ -139,9 +137,7 @@ def _triplet(
     x, near = floats_alike(name, "anchor", anchor, "positive", positive)
     far = floats_alike(name, "anchor", anchor, "negative", negative)[1]
     _check_vectors(name, "anchor", x)
-    limits = jnp.finfo(x.dtype)
-    least, most, allowed = float(limits.tiny), float(limits.max), f"positive and finite in {x.dtype}"
-    least_gap = number(name, "margin", margin, x.dtype, least, most, allowed, "1.0")
+    least_gap = positive_number(name, "margin", margin, x.dtype, "1.0")
     counted = weighting(name, x, x.shape[:-1], weights, where)
     x, near, far = counted.safe(x), counted.safe(near), counted.safe(far)
     # Not optax.losses.triplet_margin_loss, in which equal vectors have a distance of 0.001.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun.losses.checks import ALL, as_array, equal_but_ones, known
+from kaun.losses.checks import ALL, as_array, equal_but_ones, known, not_negative, trailing
 from kaun.losses.mean import Mean, wide
 
 __all__ = ["Weighting", "weighting"]
@@ -61,14 +61,14 @@ class Weighting:
 
     def kept(self, ndim: int) -> Host | None:
         """Which elements count, on the host, for values with that many axes; None if it is not known."""
-        return self.seen.reshape((*self.seen.shape, *[1] * (ndim - self.seen.ndim))) if self.complete else None
+        return trailing(self.seen, ndim) if self.complete else None
 
     def safe(self, x: jax.Array, fill: float = 0) -> jax.Array:
         """An array with another number in the place of all that does not count.
 
         What is computed of infinite numbers or NaN would be NaN in the gradient, even if it were not used.
         """
-        return x if self.mask is None else jnp.where(_trailing(self.mask, x.ndim), x, fill)
+        return x if self.mask is None else jnp.where(trailing(self.mask, x.ndim), x, fill)
 
     def mean(self, elements: jax.Array, share: jax.Array | None = None) -> Mean:
         """The weighted mean of the losses of the elements.
@@ -125,17 +125,18 @@ def weighting(name: str, outputs: jax.Array, shape: tuple[int, ...], weights: An
                 "where=mask > 0, or weights= for numbers."
             )
         host = known(where)
-        found = found.without(~_trailing(mask, len(shape)), None if host is None else ~_trailing(host, len(shape)))
+        found = found.without(~trailing(mask, len(shape)), None if host is None else ~trailing(host, len(shape)))
     if weights is not None:
         given = _of_elements(name, "weights", weights, shape)
         if not tree.is_real(given):
             raise TypeError(f"{name} expected real weights, received {tree.describe(given)}. Write weights.real.")
         host = known(weights)
         if host is not None:
-            host = _trailing(host, len(shape))
-            _check_weights(name, host, found.kept(len(shape)))
-            host = host == 0
-        numbers = _trailing(given.astype(found.dtype), len(shape))
+            kept = found.kept(len(shape))
+            rows: Any = None if kept is None else kept.any(axis=tuple(range(host.ndim, kept.ndim)))
+            not_negative(name, "weights", host, "Write where= to leave elements out", rows)
+            host = trailing(host, len(shape)) == 0
+        numbers = trailing(given.astype(found.dtype), len(shape))
         found = found.without(numbers == 0, host)
         return dataclasses.replace(found, weights=jnp.where(numbers >= 0, numbers, jnp.nan))
     return found
@@ -153,20 +154,3 @@ def _of_elements(name: str, argument: str, value: Any, shape: tuple[int, ...]) -
         f"{name} has losses of shape {list(shape)} and expected {argument} of that shape or of its leading axes, "
         f"received {argument} {tree.describe(array)}: it is not broadcast otherwise. {fix}."
     )
-
-
-def _check_weights(name: str, host: Any, kept: Any) -> None:
-    if kept is None:
-        return
-    bad = ~((host >= 0) & np.isfinite(host.astype(np.float64))) & kept
-    if bad.any():
-        worst = np.broadcast_to(host, bad.shape)[bad][0]
-        raise ValueError(
-            f"{name} expected weights that are finite and not negative, received {worst} ({bad.sum()} of {bad.size} "
-            "are not). Write where= to leave elements out."
-        )
-
-
-def _trailing(array: Any, ndim: int) -> Any:
-    """An array with axes of length 1 after its own, up to that many."""
-    return array.reshape((*array.shape, *[1] * (ndim - array.ndim)))

@@ -18,8 +18,8 @@ from kaun.metrics.regression import mean_absolute_error as mean_absolute_error
 from kaun.metrics.regression import perplexity as perplexity
 from kaun.metrics.regression import r2 as r2
 from kaun.metrics.regression import rmse as rmse
+from kaun.metrics.sums import BatchMean as BatchMean
 from kaun.metrics.sums import Counts as Counts
-from kaun.metrics.sums import Mean as Mean
 from kaun.metrics.sums import MetricSums as MetricSums
 from kaun.metrics.sums import Part as Part
 from kaun.metrics.sums import Ratio as Ratio

@@ -28,19 +28,19 @@ def accuracy(predictions: Array, targets: Array, *, weights: Array | None = None
     """Return the share of rows whose predicted class is the target.
 
     Args:
-        predictions: scores, float [..., classes], whose largest entry is the prediction (the first one of equal
+        predictions: Scores, float [..., classes], whose largest entry is the prediction (the first one of equal
             scores); or class indices, integers [...].
-        targets: class indices, integers [...].
-        weights: numbers of at least 0, bools or integers or floats, of the shape of the targets or of its leading axes.
+        targets: Class indices, integers [...].
+        weights: Numbers of at least 0, bools or integers or floats, of the shape of the targets or of its leading axes.
             The result is scikit-learn's with them as ``sample_weight``. By default each row weighs 1.
 
     Returns:
         The share, from 0 to 1.
 
     Raises:
-        TypeError: when an argument is not an array, targets are not integers, or predictions are neither floating nor
+        TypeError: If an argument is not an array, targets are not integers, or predictions are neither floating nor
             integers.
-        ValueError: when the shapes do not match, there are no rows, a target (of known value) is not a class, a weight
+        ValueError: If the shapes do not match, there are no rows, a target (of known value) is not a class, a weight
             is negative or not finite, or all weights are 0.
 
     Examples:
@@ -58,17 +58,17 @@ def binary_accuracy(
     """Return the share of elements where ``predictions > threshold`` agrees with the target.
 
     Args:
-        predictions: float [...]: probabilities, or logits with ``threshold=0.0``.
-        targets: zeros and ones as bools, integers or floats, of the same shape as the predictions.
-        threshold: a prediction above it is a 1. Default 0.5.
-        weights: as in ``accuracy``.
+        predictions: Float [...]: probabilities, or logits with ``threshold=0.0``.
+        targets: Zeros and ones as bools, integers or floats, of the same shape as the predictions.
+        threshold: A prediction above it is a 1. Default 0.5.
+        weights: As in ``accuracy``.
 
     Returns:
         The share, from 0 to 1.
 
     Raises:
-        TypeError: when an argument is not an array, or predictions are not floating.
-        ValueError: when the shapes differ, there are no elements, a target (of known value) is neither 0 nor 1, or the
+        TypeError: If an argument is not an array, or predictions are not floating.
+        ValueError: If the shapes differ, there are no elements, a target (of known value) is neither 0 nor 1, or the
             weights are wrong, as in ``accuracy``.
 
     Examples:
@@ -96,21 +96,21 @@ def precision(
     set; ``trainer.evaluate`` sums counts over the batches and gives the latter.
 
     Args:
-        predictions: scores, float [..., classes], whose largest entry is the prediction; or, with ``num_classes``,
+        predictions: Scores, float [..., classes], whose largest entry is the prediction; or, with ``num_classes``,
             class indices, integers [...].
-        targets: class indices, integers [...].
+        targets: Class indices, integers [...].
         average: ``"macro"`` (default), the plain mean over all classes; ``"weighted"``, the mean weighted by how often
             each class is the target; ``"micro"``, one share over all predictions, which equals the accuracy.
-        num_classes: the number of classes, for predictions that are class indices.
-        weights: as in ``accuracy``.
+        num_classes: The number of classes, for predictions that are class indices.
+        weights: As in ``accuracy``.
 
     Returns:
         The average, from 0 to 1.
 
     Raises:
-        TypeError: when an argument is not an array, targets are not integers, or predictions are neither floating nor
+        TypeError: If an argument is not an array, targets are not integers, or predictions are neither floating nor
             integers.
-        ValueError: when the shapes do not match, there are no rows, the average is unknown, class indices come without
+        ValueError: If the shapes do not match, there are no rows, the average is unknown, class indices come without
             ``num_classes``, an index (of known value) is not a class, or the weights are wrong, as in ``accuracy``.
 
     Examples:
@@ -136,18 +136,18 @@ def recall(
     zero_division=0)``.
 
     Args:
-        predictions: as in ``precision``.
-        targets: as in ``precision``.
-        average: as in ``precision``. Default ``"macro"``.
-        num_classes: as in ``precision``.
-        weights: as in ``accuracy``.
+        predictions: As in ``precision``.
+        targets: As in ``precision``.
+        average: As in ``precision``. Default ``"macro"``.
+        num_classes: As in ``precision``.
+        weights: As in ``accuracy``.
 
     Returns:
         The average, from 0 to 1.
 
     Raises:
-        TypeError: as ``precision``.
-        ValueError: as ``precision``.
+        TypeError: As ``precision``.
+        ValueError: As ``precision``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -173,18 +173,18 @@ def f1(
     precision and the mean recall (van Rijsbergen, "Information Retrieval", 1979).
 
     Args:
-        predictions: as in ``precision``.
-        targets: as in ``precision``.
-        average: as in ``precision``. Default ``"macro"``.
-        num_classes: as in ``precision``.
-        weights: as in ``accuracy``.
+        predictions: As in ``precision``.
+        targets: As in ``precision``.
+        average: As in ``precision``. Default ``"macro"``.
+        num_classes: As in ``precision``.
+        weights: As in ``accuracy``.
 
     Returns:
         The average, from 0 to 1.
 
     Raises:
-        TypeError: as ``precision``.
-        ValueError: as ``precision``.
+        TypeError: As ``precision``.
+        ValueError: As ``precision``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -202,14 +202,15 @@ def top_k_accuracy(k: int) -> Callable[..., Score]:
     class with the largest index comes first (``accuracy`` takes the first one).
 
     Args:
-        k: how many classes, at least 1 and at most the number of columns of the scores.
+        k: How many classes, at least 1 and at most the number of columns of the scores.
 
     Returns:
         A metric of ``(predictions, targets, *, weights=None)`` as ``accuracy`` is, of scores, float [..., classes].
 
     Raises:
-        TypeError: when k is not an int, and of the metric as in ``accuracy``.
-        ValueError: when k is less than 1, and of the metric when there are less than k classes or as in ``accuracy``.
+        TypeError: If k is not an int; when the metric is called, as in ``accuracy``.
+        ValueError: If k is less than 1; when the metric is called, if there are fewer than k classes, or as in
+            ``accuracy``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -233,18 +234,18 @@ def confusion_matrix(
     It is scikit-learn's ``confusion_matrix(targets, ids, labels=range(classes))``.
 
     Args:
-        predictions: as in ``precision``.
-        targets: as in ``precision``.
-        num_classes: as in ``precision``.
-        weights: as in ``accuracy``.
+        predictions: As in ``precision``.
+        targets: As in ``precision``.
+        num_classes: As in ``precision``.
+        weights: As in ``accuracy``.
 
     Returns:
         A NumPy array [classes, classes]: int64, or float64 with weights that are floats or where values are invalid; in
         compiled code a JAX array of float32.
 
     Raises:
-        TypeError: as ``precision``.
-        ValueError: as ``precision``.
+        TypeError: As ``precision``.
+        ValueError: As ``precision``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -266,17 +267,17 @@ def mean_iou(
     1912).
 
     Args:
-        predictions: as in ``precision``; for segmentation scores [batch, height, width, classes].
-        targets: as in ``precision``; for segmentation [batch, height, width].
-        num_classes: as in ``precision``.
-        weights: as in ``accuracy``; for segmentation bools [batch, height, width] leave pixels out.
+        predictions: As in ``precision``; for segmentation scores [batch, height, width, classes].
+        targets: As in ``precision``; for segmentation [batch, height, width].
+        num_classes: As in ``precision``.
+        weights: As in ``accuracy``; for segmentation bools [batch, height, width] leave pixels out.
 
     Returns:
         The mean, from 0 to 1.
 
     Raises:
-        TypeError: as ``precision``.
-        ValueError: as ``precision``.
+        TypeError: As ``precision``.
+        ValueError: As ``precision``.
 
     Examples:
         >>> import jax.numpy as jnp

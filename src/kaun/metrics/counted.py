@@ -68,9 +68,9 @@ class Counted:
         host in int64 and float64; in compiled code they add up in JAX's dtypes.
 
         Args:
-            predictions: as for ``counts``.
-            targets: as for ``counts``.
-            weights: as for ``counts``, if it takes some. Default none.
+            predictions: As for ``counts``.
+            targets: As for ``counts``.
+            weights: As for ``counts``, if it takes some. Default none.
 
         Examples:
             >>> import jax.numpy as jnp
@@ -96,10 +96,10 @@ class Counted:
         Use them where predictions or targets consist of more than one array, and for weights.
 
         Args:
-            metric: one of these metrics, a ``functools.partial`` of one with keyword arguments, or a ``Counted``.
+            metric: One of these metrics, a ``functools.partial`` of one with keyword arguments, or a ``Counted``.
 
         Raises:
-            TypeError: for a metric that has no such parts.
+            TypeError: If the metric has no such parts.
 
         Examples:
             >>> import jax.numpy as jnp
@@ -123,7 +123,7 @@ class Counted:
         """Return the two parts of a metric as ``of`` does, or None for a metric that has none.
 
         Args:
-            metric: any metric.
+            metric: Any metric.
 
         Examples:
             >>> from kaun import losses, metrics
@@ -146,8 +146,8 @@ class CountedParts:
     in JAX's dtypes.
 
     Attributes:
-        counted: the ``Counted``; static, so it must be hashable.
-        counts: its counts, a pytree.
+        counted: The ``Counted``; static, so it must be hashable.
+        counts: Its counts, a pytree.
     """
 
     __slots__ = ("counted", "counts")
@@ -191,8 +191,8 @@ def result_of(where: str, counted: Counted, sums: Any) -> Any:
     """The result of counts as a float, or as a NumPy array where it is one.
 
     Raises:
-        TypeError: when it is neither.
-        Exception: what the result's function raises, with a note that says where.
+        TypeError: If it is neither.
+        Exception: Whatever the result's function raises, with a note that says where.
     """
     try:
         result = counted.result(sums)
@@ -214,7 +214,7 @@ def gives_array(metric: Any) -> bool:
 
 
 def _identity(f: Any) -> Any:
-    """What tells a function from others: of a partial, its function and what it binds."""
+    """What distinguishes a function from others: for a partial, its function and what it binds."""
     if not isinstance(f, functools.partial):
         return f
     bound = cast("functools.partial[Any]", f)

@@ -33,10 +33,10 @@ class RowValues:
     """Values of each row of a batch, from which the host computes counts, or which it keeps.
 
     Attributes:
-        columns: arrays of one length along axis 0.
+        columns: Arrays of one length along axis 0.
         count: ``count(xp, *columns, *settings)`` returns counts that add up; xp is NumPy, with columns in int64 and
             float64, or in compiled code ``jax.numpy``. None keeps the rows of all batches, in their dtypes.
-        settings: hashable values.
+        settings: Hashable values.
     """
 
     __slots__ = ("columns", "count", "settings")
@@ -77,8 +77,8 @@ def on_host(counts: Any, batches: bool = False) -> Any:
     """Counts with NumPy arrays: int64 for integers and bools, float64 for floats; rows counted or kept.
 
     Args:
-        counts: counts of concrete values.
-        batches: whether they are those of several batches, stacked along axis 0, which are added up.
+        counts: Counts of concrete values.
+        batches: Whether they are those of several batches, stacked along axis 0, which are added up.
     """
 
     def convert(node: Any) -> Any:

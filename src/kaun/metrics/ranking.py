@@ -7,12 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import tree
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, equal_shapes, floats, zeros_and_ones
 from kaun.metrics.counts import Score
 from kaun.metrics.parts import RowValues, as_floats, settle
-from kaun.metrics.weights import blank, check_weights, nothing_to_average
+from kaun.metrics.weights import blank, check_weights, nothing_to_average, own_values
 
 __all__ = ["auc", "auc_of", "average_precision", "average_precision_of", "ranks"]
 
@@ -26,18 +25,18 @@ def auc(predictions: Array, targets: Array, *, weights: Array | None = None) -> 
     float32 scores and weights, 5 without weights, and sorts them once.
 
     Args:
-        predictions: scores of target 1, float [...]: probabilities, logits, or anything that grows with them. All
+        predictions: Scores of target 1, float [...]: probabilities, logits, or anything that grows with them. All
             elements are ranked together.
-        targets: zeros and ones as bools, integers or floats, of the same shape.
-        weights: numbers of at least 0, bools or integers or floats, of the shape of the targets or of its leading axes.
+        targets: Zeros and ones as bools, integers or floats, of the same shape.
+        weights: Numbers of at least 0, bools or integers or floats, of the shape of the targets or of its leading axes.
             The result is scikit-learn's with them as ``sample_weight``. By default each element weighs 1.
 
     Returns:
         The area, from 0 to 1; NaN without a target 1, without a target 0, or when a score is NaN.
 
     Raises:
-        TypeError: when an argument is not an array, or predictions are not floating.
-        ValueError: when the shapes differ, there are no elements, a target (of known value) is neither 0 nor 1, a
+        TypeError: If an argument is not an array, or predictions are not floating.
+        ValueError: If the shapes differ, there are no elements, a target (of known value) is neither 0 nor 1, a
             weight is negative or not finite, or all weights are 0.
 
     Examples:
@@ -56,16 +55,16 @@ def average_precision(predictions: Array, targets: Array, *, weights: Array | No
     precision and recall, without interpolation. It is exact, and keeps rows as ``auc`` does.
 
     Args:
-        predictions: as in ``auc``.
-        targets: as in ``auc``.
-        weights: as in ``auc``.
+        predictions: As in ``auc``.
+        targets: As in ``auc``.
+        weights: As in ``auc``.
 
     Returns:
         The mean, from 0 to 1; 0 without a target 1, and NaN when a score is NaN.
 
     Raises:
-        TypeError: as ``auc``.
-        ValueError: as ``auc``.
+        TypeError: As ``auc``.
+        ValueError: As ``auc``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -84,11 +83,9 @@ def ranks(where: str, predictions: Any, targets: Any, *, weights: Any = None) ->
     ones, valid = zeros_and_ones(where, "targets", blank(targets, checked.counted))
     if any_traced([predictions, targets, weights]):
         scores = jnp.where(valid & checked.valid, blank(scores, checked.counted), jnp.nan)
-    else:  # what is float64 stays float64 on the host
-        numpy = isinstance(predictions, (np.ndarray, np.generic))
-        scores = blank(tree.snapshot(predictions) if numpy else scores, checked.counted)
-    own = checked.values if checked.values is not None else checked.counted
-    return RowValues(tuple(a.reshape(-1) for a in (scores, ones, *(() if own is True else (own,)))), None)
+    else:
+        scores = blank(own_values(predictions, scores), checked.counted)
+    return RowValues(tuple(a.reshape(-1) for a in (scores, ones, *checked.columns)), None)
 
 
 def auc_of(counts: Any, **settings: Any) -> Score:

@@ -20,7 +20,7 @@ from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, class_indices, equal_shapes, floats, index_shape
 from kaun.metrics.counts import Score
 from kaun.metrics.parts import RowValues, as_floats, settle
-from kaun.metrics.weights import Weights, blank, check_weights, nothing_to_average
+from kaun.metrics.weights import blank, check_weights, nothing_to_average, own_values
 
 __all__ = [
     "absolute_errors", "likelihoods", "mean_absolute_error", "mean_of_columns", "moments", "perplexity",
@@ -35,17 +35,17 @@ def rmse(predictions: Array, targets: Array, *, weights: Array | None = None) ->
     roots of the columns. For one root over all elements pass both as [n], ``predictions.reshape(-1)``.
 
     Args:
-        predictions: float [rows, ...].
-        targets: real numbers of the same shape.
-        weights: numbers of at least 0, bools or integers or floats, of shape [rows] or of that of the targets. The
+        predictions: Float [rows, ...].
+        targets: Real numbers of the same shape.
+        weights: Numbers of at least 0, bools or integers or floats, of shape [rows] or of that of the targets. The
             result is scikit-learn's with them as ``sample_weight``. By default each row weighs 1.
 
     Returns:
         The error, in the unit of the targets.
 
     Raises:
-        TypeError: when an argument is not an array, predictions are not floating, or targets are not real.
-        ValueError: when the shapes differ, there are no rows, a weight (of known value) is negative or not finite, or
+        TypeError: If an argument is not an array, predictions are not floating, or targets are not real.
+        ValueError: If the shapes differ, there are no rows, a weight (of known value) is negative or not finite, or
             all weights are 0.
 
     Examples:
@@ -63,16 +63,16 @@ def mean_absolute_error(predictions: Array, targets: Array, *, weights: Array | 
     It is scikit-learn's ``mean_absolute_error(targets, predictions)``.
 
     Args:
-        predictions: as in ``rmse``.
-        targets: as in ``rmse``.
-        weights: as in ``rmse``.
+        predictions: As in ``rmse``.
+        targets: As in ``rmse``.
+        weights: As in ``rmse``.
 
     Returns:
         The error, in the unit of the targets.
 
     Raises:
-        TypeError: as ``rmse``.
-        ValueError: as ``rmse``.
+        TypeError: As ``rmse``.
+        ValueError: As ``rmse``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -91,17 +91,17 @@ def r2(predictions: Array, targets: Array, *, weights: Array | None = None) -> S
     targets' mean is large against their deviations.
 
     Args:
-        predictions: as in ``rmse``.
-        targets: as in ``rmse``.
-        weights: as in ``rmse``.
+        predictions: As in ``rmse``.
+        targets: As in ``rmse``.
+        weights: As in ``rmse``.
 
     Returns:
         The coefficient, at most 1; negative for predictions worse than the mean of the targets, and NaN for less than
         two rows.
 
     Raises:
-        TypeError: as ``rmse``.
-        ValueError: as ``rmse``.
+        TypeError: As ``rmse``.
+        ValueError: As ``rmse``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -120,17 +120,17 @@ def perplexity(predictions: Array, targets: Array, *, weights: Array | None = No
     float32, as ``losses.cross_entropy_sparse`` does; ``evaluate`` adds them up in float64.
 
     Args:
-        predictions: logits, float [..., classes].
-        targets: class indices, integers [...].
-        weights: numbers of at least 0 of the shape of the targets or of its leading axes; for tokens usually bools that
+        predictions: Logits, float [..., classes].
+        targets: Class indices, integers [...].
+        weights: Numbers of at least 0 of the shape of the targets or of its leading axes; for tokens usually bools that
             leave padding out. By default each target weighs 1.
 
     Returns:
         The perplexity, at least 1.
 
     Raises:
-        TypeError: when an argument is not an array, predictions are not floating, or targets are not integers.
-        ValueError: when the shapes do not match, there are no rows, a target (of known value) is not a class, a weight
+        TypeError: If an argument is not an array, predictions are not floating, or targets are not integers.
+        ValueError: If the shapes do not match, there are no rows, a target (of known value) is not a class, a weight
             is negative or not finite, or all weights are 0.
 
     Examples:
@@ -159,12 +159,12 @@ class Moments:
     ("Updating formulae and a pairwise algorithm for computing sample variances", 1979).
 
     Attributes:
-        rows: the number of rows.
-        weight: the sum of the weights.
-        pivot: a number near the mean.
-        offset: the mean without the pivot.
-        about_mean: the sum of squares about the mean, each times its weight.
-        about_predictions: the sum of squared errors, each times its weight.
+        rows: The number of rows.
+        weight: The sum of the weights.
+        pivot: A number near the mean.
+        offset: The mean without the pivot.
+        about_mean: The sum of squares about the mean, each times its weight.
+        about_predictions: The sum of squared errors, each times its weight.
     """
 
     rows: Any
@@ -210,8 +210,8 @@ def moments(predictions: Any, targets: Any, *, weights: Any = None) -> RowValues
 def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> RowValues:
     """The counts of ``perplexity``."""
     where = "perplexity"
-    logits = floats(where, "predictions", predictions)
-    index_shape(where, "predictions", logits, "targets", labels := as_array(where, "targets", targets))
+    logits, labels = floats(where, "predictions", predictions), as_array(where, "targets", targets)
+    index_shape(where, "predictions", logits, "targets", labels)
     checked = check_weights(where, weights, labels.shape)
     safe, valid = class_indices(where, "targets", blank(targets, checked.counted), logits.shape[-1])
     if any_traced([predictions, targets, weights]):
@@ -219,10 +219,9 @@ def likelihoods(predictions: Any, targets: Any, *, weights: Any = None) -> RowVa
         values = optax.losses.softmax_cross_entropy_with_integer_labels(as_floats(jnp, rows), safe)
         values = jnp.where(valid & checked.valid, values, jnp.nan)
     else:
-        numpy = isinstance(predictions, (np.ndarray, np.generic))  # what is float64 stays float64
-        rows = np.asarray(blank(tree.snapshot(predictions) if numpy else logits, checked.counted))
+        rows = np.asarray(blank(own_values(predictions, logits), checked.counted))
         values = _likelihoods_on_host(rows.reshape(-1, rows.shape[-1]), np.asarray(safe).reshape(-1))
-    return RowValues((values.reshape(-1), *(w.reshape(-1) for w in _column(checked))), _totals)
+    return RowValues((values.reshape(-1), *(w.reshape(-1) for w in checked.columns)), _totals)
 
 
 def rmse_of(counts: Any, **settings: Any) -> Score:
@@ -274,22 +273,13 @@ def _columns(where: str, predictions: Any, targets: Any, weights: Any) -> tuple[
         raise TypeError(f"{where} expected targets that are real numbers, received {tree.describe(right)}.")
     equal_shapes(where, "predictions", left, "targets", right)
     checked = check_weights(where, weights, left.shape)
-    if not any_traced([predictions, targets, weights]):  # what is float64 stays float64 on the host
-        left, right = (
-            given if isinstance(given, (np.ndarray, np.generic)) else array
-            for given, array in ((tree.snapshot(predictions), left), (tree.snapshot(targets), right))
-        )
+    if not any_traced([predictions, targets, weights]):
+        left, right = own_values(predictions, left), own_values(targets, right)
     left, right = blank(left, checked.counted), blank(right, checked.counted)
     if checked.valid is not True:
         left = jnp.where(checked.valid, left, jnp.nan)
     rows = left.shape[0] if left.ndim else 1
-    return tuple(a.reshape(rows, -1) for a in (left, right, *_column(checked)))
-
-
-def _column(weights: Weights) -> tuple[Any, ...]:
-    if weights.values is not None:
-        return (weights.values,)
-    return () if weights.counted is True else (weights.counted,)
+    return tuple(a.reshape(rows, -1) for a in (left, right, *checked.columns))
 
 
 def _squares(xp: Any, predictions: Any, targets: Any, weights: Any = None) -> Sums:

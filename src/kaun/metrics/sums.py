@@ -14,13 +14,13 @@ from kaun import tree
 from kaun.metrics.counted import CountedParts
 from kaun.metrics.parts import merge, on_host, outline
 
-__all__ = ["Counts", "DelayedReader", "Mean", "MetricSums", "Part", "Ratio", "add_results", "run_ahead"]
+__all__ = ["BatchMean", "Counts", "DelayedReader", "MetricSums", "Part", "Ratio", "add_results", "run_ahead"]
 
 # How many results may wait on the device. In an evaluation each holds its batch until it is computed, so few.
 _AHEAD = 16
 
 
-class Mean(NamedTuple):
+class BatchMean(NamedTuple):
     """The mean of a batch, and the number of examples that it is the mean of."""
 
     value: Any
@@ -40,7 +40,7 @@ class Counts(NamedTuple):
     sums: Any
 
 
-Part = Mean | Ratio | Counts
+Part = BatchMean | Ratio | Counts
 """What a metric gives for one batch, in a form that adds up over batches."""
 
 
@@ -48,8 +48,8 @@ class DelayedReader:
     """Passes values on in order and some values late, so that the device has newer work while they are read.
 
     Args:
-        window: how many values may wait.
-        take: called with lists of values; it reads them from the device.
+        window: How many values may wait.
+        take: Called with lists of values; it reads them from the device.
     """
 
     __slots__ = ("_pending", "_take", "_window")
@@ -79,9 +79,9 @@ def run_ahead(items: Iterable[Any], compute: Callable[[Any, int], Any], take: Ca
     """Make one pass over items, and return how many there were.
 
     Args:
-        items: any iterable.
+        items: Any iterable.
         compute: ``compute(item, number)``, numbers from 1, starts the work for one item and does not wait for it.
-        take: called with lists of what ``compute`` returned, in order and some items late; it reads them.
+        take: Called with lists of what ``compute`` returned, in order and some items late; it reads them.
     """
     reader, number = DelayedReader(_AHEAD, take), 0
     for number, item in enumerate(items, start=1):
@@ -136,7 +136,7 @@ class ExactMean:
     def add(self, part: Any) -> None:
         """Add means or ratios, stacked along axis 0."""
         totals, counts = (np.asarray(values, np.float64) for values in part)
-        if isinstance(part, Mean):
+        if isinstance(part, BatchMean):
             # Exact for a mean in float32: its 24 bits and those of the number of examples fit.
             totals = totals * counts
         self._totals = _exact([*self._totals, *totals.tolist()])

@@ -31,14 +31,14 @@ def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
         f: ``f(item)`` returns a pair ``(sum, count)``, a ``losses.Mean``, a scalar, which stands for ``(value, 1)``, or
             the parts of a metric, ``Counted.of(metrics.f1).parts(predictions, targets)``. They may be JAX's; they are
             read some items late, so that a compiled ``f`` runs ahead of the host.
-        data: the items, a ``Data`` or any iterable.
+        data: The items, a ``Data`` or any iterable.
 
     Returns:
         The sum of all sums over the sum of all counts; of parts the metric of all rows, an array where it is one.
 
     Raises:
-        TypeError: when f is not callable or does not return real scalars or parts, or when data is not iterable.
-        ValueError: when there are no items, the counts add up to 0, or parts are of several metrics.
+        TypeError: If f is not callable or does not return real scalars or parts, or if data is not iterable.
+        ValueError: If there are no items, the counts add up to 0, or parts are of several metrics.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -56,14 +56,14 @@ def evaluate_many(f: Callable[[Any], dict[str, Any]], data: Iterable[Any]) -> di
     Args:
         f: ``f(item)`` returns a dict from names, the same for every item, to scalars, pairs or parts as in
             ``evaluate``.
-        data: the items, a ``Data`` or any iterable.
+        data: The items, a ``Data`` or any iterable.
 
     Returns:
         The mean of each result, as in ``evaluate``, by name and sorted by name.
 
     Raises:
-        TypeError: when f is not callable or does not return a dict of real scalars, or when data is not iterable.
-        ValueError: when there are no items, the counts of a name add up to 0, or the names differ between items.
+        TypeError: If f is not callable or does not return a dict of real scalars, or if data is not iterable.
+        ValueError: If there are no items, the counts of a name add up to 0, or the names differ between items.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -102,11 +102,11 @@ class Tracker:
         """Add a value to a name.
 
         Args:
-            name: the name.
-            value: a number, or a NumPy or JAX scalar.
+            name: The name.
+            value: A number, or a NumPy or JAX scalar.
 
         Raises:
-            TypeError: when the value is not a real scalar, or is being traced by JAX.
+            TypeError: If the value is not a real scalar, or is being traced by JAX.
         """
         value = _real_scalar(f"Tracker.observe({name!r}, value)", "expected a real scalar", value)
         self._counts[name] = self._counts.get(name, 0) + 1
@@ -116,7 +116,7 @@ class Tracker:
         """Return the mean of the values observed under a name.
 
         Raises:
-            LookupError: when there are none; the message lists the names that have some.
+            LookupError: If there are none; the message lists the names that have some.
         """
         self.count(name)
         self._reader.flush()
@@ -126,7 +126,7 @@ class Tracker:
         """Return how many values were observed under a name.
 
         Raises:
-            LookupError: when there are none; the message lists the names that have some.
+            LookupError: If there are none; the message lists the names that have some.
         """
         if name not in self._counts:
             present = ", ".join(map(repr, sorted(self._counts))) or "nothing"

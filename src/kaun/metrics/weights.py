@@ -9,31 +9,38 @@ import numpy as np
 
 from kaun import tree
 from kaun._jax import is_traced
-from kaun.losses.checks import as_array, known
+from kaun.losses.checks import as_array, known, not_negative, trailing
 
-__all__ = ["Weights", "blank", "check_weights", "nothing_to_average"]
+__all__ = ["Weights", "blank", "check_weights", "nothing_to_average", "own_values"]
 
 
 class Weights(NamedTuple):
     """The weight of each element.
 
     Attributes:
-        values: the weights, in the shape of the elements; None where each element counts once or not at all.
-        counted: which elements have another weight than 0; True for all.
-        valid: which weights are finite and not negative; True for all.
+        values: The weights, in the shape of the elements; None where each element counts once or not at all.
+        counted: Which elements have another weight than 0; True for all.
+        valid: Which weights are finite and not negative; True for all.
     """
 
     values: Any
     counted: Any
     valid: Any
 
+    @property
+    def columns(self) -> tuple[Any, ...]:
+        """The weights as one array, in a tuple; empty where each element counts once."""
+        if self.values is not None:
+            return (self.values,)
+        return () if self.counted is True else (self.counted,)
+
 
 def check_weights(where: str, weights: Any, shape: tuple[int, ...]) -> Weights:
     """The weights of elements of a shape, given for each of them or for each of their rows.
 
     Raises:
-        TypeError: when they are not an array of real numbers.
-        ValueError: when their shape is not that of the elements or of their leading axes, or when a weight (of known
+        TypeError: If they are not an array of real numbers.
+        ValueError: If their shape is not that of the elements or of their leading axes, or if a weight (of known
             value) is negative or not finite.
     """
     if weights is None:
@@ -52,15 +59,13 @@ def check_weights(where: str, weights: Any, shape: tuple[int, ...]) -> Weights:
     valid, host = jnp.isfinite(array) & (array >= 0), known(weights)
     if host is None:
         return Weights(_spread(array, shape), _spread(array != 0, shape), _spread(valid, shape))
-    if len(wrong := np.argwhere(~(np.isfinite(host) & (host >= 0)))):
-        place = f"[{', '.join(map(str, wrong[0]))}]" if host.ndim else ""
-        raise ValueError(
-            f"{where} expected weights that are finite and not negative, received weights{place} = "
-            f"{host[tuple(wrong[0])]} ({len(wrong)} of {host.size} are not)."
-        )
-    # What is float64 stays float64 on the host.
-    own = tree.snapshot(weights) if isinstance(weights, (np.ndarray, np.generic)) else array
-    return Weights(_spread(own, shape), _spread(array != 0, shape), True)
+    not_negative(where, "weights", host, "Give rows that do not count the weight 0")
+    return Weights(_spread(own_values(weights, array), shape), _spread(array != 0, shape), True)
+
+
+def own_values(given: Any, array: Any) -> Any:
+    """A copy of a NumPy array that was given, or else the JAX array of it: on the host float64 stays float64."""
+    return tree.snapshot(given) if isinstance(given, (np.ndarray, np.generic)) else array
 
 
 def blank(value: Any, counted: Any) -> Any:
@@ -68,7 +73,7 @@ def blank(value: Any, counted: Any) -> Any:
     if counted is True:
         return value
     xp: Any = np if isinstance(value, (np.ndarray, np.generic)) and not is_traced(counted) else jnp
-    return xp.where(xp.reshape(counted, counted.shape + (1,) * (value.ndim - counted.ndim)), value, 0)
+    return xp.where(trailing(xp.asarray(counted), value.ndim), value, 0)
 
 
 def nothing_to_average() -> ValueError:
@@ -81,4 +86,4 @@ def nothing_to_average() -> ValueError:
 
 def _spread(a: Any, shape: tuple[int, ...]) -> Any:
     xp: Any = np if isinstance(a, (np.ndarray, np.generic)) else jnp
-    return xp.broadcast_to(a.reshape(a.shape + (1,) * (len(shape) - a.ndim)), shape)
+    return xp.broadcast_to(trailing(a, len(shape)), shape)

@@ -43,8 +43,8 @@ def jsonl(path: str | os.PathLike[str]) -> Report:
 
     Raises:
         TypeError: If ``path`` is not a path.
-        ValueError: In the fit, if the file exists and holds something else.
-        OSError: In the fit, if it cannot be written.
+        ValueError: If, in the fit, the file exists and holds something else.
+        OSError: If, in the fit, it cannot be written.
 
     Examples:
         >>> import pathlib, tempfile
@@ -76,8 +76,8 @@ def csv(path: str | os.PathLike[str]) -> Report:
 
     Raises:
         TypeError: If ``path`` is not a path.
-        ValueError: In the fit, if the file exists and holds something else, or a name has a line break.
-        OSError: In the fit, if it cannot be written.
+        ValueError: If, in the fit, the file exists and holds something else, or a name has a line break.
+        OSError: If, in the fit, it cannot be written.
 
     Examples:
         >>> import pathlib, tempfile

@@ -39,7 +39,7 @@ def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
     Raises:
         ImportError: If matplotlib is not installed.
         TypeError: If ``path`` is not a path.
-        OSError: In the fit, if the file cannot be written.
+        OSError: If, in the fit, the file cannot be written.
 
     Examples:
         >>> import pathlib, tempfile

@@ -33,7 +33,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Report:
     Raises:
         ImportError: If tensorboardX is not installed.
         TypeError: If ``folder`` is not a path.
-        OSError: In the fit, if it cannot be written.
+        OSError: If, in the fit, it cannot be written.
 
     Examples:
         >>> import pathlib, tempfile
