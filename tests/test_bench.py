@@ -42,7 +42,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("workload", ["xor", "mlp", pytest.param("cnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workload", ["xor", *(pytest.param(w, marks=pytest.mark.slow) for w in ("mlp", "cnn"))])
 def test_runners_train_alike(workload, as_users_do):
     launch = module("launch")
     runs = [trained(workload, runner) for runner in RUNS[workload]]

@@ -346,11 +346,12 @@ def identifiers(path):
 
 
 def test_old_names_are_gone():
+    old = {module: OLD_NAMES[""] | OLD_NAMES.get(room(module), set()) for module in MODULES}
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for module, path in MODULES.items()
         for line, name in identifiers(path)
-        if name in OLD_NAMES[""] | OLD_NAMES.get(room(module), set())
+        if name in old[module]
     ]
     assert not found
 
