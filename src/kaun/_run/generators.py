@@ -21,7 +21,7 @@ from kaun import rng, tree
 from kaun._loss import attributes_of, code_info, is_library, methods_of, reads_by_name
 from kaun._messages import warn
 from kaun.checkpoint import Directory
-from kaun.data import Data, is_generator, is_tensor, parts_that_make_items, stages_of
+from kaun.data import Data, every_stage_of, is_generator, is_tensor, loaders_of, parts_that_make_items
 
 __all__ = ["captured_generators", "check_draws", "find_generators", "global_states", "refuse_draws"]
 
@@ -30,23 +30,23 @@ T = TypeVar("T")
 _WATCHED = 3  # items during which the global generators are watched
 _MOST_OBJECTS = 2000
 _MOST_ITEMS = 16
-_MAKE_ITEMS = frozenset(["Data.from_fn", "Data.map", "Data.map_batch", "Data.random_map"])
+_MAKE_ITEMS = frozenset(["Data.filter", "Data.from_fn", "Data.map", "Data.map_batch", "Data.random_map"])
 _SKIPPED = frozenset(["jax", "jaxlib", "kaun", "optax", "pyarrow"])  # packages whose objects hold none
 
 
 def captured_generators(data: Any) -> list[str]:
     """Where the functions that make the items of data hold a generator, in words."""
     found: list[str] = []
-    for stage in stages_of(data):
+    for stage in every_stage_of(data):
         if stage.name in _MAKE_ITEMS:
             found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(stage.given["f"])]
         elif stage.name == "Data.from_items":
             found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(stage.given["items"])]
-    source = stages_of(data)[0].given.get("source") if stages_of(data) else data
-    for part in parts_that_make_items(source):
-        found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part)]
-    if hasattr(source, "__iter__"):  # a function that makes a loader is called again, and its facts have the states
-        found += [f"the loader's function reads {path}" for path, _, inside in find_generators(source) if inside]
+    for source in loaders_of(data):
+        for part in parts_that_make_items(source):
+            found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part)]
+        if hasattr(source, "__iter__"):  # a function that makes a loader is called again: its facts have the states
+            found += [f"the loader's function reads {path}" for path, _, inside in find_generators(source) if inside]
     return list(dict.fromkeys(found))
 
 
@@ -134,8 +134,7 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
     Raises:
         ValueError: when items cannot be made again, unless the directory accepts other data.
     """
-    stages = stages_of(data)
-    is_loader = "source" in stages[0].given if stages else True
+    is_loader = bool(loaders_of(data))
     for k in range(_WATCHED):
         before, torch_state = global_states(), _torch_state()
         item = next(items, None)
