@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import kaun
 from kaun import Data, layers, losses, rng
 from kaun._run import identity
+from kaun._run.differences import differences
 from kaun._run.position import position, resume_from
 
 few = settings(max_examples=40, deadline=None)
@@ -152,7 +153,7 @@ def test_batches_of_arrays_and_fit():
 
 
 def test_it_is_part_of_what_a_run_is():
-    words = lambda old, new: identity.differences(identity.describe_data(old), identity.describe_data(new), 0)
+    words = lambda old, new: differences(identity.describe_data(old), identity.describe_data(new), 0)
     base = Data.from_items(range(4))
     assert words(random(base), random(base)) == []
     (line,) = words(random(base), random(base, 1))

@@ -42,7 +42,7 @@ def concat_node(bases: Sequence[Node]) -> Node:
     by_index = None
     if ends is not None and all(base.by_index for base in bases):
         by_index = _joined(bases, [0, *ends[:-1]])
-    return Node(open, ends and ends[-1], _all_seekable(bases), by_index, _concat_chunks(bases))
+    return Node(open, None if ends is None else ends[-1], _all_seekable(bases), by_index, _concat_chunks(bases))
 
 
 def _joined(bases: Sequence[Node], starts: list[int]) -> Callable[[int | None], GetItem]:

@@ -22,7 +22,7 @@ Passes = tuple[Any, ...]
 
 def random_passes(stages: Sequence[StageSpec]) -> tuple[Passes, range] | None:
     """What decides the items of a pipeline and the numbers of its passes; None if nothing in it is random."""
-    if not _are_random(stages):
+    if watch_of(stages) is None:
         return None
     every = list(every_stage(stages))
     keys = [s.given["key"] for s in every if s.given.get("key") is not None]
@@ -35,18 +35,6 @@ def random_passes(stages: Sequence[StageSpec]) -> tuple[Passes, range] | None:
     texts = [s.text for s in every if s.name != "Data.prefetch" and id(s) not in counted]
     arrays = [_memory(leaf) for s in every for leaf in jax.tree_util.tree_leaves(s.given.get("arrays"))]
     return (*texts, *(np.asarray(jax.random.key_data(key)).tobytes() for key in keys), *arrays), numbers
-
-
-def _are_random(stages: Sequence[StageSpec]) -> bool:
-    """Whether the items are others in each pass; the sources that a mix draws are the same in each."""
-    for stage in stages:
-        given = stage.given
-        if "sources" in given:
-            if any(map(_are_random, given["sources"])):
-                return True
-        elif given.get("key") is not None:
-            return True
-    return False
 
 
 def _memory(array: Any) -> Any:
@@ -88,8 +76,13 @@ newest_pass: _NewestPass = _NewestPass()
 
 
 def watch_of(stages: Sequence[StageSpec]) -> Callable[[Any], None] | None:
-    """What to call with the first item of a pass, None where nothing in the pipeline is random."""
-    return functools.partial(newest_pass.open, stages) if _are_random(stages) else None
+    """What to call with the first item of a pass, None where its items are the same in each pass."""
+    for stage in stages:
+        given = stage.given
+        # Which source a mix draws is the same in each pass.
+        if any(map(watch_of, given["sources"])) if "sources" in given else given.get("key") is not None:
+            return functools.partial(newest_pass.open, stages)
+    return None
 
 
 def as_generator(open: Callable[..., Iterator[Any]], first: Callable[[Any], None] | None) -> Iterator[Any]:

@@ -64,7 +64,10 @@ class Orders:
 
     def __call__(self, epoch: int | None) -> np.ndarray[Any, Any]:
         """The order of one pass: a permutation of ``range(n)``."""
-        return _generator(self._words, epoch or 0).permutation(self._n)
+        # RandomState, whose numbers NumPy has frozen, and not Generator, whose numbers a new version may change: a run
+        # resumed after an upgrade must continue in the same order.
+        seed = np.random.SeedSequence([*self._words, epoch or 0])
+        return np.random.RandomState(np.random.PCG64(seed)).permutation(self._n)
 
 
 class Draws:
@@ -89,14 +92,10 @@ class Draws:
 
     def __call__(self, group: int, n: int) -> np.ndarray[Any, Any]:
         """The ``n`` draws of one group: int64 [n], each below the number of weights."""
-        return np.searchsorted(self._edges, _generator(self._words, group).random_sample(n), side="right")
+        seed = np.random.SeedSequence([*self._words, group])
+        uniform = np.random.RandomState(np.random.PCG64(seed)).random_sample(n)  # frozen by NumPy, as in Orders
+        return np.searchsorted(self._edges, uniform, side="right")
 
 
 def _words_of(key: jax.Array) -> list[int]:
     return [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
-
-
-def _generator(words: list[int], number: int) -> np.random.RandomState:
-    # RandomState, whose numbers NumPy has frozen, and not Generator, whose numbers a new version may change: a run
-    # resumed after an upgrade must continue in the same order.
-    return np.random.RandomState(np.random.PCG64(np.random.SeedSequence([*words, number])))
