@@ -99,6 +99,32 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, made, kind, kill):
     assert all(map(np.array_equal, jax.tree.leaves(resumed.vars), jax.tree.leaves(whole.vars)))
 
 
+class ByGlobal:
+    """A loader whose order is drawn from NumPy's global generator when a pass begins."""
+
+    def __iter__(self):
+        return iter([np.full((2, 1), i, np.float32) for i in np.random.permutation(6)])
+
+
+@pytest.mark.parametrize("kill", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["after rows", "mixed"])
+def test_a_loader_that_is_opened_late_draws_its_order_from_a_state_that_is_compared(tmp_path, made, kind, kill):
+    def make(seed=0):
+        np.random.seed(seed)
+        loader = Data.from_iterable(ByGlobal())
+        return Data.concat(rows(4, 10), loader) if kind == "after rows" else Data.mix([rows(9, 10), loader], [2, 1])
+
+    whole = trained_on(made, make)
+    with pytest.raises(Killed):
+        trained_on(made, make, tmp_path, kill)
+    resumed = trained_on(made, make, tmp_path)
+    assert all(map(np.array_equal, jax.tree.leaves(resumed.vars), jax.tree.leaves(whole.vars)))
+    with pytest.raises(Killed):
+        trained_on(made, make, tmp_path / "other", 7)
+    with pytest.raises(ResumeMismatch, match=r"NumPy's global generator .*has another state, and the loader draws"):
+        trained_on(made, lambda: make(1), tmp_path / "other")
+
+
 def words(old, new):
     saved = json.loads(json.dumps(describe_data(old)))
     return differences(saved, describe_data(new), 0)

@@ -21,7 +21,15 @@ from kaun import rng, tree
 from kaun._loss import attributes_of, code_info, is_library, methods_of, reads_by_name
 from kaun._messages import warn
 from kaun.checkpoint import Directory
-from kaun.data import Data, every_stage_of, is_generator, is_tensor, loaders_of, parts_that_make_items
+from kaun.data import (
+    Data,
+    every_stage_of,
+    is_generator,
+    is_tensor,
+    loaders_of,
+    opened_loaders,
+    parts_that_make_items,
+)
 
 __all__ = ["captured_generators", "check_draws", "find_generators", "global_states", "refuse_draws"]
 
@@ -123,7 +131,8 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
     """The same items; the global generators are watched while the first are made.
 
     What is drawn for the first item of a loader may be the order of its pass. That is the same when the loader is read
-    again from the same state of the generator, which goes into ``record``.
+    again from the same state of the generator, which goes into ``record``. Where loaders are sources among others, the
+    generators are watched until each has been opened.
 
     Args:
         items: the items of a run.
@@ -134,14 +143,19 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
     Raises:
         ValueError: when items cannot be made again, unless the directory accepts other data.
     """
-    is_loader = bool(loaders_of(data))
-    for k in range(_WATCHED):
+    loaders, is_one_of_several = loaders_of(data), any(stage.sources for stage in every_stage_of(data))
+    at_start, begun = global_states(), opened_loaders.count
+    for k in itertools.count():
+        opened = opened_loaders.count
+        if k >= _WATCHED and not (is_one_of_several and opened - begun < len(loaders)):
+            break
         before, torch_state = global_states(), _torch_state()
         item = next(items, None)
         drawn = _draws_between(before, torch_state)
-        if k == 0 and is_loader:
-            record |= {name: before[name] for name in drawn if name != _UNSCOPED}
-        if refused := [name for name in drawn if k > 0 or name not in record]:
+        opens = bool(loaders) and (k == 0 or (is_one_of_several and opened_loaders.count > opened))
+        if opens:
+            record |= {name: at_start[name] for name in drawn if name != _UNSCOPED}
+        if refused := [name for name in drawn if not opens or name not in record]:
             refuse_draws(directory, [f"making an item of {data!r} draws from {name}" for name in refused])
         if item is None:
             return
