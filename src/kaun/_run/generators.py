@@ -144,10 +144,10 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
         ValueError: when items cannot be made again, unless the directory accepts other data.
     """
     loaders, is_one_of_several = loaders_of(data), any(stage.sources for stage in every_stage_of(data))
-    at_start, begun = global_states(), opened_loaders.count
+    at_start, opened_before = global_states(), opened_loaders.count
     for k in itertools.count():
         opened = opened_loaders.count
-        if k >= _WATCHED and not (is_one_of_several and opened - begun < len(loaders)):
+        if k >= _WATCHED and not (is_one_of_several and opened - opened_before < len(loaders)):
             break
         before, torch_state = global_states(), _torch_state()
         item = next(items, None)

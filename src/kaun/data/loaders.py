@@ -95,8 +95,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
         try:
             items = iter(made)
             count = made.taken if isinstance(made, ResumableLoader) else 0
-            # Not `yield from`, which would close the user's own generator together with this one.
-            for item in items:
+            for item in items:  # not `yield from`, which would close the user's own generator together with this one
                 had_items = True
                 if item is SKIPPED:
                     yield item
