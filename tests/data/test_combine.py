@@ -235,20 +235,25 @@ def test_the_sources_of_a_mix_are_the_same_in_each_pass_and_for_each_length():
     assert list(other) != list(short)
 
 
-def test_a_stream_that_reuses_its_buffer_can_be_zipped_with_itself():
-    def reusing():
-        buffer = np.zeros(2)
-        for i in range(4):
-            buffer[:] = i
-            yield buffer
+def test_the_draws_of_a_key_stay_as_they_are():
+    """Another process, machine or version that drew other ones would resume a run with other items."""
+    with rng.scope(0):
+        mixed = Data.mix([Data.repeat(99, k) for k in range(3)], [1, 2, 3])
+        sampled = Data.from_items(range(4)).sample([1, 2, 3, 4], 8)
+        folds = Data.folds(np.arange(7), 3, 9, shuffle=True)
+    assert list(mixed.take(16)) == [1, 2, 2, 2, 2, 2, 2, 2, 1, 2, 2, 0, 0, 1, 2, 2]
+    assert list(sampled.epoch(0)) == [1, 3, 2, 1, 3, 3, 3, 1] and list(sampled.epoch(1)) == [3, 1, 1, 2, 1, 2, 3, 0]
+    assert [v.tolist() for _, valid in folds for v in valid] == [[2, 3, 6], [0, 5], [1, 4]]
+    assert [t.tolist() for train, _ in folds for t in train] == [[0, 1, 5, 4], [4, 1, 2, 6, 3], [6, 0, 2, 5, 3]]
 
-    loader = [*map(np.copy, reusing())]
+
+def test_a_stream_that_reuses_its_buffer_can_be_zipped_with_itself():
     shared = np.zeros(2)
 
     class Reusing:
         def __iter__(self):
-            for item in loader:
-                shared[:] = item
+            for i in range(4):
+                shared[:] = i
                 yield shared
 
     stream = Data.from_iterable(Reusing())
