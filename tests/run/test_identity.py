@@ -259,6 +259,10 @@ def each_kind():
     """Data whose facts could depend on addresses, on the order of a set or on the time."""
     yield [(np.ones(2), lambda out: out.sum()), (np.zeros(2), lambda out: out.mean())]
     yield Data.from_items(["a", {"b", "c", "d"}, None, object(), 1 + 2j]).map(Scale(2.0))
+    with rng.scope(4):
+        (train, valid), *_ = Data.folds(np.arange(6), 3, 2, shuffle=True)
+        mixed = Data.mix([Data.from_items([1, 2]).filter(Scale(2.0)), Data.from_iterable([3])], [1, 2])
+        yield Data.concat(train, valid, Data.zip(mixed, mixed), Data.from_items([1, 2]).sample([1, 2], 3))
     yield Data.from_items([1]).map(Scale(2.0).__call__).map(lambda x: x in {"p", "q", "r"})
     yield Data.repeat(3, (jnp.ones(2), lambda out: losses.mse(out, jnp.zeros(2)), Context(w=np.ones(1))))
     yield Data.from_iterable(range(4)).map(np.random.default_rng(0).permutation)

@@ -12,4 +12,9 @@ words.map(3)  # E: reportArgumentType
 words.random_map(len)  # E: reportArgumentType
 words.batch("2")  # E: reportArgumentType
 words.epochs()  # E: reportCallIssue
+words.filter(lambda w: w.shape)  # E: reportAttributeAccessIssue
+words.sample("ab", 3)  # E: reportArgumentType
+Data.mix(words, [1])  # E: reportArgumentType
+Data.concat([words])  # E: reportArgumentType
+pair: Data[tuple[str, str]] = Data.zip(words, words.map(len))  # E: reportAssignmentType
 number: int = next(iter(words))  # E: reportAssignmentType

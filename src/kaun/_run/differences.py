@@ -14,6 +14,7 @@ _CODE = re.compile(r"(python\d+\.\d+):\w+")
 _CHANGE_NO_ITEM = frozenset(["Data.prefetch"])
 _ITEM_BY_ITEM = frozenset(["Data.map", "Data.random_map", "Data.with_loss"])  # they make one item of each
 _COUNTS = frozenset(["Data.epochs", "Data.take"])
+_KEYED = ("Data.random_map", "Data.mix", "Data.sample")  # their keys are not those of a shuffle
 
 
 def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int, *, exact: bool = True) -> list[str]:
@@ -37,7 +38,7 @@ def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int, *, exact:
         >>> differences(old, new, 1)
         ['Data.batch: n was 2, is 3']
     """
-    before, current = ([fact for fact in facts if fact["stage"] not in _CHANGE_NO_ITEM] for facts in (saved, now))
+    before, current = map(_that_change_items, (saved, now))
     open_before, open_current = _without_last_count(before), _without_last_count(current)
     pairs = [(before, current), (before, open_current), (open_before, current), (open_before, open_current)]
     if all(_lines(*pair) for pair in pairs):
@@ -48,6 +49,10 @@ def differences(saved: Sequence[Fact], now: Sequence[Fact], done: int, *, exact:
         last = next((f["stage"] for f in reversed(current) if f["stage"] not in _ITEM_BY_ITEM), "the data")
         return [f"{last}: there are {length} items now, and the run has taken {done} already"]
     return []
+
+
+def _that_change_items(facts: Sequence[Fact]) -> list[Fact]:
+    return [fact for fact in facts if fact["stage"] not in _CHANGE_NO_ITEM]
 
 
 def _without_last_count(facts: list[Fact]) -> list[Fact]:
@@ -86,6 +91,8 @@ def _changes(where: str, name: str, a: Any, b: Any) -> list[str]:
     """The differences of one parameter, or of the parts of it."""
     if _is_same(a, b):
         return []
+    if name == "sources":
+        return _changes_of_sources(where, a, b)
     if isinstance(a, dict) and isinstance(b, dict):
         old, new = cast("Fact", a), cast("Fact", b)
         if "function" in old and "function" in new:
@@ -97,7 +104,7 @@ def _changes(where: str, name: str, a: Any, b: Any) -> list[str]:
         return lines
     if name == "key":
         why = "another seed, or keys drawn in another order under rng.scope" if a and b else "shuffled or not"
-        kind = "key" if where.startswith("Data.random_map") else "shuffle key"
+        kind = "key" if where.startswith(_KEYED) else "shuffle key"
         return [f"{where}: the {kind} was {_describe(a)}, is {_describe(b)} ({why})"]
     if name.startswith("generators at "):
         return [
@@ -105,6 +112,15 @@ def _changes(where: str, name: str, a: Any, b: Any) -> list[str]:
             "seeded, or was drawn from since. Make it again from a seed before each fit"
         ]
     return [f"{where}: {_change(name, a, b)}"]
+
+
+def _changes_of_sources(where: str, a: list[list[Fact]], b: list[list[Fact]]) -> list[str]:
+    """The differences of the pipelines that a stage puts together, each with the number of its source."""
+    lines = [] if len(a) == len(b) else [f"{where}: it had {len(a)} sources, and has {len(b)}"]
+    for k, (old, new) in enumerate(zip(a, b, strict=False)):
+        found = _lines(_that_change_items(old), _that_change_items(new))
+        lines += [f"{where}, source {k} (counted from 0): {line}" for line in found]
+    return lines
 
 
 def _changes_of_function(where: str, a: Fact, b: Fact) -> list[str]:
@@ -122,6 +138,9 @@ def _is_same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         old, new = cast("Fact", a), cast("Fact", b)
         return all(_is_same(old.get(k), new.get(k)) for k in {*old, *new})
+    if isinstance(a, list) and isinstance(b, list):
+        ones, others = cast("list[Any]", a), cast("list[Any]", b)
+        return len(ones) == len(others) and all(map(_is_same, ones, others))
     if isinstance(a, str) and isinstance(b, str):
         one, other = _CODE.search(a), _CODE.search(b)
         if one and other and one[1] != other[1]:

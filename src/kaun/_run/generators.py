@@ -21,7 +21,15 @@ from kaun import rng, tree
 from kaun._loss import attributes_of, code_info, is_library, methods_of, reads_by_name
 from kaun._messages import warn
 from kaun.checkpoint import Directory
-from kaun.data import Data, is_generator, is_tensor, parts_that_make_items, stages_of
+from kaun.data import (
+    Data,
+    every_stage_of,
+    is_generator,
+    is_tensor,
+    loaders_of,
+    opened_loaders,
+    parts_that_make_items,
+)
 
 __all__ = ["captured_generators", "check_draws", "find_generators", "global_states", "refuse_draws"]
 
@@ -30,23 +38,23 @@ T = TypeVar("T")
 _WATCHED = 3  # items during which the global generators are watched
 _MOST_OBJECTS = 2000
 _MOST_ITEMS = 16
-_MAKE_ITEMS = frozenset(["Data.from_fn", "Data.map", "Data.map_batch", "Data.random_map"])
+_MAKE_ITEMS = frozenset(["Data.filter", "Data.from_fn", "Data.map", "Data.map_batch", "Data.random_map"])
 _SKIPPED = frozenset(["jax", "jaxlib", "kaun", "optax", "pyarrow"])  # packages whose objects hold none
 
 
 def captured_generators(data: Any) -> list[str]:
     """Where the functions that make the items of data hold a generator, in words."""
     found: list[str] = []
-    for stage in stages_of(data):
+    for stage in every_stage_of(data):
         if stage.name in _MAKE_ITEMS:
             found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(stage.given["f"])]
         elif stage.name == "Data.from_items":
             found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(stage.given["items"])]
-    source = stages_of(data)[0].given.get("source") if stages_of(data) else data
-    for part in parts_that_make_items(source):
-        found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part)]
-    if hasattr(source, "__iter__"):  # a function that makes a loader is called again, and its facts have the states
-        found += [f"the loader's function reads {path}" for path, _, inside in find_generators(source) if inside]
+    for source in loaders_of(data):
+        for part in parts_that_make_items(source):
+            found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part)]
+        if hasattr(source, "__iter__"):  # a function that makes a loader is called again: its facts have the states
+            found += [f"the loader's function reads {path}" for path, _, inside in find_generators(source) if inside]
     return list(dict.fromkeys(found))
 
 
@@ -123,7 +131,8 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
     """The same items; the global generators are watched while the first are made.
 
     What is drawn for the first item of a loader may be the order of its pass. That is the same when the loader is read
-    again from the same state of the generator, which goes into ``record``.
+    again from the same state of the generator, which goes into ``record``. Where loaders are sources among others, the
+    generators are watched until each has been opened.
 
     Args:
         items: The items of a run.
@@ -134,15 +143,19 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
     Raises:
         ValueError: If items cannot be made again, unless the directory accepts other data.
     """
-    stages = stages_of(data)
-    is_loader = "source" in stages[0].given if stages else True
-    for k in range(_WATCHED):
+    loaders, is_one_of_several = loaders_of(data), any(stage.sources for stage in every_stage_of(data))
+    at_start, opened_before = global_states(), opened_loaders.count
+    for k in itertools.count():
+        opened = opened_loaders.count
+        if k >= _WATCHED and not (is_one_of_several and opened - opened_before < len(loaders)):
+            break
         before, torch_state = global_states(), _torch_state()
         item = next(items, None)
         drawn = _draws_between(before, torch_state)
-        if k == 0 and is_loader:
-            record |= {name: before[name] for name in drawn if name != _UNSCOPED}
-        if refused := [name for name in drawn if k > 0 or name not in record]:
+        opens = bool(loaders) and (k == 0 or (is_one_of_several and opened_loaders.count > opened))
+        if opens:
+            record |= {name: at_start[name] for name in drawn if name != _UNSCOPED}
+        if refused := [name for name in drawn if not opens or name not in record]:
             refuse_draws(directory, [f"making an item of {data!r} draws from {name}" for name in refused])
         if item is None:
             return

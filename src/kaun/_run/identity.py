@@ -24,7 +24,7 @@ from kaun._run import digest
 from kaun._run.digest import Digester
 from kaun._run.generators import find_generators
 from kaun.checkpoint import Directory
-from kaun.data import Item, ResumableLoader, known_length, loader_facts, stages_of
+from kaun.data import Item, ResumableLoader, every_stage_of, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 
@@ -111,6 +111,7 @@ def _are_stages(value: Any) -> bool:
         and isinstance(cast("Fact", stage).get("stage"), str)
         and isinstance(cast("Fact", stage).get("length", False), (int, type(None)))
         and _are_functions(stage)
+        and all(map(_are_stages, cast("list[Any]", stage.get("sources", []))))
         for stage in cast("list[Any]", value)
     )
 
@@ -167,7 +168,7 @@ def describe_data(data: Iterable[Any]) -> list[Fact]:
 
     Returns:
         Dicts of JSON values: ``stage`` ("Data.batches"), ``length`` (items of a pass after it, or None), and its
-        parameters by name.
+        parameters by name; of a stage over several pipelines ``sources``, the facts of each.
 
     Examples:
         >>> from kaun import Data
@@ -177,13 +178,17 @@ def describe_data(data: Iterable[Any]) -> list[Fact]:
     """
     found = stages_of(data)
     if found:
-        return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in found]
+        return _stage_facts(found)
     return [{"stage": type(data).__name__, "length": known_length(data), **_source(data)}]
+
+
+def _stage_facts(stages: Sequence[Any]) -> list[Fact]:
+    return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in stages]
 
 
 def unscoped(data: Iterable[Any]) -> list[str]:
     """The stages, as they print, whose key was drawn outside of any rng scope in this process."""
-    return [s.text for s in stages_of(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
+    return [s.text for s in every_stage_of(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
 
 
 def digest_item(item: Any) -> str:
@@ -208,7 +213,8 @@ def _labels(loss: Any) -> Any:
 
 def _given(given: Mapping[str, Any]) -> Fact:
     known: Mapping[str, Callable[[Any], Any]] = {
-        "arrays": _tree, "item": _item, "items": _items, "f": _function, "key": _key,
+        "arrays": _tree, "item": _item, "items": _items, "f": _function, "key": _key, "weights": _tree, "rows": _tree,
+        "sources": lambda sources: list(map(_stage_facts, sources)),
     }  # fmt: skip
     found: Fact = {}
     for name, value in given.items():

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kaun.data import Check, Data, ResumableLoader, checked_count, over_loader, rest_of, resume_of, stages_of
+from kaun.data import (
+    Check,
+    Data,
+    ResumableLoader,
+    checked_count,
+    every_stage_of,
+    loaders_of,
+    over_loader,
+    rest_of,
+    resume_of,
+    stages_of,
+)
 
 __all__ = ["makes_items", "position", "resume_from"]
 
@@ -35,9 +46,11 @@ def resume_from(
     n = checked_count("resume_from(data, n)", "n", n, 0)
     source, resume = _source(data), resume_of(data)
     resumable = resume is not None or not isinstance(data, Data)
-    if hasattr(source, "__next__") and not (_has_state(source) and resumable and (position or not n)):
+    for loader in loaders_of(data):
+        if not hasattr(loader, "__next__") or (_has_state(loader) and resumable and (position or not n)):
+            continue
         raise TypeError(
-            f"A run with checkpoints expected data that can be iterated again, received {type(source).__name__}, an "
+            f"A run with checkpoints expected data that can be iterated again, received {type(loader).__name__}, an "
             "iterator that can be iterated once: a resumed run could not continue where it stopped. Pass a list, "
             "list(iterator); a Data, Data.batches((x, y), batch_size=64); or a function that returns a new iterator, "
             "Data.from_iterable(lambda: make_iterator())."
@@ -66,9 +79,9 @@ def position(data: Iterable[Any]) -> dict[str, Any] | None:
 
 def makes_items(data: Any) -> bool:
     """Whether a loader or a function of the user makes the items: they may be others when they are made again."""
-    stages = stages_of(data)
-    source = stages[0].given.get("items", stages[0].given.get("source", ())) if stages else data
-    if not isinstance(source, (list, tuple, range)):
+    stages = every_stage_of(data)
+    sources = [*loaders_of(data), *(stage.given["items"] for stage in stages if "items" in stage.given)]
+    if not all(isinstance(source, (list, tuple, range)) for source in sources):
         return True
     return any("f" in stage.given for stage in stages if stage.name != "Data.with_loss")
 

@@ -1,11 +1,13 @@
 """How data flows: ``Data``, a lazy pipeline of items, and what ``fit`` needs of any iterable.
 
-``pipeline`` has the methods that users call, ``nodes`` what a stage does, ``items`` what an item is, ``loaders`` the
-loaders of other libraries.
+``sources`` and ``pipeline`` have the methods that users call, ``nodes`` and ``combine`` what a stage does, ``items``
+what an item is, ``loaders`` the loaders of other libraries.
 """
 
 from kaun.data.access import chunks_of as chunks_of
+from kaun.data.access import every_stage_of as every_stage_of
 from kaun.data.access import has_exact_length as has_exact_length
+from kaun.data.access import loaders_of as loaders_of
 from kaun.data.access import over_loader as over_loader
 from kaun.data.access import rest_of as rest_of
 from kaun.data.access import resume_of as resume_of
@@ -27,6 +29,7 @@ from kaun.data.libraries import loader_facts as loader_facts
 from kaun.data.libraries import parts_that_make_items as parts_that_make_items
 from kaun.data.loaders import known_length as known_length
 from kaun.data.loaders import open_items as open_items
+from kaun.data.loaders import opened_loaders as opened_loaders
 from kaun.data.passes import newest_pass as newest_pass
 from kaun.data.passes import random_passes as random_passes
 from kaun.data.pipeline import Data as Data

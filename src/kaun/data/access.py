@@ -8,16 +8,30 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from kaun.data.chunks import Chunk, Limit, one_by_one
-from kaun.data.nodes import Node, Resume, StageSpec
+from kaun.data.nodes import Node, Resume, StageSpec, every_stage
 from kaun.data.pipeline import Data, make_data
 from kaun.data.resumable import Check, ResumableLoader, after_skipped
 
-__all__ = ["chunks_of", "has_exact_length", "over_loader", "rest_of", "resume_of", "stages_of"]
+__all__ = [
+    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "over_loader", "rest_of", "resume_of", "stages_of",
+]  # fmt: skip
 
 
 def stages_of(data: Any) -> tuple[StageSpec, ...]:
     """The stages of a pipeline, its source first; none of what is not a ``Data``."""
     return data._stages if isinstance(data, Data) else ()  # pyright: ignore[reportPrivateUsage]
+
+
+def every_stage_of(data: Any) -> list[StageSpec]:
+    """The stages of a pipeline and of the pipelines that it puts together; none of what is not a ``Data``."""
+    return list(every_stage(stages_of(data)))
+
+
+def loaders_of(data: Any) -> list[Any]:
+    """The loaders under a pipeline, none for sources of kaun's own; any other data itself."""
+    if not isinstance(data, Data):
+        return [data]
+    return [stage.given["source"] for stage in every_stage_of(data) if "source" in stage.given]
 
 
 def chunks_of(data: Iterable[Any], iterator: Iterator[Any], limit: Limit) -> Iterator[Chunk]:
@@ -40,9 +54,7 @@ def resume_of(data: Any) -> Resume | None:
 
 def has_exact_length(data: Any) -> bool:
     """Whether what data says of its length is true: a loader may say another number than it gives."""
-    stages = stages_of(data)
-    source = stages[0].given.get("source", ()) if stages else data
-    return isinstance(source, (list, tuple, range))
+    return all(isinstance(source, (list, tuple, range)) for source in loaders_of(data))
 
 
 def over_loader(

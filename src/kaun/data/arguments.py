@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
+
+import numpy as np
 
 from kaun import tree
 from kaun._messages import locate
 
 __all__ = [
-    "checked_batch_size", "checked_count", "checked_loader", "checked_sequence", "function_text", "no_index",
-    "no_length", "not_picklable",
+    "checked_batch_size", "checked_count", "checked_loader", "checked_pipelines", "checked_sequence",
+    "checked_weights", "function_text", "moved_weights", "no_index", "no_length", "not_picklable",
 ]  # fmt: skip
 
 
@@ -79,6 +81,67 @@ def checked_loader(where: str, source: Any) -> Any:
     return source
 
 
+def checked_pipelines(where: str, sources: Sequence[Any], kind: type) -> None:
+    """Check the pipelines that one is made of.
+
+    Args:
+        where: The method of Data, with the names of its arguments.
+        sources: What was given.
+        kind: The class of pipelines.
+
+    Raises:
+        TypeError: If one is not a pipeline.
+        ValueError: If there is none.
+    """
+    for k, source in enumerate(sources):
+        if not isinstance(source, kind):
+            raise TypeError(
+                f"{where} expected pipelines, received {tree.describe(source)} as source {k} (counted from 0). Make a "
+                "Data of it first, Data.from_items(items) or Data.from_iterable(loader); of a list of pipelines pass "
+                "the pipelines, Data.concat(*sources)."
+            )
+    if not sources:
+        raise ValueError(f"{where} expected at least one pipeline, received none.")
+
+
+def checked_weights(where: str, weights: Any, n: int, of: str) -> np.ndarray[Any, Any]:
+    """Weights as a float64 array [n].
+
+    Args:
+        where: The method of Data, with the names of its arguments.
+        weights: What was given.
+        n: How many there must be.
+        of: What each of them belongs to.
+
+    Raises:
+        TypeError: If they are not numbers.
+        ValueError: If there are others than ``n``, one is negative or not finite, or all are 0.
+    """
+    try:
+        array = np.array(weights, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{where} expected weights to be numbers, one for each {of}, received {tree.describe(weights)}. Write "
+            "weights=[0.8, 0.2]."
+        ) from None
+    if array.shape != (n,):
+        raise ValueError(
+            f"{where} expected one weight for each {of}, shape [{n}], received shape {list(array.shape)}. Write "
+            f"weights=np.ones({n}) for equal ones."
+        )
+    wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
+    if wrong.size:
+        raise ValueError(
+            f"{where} expected weights that are finite and at least 0, received {float(array[wrong[0]])} at "
+            f"{wrong[0]}. Write weights=np.maximum(weights, 0), or 0 for a {of} that is never drawn."
+        )
+    if not array.any():
+        raise ValueError(
+            f"{where} expected a weight above 0, received {n} of 0. Write weights=np.ones({n}) for equal ones."
+        )
+    return array
+
+
 def _refuse_frame(where: str, value: Any) -> None:
     """Refuse a Series or DataFrame of pandas or its like, whose ``[i]`` finds a label or a column."""
     if not (hasattr(value, "iloc") and hasattr(value, "loc")):
@@ -106,19 +169,30 @@ def function_text(where: str, f: Any) -> str:
     return locate(f).replace("`", "")
 
 
-def no_index(pipeline: str) -> TypeError:
-    """The exception for a shuffle of items that have no index."""
+def no_index(where: str, pipeline: str) -> TypeError:
+    """The exception for a shuffle or a sample of items that have no index."""
+    verb = where.partition("(")[0]
     return TypeError(
-        f"shuffle() needs items by index, which this pipeline does not have: {pipeline}. Shuffle before "
-        "prefetch; collect a small stream, Data.from_items(list(data)).shuffle(); or let the loader shuffle."
+        f"{where} needs items by index, which this pipeline does not have: {pipeline}. {verb.capitalize()} before "
+        f"prefetch or filter; collect a small stream, Data.from_items(list(data)).{where}; or let the loader {verb}."
+    )
+
+
+def moved_weights(stage: str) -> ValueError:
+    """The exception for a sample of items whose order is random."""
+    return ValueError(
+        f"sample(weights, n) expected items in an order that does not depend on the pass, received them after {stage}: "
+        "weight i would belong to another item in each pass. Sample first, the draws are in random order already: "
+        "Data.from_arrays(x, y).sample(weights, n).batch(64)."
     )
 
 
 def no_length(pipeline: str) -> TypeError:
     """The exception for ``len`` where the source has none."""
     return TypeError(
-        f"the length of this pipeline is not known, because its source has no len(): {pipeline}. Use a source "
-        "with a length, Data.from_items(list(source)), or count the items while iterating."
+        f"the length of this pipeline is not known, because its source has no len(), or a filter leaves "
+        f"items out: {pipeline}. Use a source with a length, Data.from_items(list(source)), or count the items while "
+        "iterating."
     )
 
 

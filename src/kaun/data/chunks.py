@@ -136,7 +136,12 @@ def batch_index(order: Any, i: int, size: int, n: int) -> Any:
 
 
 def row_chunks(
-    arrays: Sequence[Any], take: Callable[[Any], Any], order: Callable[[int | None], Any], size: int, length: int
+    arrays: Sequence[Any],
+    take: Callable[[Any], Any],
+    order: Callable[[int | None], Any],
+    size: int,
+    n: int,
+    length: int,
 ) -> Chunks:
     """The batches of arrays in memory.
 
@@ -145,9 +150,9 @@ def row_chunks(
         take: The tree of the rows at an index.
         order: The order of the rows in a pass, None for their own.
         size: Rows of a batch; a last one that is smaller comes alone.
+        n: Rows of a pass.
         length: Batches of a pass.
     """
-    n = len(arrays[0])
     # Rows are found again by the identity of the first item's arrays, and those on explicit axes are replaced by fit.
     alone = any(_is_explicit(array) for array in arrays)
 

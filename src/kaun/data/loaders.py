@@ -13,7 +13,7 @@ from kaun.data import convert, libraries
 from kaun.data.items import Item
 from kaun.data.resumable import SKIPPED, ResumableLoader
 
-__all__ = ["known_length", "open_items", "open_loader"]
+__all__ = ["known_length", "open_items", "open_loader", "opened_loaders"]
 
 
 def known_length(data: Any) -> int | None:
@@ -49,6 +49,15 @@ def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
             close()
 
 
+class _OpenedLoaders:
+    """How often a pipeline of this process has opened a loader, for whoever watches what is drawn then."""
+
+    count = 0
+
+
+opened_loaders: _OpenedLoaders = _OpenedLoaders()
+
+
 def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator[Any]]:
     """The ``open`` of a node over a loader, or over a function that makes one.
 
@@ -76,6 +85,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
     def open(epoch: int | None, start: int) -> Iterator[Any]:
         nonlocal had_items, first
         count = 0
+        opened_loaders.count += 1
         made = loader()
         if not hasattr(made, "__iter__"):
             raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
@@ -85,8 +95,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
         try:
             items = iter(made)
             count = made.taken if isinstance(made, ResumableLoader) else 0
-            # Not `yield from`, which would close the user's own generator together with this one.
-            for item in items:
+            for item in items:  # not `yield from`, which would close the user's own generator together with this one
                 had_items = True
                 if item is SKIPPED:
                     yield item

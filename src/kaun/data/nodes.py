@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,6 +89,19 @@ class StageSpec(NamedTuple):
         """The method of Data, ``"Data.map"``."""
         return "Data." + self.text.partition("(")[0].removeprefix("Data").removeprefix(".")
 
+    @property
+    def sources(self) -> Sequence[Sequence[StageSpec]]:
+        """The stages of each pipeline that a stage of several puts together; of any other there are none."""
+        return self.given.get("sources", ())
+
+
+def every_stage(stages: Sequence[StageSpec]) -> Iterator[StageSpec]:
+    """The stages of a pipeline, and before a stage over several pipelines those of each."""
+    for stage in stages:
+        for inner in stage.sources:
+            yield from every_stage(inner)
+        yield stage
+
 
 # Sources
 
@@ -116,7 +129,9 @@ def repeat_node(n: int, item: Any) -> Node:
     return Node(opened, n, True, lambda epoch: lambda i: item, item_chunks(item, n))
 
 
-def batches_node(rows: ArrayRows, size: int, drop_last: bool, order: Callable[[int | None], Any]) -> Node:
+def batches_node(
+    rows: ArrayRows, size: int, drop_last: bool, order: Callable[[int | None], Any], n: int | None = None
+) -> Node:
     """The batches of arrays in memory.
 
     Args:
@@ -124,15 +139,17 @@ def batches_node(rows: ArrayRows, size: int, drop_last: bool, order: Callable[[i
         size: Rows of a batch.
         drop_last: Whether a last batch that is smaller is left out.
         order: The order of the rows in a pass, None for their own.
+        n: How many rows the order has, all of them where it is None.
     """
-    length = group_count(rows.length, size, drop_last)
+    n = rows.length if n is None else n
+    length = group_count(n, size, drop_last)
 
     def by_index(epoch: int | None) -> GetItem:
         index = order(epoch)
-        return lambda i: rows.take(batch_index(index, i, size, rows.length))
+        return lambda i: rows.take(batch_index(index, i, size, n))
 
     opened = lambda epoch, start: rows.batches(order(epoch), size, start, length)
-    return Node(opened, length, True, by_index, row_chunks(rows.leaves, rows.take, order, size, length))
+    return Node(opened, length, True, by_index, row_chunks(rows.leaves, rows.take, order, size, n, length))
 
 
 def loader_node(source: Any, stage: str) -> Node:

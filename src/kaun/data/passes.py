@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from kaun.data.items import Item
-from kaun.data.nodes import StageSpec
+from kaun.data.nodes import StageSpec, every_stage
 
 __all__ = ["as_generator", "newest_pass", "random_passes", "watch_of"]
 
@@ -22,16 +22,18 @@ Passes = tuple[Any, ...]
 
 def random_passes(stages: Sequence[StageSpec]) -> tuple[Passes, range] | None:
     """What decides the items of a pipeline and the numbers of its passes; None if nothing in it is random."""
-    keys = [s.given["key"] for s in stages if s.given.get("key") is not None]
-    if not keys:
+    if watch_of(stages) is None:
         return None
+    every = list(every_stage(stages))
+    keys = [s.given["key"] for s in every if s.given.get("key") is not None]
     counts = [s for s in stages if s.name in ("Data.epochs", "Data.epoch")]
     numbers = range(1)
     if len(counts) == 1:
         ((name, count),) = counts[0].given.items()
         numbers = range(count) if name == "n" else range(count, count + 1)
-    texts = [s.text for s in stages if s.name != "Data.prefetch" and (s not in counts or len(counts) > 1)]
-    arrays = [_memory(leaf) for s in stages for leaf in jax.tree_util.tree_leaves(s.given.get("arrays"))]
+    counted = {id(s) for s in counts if len(counts) == 1}
+    texts = [s.text for s in every if s.name != "Data.prefetch" and id(s) not in counted]
+    arrays = [_memory(leaf) for s in every for leaf in jax.tree_util.tree_leaves(s.given.get("arrays"))]
     return (*texts, *(np.asarray(jax.random.key_data(key)).tobytes() for key in keys), *arrays), numbers
 
 
@@ -74,9 +76,11 @@ newest_pass: _NewestPass = _NewestPass()
 
 
 def watch_of(stages: Sequence[StageSpec]) -> Callable[[Any], None] | None:
-    """What to call with the first item of a pass, None where nothing in the pipeline is random."""
+    """What to call with the first item of a pass, None where its items are the same in each pass."""
     for stage in stages:
-        if stage.given.get("key") is not None:
+        given = stage.given
+        # Which source a mix draws is the same in each pass.
+        if any(map(watch_of, given["sources"])) if "sources" in given else given.get("key") is not None:
             return functools.partial(newest_pass.open, stages)
     return None
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
-from kaun.data import arguments, collate, nodes
-from kaun.data.arguments import checked_batch_size, checked_count, checked_loader, checked_sequence, function_text
+from kaun.data import arguments, collate, combine, nodes
+from kaun.data.arguments import checked_count, checked_weights, function_text
 from kaun.data.items import loss_attacher
-from kaun.data.nodes import Node, StageSpec
-from kaun.data.passes import as_generator, watch_of
-from kaun.data.shuffle import Orders, draw_key
+from kaun.data.nodes import Node, StageSpec, every_stage
+from kaun.data.shuffle import Draws, Orders, draw_key
+from kaun.data.sources import Sources
 
 __all__ = ["Data", "make_data"]
 
@@ -20,7 +21,7 @@ T = TypeVar("T", covariant=True)
 U = TypeVar("U")
 
 
-class Data(Generic[T]):
+class Data(Sources[T]):
     """A lazy pipeline of items: immutable, iterated from the start by each ``for``, with ``len()`` where it is known.
 
     The class methods make one; each other method returns a new one. Functions given to a stage run when their item is
@@ -38,136 +39,7 @@ class Data(Generic[T]):
         ([20, 30, 40, 50], 4)
     """
 
-    __slots__ = ("__weakref__", "_node", "_stages")
-    _node: Node
-    _stages: tuple[StageSpec, ...]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(
-            "Data is made by its class methods: Data.batches((x, y), batch_size=64) for arrays, Data.from_items(items) "
-            "for a list, Data.from_iterable(loader) for a loader."
-        )
-
-    @classmethod
-    def from_items(cls, items: Sequence[U]) -> Data[U]:
-        """The items of a sequence, read by index. A list is copied; any other sequence is used as it is.
-
-        Raises:
-            TypeError: If it has no length or no items by index, or is a Series or DataFrame of pandas.
-
-        Examples:
-            >>> list(Data.from_items("abc").skip(1))
-            ['b', 'c']
-        """
-        held = checked_sequence("Data.from_items", items)
-        stage = f"Data.from_items({len(held)} items)"
-        return _source(nodes.items_node(held, stage), stage, items=held)
-
-    @classmethod
-    def from_arrays(cls, *arrays: Any) -> Data[Any]:
-        """The rows of arrays along axis 0: tuples ``(x[i], y[i], ...)``, or plain ``x[i]`` of a single array.
-
-        For batches ``Data.batches`` is the fast way: one operation for a batch, not one for each of its rows.
-
-        Args:
-            arrays: NumPy or JAX arrays, or trees of them, of one length. Rows of NumPy arrays are read-only views, of
-                one-dimensional ones scalars. JAX arrays stay on their device.
-
-        Raises:
-            TypeError, ValueError: As ``batches``.
-
-        Examples:
-            >>> import numpy as np
-            >>> for x, y in Data.from_arrays(np.array([[1, 2], [3, 4]]), np.array([0, 1])):
-            ...     print(x, y)
-            [1 2] 0
-            [3 4] 1
-        """
-        whole: Any = arrays[0] if len(arrays) == 1 else arrays
-        rows = collate.ArrayRows("Data.from_arrays", whole)
-        stage = f"Data.from_arrays({collate.outline_of(whole)})"
-        return _source(nodes.index_node(rows.length, lambda epoch: rows.take), stage, arrays=whole)
-
-    @classmethod
-    def from_fn(cls, n: int, f: Callable[[int], U]) -> Data[U]:
-        """The items ``f(0)`` to ``f(n - 1)``, each computed when it is pulled.
-
-        Raises:
-            TypeError: If ``f`` is not callable.
-
-        Examples:
-            >>> list(Data.from_fn(4, lambda i: i * i))
-            [0, 1, 4, 9]
-        """
-        n = checked_count("Data.from_fn(n, f)", "n", n, 0)
-        stage = f"Data.from_fn({n}, {function_text('Data.from_fn', f)})"
-        return _source(nodes.function_node(n, f, stage), stage, n=n, f=f)
-
-    @classmethod
-    def repeat(cls, n: int, item: U) -> Data[U]:
-        """The same object ``n`` times.
-
-        Examples:
-            >>> list(Data.repeat(3, "same"))
-            ['same', 'same', 'same']
-        """
-        n = checked_count("Data.repeat(n, item)", "n", n, 0)
-        return _source(nodes.repeat_node(n, item), f"Data.repeat({n}, {collate.outline_of(item)})", n=n, item=item)
-
-    @classmethod
-    def from_iterable(cls, iterable: Iterable[U] | Callable[[], Iterable[U]]) -> Data[U]:
-        """The items of any loader, or of the loader that a function without arguments returns in each pass.
-
-        A stream: no items by index (so no ``shuffle``), ``skip`` pulls what it skips, ``len()`` is what the loader
-        says. An iterator, for example a generator, can be iterated once.
-
-        Raises:
-            TypeError: If it is neither iterable nor callable, or is a Series or DataFrame of pandas.
-            RuntimeError: If, in iteration, an iterator is exhausted.
-
-        Examples:
-            >>> data = Data.from_iterable(lambda: (x * x for x in range(4)))
-            >>> list(data), list(data.take(2))
-            ([0, 1, 4, 9], [0, 1])
-        """
-        if isinstance(iterable, Data):
-            return cast("Data[U]", iterable)
-        source = checked_loader("Data.from_iterable", iterable)
-        name = type(source).__name__ if hasattr(source, "__iter__") else function_text("Data.from_iterable", source)
-        stage = f"Data.from_iterable({name})"
-        return _source(nodes.loader_node(source, stage), stage, source=source)
-
-    @classmethod
-    def batches(cls, arrays: U, batch_size: int, shuffle: bool = False, drop_last: bool = False) -> Data[U]:
-        """The batches of arrays in memory: each is the same tree, with ``batch_size`` rows of every array.
-
-        NumPy in, NumPy out: read-only views of the arrays when in order, new arrays when shuffled. JAX arrays stay on
-        their device.
-
-        Args:
-            arrays: NumPy or JAX arrays of one length along axis 0, in any tree: a tuple, a dict, a single array.
-            batch_size: The rows of a batch; the last one has what remains.
-            shuffle: Whether rows come in a random order, another one in each epoch, as with ``Data.shuffle``. Default
-                False. Draws one key from the RNG scope when called.
-            drop_last: Whether a last batch that is not full is left out. Default False.
-
-        Raises:
-            TypeError: If a leaf is not an array.
-            ValueError: If lengths differ, an array is a scalar, or there is none.
-
-        Examples:
-            >>> import numpy as np
-            >>> data = Data.batches({"x": np.zeros((5, 2)), "y": np.arange(5)}, batch_size=2)
-            >>> [(batch["x"].shape, batch["y"].tolist()) for batch in data]
-            [((2, 2), [0, 1]), ((2, 2), [2, 3]), ((1, 2), [4])]
-        """
-        size, drop_last = checked_batch_size("Data.batches", batch_size), bool(drop_last)
-        rows = collate.ArrayRows("Data.batches", arrays)
-        orders = Orders("Data.batches(..., shuffle=True)", rows.length) if shuffle else None
-        node = nodes.batches_node(rows, size, drop_last, orders or (lambda epoch: None))
-        settings = f"batch_size={size}" + ", shuffle=True" * bool(shuffle) + ", drop_last=True" * drop_last
-        text = f"Data.batches({collate.outline_of(arrays)}, {settings})"
-        return _source(node, text, arrays=arrays, batch_size=size, drop_last=drop_last, key=orders and orders.key)
+    __slots__ = ()
 
     @staticmethod
     def stack(items: Iterable[Any]) -> Any:
@@ -279,7 +151,7 @@ class Data(Generic[T]):
         function of key and pass, the same on every machine. Without ``epochs`` it is pass 0, the same each time.
 
         Raises:
-            TypeError: If the items have no index, after ``from_iterable`` or ``prefetch``.
+            TypeError: If the items have no index, after ``from_iterable``, ``filter`` or ``prefetch``.
             RuntimeError: If it is called inside compiled code.
 
         Examples:
@@ -291,9 +163,65 @@ class Data(Generic[T]):
         """
         base, n = self._node.by_index, self._node.length
         if base is None or n is None:
-            raise arguments.no_index(repr(self))
+            raise arguments.no_index("shuffle()", repr(self))
         orders = Orders("shuffle()", n)
         return self._then(nodes.shuffle_node(base, n, orders), ".shuffle()", key=orders.key)
+
+    def sample(self, weights: Sequence[float] | np.ndarray[Any, Any], n: int) -> Data[T]:
+        """Draw ``n`` items by weight, with replacement; other ones in each epoch. Draws one key when called.
+
+        The draws of pass ``e`` are a function of the key and ``e``. Use it to see rare items more often.
+
+        Args:
+            weights: A number for each item, finite and at least 0, in the order of the items; they need not add up
+                to 1. Item ``i`` is ``weights[i] / sum(weights)`` of the draws on average.
+            n: How many items a pass has.
+
+        Raises:
+            TypeError: If the items have no index, after ``from_iterable``, ``filter`` or ``prefetch``; when weights
+                are not numbers.
+            ValueError: If there is not one weight for each item, one is negative or not finite, or all are 0; after
+                ``shuffle``, where the weights would belong to other items.
+            RuntimeError: If it is called inside compiled code.
+
+        Examples:
+            >>> from kaun import rng
+            >>> with rng.scope(0):
+            ...     data = Data.from_items(["often", "never", "rare"]).sample([9, 0, 1], 1000)
+            >>> [round(list(data).count(item) / 1000, 1) for item in ("often", "never", "rare")]
+            [0.9, 0.0, 0.1]
+        """
+        base, length = self._node.by_index, self._node.length
+        if base is None or length is None:
+            raise arguments.no_index("sample(weights, n)", repr(self))
+        for stage in every_stage(self._stages):
+            if stage.given.get("key") is not None and stage.name not in ("Data.mix", "Data.random_map"):
+                raise arguments.moved_weights(stage.text)
+        n = checked_count("sample(weights, n)", "n", n, 0)
+        checked = checked_weights("sample(weights, n)", weights, length, "item")
+        draws = Draws("sample(weights, n)", checked)
+        node = nodes.shuffle_node(base, n, lambda epoch: draws(epoch or 0, n))
+        stage = f".sample({collate.outline_of(checked)}, {n})"
+        return self._then(node, stage, weights=checked, n=n, key=draws.key)
+
+    def filter(self, f: Callable[[T], Any]) -> Data[T]:
+        """The items for which ``f(item)`` is true.
+
+        Only ``f`` says how many they are: the pipeline has no index and no ``len()`` after it, and ``skip`` and a
+        resumed run make the items before again. Where the rows to keep are known, choose them first: ``x[keep]``.
+
+        Args:
+            f: A pure function of an item; its result is taken as a bool.
+
+        Raises:
+            TypeError: If ``f`` is not callable.
+
+        Examples:
+            >>> list(Data.from_items([1, 2, 3, 4]).filter(lambda x: x % 2 == 0))
+            [2, 4]
+        """
+        stage = f".filter({function_text('filter', f)})"
+        return self._then(combine.filter_node(self._node, f, stage), stage, f=f)
 
     def epochs(self, n: int) -> Data[T]:
         """The items of ``n`` passes, one after the other: ``epoch(0)``, ``epoch(1)``, ... Each shuffle reshuffles.
@@ -355,44 +283,7 @@ class Data(Generic[T]):
         n = checked_count("prefetch(n)", "n", n, 1)
         return self._then(nodes.prefetch_node(self._node, n), f".prefetch({n})", n=n)
 
-    def __iter__(self) -> Iterator[T]:
-        # Always a generator, so that whoever iterates can close() it and with it the threads of prefetch. One that the
-        # last stage makes is used without a frame around it: fit pulls an item for each step.
-        node, first = self._node, watch_of(self._stages)
-        return node.open(None, 0, first) if node.takes_first else as_generator(node.open, first)
-
-    def __len__(self) -> int:
-        if self._node.length is None:
-            raise arguments.no_length(repr(self))
-        return self._node.length
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"Data is immutable; each method returns a new one, data = data.map(f), not .{name} =.")
-
-    def __copy__(self) -> Data[T]:
-        return self  # immutable, like a str
-
-    def __deepcopy__(self, memo: Any) -> Data[T]:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise arguments.not_picklable(repr(self))
-
-    def __repr__(self) -> str:
-        texts = [stage.text for stage in self._stages]
-        return "".join(texts) if sum(map(len, texts)) <= 100 else "\n  ".join(texts)
-
-    def _then(self, node: Node, text: str, **given: Any) -> Data[Any]:
-        return make_data(node, *self._stages, StageSpec(text, given, node.length))
-
 
 def make_data(node: Node, *stages: StageSpec) -> Data[Any]:
     """A pipeline of a node; ``stages`` say what the user wrote, the source first."""
-    data: Data[Any] = object.__new__(Data)
-    object.__setattr__(data, "_node", node)
-    object.__setattr__(data, "_stages", stages)
-    return data
-
-
-def _source(node: Node, text: str, **given: Any) -> Data[Any]:
-    return make_data(node, StageSpec(text, given, node.length))
+    return Data._made(node, *stages)  # pyright: ignore[reportPrivateUsage]

@@ -1,4 +1,4 @@
-"""Keys of a pipeline: the order of the items in each pass, and the key of each item of ``random_map``."""
+"""Keys of a pipeline: the order of the items in each pass, draws by weight, and the keys of ``random_map``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from kaun import rng
 from kaun._jax import is_traced
 
-__all__ = ["Orders", "draw_key", "item_keys"]
+__all__ = ["Draws", "Orders", "draw_key", "item_keys"]
 
 
 def draw_key(where: str) -> jax.Array:
@@ -43,11 +43,12 @@ _fold_in: Callable[[jax.Array, int], jax.Array] = jax.jit(jax.random.fold_in)
 
 
 class Orders:
-    """The order of ``n`` items in each pass, a function of a key and the pass. The key is drawn from the RNG scope.
+    """The order of ``n`` items in each pass, a function of a key and the pass.
 
     Args:
         where: The method of Data, for messages.
         n: How many items there are.
+        key: The key; one is drawn from the RNG scope where it is None.
 
     Attributes:
         key: The key.
@@ -56,10 +57,10 @@ class Orders:
         RuntimeError: If it is called inside compiled code.
     """
 
-    def __init__(self, where: str, n: int) -> None:
-        self.key: jax.Array = draw_key(where)
+    def __init__(self, where: str, n: int, key: jax.Array | None = None) -> None:
+        self.key: jax.Array = draw_key(where) if key is None else key
         self._n = n
-        self._words = [int(word) for word in np.asarray(jax.random.key_data(self.key)).ravel()]
+        self._words = _words_of(self.key)
 
     def __call__(self, epoch: int | None) -> np.ndarray[Any, Any]:
         """The order of one pass: a permutation of ``range(n)``."""
@@ -67,3 +68,34 @@ class Orders:
         # resumed after an upgrade must continue in the same order.
         seed = np.random.SeedSequence([*self._words, epoch or 0])
         return np.random.RandomState(np.random.PCG64(seed)).permutation(self._n)
+
+
+class Draws:
+    """Numbers drawn by weight, with replacement: a function of a key and the number of the group of draws.
+
+    Args:
+        where: The method of Data, for messages.
+        weights: Float64, finite, at least 0, not all 0; they need not add up to 1.
+
+    Attributes:
+        key: The key, drawn from the RNG scope.
+
+    Raises:
+        RuntimeError: If it is called inside compiled code.
+    """
+
+    def __init__(self, where: str, weights: np.ndarray[Any, Any]) -> None:
+        self.key: jax.Array = draw_key(where)
+        self._words = _words_of(self.key)
+        sums = np.cumsum(weights / weights.max())
+        self._edges = sums[:-1] / sums[-1]
+
+    def __call__(self, group: int, n: int) -> np.ndarray[Any, Any]:
+        """The ``n`` draws of one group: int64 [n], each below the number of weights."""
+        seed = np.random.SeedSequence([*self._words, group])
+        uniform = np.random.RandomState(np.random.PCG64(seed)).random_sample(n)  # frozen by NumPy, as in Orders
+        return np.searchsorted(self._edges, uniform, side="right")
+
+
+def _words_of(key: jax.Array) -> list[int]:
+    return [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
