@@ -370,3 +370,37 @@ def test_a_cell_of_a_notebook_that_is_run_twice_names_the_state_to_pass(made, tm
     )
     with pytest.raises(ResumeMismatch, match=f"(?i){text}"):
         trainer.fit(state, with_loss(Data.from_items(rows())), checkpoints=runs)
+
+
+class Split:
+    """A data set that draws its split when it is made, and keeps the generator."""
+
+    def __init__(self, seed):
+        self.generator = np.random.default_rng(seed)
+        self.order = self.generator.permutation(10)
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        return rows()[self.order[i]]
+
+
+def test_a_generator_that_only_made_a_split_is_no_augmentation(made, tmp_path):
+    """`self.rng` in a data set, which `__init__` alone draws from: refused, although its items are the same each time."""
+    data = with_loss(Data.from_items(Split(0)))
+    whole = made[0].fit(made[1], data)
+    killed(made, data, tmp_path, after=5)
+    again = run(made, with_loss(Data.from_items(Split(0))), tmp_path)
+    assert jnp.array_equal(again.vars.params["weight"], whole.vars.params["weight"])
+
+
+class HalfDrawing(Drawing):
+    def __getitem__(self, i):
+        return super().__getitem__(i) / 2
+
+
+@pytest.mark.parametrize("kind", [Drawing, HalfDrawing])
+def test_a_generator_that_a_data_set_draws_from_in_a_base_class_is_refused(made, tmp_path, kind):
+    with pytest.raises(ValueError, match=r"reads `generator` \(Generator\)"):
+        run(made, with_loss(Data.from_items(kind(np.random.default_rng(0)))), tmp_path)

@@ -41,24 +41,40 @@ def captured_generators(data: Any) -> list[str]:
         if stage.name in _MAKE_ITEMS:
             found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(stage.given["f"])]
         elif stage.name == "Data.from_items":
-            found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(stage.given["items"])]
+            items = stage.given["items"]
+            named = _makes_items(items)
+            found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(items, named=named)]
     source = stages_of(data)[0].given.get("source") if stages_of(data) else data
     for part in parts_that_make_items(source):
-        found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part)]
+        named = _makes_items(part)
+        found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part, named=named)]
     if hasattr(source, "__iter__"):  # a function that makes a loader is called again, and its facts have the states
         found += [f"the loader's function reads {path}" for path, _, inside in find_generators(source) if inside]
     return list(dict.fromkeys(found))
 
 
-def find_generators(root: Any) -> Iterator[tuple[str, Any, bool]]:
+def _makes_items(source: Any) -> bool:
+    """Whether the code of a user's class makes the items of an object, and that of no library."""
+    method = getattr(type(source), "__getitem__", None)
+    if not isinstance(method, types.FunctionType) or is_library(method.__module__):
+        return False
+    return "super" not in code_info(method).names
+
+
+def find_generators(root: Any, *, named: bool = False) -> Iterator[tuple[str, Any, bool]]:
     """The generators in a value: where, the generator, and whether a function captures it.
 
     Functions are followed through what they read, a user's objects in them through the attributes that code names, all
     other objects through all attributes. Of containers the first items are looked at.
+
+    Args:
+        root: The value.
+        named: Whether it is an object of a user's class, to be followed through the attributes that its methods name.
+            What only ``__init__`` names, as a generator that made a split, is not drawn from any more.
     """
     seen: dict[int, Any] = {}
     names: set[str] = set()
-    waiting: list[tuple[str, Any, bool]] = [("", root, False)]
+    waiting: list[tuple[str, Any, bool]] = [("", root, named)]
     while waiting and len(seen) < _MOST_OBJECTS:
         path, value, inside = waiting.pop(0)
         if id(value) in seen or value is None or isinstance(value, (str, bytes, int, float, complex, type, Data)):
