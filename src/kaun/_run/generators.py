@@ -47,7 +47,9 @@ def captured_generators(data: Any) -> list[str]:
     source = stages_of(data)[0].given.get("source") if stages_of(data) else data
     for part in parts_that_make_items(source):
         named = _makes_items(part)
-        found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part, named=named)]
+        found += [
+            f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part, named=named)
+        ]
     if hasattr(source, "__iter__"):  # a function that makes a loader is called again, and its facts have the states
         found += [f"the loader's function reads {path}" for path, _, inside in find_generators(source) if inside]
     return list(dict.fromkeys(found))
@@ -152,14 +154,16 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
     """
     stages = stages_of(data)
     is_loader = "source" in stages[0].given if stages else True
+    warned: set[str] = set()
     for k in range(_WATCHED):
         before, torch_state = global_states(), _torch_state()
         item = next(items, None)
         drawn = _draws_between(before, torch_state)
         if k == 0 and is_loader:
             record |= {name: before[name] for name in drawn if name != _UNSCOPED}
-        if refused := [name for name in drawn if k > 0 or name not in record]:
+        if refused := [name for name in drawn if (k > 0 or name not in record) and name not in warned]:
             refuse_draws(directory, [f"making an item of {data!r} draws from {name}" for name in refused])
+            warned.update(refused)
         if item is None:
             return
         yield item
