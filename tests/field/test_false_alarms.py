@@ -1,4 +1,4 @@
-"""Honest programs that a check refused or warned of, each with the situation in which a user met it."""
+"""Honest programs that were refused or warned of, and messages that misled, each with the situation of its user."""
 
 import warnings
 
@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import kaun
-from kaun import Data, EarlyStop, layers, reports, rng
+from kaun import Data, EarlyStop, layers, losses, reports, rng
 from kaun.checkpoint import Directory
+from kaun.errors import CaptureError
 
 X = np.arange(20, dtype=np.float32).reshape(20, 1) / 20
 
@@ -117,3 +118,20 @@ def test_an_open_window_of_apply_every_is_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer.fit(state, Data.repeat(8, (X, square)))
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+def noisy(output, y):
+    return losses.mse(output, y) + GENERATOR.normal()
+
+
+def test_what_a_function_in_the_loss_captures_is_named_with_that_function():
+    """`with_loss(f)`, and a helper: "captures `f`, a Generator" was said of kaun's own closure."""
+    (_, loss), *_ = Data.from_items([(X[:4], X[:4])]).with_loss(noisy)
+    for each in (loss, lambda output: noisy(output, X)):
+        with pytest.raises(
+            CaptureError, match=r"captures `GENERATOR` in `noisy` \(test_false_alarms\.py:\d+\), a Generator"
+        ):
+            trained()[0].step(trained()[1], X[:4], loss=each)
