@@ -63,10 +63,13 @@ class Split:
         return X[self.order[i], None], square
 
 
-def test_a_generator_that_only_made_a_split_is_no_augmentation(world, tmp_path):
+@pytest.mark.parametrize("base", [object, "torch"])
+def test_a_generator_that_only_made_a_split_is_no_augmentation(world, tmp_path, base):
     """`self.rng` in a data set, which `__init__` alone draws from: refused, although its items are always the same."""
     trainer, state = world
-    whole = trainer.fit(state, Data.from_items(Split(0)))
+    base = pytest.importorskip("torch.utils.data").Dataset if base == "torch" else base
+    items = type("Rows", (Split, base) if base is not object else (Split,), {})
+    whole = trainer.fit(state, Data.from_items(items(0)))
 
     def killed(step, loss, state):
         if step == 5:
@@ -74,14 +77,28 @@ def test_a_generator_that_only_made_a_split_is_no_augmentation(world, tmp_path):
 
     for report in (killed, None):
         try:
-            again = trainer.fit(state, Data.from_items(Split(0)), report=report, checkpoints=Directory(tmp_path / "a"))
+            again = trainer.fit(state, Data.from_items(items(0)), report=report, checkpoints=Directory(tmp_path / "a"))
         except RuntimeError:
             continue
     assert jnp.array_equal(again.vars.params["weight"], whole.vars.params["weight"])
 
 
-@pytest.mark.parametrize("kind", [Drawing, HalfDrawing])
-def test_a_generator_that_items_are_drawn_from_is_refused_also_in_a_base_class(world, tmp_path, kind):
+class ByName(Drawing):
+    def __getitem__(self, i):
+        return X[i : i + 2] + np.float32(getattr(self, "gener" + "ator").random()), square
+
+
+class Helped(Drawing):
+    def __getitem__(self, i):
+        return shifted(self, i), square
+
+
+def shifted(rows, i):
+    return X[i : i + 2] + np.float32(rows.generator.random())
+
+
+@pytest.mark.parametrize("kind", [Drawing, HalfDrawing, ByName, Helped])
+def test_a_generator_that_items_are_drawn_from_is_refused_however_it_is_read(world, tmp_path, kind):
     with pytest.raises(ValueError, match=r"reads `generator` \(Generator\)"):
         world[0].fit(world[1], Data.from_items(kind(0)), checkpoints=Directory(tmp_path / "a"))
 

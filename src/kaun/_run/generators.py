@@ -31,6 +31,9 @@ _WATCHED = 3  # items during which the global generators are watched
 _MOST_OBJECTS = 2000
 _MOST_ITEMS = 16
 _MAKE_ITEMS = frozenset(["Data.from_fn", "Data.map", "Data.map_batch", "Data.random_map"])
+_UNNAMED = frozenset(
+    ["super", "getattr", "vars", "__dict__", "__getattribute__"]
+)  # by which code reads other attributes
 _SKIPPED = frozenset(["jax", "jaxlib", "kaun", "optax", "pyarrow"])  # packages whose objects hold none
 
 
@@ -56,14 +59,14 @@ def captured_generators(data: Any) -> list[str]:
 
 
 def _makes_items(source: Any) -> bool:
-    """Whether the code of a user's class makes the items of an object, and that of no library."""
+    """Whether the code of a user's class alone makes the items of an object, from attributes that it names."""
     method = getattr(type(source), "__getitem__", None)
     if not isinstance(method, types.FunctionType) or is_library(method.__module__):
         return False
-    return "super" not in code_info(method).names
+    return all(_UNNAMED.isdisjoint(each.__code__.co_names) for each in methods_of(type(source)))
 
 
-def find_generators(root: Any, *, named: bool = False) -> Iterator[tuple[str, Any, bool]]:
+def find_generators(root: Any, *, named: bool = False) -> list[tuple[str, Any, bool]]:
     """The generators in a value: where, the generator, and whether a function captures it.
 
     Functions are followed through what they read, a user's objects in them through the attributes that code names, all
@@ -71,11 +74,19 @@ def find_generators(root: Any, *, named: bool = False) -> Iterator[tuple[str, An
 
     Args:
         root: The value.
-        named: Whether it is an object of a user's class, to be followed through the attributes that its methods name.
-            What only ``__init__`` names, as a generator that made a split, is not drawn from any more.
+        named: Whether it is an object of a user's class, of which only the attributes count that code names. What only
+            ``__init__`` names, as a generator that made a split, is not drawn from any more.
     """
-    seen: dict[int, Any] = {}
     names: set[str] = set()
+    while True:
+        known = len(names)
+        found = list(_walk(root, named, names))
+        if len(names) == known:  # no code was met late that names more attributes of what was followed before
+            return found
+
+
+def _walk(root: Any, named: bool, names: set[str]) -> Iterator[tuple[str, Any, bool]]:
+    seen: dict[int, Any] = {}
     waiting: list[tuple[str, Any, bool]] = [("", root, named)]
     while waiting and len(seen) < _MOST_OBJECTS:
         path, value, inside = waiting.pop(0)
@@ -87,7 +98,9 @@ def find_generators(root: Any, *, named: bool = False) -> Iterator[tuple[str, An
         elif not (tree.is_array(value) or is_tensor(value)):
             inside = inside or isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
             for name, part in _parts(value, names, inside):
-                waiting.append((f"{path}.{name}" if path and name else path or name, part, inside))
+                # A library's base class may read all attributes of an object in general.
+                if not (named and value is root) or name in names or isinstance(part, types.FunctionType):
+                    waiting.append((f"{path}.{name}" if path and name else path or name, part, inside))
 
 
 def _parts(value: Any, names: set[str], inside: bool) -> Iterator[tuple[str, Any]]:
