@@ -224,6 +224,15 @@ def test_a_step_in_parts_names_the_rows_of_the_batch():
     assert (found.operation, found.layer, found.rows) == ("log", "left", (4,))
 
 
+@pytest.mark.parametrize(("row", "microbatches"), [(2, 3), (4, 2), (4, 3)])
+def test_rows_and_places_of_a_batch_that_its_parts_do_not_divide(row, microbatches):
+    """Five rows in parts of two, or of three: the rows were left out, and the place was that in the part."""
+    x = np.ones((5, 2), np.float32)
+    x[row, 1] = -1
+    found = explained(layers.fn(jnp.log) >> layers.linear(2, 1), x=x, microbatches=microbatches)
+    assert (found.operation, found.rows) == ("log", (row,)) and f"gave nan at [{row}, 1]," in str(found)
+
+
 def test_float16_ends_early():
     found = explained(layers.linear(2, 2) >> layers.fn(lambda x: (x * 300) ** 2), precision="mixed_float16", x=X + 5)
     assert (found.part, found.layer) == ("loss", "right") and "gave inf" in str(found)

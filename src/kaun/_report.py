@@ -110,8 +110,8 @@ class Report:
             state: The state after the step. It may be kept; the copy that this costs is made only if it is.
 
         Returns:
-            The values of ``measures`` by name, or None. What a report without ``measures`` returns is ignored, but a
-            TrainState is a TypeError: a report cannot change the state of the fit.
+            The values of ``measures`` by name, or None. What a report without ``measures`` returns is ignored, but
+            another TrainState is a TypeError: a report cannot change the state of the fit.
         """
         return None
 

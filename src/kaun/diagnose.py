@@ -129,7 +129,11 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
     event, given = origin.event, origin.event.given
     made = event if given is None else origin.became_nan
     source = None if made is None else source_of(made, replay, derivative=part == "gradient")
-    rows = _rows(origin, failed, settings)
+    if source is not None and source.layer is not None:
+        whole = functools.partial(_in_batch, examples=failed.inputs.examples or 0, parts=settings.microbatches)
+        later = origin.became_nan
+        origin = Origin(whole(origin.event), None if later is None else whole(later))
+    rows = _rows(origin, failed.inputs.examples)
     lines += _words(origin, source, rows, failed, replay)
     found = (None, False, None, None, None) if source is None else source[:5]
     return Explanation(error.step, part, leaf, given, *found, rows, _text(refused), "\n".join(lines))
@@ -191,13 +195,26 @@ def _head(error: NonFiniteLoss, part: str | None, leaf: str | None) -> str:
     return f"the loss is {error.loss:g}."
 
 
-def _rows(origin: Origin, failed: FailedStep, settings: Settings) -> tuple[int, ...] | None:
-    examples, parts = failed.inputs.examples, settings.microbatches
+def _in_batch(event: Event, examples: int, parts: int) -> Event:
+    """Return the event of an array of a layer with the rows and the place of the whole batch, if it is of one part."""
+    size = -(-examples // parts)
+    if parts == 1 or not size:
+        return event
+    whole, left = divmod(examples, size)
+    part, length = (whole, left) if event.turn is None else (event.turn, size)
+    if not length or event.shape[:1] != (length,):
+        return event
+    first = part * size
+    place = (event.place[0] + first, *event.place[1:])
+    return dataclasses.replace(
+        event, rows=tuple(row + first for row in event.rows), place=place, shape=(examples, *event.shape[1:])
+    )
+
+
+def _rows(origin: Origin, examples: int | None) -> tuple[int, ...] | None:
     for event in (origin.event, *([origin.became_nan] if origin.became_nan else [])):
         if examples and event.shape[:1] == (examples,):
             return event.rows
-        if examples and parts > 1 and event.turn is not None and event.shape[:1] == (examples // parts,):
-            return tuple(row + event.turn * (examples // parts) for row in event.rows)
     return None
 
 

@@ -273,7 +273,7 @@ class Trainer(Generic[In, Out]):
                 if step == 0:
                     raise empty_data("fit")
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
-            return warn_of_open_window(now())
+            return now() if stopped else warn_of_open_window(now())
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.

@@ -136,6 +136,17 @@ def test_the_state_that_is_left_when_a_program_fails_is_explicit():
     assert placements(found) == placements(carry)
 
 
+@pytest.mark.parametrize("placed", ["state", "batch"])
+def test_a_step_that_is_not_finite_is_explained(small, placed):
+    """Labels of -100 on a mesh: `kaun.explain(trainer, error)` mixed arrays on two meshes, and JAX refused them."""
+    y = jnp.where(jnp.arange(40) == 5, -100, np.asarray(small.y))
+    x, state = (np.asarray(small.x), small.state) if placed == "state" else (small.x, small.plain)
+    y = jax.device_put(y, small.y.sharding) if placed == "batch" else y
+    with pytest.raises(kaun.errors.NonFiniteLoss, match=r"received indices\[5\] = -100") as caught:
+        small.trainer.fit(state, [(x, loss_of(y))])
+    assert kaun.explain(small.trainer, caught.value).rows == (5,)
+
+
 def test_step_inside_a_jitted_function(small):
     """`jax.jit` of a function that calls `step`, with the arrays of the mesh as arguments."""
 

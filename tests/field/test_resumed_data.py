@@ -277,8 +277,9 @@ def test_augmentation_by_a_global_generator_is_refused(made, tmp_path, name, for
         with pytest.raises(ValueError, match=expected):
             run(made, data, tmp_path)
     if form == "map":
-        with pytest.warns(UserWarning, match="The run continues, because accept= contains 'data'"):
+        with pytest.warns(UserWarning, match="The run continues, because accept= contains 'data'") as warned:
             run(made, data, tmp_path, accept={"data"})
+        assert len(warned) == 1
 
 
 class Augment:
@@ -366,7 +367,8 @@ def test_a_cell_of_a_notebook_that_is_run_twice_names_the_state_to_pass(made, tm
     state = trainer.fit(state, with_loss(Data.from_items(rows())), checkpoints=runs)
     text = (
         r"(?s)its key differs:\n  the state's step at the start of the run was 0, is 10\. This state is probably what that run "
-        r"returned, .*notebook that is run twice\. Pass the state that the run began with: state = trainer.init\(\)"
+        r"returned, .*notebook that is run twice\. Pass the state that the run began with: run the cell "
+        r"that makes it again, and give the result another name, trained = trainer\.fit\(state, train, checkpoints=runs\)"
     )
     with pytest.raises(ResumeMismatch, match=f"(?i){text}"):
         trainer.fit(state, with_loss(Data.from_items(rows())), checkpoints=runs)

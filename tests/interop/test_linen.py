@@ -343,3 +343,33 @@ def nnx_module():
 def test_what_is_no_module_is_refused(make, text):
     with pytest.raises(TypeError, match=text):
         interop.linen(make(), jnp.ones(1))
+
+
+@pytest.mark.parametrize("kind", [dict, tuple, list])
+def test_several_inputs_in_one_value_name_the_method_that_takes_them(kind):
+    """`__call__(self, a, b, train)` with (a, b) as x: "Context has no 'b'", and the method without the mode."""
+
+    class Pair(nn.Module):
+        @nn.compact
+        def __call__(self, a, b, train: bool):
+            return nn.Dropout(0.5, deterministic=not train)(nn.Dense(1)(a) + b)
+
+    a, b = jnp.ones((2, 3)), jnp.ones((2, 1))
+    x = {"a": a, "b": b} if kind is dict else kind([a, b])
+    received, passed = (
+        ("a dict with that name", "a=x['a'], b=x['b']") if kind is dict else (f"a {kind.__name__} of 2", "*x")
+    )
+    text = f"method=lambda module, x, train: module({passed}, train=train)"
+    with pytest.raises(TypeError) as caught:
+        interop.linen(Pair(), x)
+    assert str(caught.value) == (
+        "linen(Pair) takes 'b' as an argument of its own, and a layer has one input, here "
+        f"{received}. Write interop.linen(module, x, {text})."
+    )
+    model = interop.linen(Pair(), x, method=eval(text.removeprefix("method=")))
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1))
+        state = trainer.init()
+    assert trainer.predict(state, x).shape == (2, 1)
+    # A Context has the argument, and the pair is the first one.
+    assert interop.linen(Pair(), (a, b), ctx=Context(b=b)).name == "linen(Pair)"

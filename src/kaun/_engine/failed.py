@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from kaun import rng
+from kaun._engine.explicit import to_automatic
 from kaun._engine.inputs import StepInputs
 from kaun._loss import rebuild_loss
 from kaun._step import Settings, refused_values
@@ -28,6 +29,13 @@ class FailedStep(NamedTuple):
     carry: Any
     key: jax.Array
     inputs: StepInputs
+
+    @classmethod
+    def of(cls, carry: Any, key: jax.Array, inputs: StepInputs) -> FailedStep:
+        """Return the step on the mesh on which it ran: its inputs are on automatic axes."""
+        leaves, structure = jax.tree_util.tree_flatten((carry, key))
+        carry, key = jax.tree_util.tree_unflatten(structure, to_automatic(leaves))
+        return cls(carry, key, inputs)
 
     def refused(self, settings: Settings) -> ValueError | None:
         """Return the error of a layer or loss of kaun that refuses the values of the item, None if all take them."""

@@ -373,7 +373,7 @@ class StepLoop:
             return
         i = results.finite_steps()
         self._failed_step = results.first + i
-        failed = FailedStep(self.carry(), self.key, dispatch.item(i))
+        failed = FailedStep.of(self.carry(), self.key, dispatch.item(i))
         raise self._error_for(self._failed_step, float(np.asarray(results.losses)[i]), status[1:], failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:

@@ -142,7 +142,8 @@ def _walked(loss: Any) -> tuple[Walk, LossKey]:
             node = walk.node(HANDLERS.get(type(loss)) or classify(loss), loss, 0)
         except (RefusedError, RecursionError) as refused:
             reason = str(refused) if isinstance(refused, RefusedError) else _TOO_DEEP
-            name = f"`{walk.culprit}`, " if walk.culprit else ""
+            within = f" in {locate(walk.reader)}" if walk.reader else ""
+            name = f"`{walk.culprit}`{within}, " if walk.culprit else ""
             raise CaptureError(f"loss {locate(loss)} captures {name}{reason}") from None
         found = names.union(*[info.names for info in walk.infos])
         if found == names:

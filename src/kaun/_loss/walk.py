@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import operator
 import threading
+import types
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
@@ -120,7 +121,8 @@ class Walk:
         lifts: Whether arrays become arguments; if not, they are compared by content.
         own: Whether the code at hand is the user's own.
         strict: Whether what cannot be followed is refused. Else it is static by identity.
-        culprit: The outermost variable that holds what was refused.
+        culprit: The variable that holds what was refused: the outermost, of the innermost function that reads it.
+        reader: That function, None for the loss itself.
         complete: Whether the reads and checks say all that the walk depended on, so that there is a warm form.
     """
 
@@ -133,6 +135,7 @@ class Walk:
         self.chains: Chains = {}
         self.lifts = self.own = self.strict = self.complete = True
         self.culprit = ""
+        self.reader: types.FunctionType | None = None
         self.steps: list[tuple[Getter, int, type | None]] = []
         self.equal: list[tuple[int, Any]] = []
         self.identical: list[tuple[int, ByIdentity]] = []
@@ -190,7 +193,9 @@ class Walk:
         try:
             return self.visit(value, get, parent, chains)
         except (RefusedError, RecursionError):
-            self.culprit = name
+            if self.culprit and self.reader is None and isinstance(value, types.FunctionType):
+                self.reader = value
+            self.culprit = self.culprit if self.reader else name
             raise
 
     def items(self, values: Iterable[Any], at: int) -> KeyNode:
@@ -235,7 +240,7 @@ class Walk:
     def back_to(self, mark: tuple[list[int], bool]) -> None:
         """Forget what was met and noted since."""
         counts, self.complete = mark
-        self.culprit = ""
+        self.culprit, self.reader = "", None
         for grown, count in zip(self._grown(), counts, strict=True):
             while len(grown) > count:
                 grown.popitem() if isinstance(grown, dict) else grown.pop()

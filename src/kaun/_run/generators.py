@@ -39,6 +39,8 @@ _WATCHED = 3  # items during which the global generators are watched
 _MOST_OBJECTS = 2000
 _MOST_ITEMS = 16
 _MAKE_ITEMS = frozenset(["Data.filter", "Data.from_fn", "Data.map", "Data.map_batch", "Data.random_map"])
+# By these names code reads other attributes than those that it names.
+_UNNAMED = frozenset(["super", "getattr", "vars", "__dict__", "__getattribute__"])
 _SKIPPED = frozenset(["jax", "jaxlib", "kaun", "optax", "pyarrow"])  # packages whose objects hold none
 
 
@@ -49,24 +51,48 @@ def captured_generators(data: Any) -> list[str]:
         if stage.name in _MAKE_ITEMS:
             found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(stage.given["f"])]
         elif stage.name == "Data.from_items":
-            found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(stage.given["items"])]
+            items = stage.given["items"]
+            named = _makes_items(items)
+            found += [f"{stage.text} reads {path}" for path, _, _ in find_generators(items, named=named)]
     for source in loaders_of(data):
         for part in parts_that_make_items(source):
-            found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in find_generators(part)]
+            generators = find_generators(part, named=_makes_items(part))
+            found += [f"the loader's {type(part).__name__} reads {path}" for path, _, _ in generators]
         if hasattr(source, "__iter__"):  # a function that makes a loader is called again: its facts have the states
             found += [f"the loader's function reads {path}" for path, _, inside in find_generators(source) if inside]
     return list(dict.fromkeys(found))
 
 
-def find_generators(root: Any) -> Iterator[tuple[str, Any, bool]]:
+def _makes_items(source: Any) -> bool:
+    """Whether the code of a user's class alone makes the items of an object, from attributes that it names."""
+    method = getattr(type(source), "__getitem__", None)
+    if not isinstance(method, types.FunctionType) or is_library(method.__module__):
+        return False
+    return all(_UNNAMED.isdisjoint(each.__code__.co_names) for each in methods_of(type(source)))
+
+
+def find_generators(root: Any, *, named: bool = False) -> list[tuple[str, Any, bool]]:
     """The generators in a value: where, the generator, and whether a function captures it.
 
     Functions are followed through what they read, a user's objects in them through the attributes that code names, all
     other objects through all attributes. Only the first items of a container are looked at.
+
+    Args:
+        root: The value.
+        named: Whether it is an object of a user's class, of which only the attributes count that code names. What only
+            ``__init__`` names, as a generator that made a split, is not drawn from any more.
     """
-    seen: dict[int, Any] = {}
     names: set[str] = set()
-    waiting: list[tuple[str, Any, bool]] = [("", root, False)]
+    while True:
+        known = len(names)
+        found = list(_walk(root, named, names))
+        if len(names) == known:  # no code was met late that names more attributes of what was followed before
+            return found
+
+
+def _walk(root: Any, named: bool, names: set[str]) -> Iterator[tuple[str, Any, bool]]:
+    seen: dict[int, Any] = {}
+    waiting: list[tuple[str, Any, bool]] = [("", root, named)]
     while waiting and len(seen) < _MOST_OBJECTS:
         path, value, inside = waiting.pop(0)
         if id(value) in seen or value is None or isinstance(value, (str, bytes, int, float, complex, type, Data)):
@@ -77,7 +103,9 @@ def find_generators(root: Any) -> Iterator[tuple[str, Any, bool]]:
         elif not (tree.is_array(value) or is_tensor(value)):
             inside = inside or isinstance(value, (types.FunctionType, types.MethodType, functools.partial))
             for name, part in _parts(value, names, inside):
-                waiting.append((f"{path}.{name}" if path and name else path or name, part, inside))
+                # A library's base class may read all attributes of an object in general.
+                if not (named and value is root) or name in names or isinstance(part, types.FunctionType):
+                    waiting.append((f"{path}.{name}" if path and name else path or name, part, inside))
 
 
 def _parts(value: Any, names: set[str], inside: bool) -> Iterator[tuple[str, Any]]:
@@ -145,6 +173,7 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
     """
     loaders, is_one_of_several = loaders_of(data), any(stage.sources for stage in every_stage_of(data))
     at_start, opened_before = global_states(), opened_loaders.count
+    warned: set[str] = set()
     for k in itertools.count():
         opened = opened_loaders.count
         if k >= _WATCHED and not (is_one_of_several and opened - opened_before < len(loaders)):
@@ -155,8 +184,9 @@ def check_draws(items: Iterator[T], data: Any, directory: Directory, record: dic
         opens = bool(loaders) and (k == 0 or (is_one_of_several and opened_loaders.count > opened))
         if opens:
             record |= {name: at_start[name] for name in drawn if name != _UNSCOPED}
-        if refused := [name for name in drawn if not opens or name not in record]:
+        if refused := [name for name in drawn if (not opens or name not in record) and name not in warned]:
             refuse_draws(directory, [f"making an item of {data!r} draws from {name}" for name in refused])
+            warned.update(refused)
         if item is None:
             return
         yield item

@@ -15,6 +15,11 @@ __all__ = ["DiscardedSteps", "warn_of_open_window"]
 
 _MANY = 100
 _STUCK = " A schedule that is not finite stays so, because discarded steps do not count for it."
+# States that collect gradients, by class: the function that makes them, its number of items, and their counter.
+_WINDOWS = {
+    "MultiStepsState": ("optax.MultiSteps", "every_k_schedule", "mini_step"),
+    "ApplyEvery": ("optax.apply_every", "k", "count"),
+}
 _LATER = 3  # a loop waits for the dispatch before the last two, so this one is done
 
 
@@ -73,14 +78,14 @@ class DiscardedSteps:
 
 
 def warn_of_open_window(state: TrainState) -> TrainState:
-    """Return the state after a fit, with a warning where ``optax.MultiSteps`` holds gradients that no update used."""
-    open_items = [int(np.asarray(node.mini_step)) for node in state_nodes(state.opt_state, "MultiStepsState")]
-    if any(open_items):
-        count = max(open_items)
-        items = "item" if count == 1 else f"{count} items"
-        warn(
-            f"The fit ended inside a window of optax.MultiSteps: the gradients of the last {items} wait in opt_state "
-            "and are not applied. A fit that begins with the state returned continues the window. To use all items, "
-            "give the fit a multiple of every_k_schedule: data.take(len(data) // k * k)."
-        )
+    """Return the state after a fit, with a warning where its optimizer holds gradients that no update used."""
+    for name, (function, argument, counter) in _WINDOWS.items():
+        count = max([int(np.asarray(getattr(node, counter))) for node in state_nodes(state.opt_state, name)], default=0)
+        if count:
+            items = "item" if count == 1 else f"{count} items"
+            warn(
+                f"The fit ended inside a window of {function}: the gradients of the last {items} wait in opt_state and "
+                "are not applied. A fit that begins with the state returned continues the window. To use all items, "
+                f"give the fit a multiple of {argument}: data.take(len(data) // k * k)."
+            )
     return state

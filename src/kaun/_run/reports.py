@@ -27,18 +27,19 @@ _BLOCK = 64
 _PATIENCE = 0.05  # seconds after which the values that are ready are passed on, however few they are
 
 
-def check_returned(report: Any, value: Any) -> Mapping[str, float] | None:
+def check_returned(report: Any, value: Any, state: Any) -> Mapping[str, float] | None:
     """Return the values that a report's call measured, by name; None if it has no ``measures`` or returned None.
 
     Args:
         report: The report, or the user's function inside of one.
         value: What its call returned.
+        state: The state that it was called with. To return that changes nothing: ``kept.setdefault(step, state)``.
 
     Raises:
         TypeError: If that is a state, which ``fit`` would not use, or is not a dict of measured values.
         ValueError: If it has a name that is not in ``measures``.
     """
-    if isinstance(value, TrainState):
+    if isinstance(value, TrainState) and value is not state:
         raise TypeError(
             f"The report {locate(report)} returned a TrainState, and a report cannot change the state of its fit: what "
             "it returns is not used. To change the state between steps, write the loop yourself,\n"
@@ -186,7 +187,7 @@ class ReportCaller:
         stops = False
         try:
             with self._interruptible():
-                check_returned(self._report, self._report(step, self.pending_report_loss, state))
+                check_returned(self._report, self._report(step, self.pending_report_loss, state), state)
         except EarlyStop:
             stops = True
         self.pending_report_loss = None

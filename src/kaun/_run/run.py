@@ -216,7 +216,8 @@ def _resume(
         if found["start"] < facts["start"]:
             line += (
                 ". This state is probably what that run returned, as in a cell of a notebook that is run twice. Pass "
-                "the state that the run began with: state = trainer.init() in the same cell, before fit"
+                "the state that the run began with: run the cell that makes it again, and give the result another "
+                "name, trained = trainer.fit(state, train, checkpoints=runs)"
             )
         refuse_difference(directory, "key", done, [line])
     lines, states = differences(found["data"], facts["data"], done, exact=exact), global_states()

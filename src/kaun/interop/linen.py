@@ -116,7 +116,7 @@ class _Adapter:
                 'the forward pass: interop.linen(module, x, method="encode").'
             )
         self.keywords = Keywords.of(call, 2)
-        _check_inputs(self.name, self.keywords.required, sample)
+        _check_inputs(self.name, self.keywords.required, sample, ctx)
         words = self.keywords.required
         self.fields = [f for f in SWITCHES if f in module.__dataclass_fields__ and f not in words]
 
@@ -226,16 +226,23 @@ def _keys() -> dict[str, Any]:
     return {"dropout": rng.next_key(), "params": rng.next_key()}
 
 
-def _check_inputs(name: str, required: Mapping[str, bool], sample: Any) -> None:
-    """Refuse a dict of inputs for a call that takes them one by one: it would be the first of them."""
+def _check_inputs(name: str, required: Mapping[str, bool], sample: Any, ctx: Context) -> None:
+    """Refuse a dict or a tuple of inputs for a call that takes them one by one: it would be the first of them."""
+    needed = [key for key, is_needed in required.items() if is_needed and key not in SWITCHES and key not in ctx]
     if isinstance(sample, Mapping) and len(sample) > 1:
-        by_name = [key for key in sample if required.get(key)]
-        if by_name:
-            words = ", ".join(f"{key}=x[{key!r}]" for key in sample)
-            raise TypeError(
-                f"{name} takes {', '.join(map(repr, by_name))} as an argument of its own, and a layer has one input, "
-                f"here a dict with that name. Write interop.linen(module, x, method=lambda module, x: module({words}))."
-            )
+        needed, words = [key for key in sample if key in needed], [f"{k}=x[{k!r}]" for k in sample]
+        received = "a dict with that name"
+    elif type(sample) in (tuple, list) and len(sample) == 1 + len(needed):
+        words, received = ["*x"], f"a {type(sample).__name__} of {len(sample)}"
+    else:
+        return
+    if needed:
+        modes = [key for key, is_needed in required.items() if is_needed and key in SWITCHES]
+        taken, passed = ", ".join(["module, x", *modes]), ", ".join([*words, *[f"{m}={m}" for m in modes]])
+        raise TypeError(
+            f"{name} takes {', '.join(map(repr, needed))} as an argument of its own, and a layer has one input, here "
+            f"{received}. Write interop.linen(module, x, method=lambda {taken}: module({passed}))."
+        )
 
 
 def _check(flax: Any, module: Any) -> None:

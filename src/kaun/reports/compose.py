@@ -164,7 +164,7 @@ class _Every(Report):
         if step % self._n:
             return None
         value = self._f(step, loss, state)
-        check_returned(self._f, value)
+        check_returned(self._f, value, state)
         return value
 
     def begin(
@@ -213,7 +213,7 @@ class _AllOf(Composite):
         measured: list[tuple[Any, Any]] = []
         for report in wanted:
             try:
-                values = check_returned(report, report(step, loss, state))
+                values = check_returned(report, report(step, loss, state), state)
                 if values is not None:
                     measured.append((report, values))
             except EarlyStop as err:
@@ -260,7 +260,7 @@ class _EachEpoch(Report):
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         if self.wants(step):
-            check_returned(self._f, self._f(step // self._length, state))
+            check_returned(self._f, self._f(step // self._length, state), state)
 
 
 def _members(reports: Iterable[Any], name: str) -> list[tuple[Any, Callable[..., Any]]]:
