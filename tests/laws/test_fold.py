@@ -99,7 +99,7 @@ def sequences(upto):
 
 
 @sequences(3)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_fit_is_the_fold_for_any_sequence_of_batch_sizes(zoo, sizes, seed):
     check_a_sequence(zoo, sizes, seed)
 

@@ -30,8 +30,9 @@ def early_stopping(
     If no report measures ``"loss"``, ``monitor="loss"`` is the training loss. A step computes the loss of the state
     before it, so ``best`` is then the state before the step whose loss was best. In ``every(n, stopper)`` the value is
     the mean loss of the n steps of a window, weighted by their numbers of examples, and the state is the one at the
-    window's start. Skipped steps are left out; a window without any others has no value. A state is copied for each
-    window; without ``every`` that is each step, for which ``fit`` waits.
+    window's start. The weight of a ``losses.Mean`` is not used: where batches are masked to different extents, measure
+    a loss with ``validate``. Skipped steps are left out; a window without any others has no value. A state is copied
+    for each window; without ``every`` that is each step, for which ``fit`` waits.
 
     Passed to a further fit of the same run, one that begins where the last one ended or later, it continues from where
     it was. A fit of another run, of another state or from an earlier step, begins without a best state.
