@@ -56,7 +56,12 @@ LOADERS = {
 }  # fmt: skip
 
 
-CASES = [*((loader, None) for loader in LOADERS), ("mapped", large), ("one buffer", large)]
+# In the short form two loaders of a small model, and another one of a large model.
+SHORT = [("batches", None), ("one buffer", None), ("mapped", large)]
+CASES = [
+    pytest.param(*case, marks=[] if case in SHORT else pytest.mark.slow)
+    for case in [*((loader, None) for loader in LOADERS), ("mapped", large), ("one buffer", large)]
+]
 
 
 @pytest.mark.parametrize(("loader", "model"), CASES)

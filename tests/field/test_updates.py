@@ -68,7 +68,7 @@ def test_a_schedule_that_becomes_nan_ends_the_run_before_that_step(width, report
     assert same(after, before) and int(after.step) == 5
 
 
-@pytest.mark.parametrize("width", [SMALL, LARGE])
+@pytest.mark.parametrize("width", [pytest.param(SMALL, marks=pytest.mark.slow), LARGE])
 def test_a_skipped_update_leaves_the_state_and_an_ignored_one_does_not(width):
     """The same schedule with the two other values of on_nonfinite."""
     trainer, state = setting(optax.sgd(breaks(at=2)), width, on_nonfinite="skip")
