@@ -96,7 +96,7 @@ def test_a_typed_key_goes_into_a_checkpointed_run(tmp_path):
     assert_same(longer, trainer.fit(state, Data.repeat(6, item(KEYS[0]))))
 
 
-@pytest.mark.parametrize("width", [1, 3000])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 3000])
 def test_a_loss_and_a_metric_may_capture_a_whole_state(width):
     """Distillation: the teacher is a TrainState, whose run key is a typed key. Small states, and those above 1 MiB."""
     trainer, state = trained(layers.linear(2, width), optax.adam(0.1))
