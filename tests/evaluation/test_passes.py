@@ -163,7 +163,7 @@ def test_evaluation_mode_and_nothing_is_changed():
         trainer = kaun.Trainer(model=model, optimizer=optax.sgd(1e-2))
         state = trainer.init()
     g = np.random.default_rng(0)
-    x, y = g.normal(size=(23, 3)).astype(np.float32), g.integers(0, CLASSES, 23, dtype=np.int32)
+    x, y = g.normal(size=(20, 3)).astype(np.float32), g.integers(0, CLASSES, 20, dtype=np.int32)
     data = Data.batches((x, y), batch_size=5)
     state = trainer.fit(state, data.take(4).with_loss(losses.cross_entropy_sparse).epochs(3))
     before = jax.tree.map(np.array, (state.vars, state.opt_state, state.step))

@@ -94,7 +94,7 @@ def close(left, right, rtol=2e-6, atol=1e-7):
     np.testing.assert_allclose(left, right, rtol=rtol, atol=atol)
 
 
-@each_of(LOSSES, KINDS - {"ctc"})
+@each_of(LOSSES, {"mse", "gaussian_nll", "cross_entropy_sparse", "info_nce"})
 def test_what_is_left_out_may_be_anything_and_is_as_if_it_were_not_there(name):
     loss, arrays = LOSSES[name]
     value, gradient = value_and_gradient(loss, [a[KEEP] for a in arrays])
@@ -251,7 +251,7 @@ def test_ignored_labels_are_left_out(dtype, ignored):
     fits = np.iinfo(dtype).min <= ignored <= np.iinfo(dtype).max
     given = np.where(KEEP, [0, 0, 3, 2, 0, 0], ignored if fits else 2).astype(dtype)
     kept = KEEP if fits else np.ones(ROWS, bool)
-    expected = losses.cross_entropy_sparse(X[kept], given[kept])
+    expected = jax.jit(losses.cross_entropy_sparse)(X[kept], given[kept])
     close(losses.cross_entropy_sparse(X, given, ignore_index=ignored), expected)
     loss = jax.jit(functools.partial(losses.cross_entropy_sparse, ignore_index=ignored))
     close(loss(X, given), expected)

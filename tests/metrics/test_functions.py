@@ -128,7 +128,7 @@ def test_perfect_and_absent_classes():
         assert f(targets, np.array([2, 3, 3]), num_classes=4) == 0.0
 
 
-@pytest.mark.parametrize("shape", [(), (2, 3)])
+@pytest.mark.parametrize("shape", [pytest.param((), marks=pytest.mark.slow), (2, 3)])
 def test_rows_may_have_any_shape(shape):
     targets = np.random.default_rng(0).integers(0, CLASSES, shape).astype(np.int32)
     predicted = np.where(targets == 1, 0, targets).astype(np.int32)
