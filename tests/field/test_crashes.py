@@ -71,7 +71,7 @@ def test_a_typed_key_may_be_part_of_an_item(place):
     assert_same(end, folded(trainer, state, items))
     assert len(trainer.compilations) == 2  # one of fit, one of step
     other = trainer.fit(state, [item(key) for key in KEYS[::-1]])
-    assert (end.vars.params["weight"] != other.vars.params["weight"]).any()
+    assert (np.asarray(end.vars.params["weight"]) != other.vars.params["weight"]).any()
 
 
 @pytest.mark.parametrize("place", ["x", "ctx"])
@@ -96,7 +96,7 @@ def test_a_typed_key_goes_into_a_checkpointed_run(tmp_path):
     assert_same(longer, trainer.fit(state, Data.repeat(6, item(KEYS[0]))))
 
 
-@pytest.mark.parametrize("width", [1, 3000])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 3000])
 def test_a_loss_and_a_metric_may_capture_a_whole_state(width):
     """Distillation: the teacher is a TrainState, whose run key is a typed key. Small states, and those above 1 MiB."""
     trainer, state = trained(layers.linear(2, width), optax.adam(0.1))
@@ -121,8 +121,8 @@ def test_a_loss_and_a_metric_may_capture_a_whole_state(width):
 
 def test_fit_runs_with_jit_disabled():
     """Debugging with ``jax.disable_jit()``: the state of a small model came back as NumPy arrays, and the step died."""
-    trainer, state = trained(layers.sequential([layers.batch_norm(2), layers.linear(2, 1)]))
-    data = Data.batches((X, Y), 2).with_loss(losses.mse).epochs(3)
+    trainer, state = trained(layers.batch_norm(2))
+    data = Data.batches((X, X[:, ::-1].copy()), 2).with_loss(losses.mse).epochs(3)
     expected = trainer.fit(state, data)
     seen = []
     with jax.disable_jit():
@@ -204,10 +204,10 @@ WIDE = {
     ("name", "dtype"),
     [
         ("inject_hyperparams", jnp.bfloat16),
-        ("a float32 rate", jnp.float16),
+        ("a float32 rate", jnp.bfloat16),
         ("float32 moments", jnp.bfloat16),
         pytest.param("inject_hyperparams", jnp.float16, marks=pytest.mark.slow),
-        pytest.param("a float32 rate", jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("a float32 rate", jnp.float16, marks=pytest.mark.slow),
         pytest.param("float32 moments", jnp.float16, marks=pytest.mark.slow),
     ],
 )
@@ -233,7 +233,7 @@ def test_updates_of_half_precision_parameters_may_be_float32(name, dtype):
         params, opt_state = by_hand(params, opt_state)
     for left, right in zip(jax.tree.leaves(end.vars.params), jax.tree.leaves(params), strict=True):
         assert left.dtype == dtype
-        np.testing.assert_allclose(left.astype(np.float32), right.astype(np.float32), rtol=0.03)
+        np.testing.assert_allclose(np.asarray(left, np.float32), np.asarray(right, np.float32), rtol=0.03)
 
 
 @pytest.mark.parametrize(
@@ -246,14 +246,14 @@ def test_updates_of_half_precision_parameters_may_be_float32(name, dtype):
 )
 def test_lbfgs_trains_models_narrower_than_its_line_search(x64, dtype):
     """Its line search tries float64 or float32 parameters, which the second layer refused as input of another dtype."""
-    model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
-    trainer = kaun.Trainer(model=model, optimizer=optax.lbfgs())
+    model = layers.sequential([layers.linear(2, 4), layers.linear(4, 1)])
+    trainer = kaun.Trainer(model=model, optimizer=optax.lbfgs(memory_size=1))
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", x64)
     try:
         with rng.scope(0):
             state = trainer.init(dtype=dtype)
-        f = lambda output: losses.mse(output.astype(jnp.float32), jnp.asarray(Y))
+        f = jax.jit(lambda output: losses.mse(output.astype(jnp.float32), Y))
         end = trainer.fit(state, Data.repeat(5, (jnp.asarray(X, dtype), f)))
         first, last = (float(f(trainer.predict(s, jnp.asarray(X, dtype)))) for s in (state, end))
     finally:
@@ -266,7 +266,7 @@ def sam(opaque):
     return optax.contrib.sam(optax.sgd(0.5), ascent, opaque_mode=opaque)
 
 
-@pytest.mark.parametrize("trainable", [None, lambda path: path == "weight"])
+@pytest.mark.parametrize("trainable", [pytest.param(None, marks=pytest.mark.slow), lambda path: path == "weight"])
 def test_opaque_sam_is_that_of_optax_by_hand(trainable):
     """It needs ``grad_fn``, which a loop by hand passes: ``grad_fn must be provided when opaque_mode=True``."""
     trainer, state = trained(layers.linear(2, 1), sam(True), trainable=trainable)
@@ -284,7 +284,9 @@ def test_opaque_sam_is_that_of_optax_by_hand(trainable):
     np.testing.assert_allclose(end.vars.params["weight"], params["weight"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [lambda o: o, lambda o: optax.chain(optax.clip(1.0), o)])
+@pytest.mark.parametrize(
+    "wrap", [pytest.param(lambda o: o, marks=pytest.mark.slow), lambda o: optax.chain(optax.clip(1.0), o)]
+)
 def test_sophia_trains(wrap):
     """It needs ``obj_fn``, the loss as a function of the parameters, also inside a chain."""
     trainer, state = trained(layers.linear(2, 1), wrap(optax.contrib.sophia(0.05)))

@@ -103,7 +103,9 @@ def test_its_state_is_found_wherever_it_is(name):
     assert (evaluated.vars.params["right"]["bias"] != state.vars.params["right"]["bias"]).all() or name == "one of two"
 
 
-@pytest.mark.parametrize("options", [{}, {"trainable": lambda path: path == "weight"}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.slow), {"trainable": lambda path: path == "weight"}]
+)
 def test_sam_between_two_outer_steps_is_warned_of(options):
     """A loss of 0.248 after an odd number of steps, of 0.009 after the next one: the weights were perturbed."""
     trainer, outer = trained(sam(), DATA.take(2), **options)

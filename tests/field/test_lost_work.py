@@ -219,8 +219,7 @@ def test_of_nested_fits_the_error_of_an_end_has_the_state_of_the_outer():
 
 
 # JAX keeps no program that calls the host in its compile cache.
-CALLS_THE_HOST = {("pure_callback", SMALL, False), ("pure_callback", LARGE, True), ("io_callback", SMALL, True),
-                  ("debug_callback", LARGE, False)}  # fmt: skip
+CALLS_THE_HOST = {("pure_callback", LARGE, True), ("io_callback", SMALL, True), ("debug_callback", LARGE, False)}
 
 
 @pytest.mark.parametrize(
@@ -608,19 +607,18 @@ def test_a_run_that_is_resumed_removes_its_own_rows_without_a_warning(tmp_path, 
 
 # Signals
 
-# Each case is a process of its own; the short form has each signal and each way to meet it.
-PROCESSES = {("saved", "SIGUSR1"), ("unsaved", "SIGTERM"), ("ignored", "SIGHUP"), ("handled", "SIGUSR1")}
+# The fits of one process, of which only the last may end it. The short form has each signal and each way to meet it.
+PROCESSES = [
+    [("handled", "SIGUSR1"), ("ignored", "SIGHUP"), ("saved", "SIGUSR1")],
+    [("unsaved", "SIGTERM")],
+]
+CASES = itertools.product(("saved", "unsaved", "ignored", "handled"), ("SIGHUP", "SIGUSR1", "SIGTERM"))
 
 TRAIN = """
 import os, signal, sys
 import numpy as np, optax, kaun
 from kaun import Data, checkpoint, layers, rng
 
-folder, number, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-if how == "ignored":
-    signal.signal(number, signal.SIG_IGN)
-if how == "handled":
-    signal.signal(number, lambda *_: print("mine"))
 with rng.scope(0):
     trainer = kaun.Trainer(model=layers.linear(3, 3), optimizer=optax.sgd(0.1))
     state = trainer.init()
@@ -629,37 +627,41 @@ def report(step, loss, state):
     if step == 4:
         os.kill(os.getpid(), number)
 
-runs = None if how == "unsaved" else checkpoint.Directory(folder)
 item = (np.ones((2, 3), np.float32), lambda out: (out**2).mean())
-trainer.fit(state, Data.repeat(9, item), report=report, checkpoints=runs)
+for case in sys.argv[2:]:
+    how, number = case.split("=")[0], int(case.split("=")[1])
+    met = {"ignored": signal.SIG_IGN, "handled": lambda *_: print("mine", flush=True)}
+    signal.signal(number, met.get(how, signal.SIG_DFL))
+    runs = None if how == "unsaved" else checkpoint.Directory(sys.argv[1] + "/" + how)
+    trainer.fit(state, Data.repeat(9, item), report=report, checkpoints=runs)
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize(
-    ("how", "name"),
-    [
-        pytest.param(how, name, marks=[] if (how, name) in PROCESSES else pytest.mark.slow)
-        for how in ("saved", "unsaved", "ignored", "handled")
-        for name in ("SIGHUP", "SIGUSR1", "SIGTERM")
-    ],
+    "cases",
+    [*PROCESSES, *(pytest.param([case], marks=pytest.mark.slow) for case in CASES if [case] not in PROCESSES)],
+    ids=lambda cases: "-".join(itertools.chain(*cases)),
 )
-def test_a_closed_terminal_and_the_warning_of_slurm_are_saved(tmp_path, name, how):
+def test_a_closed_terminal_and_the_warning_of_slurm_are_saved(tmp_path, cases):
     """An ssh connection breaks (SIGHUP), or Slurm warns a minute before the end (SIGUSR1): the run ended unsaved.
 
     Under nohup SIGHUP is ignored, and stays so; a handler of the user's own is left to do what it does.
     """
-    number = getattr(signal, name)
+    numbers = {how: int(getattr(signal, name)) for how, name in cases}
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, tmp_path / "run", str(int(number)), how],
+        [sys.executable, "-c", TRAIN, tmp_path, *(f"{how}={number}" for how, number in numbers.items())],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         check=False,
     )
-    expected = {"saved": (128 + number, [4]), "unsaved": (-number, [])}.get(how, (0, [9]))
-    assert (done.returncode, checkpoint.Directory(tmp_path / "run").steps()) == expected, done.stderr
-    assert done.stdout == ("mine\n" if how == "handled" else "")
+    last, number = list(numbers.items())[-1]
+    assert done.returncode == {"saved": 128 + number, "unsaved": -number}.get(last, 0), done.stderr
+    for how in numbers:
+        expected = {"saved": [4], "unsaved": []}.get(how, [9])
+        assert checkpoint.Directory(tmp_path / how).steps() == expected, done.stderr
+    assert done.stdout == ("mine\n" if "handled" in numbers else "")
 
 
 # A disk that cannot be written

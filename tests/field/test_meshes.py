@@ -25,7 +25,7 @@ class World:
         assert jax.sharding.AxisType.Explicit in self.mesh.axis_types
         parts = [layers.embedding(10, width), layers.batch_norm(width), layers.linear(width, 3)]
         with rng.scope(0):
-            self.trainer = kaun.Trainer(model=layers.sequential(parts), optimizer=optax.adam(0.01))
+            self.trainer = kaun.Trainer(model=layers.sequential(parts), optimizer=optax.sgd(0.1, momentum=0.9))
             self.plain = self.trainer.init()
             self.state = jax.device_put(self.plain, NamedSharding(self.mesh, PartitionSpec()))
             rows = NamedSharding(self.mesh, PartitionSpec("data"))
@@ -56,11 +56,18 @@ def small():
     return World(SMALL)
 
 
-@pytest.fixture(scope="module", params=[SMALL, LARGE])
+@pytest.fixture(scope="module")
 def world(request, small):
     return small if request.param == SMALL else World(request.param)
 
 
+def short_with(width):
+    """Both sizes; the other one is part of the long form, or of that on four devices."""
+    widths = [pytest.param(each, marks=[] if each == width else pytest.mark.slow) for each in (SMALL, LARGE)]
+    return pytest.mark.parametrize("world", widths, indirect=True, scope="module")
+
+
+@short_with(SMALL)
 def test_step_takes_and_returns_explicit_arrays(world):
     """`trainer.step(state, x, loss=loss)` died with a ShardingTypeError about dynamic_update_slice."""
     before = content(world.state)
@@ -73,6 +80,7 @@ def test_step_takes_and_returns_explicit_arrays(world):
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
+@short_with(LARGE)
 def test_fit_is_the_fold_of_step(world):
     """`trainer.fit(state, batches)`: the same bytes as single steps, and every state stays where it was placed."""
     seen = []
@@ -106,6 +114,7 @@ def test_predict_and_evaluate_take_explicit_arrays(small):
     assert found["accuracy"] == metrics.accuracy(np.asarray(output), np.asarray(small.y))
 
 
+@short_with(LARGE)
 def test_a_run_on_a_mesh_is_resumed_on_it(world, tmp_path):
     """Interrupted after step 3 and started again: the same bytes as without the interruption, placed as before."""
 
@@ -199,7 +208,7 @@ SHORT = "not 40000 and (fold or rows)"
 @pytest.mark.parametrize("chosen", [SHORT, pytest.param("not devices", marks=pytest.mark.slow)])
 def test_the_same_on_four_devices(chosen):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", __file__, "-k", chosen]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **flags}, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"{2 if chosen == SHORT else 12} passed" in done.stdout

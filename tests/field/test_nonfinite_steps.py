@@ -26,7 +26,7 @@ def trained(model=None, **options):
 
 def large():
     """A model whose state is more than a megabyte, so that its memory is taken over."""
-    return layers.sequential([layers.linear(2, 512), layers.linear(512, 520), layers.linear(520, CLASSES)])
+    return layers.sequential([layers.linear(2, 60_000), layers.linear(60_000, CLASSES)])
 
 
 def labelled(batches, wrong, value):
@@ -56,7 +56,12 @@ LOADERS = {
 }  # fmt: skip
 
 
-CASES = [*((loader, None) for loader in LOADERS), ("mapped", large), ("one buffer", large)]
+# In the short form two loaders of a small model, and another one of a large model.
+SHORT = [("batches", None), ("one buffer", None), ("mapped", large)]
+CASES = [
+    pytest.param(*case, marks=[] if case in SHORT else pytest.mark.slow)
+    for case in [*((loader, None) for loader in LOADERS), ("mapped", large), ("one buffer", large)]
+]
 
 
 @pytest.mark.parametrize(("loader", "model"), CASES)

@@ -46,8 +46,15 @@ def fold(trainer, state, loss, steps, x=X):
     return state
 
 
-@pytest.mark.parametrize("width", [SMALL, LARGE])
-@pytest.mark.parametrize("reported", [False, True])
+@pytest.mark.parametrize(
+    ("reported", "width"),
+    [
+        (False, SMALL),
+        (True, LARGE),
+        pytest.param(False, LARGE, marks=pytest.mark.slow),
+        pytest.param(True, SMALL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_schedule_that_becomes_nan_ends_the_run_before_that_step(width, reported):
     """A cosine schedule divides by zero after its last step: the weights were nan, saved, and returned."""
     trainer, state = setting(optax.adam(breaks(at=4)), width)
@@ -68,7 +75,7 @@ def test_a_schedule_that_becomes_nan_ends_the_run_before_that_step(width, report
     assert same(after, before) and int(after.step) == 5
 
 
-@pytest.mark.parametrize("width", [SMALL, LARGE])
+@pytest.mark.parametrize("width", [pytest.param(SMALL, marks=pytest.mark.slow), LARGE])
 def test_a_skipped_update_leaves_the_state_and_an_ignored_one_does_not(width):
     """The same schedule with the two other values of on_nonfinite."""
     trainer, state = setting(optax.sgd(breaks(at=2)), width, on_nonfinite="skip")
@@ -119,7 +126,11 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", OTHERS)
+# The two that compile for longest; a state in place is also that of the window of MultiSteps.
+LONG = {"an optimizer of matrix products, in place", "frozen layers"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG)) for case in OTHERS])
 def test_what_else_an_update_makes(case):
     """Each was kept, saved as the newest checkpoint, and returned without a word."""
     make, x, leaf, advice, step = OTHERS[case]
@@ -152,7 +163,8 @@ def test_a_mask_of_inf_among_the_weights_is_allowed_and_the_other_elements_are_w
 
 
 @pytest.mark.parametrize("optimizer", [
-    lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()), lambda: optax.lbfgs(),
+    lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+    pytest.param(lambda: optax.lbfgs(), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_optimizers_that_begin_with_inf_run(optimizer):
     """reduce_on_plateau has an infinite best value at the start, and lbfgs an infinite loss."""
@@ -162,7 +174,8 @@ def test_optimizers_that_begin_with_inf_run(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", [
-    lambda: optax.adamw(optax.cosine_decay_schedule(1e-3, 99)), lambda: optax.MultiSteps(optax.adam(1e-3), 4),
+    lambda: optax.adamw(optax.cosine_decay_schedule(1e-3, 99)),
+    pytest.param(lambda: optax.MultiSteps(optax.adam(1e-3), 4), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_look_at_an_update_takes_no_memory(optimizer):
     """Adam with millions of parameters: a second copy of the state would not fit."""

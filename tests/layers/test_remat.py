@@ -40,7 +40,12 @@ def assert_close(a, b):
 
 
 @pytest.mark.parametrize(
-    ("policy", "trainable"), [(None, None), (jax.checkpoint_policies.dots_saveable, lambda path: "inner.1" not in path)]
+    ("policy", "trainable"),
+    [
+        (jax.checkpoint_policies.dots_saveable, None),
+        pytest.param(None, None, marks=pytest.mark.slow),
+        pytest.param(jax.checkpoint_policies.dots_saveable, lambda path: "inner.1" not in path, marks=pytest.mark.slow),
+    ],
 )
 def test_it_trains_as_the_layer_inside(policy, trainable):
     """Dropout inside and after it, and running statistics; whole, and with a policy and a batch norm that is frozen.
