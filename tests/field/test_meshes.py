@@ -201,6 +201,19 @@ def test_under_set_mesh_a_model_may_be_written_for_explicit_axes(small):
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(fitted.vars)} == {small.mesh}
 
 
+def test_nothing_made_under_set_mesh_is_used_outside_of_it(small):
+    """A first experiment under `jax.set_mesh`, and then a plain one with the same trainer and the same shapes."""
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
+        state = trainer.init()
+    data = Data.repeat(77, (np.ones((8, 2), np.float32), lambda output: (output**2).mean()))
+    with jax.set_mesh(small.mesh):
+        on_mesh = trainer.fit(jax.device_put(state, NamedSharding(small.mesh, PartitionSpec())), data)
+    other = kaun.Trainer(model=trainer.model, optimizer=trainer.optimizer)
+    for plain in (trainer.fit(state, data), other.fit(state, data)):
+        jax.tree.map(np.testing.assert_array_equal, plain.vars.params, on_mesh.vars.params)
+
+
 SHORT = "not 40000 and (fold or rows)"
 
 

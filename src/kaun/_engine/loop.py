@@ -40,7 +40,7 @@ def find_step(
     programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool
 ) -> TracedStep:
     """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
-    where = ("train", structure, training, inputs.key)
+    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh())
     found = programs.get(where)
     if found is None:
         step = programs.train_step, programs.on_nonfinite, programs.discards

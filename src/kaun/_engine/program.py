@@ -287,15 +287,21 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...]) -> Callable[..., An
     return run
 
 
-@functools.cache
 def _all_finite(checks: int, dtype: Any) -> jax.Array:
     """Return the status of a run before its first step, on the device."""
     with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
         return jnp.ones(1 + checks, dtype)
 
 
-@functools.lru_cache(maxsize=2 * ROWS)
 def count_on_device(count: int) -> jax.Array:
     """Return a number of steps on the device, unsigned: an index that may be negative costs two operations more."""
+    # Under jax.set_mesh an array is placed on that mesh, and must not be kept for later.
+    return _kept_count(count) if jax.sharding.get_abstract_mesh().empty else _count(count)
+
+
+def _count(count: int) -> jax.Array:
     with jax.ensure_compile_time_eval():
         return jnp.asarray(count, jnp.uint32)
+
+
+_kept_count = functools.lru_cache(maxsize=2 * ROWS)(_count)
