@@ -22,12 +22,14 @@ OPTIMIZERS = ["adam", "adamw_schedule", "nesterov", "multi_steps", "inject", "em
 def pairs():
     """Models, optimizers and numbers of rows; 24 have a ragged last batch, another shape, which doubles what is compiled.
 
-    The short form has each model with one optimizer, each optimizer with one model, and one pair with a ragged batch.
+    The short form has each model with one optimizer, the optimizers that count, wrap others or change their rate with one
+    model, and one pair with a ragged batch.
     """
     for model, optimizer in itertools.product(["wide", "mlp", "norms", "cnn", "attention"], OPTIMIZERS):
         ragged = (model, optimizer) == ("mlp", "adam")
         if (model == "mlp" or optimizer == "adam") and not ragged:
-            yield model, optimizer, 21
+            in_short = optimizer not in ("nesterov", "ema")
+            yield pytest.param(model, optimizer, 21, marks=[] if in_short else pytest.mark.slow)
         yield pytest.param(model, optimizer, 24, marks=[] if ragged else pytest.mark.slow)
     for optimizer in OPTIMIZERS:
         yield pytest.param("transformer", optimizer, 24, marks=pytest.mark.slow)
@@ -166,7 +168,7 @@ def test_inputs_and_outputs_may_be_any_pytree(zoo):
     [
         lambda: optax.polyak_sgd(max_learning_rate=0.1),
         lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, cooldown=0)),
-        lambda: optax.lbfgs(),
+        pytest.param(lambda: optax.lbfgs(), marks=pytest.mark.slow),
     ],
     ids=["polyak", "reduce_on_plateau", "lbfgs"],
 )
