@@ -53,7 +53,7 @@ def error_of(
     make: Callable[[int, float, Any, ValueError | None], NonFiniteLoss],
     step: int,
     loss: float,
-    squares: Any,
+    status: Any,
     failed: FailedStep,
 ) -> NonFiniteLoss:
     """Return the exception for a step that is not finite; what refuses the values of its item is the cause.
@@ -63,10 +63,10 @@ def error_of(
         make: Makes the exception of the three numbers below and what refuses the item's values.
         step: The number of the step in its fit.
         loss: Its loss.
-        squares: The sums of squares of its gradient.
+        status: Its status after the first number (``StepResults``).
         failed: The step.
     """
     refused = failed.refused(settings)
-    error = make(step, loss, squares, refused)
+    error = make(step, loss, status, refused)
     error.kaun_step, error.__cause__ = failed, refused
     return error
