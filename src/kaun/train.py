@@ -204,11 +204,11 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
         check_state(state, "step")
-        if newest_pass.loss is not None and newest_pass.loss() is loss:
-            self._passes.check("step", newest_pass.take(), state.key, state.step)
         if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"step expected training=True or training=False, received {training!r}.")
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
+        if newest_pass.loss is not None and newest_pass.loss() is loss:
+            self._passes.check("step", newest_pass.take(), state.key, state.step)
         value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
         return value, _state(carry, state.key)
 
