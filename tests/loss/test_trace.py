@@ -139,11 +139,24 @@ def test_scalars_beside_the_loss_come_by_name_in_their_own_dtype():
 
     key, arrays = capture.capture_loss(loss)
     with rng.scope(0):
-        value, scalars = trace_loss(key, arrays, jnp.array([-1.0, 3.0]))
+        value, weight, scalars, weights = trace_loss(key, arrays, jnp.array([-1.0, 3.0]))
+    assert weight is None and not weights
     assert value == 1.0 and list(scalars) == ["half", "right", "three"]
     assert {n: (float(v), str(v.dtype)) for n, v in scalars.items()} == {
         "half": (1.0, "float32"), "right": (1.0, "int32"), "three": (3.0, "int32"),
     }  # fmt: skip
+
+
+def test_a_mean_and_means_beside_it_come_with_their_weights():
+    def loss(out):
+        return losses.Mean(out.sum(), jnp.array(4)), {"part": losses.Mean(jnp.array(3), 2.0), "plain": out.sum()}
+
+    key, arrays = capture.capture_loss(loss)
+    with rng.scope(0):
+        given = trace_loss(key, arrays, jnp.array([-1.0, 3.0]))
+    assert (given.value, given.weight) == (0.5, 4)
+    assert list(given.scalars) == ["part", "plain"] and given.scalars["part"] == 1.5
+    assert given.weights == {"part": 2.0}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from kaun.errors import CaptureError
 from kaun.grad import check_scalar
 from kaun.losses import Mean
 
-__all__ = ["RESERVED", "trace_loss"]
+__all__ = ["RESERVED", "TracedLoss", "trace_loss"]
 
 RESERVED = frozenset(
     {
@@ -30,11 +30,25 @@ RESERVED = frozenset(
 )  # fmt: skip
 
 
-def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a model's output, a scalar, with every array that the loss captures given from outside.
+class TracedLoss(NamedTuple):
+    """What a loss returned, traced.
 
-    With it the other scalars that the loss returned, by name, each in its own dtype. A ``losses.Mean`` is given as its
-    value.
+    Attributes:
+        value: The loss, a floating scalar; of a ``losses.Mean`` its value.
+        weight: The weight of a ``losses.Mean``, a scalar. None where the loss is a scalar, which counts by its number
+            of examples.
+        scalars: The other scalars that the loss returned, by name, each in its own dtype.
+        weights: The weights of those of them that are a ``losses.Mean``, by name.
+    """
+
+    value: jax.Array
+    weight: jax.Array | None
+    scalars: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+
+
+def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> TracedLoss:
+    """The loss of a model's output, with every array that the loss captures given from outside.
 
     Args:
         key: The loss as ``capture_loss`` gave it.
@@ -57,9 +71,9 @@ def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> tuple[jax.Ar
         raise
 
 
-def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _with_scalars(function: Any, returned: Any) -> TracedLoss:
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
-        return _value(returned, function), {}
+        return TracedLoss(_value(returned, function), _weight(returned), {}, {})
     value, given = _value(returned[0], function), dict(returned[1])
     wrong = [name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not _is_scalar(v)]
     if wrong:
@@ -71,7 +85,12 @@ def _with_scalars(function: Any, returned: Any) -> tuple[jax.Array, dict[str, ja
             f"taken: {', '.join(sorted(RESERVED))}."
         )
     scalars = {name: v.value if isinstance(v, Mean) else v for name, v in sorted(given.items())}
-    return value, {name: tree.host_scalar(v) for name, v in scalars.items()}
+    weights = {name: weight for name, v in sorted(given.items()) if (weight := _weight(v)) is not None}
+    return TracedLoss(value, _weight(returned[0]), {name: tree.host_scalar(v) for name, v in scalars.items()}, weights)
+
+
+def _weight(returned: Any) -> jax.Array | None:
+    return tree.host_scalar(returned.weight) if isinstance(returned, Mean) else None
 
 
 def _value(returned: Any, function: Any) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
+from kaun._loss import TracedLoss
 from kaun._step.loss_scale import (
     LossScale,
     adapt_scale,
@@ -122,7 +123,7 @@ def train_step(
     key: jax.Array,
     x: Any,
     ctx: Context,
-    loss: Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]],
+    loss: Callable[[Any], TracedLoss],
     training: bool,
     discard: bool = True,
 ) -> StepOutput:
@@ -134,7 +135,7 @@ def train_step(
         key: The run's key; the step draws from a function of it and the number of steps.
         x: The model's input.
         ctx: The context of the layers.
-        loss: A function of the model's output that returns the loss and other scalars by name.
+        loss: A function of the model's output, as ``trace_loss`` after its first arguments.
         training: Whether the layers run in training mode.
         discard: Whether the step itself discards an update that is not finite. False where its caller does.
 
@@ -155,15 +156,17 @@ def train_step(
         )
         with rng.scope(step_key), parts.frozen_layers():
             output, layer_state = run_in_parts(settings.microbatches, model, x, ctx, vars.state, step_key)
-            value, scalars = loss(output)
-        return scale_loss(opt_state, value) if scaled else value, (value, parts.kept(layer_state), scalars)
+            given = loss(output)
+        value = given.value
+        return scale_loss(opt_state, value) if scaled else value, (given, parts.kept(layer_state))
 
-    (_, (value, layer_state, scalars)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
+    (_, (given, layer_state)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
+    value = given.value
     if scaled:
         gradient = unscale(opt_state, gradient)
 
     def update(opt_state: Any) -> dict[str, Any]:
-        value_fn = lambda params: objective(params)[1][0]
+        value_fn = lambda params: objective(params)[1][0].value
         params, after = apply_update(settings.optimizer, gradient, opt_state, parts.vars.params, value, value_fn)
         return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
@@ -180,7 +183,7 @@ def train_step(
     if settings.on_nonfinite == "skip" or scaled:
         by_update = ~finite & jnp.isfinite(value) & gradient_finite(checks)
         numbers["finite"] = finite.astype(jnp.float32) - by_update.astype(jnp.float32)
-    numbers |= rates(before, new["opt_state"]) | scalars
+    numbers |= rates(before, new["opt_state"]) | given.scalars
     after = new["opt_state"]
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)
