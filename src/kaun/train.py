@@ -15,15 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng
-from kaun._engine import (
-    Compilation,
-    ProgramCache,
-    StepInputs,
-    StepLoop,
-    error_of,
-    refuse_traced,
-    run_step,
-)
+from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, error_of, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
 from kaun._run import (
