@@ -20,7 +20,8 @@ SRC = ROOT / "src" / "kaun"
 ROWS = [
     {"_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
     {"context", "grad", "losses"},
-    {"_loss", "layers", "metrics"},
+    {"layers", "metrics"},
+    {"_loss"},
     {"_step", "data", "state"},
     {"_engine", "_report", "checkpoint"},
     {"_run", "evaluation", "interop"},

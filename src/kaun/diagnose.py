@@ -169,7 +169,7 @@ def _search(settings: Settings, failed: FailedStep) -> tuple[str | None, str | N
     vars, opt_state, _ = failed.carry
     names = [*state_paths(vars, opt_state), "the number of steps", "the run's key", *failed.inputs.names()]
     values = [*leaves, failed.key, *as_arrays(failed.inputs.leaves)]
-    replay, first = Replay(), 1 + len(traced.places)
+    replay, first = Replay(), 1 + traced.layout.results
     groups = [[0], [first + len(leaves) + 1], range(first, first + len(leaves))]
     found = replay.run(traced.jaxpr, list(zip(names, values, strict=True)), groups)
     for part, events in zip(("loss", "gradient"), found, strict=False):

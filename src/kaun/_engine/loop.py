@@ -358,7 +358,7 @@ class StepLoop:
         """Store the newest dispatch as the state, and return its results."""
         if self._result:
             (losses, numbers, arrays, status), (first, count, traced, inputs) = self._result[0]
-            results = StepResults(first, count, losses, numbers, traced.places, status, inputs.examples)
+            results = StepResults(first, count, losses, numbers, traced.layout, status, inputs.examples)
             self._carry = (True, arrays, results)
             self._result.clear()
         return self._carry[2]

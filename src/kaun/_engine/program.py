@@ -15,6 +15,7 @@ from jax import lax
 from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import slow_in_loops
+from kaun._engine.numbers import NumberLayout
 from kaun._engine.packing import Packing, in_place, packing_of
 from kaun._jax import calls_the_host
 from kaun._loss import trace_loss
@@ -25,6 +26,7 @@ __all__ = ["ROWS", "Program", "TracedStep", "count_on_device", "trace_step"]
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
 # it runs each dispatch on another thread, which costs more than its steps.
 ROWS = 128
+_COUNT_BYTES = 1 << 24  # of the counts of a dispatch: metrics may count rows, and a batch may have millions
 # XLA would move what does not depend on the item out of the loop, fuse it in another way there, and so change the last
 # bit depending on whether items are stacked. The numbers must not depend on that.
 _OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
@@ -68,12 +70,12 @@ class TracedStep:
         on_nonfinite: As the argument.
         discards: As the argument.
         checks: How many checks a step returns (``StepOutput``).
-        tables: For each dtype the names of a step's numbers beside its loss, in the order of their columns.
-        places: For each of these numbers by name the index of its table and its column.
+        layout: Where a step's numbers beside its loss are in its results.
         looped: Whether it runs in a loop.
         can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
             alone and keeps the memory of the state before it.
         most: How many steps one dispatch may run.
+        rows: For how many steps a dispatch has room, unless its items are stacked.
         capacity: How many items one dispatch may hold.
         status: The status of a run in which all steps are finite (``StepResults``), None if runs do not end at one
             that is not.
@@ -83,8 +85,8 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "looped", "loss_dtype",
-        "most", "on_nonfinite", "patterns", "places", "seconds", "status", "step", "tables",
+        "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout", "looped",
+        "loss_dtype", "most", "on_nonfinite", "patterns", "rows", "seconds", "status", "step",
     )  # fmt: skip
 
     def __init__(
@@ -93,16 +95,11 @@ class TracedStep:
         self.step, self.jaxpr, self.on_nonfinite, self.discards = step, traced.jaxpr, on_nonfinite, discards
         loss, numbers, _, _, checks = traced.out_info
         self.loss_dtype, self.checks = loss.dtype, checks.shape[0]
-        self.tables: dict[Any, list[str]] = {}
-        for name, number in numbers.items():
-            self.tables.setdefault(number.dtype, []).append(name)
-        table_of = {dtype: i for i, dtype in enumerate(self.tables)}
-        self.places = {
-            name: (table_of[number.dtype], self.tables[number.dtype].index(name)) for name, number in numbers.items()
-        }
+        self.layout = NumberLayout(numbers)
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.can_raise = calls_the_host(traced.jaxpr)
-        self.most = ROWS if self.looped and not self.can_raise else 1
+        self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
+        self.most = self.rows if self.looped and not self.can_raise else 1
         self.capacity = min(capacity_of(inputs), self.most)
         watched = 0 if discards else len(traced.out_info[2]) - 1
         self.status = _all_finite(checks.shape[0] + watched, checks.dtype) if on_nonfinite == "raise" else None
@@ -127,7 +124,7 @@ class TracedStep:
 
         It takes the state's arrays, the run's key, the status, the number of steps,
         and the leaves that are not stacked and those that are. It returns the losses, an array at least as long as the
-        number of steps; the other numbers of each step, a table for each dtype; the state's arrays; and the status.
+        number of steps; the other numbers of each step, as its layout says; the state's arrays; and the status.
 
         Args:
             entry: ``"fit"``; ``"fit in place"`` for one that overwrites its state's memory; ``"step"`` for one that
@@ -236,7 +233,7 @@ def _block(
             return i + 1, after, leaves if keeps else [], status, losses, tables
 
         losses = jnp.zeros(length, traced.loss_dtype)
-        tables = [jnp.zeros((length, len(names)), dtype) for dtype, names in traced.tables.items()]
+        tables = traced.layout.empty(length)
         leaves = packing.unpack(held) if packing else held
         status = status[: 1 + traced.checks] if stops else status
         start = (jnp.uint32(0), leaves, leaves if keeps else [], status, losses, tables)
@@ -245,7 +242,7 @@ def _block(
             status, leaves = _kept(status, before, leaves)
         return losses, tables, packing.pack(leaves) if packing else leaves, status
 
-    length = traced.capacity if any(pattern) else ROWS
+    length = traced.capacity if any(pattern) else traced.rows
     return looped if traced.looped else straight
 
 
@@ -254,8 +251,7 @@ def _run_step(traced: TracedStep, stops: bool, leaves: list[Any], key: jax.Array
     loss, numbers, after, finite, checks = traced.step(leaves, key, item)
     if stops:
         status = jnp.concatenate([finite.astype(status.dtype)[None], checks])
-    rows = [jnp.stack([numbers[name] for name in names]) for names in traced.tables.values()]
-    return loss, rows, after, status
+    return loss, traced.layout.rows(numbers), after, status
 
 
 def _kept(status: jax.Array, before: list[Any], after: list[Any]) -> tuple[jax.Array, list[Any]]:

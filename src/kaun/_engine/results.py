@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._engine.inputs import StepInputs
+from kaun._engine.numbers import NumberLayout
 
 __all__ = ["PendingDispatch", "StepResults"]
 
@@ -21,8 +22,8 @@ class StepResults(NamedTuple):
         first: The number of the first of them.
         steps: How many they are.
         losses: An array at least as long.
-        numbers: The other numbers, a table for each dtype, with a row for each step.
-        places: For each of these numbers by name its table and its column.
+        numbers: The other numbers, arrays with a row for each step.
+        layout: Where in these each number is.
         status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0); the
             ``checks`` of the last step that ran (``StepOutput``); and, where the loop keeps the state before each step,
             for each leaf but the last, the number of steps, whether that step's update is why it is not finite. None
@@ -34,24 +35,22 @@ class StepResults(NamedTuple):
     steps: int
     losses: Any
     numbers: Sequence[jax.Array]
-    places: Mapping[str, tuple[int, int]]
+    layout: NumberLayout
     status: jax.Array | None
     examples: int | None
 
     def finite_steps(self) -> int:
         """Wait for the steps, and return how many come before the first whose loss or gradient is not finite."""
-        if "grad_norm" not in self.places:
+        if "grad_norm" not in self.layout.places:
             return self.steps
-        table, column = self.places["grad_norm"]
+        table, column = self.layout.places["grad_norm"]
         norms = np.asarray(self.numbers[table])[: self.steps, column]
         finite = np.isfinite(_widened(self.losses)[: self.steps]) & np.isfinite(norms)
         return self.steps if finite.all() else int(np.argmin(finite))
 
     def values(self, steps: int) -> dict[str, np.ndarray[Any, Any]]:
-        """Wait for the steps, and return loss and numbers of the first ``steps`` of them by name."""
-        tables = [np.asarray(table)[:steps] for table in self.numbers]
-        named = {name: tables[table][:, column] for name, (table, column) in self.places.items()}
-        return {"loss": _widened(self.losses)[:steps]} | named
+        """Wait for the steps, and return loss and scalars of the first ``steps`` of them by name."""
+        return {"loss": _widened(self.losses)[:steps]} | self.layout.columns(self.numbers, steps)
 
 
 class PendingDispatch(NamedTuple):

@@ -31,5 +31,6 @@ from kaun._loss.origin import is_library as is_library
 from kaun._loss.rebuild import parts as parts
 from kaun._loss.rebuild import rebuild_loss as rebuild_loss
 from kaun._loss.trace import TracedLoss as TracedLoss
+from kaun._loss.trace import Weighted as Weighted
 from kaun._loss.trace import trace_function as trace_function
 from kaun._loss.trace import trace_loss as trace_loss

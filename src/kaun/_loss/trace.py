@@ -19,15 +19,28 @@ from kaun._messages import locate
 from kaun.errors import CaptureError
 from kaun.grad import check_scalar
 from kaun.losses import Mean
+from kaun.metrics import CountedParts
 
-__all__ = ["RESERVED", "TracedLoss", "trace_loss"]
+__all__ = ["RESERVED", "TracedLoss", "Weighted", "trace_loss"]
 
 RESERVED = frozenset(
     {
-        "examples_per_second", "examples_per_step", "finite", "grad_norm", "learning_rate", "loss", "skipped", "step",
-        "step_time", "updates",
+        "epoch", "examples_per_second", "examples_per_step", "finite", "grad_norm", "learning_rate", "loss",
+        "loss_weight", "skipped", "step", "step_time", "updates",
     }
 )  # fmt: skip
+
+
+class Weighted(NamedTuple):
+    """A scalar that a loss returned beside its value.
+
+    Attributes:
+        value: The scalar; of a ``losses.Mean`` its value.
+        weight: The weight of a ``losses.Mean``. None for a scalar, which counts by the number of examples.
+    """
+
+    value: jax.Array
+    weight: jax.Array | None
 
 
 class TracedLoss(NamedTuple):
@@ -39,12 +52,19 @@ class TracedLoss(NamedTuple):
             of examples.
         scalars: The other scalars that the loss returned, by name, each in its own dtype.
         weights: The weights of those of them that are a ``losses.Mean``, by name.
+        parts: What it returned as ``Counted.parts``, by name.
     """
 
     value: jax.Array
     weight: jax.Array | None
     scalars: dict[str, jax.Array]
     weights: dict[str, jax.Array]
+    parts: dict[str, CountedParts]
+
+    def numbers(self) -> dict[str, Any]:
+        """What the reports get beside the loss, by name: its weight where it has one, ``Weighted`` and parts."""
+        own = {} if self.weight is None else {"loss_weight": self.weight}
+        return own | {n: Weighted(v, self.weights.get(n)) for n, v in self.scalars.items()} | self.parts
 
 
 def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> TracedLoss:
@@ -73,20 +93,30 @@ def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> TracedLoss:
 
 def _with_scalars(function: Any, returned: Any) -> TracedLoss:
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
-        return TracedLoss(_value(returned, function), _weight(returned), {}, {})
+        return TracedLoss(_value(returned, function), _weight(returned), {}, {}, {})
     value, given = _value(returned[0], function), dict(returned[1])
-    wrong = [name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not _is_scalar(v)]
+    wrong = [name for name, v in given.items() if not isinstance(name, str) or name in RESERVED or not _is_beside(v)]
     if wrong:
         name = wrong[0]
         why = "the name is kaun's own" if name in RESERVED else f"received {_received(given[name])}"
         raise TypeError(
             f"loss {locate(function)} must return (loss, dict of scalars by name); {name!r}: {why}. A scalar is a real "
-            "number, an array of shape (), jnp.mean(value), or a losses.Mean(total, weight) of two. Names that are "
-            f"taken: {', '.join(sorted(RESERVED))}."
+            "number, an array of shape (), jnp.mean(value), a losses.Mean(total, weight) of two, or the parts of a "
+            f"metric, metrics.Counted.of(metrics.f1).parts(predictions, targets). Names that are taken: "
+            f"{', '.join(sorted(RESERVED))}."
         )
-    scalars = {name: v.value if isinstance(v, Mean) else v for name, v in sorted(given.items())}
-    weights = {name: weight for name, v in sorted(given.items()) if (weight := _weight(v)) is not None}
-    return TracedLoss(value, _weight(returned[0]), {name: tree.host_scalar(v) for name, v in scalars.items()}, weights)
+    given = {name: given[name] for name in sorted(given)}
+    parts = {name: jax.tree_util.tree_map(_array, v) for name, v in given.items() if isinstance(v, CountedParts)}
+    scalars = {name: v.value if isinstance(v, Mean) else v for name, v in given.items() if name not in parts}
+    weights = {name: weight for name, v in given.items() if (weight := _weight(v)) is not None}
+    scalars = {name: tree.host_scalar(v) for name, v in scalars.items()}
+    return TracedLoss(value, _weight(returned[0]), scalars, weights, parts)
+
+
+def _array(leaf: Any) -> jax.Array:
+    """A count as an array without a weak type."""
+    array = jnp.asarray(leaf)
+    return array.astype(array.dtype)
 
 
 def _weight(returned: Any) -> jax.Array | None:
@@ -107,6 +137,13 @@ def _value(returned: Any, function: Any) -> jax.Array:
     return returned.value
 
 
+def _is_beside(value: Any) -> bool:
+    """Whether a value may be beside a loss."""
+    if isinstance(value, CountedParts):
+        return all(map(tree.is_real, jax.tree_util.tree_leaves(value)))
+    return _is_scalar(value)
+
+
 def _is_scalar(value: Any) -> bool:
     each = (value.total, value.weight) if isinstance(value, Mean) else (value,)
     return all(map(tree.is_real_scalar, each))
@@ -115,6 +152,8 @@ def _is_scalar(value: Any) -> bool:
 def _received(value: Any) -> str:
     if isinstance(value, Mean):
         return f"Mean({tree.describe(value.total)}, {tree.describe(value.weight)})"
+    if isinstance(value, CountedParts):
+        return f"parts of {', '.join(map(tree.describe, jax.tree_util.tree_leaves(value)))}"
     return tree.describe(value)
 
 

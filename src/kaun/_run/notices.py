@@ -46,7 +46,7 @@ class DiscardedSteps:
             self._warn()
 
     def _look(self, results: StepResults) -> None:
-        table, column = results.places["finite"]
+        table, column = results.layout.places["finite"]
         finite = np.asarray(results.numbers[table])[: results.steps, column]
         if finite.min() > 0:
             self._reasons, self._updates = [], True

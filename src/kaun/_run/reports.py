@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import jax
 import numpy as np
 
 from kaun import tree
@@ -18,6 +19,8 @@ from kaun._engine import StepResults
 from kaun._messages import locate
 from kaun._report import check_report, measured_by_call, member, names_of
 from kaun._run.notices import DiscardedSteps
+from kaun._run.values import StepValues
+from kaun.data import PassLength
 from kaun.errors import EarlyStop
 from kaun.state import TrainState
 
@@ -91,6 +94,7 @@ class ReportCaller:
         pending_report_loss: The loss of the last step that was done if its report was interrupted, None otherwise. The
             report is then called for that step again.
         interruptible: Returns a context in which a signal may interrupt the report.
+        passes: How the data are cut into passes, None where they are one.
 
     Attributes:
         pending_report_loss: The loss of the step for which the report was called and did not return.
@@ -109,6 +113,7 @@ class ReportCaller:
         mode: str = "ignore",
         pending_report_loss: float | None = None,
         interruptible: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        passes: PassLength | None = None,
     ) -> None:
         if report is not None:
             check_report(report, "fit")
@@ -127,6 +132,7 @@ class ReportCaller:
         self._asked = self._wanted = done if pending_report_loss is None else done - 1
         self._clock = time.perf_counter()
         self._seconds = 0.0  # of compilation since then
+        self._passes = passes
         self._over = False  # a step was not finite and is discarded, as are those dispatched after it
 
     def begin(self, now: Callable[[], Any]) -> None:
@@ -243,25 +249,40 @@ class ReportCaller:
         now = time.perf_counter()
         seconds = max(now - self._clock - self._seconds, 0.0) / max(taken, 1)
         self._clock, self._seconds = now, 0.0
-        for _, group in itertools.groupby(values, lambda pair: pair[0].places):
-            members = list(group)
-            joined = {name: np.concatenate([v[name] for _, v in members]) for name in members[0][1]}
-            if self._block is not None and len(joined["loss"]):
-                first = members[0][0].first
-                examples = [np.full(len(v["loss"]), ran.examples or np.nan) for ran, v in members]
-                self._block(first, self._completed(first, joined, np.concatenate(examples), seconds))
+        for _, group in itertools.groupby(values if self._block is not None else (), lambda pair: pair[0].layout.kind):
+            members = [(ran, own) for ran, own in group if len(own["loss"])]
+            if members:
+                assert self._block is not None
+                self._block(members[0][0].first, self._joined(members, seconds))
 
-    def _completed(self, first: int, values: dict[str, Any], examples: Any, seconds: float) -> dict[str, Any]:
-        """The values of a block with the place of its steps in the state's life, and their speed."""
+    def _joined(self, members: list[tuple[StepResults, dict[str, Any]]], seconds: float) -> StepValues:
+        """The values of a block, with the place of its steps in the state's life, their speed and their weights."""
+        first, join = members[0][0].first, np.concatenate
+        values = {name: join([own[name] for _, own in members]) for name in members[0][1]}
         n = len(values["loss"])
+        examples = join([np.full(len(own["loss"]), ran.examples or np.nan) for ran, own in members])
         good = values.pop("finite", None)
         values["step"] = np.arange(n) + (int(self._before) - self._done + first)
         values["step_time"] = np.full(n, seconds, np.float32)
         values["examples_per_step"] = np.where(np.isnan(examples), 1, examples).astype(np.int64)
         if not np.isnan(examples).any():
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
+        weights = _weights(members, values["examples_per_step"])
         if good is not None:
             values["skipped"] = good <= 0
+            weights = {name: np.where(good <= 0, 0.0, weight) for name, weight in weights.items()}
             if "learning_rate" in values:  # the state has the rate of the update before
                 values["learning_rate"] = np.where(good <= 0, np.nan, values["learning_rate"])
-        return values
+        values["loss_weight"] = weights["loss"]
+        parts = [ran.layout.parts(ran.numbers, len(own["loss"])) for ran, own in members]
+        stacked = jax.tree_util.tree_map(lambda *stacks: join(stacks), *parts)
+        return StepValues(first, values, weights, stacked, self._passes)
+
+
+def _weights(members: list[tuple[StepResults, dict[str, Any]]], examples: Any) -> dict[str, Any]:
+    """The weights of the loss and of the scalars that it returned, by name."""
+    found = [ran.layout.weighted(ran.numbers, len(own["loss"])) for ran, own in members]
+    return {
+        name: examples.astype(np.float64) if own is None else np.concatenate([weights[name] for weights in found])
+        for name, own in found[0].items()
+    }

@@ -22,7 +22,7 @@ from kaun._run.report_state import keeping, match_reports, report_kind, unpack_s
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Directory, Saved, Store
-from kaun.data import Chunk, has_exact_length, known_length
+from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]
@@ -40,6 +40,7 @@ class TrainingRun:
         data: The items that are left.
         done: How many steps it has taken.
         total: How many it will have taken at the end, None if that is not known.
+        passes: How the data are cut into passes, None where they are one or that is not known.
         finished: Whether there is nothing left to do.
         pending_report_loss: The last step's loss if its report was interrupted; the report is called again on resume.
         saver: Writes its checkpoints, None without a directory for them.
@@ -52,6 +53,7 @@ class TrainingRun:
         self.data: Iterable[Any] = data
         self.done: int = 0
         self.total: int | None = known_length(data)
+        self.passes: PassLength | None = pass_length(stages_of(data))
         self.finished: bool = False
         self.pending_report_loss: float | None = None
         self.saver: CheckpointSaver | None = saver

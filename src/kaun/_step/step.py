@@ -101,9 +101,9 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: The loss before the update, a floating scalar.
         numbers: Scalars for the reports, by name: ``grad_norm`` (nan where the update is not finite and the gradient
-            is), ``learning_rate`` where the optimizer state has one, what the loss returned with its value; and
-            ``finite`` under ``on_nonfinite="skip"`` and with a loss scale: 1.0 where the step is an update, 0.0 where
-            loss or gradient are not finite, -1.0 where the update is not.
+            is), ``learning_rate`` where the optimizer state has one; and ``finite`` under ``on_nonfinite="skip"`` and
+            with a loss scale: 1.0 where the step is an update, 0.0 where loss or gradient are not finite, -1.0 where
+            the update is not. With them what the loss returned, as ``TracedLoss.numbers`` has it.
         carry: The carry after the step. A discarded step changes the number of steps alone.
         finite: Whether loss, gradient and update are finite, a bool scalar. An overflow for which the loss scale was
             too large counts as finite: it is discarded too, and changes the scale.
@@ -183,7 +183,7 @@ def train_step(
     if settings.on_nonfinite == "skip" or scaled:
         by_update = ~finite & jnp.isfinite(value) & gradient_finite(checks)
         numbers["finite"] = finite.astype(jnp.float32) - by_update.astype(jnp.float32)
-    numbers |= rates(before, new["opt_state"]) | given.scalars
+    numbers |= rates(before, new["opt_state"]) | given.numbers()
     after = new["opt_state"]
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)

@@ -30,7 +30,9 @@ from kaun.data.libraries import parts_that_make_items as parts_that_make_items
 from kaun.data.loaders import known_length as known_length
 from kaun.data.loaders import open_items as open_items
 from kaun.data.loaders import opened_loaders as opened_loaders
+from kaun.data.passes import PassLength as PassLength
 from kaun.data.passes import newest_pass as newest_pass
+from kaun.data.passes import pass_length as pass_length
 from kaun.data.passes import random_passes as random_passes
 from kaun.data.pipeline import Data as Data
 from kaun.data.resumable import Check as Check

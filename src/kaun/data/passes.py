@@ -1,12 +1,13 @@
-"""Which pass of a shuffled or random pipeline is iterated: a loop over epochs in Python repeats one pass."""
+"""Which pass of a pipeline is iterated: where passes end, and that a loop over epochs in Python repeats a random one."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +15,39 @@ import numpy as np
 from kaun.data.items import Item
 from kaun.data.nodes import StageSpec, every_stage
 
-__all__ = ["as_generator", "newest_pass", "random_passes", "watch_of"]
+__all__ = ["PassLength", "as_generator", "newest_pass", "pass_length", "random_passes", "watch_of"]
+
+_ONE_TO_ONE = frozenset(["Data.map", "Data.prefetch", "Data.random_map", "Data.with_loss"])
 
 Passes = tuple[Any, ...]
 """What decides the items of a random pipeline: its stages, its keys, and which arrays it reads."""
+
+
+class PassLength(NamedTuple):
+    """How a pipeline of several passes is cut into them.
+
+    Attributes:
+        items: The number of items of a pass.
+        skipped: How many items were left out at the start of the first one.
+    """
+
+    items: int
+    skipped: int
+
+
+def pass_length(stages: Sequence[StageSpec]) -> PassLength | None:
+    """Return where the passes of a pipeline with ``epochs(n)`` end; None for any other, and where that is not known."""
+    length, skipped, cut = None, 0, False
+    for before, stage in itertools.pairwise(stages):
+        if stage.name == "Data.epochs":
+            if length is None or cut:  # else it continues counting the passes
+                length, skipped, cut = before.length, 0, False
+        elif stage.name in ("Data.skip", "Data.take"):
+            skipped += stage.given["n"] if stage.name == "Data.skip" else 0
+            cut = True
+        elif stage.name not in _ONE_TO_ONE:
+            length = None
+    return PassLength(length, skipped) if length else None
 
 
 def random_passes(stages: Sequence[StageSpec]) -> tuple[Passes, range] | None:

@@ -12,6 +12,7 @@ from kaun.metrics.counted import Counted as Counted
 from kaun.metrics.counted import CountedParts as CountedParts
 from kaun.metrics.counted import gives_array as gives_array
 from kaun.metrics.counted import result_of as result_of
+from kaun.metrics.counted import result_or_nan as result_or_nan
 from kaun.metrics.ranking import auc as auc
 from kaun.metrics.ranking import average_precision as average_precision
 from kaun.metrics.regression import mean_absolute_error as mean_absolute_error
@@ -20,6 +21,8 @@ from kaun.metrics.regression import r2 as r2
 from kaun.metrics.regression import rmse as rmse
 from kaun.metrics.sums import BatchMean as BatchMean
 from kaun.metrics.sums import Counts as Counts
+from kaun.metrics.sums import CountSums as CountSums
+from kaun.metrics.sums import ExactMean as ExactMean
 from kaun.metrics.sums import MetricSums as MetricSums
 from kaun.metrics.sums import Part as Part
 from kaun.metrics.sums import Ratio as Ratio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,8 +16,9 @@ from kaun._jax import any_traced
 from kaun._messages import locate
 from kaun.metrics import classification, counts, ranking, regression
 from kaun.metrics.parts import merge, on_host, outline, settle
+from kaun.metrics.weights import nothing_to_average
 
-__all__ = ["Counted", "CountedParts", "gives_array", "result_of"]
+__all__ = ["Counted", "CountedParts", "gives_array", "result_of", "result_or_nan"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
@@ -205,6 +207,16 @@ def result_of(where: str, counted: Counted, sums: Any) -> Any:
             f"{'None' if result is None else tree.describe(result)}. Return a float, or an array."
         )
     return float(result) if tree.is_real_scalar(result) else np.asarray(result)
+
+
+def result_or_nan(where: str, parts: CountedParts) -> Any:
+    """The metric of parts as ``result_of`` has it; NaN where all weights are 0, as those of a batch that is masked."""
+    try:
+        return result_of(where, parts.counted, settle(parts.counts)[0])
+    except ValueError as error:
+        if error.args != nothing_to_average().args:
+            raise
+        return math.nan
 
 
 def gives_array(metric: Any) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from kaun._jax import any_traced
 
-__all__ = ["RowValues", "as_floats", "merge", "on_host", "outline", "settle"]
+__all__ = ["RowValues", "adds_exactly", "as_floats", "merge", "on_host", "outline", "settle"]
 
 
 @runtime_checkable
@@ -91,6 +91,17 @@ def on_host(counts: Any, batches: bool = False) -> Any:
         return RowValues(columns, node.count, node.settings).counted(np)
 
     return jax.tree_util.tree_map(convert, counts, is_leaf=_is_rows)
+
+
+def adds_exactly(counts: Any) -> bool:
+    """Whether the sums of such counts do not depend on the order of addition: of integers and of rows that are kept."""
+
+    def exact(node: Any) -> bool:
+        if isinstance(node, RowValues):
+            return node.count is None
+        return not isinstance(node, Mergeable) and _wide_dtype(node) is np.int64
+
+    return all(map(exact, jax.tree_util.tree_leaves(counts, is_leaf=lambda node: isinstance(node, Mergeable))))
 
 
 def settle(counts: Any) -> tuple[Any, Any]:

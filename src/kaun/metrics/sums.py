@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,12 @@ import numpy as np
 
 from kaun import tree
 from kaun.metrics.counted import CountedParts
-from kaun.metrics.parts import merge, on_host, outline
+from kaun.metrics.parts import adds_exactly, merge, on_host, outline
 
-__all__ = ["BatchMean", "Counts", "DelayedReader", "MetricSums", "Part", "Ratio", "add_results", "run_ahead"]
+__all__ = [
+    "BatchMean", "CountSums", "Counts", "DelayedReader", "ExactMean", "MetricSums", "Part", "Ratio", "add_results",
+    "run_ahead",
+]  # fmt: skip
 
 # How many results may wait on the device. In an evaluation each holds its batch until it is computed, so few.
 _AHEAD = 16
@@ -142,12 +145,25 @@ class ExactMean:
         self._totals = _exact([*self._totals, *totals.tolist()])
         self._counts = _exact([*self._counts, *counts.tolist()])
 
+    @property
+    def weight(self) -> float:
+        """The sum of the counts."""
+        return sum(self._counts)
+
     def result(self) -> float:
         """The sum of the values over the sum of the counts; ValueError if the counts add up to 0."""
-        if not (count := sum(self._counts)):
+        if not (count := self.weight):
             of = f" of {self._name!r}" if self._name else ""
             raise ValueError(f"The counts{of} add up to 0: there is nothing to average.")
         return sum(self._totals) / count
+
+    def snapshot(self) -> dict[str, Any]:
+        """The sums as lists of floats."""
+        return {"totals": self._totals, "counts": self._counts}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Continue with the sums of a snapshot."""
+        self._totals, self._counts = list(saved["totals"]), list(saved["counts"])
 
 
 def _exact(values: list[float]) -> list[float]:
@@ -166,16 +182,21 @@ def _exact(values: list[float]) -> list[float]:
 class CountSums:
     """Sums of pytrees of counts: integers and bools in int64, floats in float64, and rows that are kept."""
 
-    __slots__ = ("_groups", "_name")
+    __slots__ = ("_groups", "_name", "_saved")
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._saved: Mapping[str, Any] | None = None  # until the structure of the counts is known
         # Sizes fall: two groups of one size are merged at once. So rows that are kept are copied a few times only.
         self._groups: list[tuple[int, Any]] = []
 
     def add(self, part: Any) -> None:
         """Add counts, stacked along axis 0; ValueError if their shapes are not those of before."""
         counts, size = on_host(part.sums, batches=True), 1
+        if self._saved is not None:
+            build = functools.partial(jax.tree_util.tree_unflatten, jax.tree_util.tree_structure(counts))
+            self._groups = [(n, build(leaves)) for n, leaves in zip(self._saved["sizes"], self._saved["sums"], strict=True)]
+            self._saved = None
         if self._groups and (changed := tree.difference(outline(self._groups[0][1]), outline(counts))):
             raise ValueError(
                 f"metric {self._name!r}: counts must have the same shapes in all batches to add up; in a later one\n  "
@@ -185,6 +206,29 @@ class CountSums:
         while self._groups and self._groups[-1][0] == size:
             counts, size = merge(self._groups.pop()[1], counts), 2 * size
         self._groups.append((size, counts))
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added."""
+        return not self._groups and self._saved is None
+
+    def add_each(self, part: Counts) -> None:
+        """Add counts, stacked along axis 0, with sums that do not depend on how they were cut into such parts."""
+        if adds_exactly(part.sums):
+            self.add(part)
+            return
+        for i in range(len(jax.tree_util.tree_leaves(part.sums)[0])):
+            self.add(Counts(jax.tree_util.tree_map(lambda a, i=i: a[i : i + 1], part.sums)))
+
+    def snapshot(self) -> dict[str, Any]:
+        """The sums as lists of arrays."""
+        if self._saved is not None:
+            return dict(self._saved)
+        return {"sizes": [n for n, _ in self._groups], "sums": [jax.tree_util.tree_leaves(c) for _, c in self._groups]}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Continue with the sums of a snapshot."""
+        self._saved = saved
 
     def result(self) -> Any:
         """The sums, in the tree of the counts."""

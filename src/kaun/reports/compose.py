@@ -20,7 +20,7 @@ from kaun._report import (
     member,
     names_of,
 )
-from kaun._run import check_returned, keeping, match_reports, report_kind, snapshot_reports
+from kaun._run import StepValues, check_returned, keeping, match_reports, report_kind, snapshot_reports
 from kaun.data import stages_of
 from kaun.errors import EarlyStop
 from kaun.train import TrainState
@@ -280,7 +280,7 @@ def _hand_out(
     values: Mapping[str, np.ndarray],
 ) -> None:
     for added in [block(first_step, values) for block in adding]:
-        values = {**values, **(added or {})}
+        values = StepValues.of(first_step, values).replaced(added or {})
     for block in blocks:
         block(first_step, values)
 

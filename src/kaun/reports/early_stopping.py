@@ -11,7 +11,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._report import Report
-from kaun._run import saved_values
+from kaun._run import StepValues, saved_values
 from kaun.errors import EarlyStop
 from kaun.train import TrainState
 
@@ -29,10 +29,10 @@ def early_stopping(
 
     If no report measures ``"loss"``, ``monitor="loss"`` is the training loss. A step computes the loss of the state
     before it, so ``best`` is then the state before the step whose loss was best. In ``every(n, stopper)`` the value is
-    the mean loss of the n steps of a window, weighted by their numbers of examples, and the state is the one at the
-    window's start. The weight of a ``losses.Mean`` is not used: where batches are masked to different extents, measure
-    a loss with ``validate``. Skipped steps are left out; a window without any others has no value. A state is copied
-    for each window; without ``every`` that is each step, for which ``fit`` waits.
+    the mean loss of the n steps of a window, and the state is the one at the window's start. A step counts by its
+    weight: the number of examples of its batch, or the weight of a ``losses.Mean``. Steps that were skipped, and
+    batches that are masked as a whole, weigh 0; a window without any others has no value. A state is copied for each
+    window; without ``every`` that is each step, for which ``fit`` waits.
 
     Passed to a further fit of the same run, one that begins where the last one ended or later, it continues from where
     it was. A fit of another run, of another state or from an earlier step, begins without a best state.
@@ -223,7 +223,7 @@ class _TrainingLossStopping(EarlyStopping):
 
     def _open_window(self, start: TrainState | None) -> None:
         self._start = start
-        self._mean, self._weight, self._count = 0.0, 0.0, 0  # of the losses, with their examples, and all steps
+        self._mean, self._weight, self._count = 0.0, 0.0, 0  # of the losses, with their weights, and all steps
 
     @property
     def _held(self) -> str:
@@ -248,8 +248,7 @@ class _TrainingLossStopping(EarlyStopping):
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
         losses = values["loss"].tolist()
         self._count += len(losses)
-        examples = values.get("examples_per_step", np.ones(len(losses)))
-        weights = np.where(values["skipped"], 0, examples) if "skipped" in values else examples
+        weights = StepValues.of(first_step, values).weights["loss"]
         # One by one, so that the value does not depend on how the steps are cut into blocks.
         for loss, weight in zip(losses, weights.tolist(), strict=True):
             if weight:

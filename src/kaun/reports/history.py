@@ -13,7 +13,8 @@ import numpy as np
 
 from kaun._paths import local_path
 from kaun._report import Report
-from kaun._run import pack_results, saved_values, unpack_results
+from kaun._run import StepValues, pack_results, saved_values, unpack_results
+from kaun.reports.epochs import PassMeans
 from kaun.reports.log import loss_array
 from kaun.train import TrainState
 
@@ -30,6 +31,7 @@ def history() -> History:
 
     It asks for no step, so ``fit`` runs as fast as without it. Passed to several fits, or in a resumed run, it
     continues from where it was. In one ``all_of`` with reports that measure (``validate``) it keeps their results too.
+    Its ``epochs`` are the averages over each pass, in which each step counts by its weight.
 
     Examples:
         >>> import numpy as np
@@ -57,6 +59,40 @@ class History(Report):
         self.results = []
         self._losses = array("f")
         self._first_step = 1
+        self._epochs: list[dict[str, Any]] = []  # of the passes that are over
+        self._pass, self._resumed = PassMeans(), False
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The averages over each pass, a dict for each; the last pass may not be over.
+
+        A dict has ``"epoch"``, the number of the pass in this history, from 1; ``"step"``, its last step so far,
+        numbered as in ``steps``; ``"loss"`` and the scalars that the loss returned as floats, their weighted means: a
+        scalar counts by the number of examples of its batch and a ``losses.Mean`` by its weight; and for
+        ``Counted.parts`` the metric of all rows of the pass (an array where the metric is one). Steps that were skipped
+        are left out. A mean is NaN where its weights are all 0.
+
+        The passes are those of ``train.epochs(n)``, where the length of ``train`` is known (``take``, ``skip``,
+        ``prefetch`` and maps may follow ``epochs``). Of any other data each fit is one pass. A run that is resumed
+        continues the pass that it was in.
+
+        Examples:
+            >>> import jax.numpy as jnp, optax, kaun
+            >>> from kaun import Data, layers, losses, reports, rng
+            >>> x, weights = jnp.ones((5, 1)), jnp.array([1.0, 1.0, 0.0, 0.0, 1.0])
+            >>> def loss(out, weights):
+            ...     return losses.mse.parts(out, 2 * jnp.ones(out.shape), weights=weights)
+            >>> train = Data.batches((x, weights), batch_size=2).with_loss(loss)  # of weights 2, 0 and 1
+            >>> with rng.scope(0):
+            ...     trainer = kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.0))
+            ...     state = trainer.init()
+            >>> state = trainer.fit(state, train.epochs(2), report=(history := reports.history()))
+            >>> [(epoch["epoch"], epoch["step"]) for epoch in history.epochs]
+            [(1, 3), (2, 6)]
+            >>> history.epochs[0]["loss"] == history.losses[0]
+            True
+        """
+        return [dict(epoch) for epoch in (*self._epochs, *([self._row()] if self._pass.steps else []))]
 
     @property
     def losses(self) -> np.ndarray:
@@ -124,10 +160,35 @@ class History(Report):
         """Record a block of steps; called by ``fit``."""
         if not self._losses:
             self._first_step = int(values["step"][0]) if "step" in values else first_step
-        losses = values["loss"]
+        for _, part, ends in StepValues.of(first_step, values).by_pass():
+            self._record(part["loss"])
+            self._pass.add(part)
+            if ends:
+                self._close()
+
+    def _record(self, losses: np.ndarray) -> None:
         if losses.dtype == np.float64 and self._losses.typecode == "f":
             self._losses = array("d", self._losses)
         self._losses.frombytes(losses.astype(self._losses.typecode).tobytes())
+
+    def _row(self) -> dict[str, Any]:
+        last = self._first_step + len(self._losses) - 1
+        return {"epoch": len(self._epochs) + 1, "step": last, **self._pass.results()}
+
+    def _close(self) -> None:
+        """End the pass that is running."""
+        if self._pass.steps:
+            self._epochs.append(self._row())
+            self._pass = PassMeans()
+
+    def begin(
+        self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
+        state: TrainState | None = None, /,
+    ) -> None:  # fmt: skip
+        """Begin a fit; called by ``fit``."""
+        if not self._resumed:
+            self._close()
+        self._resumed = False
 
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         """Record what another report measured after the last step recorded; called by ``all_of``."""
@@ -139,12 +200,16 @@ class History(Report):
 
     def snapshot(self) -> dict[str, Any]:
         """Return all that it recorded, for a checkpoint."""
-        return {"losses": self.losses, "first_step": self._first_step, **pack_results(self.results)}
+        recorded = {"losses": self.losses, "first_step": self._first_step, **pack_results(self.results)}
+        return recorded | {"epochs": self._epochs, "pass": self._pass.snapshot()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
         losses, self._first_step = saved_values(self, values, "losses", "first_step")
         self.results = unpack_results(self, values)
+        if "pass" in values:  # not in a checkpoint of an earlier version
+            self._epochs, self._pass = list(values["epochs"]), PassMeans.restored(values["pass"])
+        self._resumed = True
         losses = np.asarray(losses)
         self._losses = array("d" if losses.dtype == np.float64 else "f", losses.tobytes())
 

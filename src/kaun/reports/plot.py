@@ -71,6 +71,7 @@ class _Plot(Report):
 
     def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._next = monotonic() + FIRST
+        self._history.begin(first_step, total)
         check_writable("plot", self._path)
 
     def wants(self, step: int) -> bool:
