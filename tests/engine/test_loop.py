@@ -25,8 +25,8 @@ def simple_step(carry, key, x, ctx, loss, training, discard=True):
     """A 'model' with one number: output x * w, update w - loss. Its number beside the loss is the sum of x."""
     w, count = carry
     with rng.scope(key):
-        value, scalars = loss(x * w)
-    numbers = {"sum": jnp.sum(x).astype(jnp.float32), **scalars}
+        given = loss(x * w)
+    value, numbers = given.value, {"sum": jnp.sum(x).astype(jnp.float32), **given.numbers()}
     return StepOutput(value, numbers, (w - value, count + 1), jnp.array(True), jnp.zeros(1))
 
 
@@ -320,7 +320,7 @@ def test_the_results_of_a_dispatch_have_its_numbers(programs):
     run.flush()
     (results,) = seen
     assert (results.first, results.steps, results.examples, results.finite_steps()) == (1, 1, 3, 1)
-    assert results.places == {"most": (0, 0), "sum": (0, 1)}
+    assert results.layout.places == {"most": (0, 0), "sum": (0, 1)}
     assert {name: list(v) for name, v in results.values(1).items()} == {"loss": [0.5], "most": [0.5], "sum": [1.5]}
 
 

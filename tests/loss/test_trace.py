@@ -139,8 +139,8 @@ def test_scalars_beside_the_loss_come_by_name_in_their_own_dtype():
 
     key, arrays = capture.capture_loss(loss)
     with rng.scope(0):
-        value, weight, scalars, weights = trace_loss(key, arrays, jnp.array([-1.0, 3.0]))
-    assert weight is None and not weights
+        value, weight, scalars, weights, parts = trace_loss(key, arrays, jnp.array([-1.0, 3.0]))
+    assert weight is None and not weights and not parts
     assert value == 1.0 and list(scalars) == ["half", "right", "three"]
     assert {n: (float(v), str(v.dtype)) for n, v in scalars.items()} == {
         "half": (1.0, "float32"), "right": (1.0, "int32"), "three": (3.0, "int32"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import Data, EarlyStop, Trainer, layers, losses, metrics, reports, rng
+from kaun._run.report_state import pack_snapshot, unpack_snapshot
 from kaun.reports.log import Log, decoded, encoded, require_package
 
 SETTINGS = settings(max_examples=80, deadline=None)
@@ -75,8 +76,9 @@ class Run:
 
 def through_a_file(values):
     """What a checkpoint does to it: strict JSON, arrays by their content."""
-    keep = lambda v: v.copy() if isinstance(v, np.ndarray) else json.loads(json.dumps(v, allow_nan=False))
-    return {name: keep(value) for name, value in values.items()}
+    saved, arrays = pack_snapshot(values)
+    saved = json.loads(json.dumps(saved, allow_nan=False))
+    return unpack_snapshot(saved, {name: array.copy() for name, array in arrays.items()}, None)
 
 
 def drive(run, report, done, cuts, every, ahead, kill, again=False):

@@ -89,7 +89,7 @@ def test_in_any_order_it_is_shown_recorded_and_watched(made, data, order):
     assert history.results == validation.results and len(history) == 10
     assert watching.seen == [(s, v["accuracy"]) for s, v in validation.results]
     shown = ", ".join(f"{n}={v:.4g}" for n, v in validation.latest.items())
-    assert f"loss={history.losses[-1]:.4g}, {shown}" in stream.getvalue().splitlines()[-1]
+    assert f"loss={history.epochs[-1]['loss']:.4g}, {shown}" in stream.getvalue().splitlines()[-1]
 
 
 def test_who_watches_stops_the_fit_there(made, data):

@@ -13,7 +13,7 @@ import pytest
 
 import kaun
 from kaun import Data, EarlyStop, Trainer, layers, losses, reports, rng
-from kaun._engine.results import StepResults
+from kaun._engine import NumberLayout, StepResults
 from kaun._run.reports import ReportCaller
 
 
@@ -35,8 +35,8 @@ def ran(first, *values, names=("grad_norm",), examples=4):
     """What a dispatch of these steps gives: as long as its capacity."""
     rows = [[2 * value if name == "grad_norm" else 1.0 for name in names] for value in [*values, -1.0, -1.0]]
     held = jnp.array([*values, -1.0, -1.0], jnp.float32)
-    places = {name: (0, column) for column, name in enumerate(names)}
-    return StepResults(first, len(values), held, [jnp.array(rows, jnp.float32)], places, None, examples)
+    layout = NumberLayout(dict.fromkeys(names, held[0]))
+    return StepResults(first, len(values), held, [jnp.array(rows, jnp.float32)], layout, None, examples)
 
 
 def test_nothing_is_asked_or_kept_without_a_report():

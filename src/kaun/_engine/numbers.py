@@ -1,4 +1,4 @@
-"""NumberLayout: where the numbers of a step are in its results, scalars in tables and the counts of metrics in vectors."""
+"""NumberLayout: where the numbers of a step are in its results: scalars in tables, counts of metrics in vectors."""
 
 from __future__ import annotations
 

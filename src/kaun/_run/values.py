@@ -63,7 +63,7 @@ class StepValues(Mapping[str, np.ndarray]):
 
     def replaced(self, columns: Mapping[str, np.ndarray[Any, Any]]) -> StepValues:
         """Return the same values with further ones, or others of these names."""
-        return StepValues(self.first_step, self._columns | columns, self.weights, self.parts, self.passes)
+        return StepValues(self.first_step, {**self._columns, **columns}, self.weights, self.parts, self.passes)
 
     def by_pass(self) -> Iterator[tuple[int, StepValues, bool]]:
         """Yield for each pass its number in the fit, from 1, its steps among these, and whether it ends with them."""
@@ -76,16 +76,16 @@ class StepValues(Mapping[str, np.ndarray]):
             number, done = divmod(self.first_step - 1 + skipped + start, items)
             end = min(steps, start + items - done)
             number -= skipped // items
-            yield number + 1, self._cut(start, end), end - start == items - done
+            part = self if (start, end) == (0, steps) else self.at(slice(start, end))
+            yield number + 1, part, end - start == items - done
             start = end
 
-    def _cut(self, start: int, end: int) -> StepValues:
-        if (start, end) == (0, len(self._columns["loss"])):
-            return self
-        columns = {name: column[start:end] for name, column in self._columns.items()}
-        weights = {name: column[start:end] for name, column in self.weights.items()}
-        parts = {name: _at(stacked, slice(start, end)) for name, stacked in self.parts.items()}
-        return StepValues(self.first_step + start, columns, weights, parts, self.passes)
+    def at(self, index: slice) -> StepValues:
+        """Return the values of some of the steps."""
+        columns = {name: column[index] for name, column in self._columns.items()}
+        weights = {name: column[index] for name, column in self.weights.items()}
+        parts = {name: _at(stacked, index) for name, stacked in self.parts.items()}
+        return StepValues(self.first_step + (index.start or 0), columns, weights, parts, self.passes)
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
         if name not in self._columns and name in self.parts:
@@ -108,5 +108,5 @@ def _results(name: str, parts: CountedParts, steps: int) -> np.ndarray[Any, Any]
     """The metric of each step; for one that is an array, such arrays stacked."""
     where = f"{name!r}, which the loss returned"
     found = [result_or_nan(where, _at(parts, i)) for i in range(steps)]
-    shape = max((np.shape(result) for result in found), key=len)
-    return np.stack([np.broadcast_to(result, shape) for result in found])
+    shape = max((np.shape(result) for result in found), key=len, default=())
+    return np.stack([np.broadcast_to(result, shape) for result in found]) if found else np.zeros(0)

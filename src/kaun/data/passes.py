@@ -1,4 +1,4 @@
-"""Which pass of a pipeline is iterated: where passes end, and that a loop over epochs in Python repeats a random one."""
+"""Where the passes of a pipeline end, and which one is iterated: a loop over epochs in Python repeats one pass."""
 
 from __future__ import annotations
 

@@ -195,7 +195,9 @@ class CountSums:
         counts, size = on_host(part.sums, batches=True), 1
         if self._saved is not None:
             build = functools.partial(jax.tree_util.tree_unflatten, jax.tree_util.tree_structure(counts))
-            self._groups = [(n, build(leaves)) for n, leaves in zip(self._saved["sizes"], self._saved["sums"], strict=True)]
+            self._groups = [
+                (n, build(leaves)) for n, leaves in zip(self._saved["sizes"], self._saved["sums"], strict=True)
+            ]
             self._saved = None
         if self._groups and (changed := tree.difference(outline(self._groups[0][1]), outline(counts))):
             raise ValueError(
@@ -224,7 +226,8 @@ class CountSums:
         """The sums as lists of arrays."""
         if self._saved is not None:
             return dict(self._saved)
-        return {"sizes": [n for n, _ in self._groups], "sums": [jax.tree_util.tree_leaves(c) for _, c in self._groups]}
+        leaves = [list(map(np.asarray, jax.tree_util.tree_leaves(counts))) for _, counts in self._groups]
+        return {"sizes": [n for n, _ in self._groups], "sums": leaves}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Continue with the sums of a snapshot."""

@@ -24,7 +24,7 @@ _LINE = re.compile(rb'\{"step": (\d+)[,}]')
 _CELLS = re.compile(rb"(\d+),")
 
 
-def jsonl(path: str | os.PathLike[str]) -> Report:
+def jsonl(path: str | os.PathLike[str], *, epochs: bool = False) -> Report:
     """Return the report that writes a file with a JSON object for each step: ``{"step": 1, "loss": 0.5, ...}``.
 
     A line has the step of the state (``state.step``) and everything recorded for it, by name: the loss, the scalars
@@ -40,6 +40,8 @@ def jsonl(path: str | os.PathLike[str]) -> Report:
 
     Args:
         path: The file; missing folders are made.
+        epochs: Whether the line of the last step of each pass also has the averages over the pass, as those of
+            ``history().epochs``: ``"epoch"``, its number in the fit, ``"epoch_loss"`` and so on. Default False.
 
     Raises:
         TypeError: If ``path`` is not a path.
@@ -61,10 +63,10 @@ def jsonl(path: str | os.PathLike[str]) -> Report:
         {"step": 1, "loss": 0.5}
         {"step": 2, "loss": 0.25, "accuracy": 0.9}
     """
-    return Log(_JsonLines(_path("jsonl", path)))
+    return Log(_JsonLines(_path("jsonl", path)), epochs)
 
 
-def csv(path: str | os.PathLike[str]) -> Report:
+def csv(path: str | os.PathLike[str], *, epochs: bool = False) -> Report:
     """Return the report that writes a table with a line for each step, as comma-separated values under a line of names.
 
     What it contains, and when it is written, is as for ``jsonl``. The first column is the step; a cell is empty if a
@@ -73,6 +75,8 @@ def csv(path: str | os.PathLike[str]) -> Report:
 
     Args:
         path: The file; missing folders are made.
+        epochs: Whether the line of the last step of each pass also has the averages over the pass, as those of
+            ``history().epochs``: ``"epoch"``, its number in the fit, ``"epoch_loss"`` and so on. Default False.
 
     Raises:
         TypeError: If ``path`` is not a path.
@@ -95,7 +99,7 @@ def csv(path: str | os.PathLike[str]) -> Report:
         1,0.5,
         2,0.25,0.9
     """
-    return Log(_Table(_path("csv", path)))
+    return Log(_Table(_path("csv", path)), epochs)
 
 
 def _path(where: str, path: str | os.PathLike[str]) -> Path:

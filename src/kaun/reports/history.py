@@ -77,7 +77,7 @@ class History(Report):
         continues the pass that it was in.
 
         Examples:
-            >>> import jax.numpy as jnp, optax, kaun
+            >>> import jax.numpy as jnp, numpy as np, optax, kaun
             >>> from kaun import Data, layers, losses, reports, rng
             >>> x, weights = jnp.ones((5, 1)), jnp.array([1.0, 1.0, 0.0, 0.0, 1.0])
             >>> def loss(out, weights):
@@ -89,7 +89,7 @@ class History(Report):
             >>> state = trainer.fit(state, train.epochs(2), report=(history := reports.history()))
             >>> [(epoch["epoch"], epoch["step"]) for epoch in history.epochs]
             [(1, 3), (2, 6)]
-            >>> history.epochs[0]["loss"] == history.losses[0]
+            >>> bool(np.isclose(history.epochs[0]["loss"], history.losses[0]))
             True
         """
         return [dict(epoch) for epoch in (*self._epochs, *([self._row()] if self._pass.steps else []))]

@@ -14,14 +14,15 @@ import numpy as np
 
 from kaun._messages import warn
 from kaun._report import Report
-from kaun._run import saved_values
+from kaun._run import StepValues, saved_values
+from kaun.reports.epochs import PassMeans
 from kaun.train import TrainState
 
 __all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array", "require_package"]
 
 Row = dict[str, Any]  # "step", an int, first; then float, int or bool by name
 
-_NOT_LOGGED = ("step", "examples_per_step")
+_NOT_LOGGED = ("step", "examples_per_step", "loss_weight")
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -68,11 +69,15 @@ class Log(Report):
     """The report that writes a row for each step to ``sink``.
 
     A row is held back until something of a later step comes, so that it contains what is measured after its step.
+
+    Args:
+        sink: Where rows are written.
+        epochs: Whether the row of the last step of each pass has the averages over the pass too.
     """
 
     __name__: str
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, epochs: bool = False) -> None:
         self.__name__ = sink.name
         self.path: str = sink.path
         self._sink = sink
@@ -84,6 +89,8 @@ class Log(Report):
         self._names: set[str] = set()  # of the values in blocks
         self._row: Row | None = None  # the newest
         self._written = False  # whether that one is written
+        self._means = PassMeans() if epochs else None  # of the pass that is running
+        self._epoch = 1  # its number
         self._restored = False  # whether the next fit is resumed: it writes again what came after its checkpoint
 
     def begin(
@@ -96,6 +103,8 @@ class Log(Report):
                 "Give the inner fit another report, with another path."
             )
         self._open, self._every = False, every
+        if not self._restored:
+            self._next_pass(1)
         self._outer = sys.exception()
         self._sink.check()
 
@@ -105,6 +114,8 @@ class Log(Report):
             return
         error = sys.exception()
         try:
+            if self._row is not None and self._means is not None and self._means.steps:
+                self._average(self._row["step"])
             self._put()
         finally:
             self._row, self._open, self._every = None, False, 1
@@ -120,7 +131,28 @@ class Log(Report):
         self._put()
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
-        self._add(first_step, values, self._every)
+        values = StepValues.of(first_step, values)
+        if self._means is None:
+            self._add(first_step, values, self._every)
+            return
+        for number, part, ends in values.by_pass():
+            if number != self._epoch:
+                self._next_pass(number)
+            self._add(part.first_step, part, self._every)
+            self._means.add(part)
+            if ends:
+                self._average(part.first_step + self._offset + len(part["loss"]) - 1)
+                self._next_pass(number + 1)
+
+    def _next_pass(self, number: int) -> None:
+        if self._means is not None:
+            self._means, self._epoch = PassMeans(), number
+
+    def _average(self, step: int) -> None:
+        """Write the averages over the pass that is running into the row of its last step."""
+        assert self._means is not None
+        means = {f"epoch_{name}": value for name, value in self._means.results().items() if np.ndim(value) == 0}
+        self._measured(step, {"epoch": self._epoch, **means})
 
     def _add(self, first_step: int, values: Mapping[str, np.ndarray], n: int) -> None:
         self._offset = int(values["step"][0]) - first_step if "step" in values else 0
@@ -130,7 +162,8 @@ class Log(Report):
             self._row = None
         self._names |= values.keys()
         rows = [] if self._row is None or self._written else [self._row]
-        rows += _rows(first, {name: array[-first_step % n :: n] for name, array in values.items()}, -first_step % n, n)
+        start = -first_step % n
+        rows += _rows(first, StepValues.of(first_step, values).at(slice(start, None, n)), start, n)
         if rows and rows[-1]["step"] >= first:
             self._row, self._written = rows.pop(), False
         else:
@@ -141,23 +174,32 @@ class Log(Report):
         step += self._offset
         self._start(step)
         # Both training and held-out data have a "loss" and may have an "accuracy".
-        measured = {(f"valid_{name}" if name in self._names else name): float(v) for name, v in values.items()}
+        self._measured(
+            step, {(f"valid_{name}" if name in self._names else name): float(v) for name, v in values.items()}
+        )
+
+    def _measured(self, step: int, measured: Mapping[str, Any]) -> None:
+        """Put values into the row of a step."""
         if self._row is None or self._row["step"] != step:
             self._put()
             self._row = {"step": step}
         elif self._written:
             self._sink.cut(step)
-        self._row, self._written = self._row | measured, False
+        self._row, self._written = {**self._row, **measured}, False
 
     def snapshot(self) -> dict[str, Any]:
         self._put()
         self._sink.sync()
         row = "" if self._row is None else encoded(self._row)
-        return {"row": row, "offset": self._offset, "names": sorted(self._names), "run": self._sink.run}
+        kept = {"row": row, "offset": self._offset, "names": sorted(self._names), "run": self._sink.run}
+        return kept if self._means is None else kept | {"epoch": self._epoch, "pass": self._means.snapshot()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         row, self._offset, names, self._sink.run = saved_values(self, values, "row", "offset", "names", "run")
         self._names, self._row, self._written = set(names), decoded(row) if row else None, True
+        if self._means is not None:
+            self._epoch, saved = saved_values(self, values, "epoch", "pass")
+            self._means = PassMeans.restored(saved)
         self._restored = True
 
     def _start(self, step: int) -> None:
@@ -193,7 +235,8 @@ class Log(Report):
 
 
 def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> list[Row]:
-    named = {name: _numbers(column) for name, column in columns.items() if name not in _NOT_LOGGED}
+    kept = {name: column for name, column in columns.items() if name not in _NOT_LOGGED and column.ndim == 1}
+    named = {name: _numbers(column) for name, column in kept.items()}
     steps = range(first + start, first + start + n * len(columns["loss"]), n)
     return [dict(zip(("step", *named), row, strict=True)) for row in zip(steps, *named.values(), strict=True)]
 

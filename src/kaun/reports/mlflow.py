@@ -21,7 +21,12 @@ _ILLEGAL = re.compile(r"[^\w\-. /]")
 
 
 def mlflow(
-    experiment: str = "Default", *, name: str | None = None, tracking_uri: str | None = None, run: str | None = None
+    experiment: str = "Default",
+    *,
+    name: str | None = None,
+    tracking_uri: str | None = None,
+    run: str | None = None,
+    epochs: bool = False,
 ) -> Report:
     """Return the report that logs to MLflow.
 
@@ -36,6 +41,8 @@ def mlflow(
         name: The name of the run, default chosen by MLflow.
         tracking_uri: Where to log, default as MLflow is configured.
         run: The id of an existing run, which is logged to and not ended; default a new one.
+        epochs: Whether the last step of each pass also has the averages over the pass, as those of
+            ``history().epochs``: ``"epoch"``, its number in the fit, ``"epoch_loss"`` and so on. Default False.
 
     Raises:
         ImportError: If mlflow is not installed.
@@ -46,7 +53,7 @@ def mlflow(
         >>> state = trainer.fit(state, data, report=reports.every(10, report))  # doctest: +SKIP
     """
     package = require_package("mlflow", "mlflow", "mlflow")
-    return Log(_Mlflow(package, experiment, name, tracking_uri, run))
+    return Log(_Mlflow(package, experiment, name, tracking_uri, run), epochs)
 
 
 class _Mlflow:

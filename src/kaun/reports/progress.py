@@ -13,6 +13,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from kaun._report import Report
+from kaun._run import StepValues
 from kaun.train import TrainState
 
 __all__ = ["progress"]
@@ -26,8 +27,10 @@ def progress(total: int | None = None, *, description: str | None = None, file: 
     """Return the report that shows a tqdm bar: step, total if known, time, steps per second, the loss, and results.
 
     Results are what other reports of one ``all_of`` measured last (``validate``), by name, a ``"loss"`` as
-    ``valid_loss``. While a program compiles the bar says ``compiling``, afterwards how many seconds that took; they do
-    not count in the steps per second.
+    ``valid_loss``. Where ``fit`` gets ``train.epochs(n)`` the loss is the mean over the current pass so far, in which
+    each step counts by its weight, and otherwise that of the newest step; steps that weigh 0 are left out. While a
+    program compiles the bar says ``compiling``, afterwards how many seconds that took; they do not count in the steps
+    per second.
 
     A terminal or a notebook gets a bar, redrawn about 10 times a second. Anything else, a log file or a pipe, gets a
     line after 10 seconds and then one every 10 seconds to 10 minutes, the longer the run the fewer. Both end with a
@@ -77,11 +80,10 @@ class _Progress(Report):
         return self._current(step).wants(step)
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
-        losses = values["loss"]
-        self._current(first_step).reached(first_step + len(losses) - 1, float(losses[-1]))
+        self._current(first_step).block(StepValues.of(first_step, values))
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        self._current(step).reached(step, loss)
+        self._current(step).called(step, loss)
 
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         self._current(step).observed(values)
@@ -106,6 +108,7 @@ class _Fit:
         self._display = display
         self._step = step
         self._loss: float | None = None
+        self._epoch, self._mean, self._weight = 1, 0.0, 0.0  # the pass that is running
         self._values: dict[str, float] = {}
         self._compiled, self._compiling = 0.0, False
         self._wanted: int | None = None
@@ -122,8 +125,26 @@ class _Fit:
         self._wanted = step
         return True
 
-    def reached(self, step: int, loss: float) -> None:
-        self._step, self._loss = step, loss
+    def block(self, values: StepValues) -> None:
+        for number, part, _ in values.by_pass():
+            if number != self._epoch:
+                self._epoch, self._mean, self._weight = number, 0.0, 0.0
+            counted = part.weights["loss"] != 0
+            losses, weights = part["loss"][counted].astype(np.float64), part.weights["loss"][counted]
+            if len(losses) and values.passes is None:
+                self._loss = float(losses[-1])
+            elif len(losses):
+                self._weight += float(weights.sum())
+                self._loss = self._mean = self._mean + float(((losses - self._mean) * weights).sum()) / self._weight
+        self._reached(values.first_step + len(values["loss"]) - 1)
+
+    def called(self, step: int, loss: float) -> None:
+        if step > self._step:  # else a block had it before
+            self._loss = loss
+        self._reached(step)
+
+    def _reached(self, step: int) -> None:
+        self._step = step
         self._draw(due=step == self._wanted)
 
     def observed(self, values: Mapping[str, float]) -> None:

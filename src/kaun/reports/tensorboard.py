@@ -18,7 +18,7 @@ from kaun.reports.log import Log, Row, require_package
 __all__ = ["tensorboard"]
 
 
-def tensorboard(folder: str | os.PathLike[str]) -> Report:
+def tensorboard(folder: str | os.PathLike[str], *, epochs: bool = False) -> Report:
     """Return the report that writes scalars for TensorBoard, with tensorboardX, which needs no TensorFlow.
 
     Each value becomes a scalar under its name, at the step of the state; the values are those of ``jsonl``. A fit that
@@ -29,6 +29,8 @@ def tensorboard(folder: str | os.PathLike[str]) -> Report:
 
     Args:
         folder: The folder of one run, made if it is missing; pass it, or one above it, to ``tensorboard --logdir``.
+        epochs: Whether the last step of each pass also has the averages over the pass, as those of
+            ``history().epochs``: ``"epoch"``, its number in the fit, ``"epoch_loss"`` and so on. Default False.
 
     Raises:
         ImportError: If tensorboardX is not installed.
@@ -50,7 +52,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Report:
     require_package("tensorboard", "tensorboardX", "tensorboard")
     if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'tensorboard expected the path of a folder, received {folder!r}. Write tensorboard("run").')
-    return Log(_TensorBoard(local_path("tensorboard", folder).absolute()))
+    return Log(_TensorBoard(local_path("tensorboard", folder).absolute()), epochs)
 
 
 class _TensorBoard:

@@ -11,7 +11,7 @@ from kaun.reports.log import Log, Row, require_package
 __all__ = ["wandb"]
 
 
-def wandb(*, run: Any = None, **settings: Any) -> Report:
+def wandb(*, run: Any = None, epochs: bool = False, **settings: Any) -> Report:
     """Return the report that logs to Weights & Biases.
 
     Each value is logged under its name at the step of the state; the values are those of ``jsonl``. The run begins with
@@ -21,6 +21,8 @@ def wandb(*, run: Any = None, **settings: Any) -> Report:
 
     Args:
         run: An existing run, which is logged to and not finished; default a new one with these ``settings``.
+        epochs: Whether the last step of each pass also has the averages over the pass, as those of
+            ``history().epochs``: ``"epoch"``, its number in the fit, ``"epoch_loss"`` and so on. Default False.
         settings: The arguments of ``wandb.init``: ``project="digits"``, ``name=``, ``config=``, ``mode="offline"``.
 
     Raises:
@@ -38,7 +40,7 @@ def wandb(*, run: Any = None, **settings: Any) -> Report:
             f"wandb received both run= and {', '.join(settings)} for a new run. Write wandb(run=run), or "
             "wandb(project=...) without a run."
         )
-    return Log(_Wandb(package, run, settings))
+    return Log(_Wandb(package, run, settings), epochs)
 
 
 class _Wandb:
