@@ -134,8 +134,12 @@ class Report:
             values: Arrays of shape (n,), one number for each step: ``"loss"`` (float32, or float64 where the loss is),
                 ``"step"`` (int64, the ``state.step`` after the step), ``"step_time"`` in seconds, the scalars that the
                 loss returned, each in its own dtype (half precision in float32), ``"examples_per_step"`` (int64, 1
-                where x has no array with rows), and where they are known ``"grad_norm"``, ``"learning_rate"``,
-                ``"examples_per_second"``, ``"skipped"``, ``"updates"`` (of ``optax.MultiSteps``, up to the step).
+                where x has no array with rows), ``"loss_weight"`` (float64, what the loss counts by in a mean over
+                steps: the weight of a ``losses.Mean`` or the number of examples, 0 for a step that was skipped), the
+                metrics that the loss returned as ``Counted.parts``, of each step alone, computed when they are read,
+                and where they are known ``"grad_norm"``, ``"learning_rate"``, ``"examples_per_second"``,
+                ``"skipped"``, ``"updates"`` (of ``optax.MultiSteps``, up to the step). Further, ``values.weights`` has
+                what each scalar of the loss counts by, ``values.parts`` the parts, stacked along axis 0.
 
         Returns:
             None; or, from a report with ``measures``, further arrays of shape (n,) by name, which the blocks of the

@@ -183,7 +183,7 @@ class Trainer(Generic[In, Out]):
             state: The state before the step.
             x: The model's input, an array or any pytree of arrays.
             loss: A function from the model's output to a scalar or a ``losses.Mean``, or to a pair of that and a dict
-                of others by name, for reports. It may be a fresh closure at each call.
+                of others, or of ``metrics.Counted`` parts, by name, for reports. It may be a fresh closure each time.
             training: False runs the model in evaluation mode (no dropout, running statistics used and kept), and still
                 differentiates and updates.
             ctx: A Context for the layers.

@@ -67,7 +67,8 @@ class Counted:
         """Return the counts of some rows as a pytree that knows its metric.
 
         Parts add up, ``a + b``, and ``parts.result()`` is the metric of all their rows. Concrete ones add up on the
-        host in int64 and float64; in compiled code they add up in JAX's dtypes.
+        host in int64 and float64; in compiled code they add up in JAX's dtypes. A loss may return them beside its
+        value, ``(loss, {"f1": parts})``: ``reports.history().epochs`` then has the metric of all rows of a pass.
 
         Args:
             predictions: As for ``counts``.

@@ -90,7 +90,7 @@ class Log(Report):
         self._row: Row | None = None  # the newest
         self._written = False  # whether that one is written
         self._means = PassMeans() if epochs else None  # of the pass that is running
-        self._epoch = 1  # its number
+        self._epoch, self._last = 1, 0  # its number, and its last step so far
         self._restored = False  # whether the next fit is resumed: it writes again what came after its checkpoint
 
     def begin(
@@ -114,8 +114,8 @@ class Log(Report):
             return
         error = sys.exception()
         try:
-            if self._row is not None and self._means is not None and self._means.steps:
-                self._average(self._row["step"])
+            if self._open and self._means is not None and self._means.steps:
+                self._average()
             self._put()
         finally:
             self._row, self._open, self._every = None, False, 1
@@ -140,19 +140,20 @@ class Log(Report):
                 self._next_pass(number)
             self._add(part.first_step, part, self._every)
             self._means.add(part)
+            self._last = part.first_step + self._offset + len(part["loss"]) - 1
             if ends:
-                self._average(part.first_step + self._offset + len(part["loss"]) - 1)
+                self._average()
                 self._next_pass(number + 1)
 
     def _next_pass(self, number: int) -> None:
         if self._means is not None:
             self._means, self._epoch = PassMeans(), number
 
-    def _average(self, step: int) -> None:
+    def _average(self) -> None:
         """Write the averages over the pass that is running into the row of its last step."""
         assert self._means is not None
         means = {f"epoch_{name}": value for name, value in self._means.results().items() if np.ndim(value) == 0}
-        self._measured(step, {"epoch": self._epoch, **means})
+        self._measured(self._last, {"epoch": self._epoch, **means})
 
     def _add(self, first_step: int, values: Mapping[str, np.ndarray], n: int) -> None:
         self._offset = int(values["step"][0]) - first_step if "step" in values else 0
