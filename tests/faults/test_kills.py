@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kaun.checkpoint import Directory, one
-from kaun.checkpoint.directory import scan
+from kaun.checkpoint.folders import scan
 from kaun.checkpoint.store import Store
 
 OPERATIONS = (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kaun.checkpoint import Directory
-from kaun.checkpoint.directory import scan
+from kaun.checkpoint.folders import scan
 from kaun.checkpoint.store import Store
 
 SAVES = [(1, 11), (2, 12), (3, 13), (3, 23), (4, 14)]
