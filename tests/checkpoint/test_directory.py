@@ -249,7 +249,7 @@ def test_nothing_to_load(tmp_path, saved, make):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint in .*absent'\. Train with fit"):
         Directory(tmp_path / "absent").load(make(1))
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
-        Directory(tmp_path).load(make(1), step=3)
+        Directory(tmp_path).load(make(1), at=3)
     runs = saved(3, 5)
     with pytest.raises(
         FileNotFoundError, match=r"there is no checkpoint of step 4 in .*\. It has these steps: \[3, 5\]"
