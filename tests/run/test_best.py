@@ -106,13 +106,17 @@ def test_the_steps_that_are_kept(tmp_path_factory, made, values, mode, every, ke
     assert runs.steps() == sorted({*newest, *multiples, *({best} if best else ())})
     assert same(end, states[STEPS])
     if best is None:
-        with pytest.raises(FileNotFoundError, match=r"has no best checkpoint.*measured nothing yet\. It has these steps:"):
+        with pytest.raises(
+            FileNotFoundError, match=r"has no best checkpoint.*measured nothing yet\. It has these steps:"
+        ):
             runs.load(state, at="best")
     else:
         assert same(Directory(runs.path).load(state, at="best"), states[best])
 
 
-@given(values=VALUES, kills=st.lists(st.integers(1, STEPS), max_size=4, unique=True), mode=st.sampled_from(["min", "max"]))
+@given(
+    values=VALUES, kills=st.lists(st.integers(1, STEPS), max_size=4, unique=True), mode=st.sampled_from(["min", "max"])
+)
 @settings(max_examples=20, deadline=None)
 def test_the_best_one_after_kills(tmp_path_factory, made, values, kills, mode):
     """In a new process, which has new reports: the checkpoint, and what early_stopping keeps, are of the same step."""
@@ -168,8 +172,16 @@ def test_the_step_at_which_the_run_is_stopped_may_be_the_best(tmp_path, made):
     ("name", "report", "text"),
     [
         ("accuracy", None, r"names 'accuracy', which no report of this fit measures; measured names: none\. Add"),
-        ("acuracy", "validate", r"names 'acuracy', which .*; measured names: 'accuracy', 'rows'\. Add a report that me"),
-        ("loss", "validate", r"'rows'\. The training loss of a step is that of the state before it\. Add a report that"),
+        (
+            "acuracy",
+            "validate",
+            r"names 'acuracy', which .*; measured names: 'accuracy', 'rows'\. Add a report that me",
+        ),
+        (
+            "loss",
+            "validate",
+            r"'rows'\. The training loss of a step is that of the state before it\. Add a report that",
+        ),
         ("loss", "rate", r"measured names: none\. The training loss"),
     ],
 )
@@ -226,7 +238,9 @@ def test_a_damaged_best_one_is_counted_again_with_a_warning(tmp_path, made):
         trainer.fit(state, train, report=reports.all_of(Scores({2: 9.0}), killing(6)), checkpoints=runs)
     file = tmp_path / "step-00000002" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is undamaged:\n  step-00000002: state.safetensors: it has"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* is undamaged:\n  step-00000002: state.safetensors: it has"
+    ):
         runs.load(state, at="best")
     text = (
         r"the checkpoint of the best step 2 \(score 9\) cannot be used: state\.safetensors: it has .* The run is resumed "
