@@ -270,3 +270,45 @@ def test_a_best_one_that_could_not_be_written_is_not_recorded(tmp_path, made, mo
         trainer.fit(state, train, report=Scores({2: 1.0, 6: 2.0}), checkpoints=runs)
     assert runs.steps() == [2, 9], "the one of step 9 is that of the exception"
     assert same(runs.load(state, at="best"), states[2])
+
+
+def test_of_two_reports_that_measure_it_the_first_counts_as_for_early_stopping(tmp_path, made):
+    trainer, state, train, states = made
+    stopper = reports.early_stopping("score", mode="max", patience=99)
+    report = reports.all_of(Scores({2: 1.0, 6: 2.0}), Scores({2: 9.0, 5: 0.5}), stopper)
+    runs = Directory(tmp_path, best=("score", "max"))
+    trainer.fit(state, train, report=report, checkpoints=runs)
+    assert stopper.best_step == 6 and stopper.best_value == 2.0
+    assert same(runs.load(state, at="best"), states[6])
+
+
+def test_a_large_state_that_is_updated_in_place(tmp_path):
+    """More than 1 MiB: the state that is saved is that of its step, and the run continues with a copy."""
+    x = G.normal(size=(4, 600)).astype(np.float32)
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=layers.linear(600, 600), optimizer=optax.sgd(0.1, momentum=0.9))
+        state = trainer.init()
+        train = Data.repeat(8, (x, lambda out: (out**2).mean()))
+    states, runs = States(), Directory(tmp_path, best=("score", "min"), keep=1)
+    whole = trainer.fit(state, train, report=states)
+    scores = Scores({2: 3.0, 4: 1.0, 7: 2.0})
+    with pytest.raises(Killed):
+        trainer.fit(state, train, report=reports.all_of(scores, killing(5)), checkpoints=runs)
+    assert runs.steps() == [4, 5] and same(runs.load(state, at="best"), states.at[4])
+    assert same(trainer.fit(state, train, report=scores, checkpoints=runs), whole)
+    assert runs.steps() == [4, 8] and same(runs.load(state, at="best"), states.at[4])
+
+
+def test_what_a_stopper_of_the_loss_holds_is_there_in_a_finished_run_that_is_opened_again(tmp_path, made):
+    trainer, state, train, _ = made
+    for name, measure in {"trained": (), "measured": (("loss", losses.cross_entropy_sparse),)}.items():
+        found = []
+        for _ in range(2):
+            stopper = reports.early_stopping("loss", mode="min", patience=99)
+            validate = [reports.validate(trainer, [(X, Y)], {key: loss}, each=6) for key, loss in measure]
+            report = reports.all_of(reports.every(2, stopper), *validate)
+            trainer.fit(state, train, report=report, checkpoints=Directory(tmp_path / name))
+            found.append(stopper)
+        first, again = found
+        assert (again.best_step, again.best_value, repr(again)) == (first.best_step, first.best_value, repr(first))
+        assert same(again.best, first.best)
