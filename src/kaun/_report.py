@@ -13,6 +13,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._messages import locate
+from kaun.errors import EarlyStop
 from kaun.state import TrainState
 
 __all__ = [
@@ -217,6 +218,10 @@ class Composite(Report):
     """
 
     reports: Sequence[Any] = ()
+
+    def call_all(self, step: int, loss: float, state: TrainState) -> tuple[dict[str, float], list[EarlyStop]]:
+        """Call the reports, and return what they measured, and each EarlyStop that they raised."""
+        return {}, []
 
 
 def calls(report: Any) -> bool:

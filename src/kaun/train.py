@@ -360,8 +360,8 @@ class Trainer(Generic[In, Out]):
     ) -> tuple[ReportCaller, StepLoop]:
         state = run.take()
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
-        mode, passes = self.on_nonfinite, run.passes
-        caller = ReportCaller(report, run.total, run.done, state.step, mode, pending, interruptible, passes)
+        settings = (self.on_nonfinite, pending, interruptible, run.passes, run.measured)
+        caller = ReportCaller(report, run.total, run.done, state.step, *settings)
         trained = trainable_part(self.trainable, state.vars.params)
         make = error_for(trained, state.vars, inner_state(self._settings.policy, state.opt_state))
         failure = functools.partial(error_of, self._settings, make) if self.on_nonfinite == "raise" else None

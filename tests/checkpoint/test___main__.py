@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from kaun.checkpoint import one
+from kaun.checkpoint import Best, one
 from kaun.checkpoint.__main__ import main
 
 
@@ -46,6 +46,19 @@ def test_list(runs, capsys, disk, make):
     ]
     assert main(["list", str(runs / "step-00000040")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_list_marks_the_best_one_and_those_kept_for_ever(runs, capsys, disk, make):
+    facts = {"best": Best("accu\x1bracy", "max", 0.75, 40).fact(), "forever": 20}
+    one.Draft(60, make(60), {}, facts).write(disk, runs / "step-00000060")
+    assert main(["list", str(runs)]) == 0
+    lines = [line.partition(":")[2].split("  ")[1:] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[], ["best (accu\\x1bracy 0.75)", "forever"], ["forever"]]
+    assert main(["list", str(runs / "step-00000040")]) == 0
+    assert capsys.readouterr().out.endswith("  best (accu\\x1bracy 0.75)  forever\n")
+    one.Draft(80, make(80), {}, {"best": 3, "forever": "x"}).write(disk, runs / "step-00000080")
+    assert main(["list", str(runs)]) == 0
+    assert "best" not in capsys.readouterr().out
 
 
 def test_show(runs, capsys):

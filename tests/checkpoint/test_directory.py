@@ -9,7 +9,8 @@ import pytest
 
 from kaun import checkpoint
 from kaun.checkpoint import one
-from kaun.checkpoint.directory import Directory, scan
+from kaun.checkpoint.directory import Directory
+from kaun.checkpoint.folders import scan
 from kaun.errors import ResumeMismatch
 
 
@@ -40,8 +41,10 @@ def test_defaults_and_equality(tmp_path):
     assert len({runs, Directory(tmp_path), Directory(tmp_path, keep=2)}) == 2
     with pytest.raises(AttributeError):
         runs.keep = 5
-    assert repr(Directory("a", every=5, accept=["data"])) == (
-        f"Directory(path={Path('a').absolute()!r}, every=5, keep=3, resume='auto', accept=frozenset({{'data'}}))"
+    assert (runs.best, runs.forever) == (None, None)
+    assert repr(Directory("a", every=5, accept=["data"], best=["mse", "min"], forever=9)) == (
+        f"Directory(path={Path('a').absolute()!r}, every=5, keep=3, resume='auto', accept=frozenset({{'data'}}), "
+        "best=('mse', 'min'), forever=9)"
     )
 
 
@@ -52,7 +55,10 @@ def test_making_one_touches_nothing(tmp_path):
 
 
 def test_a_child_has_the_same_settings(tmp_path):
-    settings = {"every": timedelta(minutes=1), "keep": 7, "resume": "must", "accept": {"data", "key"}}
+    settings = {
+        "every": timedelta(minutes=1), "keep": 7, "resume": "must", "accept": {"data", "key"},
+        "best": ("accuracy", "max"), "forever": 100,
+    }  # fmt: skip
     for name in ["finetune", "a.b", "run 2", "x" * 100, "_", "größe", "stepwise", "damaged"]:
         assert Directory(tmp_path, **settings).child(name) == Directory(tmp_path / name, **settings)
 
@@ -129,8 +135,29 @@ def test_a_name_is_a_str(tmp_path, name):
         ({"keep": 0}, ValueError, r"keep=0 is less than 1, and the newest checkpoint is always kept\. Write keep=1"),
         ({"keep": None}, TypeError, r"keep expected an int, received None\. Write keep=3"),
         ({"keep": True}, TypeError, "keep expected an int, received True"),
-        ({"resume": "maybe"}, ValueError, "resume expected 'auto', 'must' or 'never', received 'maybe'"),
+        (
+            {"resume": "maybe"},
+            ValueError,
+            r"resume expected 'auto', 'must', 'never', 'best' or a step, received 'maybe'\. Write .* resume=1200\.",
+        ),
         ({"resume": True}, ValueError, "resume expected .*, received True"),
+        ({"resume": 0}, ValueError, r"resume=0 is not a step of a checkpoint\. Write resume=1200"),
+        ({"resume": 2.0}, ValueError, "resume expected .*, received 2.0"),
+        (
+            {"best": "accuracy"},
+            TypeError,
+            r"best expected a pair of .*, received 'accuracy'\. Write best=\('accuracy', 'max'\)",
+        ),
+        ({"best": ("a", "max", 3)}, TypeError, r"received \('a', 'max', 3\)"),
+        ({"best": (3, "max")}, TypeError, r"received \(3, 'max'\)"),
+        (
+            {"best": ("loss", "least")},
+            ValueError,
+            r"best expected 'max' .* 'min' .* for 'loss', received 'least'\. Write",
+        ),
+        ({"forever": 1.5}, TypeError, r"forever expected a number of steps, received 1\.5\. Write forever=10_000"),
+        ({"forever": True}, TypeError, "forever expected .*, received True"),
+        ({"forever": 0}, ValueError, r"forever=0 steps is less than one\. Write forever=10_000"),
         ({"accept": "data"}, TypeError, r"accept expected a set of names, received 'data'\. Write \{'data'\}"),
         ({"accept": 3}, TypeError, "accept expected a set of names, received 3"),
         (
@@ -186,8 +213,8 @@ def test_a_folder_that_holds_a_file_in_its_place_is_no_directory(tmp_path):
 def test_load_gives_the_newest_or_the_one_asked_for(saved, make, same):
     runs = saved(3, 5, 40)
     assert same(runs.load(make(1)), make(40))
-    assert same(runs.load(make(1), step=5), make(5))
-    assert same(runs.load(like=make(1), step=np.int64(3)), make(3))
+    assert same(runs.load(make(1), at=5), make(5))
+    assert same(runs.load(like=make(1), at=np.int64(3)), make(3))
 
 
 def test_load_falls_back_with_a_warning_and_moves_nothing(tmp_path, saved, make, same):
@@ -215,19 +242,19 @@ def test_all_damaged_is_an_error_that_lists_each(tmp_path, saved, make):
     ):
         runs.load(make(1))
     with pytest.raises(ValueError, match=r"is undamaged:\n  step-00000003: state.*\nRestore one of them from a copy"):
-        runs.load(make(1), step=3)
+        runs.load(make(1), at=3)
 
 
 def test_nothing_to_load(tmp_path, saved, make):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint in .*absent'\. Train with fit"):
         Directory(tmp_path / "absent").load(make(1))
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
-        Directory(tmp_path).load(make(1), step=3)
+        Directory(tmp_path).load(make(1), at=3)
     runs = saved(3, 5)
     with pytest.raises(
         FileNotFoundError, match=r"there is no checkpoint of step 4 in .*\. It has these steps: \[3, 5\]"
     ):
-        runs.load(make(1), step=4)
+        runs.load(make(1), at=4)
 
 
 def test_another_model_is_a_mismatch_and_nothing_older_is_taken(tmp_path, disk, saved, make):

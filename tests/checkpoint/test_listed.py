@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from kaun.checkpoint import Directory
+from kaun.checkpoint import Best, Directory
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.store import Store
 
@@ -39,22 +39,24 @@ def names(path):
     return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_a_save_costs_the_same_however_many_are_kept(tmp_path, make, full):
+@pytest.mark.parametrize("kind", ["room", "full", "forever", "best"])
+def test_a_save_costs_the_same_however_many_are_kept(tmp_path, make, kind):
     """Every step is kept, to look at the training afterwards: at 10,000 kept ones a save took 2.5 s, and more each."""
+    settings = {"full": {}, "room": {"keep": 1000}, "forever": {"keep": 1, "forever": 1}, "best": {"keep": 1000}}[kind]
     costs = []
     for kept in (5, 300):
         path, disk = tmp_path / str(kept), Counting()
         path.mkdir()
         for step in range(kept):
             (path / f"step-{step:08d}").mkdir()
-        with Store.open(Directory(path, keep=kept if full else 1000), disk) as store:
+        with Store.open(Directory(path, **{"keep": kept, **settings}), disk) as store:
             for step in range(kept, kept + 3):
                 before = disk.count
-                store.save(step, make(1), {}, {})
+                best = Best("score", "max", 1.0, step, (step, step - 1))
+                store.save(step, make(1), {}, {"best": best.fact()} if kind == "best" else {})
                 store.join()
             costs.append(disk.count - before)
-        assert len(names(path)) == (kept if full else kept + 3)
+        assert len(names(path)) == {"full": kept, "best": kept}.get(kind, kept + 3)
     assert costs[0] == costs[1]
 
 
@@ -88,3 +90,56 @@ def test_steps_in_any_order_are_kept_by_number(tmp_path, disk, make):
             store.save(step, make(step), {}, {})
             store.join()
     assert names(tmp_path) == ["step-00000005", "step-00000009.1"]
+
+
+# The best one, and those that are kept for ever
+
+
+def record(step, *extra):
+    return {"best": Best("score", "max", 1.0, step, extra).fact()}
+
+
+def test_the_best_one_stays_and_is_not_counted(tmp_path, disk, make):
+    with Store.open(Directory(tmp_path, keep=2), disk) as store:
+        for step in (1, 2, 3, 4, 5):
+            store.save(step, make(step), {}, record(2) if step >= 2 else {})
+        store.join()
+        assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+        store.save(6, make(6), {}, record(6))
+        store.join()
+        assert names(tmp_path) == ["step-00000004", "step-00000005", "step-00000006"]
+
+
+def test_one_that_was_saved_for_that_alone_goes_when_another_is_better(tmp_path, disk, make):
+    with Store.open(Directory(tmp_path, keep=3), disk) as store:
+        for step, facts in [(1, {}), (2, record(2, 2)), (3, record(2, 2)), (4, record(4, 2, 4)), (5, record(4, 4))]:
+            store.save(step, make(step), {}, facts)
+        store.join()
+    assert names(tmp_path) == [f"step-{step:08d}" for step in (1, 3, 4, 5)]
+
+
+def test_one_that_a_killed_run_did_not_remove_is_removed_by_the_next(tmp_path, disk, make):
+    for step in (1, 2, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    with Store.open(Directory(tmp_path, keep=9), disk) as store:
+        store.save(5, make(5), {}, record(4, 2, 4))
+    assert names(tmp_path) == [f"step-{step:08d}" for step in (1, 4, 5)]
+
+
+def test_multiples_of_forever_stay_and_may_be_written_again(tmp_path, disk, make):
+    with Store.open(Directory(tmp_path, keep=1, forever=3), disk) as store:
+        for step in (1, 2, 3, 4, 6, 7, 8):
+            store.save(step, make(step), {}, record(4) if step >= 4 else {})
+        store.join()
+        assert names(tmp_path) == [f"step-{step:08d}" for step in (3, 4, 6, 8)]
+        store.save(6, make(6), {}, record(4))
+        store.join()
+        assert names(tmp_path) == ["step-00000003", "step-00000004", "step-00000006.1", "step-00000008"]
+
+
+def test_a_best_one_of_another_edition_takes_its_place(tmp_path, disk, make):
+    with Store.open(Directory(tmp_path, keep=1), disk) as store:
+        store.save(3, make(3), {}, record(3, 3))
+        store.save(3, make(3), {}, record(3))
+        store.save(4, make(4), {}, record(3))
+    assert names(tmp_path) == ["step-00000003.1", "step-00000004"]

@@ -12,6 +12,15 @@ import pytest
 from kaun import Trainer, layers, rng
 from kaun.checkpoint.disk import Disk
 
+OPERATIONS = (
+    *("make_folder", "create", "write", "sync", "close", "sync_folder", "rename", "remove", "remove_folder"),
+    *("entries", "open", "read", "free"),
+)
+
+
+class Killed(BaseException):
+    """The process is gone: nothing that it would do after this is done."""
+
 
 class Quick(Disk):
     """Without waiting for the disk: what a loss of power does is simulated."""
@@ -73,3 +82,51 @@ def bytes_of():
         return array.dtype.name, array.shape, array.tobytes()
 
     return lambda state: (str(jax.tree.structure(state)), *(raw(leaf) for leaf in jax.tree.leaves(state)))
+
+
+@pytest.fixture(scope="session")
+def stopping(quick_disk):
+    """Makes a disk that stops at one of its operations, counted from 0; None: never."""
+
+    def wrapped(name):
+        real = getattr(quick_disk, name)
+
+        def operation(self, *arguments):
+            number = len(self.done)
+            self.done.append(name)
+            if self.dead or (number == self.at and self.how != "error"):
+                if number == self.at and self.how == "half" and name == "write":
+                    file, data = arguments
+                    real(self, file, data[: len(data) // 2])
+                self.dead = True
+                if name == "close":
+                    real(self, *arguments)  # as the system does for the dead
+                raise Killed
+            if number == self.at:
+                self.failed = name
+                if name == "close":
+                    real(self, *arguments)
+                raise OSError(28, "No space left on device")
+            return real(self, *arguments)
+
+        return operation
+
+    kind = type("Stopping", (quick_disk,), {name: wrapped(name) for name in OPERATIONS})
+
+    def make(at, how):
+        disk = kind()
+        disk.at, disk.how, disk.done, disk.dead, disk.failed = at, how, [], False, None
+        return disk
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def killed():
+    """What is raised where a disk of ``stopping`` kills the process."""
+    return Killed
+
+
+@pytest.fixture(scope="session")
+def kinds_of_operations():
+    return set(OPERATIONS)

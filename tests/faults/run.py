@@ -37,10 +37,13 @@ def main(folder: Path) -> None:
         reports.validate(trainer, pairs, {"accuracy": metrics.accuracy}, each=train),
         stopper,
     )
-    runs = checkpoint.Directory(folder / "checkpoints", every=5)
+    runs = checkpoint.Directory(folder / "checkpoints", every=5, best=("accuracy", "max"), forever=32)
     state = trainer.fit(state, train.epochs(EPOCHS), report=report, checkpoints=runs)
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves((state.vars, state.opt_state, state.step, stopper.best.vars)):
+    best = runs.load(state, at="best")
+    assert int(best.step) == stopper.best_step
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (best.vars, stopper.best.vars)), strict=True))
+    digest = hashlib.sha256(repr(runs.steps()).encode())
+    for leaf in jax.tree.leaves((state.vars, state.opt_state, state.step, stopper.best.vars, best.opt_state)):
         digest.update(np.asarray(leaf).tobytes())
     digest.update(history.losses.tobytes() + repr(history.results).encode())
     print("end", digest.hexdigest(), flush=True)

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from kaun.checkpoint import Directory, one
+from kaun.checkpoint import Best, Directory, one
 from kaun.checkpoint.store import Store
 
 FILES = [one.STATE, one.REPORTS, one.MANIFEST]
@@ -20,13 +20,14 @@ def runs(tmp_path, quick_disk, state_of):
     """A directory of two checkpoints."""
     with Store.open(Directory(tmp_path / "runs"), quick_disk()) as store:
         for step in (1, 2):
-            store.save(step, state_of(step), REPORTS, FACTS)
+            best = Best("score", "max", 0.5, step).fact()  # each step was the best one when it was saved
+            store.save(step, state_of(step), REPORTS, FACTS | {"best": best})
     return tmp_path / "runs"
 
 
 @pytest.fixture
-def refused(runs, quick_disk, state_of):
-    """Says that step 2 cannot be loaded."""
+def refused(runs, quick_disk, state_of, bytes_of):
+    """Says that step 2 cannot be loaded, nor as the best one: where its manifest is damaged, that is step 1."""
     disk, folder = quick_disk(), runs / "step-00000002"
 
     def refused():
@@ -34,7 +35,14 @@ def refused(runs, quick_disk, state_of):
             one.read(disk, folder, 2, state_of(99))
         with pytest.raises(one.Damaged):
             one.verify(disk, folder, 2)
+        assert one.MANIFEST in str(error.value) or loads_no_best()
         return str(error.value)
+
+    def loads_no_best():
+        """A damaged file of reports is no reason to refuse the variables."""
+        with pytest.raises(ValueError, match=r"is undamaged:\n  step-00000002: "):
+            Directory(runs).load(state_of(99), at="best")
+        return True
 
     return refused
 

@@ -7,64 +7,22 @@ import warnings
 import numpy as np
 import pytest
 
-from kaun.checkpoint import Directory, one
-from kaun.checkpoint.directory import scan
+from kaun.checkpoint import Best, Directory, one
+from kaun.checkpoint.folders import scan
 from kaun.checkpoint.store import Store
 
-OPERATIONS = (
-    *("make_folder", "create", "write", "sync", "close", "sync_folder", "rename", "remove", "remove_folder"),
-    *("entries", "open", "read", "free"),
-)
 
-
-class Killed(BaseException):
-    """The process is gone: nothing that it would do after this is done."""
-
-
-@pytest.fixture(scope="module")
-def stopping(quick_disk):
-    """Makes a disk that stops at one of its operations, counted from 0; None: never."""
-
-    def wrapped(name):
-        real = getattr(quick_disk, name)
-
-        def operation(self, *arguments):
-            number = len(self.done)
-            self.done.append(name)
-            if self.dead or (number == self.at and self.how != "error"):
-                if number == self.at and self.how == "half" and name == "write":
-                    file, data = arguments
-                    real(self, file, data[: len(data) // 2])
-                self.dead = True
-                if name == "close":
-                    real(self, *arguments)  # as the system does for the dead
-                raise Killed
-            if number == self.at:
-                self.failed = name
-                if name == "close":
-                    real(self, *arguments)
-                raise OSError(28, "No space left on device")
-            return real(self, *arguments)
-
-        return operation
-
-    kind = type("Stopping", (quick_disk,), {name: wrapped(name) for name in OPERATIONS})
-
-    def make(at, how):
-        disk = kind()
-        disk.at, disk.how, disk.done, disk.dead, disk.failed = at, how, [], False, None
-        return disk
-
-    return make
+def record(step, *extra):
+    return {"best": Best("score", "max", float(step), step, extra).fact()}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, quick_disk, state_of):
-    """A directory of steps 1 and 2, a damaged step 3, and what a killed save left behind."""
+    """A directory of steps 1, the best one, and 2, a damaged step 3, and what a killed save left behind."""
     path = tmp_path_factory.mktemp("prepared") / "runs"
     with Store.open(Directory(path, keep=3), quick_disk()) as store:
         for step in (1, 2, 3):
-            store.save(step, state_of(step), {"a": np.arange(step)}, {})
+            store.save(step, state_of(step), {"a": np.arange(step)}, record(1, 1))
     damaged = path / "step-00000003" / one.STATE
     damaged.write_bytes(damaged.read_bytes()[:-1])
     (path / ".kaun-00000000000000ff.tmp").mkdir()
@@ -72,18 +30,26 @@ def prepared(tmp_path_factory, quick_disk, state_of):
     return path
 
 
-# The step and the seed of the state of each save of a session; the last takes the place of the one before.
-SAVES = [(3, 13), (4, 14), (4, 24)]
+# The step and the seed of the state of each save of a session; the third takes the place of the one before.
+SAVES = [(3, 13), (4, 14), (4, 24), (5, 15)]
+RECORDS = {
+    13: (3, 1, 3),
+    14: (3, 3),
+    24: (3, 3),
+    15: (5, 5, 3),
+}  # the best step, and those saved for that alone, by seed
+SEEDS = {1: 1, 3: 13, 5: 15}  # of the best steps
+SETTINGS = {"keep": 2, "forever": 4}
 
 
 def session(disk, path, state_of, done):
-    """A run: finds a damaged checkpoint, goes on from the one before, saves three times. ``done`` gets what is safe."""
-    store = Store.open(Directory(path, keep=2), disk)
+    """A run: finds a damaged checkpoint, goes on from the one before, saves four times. ``done`` gets what is safe."""
+    store = Store.open(Directory(path, **SETTINGS), disk)
     try:
         done.append((2, 2))
         assert store.newest(state_of(99)).step == 2
         for step, seed in SAVES:
-            store.save(step, state_of(seed), {"a": np.arange(step)}, {"seed": seed})
+            store.save(step, state_of(seed), {"a": np.arange(step)}, record(*RECORDS[seed]))
             store.join()
             done.append((step, seed))
     finally:
@@ -91,11 +57,14 @@ def session(disk, path, state_of, done):
 
 
 def check(path, quick_disk, state_of, bytes_of, done):
-    """The next run: finds the last save that was safe, or the one that was being written; nothing else is left over."""
+    """The next run: finds the last save that was safe, or the one that was being written, and the best one as of that.
+
+    Nothing else is left over.
+    """
     possible = [done[-1] if done else (2, 2)]
     if len(done) <= len(SAVES):
         possible.append(SAVES[max(0, len(done) - 1)])
-    with Store.open(Directory(path, keep=2), quick_disk()) as store, warnings.catch_warnings(record=True) as warned:
+    with Store.open(Directory(path, **SETTINGS), quick_disk()) as store, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         planted = (path / "step-00000003" / one.STATE).exists() and not (path / "damaged-step-00000003").exists()
         saved = store.newest(state_of(99))
@@ -105,16 +74,22 @@ def check(path, quick_disk, state_of, bytes_of, done):
         assert step == saved.step, f"found step {saved.step}, possible were {possible}"
         assert saved.reports["a"].tolist() == list(range(step))
         assert set(Directory(path).steps()) == {found.step for found in scan(quick_disk(), path)}
-        store.save(50, state_of(50), {}, {})
+        best = Best.of(saved.facts)
+        assert store.check_best(best) == ""
+        assert bytes_of(Directory(path).load(state_of(99), at="best")) == bytes_of(state_of(SEEDS[best.step]))
+        store.save(50, state_of(50), {}, saved.facts)
         store.join()
         assert bytes_of(store.newest(state_of(99)).state) == bytes_of(state_of(50))
+        assert bytes_of(Directory(path).load(state_of(99), at="best")) == bytes_of(state_of(SEEDS[best.step]))
     left = {entry.name for entry in path.iterdir()} - {found.path.name for found in scan(quick_disk(), path)}
     assert left <= {".kaun-lock", "damaged-step-00000003"}
-    assert len(scan(quick_disk(), path)) == 2
+    ordinary = {step for step in (2, 4, 50) if step <= saved.step or step == 50}
+    expected = {best.step, *sorted(ordinary)[-2:], *(ordinary & {4})}
+    assert sorted(found.step for found in scan(quick_disk(), path)) == sorted(expected)
 
 
 @pytest.fixture(scope="module")
-def operations(tmp_path_factory, prepared, stopping, state_of):
+def operations(tmp_path_factory, prepared, stopping, kinds_of_operations, state_of):
     """The names of the operations of a whole session, in their order."""
     path = tmp_path_factory.mktemp("operations") / "runs"
     shutil.copytree(prepared, path)
@@ -122,13 +97,14 @@ def operations(tmp_path_factory, prepared, stopping, state_of):
     with pytest.warns(UserWarning, match="the run resumes from step 2"):
         session(disk, path, state_of, done)
     assert done[1:] == SAVES
-    assert len(disk.done) > 100 and set(disk.done) == set(OPERATIONS)
+    assert Directory(path).steps() == [2, 4, 5]
+    assert len(disk.done) > 100 and set(disk.done) == kinds_of_operations
     return disk.done
 
 
 @pytest.mark.parametrize(("how", "short"), [("kill", 3), ("half", 6), ("error", 2)])
 def test_stopped_at_every_operation(
-    tmp_path, prepared, stopping, quick_disk, state_of, bytes_of, operations, cases, how, short
+    tmp_path, prepared, stopping, killed, quick_disk, state_of, bytes_of, operations, cases, how, short
 ):
     """In the short form at some operations of each name; half of an operation is done by writes only."""
     outcomes = {"old": 0, "new": 0}
@@ -137,7 +113,7 @@ def test_stopped_at_every_operation(
         path = tmp_path / f"{at}"
         shutil.copytree(prepared, path)
         disk, done = stopping(at, how), []
-        with warnings.catch_warnings(), contextlib.suppress(Killed, OSError):
+        with warnings.catch_warnings(), contextlib.suppress(killed, OSError):
             warnings.simplefilter("ignore")
             session(disk, path, state_of, done)
         assert disk.dead or disk.failed, f"operation {at} was not reached"

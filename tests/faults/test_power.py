@@ -12,11 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kaun.checkpoint import Directory
-from kaun.checkpoint.directory import scan
+from kaun.checkpoint import Best, Directory
+from kaun.checkpoint.folders import scan
 from kaun.checkpoint.store import Store
 
-SAVES = [(1, 11), (2, 12), (3, 13), (3, 23), (4, 14)]
+SAVES = [(1, 11), (2, 12), (3, 13), (3, 23), (4, 14), (5, 15)]
+RECORDS = {11: (1,), 12: (2, 2), 13: (2, 2), 23: (2, 2), 14: (4, 4, 2), 15: (4, 4)}  # the best step, by seed
+SEEDS = {1: 11, 2: 12, 4: 14}  # of the best steps
+
+
+def facts(seed):
+    step, *extra = RECORDS[seed]
+    return {"seed": seed, "best": Best("score", "max", float(step), step, tuple(extra)).fact()}
+
+
 MODES = ["nothing that was not synced", "names and no bytes", "names and zeros", "everything", "random"]
 
 
@@ -162,9 +171,9 @@ def log(tmp_path_factory, recording, state_of):
     """What a run did to its disk, with a mark after each save that was told to be done."""
     root = tmp_path_factory.mktemp("power")
     disk = recording(root)
-    with Store.open(Directory(root / "a" / "runs", keep=2), disk) as store:
+    with Store.open(Directory(root / "a" / "runs", keep=1), disk) as store:
         for step, seed in SAVES:
-            store.save(step, state_of(seed), {"a": np.arange(step)}, {"seed": seed})
+            store.save(step, state_of(seed), {"a": np.arange(step)}, facts(seed))
             store.join()
             disk.log.append(("safe", step, seed))
     return disk.log
@@ -205,8 +214,10 @@ def test_power_lost_after_every_operation(tmp_path, log, quick_disk, state_of, b
             else:
                 found = {bytes_of(state_of(seed)): (step, seed) for step, seed in filter(None, possible)}
                 step, seed = found[bytes_of(saved.state)]
-                assert (saved.step, saved.facts) == (step, {"seed": seed})
+                assert (saved.step, saved.facts) == (step, facts(seed))
                 assert saved.reports["a"].tolist() == list(range(step))
+                best = bytes_of(state_of(SEEDS[RECORDS[seed][0]]))
+                assert bytes_of(Directory(path / "a" / "runs").load(state_of(99), at="best")) == best
             store.save(50, state_of(50), {}, {})
             store.join()
             assert store.newest(state_of(99)).step == 50

@@ -23,7 +23,7 @@ from kaun._messages import plain, warn
 from kaun._run import digest
 from kaun._run.digest import Digester
 from kaun._run.generators import find_generators
-from kaun.checkpoint import Directory
+from kaun.checkpoint import BEST, Best, Directory
 from kaun.data import Item, ResumableLoader, every_stage_of, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
@@ -90,6 +90,7 @@ def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> No
         "place": "place" in facts and isinstance(facts["place"], (dict, type(None))),
         "last": isinstance(facts.get("last"), (str, type(None))),
         "draws": _is_table(facts.get("draws", {}), str),
+        BEST: _is_best(facts),
     }
     wrong = [name for name, is_right in forms.items() if not is_right]
     if wrong:
@@ -99,6 +100,14 @@ def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> No
             "its state; to train, use another directory: "
             f"checkpoint.Directory({str(directory.path)!r}).child('second')."
         )
+
+
+def _is_best(facts: Mapping[str, Any]) -> bool:
+    try:
+        Best.of(facts)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_table(value: Any, kinds: Any) -> bool:

@@ -17,14 +17,14 @@ import numpy as np
 from kaun import tree
 from kaun._engine import StepResults
 from kaun._messages import locate
-from kaun._report import check_report, measured_by_call, member, names_of
+from kaun._report import Composite, check_report, measured_by_call, member, names_of
 from kaun._run.notices import DiscardedSteps
 from kaun._run.values import StepValues
 from kaun.data import PassLength
 from kaun.errors import EarlyStop
 from kaun.state import TrainState
 
-__all__ = ["ReportCaller", "check_returned"]
+__all__ = ["ReportCaller", "check_best_is_measured", "check_returned"]
 
 _BLOCK = 64
 _PATIENCE = 0.05  # seconds after which the values that are ready are passed on, however few they are
@@ -82,6 +82,25 @@ def _check_watched(report: Any) -> None:
         )
 
 
+def check_best_is_measured(name: str, report: Any) -> None:
+    """Refuse a ``Directory(best=)`` whose value no report of the fit measures.
+
+    Raises:
+        TypeError: If the report is not a valid one.
+        ValueError: If none of it measures the value.
+    """
+    if report is not None:
+        check_report(report, "fit")
+    measured = measured_by_call(report)
+    if name not in measured:
+        training = " The training loss of a step is that of the state before it." if name == "loss" else ""
+        raise ValueError(
+            f"checkpoint.Directory(best=...) names {name!r}, which no report of this fit measures; measured names: "
+            f"{', '.join(map(repr, sorted(measured))) or 'none'}.{training} Add a report that measures it: "
+            f'reports.all_of(reports.validate(trainer, valid, {{"{name}": ...}}, each=train), ...).'
+        )
+
+
 class ReportCaller:
     """Calls a report for ``fit``: asks which steps it wants, and passes on values, compilations, begin and end.
 
@@ -95,6 +114,8 @@ class ReportCaller:
             report is then called for that step again.
         interruptible: Returns a context in which a signal may interrupt the report.
         passes: How the data are cut into passes, None where they are one.
+        on_measured: Called with (step, values, state) after the report measured values for a step; the state is None if
+            the report ended the fit.
 
     Attributes:
         pending_report_loss: The loss of the step for which the report was called and did not return.
@@ -114,6 +135,7 @@ class ReportCaller:
         pending_report_loss: float | None = None,
         interruptible: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         passes: PassLength | None = None,
+        on_measured: Callable[[int, Mapping[str, float], Any], None] = lambda step, values, state: None,
     ) -> None:
         if report is not None:
             check_report(report, "fit")
@@ -129,6 +151,7 @@ class ReportCaller:
         self._total, self._done, self._before, self._raises = total, done, before, mode == "raise"
         self._discarded = DiscardedSteps() if mode == "skip" else None
         self.pending_report_loss, self._interruptible = pending_report_loss, interruptible
+        self._on_measured = on_measured
         self._asked = self._wanted = done if pending_report_loss is None else done - 1
         self._clock = time.perf_counter()
         self._seconds = 0.0  # of compilation since then
@@ -188,17 +211,25 @@ class ReportCaller:
         """Call the report, and return whether it raised EarlyStop. Waits for the step to be done."""
         if self._waiting:
             self._deliver(len(self._waiting))
-        assert self._report is not None
         self.pending_report_loss = float(loss)
-        stops = False
-        try:
-            with self._interruptible():
-                check_returned(self._report, self._report(step, self.pending_report_loss, state), state)
-        except EarlyStop:
-            stops = True
+        with self._interruptible():
+            values, stops = self._call(step, self.pending_report_loss, state)
         self.pending_report_loss = None
+        if values:
+            self._on_measured(step, values, None if stops else state)
         self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation does not count as part of a step
         return stops
+
+    def _call(self, step: int, loss: float, state: Any) -> tuple[Mapping[str, float] | None, bool]:
+        """Call the report, and return what it measured, and whether it raised EarlyStop."""
+        assert self._report is not None
+        if isinstance(self._report, Composite):
+            values, stops = self._report.call_all(step, loss, state)
+            return values, bool(stops)
+        try:
+            return check_returned(self._report, self._report(step, loss, state), state), False
+        except EarlyStop:
+            return None, True
 
     def stops_at(self, step: int, loss: Any, now: Callable[[], TrainState]) -> bool:
         """Call the report with the state of ``now``, if it is read, as ``stops``. A state that is kept stays valid."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,17 @@ import numpy as np
 
 from kaun import rng, tree
 from kaun._engine import StepInputs, TracedStep
+from kaun._messages import warn
 from kaun._report import member
 from kaun._run.differences import differences
 from kaun._run.generators import captured_generators, global_states, refuse_draws
 from kaun._run.identity import check_facts, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import keeping, match_reports, report_kind, unpack_snapshot
+from kaun._run.reports import check_best_is_measured
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
-from kaun.checkpoint import Directory, Saved, Store
+from kaun.checkpoint import Best, Directory, Saved, Store
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
 from kaun.state import TrainState
 
@@ -74,6 +76,11 @@ class TrainingRun:
         """Whether a checkpoint is due after this step."""
         return self.saver is not None and self.saver.due(step)
 
+    def measured(self, step: int, values: Mapping[str, float], state: TrainState | None) -> None:
+        """Take what a report measured after a step, and save the step if it is the best one."""
+        if self.saver is not None:
+            self.saver.measured(step, values, state)
+
     def interruptible_items(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """The same chunks; a signal may interrupt getting each."""
         return chunks if self.saver is None else self.saver.count_pulled(self.signals.interruptible_items(chunks))
@@ -99,7 +106,7 @@ def open_run(
 
     Raises:
         ResumeMismatch: If the directory holds another run.
-        ValueError: If a run could not be resumed.
+        ValueError: If a run could not be resumed, or no report measures what ``best=`` names.
         TypeError: If ``checkpoints`` is not a Directory, or data can be iterated once only.
         OSError: If checkpoints cannot be written.
     """
@@ -110,6 +117,8 @@ def open_run(
             yield run
         return
     _check_resumable(checkpoints, state, data)
+    if checkpoints.best is not None:
+        check_best_is_measured(checkpoints.best[0], report)
     store = Store.open(checkpoints)
     try:
         run = _start_or_resume(store, checkpoints, state, data, report, watched=on_nonfinite != "ignore")
@@ -180,7 +189,7 @@ def _start_or_resume(
     saved = store.newest(state, functools.partial(_spoiled, state)) if watched else store.newest(state)
     if saved is not None:
         check_facts(directory, saved.step, saved.facts)
-    saver = CheckpointSaver(store, directory, facts, report, saved)
+    saver = CheckpointSaver(store, directory, facts, report, saved, _best(store, directory, saved))
     run = TrainingRun(state if saved is None else saved.state, data, saver)
     if saved is not None:
         _resume(run, directory, saved, facts, report, exact=has_exact_length(data))
@@ -190,6 +199,21 @@ def _start_or_resume(
         known = None if saved is None else saved.facts["place"]
         run.data = saver.data = resume_from(data, run.done, known, saver.check_last)
     return run
+
+
+def _best(store: Store, directory: Directory, saved: Saved | None) -> Best | None:
+    """The best step of a run that is resumed, None where its checkpoint is damaged or was removed since."""
+    best = None if saved is None else Best.of(saved.facts)
+    if saved is None or best is None or best.step == saved.step:
+        return best
+    wrong = store.check_best(best)
+    if not wrong:
+        return best
+    warn(
+        f"{str(directory.path)!r}: the checkpoint of the best {best} cannot be used: {wrong}. The run is resumed from "
+        f"step {saved.step}, and the best one of the steps after it will be kept."
+    )
+    return None
 
 
 def _spoiled(start: TrainState, found: TrainState) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,7 @@ from kaun._run.identity import digest_item, refuse_difference
 from kaun._run.position import makes_items, position
 from kaun._run.report_state import keeping, pack_snapshot, snapshot_reports
 from kaun._run.reports import ReportCaller
-from kaun.checkpoint import Directory, Saved, Store
+from kaun.checkpoint import BEST, BRANCH, FOREVER, Best, Directory, Saved, Store
 from kaun.data import Chunk
 from kaun.state import TrainState
 
@@ -34,6 +34,7 @@ class CheckpointSaver:
         facts: What the run is, see ``identity.run_facts``.
         report: The report of the fit, whose snapshot is saved too.
         saved: The checkpoint from which the run was resumed, None for a new one.
+        best: The best step so far, whose checkpoint is there.
 
     Attributes:
         data: The data of the run, whose position is saved.
@@ -41,14 +42,24 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, store: Store, directory: Directory, facts: dict[str, Any], report: Any, saved: Saved | None
+        self,
+        store: Store,
+        directory: Directory,
+        facts: dict[str, Any],
+        report: Any,
+        saved: Saved | None,
+        best: Best | None = None,
     ) -> None:
         every = directory.every
         self.data: Iterable[Any] = ()
         self._every = every if isinstance(every, int) else None
         self._pause = every.total_seconds() if isinstance(every, timedelta) else None
         self._next = None if self._pause is None else time.monotonic() + self._pause
-        self._store, self._directory, self._facts, self._report = store, directory, facts, report
+        self._store, self._directory, self._facts, self._report = store, directory, dict(facts), report
+        branch = {} if saved is None or BRANCH not in saved.facts else {BRANCH: saved.facts[BRANCH]}
+        asked = directory.resume
+        self._facts |= {BRANCH: asked} if asked == "best" or isinstance(asked, int) else branch
+        self._facts |= {} if directory.forever is None else {FOREVER: directory.forever}
         same = saved is not None and saved.facts["machine"]["jax"] == jax.__version__
         self._programs: dict[str, str] = dict(saved.facts["programs"]) if saved is not None and same else {}
         self._traced: set[str] = set()
@@ -56,6 +67,8 @@ class CheckpointSaver:
         self._pulled = self._saved_step
         self.draws: dict[str, str] = {} if saved is None else dict(saved.facts.get("draws", {}))
         self._digest: str | None = None if saved is None else saved.facts.get("last")
+        # The best step so far, the one in the newest save, and the one that is on the disk for sure.
+        self._best = self._written = self._sure = best
         self._last: Any = None  # the item that was pulled last, where making it again may give another one
 
     def newest(self, like: TrainState) -> Saved | None:
@@ -64,12 +77,12 @@ class CheckpointSaver:
 
     def ahead(self, done: int, most: int) -> int:
         """How many of the next ``most`` steps may run before a checkpoint is due."""
-        return most if self._every is None else min(most, self._every - done % self._every)
+        return min([most, *(n - done % n for n in (self._every, self._directory.forever) if n is not None)])
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
-        if self._every is not None:
-            return step % self._every == 0
+        if any(n is not None and step % n == 0 for n in (self._every, self._directory.forever)):
+            return True
         return self._next is not None and time.monotonic() >= self._next
 
     def count_pulled(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -104,7 +117,33 @@ class CheckpointSaver:
             refuse_difference(self._directory, "data", step, lines)
         return not lines
 
-    def save(self, step: int, state: TrainState, *, ended: str = "", pending_report_loss: float | None = None) -> None:
+    def measured(self, step: int, values: Mapping[str, float], state: TrainState | None) -> None:
+        """Take the values that a report measured after a step, and save the step if its value is the best so far.
+
+        Args:
+            step: How many steps the run has taken.
+            values: The values by name.
+            state: The state after them, None if the step is the last one, which is saved anyway.
+        """
+        wanted = self._directory.best
+        if wanted is None or wanted[0] not in values:
+            return
+        best = Best.after(self._best, wanted, step, float(values[wanted[0]]))
+        if best is None:
+            return
+        self._best = best
+        if state is not None:
+            self.save(step, state, is_best=True)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        ended: str = "",
+        pending_report_loss: float | None = None,
+        is_best: bool = False,
+    ) -> None:
         """Write a checkpoint of a step, unless it is there already. A thread writes the files.
 
         Args:
@@ -112,9 +151,11 @@ class CheckpointSaver:
             state: The state after them.
             ended: How the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
             pending_report_loss: The step's loss if its report was interrupted; the report is called again on resume.
+            is_best: Whether it is saved because its value is the best so far.
         """
-        if not step or (step == self._saved_step and not ended and pending_report_loss is None):
+        if not step or (step == self._saved_step and not ended and pending_report_loss is None and not is_best):
             return  # the checkpoint that is there may say that the run had ended
+        self._confirm_best()
         report, arrays = pack_snapshot(snapshot_reports(keeping(self._report)))
         # The names are those of earlier checkpoints, which must stay readable.
         facts = {
@@ -125,9 +166,22 @@ class CheckpointSaver:
             "last": digest_item(self._last) if self._pulled == step and self._last is not None else None,
             "draws": self.draws,
         }  # fmt: skip
+        if self._best is not None:
+            self._best = self._best.saved(step, alone=is_best and not self.due(step))
+            facts[BEST] = self._best.fact()
+        self._written = self._best
         self._store.save(step, state, arrays, facts)
         self._saved_step = step
         self._next = None if self._pause is None else time.monotonic() + self._pause
+
+    def _confirm_best(self) -> None:
+        """Wait for the save in progress. If it failed, the best one is that of the save before, unless this one is."""
+        try:
+            self._store.join()
+        except BaseException:
+            self._best = self._sure if self._best is self._written else self._best
+            raise
+        self._sure = self._written
 
     def check_program(self, inputs: StepInputs, traced_step: TracedStep) -> None:
         """Compare a step's program with the one that the run was started with.

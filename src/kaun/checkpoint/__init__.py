@@ -1,5 +1,9 @@
 """Checkpoints: trees in single files, and directories of runs that can be killed at any moment."""
 
+from kaun.checkpoint.best import BEST as BEST
+from kaun.checkpoint.best import BRANCH as BRANCH
+from kaun.checkpoint.best import FOREVER as FOREVER
+from kaun.checkpoint.best import Best as Best
 from kaun.checkpoint.directory import Directory as Directory
 from kaun.checkpoint.disk import Disk as Disk
 from kaun.checkpoint.files import load as load

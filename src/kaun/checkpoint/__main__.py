@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from kaun._messages import plain
 from kaun.checkpoint import one
-from kaun.checkpoint.directory import Found, parse_name, scan
+from kaun.checkpoint.best import FOREVER, Best
 from kaun.checkpoint.disk import Disk
+from kaun.checkpoint.folders import Found, newest_facts, parse_name, scan
 from kaun.errors import ResumeMismatch
 from kaun.tree import format_bytes
 
@@ -25,7 +27,7 @@ def main(given: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in {
         "verify": "read every byte of every checkpoint, and report which ones are damaged or of a newer kaun",
-        "list": "print steps, sizes and dates, without reading the checkpoints",
+        "list": "print steps, sizes and dates, and which one is the best, without reading the states",
         "show": "print the leaves of the newest checkpoint, or of the one at PATH",
     }.items():
         commands.add_parser(name, help=help).add_argument("path", type=Path, metavar="PATH")
@@ -57,14 +59,29 @@ def _verify(disk: Disk, found: list[Found]) -> int:
 
 
 def _list(disk: Disk, found: list[Found]) -> int:
-    bad = 0
+    bad, mark = 0, _marks(disk, found[0].path.parent)
     for each in reversed(found):
         try:
-            print(_line(disk, each))
+            print(f"{_line(disk, each)}{mark(each.step)}")
         except OSError as err:  # it was removed meanwhile, or may not be read
             bad += 1
             print(f"{each.path.name}  {_error(err)}")
     return int(bad > 0)
+
+
+def _marks(disk: Disk, path: Path) -> Callable[[int], str]:
+    """Why a step is kept longer than others, by what the newest checkpoint records; empty where nothing says so."""
+    best, forever = None, None
+    with contextlib.suppress(OSError, ValueError):  # of a newer kaun, or of another program
+        facts = newest_facts(disk, scan(disk, path))
+        best, forever = Best.of(facts), facts.get(FOREVER)
+
+    def mark(step: int) -> str:
+        marks = [f"best ({plain(best.name)} {best.value:g})"] if best is not None and step == best.step else []
+        marks += ["forever"] if type(forever) is int and forever > 0 and step % forever == 0 else []
+        return "".join(f"  {text}" for text in marks)
+
+    return mark
 
 
 def _line(disk: Disk, each: Found) -> str:

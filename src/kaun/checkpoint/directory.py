@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, SupportsIndex, cast
 
 from kaun._messages import warn
-from kaun._paths import local_path
-from kaun.checkpoint import one
+from kaun.checkpoint import arguments, one
 from kaun.checkpoint.disk import Disk
+from kaun.checkpoint.folders import scan
+from kaun.checkpoint.reading import load_from
 from kaun.errors import ResumeMismatch
+from kaun.layers.core import Vars
 from kaun.state import TrainState
 
-__all__ = ["Directory", "Found", "all_damaged", "of_other_leaves", "parse_name", "scan"]
+__all__ = ["Directory"]
 
-_RESUME = ("auto", "must", "never")
-_ACCEPT = ("data", "key", "program", "reports")
-_STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,6}))?", re.ASCII)
 _CHILD = re.compile(r"\w(?:[\w .-]{0,98}\w)?")
 _OURS = re.compile(r"(step|damaged)-[0-9].*|lock", re.IGNORECASE)  # lock: of earlier versions
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows reserves
@@ -36,11 +35,17 @@ class Directory:
             relative path is taken from the working directory of now, and ``~`` is the home folder.
         every: How often a checkpoint is written: a number of steps (int) or a time (timedelta). Default None: only at
             the end, and when the run is interrupted.
-        keep: How many of the newest checkpoints are kept, at least 1. Default 3.
+        keep: How many of the newest checkpoints are kept, at least 1. Default 3. The best one is not counted.
         resume: ``"auto"`` (default) resumes from the newest checkpoint, if there is one; ``"must"`` raises if there is
-            none; ``"never"`` raises if there is one, so that nothing is ever mixed or overwritten.
+            none; ``"never"`` raises if there is one, so that nothing is ever mixed or overwritten. A step (int), or
+            ``"best"``, resumes from that checkpoint, once: when the run has saved again, the same script resumes from
+            the newest. The checkpoints of later steps are renamed to ``aside-step-...`` at the first save.
         accept: The kinds of differences with which a run may still be resumed, with a warning: ``"data"``,
             ``"program"``, ``"key"``, ``"reports"``. Default none: each difference raises ``ResumeMismatch``.
+        best: The name of a value that a report of the fit measures, such as ``validate``, and ``"max"`` if a larger
+            value is better or ``"min"`` if a smaller one is. A step whose value is the best so far is saved whatever
+            ``every`` says, and kept until another is better. NaN is never better. Default None.
+        forever: Steps that are multiples of this number are saved, and never removed. Default None.
 
     Attributes:
         path: The folder, absolute.
@@ -48,6 +53,8 @@ class Directory:
         keep: As the argument.
         resume: As the argument.
         accept: As the argument, a frozenset.
+        best: As the argument.
+        forever: As the argument.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -61,13 +68,16 @@ class Directory:
         'finetune'
         >>> runs.steps()
         []
+        >>> runs = checkpoint.Directory("runs/digits", every=500, best=("accuracy", "max"), forever=10_000)
     """
 
     path: Path
     every: int | timedelta | None
     keep: int
-    resume: Literal["auto", "must", "never"]
+    resume: Literal["auto", "must", "never", "best"] | int
     accept: frozenset[str]
+    best: tuple[str, Literal["min", "max"]] | None
+    forever: int | None
 
     def __init__(
         self,
@@ -75,21 +85,27 @@ class Directory:
         *,
         every: int | timedelta | None = None,
         keep: int = 3,
-        resume: Literal["auto", "must", "never"] = "auto",
+        resume: Literal["auto", "must", "never", "best"] | int = "auto",
         accept: Iterable[str] = (),
+        best: tuple[str, Literal["min", "max"]] | None = None,
+        forever: int | None = None,
     ) -> None:
         fields = {
-            "path": _path(path),
-            "every": _every(every),
-            "keep": _keep(keep),
-            "resume": _resume(resume),
-            "accept": _accept(accept),
+            "path": arguments.check_path(path),
+            "every": arguments.check_every(every),
+            "keep": arguments.check_keep(keep),
+            "resume": arguments.check_resume(resume),
+            "accept": arguments.check_accept(accept),
+            "best": arguments.check_best(best),
+            "forever": arguments.check_forever(forever),
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     def child(self, name: str) -> Directory:
         """Return a directory for another run, with the same settings, in a folder inside this one.
+
+        A ``resume`` that names a checkpoint of this run is ``"auto"`` there.
 
         Args:
             name: The folder's name: at most 100 letters, digits, and `` _-.`` between them.
@@ -113,7 +129,8 @@ class Directory:
                 "and ' _-.' between them, and is not one that kaun uses itself (step-1, lock). For a folder in a "
                 "folder write child('a').child('b')."
             )
-        return Directory(self.path / name, every=self.every, keep=self.keep, resume=self.resume, accept=self.accept)
+        own = self.resume == "best" or isinstance(self.resume, int)
+        return replace(self, path=self.path / name, resume="auto" if own else self.resume)
 
     def steps(self) -> list[int]:
         """Return the steps that have an undamaged checkpoint, in ascending order.
@@ -141,7 +158,7 @@ class Directory:
             warn(f"{str(self.path)!r}: checkpoints that this kaun cannot read are left out:\n  " + "\n  ".join(newer))
         return sorted(sound)
 
-    def load(self, like: TrainState, step: int | None = None) -> TrainState:
+    def load(self, like: TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> TrainState:
         """Return the state of a checkpoint, for example for ``predict`` after training.
 
         A run may be writing to the directory meanwhile.
@@ -149,12 +166,13 @@ class Directory:
         Args:
             like: A state of the structure, shapes and dtypes to load, for example ``trainer.init()``. Its values do not
                 matter; see ``checkpoint.load``.
-            step: The step of the checkpoint. Default None: the newest undamaged one, with a warning if a newer one is
-                damaged.
+            at: ``"newest"`` (default) for the newest undamaged checkpoint, with a warning if a newer one is damaged;
+                ``"best"`` for the best one of a run with ``best=``; or the step of the checkpoint.
 
         Raises:
-            FileNotFoundError: If there is no checkpoint, or none of that step.
-            ValueError: If all checkpoints are damaged, or the one of that step is; each is listed.
+            TypeError, ValueError: If ``at`` is something else.
+            FileNotFoundError: If there is no checkpoint, or not that one; the steps that are there are listed.
+            ValueError: If all checkpoints are damaged, or the one asked for is; each is listed.
             ResumeMismatch: If the state has other leaves, shapes or dtypes than ``like``.
 
         Examples:
@@ -167,139 +185,43 @@ class Directory:
             Traceback (most recent call last):
             FileNotFoundError: there is no checkpoint in ...
         """
-        disk = Disk()
-        bad: list[str] = []
-        seen: set[str] = set()
-        # Listed again after each attempt: a run may delete a checkpoint that was listed, and then there is a newer one.
-        while todo := [f for f in scan(disk, self.path) if f.path.name not in seen and step in (None, f.step)]:
-            found = todo[0]
-            seen.add(found.path.name)
-            try:
-                state = one.read(disk, found.path, found.step, like).state
-            except one.Damaged as err:
-                if found.path.is_dir():
-                    bad.append(f"{found.path.name}: {err}")
-                continue
-            except ResumeMismatch as err:
-                raise of_other_leaves(self, found, err) from None
-            if bad:
-                warn(
-                    f"{str(self.path)!r}: loaded step {found.step}, because newer checkpoints are damaged:\n  "
-                    + "\n  ".join(bad),
-                )
-            return state
-        if bad:
-            raise all_damaged(self, bad)
-        raise self._nothing(step, disk)
+        return load_from("load", self.path, at, lambda disk, found: one.read(disk, found.path, found.step, like).state)
 
-    def _nothing(self, step: int | None, disk: Disk) -> FileNotFoundError:
-        steps = sorted({found.step for found in scan(disk, self.path)})
-        if step is None or not steps:
-            return FileNotFoundError(
-                f"there is no checkpoint in {str(self.path)!r}. Train with fit(..., checkpoints=...) first, or look "
-                "for the right folder."
+    def load_vars(self, like: Vars | TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> Vars:
+        """Return the variables of a checkpoint, whatever the optimizer of its run was.
+
+        For ``predict``, for another optimizer, ``trainer.make_state(runs.load_vars(state))``, or for the trunk of
+        another model. Every byte is verified, and no other leaves than these are kept in memory. Where the run averages
+        its weights, the variables are those of its last step; ``load`` gives a state with both.
+
+        Args:
+            like: Variables of the structure, shapes and dtypes to load, or a state with them, for example
+                ``trainer.init()``. The values do not matter, nor does the optimizer's state.
+            at: As for ``load``.
+
+        Raises:
+            TypeError: If ``like`` is something else.
+            FileNotFoundError, ValueError, ResumeMismatch: As for ``load``.
+
+        Examples:
+            >>> import tempfile, jax.numpy as jnp, optax, kaun
+            >>> from kaun import Data, checkpoint, layers, rng
+            >>> model, item = layers.linear(2, 1), (jnp.ones((1, 2)), lambda out: (out**2).mean())
+            >>> with tempfile.TemporaryDirectory() as folder, rng.scope(0):
+            ...     runs = checkpoint.Directory(folder)
+            ...     first = kaun.Trainer(model=model, optimizer=optax.sgd(0.1))
+            ...     trained = first.fit(first.init(), Data.repeat(3, item), checkpoints=runs)
+            ...     second = kaun.Trainer(model=model, optimizer=optax.adam(0.01))
+            ...     state = second.make_state(runs.load_vars(second.init()))
+            >>> bool((state.vars.params["weight"] == trained.vars.params["weight"]).all())
+            True
+        """
+        given: Any = like
+        template = given.vars if isinstance(given, TrainState) else given
+        if not isinstance(template, Vars):
+            raise TypeError(
+                f"Directory.load_vars expected a Vars or a TrainState, received {type(given).__name__}. Write "
+                "runs.load_vars(trainer.init())."
             )
-        return FileNotFoundError(
-            f"there is no checkpoint of step {step} in {str(self.path)!r}. It has these steps: {steps}."
-        )
-
-
-class Found(NamedTuple):
-    """A folder with a checkpoint's name. Of two folders of one step, the one with the higher edition is newer."""
-
-    step: int
-    edition: int
-    path: Path
-
-
-def scan(disk: Disk, path: Path) -> list[Found]:
-    """The folders with a checkpoint's name, the newest first; what is in them is not read."""
-    try:
-        entries = disk.entries(path)
-    except FileNotFoundError:
-        return []
-    named = [parse_name(path / entry.name) for entry in entries if not entry.is_file]
-    return sorted(filter(None, named), reverse=True)
-
-
-def parse_name(path: Path) -> Found | None:
-    """The step and edition in the last name of a path, None if it is not a checkpoint's name."""
-    match = _STEP.fullmatch(path.name)
-    return Found(int(match[1]), int(match[2] or 0), path) if match else None
-
-
-def all_damaged(directory: Directory, bad: list[str]) -> ValueError:
-    """The error when every checkpoint is damaged."""
-    listed = "\n  ".join(bad)
-    return ValueError(
-        f"no checkpoint in {str(directory.path)!r} is undamaged:\n  {listed}\n"
-        "Restore one of them from a copy, or start again in another directory: "
-        f"checkpoint.Directory({str(directory.path)!r}).child('again')."
-    )
-
-
-def of_other_leaves(directory: Directory, found: Found, listing: ResumeMismatch) -> ResumeMismatch:
-    """The error when a checkpoint is undamaged, and does not match the template."""
-    if not str(listing).startswith("\n"):
-        return ResumeMismatch(f"{str(found.path)!r}: {listing}")
-    return ResumeMismatch(
-        f"the checkpoint of step {found.step} in {str(directory.path)!r} does not match the state that was "
-        f"passed:{listing}\n"
-        "Use the model and the optimizer of that run, or start another run in another directory: "
-        f"checkpoint.Directory({str(directory.path)!r}).child('second')."
-    )
-
-
-def _path(path: object) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"checkpoint.Directory expected a path first, received {type(path).__name__}.")
-    return local_path("checkpoint.Directory", path).absolute()
-
-
-def _every(every: object) -> object:
-    if every is None:
-        return None
-    if isinstance(every, timedelta):
-        if every <= timedelta(0):
-            raise ValueError(
-                f"checkpoint.Directory: every={every!r} is not a positive time. Write every=timedelta(minutes=10)."
-            )
-    elif isinstance(every, bool) or not isinstance(every, int):
-        raise TypeError(
-            f"checkpoint.Directory: every expected a number of steps or a datetime.timedelta, received {every!r:.40}. "
-            "Write every=500 or every=timedelta(minutes=10)."
-        )
-    elif every < 1:
-        raise ValueError(
-            f"checkpoint.Directory: every={every} steps is less than one. Write every=None for the end only."
-        )
-    return every
-
-
-def _keep(keep: object) -> int:
-    if isinstance(keep, bool) or not isinstance(keep, int):
-        raise TypeError(f"checkpoint.Directory: keep expected an int, received {keep!r:.40}. Write keep=3.")
-    if keep < 1:
-        raise ValueError(
-            f"checkpoint.Directory: keep={keep} is less than 1, and the newest checkpoint is always kept. Write keep=1."
-        )
-    return keep
-
-
-def _resume(resume: object) -> object:
-    if resume not in _RESUME:
-        raise ValueError(f"checkpoint.Directory: resume expected 'auto', 'must' or 'never', received {resume!r:.40}.")
-    return resume
-
-
-def _accept(accept: object) -> frozenset[str]:
-    if isinstance(accept, str) or not isinstance(accept, Iterable):
-        raise TypeError(
-            f"checkpoint.Directory: accept expected a set of names, received {accept!r:.40}. Write {{'data'}}."
-        )
-    names = frozenset(accept)
-    unknown = [name for name in names if name not in _ACCEPT]
-    if unknown:
-        known = ", ".join(map(repr, _ACCEPT))
-        raise ValueError(f"checkpoint.Directory: accept expected names among {known}, received {unknown[0]!r:.40}.")
-    return names
+        read = lambda disk, found: one.read_vars(disk, found.path, found.step, template)
+        return load_from("load_vars", self.path, at, read)

@@ -26,6 +26,7 @@ from kaun.checkpoint.safetensors_header import (
     in_order,
     read_array,
     read_places,
+    skip_array,
     taker,
 )
 from kaun.tree import describe, difference, flatten, is_array, is_key, is_weak
@@ -265,7 +266,7 @@ class Differences(NamedTuple):
 
 
 def read_arrays(
-    take: Take, size: int, wanted: Mapping[str, Any] | None = None, *, cast: bool = False
+    take: Take, size: int, wanted: Mapping[str, Any] | None = None, *, cast: bool = False, start: str = ""
 ) -> tuple[list[tuple[Place, np.ndarray[Any, Any]]], Differences]:
     """The arrays of a file; none is read if their header shows that they do not match the template.
 
@@ -274,6 +275,7 @@ def read_arrays(
         size: How many bytes the file has.
         wanted: The leaves of the template by name, None to read any.
         cast: Whether floating dtypes may differ.
+        start: How the names of the arrays begin that are read and compared; the others are read past.
 
     Raises:
         ValueError: If the header is damaged, or an array is not what its kind of leaf is stored as.
@@ -284,8 +286,15 @@ def read_arrays(
         _check_kind(place, words)
     differences = Differences([], too_wide=False, castable=False)
     if wanted is not None:
-        differences = _differences(wanted, {place.name: _spec(place) for place in places}, cast)
-    return [(place, read_array(take, place)) for place in places if not differences.lines], differences
+        found = {place.name: _spec(place) for place in places if place.name.startswith(start)}
+        differences = _differences(wanted, found, cast)
+    arrays: list[tuple[Place, np.ndarray[Any, Any]]] = []
+    for place in places if not differences.lines else ():
+        if place.name.startswith(start):
+            arrays.append((place, read_array(take, place)))
+        else:
+            skip_array(take, place)
+    return arrays, differences
 
 
 def _key_words(wanted: Mapping[str, Any]) -> dict[str, int]:

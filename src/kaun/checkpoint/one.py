@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
@@ -19,13 +19,20 @@ from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.manifest import FileDigest, Manifest
 from kaun.checkpoint.safetensors_header import Place, Short, read_places
 from kaun.errors import ResumeMismatch
+from kaun.layers.core import Vars
 from kaun.state import TrainState
 from kaun.tree import flatten, is_array
 
-__all__ = ["MANIFEST", "REPORTS", "STATE", "Damaged", "Draft", "Manifest", "Saved", "leaves", "read", "verify"]
+__all__ = [
+    "MANIFEST", "REPORTS", "STATE", "Damaged", "Draft", "Manifest", "OtherLeaves", "Saved", "leaves", "read",
+    "read_manifest", "read_vars", "verify",
+]  # fmt: skip
+
+T = TypeVar("T")
 
 STATE, REPORTS = manifest.FILES
 MANIFEST = "manifest.json"
+_VARS, _OPT_STATE = "vars.", "opt_state"  # how the names of their leaves in the state begin
 _PIECE = 4 << 20
 # The errors of a file that is missing or is something else, and of a disk that cannot read it.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
@@ -33,6 +40,18 @@ _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, er
 
 class Damaged(ValueError):
     """A checkpoint is not as it was written; the message says where."""
+
+
+class OtherLeaves(ResumeMismatch):
+    """The leaves of a checkpoint are not those of the template; the text is the list of differences.
+
+    Attributes:
+        in_opt_state: Whether those of the optimizer's state alone differ.
+    """
+
+    def __init__(self, differences: files.Differences) -> None:
+        super().__init__(differences.listing())
+        self.in_opt_state: bool = all(line.startswith(f"{_OPT_STATE}") for line in differences.lines)
 
 
 class Saved(NamedTuple):
@@ -215,7 +234,7 @@ def verify(disk: Disk, folder: Path, step: int) -> Manifest:
         Damaged: If a byte is not as it was written.
         ResumeMismatch: If a newer version of kaun wrote the checkpoint.
     """
-    about = _open(disk, folder, step)
+    about = read_manifest(disk, folder, step)
     for name, record in about.files.items():
         with _reading(name), _Source(disk, folder / name, record) as source:
             source.finish()
@@ -224,7 +243,7 @@ def verify(disk: Disk, folder: Path, step: int) -> Manifest:
 
 def leaves(disk: Disk, folder: Path, step: int) -> tuple[Manifest, dict[str, list[Place]]]:
     """Verify a checkpoint, and return its manifest and the arrays in each of its files."""
-    about = _open(disk, folder, step)
+    about = read_manifest(disk, folder, step)
     found: dict[str, list[Place]] = {}
     for name, record in about.files.items():
         with _reading(name), _Source(disk, folder / name, record) as source:
@@ -233,7 +252,13 @@ def leaves(disk: Disk, folder: Path, step: int) -> tuple[Manifest, dict[str, lis
     return about, found
 
 
-def _open(disk: Disk, folder: Path, step: int) -> Manifest:
+def read_manifest(disk: Disk, folder: Path, step: int) -> Manifest:
+    """Verify and return the manifest of a checkpoint; its other files are not read.
+
+    Raises:
+        Damaged: If a byte of it is not as it was written.
+        ResumeMismatch: If a newer version of kaun wrote the checkpoint.
+    """
     if folder.is_symlink():
         raise Damaged("it is a link and not a folder")
     with _reading(MANIFEST):
@@ -245,17 +270,10 @@ def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
 
     Raises:
         Damaged: If a byte is not as it was written; nothing of the checkpoint was used.
-        ResumeMismatch: If the leaves, shapes and dtypes are not those of ``like``; the text is the list of
-            differences.
+        OtherLeaves: If the leaves, shapes and dtypes are not those of ``like``.
     """
-    wanted, structure = flatten(like)
-    files.check_template(wanted)
-    about = _open(disk, folder, step)
-    with _reading(STATE):
-        found, differences = _leaves(disk, folder / STATE, about.files[STATE], wanted)
-    if differences.lines:
-        raise ResumeMismatch(differences.listing())
-    state = jax.tree.unflatten(structure, [files.restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
+    about = read_manifest(disk, folder, step)
+    state = _read_tree(disk, folder, about, like)
     reports = dict(about.reports)
     if REPORTS in about.files:
         with _reading(REPORTS):
@@ -263,11 +281,33 @@ def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
     return Saved(step, state, reports, about.facts)
 
 
+def read_vars(disk: Disk, folder: Path, step: int, like: Vars) -> Vars:
+    """Verify a checkpoint, and return its variables alone; no array is made of the other leaves.
+
+    Raises:
+        Damaged: If a byte of the manifest or of the state's file is not as it was written.
+        OtherLeaves: If the leaves, shapes and dtypes of the variables are not those of ``like``.
+    """
+    return _read_tree(disk, folder, read_manifest(disk, folder, step), like, _VARS)
+
+
+def _read_tree(disk: Disk, folder: Path, about: Manifest, like: T, start: str = "") -> T:
+    """The leaves of the state whose names have this start, in the structure of a template."""
+    leaves, structure = flatten(like)
+    wanted = {start + name: leaf for name, leaf in leaves.items()}
+    files.check_template(wanted)
+    with _reading(STATE):
+        found, differences = _leaves(disk, folder / STATE, about.files[STATE], wanted, start)
+    if differences.lines:
+        raise OtherLeaves(differences)
+    return jax.tree.unflatten(structure, [files.restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
+
+
 def _leaves(
-    disk: Disk, path: Path, record: FileDigest, wanted: Mapping[str, Any] | None = None
+    disk: Disk, path: Path, record: FileDigest, wanted: Mapping[str, Any] | None = None, start: str = ""
 ) -> tuple[dict[str, Any], files.Differences]:
-    """Verify a file, and return its leaves by name, and how they differ from those of the template."""
+    """Verify a file, and return its leaves whose names have this start, and how they differ from the template."""
     with _Source(disk, path, record) as source:
-        arrays, differences = files.read_arrays(source.take, source.left, wanted)
+        arrays, differences = files.read_arrays(source.take, source.left, wanted, start=start)
         source.finish()  # before anything is used, and also where leaves differ: the header may be what is damaged
     return {place.name: files.decode(place, array) for place, array in arrays}, differences

@@ -35,6 +35,7 @@ __all__ = [
     "read_index",
     "read_places",
     "read_safetensors",
+    "skip_array",
     "taker",
 ]
 
@@ -78,6 +79,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 LARGEST = 32_000_000  # bytes
 MOST = 250_000  # arrays
 _TOKENS = 11 * MOST  # an array takes 5 strings and 3 pairs of brackets
+_PIECE = 1 << 20
 _LARGEST_NUMBER = 2**48  # of a length or a place; NumPy cannot make an array of a longer axis
 _CODE = re.compile(r"[BCFIU][0-9]+(_E[0-9]+M[0-9]+(FN|FNU|FNUZ)?)?")  # what the format may call a dtype
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -199,6 +201,13 @@ def read_array(take: Take, place: Place) -> np.ndarray[Any, Any]:
     except Short:
         raise Short(f"it ends within {quoted(place.name)}") from None
     return raw.view(place.dtype).reshape(place.shape)
+
+
+def skip_array(take: Take, place: Place) -> None:
+    """Read past the next array of a file, in pieces, each in its own memory: a thread may still hash the one before."""
+    size = place.stop - place.start
+    for at in range(0, size, _PIECE):
+        take(memoryview(bytearray(min(_PIECE, size - at))))
 
 
 def parse(text: bytes, size: int) -> list[Place]:

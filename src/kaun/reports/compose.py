@@ -202,6 +202,9 @@ class _AllOf(Composite):
         return bool(wanted)
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
+        _raise_first(self.call_all(step, loss, state)[1])
+
+    def call_all(self, step: int, loss: float, state: TrainState) -> tuple[dict[str, float], list[EarlyStop]]:
         wanted = self._wanted[-1].pop(step, None)
         if wanted is None:
             raise RuntimeError(
@@ -218,9 +221,11 @@ class _AllOf(Composite):
                     measured.append((report, values))
             except EarlyStop as err:
                 stops.append(err.with_traceback(None))
+        found: dict[str, float] = {}
         for source, values in measured:
             stops += _observed(self._observers, step, values, state, source)
-        _raise_first(stops)
+            found = {**values, **found}  # of two values of one name the first counts, as it does for the observers
+        return found, stops
 
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         _raise_first(_observed(self._observers, step, values, state, None))

@@ -267,7 +267,7 @@ class _TrainingLossStopping(EarlyStopping):
             self._judged = step
 
     def snapshot(self) -> dict[str, Any]:
-        window = {"mean": self._mean, "weight": self._weight, "count": self._count}
+        window = {"mean": self._mean, "weight": self._weight, "count": self._count, "measured": self._measured}
         # The state at the beginning of a window that has no steps yet is the one that the checkpoint has anyway.
         start = {} if self._start is None or not self._count else {"start": self._start}
         return super().snapshot() | window | start
@@ -276,3 +276,4 @@ class _TrainingLossStopping(EarlyStopping):
         super().restore(values)
         self._mean, self._weight, self._count = saved_values(self, values, "mean", "weight", "count")
         self._start, self._resumed = values.get("start"), True
+        self._measured = bool(values.get("measured", self._measured))  # no fit begins where the run is finished
