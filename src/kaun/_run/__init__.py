@@ -15,3 +15,6 @@ from kaun._run.reports import check_returned as check_returned
 from kaun._run.run import TrainingRun as TrainingRun
 from kaun._run.run import open_run as open_run
 from kaun._run.saver import flush_and_save as flush_and_save
+from kaun._run.steps import finished_state as finished_state
+from kaun._run.steps import flush_state as flush_state
+from kaun._run.steps import start_loop as start_loop
