@@ -18,16 +18,7 @@ from kaun import rng
 from kaun._engine import Compilation, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import (
-    RepeatedPasses,
-    finished_state,
-    flush_and_save,
-    flush_state,
-    open_run,
-    save_on_error,
-    start_loop,
-    warn_of_open_window,
-)
+from kaun._run import RepeatedPasses, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
 from kaun._step import (
     DEFAULT_DTYPE,
     EvaluatedParams,
@@ -40,17 +31,7 @@ from kaun._step import (
 )
 from kaun.checkpoint import Directory
 from kaun.context import Context
-from kaun.data import (
-    Data,
-    check_context,
-    check_loss,
-    chunks_of,
-    empty_data,
-    newest_pass,
-    not_data,
-    open_items,
-    stages_of,
-)
+from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Layer, Vars
 from kaun.state import TrainState, check_state
@@ -156,12 +137,7 @@ class Trainer(Generic[In, Out]):
         Raises:
             TypeError, ValueError: As ``Layer.init`` and ``make_state``.
         """
-        policy = self._settings.policy
-        if dtype is DEFAULT_DTYPE:
-            dtype = policy.params if policy else jnp.float32
-        elif policy is not None and dtype is not None:
-            policy.check(dtype)
-        return self.make_state(self.model.init(dtype=dtype))
+        return self.make_state(self.model.init(dtype=self._settings.dtype_of_params(dtype)))
 
     def make_state(self, vars: Vars) -> TrainState:
         """Return a state with these variables, a fresh optimizer state, and one run key from the RNG scope.
@@ -278,7 +254,7 @@ class Trainer(Generic[In, Out]):
             key, first = state.key, state.step
             del state  # where the caller does not hold it either, its memory is free once it is copied
             caller, loop = start_loop(run, self._settings, self._programs, report, check_context(ctx))
-            self._passes.check("fit", stages_of(data), key, first)
+            self._passes.check_data(data, key, first)
             now, step = lambda: _state(loop.carry(), loop.key), run.done
             with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
@@ -295,7 +271,7 @@ class Trainer(Generic[In, Out]):
                 if step == 0:
                     raise empty_data("fit")
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
-            return now() if stopped else self.flush(warn_of_open_window(now()))
+            return now() if stopped else self.flush(now())
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.

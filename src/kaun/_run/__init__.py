@@ -1,7 +1,6 @@
 """How a run is resumed: what it is (``identity``), how far it is (``run``, ``position``), and when it is saved."""
 
 from kaun._run.failure import save_on_error as save_on_error
-from kaun._run.notices import warn_of_open_window as warn_of_open_window
 from kaun._run.repeats import RepeatedPasses as RepeatedPasses
 from kaun._run.report_state import keeping as keeping
 from kaun._run.report_state import match_reports as match_reports

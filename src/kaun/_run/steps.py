@@ -61,8 +61,8 @@ def flush_state(settings: Settings, programs: ProgramCache, state: TrainState) -
     """Return the state after the update of its open window, and a state without one as it is.
 
     Raises:
-        NonFiniteLoss: If the update is not finite, under ``on_nonfinite="raise"``, with the state as ``kaun_state``. Not
-            inside a function that JAX traces: there the state stays as it is.
+        NonFiniteLoss: If the update is not finite, under ``on_nonfinite="raise"``; ``kaun_state`` is the given state.
+            Not inside a function that JAX traces: there the state stays as it is.
     """
     waits = is_open(settings, state.opt_state)
     if not (is_traced(waits) or waits):
@@ -77,6 +77,6 @@ def flush_state(settings: Settings, programs: ProgramCache, state: TrainState) -
             trainable_part(settings.trainable, state.vars.params),
         )
         error = flush_error(trained, state.vars, window, int(state.step), np.asarray(checks))
-        error.kaun_state = state
+        error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
         raise error
     return TrainState(vars=vars, opt_state=opt_state, step=step, key=state.key)

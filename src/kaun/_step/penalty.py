@@ -75,11 +75,12 @@ class Penalty:
         if key == before.key:
             pairs = zip(array_names(key, len(arrays)), arrays, before.arrays, strict=True)
             changed += [name for name, a, b in pairs if name not in changed and not _is_same(a, b)]
+        listed = ", ".join(f"`{name}`" for name in changed) or "values"
         raise CaptureError(
-            f"penalty {locate(self._function)} captures {', '.join(f'`{name}`' for name in changed) or 'values'}, which "
-            "changed after the trainer was made. A penalty is a part of its trainer, and keeps the values of that "
-            "time. To use the new ones, make another trainer, dataclasses.replace(trainer, penalty=f). To keep the "
-            "old ones, capture a variable that nothing assigns to later:\n"
+            f"penalty {locate(self._function)} captures {listed}, which changed after the trainer was made. A penalty "
+            "is a part of its trainer, and keeps the values of that time. To use the new ones, make another trainer, "
+            "dataclasses.replace(trainer, penalty=f). To keep the old ones, capture a variable that nothing assigns to "
+            "later:\n"
             "    old = state.vars.params\n    penalty = lambda params: distance(params, old)"
         )
 

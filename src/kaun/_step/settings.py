@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kaun._step.microbatches import check_count
 from kaun._step.model import VarsSpec, check_model
 from kaun._step.nonfinite import check_mode
 from kaun._step.optimizer import Optimizer, check_optimizer
 from kaun._step.penalty import Penalty, make_penalty
-from kaun._step.precision import Policy, parse_precision
+from kaun._step.precision import DEFAULT_DTYPE, Policy, parse_precision
 from kaun._step.trainable import check_trainable
 from kaun.layers.core import Layer, Vars
 
@@ -47,6 +48,18 @@ class Settings:
     accumulate: int
     penalty: Penalty | None
     spec: VarsSpec
+
+    def dtype_of_params(self, dtype: Any) -> Any:
+        """Return the dtype of fresh parameters, given the argument of ``init``.
+
+        Raises:
+            ValueError: If it is not that of the precision.
+        """
+        if dtype is DEFAULT_DTYPE:
+            return self.policy.params if self.policy else jnp.float32
+        if self.policy is not None and dtype is not None:
+            self.policy.check(dtype)
+        return dtype
 
 
 def make_settings(
