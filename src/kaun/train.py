@@ -15,44 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng
-from kaun._engine import Compilation, ProgramCache, StepInputs, StepLoop, error_of, refuse_traced, run_step
+from kaun._engine import Compilation, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import (
-    RepeatedPasses,
-    ReportCaller,
-    TrainingRun,
-    flush_and_save,
-    open_run,
-    save_on_error,
-    warn_of_open_window,
-)
+from kaun._run import RepeatedPasses, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
 from kaun._step import (
     DEFAULT_DTYPE,
     EvaluatedParams,
     Optimizer,
     Settings,
-    error_for,
     eval_step,
     init_carry,
-    inner_state,
     make_settings,
     train_step,
-    trainable_part,
 )
 from kaun.checkpoint import Directory
 from kaun.context import Context
-from kaun.data import (
-    Data,
-    check_context,
-    check_loss,
-    chunks_of,
-    empty_data,
-    newest_pass,
-    not_data,
-    open_items,
-    stages_of,
-)
+from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Layer, Vars
 from kaun.state import TrainState, check_state
@@ -86,6 +65,12 @@ class Trainer(Generic[In, Out]):
             ``"mixed_float16"``. By default nothing is cast. Computation in float16 scales the loss: ``opt_state`` is
             then a ``LossScale``.
         microbatches: In how many parts a step computes each batch, of any length, to save memory. Default 1.
+        accumulate: How many items make one update, that of one batch with all their rows: a loss that is a scalar
+            counts by its number of examples, a ``losses.Mean`` by its weight. ``opt_state`` is then a ``Window``, and
+            ``state.step`` counts items. Default 1.
+        penalty: A function of all parameters (``vars.params``) to a floating scalar, which is added to the loss; its
+            value is also reported as ``"penalty"``. It counts once for an update, and not in ``evaluate``. What it
+            captures is read when the trainer is made, and must not change later.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong kind, such as an optimizer without ``init``.
@@ -108,14 +93,16 @@ class Trainer(Generic[In, Out]):
     trainable: Callable[[str], Any] | None = None
     precision: str | None = None
     microbatches: int = 1
+    accumulate: int = 1
+    penalty: Callable[[Any], Any] | None = None
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
     _evaluated: EvaluatedParams = dataclasses.field(init=False, repr=False, compare=False)
     _passes: RepeatedPasses = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = ("model", "optimizer", "on_nonfinite", "trainable", "precision", "microbatches")
-        settings = make_settings(**{name: getattr(self, name) for name in names})
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        settings = make_settings(**given)
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         object.__setattr__(self, "_settings", settings)
         scaled = settings.policy is not None and settings.policy.scaled
@@ -150,12 +137,7 @@ class Trainer(Generic[In, Out]):
         Raises:
             TypeError, ValueError: As ``Layer.init`` and ``make_state``.
         """
-        policy = self._settings.policy
-        if dtype is DEFAULT_DTYPE:
-            dtype = policy.params if policy else jnp.float32
-        elif policy is not None and dtype is not None:
-            policy.check(dtype)
-        return self.make_state(self.model.init(dtype=dtype))
+        return self.make_state(self.model.init(dtype=self._settings.dtype_of_params(dtype)))
 
     def make_state(self, vars: Vars) -> TrainState:
         """Return a state with these variables, a fresh optimizer state, and one run key from the RNG scope.
@@ -201,8 +183,32 @@ class Trainer(Generic[In, Out]):
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
         if newest_pass.loss is not None and newest_pass.loss() is loss:
             self._passes.check("step", newest_pass.take(), state.key, state.step)
+        if self._settings.penalty is not None:
+            self._settings.penalty.refuse_changes()
         value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
         return value, _state(carry, state.key)
+
+    def flush(self, state: TrainState) -> TrainState:
+        """Return the state after the update of the items that wait in it; any other state is returned as it is.
+
+        With ``accumulate=k`` that is the update of a window of fewer than k items. ``fit`` does it once, after the last
+        item of its data: ``fit`` is the fold of ``step``, flushed. ``state.step`` stays.
+
+        Raises:
+            NonFiniteLoss: If the update is not finite, under ``on_nonfinite="raise"``.
+            ValueError: If the state belongs to a trainer with another ``accumulate``.
+
+        Examples:
+            >>> import jax.numpy as jnp, optax, kaun
+            >>> from kaun import layers, losses
+            >>> trainer = kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.1), accumulate=4)
+            >>> state = trainer.init()
+            >>> _, after = trainer.step(state, jnp.ones((8, 1)), loss=lambda out: losses.mse(out, jnp.ones((8, 1))))
+            >>> int(after.opt_state.updates), int(trainer.flush(after).opt_state.updates)
+            (0, 1)
+        """
+        check_state(state, "flush")
+        return flush_state(self._settings, self._programs, state)
 
     def fit(
         self,
@@ -213,7 +219,7 @@ class Trainer(Generic[In, Out]):
         report: Report | ReportFunction | None = None,
         checkpoints: Directory | None = None,
     ) -> TrainState:
-        """Run a step for each item of the data: the fold of ``step`` over it, bit for bit.
+        """Run a step for each item of the data, then ``flush``: the fold of ``step`` over it, bit for bit.
 
         Args:
             state: The state before the first step. It is not changed.
@@ -227,7 +233,7 @@ class Trainer(Generic[In, Out]):
                 SIGHUP and SIGUSR1 finish the step in progress, save, and end the fit, unless they have other handlers.
 
         Returns:
-            The state after the last step.
+            The state after the last step; where the data ended, flushed. Checkpoints and reports have the state before.
 
         Raises:
             ValueError: If there are no items; with ``checkpoints``, if state or data were keyed outside an rng scope.
@@ -244,11 +250,11 @@ class Trainer(Generic[In, Out]):
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
         with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
             if run.finished:
-                return self._finished(run, data, check_context(ctx))
+                return finished_state(run, self._settings, self._programs, data, check_context(ctx))
             key, first = state.key, state.step
             del state  # where the caller does not hold it either, its memory is free once it is copied
-            caller, loop = self._begin(run, report, check_context(ctx))
-            self._passes.check("fit", stages_of(data), key, first)
+            caller, loop = start_loop(run, self._settings, self._programs, report, check_context(ctx))
+            self._passes.check_data(data, key, first)
             now, step = lambda: _state(loop.carry(), loop.key), run.done
             with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
@@ -265,7 +271,7 @@ class Trainer(Generic[In, Out]):
                 if step == 0:
                     raise empty_data("fit")
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
-            return now() if stopped else warn_of_open_window(now())
+            return now() if stopped else self.flush(now())
 
     def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.
@@ -354,32 +360,6 @@ class Trainer(Generic[In, Out]):
         self._evaluated.check(state.opt_state)
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
         return lambda inputs: self._programs.run(entry, structure, leaves, state.key, inputs)
-
-    def _begin(
-        self, run: TrainingRun, report: Report | ReportFunction | None, ctx: Context | None
-    ) -> tuple[ReportCaller, StepLoop]:
-        state = run.take()
-        pending, interruptible = run.pending_report_loss, run.signals.interruptible
-        settings = (self.on_nonfinite, pending, interruptible, run.passes, run.measured)
-        caller = ReportCaller(report, run.total, run.done, state.step, *settings)
-        trained = trainable_part(self.trainable, state.vars.params)
-        make = error_for(trained, state.vars, inner_state(self._settings.policy, state.opt_state))
-        failure = functools.partial(error_of, self._settings, make) if self.on_nonfinite == "raise" else None
-        carry, key = (state.vars, state.opt_state, state.step), state.key
-        del state, trained
-        hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling)
-        return caller, StepLoop(self._programs, carry, key, ctx, *hooks)
-
-    def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:
-        """Return the state of a run that is over, if this trainer would run the same program."""
-        state = run.take()
-        carry = (state.vars, state.opt_state, state.step)
-        loop = StepLoop(self._programs, carry, state.key, ctx, on_trace=run.on_trace)
-        with open_items(data, not_data(data)) as items:
-            for item in items:
-                loop.trace(item)
-                break
-        return state
 
 
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:

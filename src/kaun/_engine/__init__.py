@@ -8,6 +8,7 @@ finite (``failed``) can be run again one operation at a time (``replay``, ``sour
 from kaun._engine.cache import ProgramCache as ProgramCache
 from kaun._engine.failed import FailedStep as FailedStep
 from kaun._engine.failed import error_of as error_of
+from kaun._engine.flush import run_flush as run_flush
 from kaun._engine.inputs import StepInputs as StepInputs
 from kaun._engine.inputs import as_arrays as as_arrays
 from kaun._engine.inputs import refuse_traced as refuse_traced

@@ -22,8 +22,8 @@ class Compilation:
     """One program that was compiled: where, for which code, why (again), and how long it took.
 
     Attributes:
-        where: ``"step"``, ``"fit"``, ``"predict"`` or ``"evaluate"``.
-        code: The name, file and line of the loss, or of the first metric; empty for ``predict``.
+        where: ``"step"``, ``"fit"``, ``"flush"``, ``"predict"`` or ``"evaluate"``.
+        code: The name, file and line of the loss, or of the first metric; empty for ``flush`` and ``predict``.
         why: ``"first"``, or what changed since the same code was compiled before, from what to what.
         seconds: How long tracing and compiling took, without the first run.
     """

@@ -26,7 +26,7 @@ __all__ = ["RESERVED", "TracedLoss", "Weighted", "trace_loss"]
 RESERVED = frozenset(
     {
         "epoch", "examples_per_second", "examples_per_step", "finite", "grad_norm", "learning_rate", "loss",
-        "loss_weight", "skipped", "step", "step_time", "updates",
+        "loss_weight", "penalty", "skipped", "step", "step_time", "updates",
     }
 )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """How a run is resumed: what it is (``identity``), how far it is (``run``, ``position``), and when it is saved."""
 
 from kaun._run.failure import save_on_error as save_on_error
-from kaun._run.notices import warn_of_open_window as warn_of_open_window
 from kaun._run.repeats import RepeatedPasses as RepeatedPasses
 from kaun._run.report_state import keeping as keeping
 from kaun._run.report_state import match_reports as match_reports
@@ -15,4 +14,7 @@ from kaun._run.reports import check_returned as check_returned
 from kaun._run.run import TrainingRun as TrainingRun
 from kaun._run.run import open_run as open_run
 from kaun._run.saver import flush_and_save as flush_and_save
+from kaun._run.steps import finished_state as finished_state
+from kaun._run.steps import flush_state as flush_state
+from kaun._run.steps import start_loop as start_loop
 from kaun._run.values import StepValues as StepValues

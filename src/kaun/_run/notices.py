@@ -77,8 +77,8 @@ class DiscardedSteps:
         )
 
 
-def warn_of_open_window(state: TrainState) -> TrainState:
-    """Return the state after a fit, with a warning where its optimizer holds gradients that no update used."""
+def warn_of_open_window(state: TrainState) -> None:
+    """Warn after a fit whose optimizer holds gradients that no update used."""
     for name, (function, argument, counter) in _WINDOWS.items():
         count = max([int(np.asarray(getattr(node, counter))) for node in state_nodes(state.opt_state, name)], default=0)
         if count:
@@ -86,6 +86,6 @@ def warn_of_open_window(state: TrainState) -> TrainState:
             warn(
                 f"The fit ended inside a window of {function}: the gradients of the last {items} wait in opt_state and "
                 "are not applied. A fit that begins with the state returned continues the window. To use all items, "
-                f"give the fit a multiple of {argument}: data.take(len(data) // k * k)."
+                f"write Trainer(optimizer=inner, accumulate=k) in the place of {function} with {argument}=k: it makes the "
+                "update of an open window at the end of a fit, and weighs each item by its number of examples."
             )
-    return state

@@ -12,7 +12,7 @@ import numpy as np
 
 from kaun._jax import any_traced
 from kaun._messages import warn
-from kaun.data import random_passes
+from kaun.data import random_passes, stages_of
 
 __all__ = ["RepeatedPasses"]
 
@@ -26,6 +26,10 @@ class RepeatedPasses:
     def __init__(self) -> None:
         self._first: OrderedDict[Any, int] = OrderedDict()  # the step before the passes
         self._lock = threading.Lock()
+
+    def check_data(self, data: Any, key: jax.Array, step: jax.Array) -> None:
+        """``check`` the data of a fit."""
+        self.check("fit", stages_of(data), key, step)
 
     def check(self, entry: str, stages: Sequence[Any], key: jax.Array, step: jax.Array) -> None:
         """Warn once where a state that came out of training on a random pass is trained on the same pass again.

@@ -44,6 +44,7 @@ class TrainingRun:
         total: How many it will have taken at the end, None if that is not known.
         passes: How the data are cut into passes, None where they are one or that is not known.
         finished: Whether there is nothing left to do.
+        stopped: Whether it is finished because its report raised ``EarlyStop``.
         pending_report_loss: The last step's loss if its report was interrupted; the report is called again on resume.
         saver: Writes its checkpoints, None without a directory for them.
         signals: The signals that end it, where it has a directory.
@@ -57,6 +58,7 @@ class TrainingRun:
         self.total: int | None = known_length(data)
         self.passes: PassLength | None = pass_length(stages_of(data))
         self.finished: bool = False
+        self.stopped: bool = False
         self.pending_report_loss: float | None = None
         self.saver: CheckpointSaver | None = saver
         self.signals: Signals = Signals(wanted=saver is not None)
@@ -257,7 +259,8 @@ def _resume(
     warn_of_machine(found["machine"], facts["machine"])
     run.done = done
     longer = run.total > done if run.total is not None and exact else found["data"] != facts["data"]
-    run.finished = found["ended"] == "stopped" or (found["ended"] == "data" and not longer)
+    run.stopped = found["ended"] == "stopped"
+    run.finished = run.stopped or (found["ended"] == "data" and not longer)
     run.pending_report_loss = None if found["again"] is None else float.fromhex(found["again"])
     _restore_report(directory, report, saved)
 

@@ -13,6 +13,7 @@ from kaun import tree
 from kaun._engine import StepInputs, StepLoop, TracedStep, digest_program
 from kaun._run.generators import check_draws
 from kaun._run.identity import digest_item, refuse_difference
+from kaun._run.notices import warn_of_open_window
 from kaun._run.position import makes_items, position
 from kaun._run.report_state import keeping, pack_snapshot, snapshot_reports
 from kaun._run.reports import ReportCaller
@@ -226,3 +227,5 @@ def flush_and_save(
     hook.finish(last=bool(ended))
     if saver is not None:
         saver.save(loop.done, now(), ended=ended)
+    if ended == "data":
+        warn_of_open_window(now())

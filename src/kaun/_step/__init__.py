@@ -1,14 +1,15 @@
 """What one training step computes: pure functions of settings, carry and batch.
 
-Read ``step`` first: forward pass, loss, gradient, update. Most other modules implement one argument of ``Trainer``;
-``nonfinite``, ``watch`` and ``values`` together decide whether a step is finite, and say why not.
+Read ``step`` first: forward pass, loss, gradient, update. Most other modules implement one argument of ``Trainer``,
+``window`` that of ``accumulate``; ``nonfinite``, ``watch`` and ``values`` together decide whether a step is finite, and
+say why not.
 """
 
 from kaun._step.evaluated import EvaluatedParams as EvaluatedParams
-from kaun._step.loss_scale import inner_state as inner_state
 from kaun._step.microbatches import batch_length as batch_length
 from kaun._step.model import abstract_vars as abstract_vars
 from kaun._step.nonfinite import error_for as error_for
+from kaun._step.nonfinite import flush_error as flush_error
 from kaun._step.nonfinite import match_state as match_state
 from kaun._step.nonfinite import state_paths as state_paths
 from kaun._step.optimizer import Optimizer as Optimizer
@@ -16,12 +17,15 @@ from kaun._step.optimizer import state_nodes as state_nodes
 from kaun._step.precision import DEFAULT_DTYPE as DEFAULT_DTYPE
 from kaun._step.precision import apply_model as apply_model
 from kaun._step.precision import parse_precision as parse_precision
-from kaun._step.step import Settings as Settings
+from kaun._step.settings import Settings as Settings
+from kaun._step.settings import make_settings as make_settings
 from kaun._step.step import StepOutput as StepOutput
 from kaun._step.step import eval_step as eval_step
 from kaun._step.step import init_carry as init_carry
-from kaun._step.step import make_settings as make_settings
 from kaun._step.step import train_step as train_step
 from kaun._step.trainable import trainable_part as trainable_part
 from kaun._step.values import refused_values as refused_values
 from kaun._step.watch import spoiled_leaves as spoiled_leaves
+from kaun._step.window import flush_window as flush_window
+from kaun._step.window import is_open as is_open
+from kaun._step.window import optimizer_state as optimizer_state

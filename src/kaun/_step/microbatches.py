@@ -14,22 +14,22 @@ from jax import lax
 from kaun import rng, tree
 from kaun.context import Context
 
-__all__ = ["batch_length", "check_microbatches", "run_in_parts"]
+__all__ = ["batch_length", "check_count", "run_in_parts"]
 
 _PARTS = 2**32 - 1  # folded into the step's key; no scope on that key counts so far
 
 
-def check_microbatches(count: Any) -> None:
-    """Check the argument ``microbatches``.
+def check_count(name: str, count: Any) -> None:
+    """Check the argument ``microbatches`` or ``accumulate``.
 
     Raises:
         TypeError: If it is not an int.
         ValueError: If it is below 1.
     """
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
-        raise TypeError(f"Trainer(microbatches=...) expected an int of at least 1, received {count!r}. Write 4.")
+        raise TypeError(f"Trainer({name}=...) expected an int of at least 1, received {count!r}. Write 4.")
     if count < 1:
-        raise ValueError(f"Trainer(microbatches=...) expected an int of at least 1, received {count}. Write 4.")
+        raise ValueError(f"Trainer({name}=...) expected an int of at least 1, received {count}. Write 4.")
 
 
 def batch_length(x: Any) -> int | None:

@@ -15,7 +15,7 @@ from kaun import tree
 from kaun._step.watch import check_names
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["MODES", "both_finite", "check_mode", "error_for", "match_state", "state_paths"]
+__all__ = ["MODES", "both_finite", "check_mode", "error_for", "flush_error", "match_state", "state_paths"]
 
 T = TypeVar("T")
 
@@ -100,7 +100,8 @@ def _nonfinite_error(
     names, flags = (leaves, status[len(checked) :]) if exact else (checked, np.isneginf(status))
     spoiled = tuple(name for name, flag in zip(names, flags, strict=True) if flag)
     if np.isfinite(loss) and not nonfinite and spoiled:
-        return NonFiniteLoss(_about_update(step, loss, spoiled, exact), step, loss, (), spoiled)
+        what = f"The update of step {step}"
+        return NonFiniteLoss(_about_update(what, loss, spoiled, exact, _EXPLAIN), step, loss, (), spoiled)
     counted = f"{len(nonfinite)} of {len(paths)} parameters"
     where = (
         f"the gradient is not finite for {_listed(nonfinite)} ({counted})" if nonfinite else "the gradient is finite"
@@ -119,7 +120,25 @@ def _nonfinite_error(
     return NonFiniteLoss(text, step, loss, nonfinite)
 
 
-def _about_update(step: int, loss: float, spoiled: tuple[str, ...], exact: bool) -> str:
+def flush_error(trained: Any, vars: Any, window: Any, step: int, checks: Any) -> NonFiniteLoss:
+    """Return the exception for the update of an open window that is not finite.
+
+    Args:
+        trained: The parameters that train.
+        vars: All variables.
+        window: The ``Window``.
+        step: How many steps the state had.
+        checks: ``checks_of`` the update.
+    """
+    names = check_names({"params": trained, "state": vars.state, "opt_state": window})
+    spoiled = tuple(name for name, flag in zip(names, ~np.isfinite(checks), strict=True) if flag)
+    loss = float(window.loss) / (float(window.weight) or 1.0)
+    what = f"The update that flush makes after step {step}, of {int(window.items)} items in an open window,"
+    last = 'To end the window without this update, flush it with a trainer that has on_nonfinite="skip".'
+    return NonFiniteLoss(_about_update(what, loss, spoiled, False, last), step, loss, (), spoiled)
+
+
+def _about_update(what: str, loss: float, spoiled: tuple[str, ...], exact: bool, last: str) -> str:
     causes: list[str] = []
     if any(path.startswith("params.") for path in spoiled):
         causes.append(
@@ -138,9 +157,9 @@ def _about_update(step: int, loss: float, spoiled: tuple[str, ...], exact: bool)
     if exact or not any(path.startswith("params.") for path in spoiled):
         mirrored = ""
     return (
-        f"The update of step {step} makes {_listed(spoiled)}{mirrored} not finite. "
+        f"{what} makes {_listed(spoiled)}{mirrored} not finite. "
         f"Loss ({loss:g}) and gradient are finite. The state before that step is this exception's kaun_state. "
-        f"Look for {'; or for '.join(causes)}. {_EXPLAIN}"
+        f"Look for {'; or for '.join(causes)}. {last}"
     )
 
 

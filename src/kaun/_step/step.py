@@ -5,7 +5,6 @@ The carry is the part of a ``TrainState`` that changes: variables, optimizer sta
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,69 +14,19 @@ import jax.numpy as jnp
 
 from kaun import rng, tree
 from kaun._loss import TracedLoss
-from kaun._step.loss_scale import (
-    LossScale,
-    adapt_scale,
-    add_loss_scale,
-    has_overflowed,
-    inner_state,
-    scale_loss,
-    unscale,
-)
-from kaun._step.microbatches import check_microbatches, run_in_parts
-from kaun._step.model import VarsSpec, check_model
-from kaun._step.nonfinite import both_finite, check_mode, match_state
-from kaun._step.optimizer import Optimizer, apply_update, check_optimizer, check_params, init_optimizer, rates
-from kaun._step.precision import Policy, apply_model, cast_to_compute, parse_precision
-from kaun._step.trainable import Partition, check_trainable, trainable_part
-from kaun._step.watch import Update, checks_of, gradient_finite
+from kaun._step.loss_scale import LossScale, adapt_scale, add_loss_scale, has_overflowed, scale_loss, unscale
+from kaun._step.microbatches import run_in_parts
+from kaun._step.nonfinite import both_finite, match_state
+from kaun._step.optimizer import apply_update, check_params, init_optimizer
+from kaun._step.precision import apply_model, cast_to_compute
+from kaun._step.settings import Carry, Settings
+from kaun._step.trainable import Partition, trainable_part
+from kaun._step.watch import Outcome, Update, checks_of, gradient_finite
+from kaun._step.window import Item, add_to_window, add_window, optimizer_state, window_rates
 from kaun.context import Context
-from kaun.layers.core import Layer, Vars
+from kaun.layers.core import Vars
 
-__all__ = ["Settings", "StepOutput", "eval_step", "init_carry", "make_settings", "train_step"]
-
-Carry = tuple[Vars, Any, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The arguments of a ``Trainer``, checked, as a step uses them.
-
-    Attributes:
-        model: The ``Layer``.
-        optimizer: The optimizer.
-        on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
-        trainable: Whether the parameter at a path trains; None if all do.
-        policy: The dtypes of ``precision``; None without it.
-        microbatches: In how many parts a batch is computed.
-        spec: Shapes and dtypes of the model's variables.
-    """
-
-    model: Layer[Any, Any]
-    optimizer: Optimizer
-    on_nonfinite: str
-    trainable: Callable[[str], Any] | None
-    policy: Policy | None
-    microbatches: int
-    spec: VarsSpec
-
-
-def make_settings(
-    *, model: Any, optimizer: Any, on_nonfinite: Any, trainable: Any, precision: Any, microbatches: Any
-) -> Settings:
-    """Check the arguments of a trainer.
-
-    Raises:
-        TypeError, ValueError: If an argument is not of the kind that ``Trainer`` expects.
-    """
-    check_model(model)
-    check_optimizer(optimizer)
-    check_mode(on_nonfinite)
-    check_trainable(trainable)
-    check_microbatches(microbatches)
-    policy = parse_precision(precision)
-    spec = VarsSpec(model, policy)
-    return Settings(model, optimizer, on_nonfinite, trainable, policy, microbatches, spec)
+__all__ = ["StepOutput", "eval_step", "init_carry", "train_step"]
 
 
 def init_carry(settings: Settings, vars: Vars) -> Carry:
@@ -91,7 +40,7 @@ def init_carry(settings: Settings, vars: Vars) -> Carry:
     settings.spec.check(vars)
     trained = trainable_part(settings.trainable, vars.params) if jax.tree_util.tree_leaves(vars.params) else None
     check_params(vars.params, trained, settings.model.name.splitlines()[0])
-    opt_state = init_optimizer(settings.optimizer, trained)
+    opt_state = add_window(settings, init_optimizer(settings.optimizer, trained), trained)
     return vars, add_loss_scale(settings.policy, opt_state), jnp.zeros((), jnp.int32)
 
 
@@ -147,8 +96,8 @@ def train_step(
     settings.spec.check(vars)
     step_key = jax.random.fold_in(key, step)
     parts = Partition(settings.trainable, vars, functools.partial(cast_to_compute, settings.policy))
-    before = inner_state(settings.policy, opt_state)
-    scaled = isinstance(opt_state, LossScale)
+    before = optimizer_state(settings, opt_state)
+    scale = opt_state if isinstance(opt_state, LossScale) else None
 
     def objective(params: Any) -> tuple[jax.Array, Any]:
         model = functools.partial(
@@ -156,41 +105,58 @@ def train_step(
         )
         with rng.scope(step_key), parts.frozen_layers():
             output, layer_state = run_in_parts(settings.microbatches, model, x, ctx, vars.state, step_key)
-            given = loss(output)
-        value = given.value
-        return scale_loss(opt_state, value) if scaled else value, (given, parts.kept(layer_state))
+            given = alone = loss(output)
+        if settings.penalty is not None:
+            given = settings.penalty.add(alone, parts.whole(params), step_key)
+        value = given.value if settings.accumulate == 1 else alone.value
+        return value if scale is None else scale_loss(scale, value), (given, alone, parts.kept(layer_state))
 
-    (_, (given, layer_state)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
-    value = given.value
-    if scaled:
-        gradient = unscale(opt_state, gradient)
-
-    def update(opt_state: Any) -> dict[str, Any]:
-        value_fn = lambda params: objective(params)[1][0].value
-        params, after = apply_update(settings.optimizer, gradient, opt_state, parts.vars.params, value, value_fn)
-        return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
-
+    (_, (given, alone, layer_state)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
+    if scale is not None:
+        gradient = unscale(scale, gradient)
     old = {"params": parts.vars.params, "state": vars.state, "opt_state": before}
+    discards = scale is not None or (settings.on_nonfinite != "ignore" and discard)
+    if settings.accumulate > 1:
+        item = Item.of(alone, x, gradient, layer_state)
+        done = add_to_window(settings, parts, old, scale, item, given.value, step_key, discards=discards)
+    else:
+
+        def update(opt_state: Any) -> dict[str, Any]:
+            value_fn = lambda params: objective(params)[1][0].value
+            trained = parts.vars.params
+            params, after = apply_update(settings.optimizer, gradient, opt_state, trained, given.value, value_fn)
+            return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
+
+        done = _update_now(settings, Update(update, old, discards=discards), old, scale, gradient, given.value)
+    numbers = _numbers(settings, done, given.value) | window_rates(before, done.new["opt_state"]) | given.numbers()
+    after, finite, checks = done.new["opt_state"], done.finite, done.checks
+    if scale is not None and done.overflowed is not None:
+        after = adapt_scale(scale, after, done.kept, done.overflowed)
+        finite, checks = finite | done.overflowed, jnp.where(done.overflowed, 0, checks)
+        numbers["grad_norm"] = jnp.where(done.overflowed, 0, numbers["grad_norm"])
+    vars_after = parts.joined(vars.replace(params=done.new["params"], state=done.new["state"]))
+    return StepOutput(given.value, numbers, (vars_after, after, step + 1), finite, checks)
+
+
+def _update_now(
+    settings: Settings, update: Update, old: dict[str, Any], scale: LossScale | None, gradient: Any, value: jax.Array
+) -> Outcome:
+    """Make the update of one item, unless it is not finite."""
     watched = settings.on_nonfinite != "ignore"
-    made = Update(update, old, discards=scaled or (watched and discard))
-    checks = made.checks(gradient, value.dtype) if watched else checks_of(gradient, old, old, value.dtype)
+    checks = update.checks(gradient, value.dtype) if watched else checks_of(gradient, old, old, value.dtype)
     norm = jnp.sqrt(checks.sum())
     finite = both_finite(value, norm)
-    overflowed = has_overflowed(opt_state, value, checks) if scaled else None
+    overflowed = has_overflowed(scale, value, checks) if scale is not None else None
     kept = finite if watched else jnp.array(True) if overflowed is None else ~overflowed
-    new = made.made(kept)
-    numbers = {"grad_norm": norm}
-    if settings.on_nonfinite == "skip" or scaled:
-        by_update = ~finite & jnp.isfinite(value) & gradient_finite(checks)
-        numbers["finite"] = finite.astype(jnp.float32) - by_update.astype(jnp.float32)
-    numbers |= rates(before, new["opt_state"]) | given.numbers()
-    after = new["opt_state"]
-    if overflowed is not None:
-        after = adapt_scale(opt_state, after, kept, overflowed)
-        finite, checks = finite | overflowed, jnp.where(overflowed, 0, checks)
-        numbers["grad_norm"] = jnp.where(overflowed, 0, numbers["grad_norm"])
-    vars_after = parts.joined(vars.replace(params=new["params"], state=new["state"]))
-    return StepOutput(value, numbers, (vars_after, after, step + 1), finite, checks)
+    return Outcome(update.made(kept), checks, norm, finite, kept, overflowed)
+
+
+def _numbers(settings: Settings, done: Outcome, value: jax.Array) -> dict[str, jax.Array]:
+    numbers = {"grad_norm": done.norm}
+    if settings.on_nonfinite == "skip" or done.overflowed is not None:
+        by_update = ~done.finite & jnp.isfinite(value) & gradient_finite(done.checks)
+        numbers["finite"] = done.finite.astype(jnp.float32) - by_update.astype(jnp.float32)
+    return numbers
 
 
 def eval_step(settings: Settings, carry: tuple[Vars, jax.Array], key: jax.Array, x: Any, ctx: Context) -> Any:

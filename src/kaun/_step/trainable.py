@@ -75,9 +75,13 @@ class Partition:
         """Return all variables for a forward pass, with these as the parameters that train."""
         return self._whole.replace(params=_either(params, self._cast))
 
+    def whole(self, params: Any) -> Any:
+        """Return all parameters as they are kept, with these as those that train."""
+        return _either(params, self._frozen)
+
     def joined(self, vars: Vars) -> Vars:
         """Return all variables after an update of those that train."""
-        return vars.replace(params=_either(vars.params, self._frozen))
+        return vars.replace(params=self.whole(vars.params))
 
     def frozen_layers(self) -> AbstractContextManager[None]:
         """Return a context in which layers that are frozen as a whole run in evaluation mode."""

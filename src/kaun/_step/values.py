@@ -11,7 +11,7 @@ import jax
 from kaun import rng
 from kaun._messages import in_kaun
 from kaun._step.precision import apply_model, cast_to_compute
-from kaun._step.step import Carry, Settings
+from kaun._step.settings import Carry, Settings
 from kaun._step.trainable import Partition
 from kaun.context import Context
 

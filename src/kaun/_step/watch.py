@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import lax
 from kaun import tree
 from kaun._jax import HOST_CALLS, primitives_in, run_program
 
-__all__ = ["Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
+__all__ = ["Outcome", "Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
 
 # Operations that cost too much to run twice, and those that call the host.
 _ONCE = HOST_CALLS | {
@@ -20,6 +20,26 @@ _ONCE = HOST_CALLS | {
     "householder_product", "lu", "qr", "ragged_dot_general", "scan", "schur", "sort", "svd", "top_k",
     "triangular_solve", "tridiagonal", "tridiagonal_solve", "while",
 }  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """A step whose loss, gradient and update were looked at.
+
+    Attributes:
+        new: Parameters that train, layers' state and optimizer's state after it.
+        checks: As ``checks_of`` returns them.
+        norm: The norm of the gradient, or nan.
+        finite: Whether loss, gradient and update are finite.
+        kept: Whether the step is an update, or with ``accumulate`` its item is in the window.
+        overflowed: Whether its loss scale was too large; None without one.
+    """
+
+    new: dict[str, Any]
+    checks: jax.Array
+    norm: jax.Array
+    finite: jax.Array
+    kept: jax.Array
+    overflowed: jax.Array | None
 
 
 class Update:

@@ -1,0 +1,83 @@
+"""The steps of a run: the loop that takes them, the update of its last window, and the check of a finished run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from kaun._engine import ProgramCache, StepLoop, error_of, run_flush
+from kaun._jax import is_traced
+from kaun._report import Report, ReportFunction
+from kaun._run.reports import ReportCaller
+from kaun._run.run import TrainingRun
+from kaun._step import Settings, error_for, flush_error, flush_window, is_open, optimizer_state, trainable_part
+from kaun.context import Context
+from kaun.data import not_data, open_items
+from kaun.state import TrainState
+
+__all__ = ["finished_state", "flush_state", "start_loop"]
+
+
+def start_loop(
+    run: TrainingRun,
+    settings: Settings,
+    programs: ProgramCache,
+    report: Report | ReportFunction | None,
+    ctx: Context | None,
+) -> tuple[ReportCaller, StepLoop]:
+    """Return what calls the report of a run, and the loop that takes its steps, from its state on."""
+    state = run.take()
+    mode, pending, interruptible = settings.on_nonfinite, run.pending_report_loss, run.signals.interruptible
+    about = (mode, pending, interruptible, run.passes, run.measured)
+    caller = ReportCaller(report, run.total, run.done, state.step, *about)
+    if settings.penalty is not None:
+        settings.penalty.refuse_changes()
+    trained = trainable_part(settings.trainable, state.vars.params)
+    make = error_for(trained, state.vars, optimizer_state(settings, state.opt_state))
+    failure = functools.partial(error_of, settings, make) if mode == "raise" else None
+    carry, key = (state.vars, state.opt_state, state.step), state.key
+    del state, trained
+    hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling)
+    return caller, StepLoop(programs, carry, key, ctx, *hooks)
+
+
+def finished_state(
+    run: TrainingRun, settings: Settings, programs: ProgramCache, data: Iterable[Any], ctx: Context | None
+) -> TrainState:
+    """Return the state that the fit of a finished run returned, if this trainer would run the same program."""
+    state = run.take()
+    carry = (state.vars, state.opt_state, state.step)
+    loop = StepLoop(programs, carry, state.key, ctx, on_trace=run.on_trace)
+    with open_items(data, not_data(data)) as items:
+        for item in items:
+            loop.trace(item)
+            break
+    return state if run.stopped else flush_state(settings, programs, state)
+
+
+def flush_state(settings: Settings, programs: ProgramCache, state: TrainState) -> TrainState:
+    """Return the state after the update of its open window, and a state without one as it is.
+
+    Raises:
+        NonFiniteLoss: If the update is not finite, under ``on_nonfinite="raise"``; ``kaun_state`` is the given state.
+            Not inside a function that JAX traces: there the state stays as it is.
+    """
+    waits = is_open(settings, state.opt_state)
+    if not (is_traced(waits) or waits):
+        return state
+    if settings.penalty is not None:
+        settings.penalty.refuse_changes()
+    carry = (state.vars, state.opt_state, state.step)
+    (vars, opt_state, step), checks = run_flush(programs, functools.partial(flush_window, settings), carry, state.key)
+    if settings.on_nonfinite == "raise" and not is_traced(checks) and not np.isfinite(np.asarray(checks)).all():
+        window, trained = (
+            optimizer_state(settings, state.opt_state),
+            trainable_part(settings.trainable, state.vars.params),
+        )
+        error = flush_error(trained, state.vars, window, int(state.step), np.asarray(checks))
+        error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+    return TrainState(vars=vars, opt_state=opt_state, step=step, key=state.key)
