@@ -69,6 +69,7 @@ class TracedStep:
         discards: As the argument.
         checks: How many checks a step returns (``StepOutput``).
         tables: For each dtype the names of a step's numbers beside its loss, in the order of their columns.
+        row_mask: Which leaf of an item says which rows count, None if all do.
         places: For each of these numbers by name the index of its table and its column.
         looped: Whether it runs in a loop.
         can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
@@ -84,7 +85,7 @@ class TracedStep:
 
     __slots__ = (
         "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "looped", "loss_dtype",
-        "most", "on_nonfinite", "patterns", "places", "seconds", "status", "step", "tables",
+        "most", "on_nonfinite", "patterns", "places", "row_mask", "seconds", "status", "step", "tables",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +104,7 @@ class TracedStep:
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.can_raise = calls_the_host(traced.jaxpr)
         self.most = ROWS if self.looped and not self.can_raise else 1
+        self.row_mask = inputs.row_mask
         self.capacity = min(capacity_of(inputs), self.most)
         watched = 0 if discards else len(traced.out_info[2]) - 1
         self.status = _all_finite(checks.shape[0] + watched, checks.dtype) if on_nonfinite == "raise" else None

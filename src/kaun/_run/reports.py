@@ -248,7 +248,7 @@ class ReportCaller:
             joined = {name: np.concatenate([v[name] for _, v in members]) for name in members[0][1]}
             if self._block is not None and len(joined["loss"]):
                 first = members[0][0].first
-                examples = [np.full(len(v["loss"]), ran.examples or np.nan) for ran, v in members]
+                examples = [ran.counts(len(v["loss"])) for ran, v in members]
                 self._block(first, self._completed(first, joined, np.concatenate(examples), seconds))
 
     def _completed(self, first: int, values: dict[str, Any], examples: Any, seconds: float) -> dict[str, Any]:

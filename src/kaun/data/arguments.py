@@ -192,8 +192,8 @@ def moved_weights(stage: str) -> ValueError:
 def moved_lengths(stage: str) -> ValueError:
     """The exception for lengths of items whose order is random."""
     return ValueError(
-        f"bucket(lengths, edges, batch_size) expected items in an order that does not depend on the pass, received them "
-        f"after {stage}: length i would belong to another row in each pass. Pass a function from row to length, "
+        f"bucket(lengths, edges, batch_size) expected items in an order that does not depend on the pass, received "
+        f"them after {stage}: length i would belong to another row in each pass. Pass a function from row to length, "
         "bucket(lambda row: len(row[0]), edges, batch_size)."
     )
 

@@ -34,7 +34,7 @@ def checked_edges(edges: Any) -> tuple[int, ...]:
     if isinstance(edges, str) or not hasattr(edges, "__iter__"):
         raise TypeError(f"{WHERE} expected edges as a list of ints, received {tree.describe(edges)}. Write [64, 128].")
     found = tuple(checked_count(WHERE, "an edge", edge, 1) for edge in edges)
-    if not found or any(b <= a for a, b in zip(found, found[1:], strict=False)):
+    if not found or any(b <= a for a, b in itertools.pairwise(found)):
         raise ValueError(
             f"{WHERE} expected edges that rise, at least one, received {list(found)}. Write edges=[64, 128, 256], the "
             "longest row that each bucket takes."
