@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ from kaun.data import (
     stages_of,
 )
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
-from kaun.layers.core import Layer, Vars
+from kaun.layers.core import Float, Layer, Vars
 from kaun.state import TrainState, check_state
 
 if TYPE_CHECKING:
@@ -267,7 +267,15 @@ class Trainer(Generic[In, Out]):
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
             return now() if stopped else warn_of_open_window(now())
 
-    def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
+    @overload
+    def predict(
+        self: Trainer[Any, Float], state: TrainState, x: jax.Array | np.ndarray[Any, Any], *, ctx: Context | None = None
+    ) -> jax.Array: ...
+
+    @overload
+    def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any: ...
+
+    def predict(self: Trainer[Any, Any], state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.
 
         Args:

@@ -93,7 +93,7 @@ def examples_of(
     shared: Sequence[Any],
     stacked: Sequence[Any],
 ) -> int | np.ndarray[Any, Any] | None:
-    """How many examples each of ``count`` steps learns from, as ``StepResults`` has it: rows that fill a batch are none.
+    """How many examples each of ``count`` steps learns from, as ``StepResults`` has it, without rows that fill a batch.
 
     Args:
         traced: The step.

@@ -84,10 +84,14 @@ class Buckets:
     Args:
         edges: The upper bounds of the buckets.
         size: Rows of a batch.
+
+    Attributes:
+        edges: As the argument.
     """
 
     def __init__(self, edges: Sequence[int], size: int) -> None:
-        self.edges, self._size = edges, size
+        self.edges: Sequence[int] = edges
+        self._size = size
 
     def length_of(self, length: Callable[[Any], Any], i: int, row: Any) -> int:
         """The length of row ``i``, checked."""

@@ -89,7 +89,7 @@ class LabelledItem(NamedTuple):
         )
 
 
-def loss_attacher(f: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+def loss_attacher(f: Callable[..., Any]) -> Callable[[Any], Any]:
     """The function that attaches a loss to an item. For a loss of kaun it attaches the ``parts`` of that loss."""
     return functools.partial(_attach_loss, parts_of(f))
 

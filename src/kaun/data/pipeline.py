@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import numpy as np
 
+from kaun._loss import Loss
+from kaun.context import Context
 from kaun.data import arguments, buckets, collate, combine, nodes
 from kaun.data.arguments import checked_count, checked_weights, function_text
 from kaun.data.items import loss_attacher
@@ -15,11 +17,13 @@ from kaun.data.nodes import Node, StageSpec, every_stage
 from kaun.data.rows import Padding, loses_rows, row_loss_attacher
 from kaun.data.shuffle import Draws, Orders, draw_key
 from kaun.data.sources import Sources
+from kaun.data.types import LossOfLabels, Unknown
 
 __all__ = ["Data", "make_data"]
 
 T = TypeVar("T", covariant=True)
 U = TypeVar("U")
+X = TypeVar("X")
 
 
 class Data(Sources[T]):
@@ -196,15 +200,33 @@ class Data(Sources[T]):
         """
         return self._node.padding
 
-    def with_loss(self, f: Callable[[Any, Any], Any]) -> Data[Any]:
+    @overload
+    def with_loss(self: Data[Unknown], f: LossOfLabels) -> Data[Any]: ...
+
+    @overload
+    def with_loss(self: Data[tuple[X, Any]], f: LossOfLabels) -> Data[tuple[X, Loss]]: ...
+
+    @overload
+    def with_loss(self: Data[tuple[X, Any, Context]], f: LossOfLabels) -> Data[tuple[X, Loss, Context]]: ...
+
+    @overload
+    def with_loss(self, f: LossOfLabels) -> Data[Any]: ...
+
+    def with_loss(self: Data[Any], f: LossOfLabels) -> Data[Any]:
         """The items that ``fit`` takes: ``(x, y)`` become ``(x, output -> f(output, y))``, ``(x, y, ctx)`` keep ctx.
+
+        Where rows are filled, by ``pad=True`` or ``bucket``, the loss is ``output -> f(output, y, where=row_mask)`` and
+        the items are ``(x, loss, ctx)`` with ``row_mask`` in ctx. With ``sample_weights`` it is ``f(output, y, weights=
+        weights)``, with the weights of these rows.
 
         Args:
             f: The loss, ``f(output, y)``. For a loss of ``kaun.losses``, also in a ``functools.partial``, its ``parts``
-                are used, which give a ``losses.Mean``.
+                are used, which give a ``losses.Mean``. Another function has to take ``where=`` and ``weights=``, if
+                rows are filled or weighted, and to return a ``losses.Mean`` then.
 
         Raises:
-            TypeError: If ``f`` is not callable; in iteration, if an item is neither such a pair nor such a triple.
+            TypeError: If ``f`` is not callable, or does not take ``where=`` or ``weights=`` where it has to; in
+                iteration, if an item is neither such a pair nor such a triple.
 
         Examples:
             >>> data = Data.from_items([(1.0, 3.0)]).with_loss(lambda output, y: abs(output - y))

@@ -95,7 +95,8 @@ class RowsItem:
     __slots__ = ("item", "rows")
 
     def __init__(self, item: Any, rows: Rows) -> None:
-        self.item, self.rows = item, rows
+        self.item: Any = item
+        self.rows: Rows = rows
 
     def with_item(self, item: Any) -> RowsItem:
         """Another item with the same rows."""

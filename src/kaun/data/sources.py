@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
+import jax
 import numpy as np
 
 from kaun.data import collate, combine, nodes
@@ -22,6 +23,7 @@ from kaun.data.folds import FoldPart, fold_rows
 from kaun.data.padding import RowOptions, row_batches_node
 from kaun.data.rows import loses_rows
 from kaun.data.shuffle import Draws, Orders
+from kaun.data.types import Unknown
 
 if TYPE_CHECKING:
     from kaun.data.pipeline import Data
@@ -55,6 +57,38 @@ class Sources(Pipeline[T]):
         held = checked_sequence("Data.from_items", items)
         stage = f"Data.from_items({len(held)} items)"
         return cls._source(nodes.items_node(held, stage), stage, items=held)
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Unknown, /) -> Data[Any]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: jax.Array, /) -> Data[jax.Array]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Unknown, b: Unknown, /) -> Data[tuple[Any, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: jax.Array, b: jax.Array, /) -> Data[tuple[jax.Array, jax.Array]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Any, b: Any, /) -> Data[tuple[Any, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Any, b: Any, c: Any, /) -> Data[tuple[Any, Any, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Any, b: Any, c: Any, d: Any, /) -> Data[tuple[Any, Any, Any, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, *arrays: Any) -> Data[Any]: ...
 
     @classmethod
     def from_arrays(cls, *arrays: Any) -> Data[Any]:
@@ -134,17 +168,32 @@ class Sources(Pipeline[T]):
         stage = f"Data.from_iterable({name})"
         return cls._source(nodes.loader_node(source, stage), stage, source=source)
 
+    # With pad=True the items of with_loss have a context more, of which the type of the arrays does not know.
+    @overload
+    @classmethod
+    def batches(
+        cls, arrays: U, batch_size: int, shuffle: bool = False, drop_last: bool = False, *,
+        pad: Literal[False] = False, sample_weights: Any = None,
+    ) -> Data[U]: ...  # fmt: skip
+
+    @overload
+    @classmethod
+    def batches(
+        cls, arrays: Any, batch_size: int, shuffle: bool = False, drop_last: bool = False, *,
+        pad: bool, sample_weights: Any = None,
+    ) -> Data[Any]: ...  # fmt: skip
+
     @classmethod
     def batches(
         cls,
-        arrays: U,
+        arrays: Any,
         batch_size: int,
         shuffle: bool = False,
         drop_last: bool = False,
         *,
         pad: bool = False,
         sample_weights: Any = None,
-    ) -> Data[U]:
+    ) -> Data[Any]:
         """The batches of arrays in memory: each is the same tree, with ``batch_size`` rows of every array.
 
         NumPy in, NumPy out: read-only views of the arrays when in order, new arrays when shuffled. JAX arrays stay on
@@ -185,17 +234,30 @@ class Sources(Pipeline[T]):
         given = {"arrays": arrays, "batch_size": size, "drop_last": drop_last, "key": orders and orders.key}
         return cls._source(node, text, **given, **options.given)
 
+    @overload
+    @classmethod
+    def folds(
+        cls, arrays: U, k: int, batch_size: int, shuffle: bool = False, *,
+        pad: Literal[False] = False, sample_weights: Any = None,
+    ) -> list[tuple[Data[U], Data[U]]]: ...  # fmt: skip
+
+    @overload
+    @classmethod
+    def folds(
+        cls, arrays: Any, k: int, batch_size: int, shuffle: bool = False, *, pad: bool, sample_weights: Any = None
+    ) -> list[tuple[Data[Any], Data[Any]]]: ...
+
     @classmethod
     def folds(
         cls,
-        arrays: U,
+        arrays: Any,
         k: int,
         batch_size: int,
         shuffle: bool = False,
         *,
         pad: bool = False,
         sample_weights: Any = None,
-    ) -> list[tuple[Data[U], Data[U]]]:
+    ) -> list[tuple[Data[Any], Data[Any]]]:
         """Pairs of a training and a validation pipeline of batches, for cross-validation: a list of ``k``.
 
         Each row is in one validation pipeline, and in the training pipelines of all other pairs. Folds differ by at
@@ -229,7 +291,7 @@ class Sources(Pipeline[T]):
         settings = f"k={k}, batch_size={size}" + ", shuffle=True" * bool(shuffle) + options.text
         text = f"Data.folds({collate.outline_of(arrays)}, {settings})"
 
-        def batches(fold: int, i: int, part: FoldPart) -> Data[U]:
+        def batches(fold: int, i: int, part: FoldPart) -> Data[Any]:
             node = row_batches_node(rows, size, options, part.order, len(part.rows))
             given = {"arrays": arrays, "k": k, "batch_size": size, "rows": part.rows, "key": part.key, **options.given}
             return cls._source(node, f"{text}[{fold}][{i}]", fold=fold, part=("training", "validation")[i], **given)
