@@ -36,7 +36,7 @@ from kaun.data.passes import random_passes as random_passes
 from kaun.data.pipeline import Data as Data
 from kaun.data.resumable import Check as Check
 from kaun.data.resumable import ResumableLoader as ResumableLoader
-from kaun.data.rows import Rows as Rows
+from kaun.data.rows import RowInfo as RowInfo
 from kaun.data.rows import RowsItem as RowsItem
 
 __all__ = ["Data"]  # what users reach; the rest is for the other packages

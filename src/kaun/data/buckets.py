@@ -16,7 +16,7 @@ from kaun.data.collate import outline_of, stack_all
 from kaun.data.naming import noting_where
 from kaun.data.nodes import GetItem, Node, index_node
 from kaun.data.prefetch import snapshot_item
-from kaun.data.rows import Padding, Rows, RowsItem
+from kaun.data.rows import Padding, RowInfo, RowsItem
 
 __all__ = ["Buckets", "bucket_node", "checked_edges", "checked_lengths"]
 
@@ -147,7 +147,7 @@ class Buckets:
             labels = is_sequence[before : before + len(jax.tree_util.tree_leaves(y))]
             item = x, y, ctx.set("row_mask", mask).merge(own[0] if own else None)
         elements = tokens & mask[:, None] if labels and all(labels) else None
-        return RowsItem(item, Rows(mask, None, elements, ctx))
+        return RowsItem(item, RowInfo(mask, None, elements, ctx))
 
 
 def _sequences(length: int, row: Any) -> list[bool]:

@@ -88,11 +88,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
         count = 0
         opened_loaders.count += 1
         made = loader()
-        if not hasattr(made, "__iter__"):
-            raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
-        libraries.refuse_forks(made, stage)
-        if rows := getattr(getattr(made, "_node", None), "rows", None):  # it is a Data
-            raise loses_rows(stage, rows, "Use the pipeline itself, in place of a function that returns it")
+        _check_loader(made, stage)
         if epoch is not None:
             libraries.set_epoch(made, epoch)
         try:
@@ -118,6 +114,15 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
             )
 
     return open
+
+
+def _check_loader(made: Any, stage: str) -> None:
+    """Refuse what a function returned in the place of a loader."""
+    if not hasattr(made, "__iter__"):
+        raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
+    libraries.refuse_forks(made, stage)
+    if rows := getattr(getattr(made, "_node", None), "rows", None):  # it is a Data
+        raise loses_rows(stage, rows, "Use the pipeline itself, in place of a function that returns it")
 
 
 class _Structure:

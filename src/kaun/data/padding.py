@@ -13,7 +13,7 @@ from kaun.data.arguments import checked_weights
 from kaun.data.chunks import Chunk, Limit, RowGather, is_explicit
 from kaun.data.collate import ArrayRows
 from kaun.data.nodes import GetItem, Node, batches_node, group_count, index_node
-from kaun.data.rows import Padding, Rows, RowsItem
+from kaun.data.rows import Padding, RowInfo, RowsItem
 
 __all__ = ["RowOptions", "row_batches_node"]
 
@@ -141,7 +141,7 @@ class _RowBatches:
         if order is None and at.stop > self.n:
             index = np.minimum(np.arange(at.start, at.stop), self.n - 1)
         weights = None if self._weights is None else self._weights[index]
-        return RowsItem(self._rows.take(index), Rows(None if self._mask is None else self._mask[at], weights))
+        return RowsItem(self._rows.take(index), RowInfo(None if self._mask is None else self._mask[at], weights))
 
 
 def _read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -17,7 +17,7 @@ from kaun.data.arguments import function_text
 from kaun.data.items import Item, labelled, loss_attacher
 from kaun.losses import Mean, parts_of, row_arguments
 
-__all__ = ["Padding", "Rows", "RowsItem", "loses_rows", "over_items", "plain_item", "row_loss_attacher"]
+__all__ = ["Padding", "RowInfo", "RowsItem", "loses_rows", "over_items", "plain_item", "row_loss_attacher"]
 
 Host = np.ndarray[Any, Any]
 
@@ -38,7 +38,7 @@ class Padding(NamedTuple):
     filled_tokens: int = 0
 
 
-class Rows(NamedTuple):
+class RowInfo(NamedTuple):
     """What is known of the rows of a batch.
 
     Attributes:
@@ -94,9 +94,9 @@ class RowsItem:
 
     __slots__ = ("item", "rows")
 
-    def __init__(self, item: Any, rows: Rows) -> None:
+    def __init__(self, item: Any, rows: RowInfo) -> None:
         self.item: Any = item
-        self.rows: Rows = rows
+        self.rows: RowInfo = rows
 
     def with_item(self, item: Any) -> RowsItem:
         """Another item with the same rows."""
@@ -126,7 +126,7 @@ def plain_item(item: Any) -> Any:
     return item.item
 
 
-def _names(rows: Rows) -> frozenset[str]:
+def _names(rows: RowInfo) -> frozenset[str]:
     given = {"where": rows.mask is not None, "weights": rows.weights is not None}
     return frozenset(name for name in given if given[name])
 

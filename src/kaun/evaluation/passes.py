@@ -13,7 +13,7 @@ from kaun import tree
 from kaun._engine import StepInputs
 from kaun._loss import snapshot_loss
 from kaun.context import Context
-from kaun.data import Data, LabelledItem, Rows, RowsItem, empty_data, known_length, open_items, with_rows
+from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
 from kaun.evaluation.rows import RowMetrics
 from kaun.evaluation.totals import Metric, MetricTotals, check_metrics, with_counts
@@ -87,7 +87,7 @@ def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | No
     return jax.tree_util.tree_unflatten(outputs.structure, outputs.rows())
 
 
-def _with_rows(item: Any) -> tuple[Any, Rows | None]:
+def _with_rows(item: Any) -> tuple[Any, RowInfo | None]:
     """An item, and what is known of its rows."""
     return (item.item, item.rows) if isinstance(item, RowsItem) else (item, None)
 
@@ -117,7 +117,7 @@ class _Outputs:
         self._buffers: list[Any] = []
         self._used: list[int] = []
 
-    def check(self, output: Any, number: int, known: Rows | None) -> None:
+    def check(self, output: Any, number: int, known: RowInfo | None) -> None:
         """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are checked."""
         leaves = tree.flatten(output)[0]
         structure = jax.tree_util.tree_structure(output)
@@ -146,7 +146,7 @@ class _Outputs:
                 + ". Pad the inputs to one shape, or call predict for each item."
             )
 
-    def take(self, batches: list[tuple[list[Any], Rows | None]]) -> None:
+    def take(self, batches: list[tuple[list[Any], RowInfo | None]]) -> None:
         """Read some outputs from the device, and append them without filled rows."""
         for leaves, known in batches:
             if not self._buffers:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._messages import locate
-from kaun.data import Rows
+from kaun.data import RowInfo
 from kaun.evaluation.totals import Metric, with_counts
 from kaun.losses import Mean, parts_of, row_arguments
 from kaun.metrics import Counted
@@ -31,7 +31,7 @@ class RowMetrics:
         self._metrics = metrics
         self._bind = {name: _binder(metric) for name, metric in metrics.items()}
 
-    def of(self, rows: Rows, targets: Any) -> dict[str, Metric] | None:
+    def of(self, rows: RowInfo, targets: Any) -> dict[str, Metric] | None:
         """The metrics with the weights of the rows of one batch; None if the batch has to be cut to its real rows.
 
         Raises:
