@@ -37,8 +37,8 @@ WITHIN_A_ROW = {
     ("rng", "tree"),
     ("rng", "_jax"),
 }
-# A class in two modules: the part that its other part inherits from names the whole, for the type checker alone.
-PARTS_OF_A_CLASS = {("data.sources", "data.pipeline")}
+# A class in some modules: the part that its other part inherits from names the whole, for the type checker alone.
+PARTS_OF_A_CLASS = {("data.base", "data.pipeline"), ("data.sources", "data.pipeline")}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
 ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "evaluation", "metrics"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from kaun.checkpoint import Directory
 from kaun.context import Context
 from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
-from kaun.layers.core import Layer, Vars
+from kaun.layers.core import Float, Layer, Vars
 from kaun.state import TrainState, check_state
 
 if TYPE_CHECKING:
@@ -273,7 +273,15 @@ class Trainer(Generic[In, Out]):
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
             return now() if stopped else self.flush(now())
 
-    def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
+    @overload
+    def predict(
+        self: Trainer[Any, Float], state: TrainState, x: jax.Array | np.ndarray[Any, Any], *, ctx: Context | None = None
+    ) -> jax.Array: ...
+
+    @overload
+    def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any: ...
+
+    def predict(self: Trainer[Any, Any], state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.
 
         Args:

@@ -117,6 +117,12 @@ class StepInputs:
         return shape[0] if shape else None
 
     @property
+    def row_mask(self) -> int | None:
+        """Which leaf is the context's ``row_mask`` [batch], False for rows that fill a batch; None if there is none."""
+        i = _split(self.static, list(range(len(self.leaves))))[2].get("row_mask")
+        return i if isinstance(i, int) and np.shape(self.leaves[i]) == (self.examples,) else None
+
+    @property
     def loss_key(self) -> Any:
         """The static part of the loss, as ``capture_loss`` returned it."""
         return self.static[0]

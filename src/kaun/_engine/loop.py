@@ -24,7 +24,7 @@ from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, packing_of, unpack
 from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
-from kaun._engine.results import PendingDispatch, StepResults
+from kaun._engine.results import PendingDispatch, StepResults, examples_of
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
@@ -338,7 +338,7 @@ class StepLoop:
             self._earlier.append(before)
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
-        about = (first, count, traced, inputs)
+        about = (first, count, traced, examples_of(traced, inputs, pattern, count, shared, stacked))
         self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
         results = self._take()
         if traced.can_raise:
@@ -357,8 +357,8 @@ class StepLoop:
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
         if self._result:
-            (losses, numbers, arrays, status), (first, count, traced, inputs) = self._result[0]
-            results = StepResults(first, count, losses, numbers, traced.layout, status, inputs.examples)
+            (losses, numbers, arrays, status), (first, count, traced, examples) = self._result[0]
+            results = StepResults(first, count, losses, numbers, traced.layout, status, examples)
             self._carry = (True, arrays, results)
             self._result.clear()
         return self._carry[2]

@@ -71,6 +71,7 @@ class TracedStep:
         discards: As the argument.
         checks: How many checks a step returns (``StepOutput``).
         layout: Where a step's numbers beside its loss are in its results.
+        row_mask: Which leaf of an item says which rows count, None if all do.
         looped: Whether it runs in a loop.
         can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
             alone and keeps the memory of the state before it.
@@ -86,7 +87,7 @@ class TracedStep:
 
     __slots__ = (
         "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout", "looped",
-        "loss_dtype", "most", "on_nonfinite", "patterns", "rows", "seconds", "status", "step",
+        "loss_dtype", "most", "on_nonfinite", "patterns", "row_mask", "rows", "seconds", "status", "step",
     )  # fmt: skip
 
     def __init__(
@@ -100,6 +101,7 @@ class TracedStep:
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
         self.most = self.rows if self.looped and not self.can_raise else 1
+        self.row_mask = inputs.row_mask
         self.capacity = min(capacity_of(inputs), self.most)
         watched = 0 if discards else len(traced.out_info[2]) - 1
         self.status = _all_finite(checks.shape[0] + watched, checks.dtype) if on_nonfinite == "raise" else None

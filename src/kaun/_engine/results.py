@@ -11,8 +11,9 @@ import numpy as np
 from kaun import tree
 from kaun._engine.inputs import StepInputs
 from kaun._engine.numbers import NumberLayout
+from kaun._engine.program import TracedStep
 
-__all__ = ["PendingDispatch", "StepResults"]
+__all__ = ["PendingDispatch", "StepResults", "examples_of"]
 
 
 class StepResults(NamedTuple):
@@ -28,7 +29,8 @@ class StepResults(NamedTuple):
             ``checks`` of the last step that ran (``StepOutput``); and, where the loop keeps the state before each step,
             for each leaf but the last, the number of steps, whether that step's update is why it is not finite. None
             elsewhere.
-        examples: How many examples each step learns from, None if that is unknown.
+        examples: How many examples each step learns from, an array of one number for each step where some rows fill a
+            batch; None if that is unknown.
     """
 
     first: int
@@ -37,7 +39,7 @@ class StepResults(NamedTuple):
     numbers: Sequence[jax.Array]
     layout: NumberLayout
     status: jax.Array | None
-    examples: int | None
+    examples: int | np.ndarray[Any, Any] | None
 
     def finite_steps(self) -> int:
         """Wait for the steps, and return how many come before the first whose loss or gradient is not finite."""
@@ -47,6 +49,11 @@ class StepResults(NamedTuple):
         norms = np.asarray(self.numbers[table])[: self.steps, column]
         finite = np.isfinite(_widened(self.losses)[: self.steps]) & np.isfinite(norms)
         return self.steps if finite.all() else int(np.argmin(finite))
+
+    def counts(self, steps: int) -> np.ndarray[Any, Any]:
+        """The number of examples of each of the first ``steps`` steps, nan where it is unknown."""
+        examples = self.examples[:steps] if isinstance(self.examples, np.ndarray) else self.examples
+        return np.full(steps, examples if isinstance(examples, np.ndarray) else examples or np.nan, np.float64)
 
     def values(self, steps: int) -> dict[str, np.ndarray[Any, Any]]:
         """Wait for the steps, and return loss and scalars of the first ``steps`` of them by name."""
@@ -75,6 +82,32 @@ class PendingDispatch(NamedTuple):
         rows, given = iter(self.stacked), iter(self.shared)
         leaves = [next(rows)[i] if stacked else next(given) for stacked in self.pattern]
         return self.inputs.with_leaves([tree.snapshot(leaf) for leaf in leaves])
+
+
+def examples_of(
+    traced: TracedStep,
+    inputs: StepInputs,
+    pattern: Sequence[bool],
+    count: int,
+    shared: Sequence[Any],
+    stacked: Sequence[Any],
+) -> int | np.ndarray[Any, Any] | None:
+    """How many examples each of ``count`` steps learns from, as ``StepResults`` has it, without rows that fill a batch.
+
+    Args:
+        traced: The step.
+        inputs: An item of the kind of its items.
+        pattern: For each array of an item whether it is stacked.
+        count: How many steps.
+        shared: The arrays that are not.
+        stacked: Those that are.
+    """
+    i = traced.row_mask
+    if i is None:
+        return inputs.examples
+    before = sum(pattern[:i])
+    mask = np.asarray(stacked[before] if pattern[i] else shared[i - before])
+    return mask[:count].sum(axis=-1) if pattern[i] else np.full(count, mask.sum())
 
 
 def _widened(losses: Any) -> np.ndarray[Any, Any]:

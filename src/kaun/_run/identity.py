@@ -223,6 +223,7 @@ def _labels(loss: Any) -> Any:
 def _given(given: Mapping[str, Any]) -> Fact:
     known: Mapping[str, Callable[[Any], Any]] = {
         "arrays": _tree, "item": _item, "items": _items, "f": _function, "key": _key, "weights": _tree, "rows": _tree,
+        "sample_weights": _tree, "lengths": _tree,
         "sources": lambda sources: list(map(_stage_facts, sources)),
     }  # fmt: skip
     found: Fact = {}

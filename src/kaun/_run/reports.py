@@ -291,7 +291,7 @@ class ReportCaller:
         first, join = members[0][0].first, np.concatenate
         values = {name: join([own[name] for _, own in members]) for name in members[0][1]}
         n = len(values["loss"])
-        examples = join([np.full(len(own["loss"]), ran.examples or np.nan) for ran, own in members])
+        examples = join([ran.counts(len(own["loss"])) for ran, own in members])
         good = values.pop("finite", None)
         values["step"] = np.arange(n) + (int(self._before) - self._done + first)
         values["step_time"] = np.full(n, seconds, np.float32)

@@ -12,6 +12,7 @@ from kaun.data.access import over_loader as over_loader
 from kaun.data.access import rest_of as rest_of
 from kaun.data.access import resume_of as resume_of
 from kaun.data.access import stages_of as stages_of
+from kaun.data.access import with_rows as with_rows
 from kaun.data.arguments import checked_count as checked_count
 from kaun.data.chunks import Chunk as Chunk
 from kaun.data.chunks import RowGather as RowGather
@@ -37,5 +38,7 @@ from kaun.data.passes import random_passes as random_passes
 from kaun.data.pipeline import Data as Data
 from kaun.data.resumable import Check as Check
 from kaun.data.resumable import ResumableLoader as ResumableLoader
+from kaun.data.rows import RowInfo as RowInfo
+from kaun.data.rows import RowsItem as RowsItem
 
 __all__ = ["Data"]  # what users reach; the rest is for the other packages

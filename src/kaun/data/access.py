@@ -11,9 +11,11 @@ from kaun.data.chunks import Chunk, Limit, one_by_one
 from kaun.data.nodes import Node, Resume, StageSpec, every_stage
 from kaun.data.pipeline import Data, make_data
 from kaun.data.resumable import Check, ResumableLoader, after_skipped
+from kaun.data.rows import loses_rows
 
 __all__ = [
     "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "over_loader", "rest_of", "resume_of", "stages_of",
+    "with_rows",
 ]  # fmt: skip
 
 
@@ -41,9 +43,20 @@ def chunks_of(data: Iterable[Any], iterator: Iterator[Any], limit: Limit) -> Ite
         data: What ``fit`` was given.
         iterator: An iterator over it.
         limit: How many items the next chunk may hold, see ``chunks.Limit``.
+
+    Raises:
+        TypeError: If some rows are filled or have weights, of which the items' losses do not know.
     """
     node = _node(data)
+    if node is not None and node.rows:
+        raise loses_rows("fit of a pipeline whose items have no with_loss", node.rows)
     return one_by_one(iterator) if node is None or node.chunks is None else node.chunks(None, 0, limit)
+
+
+def with_rows(data: Iterable[Any]) -> Iterable[Any]:
+    """The same data, whose items are ``RowsItem`` where something is known of their rows."""
+    node = _node(data)
+    return data if node is None or not node.rows else make_data(node._replace(rows=frozenset()), *stages_of(data))
 
 
 def resume_of(data: Any) -> Resume | None:
@@ -104,7 +117,7 @@ def _rest(
     node = _node(data)
     assert node is not None
     length = None if node.length is None else max(0, node.length - n)
-    made = Node(open, length, False, None)
+    made = Node(open, length, False, None, rows=node.rows)
     return make_data(made, first if loader is None else first._replace(given={"source": loader}), *others)
 
 

@@ -13,7 +13,7 @@ from kaun._messages import locate
 
 __all__ = [
     "checked_batch_size", "checked_count", "checked_loader", "checked_pipelines", "checked_sequence",
-    "checked_weights", "function_text", "moved_weights", "no_index", "no_length", "not_picklable",
+    "checked_weights", "function_text", "moved_lengths", "moved_weights", "no_index", "no_length", "not_picklable",
 ]  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def checked_pipelines(where: str, sources: Sequence[Any], kind: type) -> None:
         raise ValueError(f"{where} expected at least one pipeline, received none.")
 
 
-def checked_weights(where: str, weights: Any, n: int, of: str) -> np.ndarray[Any, Any]:
+def checked_weights(where: str, weights: Any, n: int, of: str, name: str = "weights") -> np.ndarray[Any, Any]:
     """Weights as a float64 array [n].
 
     Args:
@@ -112,6 +112,7 @@ def checked_weights(where: str, weights: Any, n: int, of: str) -> np.ndarray[Any
         weights: What was given.
         n: How many there must be.
         of: What each of them belongs to.
+        name: The name of the argument.
 
     Raises:
         TypeError: If they are not numbers.
@@ -121,23 +122,24 @@ def checked_weights(where: str, weights: Any, n: int, of: str) -> np.ndarray[Any
         array = np.array(weights, np.float64)
     except (TypeError, ValueError):
         raise TypeError(
-            f"{where} expected weights to be numbers, one for each {of}, received {tree.describe(weights)}. Write "
-            "weights=[0.8, 0.2]."
+            f"{where} expected {name} to be numbers, one for each {of}, received {tree.describe(weights)}. Write "
+            f"{name}=[0.8, 0.2]."
         ) from None
     if array.shape != (n,):
         raise ValueError(
             f"{where} expected one weight for each {of}, shape [{n}], received shape {list(array.shape)}. Write "
-            f"weights=np.ones({n}) for equal ones."
+            f"{name}=np.ones({n}) for equal ones."
         )
+    never = "is never drawn" if name == "weights" else "does not count"
     wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
     if wrong.size:
         raise ValueError(
-            f"{where} expected weights that are finite and at least 0, received {float(array[wrong[0]])} at "
-            f"{wrong[0]}. Write weights=np.maximum(weights, 0), or 0 for a {of} that is never drawn."
+            f"{where} expected {name} that are finite and at least 0, received {float(array[wrong[0]])} at "
+            f"{wrong[0]}. Write {name}=np.maximum({name}, 0), or 0 for a {of} that {never}."
         )
     if not array.any():
         raise ValueError(
-            f"{where} expected a weight above 0, received {n} of 0. Write weights=np.ones({n}) for equal ones."
+            f"{where} expected a weight above 0, received {n} of 0. Write {name}=np.ones({n}) for equal ones."
         )
     return array
 
@@ -184,6 +186,15 @@ def moved_weights(stage: str) -> ValueError:
         f"sample(weights, n) expected items in an order that does not depend on the pass, received them after {stage}: "
         "weight i would belong to another item in each pass. Sample first, the draws are in random order already: "
         "Data.from_arrays(x, y).sample(weights, n).batch(64)."
+    )
+
+
+def moved_lengths(stage: str) -> ValueError:
+    """The exception for lengths of items whose order is random."""
+    return ValueError(
+        f"bucket(lengths, edges, batch_size) expected items in an order that does not depend on the pass, received "
+        f"them after {stage}: length i would belong to another row in each pass. Pass a function from row to length, "
+        "bucket(lambda row: len(row[0]), edges, batch_size)."
     )
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "batch_index",
     "chain_chunks",
     "gather_rows",
+    "is_explicit",
     "item_chunks",
     "map_chunks",
     "one_by_one",
@@ -58,7 +59,8 @@ class RowGather:
 
     Args:
         array: A NumPy or JAX array.
-        index: Which rows of the array, those of one batch after those of the other: an index array or a slice.
+        index: Which rows of the array, those of one batch after those of the other: an index array or a slice. Where a
+            slice is beyond the end of the array, its last row fills the batch.
         size: Rows of a batch.
     """
 
@@ -70,7 +72,9 @@ class RowGather:
         flat = out.reshape(-1, *out.shape[2:])
         index = self._at(start, len(out))
         if isinstance(index, slice):
-            flat[...] = self._array[index]
+            rows = self._array[index]
+            flat[: len(rows)] = rows
+            flat[len(rows) :] = self._array[-1]
         elif flat.dtype == self._array.dtype:
             np.take(self._array, index, axis=0, out=flat, mode="clip")  # the other modes go through a buffer
         else:
@@ -80,7 +84,8 @@ class RowGather:
     def on_device(self, start: int, count: int, capacity: int) -> jax.Array:
         """The ``count`` batches from number ``start`` on of a JAX array, filled up to [capacity, size, ...]."""
         index = self._at(start, count)
-        index = np.arange(index.start, index.stop) if isinstance(index, slice) else index
+        if isinstance(index, slice):
+            index = np.minimum(np.arange(index.start, index.stop), len(self._array) - 1)
         rows = np.resize(index, capacity * self._size)  # one program, whatever the count
         return read_rows(self._array, rows).reshape(capacity, self._size, *self._array.shape[1:])
 
@@ -99,7 +104,7 @@ gather_rows: Callable[[jax.Array, Any], jax.Array] = jax.jit(
 
 def _where_rows_lie(array: jax.Array, n: int) -> NamedSharding | None:
     """Where to put ``n`` rows of an array on a mesh of explicit axes, for which JAX does not choose; None elsewhere."""
-    if not _is_explicit(array):
+    if not is_explicit(array):
         return None
     sharding = jax.typeof(array).sharding
     rows, *rest = sharding.spec
@@ -108,7 +113,8 @@ def _where_rows_lie(array: jax.Array, n: int) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(rows if divides else None, *rest))
 
 
-def _is_explicit(array: Any) -> bool:
+def is_explicit(array: Any) -> bool:
+    """Whether an array lies on a mesh of explicit axes."""
     return isinstance(array, jax.Array) and AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
 
 
@@ -154,7 +160,7 @@ def row_chunks(
         length: Batches of a pass.
     """
     # Rows are found again by the identity of the first item's arrays, and those on explicit axes are replaced by fit.
-    alone = any(_is_explicit(array) for array in arrays)
+    alone = any(is_explicit(array) for array in arrays)
 
     def chunks(epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
         rows = order(epoch)

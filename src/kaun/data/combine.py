@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from kaun.data.chunks import Chunk, Chunks, Limit
-from kaun.data.nodes import GetItem, Node, noting_where
+from kaun.data.naming import noting_where
+from kaun.data.nodes import GetItem, Node
 from kaun.data.prefetch import snapshot_item
+from kaun.data.rows import plain_item
 from kaun.data.shuffle import Draws
 
 __all__ = ["concat_node", "filter_node", "mix_node", "zip_node"]
@@ -42,7 +44,8 @@ def concat_node(bases: Sequence[Node]) -> Node:
     by_index = None
     if ends is not None and all(base.by_index for base in bases):
         by_index = _joined(bases, [0, *ends[:-1]])
-    return Node(open, None if ends is None else ends[-1], _all_seekable(bases), by_index, _concat_chunks(bases))
+    length, rows = None if ends is None else ends[-1], _rows(bases)
+    return Node(open, length, _all_seekable(bases), by_index, _concat_chunks(bases), rows=rows)
 
 
 def _joined(bases: Sequence[Node], starts: list[int]) -> Callable[[int | None], GetItem]:
@@ -118,13 +121,13 @@ def _uneven(stage: str, i: int, ended: list[int]) -> ValueError:
 
 def mix_node(bases: Sequence[Node], draws: Draws) -> Node:
     """Items of several pipelines, each from a source that is drawn by weight; it ends where the drawn one has ended."""
-    lengths = _lengths(bases)
+    lengths, rows = _lengths(bases), _rows(bases)
     if lengths is None:
-        return Node(lambda epoch, start: _pulled_mix(bases, draws, epoch, start), None, False, None)
+        return Node(lambda epoch, start: _pulled_mix(bases, draws, epoch, start), None, False, None, rows=rows)
     source, position = _mixture(draws, lengths)
     n = len(source)
     if not _all_seekable(bases):
-        return Node(lambda epoch, start: _pulled_mix(bases, draws, epoch, start), n, False, None)
+        return Node(lambda epoch, start: _pulled_mix(bases, draws, epoch, start), n, False, None, rows=rows)
 
     def open(epoch: int | None, start: int) -> Iterator[Any]:
         opened: dict[int, Iterator[Any]] = {}
@@ -138,7 +141,7 @@ def mix_node(bases: Sequence[Node], draws: Draws) -> Node:
         views = _views(bases, epoch)
         return lambda i: views[source[i]](int(position[i]))
 
-    return Node(open, n, True, by_index if all(base.by_index for base in bases) else None)
+    return Node(open, n, True, by_index if all(base.by_index for base in bases) else None, rows=rows)
 
 
 def _mixture(draws: Draws, lengths: Sequence[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -183,7 +186,7 @@ def _pulled_mix(bases: Sequence[Node], draws: Draws, epoch: int | None, start: i
 
 def filter_node(base: Node, f: Callable[[Any], Any], stage: str) -> Node:
     """The items for which ``f(item)`` is true. Only ``f`` says how many they are, so ``start`` items are made again."""
-    keeps = noting_where(lambda item: bool(f(item)), stage)
+    keeps = noting_where(lambda item: bool(f(plain_item(item))), stage)
 
     def open(epoch: int | None, start: int) -> Iterator[Any]:
         for i, item in enumerate(base.open(epoch, 0)):
@@ -194,7 +197,12 @@ def filter_node(base: Node, f: Callable[[Any], Any], stage: str) -> Node:
                     yield item
             del item
 
-    return Node(open, None, False, None)
+    return Node(open, None, False, None, rows=base.rows, padding=base.padding)
+
+
+def _rows(bases: Sequence[Node]) -> frozenset[str]:
+    """What is known of the rows of some of the items."""
+    return frozenset[str]().union(*(base.rows for base in bases))
 
 
 def _lengths(bases: Sequence[Node]) -> list[int] | None:

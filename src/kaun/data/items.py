@@ -13,7 +13,9 @@ from kaun.data.arguments import function_text
 from kaun.data.collate import outline_of
 from kaun.losses import parts_of
 
-__all__ = ["Item", "LabelledItem", "check_context", "check_loss", "empty_data", "loss_attacher", "not_data"]
+__all__ = [
+    "Item", "LabelledItem", "check_context", "check_loss", "empty_data", "labelled", "loss_attacher", "not_data",
+]  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -87,13 +89,19 @@ class LabelledItem(NamedTuple):
         )
 
 
-def loss_attacher(f: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+def loss_attacher(f: Callable[..., Any]) -> Callable[[Any], Any]:
     """The function that attaches a loss to an item. For a loss of kaun it attaches the ``parts`` of that loss."""
     return functools.partial(_attach_loss, parts_of(f))
 
 
 def _attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
-    """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in place of y.
+    """The item ``(x, y)`` or ``(x, y, ctx)`` with the function ``output -> f(output, y)`` in place of y."""
+    x, y, *ctx = labelled(item)
+    return x, _loss(f, y), *ctx
+
+
+def labelled(item: Any) -> tuple[Any, ...]:
+    """The parts of an item ``(x, y)`` or ``(x, y, ctx)`` that has no loss yet.
 
     Raises:
         TypeError: If it is neither, or has its loss already.
@@ -114,7 +122,7 @@ def _attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
             f"with_loss expected a Context as third element of an item (x, y, ctx), received {outline_of(ctx[0])}. "
             "Give it a name, data.map(lambda b: (b[0], b[1], Context(weights=b[2]))), or make it part of y."
         )
-    return x, _loss(f, y), *ctx
+    return x, y, *ctx
 
 
 def _loss(f: Callable[[Any, Any], Any], y: Any) -> Callable[[Any], Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from kaun.data import convert, libraries
 from kaun.data.items import Item
 from kaun.data.resumable import SKIPPED, ResumableLoader
+from kaun.data.rows import loses_rows
 
 __all__ = ["known_length", "open_items", "open_loader", "opened_loaders"]
 
@@ -87,9 +88,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
         count = 0
         opened_loaders.count += 1
         made = loader()
-        if not hasattr(made, "__iter__"):
-            raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
-        libraries.refuse_forks(made, stage)
+        _check_loader(made, stage)
         if epoch is not None:
             libraries.set_epoch(made, epoch)
         try:
@@ -115,6 +114,15 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
             )
 
     return open
+
+
+def _check_loader(made: Any, stage: str) -> None:
+    """Refuse what a function returned in the place of a loader."""
+    if not hasattr(made, "__iter__"):
+        raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
+    libraries.refuse_forks(made, stage)
+    if rows := getattr(getattr(made, "_node", None), "rows", None):  # it is a Data
+        raise loses_rows(stage, rows, "Use the pipeline itself, in place of a function that returns it")
 
 
 class _Structure:

@@ -19,11 +19,13 @@ from kaun.data.chunks import (
     row_chunks,
     skip_chunks,
     take_chunks,
-)
+)  # fmt: skip
 from kaun.data.collate import ArrayRows
 from kaun.data.loaders import known_length, open_loader
+from kaun.data.naming import note_where, noting_where
 from kaun.data.prefetch import prefetched, snapshot_item
 from kaun.data.resumable import SKIPPED, ResumableLoader
+from kaun.data.rows import Padding, over_items
 from kaun.data.shuffle import item_keys
 
 GetItem = Callable[[int], Any]
@@ -45,6 +47,9 @@ class Node(NamedTuple):
         chunks: Iterates a pass several items at a time, see ``chunks.Chunks``; None if that gains nothing.
         resume: How the stage is opened again from a position of its loader, None if that is not known.
         takes_first: Whether ``open`` has a third argument, a function that it calls with its first item.
+        rows: What is known of the rows of its items, which may be of the class ``rows.RowsItem`` then: ``"where"`` if
+            some are filled, ``"weights"`` if they have weights.
+        padding: How much of a pass of the stage that fills rows is filled; None where that is not known.
     """
 
     open: Callable[..., Iterator[Any]]
@@ -54,6 +59,8 @@ class Node(NamedTuple):
     chunks: Chunks | None = None
     resume: Resume | None = None
     takes_first: bool = False
+    rows: frozenset[str] = frozenset()
+    padding: Padding | None = None
 
 
 class Resume(NamedTuple):
@@ -163,7 +170,9 @@ def loader_node(source: Any, stage: str) -> Node:
 # Stages
 
 
-def map_node(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: bool = False) -> Node:
+def map_node(
+    base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: bool = False, takes_rows: bool = False
+) -> Node:
     """The items ``f(item)``.
 
     Args:
@@ -171,7 +180,9 @@ def map_node(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: b
         f: The function.
         stage: The stage as the pipeline prints it, for messages.
         keeps_arrays: Whether ``f`` reads no array of an item, and passes all of them on.
+        takes_rows: Whether ``f`` takes also what is known of the rows of an item.
     """
+    f = over_items(f) if base.rows and not takes_rows else f
     call = noting_where(f, stage)
 
     def open(epoch: int | None, start: int, first: Callable[[Any], None] | None = None) -> Iterator[Any]:
@@ -181,7 +192,7 @@ def map_node(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: b
             try:
                 made = f(item)
             except Exception as error:
-                _note_where(error, stage, i)
+                note_where(error, stage, i)
                 raise
             if first is not None:
                 first = first(made)
@@ -191,12 +202,13 @@ def map_node(base: Node, f: Callable[[Any], Any], stage: str, *, keeps_arrays: b
     by_index = _by_index_of(base, lambda get: lambda i: call(i, get(i)))
     chunks = map_chunks(base.chunks, call) if keeps_arrays else None
     resume = _resume_of(base, lambda node: map_node(node, _but_skipped(f), stage))
-    return _over(base, open=open, by_index=by_index, chunks=chunks, resume=resume, takes_first=True)
+    rows: frozenset[str] = frozenset() if takes_rows else base.rows
+    return _over(base, open=open, by_index=by_index, chunks=chunks, resume=resume, takes_first=True, rows=rows)
 
 
 def random_map_node(base: Node, f: Callable[[jax.Array, Any], Any], key: jax.Array, stage: str) -> Node:
     """The items ``f(key, item)``, with a key that is a function of ``key``, the pass and the index of the item."""
-    call = noting_where(f, stage)
+    call = noting_where(over_items(f) if base.rows else f, stage)
 
     def open(epoch: int | None, start: int) -> Iterator[Any]:
         keys = item_keys(key, epoch)
@@ -239,14 +251,15 @@ def group_count(n: int, size: int, drop_last: bool) -> int:
     return n // size if drop_last else -(-n // size)
 
 
-def shuffle_node(by_index: Callable[[int | None], GetItem], n: int, order: Callable[[int | None], Any]) -> Node:
-    """``n`` items in the order of the pass."""
+def shuffle_node(base: Node, n: int, order: Callable[[int | None], Any]) -> Node:
+    """``n`` items of a stage that has items by index, in the order of the pass."""
 
     def shuffled(epoch: int | None) -> GetItem:
-        get, rows = by_index(epoch), order(epoch)
+        assert base.by_index is not None
+        get, rows = base.by_index(epoch), order(epoch)
         return lambda i: get(int(rows[i]))
 
-    return index_node(n, shuffled)
+    return index_node(n, shuffled)._replace(rows=base.rows, padding=base.padding)
 
 
 def epochs_node(base: Node, count: int, at: tuple[int, int, int] = (0, 0, 0)) -> Node:
@@ -281,7 +294,7 @@ def epochs_node(base: Node, count: int, at: tuple[int, int, int] = (0, 0, 0)) ->
         return _over(base, open=open, chunks=None, resume=resume)
     by_index = None if base.by_index is None else functools.partial(_across_passes, base.by_index, count, length)
     chunks = chain_chunks(base.chunks, count, length) if base.seekable else None
-    return Node(open, count * length, base.seekable, by_index, chunks, resume)
+    return Node(open, count * length, base.seekable, by_index, chunks, resume, rows=base.rows, padding=base.padding)
 
 
 def pass_node(base: Node, e: int) -> Node:
@@ -365,29 +378,3 @@ def _across_passes(by_index: Callable[[int | None], GetItem], count: int, length
         return view(e)(j)
 
     return get
-
-
-# Exceptions
-
-
-def noting_where(f: Callable[..., Any], stage: str) -> Callable[..., Any]:
-    """``f`` called with (index, item), or with the index alone by a source; its exceptions name stage and item."""
-
-    def call(i: int, *item: Any) -> Any:
-        try:
-            return f(*item) if item else f(i)
-        except Exception as error:
-            _note_where(error, stage, i)
-            raise
-
-    return call
-
-
-def _note_where(error: Exception, stage: str, i: int) -> None:
-    """Add the stage and the item to an exception of a user's function; the caller raises it again."""
-    if isinstance(error, StopIteration):
-        raise RuntimeError(
-            f"StopIteration in {stage}, item {i}: it would silently end the pipeline at this item. An iterator in "
-            "your function has no item left: call next(iterator, default), or use an iterator with enough items."
-        ) from error
-    error.add_note(f"In the data pipeline's {stage}, item {i} (counted from 0).")

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import numpy as np
 
-from kaun.data import arguments, collate, combine, nodes
+from kaun._loss import Loss
+from kaun.context import Context
+from kaun.data import arguments, buckets, collate, combine, nodes
 from kaun.data.arguments import checked_count, checked_weights, function_text
 from kaun.data.items import loss_attacher
 from kaun.data.nodes import Node, StageSpec, every_stage
+from kaun.data.rows import Padding, loses_rows, row_loss_attacher
 from kaun.data.shuffle import Draws, Orders, draw_key
 from kaun.data.sources import Sources
+from kaun.data.types import LossOfLabels, Unknown
 
 __all__ = ["Data", "make_data"]
 
 T = TypeVar("T", covariant=True)
 U = TypeVar("U")
+X = TypeVar("X")
 
 
 class Data(Sources[T]):
@@ -107,6 +112,7 @@ class Data(Sources[T]):
             [[1, 2], [3, 4], [5]]
         """
         n, drop_last = checked_count("batch(n)", "n", n, 1), bool(drop_last)
+        self._refuse_rows("batch(n)")
         stage = f".batch({n}{', drop_last=True' * drop_last})"
         node = nodes.group_node(self._node, n, collate.stack_all, drop_last, stage)
         return self._then(node, stage, n=n, drop_last=drop_last)
@@ -122,18 +128,105 @@ class Data(Sources[T]):
             [3, 7]
         """
         n, drop_last = checked_count("map_batch(n, f)", "n", n, 1), bool(drop_last)
+        self._refuse_rows("map_batch(n, f)")
         stage = f".map_batch({n}, {function_text('map_batch', f)}{', drop_last=True' * drop_last})"
         return self._then(nodes.group_node(self._node, n, f, drop_last, stage), stage, n=n, f=f, drop_last=drop_last)
 
-    def with_loss(self, f: Callable[[Any, Any], Any]) -> Data[Any]:
+    def bucket(
+        self, length: Callable[[T], int] | Sequence[int] | np.ndarray[Any, Any], edges: Sequence[int], batch_size: int
+    ) -> Data[Any]:
+        """Batches of rows of similar lengths, padded with zeros to the upper edge of their bucket.
+
+        A row belongs to the first edge that is not below its length. A batch comes when its last row does; those that
+        are not full come at the end of a pass, filled as by ``batches(..., pad=True)``. So there is one shape, and one
+        compilation, for each edge. Shuffle before ``bucket``, so that each pass puts other rows together.
+
+        Items ``(x, y)`` become ``(x, y, ctx)`` with the context names ``attention_mask`` (bool [batch_size, edge], True
+        for what is no padding) and ``row_mask`` (bool [batch_size]); ``predict`` uses that context also after
+        ``map(lambda b: b[0])``. Labels that are padded are masked in the loss and in metrics.
+
+        Args:
+            length: A function from a row to its length, an int of at least 1, which is called for every row here
+                already, if rows have an index and come without ``random_map`` or ``sample``; or the lengths of all
+                rows in their order, integers [rows], where reading rows is slow. With a function after a shuffle, and
+                for a stream, ``skip`` and a resumed run make the rows of the pass before again.
+            edges: The longest row of each bucket, rising.
+            batch_size: Rows of a batch.
+
+        Returns:
+            The batches. Arrays whose axis 0 has the length of the row are padded, the others are stacked as they are.
+
+        Raises:
+            TypeError: If an argument is of another kind.
+            ValueError: If a row is longer than the last edge, edges do not rise, or there is not one length for each
+                row; in iteration for a stream, or if rows cannot be stacked.
+
+        Examples:
+            >>> rows = [np.array([3, 1]), np.array([4]), np.array([1, 5, 9, 2])]
+            >>> data = Data.from_items(rows).map(lambda tokens: (tokens, 0)).bucket(lambda row: len(row[0]), [2, 4], 2)
+            >>> for x, y, ctx in data:
+            ...     print(x.tolist(), ctx["row_mask"])
+            [[3, 1], [4, 0]] [ True  True]
+            [[1, 5, 9, 2], [1, 5, 9, 2]] [ True False]
+        """
+        size, checked = checked_count(buckets.WHERE, "batch_size", batch_size, 1), buckets.checked_edges(edges)
+        self._refuse_rows(buckets.WHERE)
+        keyed = [s for s in every_stage(self._stages) if s.given.get("key") is not None and s.name != "Data.mix"]
+        same = all(stage.name not in ("Data.random_map", "Data.sample") for stage in keyed)
+        given: dict[str, Any] = {"f": length}
+        if not callable(length):
+            n = self._node.length
+            if self._node.by_index is None or n is None:
+                raise arguments.no_index(buckets.WHERE, repr(self))
+            if keyed and not all(stage.name == "Data.random_map" for stage in keyed):
+                raise arguments.moved_lengths(keyed[0].text)
+            given = {"lengths": buckets.checked_lengths(length, checked, n)}
+        name = function_text("bucket", length) if callable(length) else collate.outline_of(given["lengths"])
+        stage = f".bucket({name}, edges={list(checked)}, batch_size={size})"
+        kinds = buckets.Buckets(checked, size)
+        node = buckets.bucket_node(self._node, next(iter(given.values())), kinds, stage, same=same, fixed=not keyed)
+        return self._then(node, stage, **given, edges=list(checked), batch_size=size)
+
+    @property
+    def padding(self) -> Padding | None:
+        """How much of a pass ``pad=True`` or ``bucket`` fills, before ``skip``, ``take`` and ``epochs``.
+
+        A named tuple of ``rows`` (of the data), ``filled_rows``, ``tokens`` (the sum of lengths) and ``filled_tokens``
+        (both 0 without ``bucket``). None if nothing is filled, or the lengths are not known.
+
+        Examples:
+            >>> Data.batches(np.zeros((5, 2)), batch_size=4, pad=True).padding
+            Padding(rows=5, filled_rows=3, tokens=0, filled_tokens=0)
+        """
+        return self._node.padding
+
+    @overload
+    def with_loss(self: Data[Unknown], f: LossOfLabels) -> Data[Any]: ...
+
+    @overload
+    def with_loss(self: Data[tuple[X, Any]], f: LossOfLabels) -> Data[tuple[X, Loss]]: ...
+
+    @overload
+    def with_loss(self: Data[tuple[X, Any, Context]], f: LossOfLabels) -> Data[tuple[X, Loss, Context]]: ...
+
+    @overload
+    def with_loss(self, f: LossOfLabels) -> Data[Any]: ...
+
+    def with_loss(self: Data[Any], f: LossOfLabels) -> Data[Any]:
         """The items that ``fit`` takes: ``(x, y)`` become ``(x, output -> f(output, y))``, ``(x, y, ctx)`` keep ctx.
+
+        Where rows are filled, by ``pad=True`` or ``bucket``, the loss is ``output -> f(output, y, where=row_mask)`` and
+        the items are ``(x, loss, ctx)`` with ``row_mask`` in ctx. With ``sample_weights`` it is ``f(output, y, weights=
+        weights)``, with the weights of these rows.
 
         Args:
             f: The loss, ``f(output, y)``. For a loss of ``kaun.losses``, also in a ``functools.partial``, its ``parts``
-                are used, which give a ``losses.Mean``.
+                are used, which give a ``losses.Mean``. Another function has to take ``where=`` and ``weights=``, if
+                rows are filled or weighted, and to return a ``losses.Mean`` then.
 
         Raises:
-            TypeError: If ``f`` is not callable; in iteration, if an item is neither such a pair nor such a triple.
+            TypeError: If ``f`` is not callable, or does not take ``where=`` or ``weights=`` where it has to; in
+                iteration, if an item is neither such a pair nor such a triple.
 
         Examples:
             >>> data = Data.from_items([(1.0, 3.0)]).with_loss(lambda output, y: abs(output - y))
@@ -141,7 +234,9 @@ class Data(Sources[T]):
             [2.0]
         """
         stage = f".with_loss({function_text('with_loss', f)})"
-        node = nodes.map_node(self._node, loss_attacher(f), stage, keeps_arrays=True)
+        rows = self._node.rows
+        attach = row_loss_attacher(f, rows) if rows else loss_attacher(f)
+        node = nodes.map_node(self._node, attach, stage, keeps_arrays=True, takes_rows=True)
         return self._then(node, stage, f=f)
 
     def shuffle(self) -> Data[T]:
@@ -161,11 +256,11 @@ class Data(Sources[T]):
             >>> list(data) == list(data), sorted(data)
             (True, [1, 2, 3, 4])
         """
-        base, n = self._node.by_index, self._node.length
-        if base is None or n is None:
+        n = self._node.length
+        if self._node.by_index is None or n is None:
             raise arguments.no_index("shuffle()", repr(self))
         orders = Orders("shuffle()", n)
-        return self._then(nodes.shuffle_node(base, n, orders), ".shuffle()", key=orders.key)
+        return self._then(nodes.shuffle_node(self._node, n, orders), ".shuffle()", key=orders.key)
 
     def sample(self, weights: Sequence[float] | np.ndarray[Any, Any], n: int) -> Data[T]:
         """Draw ``n`` items by weight, with replacement; other ones in each epoch. Draws one key when called.
@@ -191,8 +286,8 @@ class Data(Sources[T]):
             >>> [round(list(data).count(item) / 1000, 1) for item in ("often", "never", "rare")]
             [0.9, 0.0, 0.1]
         """
-        base, length = self._node.by_index, self._node.length
-        if base is None or length is None:
+        length = self._node.length
+        if self._node.by_index is None or length is None:
             raise arguments.no_index("sample(weights, n)", repr(self))
         for stage in every_stage(self._stages):
             if stage.given.get("key") is not None and stage.name not in ("Data.mix", "Data.random_map"):
@@ -200,7 +295,7 @@ class Data(Sources[T]):
         n = checked_count("sample(weights, n)", "n", n, 0)
         checked = checked_weights("sample(weights, n)", weights, length, "item")
         draws = Draws("sample(weights, n)", checked)
-        node = nodes.shuffle_node(base, n, lambda epoch: draws(epoch or 0, n))
+        node = nodes.shuffle_node(self._node, n, lambda epoch: draws(epoch or 0, n))
         stage = f".sample({collate.outline_of(checked)}, {n})"
         return self._then(node, stage, weights=checked, n=n, key=draws.key)
 
@@ -282,6 +377,12 @@ class Data(Sources[T]):
         """
         n = checked_count("prefetch(n)", "n", n, 1)
         return self._then(nodes.prefetch_node(self._node, n), f".prefetch({n})", n=n)
+
+    def _refuse_rows(self, stage: str) -> None:
+        """Refuse a stage that puts batches together, if something is known of their rows."""
+        if self._node.rows:
+            fix = "Make batches of the wanted size at once: Data.batches(arrays, batch_size, pad=True)"
+            raise loses_rows(stage, self._node.rows, fix)
 
 
 def make_data(node: Node, *stages: StageSpec) -> Data[Any]:

@@ -14,6 +14,7 @@ import jax
 from kaun import tree
 from kaun._loss import snapshot_loss
 from kaun.data.items import Item
+from kaun.data.rows import RowsItem
 
 __all__ = ["prefetched", "snapshot_item"]
 
@@ -26,6 +27,8 @@ def snapshot_item(item: Any) -> Any:
     if Item.is_training_item(item):
         parts = _snapshot(item[0]), snapshot_loss(item[1]), *map(_snapshot, item[2:])
         return list(parts) if isinstance(item, list) else parts
+    if isinstance(item, RowsItem):
+        return item.with_item(snapshot_item(item.item))  # the rows are kaun's own, and stay as they are
     return _snapshot(item)
 
 

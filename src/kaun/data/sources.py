@@ -1,13 +1,14 @@
-"""What makes a ``Data``: the class methods, and what every pipeline is: iterated, immutable, printed."""
+"""What makes a ``Data``: its class methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
+import jax
 import numpy as np
 
-from kaun.data import arguments, collate, combine, nodes
+from kaun.data import collate, combine, nodes
 from kaun.data.arguments import (
     checked_batch_size,
     checked_count,
@@ -17,10 +18,12 @@ from kaun.data.arguments import (
     checked_weights,
     function_text,
 )
+from kaun.data.base import Pipeline
 from kaun.data.folds import FoldPart, fold_rows
-from kaun.data.nodes import Node, StageSpec
-from kaun.data.passes import as_generator, watch_of
+from kaun.data.padding import RowOptions, row_batches_node
+from kaun.data.rows import loses_rows
 from kaun.data.shuffle import Draws, Orders
+from kaun.data.types import Unknown
 
 if TYPE_CHECKING:
     from kaun.data.pipeline import Data
@@ -34,18 +37,10 @@ B = TypeVar("B")
 C = TypeVar("C")
 
 
-class Sources(Generic[T]):
-    """The part of ``Data`` that makes pipelines and iterates them. ``Data`` is its only subclass."""
+class Sources(Pipeline[T]):
+    """The part of ``Data`` that makes pipelines. ``Data`` is its only subclass."""
 
-    __slots__ = ("__weakref__", "_node", "_stages")
-    _node: Node
-    _stages: tuple[StageSpec, ...]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(
-            "Data is made by its class methods: Data.batches((x, y), batch_size=64) for arrays, Data.from_items(items) "
-            "for a list, Data.from_iterable(loader) for a loader."
-        )
+    __slots__ = ()
 
     @classmethod
     def from_items(cls, items: Sequence[U]) -> Data[U]:
@@ -62,6 +57,38 @@ class Sources(Generic[T]):
         held = checked_sequence("Data.from_items", items)
         stage = f"Data.from_items({len(held)} items)"
         return cls._source(nodes.items_node(held, stage), stage, items=held)
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Unknown, /) -> Data[Any]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: jax.Array, /) -> Data[jax.Array]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Unknown, b: Unknown, /) -> Data[tuple[Any, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: jax.Array, b: jax.Array, /) -> Data[tuple[jax.Array, jax.Array]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Any, b: Any, /) -> Data[tuple[Any, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Any, b: Any, c: Any, /) -> Data[tuple[Any, Any, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, a: Any, b: Any, c: Any, d: Any, /) -> Data[tuple[Any, Any, Any, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_arrays(cls, *arrays: Any) -> Data[Any]: ...
 
     @classmethod
     def from_arrays(cls, *arrays: Any) -> Data[Any]:
@@ -141,8 +168,32 @@ class Sources(Generic[T]):
         stage = f"Data.from_iterable({name})"
         return cls._source(nodes.loader_node(source, stage), stage, source=source)
 
+    # With pad=True the items of with_loss have a context more, of which the type of the arrays does not know.
+    @overload
     @classmethod
-    def batches(cls, arrays: U, batch_size: int, shuffle: bool = False, drop_last: bool = False) -> Data[U]:
+    def batches(
+        cls, arrays: U, batch_size: int, shuffle: bool = False, drop_last: bool = False, *,
+        pad: Literal[False] = False, sample_weights: Any = None,
+    ) -> Data[U]: ...  # fmt: skip
+
+    @overload
+    @classmethod
+    def batches(
+        cls, arrays: Any, batch_size: int, shuffle: bool = False, drop_last: bool = False, *,
+        pad: bool, sample_weights: Any = None,
+    ) -> Data[Any]: ...  # fmt: skip
+
+    @classmethod
+    def batches(
+        cls,
+        arrays: Any,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        *,
+        pad: bool = False,
+        sample_weights: Any = None,
+    ) -> Data[Any]:
         """The batches of arrays in memory: each is the same tree, with ``batch_size`` rows of every array.
 
         NumPy in, NumPy out: read-only views of the arrays when in order, new arrays when shuffled. JAX arrays stay on
@@ -154,10 +205,17 @@ class Sources(Generic[T]):
             shuffle: Whether rows come in a random order, another one in each epoch, as with ``Data.shuffle``. Default
                 False. Draws one key from the RNG scope when called.
             drop_last: Whether a last batch that is not full is left out. Default False.
+            pad: Whether a last batch that is not full is filled, with its last row again, so that one program serves
+                all batches. Filled rows count nowhere: ``with_loss`` masks them in the loss and adds the context name
+                ``row_mask`` (bool [batch_size]), ``evaluate`` leaves them out, and ``predict`` cuts them off. Default
+                False.
+            sample_weights: The weight of each row in the loss and in metrics, numbers [rows], finite and at least 0.
+                The loss and the metrics receive them as ``weights=``. Default: 1.
 
         Raises:
-            TypeError: If a leaf is not an array.
-            ValueError: If lengths differ, an array is a scalar, or there is none.
+            TypeError: If a leaf is not an array, or the weights are not numbers.
+            ValueError: If lengths differ, an array is a scalar, or there is none; with both ``pad`` and ``drop_last``;
+                if a weight is negative or not finite, or all are 0.
 
         Examples:
             >>> from kaun import Data
@@ -169,13 +227,37 @@ class Sources(Generic[T]):
         size, drop_last = checked_batch_size("Data.batches", batch_size), bool(drop_last)
         rows = collate.ArrayRows("Data.batches", arrays)
         orders = Orders("Data.batches(..., shuffle=True)", rows.length) if shuffle else None
-        node = nodes.batches_node(rows, size, drop_last, orders or (lambda epoch: None))
+        options = RowOptions.checked("Data.batches", pad, sample_weights, rows.length, drop_last=drop_last)
+        node = row_batches_node(rows, size, options, orders or (lambda epoch: None), drop_last=drop_last)
         settings = f"batch_size={size}" + ", shuffle=True" * bool(shuffle) + ", drop_last=True" * drop_last
-        text = f"Data.batches({collate.outline_of(arrays)}, {settings})"
-        return cls._source(node, text, arrays=arrays, batch_size=size, drop_last=drop_last, key=orders and orders.key)
+        text = f"Data.batches({collate.outline_of(arrays)}, {settings}{options.text})"
+        given = {"arrays": arrays, "batch_size": size, "drop_last": drop_last, "key": orders and orders.key}
+        return cls._source(node, text, **given, **options.given)
+
+    @overload
+    @classmethod
+    def folds(
+        cls, arrays: U, k: int, batch_size: int, shuffle: bool = False, *,
+        pad: Literal[False] = False, sample_weights: Any = None,
+    ) -> list[tuple[Data[U], Data[U]]]: ...  # fmt: skip
+
+    @overload
+    @classmethod
+    def folds(
+        cls, arrays: Any, k: int, batch_size: int, shuffle: bool = False, *, pad: bool, sample_weights: Any = None
+    ) -> list[tuple[Data[Any], Data[Any]]]: ...
 
     @classmethod
-    def folds(cls, arrays: U, k: int, batch_size: int, shuffle: bool = False) -> list[tuple[Data[U], Data[U]]]:
+    def folds(
+        cls,
+        arrays: Any,
+        k: int,
+        batch_size: int,
+        shuffle: bool = False,
+        *,
+        pad: bool = False,
+        sample_weights: Any = None,
+    ) -> list[tuple[Data[Any], Data[Any]]]:
         """Pairs of a training and a validation pipeline of batches, for cross-validation: a list of ``k``.
 
         Each row is in one validation pipeline, and in the training pipelines of all other pairs. Folds differ by at
@@ -187,9 +269,11 @@ class Sources(Generic[T]):
             batch_size: The rows of a batch; the last one has what remains.
             shuffle: Whether rows are put into folds at random, and those of a training pipeline come in another random
                 order in each epoch. Default False: folds are consecutive rows. Draws one key from the RNG scope.
+            pad: As for ``batches``.
+            sample_weights: As for ``batches``: each pipeline has those of its rows.
 
         Raises:
-            TypeError: If a leaf is not an array.
+            TypeError: If a leaf is not an array, or the weights are not numbers.
             ValueError: as ``batches``, and when there are fewer rows than folds.
             RuntimeError: with ``shuffle``, inside compiled code.
 
@@ -203,11 +287,13 @@ class Sources(Generic[T]):
         """
         size, k = checked_batch_size("Data.folds", batch_size), checked_count("Data.folds", "k", k, 2)
         rows = collate.ArrayRows("Data.folds", arrays)
-        text = f"Data.folds({collate.outline_of(arrays)}, k={k}, batch_size={size}{', shuffle=True' * bool(shuffle)})"
+        options = RowOptions.checked("Data.folds", pad, sample_weights, rows.length)
+        settings = f"k={k}, batch_size={size}" + ", shuffle=True" * bool(shuffle) + options.text
+        text = f"Data.folds({collate.outline_of(arrays)}, {settings})"
 
-        def batches(fold: int, i: int, part: FoldPart) -> Data[U]:
-            node = nodes.batches_node(rows, size, False, part.order, len(part.rows))
-            given = {"arrays": arrays, "k": k, "batch_size": size, "rows": part.rows, "key": part.key}
+        def batches(fold: int, i: int, part: FoldPart) -> Data[Any]:
+            node = row_batches_node(rows, size, options, part.order, len(part.rows))
+            given = {"arrays": arrays, "k": k, "batch_size": size, "rows": part.rows, "key": part.key, **options.given}
             return cls._source(node, f"{text}[{fold}][{i}]", fold=fold, part=("training", "validation")[i], **given)
 
         parts = enumerate(fold_rows(rows.length, k, shuffle))
@@ -259,6 +345,9 @@ class Sources(Generic[T]):
             [(1, 'a'), (2, 'b')]
         """
         checked_pipelines("Data.zip(*sources)", sources, Sources)
+        if any(source._node.rows for source in sources):
+            fix = "Zip the arrays in place of the pipelines: Data.batches((x, y, z), batch_size, pad=True)"
+            raise loses_rows("Data.zip(*sources)", frozenset[str]().union(*(s._node.rows for s in sources)), fix)
         lengths = [s._node.length or 0 for s in sources if s._node.seekable]
         if len(set(lengths)) > 1:
             raise ValueError(
@@ -300,52 +389,6 @@ class Sources(Generic[T]):
         text = _text("mix", held, checked.tolist())
         node = combine.mix_node([s._node for s in held], draws)
         return cls._combined(node, text, held, weights=checked, key=draws.key)
-
-    def __iter__(self) -> Iterator[T]:
-        # Always a generator, so that whoever iterates can close() it and with it the threads of prefetch. One that the
-        # last stage makes is used without a frame around it: fit pulls an item for each step.
-        node, first = self._node, watch_of(self._stages)
-        return node.open(None, 0, first) if node.takes_first else as_generator(node.open, first)
-
-    def __len__(self) -> int:
-        if self._node.length is None:
-            raise arguments.no_length(repr(self))
-        return self._node.length
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"Data is immutable; each method returns a new one, data = data.map(f), not .{name} =.")
-
-    def __copy__(self) -> Data[T]:
-        return cast("Data[T]", self)  # immutable, like a str
-
-    def __deepcopy__(self, memo: Any) -> Data[T]:
-        return cast("Data[T]", self)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise arguments.not_picklable(repr(self))
-
-    def __repr__(self) -> str:
-        texts = [stage.text for stage in self._stages]
-        return "".join(texts) if sum(map(len, texts)) <= 100 else "\n  ".join(texts)
-
-    def _then(self, node: Node, text: str, **given: Any) -> Data[Any]:
-        return self._made(node, *self._stages, StageSpec(text, given, node.length))
-
-    @classmethod
-    def _made(cls, node: Node, *stages: StageSpec) -> Data[Any]:
-        """A pipeline of a node; ``stages`` say what the user wrote, the source first."""
-        data = object.__new__(cls)
-        object.__setattr__(data, "_node", node)
-        object.__setattr__(data, "_stages", stages)
-        return cast("Data[Any]", data)
-
-    @classmethod
-    def _source(cls, node: Node, text: str, **given: Any) -> Data[Any]:
-        return cls._made(node, StageSpec(text, given, node.length))
-
-    @classmethod
-    def _combined(cls, node: Node, text: str, sources: Sequence[Data[Any]], **given: Any) -> Data[Any]:
-        return cls._source(node, text, sources=tuple(s._stages for s in sources), **given)
 
 
 def _text(verb: str, sources: Sequence[Data[Any]], weights: list[float] | None = None) -> str:

@@ -13,8 +13,9 @@ from kaun import tree
 from kaun._engine import StepInputs
 from kaun._loss import snapshot_loss
 from kaun.context import Context
-from kaun.data import Data, LabelledItem, empty_data, known_length, open_items
+from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
+from kaun.evaluation.rows import RowMetrics
 from kaun.evaluation.totals import Metric, MetricTotals, check_metrics, with_counts
 from kaun.metrics import run_ahead
 
@@ -31,19 +32,24 @@ def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Con
         ctx: The context of all items; an item's own context overrides its names.
     """
     metrics = check_metrics("evaluate", metrics)
-    totals = MetricTotals(metrics)
+    totals, of_rows = MetricTotals(metrics), RowMetrics(metrics)
 
     def compute(item: Any, number: int) -> Any:
+        item, rows = _with_rows(item)
         x, y, own = LabelledItem.parse(item, number)
+        weighted = None if rows is None else of_rows.of(rows, y)
+        if rows is not None:
+            own = rows.merged(own)
+            x, y, own = (x, y, own) if weighted is not None else rows.real((x, y, own))
         # The metrics are captured again for each item, as a loss is: they may read what changes between two items.
-        captured = _snapshots(metrics)
+        captured = _snapshots(weighted or {name: with_counts(metric) for name, metric in metrics.items()})
         return run(StepInputs({"x": x, "y": y}, captured, ctx.merge(own) if ctx is not None else own, "item"))
 
     expected = (
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
         "To make them from arrays, write Data.batches((x, y), batch_size=256)."
     )
-    with open_items(data, expected) as items:
+    with open_items(with_rows(data), expected) as items:
         if not run_ahead(items, compute, totals.take):
             raise empty_data("evaluate")
     return totals.results()
@@ -59,9 +65,11 @@ def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | No
     """
     outputs = _Outputs(known_length(data))
 
-    def compute(x: Any, number: int) -> Any:
+    def compute(item: Any, number: int) -> Any:
+        x, rows = _with_rows(item)
+        own = ctx if rows is None or rows.ctx is None else (ctx or Context()).merge(rows.ctx)
         try:
-            output = run(StepInputs(x, None, ctx))
+            output = run(StepInputs(x, None, own))
         except (TypeError, ValueError) as error:
             if isinstance(x, tuple):
                 error.add_note(
@@ -69,21 +77,26 @@ def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | No
                     "trainer.predict(state, data.map(lambda b: b[0]))."
                 )
             raise
-        outputs.check(output, number)
-        return jax.tree_util.tree_leaves(output)
+        outputs.check(output, number, rows)
+        return jax.tree_util.tree_leaves(output), rows
 
-    items: Any = iter(data)
+    items: Any = iter(with_rows(data))
     with contextlib.closing(items):
         if not run_ahead(items, compute, outputs.take):
             raise empty_data("predict")
     return jax.tree_util.tree_unflatten(outputs.structure, outputs.rows())
 
 
+def _with_rows(item: Any) -> tuple[Any, RowInfo | None]:
+    """An item, and what is known of its rows."""
+    return (item.item, item.rows) if isinstance(item, RowsItem) else (item, None)
+
+
 def _snapshots(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     captured: dict[str, Any] = {}
     for name, metric in metrics.items():
         try:
-            captured[name] = snapshot_loss(with_counts(metric))
+            captured[name] = snapshot_loss(metric)
         except CaptureError as error:
             error.add_note(f"In metric {name!r}, which evaluate compiles as a step compiles its loss.")
             raise
@@ -104,7 +117,7 @@ class _Outputs:
         self._buffers: list[Any] = []
         self._used: list[int] = []
 
-    def check(self, output: Any, number: int) -> None:
+    def check(self, output: Any, number: int, known: RowInfo | None) -> None:
         """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are checked."""
         leaves = tree.flatten(output)[0]
         structure = jax.tree_util.tree_structure(output)
@@ -113,6 +126,14 @@ class _Outputs:
             raise ValueError(
                 f"predict concatenates the outputs of a Data along axis 0, but the output{_at(scalar)} of item "
                 f"{number} is a scalar. Call predict for each item: [trainer.predict(state, x) for x in data]."
+            )
+        size = None if known is None or known.mask is None else len(known.mask)
+        other = next((path for path, leaf in leaves.items() if size not in (None, leaf.shape[0])), None)
+        if other is not None:
+            raise ValueError(
+                f"predict cuts filled rows off the outputs of a padded Data, but the output{_at(other)} of item "
+                f"{number} has {leaves[other].shape[0]} rows for {size} of x: it is not known which are filled. Return "
+                "one row for each of x, or leave pad=True out."
             )
         rows = [(leaf.shape[1:], leaf.dtype) for leaf in leaves.values()]
         if self.structure is None:
@@ -125,13 +146,14 @@ class _Outputs:
                 + ". Pad the inputs to one shape, or call predict for each item."
             )
 
-    def take(self, batches: list[list[Any]]) -> None:
-        """Read some outputs from the device, and append them."""
-        for leaves in batches:
+    def take(self, batches: list[tuple[list[Any], RowInfo | None]]) -> None:
+        """Read some outputs from the device, and append them without filled rows."""
+        for leaves, known in batches:
             if not self._buffers:
                 self._buffers = [np.empty((self._length * a.shape[0], *a.shape[1:]), a.dtype) for a in leaves]
                 self._used = [0] * len(leaves)
-            for i, new in enumerate(map(np.asarray, leaves)):
+            leaves = list(map(np.asarray, leaves))
+            for i, new in enumerate(leaves if known is None else known.real(leaves)):
                 start, end = self._used[i], self._used[i] + len(new)
                 if end > len(self._buffers[i]):
                     grown = np.empty((max(end, 2 * start), *new.shape[1:]), new.dtype)

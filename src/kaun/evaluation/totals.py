@@ -18,7 +18,7 @@ from kaun.metrics import BatchMean, Counted, Counts, MetricSums, Part, Ratio, re
 
 __all__ = ["Metric", "MetricTotals", "PackedMetrics", "check_metrics", "part_of", "with_counts"]
 
-Metric = Callable[[Any, Any], Any]
+Metric = Callable[..., Any]
 _AT_ONCE, _MOST_BYTES = 64, 1 << 20  # batches on the host that are added up in one go: NumPy costs by the call
 
 
@@ -54,8 +54,8 @@ def with_counts(metric: Metric) -> Metric:
     return losses.parts_of(metric) if parts is None else functools.partial(_as_counts, parts.counts)
 
 
-def _as_counts(counts: Metric, predictions: Any, targets: Any) -> Counts:
-    return Counts(counts(predictions, targets))
+def _as_counts(counts: Metric, predictions: Any, targets: Any, **rows: Any) -> Counts:
+    return Counts(counts(predictions, targets, **rows))
 
 
 def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Part:

@@ -152,7 +152,8 @@ class _Adapter:
         if training and frozen:
             before = {path: pick(vars.state, path) for path in after}
             check_unchanged(self.name, frozen.part, before, after, "interop.equinox({})")
-        return y, vars.replace(state=check_structure(self.name, vars.state, nested(after), fix))
+        filled = self.keywords.counts_filled_rows(training=training, ctx=ctx)
+        return y, vars.replace(state=check_structure(self.name, vars.state, nested(after), fix, filled=filled))
 
     def called(self, module: Any, state: Any, x: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
         def one(x: Any, state: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:

@@ -116,6 +116,7 @@ class _Adapter:
         state = check_structure(
             self.name, vars.state, nested({path: after[path] for path in self.state}),
             "Make the variable in __init__, with the shape that it has after the call.",
+            filled=self.keywords.counts_filled_rows(training=training, ctx=ctx),
         )  # fmt: skip
         return y, vars.replace(state=state)
 

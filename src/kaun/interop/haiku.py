@@ -103,7 +103,8 @@ class _Adapter:
         else:
             y, after = self.evaluated(call)
         fix = "Give hk.get_state and hk.set_state the same shape at init and in every call."
-        return y, vars.replace(state=check_structure(self.name, vars.state, plain(after), fix))
+        filled = self.keywords.counts_filled_rows(training=training, ctx=ctx)
+        return y, vars.replace(state=check_structure(self.name, vars.state, plain(after), fix, filled=filled))
 
     def trained(self, vars: Vars, call: Callable[..., Any]) -> tuple[Any, Any]:
         """The output in training, and the state after it."""

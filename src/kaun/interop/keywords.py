@@ -72,6 +72,10 @@ class Keywords:
         found = {name: ctx[name] for name, needed in named.items() if name not in SWITCHES and (needed or name in ctx)}
         return switches | found
 
+    def counts_filled_rows(self, *, training: bool, ctx: Context) -> bool:
+        """Whether statistics that the call takes in training are of filled rows too: it does not take ``row_mask``."""
+        return training and "row_mask" in ctx and "row_mask" not in self.required
+
 
 def origins(value: Any) -> list[str]:
     """The names of the modules of a value's class and of its bases."""
@@ -138,11 +142,19 @@ def plain(values: Any) -> Any:
     return values
 
 
-def check_structure(name: str, before: Any, after: Any, fix: str) -> Any:
+def check_structure(name: str, before: Any, after: Any, fix: str, *, filled: bool = False) -> Any:
     """The state after a call, with floating leaves cast to the dtypes that they had before.
 
+    Args:
+        name: The name of the layer.
+        before: The state before.
+        after: The state after.
+        fix: What to write where the structure has changed.
+        filled: Whether filled rows of a padded batch would count in what changes, see ``Keywords.counts_filled_rows``.
+
     Raises:
-        ValueError: If the call added or removed leaves or changed a shape; the message ends with ``fix``.
+        ValueError: If the call added or removed leaves or changed a shape, and the message ends with ``fix``; or if it
+            changed a floating leaf by filled rows.
     """
     old, structure = tree.flatten(before)
     floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
@@ -154,6 +166,15 @@ def check_structure(name: str, before: Any, after: Any, fix: str) -> Any:
     if lines:
         raise ValueError(
             f"{here(name)} changed the structure of its state in a call:\n  " + "\n  ".join(lines[:10]) + f"\n{fix}"
+        )
+    given = tree.flatten(after)[0]
+    changed = [path for path, leaf in given.items() if floating(leaf) and leaf is not old[path]] if filled else []
+    if changed:
+        raise ValueError(
+            f"{here(name)} changes its state {', '.join(map(repr, changed[:5]))} in training by the filled rows of a "
+            "padded batch too, because its call does not take row_mask. Give the call an argument row_mask (bool "
+            "[batch]) and leave out the rows that are False, in Flax nn.BatchNorm(...)(x, mask=row_mask[:, None]), or "
+            "train on Data.batches(..., drop_last=True)."
         )
     return jax.tree_util.tree_unflatten(structure, [new[path] for path in old])
 

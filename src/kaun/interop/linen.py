@@ -149,7 +149,8 @@ class _Adapter:
             "If it is a collection that the module sows, interop.linen(module, x, keep=[...]) returns it with the "
             "output, (y, {...}), so that the loss can add it; drop=[...] discards it."
         )
-        return y, vars.replace(state=check_structure(self.name, vars.state, after, fix))
+        filled = self.keywords.counts_filled_rows(training=training, ctx=ctx)
+        return y, vars.replace(state=check_structure(self.name, vars.state, after, fix, filled=filled))
 
     def trained(self, module: Any, variables: Any, x: Any, words: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The output in training, and the collections that may change."""

@@ -149,6 +149,9 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
     its momentum is one minus this one. In a half-precision model the state is kept in float32, because an update by 1
     percent would be lost to rounding.
 
+    In training the layer reads ``ctx["row_mask"]``, bool [batch], which ``Data.batches(..., pad=True)`` adds: rows that
+    are False are left out of the statistics.
+
     Args:
         num_features: Size of the last axis.
         momentum: Weight of the old running statistics in an update, in [0, 1). Default: 0.99.
@@ -157,7 +160,8 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
     Raises:
         TypeError: If an argument is not a number; when applied, if the input has another dtype.
         ValueError: If ``num_features`` is below 1, ``eps`` not above 0, or ``momentum`` outside [0, 1); when applied,
-            if the last axis has another size, or in training there are fewer than two values for each feature.
+            if the last axis has another size, or in training there are fewer than two values for each feature, or the
+            context has a ``row_mask`` of another shape or dtype.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -184,7 +188,7 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
         x = float_input(name, x, vars.dtype, features=features)
         state = vars.state
         if training:
-            mean, var = _batch_statistics(name, x)
+            mean, var = _batch_statistics(name, x, ctx.get("row_mask"))
             state = {
                 "running_mean": _updated(state["running_mean"], mean, momentum),
                 "running_var": _updated(state["running_var"], var, momentum),
@@ -220,7 +224,7 @@ def _scaled(z: jax.Array, vars: Vars) -> jax.Array:
     return z.astype(vars.dtype)
 
 
-def _batch_statistics(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batch_statistics(name: str, x: jax.Array, row_mask: Any) -> tuple[jax.Array, jax.Array]:
     count = math.prod(x.shape[:-1])
     if count < 2:
         raise ValueError(
@@ -230,7 +234,20 @@ def _batch_statistics(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         )
     z = x.astype(accumulation_dtype(x.dtype))
     axes = tuple(range(x.ndim - 1))
-    return jnp.mean(z, axis=axes), jnp.var(z, axis=axes)
+    if row_mask is None:
+        return jnp.mean(z, axis=axes), jnp.var(z, axis=axes)
+    mask = jnp.asarray(row_mask)
+    if mask.shape != x.shape[:1] or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"{here(name)} expected ctx['row_mask'] as bool[{x.shape[0]}], one for each row of {tree.describe(x)}, "
+            f"received {tree.describe(mask)}. Keep the axis of rows first in the layers before, or train on batches "
+            "without pad=True."
+        )
+    mask = jnp.expand_dims(mask, tuple(range(1, x.ndim)))
+    total = jnp.maximum(mask.sum(), 1).astype(z.dtype) * (count // x.shape[0])
+    mean = jnp.where(mask, z, 0).sum(axis=axes) / total
+    centred = jnp.where(mask, z - along_last(mean, x.ndim), 0)
+    return mean, (centred * centred).sum(axis=axes) / total
 
 
 def _updated(running: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:

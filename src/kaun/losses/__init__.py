@@ -31,6 +31,7 @@ from kaun.losses.classification import cross_entropy_sparse as cross_entropy_spa
 from kaun.losses.classification import kl_divergence as kl_divergence
 from kaun.losses.mean import Mean as Mean
 from kaun.losses.mean import parts_of as parts_of
+from kaun.losses.mean import row_arguments as row_arguments
 from kaun.losses.regression import gaussian_nll as gaussian_nll
 from kaun.losses.regression import huber as huber
 from kaun.losses.regression import log_cosh as log_cosh
@@ -42,7 +43,7 @@ from kaun.losses.similarity import cosine_distance as cosine_distance
 from kaun.losses.similarity import info_nce as info_nce
 from kaun.losses.similarity import triplet as triplet
 
-# What users reach; parts_of is for kaun.data and kaun.evaluation.
+# What users reach; parts_of and row_arguments are for kaun.data and kaun.evaluation.
 __all__ = [
     "Mean", "binary_cross_entropy", "cosine_distance", "cross_entropy", "cross_entropy_sparse", "ctc", "focal",
     "gaussian_nll", "hinge", "huber", "info_nce", "kl_divergence", "log_cosh", "mae", "mse", "poisson_nll", "triplet",

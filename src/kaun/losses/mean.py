@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, ParamSpec, Protocol, cast
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from kaun import tree
 
-__all__ = ["LossFunction", "Mean", "parts_of", "scalar_like", "wide", "with_parts"]
+__all__ = ["LossFunction", "Mean", "parts_of", "row_arguments", "scalar_like", "wide", "with_parts"]
 
 P = ParamSpec("P")
 Scalar = jax.Array | np.generic | float
@@ -176,6 +177,21 @@ def parts_of(function: Callable[..., Any]) -> Callable[..., Any]:
         return bound if inner is bound.func else functools.partial(inner, *bound.args, **bound.keywords)
     parts = getattr(function, "parts", None)
     return cast("Callable[..., Any]", parts) if getattr(parts, "loss", None) is function else function
+
+
+def row_arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """Which of ``where`` and ``weights`` a function of outputs and labels takes by name, and no partial has given."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+    except (TypeError, ValueError):
+        return frozenset()
+    given: set[str] = set()
+    while isinstance(function, functools.partial):
+        given |= set(function.keywords)
+        function = cast("functools.partial[Any]", function).func
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    taken = {p.name for p in parameters if p.kind in by_name}
+    return frozenset({"where", "weights"} & taken - given)
 
 
 def scalar_like(outputs: Any, mean: Mean) -> jax.Array:
