@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jax
 
+from kaun.averages import averaged_vars
 from kaun.layers.core import Vars
 
 __all__ = ["TrainState", "check_state"]
@@ -83,6 +84,11 @@ class TrainState:
     def key(self) -> jax.Array:
         """The run's key."""
         return self.now()[3]
+
+    @property
+    def averaged(self) -> TrainState:
+        """The state with the averaged weights; see ``kaun.averages``."""
+        return self.replace(vars=averaged_vars(self.opt_state, self.vars))
 
     def replace(self, **changes: Any) -> TrainState:
         """Return this state with some of its fields replaced."""

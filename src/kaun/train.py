@@ -40,6 +40,7 @@ from kaun._step import (
     train_step,
     trainable_part,
 )
+from kaun.averages import Average
 from kaun.checkpoint import Directory
 from kaun.context import Context
 from kaun.data import (
@@ -86,6 +87,8 @@ class Trainer(Generic[In, Out]):
             ``"mixed_float16"``. By default nothing is cast. Computation in float16 scales the loss: ``opt_state`` is
             then a ``LossScale``.
         microbatches: In how many parts a step computes each batch, of any length, to save memory. Default 1.
+        average: An average of the weights that train, kept in ``opt_state`` and read as ``state.averaged``, such as
+            ``averages.ema(0.999)``. Default none.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong kind, such as an optimizer without ``init``.
@@ -108,13 +111,14 @@ class Trainer(Generic[In, Out]):
     trainable: Callable[[str], Any] | None = None
     precision: str | None = None
     microbatches: int = 1
+    average: Average | None = None
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
     _evaluated: EvaluatedParams = dataclasses.field(init=False, repr=False, compare=False)
     _passes: RepeatedPasses = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = ("model", "optimizer", "on_nonfinite", "trainable", "precision", "microbatches")
+        names = ("model", "optimizer", "on_nonfinite", "trainable", "precision", "microbatches", "average")
         settings = make_settings(**{name: getattr(self, name) for name in names})
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         object.__setattr__(self, "_settings", settings)

@@ -13,6 +13,7 @@ import optax
 
 from kaun import tree
 from kaun._messages import locate
+from kaun.averages import AveragedWeights
 
 __all__ = [
     "Optimizer",
@@ -156,7 +157,7 @@ def apply_update(
     Args:
         optimizer: The optimizer.
         gradient: The gradient of the loss.
-        opt_state: The optimizer's state before.
+        opt_state: The optimizer's state before, in which an average counts its updates.
         params: The parameters that train.
         value: The loss, for optimizers that take extra arguments.
         value_fn: The loss as a function of the parameters, for the same optimizers.
@@ -164,6 +165,9 @@ def apply_update(
     Raises:
         ValueError: If the state does not fit the parameters.
     """
+    if isinstance(opt_state, AveragedWeights):
+        params, inner = apply_update(optimizer, gradient, opt_state.inner, params, value, value_fn)
+        return params, opt_state._replace(count=opt_state.count + 1, inner=inner)
     try:
         with _as_optax_expects():
             updates, opt_state = _updates(optimizer, gradient, opt_state, params, value, value_fn)

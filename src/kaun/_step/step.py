@@ -31,6 +31,7 @@ from kaun._step.optimizer import Optimizer, apply_update, check_optimizer, check
 from kaun._step.precision import Policy, apply_model, cast_to_compute, parse_precision
 from kaun._step.trainable import Partition, check_trainable, trainable_part
 from kaun._step.watch import Update, checks_of, gradient_finite
+from kaun.averages import Average, add_average, check_average, put_average, take_average
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars
 
@@ -50,6 +51,7 @@ class Settings:
         trainable: Whether the parameter at a path trains; None if all do.
         policy: The dtypes of ``precision``; None without it.
         microbatches: In how many parts a batch is computed.
+        average: The average of the weights that the state has; None without one.
         spec: Shapes and dtypes of the model's variables.
     """
 
@@ -59,11 +61,12 @@ class Settings:
     trainable: Callable[[str], Any] | None
     policy: Policy | None
     microbatches: int
+    average: Average | None
     spec: VarsSpec
 
 
 def make_settings(
-    *, model: Any, optimizer: Any, on_nonfinite: Any, trainable: Any, precision: Any, microbatches: Any
+    *, model: Any, optimizer: Any, on_nonfinite: Any, trainable: Any, precision: Any, microbatches: Any, average: Any
 ) -> Settings:
     """Check the arguments of a trainer.
 
@@ -75,9 +78,10 @@ def make_settings(
     check_mode(on_nonfinite)
     check_trainable(trainable)
     check_microbatches(microbatches)
+    check_average(average)
     policy = parse_precision(precision)
     spec = VarsSpec(model, policy)
-    return Settings(model, optimizer, on_nonfinite, trainable, policy, microbatches, spec)
+    return Settings(model, optimizer, on_nonfinite, trainable, policy, microbatches, average, spec)
 
 
 def init_carry(settings: Settings, vars: Vars) -> Carry:
@@ -92,6 +96,7 @@ def init_carry(settings: Settings, vars: Vars) -> Carry:
     trained = trainable_part(settings.trainable, vars.params) if jax.tree_util.tree_leaves(vars.params) else None
     check_params(vars.params, trained, settings.model.name.splitlines()[0])
     opt_state = init_optimizer(settings.optimizer, trained)
+    opt_state = add_average(settings.average, opt_state, trained, vars.state)
     return vars, add_loss_scale(settings.policy, opt_state), jnp.zeros((), jnp.int32)
 
 
@@ -144,6 +149,7 @@ def train_step(
         False. With a loss scale the step itself always discards.
     """
     vars, opt_state, step = carry
+    average, opt_state = take_average(settings.average, opt_state)
     settings.spec.check(vars)
     step_key = jax.random.fold_in(key, step)
     parts = Partition(settings.trainable, vars, functools.partial(cast_to_compute, settings.policy))
@@ -189,6 +195,7 @@ def train_step(
         after = adapt_scale(opt_state, after, kept, overflowed)
         finite, checks = finite | overflowed, jnp.where(overflowed, 0, checks)
         numbers["grad_norm"] = jnp.where(overflowed, 0, numbers["grad_norm"])
+    after = put_average(settings.average, average, after, new["params"])
     vars_after = parts.joined(vars.replace(params=new["params"], state=new["state"]))
     return StepOutput(value, numbers, (vars_after, after, step + 1), finite, checks)
 
