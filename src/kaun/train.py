@@ -351,11 +351,11 @@ class Trainer(Generic[In, Out]):
             platforms: Where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``). By default where this process runs.
         """
         check_state(state, "export")
-        self._evaluated.check(state.opt_state)
+        self._evaluated.check(state)
         return export_model(functools.partial(eval_step, self._settings), state, x, check_context(ctx), platforms)
 
     def _runner(self, entry: str, state: TrainState) -> Callable[[StepInputs], Any]:
-        self._evaluated.check(state.opt_state)
+        self._evaluated.check(state)
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
         return lambda inputs: self._programs.run(entry, structure, leaves, state.key, inputs)
 

@@ -167,7 +167,8 @@ def apply_update(
     """
     if isinstance(opt_state, AveragedWeights):
         params, inner = apply_update(optimizer, gradient, opt_state.inner, params, value, value_fn)
-        return params, opt_state._replace(count=opt_state.count + 1, inner=inner)
+        made = _made_update(opt_state.inner, inner)
+        return params, opt_state._replace(updates=opt_state.updates + made, inner=inner)
     try:
         with _as_optax_expects():
             updates, opt_state = _updates(optimizer, gradient, opt_state, params, value, value_fn)
@@ -184,6 +185,14 @@ def apply_update(
             + "\n"
             "Write state = trainer.make_state(state.vars)."
         ) from error
+
+
+def _made_update(before: Any, after: Any) -> Any:
+    """Return 1, or 0 for an item inside a window of ``optax.MultiSteps``."""
+    windows = [state_nodes(state, "MultiStepsState") for state in (before, after)]
+    if len(windows[0]) != 1:
+        return 1
+    return (windows[1][0].gradient_step != windows[0][0].gradient_step).astype(jnp.int32)
 
 
 def state_nodes(opt_state: Any, *names: str) -> list[Any]:

@@ -149,6 +149,9 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
     its momentum is one minus this one. In a half-precision model the state is kept in float32, because an update by 1
     percent would be lost to rounding.
 
+    ``averages.update_statistics`` sets the name ``statistics_rows`` in the context, int32 [2]: the rows of the batches
+    before this one, and its own. The running statistics are then updated to the mean over all these rows.
+
     Args:
         num_features: Size of the last axis.
         momentum: Weight of the old running statistics in an update, in [0, 1). Default: 0.99.
@@ -185,9 +188,13 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
         state = vars.state
         if training:
             mean, var = _batch_statistics(name, x)
+            shares = (momentum, 1 - momentum)
+            if "statistics_rows" in ctx:
+                rows = ctx["statistics_rows"].astype(mean.dtype)
+                shares = rows / rows.sum()
             state = {
-                "running_mean": _updated(state["running_mean"], mean, momentum),
-                "running_var": _updated(state["running_var"], var, momentum),
+                "running_mean": _updated(state["running_mean"], mean, *shares),
+                "running_var": _updated(state["running_var"], var, *shares),
             }
         else:
             mean, var = (state[key].astype(accumulation_dtype(x.dtype)) for key in ("running_mean", "running_var"))
@@ -233,6 +240,6 @@ def _batch_statistics(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(z, axis=axes), jnp.var(z, axis=axes)
 
 
-def _updated(running: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:
+def _updated(running: jax.Array, batch: jax.Array, keep: Any, share: Any) -> jax.Array:
     # In the dtype that it had, so that the state has the same type after each step.
-    return (momentum * running.astype(batch.dtype) + (1 - momentum) * batch).astype(running.dtype)
+    return (keep * running.astype(batch.dtype) + share * batch).astype(running.dtype)
