@@ -20,7 +20,7 @@ SRC = ROOT / "src" / "kaun"
 ROWS = [
     {"_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
     {"context", "grad", "losses"},
-    {"layers", "metrics"},
+    {"averages", "layers", "metrics"},
     {"_loss"},
     {"_step", "data", "state"},
     {"_engine", "_report", "checkpoint"},
@@ -46,8 +46,9 @@ ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", 
 PUBLIC = {
     "kaun": {
         "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
-        "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
+        "averages", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
     },
+    "kaun.averages": {"ema", "from_optimizer", "swa", "update_statistics"},
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.errors": {
         "CaptureError", "EarlyStop", "Locked", "MissingContext", "NonFiniteLoss", "RecompilationWarning",

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kaun import averages as averages
 from kaun import checkpoint as checkpoint
 from kaun import errors as errors
 from kaun import grad as grad
@@ -23,8 +24,8 @@ from kaun.summary import summary as summary
 from kaun.train import Trainer as Trainer
 
 __all__ = [
-    "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__", "checkpoint", "errors",
-    "explain", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
+    "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__", "averages", "checkpoint",
+    "errors", "explain", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
 ]  # fmt: skip
 
 # A constant, so that it can be read without an installation; a test compares it with pyproject.toml.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 
+from kaun.averages import averaged_vars, find_average
 from kaun.layers.core import Vars
 
 __all__ = ["TrainState", "check_state"]
@@ -20,6 +21,9 @@ _NAMES = ("vars", "opt_state", "step", "key")
 @jax.tree_util.register_pytree_with_keys_class
 class TrainState:
     """Everything that a training run carries from step to step: an immutable pytree that stays valid forever.
+
+    The result of ``averaged`` is one too. A ``step`` or ``fit`` from it trains from the averaged weights on, with the
+    optimizer's state as it is.
 
     Args:
         vars: The model's variables.
@@ -38,12 +42,14 @@ class TrainState:
         (2, 1)
     """
 
-    __slots__ = ("__weakref__", "_fields", "_make")
+    __slots__ = ("__weakref__", "_fields", "_kind", "_make")
     _fields: Fields | None
+    _kind: Literal["averaged"] | None  # static in the pytree
     _make: Callable[[], TrainState] | None
 
     def __init__(self, *, vars: Vars, opt_state: Any, step: jax.Array, key: jax.Array) -> None:
         object.__setattr__(self, "_fields", (vars, opt_state, step, key))
+        object.__setattr__(self, "_kind", None)
         object.__setattr__(self, "_make", None)
 
     @classmethod
@@ -51,6 +57,7 @@ class TrainState:
         """Return the state that ``make`` returns, made when it is first read: most reports read none."""
         new = object.__new__(cls)
         object.__setattr__(new, "_fields", None)
+        object.__setattr__(new, "_kind", None)
         object.__setattr__(new, "_make", make)
         return new
 
@@ -84,10 +91,35 @@ class TrainState:
         """The run's key."""
         return self.now()[3]
 
+    @property
+    def averaged(self) -> TrainState:
+        """The state with the averaged weights in the place of those that train; of such a state the state itself.
+
+        ``opt_state``, ``step`` and ``key`` are the same, frozen parameters too. The layers' state is the live one, or
+        that of ``averages.update_statistics``.
+
+        Raises:
+            ValueError: If the state is not one of a ``Trainer(average=)``.
+            TypeError: If the function of ``averages.from_optimizer`` fails, or returns other shapes.
+        """
+        return self if self.is_averaged else self.with_averaged(averaged_vars(self.opt_state, self.vars))
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether this is the ``averaged`` of a state."""
+        return self._kind is not None
+
+    def with_averaged(self, vars: Vars) -> TrainState:
+        """Return this state with averaged variables."""
+        return TrainState.tree_unflatten("averaged", (vars, *self.now()[1:]))
+
     def replace(self, **changes: Any) -> TrainState:
         """Return this state with some of its fields replaced."""
         fields: dict[str, Any] = dict(zip(_NAMES, self.now(), strict=True))
-        return TrainState(**{**fields, **changes})
+        kind = None if "vars" in changes else self._kind
+        new = TrainState(**{**fields, **changes})
+        object.__setattr__(new, "_kind", kind)
+        return new
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"TrainState is immutable: use state = state.replace({name}=...).")
@@ -99,24 +131,27 @@ class TrainState:
             raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
 
     def __dir__(self) -> list[str]:
-        return ["key", "opt_state", "replace", "step", "vars"]
+        averaged = ["averaged"] if find_average(self.opt_state) is not None else []
+        return [*averaged, "key", "opt_state", "replace", "step", "vars"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TrainState.tree_unflatten, (None, self.now())
+        return TrainState.tree_unflatten, (self._kind, self.now())
 
     def __repr__(self) -> str:
         size = sum(a.size for a in jax.tree_util.tree_leaves(self.vars.params))
         return f"TrainState(step={self.step}, {size} parameters in {self.vars.dtype})"
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], str | None]:
         """Flatten the pytree, for JAX."""
         keys = [jax.tree_util.GetAttrKey(name) for name in _NAMES]
-        return tuple(zip(keys, self.now(), strict=True)), None
+        return tuple(zip(keys, self.now(), strict=True)), self._kind
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: Sequence[Any]) -> TrainState:
+    def tree_unflatten(cls, kind: Literal["averaged"] | None, children: Sequence[Any]) -> TrainState:
         """Unflatten the pytree, for JAX."""
-        return cls(**dict(zip(_NAMES, children, strict=True)))
+        new = cls(**dict(zip(_NAMES, children, strict=True)))
+        object.__setattr__(new, "_kind", kind)
+        return new
 
 
 def check_state(state: Any, where: str) -> None:

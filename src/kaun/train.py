@@ -29,6 +29,7 @@ from kaun._step import (
     make_settings,
     train_step,
 )
+from kaun.averages import Average
 from kaun.checkpoint import Directory
 from kaun.context import Context
 from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
@@ -68,6 +69,8 @@ class Trainer(Generic[In, Out]):
         accumulate: How many items make one update, that of one batch with all their rows: a loss that is a scalar
             counts by its number of examples, a ``losses.Mean`` by its weight. ``opt_state`` is then a ``Window``, and
             ``state.step`` counts items. Default 1.
+        average: An average of the weights that train, kept in ``opt_state`` and read as ``state.averaged``, such as
+            ``averages.ema(0.999)``. Default none.
         penalty: A function of all parameters (``vars.params``) to a floating scalar, which is added to the loss; its
             value is also reported as ``"penalty"``. It counts once for an update, and not in ``evaluate``. What it
             captures is read when the trainer is made, and must not change later.
@@ -94,6 +97,7 @@ class Trainer(Generic[In, Out]):
     precision: str | None = None
     microbatches: int = 1
     accumulate: int = 1
+    average: Average | None = None
     penalty: Callable[[Any], Any] | None = None
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
@@ -361,11 +365,11 @@ class Trainer(Generic[In, Out]):
             platforms: Where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``). By default where this process runs.
         """
         check_state(state, "export")
-        self._evaluated.check(state.opt_state)
+        self._evaluated.check(state)
         return export_model(functools.partial(eval_step, self._settings), state, x, check_context(ctx), platforms)
 
     def _runner(self, entry: str, state: TrainState) -> Callable[[StepInputs], Any]:
-        self._evaluated.check(state.opt_state)
+        self._evaluated.check(state)
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
         return lambda inputs: self._programs.run(entry, structure, leaves, state.key, inputs)
 

@@ -20,7 +20,7 @@ __all__ = [
     "unpack_results", "unpack_snapshot",
 ]  # fmt: skip
 
-_ARRAY, _STATE = "array:", "state:"
+_ARRAY, _STATE, _AVERAGED = "array:", "state:", "averaged:"
 
 
 def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -42,7 +42,7 @@ def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         if isinstance(value, TrainState):
             for name, leaf in tree.flatten(value)[0].items():
                 arrays[f"{path}/{name}"] = np.asarray(jax.random.key_data(leaf) if tree.is_key(leaf) else leaf)
-            return _STATE + path
+            return (_AVERAGED if value.is_averaged else _STATE) + path
         if isinstance(value, (jax.Array, np.ndarray)):
             arrays[path] = np.asarray(value)
             return _ARRAY + path
@@ -83,6 +83,9 @@ def unpack_snapshot(saved: Any, arrays: Mapping[str, Any], like: TrainState) -> 
         return float.fromhex(rest)
     if kind == "array":
         return _array(arrays, rest)
+    if kind == "averaged":
+        state = _state(arrays, rest, like)
+        return state.with_averaged(state.vars)
     return _state(arrays, rest, like) if kind == "state" else rest
 
 

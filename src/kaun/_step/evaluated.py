@@ -10,6 +10,7 @@ import optax
 from kaun._jax import is_traced
 from kaun._messages import warn
 from kaun._step.optimizer import state_nodes
+from kaun.averages import find_average
 
 __all__ = ["EvaluatedParams"]
 
@@ -67,21 +68,31 @@ class EvaluatedParams:
     def __init__(self) -> None:
         self._settled = False
 
-    def check(self, opt_state: Any) -> None:
-        """Warn if the parameters beside this optimizer state are not those to evaluate; None is no optimizer state."""
-        if self._settled or opt_state is None:
+    def check(self, state: Any) -> None:
+        """Warn if the parameters of a ``TrainState`` are not those to evaluate, unless it has no optimizer state."""
+        if self._settled or state.is_averaged or state.opt_state is None:
             return
+        opt_state = state.opt_state
+        average = find_average(opt_state)
         found = [(kind, node) for kind in _KINDS for node in state_nodes(opt_state, kind.name)]
         found = [(kind, node) for kind, node in found if getattr(node, kind.field) is not None]
         self._settled = not found  # the states of one trainer all have the same classes
         for kind, node in found:
             if _has_moved(getattr(node, kind.counter), kind.start):
                 self._settled = True
+                code = _code(kind, [node for each, node in found if each is kind])
+                fix = (
+                    f"Write\n{code}\n"
+                    "    evaluated = state.replace(vars=state.vars.replace(params=params), opt_state=None)\n"
+                    "and use `evaluated` in the place of the state. In a new run write Trainer(..., "
+                    "average=averages.from_optimizer(f)), where f(opt_state, params) returns these params, and use "
+                    "state.averaged."
+                )
+                if average is not None and isinstance(average.average, jax.tree_util.Partial):
+                    fix = "Use state.averaged in its place, and in validate write of=lambda s: s.averaged."
                 warn(
                     f"The parameters of this state are {kind.are}. predict, evaluate, export and validate use the "
-                    f"parameters of the state. Write\n{_code(kind, [node for each, node in found if each is kind])}\n"
-                    "    evaluated = state.replace(vars=state.vars.replace(params=params), opt_state=None)\n"
-                    "and use `evaluated` in the place of the state. This warning is given once."
+                    f"parameters of the state. {fix} This warning is given once."
                 )
                 return
 

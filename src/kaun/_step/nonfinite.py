@@ -13,6 +13,7 @@ from jax import lax
 
 from kaun import tree
 from kaun._step.watch import check_names
+from kaun.averages import without_weights
 from kaun.errors import NonFiniteLoss
 
 __all__ = ["MODES", "both_finite", "check_mode", "error_for", "flush_error", "match_state", "state_paths"]
@@ -76,7 +77,7 @@ def error_for(trained: Any, vars: Any, opt_state: Any) -> Callable[[int, float, 
         opt_state: The optimizer's own state.
     """
     paths = tuple(tree.flatten(trained)[0])
-    checked = check_names({"params": trained, "state": vars.state, "opt_state": opt_state})
+    checked = check_names({"params": trained, "state": vars.state, "opt_state": without_weights(opt_state)})
     return functools.partial(_nonfinite_error, paths, tuple(checked), tuple(state_paths(vars, opt_state)))
 
 

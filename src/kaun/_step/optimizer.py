@@ -13,6 +13,7 @@ import optax
 
 from kaun import tree
 from kaun._messages import locate
+from kaun.averages import AveragedWeights
 
 __all__ = [
     "Optimizer",
@@ -156,7 +157,7 @@ def apply_update(
     Args:
         optimizer: The optimizer.
         gradient: The gradient of the loss.
-        opt_state: The optimizer's state before.
+        opt_state: The optimizer's state before, in which an average counts its updates.
         params: The parameters that train.
         value: The loss, for optimizers that take extra arguments.
         value_fn: The loss as a function of the parameters, for the same optimizers.
@@ -164,6 +165,10 @@ def apply_update(
     Raises:
         ValueError: If the state does not fit the parameters.
     """
+    if isinstance(opt_state, AveragedWeights):
+        params, inner = apply_update(optimizer, gradient, opt_state.inner, params, value, value_fn)
+        made = _made_update(opt_state.inner, inner)
+        return params, opt_state._replace(updates=opt_state.updates + made, inner=inner)
     try:
         with _as_optax_expects():
             updates, opt_state = _updates(optimizer, gradient, opt_state, params, value, value_fn)
@@ -180,6 +185,14 @@ def apply_update(
             + "\n"
             "Write state = trainer.make_state(state.vars)."
         ) from error
+
+
+def _made_update(before: Any, after: Any) -> Any:
+    """Return 1, or 0 for an item inside a window of ``optax.MultiSteps``."""
+    windows = [state_nodes(state, "MultiStepsState") for state in (before, after)]
+    if len(windows[0]) != 1:
+        return 1
+    return (windows[1][0].gradient_step != windows[0][0].gradient_step).astype(jnp.int32)
 
 
 def state_nodes(opt_state: Any, *names: str) -> list[Any]:

@@ -16,6 +16,7 @@ from kaun._step.optimizer import Optimizer, check_optimizer
 from kaun._step.penalty import Penalty, make_penalty
 from kaun._step.precision import DEFAULT_DTYPE, Policy, parse_precision
 from kaun._step.trainable import check_trainable
+from kaun.averages import Average, check_average
 from kaun.layers.core import Layer, Vars
 
 __all__ = ["Carry", "Settings", "make_settings"]
@@ -35,6 +36,7 @@ class Settings:
         policy: The dtypes of ``precision``; None without it.
         microbatches: In how many parts a batch is computed.
         accumulate: How many items make an update.
+        average: The average of the weights that the state has; None without one.
         penalty: What is added to the loss; None without it.
         spec: Shapes and dtypes of the model's variables.
     """
@@ -46,6 +48,7 @@ class Settings:
     policy: Policy | None
     microbatches: int
     accumulate: int
+    average: Average | None
     penalty: Penalty | None
     spec: VarsSpec
 
@@ -71,6 +74,7 @@ def make_settings(
     precision: Any,
     microbatches: Any,
     accumulate: Any,
+    average: Any,
     penalty: Any,
 ) -> Settings:
     """Check the arguments of a trainer.
@@ -84,6 +88,7 @@ def make_settings(
     check_trainable(trainable)
     check_count("microbatches", microbatches)
     check_count("accumulate", accumulate)
+    check_average(average)
     policy = parse_precision(precision)
     added, spec = make_penalty(penalty), VarsSpec(model, policy)
-    return Settings(model, optimizer, on_nonfinite, trainable, policy, microbatches, accumulate, added, spec)
+    return Settings(model, optimizer, on_nonfinite, trainable, policy, microbatches, accumulate, average, added, spec)

@@ -23,6 +23,7 @@ from kaun._step.settings import Carry, Settings
 from kaun._step.trainable import Partition, trainable_part
 from kaun._step.watch import Outcome, Update, checks_of, gradient_finite
 from kaun._step.window import Item, add_to_window, add_window, optimizer_state, window_rates
+from kaun.averages import add_average, put_average, take_average
 from kaun.context import Context
 from kaun.layers.core import Vars
 
@@ -40,7 +41,8 @@ def init_carry(settings: Settings, vars: Vars) -> Carry:
     settings.spec.check(vars)
     trained = trainable_part(settings.trainable, vars.params) if jax.tree_util.tree_leaves(vars.params) else None
     check_params(vars.params, trained, settings.model.name.splitlines()[0])
-    opt_state = add_window(settings, init_optimizer(settings.optimizer, trained), trained)
+    opt_state = add_average(settings.average, init_optimizer(settings.optimizer, trained), trained, vars.state)
+    opt_state = add_window(settings, opt_state, trained)
     return vars, add_loss_scale(settings.policy, opt_state), jnp.zeros((), jnp.int32)
 
 
@@ -93,6 +95,7 @@ def train_step(
         False. With a loss scale the step itself always discards.
     """
     vars, opt_state, step = carry
+    average, opt_state = take_average(settings.average, opt_state)
     settings.spec.check(vars)
     step_key = jax.random.fold_in(key, step)
     parts = Partition(settings.trainable, vars, functools.partial(cast_to_compute, settings.policy))
@@ -134,6 +137,7 @@ def train_step(
         after = adapt_scale(scale, after, done.kept, done.overflowed)
         finite, checks = finite | done.overflowed, jnp.where(done.overflowed, 0, checks)
         numbers["grad_norm"] = jnp.where(done.overflowed, 0, numbers["grad_norm"])
+    after = put_average(settings.average, average, after, done.new["params"])
     vars_after = parts.joined(vars.replace(params=done.new["params"], state=done.new["state"]))
     return StepOutput(given.value, numbers, (vars_after, after, step + 1), finite, checks)
 

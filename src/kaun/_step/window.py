@@ -23,6 +23,7 @@ from kaun._step.optimizer import apply_update, rates
 from kaun._step.settings import Carry, Settings
 from kaun._step.trainable import Partition
 from kaun._step.watch import Outcome, Update, checks_of
+from kaun.averages import put_average, take_average
 from kaun.layers.arguments import accumulation_dtype
 
 __all__ = [
@@ -177,6 +178,7 @@ def flush_window(settings: Settings, carry: Carry, key: jax.Array) -> tuple[Carr
         made, unless ``on_nonfinite="ignore"``: under ``"skip"`` the window then ends, under ``"raise"`` it stays.
     """
     vars, opt_state, step = carry
+    average, opt_state = take_average(settings.average, opt_state)
     settings.spec.check(vars)
     parts = Partition(settings.trainable, vars, lambda leaf: leaf)
     window = optimizer_state(settings, opt_state)
@@ -193,6 +195,7 @@ def flush_window(settings: Settings, carry: Carry, key: jax.Array) -> tuple[Carr
         inner=inner,
     )
     after = opt_state._replace(inner=after) if isinstance(opt_state, LossScale) else after
+    after = put_average(settings.average, average, after, params)
     return (parts.joined(parts.vars.replace(params=params)), after, step), about
 
 

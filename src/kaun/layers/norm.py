@@ -151,6 +151,8 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
 
     In training the layer reads ``ctx["row_mask"]``, bool [batch], which ``Data.batches(..., pad=True)`` adds: rows that
     are False are left out of the statistics.
+    ``averages.update_statistics`` sets the name ``statistics_rows`` in the context, int32 [2]: the rows of the batches
+    before this one, and its own. The running statistics are then updated to the mean over all these rows.
 
     Args:
         num_features: Size of the last axis.
@@ -189,9 +191,13 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
         state = vars.state
         if training:
             mean, var = _batch_statistics(name, x, ctx.get("row_mask"))
+            shares = (momentum, 1 - momentum)
+            if "statistics_rows" in ctx:
+                rows = ctx["statistics_rows"].astype(mean.dtype)
+                shares = rows / rows.sum()
             state = {
-                "running_mean": _updated(state["running_mean"], mean, momentum),
-                "running_var": _updated(state["running_var"], var, momentum),
+                "running_mean": _updated(state["running_mean"], mean, *shares),
+                "running_var": _updated(state["running_var"], var, *shares),
             }
         else:
             mean, var = (state[key].astype(accumulation_dtype(x.dtype)) for key in ("running_mean", "running_var"))
@@ -250,6 +256,6 @@ def _batch_statistics(name: str, x: jax.Array, row_mask: Any) -> tuple[jax.Array
     return mean, (centred * centred).sum(axis=axes) / total
 
 
-def _updated(running: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:
+def _updated(running: jax.Array, batch: jax.Array, keep: Any, share: Any) -> jax.Array:
     # In the dtype that it had, so that the state has the same type after each step.
-    return (momentum * running.astype(batch.dtype) + (1 - momentum) * batch).astype(running.dtype)
+    return (keep * running.astype(batch.dtype) + share * batch).astype(running.dtype)

@@ -25,7 +25,15 @@ from kaun.data import stages_of
 from kaun.errors import EarlyStop
 from kaun.train import TrainState
 
-__all__ = ["all_of", "each_epoch", "every", "steps_of_a_pass"]
+__all__ = ["ValuesOf", "all_of", "each_epoch", "every", "steps_of_a_pass"]
+
+
+class ValuesOf(dict[str, float]):
+    """Values that a report measured of another state than that after the step; observers get that state with them."""
+
+    def __init__(self, values: Mapping[str, float], state: TrainState) -> None:
+        super().__init__(values)
+        self.state = state
 
 
 def every(n: int, f: Report | ReportFunction) -> Report:
@@ -223,7 +231,8 @@ class _AllOf(Composite):
                 stops.append(err.with_traceback(None))
         found: dict[str, float] = {}
         for source, values in measured:
-            stops += _observed(self._observers, step, values, state, source)
+            of = values.state if isinstance(values, ValuesOf) else state
+            stops += _observed(self._observers, step, values, of, source)
             found = {**values, **found}  # of two values of one name the first counts, as it does for the observers
         return found, stops
 

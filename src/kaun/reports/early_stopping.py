@@ -25,7 +25,8 @@ def early_stopping(
 
     The value is what another report of the same ``all_of`` measures under this name, such as ``validate``. ``fit``
     returns the last state; the best one is ``stopper.best``, whatever stopped the run: the end of the data, this
-    report, another, an exception. Only a better state is copied.
+    report, another, an exception. Only a better state is copied. With ``validate(..., of=f)`` it is ``f(state)``, such
+    as ``state.averaged``.
 
     If no report measures ``"loss"``, ``monitor="loss"`` is the training loss. A step computes the loss of the state
     before it, so ``best`` is then the state before the step whose loss was best. In ``every(n, stopper)`` the value is

@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 from kaun import tree
+from kaun._messages import locate
 from kaun._report import Report
 from kaun._run import pack_results, unpack_results
 from kaun.context import Context
 from kaun.evaluation import check_metrics
 from kaun.metrics import gives_array
-from kaun.reports.compose import steps_of_a_pass
+from kaun.reports.compose import ValuesOf, steps_of_a_pass
 from kaun.train import Trainer, TrainState
 
 __all__ = ["Validation", "validate"]
@@ -23,6 +24,7 @@ def validate(
     metrics: Mapping[str, Callable[[Any, Any], Any]],
     each: Sized | int,
     *,
+    of: Callable[[TrainState], TrainState] | None = None,
     ctx: Context | None = None,
 ) -> Validation:
     """Return the report that runs ``trainer.evaluate(state, data, metrics)`` after each pass, or every so many steps.
@@ -37,11 +39,14 @@ def validate(
         each: The pipeline of one epoch, of known length, of which ``fit`` gets ``train.epochs(n)`` (of that, one epoch
             counts); or a number of steps, at least 1. Steps count from 1 in each fit; a resumed run continues the
             count.
+        of: Returns the state that is evaluated, given the state after the step: ``lambda s: s.averaged``. It is also
+            what ``early_stopping`` keeps as ``best``. By default the state itself.
         ctx: A Context for the layers, default none.
 
     Raises:
         TypeError: If an argument is of the wrong kind, ``data`` can be iterated only once, the length of ``each`` is
-            unknown, or a metric gives an array, as ``confusion_matrix`` does: reports take numbers.
+            unknown, ``of`` does not return a TrainState, or a metric gives an array, as ``confusion_matrix`` does:
+            reports take numbers.
         ValueError: If ``each`` is empty, less than 1 or a part of several epochs, or there are no metrics.
 
     Examples:
@@ -77,12 +82,17 @@ def validate(
         raise ValueError(f"validate expected each to be at least 1 step, received {each}. Write each=1000.")
     if ctx is not None and not isinstance(ctx, Context):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
+    if of is not None and not callable(of):
+        raise TypeError(
+            f"validate expected of as a function from a state to the one that is evaluated, received {of!r}. Write "
+            "of=lambda s: s.averaged."
+        )
     steps = each if isinstance(each, int) else steps_of_a_pass("validate", each, "each=steps_per_epoch")
     checked = check_metrics("validate", metrics)
     for name, metric in checked.items():
         if gives_array(metric):
             raise _not_a_number(name)
-    return Validation(trainer, data, checked, steps, ctx)
+    return Validation(trainer, data, checked, steps, of, ctx)
 
 
 class Validation(Report):
@@ -105,10 +115,16 @@ class Validation(Report):
     results: list[tuple[int, dict[str, float]]]
 
     def __init__(
-        self, trainer: Trainer[Any, Any], data: Any, metrics: dict[str, Any], steps: int, ctx: Context | None
+        self,
+        trainer: Trainer[Any, Any],
+        data: Any,
+        metrics: dict[str, Any],
+        steps: int,
+        of: Callable[[TrainState], TrainState] | None,
+        ctx: Context | None,
     ) -> None:
         self._trainer, self._data, self._metrics = trainer, data, metrics
-        self._steps, self._ctx = steps, ctx
+        self._steps, self._of, self._ctx = steps, of, ctx
         self.results = []
         self.measures = frozenset(metrics)
 
@@ -125,15 +141,25 @@ class Validation(Report):
         """Evaluate, and return the metrics by name; called by ``fit``. For other steps it returns None."""
         if not self.wants(step):  # called by a user's own function after every step
             return None
+        at, state = int(state.step), state if self._of is None else self._evaluated(state)
         values = self._trainer.evaluate(state, self._data, self._metrics, ctx=self._ctx)
         for name, value in values.items():
             if not isinstance(value, float):
                 raise _not_a_number(name)
-        at = int(state.step)
         if self.results and self.results[-1][0] == at:  # a second time, in a run that was interrupted there
             self.results.pop()
         self.results.append((at, values))
-        return dict(values)
+        return dict(values) if self._of is None else ValuesOf(values, state)
+
+    def _evaluated(self, state: TrainState) -> TrainState:
+        assert self._of is not None
+        found = self._of(state)
+        if not isinstance(found, TrainState):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"validate(of=...) expected a function that returns a TrainState, {locate(self._of)} returned "
+                f"{tree.describe(found)}. Write of=lambda s: s.averaged."
+            )
+        return found
 
     def snapshot(self) -> dict[str, Any]:
         """Return the results, for a checkpoint."""
