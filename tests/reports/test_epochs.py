@@ -335,6 +335,19 @@ def test_what_the_result_of_a_metric_raises_reaches_the_user(still):
     assert "In 'broken', which the loss returned." in raised.value.__notes__
 
 
+def test_a_result_that_reads_an_array_of_the_loss_is_an_error_that_says_what_to_do(still):
+    trainer, state = still
+    scale = jnp.int32(2)
+
+    def loss(out):
+        counted = metrics.Counted(lambda p, t: {"rows": jnp.int32(t.size)}, lambda sums: sums["rows"] * scale)
+        return out.mean(), {"broken": counted.parts(out, LABELS)}
+
+    with pytest.raises(jax.errors.UnexpectedTracerError) as raised:
+        trainer.fit(state, [(X, loss)], report=Reader())
+    assert any("computed on the host, after the step, and cannot read" in note for note in raised.value.__notes__)
+
+
 class Reader(reports.Report):
     def block(self, first_step, values):
         assert values["broken"]
