@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kaun import losses, rng
+from kaun import losses, metrics, rng
 from kaun._loss import capture
 from kaun._loss.trace import trace_loss
 from kaun.errors import CaptureError
@@ -147,6 +147,19 @@ def test_scalars_beside_the_loss_come_by_name_in_their_own_dtype():
     }  # fmt: skip
 
 
+PARTS = metrics.Counted(lambda predictions, targets: {"all": targets, "rows": targets.size}, lambda sums: 0.0)
+
+
+def test_parts_of_a_metric_beside_the_loss_come_by_name_as_arrays():
+    key, arrays = capture.capture_loss(lambda out: (out.mean(), {"b": PARTS.parts(out, out > 0), "a": out.max()}))
+    with rng.scope(0):
+        given = trace_loss(key, arrays, jnp.array([-1.0, 3.0]))
+    assert list(given.scalars) == ["a"] and list(given.parts) == ["b"] and not given.weights
+    counts = given.parts["b"].counts
+    assert given.parts["b"].counted is PARTS and counts["all"].dtype == bool and not counts["rows"].weak_type
+    assert list(given.numbers()) == ["a", "b"] and given.numbers()["a"].weight is None
+
+
 def test_a_mean_and_means_beside_it_come_with_their_weights():
     def loss(out):
         return losses.Mean(out.sum(), jnp.array(4)), {"part": losses.Mean(jnp.array(3), 2.0), "plain": out.sum()}
@@ -167,6 +180,9 @@ def test_a_mean_and_means_beside_it_come_with_their_weights():
         (lambda out: {"none": None}, "'none': received NoneType"),
         (lambda out: {3: 1.0}, "3: received float"),
         (lambda out: {"loss": 1.0}, "'loss': the name is kaun's own"),
+        (lambda out: {"loss_weight": 1.0}, "'loss_weight': the name is kaun's own"),
+        (lambda out: {"epoch": 1.0}, "'epoch': the name is kaun's own"),
+        (lambda out: {"c": PARTS.parts(out, out.astype(jnp.complex64))}, r"'c': received parts of complex64\[2\]"),
         (lambda out: {"z": out.sum().astype(jnp.complex64)}, r"'z': received complex64\[\]"),
     ],
 )

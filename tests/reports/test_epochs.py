@@ -28,6 +28,7 @@ WEIGHTS[5:10] = 0  # a batch that is masked as a whole
 STEPS = -(-ROWS // SIZE)
 MACRO = functools.partial(metrics.f1, average="macro")
 F1, AUC, R2 = metrics.Counted.of(MACRO), metrics.Counted.of(metrics.auc), metrics.Counted.of(metrics.r2)
+SUM = metrics.Counted(lambda number, _: {"sum": number}, lambda sums: float(sums["sum"]))  # of which the order matters
 MATRIX = metrics.Counted.of(metrics.confusion_matrix)
 
 
@@ -182,15 +183,23 @@ def test_a_step_that_was_skipped_counts_nowhere():
     check(history.epochs[0], expected(trainer, state, kept))
 
 
-def test_counts_that_are_large_bound_a_dispatch_and_change_no_value(still, monkeypatch):
-    _, state = still
-    found = []
-    for most in (1 << 24, 2000):  # about 400 bytes a step
-        monkeypatch.setattr("kaun._engine.program._COUNT_BYTES", most)
-        trainer, _ = trainer_of()
-        trainer.fit(state, DATA.epochs(8), report=(history := reports.history()))
-        found.append(history.epochs)
-    assert str(found[0]) == str(found[1])
+@pytest.mark.parametrize("patched", [("_COUNT_BYTES", 2000), ("slow_in_loops", lambda jaxpr: True)], ids=lambda p: p[0])
+def test_how_many_steps_share_a_dispatch_changes_no_value(still, monkeypatch, patched):
+    trainer, state = still
+    trainer.fit(state, DATA.epochs(8), report=(history := reports.history()))
+    monkeypatch.setattr(f"kaun._engine.program.{patched[0]}", patched[1])  # the counts of a step have 400 bytes
+    trainer, _ = trainer_of()
+    trainer.fit(state, DATA.epochs(8), report=(other := reports.history()))
+    assert str(history.epochs) == str(other.epochs)
+
+
+def test_the_steps_before_one_that_is_not_finite_are_counted(still):
+    trainer, state = still
+    x, history = X.copy(), reports.history()
+    x[10:15] = np.nan
+    with pytest.raises(kaun.errors.NonFiniteLoss):
+        trainer.fit(state, Data.batches((x, (LABELS, WEIGHTS)), SIZE).with_loss(full), report=history)
+    check(*history.epochs, expected(trainer, state, slice(0, 10)))
 
 
 @pytest.mark.parametrize("how", ["killed in a pass", "extended"])
@@ -259,15 +268,16 @@ def test_a_training_loss_with_the_weight_0_does_not_stop_the_fit_nor_win(still):
 
 @functools.cache
 def pool():
-    """Batches of 1 to 4 rows, some masked, with the parts of their metrics."""
+    """Batches of 2 and 3 rows, some masked, with the parts of their metrics."""
     found = []
-    for size, masked in itertools.product(range(1, 5), (False, False, True)):
+    for size, masked in itertools.product((2, 3), (False, False, True) * 2):
         scores, labels = g.normal(size=(size, CLASSES)).astype(np.float32), g.integers(0, CLASSES, size)
         weights = (g.uniform(0.1, 1, size) * (not masked)).astype(np.float32)
         parts = {
             "f1": F1.parts(scores, labels),
             "weighted": F1.parts(scores, labels, weights=weights),
             "r2": R2.parts(scores[:, 0], weights),
+            "sum": SUM.parts(np.float32(10 ** g.uniform(-6, 12)), None),
         }
         found.append((scores, labels, weights, np.float32(g.normal()), parts))
     return found
@@ -333,6 +343,19 @@ def test_what_the_result_of_a_metric_raises_reaches_the_user(still):
     with pytest.raises(ValueError, match="no result") as raised:
         trainer.fit(state, data, report=Reader())
     assert "In 'broken', which the loss returned." in raised.value.__notes__
+
+
+def test_a_result_that_reads_an_array_of_the_loss_is_an_error_that_says_what_to_do(still):
+    trainer, state = still
+    scale = jnp.int32(2)
+
+    def loss(out):
+        counted = metrics.Counted(lambda p, t: {"rows": jnp.int32(t.size)}, lambda sums: sums["rows"] * scale)
+        return out.mean(), {"broken": counted.parts(out, LABELS)}
+
+    with pytest.raises(jax.errors.UnexpectedTracerError) as raised:
+        trainer.fit(state, [(X, loss)], report=Reader())
+    assert any("computed on the host, after the step, and cannot read" in note for note in raised.value.__notes__)
 
 
 class Reader(reports.Report):

@@ -88,7 +88,7 @@ class NumberLayout:
         vectors = [np.asarray(vector)[:steps] for vector in results[len(self._tables) :]]
         held = {vector.dtype: vector for vector in vectors}
         leaves = [
-            held[dtype][:, start : start + math.prod(shape)].reshape(-1, *shape)
+            held[dtype][:, start : start + math.prod(shape)].reshape(steps, *shape)
             for dtype, shape, start in self._packing.layout
         ]
         return jax.tree_util.tree_unflatten(self._structure, leaves)

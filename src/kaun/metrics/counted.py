@@ -218,6 +218,12 @@ def result_or_nan(where: str, parts: CountedParts) -> Any:
         if error.args != nothing_to_average().args:
             raise
         return math.nan
+    except jax.errors.UnexpectedTracerError as error:
+        error.add_note(
+            "The result of a metric is computed on the host, after the step, and cannot read an array that the loss "
+            'captures. Return that array among the counts: {"total": total, "scale": scale}.'
+        )
+        raise
 
 
 def gives_array(metric: Any) -> bool:
