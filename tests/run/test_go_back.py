@@ -9,7 +9,7 @@ import pytest
 
 import kaun
 from kaun import Data, layers, losses, reports, rng
-from kaun.checkpoint import Directory, ResumeMismatch
+from kaun.checkpoint import Directory, ResumeMismatch, Store
 
 G = np.random.default_rng(0)
 X, Y = G.normal(size=(24, 3)).astype(np.float32), G.integers(0, 2, 24).astype(np.int32)
@@ -106,7 +106,9 @@ def test_killed_and_started_again_the_same_script_resumes_the_newest(tmp_path, m
     with pytest.raises(Killed):
         run(kill=11, resume=6)
     assert run.steps == [7, 8, 9, 10, 11], "a report that was interrupted is called again"
-    assert same(run(resume=6), whole) and run.steps == [*range(11, 19)]
+    with pytest.raises(Killed):
+        run(kill=14)  # without the argument, and with it again
+    assert same(run(resume=6), whole) and run.steps == [*range(14, 19)]
     assert same(run(resume=6), whole) and run.steps == []
     with pytest.raises(Killed):
         run(kill=5, resume=3)  # another step is another time
@@ -173,6 +175,20 @@ def test_a_damaged_one_is_refused_and_no_older_one_is_taken(tmp_path, made):
     with pytest.raises(ValueError, match=r"is undamaged:\n  step-00000006: state.safetensors: it has"):
         run(resume=6)
     assert names(tmp_path / "runs", "aside") == names(tmp_path / "runs", "damaged") == []
+
+
+def test_later_ones_are_not_looked_at_before_the_first_save(tmp_path, made):
+    """``fit`` asks for the newest one again where a compiled step fails."""
+    run = Run(made, tmp_path)
+    run()
+    with Store.open(Directory(tmp_path / "runs", resume=6)) as store:
+        assert store.newest(run.state).step == 6 == store.newest(run.state).step
+    file = tmp_path / "runs" / "step-00000006" / "state.safetensors"
+    with Store.open(Directory(tmp_path / "runs", resume=6)) as store:
+        assert store.newest(run.state).step == 6
+        file.unlink()
+        with pytest.warns(UserWarning, match="the run resumes from step 3, because newer checkpoints are damaged"):
+            assert store.newest(run.state).step == 3
 
 
 def test_a_child_begins_where_no_step_is_named(tmp_path, made):
