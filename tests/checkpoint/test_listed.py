@@ -143,3 +143,25 @@ def test_a_best_one_of_another_edition_takes_its_place(tmp_path, disk, make):
         store.save(3, make(3), {}, record(3))
         store.save(4, make(4), {}, record(3))
     assert names(tmp_path) == ["step-00000003.1", "step-00000004"]
+
+
+def test_a_best_one_that_was_not_written_removes_nothing(tmp_path, disk, make):
+    """The first save of a run, which has listed the directory, fails; the best one is still the one before."""
+
+    class Full(type(disk)):
+        full = True
+
+        def rename(self, path, to):
+            if self.full and to.name.startswith("step-"):
+                raise OSError(28, "No space left on device")
+            super().rename(path, to)
+
+    (tmp_path / "step-00000001").mkdir()
+    full = Full()
+    with Store.open(Directory(tmp_path, keep=9), full) as store:
+        store.save(5, make(5), {}, record(5, 1, 5))
+        with pytest.raises(OSError, match="could not be written"):
+            store.join()
+        full.full = False
+        store.save(6, make(6), {}, record(1, 1))
+    assert names(tmp_path) == ["step-00000001", "step-00000006"]

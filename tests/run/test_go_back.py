@@ -9,7 +9,7 @@ import pytest
 
 import kaun
 from kaun import Data, layers, losses, reports, rng
-from kaun.checkpoint import Directory, ResumeMismatch
+from kaun.checkpoint import Directory, ResumeMismatch, Store
 
 G = np.random.default_rng(0)
 X, Y = G.normal(size=(24, 3)).astype(np.float32), G.integers(0, 2, 24).astype(np.int32)
@@ -106,7 +106,9 @@ def test_killed_and_started_again_the_same_script_resumes_the_newest(tmp_path, m
     with pytest.raises(Killed):
         run(kill=11, resume=6)
     assert run.steps == [7, 8, 9, 10, 11], "a report that was interrupted is called again"
-    assert same(run(resume=6), whole) and run.steps == [*range(11, 19)]
+    with pytest.raises(Killed):
+        run(kill=14)  # without the argument, and with it again
+    assert same(run(resume=6), whole) and run.steps == [*range(14, 19)]
     assert same(run(resume=6), whole) and run.steps == []
     with pytest.raises(Killed):
         run(kill=5, resume=3)  # another step is another time
@@ -175,6 +177,20 @@ def test_a_damaged_one_is_refused_and_no_older_one_is_taken(tmp_path, made):
     assert names(tmp_path / "runs", "aside") == names(tmp_path / "runs", "damaged") == []
 
 
+def test_later_ones_are_not_looked_at_before_the_first_save(tmp_path, made):
+    """``fit`` asks for the newest one again where a compiled step fails."""
+    run = Run(made, tmp_path)
+    run()
+    with Store.open(Directory(tmp_path / "runs", resume=6)) as store:
+        assert store.newest(run.state).step == 6 == store.newest(run.state).step
+    file = tmp_path / "runs" / "step-00000006" / "state.safetensors"
+    with Store.open(Directory(tmp_path / "runs", resume=6)) as store:
+        assert store.newest(run.state).step == 6
+        file.unlink()
+        with pytest.warns(UserWarning, match="the run resumes from step 3, because newer checkpoints are damaged"):
+            assert store.newest(run.state).step == 3
+
+
 def test_a_child_begins_where_no_step_is_named(tmp_path, made):
     for resume in (6, "best"):
         assert Directory(tmp_path, resume=resume).child("second").resume == "auto"
@@ -184,20 +200,28 @@ def test_a_child_begins_where_no_step_is_named(tmp_path, made):
 # Another optimizer
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda rate: optax.adam(optax.constant_schedule(rate)),
-        lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),
-        lambda rate: optax.sgd(rate, momentum=0.9),
-    ],
-    ids=["schedule", "clipping", "another"],
+LEAVES, PROGRAM = (
+    "The variables fit, and the optimizer is another one",
+    r"(?s)Its program differs.*accept=\{\"program\"\}",
 )
-def test_the_code_in_the_message_trains_the_variables_with_another_optimizer(tmp_path, made, optimizer):
-    run = Run(made, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "optimizer", "text"),
+    [
+        (optax.adam, lambda rate: optax.adam(optax.constant_schedule(rate)), LEAVES),
+        (optax.adam, lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)), LEAVES),
+        (optax.adam, lambda rate: optax.sgd(rate, momentum=0.9), LEAVES),
+        # Without any array in the states of both.
+        (optax.sgd, lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate)), PROGRAM),
+    ],
+    ids=["schedule", "clipping", "another", "no state"],
+)
+def test_the_code_in_the_message_trains_the_variables_with_another_optimizer(tmp_path, before, optimizer, text):
+    run = Run(setting(optimizer=before), tmp_path)
     whole = run()
     run.trainer, run.state, run.train = setting(optimizer=optimizer)
-    with pytest.raises(ResumeMismatch, match="The variables fit, and the optimizer is another one") as error:
+    with pytest.raises(ResumeMismatch, match=text) as error:
         run()
     text = str(error.value)
     assert "trainer.make_state(runs.load_vars(state))" in text and "vars.params" not in text

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kaun import Data, Trainer, TrainState, layers, losses, metrics, reports
+from kaun import Data, Trainer, TrainState, checkpoint, layers, losses, metrics, reports
 
 x = jnp.ones((4, 2))
 y = jnp.ones((4, 1))
@@ -78,3 +78,7 @@ def returns_a_number(step: int, loss: float, state: TrainState) -> float: ...
 
 
 trainer.fit(state, data, report=returns_a_number)  # E: reportArgumentType
+runs = checkpoint.Directory("runs", best=("accuracy", "most"))  # E: reportArgumentType
+checkpoint.Directory("runs", best="accuracy")  # E: reportArgumentType
+runs.load(state, at="last")  # E: reportArgumentType
+runs.load_vars({"weight": x})  # E: reportArgumentType

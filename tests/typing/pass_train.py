@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import kaun
-from kaun import Context, Data, Trainer, TrainState, Vars, layers, losses, metrics, reports, rng
+from kaun import Context, Data, Trainer, TrainState, Vars, checkpoint, layers, losses, metrics, reports, rng
 
 x = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32)
 y = jnp.array([[0], [1], [1], [0]], jnp.float32)
@@ -169,3 +169,13 @@ assert_type(reports.all_of(validation, reports.every(2, Whole()), Blocks(), repo
 function: reports.ReportFunction = report
 whole: reports.Report = Whole()
 variables: Vars = state.vars.replace(params=state.vars.params)
+
+
+def load(runs: checkpoint.Directory) -> None:
+    assert_type(runs.load(state, at="best"), TrainState)
+    assert_type(runs.load(state, np.int64(3)), TrainState)
+    assert_type(runs.load_vars(state), Vars)
+    assert_type(runs.load_vars(state.vars, at=3), Vars)
+
+
+checkpoint.Directory("runs", every=100, best=("accuracy", "max"), forever=10_000, resume=1200)

@@ -23,7 +23,7 @@ from kaun._messages import plain, warn
 from kaun._run import digest
 from kaun._run.digest import Digester
 from kaun._run.generators import find_generators
-from kaun.checkpoint import BEST, Best, Directory
+from kaun.checkpoint import BEST, Best, Directory, with_another_optimizer
 from kaun.data import Item, ResumableLoader, every_stage_of, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
@@ -152,9 +152,10 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
     listed = "".join(f"\n  {plain(line, 1000)}" for line in [*lines[:_LISTED], *more])
     where = f"{str(directory.path)!r} holds another run, at step {step}. Its {what} differ{'s' * (what != 'reports')}:"
     if what not in directory.accept:
+        optimizer = f"\n{with_another_optimizer(directory.path)}" if what == "program" else ""
         raise ResumeMismatch(
             f"{where}{listed}\nTo resume, make them equal again. To start another run, use another directory, "
-            f'checkpoints=runs.child("other"). To resume anyway, write Directory(..., accept={{"{what}"}}).'
+            f'checkpoints=runs.child("other"). To resume anyway, write Directory(..., accept={{"{what}"}}).{optimizer}'
         )
     warn(f"{where}{listed}\nThe run is resumed, because accept= contains {what!r}.")
 

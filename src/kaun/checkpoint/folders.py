@@ -12,7 +12,10 @@ from kaun.checkpoint.best import Best
 from kaun.checkpoint.disk import Disk
 from kaun.errors import ResumeMismatch
 
-__all__ = ["Found", "all_damaged", "best_of", "newest_facts", "not_there", "of_other_leaves", "parse_name", "scan"]
+__all__ = [
+    "Found", "all_damaged", "best_of", "newest_facts", "not_there", "of_other_leaves", "parse_name", "scan",
+    "with_another_optimizer",
+]  # fmt: skip
 
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,6}))?", re.ASCII)
 _LISTED = 100
@@ -113,6 +116,17 @@ def all_damaged(path: Path, bad: list[str]) -> ValueError:
     )
 
 
+def with_another_optimizer(path: Path) -> str:
+    """How to train the variables of a run with another optimizer, as code."""
+    return (
+        "To train its variables with another optimizer, begin another run with them:\n"
+        f"    runs = checkpoint.Directory({str(path)!r})\n"
+        "    with rng.scope(0):\n"
+        "        state = trainer.make_state(runs.load_vars(state))\n"
+        "    state = trainer.fit(state, train, checkpoints=runs.child('second'))"
+    )
+
+
 def of_other_leaves(path: Path, found: Found, listing: ResumeMismatch) -> ResumeMismatch:
     """The error when a checkpoint is undamaged, and does not match the template."""
     if not isinstance(listing, one.OtherLeaves):
@@ -121,11 +135,7 @@ def of_other_leaves(path: Path, found: Found, listing: ResumeMismatch) -> Resume
     if listing.in_opt_state:
         return ResumeMismatch(
             f"{start}The variables fit, and the optimizer is another one. Use the optimizer of that run to resume it. "
-            "To train its variables with this optimizer, begin another run with them:\n"
-            f"    runs = checkpoint.Directory({str(path)!r})\n"
-            "    with rng.scope(0):\n"
-            "        state = trainer.make_state(runs.load_vars(state))\n"
-            "    state = trainer.fit(state, train, checkpoints=runs.child('second'))"
+            f"{with_another_optimizer(path)}"
         )
     return ResumeMismatch(
         f"{start}Use the model and the optimizer of that run, or start another run in another directory: "
