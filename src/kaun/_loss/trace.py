@@ -24,8 +24,8 @@ __all__ = ["RESERVED", "TracedLoss", "trace_loss"]
 
 RESERVED = frozenset(
     {
-        "examples_per_second", "examples_per_step", "finite", "grad_norm", "learning_rate", "loss", "penalty", "skipped",
-        "step", "step_time", "updates",
+        "examples_per_second", "examples_per_step", "finite", "grad_norm", "learning_rate", "loss", "penalty",
+        "skipped", "step", "step_time", "updates",
     }
 )  # fmt: skip
 
