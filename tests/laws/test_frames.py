@@ -39,9 +39,9 @@ def loss(output):
     raise Traced(found[::-1])
 
 
-def frames_of(entry, precision):
+def frames_of(entry, options):
     with rng.scope(0):
-        trainer = kaun.Trainer(model=layers.linear(3, 2), optimizer=optax.sgd(0.1), precision=precision)
+        trainer = kaun.Trainer(model=layers.linear(3, 2), optimizer=optax.sgd(0.1), **options)
         state = trainer.init()
         with pytest.raises(Traced) as caught:
             ENTRIES[entry](trainer, state, loss)
@@ -49,9 +49,11 @@ def frames_of(entry, precision):
     return [file for file in caught.value.args[0] if not file.startswith("data/")]
 
 
-@pytest.mark.parametrize("precision", [None, "mixed_float16"])
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "mixed_float16"}, {"accumulate": 2, "penalty": lambda params: params["bias"].sum()}]
+)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_at_most_ten_frames_in_five_files_each_entered_once(entry, precision):
-    frames = frames_of(entry, precision)
+def test_at_most_ten_frames_in_five_files_each_entered_once(entry, options):
+    frames = frames_of(entry, options)
     assert [file for file, _ in itertools.groupby(frames)] == FILES
     assert len(frames) <= 10, frames

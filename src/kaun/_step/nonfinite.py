@@ -134,7 +134,7 @@ def flush_error(trained: Any, vars: Any, window: Any, step: int, checks: Any) ->
     names = check_names({"params": trained, "state": vars.state, "opt_state": window})
     spoiled = tuple(name for name, flag in zip(names, ~np.isfinite(checks), strict=True) if flag)
     loss = float(window.loss) / (float(window.weight) or 1.0)
-    what = f"The update that flush makes after step {step}, of {int(window.items)} items in an open window,"
+    what = f"The update that flush makes of the open window after step {step}"
     last = 'To end the window without this update, flush it with a trainer that has on_nonfinite="skip".'
     return NonFiniteLoss(_about_update(what, loss, spoiled, False, last), step, loss, (), spoiled)
 

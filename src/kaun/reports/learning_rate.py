@@ -20,15 +20,17 @@ __all__ = ["learning_rate"]
 CHUNK = 4096  # counts that are evaluated at once
 # The parts of an optimizer's state that count its updates for a schedule.
 _COUNTING = ("ScaleByScheduleState", "InjectHyperparamsState", "InjectStatefulHyperparamsState")
+# Those that collect gradients for an update: of ``Trainer(accumulate=)`` and of optax.
+_WINDOWS = ("Window", "MultiStepsState")
 
 
 def learning_rate(schedule: Callable[[Any], Any]) -> Report:
     """Return the report that adds ``"learning_rate"``, the learning rate of each step, to the blocks of other reports.
 
     It is the schedule at the number of updates before the step. That number is read from the optimizer's state when a
-    fit begins; a step that was skipped, and a step of ``optax.MultiSteps`` inside its window, make no update. The rate
-    is NaN, with a warning when the fit begins, where the state says that it cannot be known: schedules at different
-    counts, or a rate that ``reduce_on_plateau`` scales.
+    fit begins; a step that was skipped, and a step of ``Trainer(accumulate=)`` or ``optax.MultiSteps`` inside its
+    window, make no update. The rate is NaN, with a warning when the fit begins, where the state says that it cannot be
+    known: schedules at different counts, or a rate that ``reduce_on_plateau`` scales.
 
     The schedule is evaluated on JAX's CPU device for 4096 counts at once, well ahead of the steps, so that ``fit``
     waits for it at its first block only. The reports of one ``all_of`` get it in any order; it replaces a learning rate
@@ -67,6 +69,14 @@ def learning_rate(schedule: Callable[[Any], Any]) -> Report:
     return _LearningRate(schedule, device)
 
 
+def _inner(window: Any) -> Any:
+    return window.inner if hasattr(window, "inner") else window.inner_opt_state
+
+
+def _updates(window: Any) -> Any:
+    return window.updates if hasattr(window, "updates") else window.gradient_step
+
+
 class _LearningRate(Report):
     measures = ("learning_rate",)
 
@@ -76,7 +86,7 @@ class _LearningRate(Report):
         self._rates = jax.jit(jax.vmap(self._rate))
         self._chunks: dict[int, Any] = {}
         self._skipped = 0  # how many steps of the state's life made no update
-        self._updates: int | None = None  # those of MultiSteps so far, where the schedule is inside of it
+        self._updates: int | None = None  # those of a window so far, where the schedule is inside of it
         self._from_state = self._unknown = False
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -105,10 +115,10 @@ class _LearningRate(Report):
 
     def _read(self, state: TrainState) -> None:
         """Find the number of updates in the optimizer's state."""
-        outer = state_nodes(state.opt_state, "MultiStepsState", *_COUNTING)
-        windows = [node for node in outer if type(node).__name__ == "MultiStepsState"]
-        counts = {int(node.count) for node in outer if node not in windows}
-        inner = {int(node.count) for node in state_nodes([w.inner_opt_state for w in windows], *_COUNTING)}
+        outer = state_nodes(state.opt_state, *_WINDOWS, *_COUNTING)
+        windows = [node for node in outer if type(node).__name__ in _WINDOWS]
+        counts = {int(node.count) for node in outer if type(node).__name__ in _COUNTING}
+        inner = {int(node.count) for window in windows for node in state_nodes(_inner(window), *_COUNTING)}
         why = ""
         if state_nodes(state.opt_state, "ReduceLROnPlateauState"):
             why = "reduce_on_plateau scales it"
@@ -122,7 +132,7 @@ class _LearningRate(Report):
                 "    optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"
             )
         inside = bool(windows) and not counts
-        self._updates = int(windows[0].gradient_step) if inside and not why else None
+        self._updates = int(_updates(windows[0])) if inside and not why else None
         known = counts or inner or ({self._updates} if inside else set())
         self._from_state = bool(known)
         if known and not why:
