@@ -291,7 +291,8 @@ class Trainer(Generic[In, Out]):
         Args:
             state: The state whose variables are used.
             x: The model's input, an array or any pytree of arrays; or a ``Data`` of such inputs, whose outputs are
-                NumPy arrays, concatenated along axis 0. From pairs write ``data.map(lambda b: b[0])``.
+                NumPy arrays, concatenated along axis 0 without filled rows. From pairs write
+                ``data.map(lambda b: b[0])``.
             ctx: A Context for the layers.
 
         Raises:
@@ -322,8 +323,8 @@ class Trainer(Generic[In, Out]):
             metrics: By name, functions of ``(predictions, targets)``, the model's output and y. A scalar counts by the
                 number of examples in its batch (the length of y along axis 0), a pair ``(sum, count)`` or a
                 ``losses.Mean``, which ``losses.mse`` and the like give here, by its count or weight, and the functions
-                of ``metrics``, their partials and any ``metrics.Counted`` by summed counts: their result is that of all
-                rows at once, however they are cut into batches.
+                of ``metrics``, their partials and any ``metrics.Counted`` by summed counts: that of all rows at once.
+                With ``sample_weights``, or where batches are padded, metrics that take ``weights=`` receive them.
             ctx: A Context for the layers.
 
         Returns:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kaun import Context
 from kaun._engine.batching import BlockBuffer, capacity_of
 from kaun._engine.inputs import StepInputs
 from kaun.data.chunks import RowGather
@@ -30,6 +31,18 @@ def test_equal_objects_are_passed_once_and_others_stacked():
     np.testing.assert_array_equal(w, weights)
     np.testing.assert_array_equal(xs[:3], x)
     assert xs.shape == (8, 2), "as long as the capacity, whatever the count"
+
+
+def test_a_block_of_one_padded_batch_is_stacked_as_larger_ones_are():
+    """Batches of buckets take turns: with another pattern the same step would be compiled a second time."""
+    padded = lambda mask: StepInputs(np.ones((2, 3)), None, Context(row_mask=mask, scale=jnp.ones(())))
+    buffer = BlockBuffer(padded(np.array([True, False])), 8)
+    assert buffer.add(padded(np.array([True, False]))) and buffer.varying == (True, True, False)
+    once, (x, mask) = buffer.arguments(buffer.varying)
+    assert len(once) == 1 and mask[0].tolist() == [True, False] and (x[0] == 1).all()
+    plain = StepInputs(np.ones((2, 3)), None, Context(row_mask=np.ones(3, bool)))  # not one for each row of x
+    assert plain.row_mask is None and padded(np.ones(2, bool)).row_mask == 1
+    assert BlockBuffer(plain, 8).add(plain) and block(np.ones((2, 3))).varying == (False,)
 
 
 def test_an_array_written_to_between_two_items_is_another():

@@ -1,12 +1,16 @@
 """The type of a pipeline's items flows through its stages."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, assert_type
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from kaun import Data
+from kaun import Context, Data, losses
+
+Loss = Callable[[Any], Any]
 
 Table = dict[str, np.ndarray[Any, Any]]
 
@@ -42,6 +46,51 @@ def first(data: Data[str]) -> str:
 
 assert_type(iter(words), Iterator[str])
 size: int = len(words)
+
+# Rows of JAX arrays are JAX arrays, and those of NumPy arrays may be scalars.
+matrix = jnp.zeros((4, 2))
+labels: jax.Array = jnp.zeros(4, jnp.int32)
+unknown: Any = matrix
+assert_type(Data.from_arrays(matrix), Data[jax.Array])
+assert_type(Data.from_arrays(matrix, labels), Data[tuple[jax.Array, jax.Array]])
+assert_type(Data.from_arrays(unknown), Data[Any])
+assert_type(Data.from_arrays(unknown, unknown), Data[tuple[Any, Any]])
+assert_type(Data.from_arrays(table), Data[Any])
+assert_type(Data.from_arrays(matrix, table, labels), Data[tuple[Any, Any, Any]])
+assert_type(Data.from_arrays(matrix, labels, matrix, labels), Data[tuple[Any, Any, Any, Any]])
+assert_type(Data.from_arrays(matrix, labels, matrix, labels, matrix), Data[Any])
+
+# A loss in the place of labels.
+batches = Data.batches((matrix, labels), 2)
+assert_type(batches, Data[tuple[jax.Array, jax.Array]])
+assert_type(Data.batches((matrix, labels), 2, sample_weights=[1, 2, 3, 4]), Data[tuple[jax.Array, jax.Array]])
+paired: Data[tuple[jax.Array, Loss]] = batches.with_loss(losses.cross_entropy_sparse)
+for image, loss_of_image in paired:
+    assert_type((image, loss_of_image), tuple[jax.Array, Loss])
+paired = batches.with_loss(lambda output, y: losses.mse(output, y)).epochs(2)
+paired = batches.with_loss(functools.partial(losses.huber, delta=0.1))
+with_context = batches.map(lambda b: (b[0], b[1], Context(mask=b[1])))
+three: Data[tuple[jax.Array, Loss, Context]] = with_context.with_loss(losses.mse)
+untyped: Data[Any] = batches
+assert_type(untyped.with_loss(losses.mse), Data[Any])
+rows_of_table = Data.batches(table, 2).map(lambda b: (b["x"], b["x"]))
+of_numpy: Data[tuple[np.ndarray[Any, Any], Loss]] = rows_of_table.with_loss(losses.mse).epoch(1).take(1).skip(0)
+
+
+def masked(output: jax.Array, y: jax.Array, *, where: jax.Array) -> losses.Mean:
+    return losses.cross_entropy_sparse.parts(output, y, where=where)
+
+
+# The items of a padded pipeline have a context more.
+padded = Data.batches((matrix, labels), 2, pad=True)
+for x, loss, ctx in padded.with_loss(masked):
+    assert_type(loss(x), Any)
+    assert ctx["row_mask"].shape == (2,)
+assert padded.padding == (4, 0, 0, 0)
+tokens = Data.from_items([(np.arange(3), 1), (np.arange(2), 0)])
+assert_type(tokens.bucket(lambda row: len(row[0]), [2, 4], 2), Data[Any])
+assert_type(tokens.bucket([3, 2], edges=(2, 4), batch_size=2).with_loss(losses.mse), Data[Any])
+assert_type(Data.folds(table, 2, 2, pad=True), list[tuple[Data[Any], Data[Any]]])
 
 pairs = Data.from_arrays(np.zeros((4, 2), np.float32), np.zeros(4, np.int32))
 for x, y in pairs.batch(2):

@@ -40,6 +40,9 @@ state = trainer.fit(state, Data.repeat(3, (x, lambda logits: losses.binary_cross
 
 batches = Data.batches((x, y), batch_size=2, shuffle=True)
 train = batches.with_loss(losses.binary_cross_entropy)
+assert_type(trainer.predict(state, x), jax.Array)
+assert_type(trainer.predict(state, np.zeros((1, 2), np.float32), ctx=Context()), jax.Array)
+assert_type(trainer.predict(state, batches.map(lambda b: b[0])), Any)
 assert_type(trainer.fit(state, train.epochs(2), report=report), TrainState)
 state = trainer.fit(state, train, ctx=Context(), report=reports.every(2, report))
 state = trainer.fit(state, train.epoch(1), report=reports.all_of(report, reports.history()))

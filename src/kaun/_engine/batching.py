@@ -206,6 +206,7 @@ class BlockBuffer:
         self.capacity = capacity
         self.count = 0
         self._key = inputs.key
+        self._padded = inputs.row_mask is not None
         self._columns: list[_Column] = [_column(a, capacity) for a in inputs.leaves]
         self._selective = [(i, c) for i, c in enumerate(self._columns) if c.selective]
 
@@ -244,7 +245,12 @@ class BlockBuffer:
 
     @property
     def varying(self) -> tuple[bool, ...]:
-        """For each leaf whether it differs between the items."""
+        """For each leaf whether it differs between the items; the arrays of a padded batch count as different.
+
+        Batches of buckets take turns, so that a block of one item is followed by larger ones: one program serves both.
+        """
+        if self._padded and self.count == 1:
+            return tuple([isinstance(c, _Host) and not c.alone for c in self._columns])
         return tuple([c.varies for c in self._columns])
 
     def arguments(self, pattern: Sequence[bool]) -> tuple[list[Any], list[Any]]:
