@@ -40,7 +40,7 @@ from kaun._step import (
     train_step,
     trainable_part,
 )
-from kaun.averages import Average
+from kaun.averages.rules import Average
 from kaun.checkpoint import Directory
 from kaun.context import Context
 from kaun.data import (

@@ -31,7 +31,8 @@ from kaun._step.optimizer import Optimizer, apply_update, check_optimizer, check
 from kaun._step.precision import Policy, apply_model, cast_to_compute, parse_precision
 from kaun._step.trainable import Partition, check_trainable, trainable_part
 from kaun._step.watch import Update, checks_of, gradient_finite
-from kaun.averages import Average, add_average, check_average, put_average, take_average
+from kaun.averages.rules import Average, check_average
+from kaun.averages.weights import add_average, put_average, take_average
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars
 
