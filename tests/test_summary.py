@@ -46,6 +46,12 @@ def test_rows_and_totals_are_those_of_the_variables():
     assert not trainer.compilations
 
 
+def test_the_bytes_of_an_average_are_those_of_the_state():
+    bytes_of = lambda **options: kaun.summary(trainer_of(layers.linear(4, 8), **options), X).optimizer_bytes
+    numbers = 4 * 8 + 8
+    assert bytes_of(average=kaun.averages.ema(0.9)) == bytes_of() + 8 * numbers + 2 * 4
+
+
 def test_text():
     text = str(kaun.summary(trainer_of(nested(), trainable=lambda path: path.startswith("right.2")), X))
     lines = text.splitlines()

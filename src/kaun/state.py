@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 
-from kaun.averages import averaged_vars, find_average
+from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
 
 __all__ = ["TrainState", "check_state"]

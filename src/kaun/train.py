@@ -29,7 +29,7 @@ from kaun._step import (
     make_settings,
     train_step,
 )
-from kaun.averages import Average
+from kaun.averages.rules import Average
 from kaun.checkpoint import Directory
 from kaun.context import Context
 from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import Data, layers, losses, reports, rng
+from kaun import Data, averages, layers, losses, reports, rng
 
 X = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(8, 1)).astype(np.float32)
@@ -153,3 +153,38 @@ def test_validate_warns_once_in_a_fit():
     with pytest.warns(UserWarning, match="training iterate") as caught:
         trainer.fit(trainer.init(), DATA, report=report)
     assert [each.filename for each in caught] == [__file__]
+
+
+def test_the_warning_names_the_average_that_an_optimizer_has():
+    trainer, state = trained(free())
+    with pytest.warns(
+        UserWarning, match=r"write Trainer\(..., average=averages.from_optimizer\(f\)\), where f\(opt_state, "
+    ):
+        trainer.predict(state, X)
+
+
+def test_with_that_average_its_state_is_not_warned_of_and_the_live_one_is():
+    rule = averages.from_optimizer(optax.contrib.schedule_free_eval_params)
+    trainer, state = trained(free(), average=rule)
+    for same in (state.averaged, jax.tree.map(jax.numpy.asarray, state.averaged), state.averaged.averaged):
+        trainer.predict(same, X)
+        trainer.evaluate(same, [(X, Y)], {"mse": losses.mse})
+    trainer.export(state.averaged, X)
+    fix = r"Use state.averaged in its place, and in validate write of=lambda s: s.averaged. This warning is given once."
+    with pytest.warns(UserWarning, match=rf"training iterate .*{fix}"):
+        trainer.predict(state, X)
+
+
+def test_sam_has_its_outer_parameters_as_an_average():
+    rule = averages.from_optimizer(lambda opt_state, params: opt_state.cache)
+    trainer, state = trained(sam(), average=rule)
+    _, at_two = trained(sam(), DATA.take(2))
+    jax.tree.map(np.testing.assert_array_equal, state.averaged.vars.params, at_two.vars.params)
+    trainer.predict(state.averaged, X)
+
+
+def test_validate_of_the_average_does_not_warn():
+    rule = averages.from_optimizer(optax.contrib.schedule_free_eval_params)
+    trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=free(), average=rule)
+    report = reports.validate(trainer, [(X, Y)], {"mse": losses.mse}, each=2, of=lambda s: s.averaged)
+    trainer.fit(trainer.init(), DATA, report=report)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from kaun import Context, Data, EarlyStop, Layer, Trainer, Vars, layers, losses, metrics, reports, rng
+from kaun import Context, Data, EarlyStop, Layer, Trainer, Vars, averages, layers, losses, metrics, reports, rng
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +231,63 @@ def test_a_metric_that_is_an_array_is_refused_with_the_way_out():
     number = reports.validate(trainer, data, {"m": entry}, each=1)
     number(1, 0.0, trainer.init())
     assert type(number.latest["m"]) is float
+
+
+@pytest.fixture(scope="module")
+def averaging():
+    with rng.scope(0):
+        trainer = Trainer(model=layers.linear(2, 3), optimizer=optax.adam(0.3), average=averages.ema(0.5))
+        return trainer, trainer.init()
+
+
+class Observing(reports.Report):
+    def __init__(self):
+        self.seen = []
+
+    def observe(self, step, values, state):
+        self.seen.append((step, dict(values), state))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("wrap", [lambda report: report, lambda report: reports.every(5, report)])
+def test_of_another_state_scores_and_best_are_those_of_that_state(averaging, data, order, wrap):
+    trainer, start = averaging
+    train = data.with_loss(losses.cross_entropy_sparse)
+    states = states_of(trainer, start, train.epochs(4))
+    parts = [
+        wrap(validation := reports.validate(trainer, data, ON, each=train, of=lambda s: s.averaged)),
+        stopper := reports.early_stopping("entropy", mode="max", patience=9),
+        observing := Observing(),
+    ]
+    trainer.fit(start, train.epochs(4), report=reports.all_of(*parts[::order]))
+    at = [5, 10, 15, 20]
+    expected = [(step, trainer.evaluate(states[step - 1].averaged, data, ON)) for step in at]
+    assert validation.results == [(step, values) for step, values, _ in observing.seen] == expected
+    assert type(validation.latest) is dict and validation.latest != trainer.evaluate(states[-1], data, ON)
+    best = max(at, key=lambda step: dict(expected)[step]["entropy"])
+    assert stopper.best_step == best and stopper.best.is_averaged
+    jax.tree.map(np.testing.assert_array_equal, stopper.best.vars, states[best - 1].averaged.vars)
+    assert trainer.evaluate(stopper.best, data, ON)["entropy"] == stopper.best_value
+
+
+@pytest.mark.parametrize(
+    ("of", "text"),
+    [
+        (
+            "averaged",
+            r"validate expected of as a function from a state to the one that is evaluated, received 'averaged'",
+        ),
+        (
+            lambda state: state.vars,
+            r"expected a function that returns a TrainState, .*test_validate.py:\d+\) returned Vars",
+        ),
+    ],
+)
+def test_of_must_return_a_state(averaging, data, of, text):
+    trainer, start = averaging
+    with pytest.raises(TypeError, match=text):
+        trainer.fit(
+            start,
+            data.with_loss(losses.cross_entropy_sparse),
+            report=reports.validate(trainer, data, ON, each=1, of=of),
+        )

@@ -47,6 +47,16 @@ def test_arrays_states_and_odd_numbers_come_back():
     assert found["1"][1].tolist() == [0, 1, 2]
 
 
+def test_an_averaged_state_comes_back_as_one():
+    average = kaun.averages.ema(0.9)
+    with rng.scope(0):
+        state = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.adam(0.1), average=average).init()
+    packed, arrays = pack_snapshot({"best": state.averaged, "last": state})
+    found = unpack_snapshot(json.loads(json.dumps(packed)), arrays, state)
+    assert found["best"].is_averaged and not found["last"].is_averaged
+    assert jnp.array_equal(found["best"].vars.params["weight"], state.averaged.vars.params["weight"])
+
+
 def test_strings_are_never_taken_for_something_else():
     values = {"a": "array:x", "b": "state:y", "c": "float:0x1p0", "d": "text:z", "e": ""}
     packed, arrays = pack_snapshot(values)

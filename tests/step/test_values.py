@@ -13,7 +13,14 @@ X = np.ones((4, 2), np.float32)
 
 
 def refused(model, loss, x=X, **options):
-    given = {"on_nonfinite": "raise", "trainable": None, "precision": None, "microbatches": 1, "average": None, **options}
+    given = {
+        "on_nonfinite": "raise",
+        "trainable": None,
+        "precision": None,
+        "microbatches": 1,
+        "average": None,
+        **options,
+    }
     settings = make_settings(model=model, optimizer=optax.sgd(0.1), **given)
     with rng.scope(0):
         carry = init_carry(settings, model.init(dtype=jnp.float32))

@@ -10,7 +10,8 @@ import optax
 from kaun._jax import is_traced
 from kaun._messages import warn
 from kaun._step.optimizer import state_nodes
-from kaun.averages import find_average
+from kaun.averages.rules import FromOptimizer
+from kaun.averages.weights import find_average
 
 __all__ = ["EvaluatedParams"]
 
@@ -88,7 +89,7 @@ class EvaluatedParams:
                     "average=averages.from_optimizer(f)), where f(opt_state, params) returns these params, and use "
                     "state.averaged."
                 )
-                if average is not None and isinstance(average.average, jax.tree_util.Partial):
+                if average is not None and isinstance(average.rule, FromOptimizer):
                     fix = "Use state.averaged in its place, and in validate write of=lambda s: s.averaged."
                 warn(
                     f"The parameters of this state are {kind.are}. predict, evaluate, export and validate use the "

@@ -13,7 +13,7 @@ from jax import lax
 
 from kaun import tree
 from kaun._step.watch import check_names
-from kaun.averages import without_weights
+from kaun.averages.weights import without_weights
 from kaun.errors import NonFiniteLoss
 
 __all__ = ["MODES", "both_finite", "check_mode", "error_for", "flush_error", "match_state", "state_paths"]

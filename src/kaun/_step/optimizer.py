@@ -13,7 +13,7 @@ import optax
 
 from kaun import tree
 from kaun._messages import locate
-from kaun.averages import AveragedWeights
+from kaun.averages.weights import AveragedWeights
 
 __all__ = [
     "Optimizer",

@@ -16,7 +16,7 @@ from kaun._step.optimizer import Optimizer, check_optimizer
 from kaun._step.penalty import Penalty, make_penalty
 from kaun._step.precision import DEFAULT_DTYPE, Policy, parse_precision
 from kaun._step.trainable import check_trainable
-from kaun.averages import Average, check_average
+from kaun.averages.rules import Average, check_average
 from kaun.layers.core import Layer, Vars
 
 __all__ = ["Carry", "Settings", "make_settings"]

@@ -23,7 +23,7 @@ from kaun._step.settings import Carry, Settings
 from kaun._step.trainable import Partition, trainable_part
 from kaun._step.watch import Outcome, Update, checks_of, gradient_finite
 from kaun._step.window import Item, add_to_window, add_window, optimizer_state, window_rates
-from kaun.averages import add_average, put_average, take_average
+from kaun.averages.weights import add_average, put_average, take_average
 from kaun.context import Context
 from kaun.layers.core import Vars
 

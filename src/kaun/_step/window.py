@@ -23,7 +23,7 @@ from kaun._step.optimizer import apply_update, rates
 from kaun._step.settings import Carry, Settings
 from kaun._step.trainable import Partition
 from kaun._step.watch import Outcome, Update, checks_of
-from kaun.averages import put_average, take_average
+from kaun.averages.weights import put_average, take_average
 from kaun.layers.arguments import accumulation_dtype
 
 __all__ = [

@@ -1,0 +1,10 @@
+"""Averaged weights: what ``Trainer(average=)`` keeps beside the weights that train, for evaluation.
+
+The average lives in the optimizer's state (``weights``), so checkpoints hold it, and a step that is discarded leaves it
+as it was. ``state.averaged`` reads it.
+"""
+
+from kaun.averages.rules import ema as ema
+from kaun.averages.rules import from_optimizer as from_optimizer
+from kaun.averages.rules import swa as swa
+from kaun.averages.statistics import update_statistics as update_statistics

@@ -1,0 +1,114 @@
+"""The statistics of ``batch_norm`` that belong to averaged weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, Protocol, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kaun import rng, tree
+from kaun.averages.weights import is_average
+from kaun.context import Context
+
+__all__ = ["update_statistics"]
+
+S = TypeVar("S")
+
+
+class _Trainer(Protocol):
+    """What ``update_statistics`` uses of a ``Trainer``, which is above this module."""
+
+    @property
+    def fit(self) -> Callable[..., Any]: ...
+    @property
+    def make_state(self) -> Callable[..., Any]: ...
+
+
+def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: Context | None = None) -> S:
+    """Return a state whose ``.averaged`` has the statistics of ``batch_norm`` that its weights give on this data.
+
+    Without it ``.averaged`` has the layers' state of the weights that train, whose running statistics belong to other
+    weights. One pass over the data runs the model in training mode with the averaged weights. A running mean or
+    variance is then the mean of those of all batches, each with the weight of its rows: no momentum, and nothing of the
+    statistics before. A layer that is not ``batch_norm`` updates its state as in training, from the live one on. Layers
+    that are frozen as a whole keep theirs.
+
+    Weights, optimizer state, ``step``, ``key`` and the live layers' state stay as they are, and so does the result of
+    ``predict(state, x)``. The next update of the weights discards the statistics: ``.averaged`` has the live ones
+    again.
+
+    Args:
+        trainer: The trainer of the state.
+        state: A state of a trainer with ``average=``.
+        data: The training data: a ``Data`` or any iterable of ``(x, loss)``, ``(x, y)`` or these with a Context. Of an
+            item x and the Context are used.
+        ctx: A Context for the layers, at each batch.
+
+    Raises:
+        TypeError: If the trainer or an item is of the wrong kind.
+        ValueError: If the state has no average, or there are no items.
+        NonFiniteLoss: If a statistic would not be finite.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import Data, averages, layers, losses
+        >>> model = layers.sequential([layers.linear(1, 2), layers.batch_norm(2), layers.linear(2, 1)])
+        >>> trainer = kaun.Trainer(model=model, optimizer=optax.adam(0.1), average=averages.ema(0.9))
+        >>> x = jnp.arange(8.0)[:, None]
+        >>> train = Data.batches((x, 2 * x), batch_size=4).with_loss(losses.mse)
+        >>> state = trainer.fit(trainer.init(), train.epochs(5))
+        >>> state = averages.update_statistics(trainer, state, train)
+        >>> trainer.predict(state.averaged, x).shape
+        (8, 1)
+    """
+    if not (dataclasses.is_dataclass(trainer) and hasattr(trainer, "make_state")):
+        raise TypeError(
+            f"update_statistics expected a Trainer first, received {tree.describe(trainer)}. Write "
+            "averages.update_statistics(trainer, state, train)."
+        )
+    averaged: Any = cast("Any", state).averaged
+    still = _without_updates(trainer)
+    with rng.scope(0):  # its key is not used
+        begin = still.make_state(averaged.vars)
+    after = still.fit(begin.replace(step=averaged.step, key=averaged.key), _statistics_items(data), ctx=ctx)
+
+    def update(node: Any) -> Any:
+        return node._replace(statistics=after.vars.state, statistics_at=node.updates) if is_average(node) else node
+
+    opt_state = jax.tree_util.tree_map(update, averaged.opt_state, is_leaf=is_average)
+    return cast("Any", state).replace(opt_state=opt_state)
+
+
+def _without_updates(trainer: Any) -> Any:
+    """Return the same trainer with an optimizer that changes nothing; it lives as long, with its compiled programs."""
+    held = vars(trainer)
+    if "_without_updates" not in held:
+        changes: dict[str, Any] = {"average": None, "microbatches": 1, "on_nonfinite": "raise"}
+        held["_without_updates"] = dataclasses.replace(trainer, optimizer=optax.set_to_zero(), **changes)
+    return held["_without_updates"]
+
+
+def _statistics_items(data: Iterable[Any]) -> Generator[Any]:
+    before = 0
+    for number, item in enumerate(data, start=1):
+        if not (isinstance(item, (tuple, list)) and len(cast("Any", item)) in (2, 3)):
+            raise TypeError(
+                "update_statistics expected items (x, loss), (x, y), or these with a Context; item "
+                f"{number} is {tree.describe(item)}. Pass the data of fit."
+            )
+        x, _, *own = cast("Any", item)
+        context = own[0] if own and own[0] is not None else Context()
+        mask = context.get("row_mask")
+        shapes = [np.shape(a) for a in jax.tree_util.tree_leaves(x)]
+        rows = next((shape[0] for shape in shapes if shape), 1) if mask is None else int(np.sum(mask))
+        yield x, _no_loss, context.set("statistics_rows", np.array([before, rows], np.int32))
+        before += rows
+
+
+def _no_loss(output: Any) -> jax.Array:
+    return jnp.zeros((), jnp.float32)
