@@ -222,7 +222,11 @@ class Composite(Report):
 
     def call_all(self, step: int, loss: float, state: TrainState) -> tuple[dict[str, float], list[EarlyStop]]:
         """Call the reports, and return what they measured, and each EarlyStop that they raised."""
-        return {}, []
+        try:
+            values = self(step, loss, state)
+        except EarlyStop as stop:
+            return {}, [stop.with_traceback(None)]
+        return dict(values or {}), []
 
 
 def calls(report: Any) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import kaun
 from kaun import Data, checkpoint, layers, losses, reports, rng
 from kaun._run import open_run
-from kaun.checkpoint import ResumeMismatch, one
+from kaun.checkpoint import Best, ResumeMismatch, one
 
 OTHERS = [..., None, True, 0, -1, 2.5, "", "x", "text:x", "float:x", "array:x", [], [0], ["x"], {}, {"x": 1}]
 
@@ -135,3 +135,15 @@ def test_names_in_facts_reach_the_message_cut_and_escaped(run, saved):
         run.open(folder.parent)
     assert len(str(caught.value)) < 20_000
     assert all(c.isprintable() or c == "\n" for c in str(caught.value))
+
+
+def test_a_record_of_the_best_step_is_checked_and_may_be_missing(run, saved):
+    folder, manifest = saved
+    for value in ([1], {"name": "loss"}, {**Best("loss", "min", 0.5, 4).fact(), "step": -1}):
+        write(folder, changed(manifest, ("facts", "best"), value))
+        with pytest.raises(ResumeMismatch, match=r"the checkpoint of step 4 is intact, but its facts \(best\) are not"):
+            run.open(folder.parent)
+    write(folder, changed(manifest, ("facts", "best"), Best("loss", "min", 0.5, 4).fact()))
+    assert run.open(folder.parent) == 4
+    write(folder, manifest)
+    assert run.open(folder.parent) == 4

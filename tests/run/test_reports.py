@@ -14,6 +14,7 @@ import pytest
 import kaun
 from kaun import Data, EarlyStop, Trainer, layers, losses, reports, rng
 from kaun._engine import NumberLayout, StepResults
+from kaun._report import Composite
 from kaun._run.reports import ReportCaller
 
 
@@ -56,6 +57,38 @@ def test_a_plain_function_wants_every_step_and_stops_by_early_stop():
         raise EarlyStop
 
     assert ReportCaller(stop, None).stops(1, jnp.float32(1), None)
+
+
+class Measuring(reports.Report):
+    measures = ("loss",)
+
+    def __call__(self, step, loss, state):
+        if step == 3:
+            raise EarlyStop
+        return {"loss": loss} if step == 1 else None
+
+
+class Several(Composite):
+    """Made of several, with a call like that of one alone."""
+
+    measures = ("loss",)
+    __call__ = Measuring.__call__
+
+
+def test_what_was_measured_is_passed_on_with_the_state_unless_the_report_stops():
+    def stop(step, loss, state):
+        if step == 1:
+            raise EarlyStop
+
+    for report, expected in [
+        (Measuring(), [(1, {"loss": 2.0}, "state")]),
+        (Several(), [(1, {"loss": 2.0}, "state")]),
+        (reports.all_of(stop, Measuring()), [(1, {"loss": 2.0}, None)]),
+    ]:
+        found = []
+        caller = ReportCaller(report, 3, on_measured=lambda *given, found=found: found.append(given))
+        stops = [caller.wants(step) and caller.stops(step, jnp.float32(2), "state") for step in (1, 2, 3)]
+        assert found == expected and stops == [expected[0][2] is None, False, True]
 
 
 def test_a_report_is_asked_once_for_each_step_in_order_and_never_beyond_what_it_wants():

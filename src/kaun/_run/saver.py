@@ -170,9 +170,8 @@ class CheckpointSaver:
         if self._best is not None:
             self._best = self._best.saved(step, alone=is_best and not self.due(step))
             facts[BEST] = self._best.fact()
-        self._written = self._best
         self._store.save(step, state, arrays, facts)
-        self._saved_step = step
+        self._saved_step, self._written = step, self._best
         self._next = None if self._pause is None else time.monotonic() + self._pause
 
     def _confirm_best(self) -> None:

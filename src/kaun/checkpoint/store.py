@@ -132,7 +132,8 @@ class Store:
         there = scan(self._disk, path)
         if self._last is not None:
             return [found for found in there if found.step <= self._last]
-        if asked in ("auto", "must", "never") or self._listed or newest_facts(self._disk, there).get(BRANCH) == asked:
+        branch = newest_facts(self._disk, there).get(BRANCH) if asked == "best" or isinstance(asked, int) else asked
+        if branch == asked or self._listed is not None:
             return there
         what = best_of(self._disk, path, there) if isinstance(asked, str) else asked
         self._last = what if isinstance(what, int) else what.step
