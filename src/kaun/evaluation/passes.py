@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,12 +33,12 @@ def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Con
         ctx: The context of all items; an item's own context overrides its names.
     """
     metrics = check_metrics("evaluate", metrics)
-    totals, of_rows = MetricTotals(metrics), RowMetrics(metrics)
+    totals, of_rows = MetricTotals(metrics), functools.cache(lambda: RowMetrics(metrics))
 
     def compute(item: Any, number: int) -> Any:
         item, rows = _with_rows(item)
         x, y, own = LabelledItem.parse(item, number)
-        weighted = None if rows is None else of_rows.of(rows, y)
+        weighted = None if rows is None else of_rows().of(rows, y)
         if rows is not None:
             own = rows.merged(own)
             x, y, own = (x, y, own) if weighted is not None else rows.real((x, y, own))
