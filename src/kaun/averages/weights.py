@@ -27,8 +27,9 @@ class AveragedWeights(NamedTuple):
         rule: The argument ``average``; static, without arrays.
         average: The average, None for frozen parameters. For float32 parameters complex64: the real part is the
             average, and the imaginary part is what rounding lost of it. One array and not two, because XLA:CPU writes
-            two in two passes, which cost a step of 235,000 parameters 0.24 ms, and this one 0.08 ms. For float64
-            parameters float64, for others float32. Of ``from_optimizer`` () for each parameter that trains.
+            two in two passes: for 235,000 parameters these took 0.24 ms of CPU time, and this one 0.08 ms (float32
+            alone 0.03 ms). For float64 parameters float64, for others float32. Of ``from_optimizer`` () for each
+            parameter that trains.
         updates: How many updates the state has had, an int32 scalar.
         statistics: The layers' state of ``update_statistics``, before its first call that of the start.
         statistics_at: The number of updates for which that holds, an int32 scalar; -1 before the first call.
