@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from kaun import rng, tree
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.arguments import positive, size
-from kaun.layers.core import Layer, Vars, abstract_vars, below, block_text, must_be_layer
-from kaun.layers.path import at
+from kaun.layers.core import Layer, Vars, abstract_vars, below, block_text, keys_text, must_be_layer
+from kaun.layers.path import at, here
+from kaun.layers.repeat import one_copy
 
 __all__ = ["is_lora", "lora", "merge_lora"]
 
@@ -39,7 +40,7 @@ def lora(model: Layer[Any, Any], rank: int, where: Callable[[str], Any], alpha: 
         model: The model, whose pretrained variables are put under ``base``.
         rank: The rank of the adapters.
         where: Whether a weight is adapted, by its path in ``model``: ``lambda path: path.endswith("q_proj.weight")``.
-            It is asked for every floating parameter with two axes or more.
+            It is asked for every floating parameter with two axes or more, those of ``repeat`` not counted.
         alpha: The scale of the adapters is ``alpha / rank``. Default: ``rank``.
 
     Raises:
@@ -98,7 +99,14 @@ class _Adapted:
 
     def merged(self, vars: Vars) -> Vars:
         """The variables of the model itself, with the adapters added to its weights."""
-        plain, adapters = below(vars.replace(state={**vars.state, "adapters": {}}), "base"), vars.params["adapters"]
+        if not isinstance(vars.params, dict) or set(cast("dict[str, Any]", vars.params)) != {"base", "adapters"}:
+            raise ValueError(
+                f"{here('lora')} expected variables with the params 'base' and 'adapters', received "
+                f"{keys_text(vars.params)}: they belong to another model. Put those of the plain model under 'base', "
+                "start.replace(params={**start.params, 'base': plain.params}, state={'base': plain.state}) with start "
+                "= adapted.init()."
+            )
+        plain, adapters = below(vars, "base"), vars.params["adapters"]
 
         def added(path: str, weight: Any) -> Any:
             if path not in adapters:
@@ -154,7 +162,8 @@ def merge_lora(model: Layer[Any, Any], vars: Vars) -> Vars:
 
 def _chosen(model: Layer[Any, Any], where: Callable[[str], Any]) -> list[str]:
     """The paths of the weights for which ``where`` is true."""
-    leaves = tree.flatten(abstract_vars(model, jnp.float32).params)[0]
+    with one_copy():  # in which the vectors of a layer under repeat are vectors
+        leaves = tree.flatten(abstract_vars(model, jnp.float32).params)[0]
     weights = [path for path, leaf in leaves.items() if leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)]
     chosen = [path for path in weights if where(path)]
     if not chosen:

@@ -174,7 +174,7 @@ class Module:
 class _Call:
     """A layer of a module, for one forward pass. ``states[key]`` is its state, which each call replaces."""
 
-    __slots__ = ("_key", "_layer", "_path", "_run", "_states", "_vars")
+    __slots__ = ("__weakref__", "_key", "_layer", "_path", "_run", "_states", "_vars")  # jax.checkpoint refers to it
 
     def __init__(self, run: _Pass, layer: Layer[Any, Any], path: str, vars: Vars, states: Any, key: Any) -> None:
         self._run, self._layer, self._path, self._vars, self._states, self._key = run, layer, path, vars, states, key

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
+from collections.abc import Generator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
@@ -14,9 +17,11 @@ from kaun.layers.arguments import size
 from kaun.layers.core import Layer, Vars, must_be_layer
 from kaun.layers.path import here, slices_of
 
-__all__ = ["repeat"]
+__all__ = ["one_copy", "repeat"]
 
 Same = TypeVar("Same")
+
+_one_copy: ContextVar[bool] = ContextVar("kaun_one_copy", default=False)
 
 
 def repeat(layer: Layer[Same, Same], n: int, remat: bool = False) -> Layer[Same, Same]:
@@ -53,6 +58,8 @@ def repeat(layer: Layer[Same, Same], n: int, remat: bool = False) -> Layer[Same,
     n = size("repeat", "n", n)
 
     def init(*, dtype: Any) -> Vars:
+        if _one_copy.get():
+            return layer.init(dtype=dtype)
         made = [layer.init(dtype=dtype) for _ in range(n)]
         return jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *made)
 
@@ -83,6 +90,16 @@ def repeat(layer: Layer[Same, Same], n: int, remat: bool = False) -> Layer[Same,
 
     options = f"  {n},\n" + ("  remat=True,\n" if remat else "")
     return Layer(init=init, apply=apply, name=f"repeat(\n{textwrap.indent(layer.name, '  ')},\n{options})")
+
+
+@contextlib.contextmanager
+def one_copy() -> Generator[None, None, None]:
+    """Inside this context, ``init`` of ``repeat`` makes the variables of one copy, without an axis of copies."""
+    token = _one_copy.set(True)
+    try:
+        yield
+    finally:
+        _one_copy.reset(token)
 
 
 def _is_computed(primitive: Any, *_: Any, **__: Any) -> bool:
