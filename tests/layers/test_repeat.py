@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import Context, Data, Layer, Vars, layers, losses, rng, tree
+from kaun import Context, Layer, Vars, layers, losses, rng, tree
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -83,15 +83,6 @@ def test_without_randomness_no_key_is_drawn():
     np.testing.assert_array_equal(y, X)
     with rng.scope(0):
         assert first == rng.next_key()
-
-
-def test_fit_is_the_fold_of_step_with_dropout_and_remat():
-    trainer, state = trained(layers.repeat(layers.linear(4, 4) >> layers.dropout(0.5), 2, remat=True))
-    data = Data.repeat(3, (X, mse))
-    folded = state
-    for x, loss in data:
-        _, folded = trainer.step(folded, x, loss=loss)
-    jax.tree.map(np.testing.assert_array_equal, trainer.fit(state, data).vars, folded.vars)
 
 
 def test_frozen_parts_and_microbatches():

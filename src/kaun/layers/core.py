@@ -34,7 +34,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     # So that a function which is annotated with a kind may use what it receives as an array.
-    _Array = jax.Array
+    from jax import Array as _Array
 else:
     _Array = object
 

@@ -29,9 +29,9 @@ def lora(model: Layer[Any, Any], rank: int, where: Callable[[str], Any], alpha: 
     A chosen weight ``W [..., in, out]`` is used as ``W + alpha / rank * A @ B`` with ``A [..., in, rank]`` and ``B
     [..., rank, out]``; leading axes, of convolutions and of ``layers.repeat``, have a product each. ``B`` starts at
     zero, so the output is at first that of ``model``. The sum is made of the parameters before ``model`` is applied:
-    the weights of every layer can be adapted, a function that shares weights shares the adapter too, and the cost is
-    a product of the weight's size in each step. What is saved is the optimizer's state and the checkpoint of all other
-    parameters, not the gradient's computation.
+    the weights of every layer can be adapted, a weight that is used twice has one adapter, and the cost is a product
+    of the weight's size in each step. It saves the optimizer's state and the gradients of the other parameters; that of
+    a chosen weight is computed whole.
 
     Variables: ``base`` has those of ``model``, ``adapters`` in the parameters has ``lora_a`` and ``lora_b`` under the
     path of each weight. Train them alone with ``Trainer(trainable=layers.is_lora)``.
