@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import kaun
-from kaun import Data, Layer, Vars, layers, losses, rng
+from kaun import Data, layers, losses, rng
 from kaun.interop import safetensors
 from kaun.interop.safetensors import drop, rename, split
 
@@ -33,33 +33,15 @@ MAPPING = [
 SMALL = {"vocab_size": 256, "n_positions": 64, "n_embd": 128, "n_head": 4, "n_layer": 2}
 
 
-def named(name, parts, forward):
-    """Make a layer of named layers, with variables under their keys. ``forward`` applies one with ``call(key, x)``."""
-
-    def init(*, dtype):
-        made = {key: part.init(dtype=dtype) for key, part in parts.items()}
-        params, state = ({key: getattr(m, kind) for key, m in made.items()} for kind in ("params", "state"))
-        return Vars(params=params, state=state, dtype=dtype)
-
-    def apply(vars, x, *, training, ctx):
-        def call(key, x):
-            below = Vars(params=vars.params[key], state=vars.state[key], dtype=vars.dtype)
-            return parts[key].apply(below, x, training=training, ctx=ctx)[0]
-
-        return forward(call, vars.params, x), vars  # no part updates its state
-
-    return Layer(init=init, apply=apply, name=name)
-
-
 def attention(width, heads, linear):
     """Make causal self-attention with biases, which layers.multi_head_attention does not have."""
-    keys = ("q_proj", "k_proj", "v_proj", "c_proj")
 
-    def forward(call, params, x):
-        q, k, v = (call(key, x).reshape(*x.shape[:2], heads, width // heads) for key in keys[:3])
-        return call("c_proj", jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
+    def forward(m, x):
+        q, k, v = (part(x).reshape(*x.shape[:2], heads, width // heads) for part in (m.q_proj, m.k_proj, m.v_proj))
+        return m.c_proj(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
 
-    return named("attention", {key: linear(width, width) for key in keys}, forward)
+    parts = {key: linear(width, width) for key in ("q_proj", "k_proj", "v_proj", "c_proj")}
+    return layers.module(parts, forward, name="attention")
 
 
 def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_epsilon=1e-5):
@@ -75,14 +57,14 @@ def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_e
             "ln_1": layers.layer_norm(n_embd, layer_norm_epsilon),
             "attn": attention(n_embd, n_head, linear),
             "ln_2": layers.layer_norm(n_embd, layer_norm_epsilon),
-            "mlp": named("mlp", mlp, lambda call, params, x: call("c_proj", call("act", call("c_fc", x)))),
+            "mlp": layers.sequential(mlp),
         }
 
-        def forward(call, params, x):
-            x = x + call("attn", call("ln_1", x))
-            return x + call("mlp", call("ln_2", x))
+        def forward(m, x):
+            x = x + m.attn(m.ln_1(x))
+            return x + m.mlp(m.ln_2(x))
 
-        return named("block", parts, forward)
+        return layers.module(parts, forward, name="block")
 
     parts = {
         "wte": layers.embedding(vocab_size, n_embd, scale=False, weight_init=small),
@@ -91,14 +73,14 @@ def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_e
         "ln_f": layers.layer_norm(n_embd, layer_norm_epsilon),
     }
 
-    def forward(call, params, tokens):
+    def forward(m, tokens):
         if tokens.shape[1] > n_positions:
             raise ValueError(f"The model has {n_positions} positions, received {tokens.shape[1]} tokens.")
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = call("ln_f", call("h", call("wte", tokens) + call("wpe", places)))
-        return x @ params["wte"]["weight"].T  # the head shares the embedding's array, so there is one gradient
+        x = m.ln_f(m.h(m.wte(tokens) + m.wpe(places)))
+        return x @ m.params["wte"]["weight"].T  # the head shares the embedding's array, so there is one gradient
 
-    return named("gpt2", parts, forward)
+    return layers.module(parts, forward, name="gpt2")
 
 
 def read(folder):

@@ -21,7 +21,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 import kaun
-from kaun import Data, Layer, Vars, layers, losses, metrics, reports, rng
+from kaun import Data, Vars, layers, losses, metrics, reports, rng
 from kaun.interop import safetensors
 from kaun.interop.safetensors import drop, rename, transpose
 
@@ -47,24 +47,6 @@ MAPPING = [
 ]
 
 
-def named(name, parts, forward):
-    """Make a layer of named layers, with variables under their keys. ``forward`` applies one with ``call(key, x)``."""
-
-    def init(*, dtype):
-        made = {key: part.init(dtype=dtype) for key, part in parts.items()}
-        params, state = ({key: getattr(m, kind) for key, m in made.items()} for kind in ("params", "state"))
-        return Vars(params=params, state=state, dtype=dtype)
-
-    def apply(vars, x, *, training, ctx):
-        def call(key, x, ctx=ctx):
-            below = Vars(params=vars.params[key], state=vars.state[key], dtype=vars.dtype)
-            return parts[key].apply(below, x, training=training, ctx=ctx)[0]
-
-        return forward(call, x, ctx), vars  # no part updates its state
-
-    return Layer(init=init, apply=apply, name=name)
-
-
 def block(width, heads, inner, eps, dropout):
     """Make a BERT block: norms follow the residual sums, projections have biases, and gelu is exact."""
     parts = {key: layers.linear(width, width) for key in ("q_proj", "k_proj", "v_proj", "out_proj")}
@@ -72,14 +54,13 @@ def block(width, heads, inner, eps, dropout):
     parts |= {"norm_1": layers.layer_norm(width, eps), "norm_2": layers.layer_norm(width, eps)}
     parts["dropout"] = layers.dropout(dropout)
 
-    def forward(call, x, ctx):
-        q, k, v = (call(key, x).reshape(*x.shape[:2], heads, width // heads) for key in ("q_proj", "k_proj", "v_proj"))
-        attended = jax.nn.dot_product_attention(q, k, v, mask=ctx["attention_mask"][:, None, None, :])
-        x = call("norm_1", x + call("dropout", call("out_proj", attended.reshape(x.shape))))
-        wide = jax.nn.gelu(call("up", x), approximate=False)
-        return call("norm_2", x + call("dropout", call("down", wide)))
+    def forward(m, x):
+        q, k, v = (part(x).reshape(*x.shape[:2], heads, width // heads) for part in (m.q_proj, m.k_proj, m.v_proj))
+        attended = jax.nn.dot_product_attention(q, k, v, mask=m.ctx["attention_mask"][:, None, None, :])
+        x = m.norm_1(x + m.dropout(m.out_proj(attended.reshape(x.shape))))
+        return m.norm_2(x + m.dropout(m.down(jax.nn.gelu(m.up(x), approximate=False))))
 
-    return named("block", parts, forward)
+    return layers.module(parts, forward, name="block")
 
 
 def make_encoder(config, *, dropout=0.1):
@@ -95,15 +76,15 @@ def make_encoder(config, *, dropout=0.1):
         "blocks": layers.sequential([block(*size) for _ in range(config["num_hidden_layers"])]),
     }
 
-    def forward(call, tokens, ctx):
+    def forward(m, tokens):
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = call("words", tokens) + call("places", places) + call("kinds", jnp.zeros_like(tokens))
-        x = call("blocks", call("dropout", call("norm", x)), ctx.set("attention_mask", tokens != 0))
+        x = m.words(tokens) + m.places(places) + m.kinds(jnp.zeros_like(tokens))
+        x = m.blocks(m.dropout(m.norm(x)), ctx=m.ctx.set("attention_mask", tokens != 0))
         keep = (tokens != 0).astype(x.dtype)
         mean = (x * keep[..., None]).sum(axis=1) / keep.sum(axis=1, keepdims=True)
         return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
-    return named("encoder", parts, forward)
+    return layers.module(parts, forward, name="encoder")
 
 
 def read(folder):

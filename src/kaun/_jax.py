@@ -16,8 +16,8 @@ from jax import lax
 
 __all__ = [
     "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
-    "convolutions_in", "evaluate", "is_jitted", "is_traced", "preemption_service_runs", "primitives_in", "programs_in",
-    "run_program", "threefry_2x32", "trace_of",
+    "convolutions_in", "current_trace", "evaluate", "is_jitted", "is_traced", "preemption_service_runs",
+    "primitives_in", "programs_in", "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
 
@@ -53,6 +53,15 @@ def trace_of(value: Any) -> Any:
     the traces of two values.
     """
     return getattr(value, "_trace", None)
+
+
+def current_trace() -> Any:
+    """Return the trace in which operations are done now; each transformation (also vmap and grad) has its own.
+
+    What is computed in a transformation and kept aside, and not returned from it, cannot be used after it. JAX says so
+    when it is used, far from the place; which transformation is running has no public name.
+    """
+    return sys.modules["jax._src.core"].trace_ctx.trace
 
 
 def is_jitted(value: Any) -> bool:

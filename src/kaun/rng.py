@@ -153,6 +153,59 @@ def carry_scope() -> Callable[[], AbstractContextManager[None]]:
     return inside
 
 
+def loop_scope() -> Callable[[jax.Array], AbstractContextManager[None]]:
+    """Return a function that opens a scope for iteration i of a loop whose body JAX traces once, in that body.
+
+    The keys of an iteration are a function of one key of the current scope and i. That key is drawn when the body first
+    asks for one, so that a body which asks for none takes none.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from kaun import rng
+        >>> def drawn():
+        ...     scope = rng.loop_scope()
+        ...     def noise(i):
+        ...         with scope(i):
+        ...             return jax.random.normal(rng.next_key())
+        ...     return jax.lax.map(noise, jnp.arange(3))
+        >>> with rng.scope(0):
+        ...     first, second = drawn(), drawn()
+        >>> len(set(first.tolist() + second.tolist()))
+        6
+    """
+    outer = _current.get() or _process_wide()
+    readable = _innermost_trace() is outer.trace
+    index: list[int] = []
+
+    @contextlib.contextmanager
+    def inside(iteration: jax.Array) -> Generator[None, None, None]:
+        token = _current.set(_LoopScope(outer, iteration, index) if readable else outer)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    return inside
+
+
+class _LoopScope(_Scope):
+    """A scope for one iteration of a loop. ``index`` has the count of the outer scope's key once it is drawn."""
+
+    __slots__ = ("_index", "_iteration", "_outer")
+
+    def __init__(self, outer: _Scope, iteration: jax.Array, index: list[int]) -> None:
+        self._outer, self._iteration, self._index = outer, iteration, index
+        self.counter, self.newest, self.trace = itertools.count(), -1, _innermost_trace()
+
+    @property
+    def key(self) -> jax.Array:
+        """The key of the iteration, from a key of the outer scope."""
+        if not self._index:
+            self._outer.newest = next(self._outer.counter)
+            self._index.append(self._outer.newest)
+        return jax.random.fold_in(jax.random.fold_in(self._outer.key, self._index[0]), self._iteration)
+
+
 def counts() -> dict[str, tuple[str, int]]:
     """How many keys were drawn from the innermost scope, and outside of all, with the key of each."""
     scopes = {"outside of any rng.scope": _process_scope, "in the rng.scope around fit": _current.get()}

@@ -18,8 +18,8 @@ from kaun._step import abstract_vars, apply_model, parse_precision, trainable_pa
 from kaun.context import Context
 from kaun.data import check_context, check_loss
 from kaun.layers.core import Layer, Vars
+from kaun.layers.path import origin, watched
 from kaun.layers.path import path as path_here
-from kaun.layers.path import watched
 from kaun.state import TrainState
 from kaun.train import Trainer
 from kaun.tree import format_bytes
@@ -212,19 +212,19 @@ class _Table:
             result = run()
         finally:
             self._depth -= 1
-        own = [name for a in (*params.values(), *state.values()) if (name := self._paths.pop(id(a), None))]
+        own = [name for a in (*params.values(), *state.values()) if (name := self._paths.pop(origin(a), None))]
         if own or at == len(self.rows):
             kinds = [(name, self._kinds[name]) for name in own]
             count = sum(_count(kind) for name, kind in kinds if not name.startswith("state "))
             where = self._path(params) if params else before
             output = ", ".join(f"{p}: {d}" if p else d for p, d in _described(result))
-            head = layer.name.splitlines()[0].rstrip("([")
+            head = layer.name.splitlines()[0].rstrip("([{")
             self.rows.insert(at, Row(where or before, head, output, count, sum(_bytes(kind) for _, kind in kinds)))
         return result
 
     def _path(self, params: dict[str, Any]) -> str:
         inner, leaf = next(iter(params.items()))
-        return self._known.get(id(leaf), "").removesuffix(inner).rstrip(".")
+        return self._known.get(origin(leaf), "").removesuffix(inner).rstrip(".")
 
 
 def _described(result: Any) -> list[tuple[str, str]]:

@@ -56,12 +56,28 @@ def _wide():
     return layers.sequential([layers.linear(5, 1024), layers.batch_norm(1024), layers.relu(), layers.linear(1024, 3)])
 
 
+def _module():
+    """Layers that are applied twice, and copies in a loop."""
+    parts = {
+        "first": layers.linear(5, 8), "norm": layers.batch_norm(8), "drop": layers.dropout(0.25),
+        "blocks": layers.repeat(layers.residual(layers.linear(8, 8) >> layers.dropout(0.25)), 2),
+        "last": layers.linear(8, 3),
+    }  # fmt: skip
+
+    def forward(m, x):
+        x = m.drop(m.norm(m.first(x)))
+        return m.last(m.drop(m.norm(m.blocks(x))))
+
+    return layers.module(parts, forward)
+
+
 MODELS = {
     "wide": _wide,
     "mlp": _mlp,
     "norms": _norms,
     "cnn": _cnn,
     "attention": _attention,
+    "module": _module,
     "transformer": _transformer,
 }
 

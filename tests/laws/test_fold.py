@@ -31,6 +31,8 @@ def pairs():
             in_short = optimizer not in ("nesterov", "ema")
             yield pytest.param(model, optimizer, 21, marks=[] if in_short else pytest.mark.slow)
         yield pytest.param(model, optimizer, 24, marks=[] if ragged else pytest.mark.slow)
+    yield pytest.param("module", "adam", 21)
+    yield pytest.param("module", "adam", 24, marks=pytest.mark.slow)
     for optimizer in OPTIMIZERS:
         yield pytest.param("transformer", optimizer, 24, marks=pytest.mark.slow)
 

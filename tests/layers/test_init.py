@@ -30,6 +30,7 @@ CATALOGUE = {
     "avg_pool2d": (layers.avg_pool2d(3, 2), IMAGE),
     "flatten": (layers.flatten(), IMAGE),
     "multi_head_attention": (layers.multi_head_attention(4, 2, num_kv_heads=1, dropout=0.4, rope=True), SEQUENCE),
+    "parameter": (layers.parameter((2, 3)), SEQUENCE),
 }
 
 every = pytest.mark.parametrize("name", CATALOGUE)
@@ -56,18 +57,9 @@ def leaves(tree):
 
 def test_nothing_is_missing():
     protocol = {
-        "Float",
-        "Int",
-        "Layer",
-        "Vars",
-        "compose",
-        "fn",
-        "from_function",
-        "remat",
-        "residual",
-        "rope",
-        "sequential",
-    }
+        "Float", "Int", "Layer", "Module", "Vars", "compose", "fn", "from_function", "is_lora", "lora", "merge_lora",
+        "module", "remat", "repeat", "residual", "rope", "sequential",
+    }  # fmt: skip
     public = {name for name in vars(layers) if callable(getattr(layers, name))}
     assert public - protocol == set(CATALOGUE)
 

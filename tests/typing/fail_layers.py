@@ -5,16 +5,17 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from kaun import Layer, Vars, layers
-from kaun.layers import Float, Int
+from kaun.layers import Float, Int, Module
 
 a = layers.linear(2, 4) >> layers.embedding(10, 4)  # E: reportOperatorIssue
 b = layers.compose(layers.linear(2, 4), layers.embedding(10, 4))  # E: reportArgumentType
 c = layers.embedding(10, 4) >> layers.embedding(10, 4)  # E: reportOperatorIssue
-d = layers.sequential([layers.linear(2, 4), layers.embedding(10, 4)])  # E: reportArgumentType
-e = layers.sequential([layers.embedding(10, 4), layers.linear(4, 2)])  # E: reportArgumentType
+d: Layer[Float, Float] = layers.sequential([layers.linear(2, 4), layers.embedding(10, 4)])  # E: reportAssignmentType
+e = layers.linear(2, 4) >> layers.sequential([layers.embedding(10, 4), layers.linear(4, 2)])  # E: reportOperatorIssue
 f = layers.residual(layers.embedding(10, 4))  # E: reportArgumentType
 g = layers.linear(2, 4) >> jnp.tanh  # E: reportOperatorIssue
 h: Layer[Float, Float] = layers.embedding(10, 4)  # E: reportAssignmentType
@@ -37,3 +38,25 @@ def apply(vars: Vars, x: Any) -> Any:
 
 j: Layer[Float, Float] = Layer(init=init, apply=apply)  # E: reportArgumentType
 k = layers.linear(2, 4).init(jnp.float32)  # E: reportCallIssue
+
+
+# sequential takes layers, and module a dict of them and a function of two arguments.
+layers.sequential([layers.linear(2, 4), jnp.tanh])  # E: reportCallIssue, reportArgumentType
+layers.sequential({"a": jnp.tanh})  # E: reportCallIssue, reportArgumentType
+
+
+def images(m: Module, x: jax.Array) -> jax.Array:
+    return m.a(x)
+
+
+def tokens(m: Module, x: Int) -> jax.Array:
+    return m.a(x)
+
+
+layers.module({"a": jnp.tanh}, images)  # E: reportCallIssue, reportArgumentType
+layers.module([layers.relu()], images)  # E: reportCallIssue, reportArgumentType
+layers.module({"a": layers.relu()}, jnp.sin)  # E: reportCallIssue, reportArgumentType
+m = layers.linear(2, 4) >> layers.module({"a": layers.embedding(10, 4)}, tokens)  # E: reportOperatorIssue
+n: Layer[Int, Float] = layers.module({"a": layers.linear(2, 4)}, images)  # E: reportAssignmentType
+o = layers.repeat(layers.embedding(10, 4), 2)  # E: reportArgumentType
+p = layers.lora(layers.linear(2, 4), 2, where="weight")  # E: reportArgumentType

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import Context, Layer, Vars, layers
-from kaun.layers import Float, Int
+from kaun.layers import Float, Int, Module
 
 classifier = layers.embedding(10, 4) >> layers.linear(4, 2)
 assert_type(classifier, Layer[Int, Float])
@@ -50,3 +50,39 @@ variables = model.init(dtype=jnp.float32)
 assert_type(variables, Vars)
 output, after = model.apply(variables, jnp.ones(3), training=True, ctx=Context())
 assert_type(after, Vars)
+
+# An embedding may stand first; names in the place of positions change no kind.
+assert_type(layers.sequential([layers.embedding(10, 4), layers.linear(4, 2)]), Layer[Int, Float])
+assert_type(layers.sequential({"words": layers.embedding(10, 4), "out": layers.linear(4, 2)}), Layer[Int, Float])
+assert_type(layers.sequential({"hidden": layers.linear(2, 4), "sine": layers.fn(jnp.sin)}), Layer[Float, Float])
+
+
+# The kinds of a module are those of forward's annotations.
+def images(m: Module, x: jax.Array) -> jax.Array:
+    for block in m.blocks:
+        x = x + block(x)
+    return m.heads["main"](x) if m.training else x
+
+
+def tokens(m: Module, x: Int) -> jax.Array:
+    places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape)
+    return (m.words(x) + m.places(places)) @ m.params["words"]["weight"].T
+
+
+def pair(m: Module, x: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return m.left(x["left"]), x["right"]
+
+
+vision = layers.module({"blocks": [layers.linear(4, 4)], "heads": {"main": layers.relu()}}, images, name="vision")
+assert_type(vision, Layer[Float, Float])
+words = layers.module({"words": layers.embedding(10, 4), "places": layers.embedding(8, 4)}, tokens)
+assert_type(words, Layer[Int, Float])
+assert_type(words >> layers.linear(10, 4) >> vision, Layer[Int, Float])
+assert_type(
+    layers.module({"left": layers.linear(2, 2)}, pair), Layer[dict[str, jax.Array], tuple[jax.Array, jax.Array]]
+)
+assert_type(layers.module({"a": layers.linear(4, 4)}, lambda m, x: x + m.a(x)), Layer[Float, Float])
+assert_type(layers.repeat(vision, 3, remat=True), Layer[Float, Float])
+assert_type(layers.parameter((1, 4)) >> layers.relu(), Layer[Any, Float])
+adapted = layers.lora(words, 2, where=lambda path: path.endswith("words.weight"))
+assert_type(layers.merge_lora(adapted, adapted.init()), Vars)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from kaun import rng, tree
+from kaun import tree
 from kaun._step.precision import Policy
-from kaun.layers.core import Layer, Vars
+from kaun.layers.core import Layer, Vars, abstract_vars
 
 __all__ = ["VarsSpec", "abstract_vars", "check_model"]
 
@@ -26,20 +23,6 @@ def check_model(model: Any) -> None:
             f"Trainer(model=...) expected a kaun Layer, received {model!r}{called} Write "
             "model=layers.sequential([layers.linear(2, 1)])."
         )
-
-
-def abstract_vars(model: Layer[Any, Any], dtype: Any) -> Any:
-    """Return the model's variables as shapes and dtypes."""
-
-    def init() -> Vars:
-        with rng.scope(0):
-            return model.init(dtype=dtype)
-
-    try:
-        return jax.eval_shape(init)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-        made = init()  # an init that reads its own numbers, for example through NumPy, has to be run
-        return jax.eval_shape(lambda: jax.tree_util.tree_map(jnp.asarray, made))
 
 
 class VarsSpec:

@@ -7,25 +7,43 @@ import functools
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from kaun import tree
+from kaun import rng
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.arguments import float_dtype
 from kaun.layers.path import at, here, is_frozen, watching
 
-__all__ = ["Float", "Int", "Layer", "Vars", "block_text", "compose", "must_be_layer", "residual", "sequential"]
+__all__ = [
+    "Float",
+    "Int",
+    "Layer",
+    "Vars",
+    "abstract_vars",
+    "below",
+    "block_text",
+    "compose",
+    "keys_text",
+    "must_be_layer",
+]
 
 
-class Float:
+if TYPE_CHECKING:
+    # So that a function which is annotated with a kind may use what it receives as an array.
+    from jax import Array as _Array
+else:
+    _Array = object
+
+
+class Float(_Array):
     """The kind of floating arrays, for the type checker only."""
 
 
-class Int:
+class Int(_Array):
     """The kind of integer arrays (token or class indices), for the type checker only."""
 
 
@@ -208,7 +226,7 @@ class Layer(Generic[In, Out]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not (_has_an_address(self._init) and _has_an_address(self._apply)) and not _pickles_closures():
-            head = self.name.splitlines()[0].rstrip("([")
+            head = self.name.splitlines()[0].rstrip("([{")
             raise TypeError(
                 f"layer {head} cannot be pickled: its init and apply are closures. Pickle the function that builds the "
                 "model, and the variables: pickle.dumps((build_model, state.vars)). Or use cloudpickle."
@@ -254,100 +272,25 @@ def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
         state: dict[str, Any] = {}
         for key, layer in (("left", first), ("right", second)):
             with at(key):
-                x, after = layer.apply(_below(vars, key), x, training=training, ctx=ctx)
+                x, after = layer.apply(below(vars, key), x, training=training, ctx=ctx)
             state[key] = after.state
         return x, vars.replace(state=state)
 
     return Layer(init=init, apply=apply, name=block_text("compose", [first, second]))
 
 
-def sequential(layers: Sequence[Layer[Float, Float]]) -> Layer[Float, Float]:
-    """Make the layer that applies each of ``layers`` in order.
+def abstract_vars(model: Layer[Any, Any], dtype: Any) -> Any:
+    """Return the model's variables as shapes and dtypes."""
 
-    A model that starts with an embedding is written ``embedding(...) >> sequential([...])``, so that the type checker
-    knows that it takes integers. At run time an embedding may also be the first layer of the list.
+    def init() -> Vars:
+        with rng.scope(0):
+            return model.init(dtype=dtype)
 
-    Args:
-        layers: The layers. The path of a parameter begins with the position of its layer: ``0.weight``.
-
-    Raises:
-        TypeError: If ``layers`` is not a list, or an element is not a ``Layer``.
-        ValueError: If the list is empty.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from kaun import layers
-        >>> model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
-        >>> model
-        sequential([
-          linear(2, 4),
-          tanh(),
-          linear(4, 1),
-        ])
-    """
-    if isinstance(layers, Layer):
-        raise TypeError(f"sequential expected a list of layers, received {layers!r}. Write sequential([...]).")
-    children = list(layers)
-    if not children:
-        raise ValueError("sequential expected at least one layer, received an empty list.")
-    for child in children:
-        must_be_layer("sequential", child)
-
-    def init(*, dtype: Any) -> Vars:
-        made = [child.init(dtype=dtype) for child in children]
-        return Vars(params=[m.params for m in made], state=[m.state for m in made], dtype=dtype)
-
-    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        if not len(children) == _length(vars.params) == _length(vars.state):
-            raise ValueError(
-                f"{here('sequential')} has {len(children)} layers, received variables with params {_keys(vars.params)} "
-                f"and state {_keys(vars.state)}: they belong to another model."
-            )
-        state: list[Any] = []
-        for i, child in enumerate(children):
-            with at(str(i)):
-                x, after = child.apply(_below(vars, i), x, training=training, ctx=ctx)
-            state.append(after.state)
-        return x, vars.replace(state=state)
-
-    return Layer(init=init, apply=apply, name=block_text("sequential", children, "[", "]"))
-
-
-def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
-    """Make the layer ``x + inner(x)``.
-
-    Args:
-        inner: A layer. Its parameters are ``inner``.
-
-    Raises:
-        TypeError: If ``inner`` is not a ``Layer``.
-        ValueError: If, when applied, ``inner`` changes the shape or the dtype.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> from kaun import layers
-        >>> block = layers.residual(layers.linear(3, 3, weight_init=jax.nn.initializers.zeros))
-        >>> block.apply(block.init(dtype=jnp.float32), jnp.ones((1, 3)))[0]
-        Array([[1., 1., 1.]], dtype=float32)
-    """
-    must_be_layer("residual", inner)
-
-    def init(*, dtype: Any) -> Vars:
-        made = inner.init(dtype=dtype)
-        return Vars(params={"inner": made.params}, state={"inner": made.state}, dtype=dtype)
-
-    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        with at("inner"):
-            y, after = inner.apply(_below(vars, "inner"), x, training=training, ctx=ctx)
-        if jnp.shape(y) != jnp.shape(x) or jnp.result_type(y) != jnp.result_type(x):
-            raise ValueError(
-                f"{here('residual')} adds its input {tree.describe(x)} to its inner layer's output "
-                f"{tree.describe(y)}: shapes and dtypes must be equal. Change "
-                f"{inner.name.splitlines()[0]} so that it keeps both."
-            )
-        return x + y, vars.replace(state={"inner": after.state})
-
-    return Layer(init=init, apply=apply, name=block_text("residual", [inner]))
+    try:
+        return jax.eval_shape(init)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        made = init()  # an init that reads its own numbers, for example through NumPy, has to be run
+        return jax.eval_shape(lambda: jax.tree_util.tree_map(jnp.asarray, made))
 
 
 def _has_an_address(function: Any) -> bool:
@@ -365,24 +308,26 @@ def _pickles_closures() -> bool:
     return "cloudpickle" in sys._getframe(2).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
 
 
-def _below(vars: Vars, key: Any) -> Vars:
+def below(vars: Vars, key: Any) -> Vars:
+    """The variables of the layer under a key.
+
+    Raises:
+        ValueError: If there is nothing under it in params or in state.
+    """
     try:
         return Vars(params=vars.params[key], state=vars.state[key], dtype=vars.dtype)
     except (KeyError, IndexError, TypeError):
         raise ValueError(
             f"{here('the model')} expected variables with a part {key!r} in params and in state, received "
-            f"{_keys(vars.params)} and {_keys(vars.state)}: they belong to another model."
+            f"{keys_text(vars.params)} and {keys_text(vars.state)}: they belong to another model."
         ) from None
 
 
-def _keys(part: Any) -> str:
+def keys_text(part: Any) -> str:
+    """The keys of a part of a model's variables, for messages."""
     if isinstance(part, dict):
         return str(list(cast("dict[Any, Any]", part)))
-    return f"{type(part).__name__} of {_length(part)}" if isinstance(part, (list, tuple)) else type(part).__name__
-
-
-def _length(part: Any) -> int | None:
-    return len(part) if hasattr(part, "__len__") else None
+    return f"{type(part).__name__} of {len(part)}" if isinstance(part, (list, tuple)) else type(part).__name__
 
 
 def block_text(head: str, children: Sequence[Layer[Any, Any]], left: str = "", right: str = "") -> str:

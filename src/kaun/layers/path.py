@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
-__all__ = ["at", "frozen_layers", "here", "is_frozen", "path", "watched", "watching"]
+__all__ = ["at", "frozen_layers", "here", "is_frozen", "origin", "path", "slices_of", "watched", "watching"]
 
 Watch = Callable[[Any, Any, Callable[[], Any]], Any]
 
 _path: ContextVar[tuple[str, ...]] = ContextVar("kaun_layer_path", default=())
 _frozen: ContextVar[frozenset[int]] = ContextVar("kaun_frozen_leaves", default=frozenset())
+_origins: ContextVar[Mapping[int, int]] = ContextVar("kaun_origins_of_slices", default=MappingProxyType({}))
 _watch: ContextVar[Watch | None] = ContextVar("kaun_layer_watch", default=None)
 
 
@@ -55,7 +57,23 @@ def is_frozen(params: Any) -> bool:
     # By identity, so that it also works in a container written by hand, which does not record paths.
     known = _frozen.get()
     leaves = jax.tree_util.tree_leaves(params) if known else []
-    return bool(leaves) and all(id(leaf) in known for leaf in leaves)
+    return bool(leaves) and all(origin(leaf) in known for leaf in leaves)
+
+
+@contextlib.contextmanager
+def slices_of(stacked: Any, slices: Any) -> Generator[None, None, None]:
+    """Inside this context, an array of ``slices`` counts as the array of ``stacked`` that a loop takes it from."""
+    pairs = zip(*map(jax.tree_util.tree_leaves, (slices, stacked)), strict=True)
+    token = _origins.set({**_origins.get(), **{id(part): origin(whole) for part, whole in pairs}})
+    try:
+        yield
+    finally:
+        _origins.reset(token)
+
+
+def origin(leaf: Any) -> int:
+    """The id of an array, or of the array of which it is a slice."""
+    return _origins.get().get(id(leaf), id(leaf))
 
 
 @contextlib.contextmanager

@@ -154,6 +154,8 @@ class CountedParts:
     """
 
     __slots__ = ("counted", "counts")
+    counted: Counted
+    counts: Any
 
     def __init__(self, counted: Counted, counts: Any) -> None:
         self.counted, self.counts = counted, counts

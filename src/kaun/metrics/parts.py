@@ -40,6 +40,9 @@ class RowValues:
     """
 
     __slots__ = ("columns", "count", "settings")
+    columns: tuple[Any, ...]
+    count: Callable[..., Any] | None
+    settings: tuple[Any, ...]
 
     def __init__(self, columns: tuple[Any, ...], count: Callable[..., Any] | None, settings: tuple[Any, ...] = ()):
         self.columns, self.count, self.settings = columns, count, settings
