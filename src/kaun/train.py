@@ -34,6 +34,7 @@ from kaun._step import (
     Settings,
     error_for,
     eval_step,
+    find_rate,
     init_carry,
     inner_state,
     make_settings,
@@ -360,13 +361,15 @@ class Trainer(Generic[In, Out]):
     ) -> tuple[ReportCaller, StepLoop]:
         state = run.take()
         pending, interruptible = run.pending_report_loss, run.signals.interruptible
-        caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, pending, interruptible)
+        found = find_rate(self.optimizer)
+        more = (pending, interruptible, found and found.fixed)
+        caller = ReportCaller(report, run.total, run.done, state.step, self.on_nonfinite, *more)
         trained = trainable_part(self.trainable, state.vars.params)
         make = error_for(trained, state.vars, inner_state(self._settings.policy, state.opt_state))
         failure = functools.partial(error_of, self._settings, make) if self.on_nonfinite == "raise" else None
         carry, key = (state.vars, state.opt_state, state.step), state.key
         del state, trained
-        hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling)
+        hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
         return caller, StepLoop(self._programs, carry, key, ctx, *hooks)
 
     def _finished(self, run: TrainingRun, data: Iterable[Any], ctx: Context | None) -> TrainState:

@@ -80,11 +80,12 @@ class TracedStep:
         entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         patterns: The patterns of blocks so far.
+        wanted: What reports want of the step beside its usual numbers, with at every how many steps.
     """
 
     __slots__ = (
         "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "looped", "loss_dtype",
-        "most", "on_nonfinite", "patterns", "places", "seconds", "status", "step", "tables",
+        "most", "on_nonfinite", "patterns", "places", "seconds", "status", "step", "tables", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +110,7 @@ class TracedStep:
         self.entries: set[str] = set()
         self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
+        self.wanted: tuple[tuple[str, int], ...] = ()
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
 

@@ -16,7 +16,7 @@ import numpy as np
 from kaun import tree
 from kaun._engine import StepResults
 from kaun._messages import locate
-from kaun._report import check_report, measured_by_call, member, names_of
+from kaun._report import check_report, columns_of, measured_by_call, member, names_of, numbers_of
 from kaun._run.notices import DiscardedSteps
 from kaun.errors import EarlyStop
 from kaun.state import TrainState
@@ -91,9 +91,11 @@ class ReportCaller:
         pending_report_loss: The loss of the last step that was done if its report was interrupted, None otherwise. The
             report is then called for that step again.
         interruptible: Returns a context in which a signal may interrupt the report.
+        rate: The learning rate of every step, None where it is unknown or a step knows its own.
 
     Attributes:
         pending_report_loss: The loss of the step for which the report was called and did not return.
+        numbers: What the report wants each step to compute, with the n of "every n steps" for each name.
 
     Raises:
         TypeError: If the report is not callable with three arguments, or not a valid report.
@@ -109,11 +111,12 @@ class ReportCaller:
         mode: str = "ignore",
         pending_report_loss: float | None = None,
         interruptible: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        rate: float | None = None,
     ) -> None:
         if report is not None:
             check_report(report, "fit")
             _check_watched(report)
-        self._report = report
+        self._report, self.numbers, self._rate = report, numbers_of(report), rate
         self._wants, self._block = member(report, "wants"), member(report, "block")
         self._begin, self._end = member(report, "begin"), member(report, "end")
         self._compiling = member(report, "compiling")
@@ -260,6 +263,13 @@ class ReportCaller:
         values["examples_per_step"] = np.where(np.isnan(examples), 1, examples).astype(np.int64)
         if not np.isnan(examples).any():
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
+        if self._rate is not None:
+            values.setdefault("learning_rate", np.full(n, self._rate, np.float32))
+        for name, every in self.numbers.items():
+            not_computed = values["step"] % every != 0
+            if not_computed.any():
+                columns = {c: values[c] for c in values if c.startswith(columns_of(name))}
+                values |= {c: np.ma.masked_array(column, not_computed) for c, column in columns.items()}
         if good is not None:
             values["skipped"] = good <= 0
             if "learning_rate" in values:  # the state has the rate of the update before

@@ -16,6 +16,7 @@ from kaun._step.optimizer import state_nodes as state_nodes
 from kaun._step.precision import DEFAULT_DTYPE as DEFAULT_DTYPE
 from kaun._step.precision import apply_model as apply_model
 from kaun._step.precision import parse_precision as parse_precision
+from kaun._step.rate import find_rate as find_rate
 from kaun._step.step import Settings as Settings
 from kaun._step.step import StepOutput as StepOutput
 from kaun._step.step import eval_step as eval_step

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from kaun._step.loss_scale import (
 from kaun._step.microbatches import check_microbatches, run_in_parts
 from kaun._step.model import VarsSpec, check_model
 from kaun._step.nonfinite import both_finite, check_mode, match_state
+from kaun._step.norms import layer_norms
 from kaun._step.optimizer import Optimizer, apply_update, check_optimizer, check_params, init_optimizer, rates
 from kaun._step.precision import Policy, apply_model, cast_to_compute, parse_precision
 from kaun._step.trainable import Partition, check_trainable, trainable_part
@@ -37,6 +39,7 @@ from kaun.layers.core import Layer, Vars
 __all__ = ["Settings", "StepOutput", "eval_step", "init_carry", "make_settings", "train_step"]
 
 Carry = tuple[Vars, Any, jax.Array]
+_NO_NUMBERS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,7 @@ def train_step(
     loss: Callable[[Any], TracedLoss],
     training: bool,
     discard: bool = True,
+    wanted: Mapping[str, int] = _NO_NUMBERS,
 ) -> StepOutput:
     """Run one training step: forward pass, loss, gradient, update.
 
@@ -138,6 +142,7 @@ def train_step(
         loss: A function of the model's output, as ``trace_loss`` after its first arguments.
         training: Whether the layers run in training mode.
         discard: Whether the step itself discards an update that is not finite. False where its caller does.
+        wanted: What reports ask for in their ``numbers``, and at every how many steps.
 
     Returns:
         The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"`` or ``discard`` is
@@ -183,7 +188,11 @@ def train_step(
     if settings.on_nonfinite == "skip" or scaled:
         by_update = ~finite & jnp.isfinite(value) & gradient_finite(checks)
         numbers["finite"] = finite.astype(jnp.float32) - by_update.astype(jnp.float32)
-    numbers |= rates(before, new["opt_state"]) | given.scalars
+    numbers |= (
+        rates(settings.optimizer, before, new["opt_state"])
+        | given.scalars
+        | layer_norms(made, checks, step, kept, wanted)
+    )
     after = new["opt_state"]
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)

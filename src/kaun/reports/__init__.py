@@ -20,3 +20,5 @@ from kaun.reports.time_limit import time_limit as time_limit
 from kaun.reports.validate import Validation as Validation
 from kaun.reports.validate import validate as validate
 from kaun.reports.wandb import wandb as wandb
+from kaun.reports.watch import Watch as Watch
+from kaun.reports.watch import watch as watch

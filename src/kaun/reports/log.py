@@ -130,7 +130,9 @@ class Log(Report):
             self._row = None
         self._names |= values.keys()
         rows = [] if self._row is None or self._written else [self._row]
-        rows += _rows(first, {name: array[-first_step % n :: n] for name, array in values.items()}, -first_step % n, n)
+        measured = {name: array for name, array in values.items() if isinstance(array, np.ma.MaskedArray)}
+        plain = {name: array[-first_step % n :: n] for name, array in values.items() if name not in measured}
+        rows += _with_measured(_rows(first, plain, -first_step % n, n), first, measured)
         if rows and rows[-1]["step"] >= first:
             self._row, self._written = rows.pop(), False
         else:
@@ -196,6 +198,18 @@ def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> 
     named = {name: _numbers(column) for name, column in columns.items() if name not in _NOT_LOGGED}
     steps = range(first + start, first + start + n * len(columns["loss"]), n)
     return [dict(zip(("step", *named), row, strict=True)) for row in zip(steps, *named.values(), strict=True)]
+
+
+def _with_measured(rows: list[Row], first: int, columns: Mapping[str, Any]) -> list[Row]:
+    """Return the rows with the values of masked columns, which have rows also at steps that have none."""
+    if not columns:
+        return rows
+    by_step = {row["step"]: row for row in rows}
+    for name, column in columns.items():
+        steps = first + np.flatnonzero(~np.ma.getmaskarray(column))
+        for step, value in zip(steps.tolist(), _numbers(column.compressed()), strict=True):
+            by_step.setdefault(step, {"step": step})[name] = value
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _numbers(column: np.ndarray) -> list[Any]:
