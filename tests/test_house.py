@@ -45,7 +45,8 @@ ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", 
 PUBLIC = {
     "kaun": {
         "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
-        "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
+        "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics", "reports", "rng",
+        "summary",
     },
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.errors": {
@@ -72,7 +73,7 @@ PUBLIC = {
     "kaun.reports": {
         "EarlyStopping", "History", "Report", "ReportFunction", "Validation", "all_of", "csv", "each_epoch",
         "early_stopping", "every", "history", "jsonl", "learning_rate", "mlflow", "plot", "progress", "tensorboard",
-        "time_limit", "validate", "wandb",
+        "time_limit", "validate", "wandb", "Watch", "watch",
     },
     "kaun.rng": {"next_key", "scope"},
 }  # fmt: skip

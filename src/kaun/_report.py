@@ -16,18 +16,9 @@ from kaun._messages import locate
 from kaun.state import TrainState
 
 __all__ = [
-    "Composite",
-    "Report",
-    "ReportFunction",
-    "calls",
-    "check_report",
-    "check_takes",
-    "columns_of",
-    "measured_by_call",
-    "member",
-    "names_of",
-    "numbers_of",
-]
+    "NUMBERS", "Composite", "Report", "ReportFunction", "calls", "check_report", "check_takes", "measured_by_call",
+    "member", "names_of", "numbers_of",
+]  # fmt: skip
 
 # What a step can compute for `Report.numbers`, and how the names of its values in a block begin.
 NUMBERS = {"layer_norms": ("grad_norm/", "weight_norm/", "update_ratio/")}
@@ -235,11 +226,6 @@ def numbers_of(report: Any) -> dict[str, int]:
     """A report's ``numbers`` by name, with the n of "at every n-th step"."""
     numbers = getattr(report, "numbers", ())
     return dict(numbers) if isinstance(numbers, Mapping) else dict.fromkeys(numbers, 1)
-
-
-def columns_of(name: str) -> tuple[str, ...]:
-    """How the names of the values begin that a block has for a name in ``numbers``."""
-    return NUMBERS[name]
 
 
 def measured_by_call(report: Any) -> frozenset[str]:

@@ -101,7 +101,7 @@ class ProgramCache:
                 seconds, traced.seconds = seconds + traced.seconds, 0.0
                 traced.entries.add(entry)
             program.compiled = True
-        wanted = traced.wanted if traced is not None else ()
+        wanted = None if traced is None else traced.wanted
         self._log.add(entry, inputs, program.stacks, training, seconds, wanted, known=known)
         return seconds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,7 +110,7 @@ class TracedStep:
         self.entries: set[str] = set()
         self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
-        self.wanted: tuple[tuple[str, int], ...] = ()
+        self.wanted: Mapping[str, int] = {}
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
 

@@ -16,7 +16,7 @@ import numpy as np
 from kaun import tree
 from kaun._engine import StepResults
 from kaun._messages import locate
-from kaun._report import check_report, columns_of, measured_by_call, member, names_of, numbers_of
+from kaun._report import NUMBERS, check_report, measured_by_call, member, names_of, numbers_of
 from kaun._run.notices import DiscardedSteps
 from kaun.errors import EarlyStop
 from kaun.state import TrainState
@@ -268,7 +268,7 @@ class ReportCaller:
         for name, every in self.numbers.items():
             not_computed = values["step"] % every != 0
             if not_computed.any():
-                columns = {c: values[c] for c in values if c.startswith(columns_of(name))}
+                columns = {c: values[c] for c in values if c.startswith(NUMBERS[name])}
                 values |= {c: np.ma.masked_array(column, not_computed) for c, column in columns.items()}
         if good is not None:
             values["skipped"] = good <= 0

@@ -188,11 +188,8 @@ def train_step(
     if settings.on_nonfinite == "skip" or scaled:
         by_update = ~finite & jnp.isfinite(value) & gradient_finite(checks)
         numbers["finite"] = finite.astype(jnp.float32) - by_update.astype(jnp.float32)
-    numbers |= (
-        rates(settings.optimizer, before, new["opt_state"])
-        | given.scalars
-        | layer_norms(made, checks, step, kept, wanted)
-    )
+    numbers |= rates(settings.optimizer, before, new["opt_state"]) | given.scalars
+    numbers |= layer_norms(made, checks, step, kept, wanted)
     after = new["opt_state"]
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)
