@@ -73,7 +73,7 @@ PUBLIC = {
     "kaun.reports": {
         "EarlyStopping", "History", "Report", "ReportFunction", "Validation", "all_of", "csv", "each_epoch",
         "early_stopping", "every", "history", "jsonl", "learning_rate", "mlflow", "plot", "progress", "tensorboard",
-        "time_limit", "validate", "wandb", "Watch", "watch",
+        "time_limit", "validate", "wandb", "Watch", "watch", "Profile", "profile", "prune",
     },
     "kaun.rng": {"next_key", "scope"},
 }  # fmt: skip

@@ -14,6 +14,9 @@ from kaun.reports.history import history as history
 from kaun.reports.learning_rate import learning_rate as learning_rate
 from kaun.reports.mlflow import mlflow as mlflow
 from kaun.reports.plot import plot as plot
+from kaun.reports.profile import Profile as Profile
+from kaun.reports.profile import profile as profile
+from kaun.reports.prune import prune as prune
 from kaun.reports.progress import progress as progress
 from kaun.reports.tensorboard import tensorboard as tensorboard
 from kaun.reports.time_limit import time_limit as time_limit
