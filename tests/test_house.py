@@ -73,7 +73,7 @@ PUBLIC = {
     "kaun.reports": {
         "EarlyStopping", "History", "Report", "ReportFunction", "Validation", "all_of", "csv", "each_epoch",
         "early_stopping", "every", "history", "jsonl", "learning_rate", "mlflow", "plot", "progress", "tensorboard",
-        "time_limit", "validate", "wandb", "Watch", "watch", "Profile", "profile", "prune",
+        "time_limit", "validate", "wandb", "Watch", "watch", "Profile", "profile", "prune", "throughput",
     },
     "kaun.rng": {"next_key", "scope"},
 }  # fmt: skip
@@ -84,7 +84,7 @@ FOR_THE_CHECKER = {"Float", "Int", "Report"}
 PYTREE_PROTOCOL = {"tree_flatten", "tree_flatten_with_keys", "tree_unflatten"}
 
 OPTIONAL = {
-    "IPython", "datasets", "equinox", "flax", "grain", "haiku", "matplotlib", "mlflow", "orbax", "pandas", "rich",
+    "IPython", "datasets", "equinox", "flax", "grain", "haiku", "matplotlib", "mlflow", "optuna", "orbax", "pandas", "rich",
     "safetensors", "sklearn", "tensorboardX", "torch", "tqdm.auto", "tqdm.notebook", "wandb",
 }  # fmt: skip
 

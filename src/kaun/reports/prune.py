@@ -41,8 +41,8 @@ def prune(trial: Any, name: str) -> Report:
     """
     if not all(callable(getattr(trial, method, None)) for method in ("report", "should_prune")):
         raise TypeError(
-            f"prune expected an optuna.Trial first, with report and should_prune, received {tree.describe(trial)}. Write "
-            'def objective(trial): ... reports.prune(trial, "accuracy") ...; study.optimize(objective).'
+            f"prune expected an optuna.Trial first, with report and should_prune, received {tree.describe(trial)}. "
+            'Write def objective(trial): ... reports.prune(trial, "accuracy") ...; study.optimize(objective).'
         )
     if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'prune expected the name of a measured value, received {name!r}. Write prune(trial, "loss").')
