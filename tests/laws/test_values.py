@@ -244,7 +244,16 @@ def test_blocks_cover_every_step_once_and_in_order(run, length, asked):
             return asked is not None and step % asked == 0
 
         def block(self, first_step, values):
-            assert set(values) == {"loss", "grad_norm", "step", "step_time", "examples_per_step", "examples_per_second"}
+            names = {
+                "loss",
+                "grad_norm",
+                "learning_rate",
+                "step",
+                "step_time",
+                "examples_per_step",
+                "examples_per_second",
+            }
+            assert set(values) == names
             assert {v.shape for v in values.values()} == {values["loss"].shape} and values["loss"].dtype == np.float32
             blocks.append((first_step, values["loss"]))
 
