@@ -78,7 +78,7 @@ faults: $(VENV)/.dev
 	$(PYTEST) -s -m '' tests/faults $(ARGS)
 
 test-interop:
-	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku grain datasets torch" \
+	@$(MAKE) --no-print-directory suite VENV=.venv-interop ALSO="flax equinox dm-haiku grain datasets torch optuna" \
 	  TESTS="tests/interop src/kaun/interop tests/test_docs.py -m ''"
 
 # The last two are there for their files: without what they depend on.

@@ -35,7 +35,7 @@ SKIPPED = object()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*(.*?)[ \t]*$")
 PYTHON = re.compile(r"python(?: needs=(?P<needs>\w+))?(?: raises=(?P<raises>\w+))?")
-OPTIONAL = {"datasets", "equinox", "flax", "grain", "haiku", "torch"}
+OPTIONAL = {"datasets", "equinox", "flax", "grain", "haiku", "optuna", "torch"}
 
 
 @dataclasses.dataclass

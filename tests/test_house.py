@@ -46,7 +46,8 @@ ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", 
 PUBLIC = {
     "kaun": {
         "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
-        "averages", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "metrics", "reports", "rng", "summary",
+        "averages", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics",
+        "reports", "rng", "summary",
     },
     "kaun.averages": {"ema", "from_optimizer", "swa", "update_statistics"},
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
@@ -75,7 +76,7 @@ PUBLIC = {
     "kaun.reports": {
         "EarlyStopping", "History", "Report", "ReportFunction", "Validation", "all_of", "csv", "each_epoch",
         "early_stopping", "every", "history", "jsonl", "learning_rate", "mlflow", "plot", "progress", "tensorboard",
-        "time_limit", "validate", "wandb",
+        "time_limit", "validate", "wandb", "Watch", "watch", "Profile", "profile", "prune", "throughput",
     },
     "kaun.rng": {"next_key", "scope"},
 }  # fmt: skip
@@ -86,7 +87,7 @@ FOR_THE_CHECKER = {"Float", "Int", "Report"}
 PYTREE_PROTOCOL = {"tree_flatten", "tree_flatten_with_keys", "tree_unflatten"}
 
 OPTIONAL = {
-    "IPython", "datasets", "equinox", "flax", "grain", "haiku", "matplotlib", "mlflow", "orbax", "pandas", "rich",
+    "IPython", "datasets", "equinox", "flax", "grain", "haiku", "matplotlib", "mlflow", "optuna", "orbax", "pandas", "rich",
     "safetensors", "sklearn", "tensorboardX", "torch", "tqdm.auto", "tqdm.notebook", "wandb",
 }  # fmt: skip
 

@@ -17,18 +17,12 @@ from kaun.errors import EarlyStop
 from kaun.state import TrainState
 
 __all__ = [
-    "Composite",
-    "Report",
-    "ReportFunction",
-    "calls",
-    "check_report",
-    "check_takes",
-    "measured_by_call",
-    "member",
-    "names_of",
-]
+    "NUMBERS", "Composite", "Report", "ReportFunction", "calls", "check_report", "check_takes", "measured_by_call",
+    "member", "names_of", "numbers_of",
+]  # fmt: skip
 
-NUMBERS: frozenset[str] = frozenset()  # what a step can compute for `Report.numbers`
+# What a step can compute for `Report.numbers`, and how the names of its values in a block begin.
+NUMBERS = {"layer_norms": ("grad_norm/", "weight_norm/", "update_ratio/")}
 CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait", "reset" and "snapshot_path" are not
 
 _PARAMETERS = {
@@ -76,8 +70,11 @@ class Report:
             returns their values as floats, its ``block`` as arrays. Default none.
         watches: The names of values that a call of some report of the fit must measure; ``fit`` refuses to start
             otherwise. Default none.
-        numbers: The names of numbers that the step should compute in addition. No name is known yet, so any name is
-            refused. Default none.
+        numbers: The names of numbers that the compiled step should compute in addition, or a dict from these names to
+            n, for each n-th step of the state only. Blocks contain them, masked (``numpy.ma``) at other steps. Known
+            is ``"layer_norms"``: for each layer with parameters that train, such as ``"0"``, ``"grad_norm/0"``,
+            ``"weight_norm/0"``, of the weights before the update, and ``"update_ratio/0"``, the norm of the update
+            over that of the weights. The first fit that asks for them compiles a program for it. Default none.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -98,7 +95,7 @@ class Report:
 
     measures: Collection[str] = ()
     watches: Collection[str] = ()
-    numbers: Collection[str] = ()
+    numbers: Collection[str] | Mapping[str, int] = ()
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> Mapping[str, float] | None:
         """Take note of a step; called after each step that the report wants, when that step is done.
@@ -239,6 +236,12 @@ def names_of(report: Any, what: str) -> frozenset[str]:
     return frozenset(getattr(report, what, ()))
 
 
+def numbers_of(report: Any) -> dict[str, int]:
+    """A report's ``numbers`` by name, with the n of "at every n-th step"."""
+    numbers = getattr(report, "numbers", ())
+    return dict(numbers) if isinstance(numbers, Mapping) else dict.fromkeys(numbers, 1)
+
+
 def measured_by_call(report: Any) -> frozenset[str]:
     """The names of the values that a report's call measures, which others can observe."""
     return names_of(report, "measures") if calls(report) else frozenset()
@@ -298,12 +301,18 @@ def check_report(report: Any, where: str, what: str = "a report") -> None:
     check_takes(where, what, report, "step, loss, state")
     for name in _NAMES:
         _check_names(report, name)
-    if unknown := sorted(names_of(report, "numbers") - NUMBERS):
+    if unknown := sorted(names_of(report, "numbers") - NUMBERS.keys()):
         raise ValueError(
             f"The report {locate(report)} has {unknown[0]!r} in `numbers`, which no step can compute; known "
-            f"names: {', '.join(map(repr, sorted(NUMBERS))) or 'none'}. Return it from the loss: "
+            f"names: {', '.join(map(repr, sorted(NUMBERS)))}. Return it from the loss: "
             f"(loss, {{{unknown[0]!r}: value}})."
         )
+    for name, n in numbers_of(report).items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"`numbers` of the report {locate(report)} must have a number of steps of at least 1 for {name!r}, "
+                f"received {n!r}. Write numbers = {{{name!r}: 100}}."
+            )
     own = {name for name in _PARAMETERS if (method := member(report, name)) and not _is_default(method, name)}
     if "snapshot" in own and "restore" not in own:
         raise TypeError(

@@ -248,6 +248,7 @@ def test_blocks_cover_every_step_once_and_in_order(run, length, asked):
                 "loss",
                 "loss_weight",
                 "grad_norm",
+                "learning_rate",
                 "step",
                 "step_time",
                 "examples_per_step",

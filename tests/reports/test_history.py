@@ -323,3 +323,13 @@ def test_results_are_drawn_below_each_in_its_curve():
         "z": [],
     }
     assert tuple(figure.get_size_inches()) == (8.0, 4.5 + 2 * 1.8)
+
+
+def test_a_validation_loss_is_drawn_over_the_training_loss_and_all_panels_have_its_steps():
+    results = [(5, {"loss": 0.5, "accuracy": 0.1}), (10, {"loss": float("nan")}), (15, {"loss": 0.4, "accuracy": 0.2})]
+    above, below = MODULE._figure(np.arange(1, 21), np.linspace(2, 1, 20), 5, results).axes
+    (line,) = [line for line in above.lines if line.get_label() == "validation loss"]
+    assert list(zip(*line.get_data(), strict=True)) == [(5, 0.5), (15, 0.4)]
+    assert below.get_title() == "accuracy" and below.get_xlim() == above.get_xlim()
+    assert above.get_xlim()[0] <= 1 and above.get_xlim()[1] >= 20
+    assert [text.get_text() for text in above.get_legend().get_texts()][-1] == "validation loss"

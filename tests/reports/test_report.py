@@ -94,7 +94,8 @@ def test_all_members_are_called_with_what_the_interface_lists():
     fit(reports.all_of(Observer(), reports.every(2, All())))
     assert log[:3] == [("begin", 1, 5, frozenset({"m"}), 2, 0), ("compiling", "fit"), ("compiled", float)]
     assert log[-1] == ("end",)
-    names = ["examples_per_second", "examples_per_step", "grad_norm", "loss", "loss_weight", "step", "step_time"]
+    names = ["examples_per_second", "examples_per_step", "grad_norm", "learning_rate", "loss", "loss_weight"]
+    names += ["step", "step_time"]
     blocks = [entry for entry in log if entry[0] == "block"]
     assert blocks[0] == ("block", 1, names) and {tuple(entry[2]) for entry in blocks} == {tuple(names)}
     assert [entry for entry in log if entry[0] in ("call", "observe")] == [

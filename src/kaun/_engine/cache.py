@@ -101,7 +101,8 @@ class ProgramCache:
                 seconds, traced.seconds = seconds + traced.seconds, 0.0
                 traced.entries.add(entry)
             program.compiled = True
-        self._log.add(entry, inputs, program.stacks, training, seconds, known=known)
+        wanted = None if traced is None else traced.wanted
+        self._log.add(entry, inputs, program.stacks, training, seconds, wanted, known=known)
         return seconds
 
     def call(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 from kaun._engine.inputs import StepInputs
 from kaun._messages import warn
@@ -51,8 +51,9 @@ class CompilationLog:
         self._lock = threading.Lock()
 
     def add(
-        self, where: str, inputs: StepInputs, stacks: str, training: bool, seconds: float, *, known: bool = False
-    ) -> None:
+        self, where: str, inputs: StepInputs, stacks: str, training: bool, seconds: float,
+        wanted: Mapping[str, int] | None = None, *, known: bool = False,
+    ) -> None:  # fmt: skip
         """Log a compilation, and warn once where one piece of code is compiled again and again.
 
         Args:
@@ -61,9 +62,11 @@ class CompilationLog:
             stacks: How the items of a block are passed, in words.
             training: Whether the layers run in training mode.
             seconds: How long it took.
+            wanted: The numbers that reports want of a step, and of every how many steps.
             known: Whether there is a program for equal items already, which are passed in another way.
         """
         now = {**inputs.describe(), "training": str(training), _ITEMS: stacks}
+        now |= {f"the reports' {name!r}": f"each {n}. step" for name, n in (wanted or {}).items()}
         with self._lock:
             before, count = self._latest.pop((where, inputs.subject), (None, 0))
             self._latest[(where, inputs.subject)] = (now, count := count + (not known))

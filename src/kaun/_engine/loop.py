@@ -37,14 +37,18 @@ _BUFFERS = 4
 
 
 def find_step(
-    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool
-) -> TracedStep:
+    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
+    wanted: Mapping[str, int] | None = None,
+) -> TracedStep:  # fmt: skip
     """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
-    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh())
+    wanted = wanted or {}
+    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
     found = programs.get(where)
     if found is None:
-        step = programs.train_step, programs.on_nonfinite, programs.discards
+        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
+        step = train_step, programs.on_nonfinite, programs.discards
         found = programs.add(where, trace_step(*step, structure, leaves, key, inputs, training))
+        found.wanted = wanted
     return found
 
 
@@ -90,8 +94,10 @@ class StepLoop:
         error_for: Returns the exception for a step that is not finite, given its number, its loss, its status after the
             first number (``StepResults``), and the step itself; None if such a step does not end the run.
         done: How many steps were run before.
-        on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen.
+        on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen, where the
+            step is one without ``wanted``; or None.
         on_compiling: Called before each compilation with the entry for which it is.
+        wanted: What reports want of each step, as ``train_step`` takes it.
     """
 
     def __init__(
@@ -104,18 +110,18 @@ class StepLoop:
         on_compile: Callable[[float], None] = lambda seconds: None,
         error_for: Callable[[int, float, Any, FailedStep], Exception] | None = None,
         done: int = 0,
-        on_trace: Callable[[StepInputs, TracedStep], None] = lambda inputs, traced: None,
+        on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
         on_compiling: Callable[[str], None] = lambda where: None,
+        wanted: Mapping[str, int] | None = None,
     ) -> None:
         self._programs, self.key, self._ctx = programs, key, ctx
-        self._on_dispatch, self._on_compile, self._on_trace = on_dispatch, on_compile, on_trace
-        self._on_compiling = on_compiling
+        self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
+        self._on_compile, self._on_compiling = on_compile, on_compiling
         self._error_for, self._first_step = error_for, done + 1
         self._failed_step: int | None = None
         self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
-        # Where the state is on a mesh of explicit axes, or an item was.
-        self._mesh: Any = explicit_mesh(leaves)
+        self._mesh: Any = explicit_mesh(leaves)  # where the state is on a mesh of explicit axes, or an item was
         self._shardings = [explicit_sharding(a) for a in leaves]
         self._given = None if self._mesh is None else [weakref.ref(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
@@ -209,10 +215,7 @@ class StepLoop:
             self._mesh = self._mesh or inputs.mesh
             if self._open is None or n > 1 or not self._open.buffer.add(inputs):
                 self.flush()
-                block = self._blocks.pop(inputs.key, None)
-                if block is None:
-                    traced = find_step(self._programs, self._structure, self._kinds, self._key, inputs, True)
-                    block = self._new_block(inputs, traced)
+                block = self._blocks.pop(inputs.key, None) or self._new_block(inputs)
                 self._enter(block, inputs, n, rows)
             count += n
             self._room = room - count
@@ -227,7 +230,7 @@ class StepLoop:
         """Trace the step for an item, and do not run it."""
         x, loss, ctx = Item.parse(item, 1)
         inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
-        self._new_block(inputs, find_step(self._programs, self._structure, self._kinds, self._key, inputs, True))
+        self._new_block(inputs)
 
     def flush(self) -> None:
         """Run the steps that wait. Returns when they are dispatched, not when they are done."""
@@ -251,7 +254,7 @@ class StepLoop:
             arrays = [*arrays[:-1], arrays[-1] - self._counts_discarded]
         if self._mesh is not None:
             arrays = to_explicit(arrays, self._shardings, self._mesh)
-            self._given = [weakref.ref(a) for a in arrays]
+            self._given = list(map(weakref.ref, arrays))
         return jax.tree_util.tree_unflatten(self._structure, arrays)
 
     @property
@@ -281,8 +284,11 @@ class StepLoop:
         self._carry = (False, to_automatic(arrays), results)
         return "held"
 
-    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
-        self._on_trace(inputs, traced)
+    def _new_block(self, inputs: StepInputs) -> _Block:
+        find = functools.partial(find_step, self._programs, self._structure, self._kinds, self._key, inputs, True)
+        if self._on_trace is not None:
+            self._on_trace(inputs, find())  # a run may be resumed with other reports
+        traced = find(self._wanted)
         refuse_traced(inputs.leaves)
         return _Block(BlockBuffer(inputs, traced.capacity), traced, inputs)
 
@@ -306,14 +312,9 @@ class StepLoop:
                 self._dispatch(traced, inputs, once, n, leaves, [])
 
     def _dispatch(
-        self,
-        traced: TracedStep,
-        inputs: StepInputs,
-        pattern: tuple[bool, ...],
-        count: int,
-        shared: list[Any],
+        self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
         stacked: list[Any],
-    ) -> None:
+    ) -> None:  # fmt: skip
         refuse_traced((*shared, *stacked))
         overwrites = self._in_place and not traced.can_raise
         entry = "fit in place" if overwrites else "fit"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,11 +83,12 @@ class TracedStep:
         entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         patterns: The patterns of blocks so far.
+        wanted: What reports want of the step beside its usual numbers, with at every how many steps.
     """
 
     __slots__ = (
         "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout", "looped",
-        "loss_dtype", "most", "on_nonfinite", "patterns", "row_mask", "rows", "seconds", "status", "step",
+        "loss_dtype", "most", "on_nonfinite", "patterns", "row_mask", "rows", "seconds", "status", "step", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -108,6 +109,7 @@ class TracedStep:
         self.entries: set[str] = set()
         self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
+        self.wanted: Mapping[str, int] = {}
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
 

@@ -17,7 +17,7 @@ import numpy as np
 from kaun import tree
 from kaun._engine import StepResults
 from kaun._messages import locate
-from kaun._report import Composite, check_report, measured_by_call, member, names_of
+from kaun._report import NUMBERS, Composite, check_report, measured_by_call, member, names_of, numbers_of
 from kaun._run.notices import DiscardedSteps
 from kaun._run.values import StepValues
 from kaun.data import PassLength
@@ -116,9 +116,11 @@ class ReportCaller:
         passes: How the data are cut into passes, None where they are one.
         on_measured: Called with (step, values, state) after the report measured values for a step; the state is None if
             the report ended the fit.
+        rate: The learning rate of every step, None where it is unknown or a step knows its own.
 
     Attributes:
         pending_report_loss: The loss of the step for which the report was called and did not return.
+        numbers: What the report wants each step to compute, with the n of "every n steps" for each name.
 
     Raises:
         TypeError: If the report is not callable with three arguments, or not a valid report.
@@ -136,11 +138,12 @@ class ReportCaller:
         interruptible: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         passes: PassLength | None = None,
         on_measured: Callable[[int, Mapping[str, float], Any], None] = lambda step, values, state: None,
+        rate: float | None = None,
     ) -> None:
         if report is not None:
             check_report(report, "fit")
             _check_watched(report)
-        self._report = report
+        self._report, self.numbers, self._rate = report, numbers_of(report), rate
         self._wants, self._block = member(report, "wants"), member(report, "block")
         self._begin, self._end = member(report, "begin"), member(report, "end")
         self._compiling = member(report, "compiling")
@@ -299,6 +302,13 @@ class ReportCaller:
         if not np.isnan(examples).any():
             values["examples_per_second"] = (examples / max(seconds, 1e-9)).astype(np.float32)
         weights = _weights(members, values["examples_per_step"])
+        if self._rate is not None:
+            values.setdefault("learning_rate", np.full(n, self._rate, np.float32))
+        for name, every in self.numbers.items():
+            not_computed = values["step"] % every != 0
+            if not_computed.any():
+                columns = {c: values[c] for c in values if c.startswith(NUMBERS[name])}
+                values |= {c: np.ma.masked_array(column, not_computed) for c, column in columns.items()}
         if good is not None:
             values["skipped"] = good <= 0
             weights = {name: np.where(good <= 0, 0.0, weight) for name, weight in weights.items()}

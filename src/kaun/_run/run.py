@@ -87,10 +87,10 @@ class TrainingRun:
         """The same chunks; a signal may interrupt getting each."""
         return chunks if self.saver is None else self.saver.count_pulled(self.signals.interruptible_items(chunks))
 
-    def on_trace(self, inputs: StepInputs, traced_step: TracedStep) -> None:
-        """Compare the program of a step with the one that the run was started with."""
-        if self.saver is not None:
-            self.saver.check_program(inputs, traced_step)
+    @property
+    def on_trace(self) -> Callable[[StepInputs, TracedStep], None] | None:
+        """Compares the program of a step with the one that the run was started with; None without a directory."""
+        return None if self.saver is None else self.saver.check_program
 
 
 @contextmanager

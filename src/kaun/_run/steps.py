@@ -13,7 +13,16 @@ from kaun._jax import is_traced
 from kaun._report import Report, ReportFunction
 from kaun._run.reports import ReportCaller
 from kaun._run.run import TrainingRun
-from kaun._step import Settings, error_for, flush_error, flush_window, is_open, optimizer_state, trainable_part
+from kaun._step import (
+    Settings,
+    error_for,
+    find_rate,
+    flush_error,
+    flush_window,
+    is_open,
+    optimizer_state,
+    trainable_part,
+)
 from kaun.context import Context
 from kaun.data import not_data, open_items
 from kaun.state import TrainState
@@ -31,7 +40,8 @@ def start_loop(
     """Return what calls the report of a run, and the loop that takes its steps, from its state on."""
     state = run.take()
     mode, pending, interruptible = settings.on_nonfinite, run.pending_report_loss, run.signals.interruptible
-    about = (mode, pending, interruptible, run.passes, run.measured)
+    rate = find_rate(settings.optimizer) if settings.accumulate == 1 else None
+    about = (mode, pending, interruptible, run.passes, run.measured, rate and rate.fixed)
     caller = ReportCaller(report, run.total, run.done, state.step, *about)
     if settings.penalty is not None:
         settings.penalty.refuse_changes()
@@ -40,7 +50,7 @@ def start_loop(
     failure = functools.partial(error_of, settings, make) if mode == "raise" else None
     carry, key = (state.vars, state.opt_state, state.step), state.key
     del state, trained
-    hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling)
+    hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
     return caller, StepLoop(programs, carry, key, ctx, *hooks)
 
 

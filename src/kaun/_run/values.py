@@ -61,6 +61,11 @@ class StepValues(Mapping[str, np.ndarray]):
             weights = np.where(columns["skipped"], 0, weights)
         return cls(first_step, columns, {"loss": weights}, {}, None)
 
+    @property
+    def masked(self) -> dict[str, np.ma.MaskedArray[Any, Any]]:
+        """The values that only some of the steps have, by name."""
+        return {name: column for name, column in self._columns.items() if isinstance(column, np.ma.MaskedArray)}
+
     def replaced(self, columns: Mapping[str, np.ndarray[Any, Any]]) -> StepValues:
         """Return the same values with further ones, or others of these names."""
         return StepValues(self.first_step, {**self._columns, **columns}, self.weights, self.parts, self.passes)

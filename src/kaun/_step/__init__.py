@@ -13,10 +13,13 @@ from kaun._step.nonfinite import flush_error as flush_error
 from kaun._step.nonfinite import match_state as match_state
 from kaun._step.nonfinite import state_paths as state_paths
 from kaun._step.optimizer import Optimizer as Optimizer
+from kaun._step.optimizer import learning_rate as learning_rate
 from kaun._step.optimizer import state_nodes as state_nodes
 from kaun._step.precision import DEFAULT_DTYPE as DEFAULT_DTYPE
 from kaun._step.precision import apply_model as apply_model
 from kaun._step.precision import parse_precision as parse_precision
+from kaun._step.rate import Rate as Rate
+from kaun._step.rate import find_rate as find_rate
 from kaun._step.settings import Settings as Settings
 from kaun._step.settings import make_settings as make_settings
 from kaun._step.step import StepOutput as StepOutput

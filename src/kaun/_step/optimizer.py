@@ -13,6 +13,7 @@ import optax
 
 from kaun import tree
 from kaun._messages import locate
+from kaun._step.rate import find_rate
 from kaun.averages.weights import AveragedWeights
 
 __all__ = [
@@ -214,27 +215,45 @@ def learning_rate(opt_state: Any) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def rates(before: Any, after: Any) -> dict[str, jax.Array]:
+def rates(optimizer: Optimizer, before: Any, after: Any) -> dict[str, jax.Array]:
     """Return what a step tells of its update: ``learning_rate``, where it is known, and ``updates`` of MultiSteps.
 
     The rate is nan in a step of ``optax.MultiSteps`` that makes no update: the state has the rate of the update before.
+    A rate that is the same in each step, ``find_rate(optimizer).fixed``, is left out.
 
     Args:
+        optimizer: The optimizer.
         before: The optimizer's state before the step.
         after: Its state after the step.
     """
     windows, scales = state_nodes(after, "MultiStepsState"), state_nodes(after, "ReduceLROnPlateauState")
     updates = {"updates": windows[0].gradient_step} if len(windows) == 1 else {}
-    rate = learning_rate(after)
+    given = learning_rate(after)
+    rate = _found_rate(optimizer, before) if given is None else given
     if rate is None or len(windows) > 1 or len(scales) > 1:
         return updates
     rate = tree.host_scalar(rate)
     if scales:
         rate = rate * scales[0].scale.astype(rate.dtype)
-    if windows and learning_rate(windows[0]) is not None:
+    if windows and (given is None or learning_rate(windows[0]) is not None):
         made = windows[0].gradient_step != state_nodes(before, "MultiStepsState")[0].gradient_step
         rate = jnp.where(made, rate, jnp.nan)
     return {"learning_rate": rate} | updates
+
+
+def _found_rate(optimizer: Optimizer, before: Any) -> Any:
+    """Return the rate of a step by the closures of an optimizer, None if it is unknown or the same in each step."""
+    found = find_rate(optimizer)
+    if found is None or found.fixed is not None:
+        return None
+    if found.schedule is None:
+        return jnp.float32(found.constant)
+    counts = state_nodes(before, "ScaleByScheduleState")
+    if len(counts) != 1:
+        return None
+    with _as_optax_expects():
+        rate = jnp.asarray(found.schedule(counts[0].count))
+    return rate if not rate.shape and tree.is_real(rate) else None
 
 
 def _updates(

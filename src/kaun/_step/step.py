@@ -6,7 +6,8 @@ The carry is the part of a ``TrainState`` that changes: variables, optimizer sta
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from kaun._loss import TracedLoss
 from kaun._step.loss_scale import LossScale, adapt_scale, add_loss_scale, has_overflowed, scale_loss, unscale
 from kaun._step.microbatches import run_in_parts
 from kaun._step.nonfinite import both_finite, match_state
+from kaun._step.norms import layer_norms
 from kaun._step.optimizer import apply_update, check_params, init_optimizer
 from kaun._step.precision import apply_model, cast_to_compute
 from kaun._step.settings import Carry, Settings
@@ -28,6 +30,8 @@ from kaun.context import Context
 from kaun.layers.core import Vars
 
 __all__ = ["StepOutput", "eval_step", "init_carry", "train_step"]
+
+_NO_NUMBERS: Mapping[str, int] = MappingProxyType({})
 
 
 def init_carry(settings: Settings, vars: Vars) -> Carry:
@@ -77,6 +81,7 @@ def train_step(
     loss: Callable[[Any], TracedLoss],
     training: bool,
     discard: bool = True,
+    wanted: Mapping[str, int] = _NO_NUMBERS,
 ) -> StepOutput:
     """Run one training step: forward pass, loss, gradient, update.
 
@@ -89,6 +94,7 @@ def train_step(
         loss: A function of the model's output, as ``trace_loss`` after its first arguments.
         training: Whether the layers run in training mode.
         discard: Whether the step itself discards an update that is not finite. False where its caller does.
+        wanted: What reports ask for in their ``numbers``, and at every how many steps.
 
     Returns:
         The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"`` or ``discard`` is
@@ -122,6 +128,7 @@ def train_step(
     if settings.accumulate > 1:
         item = Item.of(alone, x, gradient, layer_state)
         done = add_to_window(settings, parts, old, scale, item, given.value, step_key, discards=discards)
+        updated, moved = (lambda: done.new["params"]), jnp.array(True)
     else:
 
         def update(opt_state: Any) -> dict[str, Any]:
@@ -130,8 +137,12 @@ def train_step(
             params, after = apply_update(settings.optimizer, gradient, opt_state, trained, given.value, value_fn)
             return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
-        done = _update_now(settings, Update(update, old, discards=discards), old, scale, gradient, given.value)
-    numbers = _numbers(settings, done, given.value) | window_rates(before, done.new["opt_state"]) | given.numbers()
+        one = Update(update, old, discards=discards)
+        done = _update_now(settings, one, old, scale, gradient, given.value)
+        updated, moved = (lambda: one.after()["params"]), done.kept
+    numbers = _numbers(settings, done, given.value)
+    numbers |= window_rates(settings.optimizer, before, done.new["opt_state"]) | given.numbers()
+    numbers |= layer_norms(old["params"], updated, done.checks, step, moved, wanted)
     after, finite, checks = done.new["opt_state"], done.finite, done.checks
     if scale is not None and done.overflowed is not None:
         after = adapt_scale(scale, after, done.kept, done.overflowed)

@@ -50,10 +50,13 @@ class Update:
         before: ``{"params": ..., "state": ..., "opt_state": ...}`` before it: the parameters that train, the layers'
             state and the optimizer's. ``function`` returns the same.
         discards: Whether ``made`` is to give back ``before`` where the step is not finite.
+
+    Attributes:
+        before: As the argument.
     """
 
     def __init__(self, function: Callable[[Any], Any], before: dict[str, Any], *, discards: bool) -> None:
-        self._discards, self._before, self._after, self._branches = discards, before, None, False
+        self._discards, self.before, self._after, self._branches = discards, before, None, False
         if not discards:
             self._after = function(before["opt_state"])
             return
@@ -76,7 +79,7 @@ class Update:
         gradient and state, and no memory. A condition (``optax.MultiSteps``) would store what it returns; for a batch
         of one state it becomes a selection, which does not.
         """
-        before = self._before
+        before = self.before
         if self._after is not None:
             return checks_of(gradient, before, self._after, loss_dtype)
         if not self._branches:
@@ -90,8 +93,12 @@ class Update:
             assert self._after is not None
             return self._after
         if self._after is not None:
-            return jax.tree_util.tree_map(lambda new, old: jnp.where(kept, new, old), self._after, self._before)
-        return lax.cond(kept, lambda: self._run(self._before["opt_state"]), lambda: self._before)
+            return jax.tree_util.tree_map(lambda new, old: jnp.where(kept, new, old), self._after, self.before)
+        return lax.cond(kept, self.after, lambda: self.before)
+
+    def after(self) -> dict[str, Any]:
+        """Return what is after the update, kept or not; it is computed again where that is not stored."""
+        return self._run(self.before["opt_state"]) if self._after is None else self._after
 
 
 def checks_of(gradient: Any, before: dict[str, Any], after: dict[str, Any], loss_dtype: Any) -> jax.Array:

@@ -19,7 +19,8 @@ from kaun._loss import TracedLoss
 from kaun._step.loss_scale import LossScale, has_overflowed, inner_state
 from kaun._step.microbatches import batch_length
 from kaun._step.nonfinite import both_finite, match_state
-from kaun._step.optimizer import apply_update, rates
+from kaun._step.optimizer import Optimizer, apply_update, rates
+from kaun._step.rate import find_rate
 from kaun._step.settings import Carry, Settings
 from kaun._step.trainable import Partition
 from kaun._step.watch import Outcome, Update, checks_of
@@ -209,14 +210,16 @@ def is_open(settings: Settings, opt_state: Any) -> Any:
     return window.position > 0 if isinstance(window, Window) else False
 
 
-def window_rates(before: Any, after: Any) -> dict[str, jax.Array]:
+def window_rates(optimizer: Optimizer, before: Any, after: Any) -> dict[str, jax.Array]:
     """Return what ``rates`` does, of the optimizer's state in a window too: ``updates`` are then those of the window.
 
-    The learning rate is nan after an item that makes no update.
+    The learning rate is nan after an item that makes no update, also one that is the same in each update.
     """
     if not isinstance(after, Window):
-        return rates(before, after)
-    found = rates(before.inner, after.inner)
+        return rates(optimizer, before, after)
+    found, rate = rates(optimizer, before.inner, after.inner), find_rate(optimizer)
+    if rate is not None and rate.fixed is not None:
+        found.setdefault("learning_rate", jnp.float32(rate.fixed))
     if "learning_rate" in found:
         found["learning_rate"] = jnp.where(after.updates != before.updates, found["learning_rate"], jnp.nan)
     return found | {"updates": after.updates}

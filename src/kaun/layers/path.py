@@ -22,10 +22,11 @@ _watch: ContextVar[Watch | None] = ContextVar("kaun_layer_watch", default=None)
 
 @contextlib.contextmanager
 def at(key: str) -> Generator[None, None, None]:
-    """Inside this context, error messages add ``key`` to the path in the model."""
+    """Inside this context, error messages add ``key`` to the path in the model, and so do names in a profile."""
     token = _path.set((*_path.get(), key))
     try:
-        yield
+        with jax.named_scope(key):
+            yield
     except Exception as err:
         path = ".".join(_path.get())
         if not hasattr(err, "kaun_layer"):  # the innermost layer is named

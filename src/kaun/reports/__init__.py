@@ -14,9 +14,15 @@ from kaun.reports.history import history as history
 from kaun.reports.learning_rate import learning_rate as learning_rate
 from kaun.reports.mlflow import mlflow as mlflow
 from kaun.reports.plot import plot as plot
+from kaun.reports.profile import Profile as Profile
+from kaun.reports.profile import profile as profile
 from kaun.reports.progress import progress as progress
+from kaun.reports.prune import prune as prune
 from kaun.reports.tensorboard import tensorboard as tensorboard
+from kaun.reports.throughput import throughput as throughput
 from kaun.reports.time_limit import time_limit as time_limit
 from kaun.reports.validate import Validation as Validation
 from kaun.reports.validate import validate as validate
 from kaun.reports.wandb import wandb as wandb
+from kaun.reports.watch import Watch as Watch
+from kaun.reports.watch import watch as watch

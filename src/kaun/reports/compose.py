@@ -19,6 +19,7 @@ from kaun._report import (
     measured_by_call,
     member,
     names_of,
+    numbers_of,
 )
 from kaun._run import StepValues, check_returned, keeping, match_reports, report_kind, snapshot_reports
 from kaun.data import stages_of
@@ -155,7 +156,7 @@ class _Every(Report):
     def __init__(self, n: int, f: Report | ReportFunction) -> None:
         self._n, self._f = n, f
         self.__name__ = report_kind(f)
-        self.measures, self.watches = measured_by_call(f), names_of(f, "watches")
+        self.measures, self.watches, self.numbers = measured_by_call(f), names_of(f, "watches"), numbers_of(f)
         self.adds_values = _adds_values(f)
         self.path = getattr(f, "path", "")
         self._wants, self._begin = member(f, "wants"), member(f, "begin")
@@ -189,6 +190,10 @@ class _AllOf(Composite):
         self._measured = frozenset[str]().union(*[measured_by_call(report) for report in reports])
         self.measures = self._measured
         self.watches = frozenset[str]().union(*[names_of(report, "watches") for report in reports])
+        numbers: dict[str, int] = {}
+        for name, n in (pair for report in reports for pair in numbers_of(report).items()):
+            numbers[name] = math.gcd(n, numbers.get(name, 0))
+        self.numbers = numbers
         # The reports that answered True, by step, until its call; one dict for each running fit (fits may nest).
         self._wanted: list[dict[int, list[Report | ReportFunction]]] = [{}]
         self._wants = [(report, member(report, "wants")) for report in reports]

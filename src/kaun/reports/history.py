@@ -23,7 +23,7 @@ __all__ = ["History", "history"]
 COLUMNS = 1000  # Agg gives up on lines of some hundred thousand strokes, and a page has not that many columns
 MEDIANS = 500
 ACROSS = 4  # curves of results in one row
-PALE, STRONG = "#a9c6e8", "#1f5fa8"
+PALE, STRONG, MEASURED = "#a9c6e8", "#1f5fa8", "#c8501e"
 
 
 def history() -> History:
@@ -115,7 +115,8 @@ class History(Report):
         The median at a step is taken over the steps around it, cut off at the end of the run and narrowed at its start,
         where the loss falls fast. In a run longer than 1000 steps, the pale part is the band between the lowest
         and the highest loss of neighbouring steps, so that no spike is lost. Losses that are not finite are left out.
-        Each value that other reports measured has its own curve below.
+        A ``"loss"`` that another report measured is drawn over them; each other value has its own curve below, over the
+        same steps.
 
         Args:
             path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``.
@@ -244,7 +245,7 @@ def _figure(
         from matplotlib.figure import Figure
     except ModuleNotFoundError as err:
         raise ImportError('history.plot draws with matplotlib, which is missing: pip install "kaun[plot]"') from err
-    names = sorted({name for _, values in results for name in values})
+    names = sorted({name for _, values in results for name in values} - {"loss"})
     lines = -(-len(names) // ACROSS)
     figure: Any = Figure(figsize=(8, 4.5 + 1.8 * lines), dpi=150, layout="constrained")
     grid = figure.add_gridspec(1 + lines, max(1, min(len(names), ACROSS)), height_ratios=[4.5] + [1.8] * lines)
@@ -258,14 +259,21 @@ def _figure(
         axes.plot(steps, losses, color=PALE, linewidth=1, marker=marker, markersize=3, label="loss")
     centres, medians = _running_median(losses, window)
     axes.plot(steps[centres], medians, color=STRONG, linewidth=2, label=f"median of {window} steps")
+    if points := _points(results, "loss"):
+        axes.plot(*points, color=MEASURED, linewidth=2, marker="o", markersize=3, label="validation loss")
     _finish(axes, xlabel="step", ylabel="loss")
     axes.legend(frameon=False, loc="upper right")  # matplotlib searches "best" for seconds where there are many points
     for i, name in enumerate(names):
-        below = figure.add_subplot(grid[1 + i // ACROSS, i % ACROSS])
-        points = [(step, values[name]) for step, values in results if math.isfinite(values.get(name, math.nan))]
-        below.plot(*zip(*points, strict=True) if points else ((), ()), color=STRONG, marker="o", markersize=3)
+        below = figure.add_subplot(grid[1 + i // ACROSS, i % ACROSS], sharex=axes)
+        below.plot(*_points(results, name) or ((), ()), color=STRONG, marker="o", markersize=3)
         _finish(below, title=name)
     return figure
+
+
+def _points(results: Sequence[tuple[int, Mapping[str, float]]], name: str) -> list[tuple[float, ...]]:
+    """The steps and the finite values of a name; empty without any."""
+    points = [(step, values[name]) for step, values in results if math.isfinite(values.get(name, math.nan))]
+    return list(zip(*points, strict=True))
 
 
 def _finish(axes: Any, **texts: str) -> None:

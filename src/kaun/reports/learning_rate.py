@@ -34,7 +34,8 @@ def learning_rate(schedule: Callable[[Any], Any]) -> Report:
 
     The schedule is evaluated on JAX's CPU device for 4096 counts at once, well ahead of the steps, so that ``fit``
     waits for it at its first block only. The reports of one ``all_of`` get it in any order; it replaces a learning rate
-    that ``fit`` knows itself (of ``optax.inject_hyperparams``). Without other reports it has no effect.
+    that ``fit`` knows itself (of ``optax.inject_hyperparams``, or of an optimizer of optax with one rate, such as
+    ``optax.adam(schedule)``, which needs no such report). Without other reports it has no effect.
 
     Args:
         schedule: The function of the count that the optimizer has; any of optax's.

@@ -163,8 +163,10 @@ class Log(Report):
             self._row = None
         self._names |= values.keys()
         rows = [] if self._row is None or self._written else [self._row]
-        start = -first_step % n
-        rows += _rows(first, StepValues.of(first_step, values).at(slice(start, None, n)), start, n)
+        steps, start = StepValues.of(first_step, values), -first_step % n
+        part = steps.at(slice(start, None, n))
+        rows += _rows(first, {name: part[name] for name in part if name not in steps.masked}, start, n)
+        rows = _with_measured(rows, first, steps.masked)
         if rows and rows[-1]["step"] >= first:
             self._row, self._written = rows.pop(), False
         else:
@@ -240,6 +242,18 @@ def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> 
     named = {name: _numbers(column) for name, column in kept.items()}
     steps = range(first + start, first + start + n * len(columns["loss"]), n)
     return [dict(zip(("step", *named), row, strict=True)) for row in zip(steps, *named.values(), strict=True)]
+
+
+def _with_measured(rows: list[Row], first: int, columns: Mapping[str, Any]) -> list[Row]:
+    """Return the rows with the values of masked columns, which have rows also at steps that have none."""
+    if not columns:
+        return rows
+    by_step = {row["step"]: row for row in rows}
+    for name, column in columns.items():
+        steps = first + np.flatnonzero(~np.ma.getmaskarray(column))
+        for step, value in zip(steps.tolist(), _numbers(column.compressed()), strict=True):
+            by_step.setdefault(step, {"step": step})[name] = value
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _numbers(column: np.ndarray) -> list[Any]:

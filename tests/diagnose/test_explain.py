@@ -59,7 +59,7 @@ def test_the_logarithm_of_zero_in_the_users_own_loss():
         == repr(found)
         == (
             "Step 1: the loss is -inf.\n"
-            f"`log` of 0 gave -inf at [0, 0], in the loss, test_diagnose.py:{found.line}\n"
+            f"`log` of 0 gave -inf at [0, 0], in the loss, test_explain.py:{found.line}\n"
             "    return jnp.log(kept).mean()\n"
             "Rows of the batch that are not finite there: 0 (1 of 4)."
         )
@@ -75,7 +75,7 @@ def test_a_layer_inside_others_is_named_by_its_path():
     found = explained(layers.sequential([layers.linear(2, 3), inner]))
     assert (found.part, found.operation, found.layer) == ("loss", "div", "1.1.inner")
     assert (found.file, found.line) == (HERE, line_of(zero_by_zero)) and found.rows == (0, 1, 2, 3)
-    assert "in layer '1.1.inner', test_diagnose.py:" in str(found)
+    assert "in layer '1.1.inner', test_explain.py:" in str(found)
 
 
 def test_a_layer_of_kaun_is_named_by_kauns_line_and_the_path():
@@ -93,7 +93,7 @@ def test_the_derivative_of_a_root_at_zero():
     assert (found.file, found.line) == (HERE, line_of(roots)) and found.rows == (0, 1, 2, 3)
     text = str(found)
     assert text.startswith("Step 1: the loss is 0, and its gradient is not finite for 2 parameters.\n")
-    assert "In the derivative of `sqrt`, `div` of 0.5 and 0 gave inf at [0, 0], in the loss, test_diagnose" in text
+    assert "In the derivative of `sqrt`, `div` of 0.5 and 0 gave inf at [0, 0], in the loss, test_explain" in text
     assert "That became nan: `mul` of 0 and inf gave nan at [0, 0], in the loss" in text
     assert text.endswith("Replace their arguments first: jnp.sqrt(jnp.where(x > 0, x, 1.0)).")
 
@@ -264,7 +264,7 @@ def test_an_update_is_explained_by_the_line_of_the_schedule():
     assert (found.part, found.operation, found.file, found.line) == ("update", "div", HERE, line_of(schedule))
     assert found.leaf == "params.bias"
     assert "its gradient is finite, and the update makes 'params.bias' not finite." in str(found)
-    assert "`div` of 0.1 and 0 gave inf, in the optimizer's update, test_diagnose.py" in str(found)
+    assert "`div` of 0.1 and 0 gave inf, in the optimizer's update, test_explain.py" in str(found)
 
 
 def test_an_update_is_explained_by_the_optimizers_line():

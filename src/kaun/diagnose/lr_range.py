@@ -1,0 +1,313 @@
+"""The learning rate range test: the loss while the rate rises (Smith, 2017, arXiv:1506.01186)."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kaun import rng, tree
+from kaun._messages import locate
+from kaun._paths import local_path
+from kaun._report import Report
+from kaun._step import Rate, find_rate, learning_rate, state_nodes
+from kaun.context import Context
+from kaun.data import Data, known_length
+from kaun.errors import EarlyStop, NonFiniteLoss
+from kaun.state import TrainState, check_state
+from kaun.train import Trainer
+
+__all__ = ["RateRange", "lr_range"]
+
+_DIVERGED = 3  # times the fall of the loss, or its size, by which it rises again
+_SMOOTHED = 20  # a running average is over one part of the steps in so many
+_ROUGH = 10  # a slope is over two parts of the steps in so many, and the first part says nothing of the later ones
+_COUNTS = 4096  # counts at which a schedule is looked at for its highest rate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RateRange:
+    """The losses of a learning rate range test. It prints as text.
+
+    Attributes:
+        rates: The learning rate of each step, float64 of shape (n,), rising.
+        losses: The loss of each step, before its update, of shape (n,).
+        smoothed: Their running average, each with about a twentieth of the steps before it.
+        suggestion: The rate at which the smoothed loss falls fastest; None if it never falls.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed: np.ndarray
+    suggestion: float | None
+
+    def __repr__(self) -> str:
+        lowest = int(np.argmin(self.smoothed))
+        advice = "which never falls" if self.suggestion is None else f"and falls fastest at {self.suggestion:.2g}"
+        return (
+            f"{len(self.rates)} steps with learning rates from {self.rates[0]:.2g} to {self.rates[-1]:.2g}: the "
+            f"smoothed loss is lowest, {self.smoothed[lowest]:.4g}, at {self.rates[lowest]:.2g}, {advice}."
+        )
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the losses, pale, and the smoothed ones over the rate with matplotlib, and return the path of the file.
+
+        Args:
+            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure  # without pyplot, whose figures and settings are the user's
+        except ModuleNotFoundError as err:
+            raise ImportError(
+                'lr_range(...).plot needs matplotlib, which is missing: pip install "kaun[plot]"'
+            ) from err
+        figure: Any = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        axes.plot(self.rates, self.losses, color="#a9c6e8", linewidth=1, label="loss")
+        axes.plot(self.rates, self.smoothed, color="#1f5fa8", linewidth=2, label="smoothed")
+        if self.suggestion is not None:
+            axes.axvline(self.suggestion, color="0.4", linestyle="--", label=f"suggestion, {self.suggestion:.2g}")
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        axes.set_ylim(*_shown(self.losses, self.smoothed))
+        axes.grid(color="0.92")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left")
+        path = local_path("lr_range(...).plot", path)
+        path = path if path.suffix else path.with_suffix(".png")
+        figure.savefig(path)
+        return path
+
+
+def lr_range(
+    trainer: Trainer[Any, Any],
+    state: TrainState,
+    data: Iterable[Any],
+    *,
+    low: float = 1e-7,
+    high: float = 10.0,
+    steps: int = 100,
+    ctx: Context | None = None,
+) -> RateRange:
+    """Train a copy with a learning rate that rises from step to step, and return the losses: which rate to take.
+
+    The rate rises by the same factor in each step. The test ends early where the loss is not finite or has risen far
+    above its lowest. The state stays as it is; the copy begins with its weights and a fresh state of the optimizer.
+    Schedules of the optimizer are left out. One program is compiled.
+
+    Args:
+        trainer: The trainer. Its optimizer is one of optax's whose learning rate can be found (``optax.adam(1e-3)``,
+            with a schedule, in a chain), or is made by ``optax.inject_hyperparams``.
+        state: The state whose weights are the start.
+        data: At least ``steps`` items, as for ``fit``.
+        low: The first rate.
+        high: The last rate.
+        steps: The number of steps, at least 10.
+        ctx: A Context for the layers.
+
+    Returns:
+        A ``RateRange``, which prints as text: ``rates``, ``losses``, ``smoothed``, ``suggestion`` and ``plot(path)``.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the rates do not rise, the data have fewer items, or the optimizer's rate is not known.
+        NonFiniteLoss: If the first step is not finite.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, kaun
+        >>> from kaun import Data, layers, losses, rng
+        >>> x = jnp.sin(jnp.arange(64.0).reshape(32, 2))
+        >>> with rng.scope(0):
+        ...     trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.adam(1e-3))
+        ...     state = trainer.init()
+        ...     data = Data.batches((x, x @ jnp.array([[1.0], [2.0]])), batch_size=16, shuffle=True)
+        >>> data = data.with_loss(losses.mse).epochs(50)
+        >>> found = kaun.lr_range(trainer, state, data, low=1e-5, high=10.0, steps=100)
+        >>> 1e-3 < found.suggestion < 1, int(state.step)
+        (True, 0)
+    """
+    if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"lr_range expected a Trainer first, received {tree.describe(trainer)}. Write lr_range(trainer, state, "
+            "data)."
+        )
+    check_state(state, "lr_range")
+    _check_range(low, high, steps)
+    rates = np.geomspace(low, high, steps)
+    optimizer = _rising(trainer.optimizer, state.opt_state, rates)
+    tested = dataclasses.replace(trainer, optimizer=optimizer, on_nonfinite="raise")
+    with rng.scope(0):  # the run's key is that of the state, so that none of the caller's scope is used up
+        fresh = tested.make_state(state.vars)
+    report = _Losses(steps)
+    try:
+        tested.fit(fresh.replace(step=state.step, key=state.key), _first(data, steps), ctx=ctx, report=report)
+    except NonFiniteLoss:
+        if not report.losses:
+            raise
+        report.diverged = True
+    taken = len(report.losses)
+    if taken < steps and not report.diverged:
+        raise _too_few(taken, steps)
+    smoothed = np.array(report.smoothed)
+    return RateRange(
+        rates[:taken], np.array(report.losses), smoothed, _steepest(rates[:taken], smoothed, steps // _ROUGH)
+    )
+
+
+class _Losses(Report):
+    """Keeps losses and their running average, and ends the fit where they diverge."""
+
+    def __init__(self, steps: int) -> None:
+        self._rough = steps // _ROUGH
+        self._decay, self._sum, self._weight = 1 - min(1.0, _SMOOTHED / steps), 0.0, 0.0
+        self.losses: list[float] = []
+        self.smoothed: list[float] = []
+        self.diverged = False
+
+    def wants(self, step: int) -> bool:
+        return self.diverged
+
+    def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
+        raise EarlyStop
+
+    def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
+        for loss in values["loss"].tolist():
+            if self.diverged:
+                return
+            self._sum = self._decay * self._sum + (1 - self._decay) * loss
+            self._weight = self._decay * self._weight + 1 - self._decay
+            self.losses.append(loss)
+            self.smoothed.append(self._sum / self._weight)
+            steady = self.smoothed[self._rough :]
+            if steady:
+                fall = max(abs(min(steady)), steady[0] - min(steady))
+                self.diverged = steady[-1] - min(steady) > _DIVERGED * fall
+
+
+class _Rising(NamedTuple):
+    """The state of an optimizer whose rate rises.
+
+    Attributes:
+        updates: How many updates there were.
+        inner: The state of the optimizer itself.
+    """
+
+    updates: jax.Array
+    inner: Any
+
+
+def _rising(optimizer: Any, opt_state: Any, rates: np.ndarray) -> Any:
+    """Return the optimizer with these learning rates, one for each update."""
+    injected, found = learning_rate(opt_state) is not None, find_rate(optimizer)
+    why = ""
+    if state_nodes(opt_state, "ReduceLROnPlateauState"):
+        why = "reduce_on_plateau changes it"
+    elif injected and _has_schedule(opt_state):
+        why = "it is a schedule given to inject_hyperparams"
+    elif not injected and found is None:
+        why = "it is in none of the places where optax keeps one"
+    if why:
+        raise ValueError(
+            f"lr_range cannot set the learning rate of the optimizer ({locate(optimizer.update)}): {why}. Pass a "
+            "trainer with an optimizer whose rate can be set:\n"
+            "    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)\n"
+            "    trainer = dataclasses.replace(trainer, optimizer=optimizer)\n"
+            "    kaun.lr_range(trainer, trainer.make_state(state.vars), data)"
+        )
+    table, (count, base) = jnp.asarray(rates, jnp.float32), (0, 1.0) if injected or found is None else _base(found)
+
+    def init(params: Any) -> _Rising:
+        return _Rising(jnp.zeros((), jnp.int32), optimizer.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, _Rising]:
+        rate = table[state.updates]
+        inner = _set_rate(state.inner, rate) if injected else _set_count(state.inner, count)
+        updates, inner = optimizer.update(updates, inner, params, **extra)
+        if not injected:
+            updates = jax.tree_util.tree_map(lambda u: (u * (rate / base)).astype(u.dtype), updates)
+        return updates, _Rising(state.updates + 1, inner)
+
+    update.__signature__ = inspect.signature(optimizer.update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _has_schedule(opt_state: Any) -> bool:
+    paths = [tree.path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(opt_state)[0]]
+    return any("hyperparams_states.learning_rate" in path for path in paths)
+
+
+def _base(found: Rate) -> tuple[int, float]:
+    """Return the count at which a rate is highest, and that rate."""
+    schedule = found.schedule
+    if schedule is None:
+        return 0, found.constant
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        values = np.asarray(jax.vmap(lambda count: jnp.asarray(schedule(count)))(jnp.arange(_COUNTS)))
+    count = int(np.argmax(values))
+    return count, float(values[count])
+
+
+def _set_rate(opt_state: Any, rate: jax.Array) -> Any:
+    def leaf(path: Any, old: Any) -> Any:
+        is_rate = tree.path_name(path[-2:]) == "hyperparams.learning_rate"
+        return rate.astype(old.dtype) if is_rate else old
+
+    return jax.tree_util.tree_map_with_path(leaf, opt_state)
+
+
+def _set_count(opt_state: Any, count: int) -> Any:
+    is_one = lambda node: type(node).__name__ == "ScaleByScheduleState"
+    replaced = lambda node: node._replace(count=jnp.full_like(node.count, count)) if is_one(node) else node
+    return jax.tree_util.tree_map(replaced, opt_state, is_leaf=is_one)
+
+
+def _first(data: Iterable[Any], steps: int) -> Iterable[Any]:
+    known = known_length(data)
+    if known is not None and known < steps:
+        raise _too_few(known, steps)
+    return data.take(steps) if isinstance(data, Data) else itertools.islice(data, steps)
+
+
+def _too_few(found: int, steps: int) -> ValueError:
+    return ValueError(
+        f"lr_range expected at least {steps} items, one for each of its steps, and the data have {found}. Write "
+        f"lr_range(trainer, state, train.epochs({-(-steps // max(found, 1))}), ...), or steps={max(found, 10)}."
+    )
+
+
+def _check_range(low: Any, high: Any, steps: Any) -> None:
+    for name, value in (("low", low), ("high", high)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"lr_range expected {name} as a learning rate, received {value!r}. Write {name}=1e-3.")
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"lr_range expected 0 < low < high, received {low} and {high}. Write low=1e-7, high=10.0.")
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"lr_range expected steps as an int, received {steps!r}. Write steps=100.")
+    if steps < 10:
+        raise ValueError(f"lr_range expected at least 10 steps, received {steps}. Write steps=100.")
+
+
+def _steepest(rates: np.ndarray, smoothed: np.ndarray, half: int) -> float | None:
+    """Return the rate around which a loss falls most, over ``half`` steps to each side, before its lowest point."""
+    lowest = int(np.argmin(smoothed))
+    rises = smoothed[2 * half : lowest + 1] - smoothed[: lowest + 1][: -2 * half]
+    return float(rates[half + int(np.argmin(rises))]) if rises.size and rises.min() < 0 else None
+
+
+def _shown(losses: np.ndarray, smoothed: np.ndarray) -> tuple[float, float]:
+    """Return the limits of the loss axis: from the lowest loss to some way above the first, without the divergence."""
+    low, first = float(losses.min()), float(smoothed[0])
+    room = max(first - low, abs(low) * 0.1, 1e-12)
+    return low - 0.1 * room, first + room
