@@ -147,7 +147,6 @@ def train_step(
     if scale is not None and done.overflowed is not None:
         after = adapt_scale(scale, after, done.kept, done.overflowed)
         finite, checks = finite | done.overflowed, jnp.where(done.overflowed, 0, checks)
-        numbers["grad_norm"] = jnp.where(done.overflowed, 0, numbers["grad_norm"])
     after = put_average(settings.average, average, after, done.new["params"])
     vars_after = parts.joined(vars.replace(params=done.new["params"], state=done.new["state"]))
     return StepOutput(given.value, numbers, (vars_after, after, step + 1), finite, checks)
@@ -167,7 +166,8 @@ def _update_now(
 
 
 def _numbers(settings: Settings, done: Outcome, value: jax.Array) -> dict[str, jax.Array]:
-    numbers = {"grad_norm": done.norm}
+    overflowed = done.overflowed
+    numbers = {"grad_norm": done.norm if overflowed is None else jnp.where(overflowed, 0, done.norm)}
     if settings.on_nonfinite == "skip" or done.overflowed is not None:
         by_update = ~done.finite & jnp.isfinite(value) & gradient_finite(done.checks)
         numbers["finite"] = done.finite.astype(jnp.float32) - by_update.astype(jnp.float32)
