@@ -183,13 +183,13 @@ def train_step(
     finite = both_finite(value, norm)
     overflowed = has_overflowed(opt_state, value, checks) if scaled else None
     kept = finite if watched else jnp.array(True) if overflowed is None else ~overflowed
+    norms, kept = layer_norms(made, checks, step, kept, wanted)
     new = made.made(kept)
     numbers = {"grad_norm": norm}
     if settings.on_nonfinite == "skip" or scaled:
         by_update = ~finite & jnp.isfinite(value) & gradient_finite(checks)
         numbers["finite"] = finite.astype(jnp.float32) - by_update.astype(jnp.float32)
-    numbers |= rates(settings.optimizer, before, new["opt_state"]) | given.scalars
-    numbers |= layer_norms(made, checks, step, kept, wanted)
+    numbers |= rates(settings.optimizer, before, new["opt_state"]) | given.scalars | norms
     after = new["opt_state"]
     if overflowed is not None:
         after = adapt_scale(opt_state, after, kept, overflowed)
