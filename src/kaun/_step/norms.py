@@ -21,8 +21,8 @@ def layer_norms(
     step: jax.Array,
     kept: jax.Array,
     numbers: Mapping[str, int],
-) -> dict[str, jax.Array]:
-    """Return the numbers ``"layer_norms"`` of a step: three scalars for each layer with parameters that train.
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Return the numbers ``"layer_norms"`` of a step, three scalars for each layer with parameters that train; and kept.
 
     The layer ``"0"`` has ``grad_norm/0``, ``weight_norm/0`` (of the weights before the update) and ``update_ratio/0``:
     the norm of the update over that of the weights, 0 for a discarded step.
@@ -41,7 +41,7 @@ def layer_norms(
     """
     every = numbers.get("layer_norms")
     if every is None:
-        return {}
+        return {}, kept
     dtype = checks.dtype
     layers = _layers(before)
 
@@ -62,7 +62,10 @@ def layer_norms(
     gradient = jnp.sqrt(jnp.stack([sum(checks[i] for i in places) for places in layers.values()]))
     ratio = jnp.where(kept, moved / weights, 0)
     columns = {"grad_norm": gradient, "weight_norm": weights, "update_ratio": ratio}
-    return {f"{name}/{layer}": column[i] for name, column in columns.items() for i, layer in enumerate(layers)}
+    named = {f"{name}/{layer}": column[i] for name, column in columns.items() for i, layer in enumerate(layers)}
+    # A norm is never below 0. It comes before the update by this alone, which then overwrites what the norms read;
+    # otherwise XLA copies parameters and optimizer state in each step.
+    return named, kept & ~(weights < 0).any()
 
 
 def _layers(params: Any) -> dict[str, list[int]]:

@@ -128,7 +128,7 @@ def train_step(
     if settings.accumulate > 1:
         item = Item.of(alone, x, gradient, layer_state)
         done = add_to_window(settings, parts, old, scale, item, given.value, step_key, discards=discards)
-        updated, moved = (lambda: done.new["params"]), jnp.array(True)
+        norms, _ = layer_norms(old["params"], lambda: done.new["params"], done.checks, step, jnp.array(True), wanted)
     else:
 
         def update(opt_state: Any) -> dict[str, Any]:
@@ -138,11 +138,9 @@ def train_step(
             return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
         one = Update(update, old, discards=discards)
-        done = _update_now(settings, one, old, scale, gradient, given.value)
-        updated, moved = (lambda: one.after()["params"]), done.kept
+        done, norms = _update_now(settings, one, scale, gradient, given.value, step, wanted)
     numbers = _numbers(settings, done, given.value)
-    numbers |= window_rates(settings.optimizer, before, done.new["opt_state"]) | given.numbers()
-    numbers |= layer_norms(old["params"], updated, done.checks, step, moved, wanted)
+    numbers |= window_rates(settings.optimizer, before, done.new["opt_state"]) | given.numbers() | norms
     after, finite, checks = done.new["opt_state"], done.finite, done.checks
     if scale is not None and done.overflowed is not None:
         after = adapt_scale(scale, after, done.kept, done.overflowed)
@@ -153,16 +151,18 @@ def train_step(
 
 
 def _update_now(
-    settings: Settings, update: Update, old: dict[str, Any], scale: LossScale | None, gradient: Any, value: jax.Array
-) -> Outcome:
-    """Make the update of one item, unless it is not finite."""
-    watched = settings.on_nonfinite != "ignore"
+    settings: Settings, update: Update, scale: LossScale | None, gradient: Any, value: jax.Array, step: jax.Array,
+    wanted: Mapping[str, int],
+) -> tuple[Outcome, dict[str, jax.Array]]:  # fmt: skip
+    """Make the update of one item, unless it is not finite; with it return the numbers of ``layer_norms``."""
+    watched, old = settings.on_nonfinite != "ignore", update.before
     checks = update.checks(gradient, value.dtype) if watched else checks_of(gradient, old, old, value.dtype)
     norm = jnp.sqrt(checks.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(scale, value, checks) if scale is not None else None
     kept = finite if watched else jnp.array(True) if overflowed is None else ~overflowed
-    return Outcome(update.made(kept), checks, norm, finite, kept, overflowed)
+    norms, kept = layer_norms(old["params"], lambda: update.after()["params"], checks, step, kept, wanted)
+    return Outcome(update.made(kept), checks, norm, finite, kept, overflowed), norms
 
 
 def _numbers(settings: Settings, done: Outcome, value: jax.Array) -> dict[str, jax.Array]:
