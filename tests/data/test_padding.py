@@ -195,7 +195,7 @@ def test_every_loss_of_two_arguments_is_that_of_the_real_rows(name):
     for (a, padded, ctx), (b, plain) in zip(of(True), of(False), strict=True):
         assert a.shape == (3, 4) and ctx["row_mask"].sum() == len(b)
         found, expected = jax.jit(padded)(a), jax.jit(plain)(b)
-        assert np.allclose(found.value, expected.value, rtol=1e-6) and found.weight == expected.weight
+        assert np.allclose(found.value, expected.value, rtol=1e-6, atol=1e-6) and found.weight == expected.weight
 
 
 def test_a_function_that_takes_where_and_returns_a_mean_with_scalars():
@@ -248,7 +248,7 @@ def test_metrics_of_padded_batches_are_those_of_all_rows_with_one_compilation():
     assert len(trainer.compilations) - before == 1
     expected = trainer.evaluate(state, batches(), plain)
     assert found.keys() == expected.keys()
-    assert all(np.allclose(found[name], expected[name], rtol=1e-6) for name in found)
+    assert all(np.allclose(found[name], expected[name], rtol=1e-6, atol=1e-6) for name in found)
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_predict_cuts_filled_rows_off_with_one_compilation():
     before = len(trainer.compilations)
     found = trainer.predict(state, batches(pad=True).map(lambda b: b[0]))
     assert found.shape == (N, 2) and len(trainer.compilations) - before <= 1
-    assert np.allclose(found, trainer.predict(state, X), rtol=1e-6)
+    assert np.allclose(found, trainer.predict(state, X), rtol=1e-6, atol=1e-6)
     assert np.array_equal(trainer.predict(state, batches(X, pad=True).prefetch(2).skip(1)), found[SIZE:])
     with rng.scope(0):
         flat = kaun.Trainer(model=layers.linear(3, 3) >> layers.fn(jnp.ravel), optimizer=optax.sgd(0.1))
