@@ -22,7 +22,7 @@ def layer_norms(
     kept: jax.Array,
     numbers: Mapping[str, int],
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Return the numbers ``"layer_norms"`` of a step, three scalars for each layer with parameters that train; and kept.
+    """Return the numbers ``"layer_norms"`` of a step, three for each layer with parameters that train; and ``kept``.
 
     The layer ``"0"`` has ``grad_norm/0``, ``weight_norm/0`` (of the weights before the update) and ``update_ratio/0``:
     the norm of the update over that of the weights, 0 for a discarded step.
