@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +17,7 @@ import jax
 # With the separator: a package named kaun_models beside this one is the user's.
 _SKIPPED = tuple(str(Path(file).parent) + os.sep for file in (__file__, jax.__file__))
 _CONTEXTS = contextlib.__file__
+_CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait", "reset" and "snapshot_path" are not
 
 
 def in_kaun(file: str) -> bool:
@@ -57,3 +60,18 @@ def quoted(value: object, most: int = 100) -> str:
     """A name or another value from a file as its ``repr``, which escapes what is not printable, cut to a length."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+@functools.lru_cache(maxsize=4096)  # each fit asks for the same names again
+def nearest_member(name: str, members: tuple[str, ...]) -> str | None:
+    """The member that this name is an inflection or a misspelling of, if any."""
+    name = re.sub(r"^on_?", "", name.lower())
+    for candidate in members:
+        if _stem(name) == _stem(candidate):
+            return candidate
+    same_letter = [candidate for candidate in members if candidate[0] == name[:1]]  # `send` is not `end`
+    return next(iter(difflib.get_close_matches(name, same_letter, n=1, cutoff=_CLOSE)), None)
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"(?<=...)(e|es|s|d|ed|ing)$", "", name)

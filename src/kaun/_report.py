@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import inspect
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from kaun import tree
-from kaun._messages import locate
+from kaun._messages import locate, nearest_member
 from kaun.errors import EarlyStop
 from kaun.state import TrainState
 
@@ -23,7 +20,6 @@ __all__ = [
 
 # What a step can compute for `Report.numbers`, and how the names of its values in a block begin.
 NUMBERS = {"layer_norms": ("grad_norm/", "weight_norm/", "update_ratio/")}
-CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait", "reset" and "snapshot_path" are not
 
 _PARAMETERS = {
     "wants": "step",
@@ -371,7 +367,7 @@ def _check_near_misses(report: Any, own: Collection[str]) -> None:
     for name in dir(report):
         if name.startswith("_") or name in _PARAMETERS or name in _NAMES:
             continue
-        nearest = _FORMER.get(name) or _nearest(name, missing)
+        nearest = _FORMER.get(name) or nearest_member(name, missing)
         if nearest is not None and callable(getattr(report, name, None)):
             arguments = _PARAMETERS[nearest]
             raise TypeError(
@@ -379,7 +375,7 @@ def _check_near_misses(report: Any, own: Collection[str]) -> None:
                 f"calls is `{nearest}`. Write def {nearest}(self{', ' * bool(arguments)}{arguments}), or, if the "
                 f"method is your own, _{name}."
             )
-        nearest = _nearest(name, unset)
+        nearest = nearest_member(name, unset)
         if nearest is not None and _holds_names(getattr(report, name, None)):
             raise TypeError(
                 f"The report {locate(report)} has an attribute `{name}`, which fit does not read; the nearest name "
@@ -391,18 +387,3 @@ def _holds_names(value: Any) -> bool:
     if isinstance(value, str):
         return True
     return isinstance(value, (tuple, list, set, frozenset, dict)) and bool(value) and _are_names(value)
-
-
-@functools.lru_cache(maxsize=4096)  # each fit asks for the same names again
-def _nearest(name: str, members: tuple[str, ...]) -> str | None:
-    """The member that this name is an inflection or a misspelling of, if any."""
-    name = re.sub(r"^on_?", "", name.lower())
-    for candidate in members:
-        if _stem(name) == _stem(candidate):
-            return candidate
-    same_letter = [candidate for candidate in members if candidate[0] == name[:1]]  # `send` is not `end`
-    return next(iter(difflib.get_close_matches(name, same_letter, n=1, cutoff=CLOSE)), None)
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"(?<=...)(e|es|s|d|ed|ing)$", "", name)

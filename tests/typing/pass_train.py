@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import kaun
-from kaun import Context, Data, Trainer, TrainState, Vars, checkpoint, layers, losses, metrics, reports, rng
+from kaun import Context, Data, Trainer, TrainState, Vars, averages, checkpoint, layers, losses, metrics, reports, rng
 
 x = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32)
 y = jnp.array([[0], [1], [1], [0]], jnp.float32)
@@ -172,6 +172,10 @@ assert_type(reports.all_of(validation, reports.every(2, Whole()), Blocks(), repo
 function: reports.ReportFunction = report
 whole: reports.Report = Whole()
 variables: Vars = state.vars.replace(params=state.vars.params)
+
+averaging = Trainer(model=model, optimizer=optax.adam(1e-3), average=averages.ema(0.999))
+averaged: TrainState = averages.update_statistics(averaging, averaging.init(), train).averaged
+reports.validate(averaging, [(x, y)], {"mse": losses.mse}, each=1, of=lambda s: s.averaged)
 
 
 def load(runs: checkpoint.Directory) -> None:

@@ -16,7 +16,7 @@ __all__ = ["StepValues"]
 _Columns = dict[str, np.ndarray[Any, Any]]
 
 
-class StepValues(Mapping[str, np.ndarray]):
+class StepValues(Mapping[str, "np.ndarray[Any, Any]"]):
     """The values of consecutive steps by name, arrays with a number for each step.
 
     The value of a metric that the loss returned as ``Counted.parts`` is computed when it is read: that of the rows of

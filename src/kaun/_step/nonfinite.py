@@ -131,7 +131,7 @@ def flush_error(trained: Any, vars: Any, window: Any, step: int, checks: Any) ->
         step: How many steps the state had.
         checks: ``checks_of`` the update.
     """
-    names = check_names({"params": trained, "state": vars.state, "opt_state": window})
+    names = check_names({"params": trained, "state": vars.state, "opt_state": without_weights(window)})
     spoiled = tuple(name for name, flag in zip(names, ~np.isfinite(checks), strict=True) if flag)
     loss = float(window.loss) / (float(window.weight) or 1.0)
     what = f"The update that flush makes of the open window after step {step}"

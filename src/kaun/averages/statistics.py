@@ -88,14 +88,21 @@ def _without_updates(trainer: Any) -> Any:
     """Return the same trainer with an optimizer that changes nothing; it lives as long, with its compiled programs."""
     held = vars(trainer)
     if "_without_updates" not in held:
-        changes: dict[str, Any] = {"average": None, "microbatches": 1, "on_nonfinite": "raise"}
+        changes: dict[str, Any] = {
+            "average": None,
+            "accumulate": 1,
+            "microbatches": 1,
+            "penalty": None,
+            "on_nonfinite": "raise",
+        }
         held["_without_updates"] = dataclasses.replace(trainer, optimizer=optax.set_to_zero(), **changes)
     return held["_without_updates"]
 
 
 def _statistics_items(data: Iterable[Any]) -> Generator[Any]:
-    before = 0
-    for number, item in enumerate(data, start=1):
+    before, fix = 0, "Give it the pipeline with its loss, data.with_loss(losses.mse)"
+    rows_of = getattr(data, "_real_rows", None)  # of a Data, which this package cannot import
+    for number, item in enumerate(data if rows_of is None else rows_of("update_statistics", fix), start=1):
         if not (isinstance(item, (tuple, list)) and len(cast("Any", item)) in (2, 3)):
             raise TypeError(
                 "update_statistics expected items (x, loss), (x, y), or these with a Context; item "

@@ -39,12 +39,11 @@ class Pipeline(Generic[T]):
             return (plain_item(item) for item in as_generator(node.open, first))
         return node.open(None, 0, first) if node.takes_first else as_generator(node.open, first)
 
-    def _real_rows(self) -> Iterable[T]:
-        """The items without filled rows, for ``metrics.evaluate``, which cannot import this package."""
+    def _real_rows(self, where: str, fix: str) -> Iterable[T]:
+        """The items without filled rows, for packages that cannot import this one; refused if the rows have weights."""
         node = self._node
         if "weights" in node.rows:
-            fix = "Write trainer.evaluate(state, data, metrics), or leave sample_weights out"
-            raise loses_rows("metrics.evaluate(f, data)", node.rows, fix)
+            raise loses_rows(where, node.rows, f"{fix}, or leave sample_weights out")
         return (item.rows.real(item.item) for item in node.open(None, 0)) if node.rows else self
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ class PassMeans:
     """
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps: int = 0
         self._means: dict[str, ExactMean] = {}
         self._counts: dict[str, CountSums] = {}
         self._counted: dict[str, Counted] = {}  # a checkpoint does not have these: they come with the next steps

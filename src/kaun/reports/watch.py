@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Watch(Report):
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self.numbers = {"layer_norms": every}
+        self.numbers: Collection[str] | Mapping[str, int] = {"layer_norms": every}
         self.layers = ()
         self._steps: list[int] = []
         self._values: list[np.ndarray] = []
