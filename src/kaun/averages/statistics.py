@@ -95,7 +95,9 @@ def _without_updates(trainer: Any) -> Any:
             "penalty": None,
             "on_nonfinite": "raise",
         }
-        held["_without_updates"] = dataclasses.replace(trainer, optimizer=optax.set_to_zero(), **changes)
+        held["_without_updates"] = dataclasses.replace(
+            trainer, optimizer=optax.set_to_zero(), on_nonfinite="raise", **changes
+        )
     return held["_without_updates"]
 
 

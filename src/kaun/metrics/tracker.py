@@ -154,9 +154,9 @@ def _means(where: str, f: Any, data: Any) -> dict[str, float]:
             f"{where} expected a function of an item and an iterable of items, received {tree.describe(f)} and "
             f"{tree.describe(data)}. Write {where}(f, data)."
         )
-    if hasattr(data, "_real_rows"):  # a Data, which this package cannot import
-        fix = "Write trainer.evaluate(state, data, metrics)"
-        data = data._real_rows("metrics.evaluate(f, data)", fix)
+    rows_of = getattr(data, "_real_rows", None)  # of a Data, which this package cannot import
+    if rows_of is not None:
+        data = rows_of("metrics.evaluate(f, data)", "Write trainer.evaluate(state, data, metrics)")
     sums, names, place = MetricSums(), list[str](), f"{where}: {locate(f)}"
     metrics: dict[str, Counted | None] = {}
 
