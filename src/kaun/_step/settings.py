@@ -70,8 +70,8 @@ def make_settings(
     trainable: Any,
     precision: Any,
     microbatches: Any,
-    accumulate: Any,
-    penalty: Any,
+    accumulate: Any = 1,
+    penalty: Any = None,
 ) -> Settings:
     """Check the arguments of a trainer.
 
