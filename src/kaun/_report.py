@@ -135,7 +135,8 @@ class Report:
                 ``"step"`` (int64, the ``state.step`` after the step), ``"step_time"`` in seconds, the scalars that the
                 loss returned, each in its own dtype (half precision in float32), ``"examples_per_step"`` (int64, 1
                 where x has no array with rows), and where they are known ``"grad_norm"``, ``"learning_rate"``,
-                ``"examples_per_second"``, ``"skipped"``, ``"updates"`` (of ``optax.MultiSteps``, up to the step).
+                ``"examples_per_second"``, ``"skipped"``, ``"penalty"``, ``"updates"`` (up to the step, with
+                ``accumulate`` or ``optax.MultiSteps``).
 
         Returns:
             None; or, from a report with ``measures``, further arrays of shape (n,) by name, which the blocks of the
