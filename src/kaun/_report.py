@@ -132,8 +132,9 @@ class Report:
                 steps: the weight of a ``losses.Mean`` or the number of examples, 0 for a step that was skipped), the
                 metrics that the loss returned as ``Counted.parts``, of each step alone, computed when they are read,
                 and where they are known ``"grad_norm"``, ``"learning_rate"``, ``"examples_per_second"``,
-                ``"skipped"``, ``"updates"`` (of ``optax.MultiSteps``, up to the step). Further, ``values.weights`` has
-                what each scalar of the loss counts by, ``values.parts`` the parts, stacked along axis 0.
+                ``"skipped"``, ``"penalty"``, ``"updates"`` (up to the step, with ``accumulate`` or
+                ``optax.MultiSteps``). Further, ``values.weights`` has what each scalar of the loss counts by,
+                ``values.parts`` the parts, stacked along axis 0.
 
         Returns:
             None; or, from a report with ``measures``, further arrays of shape (n,) by name, which the blocks of the

@@ -74,6 +74,17 @@ def test_early_stop_flushes_nothing_and_neither_does_opening_it_again(tmp_path, 
     assert same(trainer.fit(state, data, report=at(step, kaun.EarlyStop())), stopped)
 
 
+def test_files_without_a_window_load_where_there_is_none(tmp_path):
+    trainer, state, data = made()
+    plain = kaun.Trainer(model=trainer.model, optimizer=trainer.optimizer).make_state(state.vars)
+    opened = trainer.fit(state, data, report=at(2, kaun.EarlyStop()))
+    for like, tree in ((state, opened), (plain, plain)):
+        checkpoint.save(tmp_path / "state.safetensors", tree)
+        assert same(checkpoint.load(tmp_path / "state.safetensors", like=like), tree)
+    with pytest.raises(ValueError, match=r"opt_state\.position"):
+        checkpoint.load(tmp_path / "state.safetensors", like=state)
+
+
 def test_another_penalty_is_another_program(tmp_path):
     _, _, data = made()
     runs = checkpoint.Directory(tmp_path / "run", every=2)

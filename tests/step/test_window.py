@@ -395,12 +395,3 @@ def test_optimizers_that_call_the_loss_are_refused():
     trainer = kaun.Trainer(model=layers.linear(3, 2), optimizer=optimizer, accumulate=2)
     with pytest.raises(ValueError, match=r"an optimizer that calls value_fn.*Trainer\(microbatches=4\)"):
         trainer.init()
-
-
-def test_files_without_a_window_load_where_there_is_none(tmp_path):
-    (trainer, state), (_, other) = made(3, ADAM, "linear"), made(1, ADAM, "linear")
-    for like, tree in ((state, trainer.fit(state, [item(batch(2))] * 2)), (other, other)):
-        kaun.checkpoint.save(tmp_path / "state.safetensors", tree)
-        assert same(kaun.checkpoint.load(tmp_path / "state.safetensors", like=like), tree)
-    with pytest.raises(ValueError, match=r"opt_state\.position"):
-        kaun.checkpoint.load(tmp_path / "state.safetensors", like=state)

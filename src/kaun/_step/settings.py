@@ -73,9 +73,9 @@ def make_settings(
     trainable: Any,
     precision: Any,
     microbatches: Any,
-    accumulate: Any,
-    average: Any,
-    penalty: Any,
+    accumulate: Any = 1,
+    average: Any = None,
+    penalty: Any = None,
 ) -> Settings:
     """Check the arguments of a trainer.
 
