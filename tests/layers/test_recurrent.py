@@ -13,6 +13,7 @@ import pytest
 
 import kaun
 from kaun import Context, Layer, layers, losses, rng, tree
+from kaun.layers.core import abstract_vars
 
 B, T, F, H = 3, 5, 4, 6
 X = np.random.default_rng(0).normal(size=(B, T, F)).astype(np.float32)
@@ -147,16 +148,21 @@ def test_half_precision_computes_its_gates_in_float32():
 
 
 @every
-def test_initial_values(kind):
-    params = KINDS[kind](F, H).init(dtype=jnp.float16).params
+def test_shapes_of_the_parameters(kind):
+    params = abstract_vars(KINDS[kind](F, H), jnp.float16).params
     gates = {"lstm": 4, "gru": 3, "rnn": 1}[kind]
     assert {k: v.shape for k, v in params.items()} == {
         "weight_ih": (F, gates * H), "weight_hh": (H, gates * H), "bias_ih": (gates * H,), "bias_hh": (gates * H,),
     }  # fmt: skip
+    assert {v.dtype for v in params.values()} == {jnp.dtype(jnp.float16)}
+    assert repr(KINDS[kind](F, H, True)) == f"{kind}(4, 6, return_state=True)"
+
+
+def test_the_recurrent_weight_is_orthogonal_and_biases_are_zero():
+    params = layers.lstm(F, H).init(dtype=jnp.float16).params
     weight = np.asarray(params["weight_hh"], np.float32)
     np.testing.assert_allclose(weight @ weight.T, np.eye(H), atol=1e-2)
     assert not np.any(params["bias_ih"]) and not np.any(params["bias_hh"])
-    assert repr(KINDS[kind](F, H, True)) == f"{kind}(4, 6, return_state=True)"
 
 
 @pytest.mark.parametrize(
