@@ -30,6 +30,10 @@ CATALOGUE = {
     "avg_pool2d": (layers.avg_pool2d(3, 2), IMAGE),
     "flatten": (layers.flatten(), IMAGE),
     "multi_head_attention": (layers.multi_head_attention(4, 2, num_kv_heads=1, dropout=0.4, rope=True), SEQUENCE),
+    "lstm": (layers.lstm(4, 3), SEQUENCE),
+    # Without the default of lstm, an orthogonal matrix, which takes a second to compile for each shape and dtype.
+    "gru": (layers.gru(4, 3, recurrent_init=jax.nn.initializers.normal(0.3)), SEQUENCE),
+    "rnn": (layers.rnn(4, 3, recurrent_init=jax.nn.initializers.normal(0.3)), SEQUENCE),
     "parameter": (layers.parameter((2, 3)), SEQUENCE),
 }
 
@@ -57,7 +61,7 @@ def leaves(tree):
 
 def test_nothing_is_missing():
     protocol = {
-        "Float", "Int", "Layer", "Module", "Vars", "compose", "fn", "from_function", "is_lora", "lora", "merge_lora",
+        "Float", "Int", "Layer", "Module", "Vars", "bidirectional", "compose", "fn", "from_function", "is_lora", "lora", "merge_lora",
         "module", "remat", "repeat", "residual", "rope", "sequential",
     }  # fmt: skip
     public = {name for name in vars(layers) if callable(getattr(layers, name))}

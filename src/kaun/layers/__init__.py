@@ -34,5 +34,9 @@ from kaun.layers.parameter import parameter as parameter
 from kaun.layers.pool import avg_pool2d as avg_pool2d
 from kaun.layers.pool import flatten as flatten
 from kaun.layers.pool import max_pool2d as max_pool2d
+from kaun.layers.recurrent import bidirectional as bidirectional
+from kaun.layers.recurrent import gru as gru
+from kaun.layers.recurrent import lstm as lstm
+from kaun.layers.recurrent import rnn as rnn
 from kaun.layers.remat import remat as remat
 from kaun.layers.repeat import repeat as repeat

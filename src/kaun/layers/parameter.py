@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kaun.context import Context
 from kaun.layers.arguments import size
@@ -45,6 +46,6 @@ def parameter(shape: int | Sequence[int], *, init: Initializer = jax.nn.initiali
         return Vars(params={"weight": init_param(name, "init", init, lengths, dtype)}, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        return vars.params["weight"], vars
+        return jnp.asarray(vars.params["weight"]), vars
 
     return Layer(init=init_vars, apply=apply, name=name)

@@ -232,3 +232,45 @@ def test_multi_head_attention(is_causal, kv_heads, rope, masked):
     layer = layers.multi_head_attention(embed, heads, kv_heads, is_causal=is_causal, rope=rope, rope_theta=100.0)
     ctx = Context(attention_mask=keep) if masked else None
     compare(layer, normal(0, SEQUENCE), function, ctx=ctx)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("both", [False, True], ids=["one direction", "both"])
+@pytest.mark.parametrize("lengths", [None, [7, 2, 5]], ids=["whole", "lengths"])
+def test_recurrent(kind, both, lengths):
+    """Outputs and last states with torch's own weights, in one array, so that the gradients are those of both."""
+    features = SEQUENCE[-1]
+    layer = getattr(layers, kind)(features, 6, return_state=True)
+    layer = layers.bidirectional(layer) if both else layer
+    module = getattr(torch.nn, kind.upper())(features, 6, batch_first=True, bidirectional=both)
+
+    def joined(y, state, cat, axis):
+        """[batch, seq + states, features]: each state once for each direction, as it stands."""
+        states = [s for one in (state if both else [state]) for s in (one if isinstance(one, tuple) else (one,))]
+        width = y.shape[-1] // states[0].shape[-1]
+        return cat([y, *(cat([s] * width, -1)[:, None] for s in states)], axis)
+
+    def apply(vars, x, *, training, ctx):
+        (y, state), after = layer.apply(vars, x, training=training, ctx=ctx)
+        return joined(y, state, jnp.concatenate, 1), after
+
+    def function(p, x):
+        names = {"": "forward.", "_reverse": "backward."} if both else {"": ""}
+        weights = {
+            f"{name}_l0{end}": p[f"{under}{name}"].T if "weight" in name else p[f"{under}{name}"]
+            for end, under in names.items()
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
+        given = x
+        if lengths:
+            given = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, state = torch.func.functional_call(module, weights, (given,))
+        if lengths:
+            y, _ = torch.nn.utils.rnn.pad_packed_sequence(y, batch_first=True)
+        state = state if isinstance(state, tuple) else (state,)
+        directions = [tuple(s[i] for s in state) for i in range(2 if both else 1)]
+        return joined(y, directions if both else directions[0], torch.cat, 1)
+
+    whole = layers.Layer(init=lambda *, dtype: layer.init(dtype=dtype), apply=apply, name=layer.name.split("(")[0])
+    ctx = Context(lengths=np.array(lengths)) if lengths else None
+    compare(whole, normal(0, SEQUENCE), function, ctx=ctx)
