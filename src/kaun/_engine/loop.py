@@ -127,6 +127,7 @@ class StepLoop:
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
+        self._find = functools.partial(find_step, programs, self._structure, self._kinds, self._key)
         self._packing, self._in_place = packing_of(leaves), in_place(leaves)
         # Whether these arrays are in the loop's own form (packed, or memory to be overwritten), the arrays, and the
         # newest dispatch. One tuple, because an interrupt may come between any two assignments.
@@ -215,7 +216,8 @@ class StepLoop:
             self._mesh = self._mesh or inputs.mesh
             if self._open is None or n > 1 or not self._open.buffer.add(inputs):
                 self.flush()
-                block = self._blocks.pop(inputs.key, None) or self._new_block(inputs)
+                block = self._blocks.pop(inputs.key, None)
+                block = block or self._new_block(inputs, self._find(inputs, True, self._wanted))
                 self._enter(block, inputs, n, rows)
             count += n
             self._room = room - count
@@ -230,7 +232,7 @@ class StepLoop:
         """Trace the step for an item, and do not run it."""
         x, loss, ctx = Item.parse(item, 1)
         inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
-        self._new_block(inputs)
+        self._new_block(inputs, self._find(inputs, True))
 
     def flush(self) -> None:
         """Run the steps that wait. Returns when they are dispatched, not when they are done."""
@@ -284,11 +286,9 @@ class StepLoop:
         self._carry = (False, to_automatic(arrays), results)
         return "held"
 
-    def _new_block(self, inputs: StepInputs) -> _Block:
-        find = functools.partial(find_step, self._programs, self._structure, self._kinds, self._key, inputs, True)
-        if self._on_trace is not None:
-            self._on_trace(inputs, find())  # a run may be resumed with other reports
-        traced = find(self._wanted)
+    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
+        if self._on_trace is not None:  # a run may be resumed with other reports
+            self._on_trace(inputs, self._find(inputs, True))
         refuse_traced(inputs.leaves)
         return _Block(BlockBuffer(inputs, traced.capacity), traced, inputs)
 
