@@ -1,9 +1,11 @@
 """Where in the model we are, in messages."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kaun import layers
 from kaun.layers import inputs, path
 
 
@@ -45,3 +47,11 @@ def test_good_inputs_arrive_as_jax_arrays():
     assert inputs.int_input("table", np.arange(3)).dtype == jnp.int32
     with pytest.raises(TypeError, match=r"table expected int\[batch\], received float32\[2\]"):
         inputs.int_input("table", jnp.ones(2), layout="batch")
+
+
+def test_operations_have_the_path_of_their_layer_in_the_lowered_program():
+    model = layers.linear(3, 3) >> layers.sequential([layers.tanh(), layers.residual(layers.linear(3, 3))])
+    vars = model.init(dtype=jnp.float32)
+    lowered = jax.jit(lambda vars, x: model.apply(vars, x)[0]).lower(vars, jnp.ones((2, 3)))
+    names = lowered.as_text(debug_info=True)
+    assert "/left/dot_general" in names and "/right/1/inner/dot_general" in names and "/right/0/tanh" in names

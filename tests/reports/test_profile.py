@@ -17,6 +17,10 @@ X, Y = (GENERATOR.normal(size=(40, n)).astype(np.float32) for n in (3, 2))
 
 @pytest.fixture(scope="module")
 def trained():
+    return made()
+
+
+def made():
     with rng.scope(0):
         trainer = kaun.Trainer(model=layers.linear(3, 4) >> layers.linear(4, 2), optimizer=optax.sgd(0.1))
         return trainer, trainer.init(), Data.batches((X, Y), 4).with_loss(losses.mse)
@@ -28,8 +32,9 @@ def steps_in(report):
     return sorted(int(event["args"]["step_num"]) for event in events if event.get("name") == "train")
 
 
-def test_steps_are_annotated_and_layers_are_named(trained, tmp_path):
-    trainer, state, data = trained
+def test_steps_are_annotated_and_layers_are_named(no_compile_cache, tmp_path):
+    """A program that comes from the compile cache has the names with which it was compiled."""
+    trainer, state, data = made()
     plain = trainer.fit(state, data)
     asked = []
     report = reports.profile(tmp_path / "new", steps=(4, 6))

@@ -155,12 +155,12 @@ def test_a_member_of_the_wrong_kind_is_refused(members, text):
 
 def test_numbers_that_no_step_computes_are_refused(fit):
     class Norms(reports.Report):
-        numbers = ("layer_norms",)
+        numbers = ("layer_norm",)
 
     with pytest.raises(
         ValueError,
-        match=r"`Norms` has 'layer_norms' in `numbers`, which no step can compute; known names: none\. Return it from the "
-        r"loss: \(loss, {'layer_norms': value}\)\.",
+        match=r"`Norms` has 'layer_norm' in `numbers`, which no step can compute; known names: 'layer_norms'\. Return it "
+        r"from the loss: \(loss, {'layer_norm': value}\)\.",
     ):
         fit(Norms())
 

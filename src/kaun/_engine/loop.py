@@ -232,7 +232,7 @@ class StepLoop:
         """Trace the step for an item, and do not run it."""
         x, loss, ctx = Item.parse(item, 1)
         inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
-        self._new_block(inputs, self._find(inputs, True, self._wanted))
+        self._new_block(inputs, self._find(inputs, True))
 
     def flush(self) -> None:
         """Run the steps that wait. Returns when they are dispatched, not when they are done."""

@@ -22,13 +22,13 @@ def layer_norms(
     kept: jax.Array,
     numbers: Mapping[str, int],
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Return the numbers ``"layer_norms"`` of a step, three for each layer with parameters that train; and ``kept``.
+    """Return the numbers ``"layer_norms"`` of a step, three scalars for each layer that trains, and ``kept``.
 
     The layer ``"0"`` has ``grad_norm/0``, ``weight_norm/0`` (of the weights before the update) and ``update_ratio/0``:
     the norm of the update over that of the weights, 0 for a discarded step.
 
-    The weights are read behind a condition, which is a program of its own: XLA rounds an update differently where
-    something else uses it too, and the parameters must not depend on whether anybody looks at them.
+    The weights are read in the branch of a condition, which XLA compiles apart from the rest: it fuses an update
+    together with what else uses it, and the bits of the parameters must not depend on whether a report looks at them.
 
     Args:
         before: The parameters that train, before the update.
@@ -38,6 +38,9 @@ def layer_norms(
         kept: Whether the step is not discarded.
         numbers: What is asked for: the numbers are computed after each n-th step of the state, with n the value of
             ``"layer_norms"``, and 0 elsewhere. Nothing is computed where that name is missing.
+
+    Returns:
+        The numbers by name; and ``kept``, now computed after them.
     """
     every = numbers.get("layer_norms")
     if every is None:
@@ -57,14 +60,14 @@ def layer_norms(
     def nothing() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros(len(layers), dtype), jnp.zeros(len(layers), dtype)
 
-    # Not a constant for n = 1, which XLA would take for a reason to drop the condition.
+    # For n = 1 not a constant, for which XLA would replace the condition by its branch.
     weights, moved = lax.cond(step % every == every - 1 if every > 1 else step >= 0, norms, nothing)
     gradient = jnp.sqrt(jnp.stack([sum(checks[i] for i in places) for places in layers.values()]))
     ratio = jnp.where(kept, moved / weights, 0)
     columns = {"grad_norm": gradient, "weight_norm": weights, "update_ratio": ratio}
     named = {f"{name}/{layer}": column[i] for name, column in columns.items() for i, layer in enumerate(layers)}
-    # A norm is never below 0. It comes before the update by this alone, which then overwrites what the norms read;
-    # otherwise XLA copies parameters and optimizer state in each step.
+    # A norm is never below 0. This puts the norms before the update, which may then overwrite what they read: without
+    # it XLA copied parameters and optimizer state in each step.
     return named, kept & ~(weights < 0).any()
 
 

@@ -26,7 +26,8 @@ def profile(path: str | os.PathLike[str], steps: tuple[int, int] = (100, 110)) -
     Open the file in ``report.trace`` at https://ui.perfetto.dev, or the folder with ``tensorboard --logdir`` and its
     profile plugin. Each step is an event ``train`` with its number. The compiled program in the folder says for each
     operation its layer, ``jvp(0)/dot_general`` in the forward pass and ``transpose(jvp(0))`` in the backward pass;
-    events of GPUs and TPUs contain it, those of the CPU are named after the operation alone (``dot.5``).
+    events of GPUs and TPUs contain it, those of the CPU are named after the operation alone (``dot.5``). A program from
+    JAX's persistent compilation cache has the names with which it was compiled.
 
     The traced steps are dispatched one by one, and ``fit`` waits for each, so that each stands alone in the trace: a
     tiny model is slower in them than in the blocks of other steps. Results are the same bit for bit. The fit waits for
