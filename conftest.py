@@ -44,13 +44,24 @@ CACHE_LIMIT = 1_000_000_000  # bytes
 # Half of the suite's time is XLA making fast machine code for programs that run once or twice. These rooms look at
 # values within a tolerance, at errors, or at one program run twice, so that simple machine code serves as well. All
 # others have the code that users have: laws compare the bits of two programs, and pages run as their readers run them.
-# `make test-slow`, `test-oldest` and `test-newest` run all tests on the code that users have.
+# In `make test-oldest` and `make test-newest`, and for all that `make test-slow` runs, no room is among these.
 SIMPLE = (
+    "tests/checkpoint",
     "tests/evaluation",
     "tests/field/test_crashes.py",
+    "tests/field/test_lost_work.py",
+    "tests/field/test_nonfinite_steps.py",
+    "tests/field/test_wrong_numbers.py",
     "tests/layers",
+    "tests/loss",
     "tests/losses",
     "tests/metrics",
+    "tests/parity",
+    "tests/reports",
+    "tests/run",
+    "tests/step/test_loss_scale.py",
+    "tests/step/test_optimizer.py",
+    "tests/step/test_precision.py",
     "tests/test_diagnose.py",
 )
 NOT_SIMPLE = ("tests/losses/test_mean.py", "tests/losses/test_training.py", "tests/layers/test_remat.py")
