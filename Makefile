@@ -22,6 +22,11 @@ PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist worksteal
 PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 \
   $(RUN) -m pip install --quiet
 
+# Each pytest worker would compile all tests, and each process that a test starts all of kaun.
+unexport PYTHONDONTWRITEBYTECODE
+# The tests that others run on simple machine code (conftest.py) too.
+test-slow test-oldest test-newest: export KAUN_TESTS_CODE = of users
+
 .PHONY: help demo test lint suite test-slow test-oldest oldest test-newest test-torch test-interop test-pretrained \
   pretrained faults bench bench-run raises clean
 
@@ -101,7 +106,7 @@ raises: $(VENV)/.dev
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest .venv-torch .venv-interop .venv-pretrained .venv-bench \
-	  .pytest_cache .jax_cache .ruff_cache .hypothesis demo-output build dist
+	  .pytest_cache .jax_cache .ruff_cache .hypothesis __pycache__ demo-output build dist
 	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:

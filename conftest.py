@@ -3,6 +3,8 @@
 Strict mode: no implicit dtype promotion, no implicit rank promotion (warnings are errors too).
 """
 
+import functools
+import gc
 import importlib.util
 import os
 import re
@@ -21,6 +23,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 from hypothesis import settings
+from jax._src import compiler
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 # Shells ignore SIGINT, and nohup SIGHUP, for what they start in the background. A fit would respect that; tests of it
@@ -38,6 +41,20 @@ import kaun  # noqa: E402, F401
 CACHE = Path(__file__).resolve().parent / ".jax_cache"
 CACHE_LIMIT = 1_000_000_000  # bytes
 
+# Half of the suite's time is XLA making fast machine code for programs that run once or twice. These rooms look at
+# values within a tolerance and at errors, for which simple machine code serves as well. All others have the code that
+# users have: there the bits of two programs are compared, and with all of OPTIONS those of a loop were not those of its
+# steps (measured with jaxlib 0.10.2, two tests of tests/run and tests/reports). Pages run as their readers run them.
+# `make test-oldest`, `make test-newest` and `make test-slow` run all their tests on that code.
+SIMPLE = ("tests/evaluation", "tests/layers", "tests/losses", "tests/metrics", "tests/parity")
+NOT_SIMPLE = ("tests/losses/test_mean.py", "tests/losses/test_training.py", "tests/layers/test_remat.py")
+OPTIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,  # gone in jaxlib 0.12
+}
+simple_code = jax.make_user_context(False)  # a part of the key of JAX's caches
+
 OF_OTHERS = ("datasets", "equinox", "flax", "grain", "haiku", "torch")
 
 # The number of examples that a property test states is that of the full profile, which `make test-slow` runs. Both are
@@ -45,6 +62,46 @@ OF_OTHERS = ("datasets", "equinox", "flax", "grain", "haiku", "torch")
 settings.register_profile("full", deadline=None, print_blob=True, derandomize=False)
 settings.register_profile("short", settings.get_profile("full"))
 settings.load_profile("short")
+
+
+def is_simple(path):
+    """Whether the tests of a file, a path from the root, are run on simple machine code."""
+    within = lambda rooms: any(path == room or path.startswith(f"{room}/") for room in rooms)
+    return within(SIMPLE) and not within(NOT_SIMPLE) and os.environ.get("KAUN_TESTS_CODE") != "of users"
+
+
+@functools.cache
+def known_options():
+    """Those of OPTIONS that this release of XLA has."""
+
+    def is_known(option):
+        try:
+            jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    with simple_code(False):
+        return [option for option in OPTIONS.items() if is_known(option)]
+
+
+def options_of_compiler(*args, made=compiler.get_compile_options, **kwargs):
+    """JAX's function of that name, which has options for one function and none for all."""
+    options = made(*args, **kwargs)
+    if simple_code.value:
+        options.env_option_overrides = [*options.env_option_overrides, *known_options()]
+    return options
+
+
+compiler.get_compile_options = options_of_compiler
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    if not is_simple(item.nodeid.split("::")[0]):
+        return (yield)
+    with simple_code(True):
+        return (yield)
 
 
 def examples(full, profile):
@@ -70,6 +127,12 @@ def shrink(folder, limit):
 def pytest_sessionstart(session):
     if "PYTEST_XDIST_WORKER" not in os.environ and CACHE.is_dir():
         shrink(CACHE, CACHE_LIMIT)
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays; the garbage collector does not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -97,7 +97,8 @@ class Watching:
             raise kaun.EarlyStop
 
 
-LIKE_ANOTHER = {"float64 and int64", "jax list", "prefetched"}  # each differs from another source in one thing
+# Each differs from another source in one thing.
+LIKE_ANOTHER = {"captured weights", "float64 and int64", "jax arrays", "jax list", "numbers", "prefetched"}
 
 
 def reported_of(names):

@@ -24,7 +24,6 @@ OPTIONS = {
 # batch_norm that trains cannot be computed in parts.
 CASES = [
     ("norms", "trainable"),
-    ("norms", "bfloat16"),
     ("norms", "all"),
     ("mlp", "microbatches"),
     ("wide", "trainable"),
@@ -32,6 +31,7 @@ CASES = [
         pytest.param(model, option, marks=pytest.mark.slow)
         for model, option in [
             ("norms", "biases"),
+            ("norms", "bfloat16"),
             ("norms", "float16"),
             ("attention", "microbatches"),
             *(("transformer", option) for option in OPTIONS),
@@ -76,7 +76,8 @@ def test_fit_is_the_fold_of_step_byte_for_byte(zoo, with_option, model, option):
 @pytest.mark.parametrize(
     ("model", "option"),
     [
-        *(("mlp" if option == "microbatches" else "norms", option) for option in OPTIONS),
+        *(("mlp" if option == "microbatches" else "norms", option) for option in ("trainable", "microbatches", "all")),
+        *(pytest.param("norms", option, marks=pytest.mark.slow) for option in ("biases", "bfloat16", "float16")),
         *(pytest.param("transformer", option, marks=pytest.mark.slow) for option in OPTIONS),
     ],
 )
