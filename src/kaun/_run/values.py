@@ -16,7 +16,7 @@ __all__ = ["StepValues"]
 _Columns = dict[str, np.ndarray[Any, Any]]
 
 
-class StepValues(Mapping[str, "np.ndarray[Any, Any]"]):
+class StepValues(Mapping[str, np.ndarray[Any, Any]]):
     """The values of consecutive steps by name, arrays with a number for each step.
 
     The value of a metric that the loss returned as ``Counted.parts`` is computed when it is read: that of the rows of
@@ -46,8 +46,11 @@ class StepValues(Mapping[str, "np.ndarray[Any, Any]"]):
         parts: Mapping[str, CountedParts],
         passes: PassLength | None,
     ) -> None:
-        self._columns, self.weights, self.parts = columns, weights, parts
-        self.first_step, self.passes = first_step, passes
+        self._columns = columns
+        self.first_step: int = first_step
+        self.weights: _Columns = weights
+        self.parts: Mapping[str, CountedParts] = parts
+        self.passes: PassLength | None = passes
 
     @classmethod
     def of(cls, first_step: int, values: Mapping[str, np.ndarray[Any, Any]]) -> StepValues:

@@ -88,16 +88,9 @@ def _without_updates(trainer: Any) -> Any:
     """Return the same trainer with an optimizer that changes nothing; it lives as long, with its compiled programs."""
     held = vars(trainer)
     if "_without_updates" not in held:
-        changes: dict[str, Any] = {
-            "average": None,
-            "accumulate": 1,
-            "microbatches": 1,
-            "penalty": None,
-            "on_nonfinite": "raise",
-        }
-        held["_without_updates"] = dataclasses.replace(
-            trainer, optimizer=optax.set_to_zero(), on_nonfinite="raise", **changes
-        )
+        changes: dict[str, Any] = {"accumulate": 1, "average": None, "microbatches": 1, "penalty": None}
+        changes |= {"on_nonfinite": "raise", "optimizer": optax.set_to_zero()}
+        held["_without_updates"] = dataclasses.replace(trainer, **changes)
     return held["_without_updates"]
 
 
