@@ -22,8 +22,8 @@ _NAMES = ("vars", "opt_state", "step", "key")
 class TrainState:
     """Everything that a training run carries from step to step: an immutable pytree that stays valid forever.
 
-    The result of ``averaged`` is one too. A ``step`` or ``fit`` from it trains from the averaged weights on, with the
-    optimizer's state as it is.
+    The result of ``averaged`` is a state too. A ``step`` or ``fit`` from it starts from the averaged weights, with the
+    unchanged optimizer state.
 
     Args:
         vars: The model's variables.
@@ -93,10 +93,10 @@ class TrainState:
 
     @property
     def averaged(self) -> TrainState:
-        """The state with the averaged weights in the place of those that train; of such a state the state itself.
+        """The state with the averaged weights in place of those that train; an averaged state returns itself.
 
-        ``opt_state``, ``step`` and ``key`` are the same, frozen parameters too. The layers' state is the live one, or
-        that of ``averages.update_statistics``.
+        ``opt_state``, ``step``, ``key`` and frozen parameters are unchanged. The layers' state is the live one, or that
+        of ``averages.update_statistics``.
 
         Raises:
             ValueError: If the state is not one of a ``Trainer(average=)``.

@@ -1,4 +1,4 @@
-"""The update of an open window as a program of its own."""
+"""The update of an open window, as a separate program."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class CompilationLog:
             stacks: How the items of a block are passed, in words.
             training: Whether the layers run in training mode.
             seconds: How long it took.
-            wanted: The numbers that reports want of a step, and of every how many steps.
+            wanted: The numbers that reports ask for, by name, with the n of "at every n-th step".
             known: Whether there is a program for equal items already, which are passed in another way.
         """
         now = {**inputs.describe(), "training": str(training), _ITEMS: stacks}

@@ -1,4 +1,4 @@
-"""NumberLayout: where the numbers of a step are in its results: scalars in tables, counts of metrics in vectors."""
+"""NumberLayout: the places of a step's numbers in its results: scalars in tables, counts of metrics in vectors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOSS_WEIGHT = "loss_weight"
 
 
 class NumberLayout:
-    """Where the numbers of a step are: scalars as columns of a table for each dtype, counts in a vector for each dtype.
+    """The places of a step's numbers: scalars are columns of a table for each dtype, counts a vector for each dtype.
 
     Args:
         numbers: The numbers of a step, or their shapes and dtypes, as ``StepOutput`` has them.
@@ -66,7 +66,7 @@ class NumberLayout:
         return rows + self._packing.pack(leaves) if leaves else rows
 
     def empty(self, length: int) -> list[jax.Array]:
-        """Return where the numbers of so many steps are put."""
+        """Return zeroed tables and vectors for the numbers of ``length`` steps."""
         tables = [jnp.zeros((length, len(keys)), dtype) for dtype, keys in self._tables.items()]
         sizes: dict[Any, int] = {}
         for dtype, shape, _ in self._packing.layout:
@@ -95,7 +95,7 @@ class NumberLayout:
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[Any, Any]:
-    """The scalars by name, and the weights of those that have one by a tuple of the name."""
+    """The scalars by name, and the weights of those that have one by a tuple with the name."""
     found: dict[Any, Any] = {}
     for name, number in numbers.items():
         if isinstance(number, Weighted):

@@ -83,7 +83,7 @@ class TracedStep:
         entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         patterns: The patterns of blocks so far.
-        wanted: What reports want of the step beside its usual numbers, with at every how many steps.
+        wanted: The further numbers that reports ask for, by name, with the n of "at every n-th step".
     """
 
     __slots__ = (

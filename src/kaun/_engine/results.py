@@ -29,8 +29,8 @@ class StepResults(NamedTuple):
             ``checks`` of the last step that ran (``StepOutput``); and, where the loop keeps the state before each step,
             for each leaf but the last, the number of steps, whether that step's update is why it is not finite. None
             elsewhere.
-        examples: How many examples each step learns from, an array of one number for each step where some rows fill a
-            batch; None if that is unknown.
+        examples: The number of examples that each step learns from, an array with one number for each step where some
+            rows fill a batch; None if it is unknown.
     """
 
     first: int

@@ -37,7 +37,7 @@ def start_loop(
     report: Report | ReportFunction | None,
     ctx: Context | None,
 ) -> tuple[ReportCaller, StepLoop]:
-    """Return what calls the report of a run, and the loop that takes its steps, from its state on."""
+    """Return the caller of a run's report, and the loop that takes its steps, starting from its state."""
     state = run.take()
     mode, pending, interruptible = settings.on_nonfinite, run.pending_report_loss, run.signals.interruptible
     rate = find_rate(settings.optimizer) if settings.accumulate == 1 else None
@@ -83,10 +83,8 @@ def flush_state(settings: Settings, programs: ProgramCache, state: TrainState) -
     carry = (state.vars, state.opt_state, state.step)
     (vars, opt_state, step), checks = run_flush(programs, functools.partial(flush_window, settings), carry, state.key)
     if settings.on_nonfinite == "raise" and not is_traced(checks) and not np.isfinite(np.asarray(checks)).all():
-        window, trained = (
-            optimizer_state(settings, state.opt_state),
-            trainable_part(settings.trainable, state.vars.params),
-        )
+        window = optimizer_state(settings, state.opt_state)
+        trained = trainable_part(settings.trainable, state.vars.params)
         error = flush_error(trained, state.vars, window, int(state.step), np.asarray(checks))
         error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
         raise error

@@ -1,4 +1,4 @@
-"""StepValues: what a block of steps gives to the reports, with what each value counts by in a mean over steps."""
+"""StepValues: the values of a block of steps for the reports, with the weight of each in a mean over steps."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class StepValues(Mapping[str, np.ndarray[Any, Any]]):
 
     Args:
         first_step: The number of the first of the steps in its fit.
-        columns: The values by name, those of parts left out.
-        weights: What the loss, and each scalar that it returned, counts by, in float64: 0 for a step that was skipped.
+        columns: The values by name, without the metrics of ``parts``.
+        weights: The weights of the loss and of each scalar that it returned, in float64: 0 for a step that was skipped.
         parts: The parts that the loss returned, stacked along axis 0.
         passes: How the data of the fit are cut into passes, None where they are one.
 

@@ -21,7 +21,8 @@ _BEFORE = frozenset([
     "scale_by_radam", "scale_by_rms", "scale_by_rss", "scale_by_sign", "scale_by_sm3", "scale_by_stddev",
     "scale_by_trust_ratio", "scale_by_yogi", "trace", "zero_nans",
 ])  # fmt: skip
-# Those that may come after the rate and leave it one. adafactor has the sign of its rate as a scale(-1) at the end.
+# Those that may come after the scale and do not change the rate. adafactor has the sign of its rate as a final
+# scale(-1).
 _AFTER = frozenset(["identity", "reduce_on_plateau", "trace"])
 _BEFORE_SIGN = frozenset(["add_decayed_weights", "ema", "scale_by_param_block_rms"])
 _OF_A_SCHEDULE = "scale_by_learning_rate.<locals>.<lambda>"
@@ -33,7 +34,7 @@ class Rate(NamedTuple):
     Attributes:
         schedule: The function of the count in the only ``ScaleByScheduleState``; None for a constant rate.
         constant: The constant rate, 0 where there is a schedule.
-        changes: Whether the rate of a step is another one than that: ``reduce_on_plateau`` scales it, or
+        changes: Whether the rate of a step may differ from that: ``reduce_on_plateau`` scales it, or
             ``optax.MultiSteps`` makes no update in most steps.
     """
 
@@ -50,9 +51,9 @@ class Rate(NamedTuple):
 def find_rate(optimizer: Any) -> Rate | None:
     """Return the learning rate of an optimizer, None unless it is certain.
 
-    It is where the optimizer is a chain of transformations of optax, all known, of which exactly one is a scale with a
-    negative factor, or optax's ``scale_by_learning_rate`` of a schedule, which knows its sign. optax keeps both in
-    closures alone. A schedule given to ``optax.scale_by_schedule`` may be anything.
+    It is certain where the optimizer is a chain of known transformations of optax, of which exactly one is a scale with
+    a negative factor, or optax's ``scale_by_learning_rate`` of a schedule, which knows its sign. optax keeps both only
+    in closures. A schedule given to ``optax.scale_by_schedule`` may be anything.
     """
     try:
         return _find(optimizer)
@@ -78,7 +79,7 @@ def _find(optimizer: Any) -> Rate | None:
         if sign < 0 or not turns or not _BEFORE_SIGN.issuperset(after[:-1]):
             return None
     elif sign > 0 or (schedule is None and value == 1) or not _AFTER.issuperset(after):
-        # A scale(-1) alone turns the sign of an update whose rate is inside another transformation, or is none.
+        # A scale(-1) alone changes the sign of an update whose rate is inside another transformation, or that has none.
         return None
     if not _BEFORE.issuperset(names[:at]):
         return None

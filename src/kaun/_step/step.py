@@ -94,7 +94,7 @@ def train_step(
         loss: A function of the model's output, as ``trace_loss`` after its first arguments.
         training: Whether the layers run in training mode.
         discard: Whether the step itself discards an update that is not finite. False where its caller does.
-        wanted: What reports ask for in their ``numbers``, and at every how many steps.
+        wanted: The numbers that reports ask for, by name, with the n of "at every n-th step".
 
     Returns:
         The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"`` or ``discard`` is

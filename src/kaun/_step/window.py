@@ -42,16 +42,16 @@ __all__ = [
 class Window(NamedTuple):
     """The optimizer's state with the items that wait for their update. Checkpoints hold these names.
 
-    The sums are those of an earlier window until an item is in this one.
+    Before the first item of a window, the sums are still those of the window before it.
 
     Attributes:
-        position: How many items of the data came since the last window ended, those that were left out among them; an
+        position: The number of items of the data since the last window ended, including those that were left out; an
             int32 scalar.
-        items: How many of them are in the sums, an int32 scalar.
+        items: The number of these items that are in the sums, an int32 scalar.
         weight: The sum of their weights, a float32 scalar (float64 where a parameter is).
         loss: The weighted sum of their losses, likewise.
         gradient: The weighted sum of their gradients, in float32 for parameters of half precision.
-        updates: How many updates the state has had, an int32 scalar.
+        updates: The number of updates that the state has had, an int32 scalar.
         inner: The optimizer's own state.
     """
 
@@ -124,9 +124,9 @@ def add_to_window(
 ) -> Outcome:  # fmt: skip
     """Add an item to the window, and make the update if it is the last one.
 
-    An item whose loss or gradient is not finite is left out of the sums, and its place in the window counts: a window
-    is k items of the data. So is an item whose gradient overflows for its loss scale. An update that is not finite is
-    not made, and its window ends. Under ``"raise"`` both discard the whole step, as ``fit`` ends there.
+    An item whose loss or gradient is not finite, or whose gradient overflows because of its loss scale, is left out of
+    the sums, but still counts as one of the k items of the window. An update that is not finite is not made, and its
+    window ends. Under ``"raise"`` both discard the whole step, because ``fit`` ends there.
 
     Args:
         settings: The trainer's settings.
@@ -137,6 +137,9 @@ def add_to_window(
         value: Its loss, with the penalty.
         key: The step's key.
         discards: Whether this step discards what is not finite. False where its caller does.
+
+    Returns:
+        What is after the step, and whether it is finite.
     """
     window, watched, yes = old["opt_state"], settings.on_nonfinite != "ignore", jnp.array(True)
     rolls_back = discards and settings.on_nonfinite == "raise"
@@ -211,9 +214,9 @@ def is_open(settings: Settings, opt_state: Any) -> Any:
 
 
 def window_rates(optimizer: Optimizer, before: Any, after: Any) -> dict[str, jax.Array]:
-    """Return what ``rates`` does, of the optimizer's state in a window too: ``updates`` are then those of the window.
+    """Return ``rates`` of a state, also of one with a window; ``updates`` is then the count of the window.
 
-    The learning rate is nan after an item that makes no update, also one that is the same in each update.
+    The learning rate is nan after an item that makes no update, even where it is the same in each update.
     """
     if not isinstance(after, Window):
         return rates(optimizer, before, after)
@@ -244,9 +247,9 @@ def _update_if(
     settings: Settings, parts: Partition, updates: jax.Array, old: dict[str, Any], fill: Callable[[Window], Window],
     key: jax.Array, checks: jax.Array, *, discards: bool,
 ) -> tuple[Any, Any, jax.Array]:  # fmt: skip
-    """Return parameters, optimizer's own state and checks after an update, or as they are where there is none to make.
+    """Return parameters, optimizer's own state and checks after an update, or unchanged where no update is due.
 
-    The sums of the gradients are not among what the condition returns: XLA would copy them for each item.
+    The condition does not return the sums of the gradients: XLA would copy them for each item.
 
     Args:
         settings: The trainer's settings.

@@ -45,7 +45,7 @@ class Swa:
         return f"averages.swa(start={self.start}, every={self.every})"
 
     def weight(self, count: jax.Array, dtype: Any) -> jax.Array:
-        """Return the weight of the parameters after update ``count``: 1 before the first that counts, 0 between two."""
+        """Return the weight of the parameters after update ``count``: 1 before ``start``, 0 between two that count."""
         since = count - self.start
         share = 1 / (since // self.every + 1).astype(dtype)
         return jnp.where(since < 0, 1, jnp.where(since % self.every == 0, share, 0))
@@ -73,7 +73,7 @@ def ema(decay: float) -> Ema:
 
     It is kept in ``opt_state``, in float32 for parameters of half precision, and in float64 for those of float64. For a
     float32 parameter it takes 8 bytes and not 4: what rounding would lose is kept too, because with a decay of 0.9999
-    an average in float32 alone stands still as soon as it is within 0.03 % of the parameters.
+    an average in float32 alone stops changing as soon as it is within 0.03 % of the parameters.
 
     Args:
         decay: The weight of the old average, in [0, 1). Typically 0.99 to 0.9999.
@@ -108,8 +108,8 @@ def ema(decay: float) -> Ema:
 def swa(*, start: int, every: int) -> Swa:
     """Make the mean of the parameters after the updates ``start``, ``start + every``, ..., counted from 1.
 
-    Before the update ``start`` the averaged weights are those that train. A step that is discarded is no update. It is
-    kept as ``ema`` is.
+    Before the update ``start`` the averaged weights are those that train. A discarded step is not an update. The
+    average is kept in the same dtypes as that of ``ema``.
 
     Args:
         start: The first update whose parameters count, at least 1.
@@ -142,11 +142,11 @@ def swa(*, start: int, every: int) -> Swa:
 
 
 def from_optimizer(f: Callable[[Any, Any], Any]) -> FromOptimizer:
-    """Make the average that the optimizer itself has, as ``optax.contrib.schedule_free`` does. No weights are kept.
+    """Use the average that the optimizer itself keeps, as ``optax.contrib.schedule_free`` does; no other is kept.
 
     Args:
         f: ``f(opt_state, params) -> params``, called by ``state.averaged`` with the optimizer's own state and the
-            parameters that train (None in the place of frozen ones), such as
+            parameters that train (None in place of frozen ones), such as
             ``optax.contrib.schedule_free_eval_params``.
 
     Raises:

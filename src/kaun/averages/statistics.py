@@ -34,9 +34,9 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
 
     Without it ``.averaged`` has the layers' state of the weights that train, whose running statistics belong to other
     weights. One pass over the data runs the model in training mode with the averaged weights. A running mean or
-    variance is then the mean of those of all batches, each with the weight of its rows: no momentum, and nothing of the
-    statistics before. A layer that is not ``batch_norm`` updates its state as in training, from the live one on. Layers
-    that are frozen as a whole keep theirs.
+    variance is then the mean over all batches, each weighted by its number of rows, without momentum and without the
+    earlier statistics. A layer that is not ``batch_norm`` updates its state as in training, starting from the live one.
+    Layers that are frozen as a whole keep their state.
 
     Weights, optimizer state, ``step``, ``key`` and the live layers' state stay as they are, and so does the result of
     ``predict(state, x)``. The next update of the weights discards the statistics: ``.averaged`` has the live ones
@@ -45,8 +45,8 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
     Args:
         trainer: The trainer of the state.
         state: A state of a trainer with ``average=``.
-        data: The training data: a ``Data`` or any iterable of ``(x, loss)``, ``(x, y)`` or these with a Context. Of an
-            item x and the Context are used.
+        data: The training data: a ``Data`` or any iterable of ``(x, loss)``, ``(x, y)`` or these with a Context. Only x
+            and the Context are used.
         ctx: A Context for the layers, at each batch.
 
     Raises:
@@ -85,7 +85,7 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
 
 
 def _without_updates(trainer: Any) -> Any:
-    """Return the same trainer with an optimizer that changes nothing; it lives as long, with its compiled programs."""
+    """Return the same trainer with an optimizer that changes nothing; it is kept, with its compiled programs."""
     held = vars(trainer)
     if "_without_updates" not in held:
         changes: dict[str, Any] = {"accumulate": 1, "average": None, "microbatches": 1, "penalty": None}

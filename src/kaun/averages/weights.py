@@ -28,11 +28,11 @@ class AveragedWeights(NamedTuple):
         average: The average, None for frozen parameters. For float32 parameters complex64: the real part is the
             average, and the imaginary part is what rounding lost of it. One array and not two, because XLA:CPU writes
             two in two passes: for 235,000 parameters these took 0.24 ms of CPU time, and this one 0.08 ms (float32
-            alone 0.03 ms). For float64 parameters float64, for others float32. Of ``from_optimizer`` () for each
-            parameter that trains.
-        updates: How many updates the state has had, an int32 scalar.
-        statistics: The layers' state of ``update_statistics``, before its first call that of the start.
-        statistics_at: The number of updates for which that holds, an int32 scalar; -1 before the first call.
+            alone 0.03 ms). For float64 parameters float64, for others float32. With ``from_optimizer`` it is ``()`` for
+            each parameter that trains.
+        updates: The number of updates that the state has had, an int32 scalar.
+        statistics: The layers' state from ``update_statistics``; before its first call, the initial one.
+        statistics_at: The number of updates at which that was computed, an int32 scalar; -1 before the first call.
         inner: The optimizer's own state.
     """
 
@@ -67,16 +67,16 @@ def _fresh(param: jax.Array) -> jax.Array:
 
 
 def without_weights(opt_state: Any) -> Any:
-    """Return an optimizer state without the arrays of its average: what an update of the weights is computed with.
+    """Return an optimizer state without the arrays of its average, which an update of the weights does not need.
 
-    They need no look for values that are not finite, because a mean of finite numbers is finite.
+    They are not checked for values that are not finite, because a mean of finite numbers is finite.
     """
     strip = lambda node: node._replace(average=None, statistics=None) if is_average(node) else node
     return jax.tree_util.tree_map(strip, opt_state, is_leaf=is_average)
 
 
 def take_average(rule: Average | None, opt_state: Any) -> tuple[AveragedWeights | None, Any]:
-    """Return what a state has of an average, and the state without its arrays.
+    """Return the average in a state, None without one, and the state without the arrays of the average.
 
     Raises:
         ValueError: If the state has another average than ``rule``. The decay of ``ema`` may be another one.
@@ -96,12 +96,12 @@ def put_average(rule: Average | None, before: AveragedWeights | None, opt_state:
 
     Args:
         rule: The argument ``average``.
-        before: What the state had of an average before the step.
-        opt_state: The state after the step, as ``take_average`` gave it before.
+        before: The average in the state before the step, as ``take_average`` returns it.
+        opt_state: The optimizer state after the step, without the arrays of its average.
         params: The parameters that train after the step.
 
     Raises:
-        ValueError: If the average is one of other parameters.
+        ValueError: If the average belongs to other parameters.
     """
     if rule is None or before is None:
         return opt_state
@@ -125,7 +125,7 @@ def _moved(share: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     whole = share >= 1
     if not jnp.issubdtype(old.dtype, jnp.complexfloating):
         share, about, new = share.astype(old.dtype), jnp.finfo(new.dtype), new.astype(old.dtype)
-        # Without it XLA takes parameters of half precision as they were before they were rounded.
+        # Without this XLA uses parameters of half precision as they were before they were rounded.
         new = lax.reduce_precision(new, about.nexp, about.nmant)
         return jnp.where(whole, new, old + share * (new - old))
     share, high, low = share.astype(new.dtype), jnp.real(old), jnp.imag(old)
@@ -150,13 +150,13 @@ def _check_fits(average: Any, params: Any) -> None:
 
 
 def find_average(opt_state: Any) -> AveragedWeights | None:
-    """Return what an optimizer state has of an average, which may be inside of other parts; None without one."""
+    """Return the average in an optimizer state, also where it is nested inside other parts; None without one."""
     nodes = [node for node in jax.tree_util.tree_leaves(opt_state, is_leaf=is_average) if is_average(node)]
     return nodes[0] if nodes else None
 
 
 def averaged_vars(opt_state: Any, vars: Any) -> Any:
-    """Return the variables with the averaged parameters, those that are frozen as they are.
+    """Return the variables with the averaged parameters; frozen parameters are unchanged.
 
     Args:
         opt_state: An optimizer state.
@@ -186,7 +186,7 @@ def is_average(value: Any) -> bool:
 
 @jax.jit
 def _read(known: jax.Array, values: Any, others: Any) -> Any:
-    """Return values in the dtypes of others; these where a value is None, and all of them unless values are known."""
+    """Return the values in the dtypes of others; the others where a value is None, and everywhere unless ``known``."""
 
     def pick(a: Any, b: jax.Array) -> jax.Array:
         if a is None:

@@ -24,8 +24,8 @@ class Best(NamedTuple):
         mode: ``"max"`` if a larger value is better, ``"min"`` if a smaller one is.
         value: The value.
         step: The run's step.
-        extra: Steps that have a checkpoint for this alone: this one, where no other reason to save it was there, and
-            the best one before, which a killed run may not have removed. They are removed when another is better.
+        extra: Steps that were saved only because they were the best: this one, if there was no other reason, and the
+            best one before, which a killed run may not have removed. They are removed when another is better.
     """
 
     name: str

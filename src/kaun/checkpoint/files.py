@@ -275,7 +275,7 @@ def read_arrays(
         size: How many bytes the file has.
         wanted: The leaves of the template by name, None to read any.
         cast: Whether floating dtypes may differ.
-        start: How the names of the arrays begin that are read and compared; the others are read past.
+        start: Only arrays whose names begin with this are returned and compared; the others are skipped.
 
     Raises:
         ValueError: If the header is damaged, or an array is not what its kind of leaf is stored as.

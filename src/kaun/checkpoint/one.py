@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 STATE, REPORTS = manifest.FILES
 MANIFEST = "manifest.json"
-_VARS, _OPT_STATE = "vars.", "opt_state"  # how the names of their leaves in the state begin
+_VARS, _OPT_STATE = "vars.", "opt_state"  # the names of their leaves in the state begin with these
 _PIECE = 4 << 20
 # The errors of a file that is missing or is something else, and of a disk that cannot read it.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
@@ -46,12 +46,12 @@ class OtherLeaves(ResumeMismatch):
     """The leaves of a checkpoint are not those of the template; the text is the list of differences.
 
     Attributes:
-        in_opt_state: Whether those of the optimizer's state alone differ.
+        in_opt_state: Whether only those of the optimizer's state differ.
     """
 
     def __init__(self, differences: files.Differences) -> None:
         super().__init__(differences.listing())
-        self.in_opt_state: bool = all(line.startswith(f"{_OPT_STATE}") for line in differences.lines)
+        self.in_opt_state: bool = all(line.startswith(_OPT_STATE) for line in differences.lines)
 
 
 class Saved(NamedTuple):

@@ -1,4 +1,4 @@
-"""Opening a directory for a run: made, locked, tidied and tried, and its errors in words."""
+"""A directory is opened for a run: created, locked, cleaned and tested; and the messages of its errors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PROBE = memoryview(bytes(1 << 16))
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name in a folder for what is not finished; what has such a name is removed at the next opening."""
+    """A new temporary name in a folder. Folders with such names are removed when it is opened the next time."""
     return path / f".kaun-{secrets.token_hex(8)}.tmp"
 
 
 def may_begin(directory: Directory, there: list[Found]) -> None:
-    """Raise where ``resume=`` needs a checkpoint and there is none, or none and there is one."""
+    """Raise if ``resume=`` needs a checkpoint and there is none, or must not find one and there is one."""
     path, resume = str(directory.path), directory.resume
     if resume not in ("auto", "never") and not there:
         raise FileNotFoundError(
@@ -118,7 +118,7 @@ def _probe(disk: Disk, path: Path) -> None:
 
 @contextlib.contextmanager
 def explained(directory: Directory) -> Generator[None, None, None]:
-    """Say in an error of the disk, or of the lock, what to do about it."""
+    """Add to an error of the disk, or of the lock, what to do about it."""
     path = str(directory.path)
     try:
         yield

@@ -14,7 +14,7 @@ from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.folders import Found, all_damaged, best_of, not_there, of_other_leaves, scan
 from kaun.errors import ResumeMismatch
 
-__all__ = ["At", "load_from"]
+__all__ = ["load_from"]
 
 T = TypeVar("T")
 At = str | SupportsIndex

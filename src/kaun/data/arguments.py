@@ -116,7 +116,7 @@ def checked_weights(where: str, weights: Any, n: int, of: str, name: str = "weig
 
     Raises:
         TypeError: If they are not numbers.
-        ValueError: If there are others than ``n``, one is negative or not finite, or all are 0.
+        ValueError: If there are not ``n`` of them, one is negative or not finite, or all are 0.
     """
     try:
         array = np.array(weights, np.float64)

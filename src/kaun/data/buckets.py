@@ -47,7 +47,7 @@ def checked_lengths(lengths: Any, edges: Sequence[int], n: int) -> Host:
 
     Raises:
         TypeError: If they are not integers.
-        ValueError: If there are others than ``n``, or one is below 1 or beyond the last edge.
+        ValueError: If there are not ``n`` of them, or one is below 1 or beyond the last edge.
     """
     array = np.asarray(lengths)
     if array.dtype.kind not in "iu" and array.size:
@@ -101,7 +101,7 @@ class Buckets:
         return found
 
     def groups(self, lengths: Host) -> list[Host]:
-        """The rows of each batch: a batch comes when its last row does, and those that are not full at the end."""
+        """The rows of each batch, in the order of their last rows; batches that are not full come at the end."""
         found: list[tuple[int, Host]] = []
         bucket = np.searchsorted(self.edges, lengths)
         for k in range(len(self.edges)):

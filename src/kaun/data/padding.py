@@ -37,8 +37,8 @@ class RowOptions(NamedTuple):
 
         Raises:
             TypeError: If the weights are not numbers.
-            ValueError: If the last batch is to be filled and left out, if there are other than ``n`` weights, or if
-                one is negative or not finite, or all are 0.
+            ValueError: With both ``pad`` and ``drop_last``; or if there are not ``n`` weights, one is negative or not
+                finite, or all are 0.
         """
         if pad and drop_last:
             raise ValueError(
@@ -48,6 +48,7 @@ class RowOptions(NamedTuple):
         if sample_weights is None:
             return cls(bool(pad), None)
         weights = checked_weights(where, sample_weights, n, "row", "sample_weights")
+        # Checked again in the dtype of the compiled step, where float64 weights may be infinite or all 0.
         dtype = jax.dtypes.canonicalize_dtype(np.float64)
         with np.errstate(over="ignore"):
             weights = weights.astype(dtype)
@@ -55,7 +56,7 @@ class RowOptions(NamedTuple):
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the user wrote of them, by name."""
+        """The arguments that the user wrote, by name."""
         return ({"pad": True} if self.pad else {}) | ({} if self.weights is None else {"sample_weights": self.weights})
 
     @property

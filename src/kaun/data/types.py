@@ -9,7 +9,7 @@ __all__ = ["LossOfLabels", "Unknown"]
 
 
 class Unknown:
-    """In an overload the type that nothing has, so that the overload is that for ``Any``."""
+    """A type that no value has: an overload with it is chosen only for ``Any``."""
 
 
 class _TakesWhere(Protocol):
@@ -25,4 +25,4 @@ class _TakesBoth(Protocol):
 
 
 LossOfLabels = Callable[[Any, Any], Any] | _TakesWhere | _TakesWeights | _TakesBoth
-"""A loss of output and labels, which takes ``where=`` where rows are filled, and ``weights=`` where they have some."""
+"""A loss of output and labels. It takes ``where=`` if rows are filled, and ``weights=`` if they have weights."""

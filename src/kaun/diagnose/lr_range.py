@@ -29,10 +29,10 @@ from kaun.train import Trainer
 
 __all__ = ["RateRange", "lr_range"]
 
-_DIVERGED = 3  # times the fall of the loss, or its size, by which it rises again
-_SMOOTHED = 20  # a running average is over one part of the steps in so many
-_ROUGH = 10  # a slope is over two parts of the steps in so many, and the first part says nothing of the later ones
-_COUNTS = 4096  # counts at which a schedule is looked at for its highest rate
+_DIVERGED = 3  # the loss diverges where it rises above its lowest value by this many times its fall or that value
+_SMOOTHED = 20  # the running average has the weight of about a twentieth of the steps
+_ROUGH = 10  # a slope spans two tenths of the steps, and the first tenth is not used to detect divergence
+_COUNTS = 4096  # the number of counts at which a schedule is evaluated to find its highest rate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class RateRange:
         )
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the losses, pale, and the smoothed ones over the rate with matplotlib, and return the path of the file.
+        """Draw the losses and the smoothed losses over the rate with matplotlib, and return the path of the file.
 
         Args:
             path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``.
@@ -101,11 +101,11 @@ def lr_range(
     steps: int = 100,
     ctx: Context | None = None,
 ) -> RateRange:
-    """Train a copy with a learning rate that rises from step to step, and return the losses: which rate to take.
+    """Train a copy with a learning rate that rises from step to step, and return the losses, to choose a rate.
 
     The rate rises by the same factor in each step. The test ends early where the loss is not finite or has risen far
-    above its lowest. The state stays as it is; the copy begins with its weights and a fresh state of the optimizer.
-    Schedules of the optimizer are left out. One program is compiled.
+    above its lowest value. The state is not changed; the copy begins with its weights and a fresh optimizer state.
+    Schedules of the optimizer are ignored. One program is compiled.
 
     Args:
         trainer: The trainer. Its optimizer is one of optax's whose learning rate can be found (``optax.adam(1e-3)``,
@@ -122,7 +122,7 @@ def lr_range(
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If the rates do not rise, the data have fewer items, or the optimizer's rate is not known.
+        ValueError: If the rates do not rise, the data have too few items, or the optimizer's rate is not known.
         NonFiniteLoss: If the first step is not finite.
 
     Examples:
@@ -148,7 +148,7 @@ def lr_range(
     rates = np.geomspace(low, high, steps)
     optimizer = _rising(trainer.optimizer, state.opt_state, rates)
     tested = dataclasses.replace(trainer, optimizer=optimizer, on_nonfinite="raise")
-    with rng.scope(0):  # the run's key is that of the state, so that none of the caller's scope is used up
+    with rng.scope(0):  # the key comes from the state, so that no key of the caller's scope is drawn
         fresh = tested.make_state(state.vars)
     report = _Losses(steps)
     try:
@@ -307,7 +307,7 @@ def _steepest(rates: np.ndarray, smoothed: np.ndarray, half: int) -> float | Non
 
 
 def _shown(losses: np.ndarray, smoothed: np.ndarray) -> tuple[float, float]:
-    """Return the limits of the loss axis: from the lowest loss to some way above the first, without the divergence."""
+    """Return the limits of the loss axis, from the lowest loss to above the first one; divergence is cut off."""
     low, first = float(losses.min()), float(smoothed[0])
     room = max(first - low, abs(low) * 0.1, 1e-12)
     return low - 0.1 * room, first + room

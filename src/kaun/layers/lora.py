@@ -27,11 +27,11 @@ def lora(model: Layer[Any, Any], rank: int, where: Callable[[str], Any], alpha: 
     """Make the model with low-rank adapters of some weights (LoRA, Hu et al., 2021).
 
     A chosen weight ``W [..., in, out]`` is used as ``W + alpha / rank * A @ B`` with ``A [..., in, rank]`` and ``B
-    [..., rank, out]``; leading axes, of convolutions and of ``layers.repeat``, have a product each. ``B`` starts at
-    zero, so the output is at first that of ``model``. The sum is made of the parameters before ``model`` is applied:
-    the weights of every layer can be adapted, a weight that is used twice has one adapter, and the cost is a product
-    of the weight's size in each step. It saves the optimizer's state and the gradients of the other parameters; that of
-    a chosen weight is computed whole.
+    [..., rank, out]``, with one product for each index of the leading axes (of convolutions, and of ``layers.repeat``).
+    ``B`` starts at zero, so the output is at first that of ``model``. The sum is computed before ``model`` is applied:
+    the weights of every layer can be adapted, a weight that is used twice has one adapter, and the cost is one product
+    of the weight's size in each step. The memory for the optimizer's state and for the gradients of all other
+    parameters is saved; the gradient of a chosen weight is computed as a whole.
 
     Variables: ``base`` has those of ``model``, ``adapters`` in the parameters has ``lora_a`` and ``lora_b`` under the
     path of each weight. Train them alone with ``Trainer(trainable=layers.is_lora)``.
@@ -40,7 +40,7 @@ def lora(model: Layer[Any, Any], rank: int, where: Callable[[str], Any], alpha: 
         model: The model, whose pretrained variables are put under ``base``.
         rank: The rank of the adapters.
         where: Whether a weight is adapted, by its path in ``model``: ``lambda path: path.endswith("q_proj.weight")``.
-            It is asked for every floating parameter with two axes or more, those of ``repeat`` not counted.
+            It is called for every floating parameter with at least two axes, not counting the one of ``repeat``.
         alpha: The scale of the adapters is ``alpha / rank``. Default: ``rank``.
 
     Raises:
@@ -131,7 +131,7 @@ def is_lora(path: str) -> bool:
 
 
 def merge_lora(model: Layer[Any, Any], vars: Vars) -> Vars:
-    """Return the variables of the plain model, whose weights have the adapters added to them.
+    """Return variables of the plain model: its weights with the adapters added to them.
 
     Args:
         model: What ``layers.lora`` returned.

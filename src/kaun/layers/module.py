@@ -42,32 +42,31 @@ def module(
     parts: Mapping[str, Parts], forward: Callable[[Module, In], Out], name: str | None = None
 ) -> Layer[In, Out]: ...
 def module(parts: Any, forward: Any, name: str | None = None) -> Layer[Any, Any]:
-    """Make a layer out of named layers, and a function that says how they are applied.
+    """Make a layer from named layers and a function that applies them.
 
     ``forward(m, x)`` calls the layers as ``m.name(x)``, in any order and any number of times: a layer that is called
-    twice has one set of parameters. Its state moves with each call, in the order of the calls, and each call of a
-    dropout draws another mask. ``m`` is a ``Module``: it also has the parameters, the context and whether the layer
-    trains. Parameters and state lie under the keys of ``parts``; keys are drawn in their order.
+    twice has one set of parameters. Its state is updated by each call, in the order of the calls, and each call of a
+    dropout draws another mask. ``m`` is a ``Module``, which also has ``params``, ``ctx`` and ``training``. Parameters
+    and state are under the keys of ``parts``; the layers are initialized in that order.
 
     The type checker takes the kinds from the annotations of ``forward``: ``jax.Array`` is ``Float`` (as for a lambda),
     and ``layers.Int`` is written for an input of tokens. Every other type stays as it is.
 
     Args:
         parts: A dict of layers by name; a value may also be a list or a dict of layers, nested to any depth.
-        forward: A pure function ``(m, x) -> y`` of arrays or pytrees of arrays. A module that is called in it calls
-            layers of its own.
+        forward: A pure function ``(m, x) -> y`` of arrays or pytrees of arrays.
         name: The name in ``repr``, in error messages and in ``kaun.summary``. Default: ``"module"``.
 
     Raises:
         TypeError: If ``parts`` is not a dict, a part is not a layer (or a list or dict of layers), or ``forward`` is
             not a function of two arguments; when applied, if ``forward`` returns None.
         ValueError: If a name cannot be read as ``m.name``, or ``forward`` never calls a part. This is read from its
-            code, so a part that is called under a condition counts; it is not looked for where ``m`` is passed to
-            another function. When applied, if a layer updates its state inside of a transformation of JAX, such as a
-            scan, in ``forward``.
+            code, so a part that is called under a condition counts; nothing is checked where ``m`` is passed to another
+            function. When applied, if a layer updates its state inside a transformation of JAX, such as a scan, in
+            ``forward``.
 
     Examples:
-        A block that concatenates its input with what it makes of it, by the same convolution twice:
+        A block that applies one convolution twice, and concatenates its input with the result:
 
         >>> import jax, jax.numpy as jnp
         >>> from kaun import layers
@@ -287,7 +286,7 @@ def _renamed(key: str) -> str:
 
 
 def _parts_read(forward: Any) -> set[str] | None:
-    """The parts that a function of a module names, None where its code does not tell."""
+    """The parts that a function of a module names, None where its code does not show them."""
     if not isinstance(forward, types.FunctionType) or not forward.__code__.co_argcount:
         return None
     code = forward.__code__
@@ -327,7 +326,13 @@ def attributes_read(code: types.CodeType, name: str) -> set[str] | None:
 
 
 def _attribute_after(ops: Sequence[dis.Instruction], used: tuple[Any, ...], name: str) -> set[str] | None:
-    """The attribute that is read of a variable which the first of some operations loads last; None if none is."""
+    """The attributes read from a variable in three operations, of which the first loads it; None if it is not read so.
+
+    Args:
+        ops: The operation that loads the variable, and the two after it.
+        used: The variables that it loads; an attribute is read from the last one.
+        name: The variable.
+    """
     if used.index(name) < len(used) - 1 or len(ops) < 3 or ops[1].opname not in ("LOAD_ATTR", "LOAD_METHOD"):
         return None
     attribute = str(ops[1].argval)

@@ -69,8 +69,8 @@ def lstm(
     hidden]``, ``bias_ih`` and ``bias_hh`` ``[4 * hidden]``, with the gates in PyTorch's order: input, forget, cell,
     output.
 
-    If the context has ``"lengths"``, integers ``[batch]``, row i ends after ``lengths[i]`` positions: outputs behind it
-    are zero, and the state is that of the last position inside.
+    If the context has ``"lengths"``, integers ``[batch]``, row i ends after ``lengths[i]`` positions: outputs after its
+    end are zero, and the state is that of its last position.
 
     Args:
         in_features: Size of the input's last axis.
@@ -354,7 +354,7 @@ def _lengths(name: str, x: jax.Array, ctx: Context) -> jax.Array | None:
 
 
 def _reversed(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """A sequence in reverse order, each row within its length; what lies behind stays in its place."""
+    """A sequence in reverse order, each row within its length; positions after its end stay in place."""
     if lengths is None:
         return x[:, ::-1]
     places = jnp.arange(x.shape[1])[None]

@@ -1,4 +1,4 @@
-"""A layer applied many times in a loop, each time with parameters of its own: ``repeat``."""
+"""A layer applied many times in a loop, each time with its own parameters: ``repeat``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def repeat(layer: Layer[Same, Same], n: int, remat: bool = False) -> Layer[Same,
 
     It computes what ``sequential([layer] * n)`` does, up to rounding, but is compiled once and not ``n`` times. Paths
     are those of ``layer``; each array of parameters and of state has one more axis in front, of length ``n``, and
-    ``init`` makes the values of ``sequential([layer] * n)``, stacked. Each copy draws dropout masks and has a state of
-    its own. What the copies are trained or frozen by is the path, so it is the same for all.
+    ``init`` makes the values of ``sequential([layer] * n)``, stacked. Each copy draws its own dropout masks and has its
+    own state. Parameters are frozen by path, so in all copies or in none.
 
     Args:
         layer: The layer, for example a block of a transformer. Its output has the shape and dtype of its input.

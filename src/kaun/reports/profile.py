@@ -29,14 +29,14 @@ def profile(path: str | os.PathLike[str], steps: tuple[int, int] = (100, 110)) -
     events of GPUs and TPUs contain it, those of the CPU are named after the operation alone (``dot.5``). A program from
     JAX's persistent compilation cache has the names with which it was compiled.
 
-    The traced steps are dispatched one by one, and ``fit`` waits for each, so that each stands alone in the trace: a
-    tiny model is slower in them than in the blocks of other steps. Results are the same bit for bit. The fit waits for
-    no other step. The trace ends with the last of the steps, or with the fit.
+    The traced steps are dispatched one by one, and ``fit`` waits for each, so that they do not overlap in the trace: a
+    tiny model is slower in them than in the blocks of other steps. Results are the same bit for bit. ``fit`` does not
+    wait for other steps. The trace ends after the last of these steps, or at the end of the fit.
 
     Args:
         path: The folder to write to, made if it is missing.
-        steps: The first and the last step of the fit to trace, counted from 1. Steps in which nothing compiles any more
-            show the usual work.
+        steps: The first and the last step of the fit to trace, counted from 1. Choose steps after the first ones, in
+            which programs are compiled.
 
     Raises:
         TypeError: If ``path`` is not a path, or ``steps`` is not a pair of ints.
@@ -72,7 +72,7 @@ _FIX = "Write profile(path, steps=(100, 110))."
 
 
 class Profile(Report):
-    """A trace of some steps; made by ``profile(...)``. See there.
+    """The report that traces some steps; see ``profile``, which makes it.
 
     Attributes:
         path: The folder.

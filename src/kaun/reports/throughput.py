@@ -27,10 +27,10 @@ def throughput(
     for transformers is ``6 * parameters * tokens``.
 
     Args:
-        tokens: How many tokens each example has; or, where that differs, the name of the number of tokens of a step
-            among the scalars that the loss returns. By default there are no tokens per second.
-        flops: The floating-point operations of one step of the whole batch. By default there is no ``mfu``.
-        peak_flops: How many of them all devices together can do in a second, by their data sheet.
+        tokens: The number of tokens of each example; or, where that differs, the name of the scalar that the loss
+            returns with the number of tokens of the step. By default there are no tokens per second.
+        flops: The floating-point operations of one step, of the whole batch. By default there is no ``mfu``.
+        peak_flops: The floating-point operations per second that all devices together can do, by their data sheet.
 
     Raises:
         TypeError: If an argument is of the wrong kind.

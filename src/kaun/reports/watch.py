@@ -32,8 +32,8 @@ def watch(every: int = 100) -> Watch:
 
     The weights are those before the update, and the gradient is the one at them, without a loss scale. The ratio is the
     norm of the update over that of the weights: 1e-3 is usual, and a layer far above or below the others learns too
-    fast or not at all. It is 0 for a step that is discarded, and infinite where the weights are 0. Parameters that do
-    not train have no part in them.
+    fast or not at all. It is 0 for a step that is discarded, and infinite where the weights are 0. Frozen parameters
+    are left out.
 
     Args:
         every: The number of steps from one measurement to the next, at least 1, counted as ``state.step``.
@@ -62,12 +62,12 @@ def watch(every: int = 100) -> Watch:
 
 
 class Watch(Report):
-    """Norms by layer so far; made by ``watch(...)``. See there. It prints as a table of the newest step.
+    """The norms by layer recorded so far; see ``watch``, which makes it. It prints as a table of the newest step.
 
     Passed to several fits, or in a resumed run, it continues; for another model it begins again.
 
     Attributes:
-        numbers: What it wants the step to compute.
+        numbers: The numbers that the step has to compute for it.
         layers: The paths of the layers, sorted.
 
     Examples:
@@ -113,7 +113,9 @@ class Watch(Report):
         return self._columns(2)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the three with matplotlib, a line for each layer, on logarithmic axes, and return the path of the file.
+        """Draw the norms and the ratio with matplotlib, a line for each layer, and return the path of the file.
+
+        The axes are logarithmic.
 
         Args:
             path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``.
@@ -170,10 +172,10 @@ class Watch(Report):
         return False
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
-        """Do nothing: it has no norms to record."""
+        """Do nothing: norms arrive in blocks."""
 
     def snapshot(self) -> dict[str, Any]:
-        """Return all that it recorded, for a checkpoint."""
+        """Return everything that it recorded, for a checkpoint."""
         return {"layers": list(self.layers), "steps": self.steps, "values": np.array(self._values)}
 
     def restore(self, values: Mapping[str, Any]) -> None:
