@@ -1,10 +1,11 @@
-"""Parts of errors and warnings: where a function was written, names from files, and a warning at the user's line."""
+"""Parts of errors and warnings: where a function was written, names from files, warnings, and missing packages."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import functools
+import importlib
 import os
 import re
 import sys
@@ -46,6 +47,26 @@ def locate(function: Any) -> str:
     if code is None:
         return f"`{name}`"
     return f"`{name}` ({Path(code.co_filename).name}:{code.co_firstlineno})"
+
+
+def optional_package(where: str, module: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Args:
+        where: The function that needs it, for the message.
+        module: The module.
+        extra: The extra of kaun that installs it.
+
+    Raises:
+        ImportError: If the package is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        root = module.partition(".")[0]
+        if error.name != root:
+            raise  # the package is there, but something that it needs is not
+        raise ImportError(f'{where} needs {root}, which is missing: pip install "kaun[{extra}]"', name=root) from error
 
 
 def plain(text: object, most: int = 200) -> str:

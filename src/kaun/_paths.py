@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["local_path"]
+__all__ = ["local_path", "picture_path"]
 
 # A scheme has two letters at least: one is a drive of Windows. pathlib makes gs://bucket into gs:/bucket.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//.*)", re.DOTALL)
@@ -40,3 +40,9 @@ def local_path(where: str, path: str | os.PathLike[str]) -> Path:
             f"and copy the files when the run is over; or a path where that storage is mounted, '/mnt/{name}'."
         )
     return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises where nobody has that name
+
+
+def picture_path(where: str, path: str | os.PathLike[str]) -> Path:
+    """Return ``local_path`` of a picture's file, whose format is its suffix, by default ``.png``."""
+    whole = local_path(where, path)
+    return whole if whole.suffix else whole.with_suffix(".png")

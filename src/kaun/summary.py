@@ -17,7 +17,7 @@ from kaun._loss import Loss
 from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
 from kaun.context import Context
 from kaun.data import check_context, check_loss
-from kaun.layers.core import Layer, Vars
+from kaun.layers.core import Layer, Vars, short_name
 from kaun.layers.path import origin, watched
 from kaun.layers.path import path as path_here
 from kaun.state import TrainState
@@ -218,8 +218,8 @@ class _Table:
             count = sum(_count(kind) for name, kind in kinds if not name.startswith("state "))
             where = self._path(params) if params else before
             output = ", ".join(f"{p}: {d}" if p else d for p, d in _described(result))
-            head = layer.name.splitlines()[0].rstrip("([{")
-            self.rows.insert(at, Row(where or before, head, output, count, sum(_bytes(kind) for _, kind in kinds)))
+            size = sum(_bytes(kind) for _, kind in kinds)
+            self.rows.insert(at, Row(where or before, short_name(layer), output, count, size))
         return result
 
     def _path(self, params: dict[str, Any]) -> str:

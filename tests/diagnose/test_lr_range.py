@@ -1,7 +1,7 @@
 """kaun.lr_range: the losses of a loop by hand whose rate rises, for every optimizer whose rate can be set."""
 
-import builtins
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -172,14 +172,8 @@ def test_it_prints_and_draws(tmp_path):
 
 
 def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ModuleNotFoundError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
         ImportError, match=r'lr_range\(...\).plot needs matplotlib, which is missing: pip install "kaun\[plot\]"'
     ):

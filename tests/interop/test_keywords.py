@@ -9,13 +9,13 @@ import pytest
 
 import kaun
 from kaun import Context, interop
+from kaun._messages import optional_package
 from kaun.interop.keywords import (
     Keywords,
     cast_floats,
     check_method,
     check_structure,
     nested,
-    package,
     pick,
     plain,
     zeros,
@@ -42,8 +42,8 @@ def test_a_package_that_is_broken_is_not_taken_for_a_missing_one(tmp_path, monke
     (tmp_path / "there_but_broken.py").write_text("import what_it_needs")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'what_it_needs'$"):
-        package("there_but_broken", "flax_nnx", "flax")
-    assert package("json", "flax_nnx", "flax").dumps([]) == "[]"
+        optional_package("interop.flax_nnx", "there_but_broken", "flax")
+    assert optional_package("interop.flax_nnx", "json", "flax").dumps([]) == "[]"
 
 
 def called(x, mask, scale=1.0, *rest, train, deterministic=None, **more):

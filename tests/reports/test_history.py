@@ -253,7 +253,9 @@ def test_errors(tmp_path, losses, arguments, error, text):
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r'draws with matplotlib, which is missing: pip install "kaun\[plot\]"'):
+    with pytest.raises(
+        ImportError, match=r'history\.plot needs matplotlib, which is missing: pip install "kaun\[plot\]"'
+    ):
         recorded([1.0]).plot(tmp_path / "loss.png")
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaun import Data, EarlyStop, Trainer, layers, losses, metrics, reports, rng
+from kaun._messages import optional_package
 from kaun._run.report_state import pack_snapshot, unpack_snapshot
-from kaun.reports.log import Log, decoded, encoded, require_package
+from kaun.reports.log import Log, decoded, encoded
 
 SETTINGS = settings(max_examples=80, deadline=None)
 READ = {"jsonl": reports.jsonl, "csv": reports.csv}
@@ -444,12 +445,12 @@ def test_digits_are_the_fewest_that_give_the_number_again():
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r'reports\.wandb needs wandb, which is missing: pip install "kaun\[wandb\]"'):
-        require_package("wandb", "wandb", "wandb")
+        optional_package("reports.wandb", "wandb", "wandb")
     (tmp_path / "half_installed.py").write_text("import wandb")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="import of wandb halted"):
-        require_package("wandb", "half_installed", "wandb")
-    assert require_package("files", "json", "files") is json
+        optional_package("reports.wandb", "half_installed", "wandb")
+    assert optional_package("reports.files", "json", "files") is json
 
 
 @pytest.fixture(scope="module")

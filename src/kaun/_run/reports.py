@@ -8,7 +8,7 @@ import difflib
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import jax
@@ -72,14 +72,10 @@ def check_returned(report: Any, value: Any, state: Any) -> Mapping[str, float] |
 
 
 def _check_watched(report: Any) -> None:
-    measured = sorted(measured_by_call(report))
+    measured = measured_by_call(report)
     missing = sorted(names_of(report, "watches") - set(measured))
     if missing:
-        raise ValueError(
-            f"A report watches {missing[0]!r}, which no report of this fit measures; measured names: "
-            f"{', '.join(map(repr, measured)) or 'none'}. Add a report that measures it: "
-            f'reports.all_of(reports.validate(trainer, valid, {{"{missing[0]}": ...}}, each=train), ...).'
-        )
+        raise _not_measured("A report watches", missing[0], measured)
 
 
 def check_best_is_measured(name: str, report: Any) -> None:
@@ -87,18 +83,22 @@ def check_best_is_measured(name: str, report: Any) -> None:
 
     Raises:
         TypeError: If the report is not a valid one.
-        ValueError: If none of it measures the value.
+        ValueError: If it does not measure the value.
     """
     if report is not None:
         check_report(report, "fit")
     measured = measured_by_call(report)
     if name not in measured:
         training = " The training loss of a step is that of the state before it." if name == "loss" else ""
-        raise ValueError(
-            f"checkpoint.Directory(best=...) names {name!r}, which no report of this fit measures; measured names: "
-            f"{', '.join(map(repr, sorted(measured))) or 'none'}.{training} Add a report that measures it: "
-            f'reports.all_of(reports.validate(trainer, valid, {{"{name}": ...}}, each=train), ...).'
-        )
+        raise _not_measured("checkpoint.Directory(best=...) names", name, measured, training)
+
+
+def _not_measured(who: str, name: str, measured: Iterable[str], more: str = "") -> ValueError:
+    return ValueError(
+        f"{who} {name!r}, which no report of this fit measures; measured names: "
+        f"{', '.join(map(repr, sorted(measured))) or 'none'}.{more} Add a report that measures it: "
+        f'reports.all_of(reports.validate(trainer, valid, {{"{name}": ...}}, each=train), ...).'
+    )
 
 
 class ReportCaller:

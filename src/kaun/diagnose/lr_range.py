@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 from kaun import rng, tree
-from kaun._messages import locate
-from kaun._paths import local_path
+from kaun._messages import locate, optional_package
+from kaun._paths import picture_path
 from kaun._report import Report
 from kaun._step import Rate, find_rate, learning_rate, state_nodes
 from kaun.context import Context
@@ -68,12 +68,9 @@ class RateRange:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure  # without pyplot, whose figures and settings are the user's
-        except ModuleNotFoundError as err:
-            raise ImportError(
-                'lr_range(...).plot needs matplotlib, which is missing: pip install "kaun[plot]"'
-            ) from err
+        optional_package("lr_range(...).plot", "matplotlib", "plot")
+        from matplotlib.figure import Figure  # without pyplot, whose figures and settings are the user's
+
         figure: Any = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         axes = figure.subplots()
         axes.plot(self.rates, self.losses, color="#a9c6e8", linewidth=1, label="loss")
@@ -85,8 +82,7 @@ class RateRange:
         axes.grid(color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left")
-        path = local_path("lr_range(...).plot", path)
-        path = path if path.suffix else path.with_suffix(".png")
+        path = picture_path("lr_range(...).plot", path)
         figure.savefig(path)
         return path
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from kaun import rng, tree
+from kaun._messages import optional_package
 from kaun.context import Context
 from kaun.interop.frozen import FrozenParts, check_unchanged
 from kaun.interop.keywords import (
@@ -17,7 +18,6 @@ from kaun.interop.keywords import (
     check_structure,
     key_path,
     nested,
-    package,
     pick,
 )
 from kaun.layers.core import Layer, Vars
@@ -87,7 +87,7 @@ def equinox(
         >>> y.shape, int(after.state["norm"]["batch_counter"])
         ((4, 3), 1)
     """
-    eqx = package("equinox", "equinox", "equinox")
+    eqx = optional_package("interop.equinox", "equinox", "equinox")
     adapter = _Adapter(eqx, module, state, check_method(method, "equinox"), axis_name if vmap else None, vmap)
     return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
 

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 
 from kaun import rng, tree
+from kaun._messages import optional_package
 from kaun.context import Context
 from kaun.interop.frozen import check_unchanged
-from kaun.interop.keywords import Keywords, cast_floats, check_method, check_structure, nested, origins, package, pick
+from kaun.interop.keywords import Keywords, cast_floats, check_method, check_structure, nested, origins, pick
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here, is_frozen
@@ -69,7 +70,8 @@ def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
         >>> y.shape, bool((after.state["norm"]["mean"] == 0).all())
         ((4, 3), False)
     """
-    adapter = _Adapter(package("flax.nnx", "flax_nnx", "flax"), module, check_method(method, "flax_nnx"))
+    nnx = optional_package("interop.flax_nnx", "flax.nnx", "flax")
+    adapter = _Adapter(nnx, module, check_method(method, "flax_nnx"))
     return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kaun import rng, tree
-from kaun._messages import warn
+from kaun._messages import optional_package, warn
 from kaun.context import Context
 from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
-from kaun.interop.keywords import Keywords, cast_floats, check_structure, leaves_by_path, package, plain, zeros
+from kaun.interop.keywords import Keywords, cast_floats, check_structure, leaves_by_path, plain, zeros
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here
@@ -56,7 +56,7 @@ def haiku(transformed: Any, sample: Any, *, ctx: Context | None = None) -> Layer
         >>> sorted(variables.state["batch_norm/~/mean_ema"])
         ['average', 'counter', 'hidden']
     """
-    hk = package("haiku", "haiku", "haiku")
+    hk = optional_package("interop.haiku", "haiku", "haiku")
     adapter = _Adapter(hk, transformed, zeros(sample), ctx or Context())
     return Layer(init=adapter.init, apply=adapter.apply, name=adapter.name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -17,7 +16,7 @@ from kaun.layers.path import here
 
 __all__ = [
     "SWITCHES", "Keywords", "cast_floats", "check_method", "check_structure", "key_path", "leaves_by_path", "nested",
-    "origins", "package", "pick", "plain", "zeros",
+    "origins", "pick", "plain", "zeros",
 ]  # fmt: skip
 
 SWITCHES = {
@@ -25,23 +24,6 @@ SWITCHES = {
     "deterministic": False, "use_running_average": False, "inference": False,
 }  # fmt: skip
 """The names that models use for the argument of training or evaluation mode, and the value of each in training."""
-
-
-def package(module: str, user: str, extra: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        ImportError: If the package is not installed; the message names the extra that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        root = module.split(".")[0]
-        if error.name != root:
-            raise  # the package is there, but something that it needs is not
-        raise ImportError(
-            f'interop.{user} needs {root}, which is missing: pip install "kaun[{extra}]"', name=root
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

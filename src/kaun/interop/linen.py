@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kaun import rng, tree
+from kaun._messages import optional_package
 from kaun.context import Context
 from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
 from kaun.interop.keywords import (
@@ -17,7 +18,6 @@ from kaun.interop.keywords import (
     check_structure,
     leaves_by_path,
     origins,
-    package,
     plain,
     zeros,
 )
@@ -84,7 +84,7 @@ def linen(
         >>> model.apply(variables, jnp.ones((4, 2)), training=True)[0].shape
         (4, 3)
     """
-    flax = package("flax.linen", "linen", "flax")
+    flax = optional_package("interop.linen", "flax.linen", "flax")
     drop, keep = ([names] if isinstance(names, str) else list(names) for names in (drop, keep))
     both = [name for name in keep if name in (*drop, "params")]
     if both:
@@ -103,7 +103,7 @@ class _Adapter:
     ) -> None:
         _check(flax, module)
         self.flax, self.module, self.sample, self.ctx, self.drop, self.keep = flax, module, sample, ctx, drop, keep
-        self.errors = package("flax.errors", "linen", "flax")
+        self.errors = optional_package("interop.linen", "flax.errors", "flax")
         self.name = f"linen({type(module).__name__})"
         self.method = method
         # Read from the class, because Flax binds what is read from an instance. A class without __call__ has that of

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kaun import tree
 from kaun.context import Context
-from kaun.layers.core import Float, Int, Layer, Vars, below, block_text, keys_text, must_be_layer
+from kaun.layers.core import Float, Int, Layer, Vars, below, block_text, keys_text, must_be_layer, short_name
 from kaun.layers.path import at, here
 
 __all__ = ["must_be_key", "must_fit", "parts_text", "residual", "sequential"]
@@ -112,7 +112,7 @@ def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
             raise ValueError(
                 f"{here('residual')} adds its input {tree.describe(x)} to its inner layer's output "
                 f"{tree.describe(y)}: shapes and dtypes must be equal. Change "
-                f"{inner.name.splitlines()[0]} so that it keeps both."
+                f"{short_name(inner)} so that it keeps both."
             )
         return x + y, vars.replace(state={"inner": after.state})
 

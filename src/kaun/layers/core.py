@@ -29,6 +29,7 @@ __all__ = [
     "compose",
     "keys_text",
     "must_be_layer",
+    "short_name",
 ]
 
 
@@ -226,10 +227,9 @@ class Layer(Generic[In, Out]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not (_has_an_address(self._init) and _has_an_address(self._apply)) and not _pickles_closures():
-            head = self.name.splitlines()[0].rstrip("([{")
             raise TypeError(
-                f"layer {head} cannot be pickled: its init and apply are closures. Pickle the function that builds the "
-                "model, and the variables: pickle.dumps((build_model, state.vars)). Or use cloudpickle."
+                f"layer {short_name(self)} cannot be pickled: its init and apply are closures. Pickle the function "
+                "that builds the model, and the variables: pickle.dumps((build_model, state.vars)). Or use cloudpickle."
             )
         return functools.partial(Layer, init=self._init, apply=self._apply, name=self.name), ()
 
@@ -321,6 +321,11 @@ def below(vars: Vars, key: Any) -> Vars:
             f"{here('the model')} expected variables with a part {key!r} in params and in state, received "
             f"{keys_text(vars.params)} and {keys_text(vars.state)}: they belong to another model."
         ) from None
+
+
+def short_name(layer: Layer[Any, Any]) -> str:
+    """The first line of a layer's name, without an open bracket, for messages."""
+    return layer.name.splitlines()[0].rstrip("([{")
 
 
 def keys_text(part: Any) -> str:

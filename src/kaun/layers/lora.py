@@ -12,7 +12,7 @@ from kaun import rng, tree
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.arguments import positive, size
-from kaun.layers.core import Layer, Vars, abstract_vars, below, block_text, keys_text, must_be_layer
+from kaun.layers.core import Layer, Vars, abstract_vars, below, block_text, keys_text, must_be_layer, short_name
 from kaun.layers.path import at, here
 from kaun.layers.repeat import one_copy
 
@@ -152,7 +152,7 @@ def merge_lora(model: Layer[Any, Any], vars: Vars) -> Vars:
     """
     apply = model._apply if isinstance(model, Layer) else None  # pyright: ignore
     if not isinstance(apply, _Adapted):
-        received = model.name.splitlines()[0].rstrip("([{") if isinstance(model, Layer) else repr(model)  # pyright: ignore
+        received = short_name(model) if isinstance(model, Layer) else repr(model)  # pyright: ignore
         raise TypeError(
             f"merge_lora expected the model that layers.lora returned, received {received}. Write "
             "merge_lora(trainer.model, state.vars)."

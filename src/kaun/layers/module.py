@@ -16,7 +16,7 @@ from kaun._jax import current_trace
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.containers import must_be_key, must_fit, parts_text
-from kaun.layers.core import Float, Int, Layer, Vars, below, must_be_layer
+from kaun.layers.core import Float, Int, Layer, Vars, below, must_be_layer, short_name
 from kaun.layers.path import at, here
 
 __all__ = ["Module", "attributes_read", "module"]
@@ -206,8 +206,7 @@ class _Call:
         self._states[self._key] = after
 
     def __repr__(self) -> str:
-        head = self._layer.name.splitlines()[0].rstrip("([{")
-        return f"<m.{self._path}: {head}>"
+        return f"<m.{self._path}: {short_name(self._layer)}>"
 
 
 def _pairs(part: Any) -> Iterator[tuple[Any, Any]]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kaun._paths import local_path
+from kaun._messages import optional_package
+from kaun._paths import picture_path
 from kaun._report import Report
 from kaun._run import StepValues, pack_results, saved_values, unpack_results
 from kaun.reports.epochs import PassMeans
@@ -152,8 +153,7 @@ class History(Report):
         figure = _figure(steps, losses, window, self.results)
         if log:
             figure.axes[0].set_yscale("log")
-        path = local_path("history.plot", path)
-        path = path if path.suffix else path.with_suffix(".png")
+        path = picture_path("history.plot", path)
         figure.savefig(path)
         return path
 
@@ -241,10 +241,9 @@ def _figure(
     steps: np.ndarray, losses: np.ndarray, window: int, results: Sequence[tuple[int, Mapping[str, float]]] = ()
 ) -> Any:
     """A new matplotlib Figure, made without pyplot, whose figures, settings and windows are the user's."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as err:
-        raise ImportError('history.plot draws with matplotlib, which is missing: pip install "kaun[plot]"') from err
+    optional_package("history.plot", "matplotlib", "plot")
+    from matplotlib.figure import Figure
+
     names = sorted({name for _, values in results for name in values} - {"loss"})
     lines = -(-len(names) // ACROSS)
     figure: Any = Figure(figsize=(8, 4.5 + 1.8 * lines), dpi=150, layout="constrained")

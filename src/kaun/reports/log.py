@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 import sys
@@ -18,7 +17,7 @@ from kaun._run import StepValues, saved_values
 from kaun.reports.epochs import PassMeans
 from kaun.train import TrainState
 
-__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array", "require_package"]
+__all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array"]
 
 Row = dict[str, Any]  # "step", an int, first; then float, int or bool by name
 
@@ -289,17 +288,3 @@ def _json(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return '"NaN"' if math.isnan(value) else '"Infinity"' if value > 0 else '"-Infinity"'
     return repr(value)
-
-
-def require_package(where: str, package: str, extra: str) -> Any:
-    """Return a package that only this report needs.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as err:
-        if err.name != package:  # something that the package needs is missing
-            raise
-        raise ImportError(f'reports.{where} needs {package}, which is missing: pip install "kaun[{extra}]"') from err

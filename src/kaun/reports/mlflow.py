@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from kaun._messages import warn
+from kaun._messages import optional_package, warn
 from kaun._report import Report
-from kaun.reports.log import Log, Row, require_package
+from kaun.reports.log import Log, Row
 
 __all__ = ["mlflow"]
 
@@ -52,7 +52,7 @@ def mlflow(
         >>> report = reports.mlflow("digits", tracking_uri="sqlite:///runs.db")  # doctest: +SKIP
         >>> state = trainer.fit(state, data, report=reports.every(10, report))  # doctest: +SKIP
     """
-    package = require_package("mlflow", "mlflow", "mlflow")
+    package = optional_package("reports.mlflow", "mlflow", "mlflow")
     return Log(_Mlflow(package, experiment, name, tracking_uri, run), epochs)
 
 

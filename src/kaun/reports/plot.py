@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from kaun._paths import local_path
+from kaun._messages import optional_package
+from kaun._paths import picture_path
 from kaun._report import Report
 from kaun.reports.files import check_writable
 from kaun.reports.history import History
-from kaun.reports.log import require_package
 from kaun.train import TrainState
 
 __all__ = ["plot"]
@@ -55,9 +55,8 @@ def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
     """
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'plot expected the path of a picture, received {path!r}. Write plot("loss.png").')
-    require_package("plot", "matplotlib", "plot")
-    whole = local_path("plot", path).absolute()
-    return _Plot(whole if whole.suffix else whole.with_suffix(".png"), log)
+    optional_package("reports.plot", "matplotlib", "plot")
+    return _Plot(picture_path("plot", path).absolute(), log)
 
 
 class _Plot(Report):

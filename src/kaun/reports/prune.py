@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from kaun import tree
+from kaun._messages import optional_package
 from kaun._report import Report
 from kaun.train import TrainState
 
@@ -61,11 +61,5 @@ class _Prune(Report):
         at = int(state.step)
         self._trial.report(float(values[self._name]), at)
         if self._trial.should_prune():
-            raise _pruned()(f"pruned at step {at}")
-
-
-def _pruned() -> Any:
-    try:
-        return importlib.import_module("optuna").TrialPruned
-    except ModuleNotFoundError as err:
-        raise ImportError('reports.prune needs optuna, which is missing: pip install "kaun[optuna]"') from err
+            optuna = optional_package("reports.prune", "optuna", "optuna")
+            raise optuna.TrialPruned(f"pruned at step {at}")

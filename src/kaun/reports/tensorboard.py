@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kaun._messages import optional_package
 from kaun._paths import local_path
 from kaun._report import Report
-from kaun.reports.log import Log, Row, require_package
+from kaun.reports.log import Log, Row
 
 __all__ = ["tensorboard"]
 
@@ -49,7 +50,7 @@ def tensorboard(folder: str | os.PathLike[str], *, epochs: bool = False) -> Repo
         ...     len(list(pathlib.Path(folder).glob("events.out.tfevents.*")))
         1
     """
-    require_package("tensorboard", "tensorboardX", "tensorboard")
+    optional_package("reports.tensorboard", "tensorboardX", "tensorboard")
     if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f'tensorboard expected the path of a folder, received {folder!r}. Write tensorboard("run").')
     return Log(_TensorBoard(local_path("tensorboard", folder).absolute()), epochs)

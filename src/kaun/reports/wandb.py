@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kaun._messages import optional_package
 from kaun._report import Report
-from kaun.reports.log import Log, Row, require_package
+from kaun.reports.log import Log, Row
 
 __all__ = ["wandb"]
 
@@ -34,7 +35,7 @@ def wandb(*, run: Any = None, epochs: bool = False, **settings: Any) -> Report:
         >>> report = reports.wandb(project="digits", mode="offline")  # doctest: +SKIP
         >>> state = trainer.fit(state, data, report=reports.every(10, report))  # doctest: +SKIP
     """
-    package = require_package("wandb", "wandb", "wandb")
+    package = optional_package("reports.wandb", "wandb", "wandb")
     if run is not None and settings:
         raise TypeError(
             f"wandb received both run= and {', '.join(settings)} for a new run. Write wandb(run=run), or "

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from kaun._paths import local_path
-from kaun._report import Report
+from kaun._messages import optional_package
+from kaun._paths import picture_path
+from kaun._report import NUMBERS, Report
 from kaun._run import saved_values
-from kaun.reports.log import require_package
 from kaun.train import TrainState
 
 __all__ = ["Watch", "watch"]
 
-KINDS = ("grad_norm/", "weight_norm/", "update_ratio/")
+KINDS = NUMBERS["layer_norms"]
 TITLES = ("norm of the gradient", "norm of the weights", "norm of the update over that of the weights")
 LISTED = 12  # layers in a legend
 
@@ -129,7 +129,7 @@ class Watch(Report):
                 "watch.plot has nothing to draw: no step was recorded. Pass the watch to fit first, "
                 "trainer.fit(state, data, report=watch), for at least `every` steps."
             )
-        require_package("watch(...).plot", "matplotlib", "plot")
+        optional_package("reports.watch(...).plot", "matplotlib", "plot")
         from matplotlib.figure import Figure  # without pyplot, whose figures and settings are the user's
 
         figure: Any = Figure(figsize=(8, 9), dpi=150, layout="constrained")
@@ -144,8 +144,7 @@ class Watch(Report):
             axes.spines[["top", "right"]].set_visible(False)
         panels[-1].set_xlabel("step")
         figure.legend(panels[0].lines[:LISTED], self.layers[:LISTED], loc="outside right upper", frameon=False)
-        path = local_path("watch.plot", path)
-        path = path if path.suffix else path.with_suffix(".png")
+        path = picture_path("watch.plot", path)
         figure.savefig(path)
         return path
 
