@@ -1,8 +1,9 @@
 """How many steps run at once.
 
 A step is traced once for each kind of item (``inputs``, ``cache``), compiled into a loop over a block of items
-(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs. A step that is not
-finite (``failed``) can be run again one operation at a time (``replay``, ``source``).
+(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs. What a block gives is
+in ``results``, laid out by ``numbers``. ``flush`` is the program that ends an open window of ``accumulate``. A step
+that is not finite (``failed``) can be run again one operation at a time (``replay``, ``source``).
 """
 
 from kaun._engine.cache import ProgramCache as ProgramCache

@@ -1,4 +1,10 @@
-"""How a run is resumed: what it is (``identity``), how far it is (``run``, ``position``), and when it is saved."""
+"""How a run is resumed: what it is, how far it is, and when it is saved.
+
+Read ``run`` first, then ``steps``, which makes the loop of a run and flushes its last window. ``identity`` has the
+facts by which a run knows its data and program, ``position`` its place in the data, and ``saver`` decides when a
+checkpoint is due and which step is the best. ``reports`` calls the report with the ``values`` of finished steps, and
+``report_state`` saves what reports keep.
+"""
 
 from kaun._run.failure import save_on_error as save_on_error
 from kaun._run.repeats import RepeatedPasses as RepeatedPasses

@@ -1,8 +1,10 @@
 """What one training step computes: pure functions of settings, carry and batch.
 
-Read ``step`` first: forward pass, loss, gradient, update. Most other modules implement one argument of ``Trainer``,
-``window`` that of ``accumulate``; ``nonfinite``, ``watch`` and ``values`` together decide whether a step is finite, and
-say why not.
+Read ``step`` first: forward pass, loss, gradient, update. ``settings`` has the arguments of a ``Trainer``, checked, and
+``trainable``, ``precision`` with ``loss_scale``, ``microbatches``, ``window`` (of ``accumulate``) and ``penalty``
+implement one each. ``nonfinite``, ``watch`` and ``values`` together decide whether a step is finite, and say why not.
+``optimizer`` makes the update. ``rate`` and ``norms`` are numbers for reports: the learning rate of an optimizer made
+by optax, and norms by layer.
 """
 
 from kaun._step.evaluated import EvaluatedParams as EvaluatedParams

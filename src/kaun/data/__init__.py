@@ -1,7 +1,8 @@
 """How data flows: ``Data``, a lazy pipeline of items, and what ``fit`` needs of any iterable.
 
-``sources`` and ``pipeline`` have the methods that users call, ``nodes`` and ``combine`` what a stage does, ``items``
-what an item is, ``loaders`` the loaders of other libraries.
+``sources`` and ``pipeline`` have the methods that users call, on top of ``base``; ``nodes`` and ``combine`` what a
+stage does, ``items`` what an item is, ``loaders`` the loaders of other libraries. ``rows`` is what is known of the rows
+of a batch besides its arrays; ``padding`` (``pad=True``, ``sample_weights=``) and ``buckets`` make such batches.
 """
 
 from kaun.data.access import chunks_of as chunks_of

@@ -1,4 +1,4 @@
-"""Questions about a training run: why a step is not finite, and which learning rate to take."""
+"""Questions about a run: why a step is not finite (``explain``), and which learning rate to use (``lr_range``)."""
 
 from kaun.diagnose.explain import Explanation as Explanation
 from kaun.diagnose.explain import explain as explain

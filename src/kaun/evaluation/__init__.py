@@ -1,4 +1,7 @@
-"""How a trained model is evaluated: passes over data for ``evaluate`` and ``predict``, and ``export``."""
+"""How a trained model is evaluated: passes over data for ``evaluate`` and ``predict``, and ``export``.
+
+Read ``passes`` first. ``totals`` adds the metrics up, and ``rows`` gives them the mask and weights of padded batches.
+"""
 
 from kaun.evaluation.export import export_model as export_model
 from kaun.evaluation.passes import evaluate as evaluate

@@ -1,4 +1,9 @@
-"""Layers: ``Layer`` and ``Vars``, composition, and the catalogue of ready-made layers."""
+"""Layers: ``Layer`` and ``Vars``, composition, and the catalogue of ready-made layers.
+
+Read ``core`` first, then ``containers`` and ``module``, which combine layers, and ``linear``, the simplest one. Layers
+check arguments with ``arguments``, inputs with ``inputs``, and draw parameters with ``init``; ``path`` is the place in
+the model for error messages.
+"""
 
 from kaun.layers.activation import gelu as gelu
 from kaun.layers.activation import relu as relu

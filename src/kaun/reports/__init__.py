@@ -1,4 +1,8 @@
-"""Reports: what ``fit`` calls after its steps."""
+"""Reports: what ``fit`` calls after its steps.
+
+The interface is ``Report``. ``compose`` combines reports and passes values between them. The loggers (``files``,
+``tensorboard``, ``wandb``, ``mlflow``) share ``log``; with ``history`` they share ``epochs``, the averages over a pass.
+"""
 
 from kaun._report import Report as Report
 from kaun._report import ReportFunction as ReportFunction
