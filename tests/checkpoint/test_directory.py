@@ -175,7 +175,9 @@ def test_arguments_are_checked(options, error, text):
 
 
 def test_a_path_is_first():
-    with pytest.raises(TypeError, match=r"checkpoint\.Directory expected a path first, received dict"):
+    with pytest.raises(
+        TypeError, match=r"checkpoint\.Directory expected a path first, received dict\. Write Directory\('runs/first'\)"
+    ):
         Directory({})
 
 

@@ -192,7 +192,7 @@ WRONG = [
     (lambda: bucket([1.0] * 9, EDGES, 2), TypeError, r"expected a function from row to length, or the lengths of all"),
     (lambda: bucket(length, [], 2), ValueError, r"expected edges that rise, at least one, received \[\]"),
     (lambda: bucket(length, [6, 3], 2), ValueError, r"expected edges that rise, at least one, received \[6, 3\]"),
-    (lambda: bucket(length, 6, 2), TypeError, r"expected edges as a list of ints, received .*Write \[64, 128\]"),
+    (lambda: bucket(length, 6, 2), TypeError, r"expected edges as a list of ints, received .*Write edges=\[64, 128\]\."),
     (lambda: bucket(length, [0, 6], 2), ValueError, r"expected an edge to be at least 1, received 0"),
     (lambda: bucket(length, EDGES, 0), ValueError, r"expected batch_size to be at least 1, received 0"),
     (lambda: shuffled().bucket(LENGTHS, EDGES, 2), ValueError, r"received them after \.shuffle\(\): length i would belong "

@@ -171,7 +171,7 @@ def test_the_recurrent_weight_is_orthogonal_and_biases_are_zero():
         (lambda f: f(X[:, :, :3]), ValueError, r"lstm\(4, 6\) at '0' expected float32\[batch, length, 4\], received float32\[3, 5, 3\]"),
         (lambda f: f(X[0]), ValueError, "it has 2 axes instead of 3"),
         (lambda f: f(X, lengths=jnp.ones(3)), TypeError, r"expected ctx\['lengths'\] as int\[3\], the length of each row, received float32\[3\]\. Write"),
-        (lambda f: f(X, lengths=np.ones(2, int)), ValueError, r"received int\d+\[2\]\. It has one number for each row"),
+        (lambda f: f(X, lengths=np.ones(2, int)), ValueError, r"received int\d+\[2\]\. Write jnp\.full\(\d+, \d+\) for whole rows"),
         (lambda f: f(X, lengths=np.array([1, 6, 2])), ValueError, r"in 0 to 5, received 6\. Cut the lengths .* jnp\.minimum\(lengths, 5\)"),
         (lambda f: f(X, lengths=np.array([1, -1, 2])), ValueError, r"in 0 to 5, received -1\."),
         (lambda f: f((X, jnp.zeros((3, 6)))), ValueError, r"expected \(x, state\) with the state \(float32\[3, 6\], float32\[3, 6\]\), received float32\[3, 6\]\. Pass"),

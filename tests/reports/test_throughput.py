@@ -61,7 +61,7 @@ def test_xla_counts_a_multiply_add_as_two_and_the_body_of_a_loop_once():
         ({}, ValueError, r"expected tokens=, or flops= and peak_flops=, or all three. Write throughput\(tokens=512"),
         ({"flops": 1.0}, ValueError, "expected tokens=, or flops= and peak_flops="),
         ({"tokens": 5, "peak_flops": 1.0}, ValueError, "expected tokens=, or flops= and peak_flops="),
-        ({"tokens": 0}, ValueError, "expected tokens to be a finite number above 0, received 0"),
+        ({"tokens": 0}, ValueError, "expected tokens to be a finite number above 0, received 0. Write tokens=512."),
         ({"flops": float("inf"), "peak_flops": 1.0}, ValueError, "expected flops to be a finite number above 0"),
         ({"tokens": 5.0}, TypeError, r"expected tokens as the number of tokens of an example, .* received 5.0"),
         ({"flops": "1"}, TypeError, r"expected flops as a number, received '1'. Write flops=1e12"),

@@ -46,7 +46,8 @@ def close(a, b, rtol=1e-6):
 )
 def test_it_must_be_a_count(count, error, received):
     with pytest.raises(
-        error, match=rf"microbatches=\.\.\.\) expected an int of at least 1, received {received}\. Write 4"
+        error,
+        match=rf"microbatches=\.\.\.\) expected an int of at least 1, received {received}\. Write microbatches=4\.",
     ):
         made(count)
 

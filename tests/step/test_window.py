@@ -369,7 +369,7 @@ def test_an_overflow_of_float16_halves_the_scale_and_leaves_its_window(mode):
 @pytest.mark.parametrize(("value", "error"), [(2.0, TypeError), (True, TypeError), (0, ValueError)])
 def test_it_must_be_a_count(value, error):
     with pytest.raises(
-        error, match=rf"accumulate=\.\.\.\) expected an int of at least 1, received {value!r}\. Write 4"
+        error, match=rf"accumulate=\.\.\.\) expected an int of at least 1, received {value!r}\. Write accumulate=4\."
     ):
         made(value)
 

@@ -27,9 +27,9 @@ def check_count(name: str, count: Any) -> None:
         ValueError: If it is below 1.
     """
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
-        raise TypeError(f"Trainer({name}=...) expected an int of at least 1, received {count!r}. Write 4.")
+        raise TypeError(f"Trainer({name}=...) expected an int of at least 1, received {count!r}. Write {name}=4.")
     if count < 1:
-        raise ValueError(f"Trainer({name}=...) expected an int of at least 1, received {count}. Write 4.")
+        raise ValueError(f"Trainer({name}=...) expected an int of at least 1, received {count}. Write {name}=4.")
 
 
 def batch_length(x: Any) -> int | None:

@@ -19,7 +19,10 @@ _MODES = ("min", "max")
 def check_path(path: object) -> Path:
     """The absolute path."""
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"checkpoint.Directory expected a path first, received {type(path).__name__}.")
+        raise TypeError(
+            f"checkpoint.Directory expected a path first, received {type(path).__name__}. "
+            "Write Directory('runs/first')."
+        )
     return local_path("checkpoint.Directory", path).absolute()
 
 

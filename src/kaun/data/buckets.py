@@ -32,7 +32,9 @@ def checked_edges(edges: Any) -> tuple[int, ...]:
         ValueError: If there is none, one is below 1, or they do not rise.
     """
     if isinstance(edges, str) or not hasattr(edges, "__iter__"):
-        raise TypeError(f"{WHERE} expected edges as a list of ints, received {tree.describe(edges)}. Write [64, 128].")
+        raise TypeError(
+            f"{WHERE} expected edges as a list of ints, received {tree.describe(edges)}. Write edges=[64, 128]."
+        )
     found = tuple(checked_count(WHERE, "an edge", edge, 1) for edge in edges)
     if not found or any(b <= a for a, b in itertools.pairwise(found)):
         raise ValueError(

@@ -341,7 +341,9 @@ def _lengths(name: str, x: jax.Array, ctx: Context) -> jax.Array | None:
     if not (tree.is_array(lengths) and jnp.issubdtype(lengths.dtype, jnp.integer)):
         raise TypeError(f"{expected}, received {tree.describe(lengths)}. Write jnp.array([5, 3]).")
     if lengths.shape != x.shape[:1]:
-        raise ValueError(f"{expected}, received {tree.describe(lengths)}. It has one number for each row.")
+        raise ValueError(
+            f"{expected}, received {tree.describe(lengths)}. Write jnp.full({x.shape[0]}, {x.shape[1]}) for whole rows."
+        )
     if not is_traced(lengths):
         values = np.asarray(lengths)
         outside = values[(values < 0) | (values > x.shape[1])]

@@ -57,7 +57,10 @@ def throughput(
             raise TypeError(f"throughput expected {name} as a number, received {value!r}. Write {name}=1e12.")
     for name, value in (("tokens", tokens), ("flops", flops), ("peak_flops", peak_flops)):
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
-            raise ValueError(f"throughput expected {name} to be a finite number above 0, received {value!r}.")
+            example = "512" if name == "tokens" else "1e12"
+            raise ValueError(
+                f"throughput expected {name} to be a finite number above 0, received {value!r}. Write {name}={example}."
+            )
     if (flops is None) != (peak_flops is None) or (tokens is None and flops is None):
         raise ValueError(
             "throughput expected tokens=, or flops= and peak_flops=, or all three. Write throughput(tokens=512, "
