@@ -101,12 +101,36 @@ def test_a_trainer_with_options_and_a_loss_that_is_a_mean():
     assert found.smoothed[-1] < 0.5 * found.smoothed[0]
 
 
+def test_a_window_of_accumulate_is_a_step():
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=layers.linear(4, 1), optimizer=optax.adam(0.1))
+        state = trainer.init()
+    halves, whole = (Data.batches((X, Y), size).with_loss(losses.mse).epochs(6) for size in (32, 64))
+    expected = kaun.lr_range(trainer, state, whole, low=1e-4, high=1.0, steps=24)
+    pairs = dataclasses.replace(trainer, accumulate=2, average=kaun.averages.ema(0.9))
+    with rng.scope(0):
+        state = pairs.make_state(state.vars)
+    found = kaun.lr_range(pairs, state, halves, low=1e-4, high=1.0, steps=24)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    np.testing.assert_allclose(found.smoothed, expected.smoothed, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"expected at least 50 items, and the data have 48\. .*train\.epochs\(2\)"):
+        kaun.lr_range(pairs, state, halves, low=1e-4, high=1.0, steps=25)
+
+
+def test_a_batch_that_is_masked_as_a_whole_is_not_a_low_loss():
+    trainer, state, _ = made(optax.adam(0.1))
+    keep = jnp.ones((64, 1), bool)
+    items = [(X[:64], lambda out, k=keep & (i != 12): losses.mse.parts(out, Y[:64], where=k)) for i in range(24)]
+    found = kaun.lr_range(trainer, state, items, low=1e-4, high=1e-2, steps=24)
+    assert found.losses[12] == 0 and found.smoothed[12] == found.smoothed[11] > 1
+
+
 def test_an_iterator_of_items_is_enough():
     trainer, state, data = made(OPTIMIZERS["constant"])
     assert len(kaun.lr_range(trainer, state, iter(list(data)), low=1e-4, high=1e-3, steps=12).losses) == 12
     with pytest.raises(
         ValueError,
-        match=r"lr_range expected at least 12 items, .* and the data have 3. Write lr_range\(trainer, state, train.epochs\(4\), \.\.\.\), or steps=10",
+        match=r"lr_range expected at least 12 items, and the data have 3. Write lr_range\(trainer, state, train.epochs\(4\), \.\.\.\), or fewer steps",
     ):
         kaun.lr_range(trainer, state, iter(list(data)[:3]), low=1e-4, high=1e-3, steps=12)
     with pytest.raises(ValueError, match="the data have 3"):

@@ -59,7 +59,9 @@ def renamed(optimizer):
     return optax.GradientTransformation(optimizer.init, other)
 
 
-@pytest.mark.parametrize("make", KNOWN, ids=str)
+@pytest.mark.parametrize(
+    "make", KNOWN, ids=[make if isinstance(make, str) else f"made {i}" for i, make in enumerate(KNOWN)]
+)
 def test_the_rate_of_optaxs_optimizers(make):
     make = getattr(optax, make) if isinstance(make, str) else make
     assert find_rate(make(0.01)) == (None, 0.01, False) and find_rate(make(0.01)).fixed == 0.01

@@ -101,13 +101,14 @@ def lr_range(
 
     The rate rises by the same factor in each step. The test ends early where the loss is not finite or has risen far
     above its lowest value. The state is not changed; the copy begins with its weights and a fresh optimizer state.
-    Schedules of the optimizer are ignored. One program is compiled.
+    Schedules of the optimizer are ignored. One program is compiled. With ``accumulate=k`` a step is a window of k
+    items, and its loss their weighted mean.
 
     Args:
         trainer: The trainer. Its optimizer is one of optax's whose learning rate can be found (``optax.adam(1e-3)``,
             with a schedule, in a chain), or is made by ``optax.inject_hyperparams``.
         state: The state whose weights are the start.
-        data: At least ``steps`` items, as for ``fit``.
+        data: At least ``steps`` items, as for ``fit``; with ``accumulate=k``, k times as many.
         low: The first rate.
         high: The last rate.
         steps: The number of steps, at least 10.
@@ -143,19 +144,20 @@ def lr_range(
     _check_range(low, high, steps)
     rates = np.geomspace(low, high, steps)
     optimizer = _rising(trainer.optimizer, state.opt_state, rates)
-    tested = dataclasses.replace(trainer, optimizer=optimizer, on_nonfinite="raise")
+    tested = dataclasses.replace(trainer, optimizer=optimizer, on_nonfinite="raise", average=None)
     with rng.scope(0):  # the key comes from the state, so that no key of the caller's scope is drawn
         fresh = tested.make_state(state.vars)
-    report = _Losses(steps)
+    report = _Losses(steps, trainer.accumulate)
+    items = _first(data, steps * trainer.accumulate)
     try:
-        tested.fit(fresh.replace(step=state.step, key=state.key), _first(data, steps), ctx=ctx, report=report)
+        tested.fit(fresh.replace(step=state.step, key=state.key), items, ctx=ctx, report=report)
     except NonFiniteLoss:
         if not report.losses:
             raise
         report.diverged = True
     taken = len(report.losses)
     if taken < steps and not report.diverged:
-        raise _too_few(taken, steps)
+        raise _too_few(report.items, steps * trainer.accumulate)
     smoothed = np.array(report.smoothed)
     return RateRange(
         rates[:taken], np.array(report.losses), smoothed, _steepest(rates[:taken], smoothed, steps // _ROUGH)
@@ -163,11 +165,12 @@ def lr_range(
 
 
 class _Losses(Report):
-    """Keeps losses and their running average, and ends the fit where they diverge."""
+    """Keeps the losses of updates and their running average, and ends the fit where they diverge."""
 
-    def __init__(self, steps: int) -> None:
-        self._rough = steps // _ROUGH
+    def __init__(self, steps: int, items_each: int) -> None:
+        self._rough, self._items_each, self.items = steps // _ROUGH, items_each, 0
         self._decay, self._sum, self._weight = 1 - min(1.0, _SMOOTHED / steps), 0.0, 0.0
+        self._window: tuple[float, float] = (0.0, 0.0)  # the weighted sum of losses, and their weights
         self.losses: list[float] = []
         self.smoothed: list[float] = []
         self.diverged = False
@@ -179,17 +182,25 @@ class _Losses(Report):
         raise EarlyStop
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
-        for loss in values["loss"].tolist():
+        for loss, weight in zip(values["loss"].tolist(), values["loss_weight"].tolist(), strict=True):
             if self.diverged:
                 return
-            self._sum = self._decay * self._sum + (1 - self._decay) * loss
-            self._weight = self._decay * self._weight + 1 - self._decay
-            self.losses.append(loss)
-            self.smoothed.append(self._sum / self._weight)
-            steady = self.smoothed[self._rough :]
-            if steady:
-                fall = max(abs(min(steady)), steady[0] - min(steady))
-                self.diverged = steady[-1] - min(steady) > _DIVERGED * fall
+            self.items += 1
+            self._window = self._window[0] + weight * loss, self._window[1] + weight
+            if self.items % self._items_each == 0:
+                self._add(*self._window)
+                self._window = (0.0, 0.0)
+
+    def _add(self, total: float, weight: float) -> None:
+        """Add the loss of an update; one of weight 0 leaves the running average as it is."""
+        self._sum = self._decay * self._sum + (1 - self._decay) * total
+        self._weight = self._decay * self._weight + (1 - self._decay) * weight
+        self.losses.append(total / (weight or 1.0))
+        self.smoothed.append(self._sum / (self._weight or 1.0))
+        steady = self.smoothed[self._rough :]
+        if steady:
+            fall = max(abs(min(steady)), steady[0] - min(steady))
+            self.diverged = steady[-1] - min(steady) > _DIVERGED * fall
 
 
 class _Rising(NamedTuple):
@@ -269,17 +280,17 @@ def _set_count(opt_state: Any, count: int) -> Any:
     return jax.tree_util.tree_map(replaced, opt_state, is_leaf=is_one)
 
 
-def _first(data: Iterable[Any], steps: int) -> Iterable[Any]:
+def _first(data: Iterable[Any], items: int) -> Iterable[Any]:
     known = known_length(data)
-    if known is not None and known < steps:
-        raise _too_few(known, steps)
-    return data.take(steps) if isinstance(data, Data) else itertools.islice(data, steps)
+    if known is not None and known < items:
+        raise _too_few(known, items)
+    return data.take(items) if isinstance(data, Data) else itertools.islice(data, items)
 
 
-def _too_few(found: int, steps: int) -> ValueError:
+def _too_few(found: int, items: int) -> ValueError:
     return ValueError(
-        f"lr_range expected at least {steps} items, one for each of its steps, and the data have {found}. Write "
-        f"lr_range(trainer, state, train.epochs({-(-steps // max(found, 1))}), ...), or steps={max(found, 10)}."
+        f"lr_range expected at least {items} items, and the data have {found}. Write "
+        f"lr_range(trainer, state, train.epochs({-(-items // max(found, 1))}), ...), or fewer steps."
     )
 
 
