@@ -56,10 +56,10 @@ def trace_of(value: Any) -> Any:
 
 
 def current_trace() -> Any:
-    """Return the trace in which operations are done now; each transformation (also vmap and grad) has its own.
+    """Return the current trace of JAX; each transformation (also vmap and grad) has its own.
 
-    What is computed in a transformation and kept aside, and not returned from it, cannot be used after it. JAX says so
-    when it is used, far from the place; which transformation is running has no public name.
+    A value that is computed in a transformation and stored instead of returned cannot be used after it. JAX raises only
+    when it is used, far from the cause; which transformation is running has no public name.
     """
     return sys.modules["jax._src.core"].trace_ctx.trace
 

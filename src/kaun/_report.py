@@ -185,8 +185,8 @@ class Report:
         Args:
             step: The number of the step in this fit.
             values: The values by name.
-            state: The state after the step, or what ``validate(of=)`` returned for it, of which the values are. Keeping
-                it costs a copy; a state that is not read costs nothing.
+            state: The state that was measured: the one after the step, or what ``validate(of=)`` returned for it.
+                Keeping it costs a copy; a state that is not read costs nothing.
         """
 
     def snapshot(self) -> dict[str, Any]:

@@ -156,8 +156,8 @@ def carry_scope() -> Callable[[], AbstractContextManager[None]]:
 def loop_scope() -> Callable[[jax.Array], AbstractContextManager[None]]:
     """Return a function that opens a scope for iteration i of a loop whose body JAX traces once, in that body.
 
-    The keys of an iteration are a function of one key of the current scope and i. That key is drawn when the body first
-    asks for one, so that a body which asks for none takes none.
+    The keys of an iteration are a function of i and of one key of the current scope. That key is drawn when the body
+    first asks for one, so that a body without random numbers draws none.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -189,7 +189,7 @@ def loop_scope() -> Callable[[jax.Array], AbstractContextManager[None]]:
 
 
 class _LoopScope(_Scope):
-    """A scope for one iteration of a loop. ``index`` has the count of the outer scope's key once it is drawn."""
+    """A scope for one iteration of a loop. ``index`` holds the count of the outer scope's key once it is drawn."""
 
     __slots__ = ("_index", "_iteration", "_outer")
 

@@ -173,7 +173,7 @@ def test_verify_reads_everything_and_leaves_lists_it(disk, folder, make):
 
 
 def replace_file(folder, raw):
-    """Puts other bytes in the place of the state's, with sums that are right."""
+    """Puts other bytes in place of the state's, with sums that are right."""
     (folder / one.STATE).write_bytes(raw)
     record = manifest.FileDigest(len(raw), hashlib.sha256(raw).hexdigest())
     sealed = manifest.sealed(7, {one.STATE: record}, '"reports":{},"facts":{}')

@@ -33,7 +33,7 @@ def made(model, **options):
         return trainer, trainer.init()
 
 
-# In the short form the models that compile for longest have one length in the place of two.
+# In the short form the models that compile for longest have one length in place of two.
 LENGTHS = [(name, (9,) if name in ("conv", "attention") else (1, 9)) for name in MODELS]
 LONG = [("conv", (1, 9)), ("attention", (1, 9)), *((name, (4,)) for name in MODELS)]
 

@@ -84,7 +84,7 @@ def test_a_measured_value_of_another_name_is_refused_with_the_nearest(world, com
 
 
 def test_names_in_a_dict_of_a_misspelled_attribute_are_refused(world):
-    """`watch = {"accuracy": "max"}` in the place of `watches`."""
+    """`watch = {"accuracy": "max"}` in place of `watches`."""
     trainer, state, data = world
     report = Score(None)
     report.watch = {"accuracy": "max"}

@@ -60,7 +60,7 @@ assert_type(Data.from_arrays(matrix, table, labels), Data[tuple[Any, Any, Any]])
 assert_type(Data.from_arrays(matrix, labels, matrix, labels), Data[tuple[Any, Any, Any, Any]])
 assert_type(Data.from_arrays(matrix, labels, matrix, labels, matrix), Data[Any])
 
-# A loss in the place of labels.
+# A loss in place of labels.
 batches = Data.batches((matrix, labels), 2)
 assert_type(batches, Data[tuple[jax.Array, jax.Array]])
 assert_type(Data.batches((matrix, labels), 2, sample_weights=[1, 2, 3, 4]), Data[tuple[jax.Array, jax.Array]])

@@ -51,7 +51,7 @@ assert_type(variables, Vars)
 output, after = model.apply(variables, jnp.ones(3), training=True, ctx=Context())
 assert_type(after, Vars)
 
-# An embedding may stand first; names in the place of positions change no kind.
+# An embedding may stand first; names in place of positions change no kind.
 assert_type(layers.sequential([layers.embedding(10, 4), layers.linear(4, 2)]), Layer[Int, Float])
 assert_type(layers.sequential({"words": layers.embedding(10, 4), "out": layers.linear(4, 2)}), Layer[Int, Float])
 assert_type(layers.sequential({"hidden": layers.linear(2, 4), "sine": layers.fn(jnp.sin)}), Layer[Float, Float])

@@ -247,7 +247,8 @@ class BlockBuffer:
     def varying(self) -> tuple[bool, ...]:
         """For each leaf whether it differs between the items; the arrays of a padded batch count as different.
 
-        Batches of buckets take turns, so that a block of one item is followed by larger ones: one program serves both.
+        Batches of different buckets alternate, so that blocks of one item and larger blocks occur: one program serves
+        both.
         """
         if self._padded and self.count == 1:
             return tuple([isinstance(c, _Host) and not c.alone for c in self._columns])

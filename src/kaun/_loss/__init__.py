@@ -9,7 +9,7 @@ the key (all else), or refused. Read the files in this order, which is the order
 3. ``values`` and ``objects``: a handler for each type. Functions are followed through cells, defaults and globals, and
    objects, classes and modules by the attributes that the code names.
 4. ``code`` and ``origin``: what the bytecode names, and whether a package is a library or the user's own.
-5. ``rebuild``: the callable of a key made again, around traced arrays, with stand-ins in the place of objects.
+5. ``rebuild``: the callable of a key made again, around traced arrays, with stand-ins in place of objects.
 6. ``watch``: what the callable must not do while it is traced: write, and read by names that are not in its code.
 7. ``trace``: all of it together, ``trace_loss``, which also looks for arrays that no walk could find.
 8. ``describe``: a key in words, for messages and for the reasons of compilations.

@@ -32,7 +32,7 @@ RESERVED = frozenset(
 
 
 class Weighted(NamedTuple):
-    """A scalar that a loss returned beside its value.
+    """A scalar that a loss returned in addition to its value.
 
     Attributes:
         value: The scalar; of a ``losses.Mean`` its value.
@@ -62,7 +62,7 @@ class TracedLoss(NamedTuple):
     parts: dict[str, CountedParts]
 
     def numbers(self) -> dict[str, Any]:
-        """What the reports get beside the loss, by name: its weight where it has one, ``Weighted`` and parts."""
+        """What reports receive besides the loss, by name: the loss's weight if it has one, ``Weighted`` and parts."""
         own = {} if self.weight is None else {"loss_weight": self.weight}
         return own | {n: Weighted(v, self.weights.get(n)) for n, v in self.scalars.items()} | self.parts
 
@@ -138,7 +138,7 @@ def _value(returned: Any, function: Any) -> jax.Array:
 
 
 def _is_beside(value: Any) -> bool:
-    """Whether a value may be beside a loss."""
+    """Whether a loss may return a value in addition to its own."""
     if isinstance(value, CountedParts):
         return all(map(tree.is_real, jax.tree_util.tree_leaves(value)))
     return _is_scalar(value)

@@ -68,7 +68,7 @@ class CheckpointSaver:
         self._pulled = self._saved_step
         self.draws: dict[str, str] = {} if saved is None else dict(saved.facts.get("draws", {}))
         self._digest: str | None = None if saved is None else saved.facts.get("last")
-        # The best step so far, the one in the newest save, and the one that is on the disk for sure.
+        # The best step so far, the one recorded in the newest save, and the one whose save has finished.
         self._best = self._written = self._sure = best
         self._last: Any = None  # the item that was pulled last, where making it again may give another one
 
@@ -175,7 +175,7 @@ class CheckpointSaver:
         self._next = None if self._pause is None else time.monotonic() + self._pause
 
     def _confirm_best(self) -> None:
-        """Wait for the save in progress. If it failed, the best one is that of the save before, unless this one is."""
+        """Wait for the save in progress. If it failed, the best step that it recorded is replaced by the one before."""
         try:
             self._store.join()
         except BaseException:

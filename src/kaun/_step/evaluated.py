@@ -85,7 +85,7 @@ class EvaluatedParams:
                 fix = (
                     f"Write\n{code}\n"
                     "    evaluated = state.replace(vars=state.vars.replace(params=params), opt_state=None)\n"
-                    "and use `evaluated` in the place of the state. In a new run write Trainer(..., "
+                    "and use `evaluated` in place of the state. In a new run write Trainer(..., "
                     "average=averages.from_optimizer(f)), where f(opt_state, params) returns these params, and use "
                     "state.averaged."
                 )

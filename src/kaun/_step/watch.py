@@ -97,7 +97,7 @@ class Update:
         return lax.cond(kept, self.after, lambda: self.before)
 
     def after(self) -> dict[str, Any]:
-        """Return what is after the update, kept or not; it is computed again where that is not stored."""
+        """Return the state after the update, kept or not; it is computed again if it is not stored."""
         return self._run(self.before["opt_state"]) if self._after is None else self._after
 
 

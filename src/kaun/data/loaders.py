@@ -117,7 +117,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
 
 
 def _check_loader(made: Any, stage: str) -> None:
-    """Refuse what a function returned in the place of a loader."""
+    """Refuse what a function returned in place of a loader."""
     if not hasattr(made, "__iter__"):
         raise TypeError(f"{stage} expected a function that returns an iterable, received {type(made).__name__}.")
     libraries.refuse_forks(made, stage)

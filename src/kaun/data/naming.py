@@ -9,7 +9,7 @@ __all__ = ["note_where", "noting_where"]
 
 
 def noting_where(f: Callable[..., Any], stage: str) -> Callable[..., Any]:
-    """``f`` called with (index, item), or with the index alone by a source; its exceptions name stage and item."""
+    """``f`` as a function of (index, item), for a source of the index; its exceptions name the stage and the item."""
 
     def call(i: int, *item: Any) -> Any:
         try:

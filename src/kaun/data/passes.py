@@ -28,7 +28,7 @@ class PassLength(NamedTuple):
 
     Attributes:
         items: The number of items of a pass.
-        skipped: How many items were left out at the start of the first one.
+        skipped: The number of items that were left out at the start of the first pass.
     """
 
     items: int
@@ -36,7 +36,7 @@ class PassLength(NamedTuple):
 
 
 def pass_length(stages: Sequence[StageSpec]) -> PassLength | None:
-    """Return where the passes of a pipeline with ``epochs(n)`` end; None for any other, and where that is not known."""
+    """Return where the passes of a pipeline with ``epochs(n)`` end; None for others, and where it is not known."""
     length, skipped, cut = None, 0, False
     for before, stage in itertools.pairwise(stages):
         if stage.name == "Data.epochs":

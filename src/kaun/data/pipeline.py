@@ -137,19 +137,19 @@ class Data(Sources[T]):
     ) -> Data[Any]:
         """Batches of rows of similar lengths, padded with zeros to the upper edge of their bucket.
 
-        A row belongs to the first edge that is not below its length. A batch comes when its last row does; those that
-        are not full come at the end of a pass, filled as by ``batches(..., pad=True)``. So there is one shape, and one
-        compilation, for each edge. Shuffle before ``bucket``, so that each pass puts other rows together.
+        A row belongs to the first edge that is not below its length. A batch is complete when its last row arrives;
+        batches that are not full come at the end of a pass, filled as by ``batches(..., pad=True)``. So there is one
+        shape, and one compilation, for each edge. Shuffle before ``bucket``, so that each pass groups other rows.
 
         Items ``(x, y)`` become ``(x, y, ctx)`` with the context names ``attention_mask`` (bool [batch_size, edge], True
-        for what is no padding) and ``row_mask`` (bool [batch_size]); ``predict`` uses that context also after
+        where there is no padding) and ``row_mask`` (bool [batch_size]); ``predict`` uses that context also after
         ``map(lambda b: b[0])``. Labels that are padded are masked in the loss and in metrics.
 
         Args:
-            length: A function from a row to its length, an int of at least 1, which is called for every row here
-                already, if rows have an index and come without ``random_map`` or ``sample``; or the lengths of all
-                rows in their order, integers [rows], where reading rows is slow. With a function after a shuffle, and
-                for a stream, ``skip`` and a resumed run make the rows of the pass before again.
+            length: A function from a row to its length, an int of at least 1; or the lengths of all rows in their
+                order, integers [rows], where reading rows is slow. The function is called for every row when the
+                pipeline is built, if rows have an index and come without ``random_map`` or ``sample``. With a function
+                after a shuffle, and for a stream, ``skip`` and a resumed run compute the earlier rows of the pass again.
             edges: The longest row of each bucket, rising.
             batch_size: Rows of a batch.
 
@@ -189,7 +189,7 @@ class Data(Sources[T]):
 
     @property
     def padding(self) -> Padding | None:
-        """How much of a pass ``pad=True`` or ``bucket`` fills, before ``skip``, ``take`` and ``epochs``.
+        """The amount of padding in a pass of ``pad=True`` or ``bucket``, before ``skip``, ``take`` and ``epochs``.
 
         A named tuple of ``rows`` (of the data), ``filled_rows``, ``tokens`` (the sum of lengths) and ``filled_tokens``
         (both 0 without ``bucket``). None if nothing is filled, or the lengths are not known.
@@ -225,7 +225,7 @@ class Data(Sources[T]):
                 rows are filled or weighted, and to return a ``losses.Mean`` then.
 
         Raises:
-            TypeError: If ``f`` is not callable, or does not take ``where=`` or ``weights=`` where it has to; in
+            TypeError: If ``f`` is not callable, or does not take ``where=`` or ``weights=`` where they are needed; in
                 iteration, if an item is neither such a pair nor such a triple.
 
         Examples:
@@ -379,7 +379,7 @@ class Data(Sources[T]):
         return self._then(nodes.prefetch_node(self._node, n), f".prefetch({n})", n=n)
 
     def _refuse_rows(self, stage: str) -> None:
-        """Refuse a stage that puts batches together, if something is known of their rows."""
+        """Refuse a stage that groups batches, if some of their rows are filled or have weights."""
         if self._node.rows:
             fix = "Make batches of the wanted size at once: Data.batches(arrays, batch_size, pad=True)"
             raise loses_rows(stage, self._node.rows, fix)

@@ -33,7 +33,7 @@ class _Skipped:
 
 
 SKIPPED = _Skipped()
-"""What a loader and the stages after it yield in the place of an item that was taken before the run was resumed."""
+"""What a loader and the stages after it yield in place of an item that was taken before the run was resumed."""
 
 
 class ResumableLoader:

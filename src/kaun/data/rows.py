@@ -1,4 +1,4 @@
-"""What is known of the rows of a batch beside its arrays: which are filled, and their weights.
+"""What is known of the rows of a batch besides its arrays: which are filled, and their weights.
 
 ``pad=True``, ``sample_weights=`` and ``bucket`` make items of this kind. Each stage passes it on or refuses it, and
 ``with_loss``, ``evaluate`` and ``predict`` read it.
@@ -44,8 +44,8 @@ class RowInfo(NamedTuple):
     Attributes:
         mask: Bool [batch], False for rows that fill the batch, which are at its end. None where all are real.
         weights: The weight of each row, float [batch], or None.
-        elements: Where labels of ``bucket`` have a value for each position of a row: bool [batch, edge], False where
-            row or position are filled. None elsewhere.
+        elements: With ``bucket``, if the labels have a value for each position of a row: bool [batch, edge], False
+            where the row or the position is filled. Otherwise None.
         ctx: The context of the batch, or None.
     """
 
@@ -189,7 +189,7 @@ def _row_loss(f: Callable[..., Any], y: Any, where: Host | None, weights: Host |
 
 
 def _checked_mean(f: Callable[..., Any], returned: Any) -> Any:
-    """What a loss returned, if its weight is known: a scalar would count by all rows, with the filled ones."""
+    """What a loss returned, if it has a weight: a scalar would count by all rows, including the filled ones."""
     value = returned[0] if isinstance(returned, tuple) and returned else returned
     if not isinstance(value, Mean):
         raise TypeError(

@@ -168,7 +168,7 @@ class Sources(Pipeline[T]):
         stage = f"Data.from_iterable({name})"
         return cls._source(nodes.loader_node(source, stage), stage, source=source)
 
-    # With pad=True the items of with_loss have a context more, of which the type of the arrays does not know.
+    # With pad=True the items of with_loss also have a context, which the type of the arrays does not show.
     @overload
     @classmethod
     def batches(
@@ -205,7 +205,7 @@ class Sources(Pipeline[T]):
             shuffle: Whether rows come in a random order, another one in each epoch, as with ``Data.shuffle``. Default
                 False. Draws one key from the RNG scope when called.
             drop_last: Whether a last batch that is not full is left out. Default False.
-            pad: Whether a last batch that is not full is filled, with its last row again, so that one program serves
+            pad: Whether a last batch that is not full is filled with copies of its last row, so that one program serves
                 all batches. Filled rows count nowhere: ``with_loss`` masks them in the loss and adds the context name
                 ``row_mask`` (bool [batch_size]), ``evaluate`` leaves them out, and ``predict`` cuts them off. Default
                 False.

@@ -29,7 +29,7 @@ def sequential(layers: Any) -> Layer[Any, Any]:
     """Make the layer that applies each of ``layers`` in order.
 
     The first may be an ``embedding``; then the type checker knows that the model takes integers. The type of a list
-    does not tell the positions of its elements, so an embedding in another place is found when the layer is applied.
+    does not show the positions of its elements, so an embedding in another place is found when the layer is applied.
 
     Args:
         layers: A list of layers, or a dict of layers by name. The path of a parameter begins with the position of its
@@ -147,7 +147,7 @@ def must_fit(name: str, count: int, vars: Vars) -> None:
 
 
 def parts_text(part: Any) -> str:
-    """The text of a layer, or of lists and dicts of layers as one writes them, each in its own lines."""
+    """The text of a layer, or of lists and dicts of layers as Python source, each part on its own lines."""
     if isinstance(part, Layer):
         return part.name
     if isinstance(part, dict):

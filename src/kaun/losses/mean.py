@@ -22,7 +22,7 @@ Scalar = jax.Array | np.generic | float
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mean:
-    """A weighted mean as its two sums, which a loss may return in the place of a scalar.
+    """A weighted mean as its two sums, which a loss may return in place of a scalar.
 
     A loss that is a scalar counts by the number of examples of its batch; a ``Mean`` counts by its weight. Over several
     batches the mean is the sum of the totals divided by the sum of the weights, however the rows were cut into batches.

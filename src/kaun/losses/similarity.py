@@ -192,6 +192,6 @@ def _check_vectors(name: str, argument: str, x: jax.Array) -> None:
 
 
 def _no_zeros(x: jax.Array) -> tuple[Any, jax.Array]:
-    """Vectors with ones in the place of those of length 0, and which are not of length 0."""
+    """Vectors with ones in place of those of length 0, and which are not of length 0."""
     some = jnp.square(x).sum(axis=-1) > 0
     return jnp.where(some[..., None], x, 1), some

@@ -64,7 +64,7 @@ class Weighting:
         return trailing(self.seen, ndim) if self.complete else None
 
     def safe(self, x: jax.Array, fill: float = 0) -> jax.Array:
-        """An array with another number in the place of all that does not count.
+        """An array with another number in place of everything that does not count.
 
         What is computed of infinite numbers or NaN would be NaN in the gradient, even if it were not used.
         """

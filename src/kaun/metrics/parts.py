@@ -97,7 +97,7 @@ def on_host(counts: Any, batches: bool = False) -> Any:
 
 
 def adds_exactly(counts: Any) -> bool:
-    """Whether the sums of such counts do not depend on the order of addition: of integers and of rows that are kept."""
+    """Whether sums of these counts do not depend on the order of addition, as those of integers and of kept rows."""
 
     def exact(node: Any) -> bool:
         if isinstance(node, RowValues):
