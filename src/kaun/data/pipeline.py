@@ -149,7 +149,7 @@ class Data(Sources[T]):
             length: A function from a row to its length, an int of at least 1; or the lengths of all rows in their
                 order, integers [rows], where reading rows is slow. The function is called for every row when the
                 pipeline is built, if rows have an index and come without ``random_map`` or ``sample``. With a function
-                after a shuffle, and for a stream, ``skip`` and a resumed run compute the earlier rows of the pass again.
+                after a shuffle, and for a stream, ``skip`` and a resumed run compute the earlier rows again.
             edges: The longest row of each bucket, rising.
             batch_size: Rows of a batch.
 
