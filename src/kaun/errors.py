@@ -31,8 +31,8 @@ class NonFiniteLoss(ArithmeticError):
     ``kaun.explain(trainer, error)`` names the operation that made it so.
 
     Attributes:
-        step: The number of the step in this fit, counted from 1; of ``flush`` the ``state.step``.
-        loss: The loss of the step, or of the items that ``flush`` makes an update of.
+        step: The number of the step in this fit, counted from 1; from ``flush``, ``state.step``.
+        loss: The loss of the step; from ``flush``, the mean loss of the items in the window.
         parameters: The paths of the parameters whose gradient is not finite.
         leaves: Where loss and gradient are finite, the paths of what the update makes not finite: in ``"params"``,
             ``"state"`` (of the layers) and ``"opt_state"``. In a state of more than 1 MiB a parameter stands for the

@@ -55,7 +55,7 @@ class Keywords:
         return switches | found
 
     def counts_filled_rows(self, *, training: bool, ctx: Context) -> bool:
-        """Whether statistics that the call takes in training are of filled rows too: it does not take ``row_mask``."""
+        """Whether statistics of this call would include filled rows, because it does not take ``row_mask``."""
         return training and "row_mask" in ctx and "row_mask" not in self.required
 
 
@@ -132,11 +132,11 @@ def check_structure(name: str, before: Any, after: Any, fix: str, *, filled: boo
         before: The state before.
         after: The state after.
         fix: What to write where the structure has changed.
-        filled: Whether filled rows of a padded batch would count in what changes, see ``Keywords.counts_filled_rows``.
+        filled: Whether changes would include filled rows of a padded batch, see ``Keywords.counts_filled_rows``.
 
     Raises:
         ValueError: If the call added or removed leaves or changed a shape, and the message ends with ``fix``; or if it
-            changed a floating leaf by filled rows.
+            changed a floating leaf and ``filled`` is true.
     """
     old, structure = tree.flatten(before)
     floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
@@ -153,10 +153,10 @@ def check_structure(name: str, before: Any, after: Any, fix: str, *, filled: boo
     changed = [path for path, leaf in given.items() if floating(leaf) and leaf is not old[path]] if filled else []
     if changed:
         raise ValueError(
-            f"{here(name)} changes its state {', '.join(map(repr, changed[:5]))} in training by the filled rows of a "
-            "padded batch too, because its call does not take row_mask. Give the call an argument row_mask (bool "
-            "[batch]) and leave out the rows that are False, in Flax nn.BatchNorm(...)(x, mask=row_mask[:, None]), or "
-            "train on Data.batches(..., drop_last=True)."
+            f"{here(name)} changes its state {', '.join(map(repr, changed[:5]))} in training and would count the "
+            "filled rows of a padded batch, because its call does not take row_mask. Give the call an argument "
+            "row_mask (bool [batch]) and leave out the rows that are False, in Flax nn.BatchNorm(...)(x, "
+            "mask=row_mask[:, None]), or train on Data.batches(..., drop_last=True)."
         )
     return jax.tree_util.tree_unflatten(structure, [new[path] for path in old])
 

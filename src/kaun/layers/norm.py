@@ -152,7 +152,7 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
     In training the layer reads ``ctx["row_mask"]``, bool [batch], which ``Data.batches(..., pad=True)`` adds: rows that
     are False are left out of the statistics.
     ``averages.update_statistics`` sets the name ``statistics_rows`` in the context, int32 [2]: the rows of the batches
-    before this one, and its own. The running statistics are then updated to the mean over all these rows.
+    before this one, and of this one. The running statistics are then updated to the mean over all these rows.
 
     Args:
         num_features: Size of the last axis.

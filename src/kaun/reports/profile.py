@@ -18,6 +18,7 @@ from kaun.train import TrainState
 __all__ = ["Profile", "profile"]
 
 ANNOTATION = "train"  # the name of a step in the trace
+_FIX = "Write profile(path, steps=(100, 110))."
 
 
 def profile(path: str | os.PathLike[str], steps: tuple[int, int] = (100, 110)) -> Profile:
@@ -66,9 +67,6 @@ def profile(path: str | os.PathLike[str], steps: tuple[int, int] = (100, 110)) -
     if not 1 <= steps[0] <= steps[1]:
         raise ValueError(f"profile expected steps from 1, the first before the last, received {steps!r}. {_FIX}")
     return Profile(local_path("profile", path).absolute(), *steps)
-
-
-_FIX = "Write profile(path, steps=(100, 110))."
 
 
 class Profile(Report):
