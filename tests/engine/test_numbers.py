@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import metrics
-from kaun._engine import NumberLayout
+from kaun._engine.numbers import NumberLayout
 from kaun._loss import Weighted
 from kaun.metrics import CountedParts
 

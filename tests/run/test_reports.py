@@ -13,7 +13,8 @@ import pytest
 
 import kaun
 from kaun import Data, EarlyStop, Trainer, layers, losses, reports, rng
-from kaun._engine import NumberLayout, StepResults
+from kaun._engine import StepResults
+from kaun._engine.numbers import NumberLayout
 from kaun._report import Composite
 from kaun._run.reports import ReportCaller
 

@@ -18,7 +18,6 @@ from kaun._engine.log import Compilation as Compilation
 from kaun._engine.loop import StepLoop as StepLoop
 from kaun._engine.loop import find_step as find_step
 from kaun._engine.loop import run_step as run_step
-from kaun._engine.numbers import NumberLayout as NumberLayout
 from kaun._engine.packing import Packing as Packing
 from kaun._engine.program import TracedStep as TracedStep
 from kaun._engine.program import trace_step as trace_step

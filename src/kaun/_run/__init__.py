@@ -15,9 +15,7 @@ from kaun._run.report_state import report_kind as report_kind
 from kaun._run.report_state import saved_values as saved_values
 from kaun._run.report_state import snapshot_reports as snapshot_reports
 from kaun._run.report_state import unpack_results as unpack_results
-from kaun._run.reports import ReportCaller as ReportCaller
 from kaun._run.reports import check_returned as check_returned
-from kaun._run.run import TrainingRun as TrainingRun
 from kaun._run.run import open_run as open_run
 from kaun._run.saver import flush_and_save as flush_and_save
 from kaun._run.steps import finished_state as finished_state
