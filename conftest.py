@@ -41,19 +41,34 @@ import kaun  # noqa: E402, F401
 CACHE = Path(__file__).resolve().parent / ".jax_cache"
 CACHE_LIMIT = 1_000_000_000  # bytes
 
-# Half of the suite's time is XLA making fast machine code for programs that run once or twice. These rooms look at
-# values within a tolerance and at errors, for which simple machine code serves as well. All others have the code that
-# users have: there the bits of two programs are compared, and with all of OPTIONS those of a loop were not those of its
-# steps (measured with jaxlib 0.10.2, two tests of tests/run and tests/reports). Pages run as their readers run them.
+# Half of the suite's time is XLA making fast machine code for programs that run once or twice. Some rooms look at
+# values within a tolerance and at errors, for which simple machine code serves as well. Others compare the bits of two
+# programs that are compiled alike: with all of these options the bits of a loop were not those of its steps (jaxlib
+# 0.10.2), with the first alone they are. Laws, engine, kernels and pages have the code that users have.
 # `make test-oldest`, `make test-newest` and `make test-slow` run all their tests on that code.
-SIMPLE = ("tests/evaluation", "tests/layers", "tests/losses", "tests/metrics", "tests/parity")
-NOT_SIMPLE = ("tests/losses/test_mean.py", "tests/losses/test_training.py", "tests/layers/test_remat.py")
+LIGHT = {"xla_cpu_use_fusion_emitters": False}  # gone in jaxlib 0.12
+SIMPLE = LIGHT | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 OPTIONS = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,  # gone in jaxlib 0.12
+    "tests/averages": LIGHT,
+    "tests/checkpoint": LIGHT,
+    "tests/data": LIGHT,
+    "tests/diagnose": LIGHT,
+    "tests/evaluation": SIMPLE,
+    "tests/field": LIGHT,
+    "tests/layers": SIMPLE,
+    "tests/layers/test_remat.py": {},
+    "tests/loss": LIGHT,
+    "tests/losses": SIMPLE,
+    "tests/losses/test_mean.py": LIGHT,
+    "tests/losses/test_training.py": LIGHT,
+    "tests/metrics": SIMPLE,
+    "tests/parity": SIMPLE,
+    "tests/reports": LIGHT,
+    "tests/run": LIGHT,
+    "tests/step": LIGHT,
+    "tests/test_train.py": LIGHT,
 }
-simple_code = jax.make_user_context(False)  # a part of the key of JAX's caches
+options_in_use = jax.make_user_context(())  # a part of the key of JAX's caches
 
 OF_OTHERS = ("datasets", "equinox", "flax", "grain", "haiku", "torch")
 
@@ -64,32 +79,27 @@ settings.register_profile("short", settings.get_profile("full"))
 settings.load_profile("short")
 
 
-def is_simple(path):
-    """Whether the tests of a file, a path from the root, are run on simple machine code."""
-    within = lambda rooms: any(path == room or path.startswith(f"{room}/") for room in rooms)
-    return within(SIMPLE) and not within(NOT_SIMPLE) and os.environ.get("KAUN_TESTS_CODE") != "of users"
+def options_for(path):
+    """The options of XLA for the tests of a file, a path from the root, as pairs: those that this release has."""
+    rooms = [room for room in OPTIONS if path == room or path.startswith(f"{room}/")]
+    if not rooms or os.environ.get("KAUN_TESTS_CODE") == "of users":
+        return ()
+    return tuple(option for option in OPTIONS[max(rooms, key=len)].items() if is_known(option))
 
 
 @functools.cache
-def known_options():
-    """Those of OPTIONS that this release of XLA has."""
-
-    def is_known(option):
-        try:
-            jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    with simple_code(False):
-        return [option for option in OPTIONS.items() if is_known(option)]
+def is_known(option):
+    try:
+        jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def options_of_compiler(*args, made=compiler.get_compile_options, **kwargs):
     """JAX's function of that name, which has options for one function and none for all."""
     options = made(*args, **kwargs)
-    if simple_code.value:
-        options.env_option_overrides = [*options.env_option_overrides, *known_options()]
+    options.env_option_overrides = [*options.env_option_overrides, *options_in_use.value]
     return options
 
 
@@ -98,9 +108,7 @@ compiler.get_compile_options = options_of_compiler
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    if not is_simple(item.nodeid.split("::")[0]):
-        return (yield)
-    with simple_code(True):
+    with options_in_use(options_for(item.nodeid.split("::")[0])):
         return (yield)
 
 
@@ -130,7 +138,23 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_finish():
-    """What was imported and collected stays; the garbage collector does not look at it again."""
+    freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    try:
+        return (yield)
+    finally:
+        if nextitem is None or nextitem.path != item.path:
+            freeze()
+
+
+def freeze():
+    """Keep what is alive from the garbage collector: JAX's caches hold millions of objects that stay to the end.
+
+    Late in the suite each full collection took seconds: the tests of a file cost twice as much as on their own.
+    """
     gc.collect()
     gc.freeze()
 

@@ -58,26 +58,32 @@ def test_tests_that_measure_compiling_do_without(no_compile_cache, compiled):
     assert compiled() == []
 
 
-def test_simple_machine_code_is_for_some_rooms_and_is_compiled_apart(root):
-    assert root.is_simple("tests/losses/test_losses.py") == (os.environ.get("KAUN_TESTS_CODE") != "of users")
+def test_simple_machine_code_is_for_some_rooms_and_is_compiled_apart(root, monkeypatch):
+    monkeypatch.delenv("KAUN_TESTS_CODE", raising=False)
+    known = lambda options: {name: value for name, value in options.items() if root.is_known((name, value))}
+    assert dict(root.options_for("tests/losses/test_losses.py")) == known(root.SIMPLE)
+    assert dict(root.options_for("tests/losses/test_mean.py")) == known(root.LIGHT)
     for path in (
         "tests/laws/test_fold.py",
-        "tests/losses/test_mean.py",
+        "tests/layers/test_remat.py",
         "tests/test_docs.py",
         "tests/losses_of_others.py",
     ):
-        assert not root.is_simple(path)
-    run = jax.jit(lambda x: x * 3)
-    known, seen, made = dict(root.known_options()), [], root.compiler.get_compile_options
-    root.compiler.get_compile_options = lambda *args, **options: seen.append(made(*args, **options)) or seen[-1]
-    try:
-        for simple in (False, True, True, False):
-            with root.simple_code(simple):
-                np.testing.assert_array_equal(run(np.float32(2)), 6)
-    finally:
-        root.compiler.get_compile_options = made
-    plain, simple = (dict(options.env_option_overrides) for options in seen)
-    assert not plain and simple == known and simple["xla_backend_optimization_level"] == 0
+        assert root.options_for(path) == ()
+    simple = root.options_for("tests/losses/test_losses.py")
+    monkeypatch.setenv("KAUN_TESTS_CODE", "of users")
+    assert root.options_for("tests/losses/test_losses.py") == ()
+    run, seen, made = jax.jit(lambda x: x * 3), [], root.compiler.get_compile_options
+    monkeypatch.setattr(
+        root.compiler,
+        "get_compile_options",
+        lambda *args, **options: seen.append(made(*args, **options)) or seen[-1],
+    )
+    for options in ((), simple, simple, ()):
+        with root.options_in_use(options):
+            np.testing.assert_array_equal(run(np.float32(2)), 6)
+    plain, compiled = (dict(options.env_option_overrides) for options in seen)
+    assert not plain and compiled == dict(simple) and compiled["xla_backend_optimization_level"] == 0
 
 
 def test_a_full_cache_loses_its_oldest_files(root, tmp_path):
