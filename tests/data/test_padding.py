@@ -1,7 +1,6 @@
 """Batches whose last one is filled: filled rows weigh nothing, through every stage, and one program serves all."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +62,8 @@ def equal_items(left, right):
 def test_items_are_those_of_the_unpadded_pipeline_and_rows_of_the_data(n, size, shuffle, data):
     arrays = {"i": np.arange(n), "x": np.arange(n) * 0.5}
     padded, plain = (batches(arrays, size, shuffle, pad=pad).epochs(2) for pad in (True, False))
-    assert len(padded) == len(plain) and all(len(b["i"]) == size for b in padded)
-    assert equal_items(real(padded), plain)
+    assert len(padded) == len(plain) and all(len(r.item["i"]) == size for r in with_rows(padded))
+    assert equal_items(real(padded), plain) and equal_items(padded, plain)
     assert all(np.array_equal(b["x"], b["i"] * 0.5) and {*b["i"].tolist()} <= {*range(n)} for b in padded)
     s = data.draw(st.integers(0, len(plain)))
     assert equal_items(real(padded.skip(s)), list(plain)[s:])
@@ -117,8 +116,8 @@ def test_each_stage_passes_on_which_rows_are_filled(name):
             return STAGES[name](data)
 
     padded = of(pad=True)
-    assert padded._node.rows == {"where"} and all(x.shape == (SIZE, 3) for x, _ in padded)
-    assert equal_items(real(padded), of())
+    assert padded._node.rows == {"where"} and all(r.item[0].shape == (SIZE, 3) for r in with_rows(padded))
+    assert equal_items(real(padded), of()) and equal_items(padded, of())
     masks = [ctx["row_mask"].sum() for *_, ctx in padded.with_loss(losses.cross_entropy_sparse)]
     assert masks == [len(y) for _, y in of()] and (name == "filter" or 2 in masks)
 
@@ -375,4 +374,5 @@ def test_how_much_is_filled_and_how_it_prints():
     assert "batch_size=4, pad=True)" in repr(data)
     pairs = Data.folds((X, Y), 3, SIZE, pad=True)
     assert [v.padding.filled_rows for _, v in pairs] == [0, 1, 1]
-    assert all(len(y) == SIZE for y in itertools.chain.from_iterable((y for _, y in v) for _, v in pairs))
+    assert {len(item.item[1]) for _, v in pairs for item in with_rows(v)} == {SIZE}
+    assert [sum(len(y) for _, y in v) for _, v in pairs] == [4, 3, 3]

@@ -121,7 +121,7 @@ def test_what_earlier_versions_saved_is_found_by_its_kind():
         lambda: reports.time_limit(1),
         lambda: reports.learning_rate(lambda count: 0.5),
         lambda: reports.plot("a"),
-        lambda: reports.Validation(None, (), {"a": max}, 1, None),
+        lambda: reports.Validation(None, (), {"a": max}, 1, None, None),
     ],
 )
 def test_one_report_alone_refuses_what_others_kept(make):

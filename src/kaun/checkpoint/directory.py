@@ -161,7 +161,8 @@ class Directory:
     def load(self, like: TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> TrainState:
         """Return the state of a checkpoint, for example for ``predict`` after training.
 
-        A run may be writing to the directory meanwhile.
+        A run may be writing to the directory meanwhile. With ``accumulate`` the items of an open window wait in the
+        state: ``trainer.flush(runs.load(state))`` is what the ``fit`` of a finished run returned.
 
         Args:
             like: A state of the structure, shapes and dtypes to load, for example ``trainer.init()``. Its values do not

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from kaun.data import arguments
 from kaun.data.nodes import Node, StageSpec
 from kaun.data.passes import as_generator, watch_of
-from kaun.data.rows import loses_rows, plain_item
+from kaun.data.rows import loses_rows, shown_item
 
 if TYPE_CHECKING:
     from kaun.data.pipeline import Data
@@ -36,7 +36,7 @@ class Pipeline(Generic[T]):
         # last stage makes is used without a frame around it: fit pulls an item for each step.
         node, first = self._node, watch_of(self._stages)
         if node.rows:
-            return (plain_item(item) for item in as_generator(node.open, first))
+            return (shown_item(item) for item in as_generator(node.open, first))
         return node.open(None, 0, first) if node.takes_first else as_generator(node.open, first)
 
     def _real_rows(self, where: str, fix: str) -> Iterable[T]:

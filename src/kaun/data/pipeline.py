@@ -143,7 +143,8 @@ class Data(Sources[T]):
 
         Items ``(x, y)`` become ``(x, y, ctx)`` with the context names ``attention_mask`` (bool [batch_size, edge], True
         where there is no padding) and ``row_mask`` (bool [batch_size]); ``predict`` uses that context also after
-        ``map(lambda b: b[0])``. Labels that are padded are masked in the loss and in metrics.
+        ``map(lambda b: b[0])``, and its outputs come in the order of the batches. Labels that are padded are masked in
+        the loss and in metrics.
 
         Args:
             length: A function from a row to its length, an int of at least 1; or the lengths of all rows in their

@@ -17,7 +17,16 @@ from kaun.data.arguments import function_text
 from kaun.data.items import Item, labelled, loss_attacher
 from kaun.losses import Mean, parts_of, row_arguments
 
-__all__ = ["Padding", "RowInfo", "RowsItem", "loses_rows", "over_items", "plain_item", "row_loss_attacher"]
+__all__ = [
+    "Padding",
+    "RowInfo",
+    "RowsItem",
+    "loses_rows",
+    "over_items",
+    "plain_item",
+    "row_loss_attacher",
+    "shown_item",
+]
 
 Host = np.ndarray[Any, Any]
 
@@ -124,6 +133,15 @@ def plain_item(item: Any) -> Any:
     if Item.is_training_item(item.item):
         raise loses_rows("map(f) to items with a loss", _names(item.rows))
     return item.item
+
+
+def shown_item(item: Any) -> Any:
+    """The item as a loop of the user gets it, which does not know of filled rows: without them.
+
+    An item of ``bucket`` has a context that tells of them, and stays whole.
+    """
+    whole = plain_item(item)
+    return item.rows.real(whole) if isinstance(item, RowsItem) and item.rows.ctx is None else whole
 
 
 def _names(rows: RowInfo) -> frozenset[str]:

@@ -207,8 +207,8 @@ class Sources(Pipeline[T]):
             drop_last: Whether a last batch that is not full is left out. Default False.
             pad: Whether a last batch that is not full is filled with copies of its last row, so that one program serves
                 all batches. Filled rows count nowhere: ``with_loss`` masks them in the loss and adds the context name
-                ``row_mask`` (bool [batch_size]), ``evaluate`` leaves them out, and ``predict`` cuts them off. Default
-                False.
+                ``row_mask`` (bool [batch_size]), ``evaluate`` leaves them out, and ``predict`` and a loop over the
+                items cut them off. Default False.
             sample_weights: The weight of each row in the loss and in metrics, numbers [rows], finite and at least 0.
                 The loss and the metrics receive them as ``weights=``. Default: 1.
 
