@@ -249,7 +249,7 @@ def test_an_open_window_of_multisteps_at_the_end_is_named():
     ) as caught:
         end = trainer.fit(state, Data.repeat(6, (X, square)))
     assert caught[0].filename == __file__
-    assert "accumulate=k) in place of optax.MultiSteps with every_k_schedule=k" in str(caught[0].message)
+    assert "accumulate=k) in place of optax.MultiSteps(every_k_schedule=k)" in str(caught[0].message)
     # A fit that begins with that state continues the window, and has the bytes of one fit.
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -86,6 +86,6 @@ def warn_of_open_window(state: TrainState) -> None:
             warn(
                 f"The fit ended inside a window of {function}: the gradients of the last {items} wait in opt_state and "
                 "are not applied. A fit that begins with the state returned continues the window. To use all items, "
-                f"write Trainer(optimizer=inner, accumulate=k) in place of {function} with {argument}=k: it makes "
+                f"write Trainer(optimizer=inner, accumulate=k) in place of {function}({argument}=k): it makes "
                 "the update of an open window at the end of a fit, and weighs each item by its number of examples."
             )
