@@ -74,6 +74,7 @@ VALID = reference.save({"a": np.arange(3, dtype=np.int16), "b": np.ones((2, 1), 
     keep=st.booleans(),
 )
 @example(place=0, change=b"\xff", keep=True)
+@example(place=132, change=b"0", keep=True)
 def test_a_damaged_file_is_an_error_wherever_the_format_says_so(place, change, keep, tmp_path_factory):
     damaged = VALID[:place] + change + (VALID[place + 1 :] if keep else b"")
     file = tmp_path_factory.getbasetemp() / "damaged.safetensors"
@@ -81,8 +82,8 @@ def test_a_damaged_file_is_an_error_wherever_the_format_says_so(place, change, k
     try:
         found = load(file)
     except ValueError as err:
-        texts = ("is damaged or not a safetensors file: ", "seems to be a pickle", "cannot be read: 'c' is of dtype 'F")
-        assert any(text in str(err) for text in texts)
+        texts = ("is damaged or not a safetensors file: ", "seems to be a pickle", "cannot be read: '.' is of dtype '")
+        assert any(re.search(text, str(err)) for text in texts), err
     else:
         # What is read is what the format's own library reads.
         assert bits(found) == bits(reference.load(damaged))
