@@ -125,6 +125,25 @@ def test_a_batch_that_is_masked_as_a_whole_is_not_a_low_loss():
     assert found.losses[12] == 0 and found.smoothed[12] == found.smoothed[11] > 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_that_a_loss_scale_skips_are_left_out(accumulate):
+    """A loss that depends on the rate alone: with a gradient of -1e4 an overflow skips the first steps."""
+    with rng.scope(0):
+        model = layers.linear(4, 1, bias=False, weight_init=jax.nn.initializers.zeros)
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1), precision="mixed_float16", accumulate=accumulate)
+        state = trainer.init()
+    item = (np.ones((1, 4), np.float32), lambda out: 1e4 - 1e4 * out.astype(jnp.float32).sum())
+    found = kaun.lr_range(trainer, state, Data.repeat(80, item), low=1e-8, high=1e-6, steps=20)
+    rates = np.geomspace(1e-8, 1e-6, 20)
+    np.testing.assert_array_equal(found.rates, rates)
+    weight = np.concatenate([[0.0], np.cumsum(1e4 * rates)[:-1]])
+    np.testing.assert_allclose(1e4 - found.losses, 4e4 * weight, rtol=5e-3)
+    assert found.smoothed.shape == (20,) and found.smoothed[0] == 1e4
+    part = kaun.lr_range(trainer, state, Data.repeat(20 * accumulate, item), low=1e-8, high=1e-6, steps=20)
+    assert 5 < len(part.losses) < 20
+    np.testing.assert_array_equal(part.losses, found.losses[: len(part.losses)])
+
+
 def test_an_iterator_of_items_is_enough():
     trainer, state, data = made(OPTIMIZERS["constant"])
     assert len(kaun.lr_range(trainer, state, iter(list(data)), low=1e-4, high=1e-3, steps=12).losses) == 12

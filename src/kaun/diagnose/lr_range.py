@@ -40,8 +40,8 @@ class RateRange:
     """The losses of a learning rate range test. It prints as text.
 
     Attributes:
-        rates: The learning rate of each step, float64 of shape (n,), rising.
-        losses: The loss of each step, before its update, of shape (n,).
+        rates: The learning rate of each update, float64 of shape (n,), rising.
+        losses: The loss before each update, of shape (n,).
         smoothed: Their running average, each with about a twentieth of the steps before it.
         suggestion: The rate at which the smoothed loss falls fastest; None if it never falls.
     """
@@ -102,7 +102,8 @@ def lr_range(
     The rate rises by the same factor in each step. The test ends early where the loss is not finite or has risen far
     above its lowest value. The state is not changed; the copy begins with its weights and a fresh optimizer state.
     Schedules of the optimizer are ignored. One program is compiled. With ``accumulate=k`` a step is a window of k
-    items, and its loss their weighted mean.
+    items, and its loss their weighted mean. A step that a loss scale skips makes no update: it is left out, and one
+    more item is used, so that the data may end before ``high`` is reached.
 
     Args:
         trainer: The trainer. Its optimizer is one of optax's whose learning rate can be found (``optax.adam(1e-3)``,
@@ -148,15 +149,17 @@ def lr_range(
     with rng.scope(0):  # the key comes from the state, so that no key of the caller's scope is drawn
         fresh = tested.make_state(state.vars)
     report = _Losses(steps, trainer.accumulate)
-    items = _first(data, steps * trainer.accumulate)
+    # A loss scale skips steps: then the number of updates ends the fit, and not that of items.
+    scaled = bool(state_nodes(fresh.opt_state, "LossScale"))
+    items = _first(data, steps * trainer.accumulate, unlimited=scaled)
     try:
         tested.fit(fresh.replace(step=state.step, key=state.key), items, ctx=ctx, report=report)
     except NonFiniteLoss:
         if not report.losses:
             raise
-        report.diverged = True
+        report.diverged |= not report.full
     taken = len(report.losses)
-    if taken < steps and not report.diverged:
+    if taken < steps and not report.diverged and (report.items < steps * trainer.accumulate or not taken):
         raise _too_few(report.items, steps * trainer.accumulate)
     smoothed = np.array(report.smoothed)
     return RateRange(
@@ -165,31 +168,39 @@ def lr_range(
 
 
 class _Losses(Report):
-    """Keeps the losses of updates and their running average, and ends the fit where they diverge."""
+    """Keeps the losses of updates and their running average, and ends the fit where they diverge or are enough."""
 
     def __init__(self, steps: int, items_each: int) -> None:
-        self._rough, self._items_each, self.items = steps // _ROUGH, items_each, 0
+        self._steps, self._rough, self._items_each, self.items = steps, steps // _ROUGH, items_each, 0
         self._decay, self._sum, self._weight = 1 - min(1.0, _SMOOTHED / steps), 0.0, 0.0
-        self._window: tuple[float, float] = (0.0, 0.0)  # the weighted sum of losses, and their weights
+        self._window: list[tuple[float, float]] = []  # the losses of its items and their weights
         self.losses: list[float] = []
         self.smoothed: list[float] = []
         self.diverged = False
 
+    @property
+    def full(self) -> bool:
+        """Whether there are as many updates as steps."""
+        return len(self.losses) >= self._steps
+
     def wants(self, step: int) -> bool:
-        return self.diverged
+        return self.diverged or self.full
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         raise EarlyStop
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
-        for loss, weight in zip(values["loss"].tolist(), values["loss_weight"].tolist(), strict=True):
-            if self.diverged:
+        skipped = values.get("skipped", np.zeros(len(values["loss"]), bool))
+        columns = (column.tolist() for column in (values["loss"], values["loss_weight"], skipped))
+        for loss, weight, left_out in zip(*columns, strict=True):
+            if self.diverged or self.full:
                 return
             self.items += 1
-            self._window = self._window[0] + weight * loss, self._window[1] + weight
+            self._window += [] if left_out else [(loss, weight)]
             if self.items % self._items_each == 0:
-                self._add(*self._window)
-                self._window = (0.0, 0.0)
+                if self._window:
+                    self._add(sum(w * one for one, w in self._window), sum(w for _, w in self._window))
+                self._window = []
 
     def _add(self, total: float, weight: float) -> None:
         """Add the loss of an update; one of weight 0 leaves the running average as it is."""
@@ -280,10 +291,12 @@ def _set_count(opt_state: Any, count: int) -> Any:
     return jax.tree_util.tree_map(replaced, opt_state, is_leaf=is_one)
 
 
-def _first(data: Iterable[Any], items: int) -> Iterable[Any]:
+def _first(data: Iterable[Any], items: int, *, unlimited: bool) -> Iterable[Any]:
     known = known_length(data)
     if known is not None and known < items:
         raise _too_few(known, items)
+    if unlimited:
+        return data
     return data.take(items) if isinstance(data, Data) else itertools.islice(data, items)
 
 
