@@ -62,6 +62,17 @@ def test_they_are_the_means_of_the_batches_and_all_else_stays(trained):
     assert len(vars(trainer)["_without_updates"].compilations) <= 2  # one for each shape, not for each call
 
 
+def test_of_an_averaged_state_they_are_its_own(trained):
+    trainer, state = trained
+    expected = averages.update_statistics(trainer, state, TRAIN).averaged
+    found = averages.update_statistics(trainer, state.averaged, TRAIN)
+    assert found.is_averaged and found.averaged is found
+    same(found, expected)
+    same(trainer.predict(found, X), trainer.predict(expected, X))
+    again = averages.update_statistics(trainer, found, TRAIN)
+    same(again, found)
+
+
 def test_an_update_discards_them_and_a_discarded_step_does_not(trained, tmp_path):
     trainer, state = trained
     found = averages.update_statistics(trainer, state, TRAIN)

@@ -43,7 +43,8 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
 
     Weights, optimizer state, ``step``, ``key`` and the live layers' state stay as they are, and so does the result of
     ``predict(state, x)``. The next update of the weights discards the statistics: ``.averaged`` has the live ones
-    again.
+    again. Given an averaged state (``state.averaged``, or a ``stopper.best`` of such states), whose ``.averaged`` is
+    that state itself, its own layers' state becomes the new statistics.
 
     Args:
         trainer: The trainer of the state.
@@ -92,7 +93,10 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
         return node._replace(statistics=after.vars.state, statistics_at=node.updates) if is_average(node) else node
 
     opt_state = jax.tree_util.tree_map(update, averaged.opt_state, is_leaf=is_average)
-    return cast("Any", state).replace(opt_state=opt_state)
+    given = cast("Any", state)
+    if given.is_averaged:
+        given = given.with_averaged(averaged.vars.replace(state=after.vars.state))
+    return given.replace(opt_state=opt_state)
 
 
 def _without_updates(trainer: Any) -> Any:
