@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +88,24 @@ def test_it_ends_where_the_loss_diverges_or_is_not_finite():
     assert 1e-3 < found.suggestion < 10
     bad = Data.from_items([(X[:4], jnp.mean)] * 12 + [(X[:4], lambda out: out.mean() * jnp.nan)] * 8)
     assert len(kaun.lr_range(trainer, state, bad, low=1e-9, high=1e-8, steps=20).losses) == 12
-    with pytest.raises(kaun.errors.NonFiniteLoss):
-        kaun.lr_range(trainer, state, bad.skip(12).epochs(3), steps=10)
+
+
+def test_an_error_has_the_given_state_and_advice_that_runs(capsys):
+    trainer, state, _ = made(optax.sgd(0.1), on_nonfinite="skip")
+    data = Data.repeat(10, (X[:4], lambda out: jnp.log(-jnp.abs(out)).mean()))
+    with pytest.raises(
+        kaun.errors.NonFiniteLoss, match=r"^lr_range: step 1 is not finite \(its loss is nan\)"
+    ) as found:
+        kaun.lr_range(trainer, state, data, steps=10)
+    assert found.value.kaun_state is state
+    with pytest.raises(ValueError, match=r"lr_range and update_statistics run steps of other trainers\. Call explain"):
+        kaun.explain(trainer, found.value)
+    given = {"trainer": trainer, "state": state, "data": data, "kaun": kaun, "dataclasses": dataclasses}
+    exec(textwrap.dedent("\n".join(str(found.value).splitlines()[1:])), given)
+    assert "`log` of" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError) as stopped:
+        kaun.lr_range(trainer, state, ((X, 1 / 0) for _ in range(10)), steps=10)
+    assert stopped.value.kaun_state is state
 
 
 def test_a_trainer_with_options_and_a_loss_that_is_a_mean():

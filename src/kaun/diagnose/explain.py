@@ -149,7 +149,7 @@ def _failed_step(error: Any) -> FailedStep:
     if error.kaun_step is None:
         raise ValueError(
             "This NonFiniteLoss does not hold its step: a pickled one does not take the item along, whose loss is a "
-            "closure. Call explain where fit raised it."
+            "closure, and lr_range and update_statistics run steps of other trainers. Call explain where fit raised it."
         )
     return error.kaun_step
 

@@ -121,7 +121,7 @@ def lr_range(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If the rates do not rise, the data have too few items, or the optimizer's rate is not known.
-        NonFiniteLoss: If the first step is not finite.
+        NonFiniteLoss: If the first step is not finite. ``kaun_state`` is the given state.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -154,10 +154,15 @@ def lr_range(
     items = _first(data, steps * trainer.accumulate, unlimited=scaled)
     try:
         tested.fit(fresh.replace(step=state.step, key=state.key), items, ctx=ctx, report=report)
-    except NonFiniteLoss:
+    except NonFiniteLoss as error:
         if not report.losses:
-            raise
+            own = _nonfinite(error)
+            own.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+            raise own from error.__cause__
         report.diverged |= not report.full
+    except BaseException as error:
+        error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        raise
     taken = len(report.losses)
     if taken < steps and not report.diverged and (report.items < steps * trainer.accumulate or not taken):
         raise _too_few(report.items, steps * trainer.accumulate)
@@ -298,6 +303,20 @@ def _first(data: Iterable[Any], items: int, *, unlimited: bool) -> Iterable[Any]
     if unlimited:
         return data
     return data.take(items) if isinstance(data, Data) else itertools.islice(data, items)
+
+
+def _nonfinite(error: NonFiniteLoss) -> NonFiniteLoss:
+    """Return the exception for a first step that is not finite; that of the fit is about a trainer made here."""
+    text = (
+        f"lr_range: step {error.step} is not finite (its loss is {error.loss:g}), and no step before it made an "
+        "update. The given state is this exception's kaun_state. For the operation, its line, its layer and the rows "
+        "of the batch, write\n"
+        "    try:\n"
+        '        dataclasses.replace(trainer, on_nonfinite="raise").fit(state, data)\n'
+        "    except kaun.errors.NonFiniteLoss as err:\n"
+        "        print(kaun.explain(trainer, err))"
+    )
+    return NonFiniteLoss(text, error.step, error.loss, error.parameters, error.leaves)
 
 
 def _too_few(found: int, items: int) -> ValueError:
