@@ -1,6 +1,7 @@
 """kaun.lr_range: the losses of a loop by hand whose rate rises, for every optimizer whose rate can be set."""
 
 import dataclasses
+import re
 import sys
 import textwrap
 
@@ -54,7 +55,7 @@ def test_losses_are_those_of_a_loop_by_hand(name):
     found = kaun.lr_range(trainer, state, data, low=1e-4, high=3.0, steps=40)
     np.testing.assert_allclose(found.rates, np.geomspace(1e-4, 3.0, 40), rtol=1e-6)
     np.testing.assert_allclose(found.losses, by_hand(state, data, found.rates), rtol=2e-4, atol=1e-6)
-    assert 0.05 < found.suggestion < 2 and found.smoothed.shape == (40,)
+    assert 0.05 < found.suggestion < 2 and found.smoothed.shape == (40,) and not found.diverged
 
 
 def test_it_is_pure():
@@ -86,6 +87,7 @@ def test_it_ends_where_the_loss_diverges_or_is_not_finite():
     found = kaun.lr_range(trainer, state, data, low=1e-4, high=1e6, steps=60)
     assert len(found.losses) < 60 and len(found.rates) == len(found.smoothed) == len(found.losses)
     assert 1e-3 < found.suggestion < 10
+    assert found.diverged and repr(found).endswith(". The test ended there, because the loss diverged.")
     bad = Data.from_items([(X[:4], jnp.mean)] * 12 + [(X[:4], lambda out: out.mean() * jnp.nan)] * 8)
     assert len(kaun.lr_range(trainer, state, bad, low=1e-9, high=1e-8, steps=20).losses) == 12
 
@@ -166,11 +168,17 @@ def test_an_iterator_of_items_is_enough():
     assert len(kaun.lr_range(trainer, state, iter(list(data)), low=1e-4, high=1e-3, steps=12).losses) == 12
     with pytest.raises(
         ValueError,
-        match=r"lr_range expected at least 12 items, and the data have 3. Write lr_range\(trainer, state, train.epochs\(4\), \.\.\.\), or fewer steps",
+        match=r"lr_range expected at least 12 items, and the data have 3. Write lr_range\(trainer, state, Data.from_items\(list\(items\)\).epochs\(4\), \.\.\.\), or fewer steps",
     ):
         kaun.lr_range(trainer, state, iter(list(data)[:3]), low=1e-4, high=1e-3, steps=12)
-    with pytest.raises(ValueError, match="the data have 3"):
-        kaun.lr_range(trainer, state, data.take(3), steps=12)
+    few = list(data)[:3]
+    for source, text in ((data.take(3), "train"), (few, "Data.from_items(items)")):
+        with pytest.raises(ValueError, match=re.escape(f"have 3. Write lr_range(trainer, state, {text}.epochs(4), ")):
+            kaun.lr_range(trainer, state, source, steps=12)
+    loader = type("Loader", (), {"__iter__": lambda self: iter(few)})()
+    with pytest.raises(ValueError, match=r"state, Data\.from_iterable\(loader\)\.epochs\(4\), "):
+        kaun.lr_range(trainer, state, loader, steps=12)
+    assert len(kaun.lr_range(trainer, state, Data.from_items(few).epochs(4), steps=12, high=1e-3).losses) == 12
 
 
 REFUSED = {

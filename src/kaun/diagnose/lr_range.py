@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,19 +44,22 @@ class RateRange:
         losses: The loss before each update, of shape (n,).
         smoothed: Their running average, each with about a twentieth of the steps before it.
         suggestion: The rate at which the smoothed loss falls fastest; None if it never falls.
+        diverged: Whether the test ended because the loss rose far above its lowest value or was not finite.
     """
 
     rates: np.ndarray
     losses: np.ndarray
     smoothed: np.ndarray
     suggestion: float | None
+    diverged: bool = False
 
     def __repr__(self) -> str:
         lowest = int(np.argmin(self.smoothed))
         advice = "which never falls" if self.suggestion is None else f"and falls fastest at {self.suggestion:.2g}"
+        end = " The test ended there, because the loss diverged." if self.diverged else ""
         return (
             f"{len(self.rates)} steps with learning rates from {self.rates[0]:.2g} to {self.rates[-1]:.2g}: the "
-            f"smoothed loss is lowest, {self.smoothed[lowest]:.4g}, at {self.rates[lowest]:.2g}, {advice}."
+            f"smoothed loss is lowest, {self.smoothed[lowest]:.4g}, at {self.rates[lowest]:.2g}, {advice}.{end}"
         )
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
@@ -165,11 +168,10 @@ def lr_range(
         raise
     taken = len(report.losses)
     if taken < steps and not report.diverged and (report.items < steps * trainer.accumulate or not taken):
-        raise _too_few(report.items, steps * trainer.accumulate)
+        raise _too_few(data, report.items, steps * trainer.accumulate)
     smoothed = np.array(report.smoothed)
-    return RateRange(
-        rates[:taken], np.array(report.losses), smoothed, _steepest(rates[:taken], smoothed, steps // _ROUGH)
-    )
+    suggestion = _steepest(rates[:taken], smoothed, steps // _ROUGH)
+    return RateRange(rates[:taken], np.array(report.losses), smoothed, suggestion, report.diverged)
 
 
 class _Losses(Report):
@@ -299,7 +301,7 @@ def _set_count(opt_state: Any, count: int) -> Any:
 def _first(data: Iterable[Any], items: int, *, unlimited: bool) -> Iterable[Any]:
     known = known_length(data)
     if known is not None and known < items:
-        raise _too_few(known, items)
+        raise _too_few(data, known, items)
     if unlimited:
         return data
     return data.take(items) if isinstance(data, Data) else itertools.islice(data, items)
@@ -319,10 +321,16 @@ def _nonfinite(error: NonFiniteLoss) -> NonFiniteLoss:
     return NonFiniteLoss(text, error.step, error.loss, error.parameters, error.leaves)
 
 
-def _too_few(found: int, items: int) -> ValueError:
+def _too_few(data: Iterable[Any], found: int, items: int) -> ValueError:
+    if isinstance(data, Data):
+        source = "train"
+    elif isinstance(data, Sequence):
+        source = "Data.from_items(items)"
+    else:
+        source = "Data.from_items(list(items))" if isinstance(data, Iterator) else "Data.from_iterable(loader)"
     return ValueError(
         f"lr_range expected at least {items} items, and the data have {found}. Write "
-        f"lr_range(trainer, state, train.epochs({-(-items // max(found, 1))}), ...), or fewer steps."
+        f"lr_range(trainer, state, {source}.epochs({-(-items // max(found, 1))}), ...), or fewer steps."
     )
 
 
