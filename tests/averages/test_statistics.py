@@ -62,6 +62,17 @@ def test_they_are_the_means_of_the_batches_and_all_else_stays(trained):
     assert len(vars(trainer)["_without_updates"].compilations) <= 2  # one for each shape, not for each call
 
 
+def test_of_an_averaged_state_they_are_its_own(trained):
+    trainer, state = trained
+    expected = averages.update_statistics(trainer, state, TRAIN).averaged
+    found = averages.update_statistics(trainer, state.averaged, TRAIN)
+    assert found.is_averaged and found.averaged is found
+    same(found, expected)
+    same(trainer.predict(found, X), trainer.predict(expected, X))
+    again = averages.update_statistics(trainer, found, TRAIN)
+    same(again, found)
+
+
 def test_an_update_discards_them_and_a_discarded_step_does_not(trained, tmp_path):
     trainer, state = trained
     found = averages.update_statistics(trainer, state, TRAIN)
@@ -159,10 +170,36 @@ def test_a_context_goes_to_the_layers():
             TypeError,
             r"expected items \(x, loss\), \(x, y\), .*; item 1 is float32\[22, 3\]. Pa",
         ),
-        (lambda t, s: (t, s, []), ValueError, r"fit received no items"),
-        (lambda t, s: (t, s, [(X * np.inf, Y)]), kaun.NonFiniteLoss, r"makes 'state.1.running_mean'"),
+        (
+            lambda t, s: (t, s, []),
+            ValueError,
+            r"^update_statistics received no items: the data is empty\. An iterator .* pass a",
+        ),
+        (
+            lambda t, s: (t, s, [(X * np.inf, Y)]),
+            kaun.NonFiniteLoss,
+            r"item 1 of the data makes 'state.1.running_mean'.* not f",
+        ),
     ],
 )
 def test_errors(trained, arguments, error, text):
     with pytest.raises(error, match=text):
         averages.update_statistics(*arguments(*trained))
+
+
+def test_an_error_of_the_pass_has_the_given_state_and_advice_that_runs(trained):
+    trainer, state = trained
+    x = X * np.inf
+    with pytest.raises(kaun.NonFiniteLoss, match="Look for values in the x of that item") as caught:
+        averages.update_statistics(trainer, state, [(x, Y)])
+    assert caught.value.kaun_state is state and caught.value.leaves[0] == "state.1.running_mean"
+    exec(str(caught.value).splitlines()[-1].strip(), {"trainer": trainer, "state": state, "x": x})
+    assert "explain" not in str(caught.value) and "on_nonfinite" not in str(caught.value)
+
+    def interrupted():
+        yield X, Y
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        averages.update_statistics(trainer, state, interrupted())
+    assert stopped.value.kaun_state is state

@@ -93,10 +93,16 @@ def test_a_fold_is_part_of_what_a_run_is():
 
 
 def test_what_it_refuses():
-    with pytest.raises(ValueError, match=r"Data\.folds expected k to be at least 2, received 1"):
+    with pytest.raises(
+        ValueError, match=r"Data\.folds expected k to be at least 2, received 1\. Write Data\.folds\(arrays, k=5"
+    ):
         Data.folds(np.arange(4), 1, 2)
-    with pytest.raises(ValueError, match=r"expected at least one row for each fold, received 4 rows for k=5"):
+    with pytest.raises(
+        ValueError, match=r"expected at least one row for each fold, received 4 rows for k=5\. Write k=4 to leave one"
+    ):
         Data.folds(np.arange(4), 5, 2)
+    with pytest.raises(ValueError, match=r"received 1 rows for k=2\. Pass more rows\."):
+        Data.folds(np.arange(1), 2, 2)
     with pytest.raises(ValueError, match=r"Data\.folds expected arrays of the same length"):
         Data.folds((np.arange(4), np.arange(3)), 2, 2)
     with pytest.raises(TypeError, match=r"Data\.folds expected batch_size to be an int"):

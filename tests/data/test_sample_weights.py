@@ -110,6 +110,7 @@ def test_weights_of_any_numbers_are_float32_and_part_of_what_a_run_is():
 
 WRONG = [
     (W[:9], ValueError, r"Data\.batches expected one weight for each row, shape \[10\], received shape \[9\]"),
+    (W[:, None], ValueError, r"received shape \[10, 1\]\. Write sample_weights=sample_weights\[:, 0\]\.$"),
     (-W, ValueError, r"expected sample_weights that are finite and at least 0, .*np\.maximum\(sample_weights, 0\), or 0 "
      r"for a row that does not count"),
     (W * np.nan, ValueError, r"expected sample_weights that are finite and at least 0, received nan at 0"),

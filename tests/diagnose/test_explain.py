@@ -233,6 +233,13 @@ def test_rows_and_places_of_a_batch_that_its_parts_do_not_divide(row, microbatch
     assert (found.operation, found.rows) == ("log", (row,)) and f"gave nan at [{row}, 1]," in str(found)
 
 
+def test_rows_that_fill_a_batch_are_left_out():
+    x = np.concatenate([X[:1], -X[1:2], X[2:3], -X[1:2], -X[1:2]])
+    ctx = Context(row_mask=np.array([True, True, True, False, False]))
+    found = explained(layers.fn(jnp.log) >> layers.linear(2, 1), x=x, ctx=ctx)
+    assert found.rows == (1,) and str(found).endswith("not finite there: 1 (1 of 3).")
+
+
 def test_float16_ends_early():
     found = explained(layers.linear(2, 2) >> layers.fn(lambda x: (x * 300) ** 2), precision="mixed_float16", x=X + 5)
     assert (found.part, found.layer) == ("loss", "right") and "gave inf" in str(found)

@@ -1,7 +1,9 @@
 """kaun.lr_range: the losses of a loop by hand whose rate rises, for every optimizer whose rate can be set."""
 
 import dataclasses
+import re
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ def test_losses_are_those_of_a_loop_by_hand(name):
     found = kaun.lr_range(trainer, state, data, low=1e-4, high=3.0, steps=40)
     np.testing.assert_allclose(found.rates, np.geomspace(1e-4, 3.0, 40), rtol=1e-6)
     np.testing.assert_allclose(found.losses, by_hand(state, data, found.rates), rtol=2e-4, atol=1e-6)
-    assert 0.05 < found.suggestion < 2 and found.smoothed.shape == (40,)
+    assert 0.05 < found.suggestion < 2 and found.smoothed.shape == (40,) and not found.diverged
 
 
 def test_it_is_pure():
@@ -85,10 +87,27 @@ def test_it_ends_where_the_loss_diverges_or_is_not_finite():
     found = kaun.lr_range(trainer, state, data, low=1e-4, high=1e6, steps=60)
     assert len(found.losses) < 60 and len(found.rates) == len(found.smoothed) == len(found.losses)
     assert 1e-3 < found.suggestion < 10
+    assert found.diverged and repr(found).endswith(". The test ended there, because the loss diverged.")
     bad = Data.from_items([(X[:4], jnp.mean)] * 12 + [(X[:4], lambda out: out.mean() * jnp.nan)] * 8)
     assert len(kaun.lr_range(trainer, state, bad, low=1e-9, high=1e-8, steps=20).losses) == 12
-    with pytest.raises(kaun.errors.NonFiniteLoss):
-        kaun.lr_range(trainer, state, bad.skip(12).epochs(3), steps=10)
+
+
+def test_an_error_has_the_given_state_and_advice_that_runs(capsys):
+    trainer, state, _ = made(optax.sgd(0.1), on_nonfinite="skip")
+    data = Data.repeat(10, (X[:4], lambda out: jnp.log(-jnp.abs(out)).mean()))
+    with pytest.raises(
+        kaun.errors.NonFiniteLoss, match=r"^lr_range: step 1 is not finite \(its loss is nan\)"
+    ) as found:
+        kaun.lr_range(trainer, state, data, steps=10)
+    assert found.value.kaun_state is state
+    with pytest.raises(ValueError, match=r"lr_range and update_statistics run steps of other trainers\. Call explain"):
+        kaun.explain(trainer, found.value)
+    given = {"trainer": trainer, "state": state, "data": data, "kaun": kaun, "dataclasses": dataclasses}
+    exec(textwrap.dedent("\n".join(str(found.value).splitlines()[1:])), given)
+    assert "`log` of" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError) as stopped:
+        kaun.lr_range(trainer, state, ((X, 1 / 0) for _ in range(10)), steps=10)
+    assert stopped.value.kaun_state is state
 
 
 def test_a_trainer_with_options_and_a_loss_that_is_a_mean():
@@ -125,16 +144,41 @@ def test_a_batch_that_is_masked_as_a_whole_is_not_a_low_loss():
     assert found.losses[12] == 0 and found.smoothed[12] == found.smoothed[11] > 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_that_a_loss_scale_skips_are_left_out(accumulate):
+    """A loss that depends on the rate alone: with a gradient of -1e4 an overflow skips the first steps."""
+    with rng.scope(0):
+        model = layers.linear(4, 1, bias=False, weight_init=jax.nn.initializers.zeros)
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1), precision="mixed_float16", accumulate=accumulate)
+        state = trainer.init()
+    item = (np.ones((1, 4), np.float32), lambda out: 1e4 - 1e4 * out.astype(jnp.float32).sum())
+    found = kaun.lr_range(trainer, state, Data.repeat(80, item), low=1e-8, high=1e-6, steps=20)
+    rates = np.geomspace(1e-8, 1e-6, 20)
+    np.testing.assert_array_equal(found.rates, rates)
+    weight = np.concatenate([[0.0], np.cumsum(1e4 * rates)[:-1]])
+    np.testing.assert_allclose(1e4 - found.losses, 4e4 * weight, rtol=5e-3)
+    assert found.smoothed.shape == (20,) and found.smoothed[0] == 1e4
+    part = kaun.lr_range(trainer, state, Data.repeat(20 * accumulate, item), low=1e-8, high=1e-6, steps=20)
+    assert 5 < len(part.losses) < 20
+    np.testing.assert_array_equal(part.losses, found.losses[: len(part.losses)])
+
+
 def test_an_iterator_of_items_is_enough():
     trainer, state, data = made(OPTIMIZERS["constant"])
     assert len(kaun.lr_range(trainer, state, iter(list(data)), low=1e-4, high=1e-3, steps=12).losses) == 12
     with pytest.raises(
         ValueError,
-        match=r"lr_range expected at least 12 items, and the data have 3. Write lr_range\(trainer, state, train.epochs\(4\), \.\.\.\), or fewer steps",
+        match=r"lr_range expected at least 12 items, and the data have 3. Write lr_range\(trainer, state, Data.from_items\(list\(items\)\).epochs\(4\), \.\.\.\), or fewer steps",
     ):
         kaun.lr_range(trainer, state, iter(list(data)[:3]), low=1e-4, high=1e-3, steps=12)
-    with pytest.raises(ValueError, match="the data have 3"):
-        kaun.lr_range(trainer, state, data.take(3), steps=12)
+    few = list(data)[:3]
+    for source, text in ((data.take(3), "train"), (few, "Data.from_items(items)")):
+        with pytest.raises(ValueError, match=re.escape(f"have 3. Write lr_range(trainer, state, {text}.epochs(4), ")):
+            kaun.lr_range(trainer, state, source, steps=12)
+    loader = type("Loader", (), {"__iter__": lambda self: iter(few)})()
+    with pytest.raises(ValueError, match=r"state, Data\.from_iterable\(loader\)\.epochs\(4\), "):
+        kaun.lr_range(trainer, state, loader, steps=12)
+    assert len(kaun.lr_range(trainer, state, Data.from_items(few).epochs(4), steps=12, high=1e-3).losses) == 12
 
 
 REFUSED = {

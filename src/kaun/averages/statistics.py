@@ -14,10 +14,13 @@ import optax
 from kaun import rng, tree
 from kaun.averages.weights import is_average
 from kaun.context import Context
+from kaun.errors import NonFiniteLoss
 
 __all__ = ["update_statistics"]
 
 S = TypeVar("S")
+
+_NAMED = 5  # leaves, in a message
 
 
 class _Trainer(Protocol):
@@ -40,7 +43,8 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
 
     Weights, optimizer state, ``step``, ``key`` and the live layers' state stay as they are, and so does the result of
     ``predict(state, x)``. The next update of the weights discards the statistics: ``.averaged`` has the live ones
-    again.
+    again. Given an averaged state (``state.averaged``, or a ``stopper.best`` of such states), whose ``.averaged`` is
+    that state itself, its own layers' state becomes the new statistics.
 
     Args:
         trainer: The trainer of the state.
@@ -52,7 +56,7 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
     Raises:
         TypeError: If the trainer or an item is of the wrong kind.
         ValueError: If the state has no average, or there are no items.
-        NonFiniteLoss: If a statistic would not be finite.
+        NonFiniteLoss: If a statistic would not be finite. ``kaun_state`` is the given state.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -75,13 +79,24 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
     still = _without_updates(trainer)
     with rng.scope(0):  # its key is not used
         begin = still.make_state(averaged.vars)
-    after = still.fit(begin.replace(step=averaged.step, key=averaged.key), _statistics_items(data), ctx=ctx)
+    try:
+        after = still.fit(begin.replace(step=averaged.step, key=averaged.key), _statistics_items(data), ctx=ctx)
+    except NonFiniteLoss as error:
+        own = _nonfinite(error)
+        own.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        raise own from error.__cause__
+    except BaseException as error:
+        error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        raise
 
     def update(node: Any) -> Any:
         return node._replace(statistics=after.vars.state, statistics_at=node.updates) if is_average(node) else node
 
     opt_state = jax.tree_util.tree_map(update, averaged.opt_state, is_leaf=is_average)
-    return cast("Any", state).replace(opt_state=opt_state)
+    given = cast("Any", state)
+    if given.is_averaged:
+        given = given.with_averaged(averaged.vars.replace(state=after.vars.state))
+    return given.replace(opt_state=opt_state)
 
 
 def _without_updates(trainer: Any) -> Any:
@@ -94,8 +109,21 @@ def _without_updates(trainer: Any) -> Any:
     return held["_without_updates"]
 
 
+def _nonfinite(error: NonFiniteLoss) -> NonFiniteLoss:
+    """Return the exception for a pass that is not finite; that of its fit is about another trainer and its loss."""
+    more = f" and {len(error.leaves) - _NAMED} more" if len(error.leaves) > _NAMED else ""
+    named = ", ".join(map(repr, error.leaves[:_NAMED])) + more
+    text = (
+        f"update_statistics: item {error.step} of the data makes {named} not finite, in "
+        "a pass with the averaged weights in training mode. The given state is this exception's kaun_state. Look for "
+        "values in the x of that item that are not finite or too large for the layer's dtype:\n"
+        "    print(trainer.predict(state.averaged, x))"
+    )
+    return NonFiniteLoss(text, error.step, error.loss, error.parameters, error.leaves)
+
+
 def _statistics_items(data: Iterable[Any]) -> Generator[Any]:
-    before, fix = 0, "Give it the pipeline with its loss, data.with_loss(losses.mse)"
+    before, number, fix = 0, 0, "Give it the pipeline with its loss, data.with_loss(losses.mse)"
     rows_of = getattr(data, "_real_rows", None)  # of a Data, which this package cannot import
     for number, item in enumerate(data if rows_of is None else rows_of("update_statistics", fix), start=1):
         if not (isinstance(item, (tuple, list)) and len(cast("Any", item)) in (2, 3)):
@@ -110,6 +138,11 @@ def _statistics_items(data: Iterable[Any]) -> Generator[Any]:
         rows = next((shape[0] for shape in shapes if shape), 1) if mask is None else int(np.sum(mask))
         yield x, _no_loss, context.set("statistics_rows", np.array([before, rows], np.int32))
         before += rows
+    if not number:
+        raise ValueError(
+            "update_statistics received no items: the data is empty. An iterator or generator is empty when it is "
+            "iterated a second time: pass a list, a kaun.Data, or a new iterator."
+        )
 
 
 def _no_loss(output: Any) -> jax.Array:

@@ -17,8 +17,15 @@ __all__ = [
 ]  # fmt: skip
 
 
-def checked_count(where: str, name: str, value: Any, least: int) -> int:
+def checked_count(where: str, name: str, value: Any, least: int, fix: str = "") -> int:
     """A count as an int of at least ``least``.
+
+    Args:
+        where: The method of Data, with the names of its arguments.
+        name: The name of the argument.
+        value: What was given.
+        least: The smallest count.
+        fix: What to write instead of a smaller one.
 
     Raises:
         TypeError: If it is not an int.
@@ -31,7 +38,7 @@ def checked_count(where: str, name: str, value: Any, least: int) -> int:
     if number is None:
         raise TypeError(f"{where} expected an int for {name}, received {value!r}. Write {name}=int(...).")
     if number < least:
-        raise ValueError(f"{where} expected {name} to be at least {least}, received {value!r}.")
+        raise ValueError(f"{where} expected {name} to be at least {least}, received {value!r}.{fix and ' ' + fix}")
     return number
 
 
@@ -126,9 +133,9 @@ def checked_weights(where: str, weights: Any, n: int, of: str, name: str = "weig
             f"{name}=[0.8, 0.2]."
         ) from None
     if array.shape != (n,):
+        fix = f"{name}={name}[:, 0]." if array.shape == (n, 1) else f"{name}=np.ones({n}) for equal ones."
         raise ValueError(
-            f"{where} expected one weight for each {of}, shape [{n}], received shape {list(array.shape)}. Write "
-            f"{name}=np.ones({n}) for equal ones."
+            f"{where} expected one weight for each {of}, shape [{n}], received shape {list(array.shape)}. Write {fix}"
         )
     never = "is never drawn" if name == "weights" else "does not count"
     wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))

@@ -35,7 +35,8 @@ def fold_rows(n: int, k: int, shuffle: bool) -> list[tuple[FoldPart, FoldPart]]:
         RuntimeError: with ``shuffle``, inside compiled code.
     """
     if k > n:
-        raise ValueError(f"Data.folds expected at least one row for each fold, received {n} rows for k={k}.")
+        fix = f"Write k={n} to leave one row out in each fold, or fewer." if n > 1 else "Pass more rows."
+        raise ValueError(f"Data.folds expected at least one row for each fold, received {n} rows for k={k}. {fix}")
     where = "Data.folds(..., shuffle=True)"
     key = draw_key(where) if shuffle else None
     dealt = np.arange(n) if key is None else Orders(where, n, jax.random.fold_in(key, k))(0)

@@ -285,7 +285,8 @@ class Sources(Pipeline[T]):
             [[3, 4]] [[0, 1, 2]]
             [[0, 1, 2]] [[3, 4]]
         """
-        size, k = checked_batch_size("Data.folds", batch_size), checked_count("Data.folds", "k", k, 2)
+        size = checked_batch_size("Data.folds", batch_size)
+        k = checked_count("Data.folds", "k", k, 2, "Write Data.folds(arrays, k=5, batch_size=64).")
         rows = collate.ArrayRows("Data.folds", arrays)
         options = RowOptions.checked("Data.folds", pad, sample_weights, rows.length)
         settings = f"k={k}, batch_size={size}" + ", shuffle=True" * bool(shuffle) + options.text

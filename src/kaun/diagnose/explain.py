@@ -19,6 +19,7 @@ from kaun._engine import (
     Origin,
     Replay,
     Source,
+    StepInputs,
     as_arrays,
     origin_of,
     source_of,
@@ -133,7 +134,7 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
         whole = functools.partial(_in_batch, examples=failed.inputs.examples or 0, parts=settings.microbatches)
         later = origin.became_nan
         origin = Origin(whole(origin.event), None if later is None else whole(later))
-    rows = _rows(origin, failed.inputs.examples)
+    rows = _rows(origin, failed.inputs)
     lines += _words(origin, source, rows, failed, replay)
     found = (None, False, None, None, None) if source is None else source[:5]
     return Explanation(error.step, part, leaf, given, *found, rows, _text(refused), "\n".join(lines))
@@ -149,7 +150,7 @@ def _failed_step(error: Any) -> FailedStep:
     if error.kaun_step is None:
         raise ValueError(
             "This NonFiniteLoss does not hold its step: a pickled one does not take the item along, whose loss is a "
-            "closure. Call explain where fit raised it."
+            "closure, and lr_range and update_statistics run steps of other trainers. Call explain where fit raised it."
         )
     return error.kaun_step
 
@@ -211,10 +212,18 @@ def _in_batch(event: Event, examples: int, parts: int) -> Event:
     )
 
 
-def _rows(origin: Origin, examples: int | None) -> tuple[int, ...] | None:
+def _counted(inputs: StepInputs) -> list[bool]:
+    """Return for each row of the batch whether it is one of the data; the others fill the batch."""
+    mask = inputs.row_mask
+    return [True] * (inputs.examples or 0) if mask is None else np.asarray(inputs.leaves[mask], bool).tolist()
+
+
+def _rows(origin: Origin, inputs: StepInputs) -> tuple[int, ...] | None:
+    """Return the rows that are not finite, without those that fill the batch, unless these alone are not finite."""
+    examples, counted = inputs.examples, _counted(inputs)
     for event in (origin.event, *([origin.became_nan] if origin.became_nan else [])):
         if examples and event.shape[:1] == (examples,):
-            return event.rows
+            return tuple(row for row in event.rows if counted[row]) or event.rows
     return None
 
 
@@ -229,10 +238,11 @@ def _words(
         lines.append(f"{derivative}{_made(event)}, {_place(source)}")
     if later is not None:
         lines.append(f"That became nan: {_made(later)}, {_place(source_of(later, replay))}")
-    if rows is not None:
+    if rows:
         more = f", and {len(rows) - _LISTED} more" if len(rows) > _LISTED else ""
         listed = ", ".join(map(str, rows[:_LISTED])) + more
-        counted = f"{len(rows)} of {failed.inputs.examples}"
+        known = _counted(failed.inputs)
+        counted = f"{len(rows)} of {sum(known) if known[rows[0]] else len(known)}"
         lines.append(f"Rows of the batch that are not finite there: {listed} ({counted}).")
     return [*lines, _DERIVATIVES] if source is not None and source.derivative else lines
 

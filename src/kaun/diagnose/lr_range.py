@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,23 +40,26 @@ class RateRange:
     """The losses of a learning rate range test. It prints as text.
 
     Attributes:
-        rates: The learning rate of each step, float64 of shape (n,), rising.
-        losses: The loss of each step, before its update, of shape (n,).
+        rates: The learning rate of each update, float64 of shape (n,), rising.
+        losses: The loss before each update, of shape (n,).
         smoothed: Their running average, each with about a twentieth of the steps before it.
         suggestion: The rate at which the smoothed loss falls fastest; None if it never falls.
+        diverged: Whether the test ended because the loss rose far above its lowest value or was not finite.
     """
 
     rates: np.ndarray
     losses: np.ndarray
     smoothed: np.ndarray
     suggestion: float | None
+    diverged: bool = False
 
     def __repr__(self) -> str:
         lowest = int(np.argmin(self.smoothed))
         advice = "which never falls" if self.suggestion is None else f"and falls fastest at {self.suggestion:.2g}"
+        end = " The test ended there, because the loss diverged." if self.diverged else ""
         return (
             f"{len(self.rates)} steps with learning rates from {self.rates[0]:.2g} to {self.rates[-1]:.2g}: the "
-            f"smoothed loss is lowest, {self.smoothed[lowest]:.4g}, at {self.rates[lowest]:.2g}, {advice}."
+            f"smoothed loss is lowest, {self.smoothed[lowest]:.4g}, at {self.rates[lowest]:.2g}, {advice}.{end}"
         )
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
@@ -102,7 +105,8 @@ def lr_range(
     The rate rises by the same factor in each step. The test ends early where the loss is not finite or has risen far
     above its lowest value. The state is not changed; the copy begins with its weights and a fresh optimizer state.
     Schedules of the optimizer are ignored. One program is compiled. With ``accumulate=k`` a step is a window of k
-    items, and its loss their weighted mean.
+    items, and its loss their weighted mean. A step that a loss scale skips makes no update: it is left out, and one
+    more item is used, so that the data may end before ``high`` is reached.
 
     Args:
         trainer: The trainer. Its optimizer is one of optax's whose learning rate can be found (``optax.adam(1e-3)``,
@@ -120,7 +124,7 @@ def lr_range(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If the rates do not rise, the data have too few items, or the optimizer's rate is not known.
-        NonFiniteLoss: If the first step is not finite.
+        NonFiniteLoss: If the first step is not finite. ``kaun_state`` is the given state.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -148,48 +152,62 @@ def lr_range(
     with rng.scope(0):  # the key comes from the state, so that no key of the caller's scope is drawn
         fresh = tested.make_state(state.vars)
     report = _Losses(steps, trainer.accumulate)
-    items = _first(data, steps * trainer.accumulate)
+    # A loss scale skips steps: then the number of updates ends the fit, and not that of items.
+    scaled = bool(state_nodes(fresh.opt_state, "LossScale"))
+    items = _first(data, steps * trainer.accumulate, unlimited=scaled)
     try:
         tested.fit(fresh.replace(step=state.step, key=state.key), items, ctx=ctx, report=report)
-    except NonFiniteLoss:
+    except NonFiniteLoss as error:
         if not report.losses:
-            raise
-        report.diverged = True
+            own = _nonfinite(error)
+            own.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+            raise own from error.__cause__
+        report.diverged |= not report.full
+    except BaseException as error:
+        error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        raise
     taken = len(report.losses)
-    if taken < steps and not report.diverged:
-        raise _too_few(report.items, steps * trainer.accumulate)
+    if taken < steps and not report.diverged and (report.items < steps * trainer.accumulate or not taken):
+        raise _too_few(data, report.items, steps * trainer.accumulate)
     smoothed = np.array(report.smoothed)
-    return RateRange(
-        rates[:taken], np.array(report.losses), smoothed, _steepest(rates[:taken], smoothed, steps // _ROUGH)
-    )
+    suggestion = _steepest(rates[:taken], smoothed, steps // _ROUGH)
+    return RateRange(rates[:taken], np.array(report.losses), smoothed, suggestion, report.diverged)
 
 
 class _Losses(Report):
-    """Keeps the losses of updates and their running average, and ends the fit where they diverge."""
+    """Keeps the losses of updates and their running average, and ends the fit where they diverge or are enough."""
 
     def __init__(self, steps: int, items_each: int) -> None:
-        self._rough, self._items_each, self.items = steps // _ROUGH, items_each, 0
+        self._steps, self._rough, self._items_each, self.items = steps, steps // _ROUGH, items_each, 0
         self._decay, self._sum, self._weight = 1 - min(1.0, _SMOOTHED / steps), 0.0, 0.0
-        self._window: tuple[float, float] = (0.0, 0.0)  # the weighted sum of losses, and their weights
+        self._window: list[tuple[float, float]] = []  # the losses of its items and their weights
         self.losses: list[float] = []
         self.smoothed: list[float] = []
         self.diverged = False
 
+    @property
+    def full(self) -> bool:
+        """Whether there are as many updates as steps."""
+        return len(self.losses) >= self._steps
+
     def wants(self, step: int) -> bool:
-        return self.diverged
+        return self.diverged or self.full
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         raise EarlyStop
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
-        for loss, weight in zip(values["loss"].tolist(), values["loss_weight"].tolist(), strict=True):
-            if self.diverged:
+        skipped = values.get("skipped", np.zeros(len(values["loss"]), bool))
+        columns = (column.tolist() for column in (values["loss"], values["loss_weight"], skipped))
+        for loss, weight, left_out in zip(*columns, strict=True):
+            if self.diverged or self.full:
                 return
             self.items += 1
-            self._window = self._window[0] + weight * loss, self._window[1] + weight
+            self._window += [] if left_out else [(loss, weight)]
             if self.items % self._items_each == 0:
-                self._add(*self._window)
-                self._window = (0.0, 0.0)
+                if self._window:
+                    self._add(sum(w * one for one, w in self._window), sum(w for _, w in self._window))
+                self._window = []
 
     def _add(self, total: float, weight: float) -> None:
         """Add the loss of an update; one of weight 0 leaves the running average as it is."""
@@ -280,17 +298,39 @@ def _set_count(opt_state: Any, count: int) -> Any:
     return jax.tree_util.tree_map(replaced, opt_state, is_leaf=is_one)
 
 
-def _first(data: Iterable[Any], items: int) -> Iterable[Any]:
+def _first(data: Iterable[Any], items: int, *, unlimited: bool) -> Iterable[Any]:
     known = known_length(data)
     if known is not None and known < items:
-        raise _too_few(known, items)
+        raise _too_few(data, known, items)
+    if unlimited:
+        return data
     return data.take(items) if isinstance(data, Data) else itertools.islice(data, items)
 
 
-def _too_few(found: int, items: int) -> ValueError:
+def _nonfinite(error: NonFiniteLoss) -> NonFiniteLoss:
+    """Return the exception for a first step that is not finite; that of the fit is about a trainer made here."""
+    text = (
+        f"lr_range: step {error.step} is not finite (its loss is {error.loss:g}), and no step before it made an "
+        "update. The given state is this exception's kaun_state. For the operation, its line, its layer and the rows "
+        "of the batch, write\n"
+        "    try:\n"
+        '        dataclasses.replace(trainer, on_nonfinite="raise").fit(state, data)\n'
+        "    except kaun.errors.NonFiniteLoss as err:\n"
+        "        print(kaun.explain(trainer, err))"
+    )
+    return NonFiniteLoss(text, error.step, error.loss, error.parameters, error.leaves)
+
+
+def _too_few(data: Iterable[Any], found: int, items: int) -> ValueError:
+    if isinstance(data, Data):
+        source = "train"
+    elif isinstance(data, Sequence):
+        source = "Data.from_items(items)"
+    else:
+        source = "Data.from_items(list(items))" if isinstance(data, Iterator) else "Data.from_iterable(loader)"
     return ValueError(
         f"lr_range expected at least {items} items, and the data have {found}. Write "
-        f"lr_range(trainer, state, train.epochs({-(-items // max(found, 1))}), ...), or fewer steps."
+        f"lr_range(trainer, state, {source}.epochs({-(-items // max(found, 1))}), ...), or fewer steps."
     )
 
 
