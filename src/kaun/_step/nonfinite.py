@@ -136,7 +136,9 @@ def flush_error(trained: Any, vars: Any, window: Any, step: int, checks: Any) ->
     loss = float(window.loss) / (float(window.weight) or 1.0)
     what = f"The update that flush makes of the open window after step {step}"
     last = 'To end the window without this update, flush it with a trainer that has on_nonfinite="skip".'
-    return NonFiniteLoss(_about_update(what, loss, spoiled, False, last), step, loss, (), spoiled)
+    error = NonFiniteLoss(_about_update(what, loss, spoiled, False, last), step, loss, (), spoiled)
+    error.kaun_flush = True
+    return error
 
 
 def _about_update(what: str, loss: float, spoiled: tuple[str, ...], exact: bool, last: str) -> str:
