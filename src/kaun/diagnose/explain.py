@@ -120,6 +120,8 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
         refused = failed.refused(settings)
         part, leaf, origin, replay = _search(settings, failed)
     assert isinstance(error, NonFiniteLoss)
+    if part == "update" and error.parameters and settings.accumulate > 1:  # the penalty's, added in the update
+        part, leaf = "gradient", None
     lines = [f"Step {error.step}: {_head(error, part, leaf)}"]
     lines += [] if refused is None else [f"A check of kaun refuses its item: {refused}"]
     if origin is None:
@@ -148,8 +150,8 @@ def _failed_step(error: Any) -> FailedStep:
         )
     if error.kaun_flush:
         raise ValueError(
-            "This NonFiniteLoss comes from flush, which runs no item: loss and gradient of each item in the window were "
-            "finite, and explain has no step to run. Look at the learning rate after as many updates as "
+            "This NonFiniteLoss comes from flush, which runs no item: loss and gradient of each item in the window "
+            "were finite, and explain has no step to run. Look at the learning rate after as many updates as "
             "err.kaun_state.opt_state counts, and if the trainer has a penalty, at its gradient: "
             "jax.grad(penalty)(err.kaun_state.vars.params)."
         )
