@@ -63,6 +63,7 @@ class NonFiniteLoss(ArithmeticError):
         super().__init__(message)
         self.step, self.loss, self.parameters, self.leaves = step, loss, parameters, leaves
         self.kaun_step: Any = None  # the step, with the state before it and its item, for kaun.explain
+        self.kaun_flush = False  # whether it comes from flush, which has no item
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default an exception is pickled as its class and `args`, which have only the message. The item has the

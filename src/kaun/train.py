@@ -200,7 +200,7 @@ class Trainer(Generic[In, Out]):
 
         Raises:
             NonFiniteLoss: If the update is not finite, under ``on_nonfinite="raise"``.
-            ValueError: If the state belongs to a trainer with another ``accumulate``.
+            ValueError: If the state has a window and ``accumulate`` is 1, or it has none and ``accumulate`` is more.
 
         Examples:
             >>> import jax.numpy as jnp, optax, kaun

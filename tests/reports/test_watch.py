@@ -106,6 +106,21 @@ def test_a_plot_has_a_line_for_each_layer(tmp_path):
     assert watch.plot(tmp_path / "norms").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_ratio_is_nan_at_an_item_that_makes_no_update():
+    with rng.scope(0):
+        trainer = Trainer(model=layers.linear(3, 2), optimizer=optax.sgd(0.1), accumulate=3, on_nonfinite="skip")
+        state = trainer.init()
+    first, other, bad = ((x, lambda out: losses.mse(out, Y[:2])) for x in (X[:2], X[2:4], X[:2] * np.float32("nan")))
+    end = trainer.fit(state, [first, other, first, first, bad, other], report=(watch := reports.watch(1)))
+    assert int(end.opt_state.updates) == 2
+    place = watch.layers.index("weight")
+    assert np.isnan(watch.update_ratio[:, place]).tolist() == [True, True, False] * 2
+    middle = trainer.fit(state, [first, other, first]).vars.params
+    for i, (old, new) in ((2, (state.vars.params, middle)), (5, (middle, end.vars.params))):
+        ratio = np.linalg.norm(new["weight"] - old["weight"]) / np.linalg.norm(old["weight"])
+        np.testing.assert_allclose(watch.update_ratio[i, place], ratio, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("every", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_every_is_a_number_of_steps(every, error):
     with pytest.raises(error, match=r"watch expected a number of steps .*, received .*Write watch\(every=100\)"):

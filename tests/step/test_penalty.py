@@ -148,12 +148,22 @@ def test_a_penalty_draws_numbers_of_its_own():
     )
 
 
-def test_a_gradient_that_is_not_finite_is_found():
-    root = lambda params: jnp.sqrt(jnp.abs(params["bias"]).sum())  # the bias is 0
-    for options, text in (({}, "the gradient is not finite for 'bias'"), ({"accumulate": 2}, "makes 'params.bias'")):
-        trainer, state = made(root, **options)
-        with pytest.raises(NonFiniteLoss, match=text):
-            trainer.fit(state, [(X, mse)] * options.get("accumulate", 1))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_penalty_whose_gradient_is_not_finite_is_named_as_gradient(accumulate):
+    trainer, state = made(lambda p: optax.tree.norm(p["bias"]), accumulate=accumulate)
+    with pytest.raises(
+        NonFiniteLoss, match=r"gradient is not finite for 'bias' \(1 of 2 .* and at the penalty"
+    ) as caught:
+        trainer.fit(state, [(X, mse)] * 2)
+    assert (caught.value.parameters, caught.value.leaves, caught.value.step) == (("bias",), (), accumulate)
+    found = kaun.explain(trainer, caught.value)
+    assert found.part == "gradient" and "its gradient is not finite for 'bias'." in found.text
+    if accumulate == 2:
+        with pytest.raises(
+            NonFiniteLoss, match=r"gradient of the penalty is not finite for 'bias' in .* flush"
+        ) as caught:
+            trainer.fit(state, [(X, mse)])
+        assert caught.value.parameters == ("bias",) and "Loss" not in str(caught.value)
 
 
 # What it may be, and what it captures

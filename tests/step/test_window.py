@@ -333,6 +333,8 @@ def test_flush_of_an_update_that_is_not_finite_raises():
             run()
         assert same(caught.value.kaun_state, fold(trainer, state, items)) and caught.value.step == 3
         assert 'on_nonfinite="skip"' in str(caught.value) and np.isfinite(caught.value.loss)
+        with pytest.raises(ValueError, match="comes from flush, which runs no item"):
+            kaun.explain(trainer, caught.value)
 
 
 @pytest.mark.parametrize("model", ["linear", "large"])

@@ -200,8 +200,8 @@ class CheckpointSaver:
         varies = name in self._traced or len(known) > 1
         if digest not in known and not varies:
             line = (
-                f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate) "
-                "or on_nonfinite was changed"
+                f"the compiled step for {kind}: the model, loss, optimizer, one of their constants (a learning rate), "
+                "or one of the Trainer's on_nonfinite, penalty, accumulate, average was changed"
             )
             refuse_difference(self._directory, "program", self._saved_step, [line])
             known = []

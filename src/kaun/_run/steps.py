@@ -46,10 +46,11 @@ def start_loop(
     if settings.penalty is not None:
         settings.penalty.refuse_changes()
     trained = trainable_part(settings.trainable, state.vars.params)
-    make = error_for(trained, state.vars, optimizer_state(settings, state.opt_state))
+    inner, penalized = optimizer_state(settings, state.opt_state), settings.penalty is not None
+    make = error_for(trained, state.vars, inner, penalized=penalized)
     failure = functools.partial(error_of, settings, make) if mode == "raise" else None
     carry, key = (state.vars, state.opt_state, state.step), state.key
-    del state, trained
+    del state, trained, inner
     hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
     return caller, StepLoop(programs, carry, key, ctx, *hooks)
 

@@ -65,7 +65,9 @@ def match_state(before: T, after: T) -> T:
     return jax.tree_util.tree_map(strong, after, before)
 
 
-def error_for(trained: Any, vars: Any, opt_state: Any) -> Callable[[int, float, Any, ValueError | None], NonFiniteLoss]:
+def error_for(
+    trained: Any, vars: Any, opt_state: Any, *, penalized: bool = False
+) -> Callable[[int, float, Any, ValueError | None], NonFiniteLoss]:
     """Return what makes the exception for a step that is not finite, of its number, loss, status and refused values.
 
     The status is ``checks_of`` its gradient and update; where the step does not itself discard, ``spoiled_leaves`` of
@@ -75,10 +77,12 @@ def error_for(trained: Any, vars: Any, opt_state: Any) -> Callable[[int, float, 
         trained: The parameters that train.
         vars: All variables; of these trees only the paths are kept.
         opt_state: The optimizer's own state.
+        penalized: Whether the trainer has a penalty.
     """
     paths = tuple(tree.flatten(trained)[0])
     checked = check_names({"params": trained, "state": vars.state, "opt_state": without_weights(opt_state)})
-    return functools.partial(_nonfinite_error, paths, tuple(checked), tuple(state_paths(vars, opt_state)))
+    leaves = tuple(state_paths(vars, opt_state))
+    return functools.partial(_nonfinite_error, paths, tuple(checked), leaves, ", and at the penalty" * penalized)
 
 
 def state_paths(vars: Any, opt_state: Any) -> list[str]:
@@ -91,6 +95,7 @@ def _nonfinite_error(
     paths: tuple[str, ...],
     checked: tuple[str, ...],
     leaves: tuple[str, ...],
+    more: str,
     step: int,
     loss: float,
     status: Any,
@@ -109,7 +114,7 @@ def _nonfinite_error(
     )
     advice = (
         "Try a smaller learning rate, or optax.chain(optax.clip_by_global_norm(1.0), optimizer); look at that item's "
-        "input and labels."
+        f"input and labels{more}."
     )
     if refused is not None:
         advice = f"Run outside of the compiled step, it is refused: {refused}"
@@ -136,7 +141,18 @@ def flush_error(trained: Any, vars: Any, window: Any, step: int, checks: Any) ->
     loss = float(window.loss) / (float(window.weight) or 1.0)
     what = f"The update that flush makes of the open window after step {step}"
     last = 'To end the window without this update, flush it with a trainer that has on_nonfinite="skip".'
-    return NonFiniteLoss(_about_update(what, loss, spoiled, False, last), step, loss, (), spoiled)
+    text = _about_update(what, loss, spoiled, False, last)
+    bad = tuple(path for path, square in zip(tree.flatten(trained)[0], checks, strict=False) if not square < np.inf)
+    if bad:  # the gradients of the items are finite
+        spoiled = ()
+        text = (
+            f"The gradient of the penalty is not finite for {_listed(bad)} in the update that flush makes of the open "
+            f"window after step {step}. The state before it is this exception's kaun_state. Look at "
+            f"jax.grad(penalty)(err.kaun_state.vars.params). {last}"
+        )
+    error = NonFiniteLoss(text, step, loss, bad, spoiled)
+    error.kaun_flush = True
+    return error
 
 
 def _about_update(what: str, loss: float, spoiled: tuple[str, ...], exact: bool, last: str) -> str:

@@ -25,7 +25,8 @@ def layer_norms(
     """Return the numbers ``"layer_norms"`` of a step, three scalars for each layer that trains, and ``kept``.
 
     The layer ``"0"`` has ``grad_norm/0``, ``weight_norm/0`` (of the weights before the update) and ``update_ratio/0``:
-    the norm of the update over that of the weights, 0 for a discarded step.
+    the norm of the update over that of the weights, 0 for a discarded step. With ``accumulate`` the caller makes it nan
+    at an item without update.
 
     The weights are read in the branch of a condition, which XLA compiles apart from the rest: it fuses an update
     together with what else uses it, and the bits of the parameters must not depend on whether a report looks at them.

@@ -268,9 +268,16 @@ def _update_if(
         new, inner = apply_update(settings.optimizer, gradient, window.inner, params, value, _refuse_loss_function)
         return match_state(old, {**old, "params": new, "opt_state": window._replace(inner=inner)})
 
+    def gradient() -> Any:
+        # The items' gradients were looked at before. What is finite counts as 0: the norm of a step is its item's.
+        if settings.penalty is None:
+            return _zeros(params)
+        _, whole = _mean(settings, parts, fill(old["opt_state"]), params, key)
+        return jax.tree_util.tree_map(lambda g: jnp.where(jnp.isfinite(g), jnp.zeros_like(g), g), whole)
+
     def make() -> tuple[Any, Any, jax.Array]:
         update = Update(function, old, discards=watched and discards)
-        about = update.checks(_zeros(params), checks.dtype) if watched else nothing
+        about = update.checks(gradient(), checks.dtype) if watched else nothing
         new = update.made(jnp.isfinite(about.sum()))
         return new["params"], new["opt_state"].inner, about
 

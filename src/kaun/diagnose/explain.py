@@ -98,7 +98,7 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
 
     Raises:
         TypeError: If the error is another one than ``NonFiniteLoss``.
-        ValueError: If the error does not hold its step, or the state is another model's.
+        ValueError: If the error does not hold its step or comes from ``flush``, or the state is another model's.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -121,6 +121,8 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
         refused = failed.refused(settings)
         part, leaf, origin, replay = _search(settings, failed)
     assert isinstance(error, NonFiniteLoss)
+    if part == "update" and error.parameters and settings.accumulate > 1:  # the penalty's, added in the update
+        part, leaf = "gradient", None
     lines = [f"Step {error.step}: {_head(error, part, leaf)}"]
     lines += [] if refused is None else [f"A check of kaun refuses its item: {refused}"]
     if origin is None:
@@ -146,6 +148,13 @@ def _failed_step(error: Any) -> FailedStep:
         raise TypeError(
             f"explain expected a NonFiniteLoss that fit raised, received {received}: it explains numbers that are not "
             "finite, and nothing else. Write except kaun.errors.NonFiniteLoss as err: print(kaun.explain(trainer, err))"
+        )
+    if error.kaun_flush:
+        raise ValueError(
+            "This NonFiniteLoss comes from flush, which runs no item: loss and gradient of each item in the window "
+            "were finite, and explain has no step to run. Look at the learning rate after as many updates as "
+            "err.kaun_state.opt_state counts, and if the trainer has a penalty, at its gradient: "
+            "jax.grad(penalty)(err.kaun_state.vars.params)."
         )
     if error.kaun_step is None:
         raise ValueError(

@@ -33,7 +33,8 @@ def watch(every: int = 100) -> Watch:
     The weights are those before the update, and the gradient is the one at them, without a loss scale. The ratio is the
     norm of the update over that of the weights: 1e-3 is usual, and a layer far above or below the others learns too
     fast or not at all. It is 0 for a step that is discarded, and infinite where the weights are 0. Frozen parameters
-    are left out.
+    are left out. With ``Trainer(accumulate=k)`` the gradient is that of the item alone, and the ratio is nan at an item
+    that makes no update; an ``every`` that is a multiple of k measures updates.
 
     Args:
         every: The number of steps from one measurement to the next, at least 1, counted as ``state.step``.
