@@ -49,7 +49,7 @@ CACHE_LIMIT = 1_000_000_000  # bytes
 LIGHT = {"xla_cpu_use_fusion_emitters": False}  # gone in jaxlib 0.12
 SIMPLE = LIGHT | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 OPTIONS = {
-    "tests/averages": LIGHT,
+    "tests/averages/test_statistics.py": LIGHT,
     "tests/checkpoint": LIGHT,
     "tests/data": LIGHT,
     "tests/diagnose": LIGHT,
@@ -66,6 +66,8 @@ OPTIONS = {
     "tests/reports": LIGHT,
     "tests/run": LIGHT,
     "tests/step": LIGHT,
+    "tests/step/test_norms.py": {},
+    "tests/step/test_window.py": {},
     "tests/test_train.py": LIGHT,
 }
 options_in_use = jax.make_user_context(())  # a part of the key of JAX's caches

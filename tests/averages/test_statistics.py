@@ -123,7 +123,7 @@ def test_other_layers_update_their_state_as_in_training():
     ("average", "optimizer"),
     [
         (averages.from_optimizer(optax.contrib.schedule_free_eval_params), optax.contrib.schedule_free_sgd(0.1)),
-        (averages.swa(start=2, every=1), None),
+        pytest.param(averages.swa(start=2, every=1), None, marks=pytest.mark.slow),
     ],
 )
 def test_for_each_average_and_after_averages_of_any_kind(average, optimizer):
@@ -133,7 +133,7 @@ def test_for_each_average_and_after_averages_of_any_kind(average, optimizer):
     close(found.averaged.vars.state[1], by_hand(state.averaged.vars))
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("precision", [pytest.param("mixed_bfloat16", marks=pytest.mark.slow), "mixed_float16"])
 def test_in_mixed_precision_rows_are_still_counted_exactly(precision):
     trainer, state = made(averages.ema(0.9), precision=precision)
     state = trainer.fit(state, TRAIN)

@@ -79,7 +79,7 @@ def walk():
         return Data.batches((X, Y), 12, shuffle=True).with_loss(losses.mse).epochs(500)
 
 
-@pytest.mark.parametrize("decay", [0.999, 0.9999])
+@pytest.mark.parametrize("decay", [pytest.param(0.999, marks=pytest.mark.slow), 0.9999])
 def test_ema_is_the_recursion_in_float64_after_a_thousand_updates(walk, decay):
     trainer, start = made(averages.ema(decay))
     seen = []
@@ -147,8 +147,15 @@ def test_swa_is_the_mean_of_the_updates_that_count(start, every):
     assert before == [[leaf.astype(np.float32).tobytes() for leaf in leaves] for leaves in seen[: start - 1]]
 
 
-@pytest.mark.parametrize("model", [small, large])
-@pytest.mark.parametrize("average", [averages.ema(0.9), averages.swa(start=3, every=2)])
+@pytest.mark.parametrize(
+    ("average", "model"),
+    [
+        (averages.ema(0.9), large),
+        (averages.swa(start=3, every=2), small),
+        pytest.param(averages.ema(0.9), small, marks=pytest.mark.slow),
+        pytest.param(averages.swa(start=3, every=2), large, marks=pytest.mark.slow),
+    ],
+)
 def test_every_form_of_fit_has_the_bytes_of_step(model, average):
     trainer, start = made(average, model)
     data = TRAIN.epochs(2)
@@ -245,7 +252,7 @@ def test_frozen_parameters_have_no_average():
     assert host(state.averaged.vars.params["right"]) != host(state.vars.params["right"])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16])
 def test_half_precision_is_averaged_in_float32(dtype):
     trainer, start = made(averages.ema(0.9), optimizer=optax.sgd(0.02), dtype=dtype)
     seen = []

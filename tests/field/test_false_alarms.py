@@ -129,7 +129,8 @@ def test_an_open_window_of_apply_every_is_named():
     """The older form of optax.MultiSteps: the same loss of the last items, without a word."""
     trainer, state = trained(optax.chain(optax.apply_every(4), optax.sgd(0.1)))
     with pytest.warns(
-        UserWarning, match=r"window of optax\.apply_every: .* last 2 items wait .* accumulate=k\) in place of optax\.apply_every\(k=k\)"
+        UserWarning,
+        match=r"window of optax\.apply_every: .* last 2 items wait .* accumulate=k\) in place of optax\.apply_every\(k=k\)",
     ):
         trainer.fit(state, Data.repeat(6, (X, square)))
     with warnings.catch_warnings():

@@ -58,7 +58,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+IN_SHORT = ("skip", "ignore, each step", "in place")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in IN_SHORT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_parameters_have_the_same_bits_with_and_without(case):
     more, hidden, every, optimizer = CASES[case]
     trainer, state = made(mlp(hidden), optimizer, **more)

@@ -198,8 +198,17 @@ def test_batch_norm_moves_at_each_item():
 # Law 2, and what reports see
 
 
-@pytest.mark.parametrize("model", ["linear", "large"])
-@pytest.mark.parametrize("mode", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize(
+    ("mode", "model"),
+    [
+        ("raise", "linear"),
+        ("skip", "large"),
+        *(
+            pytest.param(mode, model, marks=pytest.mark.slow)
+            for mode, model in [("raise", "large"), ("skip", "linear"), ("ignore", "linear"), ("ignore", "large")]
+        ),
+    ],
+)
 def test_fit_is_the_fold_of_step_flushed(tmp_path, model, mode):
     with rng.scope(1):
         trainer, state = made(3, ADAM, model, on_nonfinite=mode)
@@ -354,7 +363,7 @@ def test_ignore_applies_what_is_not_finite():
     assert int(end.opt_state.updates) == 2 and not np.isfinite(end.vars.params["weight"]).any()
 
 
-@pytest.mark.parametrize("mode", ["raise", "ignore"])
+@pytest.mark.parametrize("mode", ["raise", pytest.param("ignore", marks=pytest.mark.slow)])
 def test_an_overflow_of_float16_halves_the_scale_and_leaves_its_window(mode):
     trainer, state = made(3, SGD, "linear", precision="mixed_float16", on_nonfinite=mode)
     x, y = np.ones((2, 3), np.float32), np.zeros((2, 2), np.float32)
