@@ -137,7 +137,7 @@ def said(trainer, state, items, **options):
         ({"rate": np.nan}, 9, "discarded 3 steps with no update between them, 3 to 9, so .*: the update in 3 of them"),
         ({"scale": 1.0}, 9, "discarded 3 steps with no update between them, 3 to 9, so .*: the gradient in 3 of them"),
         ({"rate": np.nan}, 2, "discarded the update of the last window, so .*: the update in 1 of them"),
-        ({"rate": np.nan}, 4, "discarded step 3 and the update of the last window, so .*: the update in 2 of them"),
+        ({"rate": np.nan}, 4, "discarded step 3, and the update of the last window, so .*: the update in 2 of them"),
         ({"rate": np.nan}, 350, "discarded 100 steps with no update between them, 3 to 300, so .*: the update in 100"),
     ],
     ids=["rate", "penalty", "flush", "both", "many"],

@@ -108,7 +108,7 @@ class DiscardedSteps:
         listed = ", ".join(f"the {what} in {n}" for what, n in reasons.most_common())
         stuck = _STUCK if reasons["update"] else ""
         warn(
-            f'on_nonfinite="skip" discarded {" and ".join(steps)}, so the state was not trained. What is not finite: '
+            f'on_nonfinite="skip" discarded {", and ".join(steps)}, so the state was not trained. What is not finite: '
             f'{listed} of them.{stuck} Write Trainer(..., on_nonfinite="raise"): its error says what is not finite, '
             "and what to try."
         )
