@@ -275,7 +275,8 @@ class Trainer(Generic[In, Out]):
                 if step == 0:
                     raise empty_data("fit")
                 flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
-            return now() if stopped else self.flush(now())
+            last = now()
+            return caller.returned(last, last if stopped else self.flush(last))
 
     @overload
     def predict(

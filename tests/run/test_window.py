@@ -1,6 +1,8 @@
 """Runs with ``Trainer(accumulate=k)``: checkpoints keep the window open, and the end of the data flushes it once."""
 
 import functools
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -102,3 +104,59 @@ def test_another_penalty_is_another_program(tmp_path):
     with pytest.raises(ResumeMismatch, match=r"the compiled step for .*, penalty, accumulate, average"):
         run(jnp.full((3, 2), 2.0))
     assert int(run(jnp.ones((3, 2))).step) == 4
+
+
+# Steps that learn nothing
+
+
+@functools.cache
+def skipping(rate=0.1, accumulate=3, scale=0.0):
+    with rng.scope(0):
+        trainer = kaun.Trainer(
+            model=layers.linear(3, 2), optimizer=optax.sgd(lambda count: jnp.float32(rate)), accumulate=accumulate,
+            on_nonfinite="skip", penalty=lambda params: scale * optax.tree.norm(params["bias"]) if scale else jnp.float32(0),
+        )  # fmt: skip
+        return trainer, trainer.init()
+
+
+GOOD = (X[:2], lambda out: losses.mse(out, Y[:2]))
+BAD = (X[:2] * np.float32("nan"), GOOD[1])
+
+
+def said(trainer, state, items, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        end = trainer.fit(state, items, **options)
+    assert all(w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught], end
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "text"),
+    [
+        ({"rate": np.nan}, 9, "discarded 3 steps with no update between them, 3 to 9, so .*: the update in 3 of them"),
+        ({"scale": 1.0}, 9, "discarded 3 steps with no update between them, 3 to 9, so .*: the gradient in 3 of them"),
+        ({"rate": np.nan}, 2, "discarded the update of the last window, so .*: the update in 1 of them"),
+        ({"rate": np.nan}, 4, "discarded step 3, and the update of the last window, so .*: the update in 2 of them"),
+        ({"rate": np.nan}, 350, "discarded 100 steps with no update between them, 3 to 300, so .*: the update in 100"),
+    ],
+    ids=["rate", "penalty", "flush", "both", "many"],
+)
+def test_skip_says_that_no_update_of_a_window_was_made(options, n, text):
+    trainer, state = skipping(**options)
+    for report in (None, lambda *_: None) if n < 100 else (None,):
+        (message,), end = said(trainer, state, [GOOD] * n, report=report)
+        assert re.search(text, message) and same(end.vars, state.vars) and int(end.step) == n
+
+
+def test_skip_says_nothing_of_windows_where_updates_are_made():
+    trainer, state = skipping()
+    for items in ([BAD, GOOD], [GOOD, BAD, BAD] * 60, [BAD] * 3 + [GOOD], [BAD] * 3 + [GOOD] * 3):
+        messages, end = said(trainer, state, items)
+        assert not messages and int(end.opt_state.updates) > 0
+    messages, end = said(trainer, state, [BAD, GOOD, GOOD], report=at(2, kaun.EarlyStop()))
+    assert not messages and int(end.opt_state.items) == 1, "a good item waits"
+    messages, _ = said(trainer, state, [BAD] * 4, report=at(4, kaun.EarlyStop()))
+    assert re.search("discarded 4 steps in a row, 1 to 4, so .*: the loss in 4 of them", messages[0])
+    wide, state = skipping(accumulate=300)
+    assert not said(wide, state, [GOOD, BAD] * 140)[0]

@@ -117,6 +117,7 @@ class ReportCaller:
         on_measured: Called with (step, values, state) after the report measured values for a step; the state is None if
             the report ended the fit.
         rate: The learning rate of every step, None where it is unknown or a step knows its own.
+        windows: ``accumulate``, and under ``"skip"`` the number of updates before, as ``DiscardedSteps`` takes them.
 
     Attributes:
         pending_report_loss: The loss of the step for which the report was called and did not return.
@@ -139,6 +140,7 @@ class ReportCaller:
         passes: PassLength | None = None,
         on_measured: Callable[[int, Mapping[str, float], Any], None] = lambda step, values, state: None,
         rate: float | None = None,
+        windows: tuple[int, int] = (1, 0),
     ) -> None:
         if report is not None:
             check_report(report, "fit")
@@ -152,7 +154,7 @@ class ReportCaller:
         self._steps = 0
         self._next = time.monotonic() + _PATIENCE
         self._total, self._done, self._before, self._raises = total, done, before, mode == "raise"
-        self._discarded = DiscardedSteps() if mode == "skip" else None
+        self._discarded = DiscardedSteps(*windows) if mode == "skip" else None
         self.pending_report_loss, self._interruptible = pending_report_loss, interruptible
         self._on_measured = on_measured
         self._asked = self._wanted = done if pending_report_loss is None else done - 1
@@ -263,6 +265,12 @@ class ReportCaller:
             self._discarded.finish(last=last)
         while self._waiting:
             self._deliver(1)
+
+    def returned(self, before: TrainState, after: TrainState) -> TrainState:
+        """Return the state that ``fit`` returns, the one after its last step flushed; warn if no update was made."""
+        if self._discarded is not None:
+            self._discarded.returned(before, after)
+        return after
 
     def end(self) -> None:
         """Call the report's ``end``."""

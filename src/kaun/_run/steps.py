@@ -41,12 +41,13 @@ def start_loop(
     state = run.take()
     mode, pending, interruptible = settings.on_nonfinite, run.pending_report_loss, run.signals.interruptible
     rate = find_rate(settings.optimizer) if settings.accumulate == 1 else None
-    about = (mode, pending, interruptible, run.passes, run.measured, rate and rate.fixed)
+    inner, penalized = optimizer_state(settings, state.opt_state), settings.penalty is not None
+    windows = (settings.accumulate, int(inner.updates) if settings.accumulate > 1 and mode == "skip" else 0)
+    about = (mode, pending, interruptible, run.passes, run.measured, rate and rate.fixed, windows)
     caller = ReportCaller(report, run.total, run.done, state.step, *about)
     if settings.penalty is not None:
         settings.penalty.refuse_changes()
     trained = trainable_part(settings.trainable, state.vars.params)
-    inner, penalized = optimizer_state(settings, state.opt_state), settings.penalty is not None
     make = error_for(trained, state.vars, inner, penalized=penalized)
     failure = functools.partial(error_of, settings, make) if mode == "raise" else None
     carry, key = (state.vars, state.opt_state, state.step), state.key

@@ -130,8 +130,7 @@ def train_step(
         done = add_to_window(settings, parts, old, scale, item, given.value, step_key, discards=discards)
         made = done.new["opt_state"].updates != before.updates
         norms, _ = layer_norms(old["params"], lambda: done.new["params"], done.checks, step, jnp.array(True), wanted)
-        ratios = {name: jnp.where(made, n, jnp.nan) for name, n in norms.items() if name.startswith("update_ratio/")}
-        norms |= ratios
+        norms |= {name: jnp.where(made, n, jnp.nan) for name, n in norms.items() if name.startswith("update_ratio/")}
     else:
 
         def update(opt_state: Any) -> dict[str, Any]:
