@@ -15,19 +15,15 @@ import optax
 import kaun
 from bench.runners import by_kaun
 from bench.workloads import WORKLOADS
-from kaun import Data, averages, losses, rng
+from kaun import averages, rng
 
 KINDS = {"none": None, "ema": averages.ema(0.999), "swa": averages.swa(start=10, every=10)}
 
 
 def measure(name: str, rounds: int) -> dict[str, list[float]]:
     workload = WORKLOADS[name]
-    x, y = workload.data()
     model, vars = by_kaun.own(workload)
-    loss = losses.binary_cross_entropy if workload.binary else losses.cross_entropy_sparse
-    with rng.scope(0):
-        batches = Data.batches((x, y), workload.batch, shuffle=True).with_loss(loss)
-    data = Data.repeat(workload.steps, next(iter(batches))) if workload.repeats else batches
+    data = by_kaun.items(workload, *workload.data())
     trainers = {}
     for kind, average in KINDS.items():
         with rng.scope(0):

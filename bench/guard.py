@@ -17,7 +17,7 @@ import optax
 import kaun
 from bench.runners import by_kaun
 from bench.workloads import WORKLOADS
-from kaun import Data, losses, rng
+from kaun import rng
 from kaun._step import step
 
 KINDS = {"raise": "raise", "skip": "skip", "ignore": "ignore", "bare": "ignore"}
@@ -36,12 +36,8 @@ def bare():
 
 def measure(name: str, rounds: int) -> dict[str, list[float]]:
     workload = WORKLOADS[name]
-    x, y = workload.data()
     model, vars = by_kaun.own(workload)
-    loss = losses.binary_cross_entropy if workload.binary else losses.cross_entropy_sparse
-    with rng.scope(0):
-        batches = Data.batches((x, y), workload.batch, shuffle=True).with_loss(loss)
-    data = Data.repeat(workload.steps, next(iter(batches))) if workload.repeats else batches
+    data = by_kaun.items(workload, *workload.data())
     trainers = {}
     for kind, mode in KINDS.items():
         with rng.scope(0):
