@@ -62,6 +62,7 @@ OPTIONS = {
     "tests/losses/test_mean.py": LIGHT,
     "tests/losses/test_training.py": LIGHT,
     "tests/metrics": SIMPLE,
+    "tests/models": SIMPLE,
     "tests/parity": SIMPLE,
     "tests/reports": LIGHT,
     "tests/run": LIGHT,
