@@ -57,7 +57,9 @@ PUBLIC = {
     },
     "kaun.grad": {"grad", "value_and_grad"},
     "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen", "safetensors"},
-    "kaun.interop.safetensors": {"Rule", "drop", "into", "load", "rename", "split", "transpose"},
+    "kaun.interop.safetensors": {
+        "Rule", "copy", "drop", "into", "load", "rename", "save", "split", "stack", "transpose",
+    },
     "kaun.layers": {
         "Float", "Int", "Layer", "Module", "Vars", "activation", "avg_pool1d", "avg_pool2d", "batch_norm",
         "bidirectional", "compose", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "drop_path",
