@@ -65,7 +65,8 @@ def main(*, epochs=5, size=32, seed=0):
     state = trainer.fit(state, train.epochs(epochs), report=history)
 
     scores = trainer.evaluate(state, Data.batches((test_images, test_labels), 120), {"accuracy": metrics.accuracy})
-    print(f"The loss was {history.epochs[0]['loss']:.3f} in the first epoch, {history.epochs[-1]['loss']:.3f} in the last.")
+    first, last = (history.epochs[i]["loss"] for i in (0, -1))
+    print(f"The loss was {first:.3f} in the first epoch, and {last:.3f} in the last.")
     print(f"{scores['accuracy']:.1%} of the {len(test_labels)} test images are read correctly.")
     return trainer, state, history, scores
 

@@ -46,7 +46,8 @@ def main(*, epochs=20, seed=0):
 
     test = Data.batches((test_rows, test_labels), 120)
     scores = trainer.evaluate(state, test, {"accuracy": metrics.accuracy, "loss": losses.cross_entropy_sparse})
-    print(f"The loss was {history.epochs[0]['loss']:.3f} in the first epoch, {history.epochs[-1]['loss']:.3f} in the last.")
+    first, last = (history.epochs[i]["loss"] for i in (0, -1))
+    print(f"The loss was {first:.3f} in the first epoch, and {last:.3f} in the last.")
     print(f"{scores['accuracy']:.1%} of the {len(test_labels)} test images are read correctly.")
     return trainer, state, history, scores
 

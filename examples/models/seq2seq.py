@@ -18,14 +18,15 @@ import optax
 import kaun
 from kaun import Context, Data, layers, losses, rng
 
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-ONES += ["seventeen", "eighteen", "nineteen"]
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 WORDS = ["<pad>", *ONES, *TENS, "hundred", "thousand"]
 PAD, START, END, ZERO = range(4)  # the symbols that are written: these and the digits, of which 0 is symbol 3
+SIZES = {"words": len(WORDS), "symbols": ZERO + 10}
 
 
-def make_model(*, words=len(WORDS), symbols=ZERO + 10, width=32, hidden=64, longest=6):
+def make_model(*, words, symbols, width=32, hidden=64, longest=6):
     """Make the model: from ``{"source": int [batch, length]}`` to symbols ``[batch, longest]``.
 
     The symbols are those of the largest logits, one after the other (greedy decoding). With ``"target"``, the symbols
@@ -106,7 +107,7 @@ def main(*, steps=300, limit=1000, seed=0):
         # The padding after END is no symbol that the model has to predict.
         items = batches.with_loss(functools.partial(losses.cross_entropy_sparse, ignore_index=PAD))
         schedule = optax.cosine_decay_schedule(0.01, decay_steps=steps)
-        trainer = kaun.Trainer(model=make_model(), optimizer=optax.adam(schedule))
+        trainer = kaun.Trainer(model=make_model(**SIZES), optimizer=optax.adam(schedule))
         state = trainer.init(dtype=jnp.float32)
     history = kaun.reports.history()
     state = trainer.fit(state, items.epochs(epochs).take(steps), report=history)

@@ -33,7 +33,7 @@ class Translator(torch.nn.Module):
 
 def test_logits_and_a_step(family, same_step):
     seq2seq = family("seq2seq")
-    sizes = {"words": len(seq2seq.WORDS), "symbols": seq2seq.ZERO + 10, "width": 6, "hidden": 9}
+    sizes = seq2seq.SIZES | {"width": 6, "hidden": 9}
     batch = seq2seq.make_data([7, 42, 905, 110, 999])
     x, y, ctx = seq2seq.make_item(batch)
     loss = functools.partial(losses.cross_entropy_sparse, indices=y, ignore_index=seq2seq.PAD)
