@@ -70,7 +70,8 @@ def compare_step(model, module, names, item, theirs, *, rate=1.0):
         module: The torch module; its parameters and buffers are overwritten.
         names: From paths in kaun, "params.head.weight" or "state.norm.running_mean", to names in the torch module.
         item: ``(x, loss)`` or ``(x, loss, ctx)`` for kaun.
-        theirs: A function of the module to the list of arrays of the output and the loss.
+        theirs: A function of the module and the key of the step's RNG scope to the arrays of the output, as a list, and
+            the loss.
         rate: The rate of SGD, so large that each update is many times the tolerance.
     """
     import torch
@@ -90,11 +91,16 @@ def compare_step(model, module, names, item, theirs, *, rate=1.0):
 
     x, loss, ctx = (*item, None)[:3]
     key = jax.random.fold_in(state.key, state.step)
-    with rng.scope(key):
-        outputs, _ = jax.jit(lambda v: model.apply(v, x, training=True, ctx=ctx))(state.vars)
+
+    @jax.jit
+    def forward(variables, key):
+        with rng.scope(key):
+            return model.apply(variables, x, training=True, ctx=ctx)[0]
+
+    outputs = forward(state.vars, key)
     value, after = trainer.step(state, x, loss=loss, ctx=ctx)
     sgd = torch.optim.SGD(module.parameters(), lr=rate)
-    expected, total = theirs(module)
+    expected, total = theirs(module, key)
     total.backward()
     sgd.step()
     for i, (a, b) in enumerate(zip(jax.tree.leaves(outputs), expected, strict=True)):

@@ -39,7 +39,7 @@ def test_logits_and_a_step(family, same_step):
     loss = functools.partial(losses.cross_entropy_sparse, indices=y, ignore_index=seq2seq.PAD)
     tensors = {key: torch.from_numpy(np.asarray(a, np.int64)) for key, a in batch.items()}
 
-    def theirs(module):
+    def theirs(module, _):
         logits = module(tensors["words"], tensors["lengths"], tensors["symbols"][:, :-1])
         targets = tensors["symbols"][:, 1:]
         return [logits], torch.nn.functional.cross_entropy(logits.mT, targets, ignore_index=seq2seq.PAD)
