@@ -12,7 +12,7 @@ import kaun
 from kaun import rng, tree
 
 TOLERANCE = 1e-5
-RATE = 1.0
+RATE = 0.1
 
 
 @dataclasses.dataclass
