@@ -42,32 +42,34 @@ import kaun  # noqa: E402, F401
 CACHE = Path(__file__).resolve().parent / ".jax_cache"
 CACHE_LIMIT = 1_000_000_000  # bytes
 
-# Most of the suite's time is XLA making fast machine code for programs that run once or twice. Many tests look at
-# values within a tolerance, at errors or at what a page prints, for which simple machine code serves as well. Others
-# compare the bits of two programs that are compiled alike: with all of these options the bits of a loop were not those
-# of its steps (jaxlib 0.10.2), with LIGHT alone or UNOPTIMIZED alone they are. A law, the engine's tests of memory and
-# the pages that compare bits or measure have the code that users have. `make test-oldest`, `make test-newest` and
-# `make test-slow` run all their tests on that code.
-LIGHT = {"xla_cpu_use_fusion_emitters": False}  # gone in jaxlib 0.12
-UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # 30.3 s of CPU became 19.5 for three tests of tests/laws
-SIMPLE = LIGHT | UNOPTIMIZED | {"xla_llvm_disable_expensive_passes": True}
+# Most of the suite's time is XLA making fast machine code for programs that run once or twice. Nearly all tests look at
+# values within a tolerance, at errors, at what a page prints, or compare the bits of two programs that are compiled
+# alike, for which simple machine code serves as well: with one piece of code for each program (the split count) the
+# bits of a loop are those of its steps, without it they were not (jaxlib 0.10.2). Some laws, the pages that compare
+# bits, and what is measured have the code that users have. `make test-oldest`, `make test-newest` and `make test-slow`
+# run all their tests on that code.
+# The first option is gone in jaxlib 0.12.
+LIGHT = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+SIMPLE = LIGHT | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 OF_USERS = {}
 OPTIONS = {
-    "src": LIGHT,
+    "src": SIMPLE,
     "tests/averages/test_statistics.py": LIGHT,
-    "tests/checkpoint": LIGHT,
+    "tests/checkpoint": SIMPLE,
     "tests/data": LIGHT,
     "tests/diagnose": LIGHT,
-    "tests/engine": UNOPTIMIZED,
+    "tests/engine": SIMPLE,
     "tests/evaluation": SIMPLE,
+    "tests/faults": SIMPLE,
     "tests/field": LIGHT,
+    "tests/interop": SIMPLE,
     "tests/kernels": SIMPLE,
-    "tests/laws": UNOPTIMIZED,
+    "tests/laws": SIMPLE,
     "tests/laws/test_fold.py::test_fit_is_the_fold_with_a_ragged_last_batch": OF_USERS,
     "tests/laws/test_fold.py::test_steps_that_are_reported_from_the_start_are_the_fold_too": OF_USERS,
     "tests/layers": SIMPLE,
     "tests/layers/test_remat.py": OF_USERS,
-    "tests/loss": LIGHT,
+    "tests/loss": SIMPLE,
     "tests/losses": SIMPLE,
     "tests/losses/test_mean.py": LIGHT,
     "tests/losses/test_training.py": LIGHT,
@@ -75,7 +77,7 @@ OPTIONS = {
     "tests/models": SIMPLE,
     "tests/parity": SIMPLE,
     "tests/reports": LIGHT,
-    "tests/run": LIGHT,
+    "tests/run": SIMPLE,
     "tests/step": LIGHT,
     "tests/step/test_norms.py": OF_USERS,
     "tests/step/test_window.py": OF_USERS,
@@ -217,3 +219,9 @@ def no_compile_cache():
     yield
     jax.config.update("jax_enable_compilation_cache", before)
     reset_cache()
+
+
+@pytest.fixture(scope="module")
+def xla_flags():
+    """The options of XLA for these tests as a value of XLA_FLAGS, for the processes that they start."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS_OF_TEST[-1])

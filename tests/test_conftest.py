@@ -64,7 +64,7 @@ def test_simple_machine_code_is_for_some_rooms_and_is_compiled_apart(root, monke
     assert dict(root.options_for("tests/losses/test_losses.py")) == known(root.SIMPLE)
     assert dict(root.options_for("tests/losses/test_mean.py")) == known(root.LIGHT)
     assert dict(root.options_for("tests/test_docs.py::test_page[docs/data.md]")) == known(root.SIMPLE)
-    assert dict(root.options_for("tests/laws/test_fold.py::test_a[docs/b.md]")) == known(root.UNOPTIMIZED)
+    assert dict(root.options_for("tests/laws/test_fold.py::test_a[docs/b.md]")) == known(root.SIMPLE)
     for name in (
         "tests/laws/test_fold.py::test_steps_that_are_reported_from_the_start_are_the_fold_too[mlp-inject]",
         "tests/layers/test_remat.py",
