@@ -62,10 +62,10 @@ def test_simple_machine_code_is_for_some_rooms_and_is_compiled_apart(root, monke
     monkeypatch.delenv("KAUN_TESTS_CODE", raising=False)
     known = lambda options: {name: value for name, value in options.items() if root.is_known((name, value))}
     assert dict(root.options_for("tests/losses/test_losses.py")) == known(root.SIMPLE)
-    assert dict(root.options_for("tests/losses/test_mean.py")) == known(root.LIGHT)
+    assert dict(root.options_for("tests/run/test_run.py")) == known(root.OPTIONS["tests/run"])
     for path in (
         "tests/laws/test_fold.py",
-        "tests/layers/test_remat.py",
+        "tests/kernels/test_conv.py",
         "tests/test_docs.py",
         "tests/losses_of_others.py",
     ):
