@@ -62,7 +62,6 @@ def test_simple_machine_code_is_for_some_rooms_and_is_compiled_apart(root, monke
     monkeypatch.delenv("KAUN_TESTS_CODE", raising=False)
     known = lambda options: {name: value for name, value in options.items() if root.is_known((name, value))}
     assert dict(root.options_for("tests/losses/test_losses.py")) == known(root.SIMPLE)
-    assert dict(root.options_for("tests/losses/test_mean.py")) == known(root.LIGHT)
     assert dict(root.options_for("tests/test_docs.py::test_page[docs/data.md]")) == known(root.SIMPLE)
     assert dict(root.options_for("tests/laws/test_fold.py::test_a[docs/b.md]")) == known(root.SIMPLE)
     for name in (
