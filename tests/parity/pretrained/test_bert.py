@@ -37,7 +37,7 @@ def test_bert_for_masked_lm(family, record, same_training_step, num_attention_he
         reference,
         {
             "input_ids": tokens, "token_type_ids": types, "attention_mask": (tokens != 0).astype(np.int64),
-            "labels": np.where(chosen, aims, -100),
+            "labels": np.where(chosen, aims, -100).astype(np.int64),
         },
         bert.MAPPING,
     )  # fmt: skip
