@@ -47,7 +47,7 @@ MAPPING = [
 
 PAD, MASK = 0, 1
 SMALL = {
-    "vocab_size": 12, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "vocab_size": 12, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32,
     "max_position_embeddings": 12,
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ TIED = [*MAPPING, drop("lm_head.weight")]
 UNTIED = [*MAPPING, transpose("lm_head.weight")]
 
 PAD, END = 0, 1
-SMALL = {"vocab_size": 12, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+SMALL = {"vocab_size": 12, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
 
 
 def buckets(length, *, both, count, furthest):

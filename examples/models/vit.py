@@ -38,8 +38,8 @@ MAPPING = [
 ]
 
 SMALL = {
-    "image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 10,
+    "image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "intermediate_size": 32, "num_labels": 10,
 }  # fmt: skip
 
 
