@@ -64,8 +64,8 @@ PUBLIC = {
         "Float", "Int", "Layer", "Module", "Vars", "avg_pool2d", "batch_norm", "bidirectional", "compose", "conv1d",
         "conv2d", "dropout", "embedding", "flatten", "fn", "from_function", "gelu", "group_norm", "gru", "is_lora",
         "layer_norm", "linear", "lora", "lstm", "max_pool2d", "merge_lora", "module", "multi_head_attention",
-        "parameter", "relu", "remat", "repeat", "residual", "rms_norm", "rnn", "rope", "sequential", "sigmoid", "silu",
-        "tanh",
+        "parameter", "positions", "relu", "remat", "repeat", "residual", "rms_norm", "rnn", "rope", "sequential", "sigmoid",
+        "silu", "sinusoidal_positions", "tanh",
     },
     "kaun.losses": {
         "Mean", "binary_cross_entropy", "cosine_distance", "cross_entropy", "cross_entropy_sparse", "ctc", "focal",

@@ -35,6 +35,8 @@ CATALOGUE = {
     "gru": (layers.gru(4, 3, recurrent_init=jax.nn.initializers.normal(0.3)), SEQUENCE),
     "rnn": (layers.rnn(4, 3, recurrent_init=jax.nn.initializers.normal(0.3)), SEQUENCE),
     "parameter": (layers.parameter((2, 3)), SEQUENCE),
+    "positions": (layers.positions(8, 4), SEQUENCE),
+    "sinusoidal_positions": (layers.sinusoidal_positions(4), SEQUENCE),
 }
 
 every = pytest.mark.parametrize("name", CATALOGUE)

@@ -11,7 +11,6 @@ from kaun.layers.activation import sigmoid as sigmoid
 from kaun.layers.activation import silu as silu
 from kaun.layers.activation import tanh as tanh
 from kaun.layers.attention import multi_head_attention as multi_head_attention
-from kaun.layers.attention import rope as rope
 from kaun.layers.containers import residual as residual
 from kaun.layers.containers import sequential as sequential
 from kaun.layers.conv import conv1d as conv1d
@@ -39,6 +38,9 @@ from kaun.layers.parameter import parameter as parameter
 from kaun.layers.pool import avg_pool2d as avg_pool2d
 from kaun.layers.pool import flatten as flatten
 from kaun.layers.pool import max_pool2d as max_pool2d
+from kaun.layers.positions import positions as positions
+from kaun.layers.positions import rope as rope
+from kaun.layers.positions import sinusoidal_positions as sinusoidal_positions
 from kaun.layers.recurrent import bidirectional as bidirectional
 from kaun.layers.recurrent import gru as gru
 from kaun.layers.recurrent import lstm as lstm
