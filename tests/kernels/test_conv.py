@@ -198,6 +198,26 @@ def test_the_layers_are_fast_with_their_gradients(kind, dtype):
     assert not slow_in_loops(program(lambda p, x: layer.apply(variables.replace(params=p), x)[0], variables.params, x))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (layers.conv3d(16, 32), (4, 16, 16, 16, 16)),
+        (layers.conv3d(16, 32, 3, 2, groups=16, padding=1), (4, 16, 16, 16, 16)),
+        (layers.conv_transpose2d(16, 32, 4, 2, 1), (64, 16, 16, 16)),
+        (layers.conv_transpose2d(16, 32, 3, 2, dilation=2), (64, 16, 16, 16)),
+        (layers.conv_transpose1d(16, 32, 5, 3), (64, 32, 16)),
+    ],
+    ids=repr,
+)
+def test_volumes_and_transposed_convolutions_are_fast_with_their_gradients(layer, shape):
+    def init():
+        with rng.scope(0):
+            return layer.init(dtype="float32")
+
+    variables, x = jax.eval_shape(init), jax.ShapeDtypeStruct(shape, "float32")
+    assert not slow_in_loops(program(lambda p, x: layer.apply(variables.replace(params=p), x)[0], variables.params, x))
+
+
 IMAGES, KERNEL = jax.ShapeDtypeStruct((8, 16, 16, 4), "float32"), jax.ShapeDtypeStruct((3, 3, 4, 8), "float32")
 IMAGES_FIRST, KERNEL_FIRST = (
     jax.ShapeDtypeStruct((8, 4, 16, 16), "float32"),

@@ -188,7 +188,11 @@ def test_embedding(scale):
     ("name", "function"),
     [
         ("relu", F.relu), ("gelu", lambda x: F.gelu(x, approximate="tanh")), ("silu", F.silu), ("tanh", torch.tanh),
-        ("sigmoid", torch.sigmoid), ("flatten", lambda x: x.flatten(1)),
+        ("sigmoid", torch.sigmoid), ("flatten", lambda x: x.flatten(1)), ("leaky_relu", F.leaky_relu), ("elu", F.elu),
+        ("selu", F.selu), ("softplus", F.softplus), ("mish", F.mish), ("softmax", lambda x: F.softmax(x, -1)),
+        ("log_softmax", lambda x: F.log_softmax(x, -1)), ("glu", F.glu),
+        ("swiglu", lambda x: F.silu(x[..., :4]) * x[..., 4:]), ("global_avg_pool", lambda x: x.mean(1)),
+        ("global_max_pool", lambda x: x.amax(1)),
     ],
 )  # fmt: skip
 def test_functions_of_the_input_alone(name, function):
