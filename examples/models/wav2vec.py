@@ -26,8 +26,8 @@ MAPPING = [
     rename("encoder.pos_conv_embed.conv.parametrizations.weight.original0", "encoder.position.length.weight"),
     rename("encoder.pos_conv_embed.conv.parametrizations.weight.original1", "encoder.position.direction.weight"),
     rename("encoder.pos_conv_embed.conv.bias", "encoder.position.bias.weight"),
-    transpose("encoder.position.{x}.weight", (2, 1, 0)),
-    transpose("conv_layers.{i}.conv.weight", (2, 1, 0)),  # [out, in, kernel] to [kernel, in, out]
+    transpose("encoder.position.{x}.weight"),
+    transpose("conv_layers.{i}.conv.weight"),  # [out, in, kernel] to [kernel, in, out]
     transpose("encoder.layers.{i}.{part}.{x}.weight"),
     transpose("{x}_projection.projection.weight"),
     transpose("lm_head.weight"),
@@ -38,13 +38,13 @@ BASE = {
     "width": 768, "heads": 12, "blocks": 12, "inner": 3072, "position_kernel": 128, "position_groups": 16,
 }  # fmt: skip
 SMALL = {
-    "conv_dim": (16, 24), "conv_kernel": (10, 8), "conv_stride": (5, 4),
+    "conv_dim": (16, 24), "conv_kernel": (20, 8), "conv_stride": (10, 4),
     "width": 32, "heads": 4, "blocks": 1, "inner": 64, "position_kernel": 8, "position_groups": 4,
 }  # fmt: skip
 
 
 def position_convolution(width, kernel, groups):
-    """Make a grouped convolution whose weight is a length times a direction for each place of the kernel."""
+    """Make x + gelu(conv(x)), where the weight is a length times a direction for each place of the kernel."""
     conv = layers.conv1d(width, width, kernel, padding=(kernel // 2, (kernel - 1) // 2), groups=groups)
     deviation = 2 / (kernel * width) ** 0.5
     start = jax.nn.initializers.constant(deviation * width / groups**0.5)  # the length of what is drawn
@@ -60,7 +60,7 @@ def position_convolution(width, kernel, groups):
         v = m.direction()
         weight = m.length() * v / jnp.sqrt(jnp.sum(v * v, axis=(1, 2), keepdims=True))
         params = {"weight": weight, "bias": m.bias()}
-        return m.act(conv.apply(Vars(params=params, state={}, dtype=x.dtype), x)[0])
+        return x + m.act(conv.apply(Vars(params=params, state={}, dtype=x.dtype), x)[0])
 
     return layers.module(parts, forward, name="position")
 
@@ -96,7 +96,7 @@ def make_model(
         return layers.module(parts, forward, name="block")
 
     encoder = {
-        "position": layers.residual(position_convolution(width, position_kernel, position_groups)),
+        "position": position_convolution(width, position_kernel, position_groups),
         "layer_norm": layers.layer_norm(width, eps),
         "dropout": layers.dropout(dropout),
         "layers": layers.sequential([block() for _ in range(blocks)]),
@@ -124,7 +124,7 @@ def make_recordings(n, *, tones=4, length=600, seed=0):
         ends = draw.uniform(0.8, 1.2, count).cumsum() * length / (1.2 * count)
         for label, begin, end in zip(labels[i], [0, *ends], ends, strict=False):
             wave = np.sin(time * (0.15 + 0.25 * label) + draw.uniform(0, 6))
-            x[i] += wave * (time > begin + 25) * (time < end)
+            x[i] += wave * (time > begin + 60) * (time < end)
     return x.astype(np.float32), labels
 
 
