@@ -17,22 +17,6 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def wav2vec():
-    return loaded_example("wav2vec")
-
-
-def loaded_example(name):
-    import importlib.util
-    from pathlib import Path
-
-    path = Path(__file__).resolve().parents[3] / "examples" / "models" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def reference(position_kernel):
     torch.manual_seed(0)
     off = dict.fromkeys(
@@ -53,7 +37,8 @@ def reference(position_kernel):
 
 
 @pytest.mark.parametrize("position_kernel", [6, 5])
-def test_wav2vec_agrees_with_transformers(wav2vec, position_kernel, comes_back, tmp_path):
+def test_wav2vec_agrees_with_transformers(family, position_kernel, comes_back, tmp_path):
+    wav2vec = family("wav2vec")
     theirs = reference(position_kernel)
     theirs.save_pretrained(tmp_path / "hub")
     weights = safetensors.load(tmp_path / "hub")
