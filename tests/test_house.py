@@ -57,13 +57,17 @@ PUBLIC = {
     },
     "kaun.grad": {"grad", "value_and_grad"},
     "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen", "safetensors"},
-    "kaun.interop.safetensors": {"Rule", "drop", "into", "load", "rename", "split", "transpose"},
+    "kaun.interop.safetensors": {
+        "Rule", "copy", "drop", "into", "load", "rename", "save", "split", "stack", "transpose",
+    },
     "kaun.layers": {
-        "Float", "Int", "Layer", "Module", "Vars", "avg_pool2d", "batch_norm", "bidirectional", "compose", "conv1d",
-        "conv2d", "dropout", "embedding", "flatten", "fn", "from_function", "gelu", "group_norm", "gru", "is_lora",
-        "layer_norm", "linear", "lora", "lstm", "max_pool2d", "merge_lora", "module", "multi_head_attention",
-        "parameter", "relu", "remat", "repeat", "residual", "rms_norm", "rnn", "rope", "sequential", "sigmoid", "silu",
-        "tanh",
+        "Float", "Int", "Layer", "Module", "Vars", "activation", "avg_pool1d", "avg_pool2d", "batch_norm",
+        "bidirectional", "compose", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "drop_path",
+        "dropout", "elu", "embedding", "flatten", "fn", "from_function", "gelu", "global_avg_pool", "global_max_pool",
+        "glu", "group_norm", "gru", "instance_norm", "is_lora", "layer_norm", "leaky_relu", "linear", "log_softmax",
+        "lora", "lstm", "max_pool1d", "max_pool2d", "merge_lora", "mish", "module", "multi_head_attention",
+        "parameter", "positions", "relu", "remat", "repeat", "residual", "rms_norm", "rnn", "rope", "selu", "sequential", "sigmoid",
+        "silu", "sinusoidal_positions", "softmax", "softplus", "spatial_dropout", "swiglu", "tanh", "upsample2d",
     },
     "kaun.losses": {
         "Mean", "binary_cross_entropy", "cosine_distance", "cross_entropy", "cross_entropy_sparse", "ctc", "focal",

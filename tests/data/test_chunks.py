@@ -50,7 +50,7 @@ STAGES = {
 
 
 @given(
-    st.sampled_from([(X, Y), X, {"x": jnp.asarray(X), "y": Y}]),
+    st.sampled_from([(X, Y), X, {"x": jnp.asarray(X), "y": Y}, (X, Y, X[:, :0])]),
     st.integers(1, 9),
     st.booleans(),
     st.booleans(),
@@ -105,6 +105,18 @@ def test_rows_are_converted_where_the_buffer_is_of_another_dtype(index, dtype):
     rows.into(out, 1)
     flat = X[index][2:8]
     np.testing.assert_array_equal(out.reshape(6, 2), flat)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_array_may_have_rows_without_columns(shuffle):
+    # As a table without categories has, whose model reads its length.
+    batches = Data.batches(({"numbers": X, "categories": np.zeros((23, 0), np.int32)}, Y), 5, shuffle=shuffle)
+    items = expanded(batches, lambda left: min(left, 3))
+    assert [[column.shape for column in item] for item in items[::4]] == [
+        [(5, 0), (5, 2), (5,)],
+        [(3, 0), (3, 2), (3,)],
+    ]
+    assert sorted(np.concatenate([item[2] for item in items]).tolist()) == Y.tolist()
 
 
 def test_what_float32_cannot_hold_becomes_inf_without_a_warning():

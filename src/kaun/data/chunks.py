@@ -69,7 +69,7 @@ class RowGather:
 
     def into(self, out: np.ndarray[Any, Any], start: int) -> None:
         """Write the batches from number ``start`` on into ``out``, an array [count, size, ...]."""
-        flat = out.reshape(-1, *out.shape[2:])
+        flat = out.reshape(len(out) * out.shape[1], *out.shape[2:])  # -1 has no value where a row has no columns
         index = self._at(start, len(out))
         if isinstance(index, slice):
             rows = self._array[index]

@@ -1,9 +1,5 @@
 """What the comparisons of the families of examples/models share: the files, and one step of SGD on both sides."""
 
-import functools
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +9,9 @@ import pytest
 import kaun
 from kaun import rng, tree
 
-FOLDER = Path(__file__).resolve().parents[3] / "examples" / "models"
+from ...models.conftest import load
+
 TOLERANCE = 1e-5
-
-
-@functools.cache
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
