@@ -109,8 +109,9 @@ def load_images():
 def main(*, steps=1000, noise=16, channels=16, seed=0):
     images = load_images()
     with rng.scope(seed):
-        models = make_model(noise=noise, channels=channels)
-        generator, discriminator = (kaun.Trainer(model=m, optimizer=optax.adam(1e-3, b1=0.5)) for m in models)
+        painter, judge = make_model(noise=noise, channels=channels)
+        generator = kaun.Trainer(model=painter, optimizer=optax.adam(3e-3, b1=0.5))
+        discriminator = kaun.Trainer(model=judge, optimizer=optax.adam(1e-3, b1=0.5))
         states = {"generator": generator.init(), "discriminator": discriminator.init()}
         batches = Data.batches(images, 64, shuffle=True, drop_last=True)
         z = jax.random.normal(rng.next_key(), (2000, 1, 1, noise))
