@@ -11,7 +11,7 @@ def tabular(family):
 
 @pytest.fixture(scope="module")
 def trained(tabular):
-    return tabular.main(epochs=12)
+    return tabular.main(epochs=8)
 
 
 def test_it_finds_what_logistic_regression_cannot(trained):
