@@ -112,14 +112,14 @@ def baseline(train, test, categories):
     return float(model.score(columns(test[0]), test[1]))
 
 
-def main(*, epochs=40, wine=False, seed=0, **sizes):
+def main(*, epochs=30, wine=False, seed=0, **sizes):
     with rng.scope(seed):
         x, labels, categories = wine_table() if wine else made_table()
         cut = 4 * len(labels) // 5
         train, test = jax.tree.map(lambda a: a[:cut], (x, labels)), jax.tree.map(lambda a: a[cut:], (x, labels))
         columns = {"numbers": x["numbers"].shape[1], "categories": categories, "outputs": int(labels.max()) + 1}
         data = Data.batches(train, batch_size=40, shuffle=True).with_loss(losses.cross_entropy_sparse)
-        trainer = kaun.Trainer(model=make_model(**columns, **SMALL | sizes), optimizer=optax.adamw(0.003))
+        trainer = kaun.Trainer(model=make_model(**columns, **SMALL | sizes), optimizer=optax.adamw(0.005))
         state = trainer.init(dtype=jnp.float32)
     history = reports.history()
     state = trainer.fit(state, data.epochs(epochs), report=history)
@@ -132,6 +132,6 @@ def main(*, epochs=40, wine=False, seed=0, **sizes):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a tabular transformer, beside logistic regression.")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the rows (default 40)")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the rows (default 30)")
     parser.add_argument("--wine", action="store_true", help="the wines of scikit-learn, not a table that is made")
     main(**vars(parser.parse_args()))

@@ -12,7 +12,7 @@ def moe(family):
 
 
 def test_it_learns_the_rules_of_all_topics_and_uses_all_experts(moe):
-    _, _, history, right, use = moe.main(epochs=8)
+    _, _, history, right, use = moe.main(epochs=6)
     assert history.losses[-8:].mean() < 0.2 * history.losses[:8].mean()
     assert right > 0.95
     assert use.shape == (1, 4)
@@ -59,12 +59,3 @@ def test_the_balance_brings_tokens_back_to_the_other_experts(collapsed):
         shares.append(use)
     assert np.mean(shares[-20:], axis=0).min() > 0.1
     assert balance < 1.2
-
-
-def test_the_loss_has_the_balance_beside_the_main_one(moe):
-    logits = jnp.zeros((2, 3, 4))
-    targets = np.array([[-100, 1, 2], [-100, -100, 3]])
-    mean, parts = moe.switch_loss({"logits": logits, "balance": jnp.float32(2.0)}, targets)
-    assert float(parts["main"].value) == pytest.approx(np.log(4), rel=1e-6)
-    assert float(mean.value) == pytest.approx(np.log(4) + 0.02, rel=1e-6)
-    assert float(mean.weight) == 3

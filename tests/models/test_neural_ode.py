@@ -11,7 +11,7 @@ def node(family):
 
 @pytest.fixture(scope="module")
 def trained(node):
-    return node.main(epochs=100, substeps=1)
+    return node.main(epochs=50, substeps=1)
 
 
 def test_it_follows_the_spiral_beyond_the_times_of_its_training(node, trained):
