@@ -1,5 +1,7 @@
 """ResNet-18 (He et al., 2015) for images of 32 x 32 pixels: a stem of 3 x 3 without a pool."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from bench.networks import uniform
 CLASSES = 10
 # Channels in, channels out and stride of each block.
 WIDTHS = (64, 64, 64, 128, 128, 256, 256, 512, 512)
-BLOCKS = [(i, o, 1 if i == o else 2) for i, o in zip(WIDTHS, WIDTHS[1:], strict=False)]
+BLOCKS = [(i, o, 1 if i == o else 2) for i, o in itertools.pairwise(WIDTHS)]
 
 
 def weights(g):
