@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import kaun
 from kaun import Data, checkpoint, layers, losses, metrics, reports, rng
-from kaun._engine import digest_program
+from kaun._engine.jaxpr import digest_program
 from kaun.checkpoint import Directory, ResumeMismatch
 
 G = np.random.default_rng(0)
