@@ -227,7 +227,7 @@ def test_windows_are_pieces_of_the_text():
 
 def test_chars_learns_and_writes(capsys, monkeypatch):
     chars = example("chars")
-    monkeypatch.setattr(chars, "make_model", functools.partial(chars.make_model, width=64, blocks=1))
+    monkeypatch.setattr(chars, "make_model", functools.partial(chars.make_model, blocks=1))
     trainer, state = chars.main(steps=40, characters=0)
     first, last = map(float, re.findall(r"(\d\.\d{3}) at the", capsys.readouterr().out))
     assert first > 4
