@@ -25,6 +25,7 @@ OPTIONS = {
 CASES = [
     ("norms", "trainable"),
     ("norms", "all"),
+    ("mlp", "microbatches"),
     ("wide", "trainable"),
     *(
         pytest.param(model, option, marks=pytest.mark.slow)
@@ -32,7 +33,6 @@ CASES = [
             ("norms", "biases"),
             ("norms", "bfloat16"),
             ("norms", "float16"),
-            ("mlp", "microbatches"),
             ("attention", "microbatches"),
             *(("transformer", option) for option in OPTIONS),
             ("wide", "float16"),
@@ -77,8 +77,7 @@ def test_fit_is_the_fold_of_step_byte_for_byte(zoo, with_option, model, option):
 @pytest.mark.parametrize(
     ("model", "option"),
     [
-        *(("norms", option) for option in ("trainable", "all")),
-        pytest.param("mlp", "microbatches", marks=pytest.mark.slow),
+        *(("mlp" if option == "microbatches" else "norms", option) for option in ("trainable", "microbatches", "all")),
         *(pytest.param("norms", option, marks=pytest.mark.slow) for option in ("biases", "bfloat16", "float16")),
         *(pytest.param("transformer", option, marks=pytest.mark.slow) for option in OPTIONS),
     ],
