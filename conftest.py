@@ -3,6 +3,7 @@
 Strict mode: no implicit dtype promotion, no implicit rank promotion (warnings are errors too).
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -41,35 +42,52 @@ import kaun  # noqa: E402, F401
 CACHE = Path(__file__).resolve().parent / ".jax_cache"
 CACHE_LIMIT = 1_000_000_000  # bytes
 
-# Most of the suite's time is XLA making fast machine code for programs that run once or twice. Most rooms look at
-# values within a tolerance, at errors, or at the bits of two programs that are compiled alike, for which simple machine
-# code serves as well, in less than a quarter of the time. One code generator for each program is part of it: split over
-# several, a loop did not have the bits of its steps on simple code (jaxlib 0.10.2). Laws, engine, kernels and pages have
-# the code that users have. `make test-oldest`, `make test-newest` and `make test-slow` run all their tests on that code.
-LIGHT = {
-    "xla_cpu_use_fusion_emitters": False,  # gone in jaxlib 0.12
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
+# Most of the suite's time is XLA making fast machine code for programs that run once or twice. Nearly all tests look at
+# values within a tolerance, at errors, at what a page prints, or compare the bits of two programs that are compiled
+# alike, for which simple machine code serves as well: with one piece of code for each program (the split count) the
+# bits of a loop are those of its steps, without it they were not (jaxlib 0.10.2). Some laws, the pages that compare
+# bits, and what is measured have the code that users have. `make test-oldest`, `make test-newest` and `make test-slow`
+# run all their tests on that code.
+# The first option is gone in jaxlib 0.12.
+LIGHT = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 SIMPLE = LIGHT | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+OF_USERS = {}
 OPTIONS = {
+    "src": SIMPLE,
     "tests/averages": SIMPLE,
-    "tests/checkpoint": LIGHT,
+    "tests/checkpoint": SIMPLE,
     "tests/data": SIMPLE,
     "tests/diagnose": SIMPLE,
+    "tests/engine": SIMPLE,
     "tests/evaluation": SIMPLE,
+    "tests/faults": SIMPLE,
     "tests/field": SIMPLE,
+    "tests/interop": SIMPLE,
+    "tests/kernels": SIMPLE,
+    "tests/laws": SIMPLE,
+    "tests/laws/test_fold.py::test_fit_is_the_fold_with_a_ragged_last_batch": OF_USERS,
+    "tests/laws/test_fold.py::test_steps_that_are_reported_from_the_start_are_the_fold_too": OF_USERS,
     "tests/layers": SIMPLE,
-    "tests/loss": LIGHT,
+    "tests/loss": SIMPLE,
     "tests/losses": SIMPLE,
+    "tests/losses/test_mean.py": LIGHT,
     "tests/metrics": SIMPLE,
     "tests/models": SIMPLE,
     "tests/parity": SIMPLE,
     "tests/reports": SIMPLE,
-    "tests/run": LIGHT,
+    "tests/run": SIMPLE,
     "tests/step": SIMPLE,
+    "tests/test_bench.py": SIMPLE,
+    "tests/test_docs.py": SIMPLE,
+    "tests/test_docs.py::test_page[docs/exactness.md]": OF_USERS,
+    "tests/test_examples.py": SIMPLE,
+    "tests/test_grad.py": SIMPLE,
+    "tests/test_jax.py": SIMPLE,
+    "tests/test_rng.py": SIMPLE,
     "tests/test_train.py": SIMPLE,
 }
-options_in_use = jax.make_user_context(())  # a part of the key of JAX's caches
+OPTIONS_OF_TEST = []  # the innermost last; for all threads
+key_of_caches = jax.make_user_context(())  # the options again, in the keys of JAX's caches
 
 OF_OTHERS = ("datasets", "equinox", "flax", "grain", "haiku", "torch")
 
@@ -80,9 +98,9 @@ settings.register_profile("short", settings.get_profile("full"))
 settings.load_profile("short")
 
 
-def options_for(path):
-    """The options of XLA for the tests of a file, a path from the root, as pairs: those that this release has."""
-    rooms = [room for room in OPTIONS if path == room or path.startswith(f"{room}/")]
+def options_for(name):
+    """The options of XLA for a test, by its node id or that of its file, as pairs: those that this release has."""
+    rooms = [room for room in OPTIONS if name == room or name.startswith((f"{room}/", f"{room}::", f"{room}["))]
     if not rooms or os.environ.get("KAUN_TESTS_CODE") == "of users":
         return ()
     return tuple(option for option in OPTIONS[max(rooms, key=len)].items() if is_known(option))
@@ -100,16 +118,26 @@ def is_known(option):
 def options_of_compiler(*args, made=compiler.get_compile_options, **kwargs):
     """JAX's function of that name, which has options for one function and none for all."""
     options = made(*args, **kwargs)
-    options.env_option_overrides = [*options.env_option_overrides, *options_in_use.value]
+    options.env_option_overrides = [*options.env_option_overrides, *(OPTIONS_OF_TEST or [()])[-1]]
     return options
 
 
 compiler.get_compile_options = options_of_compiler
 
 
+@contextlib.contextmanager
+def options_in_use(options):
+    OPTIONS_OF_TEST.append(options)
+    try:
+        with key_of_caches(options):
+            yield
+    finally:
+        OPTIONS_OF_TEST.pop()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    with options_in_use(options_for(item.nodeid.split("::")[0])):
+    with options_in_use(options_for(item.nodeid)):
         return (yield)
 
 
@@ -190,3 +218,9 @@ def no_compile_cache():
     yield
     jax.config.update("jax_enable_compilation_cache", before)
     reset_cache()
+
+
+@pytest.fixture(scope="module")
+def xla_flags():
+    """The options of XLA for these tests as a value of XLA_FLAGS, for the processes that they start."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS_OF_TEST[-1])

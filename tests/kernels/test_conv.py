@@ -143,7 +143,7 @@ def test_on_an_accelerator_it_is_the_library(monkeypatch):
     assert traced(0) == traced(1)
 
 
-def test_on_several_devices():
+def test_on_several_devices(xla_flags):
     code = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
@@ -161,7 +161,8 @@ def test_on_several_devices():
         assert len(slopes(split, there)[0].sharding.device_set) == 2
     print("equal")
     """
-    script = 'import os; os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"\n' + textwrap.dedent(code)
+    flags = f"--xla_force_host_platform_device_count=2 {xla_flags}"
+    script = f'import os; os.environ["XLA_FLAGS"] = "{flags}"\n' + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "equal\n", done.stderr
 
