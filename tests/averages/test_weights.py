@@ -213,7 +213,7 @@ def test_a_state_and_its_average_are_saved_pickled_and_mapped(tmp_path):
     assert "averaged" in dir(state) and "averaged" not in dir(made(None)[1])
 
 
-@pytest.mark.parametrize("model", [small, large])
+@pytest.mark.parametrize("model", [pytest.param(small, marks=pytest.mark.slow), large])
 def test_a_discarded_step_is_no_update(model):
     skipping, start = made(averages.ema(0.9), model, on_nonfinite="skip")
     bad = (np.full_like(X[:6], np.nan), next(iter(TRAIN))[1])

@@ -162,7 +162,11 @@ def test_the_context_may_hold_other_names():
 
 @pytest.mark.parametrize(
     ("seq", "is_causal", "kv_heads"),
-    [(64, True, 4), (131, True, 2), (131, False, 2), pytest.param(300, True, 1, marks=pytest.mark.slow)],
+    [
+        (64, True, 4),
+        (131, False, 2),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((131, True, 2), (300, True, 1))),
+    ],
 )
 def test_long_sequences_against_the_library(monkeypatch, seq, is_causal, kv_heads):
     layer = layers.multi_head_attention(EMBED, HEADS, kv_heads, is_causal=is_causal)

@@ -143,7 +143,7 @@ def test_parameters_have_the_models_dtype_and_strong_types(name):
 
 
 @every
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_compiled_training_pass_returns_the_models_dtype(name, dtype):
     layer, variables, x = case(name, dtype)
 
@@ -159,8 +159,16 @@ def test_a_compiled_training_pass_returns_the_models_dtype(name, dtype):
 
 
 @every
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "training"),
+    [
+        ("float32", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("float32", False), ("float64", True), ("float64", False))
+        ),
+    ],
+)
 def test_with_x64_every_dtype_is_the_models(name, dtype, training):
     layer, shape = CATALOGUE[name]
 
@@ -176,7 +184,7 @@ def test_with_x64_every_dtype_is_the_models(name, dtype, training):
 
 
 @every
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_program_is_the_same_without_strict_mode_and_holds_no_array(name, training):
     layer, variables, x = case(name)
     trace = jax.make_jaxpr(functools.partial(run, layer), static_argnums=2)
