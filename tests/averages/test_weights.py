@@ -125,6 +125,24 @@ def test_each_update_of_ema_is_within_an_ulp_of_float64(decay, values, dtype):
     assert abs(found - expected) <= len(values) * np.spacing(np.float32(largest))
 
 
+@pytest.mark.parametrize(
+    "rule", [averages.ema(0.0), averages.ema(0.5), averages.ema(0.98), averages.swa(start=3, every=2)]
+)
+def test_an_average_agrees_with_float64_before_and_after_each_join(rule):
+    values = G.normal(size=(100, 50)).astype(np.float32)
+
+    def move(node, value):
+        node = put_average(rule, node, node._replace(updates=node.updates + 1), value)
+        return node, value_of(node, value)
+
+    found = jax.jit(lambda node: jax.lax.scan(move, node, values)[1])(add_average(rule, (), values[0], {}))
+    seen = [[row] for row in values.astype(np.float64)]
+    by_hand = swa_by_hand(seen, 3, 2) if rule == averages.swa(start=3, every=2) else ema_by_hand(seen, rule.decay)
+    np.testing.assert_allclose(found, np.concatenate(by_hand), rtol=0, atol=1e-6)
+    if rule == averages.ema(0.0):
+        np.testing.assert_array_equal(found, values)
+
+
 def test_the_first_average_is_the_first_parameters_as_optax_debiases_it():
     trainer, start = made(averages.ema(0.9))
     assert host(start.averaged.vars) == host(start.vars)
