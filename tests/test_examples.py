@@ -116,7 +116,7 @@ def red(path, least=500):
 
 def test_digits_are_learned_and_drawn_and_saved(tmp_path, capsys, monkeypatch):
     digits = example("digits")
-    monkeypatch.setattr(digits, "make_model", functools.partial(digits.make_model, width=16))  # a tenth of the work
+    monkeypatch.setattr(digits, "make_model", functools.partial(digits.make_model, width=32))  # a quarter of the work
     folder = tmp_path / "not" / "there yet"
     trainer, state = digits.main(epochs=2, folder=folder)
     train_images, test_images, _, test_labels = digits.load_data()
@@ -227,7 +227,7 @@ def test_windows_are_pieces_of_the_text():
 
 def test_chars_learns_and_writes(capsys, monkeypatch):
     chars = example("chars")
-    monkeypatch.setattr(chars, "make_model", functools.partial(chars.make_model, blocks=1))
+    monkeypatch.setattr(chars, "make_model", functools.partial(chars.make_model, width=64, blocks=1))
     trainer, state = chars.main(steps=40, characters=0)
     first, last = map(float, re.findall(r"(\d\.\d{3}) at the", capsys.readouterr().out))
     assert first > 4
