@@ -22,6 +22,7 @@ def mse(out):
     return losses.mse(out, Y)
 
 
+@functools.cache
 def made(penalty=None, optimizer=None, **options):
     with rng.scope(0):
         optimizer = optimizer or optax.sgd(0.1)
