@@ -84,7 +84,9 @@ OPTIONS = {
     "tests/test_grad.py": SIMPLE,
     "tests/test_jax.py": SIMPLE,
     "tests/test_rng.py": SIMPLE,
+    "tests/test_summary.py": SIMPLE,
     "tests/test_train.py": SIMPLE,
+    "tests/test_typing.py": SIMPLE,
 }
 OPTIONS_OF_TEST = []  # the innermost last; for all threads
 key_of_caches = jax.make_user_context(())  # the options again, in the keys of JAX's caches
