@@ -1,5 +1,6 @@
 """Averaged weights: equal to a recursion in float64, in every form of fit, resumed, skipped, frozen, in each dtype."""
 
+import functools
 import pickle
 
 import jax
@@ -32,6 +33,7 @@ def large():
     return layers.linear(3, 30_000) >> layers.linear(30_000, 2)
 
 
+@functools.cache
 def made(average, model=small, optimizer=ADAM, dtype=jnp.float32, **options):
     with rng.scope(0):
         trainer = kaun.Trainer(model=model(), optimizer=optimizer, average=average, **options)

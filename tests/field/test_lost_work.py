@@ -1,5 +1,6 @@
 """No work is lost: situations from the issue trackers of other libraries, each with what must be left after it."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -60,7 +61,9 @@ def host_of(value):
     return HOSTS["now"](value)
 
 
+@functools.cache
 def setting(width, seed=0):
+    """Trainers and states are values, so the tests share them, and what they have compiled."""
     with rng.scope(seed):
         trainer = kaun.Trainer(model=layers.linear(width, width), optimizer=optax.adam(1e-3))
         return trainer, trainer.init(), np.random.default_rng(0).normal(size=(4, width)).astype(np.float32)

@@ -1,5 +1,6 @@
 """State and batches on a mesh as ``jax.make_mesh`` makes it: its axes are explicit, and types contain placements."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -56,9 +57,14 @@ def small():
     return World(SMALL)
 
 
+@functools.cache
+def large_world():
+    return World(LARGE)
+
+
 @pytest.fixture(scope="module")
 def world(request, small):
-    return small if request.param == SMALL else World(request.param)
+    return small if request.param == SMALL else large_world()
 
 
 def short_with(width):
@@ -132,7 +138,7 @@ def test_a_run_on_a_mesh_is_resumed_on_it(world, tmp_path):
 
 def test_the_state_that_is_left_when_a_program_fails_is_explicit():
     """The newest state is lost with the memory of a failed program: the one that the user holds, as it was placed."""
-    world = World(LARGE)
+    world = large_world()
     carry = world.state.vars, world.state.opt_state, world.state.step
     loop = StepLoop(world.trainer._programs, carry, world.state.key, None)
     loop.push(one_by_one(iter([(world.x, world.loss)])), 1, 1)

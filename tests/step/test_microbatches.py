@@ -1,5 +1,7 @@
 """Batches in parts: what is split, what is refused, and how much memory it saves. That it is the same step: laws/."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ def mse(out):
     return losses.mse(out, Y)
 
 
+@functools.lru_cache(maxsize=None, typed=True)
 def made(count, *parts, optimizer=None, **options):
     with rng.scope(0):
         model = layers.sequential(list(parts) or [layers.linear(3, 4), layers.tanh(), layers.linear(4, 2)])

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import layers, losses, metrics, reports, rng
+from kaun import layers, losses, metrics, rng
 from kaun.errors import CaptureError, NonFiniteLoss
 
 G = np.random.default_rng(0)
@@ -22,6 +22,7 @@ def mse(out):
     return losses.mse(out, Y)
 
 
+@functools.cache
 def made(penalty=None, optimizer=None, **options):
     with rng.scope(0):
         optimizer = optimizer or optax.sgd(0.1)
@@ -48,18 +49,6 @@ SLOPES = {
 }
 
 
-class Blocks(reports.Report):
-    def __init__(self):
-        self.values = {}
-
-    def wants(self, step):
-        return False
-
-    def block(self, first, values):
-        for name in values:
-            self.values.setdefault(name, []).extend(values[name].tolist())
-
-
 def close(a, b, **options):
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, **{"rtol": 1e-5, "atol": 1e-6, **options}), a, b)
 
@@ -74,10 +63,10 @@ def plain():
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=["each", "accumulated"])
 @pytest.mark.parametrize("penalty", SLOPES)
-def test_its_gradient_is_added_once_for_an_update(penalty, options):
+def test_its_gradient_is_added_once_for_an_update(penalty, options, blocks):
     trainer, state = made(penalty, **options)
     _, update, loss = plain()
-    end = trainer.fit(state, [(X, mse)] * options.get("accumulate", 1), report=(blocks := Blocks()))
+    end = trainer.fit(state, [(X, mse)] * options.get("accumulate", 1), report=blocks)
     expected = jax.tree.map(
         lambda p, u, g: p + u - 0.1 * g, state.vars.params, update, SLOPES[penalty](state.vars.params)
     )
@@ -109,9 +98,9 @@ def test_a_window_of_weight_0_has_the_penalty_alone():
     close(end.vars.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.vars.params, SLOPES[ewc](state.vars.params)))
 
 
-def test_frozen_parameters_are_seen_and_not_trained():
+def test_frozen_parameters_are_seen_and_not_trained(blocks):
     trainer, state = made(absolute, trainable=lambda path: path == "bias", precision="mixed_bfloat16")
-    end = trainer.fit(state, [(X, mse)], report=(blocks := Blocks()))
+    end = trainer.fit(state, [(X, mse)], report=blocks)
     np.testing.assert_allclose(blocks.values["penalty"], absolute(state.vars.params), rtol=1e-6)
     np.testing.assert_array_equal(end.vars.params["weight"], state.vars.params["weight"])
 
@@ -135,12 +124,12 @@ def test_the_loss_scale_scales_it_too():
     close(after.vars.params["bias"], np.full(2, -0.3), rtol=1e-3)
 
 
-def test_a_penalty_draws_numbers_of_its_own():
+def test_a_penalty_draws_numbers_of_its_own(blocks):
     """And the layers draw the same ones with it and without it."""
     drawn = lambda params: jax.random.uniform(rng.next_key(), ())
     noisy = lambda out: mse(out + jax.random.normal(rng.next_key(), out.shape))
     (trainer, state), (other, _) = made(drawn, accumulate=2), made()
-    trainer.fit(state, [(X, noisy)] * 3, report=(blocks := Blocks()))
+    trainer.fit(state, [(X, noisy)] * 3, report=blocks)
     assert len(set(blocks.values["penalty"])) == 3
     without = blocks.values["loss"][0] - blocks.values["penalty"][0]
     np.testing.assert_allclose(
