@@ -119,7 +119,7 @@ def made(random, count):
 def main(*, steps=400, batch_size=64, seed=0):
     random = np.random.RandomState(seed)
     with rng.scope(seed):
-        data = Data.batches(made(random, 6000), batch_size, shuffle=True).epochs(steps).take(steps)
+        data = Data.batches(made(random, 6000), batch_size, shuffle=True, drop_last=True).epochs(steps).take(steps)
         train = data.map(lambda b: (b[1], lambda y: losses.cross_entropy_sparse(y, b[0], where=b[2])))
         schedule = optax.warmup_cosine_decay_schedule(0.0, 0.005, steps // 10, steps)
         trainer = kaun.Trainer(model=make_model(**SMALL), optimizer=optax.adam(schedule))

@@ -151,7 +151,7 @@ def main(*, steps=300, batch_size=64, seed=0):
     random = np.random.RandomState(seed)
     tokens, answers = made(random, 4000)
     with rng.scope(seed):
-        batches = Data.batches((tokens, answers), batch_size, shuffle=True).epochs(steps).take(steps)
+        batches = Data.batches((tokens, answers), batch_size, shuffle=True, drop_last=True).epochs(steps).take(steps)
         train = batches.map(
             lambda b: ((b[0], shifted(b[1])), lambda y: losses.cross_entropy_sparse(y, b[1], where=b[1] != PAD))
         )

@@ -1,6 +1,6 @@
 """ViT, a transformer over patches of an image (Dosovitskiy et al., 2020): learns digits, or has weights of the hub.
 
-Run it with: python examples/models/vit.py         (under a minute: trains a small model on scikit-learn's digits)
+Run it with: python examples/models/vit.py         (half a minute: trains a small model on scikit-learn's digits)
 """
 
 import jax
@@ -38,7 +38,7 @@ MAPPING = [
 ]
 
 SMALL = {
-    "image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 1,
+    "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 4, "intermediate_size": 32, "num_labels": 10,
 }  # fmt: skip
 
@@ -96,7 +96,7 @@ def main(*, steps=400, batch_size=64, seed=0):
     train, test = slice(0, 1437), slice(1437, None)
     with rng.scope(seed):
         data = Data.batches((images[train], labels[train]), batch_size, shuffle=True, drop_last=True).epochs(steps)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, 0.003, steps // 10, steps)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 0.01, steps // 10, steps)
         trainer = kaun.Trainer(model=make_model(**SMALL), optimizer=optax.adamw(schedule))
         state = trainer.init(dtype=jnp.float32)
         history = reports.history()

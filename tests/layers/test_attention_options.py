@@ -162,13 +162,17 @@ def test_on_an_accelerator_it_is_the_same(monkeypatch):
     close(jax.jit(lambda x: layer.apply(variables, x, ctx=ctx)[0])(x), ours)
 
 
-def test_positions_of_a_packed_batch():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_positions_of_the_context(batch):
+    """At positions with gaps, it is a longer sequence in which the gaps are masked."""
     layer, variables = made(rope=True)
-    one, two = normal(2, 1, 3, EMBED), normal(3, 1, 2, EMBED)
-    apart = [run(layer, variables, x) for x in (one, two)]
-    documents = np.array([[0, 0, 0, 1, 1]])
-    ctx = Context(positions=np.array([[0, 1, 2, 0, 1]]), attention_mask=documents[:, :, None] == documents[:, None, :])
-    close(run(layer, variables, np.concatenate([one, two], axis=1), ctx), np.concatenate(apart, axis=1))
+    places = np.array([[0, 2, 3, 7, 8], [1, 2, 3, 4, 8]])[:batch]
+    x, long, mask = normal(2, batch, K, EMBED), normal(3, batch, 9, EMBED), np.zeros((batch, 9), bool)
+    rows = np.arange(batch)[:, None]
+    long[rows, places], mask[rows, places] = x, True
+    found = run(layer, variables, x, Context(positions=places if batch > 1 else places[0]))
+    close(found, run(layer, variables, long, Context(attention_mask=mask))[rows, places])
+    assert np.abs(found - run(layer, variables, x)).max() > 0.01
 
 
 def test_biases_and_their_initializer():

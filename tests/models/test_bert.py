@@ -16,7 +16,7 @@ def bert(family):
 
 @functools.cache
 def trained(bert):
-    return bert.main(steps=250)
+    return bert.main(steps=150)
 
 
 def test_it_fills_in_what_is_masked(bert):

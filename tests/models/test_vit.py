@@ -14,7 +14,7 @@ def vit(family):
 
 @functools.cache
 def trained(vit):
-    return vit.main(steps=150)
+    return vit.main(steps=250)
 
 
 def test_it_learns_digits(vit):
@@ -26,10 +26,10 @@ def test_it_learns_digits(vit):
 def test_patches_in_another_order_are_another_image(vit):
     trainer, state, _, right = trained(vit)
     images, labels = (a[1437:] for a in vit.digits())  # the shapes that main has compiled
-    order = np.random.RandomState(0).permutation(16)
-    patches = images.reshape(-1, 4, 2, 4, 2, 1).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 16, 2, 2, 1)[:, order]
-    moved = patches.reshape(-1, 4, 4, 2, 2, 1).transpose(0, 1, 3, 2, 4, 5).reshape(images.shape)
-    assert np.mean(np.argmax(trainer.predict(state, moved), axis=-1) == labels) < right / 2
+    order = np.array([2, 0, 3, 1])
+    patches = images.reshape(-1, 2, 4, 2, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, 4, 4, 1)[:, order]
+    moved = patches.reshape(-1, 2, 2, 4, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(images.shape)
+    assert np.mean(np.argmax(trainer.predict(state, moved), axis=-1) == labels) < right - 0.15
     # With the places in the same order it is the same image.
     places = state.vars.params["places"]["weight"]
     places = jnp.concatenate([places[:, :1], places[:, 1:][:, order]], axis=1)
