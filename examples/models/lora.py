@@ -71,7 +71,7 @@ def batches(images, labels, steps):
     return pairs.with_loss(losses.cross_entropy_sparse).epochs(1 + steps // len(pairs)).take(steps)
 
 
-def main(*, steps=400, seed=0, **sizes):
+def main(*, steps=400, rank=4, seed=0, **sizes):
     images, test_images, labels, test_labels = load_data(0)
     turned, test_turned, _, _ = load_data(1)
 
@@ -85,7 +85,7 @@ def main(*, steps=400, seed=0, **sizes):
         before = accuracy(plain, pretrained, test_images), accuracy(plain, pretrained, test_turned)
         print(f"pretrained: {before[0]:.1%} of upright and {before[1]:.1%} of turned test images are correct")
 
-        adapted = make_adapted(model)
+        adapted = make_adapted(model, rank=rank)
         trainer = kaun.Trainer(model=adapted, optimizer=optax.adam(1e-2), trainable=layers.is_lora)
         state = trainer.make_state(with_pretrained(adapted, pretrained.vars))
         table = kaun.summary(trainer, turned[:1])

@@ -140,11 +140,11 @@ def decode(logits):
 
 
 def main(*, steps=600, seed=0):
-    x, labels = make_recordings(512, seed=seed)
+    x, labels = make_recordings(4096, seed=seed)
     test_x, test_labels = make_recordings(100, seed=seed + 1)
     with rng.scope(seed):
-        train = Data.batches((x, labels), 32, shuffle=True).with_loss(loss_of).epochs(1 + steps // 16).take(steps)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
+        train = Data.batches((x, labels), 32, shuffle=True).with_loss(loss_of).epochs(1 + steps // 128).take(steps)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-3, steps // 10, steps)
         trainer = kaun.Trainer(model=make_model(classes=5, dropout=0.0, **SMALL), optimizer=optax.adamw(schedule))
         state = trainer.init(dtype=jnp.float32)
     history = reports.history()

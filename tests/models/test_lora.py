@@ -4,29 +4,23 @@ import jax
 import numpy as np
 import pytest
 
-from kaun import layers
+from kaun import layers, tree
 
 
 @pytest.fixture(scope="module")
 def trained(family):
-    return family("lora").main(steps=160, width=48, blocks=1)
+    return family("lora").main(steps=160, rank=2, width=32, heads=2, blocks=1)
 
 
 def test_the_adapters_alone_learn_the_second_task(trained):
     _, (_, state), ((upright, turned), adapted) = trained
-    assert upright > 0.9
-    assert turned < 0.4
-    assert adapted > 0.85
-    sizes = {path: a.size for path, a in leaves(state.vars.params)}
-    assert sum(size for path, size in sizes.items() if layers.is_lora(path)) < 0.15 * sum(sizes.values())
+    assert upright > 0.85
+    assert turned < 0.3
+    assert adapted > 0.8
+    sizes = {path: a.size for path, a in tree.flatten(state.vars.params)[0].items()}
+    assert sum(size for path, size in sizes.items() if layers.is_lora(path)) < 0.1 * sum(sizes.values())
     moments = [np.shape(leaf) for leaf in jax.tree.leaves(state.opt_state)]
     assert sum(map(np.prod, moments)) == 1 + 2 * sum(n for path, n in sizes.items() if layers.is_lora(path))
-
-
-def leaves(params):
-    from kaun import tree
-
-    return tree.flatten(params)[0].items()
 
 
 def test_the_pretrained_weights_stay_and_merged_ones_give_the_same_outputs(family, trained):

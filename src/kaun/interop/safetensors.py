@@ -1,4 +1,4 @@
-"""Weights in the safetensors format of the Hugging Face hub: reading them, and putting them into a model."""
+"""Weights in the safetensors format of the Hugging Face hub: read, put into a model, and written back."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def as_hub_folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def gpt2():
-    return loaded(EXAMPLES / "gpt2.py")
+    return loaded(EXAMPLES / "models" / "gpt.py")
 
 
 @pytest.fixture(scope="session")

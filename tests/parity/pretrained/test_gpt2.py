@@ -1,4 +1,4 @@
-"""GPT-2 of examples/gpt2.py against transformers: recorded values always, other sizes where torch is installed."""
+"""GPT-2 of examples/models/gpt.py against transformers: recorded values always, other sizes where torch is installed."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_the_recorded_model(gpt2):
     "sizes",
     [
         {"vocab_size": 29, "n_positions": 16, "n_embd": 12, "n_head": 1, "n_layer": 1},
-        {"vocab_size": 40, "n_positions": 80, "n_embd": 24, "n_head": 3, "n_layer": 3},
+        {"vocab_size": 40, "n_positions": 80, "n_embd": 24, "n_head": 3, "n_layer": 3, "activation_function": "gelu"},
         {"vocab_size": 31, "n_positions": 20, "n_embd": 16, "n_head": 4, "n_layer": 2, "layer_norm_epsilon": 0.1},
     ],
     ids=str,
@@ -111,5 +111,5 @@ def test_more_tokens_than_positions_are_an_error(gpt2):
 def test_another_architecture_is_an_error(gpt2, tmp_path, change):
     config = json.loads((HERE / "gpt2" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=r"only GPT-2's activation and widths; the folder's config\.json has others\."):
+    with pytest.raises(ValueError, match=r"only gelu and GPT-2's widths; the folder's config\.json has others\."):
         gpt2.read(tmp_path)
