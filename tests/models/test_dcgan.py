@@ -12,21 +12,21 @@ def dcgan(family):
 
 @pytest.fixture(scope="module")
 def trained(dcgan):
-    return dcgan.main(steps=150, channels=8)
+    return dcgan.main(steps=100, channels=8)
 
 
 def test_drawn_images_come_closer_to_the_real_ones(dcgan, trained):
     (generator, _), states, distances = trained
-    assert {name: int(state.step) for name, state in states.items()} == {"generator": 150, "discriminator": 150}
+    assert {name: int(state.step) for name, state in states.items()} == {"generator": 100, "discriminator": 100}
     assert distances[0] > 40
-    assert distances[150] < 0.35 * distances[0]
+    assert distances[100] < 0.45 * distances[0]
     z = np.random.default_rng(0).normal(size=(500, 1, 1, 16)).astype(np.float32)
     drawn = np.asarray(generator.predict(states["generator"], z))
     assert drawn.shape == (500, 8, 8, 1)
     assert np.abs(drawn).max() <= 1
     # The mean image of the digits: dark at the sides, where each digit is empty.
     real = dcgan.load_images()
-    assert np.corrcoef(drawn.mean(axis=0).ravel(), real.mean(axis=0).ravel())[0, 1] > 0.8
+    assert np.corrcoef(drawn.mean(axis=0).ravel(), real.mean(axis=0).ravel())[0, 1] > 0.7
     assert 0.7 < drawn.std() / real.std() < 1.3
 
 

@@ -18,11 +18,11 @@ def simclr(family):
 def test_the_features_are_better_than_those_of_the_untrained_encoder(simclr, monkeypatch):
     # Half of the channels: simple machine code takes 0.03 s for a step of them, and 0.09 s for one of all.
     monkeypatch.setattr(simclr, "make_model", functools.partial(simclr.make_model, channels=(8, 16)))
-    trainer, state, history, accuracy = simclr.main(epochs=4)
+    trainer, state, history, accuracy = simclr.main(epochs=3)
     values = [epoch["loss"] for epoch in history.epochs]
-    assert values[-1] < 4.5 < 5.0 < values[0]
+    assert values[-1] < 4.7 < 5.0 < values[0]
     assert accuracy["untrained"] > 0.5
-    assert accuracy["trained"] > accuracy["untrained"] + 0.07
+    assert accuracy["trained"] > accuracy["untrained"] + 0.05
     out = trainer.predict(state, simclr.load_data()[0])
     assert {key: a.shape for key, a in out.items()} == {"features": (1797, 64), "projected": (1797, 32)}
 
