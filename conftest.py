@@ -3,6 +3,7 @@
 Strict mode: no implicit dtype promotion, no implicit rank promotion (warnings are errors too).
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -19,6 +20,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# A whole traceback for each operation of each program is a sixth of what tracing and lowering cost.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 
 import jax
 import pytest
@@ -41,37 +44,27 @@ import kaun  # noqa: E402, F401
 CACHE = Path(__file__).resolve().parent / ".jax_cache"
 CACHE_LIMIT = 1_000_000_000  # bytes
 
-# Half of the suite's time is XLA making fast machine code for programs that run once or twice. Some rooms look at
-# values within a tolerance and at errors, for which simple machine code serves as well. Others compare the bits of two
-# programs that are compiled alike: with all of these options the bits of a loop were not those of its steps (jaxlib
-# 0.10.2), with the first alone they are. Laws, engine, kernels and pages have the code that users have.
-# `make test-oldest`, `make test-newest` and `make test-slow` run all their tests on that code.
-LIGHT = {"xla_cpu_use_fusion_emitters": False}  # gone in jaxlib 0.12
-SIMPLE = LIGHT | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-OPTIONS = {
-    "tests/averages/test_statistics.py": LIGHT,
-    "tests/checkpoint": LIGHT,
-    "tests/data": LIGHT,
-    "tests/diagnose": LIGHT,
-    "tests/evaluation": SIMPLE,
-    "tests/field": LIGHT,
-    "tests/layers": SIMPLE,
-    "tests/layers/test_remat.py": {},
-    "tests/loss": LIGHT,
-    "tests/losses": SIMPLE,
-    "tests/losses/test_mean.py": LIGHT,
-    "tests/losses/test_training.py": LIGHT,
-    "tests/metrics": SIMPLE,
-    "tests/models": SIMPLE,
-    "tests/parity": SIMPLE,
-    "tests/reports": LIGHT,
-    "tests/run": LIGHT,
-    "tests/step": LIGHT,
-    "tests/step/test_norms.py": {},
-    "tests/step/test_window.py": {},
-    "tests/test_train.py": LIGHT,
+# Most of the suite's time is XLA making fast machine code for programs that run once or twice. Nearly all tests look at
+# values within a tolerance, at errors, at what a page prints, or compare the bits of two programs that are compiled
+# alike, for which simple machine code serves as well: with one piece of code for each program (the split count) the
+# bits of a loop are those of its steps, without it they were not (jaxlib 0.10.2). Some laws, the pages that compare
+# bits, and what is measured have the code that users have. `make test-oldest`, `make test-newest` and `make test-slow`
+# run all their tests on that code.
+# The first option is gone in jaxlib 0.12.
+SIMPLE = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
 }
-options_in_use = jax.make_user_context(())  # a part of the key of JAX's caches
+OF_USERS = (
+    "tests/laws/test_fold.py::test_fit_is_the_fold_with_a_ragged_last_batch",
+    "tests/laws/test_fold.py::test_steps_that_are_reported_from_the_start_are_the_fold_too",
+    "tests/losses/test_mean.py",
+    "tests/test_docs.py::test_page[docs/exactness.md]",
+)
+OPTIONS_OF_TEST = []  # the innermost last; for all threads
+key_of_caches = jax.make_user_context(())  # the options again, in the keys of JAX's caches
 
 OF_OTHERS = ("datasets", "equinox", "flax", "grain", "haiku", "torch")
 
@@ -82,12 +75,11 @@ settings.register_profile("short", settings.get_profile("full"))
 settings.load_profile("short")
 
 
-def options_for(path):
-    """The options of XLA for the tests of a file, a path from the root, as pairs: those that this release has."""
-    rooms = [room for room in OPTIONS if path == room or path.startswith(f"{room}/")]
-    if not rooms or os.environ.get("KAUN_TESTS_CODE") == "of users":
+def options_for(name):
+    """The options of XLA for a test, by its node id or that of its file, as pairs: those that this release has."""
+    if os.environ.get("KAUN_TESTS_CODE") == "of users" or name.startswith(OF_USERS):
         return ()
-    return tuple(option for option in OPTIONS[max(rooms, key=len)].items() if is_known(option))
+    return tuple(option for option in SIMPLE.items() if is_known(option))
 
 
 @functools.cache
@@ -102,16 +94,26 @@ def is_known(option):
 def options_of_compiler(*args, made=compiler.get_compile_options, **kwargs):
     """JAX's function of that name, which has options for one function and none for all."""
     options = made(*args, **kwargs)
-    options.env_option_overrides = [*options.env_option_overrides, *options_in_use.value]
+    options.env_option_overrides = [*options.env_option_overrides, *(OPTIONS_OF_TEST or [()])[-1]]
     return options
 
 
 compiler.get_compile_options = options_of_compiler
 
 
+@contextlib.contextmanager
+def options_in_use(options):
+    OPTIONS_OF_TEST.append(options)
+    try:
+        with key_of_caches(options):
+            yield
+    finally:
+        OPTIONS_OF_TEST.pop()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    with options_in_use(options_for(item.nodeid.split("::")[0])):
+    with options_in_use(options_for(item.nodeid)):
         return (yield)
 
 
@@ -192,3 +194,9 @@ def no_compile_cache():
     yield
     jax.config.update("jax_enable_compilation_cache", before)
     reset_cache()
+
+
+@pytest.fixture(scope="module")
+def xla_flags():
+    """The options of XLA for these tests as a value of XLA_FLAGS, for the processes that they start."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS_OF_TEST[-1])

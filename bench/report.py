@@ -62,6 +62,11 @@ BARS: list[Bar] = [
     ("gpt, relative to Flax NNX", 1.0, step("gpt", "kaun", "nnx"), ""),
     ("gpt, relative to PyTorch", 1.0, step("gpt", "kaun", "torch"), "below 1.0"),
     *(
+        (f"{name}, relative to {label}", 1.0, step(name, "kaun", other), "")
+        for name in ("lstm", "nanogpt", "resnet18")
+        for other, label in (("torch", "PyTorch"), ("nnx", "Flax NNX"))
+    ),
+    *(
         (
             f"{name}, first step with its compilation, relative to the unsynced loop",
             1.15,

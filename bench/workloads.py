@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import networks
 from kaun import Data, rng
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -22,7 +23,7 @@ class Workload:
 
     Attributes:
         name, about: its name in the tables, and what it is.
-        model: "dense" (linear layers with an activation between them), "cnn" or "gpt".
+        model: "dense" (linear layers with an activation between them), "cnn", "gpt", or one of ``networks.NAMES``.
         sizes: the widths of a dense model, from input to output.
         make: makes the whole data, ``(x, y)``.
         batch, steps: the rows of a batch and the steps of one pass.
@@ -77,6 +78,8 @@ class Workload:
         g = np.random.default_rng(1)
         if self.model == "dense":
             return [_linear(g, a, b) for a, b in zip(self.sizes, self.sizes[1:], strict=False)]
+        if self.model in networks.NAMES:
+            return networks.module(self.model).weights(g)
         return _cnn_weights(g) if self.model == "cnn" else _gpt_weights(g)
 
 
@@ -143,14 +146,20 @@ def _classified(shape: tuple[int, ...], classes: int) -> Callable[[int], Arrays]
     return make
 
 
-def _text(rows: int) -> Arrays:
+def _text(length: int = LENGTH, symbols: int = VOCAB) -> Callable[[int], Arrays]:
     """Windows of Python's own help texts as bytes, each with the same one a byte further on."""
-    text = np.frombuffer("\n\n".join(topics.topics.values()).encode(), np.uint8).astype(np.int32)
-    x = text[: rows * LENGTH].reshape(rows, LENGTH)
-    y = text[1 : rows * LENGTH + 1].reshape(rows, LENGTH)
-    return x, y
+
+    def make(rows: int) -> Arrays:
+        text = np.frombuffer("\n\n".join(topics.topics.values()).encode(), np.uint8).astype(np.int32) % symbols
+        x = text[: rows * length].reshape(rows, length)
+        y = text[1 : rows * length + 1].reshape(rows, length)
+        return x, y
+
+    return make
 
 
+# Who runs the larger networks.
+LARGER = ("hand", "kaun", "nnx", "torch")
 WIDTHS = (8, 32, 128, 512, 2048)
 
 
@@ -180,12 +189,26 @@ WORKLOADS = {
         ),
         Workload(
             "gpt", "256 bytes, width 128, 4 layers, 4 heads, 128 learned positions, batches of 8 windows of text.",
-            "gpt", _text, batch=8, steps=20, passes=3, rate=2e-4, tolerance=2e-3,
+            "gpt", _text(), batch=8, steps=20, passes=3, rate=2e-4, tolerance=2e-3,
         ),
         Workload(
             "adam50m", "4096-4096-4096-4096, 50M parameters, batches of 8: the optimizer is most of it.", "dense",
             _classified((4096,), 4096), batch=8, steps=10, passes=2, rate=1e-5, tolerance=2e-3,
             sizes=(4096, 4096, 4096, 4096),
+        ),
+        Workload(
+            "lstm", "256 bytes, width 64, one LSTM of 128 units, batches of 32 windows of 64 bytes of text.", "lstm",
+            _text(64), batch=32, steps=50, passes=3, rate=2e-5, tolerance=2e-3, runners=LARGER,
+        ),
+        Workload(
+            "nanogpt", "nanoGPT's setting for a CPU: 65 symbols, width 128, 4 layers, 4 heads, no biases, exact gelu, "
+            "tied head, batches of 12 windows of 64.", "nanogpt", _text(64, 65), batch=12, steps=50, passes=3,
+            rate=2e-4, tolerance=2e-3, runners=LARGER,
+        ),
+        Workload(
+            "resnet18", "ResNet-18 on images of 32x32x3, batches of 32; its losses are those of training mode.",
+            "resnet", _classified((32, 32, 3), 10), batch=32, steps=4, passes=2, rate=1e-5, tolerance=2e-3,
+            runners=LARGER,
         ),
         *map(_width, WIDTHS),
     ]

@@ -30,7 +30,7 @@ def load_data():
     return train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
 
 
-def make_model():
+def make_model(*, width=64):
     """Make the model: from images to the logits of the ten digits."""
 
     def convolution(inputs, outputs):
@@ -39,14 +39,14 @@ def make_model():
 
     return layers.sequential(
         [
-            *convolution(1, 32),
-            *convolution(32, 64),
+            *convolution(1, width // 2),
+            *convolution(width // 2, width),
             layers.max_pool2d(2),
-            *convolution(64, 64),
+            *convolution(width, width),
             layers.max_pool2d(2),
             layers.flatten(),
             layers.dropout(0.5),
-            layers.linear(2 * 2 * 64, 10),
+            layers.linear(2 * 2 * width, 10),
         ]
     )
 

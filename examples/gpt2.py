@@ -28,20 +28,10 @@ MAPPING = [
     drop("h.{i}.attn.bias"),  # some files also contain the causal mask
     drop("lm_head.weight"),  # the same array as wte
     split("h.{i}.attn.c_attn.{x}", QKV, axis=-1),
+    rename("h.{i}.attn.c_proj.{x}", "h.{i}.attn.out_proj.{x}"),
 ]
 
 SMALL = {"vocab_size": 256, "n_positions": 64, "n_embd": 128, "n_head": 4, "n_layer": 2}
-
-
-def attention(width, heads, linear):
-    """Make causal self-attention with biases, which layers.multi_head_attention does not have."""
-
-    def forward(m, x):
-        q, k, v = (part(x).reshape(*x.shape[:2], heads, width // heads) for part in (m.q_proj, m.k_proj, m.v_proj))
-        return m.c_proj(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
-
-    parts = {key: linear(width, width) for key in ("q_proj", "k_proj", "v_proj", "c_proj")}
-    return layers.module(parts, forward, name="attention")
 
 
 def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_epsilon=1e-5):
@@ -55,7 +45,7 @@ def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_e
         mlp = {"c_fc": linear(n_embd, 4 * n_embd), "act": layers.gelu(), "c_proj": linear(4 * n_embd, n_embd)}
         parts = {
             "ln_1": layers.layer_norm(n_embd, layer_norm_epsilon),
-            "attn": attention(n_embd, n_head, linear),
+            "attn": layers.multi_head_attention(n_embd, n_head, is_causal=True, bias=True, weight_init=small),
             "ln_2": layers.layer_norm(n_embd, layer_norm_epsilon),
             "mlp": layers.sequential(mlp),
         }
@@ -68,16 +58,13 @@ def make_model(*, vocab_size, n_positions, n_embd, n_head, n_layer, layer_norm_e
 
     parts = {
         "wte": layers.embedding(vocab_size, n_embd, scale=False, weight_init=small),
-        "wpe": layers.embedding(n_positions, n_embd, scale=False, weight_init=small),
+        "wpe": layers.positions(n_positions, n_embd),
         "h": layers.sequential([block() for _ in range(n_layer)]),
         "ln_f": layers.layer_norm(n_embd, layer_norm_epsilon),
     }
 
     def forward(m, tokens):
-        if tokens.shape[1] > n_positions:
-            raise ValueError(f"The model has {n_positions} positions, received {tokens.shape[1]} tokens.")
-        places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = m.ln_f(m.h(m.wte(tokens) + m.wpe(places)))
+        x = m.ln_f(m.h(m.wpe(m.wte(tokens))))
         return x @ m.params["wte"]["weight"].T  # the head shares the embedding's array, so there is one gradient
 
     return layers.module(parts, forward, name="gpt2")

@@ -30,10 +30,10 @@ NAMES = {  # from the names of the hub to those of this model
     "embeddings.position_embeddings": "places",
     "embeddings.token_type_embeddings": "kinds",
     "embeddings.LayerNorm": "norm",
-    "encoder.layer.{i}.attention.self.query": "blocks.{i}.q_proj",
-    "encoder.layer.{i}.attention.self.key": "blocks.{i}.k_proj",
-    "encoder.layer.{i}.attention.self.value": "blocks.{i}.v_proj",
-    "encoder.layer.{i}.attention.output.dense": "blocks.{i}.out_proj",
+    "encoder.layer.{i}.attention.self.query": "blocks.{i}.attention.q_proj",
+    "encoder.layer.{i}.attention.self.key": "blocks.{i}.attention.k_proj",
+    "encoder.layer.{i}.attention.self.value": "blocks.{i}.attention.v_proj",
+    "encoder.layer.{i}.attention.output.dense": "blocks.{i}.attention.out_proj",
     "encoder.layer.{i}.attention.output.LayerNorm": "blocks.{i}.norm_1",
     "encoder.layer.{i}.intermediate.dense": "blocks.{i}.up",
     "encoder.layer.{i}.output.dense": "blocks.{i}.down",
@@ -41,7 +41,7 @@ NAMES = {  # from the names of the hub to those of this model
 }
 MAPPING = [
     *(rename(f"{theirs}.{{x}}", f"{ours}.{{x}}") for theirs, ours in NAMES.items()),
-    transpose("blocks.{i}.{part}.weight"),  # [out, in] to [in, out]; vectors, as in the norms, do not change
+    transpose("blocks.{i}.{*part}.weight"),  # [out, in] to [in, out]; vectors, as in the norms, do not change
     drop("embeddings.position_ids"),
     drop("pooler.{*x}"),  # another method to pool a text to one vector, not used here
 ]
@@ -49,15 +49,13 @@ MAPPING = [
 
 def block(width, heads, inner, eps, dropout):
     """Make a BERT block: norms follow the residual sums, projections have biases, and gelu is exact."""
-    parts = {key: layers.linear(width, width) for key in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    parts = {"attention": layers.multi_head_attention(width, heads, bias=True)}
     parts |= {"up": layers.linear(width, inner), "down": layers.linear(inner, width)}
     parts |= {"norm_1": layers.layer_norm(width, eps), "norm_2": layers.layer_norm(width, eps)}
     parts["dropout"] = layers.dropout(dropout)
 
     def forward(m, x):
-        q, k, v = (part(x).reshape(*x.shape[:2], heads, width // heads) for part in (m.q_proj, m.k_proj, m.v_proj))
-        attended = jax.nn.dot_product_attention(q, k, v, mask=m.ctx["attention_mask"][:, None, None, :])
-        x = m.norm_1(x + m.dropout(m.out_proj(attended.reshape(x.shape))))
+        x = m.norm_1(x + m.dropout(m.attention(x)))
         return m.norm_2(x + m.dropout(m.down(jax.nn.gelu(m.up(x), approximate=False))))
 
     return layers.module(parts, forward, name="block")
@@ -69,7 +67,7 @@ def make_encoder(config, *, dropout=0.1):
     size = (width, config["num_attention_heads"], config["intermediate_size"], eps, dropout)
     parts = {
         "words": layers.embedding(config["vocab_size"], width, scale=False),
-        "places": layers.embedding(config["max_position_embeddings"], width, scale=False),
+        "places": layers.positions(config["max_position_embeddings"], width),
         "kinds": layers.embedding(config["type_vocab_size"], width, scale=False),
         "norm": layers.layer_norm(width, eps),
         "dropout": layers.dropout(dropout),
@@ -77,8 +75,7 @@ def make_encoder(config, *, dropout=0.1):
     }
 
     def forward(m, tokens):
-        places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = m.words(tokens) + m.places(places) + m.kinds(jnp.zeros_like(tokens))
+        x = m.places(m.words(tokens) + m.kinds(jnp.zeros_like(tokens)))
         x = m.blocks(m.dropout(m.norm(x)), ctx=m.ctx.set("attention_mask", tokens != 0))
         keep = (tokens != 0).astype(x.dtype)
         mean = (x * keep[..., None]).sum(axis=1) / keep.sum(axis=1, keepdims=True)

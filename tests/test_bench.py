@@ -57,8 +57,9 @@ def test_runners_train_alike(workload, as_users_do):
 
 
 @pytest.mark.slow
-def test_the_runners_of_gpt_train_alike(as_users_do):
-    module("launch").compare([trained("gpt", runner) for runner in ("hand", "kaun", "kaun-hand")])
+@pytest.mark.parametrize("workload", ["gpt", "lstm", "nanogpt"])
+def test_the_runners_of_larger_networks_train_alike(workload, as_users_do):
+    module("launch").compare([trained(workload, runner) for runner in ("hand", "kaun")])
 
 
 @pytest.mark.parametrize(

@@ -58,18 +58,17 @@ def test_tests_that_measure_compiling_do_without(no_compile_cache, compiled):
     assert compiled() == []
 
 
-def test_simple_machine_code_is_for_some_rooms_and_is_compiled_apart(root, monkeypatch):
+def test_simple_machine_code_is_for_all_but_some_and_is_compiled_apart(root, monkeypatch):
     monkeypatch.delenv("KAUN_TESTS_CODE", raising=False)
     known = lambda options: {name: value for name, value in options.items() if root.is_known((name, value))}
     assert dict(root.options_for("tests/losses/test_losses.py")) == known(root.SIMPLE)
-    assert dict(root.options_for("tests/losses/test_mean.py")) == known(root.LIGHT)
-    for path in (
-        "tests/laws/test_fold.py",
-        "tests/layers/test_remat.py",
-        "tests/test_docs.py",
-        "tests/losses_of_others.py",
+    assert dict(root.options_for("tests/test_docs.py::test_page[docs/data.md]")) == known(root.SIMPLE)
+    for name in (
+        "tests/laws/test_fold.py::test_steps_that_are_reported_from_the_start_are_the_fold_too[mlp-inject]",
+        "tests/laws/test_fold.py::test_fit_is_the_fold_with_a_ragged_last_batch",
+        "tests/test_docs.py::test_page[docs/exactness.md]",
     ):
-        assert root.options_for(path) == ()
+        assert root.options_for(name) == ()
     simple = root.options_for("tests/losses/test_losses.py")
     monkeypatch.setenv("KAUN_TESTS_CODE", "of users")
     assert root.options_for("tests/losses/test_losses.py") == ()

@@ -135,3 +135,24 @@ def test_rich():
     console.print(kaun.summary(trainer_of(nested()), X))
     text = console.export_text()
     assert "left.right.inner.right" in text and "┃" in text and "162 parameters" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((X, lambda y: y.sum()), r"x at '1' expected .*, received function\. That is an item of the data of fit: write x, loss, \*ctx = item, and pass x\."),
+        (kaun.Data.batches((X, X), batch_size=2), r"x expected .*, received Data\. A Data holds many items: pass one, x = next\(iter\(data\)\), or x, \*_ = next\(iter\(data\)\) of pairs\."),
+        ("x", r"x expected a NumPy or JAX array of numbers, received str\."),
+    ],
+    ids=["item", "data", "text"],
+)  # fmt: skip
+def test_what_is_no_input_is_refused_as_in_step(given, says):
+    trainer = trainer_of(layers.linear(4, 2))
+    state = trainer.init()
+    for call in (
+        lambda: kaun.summary(trainer, given),
+        lambda: trainer.export(state, given),
+        lambda: trainer.step(state, given, loss=jnp.sum),
+    ):
+        with pytest.raises(TypeError, match=says):
+            call()

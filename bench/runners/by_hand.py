@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from bench import networks
 from bench.runners import Session
 from bench.workloads import HEADS, WIDTH, Workload
 
@@ -69,6 +70,8 @@ def loss_of(workload: Workload):
 
 
 def forward_of(workload: Workload):
+    if workload.model in networks.NAMES:
+        return networks.module(workload.model).hand
     return {"dense": dense, "cnn": cnn, "gpt": gpt}[workload.model](workload)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import kaun
+from bench import networks
 from bench.runners import Session, by_hand
 from bench.workloads import BLOCKS, HEADS, LENGTH, VOCAB, WIDTH, Workload
 from kaun import Data, Layer, Vars, layers, losses, reports, rng
@@ -72,9 +73,13 @@ def gpt(workload: Workload):
 
 def own(workload: Workload):
     """kaun's layers and their initial variables."""
-    model, params = {"dense": dense, "cnn": cnn, "gpt": gpt}[workload.model](workload)
+    if workload.model in networks.NAMES:
+        model, params = networks.module(workload.model).kaun(workload.weights())
+    else:
+        model, params = {"dense": dense, "cnn": cnn, "gpt": gpt}[workload.model](workload)
     shapes = jax.eval_shape(lambda: in_scope(model.init))
-    # None of these models has a state, running statistics, that is.
+    if jax.tree.leaves(shapes.state):
+        shapes = in_scope(model.init)
     return model, shapes.replace(params=jax.tree.map(jnp.array, params))
 
 
@@ -125,7 +130,11 @@ def session(workload: Workload, report=None, model_of=own, hand_over=True) -> Se
         del kept
         jax.block_until_ready(states[0].vars)
 
-    return Session(run, lambda: float(loss(trainer.predict(states[0], x[: workload.batch]), y[: workload.batch])))
+    def check():
+        output, _ = jax.jit(functools.partial(model.apply, training=True))(states[0].vars, x[: workload.batch])
+        return float(loss(output, y[: workload.batch]))
+
+    return Session(run, check)
 
 
 def no_report(workload: Workload) -> Session:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from bench import networks
 from bench.runners import Session, by_hand, by_kaun
 from bench.workloads import BLOCKS, HEADS, LENGTH, VOCAB, WIDTH, Workload
 from kaun import interop
@@ -103,6 +104,8 @@ def fill(layer, values):
 
 
 def made(workload: Workload):
+    if workload.model in networks.NAMES:
+        return networks.module(workload.model).nnx(workload.weights())
     model = {"dense": Dense, "cnn": CNN, "gpt": GPT}[workload.model](workload, nnx.Rngs(0))
     model.load(workload.weights())
     return model

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from bench import networks
 from bench.runners import Session, by_hand
 from bench.workloads import HEADS, WIDTH, Workload
 
@@ -76,10 +77,17 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions)))
 
 
+def made(workload: Workload):
+    if workload.model in networks.NAMES:
+        return networks.module(workload.model).torch(workload.weights())
+    return {"dense": dense, "cnn": cnn, "gpt": GPT}[workload.model](workload)
+
+
 def session(workload: Workload) -> Session:
-    model = {"dense": dense, "cnn": cnn, "gpt": GPT}[workload.model](workload)
+    model = made(workload)
     optimizer = torch.optim.Adam(model.parameters(), lr=workload.rate)
     x, y = by_hand.data_of(workload)
+    x = x.transpose(0, 3, 1, 2).copy() if workload.model == "resnet" else x
     # Class indices are int64 in PyTorch.
     x, y = tensor(x), tensor(y) if workload.binary else tensor(y).long()
     order = [torch.from_numpy(rows) for rows in workload.order()]

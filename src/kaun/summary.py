@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng, tree
-from kaun._engine import StepInputs, find_step
+from kaun._engine import StepInputs, check_input, find_step
 from kaun._loss import Loss
 from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
 from kaun.context import Context
 from kaun.data import check_context, check_loss
 from kaun.layers.core import Layer, Vars, short_name
-from kaun.layers.path import origin, watched
+from kaun.layers.path import Part, origin, watched, watched_parts
 from kaun.layers.path import path as path_here
 from kaun.state import TrainState
 from kaun.train import Trainer
@@ -159,6 +159,7 @@ def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         received = tree.describe(trainer)
         raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary(trainer, x).")
+    check_input(x)
     ctx = check_context(ctx) or Context()
     policy = parse_precision(trainer.precision)
     dtype = jnp.dtype(policy.params if policy else jnp.float32)
@@ -207,28 +208,45 @@ class _Table:
             self._paths = dict(self._known)
             self._held = [leaf for _, leaf in named]  # kept alive, because ids of deleted objects are used again
         at, before = len(self.rows), path_here()
+        where = self._path(params) or before
         self._depth += 1
         try:
-            result = run()
+            with watched_parts(lambda part: self._watch_part(part, where, params, state)):
+                result = run()
         finally:
             self._depth -= 1
-        own = [name for a in (*params.values(), *state.values()) if (name := self._paths.pop(origin(a), None))]
+        output = result[0] if isinstance(result, tuple) else result
+        self._add(at, where, short_name(layer), output, [*params.values(), *state.values()])
+        return result
+
+    def _watch_part(
+        self, part: Part, where: str, params: dict[str, Any], state: dict[str, Any]
+    ) -> Callable[[Any], None]:
+        """Begin the row of a part of a layer that is a model of another library; the layer has these variables."""
+        at, inside = len(self.rows), f"{part.path}."
+        below = lambda path: path.partition(".")[2] if part.collections else path
+        leaves = [leaf for path, leaf in params.items() if path.startswith(inside)]
+        leaves += [leaf for path, leaf in state.items() if below(path).startswith(inside)]
+        path = f"{where}.{part.path}" if where else part.path
+        return lambda output: self._add(at, path, part.kind, output, leaves)
+
+    def _add(self, at: int, path: str, layer: str, output: Any, leaves: list[Any]) -> None:
+        """Add a row before those of the layers inside it, if it has leaves that no other row has, or none is inside."""
+        own = [name for leaf in leaves if (name := self._paths.pop(origin(leaf), None))]
         if own or at == len(self.rows):
             kinds = [(name, self._kinds[name]) for name in own]
             count = sum(_count(kind) for name, kind in kinds if not name.startswith("state "))
-            where = self._path(params) if params else before
-            output = ", ".join(f"{p}: {d}" if p else d for p, d in _described(result))
-            size = sum(_bytes(kind) for _, kind in kinds)
-            self.rows.insert(at, Row(where or before, short_name(layer), output, count, size))
-        return result
+            text = ", ".join(f"{p}: {d}" if p else d for p, d in _described(output))
+            self.rows.insert(at, Row(path, layer, text, count, sum(_bytes(kind) for _, kind in kinds)))
 
     def _path(self, params: dict[str, Any]) -> str:
+        if not params:
+            return ""
         inner, leaf = next(iter(params.items()))
         return self._known.get(origin(leaf), "").removesuffix(inner).rstrip(".")
 
 
-def _described(result: Any) -> list[tuple[str, str]]:
-    output = result[0] if isinstance(result, tuple) else result
+def _described(output: Any) -> list[tuple[str, str]]:
     return [(path, tree.describe(leaf)) for path, leaf in tree.flatten(output)[0].items()]
 
 

@@ -365,6 +365,10 @@ class Trainer(Generic[In, Out]):
             ctx: A Context, likewise; its arrays are an input of the program. One that is as long as the batch by chance
                 counts as having a row for each example: give an x of another length.
             platforms: Where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``). By default where this process runs.
+
+        Raises:
+            TypeError: If x is not an input, but a ``Data`` or an item ``(x, loss)``, for example.
+            ValueError: If the model needs a batch of a known length.
         """
         check_state(state, "export")
         self._evaluated.check(state)

@@ -12,6 +12,7 @@ import numpy as np
 __all__ = [
     "describe",
     "difference",
+    "false_for_all",
     "flatten",
     "format_bytes",
     "is_array",
@@ -24,6 +25,8 @@ __all__ = [
     "snapshot",
     "strong",
 ]
+
+_LISTED = 20  # paths, in a message
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -46,6 +49,24 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
         name, same = next((name, same) for name, same in by_name.items() if len(same) > 1)
         raise ValueError(f"{len(same)} leaves have the same path, {name!r}: {' and '.join(same)}. Rename a key.")
     return leaves, treedef
+
+
+def false_for_all(call: str, kind: str, function: str, paths: Sequence[str], fix: str) -> str:
+    """The message for a function of paths that chooses none of them.
+
+    Args:
+        call: The call with the argument, such as ``"lora(where=...)"``.
+        kind: What the paths are those of, in the plural.
+        function: The function's name and place.
+        paths: All paths; the first 20 are listed.
+        fix: The argument as it could be, as code.
+    """
+    more = f"\n  and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
+    listed = "".join(f"\n  {path!r}" for path in paths[:_LISTED])
+    return (
+        f"{call} expected a function that is True for some of the model's {kind}, received {function}, which is False "
+        f"for all of them. The paths are{listed}{more}\nWrite {fix}, for example."
+    )
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:

@@ -224,7 +224,7 @@ def test_a_step_in_parts_names_the_rows_of_the_batch():
     assert (found.operation, found.layer, found.rows) == ("log", "left", (4,))
 
 
-@pytest.mark.parametrize(("row", "microbatches"), [(2, 3), (4, 2), (4, 3)])
+@pytest.mark.parametrize(("row", "microbatches"), [(2, 3), pytest.param(4, 2, marks=pytest.mark.slow), (4, 3)])
 def test_rows_and_places_of_a_batch_that_its_parts_do_not_divide(row, microbatches):
     """Five rows in parts of two, or of three: the rows were left out, and the place was that in the part."""
     x = np.ones((5, 2), np.float32)

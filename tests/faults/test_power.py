@@ -196,7 +196,7 @@ def test_the_model_loses_what_was_not_synced():
     assert b"abc\0" in {file.after("names and zeros", draw) for _ in range(50)}
 
 
-@pytest.mark.parametrize(("mode", "short"), list(zip(MODES, [8, 3, 3, 2, 5], strict=True)))
+@pytest.mark.parametrize(("mode", "short"), list(zip(MODES, [4, 2, 2, 1, 3], strict=True)))
 def test_power_lost_after_every_operation(tmp_path, log, quick_disk, state_of, bytes_of, cases, mode, short):
     """In the short form after some operations of each name."""
     repeats = range(60 if mode == "random" else 3)

@@ -1,5 +1,6 @@
 """Whole runs, killed by the system at random times and started again until they are done."""
 
+import functools
 import json
 import os
 import random
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 SECONDS = 600
-SIGNALS = [signal.SIGKILL, signal.SIGINT]
-MORE = [*SIGNALS, signal.SIGTERM] + [signal.SIGKILL] * 7
+SIGNALS = [signal.SIGKILL]
+MORE = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM] + [signal.SIGKILL] * 7
 LONG = [pytest.param(seed, MORE, marks=pytest.mark.slow) for seed in range(20)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12 * 8
@@ -22,13 +23,13 @@ STEPS = 12 * 8
 class Process:
     """``run.py`` in a folder; its output is a file, so that nothing of it is lost when it is killed."""
 
-    def __init__(self, folder, cache):
+    def __init__(self, folder, cache, flags):
         folder.mkdir(exist_ok=True)
         self.output = folder / "output"
-        # The number of cores is a part of what the bytes depend on.
+        # Flags of the tests are replaced: the number of devices is a part of what the bytes depend on.
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": str(ROOT / "src"), "XLA_FLAGS": "",
+            "PYTHONPATH": str(ROOT / "src"), "XLA_FLAGS": flags,
         }  # fmt: skip
         command = [sys.executable, "-W", "error::UserWarning:kaun", str(Path(__file__).parent / "run.py"), str(folder)]
         self.begun = len(self.lines())
@@ -56,9 +57,14 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, cache):
+def start(cache, xla_flags):
+    return functools.partial(Process, cache=cache, flags=xla_flags)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, start):
     folder = tmp_path_factory.mktemp("whole")
-    process = Process(folder, cache)
+    process = start(folder)
     assert process.process.wait(SECONDS) == 0, process.output.read_text()
     return process.lines()[-1], {name: (folder / name).read_text() for name in ("log.jsonl", "log.csv")}
 
@@ -71,9 +77,9 @@ def content(text):
     ]
 
 
-def stopped_within_fit(folder, cache):
+def stopped_within_fit(folder, start):
     """A signal within fit saves the step in progress; the exit code."""
-    process = Process(folder, cache)
+    process = start(folder)
     process.until(3)
     code = process.send(signal.SIGTERM)
     assert code == 143, process.output.read_text()
@@ -84,16 +90,16 @@ def stopped_within_fit(folder, cache):
 
 
 @pytest.mark.parametrize(("seed", "signals"), [(0, SIGNALS), *LONG], ids=lambda value: str(value)[:2])
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, cache, uninterrupted, seed, signals):
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, start, uninterrupted, seed, signals):
     rand = random.Random(seed)
     whole, logs = uninterrupted
-    codes = [(signal.SIGTERM, stopped_within_fit(tmp_path, cache))]
+    codes = [(signal.SIGTERM, stopped_within_fit(tmp_path, start))]
     for number in signals:
-        process = Process(tmp_path, cache)
+        process = start(tmp_path)
         process.until(rand.randint(0, STEPS // 3))
         time.sleep(rand.random() * 0.05)
         codes.append((number, process.send(number)))
-    last = Process(tmp_path, cache)
+    last = start(tmp_path)
     assert last.process.wait(SECONDS) == 0, last.output.read_text()
     expected = {
         signal.SIGKILL: {-signal.SIGKILL},
@@ -105,7 +111,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, c
     assert content((tmp_path / "log.jsonl").read_text()) == content(logs["log.jsonl"])
     steps = [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()]
     assert steps == [row.split(",")[0] for row in logs["log.csv"].splitlines()]
-    again = Process(tmp_path, cache)
+    again = start(tmp_path)
     assert again.process.wait(SECONDS) == 0
     assert again.lines()[again.begun :] == [whole], "a finished run takes no step"
     print(f"seed {seed}: {len(codes)} signals, exit codes {[code for _, code in codes]}")

@@ -74,7 +74,7 @@ def test_a_typed_key_may_be_part_of_an_item(place):
     assert (np.asarray(end.vars.params["weight"]) != other.vars.params["weight"]).any()
 
 
-@pytest.mark.parametrize("place", ["x", "ctx"])
+@pytest.mark.parametrize("place", ["x", pytest.param("ctx", marks=pytest.mark.slow)])
 def test_predict_and_export_take_a_typed_key(place):
     """The same model in ``predict``, and exported with a key as an input of the program."""
     model, item = PLACES[place]

@@ -90,8 +90,10 @@ def files_in(path):
 # The last save, and the end of a report
 
 
-@pytest.mark.parametrize("width", [SMALL, LARGE])
-@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize(
+    ("every", "width"),
+    [(2, SMALL), (None, LARGE), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((None, SMALL), (2, LARGE)))],
+)
 def test_the_last_save_fails_and_the_trained_state_is_on_the_error(tmp_path, monkeypatch, width, every):
     """The disk is full when the run is over: hours of training end in an OSError of the last checkpoint."""
     trainer, state, x = setting(width)
@@ -160,8 +162,14 @@ class Broken(reports.Report):
         raise self.error
 
 
-@pytest.mark.parametrize("width", [SMALL, LARGE])
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "width"),
+    [
+        (True, SMALL),
+        (False, LARGE),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((False, SMALL), (True, LARGE))),
+    ],
+)
 def test_end_raises_after_the_last_step_and_the_trained_state_is_on_the_error(tmp_path, width, saved):
     """A tracker refuses a name, or its server is down, when it is closed after the last step."""
     trainer, state, x = setting(width)
@@ -607,11 +615,9 @@ def test_a_run_that_is_resumed_removes_its_own_rows_without_a_warning(tmp_path, 
 
 # Signals
 
-# The fits of one process, of which only the last may end it. The short form has each signal and each way to meet it.
-PROCESSES = [
-    [("handled", "SIGUSR1"), ("ignored", "SIGHUP"), ("saved", "SIGUSR1")],
-    [("unsaved", "SIGTERM")],
-]
+# The fits of one process, of which only the last may end it. The short form has each way to meet a signal but that of
+# a fit that saves nothing, whose handlers are those of Python (tests/run/test_signals.py).
+PROCESS = [("handled", "SIGUSR1"), ("ignored", "SIGHUP"), ("saved", "SIGUSR1")]
 CASES = itertools.product(("saved", "unsaved", "ignored", "handled"), ("SIGHUP", "SIGUSR1", "SIGTERM"))
 
 TRAIN = """
@@ -640,7 +646,7 @@ for case in sys.argv[2:]:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize(
     "cases",
-    [*PROCESSES, *(pytest.param([case], marks=pytest.mark.slow) for case in CASES if [case] not in PROCESSES)],
+    [PROCESS, *(pytest.param([case], marks=pytest.mark.slow) for case in CASES)],
     ids=lambda cases: "-".join(itertools.chain(*cases)),
 )
 def test_a_closed_terminal_and_the_warning_of_slurm_are_saved(tmp_path, cases):

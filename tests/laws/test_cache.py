@@ -60,18 +60,17 @@ print(json.dumps({**counts, "value": float(value), "compilations": len(trainer.c
 """
 
 
-def run(folder, model, seed):
+def run(folder, model, seed, flags):
     command = [sys.executable, "-W", "error", "-c", PROGRAM, str(folder), model]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONHASHSEED": str(seed)}
-    )
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "XLA_FLAGS": flags}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("model", ["dense", pytest.param("conv", marks=pytest.mark.slow)])
-def test_a_second_process_compiles_nothing(tmp_path, model):
-    cold, warm = run(tmp_path, model, 1), run(tmp_path, model, 2)
+def test_a_second_process_compiles_nothing(tmp_path, model, xla_flags):
+    cold, warm = (run(tmp_path, model, seed, xla_flags) for seed in (1, 2))
     assert cold["misses"] > cold["compilations"] > 5
     assert warm["misses"] == 0 and warm["hits"] > warm["compilations"]
     assert warm["value"] == cold["value"]

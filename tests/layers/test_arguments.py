@@ -28,22 +28,35 @@ def test_size_refuses_what_is_below_one(value):
 
 
 @pytest.mark.parametrize(("value", "expected"), [(2, (2, 2)), ((2, 3), (2, 3)), ([np.int32(1), 4], (1, 4))])
-def test_pair(value, expected):
-    assert arguments.pair("conv2d", "stride", value) == expected
+def test_sizes(value, expected):
+    assert arguments.sizes("conv2d", "stride", value, 2) == expected
 
 
 @pytest.mark.parametrize("value", [(1, 2, 3), (1,), "22"])
-def test_pair_refuses_other_lengths(value):
+def test_sizes_refuses_other_lengths(value):
     with pytest.raises(TypeError, match=r"conv2d\(stride=\.\.\.\) expected an int or two of them.*Write stride=2"):
-        arguments.pair("conv2d", "stride", value)
+        arguments.sizes("conv2d", "stride", value, 2)
+
+
+def test_sizes_of_three_axes():
+    assert arguments.sizes("conv3d", "stride", 2, 3) == (2, 2, 2)
+    with pytest.raises(TypeError, match=r"an int or three of them, \(depth, height, width\).* stride=\(2, 2, 2\)"):
+        arguments.sizes("conv3d", "stride", (1, 2), 3)
 
 
 @pytest.mark.parametrize(
     ("value", "kind"), [((1, 0), ValueError), (0, ValueError), ((1, 2.0), TypeError), (2.0, TypeError)]
 )
-def test_pair_checks_both_sizes(value, kind):
+def test_sizes_checks_each_of_them(value, kind):
     with pytest.raises(kind, match=r"conv2d\(stride=\.\.\.\) expected an int of at least 1"):
-        arguments.pair("conv2d", "stride", value)
+        arguments.sizes("conv2d", "stride", value, 2)
+
+
+def test_number():
+    assert arguments.number("leaky_relu", "slope", -1) == -1.0
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"leaky_relu\(slope=\.\.\.\) expected a finite number, received"):
+            arguments.number("leaky_relu", "slope", value)
 
 
 @pytest.mark.parametrize("value", [1e-5, 1, np.float32(0.5)])
@@ -58,7 +71,7 @@ def test_positive_refuses_other_numbers(value):
         arguments.positive("layer_norm", "eps", value)
 
 
-@pytest.mark.parametrize("check", [arguments.positive, arguments.fraction])
+@pytest.mark.parametrize("check", [arguments.positive, arguments.fraction, arguments.number])
 @pytest.mark.parametrize("value", [True, "0.5", None, 1j])
 def test_numbers_refuse_other_types(check, value):
     with pytest.raises(TypeError, match=r"dropout\(rate=\.\.\.\) expected a number .*, received .* Write rate=0\.1"):

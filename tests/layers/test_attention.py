@@ -1,4 +1,4 @@
-"""Attention against a plain softmax in NumPy, its masks, and the laws of rotary embedding."""
+"""Attention against a plain softmax in NumPy, and its masks; test_attention_options has what is asked for by options."""
 
 import functools
 import math
@@ -162,7 +162,11 @@ def test_the_context_may_hold_other_names():
 
 @pytest.mark.parametrize(
     ("seq", "is_causal", "kv_heads"),
-    [(64, True, 4), (131, True, 2), (131, False, 2), pytest.param(300, True, 1, marks=pytest.mark.slow)],
+    [
+        (64, True, 4),
+        (131, False, 2),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((131, True, 2), (300, True, 1))),
+    ],
 )
 def test_long_sequences_against_the_library(monkeypatch, seq, is_causal, kv_heads):
     layer = layers.multi_head_attention(EMBED, HEADS, kv_heads, is_causal=is_causal)
@@ -322,13 +326,15 @@ def test_other_inputs_name_the_layer():
         (
             np.ones((2, 4), bool),
             ValueError,
-            r"received bool\[2, 4\]\. It has one value for each position, nonzero where",
+            r"received bool\[2, 4\]: \[batch, k\], \[batch, q, k\] or \[batch, heads or 1, q, k\], nonzero where a key is "
+            r"attended to\. In forward of a module, m\.name\(x, ctx=m\.ctx\.set\('attention_mask', mask\)\) gives",
         ),
         (np.ones((2, 1, 1, 5), bool), ValueError, r"received bool\[2, 1, 1, 5\]"),
         (
             np.ones((2, 5), np.float32),
             TypeError,
-            r"received float32\[2, 5\]\. Write mask != 0 for a mask of zeros and ones, mask == 0",
+            r"received float32\[2, 5\]\. Write mask != 0 for a mask of zeros and ones, mask == 0 for one of zeros and -inf, "
+            r"and Context\(attention_bias=\.\.\.\) for what is added to the logits",
         ),
         (None, TypeError, r"received NoneType.* to use no mask, leave attention_mask out of the context\."),
     ],
@@ -336,8 +342,8 @@ def test_other_inputs_name_the_layer():
 def test_other_masks_name_the_layer(mask, kind, received):
     model = layers.sequential([layers.multi_head_attention(8, 4)])
     message = (
-        r"multi_head_attention\(8, 4\) at '0' expected ctx\['attention_mask'\] as bool or int \[2, 5\], \[batch, seq\], "
-        + received
+        r"multi_head_attention\(8, 4\) at '0' expected ctx\['attention_mask'\] as bool or int \[2, 5\], \[2, 5, 5\] or "
+        r"\[2, 4 or 1, 5, 5\], " + received
     )
     with pytest.raises(kind, match=message):
         model.apply(filled(model), normal(0), ctx=Context(attention_mask=mask))
@@ -347,66 +353,3 @@ def test_repr():
     assert repr(layers.multi_head_attention(8, 4)) == "multi_head_attention(8, 4)"
     layer = layers.multi_head_attention(8, 4, 2, dropout=0.1, is_causal=True, rope=True)
     assert repr(layer) == "multi_head_attention(8, 4, num_kv_heads=2, dropout=0.1, is_causal=True, rope=True)"
-
-
-@given(seeds, st.sampled_from([10000.0, 50.0]))
-@quick
-def test_rope_against_complex_numbers(seed, theta):
-    x = normal(seed, (2, 6, 3, 4))
-    np.testing.assert_allclose(
-        layers.rope(x, theta, seq_axis=1), rotated(np.asarray(x, np.float64), theta), rtol=1e-4, atol=1e-5
-    )
-
-
-@given(seeds, st.integers(0, 5), st.integers(0, 5), st.integers(0, 10))
-@quick
-def test_rope_is_relative(seed, i, j, shift):
-    q, k = normal(seed, (8,)), normal(seed + 1, (8,))
-    everywhere = [np.asarray(layers.rope(np.broadcast_to(v, (16, 8))), np.float64) for v in (q, k)]
-    near, far = (everywhere[0][i + s] @ everywhere[1][j + s] for s in (0, shift))
-    assert near == pytest.approx(far, rel=1e-4, abs=1e-4)
-
-
-@given(seeds)
-@quick
-def test_rope_keeps_lengths_and_the_first_position(seed):
-    x = normal(seed, (3, 7, 6))
-    y = layers.rope(x)
-    assert jnp.array_equal(y[:, 0], x[:, 0])
-    np.testing.assert_allclose(np.linalg.norm(y, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
-
-
-def test_rope_axes():
-    x = normal(0, (2, 6, 3, 4))
-    swapped = layers.rope(x.swapaxes(1, 2), seq_axis=-2).swapaxes(1, 2)
-    for axis in (1, -3):
-        np.testing.assert_allclose(layers.rope(x, seq_axis=axis), swapped, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_rope_computes_angles_in_float32(dtype):
-    # In bfloat16 the position 4001 would be 4000, in float16 the angle would be off by a radian.
-    x = jnp.ones((4002, 2), dtype)
-    y = layers.rope(x)
-    assert y.dtype == dtype
-    assert jnp.array_equal(y, layers.rope(x.astype(jnp.float32)).astype(dtype))
-
-
-@pytest.mark.parametrize("axis", [-1, 1, 2, -3])
-def test_rope_refuses_other_axes(axis):
-    with pytest.raises(
-        ValueError,
-        match=rf"rope expected seq_axis to name an axis before the last, received seq_axis={axis} for float32\[4, 2\]",
-    ):
-        layers.rope(jnp.ones((4, 2)), seq_axis=axis)
-
-
-def test_rope_refuses_other_inputs():
-    with pytest.raises(
-        ValueError, match=r"rope expected a last axis of even size, received float32\[4, 3\]: it rotates its two halves"
-    ):
-        layers.rope(jnp.ones((4, 3)))
-    with pytest.raises(TypeError, match=r"rope expected float\[\.\.\., channels\], received int32\[4, 2\]"):
-        layers.rope(jnp.ones((4, 2), jnp.int32))
-    with pytest.raises(ValueError, match=r"rope\(theta=\.\.\.\) expected a finite number above 0, received -1\.0"):
-        layers.rope(jnp.ones((4, 2)), theta=-1.0)

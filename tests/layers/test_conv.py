@@ -1,5 +1,7 @@
 """Convolutions against a loop over positions, in NumPy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,7 +176,9 @@ def test_gradients_1d_causal():
     check_grads(apply, (variables.params, x), 1, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(("make", "name"), [(layers.conv1d, "conv1d"), (layers.conv2d, "conv2d")])
+@pytest.mark.parametrize(
+    ("make", "name"), [(layers.conv1d, "conv1d"), (layers.conv2d, "conv2d"), (layers.conv3d, "conv3d")]
+)
 @pytest.mark.parametrize("argument", ["in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"])
 def test_sizes_are_checked(make, name, argument):
     arguments = {"in_channels": 1, "out_channels": 1}
@@ -200,20 +204,88 @@ def test_groups_must_divide_the_channels(shape, message):
         layers.conv2d(*shape, groups=2)
 
 
-@pytest.mark.parametrize("padding", ["same", 1, ((1, 1), (1, 1))])
-def test_an_unknown_padding(padding):
-    with pytest.raises(
-        ValueError, match=r"conv1d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', 'CAUSAL', received .* jnp\.pad"
-    ):
-        layers.conv1d(1, 1, padding=padding)
+@pytest.mark.parametrize(
+    ("make", "padding", "error", "received"),
+    [
+        (layers.conv1d, "same", ValueError, "'same'. Write padding=\"SAME\". For padding with .*jnp.pad"),
+        (layers.conv1d, "reflect", ValueError, "'reflect'. For padding with other numbers .*jnp.pad"),
+        (layers.conv1d, ((1, 1), (1, 1)), TypeError, "((1, 1), (1, 1)). Write padding=(1, 1)."),
+        (layers.conv2d, "CAUSAL", ValueError, "'CAUSAL'. Only conv1d has causal padding."),
+        (layers.conv2d, (1, 2), TypeError, "(1, 2). Write padding=((1, 1), (2, 2))."),
+        (layers.conv3d, ((1, 1), (1, 1)), TypeError, "((1, 1), (1, 1)). Write padding=((1, 1), (1, 1), (1, 1))."),
+        (layers.conv_transpose2d, [(1, 1), 2], TypeError, "[(1, 1), 2]. Write padding=((1, 1), (1, 1))."),
+    ],
+)
+def test_a_padding_of_another_form(make, padding, error, received):
+    words = "one of 'SAME', 'VALID', 'CAUSAL'" if make is layers.conv1d else "one of 'SAME', 'VALID'"
+    pairs = {
+        layers.conv1d: "(before, after)",
+        layers.conv3d: "a pair (before, after) for each of depth, height, width",
+    }.get(make, "a pair (before, after) for each of height, width")
+    text = re.escape(f"{make.__name__}(padding=...) expected {words}, an int, or {pairs}, received {received}")
+    with pytest.raises(error, match=text.replace(re.escape(".*jnp.pad"), r".*jnp\.pad")):
+        make(1, 1, 3, padding=padding)
 
 
-def test_causal_images():
-    with pytest.raises(
-        ValueError,
-        match=r"conv2d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', received 'CAUSAL'\. Only conv1d has causal padding\.",
-    ):
-        layers.conv2d(1, 1, padding="CAUSAL")
+@pytest.mark.parametrize(("padding", "error"), [(-1, ValueError), (((0, 0), (0, -1)), ValueError), (1.5, TypeError)])
+def test_a_padding_is_not_negative(padding, error):
+    with pytest.raises(error, match=r"conv2d\(padding=\.\.\.\) expected an int of at least 0, received (-1|1\.5)"):
+        layers.conv2d(1, 1, padding=padding)
+
+
+def test_a_padding_of_numbers_is_that_many_zeros():
+    x = normal(0, (1, 5, 6, 2))
+    variables = filled(layers.conv2d(2, 3))
+    for padding in (2, ((0, 1), (2, 0))):
+        pads = ((2, 2), (2, 2)) if padding == 2 else padding
+        y, _ = layers.conv2d(2, 3, stride=2, padding=padding).apply(variables, x)
+        alone, _ = layers.conv2d(2, 3, stride=2, padding="VALID").apply(variables, jnp.pad(x, [(0, 0), *pads, (0, 0)]))
+        np.testing.assert_allclose(y, alone, rtol=1e-5, atol=1e-5)
+    one = layers.conv1d(2, 3, padding=(2, 0))
+    causal = layers.conv1d(2, 3, padding="CAUSAL")
+    assert jnp.array_equal(one.apply(filled(one), x[0])[0], causal.apply(filled(one), x[0])[0])
+
+
+def test_volumes_are_sums_over_the_planes_of_the_kernel():
+    layer = layers.conv3d(2, 4, (2, 3, 1), stride=(2, 1, 1), dilation=(1, 2, 1), padding=1, groups=2)
+    variables, x = filled(layer), normal(0, (2, 3, 5, 4, 2))
+    planes = np.pad(np.asarray(x), [(0, 0), (1, 1), *[(0, 0)] * 3])
+    inner = layers.conv2d(2, 4, (3, 1), dilation=(2, 1), padding=1, groups=2, bias=False)
+    weight = variables.params["weight"]
+    expected = [
+        sum(inner.apply(variables.replace(params={"weight": weight[k]}), planes[:, d + k])[0] for k in range(2))
+        for d in (0, 2)
+    ]
+    y, _ = layer.apply(variables, x)
+    assert y.shape == (2, 2, 3, 6, 4)
+    np.testing.assert_allclose(y, np.stack(expected, 1) + np.asarray(variables.params["bias"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [layers.conv1d, layers.conv2d, layers.conv3d])
+def test_depthwise_layers_keep_the_size_of_their_input(make):
+    axes = {"conv1d": 1, "conv2d": 2, "conv3d": 3}[make.__name__]
+    layer = make(64, 64, 3, groups=64, bias=False)
+    x = y = normal(0, (1, *(256, 16, 8)[axes - 1 : axes] * axes, 64))
+    for seed in range(5):
+        y, _ = layer.apply(made(layer, seed), y)
+    assert 0.5 < float(y.std() / x.std()) < 2  # 1.5e-4 where all outputs count as the fan-out of each group
+
+
+def test_a_group_is_drawn_as_a_convolution_of_its_own():
+    shapes = []
+
+    def init(key, shape, dtype):
+        shapes.append(shape)
+        return jax.random.normal(key, shape, dtype)
+
+    weight = made(layers.conv2d(6, 8, groups=2, weight_init=init)).params["weight"]
+    assert shapes == [(3, 3, 3, 4)] and weight.shape == (3, 3, 3, 8)
+    with rng.scope(0):
+        keys = jax.random.split(rng.next_key(), 2)
+    for group, key in enumerate(keys):
+        assert jnp.array_equal(weight[..., 4 * group : 4 * group + 4], jax.random.normal(key, (3, 3, 3, 4)))
+    with pytest.raises(TypeError, match=r"weight_init=\.\.\.\) must return a float array float32\[3, 3, 3, 4\]"):
+        made(layers.conv2d(6, 8, groups=2, weight_init=lambda key, shape, dtype: jnp.ones((3, 3, 3, 8))))
 
 
 def test_a_kernel_that_does_not_fit():
@@ -224,6 +296,11 @@ def test_a_kernel_that_does_not_fit():
         match=r"conv2d\(.*\) at 'left' expected at least 2 x 5 positions, which its kernel spans, received float32\[1, 9, 4, 1\].*SAME",
     ):
         layer.apply(filled(layer), jnp.ones((1, 9, 4, 1)))
+    padded = layers.conv1d(1, 1, 5, padding=(1, 0))
+    with pytest.raises(
+        ValueError, match=r"expected at least 4 positions, which its kernel spans beyond its padding, rec"
+    ):
+        padded.apply(filled(padded), jnp.ones((1, 3, 1)))
 
 
 def test_other_inputs_name_the_layer():
@@ -246,4 +323,5 @@ def test_other_inputs_name_the_layer():
 def test_repr():
     assert repr(layers.conv2d(1, 8)) == "conv2d(1, 8)"
     assert repr(layers.conv2d(1, 8, 5, stride=2, bias=False)) == "conv2d(1, 8, kernel_size=5, stride=2, bias=False)"
+    assert repr(layers.conv3d(1, 8, padding=1)) == "conv3d(1, 8, padding=1)"
     assert repr(layers.conv1d(2, 4, padding="CAUSAL", groups=2)) == "conv1d(2, 4, padding='CAUSAL', groups=2)"

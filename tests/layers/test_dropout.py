@@ -1,4 +1,4 @@
-"""The dropout layer."""
+"""Dropout of numbers, channels and items."""
 
 import math
 import sys
@@ -55,6 +55,30 @@ def test_the_share_is_exact_to_the_documented_precision(monkeypatch, rate, bits)
     dropped = int((apply(layers.dropout(rate), jnp.ones(len(numbers))) == 0).sum())
     assert asked == [bits]
     assert abs(first + dropped - least) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "mask"), [(layers.spatial_dropout, (400, 1, 1, 8)), (layers.drop_path, (400, 1, 1, 1))]
+)
+@pytest.mark.parametrize("rate", [0.25, 0.3])
+def test_whole_channels_and_items(make, mask, rate):
+    y = np.asarray(compiled(make(rate))(jax.random.key(3), jnp.full((400, 2, 3, 8), 3.0)))
+    kept = y != 0
+    first = kept[:, :1, :1, : mask[3]]
+    assert np.array_equal(kept, np.broadcast_to(first, kept.shape))
+    n = first.size
+    assert abs(first.mean() - (1 - rate)) < 6 * (rate * (1 - rate) / n) ** 0.5
+    np.testing.assert_allclose(y[kept], 3.0 / (1 - rate), rtol=1e-6)
+
+
+def test_channels_and_items_need_their_axes():
+    with pytest.raises(
+        ValueError,
+        match=r"spatial_dropout\(0\.5\) expected \[batch, \.\.\., channels\] .*received float32\[4, 3\].*layers\.dropout",
+    ):
+        apply(layers.spatial_dropout(0.5), jnp.ones((4, 3)), training=False)
+    with pytest.raises(ValueError, match=r"drop_path\(0\.5\) expected .* received float32\[\]: it has 0 axes"):
+        apply(layers.drop_path(0.5), jnp.float32(1), training=False)
 
 
 def test_no_number_is_drawn_twice():
@@ -125,8 +149,9 @@ def test_two_layers_drop_independently():
 
 
 @pytest.mark.parametrize(("rate", "training"), [(0.5, False), (0.0, True), (0, False)])
-def test_is_the_identity_and_draws_no_key(rate, training):
-    layer, x = layers.dropout(rate), jnp.arange(4.0)
+@pytest.mark.parametrize("make", [layers.dropout, layers.spatial_dropout, layers.drop_path])
+def test_is_the_identity_and_draws_no_key(make, rate, training):
+    layer, x = make(rate), jnp.arange(8.0).reshape(2, 2, 2)
     with rng.scope(0):
         assert jnp.array_equal(layer.apply(layer.init(dtype=jnp.float32), x, training=training)[0], x)
         key = rng.next_key()
@@ -153,8 +178,9 @@ def test_keeps_the_dtype(dtype):
 
 @pytest.mark.parametrize("rate", [1.0, -0.1, 50])
 def test_a_rate_outside_is_refused(rate):
-    with pytest.raises(ValueError, match=r"dropout\(rate=\.\.\.\) expected a number in \[0, 1\), received"):
-        layers.dropout(rate)
+    for name in ("dropout", "spatial_dropout", "drop_path"):
+        with pytest.raises(ValueError, match=rf"{name}\(rate=\.\.\.\) expected a number in \[0, 1\), received"):
+            getattr(layers, name)(rate)
 
 
 def test_an_integer_input_is_refused():

@@ -35,9 +35,37 @@ CATALOGUE = {
     "gru": (layers.gru(4, 3, recurrent_init=jax.nn.initializers.normal(0.3)), SEQUENCE),
     "rnn": (layers.rnn(4, 3, recurrent_init=jax.nn.initializers.normal(0.3)), SEQUENCE),
     "parameter": (layers.parameter((2, 3)), SEQUENCE),
+    "positions": (layers.positions(8, 4), SEQUENCE),
+    "sinusoidal_positions": (layers.sinusoidal_positions(4), SEQUENCE),
 }
+# Made of the parts of those above: for these the same tests run in the long form.
+ALIKE = {
+    "conv3d": (layers.conv3d(2, 4, (1, 3, 2), padding=1, groups=2), (1, 2, 4, 4, 2)),
+    "conv_transpose1d": (layers.conv_transpose1d(4, 3, 4, 2, 1), SEQUENCE),
+    "conv_transpose2d": (layers.conv_transpose2d(4, 3, 3, 2, 1, 1), IMAGE),
+    "instance_norm": (layers.instance_norm(4), IMAGE),
+    "spatial_dropout": (layers.spatial_dropout(0.4), IMAGE),
+    "drop_path": (layers.drop_path(0.4), IMAGE),
+    "max_pool1d": (layers.max_pool1d(3, 2, 1), SEQUENCE),
+    "avg_pool1d": (layers.avg_pool1d(3, 2, 1, False), SEQUENCE),
+    "global_avg_pool": (layers.global_avg_pool(), IMAGE),
+    "global_max_pool": (layers.global_max_pool(), IMAGE),
+    "upsample2d": (layers.upsample2d(2, "bilinear"), IMAGE),
+    "leaky_relu": (layers.leaky_relu(0.2), SEQUENCE),
+    "elu": (layers.elu(0.5), SEQUENCE),
+    "selu": (layers.selu(), SEQUENCE),
+    "softplus": (layers.softplus(), SEQUENCE),
+    "mish": (layers.mish(), SEQUENCE),
+    "softmax": (layers.softmax(), SEQUENCE),
+    "log_softmax": (layers.log_softmax(), SEQUENCE),
+    "glu": (layers.glu(), SEQUENCE),
+    "swiglu": (layers.swiglu(), SEQUENCE),
+}
+CATALOGUE |= ALIKE
 
-every = pytest.mark.parametrize("name", CATALOGUE)
+every = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in CATALOGUE]
+)
 
 
 def run(layer, variables, x, training, key):
@@ -61,7 +89,7 @@ def leaves(tree):
 
 def test_nothing_is_missing():
     protocol = {
-        "Float", "Int", "Layer", "Module", "Vars", "bidirectional", "compose", "fn", "from_function", "is_lora", "lora", "merge_lora",
+        "Float", "Int", "Layer", "Module", "Vars", "activation", "bidirectional", "compose", "fn", "from_function", "is_lora", "lora", "merge_lora",
         "module", "remat", "repeat", "residual", "rope", "sequential",
     }  # fmt: skip
     public = {name for name in vars(layers) if callable(getattr(layers, name))}
@@ -115,7 +143,7 @@ def test_parameters_have_the_models_dtype_and_strong_types(name):
 
 
 @every
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_compiled_training_pass_returns_the_models_dtype(name, dtype):
     layer, variables, x = case(name, dtype)
 
@@ -131,8 +159,16 @@ def test_a_compiled_training_pass_returns_the_models_dtype(name, dtype):
 
 
 @every
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "training"),
+    [
+        ("float32", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("float32", False), ("float64", True), ("float64", False))
+        ),
+    ],
+)
 def test_with_x64_every_dtype_is_the_models(name, dtype, training):
     layer, shape = CATALOGUE[name]
 
@@ -148,7 +184,7 @@ def test_with_x64_every_dtype_is_the_models(name, dtype, training):
 
 
 @every
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_program_is_the_same_without_strict_mode_and_holds_no_array(name, training):
     layer, variables, x = case(name)
     trace = jax.make_jaxpr(functools.partial(run, layer), static_argnums=2)

@@ -114,8 +114,8 @@ def test_half_precision_paths_and_errors_of_the_model_inside():
 def test_what_is_refused():
     model = layers.sequential([layers.linear(4, 4), layers.layer_norm(4)])
     text = (
-        r"lora\(where=\.\.\.\) expected a function that is true for some of the model's weights, received `<lambda>` "
-        r"\(test_lora\.py:\d+\), which is false for all of them\. The paths are\n  '0\.weight'\nWrite where=lambda path: "
+        r"lora\(where=\.\.\.\) expected a function that is True for some of the model's weights, received `<lambda>` "
+        r"\(test_lora\.py:\d+\), which is False for all of them\. The paths are\n  '0\.weight'\nWrite where=lambda path: "
         r'path == "0\.weight", for example\.'
     )
     with pytest.raises(ValueError, match=text):

@@ -85,6 +85,32 @@ def test_group_norm_against_the_formula(shape, spatial, seed):
     np.testing.assert_allclose(y, scaled(z, variables), rtol=1e-4, atol=1e-4)
 
 
+def test_layer_norm_without_a_bias():
+    layer = layers.layer_norm(3, bias=False)
+    variables, x = shaken(made(layer), 0), normal(1, (2, 3))
+    assert set(variables.params) == {"weight"} and repr(layer) == "layer_norm(3, bias=False)"
+    expected = standardized(x, -1, 1e-5) * np.asarray(variables.params["weight"])
+    np.testing.assert_allclose(applied(layer, variables, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spatial", [(5,), (2, 3)])
+def test_instance_norm_against_the_formula(spatial):
+    layer = layers.instance_norm(4, eps=0.01)
+    variables, x = shaken(made(layer), 0), normal(1, (2, *spatial, 4))
+    expected = scaled(standardized(x, tuple(range(1, x.ndim - 1)), 0.01), variables)
+    np.testing.assert_allclose(applied(layer, variables, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 1, 1, 4)])
+def test_instance_norm_of_single_places(shape):
+    layer = layers.instance_norm(4)
+    with pytest.raises(
+        ValueError,
+        match=r"instance_norm\(4\) expected \[batch, \.\.\., 4\] with two or more places .*Write layers\.layer_norm",
+    ):
+        layer.apply(made(layer), jnp.ones(shape))
+
+
 @given(st.sampled_from([(2,), (5,), (1, 3), (2, 3, 2)]), seeds)
 @quick
 def test_batch_norm_in_training_against_the_formula(lead, seed):

@@ -114,6 +114,79 @@ def test_half_precision_sums_in_float32(dtype, stride):
     assert jnp.array_equal(mean(x), mean(x.astype(jnp.float32)).astype(dtype))
 
 
+@pytest.mark.parametrize(("padding", "pads"), [(((0, 2), (1, 0)), ((0, 2), (1, 0))), ("SAME", ((0, 1), (1, 1)))])
+def test_padding(padding, pads):
+    x = np.random.default_rng(0).normal(size=(2, 6, 5, 3)).astype(np.float32)
+    around = [(0, 0), *pads, (0, 0)]
+    largest, mean, counted = (
+        np.asarray(jax.jit(functools.partial(apply, layer))(x))
+        for layer in (
+            layers.max_pool2d(3, 2, padding),
+            layers.avg_pool2d(3, 2, padding),
+            layers.avg_pool2d(3, 2, padding, count_include_pad=False),
+        )
+    )
+    found = windows(np.pad(x, around, constant_values=np.nan), (3, 3), (2, 2))
+    assert np.array_equal(largest, np.nanmax(found, (3, 4)))
+    np.testing.assert_allclose(mean, np.nan_to_num(found).mean((3, 4)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(counted, np.nanmean(found, (3, 4)), rtol=1e-5, atol=1e-6)
+
+
+def test_sequences_are_images_with_one_row():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 3)), jnp.float32)
+    for name in ("max_pool", "avg_pool"):
+        one, two = (getattr(layers, f"{name}{axes}d") for axes in (1, 2))
+        y = apply(one(3, 2, (1, 0)), x)
+        assert y.shape == (2, 4, 3)
+        assert jnp.array_equal(y, apply(two((1, 3), (1, 2), ((0, 0), (1, 0))), x[:, None])[:, 0])
+
+
+def test_global_pools():
+    x = np.random.default_rng(0).integers(0, 3, (2, 3, 4, 2)).astype(np.float32)
+    largest, mean = layers.global_max_pool(), layers.global_avg_pool()
+    assert np.array_equal(apply(largest, x), x.max((1, 2)))
+    np.testing.assert_allclose(apply(mean, x), x.mean((1, 2)), rtol=1e-6)
+    assert apply(mean, x[:, 0]).shape == (2, 2)
+    slopes = jax.grad(lambda x: apply(largest, x).sum())(jnp.asarray(x)).reshape(2, 12, 2)
+    first = np.arange(12)[None, :, None] == x.reshape(2, 12, 2).argmax(1, keepdims=True)
+    assert np.array_equal(slopes, first)
+    x[0, 1, 1, 0], x[1, 0, 0, 1] = np.nan, -np.inf
+    assert np.array_equal(apply(largest, x), x.max((1, 2)), equal_nan=True)
+
+
+def test_global_pools_refuse_other_inputs():
+    for name in ("global_avg_pool", "global_max_pool"):
+        layer = getattr(layers, name)()
+        for shape in ((2, 3), (2, 0, 3)):
+            with pytest.raises(
+                ValueError, match=rf"{name}\(\) expected \[batch, \.\.\., channels\] with places .*received"
+            ):
+                apply(layer, jnp.ones(shape))
+
+
+@pytest.mark.parametrize("name", ["max_pool1d", "avg_pool2d"])
+def test_a_padding_as_large_as_the_window(name):
+    pads = 2 if name == "max_pool1d" else ((0, 2), (0, 0))
+    with pytest.raises(
+        ValueError,
+        match=rf"{name}\(kernel_size=2, padding=.*\): the padding must be smaller than the window, .* Write padding=1 or",
+    ):
+        getattr(layers, name)(2, padding=pads)
+    with pytest.raises(
+        ValueError, match=r"avg_pool2d\(padding=\.\.\.\) expected one of 'SAME', 'VALID', an int, or a pair"
+    ):
+        layers.avg_pool2d(2, padding="full")
+
+
+def test_a_sequence_that_is_too_short_with_its_padding():
+    with pytest.raises(
+        ValueError,
+        match=r"max_pool1d\(4, padding=1\) expected sequences of at least 2, its window size without its padding, received "
+        r"float32\[1, 1, 2\]",
+    ):
+        apply(layers.max_pool1d(4, padding=1), jnp.ones((1, 1, 2)))
+
+
 @pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
 def test_arguments_are_checked(name):
     with pytest.raises(ValueError, match=rf"{name}\(kernel_size=\.\.\.\) expected an int of at least 1, received 0"):

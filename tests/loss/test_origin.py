@@ -105,7 +105,7 @@ def test_a_package_of_the_users_is_seen_as_it_is_now(package, way):
     assert value == 802.0 and value_of(loss, out) == (third, 3202.0), "a new array is the same program"
 
 
-@pytest.mark.parametrize("placed", ["PYTHONPATH", "beside the script"])
+@pytest.mark.parametrize("placed", ["PYTHONPATH", pytest.param("beside the script", marks=pytest.mark.slow)])
 def test_the_same_in_a_process_of_its_own(tmp_path, placed):
     write_package(tmp_path / "place", "perceptual")
     code = (

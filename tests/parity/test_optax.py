@@ -81,9 +81,10 @@ OPTIMIZERS = {
 }
 
 
-# Each model with one optimizer and each optimizer with one model; the other pairs are in the long form.
+# Each model and each optimizer; the other pairs are in the long form.
+SHORT = {("mlp", "adamw_cosine"), ("mlp", "clipped_momentum"), ("batch_norm", "adam"), ("cnn", "sgd")}
 PAIRS = [
-    pytest.param(case, optimizer, marks=[] if case == "mlp" or optimizer == "adam" else pytest.mark.slow)
+    pytest.param(case, optimizer, marks=[] if (case, optimizer) in SHORT else pytest.mark.slow)
     for case in CASES
     for optimizer in OPTIMIZERS
 ]

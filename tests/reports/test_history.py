@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 import pytest
@@ -193,7 +194,7 @@ def test_the_suffix_says_how(tmp_path, name, start):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("log", [pytest.param(False, marks=pytest.mark.slow), True])
 @settings(max_examples=3, deadline=None)
 @example(losses=[float("nan"), 1.0, float("inf")], repeat=1)
 @example(losses=[1.0], repeat=1)
@@ -215,6 +216,13 @@ def test_log_gives_a_logarithmic_axis(monkeypatch, tmp_path):
     assert [f.axes[0].get_yscale() for f in figures] == ["linear", "log"]
 
 
+def test_plot_leaves_pyplot_alone(monkeypatch, tmp_path):
+    monkeypatch.delattr(matplotlib, "pyplot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its import would be an error
+    assert recorded([0.5]).plot(tmp_path / "loss.png").exists()
+
+
+@pytest.mark.slow
 def test_plot_leaves_pyplot_alone_and_matplotlib_is_imported_no_earlier():
     script = """
 import sys, tempfile, pathlib

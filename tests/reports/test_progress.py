@@ -554,6 +554,7 @@ def test_a_program_in_a_terminal(terminal):
     assert rest == ["done", ""]
 
 
+@pytest.mark.slow  # a process more; in a pipe as in any file that is no terminal
 def test_a_program_with_its_output_in_a_pipe():
     command = [sys.executable, "-W", "error", "-c", SCRIPT]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

@@ -248,8 +248,18 @@ class Observing(reports.Report):
         self.seen.append((step, dict(values), state))
 
 
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("wrap", [lambda report: report, lambda report: reports.every(5, report)])
+AS_IT_IS, EVERY = lambda report: report, lambda report: reports.every(5, report)
+
+
+@pytest.mark.parametrize(
+    ("order", "wrap"),
+    [
+        (1, AS_IT_IS),
+        (-1, EVERY),
+        pytest.param(1, EVERY, marks=pytest.mark.slow),
+        pytest.param(-1, AS_IT_IS, marks=pytest.mark.slow),
+    ],
+)
 def test_of_another_state_scores_and_best_are_those_of_that_state(averaging, data, order, wrap):
     trainer, start = averaging
     train = data.with_loss(losses.cross_entropy_sparse)

@@ -40,7 +40,8 @@ def test_it_must_be_a_function():
 
 def test_one_that_is_true_for_nothing_is_refused_with_the_paths():
     with pytest.raises(
-        ValueError, match=r"(?s)no parameter would train.*'0\.bias'\n  '0\.weight'\n.*'4\.weight'\nWrite"
+        ValueError,
+        match=r"(?s)True for some of the model's parameters, received .*, which is False for all of them\. The paths are\n  '0\.bias'\n  '0\.weight'\n.*'4\.weight'\nWrite",
     ):
         made(lambda path: path.startswith("head"))
 

@@ -12,8 +12,8 @@ from kaun._engine.failed import error_of as error_of
 from kaun._engine.flush import run_flush as run_flush
 from kaun._engine.inputs import StepInputs as StepInputs
 from kaun._engine.inputs import as_arrays as as_arrays
+from kaun._engine.inputs import check_input as check_input
 from kaun._engine.inputs import refuse_traced as refuse_traced
-from kaun._engine.jaxpr import digest_program as digest_program
 from kaun._engine.log import Compilation as Compilation
 from kaun._engine.loop import StepLoop as StepLoop
 from kaun._engine.loop import find_step as find_step

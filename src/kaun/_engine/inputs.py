@@ -19,9 +19,9 @@ from kaun._jax import any_traced, is_traced
 from kaun._loss import array_names, capture_loss, captures, subject
 from kaun._messages import locate
 from kaun.context import Context
-from kaun.data import is_tensor
+from kaun.data import Data, Item, is_tensor
 
-__all__ = ["StepInputs", "as_arrays", "is_host", "is_number", "refuse_traced"]
+__all__ = ["StepInputs", "as_arrays", "check_input", "is_host", "is_number", "refuse_traced"]
 
 _LEAF = jax.tree_util.tree_structure(0)
 _NO_CONTEXT = jax.tree_util.tree_structure(Context())
@@ -195,6 +195,15 @@ def is_number(leaf: Any) -> bool:
     return isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic)
 
 
+def check_input(x: Any) -> None:
+    """Check an input of the model of which only shapes and dtypes are used, arrays or ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        TypeError: If a leaf is something else.
+    """
+    _flatten(jax.tree_util.tree_map(lambda leaf: 0 if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, x), "x")
+
+
 def _flatten(value: Any, what: str) -> tuple[list[Any], Any]:
     leaves, treedef = jax.tree_util.tree_flatten(value)
     for leaf in leaves:
@@ -222,6 +231,10 @@ def _not_numbers(value: Any, what: str) -> TypeError:
     elif dataclasses.is_dataclass(leaf):
         kind = type(leaf).__name__
         fix = f"Register it as a pytree, jax.tree_util.register_dataclass({kind}); the model then receives the {kind}."
+    elif Item.is_training_item(value):
+        fix = "That is an item of the data of fit: write x, loss, *ctx = item, and pass x."
+    elif isinstance(leaf, Data):
+        fix = "A Data holds many items: pass one, x = next(iter(data)), or x, *_ = next(iter(data)) of pairs."
     elif is_tensor(leaf):
         fix = "Data.from_iterable(loader) converts the tensors of another library to arrays."
     return TypeError(

@@ -14,7 +14,7 @@ from jax import lax
 
 from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays
-from kaun._engine.jaxpr import slow_in_loops
+from kaun._engine.jaxpr import digest_program, slow_in_loops
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.packing import Packing, in_place, packing_of
 from kaun._jax import calls_the_host
@@ -87,8 +87,9 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout", "looped",
-        "loss_dtype", "most", "on_nonfinite", "patterns", "row_mask", "rows", "seconds", "status", "step", "wanted",
+        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout",
+        "looped", "loss_dtype", "most", "on_nonfinite", "patterns", "row_mask", "rows", "seconds", "status", "step",
+        "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -110,8 +111,14 @@ class TracedStep:
         self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
         self.wanted: Mapping[str, int] = {}
+        self._digest = ""
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
+
+    def digest(self) -> str:
+        """Return the digest of the traced program (``digest_program``), which is computed once."""
+        self._digest = self._digest or digest_program(self.jaxpr)
+        return self._digest
 
     def pattern(self, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         """Return which leaves of a block to stack where these vary: as in an earlier block, where that is possible."""

@@ -2,6 +2,8 @@
 
 from kaun._kernels.conv import ConvConfig as ConvConfig
 from kaun._kernels.conv import convolve as convolve
+from kaun._kernels.conv import convolve_transposed as convolve_transposed
+from kaun._kernels.lstm import lstm_states as lstm_states
 from kaun._kernels.matmul import matmul as matmul
 from kaun._kernels.memory import aligned_empty as aligned_empty
 from kaun._kernels.pool import larger as larger

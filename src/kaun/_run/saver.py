@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from kaun import tree
-from kaun._engine import StepInputs, StepLoop, TracedStep, digest_program
+from kaun._engine import StepInputs, StepLoop, TracedStep
 from kaun._run.generators import check_draws
 from kaun._run.identity import digest_item, refuse_difference
 from kaun._run.notices import warn_of_open_window
@@ -194,7 +194,7 @@ class CheckpointSaver:
         given = tree.flatten({"x": x, "ctx": dict(ctx.items())})[0]
         kind = ", ".join(f"{path} {tree.describe(leaf)}" for path, leaf in given.items())
         name = f"{getattr(inputs.subject, '__qualname__', type(inputs.subject).__name__)}: {kind}"
-        digest = digest_program(traced_step.jaxpr) + " " + traced_step.on_nonfinite
+        digest = f"{traced_step.digest()} {traced_step.on_nonfinite}"
         known = self._programs.get(name, digest).split("; ")
         # A static value that the loss captures may change within a run, and gives it another program.
         varies = name in self._traced or len(known) > 1

@@ -16,7 +16,6 @@ from kaun.layers.path import frozen_layers
 __all__ = ["Partition", "check_trainable", "trainable_part"]
 
 Trainable = Callable[[str], Any]
-LISTED = 20  # paths, in a message
 
 
 def check_trainable(trainable: Any) -> None:
@@ -43,13 +42,8 @@ def trainable_part(trainable: Trainable | None, params: Any) -> Any:
     part = tree.map_with_path(lambda path, leaf: leaf if trainable(path) else None, params)
     if not jax.tree_util.tree_leaves(part):
         paths = list(tree.flatten(params)[0])
-        more = f"\n  and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
-        raise ValueError(
-            f"Trainer(trainable=...) expected a function that is True for some of the model's parameters, received "
-            f"{locate(trainable)}, which is False for all of them: no parameter would train. The paths are\n  "
-            + "\n  ".join(map(repr, paths[:LISTED]))
-            + f'{more}\nWrite trainable=lambda path: path.startswith("{paths[-1].rpartition(".")[0]}"), for example.'
-        )
+        fix = f'trainable=lambda path: path.startswith("{paths[-1].rpartition(".")[0]}")'
+        raise ValueError(tree.false_for_all("Trainer(trainable=...)", "parameters", locate(trainable), paths, fix))
     return part
 
 

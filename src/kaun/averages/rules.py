@@ -26,11 +26,15 @@ class Ema:
     def __repr__(self) -> str:
         return f"averages.ema({self.decay})"
 
-    def weight(self, count: jax.Array, dtype: Any) -> jax.Array:
-        """Return the weight of the parameters after update ``count``: (1 - decay) / (1 - decay ** count)."""
-        # decay ** count is near 1 at the start, and 1 minus it would have few correct digits.
-        exponent = count.astype(dtype) * (math.log(self.decay) if self.decay else -math.inf)
-        return jnp.where(count > 1, (1 - self.decay) / -jnp.expm1(exponent), 1)
+    def place(self, updates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return how many of these updates count, and whether the last one does."""
+        return updates, jnp.array(True)
+
+    def weight(self, number: jax.Array, dtype: Any) -> jax.Array:
+        """Return the weight of the ``number``-th parameters: (1 - decay) / (1 - decay ** number)."""
+        # decay ** number is near 1 at the start, and 1 minus it would have few correct digits.
+        exponent = number.astype(dtype) * (math.log(self.decay) if self.decay else -math.inf)
+        return jnp.where(number > 1, (1 - self.decay) / -jnp.expm1(exponent), 1)
 
 
 @jax.tree_util.register_static
@@ -44,11 +48,14 @@ class Swa:
     def __repr__(self) -> str:
         return f"averages.swa(start={self.start}, every={self.every})"
 
-    def weight(self, count: jax.Array, dtype: Any) -> jax.Array:
-        """Return the weight of the parameters after update ``count``: 1 before ``start``, 0 between two that count."""
-        since = count - self.start
-        share = 1 / (since // self.every + 1).astype(dtype)
-        return jnp.where(since < 0, 1, jnp.where(since % self.every == 0, share, 0))
+    def place(self, updates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return how many of these updates count, none if it is not positive, and whether the last one does."""
+        since = updates - self.start
+        return since // self.every + 1, (since >= 0) & (since % self.every == 0)
+
+    def weight(self, number: jax.Array, dtype: Any) -> jax.Array:
+        """Return the weight of the ``number``-th parameters in the mean of these and the ones before."""
+        return 1 / number.astype(dtype)
 
 
 @jax.tree_util.register_static
@@ -72,8 +79,8 @@ def ema(decay: float) -> Ema:
     parameters have none. Before the first update the averaged weights are those that train.
 
     It is kept in ``opt_state``, in float32 for parameters of half precision, and in float64 for those of float64. For a
-    float32 parameter it takes 8 bytes and not 4: what rounding would lose is kept too, because with a decay of 0.9999
-    an average in float32 alone stops changing as soon as it is within 0.03 % of the parameters.
+    float32 parameter it takes 8 bytes and not 4: the newest updates are added up in an array of their own, because with
+    a decay of 0.9999 an average in one float32 stops changing as soon as it is within 0.03 % of the parameters.
 
     Args:
         decay: The weight of the old average, in [0, 1). Typically 0.99 to 0.9999.

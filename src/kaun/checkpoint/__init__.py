@@ -14,6 +14,7 @@ from kaun.checkpoint.directory import Directory as Directory
 from kaun.checkpoint.disk import Disk as Disk
 from kaun.checkpoint.files import load as load
 from kaun.checkpoint.files import save as save
+from kaun.checkpoint.files import write_safetensors as write_safetensors
 from kaun.checkpoint.folders import with_another_optimizer as with_another_optimizer
 from kaun.checkpoint.safetensors_header import UnreadDtype as UnreadDtype
 from kaun.checkpoint.safetensors_header import read_index as read_index

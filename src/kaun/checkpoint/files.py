@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Generator, Mapping
@@ -32,16 +33,9 @@ from kaun.checkpoint.safetensors_header import (
 from kaun.tree import describe, difference, flatten, is_array, is_key, is_weak
 
 __all__ = [
-    "Differences",
-    "check_template",
-    "decode",
-    "encode",
-    "load",
-    "read_arrays",
-    "restore",
-    "save",
-    "serialize",
-]
+    "Differences", "check_template", "decode", "encode", "load", "read_arrays", "restore", "save", "serialize",
+    "write_safetensors",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -79,10 +73,21 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         >>> loaded[1]["weight"].shape
         (3, 1)
     """
-    target = _as_path(path, "save(path, tree)")
-    pieces = serialize(flatten(tree)[0])
+    write_safetensors("checkpoint.save", _as_path(path, "save(path, tree)"), flatten(tree)[0])
+
+
+def write_safetensors(where: str, target: Path, leaves: Mapping[str, Any], note: tuple[str, str] | None = None) -> None:
+    """Write leaves as a file, or replace one atomically.
+
+    Args:
+        where: The function that was called, for messages.
+        target: The file.
+        leaves: The leaves by name.
+        note: The entry of metadata. Default: kaun's, which says which leaves are not arrays.
+    """
+    pieces = serialize(leaves, where, note)
     disk = Disk()
-    with _replacing(target, disk) as file:
+    with _replacing(where, target, disk) as file:
         for piece in pieces:
             disk.write(file, piece)
 
@@ -159,19 +164,19 @@ def check_template(wanted: Mapping[str, Any]) -> None:
             )
 
 
-def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
+def encode(name: str, leaf: Any, where: str = "checkpoint.save") -> tuple[np.ndarray[Any, Any], str | None]:
     """A leaf as the array that the file holds, and the kind of leaf if it is not an array."""
     kind = type(leaf).__name__
     if type(leaf) in _SCALARS:
         if kind == "int" and not -(2**63) <= leaf < 2**63:
             raise ValueError(
-                f"checkpoint.save: {_leaf(name)} is the int {leaf}, which does not fit in 64 bits. Save it in parts, "
+                f"{where}: {_leaf(name)} is the int {leaf}, which does not fit in 64 bits. Save it in parts, "
                 "divmod(n, 2**62)."
             )
         return np.asarray(leaf, _STORED[kind]), kind
     if not is_array(leaf) or isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(
-            f"checkpoint.save: {_leaf(name)} is a {kind}; a file holds JAX and NumPy arrays, typed keys, bool, int and "
+            f"{where}: {_leaf(name)} is a {kind}; a file holds JAX and NumPy arrays, typed keys, bool, int and "
             "float. Remove it from the tree, or convert it to arrays."
         )
     try:
@@ -180,29 +185,32 @@ def encode(name: str, leaf: Any) -> tuple[np.ndarray[Any, Any], str | None]:
         # In C order, as the format requires. (np.ascontiguousarray would give a scalar an axis.)
         array = np.asarray(leaf, order="C")
     except Exception as err:
-        err.add_note(f"checkpoint.save was reading {_leaf(name)}.")
+        err.add_note(f"{where} was reading {_leaf(name)}.")
         raise
     if array.dtype.newbyteorder("=") not in DTYPES.values():
         raise TypeError(
-            f"checkpoint.save: {_leaf(name)} is {describe(leaf)}, a dtype that a safetensors file cannot hold. Convert "
+            f"{where}: {_leaf(name)} is {describe(leaf)}, a dtype that a safetensors file cannot hold. Convert "
             f"it to one of {', '.join(str(dtype) for dtype in DTYPES.values())}: leaf.astype(...)."
         )
     return (array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))), None
 
 
-def serialize(leaves: Mapping[str, Any]) -> list[memoryview]:
+def serialize(
+    leaves: Mapping[str, Any], where: str = "checkpoint.save", note: tuple[str, str] | None = None
+) -> list[memoryview]:
     """The bytes of a safetensors file of these leaves, in pieces: the header, then each array.
 
     The pieces are views of the arrays' own memory where that is on the host, so they must be used before it changes.
     """
     if "__metadata__" in leaves:
-        raise ValueError("checkpoint.save: '__metadata__' is a reserved key of safetensors files. Rename that leaf.")
+        raise ValueError(f"{where}: '__metadata__' is a reserved key of safetensors files. Rename that leaf.")
     for leaf in leaves.values():
         if isinstance(leaf, jax.Array) and not (is_traced(leaf) or is_key(leaf) or leaf.is_deleted()):
             leaf.copy_to_host_async()  # all of them at once, before the first is waited for
-    encoded = {name: encode(name, leaf) for name, leaf in leaves.items()}
+    encoded = {name: encode(name, leaf, where) for name, leaf in leaves.items()}
     arrays = {name: array for name, (array, _) in encoded.items()}
-    head = header(arrays, {name: kind for name, (_, kind) in encoded.items() if kind})
+    kinds = {name: kind for name, (_, kind) in encoded.items() if kind}
+    head = header(arrays, note or ("kaun", json.dumps(kinds)), where)
     return [memoryview(head), *(arrays[name].reshape(-1).view(np.uint8).data for name in in_order(arrays))]
 
 
@@ -211,17 +219,17 @@ def _leaf(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path, disk: Disk) -> Generator[int, None, None]:
+def _replacing(where: str, target: Path, disk: Disk) -> Generator[int, None, None]:
     """A temporary file, open for writing, which replaces the target when the block ends without an exception."""
     target = target.resolve()  # of a link, the file it leads to is replaced, not the link
     if not target.parent.is_dir():
         raise FileNotFoundError(
-            f"checkpoint.save: the folder {str(target.parent)!r} does not exist. Make it first: "
+            f"{where}: the folder {str(target.parent)!r} does not exist. Make it first: "
             f"pathlib.Path({str(target.parent)!r}).mkdir(parents=True)."
         )
     if target.is_dir():
         raise IsADirectoryError(
-            f"checkpoint.save: {str(target)!r} is a folder. Name a file in it: {str(target / 'model.safetensors')!r}."
+            f"{where}: {str(target)!r} is a folder. Name a file in it: {str(target / 'model.safetensors')!r}."
         )
     temporary = target.parent / f".kaun-{secrets.token_hex(8)}.tmp"
     try:
@@ -235,7 +243,7 @@ def _replacing(target: Path, disk: Disk) -> Generator[int, None, None]:
             finally:
                 disk.close(file)
         except OSError as err:
-            text = f"checkpoint.save could not write {str(target)!r}, nothing was changed: {err.strerror or err}."
+            text = f"{where} could not write {str(target)!r}, nothing was changed: {err.strerror or err}."
             raise OSError(err.errno, text) from err
         temporary.replace(target)
     except BaseException:

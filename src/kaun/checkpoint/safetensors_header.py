@@ -112,16 +112,17 @@ def in_order(arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[str]:
     return sorted(arrays, key=lambda name: (_RANKS[_CODES[arrays[name].dtype]], name.encode()))
 
 
-def header(arrays: Mapping[str, np.ndarray[Any, Any]], kinds: Mapping[str, str]) -> bytes:
+def header(arrays: Mapping[str, np.ndarray[Any, Any]], note: tuple[str, str], where: str) -> bytes:
     """All that comes before the arrays' bytes; the same bytes as the format's own library writes.
 
     Args:
         arrays: The arrays by name.
-        kinds: For each leaf that is not an array, what kind of leaf it is.
+        note: The entry of metadata, a name and a text.
+        where: The function that was called, for messages.
     """
     # One entry of metadata: the format's own library writes several in an arbitrary order, and equal trees should give
     # equal files.
-    entries: dict[str, Any] = {"__metadata__": {"kaun": json.dumps(dict(kinds))}}
+    entries: dict[str, Any] = {"__metadata__": dict([note])}
     start = 0
     for name in in_order(arrays):
         array = arrays[name]
@@ -135,7 +136,7 @@ def header(arrays: Mapping[str, np.ndarray[Any, Any]], kinds: Mapping[str, str])
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST or len(arrays) > MOST:
         raise ValueError(
-            f"checkpoint.save: {len(arrays)} arrays, whose names and shapes take {len(text)} bytes, are too many for "
+            f"{where}: {len(arrays)} arrays, whose names and shapes take {len(text)} bytes, are too many for "
             f"one file: at most {MOST} arrays and {LARGEST} bytes are read again. Save several files, or stack arrays "
             "of one shape."
         )

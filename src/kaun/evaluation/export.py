@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from kaun._engine import check_input
 from kaun._step import batch_length
 from kaun.context import Context
 from kaun.state import TrainState
@@ -31,10 +32,12 @@ def export_model(
         platforms: Where the program can run, None for the platform of this process.
 
     Raises:
+        TypeError: If x has a leaf that is not an array.
         ValueError: If the model needs a batch of a known length.
     """
     from jax import export  # imported here because it takes time and most programs do not need it
 
+    check_input(x)
     carry, key = (state.vars, state.step), state.key
     length = batch_length(x)
     (batch,) = export.symbolic_shape("batch")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from kaun.interop.keywords import (
     nested,
     pick,
 )
+from kaun.interop.parts import by_identity, naming_parts
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here
 
@@ -137,7 +138,9 @@ class _Adapter:
         words = self.keywords.values(training=training, ctx=ctx, without=("key", "state"))
         keyed = "key" in self.keywords.required and (training or self.keywords.required["key"])
         key = rng.next_key() if keyed else None
-        y, state = self.called(module, state, x, key, words)
+        find = by_identity(lambda: _modules(self.eqx, module))
+        with naming_parts(self.name, self.eqx.Module, find, output=self.without_state):
+            y, state = self.called(module, state, x, key, words)
         if not self.stateful:
             return y, vars
         fix = "Return the eqx.nn.State that the call received, with the same entries."
@@ -154,6 +157,10 @@ class _Adapter:
             check_unchanged(self.name, frozen.part, before, after, "interop.equinox({})")
         filled = self.keywords.counts_filled_rows(training=training, ctx=ctx)
         return y, vars.replace(state=check_structure(self.name, vars.state, nested(after), fix, filled=filled))
+
+    def without_state(self, result: Any) -> Any:
+        pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], self.eqx.nn.State)
+        return result[0] if pair else result
 
     def called(self, module: Any, state: Any, x: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
         def one(x: Any, state: Any, key: Any, words: dict[str, Any]) -> tuple[Any, Any]:
@@ -217,6 +224,15 @@ def _switches(eqx: Any, module: Any, leaves: dict[Path, Any]) -> dict[int, tuple
         for i, (path, leaf) in enumerate(leaves.items())
         if (path[-1:] == ("inference",) and isinstance(leaf, bool)) or (path in rates and isinstance(leaf, float))
     }
+
+
+def _modules(eqx: Any, module: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The modules inside a module, and it itself, with their paths."""
+    inner = lambda node: node is not module and isinstance(node, eqx.Module)
+    yield path, module
+    for below, node in jax.tree_util.tree_flatten_with_path(module, is_leaf=inner)[0]:
+        if inner(node):
+            yield from _modules(eqx, node, (*path, *key_path(below)))
 
 
 def _indices(eqx: Any, module: Any) -> dict[Path, Any]:

@@ -11,6 +11,7 @@ from kaun._messages import optional_package
 from kaun.context import Context
 from kaun.interop.frozen import check_unchanged
 from kaun.interop.keywords import Keywords, cast_floats, check_method, check_structure, nested, origins, pick
+from kaun.interop.parts import by_identity, naming_parts
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here, is_frozen
@@ -130,10 +131,11 @@ class _Adapter:
         frozen = self.in_training(module, vars) if training else []
         if not training:
             module.eval()
-        if callable(self.method):
-            y = self.method(module, x, **named)
-        else:
-            y = getattr(module, self.method or "__call__")(x, **named)
+        with naming_parts(self.name, self.nnx.Module, by_identity(lambda: self.nnx.iter_modules(module))):
+            if callable(self.method):
+                y = self.method(module, x, **named)
+            else:
+                y = getattr(module, self.method or "__call__")(x, **named)
         after = dict(self.nnx.to_flat_state(self.nnx.state(module)))
         self.check_paths(after)
         values = {path: _value(self.nnx, after[path]) for path in self.made}

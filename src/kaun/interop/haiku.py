@@ -12,6 +12,7 @@ from kaun._messages import optional_package, warn
 from kaun.context import Context
 from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
 from kaun.interop.keywords import Keywords, cast_floats, check_structure, leaves_by_path, plain, zeros
+from kaun.interop.parts import naming_parts
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here
@@ -96,12 +97,13 @@ class _Adapter:
     def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         words = self.keywords.values(training=training, ctx=ctx)
         call = lambda *key: self.function.apply(vars.params, vars.state, *key, x, **words)
-        if training:
-            y, after = self.trained(vars, call)
-        elif not self.keyed:
-            y, after = call()
-        else:
-            y, after = self.evaluated(call)
+        with naming_parts(self.name, self.hk.Module, _path_of):
+            if training:
+                y, after = self.trained(vars, call)
+            elif not self.keyed:
+                y, after = call()
+            else:
+                y, after = self.evaluated(call)
         fix = "Give hk.get_state and hk.set_state the same shape at init and in every call."
         filled = self.keywords.counts_filled_rows(training=training, ctx=ctx)
         return y, vars.replace(state=check_structure(self.name, vars.state, plain(after), fix, filled=filled))
@@ -159,6 +161,11 @@ class _WithEmptyState:
 
     def apply(self, params: Any, state: Any, *args: Any, **words: Any) -> tuple[Any, Any]:
         return self._transformed.apply(params, *args, **words), state
+
+
+def _path_of(module: Any) -> tuple[str] | None:
+    name = getattr(module, "module_name", None)  # None in the module's __init__
+    return None if name is None else (name,)
 
 
 def _by_path(values: Any) -> dict[tuple[Any, ...], Any]:

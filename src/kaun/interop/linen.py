@@ -21,6 +21,7 @@ from kaun.interop.keywords import (
     plain,
     zeros,
 )
+from kaun.interop.parts import naming_parts
 from kaun.layers.arguments import accumulation_dtype
 from kaun.layers.core import Layer, Vars
 from kaun.layers.path import here
@@ -131,10 +132,9 @@ class _Adapter:
     def apply(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         module, words = self.called(training, ctx)
         variables = {"params": vars.params, **vars.state}
-        if training:
-            y, after = self.trained(module, variables, x, words)
-        else:
-            y, after = self.evaluated(module, variables, x, words)
+        with naming_parts(self.name, self.flax.Module, self.path_of, collections=True):
+            run = self.trained if training else self.evaluated
+            y, after = run(module, variables, x, words)
         sown = {name: after.pop(name, {}) for name in self.keep}
         y = (y, sown) if self.keep else y
         if not training:
@@ -208,6 +208,9 @@ class _Adapter:
                 'name: self.make_rng("noise").'
             )
         return y
+
+    def path_of(self, module: Any) -> Any:
+        return None if module.scope is None else module.path
 
     def called(self, training: bool, ctx: Context) -> tuple[Any, dict[str, Any]]:
         """The module in this mode, and the keywords to call it with."""

@@ -7,7 +7,6 @@ characters of any kind; all other text matches itself. ``h.{i}.attn.{*rest}`` ma
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,24 +17,31 @@ import numpy as np
 from kaun import tree
 from kaun._messages import quoted
 
-__all__ = ["COMPARED", "LONGEST", "Array", "Rule", "drop", "mapped", "rename", "split", "transpose", "unmatched"]
+__all__ = [
+    "Array", "Rule", "copy", "drop", "expression", "filled", "group_name", "placeholders", "rename", "split", "stack",
+    "transpose",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
+Change = Callable[[Mapping[str, Array]], Sequence[Array]]
 
-COMPARED, LONGEST = 1000, 200  # names, and characters of each, among which near ones are looked for
 _PLACEHOLDER = re.compile(r"\{(\*?)(\w*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One rule of a mapping, made by ``rename``, ``transpose``, ``split`` or ``drop``. Its ``repr`` is that call.
+    """One rule of a mapping, made by ``rename``, ``transpose``, ``split``, ``stack``, ``copy`` or ``drop``.
+
+    Its ``repr`` is that call.
 
     Attributes:
         call: The call that makes the rule, as text.
         pattern: Which weights it matches.
         names: The new name of each array that the rule makes of a weight, with the placeholders of the pattern.
-        change: The function from a weight's name and array to those arrays.
+        change: The function from weights by name to the arrays of ``names``: one weight, or all that are stacked.
+        undo: The inverse of ``change``: from the arrays by their new names to the weights.
         needed: Whether ``into`` requires that the rule matches a weight.
+        index: The placeholder of the pattern that numbers the weights which are stacked. Empty for other rules.
 
     Examples:
         >>> from kaun.interop.safetensors import rename
@@ -46,8 +52,10 @@ class Rule:
     call: str
     pattern: str
     names: tuple[str, ...]
-    change: Callable[[str, Array], Sequence[Array]] = dataclasses.field(compare=False)
+    change: Change = dataclasses.field(compare=False)
+    undo: Change = dataclasses.field(compare=False)
     needed: bool = False
+    index: str = ""
 
     def __repr__(self) -> str:
         return self.call
@@ -75,7 +83,7 @@ def rename(pattern: str, template: str) -> Rule:
         >>> safetensors.into(model.init(dtype=jnp.float32), weights, mapping).params
         [{'weight': Array([3., 3.], dtype=float32)}]
     """
-    return _rule(f"rename({pattern!r}, {template!r})", pattern, (template,), _same)
+    return _rule(f"rename({pattern!r}, {template!r})", pattern, (template,), _same, _same)
 
 
 def transpose(pattern: str, axes: Sequence[int] | None = None) -> Rule:
@@ -101,7 +109,8 @@ def transpose(pattern: str, axes: Sequence[int] | None = None) -> Rule:
     """
     order = None if axes is None else tuple(axes)
     call = f"transpose({pattern!r}{'' if order is None else f', {order}'})"
-    return _rule(call, pattern, (pattern,), functools.partial(_transposed, call, order), needed=True)
+    change, undo = (functools.partial(_transposed, call, order, back) for back in (False, True))
+    return _rule(call, pattern, (pattern,), change, undo, needed=True)
 
 
 def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int] | None = None) -> Rule:
@@ -135,7 +144,71 @@ def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int
             "template."
         )
     change = functools.partial(_cut, call, len(templates), axis, given)
-    return _rule(call, pattern, tuple(templates), change)
+    return _rule(call, pattern, tuple(templates), change, functools.partial(_joined, call, axis))
+
+
+def stack(pattern: str, template: str) -> Rule:
+    """Make a rule that stacks the weights of numbered layers into one array with a new first axis.
+
+    It makes the variables of ``layers.repeat`` from those of single layers.
+
+    Args:
+        pattern: Which weights, as in ``rename``. One placeholder, ``{i}``, is not in the template: it is the number of
+            the layer, and the numbers must be 0, 1, ..., n - 1.
+        template: The name of the stacked array, with the other placeholders of the pattern.
+
+    Raises:
+        TypeError: If an argument is not a string.
+        ValueError: If a placeholder is malformed, or not exactly one ``{i}`` of the pattern is missing in the template;
+            when applied, if a number is missing, or shapes or dtypes differ.
+
+    Examples:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from kaun import layers
+        >>> from kaun.interop import safetensors
+        >>> weights = {f"h.{i}.{name}": np.full(2, i, np.float32) for i in range(3) for name in ("weight", "bias")}
+        >>> model = layers.repeat(layers.layer_norm(2), 3)
+        >>> loaded = safetensors.into(model.init(), weights, [safetensors.stack("h.{i}.{x}", "{x}")])
+        >>> loaded.params["weight"].tolist()
+        [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+    """
+    call = f"stack({pattern!r}, {template!r})"
+    rule = _rule(call, pattern, (template,), functools.partial(_stacked, call), functools.partial(_unstacked, call))
+    index = placeholders(pattern) - placeholders(template)
+    if len(index) != 1 or (name := index.pop()).startswith("{*"):
+        raise ValueError(
+            f"{call}: the number of the layer must be one placeholder, such as {{i}}, that is in the pattern and not "
+            "in the template. Write stack('h.{i}.{*x}', 'h.{*x}')."
+        )
+    return dataclasses.replace(rule, index=name)
+
+
+def copy(pattern: str, template: str) -> Rule:
+    """Make a rule that gives weights a second name, for a model that has the array twice.
+
+    The usual case is a tied head: the file has the array once, as the embedding, and the model has a head with its own
+    array. ``save`` writes it once again, if both are still equal.
+
+    Args:
+        pattern: Which weights, as in ``rename``. They keep their names.
+        template: The second name, with the placeholders of the pattern.
+
+    Raises:
+        TypeError: If an argument is not a string.
+        ValueError: If a placeholder is malformed, or is in the template but not in the pattern.
+
+    Examples:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from kaun import layers
+        >>> from kaun.interop import safetensors
+        >>> model = layers.sequential({"wte": layers.embedding(5, 2), "head": layers.linear(2, 5, bias=False)})
+        >>> mapping = [safetensors.copy("wte.weight", "head.weight"), safetensors.transpose("head.weight")]
+        >>> weights = {"wte.weight": np.ones((5, 2), np.float32)}
+        >>> safetensors.into(model.init(dtype=jnp.float32), weights, mapping).params["head"]["weight"].shape
+        (2, 5)
+    """
+    call = f"copy({pattern!r}, {template!r})"
+    return _rule(call, pattern, (pattern, template), _twice, functools.partial(_once, call))
 
 
 def drop(pattern: str) -> Rule:
@@ -153,56 +226,15 @@ def drop(pattern: str) -> Rule:
         >>> safetensors.drop("pooler.{*x}")
         drop('pooler.{*x}')
     """
-    return _rule(f"drop({pattern!r})", pattern, (), _nothing)
-
-
-def mapped(weights: Mapping[str, Any], mapping: Sequence[Rule]) -> tuple[dict[str, Array], dict[str, str], list[int]]:
-    """Apply a mapping: the weights by new name, the old name of each, and the indices of rules that matched none."""
-    named = {name: np.asarray(array) for name, array in weights.items()}
-    origins = {name: name for name in named}
-    unused: list[int] = []
-    for index, rule in enumerate(mapping):
-        if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"safetensors.into expected a list of rules as mapping, received {type(rule).__name__} in it. Write "
-                "mapping=[rename(pattern, template), ...]."
-            )
-        before, old, expression = named, origins, _expression(rule.pattern)
-        named, origins, matched = {}, {}, False
-        for name, array in before.items():
-            match = expression.fullmatch(name)
-            matched = matched or match is not None
-            names = (name,) if match is None else [_filled(template, match) for template in rule.names]
-            for new, part in zip(names, (array,) if match is None else rule.change(name, array), strict=True):
-                if new in named:
-                    raise ValueError(
-                        f"safetensors.into: {rule} gives {quoted(old[name])} the name {quoted(new)}, which "
-                        f"{quoted(origins[new])} already has. Make its pattern narrower, or drop(pattern) one of the "
-                        "two first."
-                    )
-                named[new], origins[new] = part, old[name]
-        if not matched:
-            unused.append(index)
-    return named, origins, unused
-
-
-def unmatched(index: int, weights: Mapping[str, Any], mapping: Sequence[Rule]) -> str:
-    """The error message for the rule at this index of the mapping, which matches nothing."""
-    rule, present = mapping[index], list(mapped(weights, mapping[:index])[0])
-    compared = [name for name in present[:COMPARED] if len(name) <= LONGEST]
-    near = difflib.get_close_matches(rule.pattern, compared, n=3, cutoff=0.3) or present[:3]
-    return (
-        f"safetensors.into: rule {index} of the mapping, {rule}, matches no weight; if shapes fit by chance, nothing "
-        f"else would show the mistake. The nearest of the {len(present)} names after the rules before it: "
-        f"{', '.join(map(quoted, near)) or 'none'}. Correct its pattern, or remove the rule."
-    )
+    return _rule(f"drop({pattern!r})", pattern, (), _nothing, _nothing)
 
 
 def _rule(
     call: str,
     pattern: Any,
     templates: tuple[Any, ...],
-    change: Callable[[str, Array], Sequence[Array]],
+    change: Change,
+    undo: Change,
     needed: bool = False,
 ) -> Rule:
     for text in (pattern, *templates):
@@ -213,7 +245,7 @@ def _rule(
                 f"{call}: {wrong[0]!r} in {text!r} is not a placeholder. Write {{x}} for one or more characters except "
                 "dots, {*x} for one or more characters of any kind, with a name in the braces."
             )
-    known = {place[0] for place in _PLACEHOLDER.finditer(pattern)}
+    known = placeholders(pattern)
     for template in templates:
         unknown = [place[0] for place in _PLACEHOLDER.finditer(template) if place[0] not in known]
         if unknown:
@@ -221,16 +253,21 @@ def _rule(
                 f"{call}: {template!r} has {unknown[0]}, which is not in the pattern {pattern!r}; that has "
                 f"{', '.join(sorted(known)) or 'no placeholders'}. Write the same placeholder in both."
             )
-    return Rule(call, pattern, templates, change, needed)
+    return Rule(call, pattern, templates, change, undo, needed)
+
+
+def placeholders(text: str) -> set[str]:
+    """The placeholders of a pattern or a template, as they are written: ``{i}``, ``{*x}``."""
+    return {place[0] for place in _PLACEHOLDER.finditer(text)}
 
 
 @functools.cache
-def _expression(pattern: str) -> re.Pattern[str]:
+def expression(pattern: str) -> re.Pattern[str]:
     """The pattern as a regular expression; a placeholder that occurs twice matches the same text twice."""
     parts: list[str] = []
     end, seen = 0, set[str]()
     for place in _PLACEHOLDER.finditer(pattern):
-        group = f"any_{place[2]}" if place[1] else f"one_{place[2]}"
+        group = group_name(place[0])
         parts.append(re.escape(pattern[end : place.start()]))
         parts.append(f"(?P={group})" if group in seen else f"(?P<{group}>{'.+' if place[1] else '[^.]+'})")
         seen.add(group)
@@ -238,20 +275,65 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile("".join([*parts, re.escape(pattern[end:])]), re.DOTALL)
 
 
-def _filled(template: str, match: re.Match[str]) -> str:
-    return _PLACEHOLDER.sub(lambda place: match[f"any_{place[2]}" if place[1] else f"one_{place[2]}"], template)
+def filled(template: str, texts: Mapping[str, str]) -> str:
+    """The template with the texts that placeholders matched, by the names of ``expression``'s groups."""
+    return _PLACEHOLDER.sub(lambda place: texts[group_name(place[0])], template)
 
 
-def _same(name: str, array: Array) -> Sequence[Array]:
-    return (array,)
+def group_name(placeholder: str) -> str:
+    """The name of the group of ``expression`` that a placeholder is."""
+    return ("any_" if placeholder.startswith("{*") else "one_") + placeholder.strip("{*}")
 
 
-def _nothing(name: str, array: Array) -> Sequence[Array]:
+def _same(weights: Mapping[str, Array]) -> Sequence[Array]:
+    return [*weights.values()]
+
+
+def _nothing(weights: Mapping[str, Array]) -> Sequence[Array]:
     return ()
 
 
-def _transposed(call: str, axes: tuple[int, ...] | None, name: str, array: Array) -> Sequence[Array]:
+def _twice(weights: Mapping[str, Array]) -> Sequence[Array]:
+    return [*weights.values()] * 2
+
+
+def _once(call: str, weights: Mapping[str, Array]) -> Sequence[Array]:
+    (first, a), (second, b) = weights.items()
+    if tree.describe(a) != tree.describe(b) or a.tobytes() != b.tobytes():
+        raise ValueError(
+            f"{call} cannot be undone: {quoted(first)}, {tree.describe(a)}, and {quoted(second)}, {tree.describe(b)}, "
+            "are not equal, and the file has one array for both. Save without this rule, so that the file has both; or "
+            "use one array in the model: layers.module(parts, forward), where forward reads m.params."
+        )
+    return (a,)
+
+
+def _stacked(call: str, weights: Mapping[str, Array]) -> Sequence[Array]:
+    (first, a), *others = weights.items()
+    for name, array in others:
+        if tree.describe(array) != tree.describe(a):
+            raise ValueError(
+                f"{call}: {quoted(first)} is {tree.describe(a)}, and {quoted(name)} is {tree.describe(array)}. Only "
+                "arrays of one shape and dtype can be stacked: make the pattern narrower."
+            )
+    return (np.stack([*weights.values()]),)
+
+
+def _unstacked(call: str, weights: Mapping[str, Array]) -> Sequence[Array]:
+    ((name, array),) = weights.items()
+    if not array.ndim:
+        raise ValueError(
+            f"{call} cannot be undone: {quoted(name)} is {tree.describe(array)} and has no axis of layers. Pass "
+            "variables of the model that the mapping is for."
+        )
+    return [*array]
+
+
+def _transposed(call: str, axes: tuple[int, ...] | None, back: bool, weights: Mapping[str, Array]) -> Sequence[Array]:
+    ((name, array),) = weights.items()
     try:
+        if back and axes is not None:
+            axes = tuple(sorted(range(len(axes)), key=[axis % len(axes) for axis in axes].__getitem__))
         return (np.transpose(array, axes),)
     except ValueError as err:
         raise ValueError(
@@ -259,7 +341,18 @@ def _transposed(call: str, axes: tuple[int, ...] | None, name: str, array: Array
         ) from err
 
 
-def _cut(call: str, parts: int, axis: int, sizes: list[int] | None, name: str, array: Array) -> Sequence[Array]:
+def _joined(call: str, axis: int, weights: Mapping[str, Array]) -> Sequence[Array]:
+    try:
+        return (np.concatenate([*weights.values()], axis),)
+    except ValueError as err:
+        found = ", ".join(f"{quoted(name)} is {tree.describe(array)}" for name, array in weights.items())
+        raise ValueError(
+            f"{call} cannot be undone: {found}; {err}. Pass variables of the model that the mapping is for."
+        ) from err
+
+
+def _cut(call: str, parts: int, axis: int, sizes: list[int] | None, weights: Mapping[str, Array]) -> Sequence[Array]:
+    ((name, array),) = weights.items()
     if not -array.ndim <= axis < array.ndim:
         raise ValueError(
             f"{call}: {quoted(name)} is {tree.describe(array)} and has no axis {axis}. Give another axis=."

@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,15 @@ import numpy as np
 
 from kaun import tree
 from kaun._messages import plain, quoted
-from kaun.checkpoint import UnreadDtype, read_index, read_safetensors
-from kaun.interop.rules import COMPARED, LONGEST, Array, Rule, drop, mapped, rename, split, transpose, unmatched
+from kaun._paths import local_path
+from kaun.checkpoint import write_safetensors
+from kaun.interop.mapping import COMPARED, LONGEST, mapped, unmapped, unmatched
+from kaun.interop.reading import file_of, read_file, shard, shards
+from kaun.interop.rules import Array, Rule, copy, drop, rename, split, stack, transpose
 from kaun.layers.core import Vars
 
-__all__ = ["Rule", "drop", "into", "load", "rename", "split", "transpose"]
+__all__ = ["Rule", "copy", "drop", "into", "load", "rename", "save", "split", "stack", "transpose"]
 
-_INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _LISTED = 20  # lines of each kind in an error
 
 
@@ -61,12 +61,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"safetensors.load(path) expected a path, received {type(path).__name__}.")
     place = Path(path)
-    file = _inside(place) if place.is_dir() else place
+    file = file_of(place) if place.is_dir() else place
     if not file.name.endswith(".index.json"):
-        return _read(file)
+        return read_file(file)
     weights: dict[str, Array] = {}
-    for name, expected in _shards(file).items():
-        part = _read(_shard(file, name))
+    for name, expected in shards(file).items():
+        part = read_file(shard(file, name))
         if part.keys() != expected:
             wrong = sorted(part.keys() ^ expected)
             raise ValueError(
@@ -117,12 +117,7 @@ def into(
         >>> trained.params["weight"].shape
         (3, 2)
     """
-    if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(
-            f"safetensors.into expected kaun.Vars first, received {type(vars).__name__}. Pass what model.init(...) "
-            "returns, or a trainer's state.vars."
-        )
-    leaves = _leaves(vars)
+    leaves = _leaves("into", vars)
     named, origins, unused = mapped(weights, mapping)
     wrong = _misfits(leaves, named, origins, strict=strict, cast=cast)
     if wrong:
@@ -139,104 +134,75 @@ def into(
     return vars.replace(params=tree.map_with_path(put, vars.params), state=tree.map_with_path(put, vars.state))
 
 
-def _inside(folder: Path) -> Path:
-    """The weights file or the index in a folder."""
-    both = [folder / _INDEX, folder / "model.safetensors"]
-    present = [file for file in both if file.is_file()]
-    # Other names of the hub: diffusion_pytorch_model, adapter_model, model.fp16.
-    found = sorted(file for file in folder.iterdir() if file.is_file())
-    indexes = [file for file in found if file.name.endswith(_INDEX.removeprefix("model"))]
-    single = [file for file in found if file.name.endswith(".safetensors") and not _SHARD.search(file.name)]
-    for named in (present, [*indexes, *single]):
-        if len(named) == 1:
-            return named[0]
-    if present:
-        raise ValueError(
-            f"safetensors.load: {str(folder)!r} has {both[1].name!r} and {_INDEX!r}. Pass the one to read, "
-            f"load({str(both[1])!r})."
-        )
-    names = sorted(file.name for file in folder.iterdir())
-    raise FileNotFoundError(
-        f"safetensors.load: {str(folder)!r} has neither {both[1].name!r} nor {_INDEX!r}, only {names[:_LISTED]}. Pass "
-        "the file itself, load('folder/name.safetensors')."
-    )
+def save(
+    path: str | os.PathLike[str], vars: Vars, mapping: Sequence[Rule] = (), *, like: Mapping[str, Any] | None = None
+) -> None:
+    """Write variables as a safetensors file with the names and the layout of the hub: the inverse of ``into``.
 
+    Each rule is undone, the last one first: renamed weights get their old names, transposed ones their old axes, the
+    parts of a ``split`` are concatenated, a ``stack`` becomes single layers, and the two arrays of a ``copy``, which
+    must be equal, become one. What ``into`` makes of the file with the same mapping are these variables again, bit for
+    bit; ``transformers`` reads the file. Typed PRNG keys in ``vars`` are not written.
 
-def _shard(index: Path, name: str) -> Path:
-    file = index.parent / name
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"safetensors.load: {str(index)!r} names {quoted(name)}, which is not a file in its folder. Download the "
-            "folder again: a part of the weights is missing."
-        )
-    return file
+    A rule does not say which names it was applied to. Without ``like`` each name that a template fits counts as made
+    by that rule: the inverse of ``rename("{*x}.gamma", "{*x}.weight")`` calls every weight gamma. Pass ``like`` where a
+    template also fits names that its rule did not make, and where a mapping drops weights.
 
+    Args:
+        path: The file. Its folder must exist. An existing file is replaced atomically, as by ``checkpoint.save``.
+        vars: The variables of the model, such as a trainer's ``state.vars``.
+        mapping: The rules with which ``into`` reads the file.
+        like: Weights of the hub by name, as ``load`` returns them. The file gets their names, and the weights among
+            them that the mapping drops. With ``{}`` dropped weights are left out. Default: none, and a mapping that
+            drops weights is an error.
 
-def _shards(index: Path) -> dict[str, set[str]]:
-    """The files of an index, and the names of the arrays that each must have."""
-    files: dict[str, set[str]] = {}
-    try:
-        found = read_index(index).get("weight_map")
-    except ValueError as err:
-        raise _damaged(index, str(err)) from err
-    if not isinstance(found, dict):
-        raise _damaged(index, f"'weight_map' is not a JSON object but {type(found).__name__}")
-    for name, file in cast("dict[str, Any]", found).items():
-        # The name comes from a downloaded file: as a path it could point to any file.
-        if (
-            not isinstance(file, str)
-            or file in ("", ".", "..")
-            or any(mark in file for mark in "/\\:\0")
-            or len(file) > 255
-        ):
-            raise ValueError(
-                f"safetensors.load: {str(index)!r} has {quoted(name)} in {quoted(file)}, which is not the name of a "
-                "file in its folder. Move the file there, and write its name into the index."
+    Raises:
+        ValueError: If the mapping cannot be undone, or the arrays of a ``copy`` differ.
+        TypeError: If ``vars`` is not a ``Vars`` of arrays, or the file cannot hold the dtype of one.
+        OSError: If the file cannot be written (FileNotFoundError if its folder does not exist).
+
+    Examples:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from kaun import layers
+        >>> from kaun.interop import safetensors
+        >>> variables = layers.linear(3, 2).init(dtype=jnp.float32)
+        >>> mapping = [safetensors.rename("fc.{x}", "{x}"), safetensors.transpose("weight")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     safetensors.save(f"{folder}/model.safetensors", variables, mapping)
+        ...     weights = safetensors.load(folder)
+        >>> {name: array.shape for name, array in weights.items()}
+        {'fc.bias': (2,), 'fc.weight': (2, 3)}
+    """
+    if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"safetensors.save(path, vars, mapping) expected a path first, received {type(path).__name__}.")
+    leaves = _leaves("save", vars)
+    for name, leaf in leaves.items():
+        if not tree.is_array(leaf):
+            raise TypeError(
+                f"safetensors.save: leaf {name!r} of vars is a {type(leaf).__name__}, which has no values. Pass a "
+                "trainer's state.vars, or what safetensors.into returns."
             )
-        files.setdefault(file, set()).add(name)
-    return files
+    written = unmapped({name: np.asarray(leaf) for name, leaf in leaves.items()}, mapping, like)
+    # transformers 4 refuses a file without this entry.
+    write_safetensors("safetensors.save", local_path("safetensors.save", path), written, ("format", "pt"))
 
 
-def _read(file: Path) -> dict[str, Array]:
-    with file.open("rb") as opened:
-        if opened.peek(4).startswith((b"PK\3\4", b"\x80")):
-            _refuse_pickle(file, opened.peek(8)[:8])
-        try:
-            return read_safetensors(opened)
-        except UnreadDtype as err:
-            raise ValueError(
-                f"safetensors.load: {str(file)!r} cannot be read: {err}. Convert those arrays with the program that "
-                "wrote them, to bfloat16 for example."
-            ) from err
-        except ValueError as err:
-            raise _damaged(file, str(err)) from err
-
-
-def _refuse_pickle(file: Path, first: bytes) -> None:
-    # A header of a safetensors file may begin with the same bytes, which are its length.
-    if int.from_bytes(first, "little") > file.stat().st_size:
-        raise ValueError(
-            f"safetensors.load: {str(file)!r} is not a safetensors file but seems to be a pickle, as torch.save writes "
-            "it. Reading a pickle can run any code, so kaun never does. If you trust it, convert it with torch: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+def _leaves(where: str, vars: Any) -> dict[str, Any]:
+    if not isinstance(vars, Vars):
+        place = "first" if where == "into" else "second"
+        raise TypeError(
+            f"safetensors.{where} expected kaun.Vars {place}, received {type(vars).__name__}. Pass what "
+            "model.init(...) returns, or a trainer's state.vars."
         )
-
-
-def _damaged(file: Path, what: str) -> ValueError:
-    kind = "index" if file.name.endswith(".json") else "file"
-    return ValueError(f"safetensors.load: {str(file)!r} is damaged or not a safetensors {kind}: {what}.")
-
-
-def _leaves(vars: Vars) -> dict[str, Any]:
     params, state = tree.flatten(vars.params)[0], tree.flatten(vars.state)[0]
     both = [name for name in params if name in state]
     if both:
-        raise ValueError(f"safetensors.into: {both[0]!r} is a leaf of params and of state. Rename one of the two.")
+        raise ValueError(f"safetensors.{where}: {both[0]!r} is a leaf of params and of state. Rename one of the two.")
     leaves = {**params, **state}
     for name, leaf in leaves.items():
         if not (tree.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
             raise TypeError(
-                f"safetensors.into: leaf {name!r} of vars is a {type(leaf).__name__}, not an array. Write "
+                f"safetensors.{where}: leaf {name!r} of vars is a {type(leaf).__name__}, not an array. Write "
                 "jnp.asarray(leaf)."
             )
     return {name: leaf for name, leaf in leaves.items() if not tree.is_key(leaf)}

@@ -1,4 +1,7 @@
-"""Activations: functions of ``jax.nn`` as layers. Each accepts any floating dtype and keeps shape and dtype."""
+"""Activations: functions of ``jax.nn`` as layers. Each accepts any floating dtype and keeps it.
+
+All but ``glu`` and ``swiglu`` keep the shape too.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kaun import tree
+from kaun.layers.arguments import accumulation_dtype, call_text, number
 from kaun.layers.core import Float, Layer
 from kaun.layers.function import stateless
 from kaun.layers.inputs import float_input
+from kaun.layers.path import here
 
-__all__ = ["gelu", "relu", "sigmoid", "silu", "tanh"]
+__all__ = [
+    "activation", "elu", "gelu", "glu", "leaky_relu", "log_softmax", "mish", "relu", "selu", "sigmoid", "silu",
+    "softmax", "softplus", "swiglu", "tanh",
+]  # fmt: skip
 
 
 def relu() -> Layer[Float, Float]:
@@ -31,11 +40,12 @@ def relu() -> Layer[Float, Float]:
     return _elementwise("relu()", jax.nn.relu)
 
 
-def gelu() -> Layer[Float, Float]:
-    """Make the layer ``x * Phi(x)`` (Hendrycks and Gimpel, 2016) in the tanh approximation, as ``jax.nn.gelu`` does.
+def gelu(approximate: bool = True) -> Layer[Float, Float]:
+    """Make the layer ``x * Phi(x)`` (Hendrycks and Gimpel, 2016), where ``Phi`` is the normal distribution function.
 
-    It differs by at most 5e-4 from the exact function, which is PyTorch's default and here
-    ``layers.fn(functools.partial(jax.nn.gelu, approximate=False))``.
+    Args:
+        approximate: Whether it is computed with tanh, as ``jax.nn.gelu`` does; that differs by at most 5e-4 from the
+            exact function, which is PyTorch's default. A step takes as long with either of them. Default: True.
 
     Raises:
         TypeError: If, when applied, the input is not a floating array.
@@ -43,12 +53,19 @@ def gelu() -> Layer[Float, Float]:
     Examples:
         >>> import jax.numpy as jnp
         >>> from kaun import layers
-        >>> layer = layers.gelu()
-        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([-1.0, 2.0]))
-        >>> [f"{v:.3f}" for v in y]
-        ['-0.159', '1.955']
+        >>> for layer in (layers.gelu(), layers.gelu(approximate=False)):
+        ...     y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([-1.0, 2.0]))
+        ...     print([f"{v:.4f}" for v in y])
+        ['-0.1588', '1.9546']
+        ['-0.1587', '1.9545']
     """
-    return _elementwise("gelu()", jax.nn.gelu)
+    return _elementwise(call_text(gelu, approximate=approximate), jax.nn.gelu if approximate else _exact_gelu)
+
+
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    # jax.nn.gelu has erfc, of which a forward and a backward pass take 1.6 times as long.
+    z = x.astype(accumulation_dtype(x.dtype))
+    return (z * (0.5 + 0.5 * jax.lax.erf(z * 0.5**0.5))).astype(x.dtype)
 
 
 def silu() -> Layer[Float, Float]:
@@ -102,5 +119,229 @@ def sigmoid() -> Layer[Float, Float]:
     return _elementwise("sigmoid()", jax.nn.sigmoid)
 
 
+def leaky_relu(slope: float = 0.01) -> Layer[Float, Float]:
+    """Make the layer that is ``x`` where ``x >= 0``, and ``slope * x`` elsewhere (``jax.nn.leaky_relu``).
+
+    Args:
+        slope: Slope for negative numbers. Default: 0.01.
+
+    Raises:
+        TypeError: If ``slope`` is not a number; when applied, if the input is not a floating array.
+        ValueError: If ``slope`` is not finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.leaky_relu(0.5)
+        >>> layer.apply(layer.init(dtype=jnp.float32), jnp.array([-1.0, 2.0]))[0]
+        Array([-0.5,  2. ], dtype=float32)
+    """
+    slope = number("leaky_relu", "slope", slope)
+    return _elementwise(call_text(leaky_relu, slope=slope), lambda x: jax.nn.leaky_relu(x, slope))
+
+
+def elu(alpha: float = 1.0) -> Layer[Float, Float]:
+    """Make the layer that is ``x`` where ``x > 0``, and ``alpha * (exp(x) - 1)`` elsewhere (``jax.nn.elu``).
+
+    Args:
+        alpha: Minus the limit for large negative numbers. Default: 1.0.
+
+    Raises:
+        TypeError: If ``alpha`` is not a number; when applied, if the input is not a floating array.
+        ValueError: If ``alpha`` is not finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.elu()
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([-1.0, 2.0]))
+        >>> [f"{v:.3f}" for v in y]
+        ['-0.632', '2.000']
+    """
+    alpha = number("elu", "alpha", alpha)
+    return _elementwise(call_text(elu, alpha=alpha), lambda x: jax.nn.elu(x, alpha))
+
+
+def selu() -> Layer[Float, Float]:
+    """Make the layer ``1.0507 * elu(x, alpha=1.6733)`` (Klambauer et al., 2017; ``jax.nn.selu``).
+
+    Raises:
+        TypeError: If, when applied, the input is not a floating array.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.selu()
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([-1.0, 2.0]))
+        >>> [f"{v:.3f}" for v in y]
+        ['-1.111', '2.101']
+    """
+    return _elementwise("selu()", jax.nn.selu)
+
+
+def softplus() -> Layer[Float, Float]:
+    """Make the layer ``log(1 + exp(x))``, a smooth relu (``jax.nn.softplus``).
+
+    Raises:
+        TypeError: If, when applied, the input is not a floating array.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.softplus()
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([-1.0, 2.0]))
+        >>> [f"{v:.3f}" for v in y]
+        ['0.313', '2.127']
+    """
+    return _elementwise("softplus()", jax.nn.softplus)
+
+
+def mish() -> Layer[Float, Float]:
+    """Make the layer ``x * tanh(softplus(x))`` (Misra, 2019; ``jax.nn.mish``).
+
+    Raises:
+        TypeError: If, when applied, the input is not a floating array.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.mish()
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([-1.0, 2.0]))
+        >>> [f"{v:.3f}" for v in y]
+        ['-0.303', '1.944']
+    """
+    return _elementwise("mish()", jax.nn.mish)
+
+
+def softmax() -> Layer[Float, Float]:
+    """Make the layer ``exp(x) / sum(exp(x))`` over the last axis (``jax.nn.softmax``).
+
+    Half precision is summed in float32.
+
+    Raises:
+        TypeError: If, when applied, the input is not a floating array.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.softmax()
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([0.0, 1.0]))
+        >>> [f"{v:.3f}" for v in y]
+        ['0.269', '0.731']
+    """
+    return _elementwise("softmax()", _in_full(jax.nn.softmax))
+
+
+def log_softmax() -> Layer[Float, Float]:
+    """Make the layer ``x - log(sum(exp(x)))`` over the last axis (``jax.nn.log_softmax``).
+
+    Half precision is summed in float32.
+
+    Raises:
+        TypeError: If, when applied, the input is not a floating array.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.log_softmax()
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([0.0, 1.0]))
+        >>> [f"{v:.3f}" for v in y]
+        ['-1.313', '-0.313']
+    """
+    return _elementwise("log_softmax()", _in_full(jax.nn.log_softmax))
+
+
+def glu() -> Layer[Float, Float]:
+    """Make the layer ``a * sigmoid(b)``, where ``a, b`` are the halves of the last axis (Dauphin et al., 2017).
+
+    The input is ``[..., 2 * n]`` of any floating dtype, the output ``[..., n]``.
+
+    Raises:
+        TypeError: If, when applied, the input is not a floating array.
+        ValueError: If, when applied, the last axis has an odd size.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.linear(4, 6) >> layers.glu()
+        >>> layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 4)))[0].shape
+        (2, 3)
+    """
+    return _gated("glu()", lambda a, b: a * jax.nn.sigmoid(b))
+
+
+def swiglu() -> Layer[Float, Float]:
+    """Make the layer ``silu(a) * b``, where ``a, b`` are the halves of the last axis (Shazeer, 2020).
+
+    The input is ``[..., 2 * n]`` of any floating dtype, the output ``[..., n]``. The half inside ``silu`` is the first,
+    the gate of LLaMA: ``linear(d, 2 * n)`` holds the columns of its ``gate_proj``, then those of ``up_proj``.
+
+    Raises:
+        TypeError: If, when applied, the input is not a floating array.
+        ValueError: If, when applied, the last axis has an odd size.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.linear(4, 6) >> layers.swiglu() >> layers.linear(3, 4)
+        >>> layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 4)))[0].shape
+        (2, 4)
+    """
+    return _gated("swiglu()", lambda a, b: jax.nn.silu(a) * b)
+
+
+def activation(f: Callable[[jax.Array], Any]) -> Layer[Float, Float]:
+    """Make a layer of a function of one floating array, which keeps shape and dtype.
+
+    Unlike ``fn``, which takes any function, it is checked as the other activations are.
+
+    Args:
+        f: A pure function, such as those of ``jax.nn``.
+
+    Raises:
+        TypeError: If ``f`` is not callable; when applied, if the input is not a floating array.
+        ValueError: If, when applied, the output has another shape or dtype.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from kaun import layers
+        >>> model = layers.linear(2, 4) >> layers.activation(jax.nn.hard_swish)
+        >>> model.apply(model.init(dtype=jnp.float32), jnp.ones((3, 2)))[0].shape
+        (3, 4)
+    """
+    if not callable(f):
+        raise TypeError(f"activation expected a function of one array, received {f!r}. Write activation(jax.nn.relu6).")
+    name = f"activation({getattr(f, '__name__', type(f).__name__)})"
+
+    def checked(x: jax.Array) -> Any:
+        y = f(x)
+        if not tree.is_array(y) or y.shape != x.shape or y.dtype != x.dtype:
+            raise ValueError(
+                f"{here(name)} expected {tree.describe(x)}, the shape and dtype of its input, received "
+                f"{tree.describe(y)}. Write layers.fn(f) for other functions."
+            )
+        return y
+
+    return _elementwise(name, checked)
+
+
 def _elementwise(name: str, f: Callable[[jax.Array], Any]) -> Layer[Float, Float]:
     return stateless(name, lambda x: f(float_input(name, x)))
+
+
+def _in_full(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """Return a function that computes ``f`` in the dtype to sum in."""
+    return lambda x: f(x.astype(accumulation_dtype(x.dtype))).astype(x.dtype)
+
+
+def _gated(name: str, f: Callable[[jax.Array, jax.Array], Any]) -> Layer[Float, Float]:
+    def gated(x: Any) -> Any:
+        x = float_input(name, x)
+        if x.shape[-1] % 2:
+            raise ValueError(
+                f"{here(name)} expected float[..., 2 * n], received {tree.describe(x)}: the last axis has no halves. "
+                f"Make the layer before it with {2 * x.shape[-1]} output features for {x.shape[-1]} of this layer."
+            )
+        return f(*jnp.split(x, 2, axis=-1))
+
+    return stateless(name, gated)

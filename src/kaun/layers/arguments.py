@@ -12,15 +12,21 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-__all__ = ["accumulation_dtype", "along_last", "call_text", "float_dtype", "fraction", "pair", "positive", "size"]
+__all__ = [
+    "AXES", "accumulation_dtype", "along_last", "call_text", "float_dtype", "fraction", "number", "positive", "size",
+    "sizes",
+]  # fmt: skip
+
+AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
+"""The axes between batch and channels, by their number."""
 
 
-def size(layer: str, what: str, value: Any) -> int:
-    """Check an argument that is an int of at least 1; NumPy integers are accepted, bools are not.
+def size(layer: str, what: str, value: Any, least: int = 1) -> int:
+    """Check an argument that is an int of at least 1, or ``least``; NumPy integers are accepted, bools are not.
 
     Raises:
         TypeError: If it is not an int.
-        ValueError: If it is below 1.
+        ValueError: If it is smaller.
     """
     try:
         if isinstance(value, bool):
@@ -28,31 +34,30 @@ def size(layer: str, what: str, value: Any) -> int:
         count = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{layer}({what}=...) expected an int of at least 1, received {value!r}. "
+            f"{layer}({what}=...) expected an int of at least {least}, received {value!r}. "
             "Write a whole number; if it is computed, divide with //."
         ) from None
-    if count < 1:
-        raise ValueError(f"{layer}({what}=...) expected an int of at least 1, received {count}.")
+    if count < least:
+        raise ValueError(f"{layer}({what}=...) expected an int of at least {least}, received {count}.")
     return count
 
 
-def pair(layer: str, what: str, value: Any) -> tuple[int, int]:
-    """Check an argument that is one size for height and width, or one for each.
+def sizes(layer: str, what: str, value: Any, axes: int, least: int = 1) -> tuple[int, ...]:
+    """Check an argument that is one size for all axes of ``AXES``, or one for each; for a single axis an int.
 
     Raises:
-        TypeError: If it is neither an int nor two of them.
-        ValueError: If a size is below 1.
+        TypeError: If it is neither an int nor as many of them.
+        ValueError: If a size is smaller than ``least``.
     """
-    if not isinstance(value, Sequence):
-        count = size(layer, what, value)
-        return count, count
-    both = cast("Sequence[Any]", value)
-    if isinstance(value, str) or len(both) != 2:
+    if axes == 1 or not isinstance(value, Sequence):
+        return (size(layer, what, value, least),) * axes
+    each = cast("Sequence[Any]", value)
+    if isinstance(value, str) or len(each) != axes:
         raise TypeError(
-            f"{layer}({what}=...) expected an int or two of them, (height, width), received {value!r}. "
-            f"Write {what}=2 or {what}=(2, 2)."
+            f"{layer}({what}=...) expected an int or {('two', 'three')[axes - 2]} of them, ({AXES[axes]}), received "
+            f"{value!r}. Write {what}=2 or {what}={(2,) * axes}."
         )
-    return size(layer, what, both[0]), size(layer, what, both[1])
+    return tuple(size(layer, what, one, least) for one in each)
 
 
 def positive(layer: str, what: str, value: Any) -> float:
@@ -62,10 +67,23 @@ def positive(layer: str, what: str, value: Any) -> float:
         TypeError: If it is not a real number.
         ValueError: If it is not finite or not above 0.
     """
-    number = _real(layer, what, value, "above 0")
-    if not 0 < number < math.inf:
-        raise ValueError(f"{layer}({what}=...) expected a finite number above 0, received {number!r}.")
-    return number
+    found = _real(layer, what, value, "above 0")
+    if not 0 < found < math.inf:
+        raise ValueError(f"{layer}({what}=...) expected a finite number above 0, received {found!r}.")
+    return found
+
+
+def number(layer: str, what: str, value: Any) -> float:
+    """Check an argument that is a finite number.
+
+    Raises:
+        TypeError: If it is not a real number.
+        ValueError: If it is not finite.
+    """
+    found = _real(layer, what, value, "that is finite")
+    if not math.isfinite(found):
+        raise ValueError(f"{layer}({what}=...) expected a finite number, received {found!r}.")
+    return found
 
 
 def fraction(layer: str, what: str, value: Any) -> float:
@@ -75,11 +93,11 @@ def fraction(layer: str, what: str, value: Any) -> float:
         TypeError: If it is not a real number.
         ValueError: If it is outside [0, 1).
     """
-    number = _real(layer, what, value, "in [0, 1)")
-    if not 0 <= number < 1:
-        hint = f" Write {what}={number / 100:g} for {number:g} percent." if 1 < number < 100 else ""
-        raise ValueError(f"{layer}({what}=...) expected a number in [0, 1), received {number!r}.{hint}")
-    return number
+    found = _real(layer, what, value, "in [0, 1)")
+    if not 0 <= found < 1:
+        hint = f" Write {what}={found / 100:g} for {found:g} percent." if 1 < found < 100 else ""
+        raise ValueError(f"{layer}({what}=...) expected a number in [0, 1), received {found!r}.{hint}")
+    return found
 
 
 def float_dtype(dtype: Any) -> Any:

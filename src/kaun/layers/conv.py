@@ -1,4 +1,4 @@
-"""Convolutions of sequences and images, channels last."""
+"""Convolutions of sequences, images and volumes, channels last."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-from jax import lax
 
-from kaun import tree
 from kaun._kernels import ConvConfig, convolve
 from kaun.context import Context
-from kaun.layers.arguments import accumulation_dtype, along_last, call_text, pair, size
+from kaun.layers.arguments import AXES, accumulation_dtype, along_last, call_text, size, sizes
 from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_param
 from kaun.layers.inputs import float_input
-from kaun.layers.path import here
+from kaun.layers.padding import must_fit, padding_of, pads_of
 
-__all__ = ["conv1d", "conv2d"]
+__all__ = ["conv1d", "conv2d", "conv3d"]
 
 
 def conv1d(
@@ -26,7 +24,7 @@ def conv1d(
     kernel_size: int = 3,
     stride: int = 1,
     dilation: int = 1,
-    padding: Literal["SAME", "VALID", "CAUSAL"] = "SAME",
+    padding: Literal["SAME", "VALID", "CAUSAL"] | int | tuple[int, int] = "SAME",
     groups: int = 1,
     bias: bool = True,
     *,
@@ -47,16 +45,19 @@ def conv1d(
         padding: ``"SAME"`` (default) pads with zeros on both sides, with the larger part at the end: ``length' =
             ceil(length / stride)``. ``"CAUSAL"`` pads only at the start, so that no output depends on a later input;
             length' is the same. ``"VALID"`` does not pad: ``length' = ceil((length - (kernel_size - 1) * dilation) /
-            stride)``.
+            stride)``. An int is the number of zeros at each end, as in PyTorch; a pair ``(before, after)`` those at
+            the start and at the end.
         groups: Number of groups of channels; an output depends only on the inputs of its group. Default: 1.
         bias: Whether a bias is added. Default: True.
-        weight_init: Initializer of ``weight``, from ``jax.nn.initializers``. Default: ``glorot_uniform()``.
+        weight_init: Initializer of ``weight``, from ``jax.nn.initializers``. Default: ``glorot_uniform()``. With
+            groups it draws each group's weight, ``[kernel_size, in_channels / groups, out_channels / groups]``.
         bias_init: Initializer of ``bias``, from ``jax.nn.initializers``. Default: ``zeros``.
 
     Raises:
-        TypeError: If a size is not an int; when applied, if the input has another dtype.
-        ValueError: If a size is below 1, ``groups`` does not divide the channels, or the padding is unknown; when
-            applied, if the input has another shape, or with ``"VALID"`` fewer positions than the kernel spans.
+        TypeError: If a size is not an int, or the padding has another form; when applied, if the input has another
+            dtype.
+        ValueError: If a size is below 1, ``groups`` does not divide the channels, or the padding is unknown or below 0;
+            when applied, if the input has another shape, or with its padding fewer positions than the kernel spans.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -71,11 +72,8 @@ def conv1d(
         dilation=dilation, padding=padding, groups=groups, bias=bias,
     )  # fmt: skip
     return _convolution(
-        name, in_channels, out_channels, (size("conv1d", "kernel_size", kernel_size),),
-        stride=(size("conv1d", "stride", stride),), dilation=(size("conv1d", "dilation", dilation),),
-        padding=_padding("conv1d", padding, ("SAME", "VALID", "CAUSAL")), groups=groups, bias=bias,
-        weight_init=weight_init, bias_init=bias_init,
-    )  # fmt: skip
+        name, in_channels, out_channels, kernel_size, stride, dilation, padding, groups, bias, weight_init, bias_init, 1
+    )
 
 
 def conv2d(
@@ -84,7 +82,7 @@ def conv2d(
     kernel_size: int | Sequence[int] = (3, 3),
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
-    padding: Literal["SAME", "VALID"] = "SAME",
+    padding: Literal["SAME", "VALID"] | int | Sequence[tuple[int, int]] = "SAME",
     groups: int = 1,
     bias: bool = True,
     *,
@@ -104,16 +102,19 @@ def conv2d(
         stride: Step between outputs, an int or ``(height, width)``. Default: 1.
         dilation: Step between the inputs of one output, an int or ``(height, width)``. Default: 1.
         padding: ``"SAME"`` (default) pads with zeros on both sides, with the larger part at the bottom and right:
-            ``height' = ceil(height / stride)``. ``"VALID"`` does not pad.
+            ``height' = ceil(height / stride)``. ``"VALID"`` does not pad. An int is the number of zeros at each end of
+            both axes, as in PyTorch; ``((top, bottom), (left, right))`` gives each of them.
         groups: Number of groups of channels; an output depends only on the inputs of its group. Default: 1.
         bias: Whether a bias is added. Default: True.
-        weight_init: Initializer of ``weight``, from ``jax.nn.initializers``. Default: ``glorot_uniform()``.
+        weight_init: Initializer of ``weight``, from ``jax.nn.initializers``. Default: ``glorot_uniform()``. With
+            groups it draws each group's weight, ``[height, width, in_channels / groups, out_channels / groups]``.
         bias_init: Initializer of ``bias``, from ``jax.nn.initializers``. Default: ``zeros``.
 
     Raises:
-        TypeError: If a size is not an int; when applied, if the input has another dtype.
-        ValueError: If a size is below 1, ``groups`` does not divide the channels, or the padding is unknown; when
-            applied, if the input has another shape, or with ``"VALID"`` is smaller than the kernel spans.
+        TypeError: If a size is not an int, or the padding has another form; when applied, if the input has another
+            dtype.
+        ValueError: If a size is below 1, ``groups`` does not divide the channels, or the padding is unknown or below 0;
+            when applied, if the input has another shape, or with its padding is smaller than the kernel spans.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -128,46 +129,89 @@ def conv2d(
         dilation=dilation, padding=padding, groups=groups, bias=bias,
     )  # fmt: skip
     return _convolution(
-        name, in_channels, out_channels, pair("conv2d", "kernel_size", kernel_size),
-        stride=pair("conv2d", "stride", stride), dilation=pair("conv2d", "dilation", dilation),
-        padding=_padding("conv2d", padding, ("SAME", "VALID")), groups=groups, bias=bias,
-        weight_init=weight_init, bias_init=bias_init,
+        name, in_channels, out_channels, kernel_size, stride, dilation, padding, groups, bias, weight_init, bias_init, 2
+    )
+
+
+def conv3d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int] = (3, 3, 3),
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    padding: Literal["SAME", "VALID"] | int | Sequence[tuple[int, int]] = "SAME",
+    groups: int = 1,
+    bias: bool = True,
+    *,
+    weight_init: Initializer = GLOROT_UNIFORM,
+    bias_init: Initializer = jax.nn.initializers.zeros,
+) -> Layer[Float, Float]:
+    """Make the convolution of volumes or videos: ``[batch, depth, height, width, in_channels]``.
+
+    The output is ``[batch, depth', height', width', out_channels]``. Parameters: ``weight`` ``[kernel depth, kernel
+    height, kernel width, in_channels / groups, out_channels]`` (DHWIO) and, unless ``bias=False``, ``bias``
+    ``[out_channels]``.
+
+    Args:
+        in_channels: Size of the input's last axis.
+        out_channels: Size of the output's last axis.
+        kernel_size: Size of the kernel, an int or ``(depth, height, width)``. Default: (3, 3, 3).
+        stride: Step between outputs, an int or one for each axis. Default: 1.
+        dilation: Step between the inputs of one output, an int or one for each axis. Default: 1.
+        padding: As for ``conv2d``, with three pairs. Default: ``"SAME"``.
+        groups: Number of groups of channels; an output depends only on the inputs of its group. Default: 1.
+        bias: Whether a bias is added. Default: True.
+        weight_init: Initializer of ``weight``, as for ``conv2d``. Default: ``glorot_uniform()``.
+        bias_init: Initializer of ``bias``, from ``jax.nn.initializers``. Default: ``zeros``.
+
+    Raises:
+        TypeError: If a size is not an int, or the padding has another form; when applied, if the input has another
+            dtype.
+        ValueError: If a size is below 1, ``groups`` does not divide the channels, or the padding is unknown or below 0;
+            when applied, if the input has another shape, or with its padding is smaller than the kernel spans.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.conv3d(1, 4, kernel_size=(1, 3, 3), stride=(1, 2, 2))
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 3, 8, 8, 1)))
+        >>> y.shape
+        (2, 3, 4, 4, 4)
+    """
+    name = call_text(
+        conv3d, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
+        dilation=dilation, padding=padding, groups=groups, bias=bias,
     )  # fmt: skip
-
-
-_LAYOUTS = {1: "batch, length", 2: "batch, height, width"}
+    return _convolution(
+        name, in_channels, out_channels, kernel_size, stride, dilation, padding, groups, bias, weight_init, bias_init, 3
+    )
 
 
 def _convolution(
-    name: str,
-    in_channels: int,
-    out_channels: int,
-    kernel: tuple[int, ...],
-    *,
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    padding: str,
-    groups: int,
-    bias: bool,
-    weight_init: Initializer,
-    bias_init: Initializer,
-) -> Layer[Float, Float]:
-    channels, filters, groups = _channels(name.split("(", 1)[0], in_channels, out_channels, groups)
+    name: str, in_channels: int, out_channels: int, kernel_size: Any, stride: Any, dilation: Any, padding: Any,
+    groups: int, bias: bool, weight_init: Initializer, bias_init: Initializer, axes: int,
+) -> Layer[Float, Float]:  # fmt: skip
+    head = name.split("(", 1)[0]
+    kernel, stride = sizes(head, "kernel_size", kernel_size, axes), sizes(head, "stride", stride, axes)
+    dilation = sizes(head, "dilation", dilation, axes)
+    words = ("SAME", "VALID", "CAUSAL") if axes == 1 else ("SAME", "VALID")
+    padding = padding_of(head, padding, axes, words)
+    channels, filters, groups = _channels(head, in_channels, out_channels, groups)
     shape = (*kernel, channels // groups, filters)
-    layout = _LAYOUTS[len(kernel)]
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
 
     def init(*, dtype: Any) -> Vars:
-        params = {"weight": init_param(name, "weight_init", weight_init, shape, dtype)}
+        params = {"weight": init_param(name, "weight_init", weight_init, shape, dtype, groups)}
         if bias:
             params["bias"] = init_param(name, "bias_init", bias_init, (filters,), dtype)
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        x = float_input(name, x, vars.dtype, features=channels, ndim=len(shape), layout=layout)
-        spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
-        if padding == "VALID":
-            _must_fit(name, x, spans)
-        y = _convolved(x, vars.params["weight"], stride, dilation, padding, groups)
+        x = float_input(name, x, vars.dtype, features=channels, ndim=axes + 2, layout=f"batch, {AXES[axes]}")
+        pads = pads_of(padding, x.shape[1:-1], spans, stride)
+        if padding not in ("SAME", "CAUSAL"):
+            must_fit(name, x, spans, pads)
+        y = _convolved(x, vars.params["weight"], ConvConfig(stride, dilation, pads), groups)
         if bias:
             y = y + along_last(vars.params["bias"], y.ndim)
         return y, vars
@@ -175,17 +219,10 @@ def _convolution(
     return Layer(init=init, apply=apply, name=name)
 
 
-def _convolved(
-    x: jax.Array, weight: jax.Array, stride: tuple[int, ...], dilation: tuple[int, ...], padding: str, groups: int
-) -> jax.Array:
+def _convolved(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -> jax.Array:
     if x.ndim == 3:  # a sequence is computed as an image with one row
-        return _convolved(x[:, None], weight[None], (1, *stride), (1, *dilation), padding, groups)[:, 0]
-    spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[:2], dilation, strict=True)]
-    if padding == "CAUSAL":
-        pads = [(span - 1, 0) for span in spans]
-    else:
-        pads = lax.padtype_to_pads(x.shape[1:3], spans, stride, padding)
-    config = ConvConfig((stride[0], stride[1]), (dilation[0], dilation[1]), pads)
+        row = ConvConfig((1, *config.stride), (1, *config.dilation), [(0, 0), *config.padding])
+        return _convolved(x[:, None], weight[None], row, groups)[:, 0]
     dtype = accumulation_dtype(x.dtype)
     return convolve(x.astype(dtype), weight.astype(dtype), config, groups).astype(x.dtype)
 
@@ -200,21 +237,3 @@ def _channels(head: str, in_channels: int, out_channels: int, groups: int) -> tu
                 f"{count} / {groups} = {count / groups:g}. Write {what}={-(-count // groups) * groups}, for example."
             )
     return channels, filters, groups
-
-
-def _padding(head: str, padding: Any, known: tuple[str, ...]) -> str:
-    if padding not in known:
-        hint = " Only conv1d has causal padding." if padding == "CAUSAL" else ""
-        raise ValueError(
-            f"{head}(padding=...) expected one of {', '.join(map(repr, known))}, received {padding!r}.{hint} For other "
-            'paddings put layers.fn(lambda x: jnp.pad(x, ...)) before it and write padding="VALID".'
-        )
-    return padding
-
-
-def _must_fit(name: str, x: jax.Array, spans: Sequence[int]) -> None:
-    if any(span > n for span, n in zip(spans, x.shape[1:-1], strict=True)):
-        raise ValueError(
-            f"{here(name)} expected at least {' x '.join(map(str, spans))} positions, which its kernel spans, received "
-            f'{tree.describe(x)}. Write padding="SAME", or use a smaller kernel.'
-        )

@@ -16,17 +16,30 @@ Initializer = Callable[..., Any]
 GLOROT_UNIFORM: Initializer = jax.nn.initializers.glorot_uniform()
 
 
-def init_param(layer: str, what: str, initializer: Initializer, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def init_param(
+    layer: str, what: str, initializer: Initializer, shape: tuple[int, ...], dtype: Any, groups: int = 1
+) -> jax.Array:
     """Draw a parameter of this shape and dtype with an initializer and the next key of the RNG scope.
+
+    With groups, which divide the last axis, each is drawn on its own: an initializer reads the fans off the shape, and
+    all outputs together would count as the fan-out of one group, which makes depthwise weights far too small.
 
     Raises:
         TypeError: If the initializer is not callable, or does not return an array of that shape and dtype.
     """
+    if groups > 1:
+        part = (*shape[:-1], shape[-1] // groups)
+        draw = lambda key: _drawn(layer, what, initializer, key, part, dtype)
+        return jnp.moveaxis(jax.vmap(draw)(jax.random.split(rng.next_key(), groups)), 0, -2).reshape(shape)
+    return _drawn(layer, what, initializer, None, shape, dtype)
+
+
+def _drawn(layer: str, what: str, initializer: Initializer, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     wanted = f"float array {jnp.dtype(dtype).name}{list(shape)}"
     fix = f"Write {what}=jax.nn.initializers.normal(0.02), or a function (key, shape, dtype) -> array."
     if not callable(initializer):
         raise TypeError(f"{layer}({what}=...) expected an initializer, received {initializer!r}. {fix}")
-    made = initializer(rng.next_key(), shape, dtype)
+    made = initializer(rng.next_key() if key is None else key, shape, dtype)
     if callable(made):
         # jax.nn.initializers has both kinds: zeros is an initializer, glorot_uniform() makes one.
         raise TypeError(

@@ -20,7 +20,6 @@ __all__ = ["is_lora", "lora", "merge_lora"]
 
 # U(-1, 1) / sqrt(in), as torch.nn.Linear draws its weight, and with it the usual implementations of LoRA.
 _SCALE, _MODE, _DISTRIBUTION = 1 / 3, "fan_in", "uniform"
-_LISTED = 20
 
 
 def lora(model: Layer[Any, Any], rank: int, where: Callable[[str], Any], alpha: float | None = None) -> Layer[Any, Any]:
@@ -167,11 +166,6 @@ def _chosen(model: Layer[Any, Any], where: Callable[[str], Any]) -> list[str]:
     weights = [path for path, leaf in leaves.items() if leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)]
     chosen = [path for path in weights if where(path)]
     if not chosen:
-        more = f"\n  and {len(weights) - _LISTED} more" if len(weights) > _LISTED else ""
-        raise ValueError(
-            f"lora(where=...) expected a function that is true for some of the model's weights, received "
-            f"{locate(where)}, which is false for all of them. The paths are\n  "
-            + "\n  ".join(map(repr, weights[:_LISTED]))
-            + f'{more}\nWrite where=lambda path: path == "{weights[-1] if weights else "weight"}", for example.'
-        )
+        fix = f'where=lambda path: path == "{weights[-1] if weights else "weight"}"'
+        raise ValueError(tree.false_for_all("lora(where=...)", "weights", locate(where), weights, fix))
     return chosen

@@ -18,18 +18,19 @@ from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.inputs import float_input
 from kaun.layers.path import here
 
-__all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
-def layer_norm(dim: int, eps: float = 1e-5) -> Layer[Float, Float]:
+def layer_norm(dim: int, eps: float = 1e-5, bias: bool = True) -> Layer[Float, Float]:
     """Make the layer that normalizes the last axis to mean 0 and variance 1, then scales and shifts (Ba et al., 2016).
 
     ``(x - mean) / sqrt(var + eps) * weight + bias`` with the biased variance. Input and output are ``[..., dim]`` in
-    the model's dtype. Parameters: ``weight`` (ones) and ``bias`` (zeros), ``[dim]``.
+    the model's dtype. Parameters: ``weight`` (ones) and, unless ``bias=False``, ``bias`` (zeros), ``[dim]``.
 
     Args:
         dim: Size of the last axis.
         eps: Added to the variance. Default: 1e-5.
+        bias: Whether a bias is added. Default: True.
 
     Raises:
         TypeError: If an argument is not a number; when applied, if the input has another dtype.
@@ -44,13 +45,13 @@ def layer_norm(dim: int, eps: float = 1e-5) -> Layer[Float, Float]:
         Array([[-1., -1.,  1.,  1.]], dtype=float32)
     """
     dim, eps = size("layer_norm", "dim", dim), positive("layer_norm", "eps", eps)
-    name = call_text(layer_norm, dim=dim, eps=eps)
+    name = call_text(layer_norm, dim=dim, eps=eps, bias=bias)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=dim)
         return _scaled(_standardize(x, -1, eps), vars), vars
 
-    return Layer(init=_weight_and_bias(dim), apply=apply, name=name)
+    return Layer(init=_weight_and_bias(dim) if bias else _weight(dim), apply=apply, name=name)
 
 
 def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
@@ -78,15 +79,12 @@ def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
     dim, eps = size("rms_norm", "dim", dim), positive("rms_norm", "eps", eps)
     name = call_text(rms_norm, dim=dim, eps=eps)
 
-    def init(*, dtype: Any) -> Vars:
-        return Vars(params={"weight": jnp.ones(dim, dtype)}, state={}, dtype=dtype)
-
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=dim)
         z = x.astype(accumulation_dtype(x.dtype))
         return _scaled(z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + eps), vars), vars
 
-    return Layer(init=init, apply=apply, name=name)
+    return Layer(init=_weight(dim), apply=apply, name=name)
 
 
 def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[Float, Float]:
@@ -133,6 +131,46 @@ def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[F
             )
         split = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), groups, channels // groups)
         return _scaled(_standardize(split, (1, 3), eps).reshape(x.shape), vars), vars
+
+    return Layer(init=_weight_and_bias(channels), apply=apply, name=name)
+
+
+def instance_norm(num_channels: int, eps: float = 1e-5) -> Layer[Float, Float]:
+    """Make the layer that normalizes each channel of each item to mean 0 and variance 1 (Ulyanov et al., 2016).
+
+    The statistics are taken over all axes between the batch and the channels; the variance is the biased one. Input and
+    output are ``[batch, ..., num_channels]`` in the model's dtype. Parameters: ``weight`` (ones) and ``bias`` (zeros),
+    ``[num_channels]``, as PyTorch's ``InstanceNorm2d(affine=True)`` has them. There are no running statistics.
+
+    Args:
+        num_channels: Size of the last axis.
+        eps: Added to the variance. Default: 1e-5.
+
+    Raises:
+        TypeError: If an argument is not a number; when applied, if the input has another dtype.
+        ValueError: If ``num_channels`` is below 1 or ``eps`` not above 0; when applied, if the input has another number
+            of channels, or fewer than two places for each.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kaun import layers
+        >>> layer = layers.instance_norm(2)
+        >>> y, _ = layer.apply(layer.init(dtype=jnp.float32), jnp.array([[[1.0, 10.0], [3.0, 30.0]]]))
+        >>> y.round(3)
+        Array([[[-1., -1.],
+                [ 1.,  1.]]], dtype=float32)
+    """
+    channels, eps = size("instance_norm", "num_channels", num_channels), positive("instance_norm", "eps", eps)
+    name = call_text(instance_norm, num_channels=channels, eps=eps)
+
+    def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
+        x = float_input(name, x, vars.dtype, features=channels, layout="batch, ...")
+        if x.ndim < 3 or math.prod(x.shape[1:-1]) < 2:
+            raise ValueError(
+                f"{here(name)} expected [batch, ..., {channels}] with two or more places in between, received "
+                f"{tree.describe(x)}: the output would not depend on the input. Write layers.layer_norm({channels})."
+            )
+        return _scaled(_standardize(x, tuple(range(1, x.ndim - 1)), eps), vars), vars
 
     return Layer(init=_weight_and_bias(channels), apply=apply, name=name)
 
@@ -207,6 +245,13 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
         return _scaled(z, vars), vars.replace(state=state) if training else vars
 
     return Layer(init=init, apply=apply, name=name)
+
+
+def _weight(dim: int) -> Any:
+    def init(*, dtype: Any) -> Vars:
+        return Vars(params={"weight": jnp.ones(dim, dtype)}, state={}, dtype=dtype)
+
+    return init
 
 
 def _weight_and_bias(dim: int) -> Any:

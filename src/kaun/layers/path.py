@@ -6,18 +6,38 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-__all__ = ["at", "frozen_layers", "here", "is_frozen", "origin", "path", "slices_of", "watched", "watching"]
+__all__ = [
+    "Part", "WatchPart", "at", "frozen_layers", "here", "is_frozen", "origin", "path", "slices_of", "watched",
+    "watched_parts", "watching", "watching_parts",
+]  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A module inside a layer that is a model of another library.
+
+    Attributes:
+        path: Its path in that model, in readable form.
+        kind: The name of its class.
+        collections: Whether paths of state begin with the name of a collection, as in Linen.
+    """
+
+    path: str
+    kind: str
+    collections: bool
+
 
 Watch = Callable[[Any, Any, Callable[[], Any]], Any]
+WatchPart = Callable[[Part], Callable[[Any], None]]
 
 _path: ContextVar[tuple[str, ...]] = ContextVar("kaun_layer_path", default=())
 _frozen: ContextVar[frozenset[int]] = ContextVar("kaun_frozen_leaves", default=frozenset())
 _origins: ContextVar[Mapping[int, int]] = ContextVar("kaun_origins_of_slices", default=MappingProxyType({}))
 _watch: ContextVar[Watch | None] = ContextVar("kaun_layer_watch", default=None)
+_watch_part: ContextVar[WatchPart | None] = ContextVar("kaun_watch_of_parts", default=None)
 
 
 @contextlib.contextmanager
@@ -90,6 +110,21 @@ def watched(watch: Watch) -> Generator[None, None, None]:
 def watching() -> Watch | None:
     """The function given to ``watched``, or None."""
     return _watch.get()
+
+
+@contextlib.contextmanager
+def watched_parts(watch: WatchPart) -> Generator[None, None, None]:
+    """Inside this context, ``watch(part)`` is called when a part begins to run, and what it returns with the output."""
+    token = _watch_part.set(watch)
+    try:
+        yield
+    finally:
+        _watch_part.reset(token)
+
+
+def watching_parts() -> WatchPart | None:
+    """The function given to ``watched_parts``, or None."""
+    return _watch_part.get()
 
 
 def path() -> str:

@@ -77,9 +77,33 @@ def test_files_with_a_mask_and_a_head_are_read_too(gpt2, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, same.params, variables.params)
 
 
+def test_the_file_comes_back_as_it_was(gpt2, comes_back):
+    comes_back(HERE / "gpt2", gpt2.read(HERE / "gpt2")[1], gpt2.MAPPING)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["like a file", "by the rules alone"])
+def test_transformers_reads_what_was_trained(gpt2, record, as_hub_folder, known):
+    import torch
+    import transformers
+
+    model, variables = gpt2.read(HERE / "gpt2")
+    trainer = kaun.Trainer(model=model, optimizer=optax.sgd(RATE))
+    tokens = np.arange(10, dtype=np.int32)[None]
+    state = trainer.make_state(variables)
+    _, state = trainer.step(state, tokens, loss=lambda y: losses.cross_entropy_sparse(y[:, :-1], tokens[:, 1:]))
+    like = safetensors.load(HERE / "gpt2") if known else {}
+    folder = as_hub_folder(HERE / "gpt2", state.vars, gpt2.MAPPING, like)
+    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    logits = theirs.eval()(torch.tensor(tokens.tolist())).logits.detach().numpy()
+    close(trainer.predict(state, tokens), logits)
+    assert np.abs(logits - model.apply(variables, tokens)[0]).max() > 0.1
+
+
 def test_more_tokens_than_positions_are_an_error(gpt2):
     model, variables = gpt2.read(HERE / "gpt2")
-    with pytest.raises(ValueError, match=r"The model has 12 positions, received 13 tokens\."):
+    with pytest.raises(ValueError, match=r"positions\(12, 8\) at 'wpe' has 12 positions, received a sequence of 13"):
         model.apply(variables, jnp.zeros((1, 13), jnp.int32))
 
 

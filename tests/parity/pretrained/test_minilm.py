@@ -13,6 +13,7 @@ import pytest
 
 import kaun
 from kaun import Vars, layers, rng
+from kaun.interop import safetensors
 
 HERE = Path(__file__).resolve().parent
 
@@ -96,9 +97,32 @@ def test_encoder_and_head_learn_together(minilm, real):
     assert min(jax.tree.leaves(moved["blocks"])) > 1e-3
 
 
+def test_the_file_comes_back_as_it_was(minilm, comes_back):
+    comes_back(HERE / "bert", minilm.read(HERE / "bert")[1], minilm.MAPPING)
+
+
+def test_transformers_reads_what_was_trained(minilm, record, as_hub_folder):
+    import torch
+    import transformers
+
+    encoder, variables = minilm.read(HERE / "bert")
+    trainer = kaun.Trainer(model=encoder, optimizer=optax.sgd(0.5))
+    tokens = np.arange(1, 10, dtype=np.int32)[None]
+    state = trainer.make_state(variables)
+    before = trainer.predict(state, tokens)
+    _, state = trainer.step(state, tokens, loss=lambda y: y[0, 0])
+    like = safetensors.load(HERE / "bert")
+    folder = as_hub_folder(HERE / "bert", state.vars, minilm.MAPPING, like)
+    theirs = transformers.BertModel.from_pretrained(folder).eval()
+    after = record.embedded(theirs, torch.tensor(tokens.tolist()))
+    close(trainer.predict(state, tokens), after)
+    assert np.abs(after - before).max() > 0.01
+    np.testing.assert_array_equal(theirs.pooler.dense.weight.detach(), like["pooler.dense.weight"])
+
+
 def test_dropout_is_on_in_training_only(minilm):
     encoder, variables = minilm.read(HERE / "bert")
-    tokens = jnp.ones((2, 5), jnp.int32)
+    tokens = jnp.ones((2, 8), jnp.int32)
 
     @functools.partial(jax.jit, static_argnames="training")
     def run(key, training):

@@ -67,7 +67,8 @@ def agree(name, a, b):
     assert largest <= TOLERANCE, f"{name}: {largest:.1e}"
 
 
-def compare(layer, x, function, training=False, ctx=None):
+def compare(layer, x, function, training=False, ctx=None, zero=()):
+    """Compare a layer with a function of PyTorch; the gradients named in ``zero`` are zero but for rounding."""
     variables = filled(layer)
     y, _ = layer.apply(variables, x, training=training, ctx=ctx)
     weights = normal(7, y.shape)
@@ -77,7 +78,10 @@ def compare(layer, x, function, training=False, ctx=None):
     agree(f"{head} output", y, expected)
     assert set(grads) == set(expected_grads)
     for key, grad in grads.items():
-        agree(f"{head} gradient of {key}", grad, expected_grads[key])
+        if key in zero:
+            assert max(np.abs(grad).max(), np.abs(expected_grads[key]).max()) <= TOLERANCE
+        else:
+            agree(f"{head} gradient of {key}", grad, expected_grads[key])
     return state
 
 
@@ -184,7 +188,11 @@ def test_embedding(scale):
     ("name", "function"),
     [
         ("relu", F.relu), ("gelu", lambda x: F.gelu(x, approximate="tanh")), ("silu", F.silu), ("tanh", torch.tanh),
-        ("sigmoid", torch.sigmoid), ("flatten", lambda x: x.flatten(1)),
+        ("sigmoid", torch.sigmoid), ("flatten", lambda x: x.flatten(1)), ("leaky_relu", F.leaky_relu), ("elu", F.elu),
+        ("selu", F.selu), ("softplus", F.softplus), ("mish", F.mish), ("softmax", lambda x: F.softmax(x, -1)),
+        ("log_softmax", lambda x: F.log_softmax(x, -1)), ("glu", F.glu),
+        ("swiglu", lambda x: F.silu(x[..., :4]) * x[..., 4:]), ("global_avg_pool", lambda x: x.mean(1)),
+        ("global_max_pool", lambda x: x.amax(1)),
     ],
 )  # fmt: skip
 def test_functions_of_the_input_alone(name, function):
@@ -232,6 +240,52 @@ def test_multi_head_attention(is_causal, kv_heads, rope, masked):
     layer = layers.multi_head_attention(embed, heads, kv_heads, is_causal=is_causal, rope=rope, rope_theta=100.0)
     ctx = Context(attention_mask=keep) if masked else None
     compare(layer, normal(0, SEQUENCE), function, ctx=ctx)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("masked", [None, "key_padding_mask", "attn_mask", "attn_mask by head", "added", "both"])
+@pytest.mark.parametrize("kv_dim", [None, 8, 5], ids=["self", "cross", "kdim"])
+def test_torch_multihead_attention(kv_dim, bias, masked):
+    """PyTorch's own module, of which each query has a key; queries are the first three positions in cross-attention."""
+    heads, (batch, seq, embed) = 4, SEQUENCE
+    queries, keys = (3, seq - 3) if kv_dim else (seq, seq)
+    random = np.random.default_rng(3)
+    by_key, by_query = random.random((batch, keys)) < 0.6, random.random((batch, heads, queries, keys)) < 0.6
+    by_query = by_query if masked == "attn_mask by head" else by_query[:, :1]
+    by_key[:, 0], by_query[..., 0] = True, True
+    added = normal(4, (1, heads, queries, keys))
+    ctx, rest = {}, {}
+    if masked in ("key_padding_mask", "both"):
+        ctx["attention_mask"], rest["key_padding_mask"] = by_key, torch.tensor(~by_key)
+    if masked in ("attn_mask", "attn_mask by head"):
+        ctx["attention_mask"] = by_query if masked == "attn_mask by head" else by_query[:, 0]
+        rest["attn_mask"] = torch.tensor(~np.broadcast_to(by_query, (batch, heads, queries, keys))).flatten(0, 1)
+    if masked in ("added", "both"):
+        ctx["attention_bias"] = added
+        rest["attn_mask"] = torch.tensor(added).expand(batch, -1, -1, -1).flatten(0, 1)
+        if masked == "both":  # torch wants both masks of one type
+            rest["key_padding_mask"] = torch.zeros(batch, keys).masked_fill_(torch.tensor(~by_key), -math.inf)
+    layer = layers.multi_head_attention(embed, heads, bias=bias, kv_dim=kv_dim)
+    module = torch.nn.MultiheadAttention(embed, heads, bias=bias, kdim=kv_dim, vdim=kv_dim, batch_first=True)
+
+    def function(p, x):
+        own = [p[f"{n}_proj.weight"].T for n in "qkv"]
+        together = {"in_proj_weight": torch.cat(own)} if kv_dim in (None, embed) else {}
+        apart = {} if together else {f"{n}_proj_weight": w for n, w in zip("qkv", own, strict=True)}
+        weights = {**together, **apart, "out_proj.weight": p["out_proj.weight"].T}
+        if bias:
+            weights["in_proj_bias"] = torch.cat([p[f"{n}_proj.bias"] for n in "qkv"])
+            weights["out_proj.bias"] = p["out_proj.bias"]
+        q, kv = (x[:, :queries], x[:, queries:, :kv_dim]) if kv_dim else (x, x)
+        return torch.func.functional_call(module, weights, (q, kv, kv), {"need_weights": False, **rest})[0]
+
+    def apply(vars, x, *, training, ctx):
+        x = (x[:, :queries], x[:, queries:, :kv_dim]) if kv_dim else x
+        return layer.apply(vars, x, training=training, ctx=ctx)
+
+    paired = layers.Layer(init=lambda *, dtype: layer.init(dtype=dtype), apply=apply, name="attention")
+    # A bias of the keys adds the same number to all logits of a query.
+    compare(paired, normal(0, SEQUENCE), function, ctx=Context(ctx), zero=("params.k_proj.bias",))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
