@@ -72,7 +72,7 @@ def block(width, heads, dropout, *, first):
         layers.layer_norm(width), layers.linear(width, 2 * hidden), layers.fn(reglu), layers.dropout(dropout / 2),
         layers.linear(hidden, width),
     ]  # fmt: skip
-    attention = layers.multi_head_attention(width, heads, dropout=dropout)
+    attention = layers.multi_head_attention(width, heads, bias=True, dropout=dropout)
     if not first:
         attention = layers.sequential([layers.layer_norm(width), attention])
     return layers.sequential({"attention": layers.residual(attention), "mlp": layers.residual(layers.sequential(mlp))})

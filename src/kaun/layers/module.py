@@ -201,7 +201,8 @@ class _Call:
                     f"{here(self._layer.name)} changes its state, {', '.join(map(repr, moved))}, inside of a "
                     f"transformation of JAX (scan, vmap, grad, checkpoint) in forward of {self._run.name}: outside of "
                     "it the change would be lost. Call the layer outside, or write layers.repeat(layer, n) for a scan "
-                    "and layers.remat(layer) for a checkpoint."
+                    "and layers.remat(layer) for a checkpoint. In a derivative use a layer without state, such as "
+                    "layers.layer_norm."
                 )
         self._states[self._key] = after
 

@@ -27,9 +27,9 @@ def transformer(params, x, sizes, heads, blocks):
         head = f"blocks.{i}.attention.inner"
         y = norm(h, f"{head}.0") if i else h
         head = f"{head}.1" if i else head
-        q, k, v = ((y @ get(f"{head}.{name}_proj")).unflatten(2, (heads, -1)).transpose(1, 2) for name in "qkv")
+        q, k, v = (linear(y, f"{head}.{name}_proj").unflatten(2, (heads, -1)).transpose(1, 2) for name in "qkv")
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = h + y @ get(f"{head}.out_proj")
+        h = h + linear(y, f"{head}.out_proj")
         mlp = f"blocks.{i}.mlp.inner"
         value, gate = linear(norm(h, f"{mlp}.0"), f"{mlp}.1").chunk(2, dim=-1)
         h = h + linear(value * torch.relu(gate), f"{mlp}.4")

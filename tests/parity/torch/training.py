@@ -60,7 +60,9 @@ def agree(ours, variables, forward, loss):
     close("loss", ours.loss, value)
     assert set(ours.params) == set(params)
     for name, after in params.items():
-        assert after.grad is not None and bool((after.grad != 0).any()), f"{name} has no gradient"
+        # What the bias of keys adds to the logits of a query is the same for all keys, so its gradient is 0.
+        moved = after.grad is not None and bool((after.grad != 0).any())
+        assert moved or name.endswith("k_proj.bias"), f"{name} has no gradient"
         close(name, ours.params[name], after)
 
 
