@@ -1,6 +1,6 @@
 """GPT (Radford et al., 2019): GPT-2 with weights of the hub, or nanoGPT's form trained on Python's help texts.
 
-Run it with: python examples/models/gpt.py                      (two minutes: trains a small model, then generates text)
+Run it with: python examples/models/gpt.py                      (a minute: trains a small model, then generates text)
          or: python examples/models/gpt.py --steps 1000
          or: python examples/models/gpt.py --folder some/gpt2   (config.json, model.safetensors and tokenizer.json, as
                                                                  on the hub; needs pip install tokenizers)

@@ -1,6 +1,6 @@
 """Speech recognition in the form of wav2vec 2.0 (Baevski et al., 2020) with a CTC loss, on sequences of tones.
 
-Run it with: python examples/models/wav2vec.py      (two minutes)
+Run it with: python examples/models/wav2vec.py      (half a minute)
          or: python examples/models/wav2vec.py --steps 1000
 
 Strided convolutions turn samples into features, a transformer with a convolution for positions reads these, and the CTC
