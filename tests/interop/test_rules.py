@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun.interop.mapping import mapped
+from kaun.interop.mapping import mapped, unmapped
 from kaun.interop.rules import drop, rename, split, transpose
 
 
@@ -271,3 +271,43 @@ def test_a_mapping_holds_rules():
         TypeError, match=r"expected a list of rules as mapping, received str in it\. Write mapping=\[rename"
     ):
         applied({}, "rename")
+    with pytest.raises(TypeError, match=r"as mapping, received Rule\. Write mapping=\[rename\('a', 'b'\)\]"):
+        mapped({}, rename("a", "b"))
+    with pytest.raises(
+        TypeError, match=r"as mapping, received NoneType\. Write mapping=\[rename\(pattern, template\), "
+    ):
+        mapped({}, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: transpose("w", "10"), r"transpose\(pattern, axes\) expected ints, received '10'\. Write \(1, 0\), for example"),
+        (lambda: transpose("w", 1), r"transpose\(pattern, axes\) expected ints, received 1\."),
+        (lambda: transpose("w", (0.0, 1.0)), r"expected ints, received \(0\.0, 1\.0\)"),
+        (lambda: split("w", ["a", "b"], axis="a"), r"split\(axis=\.\.\.\) expected ints, received \['a'\]\. Write axis=0"),
+        (lambda: split("w", ["a", "b"], sizes=["3", "3"]), r"split\(sizes=\.\.\.\) expected ints, .* Write sizes=\[4, 2\]"),
+        (lambda: split("w", None), r"split\(pattern, into\) expected a list of templates, received None\. Write \[template, \.\.\.\]"),
+    ],
+)  # fmt: skip
+def test_axes_sizes_and_templates_of_another_kind(make, text):
+    with pytest.raises(TypeError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        (
+            "model.safetensors",
+            r"expected arrays by name, received str\. Write safetensors\.load\('model\.safetensors'\)",
+        ),
+        ([np.ones(2)], r"expected arrays by name, received list\. Write \{'0\.weight': array\}"),
+        ({0: np.ones(2)}, r"expected names that are strings, received 0\. Write '0'"),
+    ],
+)
+def test_weights_are_arrays_by_name(weights, text):
+    with pytest.raises(TypeError, match=r"safetensors\.into\(vars, weights\) " + text):
+        mapped(weights, [])
+    with pytest.raises(TypeError, match=r"safetensors\.save\(like=\.\.\.\) " + text):
+        unmapped({}, [], weights)

@@ -159,3 +159,14 @@ def test_extremes_are_finite_or_right():
 
 def test_repr():
     assert repr(layers.sequential([layers.relu(), layers.gelu()])) == "sequential([\n  relu(),\n  gelu(),\n])"
+
+
+def test_gradients_in_float16_where_a_square_overflows():
+    x = jnp.array([-6e4, -300.0, 300.0, 6e4], jnp.float16)
+    for approximate in (True, False):
+        layer = layers.gelu(approximate)
+        slope = jax.grad(lambda x, layer=layer: layer.apply(layer.init(), x)[0].sum())(x)
+        assert slope.tolist() == [0.0, 0.0, 1.0, 1.0]
+    swiglu = layers.swiglu()
+    slope = jax.grad(lambda x: swiglu.apply(swiglu.init(), x)[0].sum())(jnp.array([-300.0, -300.0], jnp.float16))
+    assert not slope.any()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kaun import rng
+from kaun import layers, rng
 from kaun.layers import arguments, init
 
 
@@ -142,6 +142,25 @@ def test_spell_leaves_out_what_has_its_default():
 
     assert arguments.call_text(make, a=1, b=(2, 2), c=1, d=None) == "make(1, (2, 2))"
     assert arguments.call_text(make, a=1, b=2, c=3, d="x") == "make(1, 2, c=3, d='x')"
+    assert arguments.call_text(make, a=np.int64(1), b=2, c=np.int32(3), d=None) == "make(1, 2, c=3)"
+    assert arguments.call_text(make, a=1, b=2, c=np.array([1, 1]), d=None) == "make(1, 2, c=array([1, 1]))"
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: layers.lstm(3, 8, 2), r"lstm\(return_state=\.\.\.\) expected True or False, received 2\. Write return_state=True or return_state=False"),
+        (lambda: layers.gelu("none"), r"gelu\(approximate=\.\.\.\) expected True or False, received 'none'\. Write approximate=True or"),
+        (lambda: layers.conv2d(3, 8, bias=None), r"conv2d\(bias=\.\.\.\) expected True or False, received None"),
+        (lambda: layers.multi_head_attention(8, 2, is_causal="yes"), r"multi_head_attention\(is_causal=\.\.\.\) expected True"),
+        (lambda: layers.repeat(layers.relu(), 2, remat=3), r"repeat\(remat=\.\.\.\) expected True or False, received 3\. Write remat=True"),
+        (lambda: layers.conv2d(3, 8, np.array([3, 3])), r"conv2d\(kernel_size=\.\.\.\) expected an int of at least 1, received array"),
+        (lambda: layers.max_pool2d(2, jnp.array([1, 1])), r"max_pool2d\(stride=\.\.\.\) expected an int of at least 1, received Array"),
+    ],
+)  # fmt: skip
+def test_options_of_another_kind(make, text):
+    with pytest.raises(TypeError, match=text):
+        make()
 
 
 def test_along_last():

@@ -262,3 +262,10 @@ def test_other_biases_name_the_layer(added, kind, message):
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=r"^multi_head_attention" + message):
         layers.multi_head_attention(8, 4, **options)
+
+
+def test_without_keys_nothing_is_attended_to():
+    layer, variables = made(bias=True)
+    y = run(layer, variables, (X, X[:, :0]), Context(attention_mask=np.ones((B, 0), bool)))
+    np.testing.assert_array_equal(y, np.broadcast_to(variables.params["out_proj"]["bias"], X.shape))
+    assert run(layer, variables, X[:, :0], Context()).shape == (B, 0, EMBED)

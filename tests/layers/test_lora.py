@@ -128,6 +128,9 @@ def test_what_is_refused():
         layers.lora(model, 0, where=chosen)
     with pytest.raises(ValueError, match=r"lora\(alpha=\.\.\.\) expected a finite number above 0"):
         layers.lora(model, 2, where=lambda path: True, alpha=-1.0)
+    text = r"lora expected a model with weights of two or more axes, layer_norm\(4\) has none\. Write lora\(model, \.\.\.\) around"
+    with pytest.raises(ValueError, match=text):
+        layers.lora(layers.layer_norm(4), 2, where=chosen)
     with pytest.raises(TypeError, match="lora expected layers, received 3"):
         layers.lora(3, 2, where=chosen)
     text = r"merge_lora expected the model that layers\.lora returned, received sequential\. Write merge_lora\(trainer\.model"

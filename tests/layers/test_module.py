@@ -338,5 +338,8 @@ def test_a_parameter_is_a_layer():
         layers.parameter("a")
     with pytest.raises(ValueError, match=r"parameter\(shape=\.\.\.\) expected an int of at least 1, received 0"):
         layers.parameter((2, 0))
+    for shape in (None, 2.5, np.array([2, 3]), {"a": 1}):
+        with pytest.raises(TypeError, match=r"parameter\(shape=\.\.\.\) expected an int of at least 1, received"):
+            layers.parameter(shape)
     with pytest.raises(TypeError, match=r"parameter\(\(2,\)\)\(init=\.\.\.\) returned a function, not a float array"):
         layers.parameter(2, init=jax.nn.initializers.glorot_uniform).init()

@@ -124,6 +124,29 @@ def test_both_directions_take_and_return_a_state():
     close(y[:, 0, H:], backward[0])
     (again, _), _ = layer.apply(variables, (X, (forward, backward)))
     assert not np.allclose(again[:, 0, :H], y[:, 0, :H])
+    text = r"expected \(x, \(forward, backward\)\), the state of each direction, received the state float32\[3, 6\]\. Pass what a"
+    with pytest.raises(ValueError, match=text):
+        layer.apply(variables, (X, jnp.zeros((B, H))))
+    with pytest.raises(ValueError, match=r"bidirectional expected an array .* received a tuple of 1"):
+        layer.apply(variables, (X,))
+
+
+def test_lengths_of_any_integer_dtype():
+    layer = layers.bidirectional(layers.rnn(F, H))
+    variables = layer.init()
+    expected, _ = layer.apply(variables, X, ctx=Context(lengths=LENGTHS))
+    for dtype in ("uint8", "uint16", "int8"):  # the last row has none, and 0 - 1 is 255 in uint8
+        with jax.numpy_dtype_promotion("strict"):
+            y, _ = layer.apply(variables, X, ctx=Context(lengths=LENGTHS.astype(dtype)))
+        np.testing.assert_array_equal(y, expected)
+
+
+def test_a_sequence_of_any_length_is_exported():
+    layer = layers.lstm(F, H)
+    variables = layer.init()
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"batch, length, {F}"), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: layer.apply(variables, x)[0]))(shape)
+    close(exported.call(X), layer.apply(variables, X)[0])
 
 
 def test_an_lstm_learns_to_remember():
@@ -175,6 +198,7 @@ def test_the_recurrent_weight_is_orthogonal_and_biases_are_zero():
         (lambda f: f(X, lengths=np.array([1, 6, 2])), ValueError, r"in 0 to 5, received 6\. Cut the lengths .* jnp\.minimum\(lengths, 5\)"),
         (lambda f: f(X, lengths=np.array([1, -1, 2])), ValueError, r"in 0 to 5, received -1\."),
         (lambda f: f((X, jnp.zeros((3, 6)))), ValueError, r"expected \(x, state\) with the state \(float32\[3, 6\], float32\[3, 6\]\), received float32\[3, 6\]\. Pass"),
+        (lambda f: f((X, X, X)), ValueError, r"lstm\(4, 6\) at '0' expected an array \[batch, length, features\] or a pair \(x, state\), received a tuple of 3\. Pass one"),
         (lambda f: f((X, (jnp.zeros((3, 6)), jnp.zeros((3, 5))))), ValueError, r"received float32\[3, 6\], float32\[3, 5\]"),
     ],
 )  # fmt: skip

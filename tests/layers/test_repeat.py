@@ -157,7 +157,7 @@ def test_compile_time_does_not_grow_with_the_number_of_copies():
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
-        (layers.linear(4, 5), r"linear\(4, 5\) at '0' under repeat gets its own output as input, .*\n  the tree: expected float32\[8, 4\], found float32\[8, 5\]"),
+        (layers.linear(4, 5), r"linear\(4, 5\) at '0' under repeat gets its own output as input, .*\n  the tree: expected float32\[8, 4\], found float32\[8, 5\]\nPut layers that change them before or after it, layers\.sequential\(\[first, layers\.repeat"),
         (layers.fn(lambda x: (x, x)), r"fn\(<lambda>\) at '0' under repeat .*\n  the tree: expected float32\[8, 4\], found nothing"),
     ],
 )  # fmt: skip

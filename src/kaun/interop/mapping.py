@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -38,6 +39,7 @@ def mapped(
 ) -> tuple[dict[str, Array], dict[str, str], list[int]]:
     """Apply a mapping: the weights by new name, the old name of each, and the indices of rules that matched none."""
     _check_rules(mapping, where)
+    _check_weights("safetensors.into(vars, weights)", weights)
     named = {name: np.asarray(array) for name, array in weights.items()}
     origins = {name: name for name in named}
     unused: list[int] = []
@@ -49,8 +51,23 @@ def mapped(
     return named, origins, unused
 
 
-def _check_rules(mapping: Sequence[Any], where: str) -> None:
-    for rule in mapping:
+def _check_weights(call: str, weights: Any) -> None:
+    if not isinstance(weights, Mapping):
+        fix = f"safetensors.load({weights!r})" if isinstance(weights, (str, os.PathLike)) else "{'0.weight': array}"
+        raise TypeError(f"{call} expected arrays by name, received {type(weights).__name__}. Write {fix}.")
+    for name in cast("Mapping[Any, Any]", weights):
+        if not isinstance(name, str):
+            raise TypeError(f"{call} expected names that are strings, received {name!r}. Write {str(name)!r}.")
+
+
+def _check_rules(mapping: Any, where: str) -> None:
+    if not isinstance(mapping, Sequence):
+        one = repr(mapping) if isinstance(mapping, Rule) else "rename(pattern, template), ..."
+        raise TypeError(
+            f"safetensors.{where} expected a list of rules as mapping, received {type(mapping).__name__}. Write "
+            f"mapping=[{one}]."
+        )
+    for rule in cast("Sequence[Any]", mapping):
         if not isinstance(rule, Rule):
             raise TypeError(
                 f"safetensors.{where} expected a list of rules as mapping, received {type(rule).__name__} in it. Write "
@@ -149,6 +166,8 @@ def unmapped(leaves: Mapping[str, Array], mapping: Sequence[Rule], like: Mapping
             f"safetensors.save: {dropping[0]} cannot be undone, because it is not known what it drops. Write the "
             f"dropped weights of a file that you have, {_LIKE}, or leave them out, like={{}}."
         )
+    if like is not None:
+        _check_weights("safetensors.save(like=...)", like)
     named = {name: np.asarray(array) for name, array in (like or {}).items()}
     stages: list[tuple[dict[str, Array], list[Group]]] = []
     for rule in mapping:

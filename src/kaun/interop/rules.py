@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -107,7 +108,7 @@ def transpose(pattern: str, axes: Sequence[int] | None = None) -> Rule:
         >>> safetensors.transpose("{*x}.conv.weight", (2, 3, 1, 0))
         transpose('{*x}.conv.weight', (2, 3, 1, 0))
     """
-    order = None if axes is None else tuple(axes)
+    order = None if axes is None else _ints("transpose(pattern, axes)", axes, "(1, 0)")
     call = f"transpose({pattern!r}{'' if order is None else f', {order}'})"
     change, undo = (functools.partial(_transposed, call, order, back) for back in (False, True))
     return _rule(call, pattern, (pattern,), change, undo, needed=True)
@@ -132,9 +133,11 @@ def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int
         >>> safetensors.split("{*x}.qkv.bias", ["{*x}.q.bias", "{*x}.k.bias", "{*x}.v.bias"])
         split('{*x}.qkv.bias', ['{*x}.q.bias', '{*x}.k.bias', '{*x}.v.bias'], axis=-1)
     """
-    if isinstance(into, str):
-        raise TypeError(f"split(pattern, into) expected a list of templates, received {into!r}. Write [{into!r}, ...].")
-    templates, given = list(into), None if sizes is None else list(sizes)
+    if isinstance(into, str) or not isinstance(into, Sequence):  # pyright: ignore
+        one = repr(into) if isinstance(into, str) else "template"  # pyright: ignore
+        raise TypeError(f"split(pattern, into) expected a list of templates, received {into!r}. Write [{one}, ...].")
+    templates, (axis,) = list(into), _ints("split(axis=...)", [axis], "axis=0")
+    given = None if sizes is None else [*_ints("split(sizes=...)", sizes, "sizes=[4, 2]")]
     if not templates:
         raise ValueError("split(pattern, into) expected a template for each part, received none. Use drop(pattern).")
     call = f"split({pattern!r}, {templates!r}, axis={axis}{'' if given is None else f', sizes={given}'})"
@@ -227,6 +230,15 @@ def drop(pattern: str) -> Rule:
         drop('pooler.{*x}')
     """
     return _rule(f"drop({pattern!r})", pattern, (), _nothing, _nothing)
+
+
+def _ints(call: str, values: Any, like: str) -> tuple[int, ...]:
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise TypeError(f"{call} expected ints, received {values!r}. Write {like}, for example.") from None
 
 
 def _rule(

@@ -59,7 +59,7 @@ def gelu(approximate: bool = True) -> Layer[Float, Float]:
         ['-0.1588', '1.9546']
         ['-0.1587', '1.9545']
     """
-    return _elementwise(call_text(gelu, approximate=approximate), jax.nn.gelu if approximate else _exact_gelu)
+    return _elementwise(call_text(gelu, approximate=approximate), _wide(jax.nn.gelu) if approximate else _exact_gelu)
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
@@ -287,7 +287,7 @@ def swiglu() -> Layer[Float, Float]:
         >>> layer.apply(layer.init(dtype=jnp.float32), jnp.ones((2, 4)))[0].shape
         (2, 4)
     """
-    return _gated("swiglu()", lambda a, b: jax.nn.silu(a) * b)
+    return _gated("swiglu()", _wide(lambda a, b: jax.nn.silu(a) * b))
 
 
 def activation(f: Callable[[jax.Array], Any]) -> Layer[Float, Float]:
@@ -332,6 +332,19 @@ def _elementwise(name: str, f: Callable[[jax.Array], Any]) -> Layer[Float, Float
 def _in_full(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
     """Return a function that computes ``f`` in the dtype to sum in."""
     return lambda x: f(x.astype(accumulation_dtype(x.dtype))).astype(x.dtype)
+
+
+def _wide(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return a function that computes ``f`` in float32 for float16."""
+
+    # In float16 the derivatives overflow where the function does not: gelu squares numbers, from 256 on to infinity,
+    # and swiglu multiplies both halves; infinity times the slope 0 is NaN.
+    def widened(*arrays: jax.Array) -> jax.Array:
+        if arrays[0].dtype != jnp.float16:
+            return f(*arrays)
+        return f(*(a.astype(jnp.float32) for a in arrays)).astype(jnp.float16)
+
+    return widened
 
 
 def _gated(name: str, f: Callable[[jax.Array, jax.Array], Any]) -> Layer[Float, Float]:

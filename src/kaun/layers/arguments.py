@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
-    "AXES", "accumulation_dtype", "along_last", "call_text", "float_dtype", "fraction", "number", "positive", "size",
-    "sizes",
+    "AXES", "accumulation_dtype", "along_last", "call_text", "flag", "float_dtype", "fraction", "number", "positive",
+    "size", "sizes",
 ]  # fmt: skip
 
 AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
@@ -100,6 +101,19 @@ def fraction(layer: str, what: str, value: Any) -> float:
     return found
 
 
+def flag(layer: str, what: str, value: Any) -> bool:
+    """Check an argument that is a bool; NumPy bools are accepted, ints are not.
+
+    Raises:
+        TypeError: If it is not a bool.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f"{layer}({what}=...) expected True or False, received {value!r}. Write {what}=True or {what}=False."
+        )
+    return bool(value)
+
+
 def float_dtype(dtype: Any) -> Any:
     """Check the dtype of a model's parameters.
 
@@ -129,13 +143,22 @@ def _real(layer: str, what: str, value: Any, where: str) -> float:
 
 
 def call_text(constructor: Callable[..., Any], **arguments: Any) -> str:
-    """The call that makes a layer, without arguments that equal their default: ``linear(2, 4, bias=False)``."""
-    defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
-    words = [
-        repr(value) if defaults[name] is inspect.Parameter.empty else f"{name}={value!r}"
-        for name, value in arguments.items()
-        if value != defaults[name]
-    ]
+    """The call that makes a layer, without arguments that equal their default: ``linear(2, 4, bias=False)``.
+
+    Raises:
+        TypeError: If an argument whose default is a bool is something else.
+    """
+    words: list[str] = []
+    for name, p in inspect.signature(constructor).parameters.items():
+        if name not in arguments:
+            continue
+        value, default = arguments[name], p.default
+        if isinstance(default, bool):
+            value = flag(constructor.__name__, name, value)
+        # Arrays, which the layer refuses, have no single truth value.
+        if isinstance(value, (np.ndarray, jax.Array)) or value != default:
+            value = value.item() if isinstance(value, np.generic) else value
+            words.append(repr(value) if default is inspect.Parameter.empty else f"{name}={value!r}")
     return f"{constructor.__name__}({', '.join(words)})"
 
 

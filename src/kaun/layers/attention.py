@@ -251,6 +251,8 @@ def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array | None, added: jax.Array | None,
     *, is_causal: bool, scale: float | None, rate: float,
 ) -> jax.Array:  # fmt: skip
+    if k.shape[1] == 0:  # nothing to attend to
+        return jnp.zeros_like(q)
     if rate > 0 or q.dtype == jnp.float16 or jax.default_backend() == "cpu":
         # JAX's function has no dropout; on XLA:CPU it fails to compile for float16 because of the precision that it
         # requests, and takes 1.4 times as long.

@@ -164,8 +164,13 @@ def _chosen(model: Layer[Any, Any], where: Callable[[str], Any]) -> list[str]:
     with one_copy():  # in which the vectors of a layer under repeat are vectors
         leaves = tree.flatten(abstract_vars(model, jnp.float32).params)[0]
     weights = [path for path, leaf in leaves.items() if leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if not weights:
+        raise ValueError(
+            f"lora expected a model with weights of two or more axes, {short_name(model)} has none. Write lora(model, "
+            "...) around layers such as layers.linear."
+        )
     chosen = [path for path in weights if where(path)]
     if not chosen:
-        fix = f'where=lambda path: path == "{weights[-1] if weights else "weight"}"'
+        fix = f'where=lambda path: path == "{weights[-1]}"'
         raise ValueError(tree.false_for_all("lora(where=...)", "weights", locate(where), weights, fix))
     return chosen

@@ -38,7 +38,7 @@ def parameter(shape: int | Sequence[int], *, init: Initializer = jax.nn.initiali
         >>> model.apply(model.init(dtype=jnp.float32), jnp.array([[1.0, 2.0, 3.0]]))[0]
         Array([[1., 2., 3.]], dtype=float32)
     """
-    whole: Any = (shape,) if isinstance(shape, (int, str)) or hasattr(shape, "__index__") else shape
+    whole = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
     lengths = tuple(size("parameter", "shape", length) for length in whole)
     name = f"parameter({lengths})"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -241,17 +241,16 @@ def bidirectional(layer: Layer[Any, Any]) -> Layer[Any, Any]:
         return Vars(params=params, state=state, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        given = x[1] if isinstance(x, tuple) else None
-        x = float_input(name, x[0] if isinstance(x, tuple) else x, ndim=3, layout="batch, length")
-        lengths = _lengths(name, x, ctx)
+        x, given = _with_state(name, x)
+        x = float_input(name, x, ndim=3, layout="batch, length")
+        lengths, starts = _lengths(name, x, ctx), _both(name, given)
         turned, state = (lambda a: _reversed(a, lengths)), dict[str, Any]()
         outputs: list[Any] = []
         for i, key in enumerate(("forward", "backward")):
             z = turned(x) if i else x
             with at(key):
-                y, after = layer.apply(
-                    below(vars, key), z if given is None else (z, given[i]), training=training, ctx=ctx
-                )
+                z = z if starts is None else (z, starts[i])
+                y, after = layer.apply(below(vars, key), z, training=training, ctx=ctx)
             outputs.append(y)
             state[key] = after.state
         paired = isinstance(outputs[0], tuple)
@@ -266,7 +265,7 @@ def _run_lstm(
     inputs: jax.Array, weight: jax.Array, bias: jax.Array, start: States, keep: jax.Array | None
 ) -> tuple[jax.Array, States]:
     h, c = start
-    if not len(inputs):
+    if inputs.shape[0] == 0:
         return jnp.zeros((0, *h.shape), h.dtype), start
     y, c = lstm_states(inputs + along_last(bias, 3), weight, h, c, keep)
     return y, (y[-1], c)
@@ -311,7 +310,7 @@ def _recurrent(
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
-        x, given = x if isinstance(x, tuple) else (x, None)
+        x, given = _with_state(name, x)
         x = float_input(name, x, vars.dtype, features=features, ndim=3, layout="batch, length")
         start = _start(name, given, states, (x.shape[0], width), vars.dtype)
         lengths, p, wide = _lengths(name, x, ctx), vars.params, accumulation_dtype(vars.dtype)
@@ -324,6 +323,30 @@ def _recurrent(
         return ((y, end if states > 1 else end[0]) if return_state else y), vars
 
     return Layer(init=init, apply=apply, name=name)
+
+
+def _with_state(name: str, x: Any) -> tuple[Any, Any]:
+    """The input, and the state that it is given with, or None."""
+    if not isinstance(x, tuple):
+        return x, None
+    pair: tuple[Any, ...] = x
+    if len(pair) != 2:
+        raise ValueError(
+            f"{here(name)} expected an array [batch, length, features] or a pair (x, state), received a tuple of "
+            f"{len(pair)}. Pass one array, jnp.concatenate([...], axis=-1) of several."
+        )
+    return pair
+
+
+def _both(name: str, given: Any) -> tuple[Any, Any] | None:
+    """The states before the first position in both directions; None where none is given."""
+    if given is not None and not (isinstance(given, tuple) and len(cast("tuple[Any, ...]", given)) == 2):
+        raise ValueError(
+            f"{here(name)} expected (x, (forward, backward)), the state of each direction, received the state "
+            f"{tree.describe(given)}. Pass what a bidirectional layer returns with return_state=True, or (state, "
+            "state)."
+        )
+    return given
 
 
 def _start(name: str, given: Any, states: int, shape: tuple[int, int], dtype: Any) -> States:
@@ -362,7 +385,8 @@ def _lengths(name: str, x: jax.Array, ctx: Context) -> jax.Array | None:
                 f"{expected}, in 0 to {x.shape[1]}, received {int(outside[0])}. Cut the lengths to that of the batch, "
                 f"jnp.minimum(lengths, {x.shape[1]})."
             )
-    return jnp.asarray(lengths)
+    # The difference of unsigned lengths and 1 would not be negative for an empty row.
+    return jnp.asarray(lengths).astype(jnp.int32)
 
 
 def _reversed(x: jax.Array, lengths: jax.Array | None) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kaun import rng, tree
 from kaun.context import Context
-from kaun.layers.arguments import size
+from kaun.layers.arguments import flag, size
 from kaun.layers.core import Layer, Vars, must_be_layer
 from kaun.layers.path import here, slices_of
 
@@ -55,7 +55,7 @@ def repeat(layer: Layer[Same, Same], n: int, remat: bool = False) -> Layer[Same,
         (2, 8)
     """
     must_be_layer("repeat", layer)
-    n = size("repeat", "n", n)
+    n, remat = size("repeat", "n", n), flag("repeat", "remat", remat)
 
     def init(*, dtype: Any) -> Vars:
         if _one_copy.get():
@@ -124,5 +124,7 @@ def _must_keep(layer: Layer[Any, Any], before: Any, after: Any) -> None:
     if lines:
         raise ValueError(
             f"{here(layer.name)} under repeat gets its own output as input, and its state again, so both must keep "
-            f"shapes and dtypes:\n  " + "\n  ".join(lines[:5])
+            f"shapes and dtypes:\n  "
+            + "\n  ".join(lines[:5])
+            + "\nPut layers that change them before or after it, layers.sequential([first, layers.repeat(layer, n)])."
         )
