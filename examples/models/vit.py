@@ -56,13 +56,14 @@ def make_model(
             "attention": layers.multi_head_attention(hidden_size, num_attention_heads, dropout=dropout, bias=True),
             "norm_2": layers.layer_norm(hidden_size, layer_norm_eps),
             "up": layers.linear(hidden_size, intermediate_size),
+            "act": layers.gelu(approximate=False),
             "down": layers.linear(intermediate_size, hidden_size),
             "dropout": layers.dropout(dropout),
         }
 
         def forward(m, x):
             x = x + m.dropout(m.attention(m.norm_1(x)))
-            return x + m.dropout(m.down(jax.nn.gelu(m.up(m.norm_2(x)), approximate=False)))
+            return x + m.dropout(m.down(m.act(m.up(m.norm_2(x)))))
 
         return layers.module(parts, forward, name="block")
 
