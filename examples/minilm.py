@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax

@@ -118,13 +118,13 @@ def made(random, count):
     return rows.astype(np.int32), np.where(chosen, MASK, rows).astype(np.int32), chosen
 
 
-def main(*, steps=400, batch_size=64, seed=0):
+def main(*, steps=400, batch_size=64, seed=0, **sizes):
     random = np.random.RandomState(seed)
     with rng.scope(seed):
         data = Data.batches(made(random, 6000), batch_size, shuffle=True, drop_last=True).epochs(steps).take(steps)
         train = data.map(lambda b: (b[1], lambda y: losses.cross_entropy_sparse(y, b[0], where=b[2])))
         schedule = optax.warmup_cosine_decay_schedule(0.0, 0.005, steps // 10, steps)
-        trainer = kaun.Trainer(model=make_model(**SMALL), optimizer=optax.adam(schedule))
+        trainer = kaun.Trainer(model=make_model(**SMALL | sizes), optimizer=optax.adam(schedule))
         state = trainer.init(dtype=jnp.float32)
         history = reports.history()
         state = trainer.fit(state, train, report=history)

@@ -92,13 +92,13 @@ def digits():
     return (data.images[..., None] / 8 - 1).astype(np.float32), data.target.astype(np.int32)
 
 
-def main(*, steps=400, batch_size=64, seed=0):
+def main(*, steps=400, batch_size=64, seed=0, **sizes):
     images, labels = digits()
     train, test = slice(0, 1437), slice(1437, None)
     with rng.scope(seed):
         data = Data.batches((images[train], labels[train]), batch_size, shuffle=True, drop_last=True).epochs(steps)
         schedule = optax.warmup_cosine_decay_schedule(0.0, 0.01, steps // 10, steps)
-        trainer = kaun.Trainer(model=make_model(**SMALL), optimizer=optax.adamw(schedule))
+        trainer = kaun.Trainer(model=make_model(**SMALL | sizes), optimizer=optax.adamw(schedule))
         state = trainer.init(dtype=jnp.float32)
         history = reports.history()
         state = trainer.fit(state, data.take(steps).with_loss(losses.cross_entropy_sparse), report=history)
