@@ -139,11 +139,11 @@ def decode(logits):
     return [row[keep & (row > 0)].tolist() for row, keep in zip(best, changed, strict=True)]
 
 
-def main(*, steps=600, recordings=4096, seed=0, **sizes):
+def main(*, steps=600, recordings=4096, batch_size=32, seed=0, **sizes):
     x, labels = make_recordings(recordings, seed=seed)
     test_x, test_labels = make_recordings(100, seed=seed + 1)
     with rng.scope(seed):
-        train = Data.batches((x, labels), 32, shuffle=True).with_loss(loss_of).epochs(steps).take(steps)
+        train = Data.batches((x, labels), batch_size, shuffle=True).with_loss(loss_of).epochs(steps).take(steps)
         schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-3, steps // 10, steps)
         model = make_model(classes=5, dropout=0.0, **SMALL | sizes)
         trainer = kaun.Trainer(model=model, optimizer=optax.adamw(schedule))

@@ -15,12 +15,12 @@ def unet(family):
 
 @pytest.fixture(scope="module")
 def trained(unet):
-    return unet.main(steps=60, size=20, widths=(8, 16))
+    return unet.main(steps=80, size=20, widths=(8, 16), batch_size=8)
 
 
 def test_shapes_are_found(trained):
     _, state, history, scores = trained
-    assert int(state.step) == len(history.losses) == 60
+    assert int(state.step) == len(history.losses) == 80
     assert history.losses[:5].mean() > 0.6
     assert history.losses[-20:].mean() < 0.25
     assert scores["mean_iou"] > 0.7
