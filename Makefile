@@ -36,7 +36,7 @@ help:
 	@echo "make test-slow    the long form: tests marked slow, and property tests with all their examples"
 	@echo "make test-oldest  the suite on the oldest JAX and other dependencies that pyproject.toml admits"
 	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
-	@echo "make test-torch   layers, losses and a training run against PyTorch"
+	@echo "make test-torch   layers, losses and the model families against PyTorch"
 	@echo "make faults       the part of test-slow with kills, power losses and damage; about half an hour"
 	@echo "make test-interop models and loaders of other libraries, beside their own loops"
 	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -52,11 +51,11 @@ def block(width, heads, inner, eps, dropout):
     parts = {"attention": layers.multi_head_attention(width, heads, bias=True)}
     parts |= {"up": layers.linear(width, inner), "down": layers.linear(inner, width)}
     parts |= {"norm_1": layers.layer_norm(width, eps), "norm_2": layers.layer_norm(width, eps)}
-    parts["dropout"] = layers.dropout(dropout)
+    parts |= {"act": layers.gelu(approximate=False), "dropout": layers.dropout(dropout)}
 
     def forward(m, x):
         x = m.norm_1(x + m.dropout(m.attention(x)))
-        return m.norm_2(x + m.dropout(m.down(jax.nn.gelu(m.up(x), approximate=False))))
+        return m.norm_2(x + m.dropout(m.down(m.act(m.up(x)))))
 
     return layers.module(parts, forward, name="block")
 

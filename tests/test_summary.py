@@ -49,7 +49,7 @@ def test_rows_and_totals_are_those_of_the_variables():
 def test_the_bytes_of_an_average_are_those_of_the_state():
     bytes_of = lambda **options: kaun.summary(trainer_of(layers.linear(4, 8), **options), X).optimizer_bytes
     numbers = 4 * 8 + 8
-    assert bytes_of(average=kaun.averages.ema(0.9)) == bytes_of() + 8 * numbers + 2 * 4
+    assert bytes_of(average=kaun.averages.ema(0.9)) == bytes_of() + 8 * numbers + 3 * 4
 
 
 def test_text():

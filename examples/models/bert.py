@@ -74,14 +74,15 @@ def make_model(
             "attention": layers.multi_head_attention(hidden_size, num_attention_heads, dropout=dropout, bias=True),
             "norm_1": norm(),
             "up": layers.linear(hidden_size, intermediate_size),
+            "act": layers.gelu(approximate=False),
             "down": layers.linear(intermediate_size, hidden_size),
             "norm_2": norm(),
             "dropout": layers.dropout(dropout),
         }
 
-        def forward(m, x):  # norms follow the residual sums, and gelu is the exact one
+        def forward(m, x):  # norms follow the residual sums
             x = m.norm_1(x + m.dropout(m.attention(x)))
-            return m.norm_2(x + m.dropout(m.down(jax.nn.gelu(m.up(x), approximate=False))))
+            return m.norm_2(x + m.dropout(m.down(m.act(m.up(x)))))
 
         return layers.module(parts, forward, name="block")
 
@@ -93,6 +94,7 @@ def make_model(
         "dropout": layers.dropout(dropout),
         "blocks": layers.sequential([block() for _ in range(num_hidden_layers)]),
         "dense": layers.linear(hidden_size, hidden_size),
+        "act": layers.gelu(approximate=False),
         "norm_out": norm(),
         "bias": layers.parameter(vocab_size),
     }
@@ -100,7 +102,7 @@ def make_model(
     def forward(m, tokens):
         x = m.places(m.words(tokens) + m.kinds(m.ctx.get("token_types", jnp.zeros_like(tokens))))
         x = m.blocks(m.dropout(m.norm(x)), ctx=m.ctx.set("attention_mask", tokens != PAD))
-        x = m.norm_out(jax.nn.gelu(m.dense(x), approximate=False))
+        x = m.norm_out(m.act(m.dense(x)))
         return x @ m.params["words"]["weight"].T + m.bias()[None, None]
 
     return layers.module(parts, forward, name="bert")
@@ -116,13 +118,13 @@ def made(random, count):
     return rows.astype(np.int32), np.where(chosen, MASK, rows).astype(np.int32), chosen
 
 
-def main(*, steps=400, batch_size=64, seed=0):
+def main(*, steps=400, batch_size=64, seed=0, **sizes):
     random = np.random.RandomState(seed)
     with rng.scope(seed):
         data = Data.batches(made(random, 6000), batch_size, shuffle=True, drop_last=True).epochs(steps).take(steps)
         train = data.map(lambda b: (b[1], lambda y: losses.cross_entropy_sparse(y, b[0], where=b[2])))
         schedule = optax.warmup_cosine_decay_schedule(0.0, 0.005, steps // 10, steps)
-        trainer = kaun.Trainer(model=make_model(**SMALL), optimizer=optax.adam(schedule))
+        trainer = kaun.Trainer(model=make_model(**SMALL | sizes), optimizer=optax.adam(schedule))
         state = trainer.init(dtype=jnp.float32)
         history = reports.history()
         state = trainer.fit(state, train, report=history)

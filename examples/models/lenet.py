@@ -54,12 +54,12 @@ def load_data(size=32):
     return train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
 
 
-def main(*, epochs=5, size=32, seed=0):
+def main(*, epochs=5, size=32, seed=0, **sizes):
     images, test_images, labels, test_labels = load_data(size)
     with rng.scope(seed):
         train = Data.batches((images, labels), 64, shuffle=True).with_loss(losses.cross_entropy_sparse)
         schedule = optax.cosine_decay_schedule(3e-3, decay_steps=epochs * len(train))
-        trainer = kaun.Trainer(model=make_model(size=size), optimizer=optax.adam(schedule))
+        trainer = kaun.Trainer(model=make_model(size=size, **sizes), optimizer=optax.adam(schedule))
         state = trainer.init(dtype=jnp.float32)
     history = kaun.reports.history()
     state = trainer.fit(state, train.epochs(epochs), report=history)

@@ -12,6 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import kaun
-from kaun import Data, checkpoint, layers, losses, metrics, rng
+from kaun import Data, checkpoint, layers, losses, metrics, reports, rng
 
 
 def make_model(*, width=64, heads=4, blocks=2, rows=8, columns=8, classes=10):
@@ -88,11 +89,14 @@ def main(*, steps=400, rank=4, seed=0, **sizes):
         adapted = make_adapted(model, rank=rank)
         trainer = kaun.Trainer(model=adapted, optimizer=optax.adam(1e-2), trainable=layers.is_lora)
         state = trainer.make_state(with_pretrained(adapted, pretrained.vars))
-        table = kaun.summary(trainer, turned[:1])
-        print(f"{table.trained:,} of {table.parameters:,} numbers train ({table.trained / table.parameters:.1%})")
-        state = trainer.fit(state, batches(turned, labels, steps))
+        params = state.vars.params
+        trained, total = (sum(a.size for a in jax.tree.leaves(p)) for p in (params["adapters"], params))
+        print(f"{trained:,} of {total:,} numbers train ({trained / total:.1%})")
+        history = reports.history()
+        state = trainer.fit(state, batches(turned, labels, steps), report=history)
         after = accuracy(trainer, state, test_turned)
-        print(f"adapted: {after:.1%} of turned test images are correct")
+        print(f"adapted: {after:.1%} of turned test images are correct,", end=" ")
+        print(f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}")
 
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "adapters.safetensors"
@@ -105,7 +109,7 @@ def main(*, steps=400, rank=4, seed=0, **sizes):
 
         merged = plain.make_state(layers.merge_lora(adapted, state.vars))
         print(f"merged into the plain model: {accuracy(plain, merged, test_turned):.1%}")
-    return (plain, pretrained, merged), (trainer, state), (before, after)
+    return (plain, pretrained, merged), (trainer, state), history.losses, (before, after)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def decode(trainer, state, tokens, *, length):
     return answers
 
 
-def main(*, steps=300, batch_size=64, seed=0):
+def main(*, steps=300, batch_size=64, seed=0, **sizes):
     random = np.random.RandomState(seed)
     tokens, answers = made(random, 4000)
     with rng.scope(seed):
@@ -156,7 +156,7 @@ def main(*, steps=300, batch_size=64, seed=0):
             lambda b: ((b[0], shifted(b[1])), lambda y: losses.cross_entropy_sparse(y, b[1], where=b[1] != PAD))
         )
         schedule = optax.cosine_decay_schedule(0.01, steps)
-        trainer = kaun.Trainer(model=make_model(**SMALL), optimizer=optax.adam(schedule))
+        trainer = kaun.Trainer(model=make_model(**SMALL | sizes), optimizer=optax.adam(schedule))
         state = trainer.init(dtype=jnp.float32)
         history = reports.history()
         state = trainer.fit(state, train, report=history)

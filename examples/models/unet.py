@@ -76,10 +76,10 @@ def make_images(count, *, size=32, seed=0):
     return images.astype(np.float32), labels
 
 
-def main(*, steps=300, size=32, widths=(8, 16, 32), seed=0):
+def main(*, steps=300, size=32, widths=(8, 16, 32), batch_size=16, seed=0):
     test = Data.batches(make_images(128, size=size, seed=1), 32)
     with rng.scope(seed):
-        batches = Data.batches(make_images(512, size=size), 16, shuffle=True)
+        batches = Data.batches(make_images(512, size=size), batch_size, shuffle=True)
         train = batches.with_loss(losses.cross_entropy_sparse)
         schedule = optax.cosine_decay_schedule(0.01, decay_steps=steps)
         trainer = kaun.Trainer(model=make_model(widths=widths), optimizer=optax.adam(schedule))

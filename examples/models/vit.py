@@ -56,13 +56,14 @@ def make_model(
             "attention": layers.multi_head_attention(hidden_size, num_attention_heads, dropout=dropout, bias=True),
             "norm_2": layers.layer_norm(hidden_size, layer_norm_eps),
             "up": layers.linear(hidden_size, intermediate_size),
+            "act": layers.gelu(approximate=False),
             "down": layers.linear(intermediate_size, hidden_size),
             "dropout": layers.dropout(dropout),
         }
 
         def forward(m, x):
             x = x + m.dropout(m.attention(m.norm_1(x)))
-            return x + m.dropout(m.down(jax.nn.gelu(m.up(m.norm_2(x)), approximate=False)))
+            return x + m.dropout(m.down(m.act(m.up(m.norm_2(x)))))
 
         return layers.module(parts, forward, name="block")
 
@@ -91,13 +92,13 @@ def digits():
     return (data.images[..., None] / 8 - 1).astype(np.float32), data.target.astype(np.int32)
 
 
-def main(*, steps=400, batch_size=64, seed=0):
+def main(*, steps=400, batch_size=64, seed=0, **sizes):
     images, labels = digits()
     train, test = slice(0, 1437), slice(1437, None)
     with rng.scope(seed):
         data = Data.batches((images[train], labels[train]), batch_size, shuffle=True, drop_last=True).epochs(steps)
         schedule = optax.warmup_cosine_decay_schedule(0.0, 0.01, steps // 10, steps)
-        trainer = kaun.Trainer(model=make_model(**SMALL), optimizer=optax.adamw(schedule))
+        trainer = kaun.Trainer(model=make_model(**SMALL | sizes), optimizer=optax.adamw(schedule))
         state = trainer.init(dtype=jnp.float32)
         history = reports.history()
         state = trainer.fit(state, data.take(steps).with_loss(losses.cross_entropy_sparse), report=history)

@@ -139,13 +139,14 @@ def decode(logits):
     return [row[keep & (row > 0)].tolist() for row, keep in zip(best, changed, strict=True)]
 
 
-def main(*, steps=600, seed=0):
-    x, labels = make_recordings(4096, seed=seed)
+def main(*, steps=600, recordings=4096, batch_size=32, seed=0, **sizes):
+    x, labels = make_recordings(recordings, seed=seed)
     test_x, test_labels = make_recordings(100, seed=seed + 1)
     with rng.scope(seed):
-        train = Data.batches((x, labels), 32, shuffle=True).with_loss(loss_of).epochs(1 + steps // 128).take(steps)
+        train = Data.batches((x, labels), batch_size, shuffle=True).with_loss(loss_of).epochs(steps).take(steps)
         schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-3, steps // 10, steps)
-        trainer = kaun.Trainer(model=make_model(classes=5, dropout=0.0, **SMALL), optimizer=optax.adamw(schedule))
+        model = make_model(classes=5, dropout=0.0, **SMALL | sizes)
+        trainer = kaun.Trainer(model=model, optimizer=optax.adamw(schedule))
         state = trainer.init(dtype=jnp.float32)
     history = reports.history()
     state = trainer.fit(state, train, report=reports.all_of(history, reports.progress()))

@@ -1,6 +1,7 @@
 """What holds for each file of examples/models: it says how it is run, its model is short, and it has its own tests."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from .conftest import FOLDER
 
 FILES = sorted(FOLDER.glob("*.py"))
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def lines_of_model(text):
@@ -28,4 +30,13 @@ def test_a_family_is_short_and_has_its_tests(path):
     assert f"Run it with: python examples/models/{path.name}" in text
     assert lines_of_model(text) <= 80
     assert len(text.splitlines()) <= 180
-    assert (Path(__file__).parent / f"test_{path.stem}.py").is_file()
+    assert (TESTS / "models" / f"test_{path.stem}.py").is_file()
+
+
+def test_the_page_of_the_families_has_each_file_and_names_a_comparison_that_exists():
+    rows = re.findall(r"^\| .*\|$", (TESTS.parent / "docs" / "families.md").read_text(), re.MULTILINE)[2:]
+    files = [re.search(r"\[\w+\.py\]\(\.\./examples/models/(\w+)\.py\)", row) for row in rows]
+    assert sorted(match[1] for match in files if match) == [path.stem for path in FILES]
+    for row in rows:
+        file, test = re.search(r"`(\w+/\w+\.py)::(\w+)` \|$", row).groups()
+        assert f"def {test}(" in (TESTS / "parity" / file).read_text()

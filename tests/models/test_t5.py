@@ -15,7 +15,7 @@ def t5(family):
 
 @functools.cache
 def trained(t5):
-    return t5.main(steps=120)
+    return t5.main(steps=120, batch_size=32)
 
 
 def test_it_sorts(t5):
@@ -49,7 +49,7 @@ def test_distances_share_numbers(t5):
     assert past[199, 183 - 16 :].tolist()[::-1][:17] == list(range(17)) and past[199, 0] == 31
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_parameters_of_the_published_sizes(t5, gated):
     """T5-small has 60.5 million parameters, and T5 1.1 small 77 million."""
     sizes = {"gated": True, "tied": False, "d_ff": 1024, "num_layers": 8, "num_heads": 6} if gated else {}

@@ -15,12 +15,12 @@ def unet(family):
 
 @pytest.fixture(scope="module")
 def trained(unet):
-    return unet.main(steps=60, size=24, widths=(8, 16))
+    return unet.main(steps=80, size=20, widths=(8, 16), batch_size=8)
 
 
 def test_shapes_are_found(trained):
     _, state, history, scores = trained
-    assert int(state.step) == len(history.losses) == 60
+    assert int(state.step) == len(history.losses) == 80
     assert history.losses[:5].mean() > 0.6
     assert history.losses[-20:].mean() < 0.25
     assert scores["mean_iou"] > 0.7
@@ -28,9 +28,9 @@ def test_shapes_are_found(trained):
 
 def test_each_pixel_has_its_class(unet, trained):
     trainer, state, *_ = trained
-    images, labels = unet.make_images(32, size=24, seed=2)
+    images, labels = unet.make_images(32, size=20, seed=2)
     found = np.argmax(trainer.predict(state, images), axis=-1)
-    assert found.shape == labels.shape == (32, 24, 24)
+    assert found.shape == labels.shape == (32, 20, 20)
     # Much noise and shapes of one brightness: what is right cannot be read off single pixels.
     alone = (images[..., 0] > 0.5) * np.where((labels == 1).sum() > (labels == 2).sum(), 1, 2)
     assert (found == labels).mean() > (alone == labels).mean() + 0.05

@@ -14,7 +14,7 @@ def vit(family):
 
 @functools.cache
 def trained(vit):
-    return vit.main(steps=250)
+    return vit.main(steps=180)
 
 
 def test_it_learns_digits(vit):

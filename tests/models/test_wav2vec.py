@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def trained(family):
-    return family("wav2vec").main(steps=200)
+    return family("wav2vec").main(steps=250, recordings=1024, batch_size=16)
 
 
 def test_most_new_recordings_are_decoded_right(trained):

@@ -20,7 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-# `average` is joined to `earlier` after each so many updates that count. What rounding loses grows with it: over 1,500
+# `average` is joined to `earlier` after this many updates that count. The rounding error grows with it: over 1,500
 # updates of constant parameters, for decays from 0.5 to 0.99999 and for swa, the average stayed within 3.2e-7 of
 # float64, relative to the parameter, and with 64 updates within 6.1e-7.
 _JOINED = 16
@@ -148,9 +148,9 @@ def _moved(rule: Ema | Swa, node: AveragedWeights, updated: jax.Array, params: A
 
 
 def _if_due(due: jax.Array, function: Callable[[T], T], values: T) -> T:
-    """Return what a function makes of some arrays where that is due, and these arrays elsewhere.
+    """Return ``function(values)`` where that is due, and the values unchanged elsewhere.
 
-    By a loop of no step or one: XLA:CPU writes to the arrays of a loop in place, and copies those of a condition.
+    It is a loop of zero steps or one: XLA:CPU writes to the arrays of a loop in place, and copies those of a condition.
     """
     return lax.fori_loop(0, due.astype(jnp.int32), lambda _, values: function(values), values)
 
@@ -178,12 +178,12 @@ def _value(weight: Any, average: jax.Array, earlier: Any) -> jax.Array:
 
 
 def _joined(weight: jax.Array, average: jax.Array, earlier: Any) -> Any:
-    """Return what ``earlier`` is after a join."""
+    """Return ``earlier`` after a join."""
     return earlier if isinstance(earlier, tuple) else _value(weight, average, earlier)
 
 
 def _rest(weight: jax.Array, average: jax.Array, earlier: Any) -> jax.Array:
-    """Return what ``average`` is after a join: what rounding loses of ``earlier``."""
+    """Return ``average`` after a join: what ``earlier`` lost by rounding."""
     if isinstance(earlier, tuple):
         return average
     one, other = _terms(weight, average, earlier)

@@ -1,4 +1,4 @@
-"""A mapping applied to weights, and undone: the weights that it makes these variables of."""
+"""A mapping applied to weights, and its inverse, from variables to the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LIKE = "safetensors.save(path, vars, mapping, like=safetensors.load(original))"
 
 
 class Group(NamedTuple):
-    """Weights that become others together: one, or all that ``stack`` makes one array of.
+    """Weights that a rule converts together: a single one, or all those that ``stack`` puts into one array.
 
     Attributes:
         old: Their names.

@@ -93,7 +93,7 @@ def _calls_seen(
     def see(frame: FrameType, event: str, result: Any) -> None:
         if event == "call":
             part = part_of(frame)
-            # A method that a part calls of itself is not another call of the part.
+            # A method that a part calls on itself is not another call of the part.
             if part is not None and not (running and running[-1][1] == part.path):
                 running.append((frame, part.path, watch(part)))
         elif event == "return" and running and running[-1][0] is frame:

@@ -1,7 +1,6 @@
 """What the tests of pretrained models share: the examples, the script that recorded values, and a step of training."""
 
 import functools
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -15,18 +14,13 @@ import kaun
 from kaun import rng
 from kaun.interop import safetensors
 
+from ...models.conftest import load
+
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[2] / "examples"
 
 # It needs torch, so it is loaded by the tests that need torch too.
 collect_ignore = ["record.py"]
-
-
-def loaded(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -59,26 +53,20 @@ def as_hub_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def gpt2():
-    return loaded(EXAMPLES / "models" / "gpt.py")
+def gpt2(family):
+    return family("gpt")
 
 
 @pytest.fixture(scope="session")
 def minilm():
-    return loaded(EXAMPLES / "minilm.py")
+    return load(EXAMPLES / "minilm.py")
 
 
 @pytest.fixture(scope="session")
 def record():
     for package in ("torch", "transformers"):
         pytest.importorskip(package)
-    return loaded(HERE / "record.py")
-
-
-@pytest.fixture(scope="session")
-def family():
-    """A function from the name of a file in examples/models to its module."""
-    return functools.cache(lambda name: loaded(EXAMPLES / "models" / f"{name}.py"))
+    return load(HERE / "record.py")
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ import kaun
 from kaun import losses, tree
 from kaun.interop import safetensors
 
-from ...models.conftest import load
-
 TOLERANCE = 1e-5
 
 
@@ -46,11 +44,11 @@ def images():
     return np.random.default_rng(0).normal(size=(5, 40, 32, 3)).astype(np.float32)
 
 
-def test_logits_with_running_statistics(saved):
+def test_logits_with_running_statistics(family, saved):
     import torch
 
     theirs, folder = saved
-    model, variables = load("resnet").read(folder)
+    model, variables = family("resnet").read(folder)
     trainer = kaun.Trainer(model=model, optimizer=optax.identity())
     x = images()
     with torch.no_grad():
@@ -59,11 +57,11 @@ def test_logits_with_running_statistics(saved):
     agree("logits", trainer.predict(trainer.make_state(variables), x), expected)
 
 
-def test_a_training_step(saved):
+def test_a_training_step(family, saved):
     import torch
 
     theirs, folder = saved
-    resnet = load("resnet")
+    resnet = family("resnet")
     model, variables = resnet.read(folder)
     trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1))
     x, y = images(), np.array([0, 6, 3, 2, 2])

@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from .training import agree, filled, one_step
-
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
@@ -71,18 +69,18 @@ def transformer(params, tokens, heads, blocks, top, capacity_factor):
 
 
 @pytest.mark.parametrize(("top", "capacity_factor"), [(1, 1.0), (2, 0.7)])
-def test_moe_equals_torch(family, top, capacity_factor):
+def test_moe_equals_torch(family, same_step, top, capacity_factor):
     moe = family("moe")
     sizes = {"heads": 2, "blocks": 2, "top": top, "capacity_factor": capacity_factor}
     model = moe.make_model(vocab_size=11, width=8, hidden=6, experts=3, **sizes)
-    variables = filled(model)
     random = np.random.default_rng(0)
     tokens, targets = random.integers(0, 11, (2, 3, 7))
     targets[:, 0] = -100
 
-    def loss(out):
+    def theirs(params, _):
+        out = transformer(params, torch.tensor(tokens), **sizes)
         main = F.cross_entropy(out["logits"].transpose(1, 2), torch.tensor(targets), ignore_index=-100)
-        return main + 0.5 * out["balance"]
+        return out, main + 0.5 * out["balance"]
 
-    ours = one_step(model, variables, tokens.astype(np.int32), lambda out: moe.switch_loss(out, targets, weight=0.5))
-    agree(ours, variables, lambda params: transformer(params, torch.tensor(tokens), **sizes), loss)
+    item = (tokens.astype(np.int32), lambda out: moe.switch_loss(out, targets, weight=0.5))
+    same_step(model, None, None, item, theirs)
