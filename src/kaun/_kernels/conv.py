@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from kaun._kernels.winograd import convolve_tiles, saves_time
+
 __all__ = ["ConvConfig", "convolve", "convolve_transposed"]
 
 # The images that one convolution for the gradient of a weight takes.
@@ -128,17 +130,23 @@ def _volumes(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -
 
 
 def _dense(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
+    tiled = {*config.stride, *config.dilation} == {1} and saves_time(x, weight)
+
     @jax.custom_jvp
     def convolved(x: jax.Array, weight: jax.Array) -> jax.Array:
         if x.shape[3] == 1 and math.prod(weight.shape[:2]) <= 16:
             # The fast kernel is slow for one channel: 3 times slower than this on 3 x 3.
             return _one_product(_padded(x, config), weight, config)
+        if tiled:
+            return convolve_tiles(_padded(x, config), weight)
         return _library(x, weight, config, ("NHWC", "HWIO", "NHWC"), 1)
 
     def derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         (x, weight), (x_dot, weight_dot) = primals, tangents
         parts: list[jax.Array] = []
-        if not isinstance(x_dot, SymbolicZero):
+        if not isinstance(x_dot, SymbolicZero) and tiled:
+            parts.append(convolve_tiles(_padded(x_dot, config), weight))
+        elif not isinstance(x_dot, SymbolicZero):
             # Its transpose, which is what training runs, is in canonical layout.
             parts.append(_library(x_dot, weight.swapaxes(2, 3), config, ("NHWC", "HWOI", "NHWC"), 1))
         if not isinstance(weight_dot, SymbolicZero):
