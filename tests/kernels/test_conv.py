@@ -14,6 +14,7 @@ from jax import lax
 
 from kaun import layers, rng
 from kaun._engine.jaxpr import slow_in_loops
+from kaun._kernels import conv
 from kaun._kernels.conv import ConvConfig, convolve
 
 quick = settings(max_examples=12, deadline=None)
@@ -74,6 +75,23 @@ def test_values_and_derivatives_are_those_of_the_library(kernel, stride, dilatio
         )
 
     agree(jax.jit(everything, static_argnums=0)(ours), jax.jit(everything, static_argnums=0)(theirs))
+
+
+def test_the_gradient_of_a_weight_in_parts_of_the_batch(monkeypatch):
+    monkeypatch.setattr(conv, "_IMAGES", 2)
+    ours, theirs = both((1, 1), (1, 1), ((1, 0), (0, 2)), 1)
+    x, weight = normal(0, 5, 4, 6, 8), normal(1, 3, 2, 8, 3)
+    bars, directions = theirs(x, weight), (normal(2, *x.shape), normal(3, *weight.shape))
+
+    def everything(f):
+        slopes = lambda x, weight: jax.vjp(f, x, weight)[1](bars)
+        inner = jax.vmap(lambda weight: jax.grad(lambda w: (f(x, w) ** 2).sum())(weight))
+        forward, second = (jax.jvp(g, (x, weight), directions) for g in (f, slopes))
+        return slopes(x, weight), forward, second, inner(weight[None])
+
+    agree(jax.jit(everything, static_argnums=0)(ours), jax.jit(everything, static_argnums=0)(theirs))
+    # Two convolutions of two images and one of one.
+    assert str(jax.make_jaxpr(jax.grad(lambda w: (ours(x, w) ** 2).sum()))(weight)).count("conv_general_dilated[") == 4
 
 
 def test_the_hessian_of_a_loss():

@@ -17,7 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from kaun._kernels.winograd import convolve_tiles, saves_time
+
 __all__ = ["ConvConfig", "convolve", "convolve_transposed"]
+
+# The images that one convolution for the gradient of a weight takes.
+_IMAGES = 32
 
 
 class ConvConfig:
@@ -125,25 +130,50 @@ def _volumes(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -
 
 
 def _dense(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
+    tiled = {*config.stride, *config.dilation} == {1} and saves_time(x, weight)
+
     @jax.custom_jvp
     def convolved(x: jax.Array, weight: jax.Array) -> jax.Array:
         if x.shape[3] == 1 and math.prod(weight.shape[:2]) <= 16:
             # The fast kernel is slow for one channel: 3 times slower than this on 3 x 3.
             return _one_product(_padded(x, config), weight, config)
+        if tiled:
+            return convolve_tiles(_padded(x, config), weight)
         return _library(x, weight, config, ("NHWC", "HWIO", "NHWC"), 1)
 
     def derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         (x, weight), (x_dot, weight_dot) = primals, tangents
         parts: list[jax.Array] = []
-        if not isinstance(x_dot, SymbolicZero):
+        if not isinstance(x_dot, SymbolicZero) and tiled:
+            parts.append(convolve_tiles(_padded(x_dot, config), weight))
+        elif not isinstance(x_dot, SymbolicZero):
             # Its transpose, which is what training runs, is in canonical layout.
             parts.append(_library(x_dot, weight.swapaxes(2, 3), config, ("NHWC", "HWOI", "NHWC"), 1))
         if not isinstance(weight_dot, SymbolicZero):
-            parts.append(_products(_padded(x, config), weight_dot, config))
+            parts.append(_along_weight(x, weight_dot, config))
         return convolved(x, weight), functools.reduce(operator.add, parts)
 
     convolved.defjvp(derivative, symbolic_zeros=True)
     return convolved(x, weight)
+
+
+def _along_weight(x: jax.Array, weight_dot: jax.Array, config: ConvConfig) -> jax.Array:
+    """Return the convolution with a weight's tangent, in a form whose transpose, the weight's gradient, is fast.
+
+    Without stride the gradient is itself a canonical convolution, of the channels as a batch with the batch as
+    channels: for 32 images it takes 0.3 to 0.9 of the time of products, and a third of their memory. Above 32 images it
+    is computed in parts: 256 in one took 2 to 4 times as long.
+    """
+    batch, channels = x.shape[0], x.shape[3]
+    products = math.prod(weight_dot.shape[:2]) < 4 or channels < 8 or {*config.stride, *config.dilation} != {1}
+    # The batch may have any length (jax.export), one item (where a loop is quicker), or an axis of a mesh.
+    if products or type(batch) is not int or batch < 2 or any(jax.typeof(x).sharding.spec):
+        return _products(_padded(x, config), weight_dot, config)
+    x, weight_dot = x.transpose(3, 1, 2, 0), weight_dot.transpose(2, 0, 1, 3)
+    size = math.ceil(batch / math.ceil(batch / _IMAGES))
+    parts = [lax.slice_in_dim(x, i, min(i + size, batch), axis=3) for i in range(0, batch, size)]
+    parts = [_library(part, weight_dot, config, ("CHWN", "IHWO", "HWNC"), 1) for part in parts]
+    return jnp.concatenate(parts, axis=2).transpose(2, 0, 1, 3)
 
 
 def _padded(x: jax.Array, config: ConvConfig) -> jax.Array:
