@@ -6,9 +6,10 @@ import pytest
 
 from kaun import layers
 
-from .test_layers_torch import IMAGE, SEQUENCE, compare, last, normal
+torch = pytest.importorskip("torch")  # before the module below, which cannot be imported without it
 
-torch = pytest.importorskip("torch")
+from .test_layers_torch import IMAGE, SEQUENCE, compare, last, normal  # noqa: E402
+
 F = torch.nn.functional
 
 
