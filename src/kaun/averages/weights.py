@@ -38,7 +38,7 @@ class AveragedWeights(NamedTuple):
             float32 parameter it has only the updates since the last join (``_JOINED``), and the average is
             ``(1 - weight) * earlier + average``. An update reads and writes this array alone, and what rounding takes
             from its small values is little of the average. For 235,000 parameters (``bench.averages``, mlp) a step
-            takes 1.01 to 1.03 times the CPU time of one without an average, and 1.06 to 1.08 times where each update
+            takes 1.04 to 1.06 times the CPU time of one without an average, and 1.06 to 1.08 times where each update
             also writes what rounding loses. With ``from_optimizer`` it is ``()`` for each parameter that trains.
         earlier: The average at the last join, for float32 parameters; ``()`` for others.
         weight: The weight of the updates since then, a float32 scalar; ``()`` with ``from_optimizer``.
