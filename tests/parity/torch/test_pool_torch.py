@@ -30,7 +30,7 @@ def test_instance_norm(shape):
         (layers.gelu(approximate=False), F.gelu), (layers.leaky_relu(0.3), lambda x: F.leaky_relu(x, 0.3)),
         (layers.elu(0.5), lambda x: F.elu(x, 0.5)), (layers.activation(jax.nn.hard_swish), F.hardswish),
     ],
-    ids=repr,
+    ids=["exact gelu", "leaky_relu", "elu", "activation"],
 )  # fmt: skip
 def test_activations_with_options(layer, function):
     compare(layer, 3 * normal(0, SEQUENCE), lambda p, x: function(x))
