@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from kaun._kernels.winograd import convolve_tiles, saves_time
-
 __all__ = ["ConvConfig", "convolve", "convolve_transposed"]
 
 # The images that one convolution for the gradient of a weight takes.
@@ -39,8 +37,7 @@ def convolve(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -
 
     On a CPU the convolution and its gradients run equally fast inside compiled loops and outside. Forward-mode and
     second derivatives are correct too, but not all of them are fast in loops (``slow_in_loops`` detects which). On
-    other devices this is ``lax.conv_general_dilated``. Wide kernels of 3 x 3 take fewer multiplications
-    (``convolve_tiles``).
+    other devices this is ``lax.conv_general_dilated``.
 
     Args:
         x: ``[batch, height, width, channels]`` or ``[batch, depth, height, width, channels]`` in float32 or float64;
@@ -131,23 +128,17 @@ def _volumes(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -
 
 
 def _dense(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
-    tiled = {*config.stride, *config.dilation} == {1} and saves_time(x, weight)
-
     @jax.custom_jvp
     def convolved(x: jax.Array, weight: jax.Array) -> jax.Array:
         if x.shape[3] == 1 and math.prod(weight.shape[:2]) <= 16:
             # The fast kernel is slow for one channel: 3 times slower than this on 3 x 3.
             return _one_product(_padded(x, config), weight, config)
-        if tiled:
-            return convolve_tiles(_padded(x, config), weight)
         return _library(x, weight, config, ("NHWC", "HWIO", "NHWC"), 1)
 
     def derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         (x, weight), (x_dot, weight_dot) = primals, tangents
         parts: list[jax.Array] = []
-        if not isinstance(x_dot, SymbolicZero) and tiled:
-            parts.append(convolve_tiles(_padded(x_dot, config), weight))
-        elif not isinstance(x_dot, SymbolicZero):
+        if not isinstance(x_dot, SymbolicZero):
             # Its transpose, which is what training runs, is in canonical layout.
             parts.append(_library(x_dot, weight.swapaxes(2, 3), config, ("NHWC", "HWOI", "NHWC"), 1))
         if not isinstance(weight_dot, SymbolicZero):
