@@ -88,19 +88,12 @@ def close(a: float, b: float, tolerance: float) -> bool:
     return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-3)
 
 
-def _uniform(g: np.random.Generator, fan_in: int, fan_out: int, shape: tuple[int, ...]) -> np.ndarray:
-    numbers = g.random(shape, np.float32)
-    numbers -= 0.5
-    numbers *= 2 * (6 / (fan_in + fan_out)) ** 0.5
-    return numbers
-
-
 def _linear(g: np.random.Generator, a: int, b: int) -> dict[str, np.ndarray]:
-    return {"weight": _uniform(g, a, b, (a, b)), "bias": np.zeros(b, np.float32)}
+    return {"weight": networks.uniform(g, a, b, (a, b)), "bias": np.zeros(b, np.float32)}
 
 
 def _conv(g: np.random.Generator, a: int, b: int) -> dict[str, np.ndarray]:
-    return {"weight": _uniform(g, 9 * a, 9 * b, (3, 3, a, b)), "bias": np.zeros(b, np.float32)}
+    return {"weight": networks.uniform(g, 9 * a, 9 * b, (3, 3, a, b)), "bias": np.zeros(b, np.float32)}
 
 
 def _cnn_weights(g: np.random.Generator) -> list[dict[str, np.ndarray]]:
@@ -116,7 +109,7 @@ def _norm() -> dict[str, np.ndarray]:
 
 def _gpt_weights(g: np.random.Generator) -> dict[str, Any]:
     def block() -> dict[str, Any]:
-        projections = {key: _uniform(g, WIDTH, WIDTH, (WIDTH, WIDTH)) for key in ("q", "k", "v", "out")}
+        projections = {key: networks.uniform(g, WIDTH, WIDTH, (WIDTH, WIDTH)) for key in ("q", "k", "v", "out")}
         mlp = {"up": _linear(g, WIDTH, 4 * WIDTH), "down": _linear(g, 4 * WIDTH, WIDTH)}
         return {"norm1": _norm(), **projections, "norm2": _norm(), **mlp}
 

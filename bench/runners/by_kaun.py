@@ -130,8 +130,10 @@ def session(workload: Workload, report=None, model_of=own, hand_over=True) -> Se
         del kept
         jax.block_until_ready(states[0].vars)
 
+    forward = jax.jit(functools.partial(model.apply, training=True))
+
     def check():
-        output, _ = jax.jit(functools.partial(model.apply, training=True))(states[0].vars, x[: workload.batch])
+        output, _ = forward(states[0].vars, x[: workload.batch])
         return float(loss(output, y[: workload.batch]))
 
     return Session(run, check)
