@@ -59,13 +59,14 @@ def gelu(approximate: bool = True) -> Layer[Float, Float]:
         ['-0.1588', '1.9546']
         ['-0.1587', '1.9545']
     """
-    return _elementwise(call_text(gelu, approximate=approximate), _wide(jax.nn.gelu) if approximate else _exact_gelu)
+    return _elementwise(
+        call_text(gelu, approximate=approximate), _wide(jax.nn.gelu) if approximate else _in_full(_exact_gelu)
+    )
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
-    # jax.nn.gelu has erfc, of which a forward and a backward pass take 1.6 times as long.
-    z = x.astype(accumulation_dtype(x.dtype))
-    return (z * (0.5 + 0.5 * jax.lax.erf(z * 0.5**0.5))).astype(x.dtype)
+    # jax.nn.gelu has erfc, of which a forward and a backward pass take 1.14 times as long (768 x 512, jax 0.10.2).
+    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
 def silu() -> Layer[Float, Float]:
