@@ -59,9 +59,8 @@ def gelu(approximate: bool = True) -> Layer[Float, Float]:
         ['-0.1588', '1.9546']
         ['-0.1587', '1.9545']
     """
-    return _elementwise(
-        call_text(gelu, approximate=approximate), _wide(jax.nn.gelu) if approximate else _in_full(_exact_gelu)
-    )
+    f = _wide(jax.nn.gelu) if approximate else _in_full(_exact_gelu)
+    return _elementwise(call_text(gelu, approximate=approximate), f)
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from kaun.context import Context
 from kaun.layers.arguments import accumulation_dtype, along_last, call_text, fraction, positive, size
 from kaun.layers.core import Float, Layer, Vars
 from kaun.layers.dropout import drop
-from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_param
+from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_affine
 from kaun.layers.inputs import float_input
 from kaun.layers.path import here
 from kaun.layers.positions import positions_of
@@ -110,11 +110,8 @@ def multi_head_attention(
     }
 
     def init(*, dtype: Any) -> Vars:
-        params: dict[str, Any] = {}
-        for key, shape in shapes.items():
-            params[key] = {"weight": init_param(name, "weight_init", weight_init, shape, dtype)}
-            if bias:
-                params[key]["bias"] = init_param(name, "bias_init", bias_init, shape[1:], dtype)
+        second = bias_init if bias else None
+        params = {key: init_affine(name, weight_init, shape, second, dtype) for key, shape in shapes.items()}
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,11 +12,13 @@ from kaun._kernels import ConvConfig, convolve
 from kaun.context import Context
 from kaun.layers.arguments import AXES, accumulation_dtype, along_last, call_text, size, sizes
 from kaun.layers.core import Float, Layer, Vars
-from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_param
+from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_affine
 from kaun.layers.inputs import float_input
 from kaun.layers.padding import must_fit, padding_of, pads_of
 
-__all__ = ["conv1d", "conv2d", "conv3d"]
+__all__ = ["conv1d", "conv2d", "conv3d", "on_images"]
+
+Kernel = Callable[[jax.Array, jax.Array, ConvConfig], jax.Array]
 
 
 def conv1d(
@@ -201,9 +204,7 @@ def _convolution(
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
 
     def init(*, dtype: Any) -> Vars:
-        params = {"weight": init_param(name, "weight_init", weight_init, shape, dtype, groups)}
-        if bias:
-            params["bias"] = init_param(name, "bias_init", bias_init, (filters,), dtype)
+        params = init_affine(name, weight_init, shape, bias_init if bias else None, dtype, groups)
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
@@ -211,7 +212,9 @@ def _convolution(
         pads = pads_of(padding, x.shape[1:-1], spans, stride)
         if padding not in ("SAME", "CAUSAL"):
             must_fit(name, x, spans, pads)
-        y = _convolved(x, vars.params["weight"], ConvConfig(stride, dilation, pads), groups)
+        y = on_images(
+            functools.partial(convolve, groups=groups), x, vars.params["weight"], ConvConfig(stride, dilation, pads)
+        )
         if bias:
             y = y + along_last(vars.params["bias"], y.ndim)
         return y, vars
@@ -219,12 +222,13 @@ def _convolution(
     return Layer(init=init, apply=apply, name=name)
 
 
-def _convolved(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -> jax.Array:
-    if x.ndim == 3:  # a sequence is computed as an image with one row
+def on_images(kernel: Kernel, x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
+    """Return what a kernel of images computes, in its dtype of sums; a sequence is an image with one row."""
+    if x.ndim == 3:
         row = ConvConfig((1, *config.stride), (1, *config.dilation), [(0, 0), *config.padding])
-        return _convolved(x[:, None], weight[None], row, groups)[:, 0]
+        return on_images(kernel, x[:, None], weight[None], row)[:, 0]
     dtype = accumulation_dtype(x.dtype)
-    return convolve(x.astype(dtype), weight.astype(dtype), config, groups).astype(x.dtype)
+    return kernel(x.astype(dtype), weight.astype(dtype), config).astype(x.dtype)
 
 
 def _channels(head: str, in_channels: int, out_channels: int, groups: int) -> tuple[int, int, int]:

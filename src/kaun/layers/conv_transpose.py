@@ -10,9 +10,10 @@ import jax
 from kaun import tree
 from kaun._kernels import ConvConfig, convolve_transposed
 from kaun.context import Context
-from kaun.layers.arguments import AXES, accumulation_dtype, along_last, call_text, size, sizes
+from kaun.layers.arguments import AXES, along_last, call_text, size, sizes
+from kaun.layers.conv import on_images
 from kaun.layers.core import Float, Layer, Vars
-from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_param
+from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_affine
 from kaun.layers.inputs import float_input
 from kaun.layers.padding import Pads, padding_of
 from kaun.layers.path import here
@@ -154,28 +155,19 @@ def _transposed(
     cuts = [_cut(padding, axis, spans[axis], stride[axis], added[axis]) for axis in range(axes)]
 
     def init(*, dtype: Any) -> Vars:
-        params = {"weight": init_param(name, "weight_init", weight_init, (*kernel, channels, filters), dtype)}
-        if bias:
-            params["bias"] = init_param(name, "bias_init", bias_init, (filters,), dtype)
+        shape = (*kernel, channels, filters)
+        params = init_affine(name, weight_init, shape, bias_init if bias else None, dtype)
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=channels, ndim=axes + 2, layout=f"batch, {AXES[axes]}")
         _must_be_left(name, x, spans, stride, cuts)
-        y = _spread(x, vars.params["weight"], ConvConfig(stride, dilation, cuts))
+        y = on_images(convolve_transposed, x, vars.params["weight"], ConvConfig(stride, dilation, cuts))
         if bias:
             y = y + along_last(vars.params["bias"], y.ndim)
         return y, vars
 
     return Layer(init=init, apply=apply, name=name)
-
-
-def _spread(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
-    if x.ndim == 3:  # a sequence is computed as an image with one row
-        row = ConvConfig((1, *config.stride), (1, *config.dilation), [(0, 0), *config.padding])
-        return _spread(x[:, None], weight[None], row)[:, 0]
-    dtype = accumulation_dtype(x.dtype)
-    return convolve_transposed(x.astype(dtype), weight.astype(dtype), config).astype(x.dtype)
 
 
 def _cut(padding: Pads, axis: int, span: int, step: int, added: int) -> tuple[int, int]:

@@ -34,6 +34,17 @@ def init_param(
     return _drawn(layer, what, initializer, None, shape, dtype)
 
 
+def init_affine(
+    layer: str, weight_init: Initializer, shape: tuple[int, ...], bias_init: Initializer | None, dtype: Any,
+    groups: int = 1,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """Draw ``weight`` of this shape and, unless ``bias_init`` is None, ``bias`` of its last axis."""
+    params = {"weight": init_param(layer, "weight_init", weight_init, shape, dtype, groups)}
+    if bias_init is not None:
+        params["bias"] = init_param(layer, "bias_init", bias_init, shape[-1:], dtype)
+    return params
+
+
 def _drawn(layer: str, what: str, initializer: Initializer, key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     wanted = f"float array {jnp.dtype(dtype).name}{list(shape)}"
     fix = f"Write {what}=jax.nn.initializers.normal(0.02), or a function (key, shape, dtype) -> array."

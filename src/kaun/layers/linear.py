@@ -10,7 +10,7 @@ from kaun._kernels import matmul
 from kaun.context import Context
 from kaun.layers.arguments import along_last, call_text, size
 from kaun.layers.core import Float, Layer, Vars
-from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_param
+from kaun.layers.init import GLOROT_UNIFORM, Initializer, init_affine
 from kaun.layers.inputs import float_input
 
 __all__ = ["linear"]
@@ -54,9 +54,7 @@ def linear(
     name = call_text(linear, in_features=fan_in, out_features=fan_out, bias=bias)
 
     def init(*, dtype: Any) -> Vars:
-        params = {"weight": init_param(name, "weight_init", weight_init, (fan_in, fan_out), dtype)}
-        if bias:
-            params["bias"] = init_param(name, "bias_init", bias_init, (fan_out,), dtype)
+        params = init_affine(name, weight_init, (fan_in, fan_out), bias_init if bias else None, dtype)
         return Vars(params=params, state={}, dtype=dtype)
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
