@@ -12,7 +12,7 @@ from kaun import tree
 from kaun.layers.arguments import AXES, size
 from kaun.layers.path import here
 
-__all__ = ["Pads", "must_fit", "padding_of", "pads_of"]
+__all__ = ["Pads", "must_fit", "padding_of", "pads_of", "too_small"]
 
 Pads: TypeAlias = "str | tuple[tuple[int, int], ...]"
 """A checked padding: a word, or what is added before and after each axis."""
@@ -78,16 +78,23 @@ def pads_of(
     return padding
 
 
+def too_small(x: jax.Array, spans: Sequence[int], pads: Sequence[tuple[int, int]]) -> str:
+    """Return the sizes that an input needs to hold a kernel with its padding, as text; empty where it has them."""
+    needed = [max(span - low - high, 1) for span, (low, high) in zip(spans, pads, strict=True)]
+    small = any(least > n for least, n in zip(needed, x.shape[1:-1], strict=True))
+    return " x ".join(map(str, needed)) if small else ""
+
+
 def must_fit(name: str, x: jax.Array, spans: Sequence[int], pads: Sequence[tuple[int, int]]) -> None:
     """Check that an input with its padding is at least as large as the kernel spans.
 
     Raises:
         ValueError: If it is smaller.
     """
-    needed = [max(span - low - high, 1) for span, (low, high) in zip(spans, pads, strict=True)]
-    if any(least > n for least, n in zip(needed, x.shape[1:-1], strict=True)):
+    needed = too_small(x, spans, pads)
+    if needed:
         padded = " beyond its padding" if any(map(sum, pads)) else ""
         raise ValueError(
-            f"{here(name)} expected at least {' x '.join(map(str, needed))} positions, which its kernel spans{padded}, "
+            f"{here(name)} expected at least {needed} positions, which its kernel spans{padded}, "
             f'received {tree.describe(x)}. Write padding="SAME", or use a smaller kernel.'
         )

@@ -17,7 +17,7 @@ from kaun.layers.arguments import AXES, accumulation_dtype, call_text, sizes
 from kaun.layers.core import Float, Layer
 from kaun.layers.function import stateless
 from kaun.layers.inputs import float_input
-from kaun.layers.padding import Pads, padding_of, pads_of
+from kaun.layers.padding import Pads, padding_of, pads_of, too_small
 from kaun.layers.path import here
 
 __all__ = [
@@ -300,14 +300,12 @@ def _pool(
     def apply(x: Any) -> jax.Array:
         x = float_input(name, x, ndim=axes + 2, layout=f"batch, {AXES[axes]}")
         pads = pads_of(pool.padding, x.shape[1:-1], pool.window, pool.step)
-        needed = [max(size - low - high, 1) for size, (low, high) in zip(pool.window, pads, strict=True)]
-        if any(least > n for least, n in zip(needed, x.shape[1:-1], strict=True)):
-            what, padded = (
-                ("sequences" if axes == 1 else "images"),
-                " without its padding" if any(map(sum, pads)) else "",
-            )
+        needed = too_small(x, pool.window, pads)
+        if needed:
+            what = "sequences" if axes == 1 else "images"
+            padded = " without its padding" if any(map(sum, pads)) else ""
             raise ValueError(
-                f"{here(name)} expected {what} of at least {' x '.join(map(str, needed))}, its window size{padded}, "
+                f"{here(name)} expected {what} of at least {needed}, its window size{padded}, "
                 f"received {tree.describe(x)}. Use a smaller kernel_size, or less pooling in the layers before it."
             )
         return pooled(x, pads).astype(x.dtype)
