@@ -28,6 +28,10 @@ class ConvConfig:
 
     __slots__ = ("dilation", "padding", "stride")
 
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: Sequence[tuple[int, int]]
+
     def __init__(self, stride: tuple[int, ...], dilation: tuple[int, ...], padding: Sequence[tuple[int, int]]) -> None:
         self.stride, self.dilation, self.padding = stride, dilation, padding
 
