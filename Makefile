@@ -16,6 +16,9 @@ PINS = constraints.txt
 ALSO =
 TESTS =
 
+# XLA makes as many devices of one CPU.
+DEVICES = XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8"
+
 RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist worksteal
 # The pins hold for the tools that build kaun, too; an empty variable is none to pip.
@@ -27,8 +30,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # The tests that others run on simple machine code (conftest.py) too.
 test-slow test-oldest test-newest: export KAUN_TESTS_CODE = of users
 
-.PHONY: help demo test lint suite test-slow test-oldest oldest test-newest test-torch test-interop test-pretrained \
-  pretrained faults bench bench-run raises clean
+.PHONY: help demo test lint suite test-slow test-oldest oldest test-newest test-torch test-interop test-scale \
+  test-pretrained pretrained faults bench bench-run raises clean
 
 help:
 	@echo "make demo         train a small network on handwritten digits, with pictures of the result"
@@ -37,6 +40,7 @@ help:
 	@echo "make test-oldest  the suite on the oldest JAX and other dependencies that pyproject.toml admits"
 	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
 	@echo "make test-torch   layers, losses and the model families against PyTorch"
+	@echo "make test-scale   the long form on eight simulated devices and in two processes"
 	@echo "make faults       the part of test-slow with kills, power losses and damage; about half an hour"
 	@echo "make test-interop models and loaders of other libraries, beside their own loops"
 	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"
@@ -57,6 +61,7 @@ lint: $(VENV)/.dev
 
 suite: $(VENV)/.dev
 	$(PYTEST) --durations 10 $(TESTS) $(ARGS)
+	$(if $(TESTS)$(ARGS),,$(DEVICES) $(PYTEST) tests/scale/devices)
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --durations 10 -m "slow or hypothesis" --hypothesis-profile=full $(ARGS)
@@ -78,6 +83,9 @@ test-newest:
 
 test-torch:
 	@$(MAKE) --no-print-directory suite VENV=.venv-torch ALSO=torch TESTS="tests/parity/torch -m ''"
+
+test-scale: $(VENV)/.dev
+	$(DEVICES) $(PYTEST) --durations 10 -m '' tests/scale $(ARGS)
 
 faults: $(VENV)/.dev
 	$(PYTEST) -s -m '' tests/faults $(ARGS)
