@@ -32,7 +32,8 @@ __all__ = ["StepLoop", "find_step", "run_step"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
-_LONGEST = 0.1  # seconds that one dispatch should take at most: Python handles Ctrl-C between dispatches alone
+# Seconds: Python handles Ctrl-C between dispatches alone. After each, glibc gives the program's temporaries back.
+_LONGEST = 0.5
 _BUFFERS = 4
 
 
@@ -378,17 +379,16 @@ class StepLoop:
         raise self._error_for(self._failed_step, float(np.asarray(results.losses)[i]), status[1:], failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:
-        """Wait for a dispatch, and let blocks grow until one takes long enough to hide its dispatch."""
+        """Wait for a dispatch, and let blocks grow until one takes long enough to hide what a dispatch costs."""
         results = dispatch.results
         results.losses.block_until_ready()
         self._check(dispatch)
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
-        # The clock decides how many steps share a dispatch, which changes no bit of them.
-        if elapsed > _LONGEST:
+        if elapsed > _LONGEST:  # the clock decides how many steps share a dispatch, which changes no bit of them
             self._limit = max(1, self._limit // 4)
-        elif elapsed < _LONGEST / 4 and results.steps * 4 >= self._limit:
-            self._limit = min(self._limit * 4, ROWS)
+        elif elapsed < _LONGEST / 2 and results.steps * 4 >= self._limit:
+            self._limit = min(self._limit * (4 if elapsed < _LONGEST / 4 else 2), ROWS)
 
 
 def _readable(arrays: list[Any]) -> bool:
