@@ -110,6 +110,9 @@ def test_activation_of_any_function():
     assert jnp.array_equal(model.apply(model.init(), x)[0], jax.nn.hard_swish(jax.nn.relu(x)))
     with pytest.raises(TypeError, match=r"activation expected a function of one array, received 'relu'\. Write activ"):
         layers.activation("relu")
+    text = r"activation expected a function of one array, received layers\.relu, which makes a layer\. Write layers\.relu\(\)"
+    with pytest.raises(TypeError, match=text):
+        layers.activation(layers.relu)
     with pytest.raises(TypeError, match=r"activation\(hard_silu\) expected float.*, received int32\[3\]"):
         layers.activation(jax.nn.hard_swish).apply(model.init(), jnp.arange(3))
     for f, received in ((jnp.sum, r"float32\[\]"), (lambda x: x > 0, r"bool\[2\]"), (lambda x: None, "NoneType")):

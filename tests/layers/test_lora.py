@@ -137,6 +137,14 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match=text):
         layers.merge_lora(model, model.init())
     adapted = layers.lora(model, 2, where=lambda path: True)
+    with pytest.raises(
+        TypeError, match=r"merge_lora expected kaun\.Vars, received NoneType\. Write merge_lora\(trainer\.mo"
+    ):
+        layers.merge_lora(adapted, None)
+    with pytest.raises(
+        TypeError, match=r"is_lora expected the path of a parameter, received 3\. Write Trainer\(trainable="
+    ):
+        layers.is_lora(3)
     text = r"lora expected variables with the params 'base' and 'adapters', received list of 2: .* under 'base', start\.replace"
     with pytest.raises(ValueError, match=text):
         layers.merge_lora(adapted, model.init())

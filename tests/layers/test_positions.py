@@ -80,11 +80,11 @@ def test_rope_computes_angles_in_float32(dtype):
     assert jnp.array_equal(y, layers.rope(x.astype(jnp.float32)).astype(dtype))
 
 
-@pytest.mark.parametrize("axis", [-1, 1, 2, -3])
+@pytest.mark.parametrize("axis", [-1, 1, 2, -3, "a", None])
 def test_rope_refuses_other_axes(axis):
     with pytest.raises(
-        ValueError,
-        match=rf"rope expected seq_axis to name an axis before the last, received seq_axis={axis} for float32\[4, 2\]",
+        ValueError if isinstance(axis, int) else TypeError,
+        match=rf"rope expected seq_axis to name an axis before the last, received seq_axis={axis!r} for float32\[4, 2\]",
     ):
         layers.rope(jnp.ones((4, 2)), seq_axis=axis)
 

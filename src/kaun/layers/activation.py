@@ -311,6 +311,11 @@ def activation(f: Callable[[jax.Array], Any]) -> Layer[Float, Float]:
     """
     if not callable(f):
         raise TypeError(f"activation expected a function of one array, received {f!r}. Write activation(jax.nn.relu6).")
+    if getattr(f, "__module__", None) == __name__ and f.__name__ in __all__:
+        raise TypeError(
+            f"activation expected a function of one array, received layers.{f.__name__}, which makes a layer. Write "
+            f"layers.{f.__name__}()."
+        )
     name = f"activation({getattr(f, '__name__', type(f).__name__)})"
 
     def checked(x: jax.Array) -> Any:

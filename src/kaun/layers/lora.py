@@ -121,11 +121,18 @@ def is_lora(path: str) -> bool:
     Args:
         path: The path of a parameter.
 
+    Raises:
+        TypeError: If it is not a string.
+
     Examples:
         >>> from kaun import layers
         >>> layers.is_lora("adapters.0.weight.lora_a"), layers.is_lora("base.0.weight")
         (True, False)
     """
+    if not isinstance(path, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"is_lora expected the path of a parameter, received {path!r}. Write Trainer(trainable=layers.is_lora)."
+        )
     return path.rpartition(".")[2] in ("lora_a", "lora_b")
 
 
@@ -137,7 +144,7 @@ def merge_lora(model: Layer[Any, Any], vars: Vars) -> Vars:
         vars: Its variables, such as a trainer's ``state.vars``.
 
     Raises:
-        TypeError: If ``model`` was not made by ``layers.lora``.
+        TypeError: If ``model`` was not made by ``layers.lora``, or ``vars`` is not a ``Vars``.
         ValueError: If the variables belong to another model.
 
     Examples:
@@ -154,6 +161,11 @@ def merge_lora(model: Layer[Any, Any], vars: Vars) -> Vars:
         received = short_name(model) if isinstance(model, Layer) else repr(model)  # pyright: ignore
         raise TypeError(
             f"merge_lora expected the model that layers.lora returned, received {received}. Write "
+            "merge_lora(trainer.model, state.vars)."
+        )
+    if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"merge_lora expected kaun.Vars, received {type(vars).__name__}. Write "
             "merge_lora(trainer.model, state.vars)."
         )
     return apply.merged(vars)

@@ -65,10 +65,11 @@ def rope(
     """
     x = float_input("rope", x)
     theta, rotated = positive("rope", "theta", theta), _rotated_size(x, rotary_dim)
-    axis = seq_axis + x.ndim if seq_axis < 0 else seq_axis
-    if not 0 <= axis < x.ndim - 1:
-        raise ValueError(
-            f"{here('rope')} expected seq_axis to name an axis before the last, received seq_axis={seq_axis} for "
+    is_int = isinstance(seq_axis, (int, np.integer))  # pyright: ignore[reportUnnecessaryIsInstance]
+    axis = seq_axis + x.ndim if is_int and seq_axis < 0 else seq_axis
+    if not is_int or not 0 <= axis < x.ndim - 1:
+        raise (ValueError if is_int else TypeError)(
+            f"{here('rope')} expected seq_axis to name an axis before the last, received seq_axis={seq_axis!r} for "
             f"{tree.describe(x)}. Write seq_axis=-2 for [..., seq, size]."
         )
     dtype, half = accumulation_dtype(x.dtype), rotated // 2
