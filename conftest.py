@@ -63,6 +63,12 @@ OF_USERS = (
     "tests/losses/test_mean.py",
     "tests/test_docs.py::test_page[docs/exactness.md]",
 )
+CACHE_OPTIONS = (
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 OPTIONS_OF_TEST = []  # the innermost last; for all threads
 key_of_caches = jax.make_user_context(())  # the options again, in the keys of JAX's caches
 
@@ -113,8 +119,15 @@ def options_in_use(options):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
+    before = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
     with options_in_use(options_for(item.nodeid)):
-        return (yield)
+        try:
+            return (yield)
+        finally:
+            if before != (after := {name: getattr(jax.config, name) for name in CACHE_OPTIONS}):  # kaun.cache ran
+                for name in after:
+                    jax.config.update(name, before[name])
+                reset_cache()
 
 
 def examples(full, profile):

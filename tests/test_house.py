@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "kaun"
 # The floor plan: each package or module of the root, from the row that imports nothing of kaun to those that users call.
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
-    {"_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
+    {"_cache", "_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
     {"context", "grad", "losses"},
     {"averages", "layers", "metrics"},
     {"_loss"},
@@ -46,7 +46,7 @@ ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", 
 PUBLIC = {
     "kaun": {
         "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
-        "averages", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics",
+        "averages", "cache", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics",
         "reports", "rng", "summary",
     },
     "kaun.averages": {"ema", "from_optimizer", "swa", "update_statistics"},
