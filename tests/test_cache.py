@@ -6,6 +6,7 @@ import pytest
 
 import kaun
 
+
 def test_a_small_program_is_kept_and_found(tmp_path):
     folder = tmp_path / "some" / "folder"
     kaun.cache(folder)
@@ -22,7 +23,9 @@ def test_a_small_program_is_kept_and_found(tmp_path):
 
 @pytest.mark.parametrize("path", [None, 3, "", b"x"])
 def test_what_is_no_path(path):
-    with pytest.raises(TypeError, match=r"cache expected the path of a folder, received .*\. Write kaun\.cache\(\"~/\."):
+    with pytest.raises(
+        TypeError, match=r"cache expected the path of a folder, received .*\. Write kaun\.cache\(\"~/\."
+    ):
         kaun.cache(path)
 
 

@@ -27,7 +27,8 @@ from kaun.train import Trainer as Trainer
 
 __all__ = [
     "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__", "averages", "cache",
-    "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics", "reports", "rng", "summary",
+    "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics", "reports", "rng",
+    "summary",
 ]  # fmt: skip
 
 # A constant, so that it can be read without an installation; a test compares it with pyproject.toml.
