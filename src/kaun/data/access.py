@@ -11,7 +11,7 @@ from kaun.data.chunks import Chunk, Limit, one_by_one
 from kaun.data.nodes import Node, Resume, StageSpec, every_stage
 from kaun.data.pipeline import Data, make_data
 from kaun.data.resumable import Check, ResumableLoader, after_skipped
-from kaun.data.rows import loses_rows
+from kaun.data.rows import loses_rows, own_rows
 
 __all__ = [
     "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "over_loader", "rest_of", "resume_of", "stages_of",
@@ -54,8 +54,14 @@ def chunks_of(data: Iterable[Any], iterator: Iterator[Any], limit: Limit) -> Ite
 
 
 def with_rows(data: Iterable[Any]) -> Iterable[Any]:
-    """The same data, whose items are ``RowsItem`` where something is known of their rows."""
+    """The same data, whose items are ``RowsItem`` where something is known of their rows.
+
+    Raises:
+        TypeError: If each process has rows of its own.
+    """
     node = _node(data)
+    if node is not None and "local" in node.rows:
+        raise own_rows("evaluate or predict")
     return data if node is None or not node.rows else make_data(node._replace(rows=frozenset()), *stages_of(data))
 
 
