@@ -52,7 +52,7 @@ class Sharding:
         (('data',), True)
         >>> state = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1)).init()
         >>> where.of(state).vars.params["weight"].spec
-        PartitionSpec()
+        P()
     """
 
     mesh: Mesh
@@ -117,7 +117,7 @@ def put(leaf: Any, where: NamedSharding) -> jax.Array:
         >>> from kaun import sharding
         >>> rows = sharding.put(np.ones((8, 2), np.float32), sharding.data_parallel().spread)
         >>> rows.shape, rows.sharding.spec
-        ((8, 2), PartitionSpec('data',))
+        ((8, 2), P('data',))
     """
     if isinstance(leaf, jax.Array):
         if leaf.committed and leaf.sharding == where:

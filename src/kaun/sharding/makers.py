@@ -32,7 +32,7 @@ def data_parallel(mesh: Mesh | None = None, *, rows: Rows | None = None) -> Shar
         >>> from kaun import layers, sharding
         >>> where = sharding.data_parallel()
         >>> where.of(layers.linear(2, 1).init()).params["weight"].spec, where.spread.spec
-        (PartitionSpec(), PartitionSpec('data',))
+        (P(), P('data',))
     """
     whole = Sharding(_all_devices() if mesh is None else mesh)
     return Sharding(whole.mesh, whole.mesh.axis_names if rows is None else _names(rows))
@@ -67,7 +67,7 @@ def fsdp(
         >>> from kaun import layers, sharding
         >>> placed = sharding.fsdp(min_size=1000).of(layers.linear(64, 32).init()).params
         >>> placed["weight"].spec, placed["bias"].spec
-        (PartitionSpec('data',), PartitionSpec())
+        (P('data',), P())
     """
     whole = Sharding(_all_devices() if mesh is None else mesh)
     if axis is None:
@@ -112,7 +112,7 @@ def by_path(
         >>> model = layers.sequential([layers.linear(8, 16), layers.linear(16, 2)])
         >>> placed = where.of(model.init()).params
         >>> placed[0]["weight"].spec, placed[0]["bias"].spec, placed[1]["bias"].spec
-        (PartitionSpec(None, 'model'), PartitionSpec('model',), PartitionSpec())
+        (P(None, 'model'), P('model',), P())
     """
     whole = Sharding(mesh)
     if not isinstance(specs, Mapping) or not specs:  # pyright: ignore[reportUnnecessaryIsInstance]
