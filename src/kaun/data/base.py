@@ -71,8 +71,8 @@ class Pipeline(Generic[T]):
         """Refuse a stage that gives other items where each process has rows of its own."""
         if "local" in self._node.rows:
             raise TypeError(
-                f"{stage} expected whole batches or single rows, received {self!r}. {why}. Write it before the batches, "
-                f"data.{stage}.batch(64).local(s), or after assemble(s)."
+                f"{stage} expected whole batches or single rows, and after local(s) each process has rows of its own. "
+                f"{why}. Write it before the batches, data.{stage}.batch(64).local(s), or after assemble(s)."
             )
 
     def _then(self, node: Node, text: str, **given: Any) -> Data[Any]:

@@ -225,9 +225,7 @@ def _rows(bases: Sequence[Node]) -> frozenset[str]:
     return frozenset[str]().union(*(base.rows for base in bases))
 
 
-def _narrow_all(
-    bases: Sequence[Node], make: Callable[[Sequence[Node]], Node]
-) -> Callable[[RowBlocks], Node] | None:
+def _narrow_all(bases: Sequence[Node], make: Callable[[Sequence[Node]], Node]) -> Callable[[RowBlocks], Node] | None:
     """The ``narrow`` of a stage of several pipelines, None if one of them has none."""
     found = [base.narrow for base in bases if base.narrow is not None]
     return (lambda blocks: make([narrow(blocks) for narrow in found])) if len(found) == len(bases) else None

@@ -85,14 +85,14 @@ def _fix(stages: Sequence[StageSpec], node: Node) -> str:
         return "A function of a whole batch needs all of its rows. Write .batch(n).local(s).map(f)."
     if stages[at].name == "Data.bucket":
         return (
-            "Where the rows of a batch are is known only when bucket gets the lengths of all rows, and no shuffle comes "
+            "Which rows are in a batch is known only if bucket gets the lengths of all rows, and no shuffle comes "
             "before it. Write bucket(lengths, edges, batch_size).shuffle().local(s)."
         )
     return "A filter or prefetch before batch(n) takes the index away: choose the rows first, x[keep]."
 
 
 def stacked_rows(node: Node, base: Node, size: int, stage: str) -> Node:
-    """The stage ``node`` of stacked groups of ``size`` items of ``base``, which can leave rows out where these have an index."""
+    """The stage ``node`` of stacked groups of ``size`` items of ``base``, with ``narrow`` where these have an index."""
     if base.by_index is None or node.length is None:
         return node
     total, length, stack = base.length or 0, node.length, noting_where(stack_all, stage)
@@ -184,20 +184,15 @@ class _Assembler:
         if total is None:
             here = len(self._blocks.here)
             raise ValueError(
-                f"assemble(s) expected batches of this process whose rows its {here} blocks of devices divide, received "
-                f"{rows} rows in {outline_of(value)}. Give the loader a batch size that {here} divides, and "
+                f"assemble(s) expected batches of this process whose rows its {here} blocks of devices divide, "
+                f"received {rows} rows in {outline_of(value)}. Give the loader a batch size that {here} divides, and "
                 "drop_last=True."
             )
         return self._blocks.piece(total)
 
     def _placed(self, leaf: Any, piece: Piece) -> Any:
-        """A leaf on the devices: one with the rows of this process as a part of a global array, any other everywhere."""
-        if isinstance(leaf, jax.Array):
-            if not leaf.is_fully_addressable:
-                return leaf
-        elif not isinstance(leaf, (np.ndarray, np.generic)) or isinstance(leaf, np.ma.MaskedArray):
-            return leaf
-        elif leaf.dtype.kind in _NOT_NUMBERS:
+        """A leaf on the devices: rows of this process as a part of a global array, any other array everywhere."""
+        if not _is_placeable(leaf):
             return leaf
         is_rows = leaf.ndim and len(leaf) == piece.rows
         spread = is_rows and not piece.total % self._blocks.count
@@ -207,6 +202,14 @@ class _Assembler:
         shape = (piece.total, *leaf.shape[1:]) if is_rows else leaf.shape
         # Not device_put, which compares a NumPy array over all processes: a wait for the slowest in each step.
         return jax.make_array_from_callback(shape, where, lambda index: _read(leaf, index, piece if spread else None))
+
+
+def _is_placeable(leaf: Any) -> bool:
+    """Whether a leaf is an array of numbers that is not on devices of other processes already."""
+    if isinstance(leaf, jax.Array):
+        return leaf.is_fully_addressable
+    is_plain = isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, np.ma.MaskedArray)
+    return is_plain and leaf.dtype.kind not in _NOT_NUMBERS
 
 
 def _read(leaf: Any, index: tuple[slice, ...], piece: Piece | None) -> Any:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from kaun.sharding import Sharding
