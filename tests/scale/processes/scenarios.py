@@ -10,7 +10,7 @@ from kaun import _processes
 def meet(times):
     """The values of all processes, each time."""
     channel = _processes.Channel("meet", what="the meeting")
-    return [channel.exchange(f"{jax.process_index()}-{i}") for i in range(times)]
+    return [channel.exchange(f"{jax.process_index()}-{i}", repr) for i in range(times)]
 
 
 def wait(names, missing=None):
@@ -22,8 +22,8 @@ def wait(names, missing=None):
 
 def seconds_of_a_meeting():
     channel = _processes.Channel("clock")
-    channel.exchange()
+    channel.exchange("", repr)
     start = time.perf_counter()
     for _ in range(100):
-        channel.exchange("a")
+        channel.exchange("a", repr)
     return (time.perf_counter() - start) / 100
