@@ -40,7 +40,7 @@ WITHIN_A_ROW = {
     ("rng", "_jax"),
 }
 # A class in some modules: the part that its other part inherits from names the whole, for the type checker alone.
-PARTS_OF_A_CLASS = {("data.base", "data.pipeline"), ("data.sources", "data.pipeline")}
+PARTS_OF_A_CLASS = {(f"data.{part}", "data.pipeline") for part in ("base", "placed", "sources")}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
 ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "evaluation", "metrics"}
 
