@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ def readable(value: Any) -> Any:
     """
     if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
         return value
-    return _everywhere(value.sharding.mesh)(value)
+    return _everywhere(cast("Any", value.sharding).mesh)(value)
 
 
 @functools.lru_cache(maxsize=64)

@@ -195,13 +195,15 @@ class _Assembler:
         if not _is_placeable(leaf):
             return leaf
         is_rows = leaf.ndim and len(leaf) == piece.rows
-        spread = is_rows and not piece.total % self._blocks.count
+        spread = is_rows and not piece.total % self._blocks.parts
         where = self._sharding.spread if spread else self._sharding.replicated
         if isinstance(leaf, jax.Array) and self._sharding.replicated.is_fully_addressable:
             return jax.device_put(leaf, where)
         shape = (piece.total, *leaf.shape[1:]) if is_rows else leaf.shape
         # Not device_put, which compares a NumPy array over all processes: a wait for the slowest in each step.
-        return jax.make_array_from_callback(shape, where, lambda index: _read(leaf, index, piece if spread else None))
+        return jax.make_array_from_callback(
+            shape, where, lambda index: _read(leaf, index or (), piece if spread else None)
+        )
 
 
 def _is_placeable(leaf: Any) -> bool:

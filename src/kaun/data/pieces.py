@@ -54,11 +54,11 @@ class RowBlocks(NamedTuple):
     A batch whose rows are not divided by the number of blocks is not cut: every process has all of its rows.
 
     Attributes:
-        count: The number of blocks.
+        parts: Into how many blocks a batch is cut.
         here: The numbers of the blocks of this process, rising.
     """
 
-    count: int
+    parts: int
     here: tuple[int, ...]
 
     def piece(self, n: int) -> Piece:
@@ -67,20 +67,20 @@ class RowBlocks(NamedTuple):
 
     def total(self, rows: int) -> int | None:
         """Return the number of rows of a batch of which this process has ``rows``, None if there is no such number."""
-        if len(self.here) == self.count:
+        if len(self.here) == self.parts:
             return rows
-        return None if rows % len(self.here) else rows // len(self.here) * self.count
+        return None if rows % len(self.here) else rows // len(self.here) * self.parts
 
     @property
     def whole(self) -> RowBlocks:
         """All blocks."""
-        return RowBlocks(self.count, tuple(range(self.count)))
+        return RowBlocks(self.parts, tuple(range(self.parts)))
 
 
 @functools.lru_cache(maxsize=1024)
 def _piece(blocks: RowBlocks, n: int) -> Piece:
-    size, here = n // blocks.count, blocks.here
-    if n % blocks.count:
+    size, here = n // blocks.parts, blocks.here
+    if n % blocks.parts:
         return Piece(n, slice(0, n), blocks)
     if here[-1] - here[0] == len(here) - 1:
         return Piece(n, slice(here[0] * size, (here[-1] + 1) * size), blocks)

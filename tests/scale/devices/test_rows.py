@@ -32,7 +32,7 @@ def test_rows_go_by_device_as_in_jax(shape, axes, order, own, times):
     s = Sharding(Mesh(devices, ("a", "b", "c")), axes)
     mine = [device for device in devices.flat if device.id in own]
     blocks = blocks_of(s, mine)
-    n = times * blocks.count
+    n = times * blocks.parts
     expected = sorted({i for d in mine for i in range(n)[s.spread.devices_indices_map((n,))[d][0]]}) if n else []
     if mine:
         piece = blocks.piece(n)
