@@ -12,8 +12,8 @@ from kaun.data import (
     Data,
     ResumableLoader,
     checked_count,
-    every_stage_of,
     loaders_of,
+    makes_items,
     over_loader,
     rest_of,
     resume_of,
@@ -78,15 +78,6 @@ def position(data: Iterable[Any]) -> dict[str, Any] | None:
     """
     source = _source(data)
     return source.position() if isinstance(source, ResumableLoader) and not _is_split(data) else None
-
-
-def makes_items(data: Any) -> bool:
-    """Whether a loader or a function of the user makes the items: they may be others when they are made again."""
-    stages = every_stage_of(data)
-    sources = [*loaders_of(data), *(stage.given["items"] for stage in stages if "items" in stage.given)]
-    if not all(isinstance(source, (list, tuple, range)) for source in sources):
-        return True
-    return any("f" in stage.given for stage in stages if stage.name != "Data.with_loss")
 
 
 def _source(data: Any) -> Any:

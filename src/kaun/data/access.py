@@ -14,7 +14,7 @@ from kaun.data.resumable import Check, ResumableLoader, after_skipped
 from kaun.data.rows import loses_rows, own_rows
 
 __all__ = [
-    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "over_loader", "rest_of", "resume_of", "stages_of",
+    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "makes_items", "over_loader", "rest_of", "resume_of", "stages_of",
     "with_rows",
 ]  # fmt: skip
 
@@ -74,6 +74,15 @@ def resume_of(data: Any) -> Resume | None:
 def has_exact_length(data: Any) -> bool:
     """Whether what data says of its length is true: a loader may say another number than it gives."""
     return all(isinstance(source, (list, tuple, range)) for source in loaders_of(data))
+
+
+def makes_items(data: Any) -> bool:
+    """Whether a loader or a function of the user makes the items: they may be others when they are made again."""
+    stages = every_stage_of(data)
+    sources = [*loaders_of(data), *(stage.given["items"] for stage in stages if "items" in stage.given)]
+    if not all(isinstance(source, (list, tuple, range)) for source in sources):
+        return True
+    return any("f" in stage.given for stage in stages if stage.name != "Data.with_loss")
 
 
 def over_loader(
