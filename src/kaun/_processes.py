@@ -18,7 +18,7 @@ import jax
 from kaun._jax import coordination_client
 from kaun.errors import FailedElsewhere
 
-__all__ = ["Channel", "barrier", "failed_elsewhere", "is_first", "this_process", "timeout_of"]
+__all__ = ["Channel", "barrier", "failed_elsewhere", "is_first", "this_process", "timeout_of", "told_before"]
 
 _TIMEOUT = 600.0
 _SLICE = 1.0  # seconds of one call into C, in which Python handles no signal
@@ -171,6 +171,20 @@ def barrier(name: str, timeout: float | None = None) -> None:
 
 
 _barriers: dict[str, Channel] = {}
+
+
+def told_before(name: str, value: str) -> dict[int, str]:
+    """Tell the other processes a value, and return what those told under this name that came earlier; waits for none.
+
+    Of two processes at least the one that comes second learns of the other.
+    """
+    client, me = coordination_client(), jax.process_index()
+    if client is None or jax.process_count() == 1:
+        return {}
+    place = f"kaun/told/{name}/"
+    client.key_value_set(f"{place}{me}", value, True)
+    found = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(place)}
+    return {process: text for process, text in found.items() if process != me}
 
 
 def _client() -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from kaun import tree
 from kaun.data.collate import outline_of, stack_all
+from kaun.data.compare import compare_items
 from kaun.data.items import Item
 from kaun.data.naming import noting_where
 from kaun.data.nodes import GetItem, Node, StageSpec, every_stage, index_node, map_node
@@ -128,7 +129,8 @@ def assemble_node(base: Node, stages: Sequence[StageSpec], stage: str, sharding:
         sharding: Where rows lie.
     """
     split = any("source" in each.given for each in every_stage(stages))
-    node = map_node(base, _Assembler(sharding, split=split), stage, takes_rows=True)
+    assembler = _Assembler(sharding, split=split, name="".join(each.text for each in stages))
+    node = map_node(base, assembler, stage, takes_rows=True)
     return node._replace(rows=base.rows - {"local"})
 
 
@@ -138,10 +140,12 @@ class _Assembler:
     Args:
         sharding: Where rows lie.
         split: Whether items without ``local`` are those of a loader, of which each process has its own rows.
+        name: The pipeline as it prints, the same in all processes.
     """
 
-    def __init__(self, sharding: Sharding, *, split: bool) -> None:
-        self._sharding, self._split = sharding, split
+    def __init__(self, sharding: Sharding, *, split: bool, name: str) -> None:
+        self._sharding, self._split, self._name = sharding, split, name
+        self._compared = False
         self._blocks = blocks_of(sharding, sharding.mesh.local_devices)
 
     def __call__(self, item: Any) -> Any:
@@ -154,6 +158,9 @@ class _Assembler:
                 f"{outline_of(value)}. Write .assemble(s).with_loss(f)."
             )
         leaves, structure = jax.tree_util.tree_flatten(value)
+        if not self._compared and rows.piece is None:
+            self._compared = True
+            compare_items(self._name, leaves, outline_of(value), self._blocks, split=self._split)
         piece = self._piece_of(leaves, value) if rows.piece is None else self._checked(rows.piece, leaves, value)
         made = structure.unflatten([self._placed(leaf, piece) for leaf in leaves])
         rows = rows._replace(piece=None)

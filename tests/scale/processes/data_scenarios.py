@@ -1,9 +1,11 @@
 """Pipelines in several processes."""
 
+import warnings
+
 import jax
 import numpy as np
 
-from kaun import Data, rng, sharding, tree
+from kaun import Data, _processes, rng, sharding, tree
 
 N = 23
 X, Y = np.arange(2.0 * N, dtype=np.float32).reshape(N, 2), np.arange(N)
@@ -55,3 +57,18 @@ def split_loader():
         list(Data.from_iterable([X[:3]]).assemble(s))
     except ValueError as error:
         return [tree.on_host(item) for item in items], str(error)
+
+
+def compared(split, same):
+    """The first item of a pipeline without local, the same in both processes or not; and a warning, if there is one."""
+    x = X[:8] + (0 if same else jax.process_index())
+    data = Data.from_iterable(lambda: iter([x])) if split else Data.batches(x, 8)
+    channel = _processes.Channel(f"compared {split} {same}")
+    if jax.process_index():  # after the first, which learns of nothing
+        channel.exchange("", repr)
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            return [item.shape for item in data.assemble(sharding.data_parallel())], [str(w.message) for w in caught]
+        finally:
+            if not jax.process_index():
+                channel.exchange("", repr)

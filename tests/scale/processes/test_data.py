@@ -25,3 +25,12 @@ def test_a_loader_that_is_split_by_process_is_put_together(pair):
     for found, message in pair.run(SCENARIOS, "split_loader"):
         assert equal(found, [HERE["X"][:8], HERE["X"][8:16]])
         assert "rows its 2 blocks of devices divide, received 3 rows in float32[3, 2]" in message
+
+
+def test_items_that_should_be_the_same_or_not_are_compared(pair):
+    alike = pair.run(SCENARIOS, "compared", split=False, same=True)
+    assert alike == [([(8, 2)], [])] * 2 and pair.run(SCENARIOS, "compared", split=True, same=False)[1][1] == []
+    _, refused = pair.run(SCENARIOS, "compared", split=False, same=False)
+    assert "the first one of process 0 is another one than float32[8, 2] of process 1. Where each" in refused.text
+    _, (shapes, (warned,)) = pair.run(SCENARIOS, "compared", split=True, same=True)
+    assert shapes == [(16, 2)] and "of process 0 and 1 are the same, float32[8, 2]: each row would" in warned
