@@ -22,7 +22,7 @@ from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import copy, in_place, packing_of, unpack
+from kaun._engine.packing import copy, in_place, on_one_device, pack_on_device, packing_of, unpack
 from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
 from kaun._engine.results import PendingDispatch, StepResults, examples_of
 from kaun.context import Context
@@ -61,9 +61,9 @@ def run_step(
     if mesh is not None:
         return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
     traced = find_step(programs, structure, leaves, key, inputs, training)
-    program = traced.program("step", (False,) * len(inputs.leaves))
-    arguments = (leaves, key, count_on_device(1), inputs.owned())
-    loss, leaves = programs.call(program, "step", inputs, training, arguments, traced)
+    entry = "step" if on_one_device(leaves) else "step unpacked"
+    program, arguments = traced.program(entry, (False,) * len(inputs.leaves)), (leaves, key, count_on_device(1))
+    loss, leaves = programs.call(program, entry, inputs, training, (*arguments, inputs.owned()), traced)
     return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
@@ -326,7 +326,7 @@ class StepLoop:
                 arrays[i] = copy(arrays[i])
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
-            self._carry = (True, self._packing.pack([np.asarray(a) for a in arrays]), results)
+            self._carry = (True, pack_on_device(self._packing, arrays), results)
         self._counts_discarded = int(traced.discards)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps

@@ -16,7 +16,7 @@ from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import digest_program, slow_in_loops
 from kaun._engine.numbers import NumberLayout
-from kaun._engine.packing import Packing, in_place, packing_of
+from kaun._engine.packing import Packing, in_place, packing_on_device
 from kaun._jax import calls_the_host
 from kaun._loss import trace_loss
 from kaun._step import match_state, spoiled_leaves
@@ -139,7 +139,8 @@ class TracedStep:
 
         Args:
             entry: ``"fit"``; ``"fit in place"`` for one that overwrites its state's memory; ``"step"`` for one that
-                takes leaves, runs one step, and returns its loss and the leaves after it.
+                takes leaves, runs one step, and returns its loss and the leaves after it; ``"step unpacked"`` for one
+                of a state that must not be packed.
             pattern: For each leaf of an item whether it is stacked.
             packing: How the state is packed, None if it is not. For ``"step"`` the program packs it itself.
         """
@@ -151,7 +152,7 @@ class TracedStep:
             if found is None:
                 stops = self.status is not None
                 run = _block(self, pattern, packing, stops=stops, keeps=stops and not self.discards)
-                run = _one_step(self, pattern) if entry == "step" else run
+                run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
                 found = Program(run, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
@@ -277,12 +278,12 @@ def _select(condition: jax.Array, values: list[Any], others: list[Any]) -> list[
     return [jnp.where(condition, value, other) for value, other in zip(values, others, strict=True)]
 
 
-def _one_step(traced: TracedStep, pattern: tuple[bool, ...]) -> Callable[..., Any]:
+def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> Callable[..., Any]:
     """Return the function that runs one step from leaves to leaves, and gives its loss."""
 
     def run(leaves: list[Any], key: jax.Array, count: Any, item: list[Any]) -> Any:
         # The same loop as that of ``fit``, so that it has the same bits.
-        packing = packing_of(leaves)
+        packing = packing_on_device(leaves) if packs else None
         block = _block(traced, pattern, packing, stops=not traced.discards, keeps=False)
         held = packing.pack(leaves) if packing else leaves
         losses, _, held, status = block(held, key, traced.status, count, item, [])

@@ -13,10 +13,10 @@ from kaun.sharding.rules import ByPath, Fsdp, everywhere
 
 __all__ = ["by_path", "data_parallel", "fsdp", "mesh"]
 
-Rows = str | Sequence[str]
+AxisNames = str | Sequence[str]
 
 
-def data_parallel(mesh: Mesh | None = None, *, rows: Rows | None = None) -> Sharding:
+def data_parallel(mesh: Mesh | None = None, *, rows: AxisNames | None = None) -> Sharding:
     """Make a sharding with the whole state on each device, and the rows of a batch spread over the devices.
 
     Each step sums the gradients of the devices, by one all-reduce.
@@ -43,7 +43,7 @@ def fsdp(
     *,
     axis: str | None = None,
     min_size: int = 65536,
-    rows: Rows | None = None,
+    rows: AxisNames | None = None,
     gather: bool = False,
 ) -> Sharding:
     """Make a sharding with large parameters spread over devices, and with them the optimizer's arrays.
@@ -87,7 +87,7 @@ def by_path(
     specs: Mapping[str, PartitionSpec],
     mesh: Mesh,
     *,
-    rows: Rows = ("data",),
+    rows: AxisNames = ("data",),
     otherwise: Sharding | None = None,
 ) -> Sharding:
     """Make a sharding in which the parameters' paths decide: tensor parallelism, for example.
@@ -174,5 +174,5 @@ def _all_devices() -> Mesh:
     return mesh(data=-1)
 
 
-def _names(rows: Rows) -> tuple[str, ...]:
+def _names(rows: AxisNames) -> tuple[str, ...]:
     return (rows,) if isinstance(rows, str) else tuple(rows)

@@ -51,3 +51,15 @@ def batches(size=16, **options):
 def close(left, right, within=1e-6):
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     return all(np.allclose(np.asarray(a), np.asarray(b), rtol=within, atol=within) for a, b in pairs)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("options", [{}, {"pad": True, "sample_weights": np.arange(N) % 3}], ids=["ragged", "padded"])
+def test_metrics_are_those_of_one_device(where, options):
+    (one, plain), (many, state) = trained(), trained(where)
+    names = ["accuracy", "entropy", "f1"] if options else METRICS
+    wanted = {name: METRICS[name] for name in names}
+    expected = one.evaluate(plain, batches(**options), wanted)
+    for data in (batches(**options), batches(**options).local(many.sharding).assemble(many.sharding).prefetch(1)):
+        found = many.evaluate(state, data, wanted)
+        assert found["accuracy"] == expected["accuracy"] and found == pytest.approx(expected, rel=1e-6)
