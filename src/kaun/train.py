@@ -308,7 +308,7 @@ class Trainer(Generic[In, Out]):
         """
         check_state(state, "predict")
         run, ctx = self._runner("predict", state), check_context(ctx)
-        return predict(run, x, ctx) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
+        return predict(run, x, ctx, self.sharding) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
 
     def evaluate(
         self,
@@ -354,7 +354,7 @@ class Trainer(Generic[In, Out]):
             {'accuracy': 1.0, 'rows': 1.5}
         """
         check_state(state, "evaluate")
-        return evaluate(self._runner("evaluate", state), data, metrics, check_context(ctx))
+        return evaluate(self._runner("evaluate", state), data, metrics, check_context(ctx), self.sharding)
 
     def export(
         self, state: TrainState, x: Any, *, ctx: Context | None = None, platforms: Sequence[str] | None = None
