@@ -98,7 +98,12 @@ class Placing:
         return jax.tree_util.tree_map(lambda leaf: lax.with_sharding_constraint(leaf, self._sharding.replicated), value)
 
     def pin_output(self, output: Any) -> Any:
-        """Return a model's output in a program: spread where it has the batch's rows, on all devices elsewhere."""
+        """Return a model's output in a program: spread where it has the batch's rows, on all devices elsewhere.
+
+        With several processes it is on all devices, because each of them may read it.
+        """
+        if self._sharding.mesh.is_multi_process:
+            return self.pin_everywhere(output)
 
         def pin(leaf: Any) -> Any:
             return lax.with_sharding_constraint(leaf, item_placement(self._sharding, leaf.shape, self._length)[0])

@@ -1,10 +1,8 @@
 """Evaluation on eight devices gives what it gives on one: metrics, outputs, and the tools that run a trainer."""
 
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -79,7 +77,7 @@ def test_outputs_are_those_of_one_device(where):
 
 
 def test_a_function_of_the_user_may_return_what_lies_on_all_devices():
-    many, state = trained("fsdp")
+    many, _state = trained("fsdp")
     put = lambda b: jax.device_put(b, many.sharding.spread)
     measure = jax.jit(lambda x, y: {"auc": METRICS["auc"].parts(x, y), "mean": losses.Mean(x.sum(), 8.0 * len(x))})
     found = metrics.evaluate_many(lambda b: measure(*put(b)), Data.batches((X, Y), 8, drop_last=True))

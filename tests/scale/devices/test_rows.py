@@ -1,15 +1,20 @@
 """Which rows lie on which device, beside JAX's own answer; and pipelines whose batches lie on eight devices."""
 
+import functools
 import itertools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from kaun import Data, rng, sharding
+import kaun
+from kaun import Data, layers, losses, rng, sharding
+from kaun.data import RowGather
 from kaun.data.pieces import blocks_of
 from kaun.sharding import Sharding
 
@@ -70,3 +75,53 @@ def test_local_and_assemble_have_one_sharding():
     other = Sharding(sharding.mesh(data=2, model=4), ("data",))
     with pytest.raises(ValueError, match=r"assemble\(s\) expected the sharding of local\(s\).*Give both the same s"):
         list(Data.batches(X, 8).local(S).assemble(other))
+
+
+# Training on them
+
+PAIRS = (np.sin(np.arange(88.0, dtype=np.float32)).reshape(44, 2), np.cos(np.arange(44.0, dtype=np.float32))[:, None])
+
+
+@functools.cache
+def trained():
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=layers.linear(2, 4) >> layers.linear(4, 1), optimizer=optax.adam(0.01), sharding=S)
+        return trainer, trainer.init()
+
+
+def spread(pairs):
+    """The arrays over the devices, which divide 40 of their rows."""
+    return jax.device_put(tuple(a[:40] for a in pairs), S.spread)
+
+
+@pytest.mark.parametrize("options", [{}, {"pad": True, "sample_weights": np.arange(40) % 3}], ids=["ragged", "padded"])
+def test_fit_has_the_same_bytes_wherever_its_batches_come_from(options):
+    trainer, state = trained()
+
+    def fit(arrays, place=lambda data: data):
+        with rng.scope(1):
+            data = Data.batches(arrays, 16, shuffle=True, **options)
+        return trainer.fit(state, place(data).with_loss(losses.mse).epochs(3))
+
+    host = tuple(a[:40] for a in PAIRS)
+    expected = fit(host)
+    found = [
+        fit(host, lambda data: data.prefetch(2)),
+        fit(host, lambda data: data.local(S).assemble(S).prefetch(2)),
+        fit(spread(PAIRS)),
+        fit(jax.device_put(host, jax.devices()[5])),
+        fit(spread(PAIRS), lambda data: data.map(lambda b: b)),
+    ]
+    for other in found:
+        assert all(map(np.array_equal, jax.tree.leaves(other.vars), jax.tree.leaves(expected.vars)))
+    assert int(expected.step) == 9
+
+
+def test_batches_of_arrays_over_a_mesh_stay_there_alone_and_in_blocks():
+    x, _ = spread(PAIRS)
+    assert [batch.sharding for batch in Data.batches(x, 16)] == [S.spread] * 3
+    assert [batch.sharding.spec for batch in Data.batches(x, 15)] == [P(), P(), P()]
+    order = np.arange(40)[::-1]
+    block = RowGather(x, order, 8).on_device(1, 3, 4)
+    assert block.sharding.spec == P(None, "data")
+    assert np.array_equal(block[:3], np.asarray(x)[order[8:32]].reshape(3, 8, 2))

@@ -1,11 +1,15 @@
 """Pipelines in several processes."""
 
+import functools
 import warnings
 
 import jax
 import numpy as np
+import optax
 
-from kaun import Data, _processes, rng, sharding, tree
+import kaun
+from kaun import Data, _processes, layers, losses, metrics, rng, sharding, tree
+from kaun._run.identity import describe_data, digest_item
 
 N = 23
 X, Y = np.arange(2.0 * N, dtype=np.float32).reshape(N, 2), np.arange(N)
@@ -72,3 +76,75 @@ def compared(split, same):
         finally:
             if not jax.process_index():
                 channel.exchange("", repr)
+
+
+AUC = metrics.Counted.of(metrics.auc)
+METRICS = {
+    "accuracy": metrics.accuracy,
+    "auc": metrics.Counted(lambda p, y, weights=None: AUC.counts(p[:, 1], y == 1, weights=weights), AUC.result),
+    "entropy": losses.cross_entropy_sparse,
+    "f1": metrics.f1,
+}
+F, CLASSES = np.sin(X), Y % 3
+
+
+@functools.cache
+def trained(several=True):
+    """A trainer and a state after some steps, in several processes or one."""
+    s = sharding.fsdp(min_size=8) if several else None
+    with rng.scope(0):
+        model = layers.linear(2, 8) >> layers.tanh() >> layers.linear(8, 3)
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1), sharding=s)
+        state = trainer.init()
+    for x, loss, ctx in Data.batches((F, CLASSES), 8, pad=True).with_loss(losses.cross_entropy_sparse):
+        _, state = trainer.step(state, x, loss=loss, ctx=ctx)
+    return trainer, state
+
+
+def evaluated(several=True):
+    """Metrics and outputs of a model over ragged, padded and weighted batches, whole and in parts."""
+    trainer, state = trained(several)
+    s = trainer.sharding
+    place = lambda data: data.local(s).assemble(s).prefetch(2) if several else data
+    found = {}
+    for name, options in {"ragged": {}, "padded": {"pad": True, "sample_weights": np.arange(N) % 3}}.items():
+        data = Data.batches((F, CLASSES), 8, **options)
+        found[name] = [
+            *(trainer.evaluate(state, each, METRICS) for each in (data, place(data))),
+            *(trainer.predict(state, each.map(lambda b: b[0])) for each in (data, place(data))),
+        ]
+    padded = place(Data.batches((F, CLASSES), 8, pad=True))
+    found["cut"] = trainer.evaluate(state, padded, {"sum": lambda p, y: (p.sum(), p.size)})  # has no weights=
+    measure = jax.jit(lambda p, y: {"auc": METRICS["auc"].parts(p, y), "mean": losses.Mean(p.sum(), 1.0 * p.size)})
+    found["own"] = metrics.evaluate_many(
+        lambda b: measure(trainer.predict(state, b[0]), b[1]), place(Data.batches((F, CLASSES), 8, drop_last=True))
+    )
+    found["one"] = [np.asarray(trainer.predict(state, F[:n])) for n in (8, 7)]
+    return found
+
+
+def digests():
+    """The digest of an item that a run was saved after, and the facts of its pipeline."""
+    s = sharding.data_parallel()
+    with rng.scope(0):
+        data = Data.batches((F, CLASSES), 8, shuffle=True).skip(1).take(1)
+    (item,) = data.local(s).map(lambda b: b).assemble(s).with_loss(losses.mse)
+    return digest_item(item), describe_data(data.local(s).assemble(s)) == describe_data(data)
+
+
+def uneven(entry, fails):
+    """An evaluation in which the data of process 1 ends or fails after one item, and that of process 0 has two."""
+
+    def loader():
+        yield F[:4], CLASSES[:4]
+        if jax.process_index():
+            if fails:
+                raise OSError("no such file")
+            return
+        yield F[4:8], CLASSES[4:8]
+
+    trainer, state = trained()
+    data = Data.from_iterable(loader)
+    if entry == "evaluate":
+        return trainer.evaluate(state, data, {"accuracy": metrics.accuracy})
+    return trainer.predict(state, data.map(lambda b: b[0]))
