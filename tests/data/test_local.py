@@ -172,7 +172,7 @@ def test_in_one_process_items_stay_what_they_are_and_come_as_jax_arrays(name):
     assert len(data.local(S).assemble(S)) == len(data)
 
 
-@pytest.mark.parametrize("name", ["shuffled", "weighted"])
+@pytest.mark.parametrize("name", [pytest.param("shuffled", marks=pytest.mark.slow), "weighted"])
 def test_fit_evaluate_and_predict_see_the_same_batches(name):
     trainer, state = trained()
     with rng.scope(0):

@@ -54,8 +54,18 @@ def close(left, right, within=1e-6):
     return all(np.allclose(np.asarray(a), np.asarray(b), rtol=within, atol=within) for a, b in pairs)
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("options", [{}, {"pad": True, "sample_weights": np.arange(N) % 3}], ids=["ragged", "padded"])
+slow = pytest.mark.slow
+PADDED = {"pad": True, "sample_weights": np.arange(N) % 3}
+
+
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        ("fsdp", PADDED),
+        *(pytest.param(where, {}, marks=slow) for where in WHERE),
+        *(pytest.param(where, PADDED, marks=slow) for where in ("data_parallel", "tensor parallel")),
+    ],
+)
 def test_metrics_are_those_of_one_device(where, options):
     (one, plain), (many, state) = trained(), trained(where)
     names = ["accuracy", "auc", "entropy", "f1"] if options else METRICS
@@ -66,7 +76,9 @@ def test_metrics_are_those_of_one_device(where, options):
         assert found["accuracy"] == expected["accuracy"] and found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    "where", ["fsdp", *(pytest.param(w, marks=slow) for w in ("data_parallel", "tensor parallel"))]
+)
 def test_outputs_are_those_of_one_device(where):
     (one, plain), (many, state) = trained(), trained(where)
     for n in (16, 12):  # 12 rows on 8 devices
@@ -76,6 +88,7 @@ def test_outputs_are_those_of_one_device(where):
         assert isinstance(found, np.ndarray) and close(found, one.predict(plain, X))
 
 
+@slow
 def test_a_function_of_the_user_may_return_what_lies_on_all_devices():
     many, _state = trained("fsdp")
     put = lambda b: jax.device_put(b, many.sharding.spread)
@@ -85,6 +98,7 @@ def test_a_function_of_the_user_may_return_what_lies_on_all_devices():
     assert found["mean"] == pytest.approx(X[:40].mean(), abs=1e-6)
 
 
+@slow
 def test_validation_sees_the_weights_of_the_average():
     results = []
     for where in (None, "fsdp"):
@@ -96,6 +110,7 @@ def test_validation_sees_the_weights_of_the_average():
     assert close(*results)
 
 
+@slow
 def test_statistics_of_an_average_are_those_of_one_device():
     train = batches(pad=True).with_loss(losses.cross_entropy_sparse)
     (one, plain), (many, state) = trained(), trained("fsdp")
@@ -105,6 +120,7 @@ def test_statistics_of_an_average_are_those_of_one_device():
     assert close(averages.update_statistics(many, state, placed).averaged.vars, expected.vars)
 
 
+@slow
 def test_the_rate_range_is_that_of_one_device():
     found = []
     for where in (None, "data_parallel"):
@@ -114,6 +130,7 @@ def test_the_rate_range_is_that_of_one_device():
     assert close(*found)
 
 
+@slow
 def test_a_step_that_is_not_finite_is_explained():
     trainer, state = trained("fsdp")
     x = X[:16].copy()

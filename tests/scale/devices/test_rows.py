@@ -94,7 +94,9 @@ def spread(pairs):
     return jax.device_put(tuple(a[:40] for a in pairs), S.spread)
 
 
-@pytest.mark.parametrize("options", [{}, {"pad": True, "sample_weights": np.arange(40) % 3}], ids=["ragged", "padded"])
+@pytest.mark.parametrize(
+    "options", [{"pad": True, "sample_weights": np.arange(40) % 3}, pytest.param({}, marks=pytest.mark.slow)]
+)
 def test_fit_has_the_same_bytes_wherever_its_batches_come_from(options):
     trainer, state = trained()
 

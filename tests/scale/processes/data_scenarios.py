@@ -30,26 +30,33 @@ def pipelines(load=lambda i: (X[i], Y[i])):
         }
 
 
-def host(item):
-    data = lambda leaf: jax.random.key_data(leaf) if tree.is_key(leaf) else leaf
-    return jax.tree.map(lambda leaf: tree.on_host(data(leaf)), jax.tree.leaves(item))
+def words(leaf):
+    return jax.random.key_data(leaf) if tree.is_key(leaf) else leaf
 
 
 def whole_items():
     """The items of each pipeline, as NumPy arrays."""
-    return {name: [host(item) for item in data] for name, data in pipelines().items()}
+    return {
+        name: [[np.asarray(words(a)) for a in jax.tree.leaves(item)] for item in data]
+        for name, data in pipelines().items()
+    }
+
+
+def parts_of(item):
+    """Of each array the parts of this process, with their rows in the whole."""
+    return [
+        [(p.index[0], np.asarray(words(p.data))) for p in leaf.addressable_shards] for leaf in jax.tree.leaves(item)
+    ]
 
 
 def assembled_items():
-    """The same, of global arrays; how many rows this process has of each item, and how many calls read a row."""
-    s, read = sharding.data_parallel(), []
-    found, own = {}, {}
+    """The parts of this process of the same items, as global arrays; and how many calls read a row."""
+    s, read, found = sharding.data_parallel(), [], {}
     for name, data in pipelines(lambda i: read.append(i) or (X[i], Y[i])).items():
         read.clear()
-        items = list(data.local(s).map(lambda batch: batch).assemble(s).prefetch(2))
-        found[name] = [host(item) for item in items]
-        own[name] = [sum(len(p.data) for p in jax.tree.leaves(item)[0].addressable_shards) for item in items], len(read)
-    return found, own
+        placed = data.local(s).map(lambda batch: batch).assemble(s).prefetch(2)
+        found[name] = [parts_of(item) for item in placed], len(read)
+    return found
 
 
 def split_loader():
@@ -60,7 +67,7 @@ def split_loader():
     try:
         list(Data.from_iterable([X[:3]]).assemble(s))
     except ValueError as error:
-        return [tree.on_host(item) for item in items], str(error)
+        return [parts_of(item) for item in items], str(error)
 
 
 def compared(split, same):
@@ -90,37 +97,39 @@ F, CLASSES = np.sin(X), Y % 3
 
 @functools.cache
 def trained(several=True):
-    """A trainer and a state after some steps, in several processes or one."""
+    """A trainer and its first state, in several processes or one."""
     s = sharding.fsdp(min_size=8) if several else None
     with rng.scope(0):
         model = layers.linear(2, 8) >> layers.tanh() >> layers.linear(8, 3)
         trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1), sharding=s)
         state = trainer.init()
-    for x, loss, ctx in Data.batches((F, CLASSES), 8, pad=True).with_loss(losses.cross_entropy_sparse):
-        _, state = trainer.step(state, x, loss=loss, ctx=ctx)
     return trainer, state
 
 
-def evaluated(several=True):
-    """Metrics and outputs of a model over ragged, padded and weighted batches, whole and in parts."""
+def evaluated(several=True, options=None):
+    """Metrics and outputs of a model over batches that are whole or made of parts."""
     trainer, state = trained(several)
-    s = trainer.sharding
-    place = lambda data: data.local(s).assemble(s).prefetch(2) if several else data
-    found = {}
-    for name, options in {"ragged": {}, "padded": {"pad": True, "sample_weights": np.arange(N) % 3}}.items():
-        data = Data.batches((F, CLASSES), 8, **options)
-        found[name] = [
-            *(trainer.evaluate(state, each, METRICS) for each in (data, place(data))),
-            *(trainer.predict(state, each.map(lambda b: b[0])) for each in (data, place(data))),
-        ]
-    padded = place(Data.batches((F, CLASSES), 8, pad=True))
-    found["cut"] = trainer.evaluate(state, padded, {"sum": lambda p, y: (p.sum(), p.size)})  # has no weights=
+    place = lambda data: data.local(trainer.sharding).assemble(trainer.sharding).prefetch(2) if several else data
+    data = Data.batches((F, CLASSES), 8, **(options or {"pad": True, "sample_weights": np.arange(N) % 3}))
+    return [
+        *(trainer.evaluate(state, each, METRICS) for each in (data, place(data))),
+        *(trainer.predict(state, each.map(lambda b: b[0])) for each in (data, place(data))),
+    ]
+
+
+def read_by_users(several=True):
+    """Outputs and metrics that the user's own code reads, and a metric that gets the real rows alone."""
+    trainer, state = trained(several)
+    place = lambda data: data.local(trainer.sharding).assemble(trainer.sharding) if several else data
     measure = jax.jit(lambda p, y: {"auc": METRICS["auc"].parts(p, y), "mean": losses.Mean(p.sum(), 1.0 * p.size)})
-    found["own"] = metrics.evaluate_many(
-        lambda b: measure(trainer.predict(state, b[0]), b[1]), place(Data.batches((F, CLASSES), 8, drop_last=True))
-    )
-    found["one"] = [np.asarray(trainer.predict(state, F[:n])) for n in (8, 7)]
-    return found
+    batches = place(Data.batches((F, CLASSES), 8, drop_last=True))
+    return [
+        trainer.evaluate(
+            state, place(Data.batches((F, CLASSES), 8, pad=True)), {"sum": lambda p, y: (p.sum(), p.size)}
+        ),
+        metrics.evaluate_many(lambda b: measure(trainer.predict(state, b[0]), b[1]), batches),
+        *(np.asarray(trainer.predict(state, F[:n])) for n in (8, 7)),
+    ]
 
 
 def digests():

@@ -11,21 +11,30 @@ SCENARIOS = str(Path(__file__).with_name("data_scenarios.py"))
 HERE = runpy.run_path(SCENARIOS)
 
 
-def equal(left, right):
-    return all(np.array_equal(a, b) for pair in zip(left, right, strict=True) for a, b in zip(*pair, strict=True))
+def are_parts(found, expected):
+    """Whether each process has its parts of the expected items, in which each array has rows."""
+    return len(found) == len(expected) and all(
+        np.array_equal(part, leaf[rows])
+        for item, whole in zip(found, expected, strict=True)
+        for parts, leaf in zip(item, whole, strict=True)
+        for rows, part in parts
+    )
 
 
 def test_local_reads_half_of_the_rows_and_gives_the_same_bytes(pair):
     expected = HERE["whole_items"]()
-    for found, own in pair.run(SCENARIOS, "assembled_items"):
-        assert all(equal(found[name], expected[name]) for name in expected)
-        assert own["rows"] == ([4, 4, 2 * 7], 4 + 4 + 7)  # each device has all of the 7 rows, which no one divides
-        assert own["augmented"] == ([2] * 4, 8) and own["bucket"][0] == [2] * 6
+    for process, found in enumerate(pair.run(SCENARIOS, "assembled_items")):
+        assert all(are_parts(items, expected[name]) for name, (items, _) in found.items())
+        assert (
+            found["rows"][1] == 4 + 4 + 7 and found["augmented"][1] == 8
+        )  # every process has 7 rows of the last batch
+        ((start, _), (after, _)), *_ = found["shuffled"][0][0]
+        assert (start, after) == (slice(4 * process, 4 * process + 2), slice(4 * process + 2, 4 * process + 4))
 
 
 def test_a_loader_that_is_split_by_process_is_put_together(pair):
     for found, message in pair.run(SCENARIOS, "split_loader"):
-        assert equal(found, [HERE["X"][:8], HERE["X"][8:16]])
+        assert are_parts(found, [[HERE["X"][:8]], [HERE["X"][8:16]]])
         assert "rows its 2 blocks of devices divide, received 3 rows in float32[3, 2]" in message
 
 
@@ -42,16 +51,25 @@ def test_a_run_knows_its_items_whatever_process_reads_them(pair):
     assert pair.run(SCENARIOS, "digests") == [HERE["digests"]()] * 2 and HERE["digests"]()[1]
 
 
+def same_in_both(pair, name, **arguments):
+    """Whether two processes have the very same results, and those of one up to rounding."""
+    expected = HERE[name](several=False, **arguments)
+    left, right = pair.run(SCENARIOS, name, **arguments)
+    close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-6, atol=1e-6), left, expected)
+    return jax.tree.all(jax.tree.map(np.array_equal, left, right)) and jax.tree.all(close)
+
+
 def test_evaluation_is_that_of_one_process(pair):
-    expected = HERE["evaluated"](several=False)
-    left, right = pair.run(SCENARIOS, "evaluated")
-    assert jax.tree.all(jax.tree.map(np.array_equal, left, right))
-    assert jax.tree.structure(left) == jax.tree.structure(expected)
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-6, atol=1e-6), left, expected))
-    assert left["ragged"][0]["accuracy"] == expected["ragged"][0]["accuracy"]
+    assert same_in_both(pair, "evaluated")
 
 
-@pytest.mark.parametrize("entry", ["evaluate", "predict"])
+@pytest.mark.slow
+def test_evaluation_of_ragged_batches_is_that_of_one_process(pair):
+    assert same_in_both(pair, "evaluated", options={"drop_last": False})
+    assert same_in_both(pair, "read_by_users")
+
+
+@pytest.mark.parametrize("entry", ["evaluate", pytest.param("predict", marks=pytest.mark.slow)])
 def test_an_evaluation_ends_in_all_processes(pair, entry):
     for found in pair.run(SCENARIOS, "uneven", entry=entry, fails=False):
         assert found.kind == "ValueError"
