@@ -298,7 +298,7 @@ class Trainer(Generic[In, Out]):
         Args:
             state: The state whose variables are used.
             x: The model's input, an array or any pytree of arrays; or a ``Data`` of such inputs, whose outputs are
-                NumPy arrays, concatenated along axis 0 without filled rows. From pairs write
+                NumPy arrays, concatenated along axis 0 without filled rows, whole in each process. From pairs write
                 ``data.map(lambda b: b[0])``.
             ctx: A Context for the layers.
 
@@ -340,7 +340,8 @@ class Trainer(Generic[In, Out]):
         Raises:
             CaptureError: If a metric captures what cannot be compiled faithfully.
             TypeError: If items, metrics, or what these return are of the wrong kind.
-            ValueError: If there are no items or no metrics, or counts or weights add up to 0.
+            ValueError: If there are no items or no metrics, or counts or weights add up to 0, or if processes have
+                different numbers of items; where another process fails, FailedElsewhere.
             Exception: Whatever data or metrics raise, unchanged.
 
         Examples:
@@ -365,7 +366,7 @@ class Trainer(Generic[In, Out]):
         ``.call(x, {"name": array})``.
 
         Args:
-            state: The state whose variables become part of the program.
+            state: The state whose variables become part of the program, which runs on one device wherever they lie.
             x: An input, for shapes and dtypes. Arrays as long as its first array along axis 0 have a row for each
                 example.
             ctx: A Context, likewise; its arrays are an input of the program. One that is as long as the batch by chance

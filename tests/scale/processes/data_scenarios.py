@@ -117,6 +117,24 @@ def evaluated(several=True, options=None):
     ]
 
 
+def fitted(several=True):
+    """The weights after a fit on parts of padded, weighted batches; whether they are those of the fold of step."""
+    trainer, state = trained(several)
+    with rng.scope(1):
+        data = Data.batches((F, CLASSES), 8, shuffle=True, pad=True, sample_weights=np.arange(N) % 3)
+    placed = data.local(trainer.sharding).assemble(trainer.sharding).prefetch(2) if several else data
+    train = placed.with_loss(losses.cross_entropy_sparse).epochs(2)
+    host = lambda state: jax.tree.map(tree.on_host, state.vars.params)
+    fitted, whole, folded = (
+        trainer.fit(state, train),
+        trainer.fit(state, data.with_loss(losses.cross_entropy_sparse).epochs(2)),
+        state,
+    )
+    for x, loss, ctx in train:
+        _, folded = trainer.step(folded, x, loss=loss, ctx=ctx)
+    return [host(fitted), host(whole), host(folded)]
+
+
 def read_by_users(several=True):
     """Outputs and metrics that the user's own code reads, and a metric that gets the real rows alone."""
     trainer, state = trained(several)

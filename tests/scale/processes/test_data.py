@@ -64,6 +64,14 @@ def test_evaluation_is_that_of_one_process(pair):
 
 
 @pytest.mark.slow
+def test_fit_on_parts_is_that_on_whole_batches_and_the_fold_of_step(pair):
+    assert same_in_both(pair, "fitted")
+    for parts, whole, folded in pair.run(SCENARIOS, "fitted"):
+        assert all(map(np.array_equal, jax.tree.leaves(parts), jax.tree.leaves(whole)))
+        assert all(map(np.array_equal, jax.tree.leaves(parts), jax.tree.leaves(folded)))
+
+
+@pytest.mark.slow
 def test_evaluation_of_ragged_batches_is_that_of_one_process(pair):
     assert same_in_both(pair, "evaluated", options={"drop_last": False})
     assert same_in_both(pair, "read_by_users")
