@@ -175,3 +175,8 @@ def uneven(entry, fails):
     if entry == "evaluate":
         return trainer.evaluate(state, data, {"accuracy": metrics.accuracy})
     return trainer.predict(state, data.map(lambda b: b[0]))
+
+
+def on_devices_of_the_first():
+    s = sharding.data_parallel(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]))
+    return [item.shape for item in Data.batches(X, 8).local(s).assemble(s)]

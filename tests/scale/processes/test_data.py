@@ -85,3 +85,9 @@ def test_an_evaluation_ends_in_all_processes(pair, entry):
     other, own = pair.run(SCENARIOS, "uneven", entry=entry, fails=True)
     assert (own.kind, own.text, other.kind) == ("OSError", "no such file", "FailedElsewhere")
     assert "Process 1 failed, so process 0 ends too: OSError: no such file." in other.text
+
+
+def test_a_mesh_has_devices_of_the_process(pair):
+    found, refused = pair.run(SCENARIOS, "on_devices_of_the_first")
+    assert found == [(8, 2), (8, 2), (7, 2)]
+    assert "local(s) expected a mesh with devices of each process, and process 1 of 2 has none of its 2" in refused.text
