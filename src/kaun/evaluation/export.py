@@ -39,7 +39,7 @@ def export_model(
     from jax import export  # imported here because it takes time and most programs do not need it
 
     check_input(x)
-    carry, key = jax.tree_util.tree_map(_on_one_device, ((state.vars, state.step), state.key))
+    carry, key = jax.tree_util.tree_map(tree.readable, ((state.vars, state.step), state.key))
     length = batch_length(x)
     (batch,) = export.symbolic_shape("batch")
 
@@ -73,12 +73,3 @@ def export_model(
                 "having a row for each example. If it has not, give export an x of another length."
             )
         raise
-
-
-def _on_one_device(leaf: Any) -> Any:
-    """A leaf whose parts lie on many devices as a whole on one, since a program has the devices of its constants."""
-    if not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1:
-        return leaf
-    if tree.is_key(leaf):
-        return jax.random.wrap_key_data(_on_one_device(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-    return jax.numpy.asarray(tree.on_host(leaf))

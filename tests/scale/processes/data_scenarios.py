@@ -147,6 +147,7 @@ def read_by_users(several=True):
         ),
         metrics.evaluate_many(lambda b: measure(trainer.predict(state, b[0]), b[1]), batches),
         *(np.asarray(trainer.predict(state, F[:n])) for n in (8, 7)),
+        np.asarray(trainer.export(state, F).call(F)),
     ]
 
 
