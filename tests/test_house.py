@@ -18,8 +18,8 @@ SRC = ROOT / "src" / "kaun"
 # The floor plan: each package or module of the root, from the row that imports nothing of kaun to those that users call.
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
-    {"_cache", "_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
-    {"context", "grad", "losses"},
+    {"_cache", "_jax", "_kernels", "_messages", "_paths", "_processes", "errors", "rng", "tree"},
+    {"context", "grad", "losses", "sharding"},
     {"averages", "layers", "metrics"},
     {"_loss"},
     {"_step", "data", "state"},
@@ -31,6 +31,8 @@ ROWS = [
 # Modules of one row that stand on each other, which a row of single modules cannot avoid.
 WITHIN_A_ROW = {
     ("_messages", "errors"),
+    ("_processes", "_jax"),
+    ("_processes", "errors"),
     ("rng", "_messages"),
     ("_kernels", "_jax"),
     ("rng", "errors"),
@@ -38,7 +40,7 @@ WITHIN_A_ROW = {
     ("rng", "_jax"),
 }
 # A class in some modules: the part that its other part inherits from names the whole, for the type checker alone.
-PARTS_OF_A_CLASS = {("data.base", "data.pipeline"), ("data.sources", "data.pipeline")}
+PARTS_OF_A_CLASS = {(f"data.{part}", "data.pipeline") for part in ("base", "placed", "sources")}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
 ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "evaluation", "metrics"}
 
@@ -47,13 +49,13 @@ PUBLIC = {
     "kaun": {
         "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
         "averages", "cache", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics",
-        "reports", "rng", "summary",
+        "reports", "rng", "sharding", "summary",
     },
     "kaun.averages": {"ema", "from_optimizer", "swa", "update_statistics"},
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.errors": {
-        "CaptureError", "EarlyStop", "Locked", "MissingContext", "NonFiniteLoss", "RecompilationWarning",
-        "ResumeMismatch",
+        "CaptureError", "EarlyStop", "FailedElsewhere", "Locked", "MissingContext", "NonFiniteLoss",
+        "RecompilationWarning", "ResumeMismatch",
     },
     "kaun.grad": {"grad", "value_and_grad"},
     "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen", "safetensors"},
@@ -84,6 +86,7 @@ PUBLIC = {
         "time_limit", "validate", "wandb", "Watch", "watch", "Profile", "profile", "prune", "throughput",
     },
     "kaun.rng": {"next_key", "scope"},
+    "kaun.sharding": {"Sharding", "by_path", "data_parallel", "fsdp", "mesh", "put"},
 }  # fmt: skip
 
 # They mean something to the type checker only, so there is nothing to run.

@@ -16,8 +16,9 @@ from jax import lax
 
 __all__ = [
     "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
-    "convolutions_in", "current_trace", "evaluate", "is_jitted", "is_traced", "preemption_service_runs",
-    "primitives_in", "programs_in", "run_program", "threefry_2x32", "trace_of",
+    "convolutions_in", "coordination_client", "current_trace", "evaluate", "is_jitted", "is_traced",
+    "preemption_service_runs", "primitives_in", "programs_in", "run_program", "threefry_2x32", "trace_of",
+    "without_placements",
 ]  # fmt: skip
 
 
@@ -90,6 +91,16 @@ def preemption_service_runs() -> bool:
     return getattr(getattr(state, "global_state", None), "preemption_sync_manager", None) is not None
 
 
+def coordination_client() -> Any:
+    """Return the client of JAX's distributed service, None where ``jax.distributed.initialize`` was not called.
+
+    Processes tell each other values with it (``key_value_set``, ``blocking_key_value_get``). ``jax.distributed`` has
+    only ``initialize`` and ``shutdown``, and what ``multihost_utils`` offers runs on the devices.
+    """
+    state = sys.modules.get("jax._src.distributed")
+    return getattr(getattr(state, "global_state", None), "client", None)
+
+
 def run_program(closed: Any, arguments: Sequence[Any]) -> list[Any]:
     """Return the results of a closed jaxpr for these arguments.
 
@@ -109,7 +120,7 @@ def programs_in(closed: Any) -> Iterator[Any]:
     for equation in getattr(closed, "jaxpr", closed).eqns:
         for value in equation.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
+                if _is_program(part):
                     yield from programs_in(part)
 
 
@@ -150,6 +161,51 @@ def calls_the_host(closed: Any) -> bool:
     ``jax.debug.print`` is left out: it raises nothing.
     """
     return not HOST_CALLS.isdisjoint(primitives_in(closed))
+
+
+_MOVES = frozenset(["sharding_constraint", "reshard"])
+_PLACES = (jax.sharding.Sharding, jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.Device)
+# Parameters of jitted functions as they are without a mesh, which JAX does not print.
+_OF_CALLS = {"ctx_mesh": jax.sharding.AbstractMesh((), ()), "in_shardings": (), "out_shardings": ()}
+
+
+def without_placements(closed: Any) -> Any:
+    """Return a traced program, a closed jaxpr, without what says where arrays lie. It is for its text, not to be run.
+
+    The text of a program names meshes and placements, and a constraint on a placement is an equation, which moves the
+    names of all that follow. The fields of jaxprs, by which these are left out, are not public API.
+    """
+    known: dict[int, Any] = {}  # a jaxpr that is used twice is printed once, as long as it is one object
+
+    def bare(value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(map(bare, value))
+        if not _is_program(value):
+            return None if isinstance(value, _PLACES) else value
+        if id(value) not in known:
+            inner = getattr(value, "jaxpr", value)
+            known[id(value)] = _without_moves(inner, bare) if inner is value else value.replace(jaxpr=bare(inner))
+        return known[id(value)]
+
+    return bare(closed)
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+def _without_moves(jaxpr: Any, bare: Callable[[Any], Any]) -> Any:
+    moved: dict[Any, Any] = {}
+    read = lambda atom: atom if _is_literal(atom) else moved.get(atom, atom)
+    equations: list[Any] = []
+    for equation in jaxpr.eqns:
+        operands = list(map(read, equation.invars))
+        if equation.primitive.name in _MOVES:
+            moved[equation.outvars[0]] = operands[0]
+            continue
+        params = {name: _OF_CALLS.get(name, bare(value)) for name, value in equation.params.items()}
+        equations.append(equation.replace(invars=operands, params=params))
+    return jaxpr.replace(eqns=equations, outvars=list(map(read, jaxpr.outvars)))
 
 
 class Convolution(NamedTuple):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ __all__ = [
     "is_real_scalar",
     "is_weak",
     "map_with_path",
+    "on_host",
     "path_name",
+    "readable",
     "snapshot",
     "strong",
 ]
@@ -151,6 +154,27 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, np.ma.MaskedArray):
         return value.copy()
     return np.array(value) if isinstance(value, np.ndarray) else value
+
+
+def on_host(array: Any) -> np.ndarray[Any, Any]:
+    """Return the values of an array, as ``readable`` finds them."""
+    return np.asarray(readable(array))
+
+
+def readable(value: Any) -> Any:
+    """Return an array whose values this process can read: itself, unless parts of it lie on devices of other processes.
+
+    Then it is put on all devices, and each process has to call this for the same array. Any other value is returned.
+    """
+    if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
+        return value
+    return _everywhere(cast("Any", value.sharding).mesh)(value)
+
+
+@functools.lru_cache(maxsize=64)
+def _everywhere(mesh: Any) -> Any:
+    """The compiled function that puts an array on all devices of a mesh."""
+    return jax.jit(lambda array: array, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def strong(leaf: Any) -> jax.Array:

@@ -142,7 +142,7 @@ def digest_array(array: Any) -> str:
     """
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return hashlib.sha256(f"{array.dtype} {digest_array(jax.random.key_data(array))}".encode()).hexdigest()
-    whole: np.ndarray[Any, Any] = np.asarray(array)
+    whole = tree.on_host(array)
     found = hashlib.sha256(f"{whole.dtype.name} {whole.dtype.str} {whole.shape}".encode())
     if whole.nbytes <= _MOST_BYTES:
         found.update(_bytes(whole))

@@ -6,6 +6,7 @@ type and length.
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from kaun import rng, tree
 from kaun._loss import FrozenLoss, function_reads
@@ -62,8 +64,35 @@ def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
         "machine": {
             "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),
             "devices": jax.device_count(), "cores": len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count(),
+            "processes": jax.process_count(), "the place of the state": _place(state),
         },
     }  # fmt: skip
+
+
+def _place(state: TrainState) -> str:
+    """Where the arrays of a state lie, in words: ``on a mesh of data=8, 3 arrays everywhere, 2 as P('data')``."""
+    placements = [leaf.sharding for leaf in jax.tree_util.tree_leaves(state) if isinstance(leaf, jax.Array)]
+    several = [placement for placement in placements if placement.num_devices > 1]
+    if not several:
+        return "on one device"
+    counts = collections.Counter(map(_spec, placements))
+    meshes = {
+        ", ".join(f"{axis}={size}" for axis, size in p.mesh.shape.items()) if isinstance(p, NamedSharding) else "?"
+        for p in several
+    }
+    listed = ", ".join(f"{count} {'arrays' if count > 1 else 'array'} {spec}" for spec, count in sorted(counts.items()))
+    return f"on a mesh of {' and '.join(sorted(meshes))}, {listed}"
+
+
+def _spec(placement: jax.sharding.Sharding) -> str:
+    if placement.num_devices == 1:
+        return "on one device"
+    if placement.is_fully_replicated:
+        return "everywhere"
+    spec = list(placement.spec) if isinstance(placement, NamedSharding) else ["?"]
+    while spec and spec[-1] is None:  # P("data") and P("data", None) are one placement
+        spec.pop()
+    return f"as P({', '.join(map(repr, spec))})"
 
 
 def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> None:
@@ -161,8 +190,9 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
 
 
 def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warn where a run is resumed with another version, backend or number of devices or cores."""
-    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    """Warn where a run is resumed with another version, backend, number of devices or cores, or place of its state."""
+    known = [name for name in now if name in before]  # a checkpoint of an older kaun has fewer
+    changed = [f"{name} was {before[name]}, is {now[name]}" for name in known if before[name] != now[name]]
     if changed:
         warn(
             f"A run is resumed, although {'; '.join(map(plain, changed))}. It continues from the same state, but its "
@@ -193,7 +223,9 @@ def describe_data(data: Iterable[Any]) -> list[Fact]:
 
 
 def _stage_facts(stages: Sequence[Any]) -> list[Fact]:
-    return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in stages]
+    # Where rows lie is no part of what they are: a run begun on one process continues on two.
+    named = (s for s in stages if s.name not in ("Data.assemble", "Data.local"))
+    return [{"stage": s.name, "length": s.length, **_given(s.given)} for s in named]
 
 
 def unscoped(data: Iterable[Any]) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+
 from kaun.data import (
     Check,
     Data,
     ResumableLoader,
     checked_count,
-    every_stage_of,
     loaders_of,
+    makes_items,
     over_loader,
     rest_of,
     resume_of,
@@ -44,6 +46,7 @@ def resume_from(
         [2, 3]
     """
     n = checked_count("resume_from(data, n)", "n", n, 0)
+    position = None if _is_split(data) else position
     source, resume = _source(data), resume_of(data)
     resumable = resume is not None or not isinstance(data, Data)
     for loader in loaders_of(data):
@@ -74,22 +77,18 @@ def position(data: Iterable[Any]) -> dict[str, Any] | None:
     ``resume`` (``kaun.data.nodes.Resume``). Ask between two items.
     """
     source = _source(data)
-    return source.position() if isinstance(source, ResumableLoader) else None
-
-
-def makes_items(data: Any) -> bool:
-    """Whether a loader or a function of the user makes the items: they may be others when they are made again."""
-    stages = every_stage_of(data)
-    sources = [*loaders_of(data), *(stage.given["items"] for stage in stages if "items" in stage.given)]
-    if not all(isinstance(source, (list, tuple, range)) for source in sources):
-        return True
-    return any("f" in stage.given for stage in stages if stage.name != "Data.with_loss")
+    return source.position() if isinstance(source, ResumableLoader) and not _is_split(data) else None
 
 
 def _source(data: Any) -> Any:
     """The loader of a pipeline, None for a source of kaun's own; any other data itself."""
     stages = stages_of(data)
     return stages[0].given.get("source") if stages else data
+
+
+def _is_split(data: Any) -> bool:
+    """Whether each process has a loader of its own: a checkpoint, which is written once, has no position of each."""
+    return jax.process_count() > 1 and any(stage.name == "Data.assemble" for stage in stages_of(data))
 
 
 def _has_state(iterator: Any) -> bool:

@@ -135,7 +135,7 @@ def _statistics_items(data: Iterable[Any]) -> Generator[Any]:
         context = own[0] if own and own[0] is not None else Context()
         mask = context.get("row_mask")
         shapes = [np.shape(a) for a in jax.tree_util.tree_leaves(x)]
-        rows = next((shape[0] for shape in shapes if shape), 1) if mask is None else int(np.sum(mask))
+        rows = next((shape[0] for shape in shapes if shape), 1) if mask is None else int(tree.on_host(mask).sum())
         yield x, _no_loss, context.set("statistics_rows", np.array([before, rows], np.int32))
         before += rows
     if not number:

@@ -9,6 +9,7 @@ from kaun.data.access import chunks_of as chunks_of
 from kaun.data.access import every_stage_of as every_stage_of
 from kaun.data.access import has_exact_length as has_exact_length
 from kaun.data.access import loaders_of as loaders_of
+from kaun.data.access import makes_items as makes_items
 from kaun.data.access import over_loader as over_loader
 from kaun.data.access import rest_of as rest_of
 from kaun.data.access import resume_of as resume_of

@@ -11,11 +11,11 @@ from kaun.data.chunks import Chunk, Limit, one_by_one
 from kaun.data.nodes import Node, Resume, StageSpec, every_stage
 from kaun.data.pipeline import Data, make_data
 from kaun.data.resumable import Check, ResumableLoader, after_skipped
-from kaun.data.rows import loses_rows
+from kaun.data.rows import loses_rows, own_rows
 
 __all__ = [
-    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "over_loader", "rest_of", "resume_of", "stages_of",
-    "with_rows",
+    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "makes_items", "over_loader", "rest_of",
+    "resume_of", "stages_of", "with_rows",
 ]  # fmt: skip
 
 
@@ -54,8 +54,14 @@ def chunks_of(data: Iterable[Any], iterator: Iterator[Any], limit: Limit) -> Ite
 
 
 def with_rows(data: Iterable[Any]) -> Iterable[Any]:
-    """The same data, whose items are ``RowsItem`` where something is known of their rows."""
+    """The same data, whose items are ``RowsItem`` where something is known of their rows.
+
+    Raises:
+        TypeError: If each process has rows of its own.
+    """
     node = _node(data)
+    if node is not None and "local" in node.rows:
+        raise own_rows("evaluate or predict")
     return data if node is None or not node.rows else make_data(node._replace(rows=frozenset()), *stages_of(data))
 
 
@@ -68,6 +74,15 @@ def resume_of(data: Any) -> Resume | None:
 def has_exact_length(data: Any) -> bool:
     """Whether what data says of its length is true: a loader may say another number than it gives."""
     return all(isinstance(source, (list, tuple, range)) for source in loaders_of(data))
+
+
+def makes_items(data: Any) -> bool:
+    """Whether a loader or a function of the user makes the items: they may be others when they are made again."""
+    stages = every_stage_of(data)
+    sources = [*loaders_of(data), *(stage.given["items"] for stage in stages if "items" in stage.given)]
+    if not all(isinstance(source, (list, tuple, range)) for source in sources):
+        return True
+    return any("f" in stage.given for stage in stages if stage.name != "Data.with_loss")
 
 
 def over_loader(

@@ -97,7 +97,7 @@ def checked_pipelines(where: str, sources: Sequence[Any], kind: type) -> None:
         kind: The class of pipelines.
 
     Raises:
-        TypeError: If one is not a pipeline.
+        TypeError: If one is not a pipeline, or some of them have ``local`` and others not.
         ValueError: If there is none.
     """
     for k, source in enumerate(sources):
@@ -109,6 +109,12 @@ def checked_pipelines(where: str, sources: Sequence[Any], kind: type) -> None:
             )
     if not sources:
         raise ValueError(f"{where} expected at least one pipeline, received none.")
+    local = ["local" in source._node.rows for source in sources]
+    if any(local) and not all(local):
+        raise TypeError(
+            f"{where} expected .local(s) in all of its sources or in none, and source {local.index(False)} (counted "
+            f"from 0) has none. Write it once, after this stage: {where.partition('(')[0]}(...).local(s)."
+        )
 
 
 def checked_weights(where: str, weights: Any, n: int, of: str, name: str = "weights") -> np.ndarray[Any, Any]:

@@ -42,7 +42,7 @@ class Pipeline(Generic[T]):
     def _real_rows(self, where: str, fix: str) -> Iterable[T]:
         """The items without filled rows, for packages that cannot import this one; refused if the rows have weights."""
         node = self._node
-        if "weights" in node.rows:
+        if node.rows & {"weights", "local"}:
             raise loses_rows(where, node.rows, f"{fix}, or leave sample_weights out")
         return (item.rows.real(item.item) for item in node.open(None, 0)) if node.rows else self
 
@@ -66,6 +66,14 @@ class Pipeline(Generic[T]):
     def __repr__(self) -> str:
         texts = [stage.text for stage in self._stages]
         return "".join(texts) if sum(map(len, texts)) <= 100 else "\n  ".join(texts)
+
+    def _refuse_pieces(self, stage: str, why: str) -> None:
+        """Refuse a stage that gives other items where each process has rows of its own."""
+        if "local" in self._node.rows:
+            raise TypeError(
+                f"{stage} expected whole batches or single rows, and after local(s) each process has rows of its own. "
+                f"{why}. Write it before the batches, data.{stage}.batch(64).local(s), or after assemble(s)."
+            )
 
     def _then(self, node: Node, text: str, **given: Any) -> Data[Any]:
         return self._made(node, *self._stages, StageSpec(text, given, node.length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -15,6 +16,7 @@ from kaun.data.arguments import checked_count
 from kaun.data.collate import outline_of, stack_all
 from kaun.data.naming import noting_where
 from kaun.data.nodes import GetItem, Node, index_node
+from kaun.data.pieces import RowBlocks
 from kaun.data.prefetch import snapshot_item
 from kaun.data.rows import Padding, RowInfo, RowsItem
 
@@ -133,13 +135,32 @@ class Buckets:
 
     def batch(self, group: Sequence[tuple[int, Any]]) -> RowsItem:
         """The batch of some rows of one bucket with their lengths."""
-        n = len(group)
+        lengths, rows = zip(*group, strict=True)
+        return self.part(lengths, rows.__getitem__, None)
+
+    def part(self, lengths: Sequence[int], row: GetItem, blocks: RowBlocks | None) -> RowsItem:
+        """The batch of some rows of one bucket, or its rows in some blocks.
+
+        Args:
+            lengths: The lengths of the rows.
+            row: The function from the number of a row in the batch to the row.
+            blocks: Which rows of the filled batch are read, None for all.
+        """
+        piece = None if blocks is None else blocks.piece(self._size)
+        here = slice(None) if piece is None else piece.here
+        n = len(lengths)
         # A row of the data fills the batch: any other number might be infinite or no class in the model or loss.
-        lengths, rows = zip(*group, *[group[-1]] * (self._size - n), strict=True)
+        lengths = [*lengths, *[lengths[-1]] * (self._size - n)]
         edge = self.edges[int(np.searchsorted(self.edges, lengths[0]))]
-        flags = [_sequences(length, row) for length, row in zip(lengths, rows, strict=True)]
+        numbers = np.minimum(np.arange(self._size), n - 1)[here].tolist()
+        # A leaf as long as all rows of a part may have one length in all rows of the batch: a row of another length, if
+        # there is one, tells these apart. Otherwise two processes might pad different leaves.
+        same = len({lengths[i] for i in numbers}) == 1
+        other = [i for i in range(n) if lengths[i] != lengths[numbers[0]]][:1] if same else []
+        rows = {i: row(i) for i in dict.fromkeys([*numbers, *other])}
+        flags = [_sequences(lengths[i], rows[i]) for i in rows]
         is_sequence = [all(column) for column in zip(*flags, strict=True)]
-        item = stack_all([_padded(row, is_sequence, edge) for row in rows])
+        item = stack_all([_padded(rows[i], is_sequence, edge) for i in numbers])
         mask, tokens = np.arange(self._size) < n, np.arange(edge) < np.array(lengths)[:, None]
         labels = is_sequence
         ctx = Context(attention_mask=tokens)
@@ -147,9 +168,10 @@ class Buckets:
             x, y, *own = cast("Any", item)
             before = len(jax.tree_util.tree_leaves(x))
             labels = is_sequence[before : before + len(jax.tree_util.tree_leaves(y))]
-            item = x, y, ctx.set("row_mask", mask).merge(own[0] if own else None)
+            names = Context(attention_mask=tokens[here], row_mask=mask[here])
+            item = x, y, names.merge(own[0] if own else None)
         elements = tokens & mask[:, None] if labels and all(labels) else None
-        return RowsItem(item, RowInfo(mask, None, elements, ctx))
+        return RowsItem(item, RowInfo(mask, None, elements, ctx, piece))
 
 
 def _sequences(length: int, row: Any) -> list[bool]:
@@ -213,11 +235,17 @@ def bucket_node(
 
 def _planned(base: Node, lengths: Host, buckets: Buckets, stage: str) -> Node:
     """The batches of rows whose lengths are known: any of them can be made at once."""
-    groups, make = buckets.groups(lengths), noting_where(buckets.batch, stage)
+    groups, make = buckets.groups(lengths), noting_where(buckets.part, stage)
 
-    def by_index(epoch: int | None) -> GetItem:
+    def by_index(epoch: int | None, blocks: RowBlocks | None = None) -> GetItem:
         assert base.by_index is not None
         get = base.by_index(epoch)
-        return lambda i: make(i, [(int(lengths[j]), snapshot_item(get(int(j)))) for j in groups[i]])
+        row = lambda i, k: snapshot_item(get(int(groups[i][k])))
+        return lambda i: make(i, lengths[groups[i]].tolist(), functools.partial(row, i), blocks)
 
-    return index_node(len(groups), by_index)._replace(rows=frozenset({"where"}), padding=buckets.padding(lengths))
+    def narrow(blocks: RowBlocks) -> Node:
+        node = index_node(len(groups), functools.partial(by_index, blocks=blocks))
+        return node._replace(rows=frozenset({"where", "local"}), padding=padding)
+
+    padding, node = buckets.padding(lengths), index_node(len(groups), by_index)
+    return node._replace(rows=frozenset({"where"}), padding=padding, narrow=narrow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import types
@@ -27,6 +28,8 @@ __all__ = [
     "pass_chunks",
     "read_rows",
     "row_chunks",
+    "rows_are_spread",
+    "rows_reader",
     "skip_chunks",
     "take_chunks",
 ]  # fmt: skip
@@ -87,7 +90,9 @@ class RowGather:
         if isinstance(index, slice):
             index = np.minimum(np.arange(index.start, index.stop), len(self._array) - 1)
         rows = np.resize(index, capacity * self._size)  # one program, whatever the count
-        return read_rows(self._array, rows).reshape(capacity, self._size, *self._array.shape[1:])
+        if rows_are_spread(self._array):
+            return _gather_spread(self._array, rows.reshape(capacity, self._size))
+        return gather_rows(self._array, rows).reshape(capacity, self._size, *self._array.shape[1:])
 
     def _at(self, start: int, count: int) -> Any:
         first, last = start * self._size, (start + count) * self._size
@@ -106,11 +111,23 @@ def _where_rows_lie(array: jax.Array, n: int) -> NamedSharding | None:
     """Where to put ``n`` rows of an array on a mesh of explicit axes, for which JAX does not choose; None elsewhere."""
     if not is_explicit(array):
         return None
-    sharding = jax.typeof(array).sharding
+    return _of_rows(jax.typeof(array).sharding, (n,))
+
+
+def _of_rows(sharding: Any, shape: tuple[int, ...]) -> NamedSharding:
+    """Where to put rows of an array that lies as ``sharding`` says: as there, unless the devices do not divide them.
+
+    Args:
+        sharding: The placement of the array.
+        shape: The shape of the index of the rows. Its last axis is that of the rows of a batch.
+    """
     rows, *rest = sharding.spec
     names = rows if isinstance(rows, tuple) else () if rows is None else (rows,)
-    divides = n % math.prod(sharding.mesh.shape[name] for name in names) == 0
-    return NamedSharding(sharding.mesh, PartitionSpec(rows if divides else None, *rest))
+    divides = shape[-1] % math.prod(sharding.mesh.shape[name] for name in names) == 0
+    spec = [*[None] * (len(shape) - 1), rows if divides else None, *rest]
+    while spec and spec[-1] is None:  # equal placements of unequal specs would compile a program again
+        spec.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def is_explicit(array: Any) -> bool:
@@ -118,9 +135,31 @@ def is_explicit(array: Any) -> bool:
     return isinstance(array, jax.Array) and AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
 
 
-def read_rows(array: jax.Array, index: Any) -> jax.Array:
-    """The rows of a JAX array. Always by an index array: a slice would compile once for each batch."""
-    return gather_rows(array, np.arange(index.start, index.stop) if isinstance(index, slice) else index)
+def rows_are_spread(array: Any) -> bool:
+    """Whether axis 0 of an array lies over devices of a mesh of automatic axes."""
+    spec = getattr(getattr(array, "sharding", None), "spec", None)
+    return bool(spec) and spec[0] is not None and not is_explicit(array)
+
+
+def rows_reader(array: jax.Array) -> Callable[[Any], jax.Array]:
+    """The function from an index array to rows of a JAX array, which lie over the devices as the array does."""
+    # The compiler would put the rows of an array that is spread everywhere.
+    return functools.partial(_gather_spread if rows_are_spread(array) else gather_rows, array)
+
+
+def _gather_spread(array: jax.Array, index: Any) -> jax.Array:
+    return _gather_to(array, index, _of_rows(array.sharding, np.shape(index)))
+
+
+_gather_to: Callable[[jax.Array, Any, NamedSharding], jax.Array] = jax.jit(
+    lambda array, index, where: jax.lax.with_sharding_constraint(array.at[index].get(mode="promise_in_bounds"), where),
+    static_argnums=2,
+)
+
+
+def read_rows(reader: Callable[[Any], jax.Array], index: Any) -> jax.Array:
+    """The rows of a ``rows_reader``. Always by an index array: a slice would compile once for each batch."""
+    return reader(np.arange(index.start, index.stop) if isinstance(index, slice) else index)
 
 
 def item_chunks(item: Any, n: int) -> Chunks:

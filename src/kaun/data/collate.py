@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from kaun import tree
-from kaun.data.chunks import gather_rows, read_rows
+from kaun.data.chunks import read_rows, rows_reader
 
 
 class ArrayRows:
@@ -44,7 +44,11 @@ class ArrayRows:
             )
         self.leaves: list[Any] = [leaf for _, leaf in pairs]
         self.length: int = len(self.leaves[0])
-        self._readers = [_reader(leaf) for leaf in self.leaves]
+        self._gathers = [rows_reader(leaf) if isinstance(leaf, jax.Array) else None for leaf in self.leaves]
+        self._readers = [
+            _view(leaf) if gather is None else functools.partial(read_rows, gather)
+            for leaf, gather in zip(self.leaves, self._gathers, strict=True)
+        ]
 
     def take(self, index: Any) -> Any:
         """The tree of the rows at an index, a slice or an index array."""
@@ -56,15 +60,14 @@ class ArrayRows:
         Made of iterators in C: ``fit`` pulls one for each step, and each call of Python costs 0.1 us or more.
         """
         columns: list[Iterator[Any]] = []
-        for leaf, read in zip(self.leaves, self._readers, strict=True):
-            on_device = isinstance(leaf, jax.Array)
+        for gather, read in zip(self._gathers, self._readers, strict=True):
             first = range(start * size, stop * size, size)
             last = map(min, range((start + 1) * size, (stop + 1) * size, size), itertools.repeat(self.length))
             if order is not None:
                 index = map(order.__getitem__, map(slice, first, last))
             else:
-                index = map(np.arange if on_device else slice, first, last)
-            columns.append(map(functools.partial(gather_rows, leaf) if on_device else read, index))
+                index = map(slice if gather is None else np.arange, first, last)
+            columns.append(map(gather or read, index))
         return map(self._treedef.unflatten, zip(*columns, strict=True))
 
 
@@ -81,9 +84,7 @@ def _check_array(where: str, path: Any, leaf: Any) -> None:
         )
 
 
-def _reader(array: Any) -> Callable[[Any], Any]:
-    if isinstance(array, jax.Array):
-        return functools.partial(read_rows, array)
+def _view(array: Any) -> Callable[[Any], Any]:
     view = array.view()
     view.flags.writeable = False  # a batch is a view of the user's array, which must not change by accident
     return view.__getitem__

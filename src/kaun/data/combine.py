@@ -11,9 +11,10 @@ import numpy as np
 
 from kaun.data.chunks import Chunk, Chunks, Limit
 from kaun.data.naming import noting_where
-from kaun.data.nodes import GetItem, Node
+from kaun.data.nodes import GetItem, Node, map_node
+from kaun.data.pieces import RowBlocks
 from kaun.data.prefetch import snapshot_item
-from kaun.data.rows import plain_item
+from kaun.data.rows import RowsItem, plain_item
 from kaun.data.shuffle import Draws
 
 __all__ = ["concat_node", "filter_node", "mix_node", "zip_node"]
@@ -44,8 +45,8 @@ def concat_node(bases: Sequence[Node]) -> Node:
     by_index = None
     if ends is not None and all(base.by_index for base in bases):
         by_index = _joined(bases, [0, *ends[:-1]])
-    length, rows = None if ends is None else ends[-1], _rows(bases)
-    return Node(open, length, _all_seekable(bases), by_index, _concat_chunks(bases), rows=rows)
+    length, rows, narrow = None if ends is None else ends[-1], _rows(bases), _narrow_all(bases, concat_node)
+    return Node(open, length, _all_seekable(bases), by_index, _concat_chunks(bases), rows=rows, narrow=narrow)
 
 
 def _joined(bases: Sequence[Node], starts: list[int]) -> Callable[[int | None], GetItem]:
@@ -104,7 +105,25 @@ def zip_node(bases: Sequence[Node], stage: str) -> Node:
     by_index = None
     if all(base.by_index for base in bases):
         by_index = lambda epoch: _tuples(_views(bases, epoch))
-    return Node(open, None if lengths is None else min(lengths), _all_seekable(bases), by_index)
+    length, narrow = None if lengths is None else min(lengths), _narrow_all(bases, lambda all: _zipped(all, stage))
+    return Node(open, length, _all_seekable(bases), by_index, narrow=narrow)
+
+
+def _zipped(bases: Sequence[Node], stage: str) -> Node:
+    """The tuples of rows of batches of each pipeline."""
+
+    def joined(items: Sequence[RowsItem]) -> RowsItem:
+        pieces = [each.rows.piece for each in items if each.rows.piece is not None]
+        totals = [piece.total for piece in pieces]
+        if len(set(totals)) > 1:
+            raise ValueError(
+                f"{stage} expected batches of as many rows for local(s), received {', '.join(map(str, totals))}. Give "
+                "each source the same batch_size."
+            )
+        return RowsItem(tuple(each.item for each in items), items[0].rows)
+
+    node = map_node(zip_node(bases, stage), joined, stage, takes_rows=True)
+    return node._replace(rows=frozenset({"local"}))
 
 
 def _tuples(views: Sequence[GetItem]) -> GetItem:
@@ -141,7 +160,8 @@ def mix_node(bases: Sequence[Node], draws: Draws) -> Node:
         views = _views(bases, epoch)
         return lambda i: views[source[i]](int(position[i]))
 
-    return Node(open, n, True, by_index if all(base.by_index for base in bases) else None, rows=rows)
+    narrow = _narrow_all(bases, lambda narrowed: mix_node(narrowed, draws))
+    return Node(open, n, True, by_index if all(base.by_index for base in bases) else None, rows=rows, narrow=narrow)
 
 
 def _mixture(draws: Draws, lengths: Sequence[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -203,6 +223,12 @@ def filter_node(base: Node, f: Callable[[Any], Any], stage: str) -> Node:
 def _rows(bases: Sequence[Node]) -> frozenset[str]:
     """What is known of the rows of some of the items."""
     return frozenset[str]().union(*(base.rows for base in bases))
+
+
+def _narrow_all(bases: Sequence[Node], make: Callable[[Sequence[Node]], Node]) -> Callable[[RowBlocks], Node] | None:
+    """The ``narrow`` of a stage of several pipelines, None if one of them has none."""
+    found = [base.narrow for base in bases if base.narrow is not None]
+    return (lambda blocks: make([narrow(blocks) for narrow in found])) if len(found) == len(bases) else None
 
 
 def _lengths(bases: Sequence[Node]) -> list[int] | None:

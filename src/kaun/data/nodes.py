@@ -23,6 +23,7 @@ from kaun.data.chunks import (
 from kaun.data.collate import ArrayRows
 from kaun.data.loaders import known_length, open_loader
 from kaun.data.naming import note_where, noting_where
+from kaun.data.pieces import RowBlocks
 from kaun.data.prefetch import prefetched, snapshot_item
 from kaun.data.resumable import SKIPPED, ResumableLoader
 from kaun.data.rows import Padding, over_items
@@ -30,6 +31,9 @@ from kaun.data.shuffle import item_keys
 
 GetItem = Callable[[int], Any]
 """The function from index to item of one pass."""
+
+SAME_ITEMS = frozenset(["Data.assemble", "Data.local", "Data.prefetch"])
+"""The stages whose items are those before them, elsewhere."""
 
 
 class Node(NamedTuple):
@@ -50,6 +54,8 @@ class Node(NamedTuple):
         rows: What is known of the rows of its items, which may be of the class ``rows.RowsItem`` then: ``"where"`` if
             some are filled, ``"weights"`` if they have weights.
         padding: How much of a pass of the stage that fills rows is filled; None where that is not known.
+        narrow: ``narrow(blocks)`` is the stage whose items have the rows of these blocks alone, and which reads no
+            others; None where its items are not batches of rows that are read by index.
     """
 
     open: Callable[..., Iterator[Any]]
@@ -61,6 +67,7 @@ class Node(NamedTuple):
     takes_first: bool = False
     rows: frozenset[str] = frozenset()
     padding: Padding | None = None
+    narrow: Callable[[RowBlocks], Node] | None = None
 
 
 class Resume(NamedTuple):
@@ -259,7 +266,8 @@ def shuffle_node(base: Node, n: int, order: Callable[[int | None], Any]) -> Node
         get, rows = base.by_index(epoch), order(epoch)
         return lambda i: get(int(rows[i]))
 
-    return index_node(n, shuffled)._replace(rows=base.rows, padding=base.padding)
+    narrow = _narrow_of(base, lambda node: shuffle_node(node, n, order))
+    return index_node(n, shuffled)._replace(rows=base.rows, padding=base.padding, narrow=narrow)
 
 
 def epochs_node(base: Node, count: int, at: tuple[int, int, int] = (0, 0, 0)) -> Node:
@@ -294,7 +302,8 @@ def epochs_node(base: Node, count: int, at: tuple[int, int, int] = (0, 0, 0)) ->
         return _over(base, open=open, chunks=None, resume=resume)
     by_index = None if base.by_index is None else functools.partial(_across_passes, base.by_index, count, length)
     chunks = chain_chunks(base.chunks, count, length) if base.seekable else None
-    return Node(open, count * length, base.seekable, by_index, chunks, resume, rows=base.rows, padding=base.padding)
+    made = Node(open, count * length, base.seekable, by_index, chunks, resume, rows=base.rows, padding=base.padding)
+    return made._replace(narrow=_narrow_of(base, lambda node: epochs_node(node, count)))
 
 
 def pass_node(base: Node, e: int) -> Node:
@@ -302,7 +311,8 @@ def pass_node(base: Node, e: int) -> Node:
     get = base.by_index
     by_index = None if get is None else lambda epoch: get(e)
     opened = lambda epoch, start: base.open(e, start)
-    return _over(base, open=opened, by_index=by_index, chunks=pass_chunks(base.chunks, e), resume=None)
+    chunks, narrow = pass_chunks(base.chunks, e), _narrow_of(base, lambda node: pass_node(node, e))
+    return _over(base, open=opened, by_index=by_index, chunks=chunks, resume=None, narrow=narrow)
 
 
 def skip_node(base: Node, count: int) -> Node:
@@ -314,6 +324,7 @@ def skip_node(base: Node, count: int) -> Node:
         by_index=_by_index_of(base, lambda get: lambda i: get(i + count)),
         chunks=skip_chunks(base.chunks, count),
         resume=None,
+        narrow=_narrow_of(base, lambda node: skip_node(node, count)),
     )
 
 
@@ -325,18 +336,26 @@ def take_node(base: Node, count: int) -> Node:
         length=None if base.length is None else min(count, base.length),
         chunks=take_chunks(base.chunks, count),
         resume=_resume_of(base, lambda node: take_node(node, count), whole_passes=False),
+        narrow=_narrow_of(base, lambda node: take_node(node, count)),
     )
 
 
 def prefetch_node(base: Node, count: int) -> Node:
     """The same items, made by a thread that stays up to ``count`` items ahead."""
     ahead = lambda epoch, start: prefetched(functools.partial(base.open, epoch, start), count)
-    return _over(base, open=ahead, by_index=None, chunks=None, resume=None)
+    narrow = _narrow_of(base, lambda node: prefetch_node(node, count))
+    return _over(base, open=ahead, by_index=None, chunks=None, resume=None, narrow=narrow)
 
 
-def _over(base: Node, *, takes_first: bool = False, **fields: Any) -> Node:
+def _over(base: Node, *, takes_first: bool = False, narrow: Any = None, **fields: Any) -> Node:
     """A stage over another one, which has the fields that are not given."""
-    return base._replace(takes_first=takes_first, **fields)
+    return base._replace(takes_first=takes_first, narrow=narrow, **fields)
+
+
+def _narrow_of(base: Node, wrap: Callable[[Node], Node]) -> Callable[[RowBlocks], Node] | None:
+    """The ``narrow`` of a stage that passes on the items of ``base`` as they are."""
+    narrow = base.narrow
+    return None if narrow is None else lambda blocks: wrap(narrow(blocks))
 
 
 def _by_index_of(base: Node, wrap: Callable[[GetItem], GetItem]) -> Callable[[int | None], GetItem] | None:

@@ -1,7 +1,8 @@
-"""Batches of arrays in memory whose last one is filled, or whose rows have weights."""
+"""Batches of arrays in memory whose last one is filled, whose rows have weights, or which have some of their rows."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from kaun.data.arguments import checked_weights
 from kaun.data.chunks import Chunk, Limit, RowGather, is_explicit
 from kaun.data.collate import ArrayRows
 from kaun.data.nodes import GetItem, Node, batches_node, group_count, index_node
+from kaun.data.pieces import RowBlocks
 from kaun.data.rows import Padding, RowInfo, RowsItem
 
 __all__ = ["RowOptions", "row_batches_node"]
@@ -70,13 +72,12 @@ def row_batches_node(
     rows: ArrayRows, size: int, options: RowOptions, order: Order, n: int | None = None, *, drop_last: bool = False
 ) -> Node:
     """The batches of arrays in memory, as ``batches_node``, with ``pad`` and ``sample_weights``."""
-    if not options.pad and options.weights is None:
-        return batches_node(rows, size, drop_last, order, n)
     found = _RowBatches(rows, size, options, order, rows.length if n is None else n, drop_last)
-    names = (options.pad and "where", options.weights is not None and "weights")
-    node = index_node(found.length, found.by_index)
-    padding = Padding(found.n, found.length * size - found.n) if options.pad else None
-    return node._replace(chunks=found.chunks, rows=frozenset(name for name in names if name), padding=padding)
+    if not options.pad and options.weights is None:
+        return batches_node(rows, size, drop_last, order, n)._replace(narrow=found.narrow)
+    return index_node(found.length, found.by_index)._replace(
+        chunks=found.chunks, rows=found.known, padding=found.padding, narrow=found.narrow
+    )
 
 
 class _RowBatches:
@@ -92,23 +93,32 @@ class _RowBatches:
 
     Attributes:
         length: The number of batches of a pass.
-        n: As the argument.
+        known: What is known of their rows, see ``nodes.Node``.
+        padding: How much of a pass is filled, None without ``pad``.
     """
 
     def __init__(self, rows: ArrayRows, size: int, options: RowOptions, order: Order, n: int, drop_last: bool) -> None:
         self._rows, self._size, self._order = rows, size, order
-        self.n: int = n
+        self._n = n
         self._weights = options.weights
         self.length: int = group_count(n, size, drop_last)
+        names = (options.pad and "where", options.weights is not None and "weights")
+        self.known: frozenset[str] = frozenset(name for name in names if name)
+        self.padding: Padding | None = Padding(n, self.length * size - n) if options.pad else None
         self._total = self.length * size if options.pad else n
         self._mask = _read_only(np.arange(self._total) < n) if options.pad else None
         # Rows are found again by the identity of the first item's arrays, and those on explicit axes are replaced.
         self._alone = any(is_explicit(array) for array in rows.leaves)
 
-    def by_index(self, epoch: int | None) -> GetItem:
-        """The function from index to batch of one pass."""
+    def by_index(self, epoch: int | None, blocks: RowBlocks | None = None) -> GetItem:
+        """The function from index to batch of one pass, or to the rows of a batch that some blocks have."""
         order = self._filled_order(epoch)
-        return lambda i: self._batch(order, i)
+        return lambda i: self._batch(order, i, blocks)
+
+    def narrow(self, blocks: RowBlocks) -> Node:
+        """The node of the batches of which these blocks have the rows, see ``nodes.Node``."""
+        node = index_node(self.length, functools.partial(self.by_index, blocks=blocks))
+        return node._replace(rows=self.known | {"local"}, padding=self.padding)
 
     def chunks(self, epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
         """The batches of a pass, several at a time, see ``chunks.Chunks``."""
@@ -133,16 +143,18 @@ class _RowBatches:
         A row of the data, because any other number might be infinite or no class in the model or loss.
         """
         order = self._order(epoch)
-        more = self._total - self.n
+        more = self._total - self._n
         return order if order is None or more <= 0 else np.concatenate([order, np.full(more, order[-1])])
 
-    def _batch(self, order: Any, i: int) -> RowsItem:
+    def _batch(self, order: Any, i: int, blocks: RowBlocks | None = None) -> RowsItem:
         at = slice(i * self._size, min((i + 1) * self._size, self._total))
         index: Any = at if order is None else order[at]
-        if order is None and at.stop > self.n:
-            index = np.minimum(np.arange(at.start, at.stop), self.n - 1)
+        if order is None and at.stop > self._n:
+            index = np.minimum(np.arange(at.start, at.stop), self._n - 1)
         weights = None if self._weights is None else self._weights[index]
-        return RowsItem(self._rows.take(index), RowInfo(None if self._mask is None else self._mask[at], weights))
+        piece = None if blocks is None else blocks.piece(at.stop - at.start)
+        rows = RowInfo(None if self._mask is None else self._mask[at], weights, piece=piece)
+        return RowsItem(self._rows.take(index if piece is None else piece.of(index)), rows)
 
 
 def _read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

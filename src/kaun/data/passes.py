@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from kaun.data.items import Item
-from kaun.data.nodes import StageSpec, every_stage
+from kaun.data.nodes import SAME_ITEMS, StageSpec, every_stage
 
 __all__ = ["PassLength", "as_generator", "newest_pass", "pass_length", "random_passes", "watch_of"]
 
-_ONE_TO_ONE = frozenset(["Data.map", "Data.prefetch", "Data.random_map", "Data.with_loss"])
+_ONE_TO_ONE = frozenset(["Data.map", "Data.random_map", "Data.with_loss"]) | SAME_ITEMS
 
 Passes = tuple[Any, ...]
 """What decides the items of a random pipeline: its stages, its keys, and which arrays it reads."""
@@ -62,7 +62,7 @@ def random_passes(stages: Sequence[StageSpec]) -> tuple[Passes, range] | None:
         ((name, count),) = counts[0].given.items()
         numbers = range(count) if name == "n" else range(count, count + 1)
     counted = {id(s) for s in counts if len(counts) == 1}
-    texts = [s.text for s in every if s.name != "Data.prefetch" and id(s) not in counted]
+    texts = [s.text for s in every if s.name not in SAME_ITEMS and id(s) not in counted]
     arrays = [_memory(leaf) for s in every for leaf in jax.tree_util.tree_leaves(s.given.get("arrays"))]
     return (*texts, *(np.asarray(jax.random.key_data(key)).tobytes() for key in keys), *arrays), numbers
 

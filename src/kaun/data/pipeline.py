@@ -13,8 +13,9 @@ from kaun.context import Context
 from kaun.data import arguments, buckets, collate, combine, nodes
 from kaun.data.arguments import checked_count, checked_weights, function_text
 from kaun.data.items import loss_attacher
+from kaun.data.local import stacked_rows
 from kaun.data.nodes import Node, StageSpec, every_stage
-from kaun.data.rows import Padding, loses_rows, row_loss_attacher
+from kaun.data.rows import Padding, loses_rows, own_rows, row_loss_attacher
 from kaun.data.shuffle import Draws, Orders, draw_key
 from kaun.data.sources import Sources
 from kaun.data.types import LossOfLabels, Unknown
@@ -98,6 +99,7 @@ class Data(Sources[T]):
             (True, False)
         """
         stage = f".random_map({function_text('random_map', f)})"
+        self._refuse_pieces("random_map(f)", "Random numbers of a part of a batch would be others with more processes")
         key = draw_key("random_map(f)")
         return self._then(nodes.random_map_node(self._node, f, key, stage), stage, f=f, key=key)
 
@@ -115,7 +117,7 @@ class Data(Sources[T]):
         self._refuse_rows("batch(n)")
         stage = f".batch({n}{', drop_last=True' * drop_last})"
         node = nodes.group_node(self._node, n, collate.stack_all, drop_last, stage)
-        return self._then(node, stage, n=n, drop_last=drop_last)
+        return self._then(stacked_rows(node, self._node, n, stage), stage, n=n, drop_last=drop_last)
 
     def map_batch(self, n: int, f: Callable[[list[Any]], U], drop_last: bool = False) -> Data[U]:
         """The items ``f([...])`` of each list of ``n`` consecutive items; the last may be shorter, or is dropped.
@@ -317,6 +319,7 @@ class Data(Sources[T]):
             [2, 4]
         """
         stage = f".filter({function_text('filter', f)})"
+        self._refuse_pieces("filter(f)", "Processes would keep different batches")
         return self._then(combine.filter_node(self._node, f, stage), stage, f=f)
 
     def epochs(self, n: int) -> Data[T]:
@@ -381,6 +384,8 @@ class Data(Sources[T]):
 
     def _refuse_rows(self, stage: str) -> None:
         """Refuse a stage that groups batches, if some of their rows are filled or have weights."""
+        if "local" in self._node.rows:
+            raise own_rows(stage, "Make batches of the wanted size before local(s): data.batch(64).local(s).")
         if self._node.rows:
             fix = "Make batches of the wanted size at once: Data.batches(arrays, batch_size, pad=True)"
             raise loses_rows(stage, self._node.rows, fix)

@@ -15,6 +15,7 @@ import numpy as np
 from kaun.context import Context
 from kaun.data.arguments import function_text
 from kaun.data.items import Item, labelled, loss_attacher
+from kaun.data.pieces import Piece
 from kaun.losses import Mean, parts_of, row_arguments
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RowsItem",
     "loses_rows",
     "over_items",
+    "own_rows",
     "plain_item",
     "row_loss_attacher",
     "shown_item",
@@ -56,12 +58,14 @@ class RowInfo(NamedTuple):
         elements: With ``bucket``, if the labels have a value for each position of a row: bool [batch, edge], False
             where the row or the position is filled. Otherwise None.
         ctx: The context of the batch, or None.
+        piece: The rows that the item has, after ``local``; None if it has all. The other fields are about all rows.
     """
 
     mask: Host | None
     weights: Host | None
     elements: Host | None = None
     ctx: Context | None = None
+    piece: Piece | None = None
 
     def counted(self, labels: Any) -> Host | None:
         """Which rows, or which positions of the rows, count for these labels; None if all do.
@@ -82,9 +86,10 @@ class RowInfo(NamedTuple):
 
     def real(self, value: Any) -> Any:
         """A tree of arrays without its filled rows: arrays as long as the batch are cut."""
-        if self.mask is None or self.mask.all():
+        mask = self.mask if self.mask is None or self.piece is None else self.mask[self.piece.here]
+        if mask is None or mask.all():
             return value
-        size, n = len(self.mask), int(self.mask.sum())
+        size, n = len(mask), int(mask.sum())
         cut = lambda leaf: leaf[:n] if np.ndim(leaf) and leaf.shape[0] == size else leaf
         return jax.tree_util.tree_map(cut, value)
 
@@ -154,9 +159,12 @@ def loses_rows(stage: str, rows: frozenset[str], fix: str = "") -> TypeError:
 
     Args:
         stage: What the user called.
-        rows: ``"where"`` and ``"weights"``, if there are filled rows and weights.
+        rows: ``"where"`` and ``"weights"``, if there are filled rows and weights; ``"local"``, if each process has its
+            own rows.
         fix: What to write. By default a loss that takes what is known.
     """
+    if "local" in rows:
+        return own_rows(stage)
     names = sorted(rows, reverse=True)
     what = {"where": "which rows of a batch are filled", "weights": "the weights of its rows"}
     given = ", ".join(f"{name}={name}" for name in names)
@@ -166,6 +174,12 @@ def loses_rows(stage: str, rows: frozenset[str], fix: str = "") -> TypeError:
     )
     lost = " and ".join(what[name] for name in names)
     return TypeError(f"{stage} does not know {lost}, so that the mean would be wrong. {fix}.")
+
+
+def own_rows(stage: str, fix: str = "") -> TypeError:
+    """The exception for what needs whole batches after ``local``."""
+    fix = fix or "Write .assemble(s) before it: data.local(s).map(f).assemble(s).with_loss(losses.mse)."
+    return TypeError(f"{stage} expected whole batches, and after local(s) each process has rows of its own. {fix}")
 
 
 def row_loss_attacher(f: Callable[..., Any], rows: frozenset[str]) -> Callable[[Any], Any]:
@@ -179,6 +193,8 @@ def row_loss_attacher(f: Callable[..., Any], rows: frozenset[str]) -> Callable[[
         TypeError: If it does not take them.
     """
     attach, function = loss_attacher(f), parts_of(f)
+    if "local" in rows:
+        raise own_rows("with_loss(f)")
     if rows - row_arguments(function):
         raise loses_rows(f"The loss {function_text('with_loss', f)}", rows)
 

@@ -18,9 +18,9 @@ from kaun.data.arguments import (
     checked_weights,
     function_text,
 )
-from kaun.data.base import Pipeline
 from kaun.data.folds import FoldPart, fold_rows
 from kaun.data.padding import RowOptions, row_batches_node
+from kaun.data.placed import Placed
 from kaun.data.rows import loses_rows
 from kaun.data.shuffle import Draws, Orders
 from kaun.data.types import Unknown
@@ -37,7 +37,7 @@ B = TypeVar("B")
 C = TypeVar("C")
 
 
-class Sources(Pipeline[T]):
+class Sources(Placed[T]):
     """The part of ``Data`` that makes pipelines. ``Data`` is its only subclass."""
 
     __slots__ = ()

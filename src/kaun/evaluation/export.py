@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from kaun import tree
 from kaun._engine import check_input
 from kaun._step import batch_length
 from kaun.context import Context
@@ -26,7 +27,7 @@ def export_model(
 
     Args:
         forward: ``forward(carry, key, x, ctx) -> output``.
-        state: Its weights become constants of the program.
+        state: Its weights become constants of the program, which runs on one device wherever they lie.
         x: An input, as arrays or as their shapes and dtypes.
         ctx: A context, as arrays or as their shapes and dtypes; None for a program without one.
         platforms: Where the program can run, None for the platform of this process.
@@ -38,7 +39,7 @@ def export_model(
     from jax import export  # imported here because it takes time and most programs do not need it
 
     check_input(x)
-    carry, key = (state.vars, state.step), state.key
+    carry, key = jax.tree_util.tree_map(tree.readable, ((state.vars, state.step), state.key))
     length = batch_length(x)
     (batch,) = export.symbolic_shape("batch")
 

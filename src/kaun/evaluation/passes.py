@@ -17,13 +17,17 @@ from kaun.context import Context
 from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
 from kaun.evaluation.rows import RowMetrics
+from kaun.evaluation.together import in_step
 from kaun.evaluation.totals import Metric, MetricTotals, check_metrics, with_counts
 from kaun.metrics import run_ahead
+from kaun.sharding import Sharding
 
 __all__ = ["evaluate", "predict"]
 
 
-def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Context | None) -> dict[str, float]:
+def evaluate(
+    run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Context | None, sharding: Sharding | None = None
+) -> dict[str, float]:
     """The metrics over all items of ``data``, by name; see ``Trainer.evaluate``.
 
     Args:
@@ -31,6 +35,7 @@ def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Con
         data: Items ``(x, y)`` or ``(x, y, Context)``.
         metrics: Functions of predictions and targets, by name.
         ctx: The context of all items; an item's own context overrides its names.
+        sharding: Where the arrays of the trainer lie, also in other processes.
     """
     metrics = check_metrics("evaluate", metrics)
     totals, of_rows = MetricTotals(metrics), functools.cache(lambda: RowMetrics(metrics))
@@ -50,19 +55,22 @@ def evaluate(run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Con
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
         "To make them from arrays, write Data.batches((x, y), batch_size=256)."
     )
-    with open_items(with_rows(data), expected) as items:
+    with open_items(with_rows(data), expected) as own, in_step(own, data, sharding, "evaluate") as items:
         if not run_ahead(items, compute, totals.take):
             raise empty_data("evaluate")
     return totals.results()
 
 
-def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | None) -> Any:
+def predict(
+    run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | None, sharding: Sharding | None = None
+) -> Any:
     """The outputs for all items of ``data``, concatenated along axis 0; see ``Trainer.predict``.
 
     Args:
         run: Runs the compiled program for its inputs, and does not wait for it.
         data: The model's inputs.
         ctx: The context of all items.
+        sharding: Where the arrays of the trainer lie, also in other processes: each of them gets all outputs.
     """
     outputs = _Outputs(known_length(data))
 
@@ -81,8 +89,8 @@ def predict(run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | No
         outputs.check(output, number, rows)
         return jax.tree_util.tree_leaves(output), rows
 
-    items: Any = iter(with_rows(data))
-    with contextlib.closing(items):
+    own: Any = iter(with_rows(data))
+    with contextlib.closing(own), in_step(own, data, sharding, "predict") as items:
         if not run_ahead(items, compute, outputs.take):
             raise empty_data("predict")
     return jax.tree_util.tree_unflatten(outputs.structure, outputs.rows())
@@ -153,7 +161,7 @@ class _Outputs:
             if not self._buffers:
                 self._buffers = [np.empty((self._length * a.shape[0], *a.shape[1:]), a.dtype) for a in leaves]
                 self._used = [0] * len(leaves)
-            leaves = list(map(np.asarray, leaves))
+            leaves = list(map(tree.on_host, leaves))
             for i, new in enumerate(leaves if known is None else known.real(leaves)):
                 start, end = self._used[i], self._used[i] + len(new)
                 if end > len(self._buffers[i]):

@@ -115,7 +115,7 @@ class MetricSums:
 def add_results(sums: MetricSums, items: list[dict[str, Ratio | CountedParts]]) -> None:
     """Read the ratios and the parts of some items from the device in one call, and add them."""
     by_name: dict[str, list[Any]] = {}
-    for results in jax.device_get(items):
+    for results in jax.device_get(jax.tree_util.tree_map(tree.readable, items)):
         for name, result in results.items():
             by_name.setdefault(name, []).append(result)
     for name, results in by_name.items():

@@ -73,7 +73,7 @@ def blank(value: Any, counted: Any) -> Any:
     if counted is True:
         return value
     xp: Any = np if isinstance(value, (np.ndarray, np.generic)) and not is_traced(counted) else jnp
-    return xp.where(trailing(xp.asarray(counted), value.ndim), value, 0)
+    return xp.where(trailing(xp.asarray(counted), value.ndim), value, xp.zeros((), value.dtype))
 
 
 def nothing_to_average() -> ValueError:
