@@ -17,7 +17,7 @@ from jax import lax
 __all__ = [
     "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
     "convolutions_in", "current_trace", "evaluate", "is_jitted", "is_traced", "preemption_service_runs",
-    "primitives_in", "programs_in", "run_program", "threefry_2x32", "trace_of", "without_placements",
+    "primitives_in", "programs_in", "run_program", "signatures_of", "threefry_2x32", "trace_of", "without_placements",
 ]  # fmt: skip
 
 
@@ -70,6 +70,14 @@ def is_jitted(value: Any) -> bool:
     The class is known by its name alone: JAX does not export it.
     """
     return type(value).__name__ == "PjitFunction" and hasattr(value, "__wrapped__")
+
+
+def signatures_of(jitted: Any) -> int:
+    """Return for how many kinds and placements of arguments a jitted function was called.
+
+    One that is called with arrays placed in another way is compiled again, and only this number tells.
+    """
+    return jitted._cache_size()
 
 
 def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:

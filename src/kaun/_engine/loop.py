@@ -23,6 +23,7 @@ from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, on_one_device, pack_on_device, packing_of, unpack
+from kaun._engine.places import item_of, refuse_different_devices
 from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
 from kaun._engine.results import PendingDispatch, StepResults, examples_of
 from kaun.context import Context
@@ -340,8 +341,15 @@ class StepLoop:
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
         about = (first, count, traced, examples_of(traced, inputs, pattern, count, shared, stacked))
-        self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        start = time.perf_counter()
+        try:
+            self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        except ValueError:
+            refuse_different_devices(entry, inputs, arguments[0], item_of(arguments, pattern))
+            raise
         results = self._take()
+        if program.was_called_anew():
+            self._on_compile(self._programs.log_moved(program, entry, inputs, True, arguments, start, traced))
         if traced.can_raise:
             try:
                 results.losses.block_until_ready()
