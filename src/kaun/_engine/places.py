@@ -17,7 +17,7 @@ __all__ = ["divides", "item_of", "places_of", "refuse_different_devices", "warn_
 
 _LISTED = 3
 _CAPTURED = "captured "
-_DIVIDES = frozenset(["sharding_constraint", "shard_map", "reshard"])
+_DIVIDES = frozenset(["sharding_constraint", "shard_map"])
 
 
 def item_of(arguments: Sequence[Any], pattern: Sequence[bool]) -> list[Any]:
