@@ -73,10 +73,7 @@ def is_jitted(value: Any) -> bool:
 
 
 def signatures_of(jitted: Any) -> int:
-    """Return for how many kinds and placements of arguments a jitted function was called.
-
-    One that is called with arrays placed in another way is compiled again, and only this number tells.
-    """
+    """Return for how many kinds and places of arguments a jitted function was called: each place is compiled."""
     return jitted._cache_size()
 
 
@@ -162,15 +159,13 @@ def calls_the_host(closed: Any) -> bool:
 
 _MOVES = frozenset(["sharding_constraint", "reshard"])
 _PLACES = (jax.sharding.Sharding, jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.Device)
-# Parameters of jitted functions as they are without a mesh, which JAX does not print.
-_OF_CALLS = {"ctx_mesh": jax.sharding.AbstractMesh((), ()), "in_shardings": (), "out_shardings": ()}
+_OF_CALLS = {"ctx_mesh": jax.sharding.AbstractMesh((), ()), "in_shardings": (), "out_shardings": ()}  # not printed
 
 
 def without_placements(closed: Any) -> Any:
     """Return a traced program, a closed jaxpr, without what says where arrays lie. It is for its text, not to be run.
 
-    The text of a program names meshes and placements, and a constraint on a placement is an equation, which moves the
-    names of all that follow. The fields of jaxprs, by which these are left out, are not public API.
+    A constraint on a placement moves the names of all that follow. The fields of jaxprs are not public API.
     """
     known: dict[int, Any] = {}  # a jaxpr that is used twice is printed once, as long as it is one object
 
@@ -192,16 +187,15 @@ def _is_program(value: Any) -> bool:
 
 
 def _without_moves(jaxpr: Any, bare: Callable[[Any], Any]) -> Any:
-    moved: dict[Any, Any] = {}
+    moved, equations = dict[Any, Any](), list[Any]()
     read = lambda atom: atom if _is_literal(atom) else moved.get(atom, atom)
-    equations: list[Any] = []
     for equation in jaxpr.eqns:
         operands = list(map(read, equation.invars))
         if equation.primitive.name in _MOVES:
             moved[equation.outvars[0]] = operands[0]
-            continue
-        params = {name: _OF_CALLS.get(name, bare(value)) for name, value in equation.params.items()}
-        equations.append(equation.replace(invars=operands, params=params))
+        else:
+            params = {name: _OF_CALLS.get(name, bare(value)) for name, value in equation.params.items()}
+            equations.append(equation.replace(invars=operands, params=params))
     return jaxpr.replace(eqns=equations, outvars=list(map(read, jaxpr.outvars)))
 
 

@@ -16,6 +16,7 @@ from kaun._jax import is_traced
 
 __all__ = [
     "Packing",
+    "beside",
     "copy",
     "in_place",
     "on_one_device",
@@ -119,6 +120,11 @@ def pack_on_device(packing: Packing, leaves: Sequence[Any]) -> list[Any]:
         )
     where = next((_everywhere(leaf.sharding) for leaf in leaves if getattr(leaf, "committed", False)), None)
     return vectors if where is None else jax.device_put(vectors, where)
+
+
+def beside(value: Any, leaf: Any) -> Any:
+    """Return an array where a leaf lies, on all its devices, if the leaf was put there; elsewhere as it is."""
+    return jax.device_put(value, _everywhere(leaf.sharding)) if getattr(leaf, "committed", False) else value
 
 
 def _device_of(sharding: Sharding) -> Any:

@@ -1,4 +1,4 @@
-"""Where the arguments of a compiled step lie, in words: for the log of compilations, and for errors and warnings."""
+"""On which devices the arguments of a compiled step lie: for the log of compilations, and for errors and warnings."""
 
 from __future__ import annotations
 
@@ -49,22 +49,23 @@ def refuse_different_devices(entry: str, inputs: StepInputs, leaves: Sequence[An
     """
     placed = [i for i, leaf in enumerate(item) if _devices([leaf])]
     state = _devices(leaves) or _devices([item[i] for i in placed[:1]])
-    wrong = [i for i in placed if _devices([item[i]]) != state]
-    if not wrong:
+    elsewhere = [i for i in placed if _devices([item[i]]) != state]
+    if not elsewhere:
         return
     places, names = places_of(inputs, leaves, item), _names(inputs)
-    lying = "; ".join(f"{names[i]} is {places[names[i]]}" for i in wrong[:_LISTED])
-    more = f"; {len(wrong) - _LISTED} more arrays are elsewhere too" if len(wrong) > _LISTED else ""
-    name = names[wrong[0]].removeprefix(_CAPTURED)
+    lying = "; ".join(f"{names[i]} is {places[names[i]]}" for i in elsewhere[:_LISTED])
+    more = len(elsewhere) - _LISTED
+    lying += f"; {more} more {'arrays are' if more > 1 else 'array is'} elsewhere too" if more > 0 else ""
+    name = names[elsewhere[0]].removeprefix(_CAPTURED)
     name = name if name.isidentifier() else "x"
     fix = f"{name} = jax.device_put({name}, state.step.sharding)"
     if len(state) > 1:
         fix = f'{name} = jax.device_put({name}, NamedSharding(mesh, PartitionSpec("data")))'
-    elif len(_devices([item[wrong[0]]])) > 1:
+    elif len(_devices([item[elsewhere[0]]])) > 1:
         fix = "state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))"
     raise ValueError(
         f"{entry.split()[0]} received arrays that were put on different devices: the state is {places['the state']}; "
-        f"{lying}{more}. Without sharding= kaun moves nothing. Write Trainer(..., sharding=sharding.data_parallel()), "
+        f"{lying}. Without sharding= kaun moves nothing. Write Trainer(..., sharding=sharding.data_parallel()), "
         f"which moves what comes to its devices, or put the array there: {fix}."
     ) from None
 
@@ -89,6 +90,8 @@ def warn_of_copies(entry: str, inputs: StepInputs, leaves: Sequence[Any], item: 
     placed = [leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)]
     devices = max((sharding.num_devices for sharding in placed), default=1)
     if devices == 1 or not item or not all(sharding.is_fully_replicated for sharding in placed) or _devices(item):
+        return False
+    if not jax.sharding.get_abstract_mesh().empty:  # jax.set_mesh: the user's own code says where arrays lie
         return False
     name = _names(inputs)[0]
     warn(
