@@ -23,7 +23,7 @@ __all__ = [
     "is_weak",
     "map_with_path",
     "path_name",
-    "place",
+    "placement",
     "snapshot",
     "strong",
 ]
@@ -132,7 +132,7 @@ def _is_plain(dtype: Any) -> bool:
     return not jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
-def place(value: Any) -> str:
+def placement(value: Any) -> str:
     """Where an array lies, in words: ``"on one device"``, ``"on all 8 devices"``, ``"spread over data along axis 1"``.
 
     An array that was put on a device is named with it, ``"on one device (cpu:3)"``: others may be moved to any.

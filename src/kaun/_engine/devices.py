@@ -35,10 +35,10 @@ def item_of(arguments: Sequence[Any], pattern: Sequence[bool]) -> list[Any]:
 
 def places_of(inputs: StepInputs, leaves: Sequence[Any], item: Sequence[Any]) -> dict[str, str]:
     """Return where the state and each array of an item lie, in words."""
-    counts = collections.Counter(map(tree.place, leaves))
+    counts = collections.Counter(map(tree.placement, leaves))
     listed = [f"{n} {'arrays' if n > 1 else 'array'} {place}" for place, n in sorted(counts.items())]
     state = ", ".join(listed if len(counts) > 1 else counts)
-    return {"the state": state, **dict(zip(_names(inputs), map(tree.place, item), strict=False))}
+    return {"the state": state, **dict(zip(_names(inputs), map(tree.placement, item), strict=False))}
 
 
 def refuse_different_devices(entry: str, inputs: StepInputs, leaves: Sequence[Any], item: Sequence[Any]) -> None:

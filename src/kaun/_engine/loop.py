@@ -23,7 +23,7 @@ from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import beside, copy, in_place, pack_on_device, packing_of, unpack
+from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, put_with, unpack
 from kaun._engine.placing import place_carry, placed_inputs
 from kaun._engine.program import ROWS, TracedStep, count_on_device
 from kaun._engine.results import PendingDispatch, StepResults, examples_of
@@ -307,7 +307,7 @@ class StepLoop:
             self._carry = (True, pack_on_device(self._packing, arrays), results)
         self._counts_discarded = int(traced.discards)
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
-        status = beside(traced.status, self._carry[1][0]) if results is None else results.status
+        status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
         if traced.placing is not None:

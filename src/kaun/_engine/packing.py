@@ -16,13 +16,13 @@ from kaun._jax import is_traced
 
 __all__ = [
     "Packing",
-    "beside",
     "copy",
     "in_place",
     "on_one_device",
     "pack_on_device",
     "packing_of",
     "packing_on_device",
+    "put_with",
     "unpack",
 ]
 
@@ -122,7 +122,7 @@ def pack_on_device(packing: Packing, leaves: Sequence[Any]) -> list[Any]:
     return vectors if where is None else jax.device_put(vectors, where)
 
 
-def beside(value: Any, leaf: Any) -> Any:
+def put_with(value: Any, leaf: Any) -> Any:
     """Return an array where a leaf lies, on all its devices, if the leaf was put there; elsewhere as it is."""
     return jax.device_put(value, _everywhere(leaf.sharding)) if getattr(leaf, "committed", False) else value
 

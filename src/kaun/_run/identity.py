@@ -77,8 +77,8 @@ def _place(state: TrainState) -> str:
         return "on one device"
     sizes = [s.mesh.shape if isinstance(s, NamedSharding) else {"devices": s.num_devices} for s in several]
     meshes = sorted({", ".join(f"{axis}={size}" for axis, size in each.items()) for each in sizes})
-    counts = collections.Counter(tree.place(a) if a.sharding.num_devices > 1 else "on one device" for a in arrays)
-    listed = [f"{count} {'arrays' if count > 1 else 'array'} {place}" for place, count in sorted(counts.items())]
+    counts = collections.Counter(tree.placement(a) if a.sharding.num_devices > 1 else "on one device" for a in arrays)
+    listed = [f"{count} {'arrays' if count > 1 else 'array'} {words}" for words, count in sorted(counts.items())]
     return ", ".join([f"on a mesh of {' and '.join(meshes)}", *listed])
 
 

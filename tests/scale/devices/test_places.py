@@ -171,9 +171,9 @@ def test_who_asks_for_it_is_not_warned():
 def test_places_in_words():
     two = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     put = lambda *spec: jax.device_put(np.ones((8, 8)), NamedSharding(two, PartitionSpec(*spec)))
-    assert [tree.place(put(*spec)) for spec in ((), ("data",), (None, "model"), ("data", "model"), (("data", "model"),))] == [
+    assert [tree.placement(put(*spec)) for spec in ((), ("data",), (None, "model"), ("data", "model"), (("data", "model"),))] == [
         "on all 8 devices", "spread over data", "spread over model along axis 1", "spread over data, model along axis 1",
         "spread over data and model",
     ]  # fmt: skip
-    assert tree.place(X) == tree.place(jnp.ones(1)) == "on one device"
-    assert tree.place(on_device(X, 3)) == "on one device (cpu:3)"
+    assert tree.placement(X) == tree.placement(jnp.ones(1)) == "on one device"
+    assert tree.placement(on_device(X, 3)) == "on one device (cpu:3)"

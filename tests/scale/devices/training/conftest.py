@@ -39,7 +39,9 @@ def sharding_of(name, count=8):
     if name == "replicas":
         return sharding.fsdp(mesh_of(8, replica=2, shard=4), axis="shard", min_size=64, rows=("replica", "shard"))
     both = sharding.fsdp(mesh_of(8, data=2, model=4), axis="data", min_size=64) if name == "tensor and fsdp" else None
-    return sharding.by_path({"0.*": P(None, "model"), "3.weight": P("model")}, mesh_of(8, data=2, model=4), otherwise=both)
+    return sharding.by_path(
+        {"0.*": P(None, "model"), "3.weight": P("model")}, mesh_of(8, data=2, model=4), otherwise=both
+    )
 
 
 def trainer_of(name, optimizer=None, count=8, model=MODEL, **options):

@@ -138,7 +138,9 @@ def test_a_transformer(kit, name):
     block = layers.sequential(
         [
             layers.residual(
-                layers.sequential([layers.layer_norm(32), layers.multi_head_attention(32, 4, is_causal=True, bias=True)])
+                layers.sequential(
+                    [layers.layer_norm(32), layers.multi_head_attention(32, 4, is_causal=True, bias=True)]
+                )
             ),
             layers.residual(
                 layers.sequential([layers.layer_norm(32), layers.linear(32, 64), layers.gelu(), layers.linear(64, 32)])
