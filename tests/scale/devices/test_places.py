@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kaun
-from kaun import Context, Data, layers, losses, rng, tree
+from kaun import Context, Data, Layer, layers, losses, rng, tree
 
 X, Y = np.ones((8, 3), np.float32), np.zeros((8, 3), np.float32)
 WORK = "each of 8 devices has the whole state, and x was not put on them, so every device does all the work"
@@ -91,7 +91,8 @@ def test_the_first_dispatch_on_a_mesh_is_not_compiled_twice(no_compile_cache):
 @pytest.mark.parametrize("entry", ["step", "fit", "predict", "evaluate", "ctx", "captured"])
 def test_an_item_that_was_put_on_another_device_is_named(entry):
     """JAX: "Received incompatible devices for jitted computation. Got argument rest[2] of ..."."""
-    trainer, state = made()
+    masked = lambda vars, x, *, training, ctx: (x * ctx["mask"] if "mask" in ctx else x, vars)
+    trainer, state = made(Layer(init=layers.relu().init, apply=masked, name="masked"))
     state, x, far = everywhere(state), rows(X), on_device(X)
     calls = {
         "step": ("step", "x", lambda: trainer.step(state, far, loss=loss_of(rows(Y)))),
@@ -129,7 +130,7 @@ def test_the_fix_is_for_what_lies_where():
         trainer.predict(on_device(state, 1), on_device(X, 2))
     far = on_device(Y, 2)
     loss = lambda out: losses.mse(out, far) + losses.mse(out, far * 2)
-    ctx = Context(**dict.fromkeys("abc", far))
+    ctx = Context(mask=on_device(X, 1), a=far, b=far, c=far)
     with pytest.raises(
         ValueError, match=r"ctx\['b'\] is on one device \(cpu:2\); 1 more array is elsewhere too\. Without"
     ):
