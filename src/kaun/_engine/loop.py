@@ -86,7 +86,7 @@ class StepLoop:
         on_compiling: Callable[[str], None] = lambda where: None,
         wanted: Mapping[str, int] | None = None,
     ) -> None:
-        self._programs, self.key, self._ctx = programs, key, ctx
+        self._programs, self._ctx = programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
         self._error_for, self._first_step = error_for, done + 1
@@ -99,6 +99,7 @@ class StepLoop:
         self._shardings = [explicit_sharding(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         leaves, self._key = self._place(leaves, self._key)
+        self.key = self._key if placed else key
         self._given = None if self._mesh is None and not placed else [weakref.ref(a) for a in given]
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
