@@ -19,10 +19,11 @@ import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
+from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, unpack
+from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, put_with, unpack
 from kaun._engine.placing import place_carry, placed_inputs
 from kaun._engine.program import ROWS, TracedStep, count_on_device
 from kaun._engine.results import PendingDispatch, StepResults, examples_of
@@ -306,7 +307,8 @@ class StepLoop:
         elif not own and self._packing is not None:
             self._carry = (True, pack_on_device(self._packing, arrays), results)
         self._counts_discarded = int(traced.discards)
-        status = traced.status if results is None else results.status
+        # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
+        status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
         if traced.placing is not None:
@@ -320,8 +322,15 @@ class StepLoop:
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
         about = (first, count, traced, examples_of(traced, inputs, pattern, count, shared, stacked))
-        self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        start = time.perf_counter()
+        try:
+            self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        except ValueError:
+            refuse_different_devices(entry, inputs, arguments[0], item_of(arguments, pattern))
+            raise
         results = self._take()
+        if program.was_called_anew():
+            self._on_compile(self._programs.log_moved(program, entry, inputs, True, arguments, start, traced))
         if traced.can_raise:
             try:
                 results.losses.block_until_ready()
