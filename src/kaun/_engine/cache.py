@@ -14,7 +14,7 @@ from kaun._engine.devices import divides, item_of, places_of, refuse_different_d
 from kaun._engine.explicit import explicit_mesh, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs
 from kaun._engine.log import Compilation, CompilationLog
-from kaun._engine.placing import Placing, place_carry
+from kaun._engine.placing import Placing, place_carry, wait_on_cpu
 from kaun._engine.program import Program, TracedStep
 from kaun._jax import any_traced
 from kaun.sharding.core import Sharding
@@ -136,7 +136,9 @@ class ProgramCache:
             self.compile(program, entry, inputs, training, arguments, traced)
         start = time.perf_counter()
         try:
+            wait_on_cpu(self.sharding, leaves)
             results = program.jitted(*arguments)
+            wait_on_cpu(self.sharding, results)
         except ValueError:
             refuse_different_devices(entry, inputs, leaves, item_of(arguments, program.pattern))
             raise

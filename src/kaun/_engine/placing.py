@@ -18,7 +18,7 @@ from kaun._engine.inputs import StepInputs, is_number
 from kaun._jax import any_traced
 from kaun.sharding.core import Sharding, item_placement, put, spread_rows, state_placements
 
-__all__ = ["Placing", "place_carry", "placed_inputs"]
+__all__ = ["Placing", "place_carry", "placed_inputs", "wait_on_cpu"]
 
 
 class Placing:
@@ -69,6 +69,7 @@ class Placing:
             pattern: For each array of an item whether it is stacked.
         """
         held, key, status, count, shared, stacked = arguments
+        wait_on_cpu(self._sharding, held)
         if status is not None:
             status = self.put_everywhere(status)
         items = self.put_item(shared, pattern), self.put_item(stacked, pattern, stacked=True)
@@ -115,6 +116,17 @@ class Placing:
             return lax.with_sharding_constraint(leaf, item_placement(self._sharding, leaf.shape, self._length)[0])
 
         return jax.tree_util.tree_map(pin, output)
+
+
+def wait_on_cpu(sharding: Sharding | None, arrays: Any) -> None:
+    """Wait for what is still computed for some arrays, where the devices are parts of one CPU.
+
+    There the programs of all devices share the threads of one pool, and one that waits for the others in a collective
+    operation keeps its thread. Two programs at a time can wait for each other's threads for ever: three steps that were
+    dispatched at once on 8 devices of 2 cores were aborted by XLA after 40 seconds.
+    """
+    if sharding is not None and sharding.mesh.size > 1 and sharding.mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(arrays)
 
 
 @functools.lru_cache(maxsize=64)

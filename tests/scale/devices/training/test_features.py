@@ -36,6 +36,7 @@ class Pair:
         return self.ends[1]
 
 
+@pytest.mark.slow
 def test_float16_with_its_loss_scale(kit):
     """A gradient that overflows on one device of eight: all discard the step, and the scale falls."""
     pair = Pair(kit, precision="mixed_float16")
@@ -89,6 +90,7 @@ def test_microbatches_and_padded_batches(kit):
     kit.close(pair.losses[1][2], loss, 1e-5)
 
 
+@pytest.mark.slow
 def test_skipped_steps(kit):
     """One row of one batch is nan, on one device: no device takes that step, and reports say so."""
     x = kit.X.copy()
@@ -135,6 +137,7 @@ class Columns(reports.Report):
             self.found.setdefault(name, []).extend(np.asarray(column, np.float64))
 
 
+@pytest.mark.slow
 def test_numbers_of_reports_and_norms_by_layer(kit):
     """What `watch` and `history` show is what they show on one device."""
     found = []
@@ -157,6 +160,7 @@ def test_dropout_and_batch_norm_are_those_of_one_device(kit):
     assert all(leaf.shape == (64,) for leaf in jax.tree.leaves(end.vars.state))
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_on_the_same_devices_to_the_byte_and_on_one_within_rounding(kit, tmp_path):
     def stop(step, loss, state):
         raise RuntimeError("the machine is gone")
@@ -180,6 +184,7 @@ def test_a_run_is_resumed_on_the_same_devices_to_the_byte_and_on_one_within_roun
             assert kit.content(opened) == kit.content(whole) and kit.misplaced(other, opened) == []
 
 
+@pytest.mark.slow
 def test_lr_range_and_summary_take_a_trainer_with_a_sharding(kit):
     trainer, start, data = kit.trainer_of("fsdp", optax.inject_hyperparams(optax.adam)(1e-2))
     found = kaun.lr_range(trainer, start, data.epochs(2), low=1e-5, high=1.0, steps=10)

@@ -88,6 +88,7 @@ def test_states_may_come_from_anywhere(kit, trained):
     assert len(trainer.compilations) <= count + 1  # the step
 
 
+@pytest.mark.slow
 def test_what_is_as_long_as_the_batch_by_chance_has_the_right_value(kit):
     """Class weights and a batch of 5 rows each: they are spread as rows are, which costs a copy and no value."""
     model = layers.linear(kit.FEATURES, 5)
@@ -144,6 +145,7 @@ def test_step_inside_a_jitted_function(kit, trained):
     assert kit.misplaced(trainer, after) == []
 
 
+@pytest.mark.slow
 def test_a_context_is_placed_with_its_rows(kit):
     model = layers.sequential([layers.embedding(9, 16), layers.multi_head_attention(16, 2), layers.linear(16, 9)])
     x = np.arange(8 * 6).reshape(8, 6).astype(np.int32) % 9

@@ -62,7 +62,7 @@ WEIGHTS = (2 * WIDTH * WIDTH,) * 2
 BIASES = (2 * WIDTH, WIDTH)
 
 
-@pytest.mark.parametrize("entry", ["step", "fit"])
+@pytest.mark.parametrize("entry", ["fit", pytest.param("step", marks=pytest.mark.slow)])
 def test_data_parallel_has_one_all_reduce_of_all_gradients(kit, entry):
     compiled = Compiled(kit, "data", entry)
     assert compiled.collectives == [("all-reduce", (*WEIGHTS, *BIASES))]
