@@ -12,25 +12,26 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
-from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
+from kaun._engine.devices import item_of, refuse_different_devices
+from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, unpack
-from kaun._engine.placing import place_carry, placed_inputs
-from kaun._engine.program import ROWS, TracedStep, count_on_device
-from kaun._engine.results import PendingDispatch, StepResults, examples_of
-from kaun._engine.single import find_step
+from kaun._engine.packing import copy, in_place, on_one_device, pack_on_device, packing_of, put_with, unpack
+from kaun._engine.placing import Placing, place_carry, placed_inputs
+from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
+from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable
+from kaun._jax import any_traced
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
-__all__ = ["StepLoop"]
+__all__ = ["StepLoop", "find_step", "run_step"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
@@ -39,18 +40,39 @@ _LONGEST = 0.5
 _BUFFERS = 4
 
 
-class _Block(NamedTuple):
-    """Items of one kind.
+def find_step(
+    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
+    wanted: Mapping[str, int] | None = None,
+) -> TracedStep:  # fmt: skip
+    """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
+    wanted = wanted or {}
+    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
+    found = programs.get(where)
+    if found is None:
+        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
+        step = train_step, programs.on_nonfinite, programs.discards
+        made = trace_step(*step, structure, leaves, key, inputs, training)
+        made.wanted, made.placing = wanted, Placing.of(programs.sharding, structure, leaves, inputs)
+        found = programs.add(where, made)
+    return found
 
-    Attributes:
-        buffer: Where they are collected.
-        traced: The step that takes them.
-        inputs: The first item of that kind.
-    """
 
-    buffer: BlockBuffer
-    traced: TracedStep
-    inputs: StepInputs
+def run_step(
+    programs: ProgramCache, carry: Any, key: jax.Array, inputs: StepInputs, training: bool
+) -> tuple[jax.Array, Any]:
+    """Return the loss of one step and the carry after it; what was given stays as it is."""
+    leaves, structure = jax.tree_util.tree_flatten(carry)
+    leaves, key = place_carry(programs.sharding, structure, leaves, key)
+    mesh = explicit_mesh(leaves) or (inputs.mesh if programs.sharding is None else None)
+    if mesh is not None:
+        return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
+    traced = find_step(programs, structure, leaves, key, inputs, training)
+    entry = "step" if on_one_device(leaves) else "step unpacked"
+    program, count, item = traced.program(entry, (False,) * len(inputs.leaves)), count_on_device(1), inputs.owned()
+    if traced.placing is not None and not any_traced((*leaves, key, *item)):
+        count, item = traced.placing.put_everywhere(count), traced.placing.put_item(item)
+    loss, leaves = programs.call(program, entry, inputs, training, (leaves, key, count, item), traced)
+    return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
 class StepLoop:
@@ -86,7 +108,7 @@ class StepLoop:
         on_compiling: Callable[[str], None] = lambda where: None,
         wanted: Mapping[str, int] | None = None,
     ) -> None:
-        self._programs, self.key, self._ctx = programs, key, ctx
+        self._programs, self._ctx = programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
         self._error_for, self._first_step = error_for, done + 1
@@ -94,11 +116,14 @@ class StepLoop:
         self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
         given, placed = leaves, programs.sharding is not None
-        # Where the state is on a mesh of explicit axes, or an item was.
-        self._mesh: Any = None if placed else explicit_mesh(leaves)
+        self._place = functools.partial(place_carry, programs.sharding, self._structure)
+        self._mesh: Any = (
+            None if placed else explicit_mesh(leaves)
+        )  # of the state if its axes are explicit, or of an item
         self._shardings = [explicit_sharding(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         leaves, self._key = self._place(leaves, self._key)
+        self.key = self._key if placed else key
         self._given = None if self._mesh is None and not placed else [weakref.ref(a) for a in given]
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
@@ -112,8 +137,8 @@ class StepLoop:
         # and the newest arrays that others may hold.
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
-        self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
-        self._open: _Block | None = None
+        self._blocks: OrderedDict[Hashable, OpenBlock] = OrderedDict()
+        self._open: OpenBlock | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
         self._limit = _BEGIN
@@ -247,30 +272,27 @@ class StepLoop:
             is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
         """
         self._take()
-        if _readable(self._carry[1]):
+        if readable(self._carry[1]):
             return "newest"
         self._failed_step = None
         while self._earlier:
             self._carry = self._earlier.pop()
-            if _readable(self._carry[1]):
+            if readable(self._carry[1]):
                 return "newest"
         references, results = self._shared
         arrays = [reference() for reference in references]
-        if not arrays or any(array is None for array in arrays) or not _readable(arrays):
+        if not arrays or any(array is None for array in arrays) or not readable(arrays):
             return "lost"
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
 
-    def _place(self, leaves: list[Any], key: jax.Array) -> tuple[list[Any], jax.Array]:
-        return place_carry(self._programs.sharding, self._structure, leaves, key)
-
-    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
+    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> OpenBlock:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
         refuse_traced(inputs.leaves)
-        return _Block(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
+        return OpenBlock(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
-    def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
+    def _enter(self, block: OpenBlock, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
         """Make a block the open one, and put one item or ``count`` of them into it."""
         self._open = self._blocks[inputs.key] = block
         if len(self._blocks) > _BUFFERS:
@@ -306,7 +328,8 @@ class StepLoop:
         elif not own and self._packing is not None:
             self._carry = (True, pack_on_device(self._packing, arrays), results)
         self._counts_discarded = int(traced.discards)
-        status = traced.status if results is None else results.status
+        # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
+        status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
         if traced.placing is not None:
@@ -320,8 +343,15 @@ class StepLoop:
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
         about = (first, count, traced, examples_of(traced, inputs, pattern, count, shared, stacked))
-        self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        start = time.perf_counter()
+        try:
+            self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        except ValueError:
+            refuse_different_devices(entry, inputs, arguments[0], item_of(arguments, pattern))
+            raise
         results = self._take()
+        if program.was_called_anew():
+            self._on_compile(self._programs.log_moved(program, entry, inputs, True, arguments, start, traced))
         if traced.can_raise:
             try:
                 results.losses.block_until_ready()
@@ -368,12 +398,3 @@ class StepLoop:
             self._limit = max(1, self._limit // 4)
         elif elapsed < _LONGEST / 2 and results.steps * 4 >= self._limit:
             self._limit = min(self._limit * (4 if elapsed < _LONGEST / 4 else 2), ROWS)
-
-
-def _readable(arrays: list[Any]) -> bool:
-    """Wait for arrays, and return whether all have values; a failed program leaves none, nor does donated memory."""
-    try:
-        jax.block_until_ready(arrays)
-        return not any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
-    except Exception:
-        return False

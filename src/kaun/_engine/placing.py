@@ -18,7 +18,7 @@ from kaun._engine.inputs import StepInputs, is_number
 from kaun._jax import any_traced
 from kaun.sharding.core import Sharding, item_placement, put, spread_rows, state_placements
 
-__all__ = ["Placing", "place_carry", "placed_inputs"]
+__all__ = ["Placing", "place_carry", "placed_inputs", "wait_on_cpu"]
 
 
 class Placing:
@@ -43,6 +43,11 @@ class Placing:
         ]
         self._stack = [where and _behind(where) for where, _ in self._item]
 
+    @classmethod
+    def of(cls, sharding: Sharding | None, structure: Any, leaves: Sequence[Any], inputs: StepInputs) -> Placing | None:
+        """Return the placements, None without a sharding."""
+        return None if sharding is None else cls(sharding, structure, leaves, inputs)
+
     def put_item(self, leaves: Sequence[Any], pattern: Sequence[bool] = (), *, stacked: bool = False) -> list[Any]:
         """Return the arrays of an item on their devices.
 
@@ -64,6 +69,7 @@ class Placing:
             pattern: For each array of an item whether it is stacked.
         """
         held, key, status, count, shared, stacked = arguments
+        wait_on_cpu(self._sharding, held)
         if status is not None:
             status = self.put_everywhere(status)
         items = self.put_item(shared, pattern), self.put_item(stacked, pattern, stacked=True)
@@ -74,8 +80,15 @@ class Placing:
         return put(value, self._sharding.replicated)
 
     def pin_item(self, item: Sequence[Any]) -> list[Any]:
-        """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA."""
-        pairs = zip(item, self._item, strict=True)
+        """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA.
+
+        First each is where it was put: in a function that the user compiles nothing else says where, and of rows that
+        do not divide the compiler may choose what JAX has no name for.
+        """
+        pinned = [
+            a if w is None else lax.with_sharding_constraint(a, w) for a, (w, _) in zip(item, self._item, strict=True)
+        ]
+        pairs = zip(pinned, self._item, strict=True)
         return [spread_rows(self._sharding, leaf) if rows else leaf for leaf, (_, rows) in pairs]
 
     def pin_carry(self, leaves: Sequence[Any]) -> list[Any]:
@@ -108,6 +121,17 @@ class Placing:
             return lax.with_sharding_constraint(leaf, item_placement(self._sharding, leaf.shape, self._length)[0])
 
         return jax.tree_util.tree_map(pin, output)
+
+
+def wait_on_cpu(sharding: Sharding | None, arrays: Any) -> None:
+    """Wait for what is still computed for some arrays, where the devices are parts of one CPU.
+
+    There the programs of all devices share the threads of one pool, and one that waits for the others in a collective
+    operation keeps its thread. Two programs at a time can wait for each other's threads for ever: three steps that were
+    dispatched at once on 8 devices of 2 cores were aborted by XLA after 40 seconds.
+    """
+    if sharding is not None and sharding.mesh.size > 1 and sharding.mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(arrays)
 
 
 @functools.lru_cache(maxsize=64)
