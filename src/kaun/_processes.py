@@ -185,13 +185,15 @@ def _client() -> Any:
 
 def _get(client: Any, key: str, deadline: float, in_vain: Callable[[], bool]) -> str | None:
     """The value of a key, None if nobody sets it in time, or nobody will."""
+    found = 0  # twice, because who tells why it left may still vote after that
     while (left := deadline - time.monotonic()) > 0:
         try:
             return client.blocking_key_value_get(key, max(1, int(min(left, _SLICE) * 1000)))
         except jax.errors.JaxRuntimeError as error:
             if not str(error).startswith(_ABSENT):
                 raise
-            if in_vain():
+            found += in_vain()
+            if found > 1:
                 return None
     return None
 

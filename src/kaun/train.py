@@ -5,6 +5,7 @@ What one step computes is ``kaun._step.train_step``; how many steps run at once 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,18 @@ from kaun import rng
 from kaun._engine import Compilation, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import RepeatedPasses, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
+from kaun._run import (
+    EndedElsewhere,
+    RepeatedPasses,
+    finished_state,
+    flush_and_save,
+    flush_state,
+    next_steps,
+    open_run,
+    processes_of,
+    save_on_error,
+    start_loop,
+)
 from kaun._step import (
     DEFAULT_DTYPE,
     EvaluatedParams,
@@ -252,7 +264,8 @@ class Trainer(Generic[In, Out]):
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
+        processes = processes_of(state)
+        with open_run(checkpoints, state, data, report, self.on_nonfinite, processes) as run:
             if run.finished:
                 return finished_state(run, self._settings, self._programs, data, check_context(ctx))
             key, first = state.key, state.step
@@ -264,17 +277,18 @@ class Trainer(Generic[In, Out]):
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
                 stopped = pending is not None and caller.wants(step) and caller.stops_at(step, pending, now)
-                ahead = lambda: run.ahead(step, caller.ahead(step, loop.limit))
-                while not stopped and (count := loop.push(chunks, step + 1, ahead())):
-                    step += count
-                    if caller.wants(step):
-                        loop.flush()
-                        stopped = caller.stops_at(step, loop.loss, now)
-                    if run.due(step) and not stopped:
-                        flush_and_save(run.saver, loop, now, caller)
-                if step == 0:
+                ahead = lambda: next_steps(run, caller, loop, step)
+                with contextlib.suppress(EndedElsewhere):
+                    while not stopped and (count := loop.push(chunks, step + 1, ahead())):
+                        step += count
+                        if caller.wants(step):
+                            loop.flush()
+                            stopped = caller.stops_at(step, loop.loss, now)
+                        if run.due(step) and not stopped:
+                            flush_and_save(run, loop, now, caller)
+                if step == 0 == loop.done:
                     raise empty_data("fit")
-                flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
+                flush_and_save(run, loop, now, caller, ended="stopped" if stopped else "data")
             last = now()
             return caller.returned(last, last if stopped else self.flush(last))
 

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -81,6 +81,26 @@ class _Block(NamedTuple):
     inputs: StepInputs
 
 
+class Together(Protocol):
+    """What several processes agree on: ``kaun._run.agree.Agreement``."""
+
+    def dispatch(self, first: int, count: int, inputs: StepInputs, values: Callable[[], list[Any]]) -> int:
+        """Return how many of ``count`` steps all processes run, beginning with number ``first``."""
+        ...
+
+    def dispatched(self) -> None:
+        """Raise what ends the fit because of another process."""
+        ...
+
+    def wait(self, array: Any) -> None:
+        """Wait for an array, unless another process has failed without running its part of it."""
+        ...
+
+    def readable(self, arrays: list[Any]) -> bool:
+        """Whether arrays have values, or will have them."""
+        ...
+
+
 class StepLoop:
     """A run of steps over its own copy of a state; some of them wait to be dispatched together.
 
@@ -98,6 +118,11 @@ class StepLoop:
             step is one without ``wanted``; or None.
         on_compiling: Called before each compilation with the entry for which it is.
         wanted: What reports want of each step, as ``train_step`` takes it.
+        together: What several processes agree on, None in one.
+
+    Attributes:
+        limit: How many steps the next dispatch should have at most.
+        own_limit: That by the clock of this process.
     """
 
     def __init__(
@@ -113,7 +138,9 @@ class StepLoop:
         on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
         on_compiling: Callable[[str], None] = lambda where: None,
         wanted: Mapping[str, int] | None = None,
+        together: Together | None = None,
     ) -> None:
+        self._together = together
         self._programs, self.key, self._ctx = programs, key, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
@@ -141,14 +168,14 @@ class StepLoop:
         self._open: _Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
-        self._limit = _BEGIN
+        self.limit = self.own_limit = _BEGIN
         self._room = 1
         self._exhausted = False
 
     @property
-    def limit(self) -> int:
-        """How many steps the next dispatch should have at most."""
-        return self._limit
+    def waiting(self) -> int:
+        """How many steps were pushed and not dispatched."""
+        return 0 if self._open is None else self._open.buffer.count
 
     def room(self, left: int) -> int:
         """Return how many of the items that are left the next chunk given to ``push`` may hold."""
@@ -177,6 +204,7 @@ class StepLoop:
         self.wait()
         results = self._carry[2]
         assert results is not None
+        self._wait_for(results)
         return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
 
     def wait(self) -> None:
@@ -221,7 +249,7 @@ class StepLoop:
                 self._enter(block, inputs, n, rows)
             count += n
             self._room = room - count
-            if self._open is not None and self._open.buffer.count >= min(self._limit, self._open.buffer.capacity):
+            if self._open is not None and self._open.buffer.count >= min(self.limit, self._open.buffer.capacity):
                 self.flush()
             if count >= room:
                 return count
@@ -272,6 +300,8 @@ class StepLoop:
             is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
         """
         self._take()
+        if self._together is not None and not self._together.readable(self._carry[1]):
+            return "lost"
         if _readable(self._carry[1]):
             return "newest"
         self._failed_step = None
@@ -334,6 +364,13 @@ class StepLoop:
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
+        if self._together is not None:  # after all that can fail in one process alone
+            one = functools.partial(_first_item, pattern, shared, stacked)
+            count = self._together.dispatch(first, count, inputs, one)
+            if not count:
+                self._together.dispatched()
+                return
+            arguments = (*arguments[:3], count_on_device(count), *arguments[4:])
         before = self._carry
         if not self._in_place:
             self._earlier.append(before)
@@ -354,6 +391,14 @@ class StepLoop:
         self._in_flight.append(PendingDispatch(results, inputs, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
+        if self._together is not None:
+            self._together.dispatched()
+
+    def _wait_for(self, results: StepResults) -> None:
+        """Wait for a dispatch."""
+        if self._together is not None:
+            self._together.wait(results.losses)
+        results.losses.block_until_ready()
 
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
@@ -369,6 +414,7 @@ class StepLoop:
         results = dispatch.results
         if self._error_for is None or results.status is None:
             return
+        self._wait_for(results)
         status = np.asarray(results.status)
         if status[0] > 0:
             return
@@ -380,15 +426,24 @@ class StepLoop:
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide its dispatch."""
         results = dispatch.results
-        results.losses.block_until_ready()
+        self._wait_for(results)
         self._check(dispatch)
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
-        # The clock decides how many steps share a dispatch, which changes no bit of them.
+        # The clock decides how many steps share a dispatch, which changes no bit of them. With several processes it is
+        # that of process 0.
         if elapsed > _LONGEST:
-            self._limit = max(1, self._limit // 4)
-        elif elapsed < _LONGEST / 4 and results.steps * 4 >= self._limit:
-            self._limit = min(self._limit * 4, ROWS)
+            self.own_limit = max(1, self.limit // 4)
+        elif elapsed < _LONGEST / 4 and results.steps * 4 >= self.limit:
+            self.own_limit = min(self.limit * 4, ROWS)
+        if self._together is None:
+            self.limit = self.own_limit
+
+
+def _first_item(pattern: tuple[bool, ...], shared: list[Any], stacked: list[Any]) -> list[Any]:
+    """The arrays of the first item of a block."""
+    rows, given = iter(stacked), iter(shared)
+    return [next(rows)[0] if varies else next(given) for varies in pattern]
 
 
 def _readable(arrays: list[Any]) -> bool:

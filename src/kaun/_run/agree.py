@@ -14,24 +14,22 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from kaun._engine import StepInputs, StepLoop
 from kaun._jax import preemption_service_runs
 from kaun._messages import warn
 from kaun._processes import Channel, failed_elsewhere, this_process
-from kaun._run.ballots import ALL, combine, packed, unpacked
+from kaun._run.ballots import combine, packed, unpacked
 from kaun._run.same import check_begin, check_items, checksums
+from kaun._run.signals import Signals
 from kaun.errors import FailedElsewhere
+from kaun.state import TrainState
 
-if TYPE_CHECKING:
-    from kaun._engine import StepInputs, StepLoop
-    from kaun._run.reports import ReportCaller
-    from kaun._run.run import TrainingRun
-
-__all__ = ["Agreement", "EndedElsewhere", "agreement_of"]
+__all__ = ["Agreement", "EndedElsewhere", "agreement_of", "processes_of"]
 
 _EVERY = 1000  # steps after which items are compared again
 _GROWING = 8  # turns at the start of a fit, in which blocks grow
@@ -60,6 +58,14 @@ def agreement_of(processes: tuple[int, ...]) -> Generator[Agreement | None]:
         raise
 
 
+def processes_of(state: TrainState) -> tuple[int, ...]:
+    """The numbers of the processes over which a state is spread."""
+    if jax.process_count() == 1:
+        return ()
+    devices = {device for leaf in jax.tree_util.tree_leaves(state) for device in leaf.devices()}
+    return tuple(sorted({device.process_index for device in devices}))
+
+
 class Agreement:
     """The votes of one fit.
 
@@ -68,6 +74,8 @@ class Agreement:
 
     Attributes:
         due: Whether the clock of process 0 wants a checkpoint after this turn.
+        certain: Whether the data of all processes has the same known length, and no code of the user makes its items.
+        numbers: What the report of any process wants each step to compute, as ``Report.numbers``.
     """
 
     def __init__(self, processes: tuple[int, ...]) -> None:
@@ -81,17 +89,18 @@ class Agreement:
         self._closed, self._allowed = False, 0  # after the last vote on steps: how many may still be dispatched
         self._rescue = False  # whether all processes go on to save the state that is left
         self._steps = False  # between the begin of the steps and the last checkpoint
-        self._certain = self._asks = False
+        self.certain = self._asks = False
+        self.numbers: dict[str, int] = {}
         self._told: Mapping[str, Any] | None = None
         self._wanted: int | None = None
         self._compared: set[int] = set()
         self._turn = 0
-        self._run: TrainingRun | None = None
         self._loop: StepLoop | None = None
-        self._caller: ReportCaller | None = None
+        self._next: Callable[[int], dict[str, Any]] = lambda done: {}
+        self._signals = Signals(wanted=False)
 
-    def begin(self, facts: Mapping[str, Any]) -> dict[str, int]:
-        """Compare what the processes begin with, and return the numbers that the report of any of them wants.
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Compare what the processes begin with.
 
         Raises:
             ValueError: If they differ.
@@ -99,12 +108,11 @@ class Agreement:
         found = self._vote({**facts, "began": True})
         self._raise_if_over()
         check_begin(found["unlike"])
-        self._certain, self._asks = found["certain"], found["asks"]
-        return found["numbers"]
+        self.certain, self._asks, self.numbers = found["certain"], found["asks"], found["numbers"]
 
-    def attach(self, run: TrainingRun, loop: StepLoop, caller: ReportCaller) -> None:
-        """Give it the parts of the fit that it asks, from the first step on."""
-        self._run, self._loop, self._caller, self._steps = run, loop, caller, True
+    def attach(self, loop: StepLoop, next_turn: Callable[[int], dict[str, Any]], signals: Signals) -> None:
+        """Give it what it asks, from the first step on: the loop, and what this process alone would do next."""
+        self._loop, self._next, self._signals, self._steps = loop, next_turn, signals, True
 
     # A turn of the loop
 
@@ -123,8 +131,10 @@ class Agreement:
         if told is None:
             mine = self._next(done)
             # What decides is then the same in all processes, without asking; but a signal in one of them may wait.
-            if self._certain and not self._asks and self._turn > _GROWING and self._turn % _RARELY:
+            if self.certain and not self._asks and self._turn > _GROWING and self._turn % _RARELY:
                 return mine["next"]
+            with self._signals.interruptible():
+                pass
             told = self._vote(mine)
             self._raise_if_over()
         self._wanted, self.due, self._loop.limit = told["want"], told["due"], told["limit"]
@@ -133,6 +143,10 @@ class Agreement:
     def wanted(self, step: int) -> bool:
         """Whether the report of one of the processes is to be called for this step."""
         return step == self._wanted
+
+    def expect(self, step: int) -> None:
+        """Expect a call of the report for a step that was taken before."""
+        self._wanted = step
 
     def reported(self, step: int, *, stops: bool, best: bool) -> tuple[bool, bool]:
         """Return whether the fit stops after a step, and whether that step is the best, as all processes see it.
@@ -143,19 +157,9 @@ class Agreement:
             best: Whether what it measured is the best so far.
         """
         self._wanted = None
-        self._told = self._vote({**self._next(step), "best": best, **({"end": "stopped"} if stops else {})})
+        self._told = self._vote({"end": "stopped"} if stops else {**self._next(step), "best": best})
         self._raise_if_over()
-        return self._closed, self._told["best"]
-
-    def _next(self, done: int) -> dict[str, Any]:
-        """What this process says of the turn after ``done`` steps. A signal that it received is raised here."""
-        assert self._caller is not None and self._loop is not None and self._run is not None
-        with self._run.signals.interruptible():
-            pass
-        most = self._run.ahead(done, self._loop.limit)
-        count, wants = self._caller.next_call(done, most)
-        due = self._run.saver is not None and self._run.saver.clock_is_due()
-        return {"next": count, "want": done + count if wants else None, "limit": self._loop.own_limit, "due": due}
+        return self._closed, self._told.get("best", False)
 
     # A dispatch
 
@@ -171,7 +175,7 @@ class Agreement:
         if not self._closed:
             kind = hash(inputs.key)
             compares = kind not in self._compared or (first - 1) // _EVERY != (first + count - 1) // _EVERY
-            if self._certain and not compares:
+            if self.certain and not compares:
                 return count
             self._compared.add(kind)
             items = {"items": checksums(inputs, values())} if compares else {}
@@ -189,7 +193,7 @@ class Agreement:
         """Raise what ends the fit here because of another process."""
         self._raise_if_over()
 
-    def wait(self, array: jax.Array) -> None:
+    def wait(self, array: Any) -> None:
         """Wait for an array on the devices, unless another process has failed without running its part of it.
 
         Raises:
@@ -257,7 +261,10 @@ class Agreement:
 
     def all_have(self, state: str) -> bool:
         """Whether all processes have the same state left, so that they can save it; called where one has failed."""
-        return self._rescue and not self._broken and self._vote({"state": state})["same"]
+        try:
+            return self._rescue and self._vote({"state": state})["same"]
+        except FailedElsewhere:
+            return False
 
     # A vote
 
@@ -273,8 +280,8 @@ class Agreement:
             self._broken = self._closed = True
             raise
         end = found["end"]
-        if end is not None and not ("state" in mine):
-            self._close(end, found, mine.get("end", ""))
+        if end is not None and "state" not in ballot:
+            self._close(end, found, ballot.get("end", ""))
         return found
 
     def _close(self, end: Mapping[str, Any], found: Mapping[str, Any], mine: str) -> None:
@@ -296,7 +303,7 @@ class Agreement:
             )
 
     def _raise_if_over(self) -> None:
-        self._raised, self._over = self._over or self._raised, None
-        if self._raised is not None and not self._failed:
-            self._failed = True
-            raise self._raised
+        over, self._over = self._over, None
+        if over is not None:
+            self._raised, self._failed = over, not isinstance(over, EndedElsewhere)
+            raise over

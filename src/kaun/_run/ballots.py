@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kaun._run.same import different_items, differences
+from kaun._run.same import differences, different_items
 
 __all__ = ["combine", "packed", "unpacked"]
 
@@ -36,7 +36,7 @@ def combine(texts: dict[int, str]) -> str:
     ballots = {process: unpacked(text) for process, text in texts.items()}
     first = ballots[min(ballots)]
     each = lambda name: [ballot[name] for ballot in ballots.values() if ballot.get(name) is not None]
-    found = {
+    found: dict[str, Any] = {
         "next": min(each("next"), default=1), "want": min(each("want"), default=None),
         "limit": first.get("limit"), "due": first.get("due", False), "best": first.get("best", False),
         "at": min(each("at"), default=0), "wait": min(each("wait"), default=0),
@@ -80,10 +80,12 @@ def _unlike(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
     if all("began" in ballot for ballot in ballots.values()):
         return differences(first, ballots)
     for process, ballot in ballots.items():
-        if any(ballot.get(name) != first.get(name) for name in ("at", "wait")) or ("items" in ballot) != ("items" in first):
+        if any(ballot.get(name) != first.get(name) for name in ("at", "wait")) or ("items" in ballot) != (
+            "items" in first
+        ):
             return [
-                f"process {process} has {ballot.get('wait')} items of one kind after {ballot.get('at')} steps, and process "
-                f"{number} {first.get('wait')} after {first.get('at')}"
+                f"process {process} has {ballot.get('wait')} items of one kind after {ballot.get('at')} steps, and "
+                f"process {number} has {first.get('wait')} after {first.get('at')}"
             ]
     difference = different_items({p: b["items"] for p, b in ballots.items()}) if "items" in first else ""
     return [difference] if difference else []
