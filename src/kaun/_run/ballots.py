@@ -84,8 +84,8 @@ def _unlike(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
             "items" in first
         ):
             return [
-                f"process {process} has {ballot.get('wait')} items of one kind after {ballot.get('at')} steps, and "
-                f"process {number} has {first.get('wait')} after {first.get('at')}"
+                f"after {first.get('at')} steps, process {number} has {first.get('wait')} next items of one kind, and "
+                f"process {process} has {ballot.get('wait')}, after {ballot.get('at')} steps"
             ]
     difference = different_items({p: b["items"] for p, b in ballots.items()}) if "items" in first else ""
     return [difference] if difference else []
