@@ -216,7 +216,7 @@ def _missing(missing: Sequence[int], me: int, what: str, timeout: float) -> Fail
         "processes have to call fit, evaluate and the like in the same order. Its own output says more. If it is only "
         "slow, set the environment variable KAUN_TIMEOUT to more seconds in all processes.",
         missing[0],
-        f"did not come to {what}",
+        f"did not come to {what} within {timeout:g} seconds",
     )
 
 

@@ -247,6 +247,8 @@ class Agreement:
             return
         self._failed = True
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, FailedElsewhere):
+            what = f"process {error.process}, for which it waited, {error.what}" if self._broken else error.what
         vote: dict[str, Any] = {"end": "failed", "what": what[:2000]}
         if isinstance(error, SystemExit):
             vote |= {"end": "exit", "code": error.code if isinstance(error.code, int) else 1}

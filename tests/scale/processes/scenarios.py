@@ -1,12 +1,14 @@
 """What the processes of a group run."""
 
 import functools
+import io
 import os
 import signal
 import time
 import traceback
 import warnings
 import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -57,7 +59,9 @@ def batch(i, rows=8):
 
 
 def bytes_of(tree):
-    return zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree_util.tree_leaves((tree.vars, tree.opt_state))))
+    return zlib.crc32(
+        b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree_util.tree_leaves((tree.vars, tree.opt_state)))
+    )
 
 
 def fit(data, report=None, state=None, **kwargs):
@@ -160,7 +164,9 @@ def other_items(what):
         return fit([batch(i, rows=8 + 4 * me) for i in range(4)])
     if what == "unscoped":
         made = trainer()[0]
-        state = jax.tree_util.tree_map(lambda leaf: sharding.put(leaf, sharding.data_parallel().replicated), made.init())
+        state = jax.tree_util.tree_map(
+            lambda leaf: sharding.put(leaf, sharding.data_parallel().replicated), made.init()
+        )
         return fit([batch(i) for i in range(4)], state=state)
     with rng.scope(me if what == "key" else 0):
         data = Data.batches(tuple(np.zeros((8, k), np.float32) for k in (3, 2)), batch_size=2 + 2 * me, shuffle=True)
@@ -181,3 +187,21 @@ def killed(process, at, pause=0.0):
             yield batch(i)
 
     return fit(Data.from_iterable(items))
+
+
+def ready_made_reports(folder):
+    """Reports that write: all processes have them, and one writes."""
+    place = Path(folder) / str(jax.process_index())
+    history, shown = reports.history(), io.StringIO()
+    bar = reports.progress(file=shown)
+    writers = [reports.csv(place / "log.csv"), reports.plot(place / "loss.png"), reports.profile(place / "trace", (3, 4))]
+    how = fit([batch(i) for i in range(6)], reports.all_of(history, bar, *writers))
+    history.plot(place / "curve.png")
+    return how[:3], sorted(path.name for path in place.glob("*")), "6/6" in shown.getvalue(), history.losses.tolist()
+
+
+def layer_norms_in(process):
+    """A report in one process that wants numbers which the step must compute in all of them."""
+    watch = reports.watch(every=2)
+    report = watch if here(process) else None
+    return fit([batch(i) for i in range(6)], report)[:3], watch.steps.tolist()
