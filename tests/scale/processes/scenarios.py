@@ -27,7 +27,7 @@ def meet(times):
 def wait(names, missing=None):
     for name in names:
         if jax.process_index() != missing:
-            _processes.barrier(name, timeout=1.0 if missing is not None else None)
+            _processes.barrier(name, timeout=0.3 if missing is not None else None)
     return _processes.is_first()
 
 
@@ -142,12 +142,13 @@ def loss_fails(process, at):
 
 
 def signalled(process, at, number):
-    """One process gets a signal while it takes its items."""
+    """One process gets a signal while it takes its items, of which the later ones take longer."""
 
     def items():
         for i in range(2000):
             if here(process) and i == at:
                 os.kill(os.getpid(), number)
+            time.sleep(0.005 * (i > at))
             yield batch(i)
 
     return fit(Data.from_iterable(items))
@@ -176,8 +177,9 @@ def other_items(what):
     return fit(data.with_loss(losses.mse) if what == "stages" else [batch(i) for i in range(4)], state=state)
 
 
-def killed(process, at, pause=0.0):
+def killed(process, at, timeout, pause=0.0):
     """One process is killed while it takes its items."""
+    os.environ["KAUN_TIMEOUT"] = str(timeout)
 
     def items():
         for i in range(2000):
@@ -189,12 +191,13 @@ def killed(process, at, pause=0.0):
     return fit(Data.from_iterable(items))
 
 
-def ready_made_reports(folder):
+def ready_made_reports(folder, traced=()):
     """Reports that write: all processes have them, and one writes."""
     place = Path(folder) / str(jax.process_index())
     history, shown = reports.history(), io.StringIO()
     bar = reports.progress(file=shown)
-    writers = [reports.csv(place / "log.csv"), reports.plot(place / "loss.png"), reports.profile(place / "trace", (3, 4))]
+    writers = [reports.csv(place / "log.csv"), reports.plot(place / "loss.png")]
+    writers += [reports.profile(place / "trace", traced)] if traced else []
     how = fit([batch(i) for i in range(6)], reports.all_of(history, bar, *writers))
     history.plot(place / "curve.png")
     return how[:3], sorted(path.name for path in place.glob("*")), "6/6" in shown.getvalue(), history.losses.tolist()
@@ -205,3 +208,21 @@ def layer_norms_in(process):
     watch = reports.watch(every=2)
     report = watch if here(process) else None
     return fit([batch(i) for i in range(6)], report)[:3], watch.steps.tolist()
+
+
+def seconds_of_steps(n, how):
+    """The seconds of a step: of items in memory, of a generator, and with a report of every step; and of a hand loop."""
+    made, state = trainer()
+    items = [batch(i) for i in range(n)]
+    if how == "step":
+        start = time.perf_counter()
+        for x, loss in items:
+            value, state = made.step(state, x, loss=loss)
+            jax.block_until_ready(value)
+        return (time.perf_counter() - start) / n
+    data = {"memory": items, "generator": Data.from_iterable(lambda: iter(items)), "report": items}[how]
+    report = (lambda step, loss, state: None) if how == "report" else None
+    made.fit(state, items[:200], report=report)
+    start = time.perf_counter()
+    jax.block_until_ready(made.fit(state, data, report=report))
+    return (time.perf_counter() - start) / n
