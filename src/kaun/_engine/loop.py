@@ -75,6 +75,7 @@ class StepLoop:
     Attributes:
         limit: How many steps the next dispatch should have at most.
         own_limit: That by the clock of this process.
+        exhausted: Whether there are no more items.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class StepLoop:
         self._finished = time.perf_counter()
         self.limit = self.own_limit = _BEGIN
         self._room = 1
-        self._exhausted = False
+        self.exhausted = False
 
     @property
     def waiting(self) -> int:
@@ -192,7 +193,7 @@ class StepLoop:
             The number of steps; 0 where there are no more items.
         """
         count = 0
-        self._room = 0 if self._exhausted else room
+        self._room = 0 if self.exhausted else room
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
@@ -208,7 +209,7 @@ class StepLoop:
                 self.flush()
             if count >= room:
                 return count
-        self._exhausted = True  # an iterator need not end a second time
+        self.exhausted = True  # an iterator need not end a second time
         return count
 
     def trace(self, item: Any) -> None:
@@ -255,18 +256,16 @@ class StepLoop:
             is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
         """
         self._take()
-        if self._together is not None and not self._together.readable(self._carry[1]):
-            return "lost"
-        if readable(self._carry[1]):
+        if self._has_values(self._carry[1]):
             return "newest"
         self._failed_step = None
         while self._earlier:
             self._carry = self._earlier.pop()
-            if readable(self._carry[1]):
+            if self._has_values(self._carry[1]):
                 return "newest"
         references, results = self._shared
         arrays = [reference() for reference in references]
-        if not arrays or any(array is None for array in arrays) or not readable(arrays):
+        if not arrays or any(array is None for array in arrays) or not self._has_values(arrays):
             return "lost"
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
@@ -351,6 +350,9 @@ class StepLoop:
             self._pace(self._in_flight.popleft())
         if self._together is not None:
             self._together.dispatched()
+
+    def _has_values(self, arrays: list[Any]) -> bool:
+        return (self._together is None or self._together.readable(arrays)) and readable(arrays)
 
     def _wait_for(self, results: StepResults) -> None:
         """Wait for a dispatch."""

@@ -70,7 +70,8 @@ def _begin(ballots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for name, n in (pair for ballot in starts for pair in ballot["numbers"].items()):
         numbers[name] = math.gcd(n, numbers.get(name, 0))
     certain = len(totals) == 1 and None not in totals
-    return {"numbers": numbers, "asks": any(ballot["asks"] for ballot in starts), "certain": certain}
+    turns = max(ballot["turns"] for ballot in starts)
+    return {"turns": turns, "numbers": numbers, "asks": any(ballot["asks"] for ballot in starts), "certain": certain}
 
 
 def _unlike(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
