@@ -334,14 +334,11 @@ class Agreement:
         if kind in ("failed", "exit") and mine not in ("failed", "exit"):
             self._over = failed_elsewhere(process, end["what"]) if kind == "failed" else SystemExit(end["code"])
         elif kind == "data" and len(found["ended"]) < len(self._processes):
-            steps = found["at"] + found["wait"]
-            if not steps:
-                self._over = failed_elsewhere(process, "its data has no items")
-            elif mine != "data":
+            if mine != "data":
                 self._over = EndedElsewhere()
             warn(
-                f"The data of process {', '.join(map(str, found['ended']))} ended after {steps} items, and that of the "
-                "others has more. All processes end the fit there. Give every process the same number of items."
+                f"The data of process {', '.join(map(str, found['ended']))} ended after {found['at'] + found['wait']} "
+                "items, and that of the others has more. All processes end the fit there. Give every process the same number of items."
             )
 
     def _raise_if_over(self) -> None:

@@ -72,7 +72,9 @@ def fit(data, report=None, state=None, **kwargs):
             state = made.fit(state or start, data, report=report, **kwargs)
     except BaseException as error:
         traceback.print_exc()
-        how = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        how = "\n".join(
+            [f"{type(error).__name__}: {error}", *[n for n in getattr(error, "__notes__", []) if n.startswith("Also")]]
+        )
         state = getattr(error, "kaun_state", None)
     step = None if state is None else int(state.step)
     return how, step, state and bytes_of(state), [str(each.message) for each in caught]
