@@ -336,9 +336,10 @@ class Agreement:
         elif kind == "data" and len(found["ended"]) < len(self._processes):
             if mine != "data":
                 self._over = EndedElsewhere()
+            who, steps = ", ".join(map(str, found["ended"])), found["at"] + found["wait"]
             warn(
-                f"The data of process {', '.join(map(str, found['ended']))} ended after {found['at'] + found['wait']} "
-                "items, and that of the others has more. All processes end the fit there. Give every process the same number of items."
+                f"The data of process {who} ended after {steps} items, and that of the others has more. All processes "
+                "end the fit there. Give every process the same number of items."
             )
 
     def _raise_if_over(self) -> None:
