@@ -156,7 +156,7 @@ class StepLoop:
         Raises:
             Exception: What ``error_for`` returns for the first step that is not.
         """
-        while self._error_for is not None and self._in_flight:
+        while self._in_flight and (self._error_for is not None or self._together is not None):
             self._check(self._in_flight.popleft())
 
     def failure(self) -> Exception | None:
@@ -372,9 +372,10 @@ class StepLoop:
     def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
         results = dispatch.results
+        if self._together is not None:
+            self._wait_for(results)
         if self._error_for is None or results.status is None:
             return
-        self._wait_for(results)
         status = np.asarray(results.status)
         if status[0] > 0:
             return
