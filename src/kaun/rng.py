@@ -213,6 +213,7 @@ class LentScope:
     Attributes:
         key: The scope's key.
         first: The count of the first key that the function draws.
+        scoped: Whether it is a scope, and not the keys outside of all.
 
     Examples:
         >>> import jax
@@ -231,6 +232,7 @@ class LentScope:
     """
 
     def __init__(self) -> None:
+        self.scoped = _current.get() is not None
         self._outer = _current.get() or _process_wide()
         self._drawn = 0
         self.key = self._outer.key
@@ -278,9 +280,9 @@ def unscoped(key: jax.Array) -> bool:
         >>> rng.unscoped(key), rng.unscoped(rng.next_key())
         (False, True)
     """
+    wanted = np.asarray(jax.random.key_data(key))  # in all processes, where it lies on the devices of several
     if _process_scope is None:
         return False
-    wanted = jax.random.key_data(key)
     # A power of two, so that few programs are compiled. More than the newest count, because of two threads that draw at
     # once the second may have written its count first.
     count = 1 << (_process_scope.newest + 64).bit_length()

@@ -17,16 +17,17 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from kaun._engine.batching import BlockBuffer
+from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import copy, in_place, on_one_device, pack_on_device, packing_of, put_with, unpack
+from kaun._engine.packing import in_place, on_one_device, own_arrays, packing_of, put_with, unpack
 from kaun._engine.placing import Placing, place_carry, placed_inputs
-from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
+from kaun._engine.program import TracedStep, count_on_device, trace_step
 from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable
+from kaun._engine.together import Together, agreed
 from kaun._jax import any_traced
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
@@ -35,8 +36,6 @@ __all__ = ["StepLoop", "find_step", "run_step"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
-# Seconds: Python handles Ctrl-C between dispatches alone. After each, glibc gives the program's temporaries back.
-_LONGEST = 0.5
 _BUFFERS = 4
 
 
@@ -88,26 +87,27 @@ class StepLoop:
         error_for: Returns the exception for a step that is not finite, given its number, its loss, its status after the
             first number (``StepResults``), and the step itself; None if such a step does not end the run.
         done: How many steps were run before.
-        on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen, where the
-            step is one without ``wanted``; or None.
+        on_trace: Called with inputs of a new signature and their step, one without ``wanted``; or None.
         on_compiling: Called before each compilation with the entry for which it is.
         wanted: What reports want of each step, as ``train_step`` takes it.
+        together: What several processes agree on, None in one.
+
+    Attributes:
+        limit: How many steps the next dispatch should have at most.
+        own_limit: That by the clock of this process.
+        exhausted: Whether there are no more items.
     """
 
     def __init__(
-        self,
-        programs: ProgramCache,
-        carry: Any,
-        key: jax.Array,
-        ctx: Context | None,
+        self, programs: ProgramCache, carry: Any, key: jax.Array, ctx: Context | None,
         on_dispatch: Callable[[StepResults], None] = lambda results: None,
         on_compile: Callable[[float], None] = lambda seconds: None,
         error_for: Callable[[int, float, Any, FailedStep], Exception] | None = None,
-        done: int = 0,
-        on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
+        done: int = 0, on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
         on_compiling: Callable[[str], None] = lambda where: None,
-        wanted: Mapping[str, int] | None = None,
-    ) -> None:
+        wanted: Mapping[str, int] | None = None, together: Together | None = None,
+    ) -> None:  # fmt: skip
+        self._together = together
         self._programs, self._ctx = programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
@@ -141,23 +141,18 @@ class StepLoop:
         self._open: OpenBlock | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
-        self._limit = _BEGIN
+        self.limit = self.own_limit = _BEGIN
         self._room = 1
-        self._exhausted = False
+        self.exhausted = False
 
     @property
-    def limit(self) -> int:
-        """How many steps the next dispatch should have at most."""
-        return self._limit
+    def waiting(self) -> int:
+        """How many steps were pushed and not dispatched."""
+        return 0 if self._open is None else self._open.buffer.count
 
     def room(self, left: int) -> int:
         """Return how many of the items that are left the next chunk given to ``push`` may hold."""
         return min(left, self._room)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a step was not finite, and an exception was raised for it."""
-        return self._failed_step is not None
 
     @property
     def done(self) -> int:
@@ -169,23 +164,16 @@ class StepLoop:
 
     @property
     def loss(self) -> Any:
-        """The loss of the last step that was run; waits for it.
-
-        Raises:
-            Exception: What ``error_for`` returns for the first step that is not finite.
-        """
+        """The loss of the last step that was run; waits for it, and raises as ``wait`` does."""
         self.wait()
         results = self._carry[2]
         assert results is not None
+        self._wait_for(results)
         return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
 
     def wait(self) -> None:
-        """Wait for the steps that were dispatched, where one of them may not be finite.
-
-        Raises:
-            Exception: What ``error_for`` returns for the first step that is not.
-        """
-        while self._error_for is not None and self._in_flight:
+        """Wait for the steps that were dispatched, and raise what ``error_for`` returns for one that is not finite."""
+        while self._in_flight and (self._error_for is not None or self._together is not None):
             self._check(self._in_flight.popleft())
 
     def failure(self) -> Exception | None:
@@ -200,16 +188,10 @@ class StepLoop:
     def push(self, chunks: Iterator[Chunk], first: int, room: int) -> int:
         """Take items until there are ``room`` steps or no more items, and run them now or with later ones.
 
-        Args:
-            chunks: The items.
-            first: The number of the first step, for messages.
-            room: The most steps.
-
-        Returns:
-            The number of steps; 0 where there are no more items.
+        Returns how many there were; ``first`` is the number of the first step, for messages.
         """
         count = 0
-        self._room = 0 if self._exhausted else room
+        self._room = 0 if self.exhausted else room
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
@@ -221,11 +203,11 @@ class StepLoop:
                 self._enter(block, inputs, n, rows)
             count += n
             self._room = room - count
-            if self._open is not None and self._open.buffer.count >= min(self._limit, self._open.buffer.capacity):
+            if self._open is not None and self._open.buffer.count >= min(self.limit, self._open.buffer.capacity):
                 self.flush()
             if count >= room:
                 return count
-        self._exhausted = True  # an iterator need not end a second time
+        self.exhausted = True  # an iterator need not end a second time
         return count
 
     def trace(self, item: Any) -> None:
@@ -267,21 +249,20 @@ class StepLoop:
     def recover(self) -> Literal["newest", "held", "lost"]:
         """Go back to the newest state that can be read, where a dispatch failed.
 
-        Returns:
-            ``"newest"`` where that is the state before the failed dispatch, or none failed; ``"held"`` where that one
-            is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
+        Returns ``"newest"`` where that is the state before it, ``"held"`` where it is an earlier one that something
+        else refers to, because that one is lost with its memory; ``"lost"`` where none is left.
         """
         self._take()
-        if readable(self._carry[1]):
+        if self._has_values(self._carry[1]):
             return "newest"
         self._failed_step = None
         while self._earlier:
             self._carry = self._earlier.pop()
-            if readable(self._carry[1]):
+            if self._has_values(self._carry[1]):
                 return "newest"
         references, results = self._shared
         arrays = [reference() for reference in references]
-        if not arrays or any(array is None for array in arrays) or not readable(arrays):
+        if not arrays or any(array is None for array in arrays) or not self._has_values(arrays):
             return "lost"
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
@@ -311,6 +292,15 @@ class StepLoop:
             else:
                 self._dispatch(traced, inputs, once, n, leaves, [])
 
+    def _own(self, overwrites: bool) -> StepResults | None:
+        """Bring the state into the loop's own form, and return the results of the newest dispatch."""
+        own, arrays, results = self._carry
+        if not own and overwrites:
+            self._shared = self._given or [weakref.ref(a) for a in arrays], results
+        if not own and (overwrites or self._packing is not None):
+            self._carry = (True, own_arrays(arrays, self._packing, overwrites=overwrites), results)
+        return results
+
     def _dispatch(
         self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
         stacked: list[Any],
@@ -319,14 +309,7 @@ class StepLoop:
         overwrites = self._in_place and not traced.can_raise
         entry = "fit in place" if overwrites else "fit"
         program = traced.program(entry, pattern, self._packing)
-        own, arrays, results = self._carry
-        if not own and overwrites:
-            self._shared = self._given or [weakref.ref(a) for a in arrays], results
-            for i in range(len(arrays)):  # one by one: what nothing else refers to is freed before the next is copied
-                arrays[i] = copy(arrays[i])
-            self._carry = (True, arrays, results)
-        elif not own and self._packing is not None:
-            self._carry = (True, pack_on_device(self._packing, arrays), results)
+        results = self._own(overwrites)
         self._counts_discarded = int(traced.discards)
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
         status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
@@ -337,6 +320,11 @@ class StepLoop:
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
+        if self._together is not None:  # after all that can fail in one process alone
+            waiting = first, count, inputs, pattern, shared, stacked
+            count, arguments = agreed(self._together, waiting, arguments, traced)
+            if not count:
+                return
         before = self._carry
         if not self._in_place:
             self._earlier.append(before)
@@ -364,6 +352,17 @@ class StepLoop:
         self._in_flight.append(PendingDispatch(results, inputs, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
+        if self._together is not None:
+            self._together.dispatched()
+
+    def _has_values(self, arrays: list[Any]) -> bool:
+        return (self._together is None or self._together.readable(arrays)) and readable(arrays)
+
+    def _wait_for(self, results: StepResults) -> None:
+        """Wait for a dispatch."""
+        if self._together is not None:
+            self._together.wait(results.losses)
+        results.losses.block_until_ready()
 
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
@@ -377,6 +376,8 @@ class StepLoop:
     def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
         results = dispatch.results
+        if self._together is not None:
+            self._wait_for(results)
         if self._error_for is None or results.status is None:
             return
         status = np.asarray(results.status)
@@ -390,11 +391,10 @@ class StepLoop:
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide what a dispatch costs."""
         results = dispatch.results
-        results.losses.block_until_ready()
+        self._wait_for(results)
         self._check(dispatch)
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
-        if elapsed > _LONGEST:  # the clock decides how many steps share a dispatch, which changes no bit of them
-            self._limit = max(1, self._limit // 4)
-        elif elapsed < _LONGEST / 2 and results.steps * 4 >= self._limit:
-            self._limit = min(self._limit * (4 if elapsed < _LONGEST / 4 else 2), ROWS)
+        self.own_limit = next_limit(self.limit, elapsed, results.steps)
+        if self._together is None:  # else process 0 decides
+            self.limit = self.own_limit

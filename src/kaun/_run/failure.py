@@ -32,10 +32,13 @@ def save_on_error(
             yield
         except BaseException as error:
             first: BaseException = error
+            if run.together is not None:
+                run.together.fail(error)
             with suppress(Exception):
                 now()  # runs the steps whose items came before this
                 first = loop.failure() or error
-                hook.finish()
+                if run.together is None or not run.together.broken:
+                    hook.finish()
             _keep_state(first, run, loop, hook)
             if first is error:
                 raise
@@ -64,7 +67,9 @@ def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: Re
     found = loop.recover()
     if found == "newest":
         error.kaun_state = state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
-        if run.saver is not None:
+        if run.saver is not None and run.together is not None and not run.together.all_have(str(loop.done)):
+            error.add_note(f"Also, no checkpoint of step {loop.done} was written, because not all processes have it.")
+        elif run.saver is not None:
             try:
                 run.saver.save(loop.done, state, pending_report_loss=hook.pending_report_loss)
             except Exception as failed:
