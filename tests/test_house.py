@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "kaun"
 # The floor plan: each package or module of the root, from the row that imports nothing of kaun to those that users call.
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
-    {"_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
+    {"_jax", "_kernels", "_messages", "_paths", "_processes", "errors", "rng", "tree"},
     {"context", "grad", "losses", "sharding"},
     {"averages", "layers", "metrics"},
     {"_loss"},
@@ -31,6 +31,8 @@ ROWS = [
 # Modules of one row that stand on each other, which a row of single modules cannot avoid.
 WITHIN_A_ROW = {
     ("_messages", "errors"),
+    ("_processes", "_jax"),
+    ("_processes", "errors"),
     ("rng", "_messages"),
     ("_kernels", "_jax"),
     ("rng", "errors"),
@@ -52,8 +54,8 @@ PUBLIC = {
     "kaun.averages": {"ema", "from_optimizer", "swa", "update_statistics"},
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.errors": {
-        "CaptureError", "EarlyStop", "Locked", "MissingContext", "NonFiniteLoss", "RecompilationWarning",
-        "ResumeMismatch",
+        "CaptureError", "EarlyStop", "FailedElsewhere", "Locked", "MissingContext", "NonFiniteLoss",
+        "RecompilationWarning", "ResumeMismatch",
     },
     "kaun.grad": {"grad", "value_and_grad"},
     "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen", "safetensors"},

@@ -16,8 +16,8 @@ from jax import lax
 
 __all__ = [
     "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
-    "convolutions_in", "current_trace", "evaluate", "is_jitted", "is_traced", "preemption_service_runs",
-    "primitives_in", "programs_in", "run_program", "threefry_2x32", "trace_of",
+    "convolutions_in", "coordination_client", "current_trace", "evaluate", "is_jitted", "is_traced",
+    "preemption_service_runs", "primitives_in", "programs_in", "run_program", "threefry_2x32", "trace_of",
 ]  # fmt: skip
 
 
@@ -88,6 +88,16 @@ def preemption_service_runs() -> bool:
     """
     state = sys.modules.get("jax._src.distributed")
     return getattr(getattr(state, "global_state", None), "preemption_sync_manager", None) is not None
+
+
+def coordination_client() -> Any:
+    """Return the client of JAX's distributed service, None where ``jax.distributed.initialize`` was not called.
+
+    Processes tell each other values with it (``key_value_set``, ``blocking_key_value_get``). ``jax.distributed`` has
+    only ``initialize`` and ``shutdown``, and what ``multihost_utils`` offers runs on the devices.
+    """
+    state = sys.modules.get("jax._src.distributed")
+    return getattr(getattr(state, "global_state", None), "client", None)
 
 
 def run_program(closed: Any, arguments: Sequence[Any]) -> list[Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
-    "CaptureError", "EarlyStop", "Locked", "MissingContext", "NonFiniteLoss", "RecompilationWarning", "ResumeMismatch",
+    "CaptureError", "EarlyStop", "FailedElsewhere", "Locked", "MissingContext", "NonFiniteLoss", "RecompilationWarning",
+    "ResumeMismatch",
 ]  # fmt: skip
 
 
@@ -23,6 +24,34 @@ class EarlyStop(Exception):
         >>> trainer.fit(trainer.init(), Data.repeat(100, item), report=report)
         TrainState(step=3, 2 parameters in float32)
     """
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process of the same program failed or is missing, so that this one ends too.
+
+    An exception in one process ends the fit in all of them after the same step. That process has the exception itself,
+    the others this one, all with the same state as ``kaun_state``.
+
+    Attributes:
+        process: The number of the process, as ``jax.process_index()`` in it.
+        what: What happened there: the type and message of the exception, or that it did not come.
+
+    Examples:
+        >>> import kaun
+        >>> error = kaun.errors.FailedElsewhere("Process 1 failed: OSError: disk full", 1, "OSError: disk full")
+        >>> error.process, error.what
+        (1, 'OSError: disk full')
+    """
+
+    process: int
+    what: str
+
+    def __init__(self, message: str, process: int, what: str) -> None:
+        super().__init__(message)
+        self.process, self.what = process, what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.process, self.what), self.__dict__
 
 
 class NonFiniteLoss(ArithmeticError):

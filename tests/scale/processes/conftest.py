@@ -1,0 +1,155 @@
+"""Real processes that form one JAX program over gloo on loopback, and run functions that a test names."""
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+HERE = Path(__file__).parent
+SOURCE = Path(__file__).resolve().parents[3] / "src"
+
+
+class Raised(NamedTuple):
+    """An exception of a scenario.
+
+    Attributes:
+        kind: The name of its class.
+        text: Its message.
+        notes: Its notes.
+    """
+
+    kind: str
+    text: str
+    notes: list[str]
+
+
+class Group:
+    """Some processes of one program.
+
+    Args:
+        folder: For what they print.
+        count: How many processes.
+        devices: Simulated devices of each.
+        environment: More environment variables.
+    """
+
+    def __init__(self, folder: Path, count: int = 2, devices: int = 2, **environment: str) -> None:
+        self.log = folder / "log.txt"
+        inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        paths = [str(SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        env = inherited | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "KAUN_TIMEOUT": "20",
+        }
+        port = _free_port()
+        self._ends: list[tuple[Any, Any]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        with self.log.open("wb") as log:
+            for i in range(count):
+                (calls, to), (back, answers) = os.pipe(), os.pipe()
+                command = [
+                    sys.executable,
+                    str(HERE / "worker.py"),
+                    str(i),
+                    str(count),
+                    str(port),
+                    str(calls),
+                    str(answers),
+                ]
+                started = subprocess.Popen(
+                    command, env=env | environment, pass_fds=(calls, answers), stdout=log, stderr=log
+                )
+                os.close(calls)
+                os.close(answers)
+                self.processes.append(started)
+                self._ends.append((os.fdopen(to, "wb"), os.fdopen(back, "rb")))
+        self._read([*range(count)], 60)
+
+    def run(self, path: str, name: str, timeout: float = 60, **arguments: Any) -> list[Any]:
+        """Run a function in all processes, and return what each of them returned, or its ``Raised``.
+
+        Args:
+            path: The file of the function.
+            name: Its name.
+            timeout: Seconds after which all are killed and the test fails.
+            arguments: Its arguments.
+        """
+        self.begin(path, name, **arguments)
+        return self.results(timeout)
+
+    def begin(self, path: str, name: str, **arguments: Any) -> None:
+        """Start a function in all processes."""
+        for to, _ in self._ends:
+            pickle.dump((path, name, arguments), to)
+            to.flush()
+
+    def results(self, timeout: float = 60, among: list[int] | None = None) -> list[Any]:
+        """What a function that was begun gave, in all processes or among some."""
+        answers = self._read([*range(len(self._ends))] if among is None else among, timeout)
+        return [Raised(*value) if how == "raised" else value for how, value in answers]
+
+    def kill(self, index: int) -> None:
+        """End one process as ``kill -9`` does."""
+        self.processes[index].send_signal(signal.SIGKILL)
+        self.processes[index].wait()
+
+    def close(self) -> None:
+        """End them all."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for to, back in self._ends:
+            back.close()
+            with contextlib.suppress(BrokenPipeError):
+                to.close()
+
+    def _read(self, among: list[int], timeout: float) -> list[Any]:
+        deadline, found = time.monotonic() + timeout, []
+        for i in among:
+            ready, _, _ = select.select([self._ends[i][1]], [], [], max(0.0, deadline - time.monotonic()))
+            try:
+                found.append(pickle.load(self._ends[i][1]) if ready else self._fail(f"process {i} hangs"))
+            except EOFError:
+                self._fail(f"process {i} ended with {self.processes[i].wait()}")
+        return found
+
+    def _fail(self, what: str) -> None:
+        for process in self.processes:
+            process.kill()
+        pytest.fail(f"{what}; the end of its log:\n{self.log.read_text()[-4000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Two processes of two devices each, for all tests whose scenarios leave both alive."""
+    with contextlib.closing(Group(tmp_path_factory.mktemp("pair"))) as group:
+        yield group
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a group that ends with the test."""
+    started = []
+    try:
+        yield lambda *args, **kwargs: started.append(Group(tmp_path, *args, **kwargs)) or started[-1]
+    finally:
+        for group in started:
+            group.close()
