@@ -14,6 +14,7 @@ from kaun._messages import warn
 from kaun.checkpoint import arguments, one
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.folders import scan
+from kaun.checkpoint.group import group_for
 from kaun.checkpoint.reading import load_from
 from kaun.errors import ResumeMismatch
 from kaun.layers.core import Vars
@@ -186,7 +187,8 @@ class Directory:
             Traceback (most recent call last):
             FileNotFoundError: there is no checkpoint in ...
         """
-        return load_from("load", self.path, at, lambda disk, found: one.read(disk, found.path, found.step, like).state)
+        read = lambda disk, found, verified: one.read(disk, found.path, found.step, like, verified=verified).state
+        return load_from("load", self.path, at, group_for(self.path, like), read)
 
     def load_vars(self, like: Vars | TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> Vars:
         """Return the variables of a checkpoint, whatever the optimizer of its run was.
@@ -224,5 +226,5 @@ class Directory:
                 f"Directory.load_vars expected a Vars or a TrainState, received {type(given).__name__}. Write "
                 "runs.load_vars(trainer.init())."
             )
-        read = lambda disk, found: one.read_vars(disk, found.path, found.step, template)
-        return load_from("load_vars", self.path, at, read)
+        read = lambda disk, found, verified: one.read_vars(disk, found.path, found.step, template, verified=verified)
+        return load_from("load_vars", self.path, at, group_for(self.path, template), read)
