@@ -14,6 +14,7 @@ import numpy as np
 from kaun import rng, tree
 from kaun._engine import StepInputs, TracedStep
 from kaun._messages import warn
+from kaun._processes import is_first
 from kaun._report import member
 from kaun._run.differences import differences
 from kaun._run.generators import captured_generators, global_states, refuse_draws
@@ -23,7 +24,7 @@ from kaun._run.report_state import keeping, match_reports, report_kind, unpack_s
 from kaun._run.reports import check_best_is_measured
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
-from kaun.checkpoint import Best, Directory, Saved, Store
+from kaun.checkpoint import Best, Directory, Saved, Store, group_for, spans_processes
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
 from kaun.state import TrainState
 
@@ -121,7 +122,7 @@ def open_run(
     _check_resumable(checkpoints, state, data)
     if checkpoints.best is not None:
         check_best_is_measured(checkpoints.best[0], report)
-    store = Store.open(checkpoints)
+    store = Store.open(checkpoints, group=group_for(checkpoints.path, state))
     try:
         run = _start_or_resume(store, checkpoints, state, data, report, watched=on_nonfinite != "ignore")
     except BaseException:
@@ -166,10 +167,11 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
             f"fit(checkpoints=...) expected a checkpoint.Directory, received {checkpoints!r}. Write "
             'checkpoints=checkpoint.Directory("runs/digits", every=500).'
         )
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not spans_processes(state):
         raise ValueError(
-            f"fit(checkpoints=...) supports one process, and this run has {jax.process_count()}. Save the states of a "
-            "run on several hosts with Orbax, in a report."
+            f"fit(checkpoints=...): each of the {jax.process_count()} processes has a state of its own, on its own "
+            "devices, and one directory holds one run. Spread the state over all devices, Trainer(..., "
+            "sharding=kaun.sharding.data_parallel())."
         )
     keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
     keyed += unscoped(data)
@@ -223,13 +225,20 @@ def _spoiled(start: TrainState, found: TrainState) -> str:
     before = tree.flatten(start)[0]
     for path, leaf in tree.flatten(found)[0].items():
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            spoiled = ~np.isfinite(np.asarray(leaf))
-            if spoiled.any() and (spoiled & np.isfinite(np.asarray(before[path]))).any():
+            pairs = zip(_pieces_here(leaf), _pieces_here(before[path]), strict=True)
+            if any((~np.isfinite(now) & np.isfinite(then)).any() for now, then in pairs):
                 return (
                     f"{path!r} is not finite, and was finite when the run began. To train with it all the same, write "
                     'Trainer(..., on_nonfinite="ignore")'
                 )
     return ""
+
+
+def _pieces_here(leaf: Any) -> list[np.ndarray[Any, Any]]:
+    """The values of an array, or those that lie on devices of this process."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return [np.asarray(leaf)]
+    return [np.asarray(shard.data) for shard in leaf.addressable_shards]
 
 
 def _resume(
@@ -272,7 +281,7 @@ def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
         matched, gone = match_reports(keeping(report), kept)
     except ValueError as error:
         matched, gone = [], [str(error)]
-    if gone:
+    if gone and is_first():  # a report may be there in process 0 alone, whose reports a checkpoint holds
         refuse_difference(directory, "reports", saved.step, gone)
     for each, values in matched:
         restore = member(each, "restore")
