@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax
 from kaun._jax import coordination_client
 from kaun.errors import FailedElsewhere
 
-__all__ = ["Channel", "barrier", "is_first", "this_process", "timeout_of"]
+__all__ = ["Channel", "barrier", "failed_elsewhere", "is_first", "this_process", "timeout_of"]
 
 _TIMEOUT = 600.0
 _SLICE = 1.0  # seconds of one call into C, in which Python handles no signal
@@ -80,43 +80,79 @@ class Channel:
         self._name, self._what, self._timeout = name, what or name, timeout
         self._me, self._meetings = jax.process_index(), 0
 
-    def exchange(self, value: str = "") -> dict[int, str]:
-        """Give the other processes a value, and return those of all by the number of the process.
+    def exchange(self, value: str, combine: Callable[[dict[int, str]], str]) -> str:
+        """Give the other processes a value, and return what the first of them made of the values of all.
+
+        Args:
+            value: The value of this process.
+            combine: Called in the first process with all values, by the number of the process.
 
         Raises:
-            FailedElsewhere: If one does not come in time, or the service that they meet in does not answer.
+            FailedElsewhere: If one does not come in time, or says that it will not come, or the service that they meet
+                in does not answer.
         """
         if len(self.processes) == 1:
-            return {self._me: value}
+            return combine({self._me: value})
         client, timeout = _client(), timeout_of(self._timeout)
         place, before = f"kaun/{self._name}/{self._meetings}/", f"kaun/{self._name}/{self._meetings - 1}/"
         deadline = time.monotonic() + timeout
         try:
             client.key_value_set(f"{place}{self._me}", f"={value}", True)
             if self._me == self.processes[0]:
-                found = {p: _get(client, f"{place}{p}", deadline) for p in self.processes}
-                missing = [p for p, text in found.items() if text is None or text == _LEFT]
-                values = {p: text[1:] for p, text in found.items() if text is not None}
-                client.key_value_set(f"{place}all", json.dumps([missing, values]), True)
+                told = self._collect(client, place, deadline, combine)
+                client.key_value_set(f"{place}all", told, True)
                 if self._meetings:  # all have come here, so all have read what was told there
                     client.key_value_delete(before)
             else:
-                missing, values = self._read(client, place, deadline)
+                told = self._read(client, place, deadline)
         except jax.errors.JaxRuntimeError as error:
             raise _unreachable(self.processes[0], self._what, error) from error
-        if missing:
-            raise _missing(missing, self._me, self._what, timeout)
+        if not told.startswith("="):
+            missing = [int(p) for p in told.split()]
+            left = self.why_left(missing[0])
+            raise failed_elsewhere(missing[0], left[0]) if left else _missing(missing, self._me, self._what, timeout)
         self._meetings += 1
-        return {int(p): text for p, text in values.items()}
+        return told[1:]
 
-    def _read(self, client: Any, place: str, deadline: float) -> tuple[list[int], dict[Any, str]]:
-        told = _get(client, f"{place}all", deadline)
+    def leave(self, why: str, at: int = -1) -> None:
+        """Tell those who wait for this process here, or on their devices, that it will not come.
+
+        Args:
+            why: What happened.
+            at: How many steps it has dispatched, whose end the others may wait for; -1 where these have failed too.
+        """
+        _client().key_value_set(f"kaun/{self._name}/left/{self._me}", json.dumps([why, at]), True)
+
+    def why_left(self, process: int) -> tuple[str, int] | None:
+        """What another process gave to ``leave``, None where it did not."""
+        try:
+            why, at = json.loads(_client().key_value_try_get(f"kaun/{self._name}/left/{process}"))
+        except jax.errors.JaxRuntimeError:  # not there; or the service is gone, which the next meeting says
+            return None
+        return why, at
+
+    def _collect(self, client: Any, place: str, deadline: float, combine: Callable[[dict[int, str]], str]) -> str:
+        found: dict[int, str] = {}
+        for p in self.processes:
+            text = _get(client, f"{place}{p}", deadline, lambda p=p: self.why_left(p) is not None)
+            if text is not None and text != _LEFT:
+                found[p] = text[1:]
+        missing = [p for p in self.processes if p not in found]
+        return " ".join(map(str, missing)) or f"={combine(found)}"
+
+    def _read(self, client: Any, place: str, deadline: float) -> str:
+        first = self.processes[0]
+
+        def here() -> list[int]:
+            values = dict(client.key_value_dir_get(place))
+            return [p for p in self.processes if values.get(f"{place}{p}", _LEFT) != _LEFT]
+
+        told = _get(client, f"{place}all", deadline, lambda: first not in here() and self.why_left(first) is not None)
         if told is not None:
-            missing, values = json.loads(told)
-            return missing, values
+            return told
+        found = here()
         client.key_value_set(f"{place}{self._me}", _LEFT, True)
-        here = {name.rpartition("/")[2] for name, text in client.key_value_dir_get(place) if text != _LEFT}
-        return [p for p in self.processes if str(p) not in here and p != self._me] or [self.processes[0]], {}
+        return " ".join(map(str, [p for p in self.processes if p not in found] or [first]))
 
 
 def barrier(name: str, timeout: float | None = None) -> None:
@@ -131,7 +167,7 @@ def barrier(name: str, timeout: float | None = None) -> None:
     """
     if name not in _barriers:
         _barriers[name] = Channel(f"barrier/{name}", what=name, timeout=timeout)
-    _barriers[name].exchange()
+    _barriers[name].exchange("", lambda values: "")
 
 
 _barriers: dict[str, Channel] = {}
@@ -147,15 +183,29 @@ def _client() -> Any:
     return client
 
 
-def _get(client: Any, key: str, deadline: float) -> str | None:
-    """The value of a key, None if nobody sets it in time."""
+def _get(client: Any, key: str, deadline: float, in_vain: Callable[[], bool]) -> str | None:
+    """The value of a key, None if nobody sets it in time, or nobody will."""
+    found = 0  # twice, because who tells why it left may still vote after that
     while (left := deadline - time.monotonic()) > 0:
         try:
             return client.blocking_key_value_get(key, max(1, int(min(left, _SLICE) * 1000)))
         except jax.errors.JaxRuntimeError as error:
             if not str(error).startswith(_ABSENT):
                 raise
+            found += in_vain()
+            if found > 1:
+                return None
     return None
+
+
+def failed_elsewhere(process: int, what: str) -> FailedElsewhere:
+    """The exception for what happened in another process."""
+    return FailedElsewhere(
+        f"Process {process} failed, so process {jax.process_index()} ends too: {what}. The traceback is in the output "
+        f"of process {process}.",
+        process,
+        what,
+    )
 
 
 def _missing(missing: Sequence[int], me: int, what: str, timeout: float) -> FailedElsewhere:
@@ -166,7 +216,7 @@ def _missing(missing: Sequence[int], me: int, what: str, timeout: float) -> Fail
         "processes have to call fit, evaluate and the like in the same order. Its own output says more. If it is only "
         "slow, set the environment variable KAUN_TIMEOUT to more seconds in all processes.",
         missing[0],
-        f"did not come to {what}",
+        f"did not come to {what} within {timeout:g} seconds",
     )
 
 

@@ -5,6 +5,7 @@ What one step computes is ``kaun._step.train_step``; how many steps run at once 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,19 +15,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import rng
 from kaun._engine import Compilation, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import RepeatedPasses, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
+from kaun._run import (
+    EndedElsewhere,
+    RepeatedPasses,
+    finished_state,
+    flush_and_save,
+    flush_state,
+    next_steps,
+    open_run,
+    processes_of,
+    save_on_error,
+    start_loop,
+)
 from kaun._step import (
     DEFAULT_DTYPE,
     EvaluatedParams,
     Optimizer,
     Settings,
     eval_step,
-    init_carry,
+    fresh_carry,
+    fresh_state,
     make_settings,
+    next_key,
     train_step,
 )
 from kaun.averages.rules import Average
@@ -35,6 +48,7 @@ from kaun.context import Context
 from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
+from kaun.sharding import Sharding
 from kaun.state import TrainState, check_state
 
 if TYPE_CHECKING:
@@ -74,6 +88,8 @@ class Trainer(Generic[In, Out]):
         penalty: A function of all parameters (``vars.params``) to a floating scalar, which is added to the loss; its
             value is also reported as ``"penalty"``. It counts once for an update, and not in ``evaluate``. What it
             captures is read when the trainer is made, and must not change later.
+        sharding: Where the state and the rows of a batch lie on many devices: a value of ``kaun.sharding``, such as
+            ``sharding.fsdp()``. What comes elsewhere is moved. By default all is on one device.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong kind, such as an optimizer without ``init``.
@@ -99,6 +115,7 @@ class Trainer(Generic[In, Out]):
     accumulate: int = 1
     average: Average | None = None
     penalty: Callable[[Any], Any] | None = None
+    sharding: Sharding | None = None
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
     _evaluated: EvaluatedParams = dataclasses.field(init=False, repr=False, compare=False)
@@ -110,7 +127,8 @@ class Trainer(Generic[In, Out]):
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         object.__setattr__(self, "_settings", settings)
         scaled = settings.policy is not None and settings.policy.scaled
-        programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite, scaled=scaled)
+        about: dict[str, Any] = {"on_nonfinite": self.on_nonfinite, "scaled": scaled, "sharding": self.sharding}
+        programs = ProgramCache(step, forward, trace_metrics, **about)
         object.__setattr__(self, "_programs", programs)
         object.__setattr__(self, "_evaluated", EvaluatedParams())
         object.__setattr__(self, "_passes", RepeatedPasses())
@@ -141,7 +159,7 @@ class Trainer(Generic[In, Out]):
         Raises:
             TypeError, ValueError: As ``Layer.init`` and ``make_state``.
         """
-        return self.make_state(self.model.init(dtype=self._settings.dtype_of_params(dtype)))
+        return _state(*fresh_state(self._settings, dtype))
 
     def make_state(self, vars: Vars) -> TrainState:
         """Return a state with these variables, a fresh optimizer state, and one run key from the RNG scope.
@@ -155,7 +173,7 @@ class Trainer(Generic[In, Out]):
         if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
             received = type(vars).__name__
             raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
-        return _state(init_carry(self._settings, vars), rng.next_key())
+        return _state(fresh_carry(self._settings, vars), next_key(self._settings))
 
     def step(
         self, state: TrainState, x: Any, *, loss: Loss, training: bool = True, ctx: Context | None = None
@@ -252,7 +270,8 @@ class Trainer(Generic[In, Out]):
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
+        processes = processes_of(state)
+        with open_run(checkpoints, state, data, report, self.on_nonfinite, processes) as run:
             if run.finished:
                 return finished_state(run, self._settings, self._programs, data, check_context(ctx))
             key, first = state.key, state.step
@@ -264,17 +283,18 @@ class Trainer(Generic[In, Out]):
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
                 stopped = pending is not None and caller.wants(step) and caller.stops_at(step, pending, now)
-                ahead = lambda: run.ahead(step, caller.ahead(step, loop.limit))
-                while not stopped and (count := loop.push(chunks, step + 1, ahead())):
-                    step += count
-                    if caller.wants(step):
-                        loop.flush()
-                        stopped = caller.stops_at(step, loop.loss, now)
-                    if run.due(step) and not stopped:
-                        flush_and_save(run.saver, loop, now, caller)
-                if step == 0:
+                ahead = lambda: next_steps(run, caller, loop, step)
+                with contextlib.suppress(EndedElsewhere):
+                    while not stopped and (count := loop.push(chunks, step + 1, ahead())):
+                        step += count
+                        if caller.wants(step):
+                            loop.flush()
+                            stopped = caller.stops_at(step, loop.loss, now)
+                        if run.due(step) and not stopped:
+                            flush_and_save(run, loop, now, caller)
+                if step == 0 == loop.done:
                     raise empty_data("fit")
-                flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
+                flush_and_save(run, loop, now, caller, ended="stopped" if stopped else "data")
             last = now()
             return caller.returned(last, last if stopped else self.flush(last))
 

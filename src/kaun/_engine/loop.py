@@ -12,59 +12,30 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
-from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
+from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import copy, in_place, packing_of, unpack
-from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
+from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, unpack
+from kaun._engine.placing import place_carry, placed_inputs
+from kaun._engine.program import ROWS, TracedStep, count_on_device
 from kaun._engine.results import PendingDispatch, StepResults, examples_of
+from kaun._engine.single import find_step
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
-__all__ = ["StepLoop", "find_step", "run_step"]
+__all__ = ["StepLoop"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
 _LONGEST = 0.1  # seconds that one dispatch should take at most: Python handles Ctrl-C between dispatches alone
 _BUFFERS = 4
-
-
-def find_step(
-    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
-    wanted: Mapping[str, int] | None = None,
-) -> TracedStep:  # fmt: skip
-    """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
-    wanted = wanted or {}
-    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
-    found = programs.get(where)
-    if found is None:
-        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
-        step = train_step, programs.on_nonfinite, programs.discards
-        found = programs.add(where, trace_step(*step, structure, leaves, key, inputs, training))
-        found.wanted = wanted
-    return found
-
-
-def run_step(
-    programs: ProgramCache, carry: Any, key: jax.Array, inputs: StepInputs, training: bool
-) -> tuple[jax.Array, Any]:
-    """Return the loss of one step and the carry after it; what was given stays as it is."""
-    leaves, structure = jax.tree_util.tree_flatten(carry)
-    mesh = explicit_mesh(leaves) or inputs.mesh
-    if mesh is not None:
-        return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
-    traced = find_step(programs, structure, leaves, key, inputs, training)
-    program = traced.program("step", (False,) * len(inputs.leaves))
-    arguments = (leaves, key, count_on_device(1), inputs.owned())
-    loss, leaves = programs.call(program, "step", inputs, training, arguments, traced)
-    return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
 class _Block(NamedTuple):
@@ -79,6 +50,26 @@ class _Block(NamedTuple):
     buffer: BlockBuffer
     traced: TracedStep
     inputs: StepInputs
+
+
+class Together(Protocol):
+    """What several processes agree on: ``kaun._run.agree.Agreement``."""
+
+    def dispatch(self, first: int, count: int, inputs: StepInputs, values: Callable[[], list[Any]]) -> int:
+        """Return how many of ``count`` steps all processes run, beginning with number ``first``."""
+        ...
+
+    def dispatched(self) -> None:
+        """Raise what ends the fit because of another process."""
+        ...
+
+    def wait(self, array: Any) -> None:
+        """Wait for an array, unless another process has failed without running its part of it."""
+        ...
+
+    def readable(self, arrays: list[Any]) -> bool:
+        """Whether arrays have values, or will have them."""
+        ...
 
 
 class StepLoop:
@@ -98,6 +89,11 @@ class StepLoop:
             step is one without ``wanted``; or None.
         on_compiling: Called before each compilation with the entry for which it is.
         wanted: What reports want of each step, as ``train_step`` takes it.
+        together: What several processes agree on, None in one.
+
+    Attributes:
+        limit: How many steps the next dispatch should have at most.
+        own_limit: That by the clock of this process.
     """
 
     def __init__(
@@ -113,7 +109,9 @@ class StepLoop:
         on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
         on_compiling: Callable[[str], None] = lambda where: None,
         wanted: Mapping[str, int] | None = None,
+        together: Together | None = None,
     ) -> None:
+        self._together = together
         self._programs, self.key, self._ctx = programs, key, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
@@ -121,10 +119,13 @@ class StepLoop:
         self._failed_step: int | None = None
         self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
-        self._mesh: Any = explicit_mesh(leaves)  # where the state is on a mesh of explicit axes, or an item was
+        given, placed = leaves, programs.sharding is not None
+        # Where the state is on a mesh of explicit axes, or an item was.
+        self._mesh: Any = None if placed else explicit_mesh(leaves)
         self._shardings = [explicit_sharding(a) for a in leaves]
-        self._given = None if self._mesh is None else [weakref.ref(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
+        leaves, self._key = self._place(leaves, self._key)
+        self._given = None if self._mesh is None and not placed else [weakref.ref(a) for a in given]
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._find = functools.partial(find_step, programs, self._structure, self._kinds, self._key)
@@ -141,14 +142,14 @@ class StepLoop:
         self._open: _Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
-        self._limit = _BEGIN
+        self.limit = self.own_limit = _BEGIN
         self._room = 1
         self._exhausted = False
 
     @property
-    def limit(self) -> int:
-        """How many steps the next dispatch should have at most."""
-        return self._limit
+    def waiting(self) -> int:
+        """How many steps were pushed and not dispatched."""
+        return 0 if self._open is None else self._open.buffer.count
 
     def room(self, left: int) -> int:
         """Return how many of the items that are left the next chunk given to ``push`` may hold."""
@@ -177,6 +178,7 @@ class StepLoop:
         self.wait()
         results = self._carry[2]
         assert results is not None
+        self._wait_for(results)
         return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
 
     def wait(self) -> None:
@@ -213,7 +215,7 @@ class StepLoop:
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
-            self._mesh = self._mesh or inputs.mesh
+            self._mesh = self._mesh or (inputs.mesh if self._programs.sharding is None else None)
             if self._open is None or n > 1 or not self._open.buffer.add(inputs):
                 self.flush()
                 block = self._blocks.pop(inputs.key, None)
@@ -221,7 +223,7 @@ class StepLoop:
                 self._enter(block, inputs, n, rows)
             count += n
             self._room = room - count
-            if self._open is not None and self._open.buffer.count >= min(self._limit, self._open.buffer.capacity):
+            if self._open is not None and self._open.buffer.count >= min(self.limit, self._open.buffer.capacity):
                 self.flush()
             if count >= room:
                 return count
@@ -249,7 +251,7 @@ class StepLoop:
         self._take()
         own, arrays, results = self._carry
         if own and self._packing is not None:
-            arrays = unpack(self._packing, arrays)
+            arrays, _ = self._place(unpack(self._packing, arrays), self._key)
         elif self._in_place:
             self._carry = (False, arrays, results)  # the loop continues with a copy
         if self._failed_step is not None:
@@ -272,6 +274,8 @@ class StepLoop:
             is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
         """
         self._take()
+        if self._together is not None and not self._together.readable(self._carry[1]):
+            return "lost"
         if _readable(self._carry[1]):
             return "newest"
         self._failed_step = None
@@ -283,14 +287,17 @@ class StepLoop:
         arrays = [reference() for reference in references]
         if not arrays or any(array is None for array in arrays) or not _readable(arrays):
             return "lost"
-        self._carry = (False, to_automatic(arrays), results)
+        self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
+
+    def _place(self, leaves: list[Any], key: jax.Array) -> tuple[list[Any], jax.Array]:
+        return place_carry(self._programs.sharding, self._structure, leaves, key)
 
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
         refuse_traced(inputs.leaves)
-        return _Block(BlockBuffer(inputs, traced.capacity), traced, inputs)
+        return _Block(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
     def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
         """Make a block the open one, and put one item or ``count`` of them into it."""
@@ -326,14 +333,23 @@ class StepLoop:
                 arrays[i] = copy(arrays[i])
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
-            self._carry = (True, self._packing.pack([np.asarray(a) for a in arrays]), results)
+            self._carry = (True, pack_on_device(self._packing, arrays), results)
         self._counts_discarded = int(traced.discards)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
+        if traced.placing is not None:
+            arguments = traced.placing.put_block(arguments, pattern)
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
+        if self._together is not None:  # after all that can fail in one process alone
+            one = functools.partial(_first_item, pattern, shared, stacked)
+            count = self._together.dispatch(first, count, inputs, one)
+            if not count:
+                self._together.dispatched()
+                return
+            arguments = (*arguments[:3], count_on_device(count), *arguments[4:])
         before = self._carry
         if not self._in_place:
             self._earlier.append(before)
@@ -354,6 +370,14 @@ class StepLoop:
         self._in_flight.append(PendingDispatch(results, inputs, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
+        if self._together is not None:
+            self._together.dispatched()
+
+    def _wait_for(self, results: StepResults) -> None:
+        """Wait for a dispatch."""
+        if self._together is not None:
+            self._together.wait(results.losses)
+        results.losses.block_until_ready()
 
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
@@ -369,26 +393,36 @@ class StepLoop:
         results = dispatch.results
         if self._error_for is None or results.status is None:
             return
+        self._wait_for(results)
         status = np.asarray(results.status)
         if status[0] > 0:
             return
         i = results.finite_steps()
         self._failed_step = results.first + i
-        failed = FailedStep.of(self.carry(), self.key, dispatch.item(i))
+        failed = FailedStep.of(self.carry(), self._key, placed_inputs(self._programs.sharding, dispatch.item(i)))
         raise self._error_for(self._failed_step, float(np.asarray(results.losses)[i]), status[1:], failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide its dispatch."""
         results = dispatch.results
-        results.losses.block_until_ready()
+        self._wait_for(results)
         self._check(dispatch)
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
-        # The clock decides how many steps share a dispatch, which changes no bit of them.
+        # The clock decides how many steps share a dispatch, which changes no bit of them. With several processes it is
+        # that of process 0.
         if elapsed > _LONGEST:
-            self._limit = max(1, self._limit // 4)
-        elif elapsed < _LONGEST / 4 and results.steps * 4 >= self._limit:
-            self._limit = min(self._limit * 4, ROWS)
+            self.own_limit = max(1, self.limit // 4)
+        elif elapsed < _LONGEST / 4 and results.steps * 4 >= self.limit:
+            self.own_limit = min(self.limit * 4, ROWS)
+        if self._together is None:
+            self.limit = self.own_limit
+
+
+def _first_item(pattern: tuple[bool, ...], shared: list[Any], stacked: list[Any]) -> list[Any]:
+    """The arrays of the first item of a block."""
+    rows, given = iter(stacked), iter(shared)
+    return [next(rows)[0] if varies else next(given) for varies in pattern]
 
 
 def _readable(arrays: list[Any]) -> bool:

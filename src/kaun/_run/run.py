@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from kaun._engine import StepInputs, TracedStep
 from kaun._messages import warn
 from kaun._processes import is_first
 from kaun._report import member
+from kaun._run.agree import Agreement, agreement_of
 from kaun._run.differences import differences
 from kaun._run.generators import captured_generators, global_states, refuse_draws
 from kaun._run.identity import check_facts, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import keeping, match_reports, report_kind, unpack_snapshot
 from kaun._run.reports import check_best_is_measured
+from kaun._run.same import begin_facts, refuse_unscoped
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Best, Directory, Saved, Store, group_for, spans_processes
@@ -38,6 +41,7 @@ class TrainingRun:
         state: The state to start from.
         data: All items of the run.
         saver: Writes its checkpoints, None without a directory for them.
+        together: What its processes agree on, None where it has one.
 
     Attributes:
         data: The items that are left.
@@ -48,11 +52,18 @@ class TrainingRun:
         stopped: Whether it is finished because its report raised ``EarlyStop``.
         pending_report_loss: The last step's loss if its report was interrupted; the report is called again on resume.
         saver: Writes its checkpoints, None without a directory for them.
-        signals: The signals that end it, where it has a directory.
+        together: What its processes agree on, None where it has one.
+        signals: The signals that end it, where it has a directory or several processes.
         now: Gives the state after the last step, while the steps are taken and after that.
     """
 
-    def __init__(self, state: TrainState, data: Iterable[Any], saver: CheckpointSaver | None = None) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        data: Iterable[Any],
+        saver: CheckpointSaver | None = None,
+        together: Agreement | None = None,
+    ) -> None:
         self._state: TrainState | None = state
         self.data: Iterable[Any] = data
         self.done: int = 0
@@ -62,8 +73,14 @@ class TrainingRun:
         self.stopped: bool = False
         self.pending_report_loss: float | None = None
         self.saver: CheckpointSaver | None = saver
-        self.signals: Signals = Signals(wanted=saver is not None)
+        self.together: Agreement | None = together
+        self.signals: Signals = Signals(wanted=saver is not None or together is not None)
         self.now: Callable[[], TrainState] | None = None
+
+    def peek(self) -> TrainState:
+        """The state from which the run continues, before it is taken."""
+        assert self._state is not None
+        return self._state
 
     def take(self) -> TrainState:
         """The state from which the run continues. It is returned once, so that the run does not keep it alive."""
@@ -77,16 +94,22 @@ class TrainingRun:
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
-        return self.saver is not None and self.saver.due(step)
+        return self.saver is not None and self.saver.due(step, None if self.together is None else self.together.due)
 
-    def measured(self, step: int, values: Mapping[str, float], state: TrainState | None) -> None:
-        """Take what a report measured after a step, and save the step if it is the best one."""
+    def is_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Take what a report measured after a step, and return whether that is the best so far."""
+        return self.saver is not None and self.saver.is_best(step, values)
+
+    def save_best(self, step: int, state: TrainState) -> None:
+        """Save a step because it is the best one."""
         if self.saver is not None:
-            self.saver.measured(step, values, state)
+            self.saver.save(step, state, is_best=True)
 
     def interruptible_items(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The same chunks; a signal may interrupt getting each."""
-        return chunks if self.saver is None else self.saver.count_pulled(self.signals.interruptible_items(chunks))
+        """The same chunks; a signal may interrupt getting each, but where the processes do not vote on each."""
+        if self.together is None or not self.together.certain:
+            chunks = self.signals.interruptible_items(chunks)
+        return chunks if self.saver is None else self.saver.count_pulled(chunks)
 
     @property
     def on_trace(self) -> Callable[[StepInputs, TracedStep], None] | None:
@@ -96,7 +119,12 @@ class TrainingRun:
 
 @contextmanager
 def open_run(
-    checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any, on_nonfinite: str = "raise"
+    checkpoints: Directory | None,
+    state: TrainState,
+    data: Iterable[Any],
+    report: Any,
+    on_nonfinite: str = "raise",
+    processes: tuple[int, ...] = (),
 ) -> Generator[TrainingRun, None, None]:
     """The run of a fit: a new one, or that of the directory. When the block ends, all checkpoints are on the disk.
 
@@ -106,6 +134,7 @@ def open_run(
         data: All items of the run.
         report: The report of the fit, whose snapshot is restored.
         on_nonfinite: As the trainer's; unless it is ``"ignore"``, no run is resumed from a state that is not finite.
+        processes: The numbers of the processes over which the state is spread.
 
     Raises:
         ResumeMismatch: If the directory holds another run.
@@ -113,24 +142,24 @@ def open_run(
         TypeError: If ``checkpoints`` is not a Directory, or data can be iterated once only.
         OSError: If checkpoints cannot be written.
     """
-    if checkpoints is None:
-        run = TrainingRun(state, data)
+    with agreement_of(processes) as together, contextlib.ExitStack() as stack:
+        if checkpoints is None:
+            run = TrainingRun(state, data, None, together)
+        else:
+            _check_resumable(checkpoints, state, data)
+            if checkpoints.best is not None and is_first():
+                check_best_is_measured(checkpoints.best[0], report)
+            if together is not None:
+                together.meet()  # what was refused above in one process ends the fit in all
+            store = Store.open(checkpoints, group=group_for(checkpoints.path, state))
+            stack.enter_context(_closed(store))
+            run = _start_or_resume(store, checkpoints, state, data, report, together, watched=on_nonfinite != "ignore")
+        if together is not None:
+            refuse_unscoped(state, data)
+            together.begin(begin_facts(run.peek(), data, report, run.done, saves=run.saver is not None))
         del state  # fit frees its memory where nothing else refers to it
-        with _state_on_error(run):
+        with _state_on_error(run), _finished(together, stack), run.signals:
             yield run
-        return
-    _check_resumable(checkpoints, state, data)
-    if checkpoints.best is not None:
-        check_best_is_measured(checkpoints.best[0], report)
-    store = Store.open(checkpoints, group=group_for(checkpoints.path, state))
-    try:
-        run = _start_or_resume(store, checkpoints, state, data, report, watched=on_nonfinite != "ignore")
-    except BaseException:
-        store.close()
-        raise
-    del state
-    with _state_on_error(run), _closed(store), run.signals:
-        yield run
 
 
 @contextmanager
@@ -144,6 +173,15 @@ def _state_on_error(run: TrainingRun) -> Generator[None]:
         raise
     finally:
         run.now = None  # it holds the loop, which holds the run
+
+
+@contextmanager
+def _finished(together: Agreement | None, stack: contextlib.ExitStack) -> Generator[None]:
+    """Close what the stack holds at the end, and then wait for the other processes to have come that far."""
+    with stack:
+        yield
+    if together is not None:
+        together.finish()
 
 
 @contextmanager
@@ -187,14 +225,21 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
 
 
 def _start_or_resume(
-    store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any, *, watched: bool
+    store: Store,
+    directory: Directory,
+    state: TrainState,
+    data: Iterable[Any],
+    report: Any,
+    together: Agreement | None,
+    *,
+    watched: bool,
 ) -> TrainingRun:
     facts = run_facts(state, data)
     saved = store.newest(state, functools.partial(_spoiled, state)) if watched else store.newest(state)
     if saved is not None:
         check_facts(directory, saved.step, saved.facts)
     saver = CheckpointSaver(store, directory, facts, report, saved, _best(store, directory, saved))
-    run = TrainingRun(state if saved is None else saved.state, data, saver)
+    run = TrainingRun(state if saved is None else saved.state, data, saver, together)
     if saved is not None:
         _resume(run, directory, saved, facts, report, exact=has_exact_length(data))
     if not run.finished:

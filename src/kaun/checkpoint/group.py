@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from typing import Any
 import jax
 
 from kaun._jax import coordination_client
-from kaun._processes import Channel
+from kaun._processes import Channel, failed_elsewhere
 from kaun.errors import FailedElsewhere
 
-__all__ = ["ALONE", "Group", "group_for", "named_group", "several_processes", "spans_processes"]
+__all__ = ["ALONE", "Group", "group_for", "new_group", "several_processes", "spans_processes"]
 
 
 class Group:
@@ -47,17 +49,27 @@ class Group:
             value = act()
         except Exception as err:
             failed = err
+        except BaseException as err:
+            self.leave(err)
+            raise
+        told = json.dumps([_described(failed), value])
         try:
-            found = self._channel.exchange(json.dumps([_described(failed), value]))
+            found = self._channel.exchange(told, lambda values: json.dumps([values[p] for p in sorted(values)]))
         except FailedElsewhere as err:
             raise failed or err from None
         if failed is not None:
             raise failed
-        results = [json.loads(found[i]) for i in range(self.count)]
+        results = [json.loads(text) for text in json.loads(found)]
         for i, (text, _) in enumerate(results):
             if text:
-                raise FailedElsewhere(f"Process {i} failed: {text}", i, text)
+                raise failed_elsewhere(i, text)
         return [value for _, value in results]
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the other processes that this one does not come to their next meeting, because of an exception."""
+        if self._channel is not None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone
+                self._channel.leave(_described(error))
 
     def first(self, act: Callable[[], Any]) -> Any:
         """Do something in process 0 alone, and return its result, a JSON value, in all."""
@@ -65,10 +77,10 @@ class Group:
 
 
 ALONE = Group()
-_groups: dict[str, Group] = {}
+_opened: Counter[str] = Counter()
 
 
-def _described(error: Exception | None) -> str:
+def _described(error: BaseException | None) -> str:
     return "" if error is None else f"{type(error).__name__}: {error}"
 
 
@@ -77,16 +89,15 @@ def several_processes() -> bool:
     return coordination_client() is not None and jax.process_count() > 1
 
 
-def named_group(name: str, what: str) -> Group:
-    """All processes of the program, in the channel of this name.
+def new_group(name: str, what: str) -> Group:
+    """All processes of the program, in a channel of their own: the n-th of this name in each of them.
 
     Args:
-        name: The name. A later call with it returns the same group.
+        name: The name.
         what: What they meet for, in messages.
     """
-    if name not in _groups:
-        _groups[name] = Group(f"checkpoint/{name}", what)
-    return _groups[name]
+    _opened[name] += 1
+    return Group(f"checkpoint/{name}/{_opened[name]}", what)
 
 
 def spans_processes(tree: Any) -> bool:
@@ -100,4 +111,4 @@ def group_for(path: Path, tree: Any) -> Group:
 
     All processes, if an array of it lies on devices of several; else this process alone.
     """
-    return named_group(str(path), f"the checkpoints in {str(path)!r}") if spans_processes(tree) else ALONE
+    return new_group(str(path), f"the checkpoints in {str(path)!r}") if spans_processes(tree) else ALONE

@@ -216,7 +216,11 @@ class Store:
             TypeError: If a value cannot be stored; nothing is written.
         """
         self.join()
-        draft, best = one.Draft(step, state, reports, facts, self._share), Best.of(facts)
+        try:
+            draft, best = one.Draft(step, state, reports, facts, self._share), Best.of(facts)
+        except BaseException as err:
+            self._group.leave(err)
+            raise
         # Not a daemon thread: Python waits for it before the process ends.
         self._written.clear()
         try:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from kaun import tree
 from kaun.sharding.rules import ByPath, Rule, Shape, everywhere
 
-__all__ = ["Sharding", "item_placement", "put", "state_placements", "use_placements"]
+__all__ = ["Sharding", "check_axis", "check_sharding", "gathered", "item_placement", "put", "state_placements"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +149,20 @@ def _state_placements(sharding: Sharding, structure: Any, shapes: tuple[Shape, .
     return tuple([_named(sharding.mesh, spec) for spec in specs])
 
 
-def use_placements(sharding: Sharding, params: Any) -> Any:
-    """Return the placement of each parameter where the loss uses it, the axis ``gather`` left out."""
+def gathered(sharding: Sharding | None, vars: Any) -> Any:
+    """Return variables as the loss uses them in a program: parameters whole along the mesh axis ``gather``."""
+    if sharding is None or sharding.gather is None:
+        return vars
+    specs = _specs(sharding, vars.params)
     leave = lambda names: tuple([n for n in names if n != sharding.gather]) or None
     out = lambda entry: leave(entry) if isinstance(entry, tuple) else None if entry == sharding.gather else entry
-    specs = _specs(sharding, params)
-    where = lambda path, _: _named(sharding.mesh, PartitionSpec(*map(out, specs[path][1])))
-    return jax.tree_util.tree_map_with_path(where, params)
+
+    def whole(path: Any, leaf: Any) -> Any:
+        spec = PartitionSpec(*map(out, specs[path][1]))
+        same = spec == specs[path][1]
+        return leaf if same else jax.lax.with_sharding_constraint(leaf, _named(sharding.mesh, spec))
+
+    return vars.replace(params=jax.tree_util.tree_map_with_path(whole, vars.params))
 
 
 def item_placement(sharding: Sharding, shape: Shape, length: int | None) -> tuple[NamedSharding, bool]:
@@ -171,6 +178,20 @@ def item_placement(sharding: Sharding, shape: Shape, length: int | None) -> tupl
     rows = bool(sharding.rows) and bool(shape) and shape[0] == length
     count = math.prod(sharding.mesh.shape[name] for name in sharding.rows)
     return sharding.spread if rows and shape[0] % count == 0 else sharding.replicated, rows
+
+
+def check_sharding(sharding: Any) -> None:
+    """Check the argument ``sharding`` of a trainer.
+
+    Raises:
+        TypeError: If it is neither None nor a ``Sharding``.
+    """
+    if sharding is not None and not isinstance(sharding, Sharding):
+        called = ". Did you forget to call it?" if callable(sharding) else "."
+        raise TypeError(
+            f"Trainer(sharding=...) expected a kaun.sharding.Sharding, received {sharding!r}{called} Write "
+            "sharding=sharding.data_parallel(), or sharding.fsdp()."
+        )
 
 
 def check_axis(mesh: Mesh, name: Any) -> None:

@@ -1,29 +1,228 @@
 """What the processes of a group run."""
 
+import functools
+import io
+import os
+import signal
 import time
+import traceback
+import warnings
+import zlib
+from pathlib import Path
 
 import jax
+import numpy as np
+import optax
 
-from kaun import _processes
+import kaun
+from kaun import Data, EarlyStop, _processes, layers, losses, reports, rng, sharding
 
 
 def meet(times):
     """The values of all processes, each time."""
     channel = _processes.Channel("meet", what="the meeting")
-    return [channel.exchange(f"{jax.process_index()}-{i}") for i in range(times)]
+    return [channel.exchange(f"{jax.process_index()}-{i}", repr) for i in range(times)]
 
 
 def wait(names, missing=None):
     for name in names:
         if jax.process_index() != missing:
-            _processes.barrier(name, timeout=1.0 if missing is not None else None)
+            _processes.barrier(name, timeout=0.3 if missing is not None else None)
     return _processes.is_first()
 
 
 def seconds_of_a_meeting():
     channel = _processes.Channel("clock")
-    channel.exchange()
+    channel.exchange("", repr)
     start = time.perf_counter()
     for _ in range(100):
-        channel.exchange("a")
+        channel.exchange("a", repr)
     return (time.perf_counter() - start) / 100
+
+
+# Fits. The trainer and its programs are made once in each process.
+
+
+@functools.cache
+def trainer():
+    with rng.scope(0):
+        made = kaun.Trainer(model=layers.linear(3, 2), optimizer=optax.adam(0.1))
+        state = made.init()
+    where = sharding.data_parallel().replicated
+    return made, jax.tree_util.tree_map(lambda leaf: sharding.put(leaf, where), state)
+
+
+def batch(i, rows=8):
+    x = np.random.default_rng(i).normal(size=(rows, 3)).astype(np.float32)
+    y = x[:, :2] * 0.5
+    return x, lambda output: losses.mse(output, y)
+
+
+def bytes_of(tree):
+    return zlib.crc32(
+        b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree_util.tree_leaves((tree.vars, tree.opt_state)))
+    )
+
+
+def fit(data, report=None, state=None, **kwargs):
+    """What a fit gave: how it ended, after which step, and a checksum of the state."""
+    made, start = trainer()
+    how = "returned"
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            state = made.fit(state or start, data, report=report, **kwargs)
+    except BaseException as error:
+        traceback.print_exc()
+        how = f"{type(error).__name__}: {error}"
+        state = getattr(error, "kaun_state", None)
+    step = None if state is None else int(state.step)
+    return how, step, state and bytes_of(state), [str(each.message) for each in caught]
+
+
+def here(process):
+    return jax.process_index() == process
+
+
+def folded(steps):
+    """The checksum of the state after some steps, taken one by one."""
+    made, state = trainer()
+    for i in range(steps):
+        x, loss = batch(i)
+        _, state = made.step(state, x, loss=loss)
+    return bytes_of(state)
+
+
+def plain(n):
+    return fit([batch(i) for i in range(n)])
+
+
+def loader(n, process=None, fails=None, ends=None, what=ValueError):
+    """Items from a generator, which in one process fails at an item or ends there."""
+
+    def items():
+        for i in range(n):
+            if here(process) and i == fails:
+                raise what("no such file")
+            if here(process) and i == ends:
+                return
+            yield batch(i)
+
+    return items
+
+
+def data_fails(process, at, n=20):
+    return fit(Data.from_iterable(loader(n, process, fails=at)))
+
+
+def data_ends(process, at, n=20):
+    return fit(Data.from_iterable(loader(n, process, ends=at)))
+
+
+def report_does(process, at, what, everywhere=True, n=20):
+    """A report that stops or fails in one process; it is in that one alone, or in all of them."""
+
+    def report(step, loss, state):
+        if here(process) and step == at:
+            raise EarlyStop if what == "stop" else OSError("disk full")
+
+    given = reports.every(at, report) if what == "stop" else report
+    return fit([batch(i) for i in range(n)], given if everywhere or here(process) else None)
+
+
+def loss_fails(process, at):
+    """A loss that fails in one process, when it is traced for an item of another shape."""
+
+    def loss(output):
+        if here(process) and len(output) == 4:
+            raise ArithmeticError("no such row")
+        return (output**2).mean()
+
+    return fit(Data.from_iterable(lambda: ((batch(i, 4 if i == at else 8)[0], loss) for i in range(10))))
+
+
+def signalled(process, at, number):
+    """One process gets a signal while it takes its items, of which the later ones take longer."""
+
+    def items():
+        for i in range(2000):
+            if here(process) and i == at:
+                os.kill(os.getpid(), number)
+            time.sleep(0.005 * (i > at))
+            yield batch(i)
+
+    return fit(Data.from_iterable(items))
+
+
+def other_items(what):
+    """Items that differ between the processes."""
+    me = jax.process_index()
+    if what == "values":
+        return fit([batch(i + 100 * me) for i in range(4)])
+    if what == "later":
+        return fit(Data.from_iterable(lambda: (batch(i + 10000 * me * (i >= 500)) for i in range(1200))))
+    if what == "shapes":
+        return fit([batch(i, rows=8 + 4 * me) for i in range(4)])
+    if what == "unscoped":
+        made = trainer()[0]
+        state = jax.tree_util.tree_map(
+            lambda leaf: sharding.put(leaf, sharding.data_parallel().replicated), made.init()
+        )
+        return fit([batch(i) for i in range(4)], state=state)
+    with rng.scope(me if what == "key" else 0):
+        data = Data.batches(tuple(np.zeros((8, k), np.float32) for k in (3, 2)), batch_size=2 + 2 * me, shuffle=True)
+        state = None if what == "stages" else trainer()[0].init()
+    if state is not None:
+        state = jax.tree_util.tree_map(lambda leaf: sharding.put(leaf, sharding.data_parallel().replicated), state)
+    return fit(data.with_loss(losses.mse) if what == "stages" else [batch(i) for i in range(4)], state=state)
+
+
+def killed(process, at, timeout, pause=0.0):
+    """One process is killed while it takes its items."""
+    os.environ["KAUN_TIMEOUT"] = str(timeout)
+
+    def items():
+        for i in range(2000):
+            if here(process) and i == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(pause)
+            yield batch(i)
+
+    return fit(Data.from_iterable(items))
+
+
+def ready_made_reports(folder, traced=()):
+    """Reports that write: all processes have them, and one writes."""
+    place = Path(folder) / str(jax.process_index())
+    history, shown = reports.history(), io.StringIO()
+    bar = reports.progress(file=shown)
+    writers = [reports.csv(place / "log.csv"), reports.plot(place / "loss.png")]
+    writers += [reports.profile(place / "trace", traced)] if traced else []
+    how = fit([batch(i) for i in range(6)], reports.all_of(history, bar, *writers))
+    history.plot(place / "curve.png")
+    return how[:3], sorted(path.name for path in place.glob("*")), "6/6" in shown.getvalue(), history.losses.tolist()
+
+
+def layer_norms_in(process):
+    """A report in one process that wants numbers which the step must compute in all of them."""
+    watch = reports.watch(every=2)
+    report = watch if here(process) else None
+    return fit([batch(i) for i in range(6)], report)[:3], watch.steps.tolist()
+
+
+def seconds_of_steps(n, how):
+    """The seconds of a step: of items in memory, of a generator, and with a report of every step; and of a hand loop."""
+    made, state = trainer()
+    items = [batch(i) for i in range(n)]
+    if how == "step":
+        start = time.perf_counter()
+        for x, loss in items:
+            value, state = made.step(state, x, loss=loss)
+            jax.block_until_ready(value)
+        return (time.perf_counter() - start) / n
+    data = {"memory": items, "generator": Data.from_iterable(lambda: iter(items)), "report": items}[how]
+    report = (lambda step, loss, state: None) if how == "report" else None
+    made.fit(state, items[:200], report=report)
+    start = time.perf_counter()
+    jax.block_until_ready(made.fit(state, data, report=report))
+    return (time.perf_counter() - start) / n

@@ -1,0 +1,311 @@
+"""Agreement: what the processes of one fit decide together, so that all of them end after the same step.
+
+Every process runs the same steps, each on its own devices. A step that one of them runs and another does not would
+never end. So they vote: before a turn of the loop, on how many steps it has; before a dispatch, on how many of these
+all have the items for; after the call of a report, on whether one of them stops; and before a checkpoint. Each vote
+also says what ends the fit in a process, so that an exception there meets whatever vote the others are at.
+
+With one process there is no ``Agreement``, and the loop asks for none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from kaun._engine import StepInputs, StepLoop
+from kaun._jax import preemption_service_runs
+from kaun._messages import warn
+from kaun._processes import Channel, failed_elsewhere, this_process
+from kaun._run.ballots import combine, packed, unpacked
+from kaun._run.same import check_begin, check_items, checksums
+from kaun._run.signals import Signals
+from kaun.errors import FailedElsewhere
+from kaun.state import TrainState
+
+__all__ = ["Agreement", "EndedElsewhere", "agreement_of", "processes_of"]
+
+_EVERY = 1000  # steps after which items are compared again
+_GROWING = 8  # turns at the start of a fit, in which blocks grow
+_RARELY = 16
+_PATIENCE = 1.0  # seconds after which a process that waits for its devices asks whether another one has failed
+_SIGTERM = 128 + 15
+_numbers = itertools.count()
+_turns = itertools.count(1)  # of all fits: the preemption service wants numbers that grow
+
+
+class EndedElsewhere(Exception):
+    """The data of another process has ended, so the fit ends in this one too; raised and caught inside of fit."""
+
+
+@contextlib.contextmanager
+def agreement_of(processes: tuple[int, ...]) -> Generator[Agreement | None]:
+    """The agreement of a fit in these processes, None where it is one; an exception in the block is told to all."""
+    if len(processes) < 2:
+        yield None
+        return
+    agreement = Agreement(processes)
+    try:
+        yield agreement
+    except BaseException as error:
+        agreement.fail(error)
+        raise
+
+
+def processes_of(state: TrainState) -> tuple[int, ...]:
+    """The numbers of the processes over which a state is spread."""
+    if jax.process_count() == 1:
+        return ()
+    devices = {device for leaf in jax.tree_util.tree_leaves(state) for device in leaf.devices()}
+    return tuple(sorted({device.process_index for device in devices}))
+
+
+class Agreement:
+    """The votes of one fit.
+
+    Args:
+        processes: The numbers of the processes that take part.
+
+    Attributes:
+        due: Whether the clock of process 0 wants a checkpoint after this turn.
+        certain: Whether the data of all processes has the same known length, and no code of the user makes its items.
+        numbers: What the report of any process wants each step to compute, as ``Report.numbers``.
+    """
+
+    def __init__(self, processes: tuple[int, ...]) -> None:
+        self._processes, self._me = processes, this_process()
+        self._channel = Channel(f"fit/{next(_numbers)}", processes, "the next steps of fit")
+        self.due = False
+        self._broken = False  # one process is missing, or its devices have failed
+        self._over: BaseException | None = None  # what ends the fit here, because of another process
+        self._raised: BaseException | None = None
+        self._failed = False  # whether this process has told the others of its exception
+        self._closed, self._allowed = False, 0  # after the last vote on steps: how many may still be dispatched
+        self._rescue = False  # whether all processes go on to save the state that is left
+        self._steps = False  # between the begin of the steps and the last checkpoint
+        self.certain = self._asks = False
+        self.numbers: dict[str, int] = {}
+        self._told: Mapping[str, Any] | None = None
+        self._wanted: int | None = None
+        self._compared: set[int] = set()
+        self._turn = 0
+        self._loop: StepLoop | None = None
+        self._next: Callable[[int], dict[str, Any]] = lambda done: {}
+        self._signals = Signals(wanted=False)
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Compare what the processes begin with.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        found = self._vote({**facts, "began": True})
+        self._raise_if_over()
+        check_begin(found["unlike"])
+        self.certain, self._asks, self.numbers = found["certain"], found["asks"], found["numbers"]
+
+    def attach(self, loop: StepLoop, next_turn: Callable[[int], dict[str, Any]], signals: Signals) -> None:
+        """Give it what it asks, from the first step on: the loop, and what this process alone would do next."""
+        self._loop, self._next, self._signals, self._steps = loop, next_turn, signals, True
+
+    # A turn of the loop
+
+    def ahead(self, done: int) -> int:
+        """How many steps the next turn has, in every process.
+
+        Raises:
+            FailedElsewhere, EndedElsewhere, SystemExit: If another process ends the fit.
+        """
+        assert self._loop is not None
+        self._raise_if_over()
+        if preemption_service_runs() and multihost_utils.reached_preemption_sync_point(next(_turns)):
+            raise SystemExit(_SIGTERM)
+        self._turn += 1
+        told, self._told = self._told, None
+        if told is None:
+            mine = self._next(done)
+            # What decides is then the same in all processes, without asking; but a signal in one of them may wait.
+            if self.certain and not self._asks and self._turn > _GROWING and self._turn % _RARELY:
+                return mine["next"]
+            with self._signals.interruptible():
+                pass
+            told = self._vote(mine)
+            self._raise_if_over()
+        self._wanted, self.due, self._loop.limit = told["want"], told["due"], told["limit"]
+        return told["next"]
+
+    def wanted(self, step: int) -> bool:
+        """Whether the report of one of the processes is to be called for this step."""
+        return step == self._wanted
+
+    def expect(self, step: int) -> None:
+        """Expect a call of the report for a step that was taken before."""
+        self._wanted = step
+
+    def reported(self, step: int, *, stops: bool, best: bool) -> tuple[bool, bool]:
+        """Return whether the fit stops after a step, and whether that step is the best, as all processes see it.
+
+        Args:
+            step: The step.
+            stops: Whether the report of this process stopped the fit.
+            best: Whether what it measured is the best so far.
+        """
+        self._wanted = None
+        self._told = self._vote({"end": "stopped"} if stops else {**self._next(step), "best": best})
+        self._raise_if_over()
+        return self._closed, self._told.get("best", False)
+
+    # A dispatch
+
+    def dispatch(self, first: int, count: int, inputs: StepInputs, values: Callable[[], list[Any]]) -> int:
+        """Return how many of the ``count`` steps that wait here all processes have the items for, and will run.
+
+        Args:
+            first: The number of the first of them.
+            count: How many wait.
+            inputs: An item of their kind.
+            values: Returns the arrays of the first of them.
+        """
+        if not self._closed:
+            kind = hash(inputs.key)
+            compares = kind not in self._compared or (first - 1) // _EVERY != (first + count - 1) // _EVERY
+            if self.certain and not compares:
+                return count
+            self._compared.add(kind)
+            items = {"items": checksums(inputs, values())} if compares else {}
+            found = self._vote({"at": first - 1, "wait": count, **items})
+            if found["unlike"]:
+                self._closed = True
+                check_items(found["unlike"][0], first)
+            if not self._closed:
+                return count
+        count = min(count, self._allowed)
+        self._allowed -= count
+        return count
+
+    def dispatched(self) -> None:
+        """Raise what ends the fit here because of another process."""
+        self._raise_if_over()
+
+    def wait(self, array: Any) -> None:
+        """Wait for an array on the devices, unless another process has failed without running its part of it.
+
+        Raises:
+            FailedElsewhere: In that case.
+        """
+        pause, asked = 2e-5, time.monotonic()
+        while not array.is_ready():
+            time.sleep(pause)
+            pause = min(2 * pause, 1e-3)
+            if time.monotonic() - asked > _PATIENCE:
+                asked = time.monotonic()
+                self._check_others()
+
+    def readable(self, arrays: list[Any]) -> bool:
+        """Whether arrays have values, or will have them: after a failure of the devices they may never."""
+        deadline = time.monotonic() + _PATIENCE
+        while self._broken and time.monotonic() < deadline and not all(a.is_ready() for a in arrays):
+            time.sleep(0.01)
+        return not self._broken or all(a.is_ready() for a in arrays)
+
+    def _check_others(self) -> None:
+        assert self._loop is not None
+        for process in self._processes:
+            left = self._channel.why_left(process) if process != self._me else None
+            if left is not None and left[1] < self._loop.done:
+                self._broken = self._closed = True
+                raise failed_elsewhere(process, left[0])
+
+    # The end
+
+    def meet(self, *, last: bool = False) -> None:
+        """Come together before a checkpoint, which one process alone cannot write; ``last`` is the last one."""
+        self._vote({})
+        self._raise_if_over()
+        self._steps = self._steps and not last
+
+    def end(self) -> None:
+        """Agree that the data has ended, as it has here."""
+        if not self._closed:
+            self._vote({"end": "data"})
+            self._raise_if_over()
+
+    def finish(self) -> None:
+        """Agree that nothing has failed, up to the very end of the fit."""
+        self._closed, self._steps = True, False
+        self.meet()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other processes that an exception ends the fit in this one, and agree on the step."""
+        if error is self._raised or self._failed:
+            return
+        self._failed = True
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, FailedElsewhere):
+            what = f"process {error.process}, for which it waited, {error.what}" if self._broken else error.what
+        vote: dict[str, Any] = {"end": "failed", "what": what[:2000]}
+        if isinstance(error, SystemExit):
+            vote |= {"end": "exit", "code": error.code if isinstance(error.code, int) else 1}
+        self._broken = self._broken or isinstance(error, jax.errors.JaxRuntimeError)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._channel.leave(what[:2000], -1 if self._broken or self._loop is None else self._loop.done)
+        try:
+            self._vote(vote)
+        except FailedElsewhere as missing:
+            error.add_note(f"Also, {missing}")
+        self._closed, self._over = True, None
+
+    def all_have(self, state: str) -> bool:
+        """Whether all processes have the same state left, so that they can save it; called where one has failed."""
+        try:
+            return self._rescue and self._vote({"state": state})["same"]
+        except FailedElsewhere:
+            return False
+
+    # A vote
+
+    def _vote(self, ballot: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give a ballot, and return what all of them amount to."""
+        if self._broken:
+            return {"unlike": [], "same": False}
+        where = {} if self._loop is None else {"at": self._loop.done, "wait": self._loop.waiting}
+        mine = {**where, "steps": self._steps, **ballot}
+        try:
+            found = unpacked(self._channel.exchange(packed(mine), combine))
+        except BaseException:
+            self._broken = self._closed = True
+            raise
+        end = found["end"]
+        if end is not None and "state" not in ballot:
+            self._close(end, found, ballot.get("end", ""))
+        return found
+
+    def _close(self, end: Mapping[str, Any], found: Mapping[str, Any], mine: str) -> None:
+        if not self._closed:
+            self._closed, self._allowed = True, found["wait"]
+        self._rescue, self._broken = found["rescue"], self._broken or found["apart"]
+        kind, process = end["kind"], end["process"]
+        if kind in ("failed", "exit") and mine not in ("failed", "exit"):
+            self._over = failed_elsewhere(process, end["what"]) if kind == "failed" else SystemExit(end["code"])
+        elif kind == "data" and len(found["ended"]) < len(self._processes):
+            steps = found["at"] + found["wait"]
+            if not steps:
+                self._over = failed_elsewhere(process, "its data has no items")
+            elif mine != "data":
+                self._over = EndedElsewhere()
+            warn(
+                f"The data of process {', '.join(map(str, found['ended']))} ended after {steps} items, and that of the "
+                "others has more. All processes end the fit there. Give every process the same number of items."
+            )
+
+    def _raise_if_over(self) -> None:
+        over, self._over = self._over, None
+        if over is not None:
+            self._raised, self._failed = over, not isinstance(over, EndedElsewhere)
+            raise over
