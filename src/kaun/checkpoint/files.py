@@ -129,7 +129,7 @@ def copy(where: str, target: Path, source: Path) -> None:
 
 def _write_in_first(where: str, target: Path, pieces: Iterable[memoryview]) -> None:
     """Write a file in process 0 of several. The others give it their shards, one leaf after the other."""
-    group = new_group("save", f"{where}, which every process has to call")
+    group = new_group("save", f"{where}, which every process has to call,")
     # Without it, a process that does not come would leave the others in an operation of the devices.
     group.gather(lambda: None)
 

@@ -165,6 +165,14 @@ def fail(folder, at):
         return said, sorted(entry.name for entry in Path(folder).iterdir())
 
 
+def not_saved(folder, at):
+    """A save of what one process cannot write."""
+    state = start()
+    with Store.open(checkpoint.Directory(folder), None, group_for(Path(folder), state)) as store:
+        store.save(1, state, {"a": {1} if jax.process_index() == at else 1}, {})
+        store.join()
+
+
 def open_there(folder):
     """A directory in another place in each process, as where no file system is shared."""
     here = Path(folder) / str(jax.process_index())
