@@ -99,20 +99,20 @@ class Channel:
         try:
             client.key_value_set(f"{place}{self._me}", f"={value}", True)
             if self._me == self.processes[0]:
-                told = self._collect(client, place, deadline, combine)
-                client.key_value_set(f"{place}all", told, True)
-                if self._meetings:  # all have come here, so all have read what was told there
+                answer = self._collect(client, place, deadline, combine)
+                client.key_value_set(f"{place}all", answer, True)
+                if self._meetings:  # all have come here, so all have read that answer
                     client.key_value_delete(before)
             else:
-                told = self._read(client, place, deadline)
+                answer = self._read(client, place, deadline)
         except jax.errors.JaxRuntimeError as error:
             raise _unreachable(self.processes[0], self._what, error) from error
-        if not told.startswith("="):
-            missing = [int(p) for p in told.split()]
+        if not answer.startswith("="):
+            missing = [int(p) for p in answer.split()]
             left = self.why_left(missing[0])
             raise failed_elsewhere(missing[0], left[0]) if left else _missing(missing, self._me, self._what, timeout)
         self._meetings += 1
-        return told[1:]
+        return answer[1:]
 
     def leave(self, why: str, at: int = -1) -> None:
         """Tell those who wait for this process here, or on their devices, that it will not come.
@@ -147,9 +147,9 @@ class Channel:
             values = dict(client.key_value_dir_get(place))
             return [p for p in self.processes if values.get(f"{place}{p}", _LEFT) != _LEFT]
 
-        told = _get(client, f"{place}all", deadline, lambda: first not in here() and self.why_left(first) is not None)
-        if told is not None:
-            return told
+        answer = _get(client, f"{place}all", deadline, lambda: first not in here() and self.why_left(first) is not None)
+        if answer is not None:
+            return answer
         found = here()
         client.key_value_set(f"{place}{self._me}", _LEFT, True)
         return " ".join(map(str, [p for p in self.processes if p not in found] or [first]))

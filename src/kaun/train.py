@@ -5,7 +5,6 @@ What one step computes is ``kaun._step.train_step``; how many steps run at once 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,18 +17,7 @@ import numpy as np
 from kaun._engine import Compilation, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
-from kaun._run import (
-    EndedElsewhere,
-    RepeatedPasses,
-    finished_state,
-    flush_and_save,
-    flush_state,
-    next_steps,
-    open_run,
-    processes_of,
-    save_on_error,
-    start_loop,
-)
+from kaun._run import RepeatedPasses, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
 from kaun._step import (
     DEFAULT_DTYPE,
     EvaluatedParams,
@@ -270,8 +258,7 @@ class Trainer(Generic[In, Out]):
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        processes = processes_of(state)
-        with open_run(checkpoints, state, data, report, self.on_nonfinite, processes) as run:
+        with open_run(checkpoints, state, data, report, self.on_nonfinite, self.sharding) as run:
             if run.finished:
                 return finished_state(run, self._settings, self._programs, data, check_context(ctx))
             key, first = state.key, state.step
@@ -283,8 +270,8 @@ class Trainer(Generic[In, Out]):
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
                 stopped = pending is not None and caller.wants(step) and caller.stops_at(step, pending, now)
-                ahead = lambda: next_steps(run, caller, loop, step)
-                with contextlib.suppress(EndedElsewhere):
+                ahead = lambda: run.next_steps(step, caller, loop)
+                with run.until_data_ends():
                     while not stopped and (count := loop.push(chunks, step + 1, ahead())):
                         step += count
                         if caller.wants(step):

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,8 +25,9 @@ from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, unpack
 from kaun._engine.placing import place_carry, placed_inputs
 from kaun._engine.program import ROWS, TracedStep, count_on_device
-from kaun._engine.results import PendingDispatch, StepResults, examples_of
+from kaun._engine.results import PendingDispatch, StepResults, examples_of, readable
 from kaun._engine.single import find_step
+from kaun._engine.together import Together, agreed
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
@@ -50,26 +51,6 @@ class _Block(NamedTuple):
     buffer: BlockBuffer
     traced: TracedStep
     inputs: StepInputs
-
-
-class Together(Protocol):
-    """What several processes agree on: ``kaun._run.agree.Agreement``."""
-
-    def dispatch(self, first: int, count: int, inputs: StepInputs, values: Callable[[], list[Any]]) -> int:
-        """Return how many of ``count`` steps all processes run, beginning with number ``first``."""
-        ...
-
-    def dispatched(self) -> None:
-        """Raise what ends the fit because of another process."""
-        ...
-
-    def wait(self, array: Any) -> None:
-        """Wait for an array, unless another process has failed without running its part of it."""
-        ...
-
-    def readable(self, arrays: list[Any]) -> bool:
-        """Whether arrays have values, or will have them."""
-        ...
 
 
 class StepLoop:
@@ -276,16 +257,16 @@ class StepLoop:
         self._take()
         if self._together is not None and not self._together.readable(self._carry[1]):
             return "lost"
-        if _readable(self._carry[1]):
+        if readable(self._carry[1]):
             return "newest"
         self._failed_step = None
         while self._earlier:
             self._carry = self._earlier.pop()
-            if _readable(self._carry[1]):
+            if readable(self._carry[1]):
                 return "newest"
         references, results = self._shared
         arrays = [reference() for reference in references]
-        if not arrays or any(array is None for array in arrays) or not _readable(arrays):
+        if not arrays or any(array is None for array in arrays) or not readable(arrays):
             return "lost"
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
@@ -344,12 +325,10 @@ class StepLoop:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
         if self._together is not None:  # after all that can fail in one process alone
-            one = functools.partial(_first_item, pattern, shared, stacked)
-            count = self._together.dispatch(first, count, inputs, one)
+            waiting = first, count, inputs, pattern, shared, stacked
+            count, arguments = agreed(self._together, waiting, arguments, traced)
             if not count:
-                self._together.dispatched()
                 return
-            arguments = (*arguments[:3], count_on_device(count), *arguments[4:])
         before = self._carry
         if not self._in_place:
             self._earlier.append(before)
@@ -417,18 +396,3 @@ class StepLoop:
             self.own_limit = min(self.limit * 4, ROWS)
         if self._together is None:
             self.limit = self.own_limit
-
-
-def _first_item(pattern: tuple[bool, ...], shared: list[Any], stacked: list[Any]) -> list[Any]:
-    """The arrays of the first item of a block."""
-    rows, given = iter(stacked), iter(shared)
-    return [next(rows)[0] if varies else next(given) for varies in pattern]
-
-
-def _readable(arrays: list[Any]) -> bool:
-    """Wait for arrays, and return whether all have values; a failed program leaves none, nor does donated memory."""
-    try:
-        jax.block_until_ready(arrays)
-        return not any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
-    except Exception:
-        return False

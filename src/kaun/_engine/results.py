@@ -13,7 +13,7 @@ from kaun._engine.inputs import StepInputs
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.program import TracedStep
 
-__all__ = ["PendingDispatch", "StepResults", "examples_of"]
+__all__ = ["PendingDispatch", "StepResults", "examples_of", "readable"]
 
 
 class StepResults(NamedTuple):
@@ -114,3 +114,12 @@ def _widened(losses: Any) -> np.ndarray[Any, Any]:
     """Losses on the host in their own dtype, those of half precision as float32, which holds them exactly."""
     losses = np.asarray(losses)
     return losses if losses.dtype == np.float64 else losses.astype(np.float32)
+
+
+def readable(arrays: list[Any]) -> bool:
+    """Wait for arrays, and return whether all have values; a failed program leaves none, nor does donated memory."""
+    try:
+        jax.block_until_ready(arrays)
+        return not any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
+    except Exception:
+        return False

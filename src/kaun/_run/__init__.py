@@ -6,8 +6,6 @@ checkpoint is due and which step is the best. ``reports`` calls the report with 
 ``report_state`` saves what reports keep. ``agree`` is what several processes decide together.
 """
 
-from kaun._run.agree import EndedElsewhere as EndedElsewhere
-from kaun._run.agree import processes_of as processes_of
 from kaun._run.failure import save_on_error as save_on_error
 from kaun._run.repeats import RepeatedPasses as RepeatedPasses
 from kaun._run.report_state import keeping as keeping
@@ -22,6 +20,5 @@ from kaun._run.run import open_run as open_run
 from kaun._run.steps import finished_state as finished_state
 from kaun._run.steps import flush_and_save as flush_and_save
 from kaun._run.steps import flush_state as flush_state
-from kaun._run.steps import next_steps as next_steps
 from kaun._run.steps import start_loop as start_loop
 from kaun._run.values import StepValues as StepValues

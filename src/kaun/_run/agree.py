@@ -27,6 +27,7 @@ from kaun._run.ballots import combine, packed, unpacked
 from kaun._run.same import check_begin, check_items, checksums
 from kaun._run.signals import Signals
 from kaun.errors import FailedElsewhere
+from kaun.sharding import Sharding
 from kaun.state import TrainState
 
 __all__ = ["Agreement", "EndedElsewhere", "agreement_of", "processes_of"]
@@ -58,11 +59,12 @@ def agreement_of(processes: tuple[int, ...]) -> Generator[Agreement | None]:
         raise
 
 
-def processes_of(state: TrainState) -> tuple[int, ...]:
-    """The numbers of the processes over which a state is spread."""
+def processes_of(sharding: Sharding | None, state: TrainState) -> tuple[int, ...]:
+    """The numbers of the processes over which a state lies or will lie."""
     if jax.process_count() == 1:
         return ()
-    devices = {device for leaf in jax.tree_util.tree_leaves(state) for device in leaf.devices()}
+    leaves = jax.tree_util.tree_leaves(state)
+    devices = sharding.mesh.devices.flat if sharding else {device for leaf in leaves for device in leaf.devices()}
     return tuple(sorted({device.process_index for device in devices}))
 
 
@@ -91,7 +93,7 @@ class Agreement:
         self._steps = False  # between the begin of the steps and the last checkpoint
         self.certain = self._asks = False
         self.numbers: dict[str, int] = {}
-        self._told: Mapping[str, Any] | None = None
+        self._agreed: Mapping[str, Any] | None = None
         self._wanted: int | None = None
         self._compared: set[int] = set()
         self._turn = 0
@@ -127,18 +129,18 @@ class Agreement:
         if preemption_service_runs() and multihost_utils.reached_preemption_sync_point(next(_turns)):
             raise SystemExit(_SIGTERM)
         self._turn += 1
-        told, self._told = self._told, None
-        if told is None:
+        agreed, self._agreed = self._agreed, None
+        if agreed is None:
             mine = self._next(done)
             # What decides is then the same in all processes, without asking; but a signal in one of them may wait.
             if self.certain and not self._asks and self._turn > _GROWING and self._turn % _RARELY:
                 return mine["next"]
             with self._signals.interruptible():
                 pass
-            told = self._vote(mine)
+            agreed = self._vote(mine)
             self._raise_if_over()
-        self._wanted, self.due, self._loop.limit = told["want"], told["due"], told["limit"]
-        return told["next"]
+        self._wanted, self.due, self._loop.limit = agreed["want"], agreed["due"], agreed["limit"]
+        return agreed["next"]
 
     def wanted(self, step: int) -> bool:
         """Whether the report of one of the processes is to be called for this step."""
@@ -157,9 +159,9 @@ class Agreement:
             best: Whether what it measured is the best so far.
         """
         self._wanted = None
-        self._told = self._vote({"end": "stopped"} if stops else {**self._next(step), "best": best})
+        self._agreed = self._vote({"end": "stopped"} if stops else {**self._next(step), "best": best})
         self._raise_if_over()
-        return self._closed, self._told.get("best", False)
+        return self._closed, self._agreed.get("best", False)
 
     # A dispatch
 

@@ -64,13 +64,13 @@ def _end(ballots: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _begin(ballots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    begun = [ballot for ballot in ballots if "began" in ballot]
-    totals = {ballot["total"] for ballot in begun}
+    starts = [ballot for ballot in ballots if "began" in ballot]
+    totals = {ballot["total"] for ballot in starts}
     numbers: dict[str, int] = {}
-    for name, n in (pair for ballot in begun for pair in ballot["numbers"].items()):
+    for name, n in (pair for ballot in starts for pair in ballot["numbers"].items()):
         numbers[name] = math.gcd(n, numbers.get(name, 0))
     certain = len(totals) == 1 and None not in totals
-    return {"numbers": numbers, "asks": any(ballot["asks"] for ballot in begun), "certain": certain}
+    return {"numbers": numbers, "asks": any(ballot["asks"] for ballot in starts), "certain": certain}
 
 
 def _unlike(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:

@@ -13,22 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng, tree
-from kaun._engine import StepInputs, TracedStep
+from kaun._engine import StepInputs, StepLoop, TracedStep
 from kaun._messages import warn
 from kaun._processes import is_first
 from kaun._report import member
-from kaun._run.agree import Agreement, agreement_of
+from kaun._run.agree import Agreement, EndedElsewhere, agreement_of, processes_of
 from kaun._run.differences import differences
 from kaun._run.generators import captured_generators, global_states, refuse_draws
 from kaun._run.identity import check_facts, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import keeping, match_reports, report_kind, unpack_snapshot
-from kaun._run.reports import check_best_is_measured
+from kaun._run.reports import ReportCaller, check_best_is_measured
 from kaun._run.same import begin_facts, refuse_unscoped
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Best, Directory, Saved, Store, group_for, spans_processes
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
+from kaun.sharding import Sharding
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]
@@ -88,6 +89,16 @@ class TrainingRun:
         assert state is not None
         return state
 
+    def next_steps(self, step: int, caller: ReportCaller, loop: StepLoop) -> int:
+        """How many steps come next, up to a call of the report or a checkpoint; with several processes, in all."""
+        if self.together is not None:
+            return self.together.ahead(step)
+        return self.ahead(step, caller.ahead(step, loop.limit))
+
+    def until_data_ends(self) -> contextlib.AbstractContextManager[Any]:
+        """A block that also ends where the data of another process does."""
+        return contextlib.suppress(EndedElsewhere)
+
     def ahead(self, done: int, most: int) -> int:
         """How many of the next ``most`` steps may run before a checkpoint is due."""
         return most if self.saver is None else self.saver.ahead(done, most)
@@ -124,7 +135,7 @@ def open_run(
     data: Iterable[Any],
     report: Any,
     on_nonfinite: str = "raise",
-    processes: tuple[int, ...] = (),
+    sharding: Sharding | None = None,
 ) -> Generator[TrainingRun, None, None]:
     """The run of a fit: a new one, or that of the directory. When the block ends, all checkpoints are on the disk.
 
@@ -134,7 +145,7 @@ def open_run(
         data: All items of the run.
         report: The report of the fit, whose snapshot is restored.
         on_nonfinite: As the trainer's; unless it is ``"ignore"``, no run is resumed from a state that is not finite.
-        processes: The numbers of the processes over which the state is spread.
+        sharding: Where the state will lie: over which processes.
 
     Raises:
         ResumeMismatch: If the directory holds another run.
@@ -142,7 +153,7 @@ def open_run(
         TypeError: If ``checkpoints`` is not a Directory, or data can be iterated once only.
         OSError: If checkpoints cannot be written.
     """
-    with agreement_of(processes) as together, contextlib.ExitStack() as stack:
+    with agreement_of(processes_of(sharding, state)) as together, contextlib.ExitStack() as stack:
         if checkpoints is None:
             run = TrainingRun(state, data, None, together)
         else:

@@ -28,7 +28,7 @@ from kaun.context import Context
 from kaun.data import not_data, open_items
 from kaun.state import TrainState
 
-__all__ = ["finished_state", "flush_and_save", "flush_state", "next_steps", "start_loop"]
+__all__ = ["finished_state", "flush_and_save", "flush_state", "start_loop"]
 
 
 def start_loop(
@@ -66,13 +66,6 @@ def _own_turn(run: TrainingRun, caller: ReportCaller, loop: StepLoop, done: int)
     count, wants = caller.next_call(done, run.ahead(done, loop.limit))
     due = run.saver is not None and run.saver.clock_is_due()
     return {"next": count, "want": done + count if wants else None, "limit": loop.own_limit, "due": due}
-
-
-def next_steps(run: TrainingRun, caller: ReportCaller, loop: StepLoop, step: int) -> int:
-    """How many steps the fit takes next: up to a call of the report or a checkpoint, as all processes know."""
-    if run.together is not None:
-        return run.together.ahead(step)
-    return run.ahead(step, caller.ahead(step, loop.limit))
 
 
 def flush_and_save(

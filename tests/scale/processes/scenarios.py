@@ -226,3 +226,40 @@ def seconds_of_steps(n, how):
     start = time.perf_counter()
     jax.block_until_ready(made.fit(state, data, report=report))
     return (time.perf_counter() - start) / n
+
+
+# Trainer(sharding=)
+
+
+@functools.cache
+def sharded(kind, average=None):
+    where = {"dp": sharding.data_parallel, "fsdp": lambda: sharding.fsdp(min_size=16)}[kind]()
+    model = layers.sequential([layers.linear(3, 8), layers.tanh(), layers.dropout(0.5), layers.linear(8, 2)])
+    return kaun.Trainer(model=model, optimizer=optax.adam(0.05), sharding=where)
+
+
+def whole(state):
+    """The bytes of a state that may be spread over both processes."""
+    leaves = jax.tree_util.tree_leaves((state.vars, state.opt_state))
+    gather = jax.jit(lambda leaves: leaves, out_shardings=sharding.data_parallel().replicated)
+    return [np.asarray(leaf) for leaf in gather(leaves)]
+
+
+def trained(kind, n=20, rows=8):
+    """A fit, the fold of its step, evaluate and predict, of a sharded trainer; each as bytes and as numbers."""
+    made = sharded(kind)
+    with rng.scope(1):
+        start = made.init()
+    items = [batch(i, rows if i % 7 else rows - 3) for i in range(n)]
+    history = reports.history()
+    state = made.fit(start, items, report=history)
+    folded, found = start, []
+    for x, loss in items:
+        value, folded = made.step(folded, x, loss=loss)
+        found.append(float(value))
+    pairs = [(batch(i)[0], batch(i)[0][:, :2]) for i in range(5)]
+    scores = made.evaluate(state, pairs, {"mse": losses.mse})
+    outputs = made.predict(state, Data.from_items([x for x, _ in pairs]))
+    numbers = {"losses": history.losses.tolist(), "scores": scores, "outputs": np.asarray(outputs).tolist()}
+    digest = lambda state: zlib.crc32(b"".join(leaf.tobytes() for leaf in whole(state)))
+    return digest(start), digest(state), digest(folded), found == numbers["losses"], numbers
