@@ -126,11 +126,17 @@ class Draft:
             records: What ``write_files`` returned, in all processes together.
 
         Raises:
-            Damaged: If the shards in the parts are not all of a leaf: the processes have different trees.
+            ValueError: If the shards in the parts are not all of a leaf: the processes have different trees.
         """
         raw = manifest.sealed(self.step, records, self._text, parts=self._in_parts)
         if self._in_parts:
-            Parts(disk, folder, manifest.parse(raw))
+            try:
+                Parts(disk, folder, manifest.parse(raw))
+            except Damaged as err:
+                raise ValueError(
+                    f"the processes save different leaves: {err}. Give all of them the same trainer, and the same "
+                    "reports in the same order; the ready-made ones write in process 0 alone."
+                ) from None
         file = disk.create(folder / MANIFEST)
         try:
             disk.write(file, memoryview(raw))

@@ -1,9 +1,11 @@
 """What the processes of a group run: a run of steps that saves checkpoints in parts, and reads them."""
 
+import functools
 import hashlib
 import os
 import signal
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy as np
 import optax
 
 import kaun
-from kaun import checkpoint, layers, rng, sharding
+from kaun import Data, checkpoint, layers, losses, reports, rng, sharding
 from kaun.checkpoint import Best, Store, group_for
 from kaun.checkpoint.disk import Disk
 
@@ -178,3 +180,46 @@ def open_there(folder):
     here = Path(folder) / str(jax.process_index())
     with Store.open(checkpoint.Directory(here), None, group_for(Path(folder), start())):
         pass
+
+
+# Fits
+
+
+@functools.cache
+def trainer():
+    model = layers.linear(WIDTH, 16) >> layers.tanh() >> layers.linear(16, 2)
+    return kaun.Trainer(model=model, optimizer=optax.adam(0.01), sharding=where())
+
+
+def data():
+    g = np.random.default_rng(0)
+    x, y = g.normal(size=(32, WIDTH)).astype(np.float32), g.normal(size=(32, 2)).astype(np.float32)
+    return Data.batches((x, y), batch_size=8, shuffle=True).with_loss(losses.mse)
+
+
+def fit(folder, epochs=3, fails=None, dies=None, **options):
+    """How a fit ended, its last step, and digests of the state, of the best one, and of the history of process 0."""
+    with rng.scope(3):
+        state = trainer().init()
+        train = data().epochs(epochs)
+    stopper, history = reports.early_stopping("loss", mode="min", patience=100), reports.history()
+
+    def look(step, loss, state):
+        if step == dies and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == fails and jax.process_index() == 1:
+            raise OSError("no such row")
+
+    kept = [stopper, history] if jax.process_index() == 0 else [stopper]
+    report = reports.all_of(*kept, reports.every(1, look))
+    how = "returned"
+    try:
+        runs = checkpoint.Directory(folder, every=2, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            state = trainer().fit(state, train, report=report, checkpoints=runs)
+    except BaseException as error:
+        traceback.print_exc()
+        how, state = f"{type(error).__name__}: {error}", getattr(error, "kaun_state", None)
+    values = history.losses.tobytes().hex() if jax.process_index() == 0 else ""
+    return how, int(state.step), digest(state), digest(stopper.best), values

@@ -92,10 +92,22 @@ def test_checkpoints_of_two_processes(make_group, tmp_path):
         check_one_file(two, fresh(tmp_path, "b"))
         check_failing_disk(two, fresh(tmp_path, "c"))
         check_other_refusals(two, fresh(tmp_path, "d"))
+        check_fit(two, fresh(tmp_path, "f"))
         saved, said = kill(two, fresh(tmp_path, "e"), "after its part", 1)
         assert saved == 1 and "Process 1 did not come to the checkpoints in '" in said
     found = Directory(tmp_path / "e" / "runs").load(parts_runs.start(1))
     assert found.step == 1 and parts_runs.digest(found) != whole
+
+
+def check_fit(two, folder):
+    """A fit that fails in one process is resumed by both, with the best state of a report and a history in process 0."""
+    whole = two.run(RUNS, "fit", folder=str(folder / "whole"))
+    assert [each[:2] for each in whole] == [("returned", 12)] * 2 and whole[0][2:4] == whole[1][2:4]
+    failed = two.run(RUNS, "fit", folder=str(folder / "runs"), fails=7)
+    assert failed[1][:2] == ("OSError: no such row", 7) and failed[0][0].startswith("FailedElsewhere: Process 1 failed")
+    assert names(folder / "runs")[-1] == "step-00000007"
+    assert two.run(RUNS, "fit", folder=str(folder / "runs")) == whole
+    assert two.run(RUNS, "fit", folder=str(folder / "runs")) == whole  # it is finished
 
 
 def fresh(folder, name):
