@@ -26,6 +26,7 @@ def where(on=None):
     return sharding.fsdp(on or sharding.mesh(data=-1), min_size=64)
 
 
+@functools.cache
 def start(seed=0, on=None):
     """A state whose weight and moments are spread over all devices."""
     with rng.scope(seed):
@@ -39,13 +40,18 @@ def advance(state):
     return jax.tree.map(change, state)
 
 
+@functools.cache
+def everywhere():
+    return jax.jit(lambda array: array, out_shardings=where().replicated)
+
+
 def digest(state):
     """The SHA-256 of all leaves, from the values that this process can read."""
     found = hashlib.sha256()
     for path, leaf in kaun.tree.flatten(state)[0].items():
         array = jax.random.key_data(leaf) if kaun.tree.is_key(leaf) else leaf
         if not array.is_fully_addressable:
-            array = jax.jit(lambda a: a, out_shardings=where().replicated)(array)
+            array = everywhere()(array)
         found.update(path.encode() + np.asarray(array).tobytes())
     return found.hexdigest()
 
@@ -186,22 +192,19 @@ def open_there(folder):
 
 
 @functools.cache
-def trainer():
+def trained():
+    """A trainer, a state to start from, and data."""
     model = layers.linear(WIDTH, 16) >> layers.tanh() >> layers.linear(16, 2)
-    return kaun.Trainer(model=model, optimizer=optax.adam(0.01), sharding=where())
-
-
-def data():
+    trainer = kaun.Trainer(model=model, optimizer=optax.adam(0.01), sharding=where())
     g = np.random.default_rng(0)
     x, y = g.normal(size=(32, WIDTH)).astype(np.float32), g.normal(size=(32, 2)).astype(np.float32)
-    return Data.batches((x, y), batch_size=8, shuffle=True).with_loss(losses.mse)
+    with rng.scope(3):
+        return trainer, trainer.init(), Data.batches((x, y), batch_size=8, shuffle=True).with_loss(losses.mse)
 
 
 def fit(folder, epochs=3, fails=None, dies=None, **options):
     """How a fit ended, its last step, and digests of the state, of the best one, and of the history of process 0."""
-    with rng.scope(3):
-        state = trainer().init()
-        train = data().epochs(epochs)
+    trainer, state, train = trained()
     stopper, history = reports.early_stopping("loss", mode="min", patience=100), reports.history()
 
     def look(step, loss, state):
@@ -217,7 +220,7 @@ def fit(folder, epochs=3, fails=None, dies=None, **options):
         runs = checkpoint.Directory(folder, every=2, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            state = trainer().fit(state, train, report=report, checkpoints=runs)
+            state = trainer.fit(state, train.epochs(epochs), report=report, checkpoints=runs)
     except BaseException as error:
         traceback.print_exc()
         how, state = f"{type(error).__name__}: {error}", getattr(error, "kaun_state", None)
