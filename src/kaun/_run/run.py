@@ -27,9 +27,9 @@ from kaun._run.reports import ReportCaller, check_best_is_measured
 from kaun._run.same import begin_facts, refuse_unscoped
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
-from kaun.checkpoint import Best, Directory, Saved, Store, group_for, spans_processes
+from kaun.checkpoint import Best, Directory, Saved, Store, group_for, processes_with
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
-from kaun.sharding import Sharding
+from kaun.sharding import Sharding, put
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]
@@ -157,6 +157,8 @@ def open_run(
         if checkpoints is None:
             run = TrainingRun(state, data, None, together)
         else:
+            if sharding is not None:  # what a checkpoint holds is read onto the devices of this state
+                state = jax.tree_util.tree_map(put, state, sharding.of(state))
             _check_resumable(checkpoints, state, data)
             if checkpoints.best is not None and is_first():
                 check_best_is_measured(checkpoints.best[0], report)
@@ -216,7 +218,7 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
             f"fit(checkpoints=...) expected a checkpoint.Directory, received {checkpoints!r}. Write "
             'checkpoints=checkpoint.Directory("runs/digits", every=500).'
         )
-    if jax.process_count() > 1 and not spans_processes(state):
+    if jax.process_count() > 1 and not processes_with(state):
         raise ValueError(
             f"fit(checkpoints=...): each of the {jax.process_count()} processes has a state of its own, on its own "
             "devices, and one directory holds one run. Spread the state over all devices, Trainer(..., "

@@ -20,7 +20,7 @@ from kaun.checkpoint.files import save as save
 from kaun.checkpoint.files import write_safetensors as write_safetensors
 from kaun.checkpoint.folders import with_another_optimizer as with_another_optimizer
 from kaun.checkpoint.group import group_for as group_for
-from kaun.checkpoint.group import spans_processes as spans_processes
+from kaun.checkpoint.group import processes_with as processes_with
 from kaun.checkpoint.safetensors_header import UnreadDtype as UnreadDtype
 from kaun.checkpoint.safetensors_header import read_index as read_index
 from kaun.checkpoint.safetensors_header import read_safetensors as read_safetensors

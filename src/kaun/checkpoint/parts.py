@@ -36,12 +36,12 @@ class Share:
     Attributes:
         index: The number of the process.
         count: How many there are.
-        devices: The devices whose shards it writes.
+        devices: The devices whose shards it writes; None: all that it has.
     """
 
     index: int
     count: int
-    devices: frozenset[Any]
+    devices: frozenset[Any] | None = None
 
     @property
     def file(self) -> str:
@@ -75,7 +75,7 @@ def shards_of(leaves: Mapping[str, Any], share: Share) -> dict[str, Any]:
         shape, _, _ = _outline(name, leaf)
         if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
             for shard in leaf.addressable_shards:
-                if shard.replica_id == 0 and shard.device in share.devices:
+                if shard.replica_id == 0 and (share.devices is None or shard.device in share.devices):
                     start = encoding.starts_of(shard.index[: leaf.ndim], len(shape))
                     found[_shard_name(name, start)] = shard.data
         elif share.index == 0:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-
 from kaun._messages import warn
 from kaun.checkpoint import one
 from kaun.checkpoint.best import BRANCH, Best
@@ -71,7 +69,7 @@ class Store:
     ) -> None:
         self._directory, self._disk, self._lock, self._group = directory, disk, lock, group
         self.read_only: OSError | None = read_only
-        self._share = Share(group.index, group.count, frozenset(jax.local_devices())) if group.count > 1 else None
+        self._share = Share(group.index, group.count) if group.count > 1 else None
         # Waited for instead of the thread: in Python 3.11 an interrupted Thread.join takes the thread for ended.
         self._written = threading.Event()
         self._written.set()

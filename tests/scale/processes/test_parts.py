@@ -45,6 +45,12 @@ def check_saved_and_resumed(two, folder):
         assert f"loaded step 2, because newer checkpoints are damaged:\n  step-00000004: {PART.format(2)}" in warned[0]
     assert two.run(RUNS, "run", folder=str(path), steps=4, keep=1) == [(2, whole)] * 2
     assert names(path) == ["damaged-step-00000004", "step-00000002", "step-00000004"]
+    # One process begins, both go on from its file, and it goes on from their parts.
+    path = folder / "moved"
+    assert parts_runs.run(path, 1)[0] == 0
+    assert names(path / "step-00000001") == ["manifest.json", "reports.safetensors", "state.safetensors"]
+    assert two.run(RUNS, "run", folder=str(path), steps=3)[1][0] == 1
+    assert parts_runs.run(path, 4) == (3, whole)
     return whole
 
 
