@@ -149,6 +149,8 @@ class Parts:
             start = tuple(map(int, match[2].split(","))) if match[2] else ()
             if (place.dtype, place.kind) != (leaf.dtype, leaf.kind) or len(place.shape) != len(leaf.shape):
                 raise ValueError(f"{quoted(place.name)} has another dtype, kind or rank than the manifest says")
+            if start in self._shards[leaf.name]:
+                raise ValueError(f"{quoted(place.name)} is in another part too")
             self._shards[leaf.name][start] = Shard(file, base + place.start, start, place.shape)
 
     def _take(self, file: int, into: memoryview) -> None:
@@ -205,7 +207,7 @@ class Parts:
 
 def _make_up(shape: tuple[int, ...], shards: Mapping[tuple[int, ...], Shard]) -> bool:
     """Whether shards are the cells of a grid that covers an array once, as those of a sharding are."""
-    if any(len(start) != len(shape) for start in shards):
+    if not shards or any(len(start) != len(shape) for start in shards):
         return False
     axes = [sorted({start[axis] for start in shards}) for axis in range(len(shape))]
     ends = [dict(zip(starts, [*starts[1:], size], strict=True)) for starts, size in zip(axes, shape, strict=True)]
