@@ -32,8 +32,9 @@ class Directory:
     """A folder for the checkpoints of one run; pass it to ``fit`` as ``checkpoints=``.
 
     Args:
-        path: The folder, on a local disk. It is made when it is first used. Only one run at a time may use it. A
-            relative path is taken from the working directory of now, and ``~`` is the home folder.
+        path: The folder, on a local disk, or for several processes on one that all of them share. It is made when it is
+            first used. Only one run at a time may use it. A relative path is taken from the working directory of now,
+            and ``~`` is the home folder.
         every: How often a checkpoint is written: a number of steps (int) or a time (timedelta). Default None: only at
             the end, and when the run is interrupted.
         keep: How many of the newest checkpoints are kept, at least 1. Default 3. The best one is not counted.
@@ -162,8 +163,9 @@ class Directory:
     def load(self, like: TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> TrainState:
         """Return the state of a checkpoint, for example for ``predict`` after training.
 
-        A run may be writing to the directory meanwhile. With ``accumulate`` the items of an open window wait in the
-        state: ``trainer.flush(runs.load(state))`` is what the ``fit`` of a finished run returned.
+        A run may be writing to the directory meanwhile. Where ``like`` lies on the devices of several processes, all of
+        them have to call this, and each reads what its devices need. With ``accumulate`` the items of an open window
+        wait in the state: ``trainer.flush(runs.load(state))`` is what the ``fit`` of a finished run returned.
 
         Args:
             like: A state of the structure, shapes and dtypes to load, for example ``trainer.init()``. Its values do not

@@ -64,6 +64,9 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     template. The file has no checksums: ``load`` detects a truncated file and a damaged header, but not flipped bits in
     the values. (The checkpoints of a ``Directory`` have checksums.)
 
+    In a program of several processes all of them have to call this. Process 0 writes the file, which is there when the
+    call returns in any of them; the others give it their shards, one leaf after the other.
+
     Args:
         path: The file. Its folder must exist. An existing file is replaced atomically: a reader, or a crash, finds the
             old file or the new one, never a part.
@@ -73,6 +76,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         TypeError: If such a file cannot hold a leaf, or the dtype of a leaf.
         ValueError: If two leaves have the same readable path, or an int does not fit in 64 bits.
         OSError: If the file cannot be written (FileNotFoundError if its folder does not exist).
+        FailedElsewhere: If another process fails, or does not call this in time.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp
@@ -154,8 +158,8 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
         path: A file that ``save`` or another program wrote.
         like: The template: a tree of the structure, shapes and dtypes to load, for example a new ``trainer.init()``.
             Its values do not matter. For a JAX array or a ``jax.ShapeDtypeStruct`` in it a JAX array is returned (with
-            the leaf's weak type, and on its devices if these were chosen), for a NumPy array a NumPy array, and for a
-            Python scalar a Python scalar.
+            the leaf's weak type, and on its devices if these were chosen, also on those of other processes), for a
+            NumPy array a NumPy array, and for a Python scalar a Python scalar.
         cast: Whether floating arrays may be converted to the precision of the template, as NumPy's ``astype`` does it.
             The kind never changes: no float becomes an integer, and no integer becomes a float or another integer.
             Default False: dtypes must be equal.

@@ -202,8 +202,11 @@ def trained():
         return trainer, trainer.init(), Data.batches((x, y), batch_size=8, shuffle=True).with_loss(losses.mse)
 
 
-def fit(folder, epochs=3, fails=None, dies=None, **options):
-    """How a fit ended, its last step, and digests of the state, of the best one, and of the history of process 0."""
+def fit(folder, epochs=3, fails=None, dies=None, loose=None, **options):
+    """How a fit ended, its last step, and digests of the state, of the best one, and of the history of process 0.
+
+    ``loose``: a file for the variables at the end; warnings of another topology are expected.
+    """
     trainer, state, train = trained()
     stopper, history = reports.early_stopping("loss", mode="min", patience=100), reports.history()
 
@@ -219,10 +222,17 @@ def fit(folder, epochs=3, fails=None, dies=None, **options):
     try:
         runs = checkpoint.Directory(folder, every=2, **options)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error" if loose is None else "ignore")
             state = trainer.fit(state, train.epochs(epochs), report=report, checkpoints=runs)
     except BaseException as error:
         traceback.print_exc()
         how, state = f"{type(error).__name__}: {error}", getattr(error, "kaun_state", None)
+    if loose is not None:
+        checkpoint.save(loose, state.vars)
     values = history.losses.tobytes().hex() if jax.process_index() == 0 else ""
     return how, int(state.step), digest(state), digest(stopper.best), values
+
+
+def fit_digest(folder, step):
+    """The digest of a checkpoint of a fit, read onto the devices that there are."""
+    return [digest(checkpoint.Directory(folder).load(trained()[1], at=step))]

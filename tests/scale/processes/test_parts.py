@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from kaun.checkpoint import Directory
 from kaun.checkpoint.__main__ import main
@@ -121,25 +123,40 @@ def fresh(folder, name):
     return folder / name
 
 
-READ = """
+CALL = """
 import sys; sys.path.insert(0, {folder!r})
-import jax, parts_runs
-from kaun import checkpoint, sharding
-like = parts_runs.start(1, sharding.mesh(data=-1))
-print(parts_runs.digest(checkpoint.Directory({path!r}).load(like)))
+import parts_runs
+print(*parts_runs.{call})
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 8])
-def test_read_by_one_process(pair, tmp_path, devices):
-    whole = pair.run(RUNS, "run", folder=str(tmp_path / "runs"), steps=1)[0][1]
-    code = READ.format(folder=str(Path(RUNS).parent), path=str(tmp_path / "runs"))
+def in_one_process(devices, call):
+    """What a scenario prints in a process with some devices."""
+    code = CALL.format(folder=str(Path(RUNS).parent), call=call)
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | flags, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.strip() == whole, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_resumed_by_one_process(pair, tmp_path, devices):
+    """Leaf bytes are equal, the end of the run within 1e-6, and two processes can go on from there."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    pair.run(RUNS, "fit", folder=str(whole), loose=str(tmp_path / "whole.safetensors"))
+    failed = pair.run(RUNS, "fit", folder=str(moved), fails=7, keep=9)
+    saved = pair.run(RUNS, "fit_digest", folder=str(moved), step=6)[0]
+    assert in_one_process(devices, f"fit_digest({str(moved)!r}, 6)") == ["".join(saved)]
+    found = in_one_process(devices, f"fit({str(moved)!r}, loose={str(tmp_path / 'moved.safetensors')!r}, keep=9)")
+    assert failed[1][1] == 7 and found[:2] == ["returned", "12"]
+    ends = [load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "moved")]
+    assert ends[0].keys() == ends[1].keys() and len(ends[0]) == 4
+    for name, leaf in ends[0].items():
+        assert np.abs(leaf - ends[1][name]).max() < 1e-6
+    assert pair.run(RUNS, "fit", folder=str(moved), epochs=4, loose=str(tmp_path / "more"))[0][:2] == ("returned", 16)
 
 
 # Operations of the save of step 2, in their order, each with its number among those of the same text in the process that
