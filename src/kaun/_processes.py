@@ -201,8 +201,8 @@ def _get(client: Any, key: str, deadline: float, in_vain: Callable[[], bool]) ->
 def failed_elsewhere(process: int, what: str) -> FailedElsewhere:
     """The exception for what happened in another process."""
     return FailedElsewhere(
-        f"Process {process} failed, so process {jax.process_index()} ends too: {what}. The traceback is in the output "
-        f"of process {process}.",
+        f"Process {process} failed, so process {jax.process_index()} ends too: {what.rstrip('.')}. The traceback is in "
+        f"the output of process {process}.",
         process,
         what,
     )

@@ -12,20 +12,21 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from kaun._engine.batching import BlockBuffer
+from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
+from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, unpack
+from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, put_with, unpack
 from kaun._engine.placing import place_carry, placed_inputs
-from kaun._engine.program import ROWS, TracedStep, count_on_device
-from kaun._engine.results import PendingDispatch, StepResults, examples_of, readable
+from kaun._engine.program import TracedStep, count_on_device
+from kaun._engine.results import Block, PendingDispatch, StepResults, examples_of, readable
 from kaun._engine.single import find_step
 from kaun._engine.together import Together, agreed
 from kaun.context import Context
@@ -35,22 +36,7 @@ __all__ = ["StepLoop"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
-_LONGEST = 0.1  # seconds that one dispatch should take at most: Python handles Ctrl-C between dispatches alone
 _BUFFERS = 4
-
-
-class _Block(NamedTuple):
-    """Items of one kind.
-
-    Attributes:
-        buffer: Where they are collected.
-        traced: The step that takes them.
-        inputs: The first item of that kind.
-    """
-
-    buffer: BlockBuffer
-    traced: TracedStep
-    inputs: StepInputs
 
 
 class StepLoop:
@@ -75,6 +61,7 @@ class StepLoop:
     Attributes:
         limit: How many steps the next dispatch should have at most.
         own_limit: That by the clock of this process.
+        exhausted: Whether there are no more items.
     """
 
     def __init__(
@@ -93,7 +80,7 @@ class StepLoop:
         together: Together | None = None,
     ) -> None:
         self._together = together
-        self._programs, self.key, self._ctx = programs, key, ctx
+        self._programs, self._ctx = programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
         self._error_for, self._first_step = error_for, done + 1
@@ -106,6 +93,7 @@ class StepLoop:
         self._shardings = [explicit_sharding(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         leaves, self._key = self._place(leaves, self._key)
+        self.key = self._key if placed else key
         self._given = None if self._mesh is None and not placed else [weakref.ref(a) for a in given]
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
@@ -119,13 +107,13 @@ class StepLoop:
         # and the newest arrays that others may hold.
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
-        self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
-        self._open: _Block | None = None
+        self._blocks: OrderedDict[Hashable, Block] = OrderedDict()
+        self._open: Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
         self.limit = self.own_limit = _BEGIN
         self._room = 1
-        self._exhausted = False
+        self.exhausted = False
 
     @property
     def waiting(self) -> int:
@@ -192,7 +180,7 @@ class StepLoop:
             The number of steps; 0 where there are no more items.
         """
         count = 0
-        self._room = 0 if self._exhausted else room
+        self._room = 0 if self.exhausted else room
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
@@ -208,7 +196,7 @@ class StepLoop:
                 self.flush()
             if count >= room:
                 return count
-        self._exhausted = True  # an iterator need not end a second time
+        self.exhausted = True  # an iterator need not end a second time
         return count
 
     def trace(self, item: Any) -> None:
@@ -255,18 +243,16 @@ class StepLoop:
             is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
         """
         self._take()
-        if self._together is not None and not self._together.readable(self._carry[1]):
-            return "lost"
-        if readable(self._carry[1]):
+        if self._has_values(self._carry[1]):
             return "newest"
         self._failed_step = None
         while self._earlier:
             self._carry = self._earlier.pop()
-            if readable(self._carry[1]):
+            if self._has_values(self._carry[1]):
                 return "newest"
         references, results = self._shared
         arrays = [reference() for reference in references]
-        if not arrays or any(array is None for array in arrays) or not readable(arrays):
+        if not arrays or any(array is None for array in arrays) or not self._has_values(arrays):
             return "lost"
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
@@ -274,13 +260,13 @@ class StepLoop:
     def _place(self, leaves: list[Any], key: jax.Array) -> tuple[list[Any], jax.Array]:
         return place_carry(self._programs.sharding, self._structure, leaves, key)
 
-    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
+    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> Block:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
         refuse_traced(inputs.leaves)
-        return _Block(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
+        return Block(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
-    def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
+    def _enter(self, block: Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
         """Make a block the open one, and put one item or ``count`` of them into it."""
         self._open = self._blocks[inputs.key] = block
         if len(self._blocks) > _BUFFERS:
@@ -299,14 +285,8 @@ class StepLoop:
             else:
                 self._dispatch(traced, inputs, once, n, leaves, [])
 
-    def _dispatch(
-        self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
-        stacked: list[Any],
-    ) -> None:  # fmt: skip
-        refuse_traced((*shared, *stacked))
-        overwrites = self._in_place and not traced.can_raise
-        entry = "fit in place" if overwrites else "fit"
-        program = traced.program(entry, pattern, self._packing)
+    def _own(self, overwrites: bool) -> StepResults | None:
+        """Bring the state into the loop's own form, and return the results of the newest dispatch."""
         own, arrays, results = self._carry
         if not own and overwrites:
             self._shared = self._given or [weakref.ref(a) for a in arrays], results
@@ -315,8 +295,20 @@ class StepLoop:
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
             self._carry = (True, pack_on_device(self._packing, arrays), results)
+        return results
+
+    def _dispatch(
+        self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
+        stacked: list[Any],
+    ) -> None:  # fmt: skip
+        refuse_traced((*shared, *stacked))
+        overwrites = self._in_place and not traced.can_raise
+        entry = "fit in place" if overwrites else "fit"
+        program = traced.program(entry, pattern, self._packing)
+        results = self._own(overwrites)
         self._counts_discarded = int(traced.discards)
-        status = traced.status if results is None else results.status
+        # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
+        status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
         if traced.placing is not None:
@@ -335,8 +327,15 @@ class StepLoop:
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
         about = (first, count, traced, examples_of(traced, inputs, pattern, count, shared, stacked))
-        self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        start = time.perf_counter()
+        try:
+            self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        except ValueError:
+            refuse_different_devices(entry, inputs, arguments[0], item_of(arguments, pattern))
+            raise
         results = self._take()
+        if program.was_called_anew():
+            self._on_compile(self._programs.log_moved(program, entry, inputs, True, arguments, start, traced))
         if traced.can_raise:
             try:
                 results.losses.block_until_ready()
@@ -351,6 +350,9 @@ class StepLoop:
             self._pace(self._in_flight.popleft())
         if self._together is not None:
             self._together.dispatched()
+
+    def _has_values(self, arrays: list[Any]) -> bool:
+        return (self._together is None or self._together.readable(arrays)) and readable(arrays)
 
     def _wait_for(self, results: StepResults) -> None:
         """Wait for a dispatch."""
@@ -388,11 +390,6 @@ class StepLoop:
         self._check(dispatch)
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
-        # The clock decides how many steps share a dispatch, which changes no bit of them. With several processes it is
-        # that of process 0.
-        if elapsed > _LONGEST:
-            self.own_limit = max(1, self.limit // 4)
-        elif elapsed < _LONGEST / 4 and results.steps * 4 >= self.limit:
-            self.own_limit = min(self.limit * 4, ROWS)
-        if self._together is None:
+        self.own_limit = next_limit(self.limit, elapsed, results.steps)
+        if self._together is None:  # else process 0 decides
             self.limit = self.own_limit

@@ -1,4 +1,4 @@
-"""StepResults: what a dispatch of steps gave. PendingDispatch: one that may not be done yet, with its items."""
+"""StepResults: what a dispatch of steps gave. PendingDispatch: one that may not be done yet. Block: one to come."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ import jax
 import numpy as np
 
 from kaun import tree
+from kaun._engine.batching import BlockBuffer
 from kaun._engine.inputs import StepInputs
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.program import TracedStep
 
-__all__ = ["PendingDispatch", "StepResults", "examples_of", "readable"]
+__all__ = ["Block", "PendingDispatch", "StepResults", "examples_of", "readable"]
+
+
+class Block(NamedTuple):
+    """Items of one kind.
+
+    Attributes:
+        buffer: Where they are collected.
+        traced: The step that takes them.
+        inputs: The first item of that kind.
+    """
+
+    buffer: BlockBuffer
+    traced: TracedStep
+    inputs: StepInputs
 
 
 class StepResults(NamedTuple):

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from kaun._engine import StepInputs, StepLoop
 from kaun._jax import preemption_service_runs
 from kaun._messages import warn
-from kaun._processes import Channel, failed_elsewhere, this_process
+from kaun._processes import Channel, failed_elsewhere, this_process, timeout_of
 from kaun._run.ballots import combine, packed, unpacked
 from kaun._run.same import check_begin, check_items, checksums
 from kaun._run.signals import Signals
@@ -36,9 +36,15 @@ _EVERY = 1000  # steps after which items are compared again
 _GROWING = 8  # turns at the start of a fit, in which blocks grow
 _RARELY = 16
 _PATIENCE = 1.0  # seconds after which a process that waits for its devices asks whether another one has failed
+_ANSWER = 5.0  # seconds in which a process that runs notices that the devices of another have failed
 _SIGTERM = 128 + 15
 _numbers = itertools.count()
-_turns = itertools.count(1)  # of all fits: the preemption service wants numbers that grow
+
+
+class _Turns:
+    """The number of turns of all fits: the preemption service wants numbers that grow, the same in all processes."""
+
+    count = 0
 
 
 class EndedElsewhere(Exception):
@@ -85,6 +91,7 @@ class Agreement:
         self._channel = Channel(f"fit/{next(_numbers)}", processes, "the next steps of fit")
         self.due = False
         self._broken = False  # one process is missing, or its devices have failed
+        self._cause: BaseException | None = None  # why
         self._over: BaseException | None = None  # what ends the fit here, because of another process
         self._raised: BaseException | None = None
         self._failed = False  # whether this process has told the others of its exception
@@ -107,8 +114,9 @@ class Agreement:
         Raises:
             ValueError: If they differ.
         """
-        found = self._vote({**facts, "began": True})
+        found = self._vote({**facts, "began": True, "turns": _Turns.count})
         self._raise_if_over()
+        _Turns.count = found["turns"]
         check_begin(found["unlike"])
         self.certain, self._asks, self.numbers = found["certain"], found["asks"], found["numbers"]
 
@@ -126,8 +134,12 @@ class Agreement:
         """
         assert self._loop is not None
         self._raise_if_over()
-        if preemption_service_runs() and multihost_utils.reached_preemption_sync_point(next(_turns)):
+        _Turns.count += 1
+        if preemption_service_runs() and multihost_utils.reached_preemption_sync_point(_Turns.count):
             raise SystemExit(_SIGTERM)
+        if self._loop.exhausted:  # the others may have more items than wait here
+            self.end()
+            return 1
         self._turn += 1
         agreed, self._agreed = self._agreed, None
         if agreed is None:
@@ -201,28 +213,38 @@ class Agreement:
         Raises:
             FailedElsewhere: In that case.
         """
-        pause, asked = 2e-5, time.monotonic()
+        pause, start = 2e-5, time.monotonic()
+        asked = start
         while not array.is_ready():
             time.sleep(pause)
-            pause = min(2 * pause, 1e-3)
-            if time.monotonic() - asked > _PATIENCE:
-                asked = time.monotonic()
-                self._check_others()
+            pause, now = min(2 * pause, 1e-3), time.monotonic()
+            if now - asked > _PATIENCE:
+                asked = now
+                self._check_others(now - start)
 
     def readable(self, arrays: list[Any]) -> bool:
         """Whether arrays have values, or will have them: after a failure of the devices they may never."""
-        deadline = time.monotonic() + _PATIENCE
-        while self._broken and time.monotonic() < deadline and not all(a.is_ready() for a in arrays):
-            time.sleep(0.01)
-        return not self._broken or all(a.is_ready() for a in arrays)
+        return not self._broken or all(array.is_ready() for array in arrays)
 
-    def _check_others(self) -> None:
+    def _check_others(self, seconds: float) -> None:
+        """Raise where another process, or what is left of the agreement, makes it vain to wait any longer."""
         assert self._loop is not None
-        for process in self._processes:
-            left = self._channel.why_left(process) if process != self._me else None
-            if left is not None and left[1] < self._loop.done:
-                self._broken = self._closed = True
-                raise failed_elsewhere(process, left[0])
+        if self._cause is not None:
+            raise self._cause
+        others = [process for process in self._processes if process != self._me]
+        left = {process: why for process in others if (why := self._channel.why_left(process)) is not None}
+        gone = next((process for process, (_, at) in left.items() if at < self._loop.done), None)
+        limit = timeout_of()
+        if gone is not None:
+            raise self._break(failed_elsewhere(gone, left[gone][0]))
+        if seconds >= limit:
+            what = f"the devices did not finish a step within {limit:g} seconds, for which they need those of all"
+            raise self._break(failed_elsewhere(others[0], what))
+
+    def _break(self, error: BaseException) -> BaseException:
+        """Note why the processes can agree no longer, and return that."""
+        self._broken, self._closed, self._cause = True, True, self._cause or error
+        return self._cause
 
     # The end
 
@@ -254,7 +276,8 @@ class Agreement:
         vote: dict[str, Any] = {"end": "failed", "what": what[:2000]}
         if isinstance(error, SystemExit):
             vote |= {"end": "exit", "code": error.code if isinstance(error.code, int) else 1}
-        self._broken = self._broken or isinstance(error, jax.errors.JaxRuntimeError)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._break(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._channel.leave(what[:2000], -1 if self._broken or self._loop is None else self._loop.done)
         try:
@@ -262,6 +285,21 @@ class Agreement:
         except FailedElsewhere as missing:
             error.add_note(f"Also, {missing}")
         self._closed, self._over = True, None
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._call_the_roll(error)
+
+    def _call_the_roll(self, error: BaseException) -> None:
+        """Add to an error of the devices which processes do not answer: one that has ended is a usual reason."""
+        deadline = time.monotonic() + min(timeout_of(), _ANSWER)
+        silent = [process for process in self._processes if process != self._me]
+        while silent and time.monotonic() < deadline:
+            time.sleep(0.1)
+            silent = [process for process in silent if self._channel.why_left(process) is None]
+        if silent:
+            error.add_note(
+                f"Also, process {', '.join(map(str, silent))} does not answer. It has probably ended, which makes the "
+                "devices of the others fail, and its own output says why."
+            )
 
     def all_have(self, state: str) -> bool:
         """Whether all processes have the same state left, so that they can save it; called where one has failed."""
@@ -280,8 +318,8 @@ class Agreement:
         mine = {**where, "steps": self._steps, **ballot}
         try:
             found = unpacked(self._channel.exchange(packed(mine), combine))
-        except BaseException:
-            self._broken = self._closed = True
+        except BaseException as error:
+            self._break(error)
             raise
         end = found["end"]
         if end is not None and "state" not in ballot:
@@ -296,14 +334,12 @@ class Agreement:
         if kind in ("failed", "exit") and mine not in ("failed", "exit"):
             self._over = failed_elsewhere(process, end["what"]) if kind == "failed" else SystemExit(end["code"])
         elif kind == "data" and len(found["ended"]) < len(self._processes):
-            steps = found["at"] + found["wait"]
-            if not steps:
-                self._over = failed_elsewhere(process, "its data has no items")
-            elif mine != "data":
+            if mine != "data":
                 self._over = EndedElsewhere()
+            who, steps = ", ".join(map(str, found["ended"])), found["at"] + found["wait"]
             warn(
-                f"The data of process {', '.join(map(str, found['ended']))} ended after {steps} items, and that of the "
-                "others has more. All processes end the fit there. Give every process the same number of items."
+                f"The data of process {who} ended after {steps} items, and that of the others has more. All processes "
+                "end the fit there. Give every process the same number of items."
             )
 
     def _raise_if_over(self) -> None:

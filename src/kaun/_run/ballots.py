@@ -35,6 +35,7 @@ def combine(texts: dict[int, str]) -> str:
     """
     ballots = {process: unpacked(text) for process, text in texts.items()}
     first = ballots[min(ballots)]
+    ended = {process: ballot["wait"] for process, ballot in ballots.items() if ballot.get("end") == "data"}
     each = lambda name: [ballot[name] for ballot in ballots.values() if ballot.get(name) is not None]
     found: dict[str, Any] = {
         "next": min(each("next"), default=1), "want": min(each("want"), default=None),
@@ -42,7 +43,7 @@ def combine(texts: dict[int, str]) -> str:
         "at": min(each("at"), default=0), "wait": min(each("wait"), default=0),
         "apart": len(set(each("at"))) > 1, "rescue": all(each("steps")),
         "same": len(set(each("state"))) == 1 and len(each("state")) == len(ballots),
-        "end": _end(ballots), "ended": [p for p, ballot in ballots.items() if ballot.get("end") == "data"],
+        "end": _end(ballots), "ended": [process for process, waits in ended.items() if waits == min(each("wait"))],
         "unlike": [],
     }  # fmt: skip
     if found["end"] is None:
@@ -70,7 +71,8 @@ def _begin(ballots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for name, n in (pair for ballot in starts for pair in ballot["numbers"].items()):
         numbers[name] = math.gcd(n, numbers.get(name, 0))
     certain = len(totals) == 1 and None not in totals
-    return {"numbers": numbers, "asks": any(ballot["asks"] for ballot in starts), "certain": certain}
+    turns = max(ballot["turns"] for ballot in starts)
+    return {"turns": turns, "numbers": numbers, "asks": any(ballot["asks"] for ballot in starts), "certain": certain}
 
 
 def _unlike(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:

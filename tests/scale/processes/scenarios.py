@@ -46,10 +46,8 @@ def seconds_of_a_meeting():
 @functools.cache
 def trainer():
     with rng.scope(0):
-        made = kaun.Trainer(model=layers.linear(3, 2), optimizer=optax.adam(0.1))
-        state = made.init()
-    where = sharding.data_parallel().replicated
-    return made, jax.tree_util.tree_map(lambda leaf: sharding.put(leaf, where), state)
+        made = kaun.Trainer(model=layers.linear(3, 2), optimizer=optax.adam(0.1), sharding=sharding.data_parallel())
+        return made, made.init()
 
 
 def batch(i, rows=8):
@@ -74,7 +72,9 @@ def fit(data, report=None, state=None, **kwargs):
             state = made.fit(state or start, data, report=report, **kwargs)
     except BaseException as error:
         traceback.print_exc()
-        how = f"{type(error).__name__}: {error}"
+        how = "\n".join(
+            [f"{type(error).__name__}: {error}", *[n for n in getattr(error, "__notes__", []) if n.startswith("Also")]]
+        )
         state = getattr(error, "kaun_state", None)
     step = None if state is None else int(state.step)
     return how, step, state and bytes_of(state), [str(each.message) for each in caught]
@@ -164,17 +164,13 @@ def other_items(what):
     if what == "shapes":
         return fit([batch(i, rows=8 + 4 * me) for i in range(4)])
     if what == "unscoped":
-        made = trainer()[0]
-        state = jax.tree_util.tree_map(
-            lambda leaf: sharding.put(leaf, sharding.data_parallel().replicated), made.init()
-        )
-        return fit([batch(i) for i in range(4)], state=state)
-    with rng.scope(me if what == "key" else 0):
-        data = Data.batches(tuple(np.zeros((8, k), np.float32) for k in (3, 2)), batch_size=2 + 2 * me, shuffle=True)
-        state = None if what == "stages" else trainer()[0].init()
-    if state is not None:
-        state = jax.tree_util.tree_map(lambda leaf: sharding.put(leaf, sharding.data_parallel().replicated), state)
-    return fit(data.with_loss(losses.mse) if what == "stages" else [batch(i) for i in range(4)], state=state)
+        return fit([batch(i) for i in range(4)], state=trainer()[0].init())
+    if what == "key":
+        with rng.scope(me):
+            return fit([batch(i) for i in range(4)], state=trainer()[0].init())
+    with rng.scope(0):
+        arrays = tuple(np.zeros((8, k), np.float32) for k in (3, 2))
+        return fit(Data.batches(arrays, batch_size=2 + 2 * me, shuffle=True).with_loss(losses.mse))
 
 
 def killed(process, at, timeout, pause=0.0):
@@ -238,15 +234,14 @@ def sharded(kind, average=None):
     return kaun.Trainer(model=model, optimizer=optax.adam(0.05), sharding=where)
 
 
-def whole(state):
-    """The bytes of a state that may be spread over both processes."""
-    leaves = jax.tree_util.tree_leaves((state.vars, state.opt_state))
+def whole(leaves):
+    """Arrays that may be spread over both processes, in each of them."""
     gather = jax.jit(lambda leaves: leaves, out_shardings=sharding.data_parallel().replicated)
     return [np.asarray(leaf) for leaf in gather(leaves)]
 
 
 def trained(kind, n=20, rows=8):
-    """A fit, the fold of its step, evaluate and predict, of a sharded trainer; each as bytes and as numbers."""
+    """A fit, the fold of its step, evaluate and predict, of a sharded trainer: checksums of states, and numbers."""
     made = sharded(kind)
     with rng.scope(1):
         start = made.init()
@@ -259,7 +254,7 @@ def trained(kind, n=20, rows=8):
         found.append(float(value))
     pairs = [(batch(i)[0], batch(i)[0][:, :2]) for i in range(5)]
     scores = made.evaluate(state, pairs, {"mse": losses.mse})
-    outputs = made.predict(state, Data.from_items([x for x, _ in pairs]))
-    numbers = {"losses": history.losses.tolist(), "scores": scores, "outputs": np.asarray(outputs).tolist()}
-    digest = lambda state: zlib.crc32(b"".join(leaf.tobytes() for leaf in whole(state)))
+    (outputs,) = whole([made.predict(state, pairs[0][0])])
+    numbers = {"losses": history.losses.tolist(), "scores": scores, "outputs": outputs.tolist()}
+    digest = lambda state: zlib.crc32(b"".join(a.tobytes() for a in whole(jax.tree_util.tree_leaves(state.vars))))
     return digest(start), digest(state), digest(folded), found == numbers["losses"], numbers

@@ -64,7 +64,7 @@ def check_differences(pair):
     texts = {
         "values": "at step 1, the float32[8, 3] of x has other values in process 1 than in process 0. Every process",
         "shapes": "at step 1, x is float32[12, 3] in process 1, and float32[8, 3] in process 0. Every process makes",
-        "key": "\n  the run's key is 6fe8aed49e5794a4 in process 1, and 8b771293bedfe8e4 in process 0\nEach process runs",
+        "key": "The processes of this fit do not begin it alike:\n  the run's key is ",
         "unscoped": "the state (trainer.init or trainer.make_state) drew a key outside an rng scope, where each process",
     }
     for what, text in texts.items():
@@ -92,7 +92,16 @@ def check_signals(pair):
 def check_kill(pair):
     pair.begin(SCENARIOS, "killed", process=1, at=300, timeout=2)
     ((how, step, _, _),) = pair.results(among=[0])
-    assert how.startswith("FailedElsewhere: Process 1 did not come to the next steps of fit within 2 seconds, where")
+    # Process 0 waits for its vote, or its devices find that the other ones are gone.
+    assert how.startswith(
+        "FailedElsewhere: Process 1 did not come to the next steps of fit within 2 seconds, where"
+    ) or (
+        "JaxRuntimeError" in how
+        and how.endswith(
+            "\nAlso, process 1 does not answer. It has probably ended, which makes the devices of the others fail, and "
+            "its own output says why."
+        )
+    )
     assert step is not None and step <= 300
 
 
