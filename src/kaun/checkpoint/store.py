@@ -59,16 +59,10 @@ class Store:
             ``newest`` and ``check_best`` can be used.
     """
 
-    def __init__(
-        self,
-        directory: Directory,
-        disk: Disk,
-        lock: Lock | None,
-        read_only: OSError | None = None,
-        group: Group = ALONE,
-    ) -> None:
-        self._directory, self._disk, self._lock, self._group = directory, disk, lock, group
-        self.read_only: OSError | None = read_only
+    def __init__(self, directory: Directory, disk: Disk, group: Group) -> None:
+        self._directory, self._disk, self._group = directory, disk, group
+        self._lock: Lock | None = None
+        self.read_only: OSError | None = None
         self._share = Share(group.index, group.count) if group.count > 1 else None
         # Waited for instead of the thread: in Python 3.11 an interrupted Thread.join takes the thread for ended.
         self._written = threading.Event()
@@ -95,12 +89,13 @@ class Store:
             RuntimeError: If another run uses the directory.
             OSError: If nothing can be written there; the message says what to do. Where there are checkpoints and
                 the disk is read-only, the error is ``read_only``: of a run that is finished they are read.
+            FailedElsewhere: If one of these is raised in another process of the group, or it does not come in time.
         """
-        store = cls(directory, disk or Disk(), None, group=group)
-        problem = group.first(store._begin)
-        if problem is not None and store.read_only is None:
-            store.read_only = OSError(*problem)
+        store = cls(directory, disk or Disk(), group)
         try:
+            problem = group.first(store._begin)
+            if problem is not None and store.read_only is None:
+                store.read_only = OSError(*problem)
             must_be_shared(store._disk, directory.path, group)
         except BaseException:
             store.close()

@@ -227,6 +227,8 @@ def fit(folder, epochs=3, fails=None, dies=None, loose=None, **options):
     except BaseException as error:
         traceback.print_exc()
         how, state = f"{type(error).__name__}: {error}", getattr(error, "kaun_state", None)
+    if dies is not None:  # with one process left, no shards of the other can be read
+        return how
     if loose is not None:
         checkpoint.save(loose, state.vars)
     values = history.losses.tobytes().hex() if jax.process_index() == 0 else ""

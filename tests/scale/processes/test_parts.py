@@ -159,6 +159,19 @@ def test_resumed_by_one_process(pair, tmp_path, devices):
     assert pair.run(RUNS, "fit", folder=str(moved), epochs=4, loose=str(tmp_path / "more"))[0][:2] == ("returned", 16)
 
 
+@pytest.mark.slow
+def test_a_fit_whose_process_is_killed_is_resumed(make_group, pair, tmp_path):
+    whole = pair.run(RUNS, "fit", folder=str(tmp_path / "whole"))
+    with contextlib.closing(make_group(KAUN_TIMEOUT="4")) as group:
+        group.begin(RUNS, "fit", folder=str(tmp_path / "runs"), dies=7)
+        assert group.processes[1].wait(30) == -signal.SIGKILL
+        begun, said = time.monotonic(), group.result_or_exit(0, 60)
+        assert time.monotonic() - begun < 15
+        assert isinstance(said, int) or said.startswith("FailedElsewhere: Process 1 did not come to "), said
+    assert names(tmp_path / "runs")[-1] == "step-00000006"
+    assert pair.run(RUNS, "fit", folder=str(tmp_path / "runs")) == whole
+
+
 # Operations of the save of step 2, in their order, each with its number among those of the same text in the process that
 # does it. The first two saves, and opening the directory, have the others.
 POINTS = {
