@@ -181,6 +181,14 @@ def test_one_process_writes_one_file_with_the_bytes_of_an_unsharded_state(tmp_pa
     assert found.sharding == half["w"].sharding and found.dtype == jnp.bfloat16
 
 
+def test_an_error_while_a_spread_array_is_read_names_the_leaf(tmp_path):
+    gone = spread(odd(3), mesh(4)).vars.params["weight"]
+    gone.delete()
+    with pytest.raises(RuntimeError, match="deleted") as caught:
+        checkpoint.save(tmp_path / "x", {"w": gone})
+    assert caught.value.__notes__ == ["checkpoint.save was reading leaf 'w'."] and not list(tmp_path.iterdir())
+
+
 def test_one_file_is_joined_too(tmp_path):
     one.Draft(7, odd(3), {}, {}).write(DISK, tmp_path / "step-00000007")
     assert main(["join", str(tmp_path), str(tmp_path / "whole")]) == 0
