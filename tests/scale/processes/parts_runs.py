@@ -27,11 +27,16 @@ def where(on=None):
 
 
 @functools.cache
+def trainer(on=None):
+    model = layers.sequential([layers.linear(WIDTH, 8), layers.tanh(), layers.linear(8, 2)])
+    return kaun.Trainer(model=model, optimizer=optax.adam(0.01), sharding=where(on))
+
+
+@functools.cache
 def start(seed=0, on=None):
-    """A state whose weight and moments are spread over all devices."""
+    """A state of which a weight and its moments are spread over all devices."""
     with rng.scope(seed):
-        state = kaun.Trainer(model=layers.linear(WIDTH, 3), optimizer=optax.adam(0.1)).init(dtype=jnp.float32)
-    return jax.tree.map(sharding.put, state, where(on).of(state))
+        return trainer(on).init()
 
 
 @jax.jit
@@ -107,7 +112,7 @@ def run(folder, steps, killed=None, at=None, by=None, **options):
         for step in range(first + 1, steps + 1):
             state = advance(state)
             best = Best("loss", "min", 1.0, min(step, 2)).fact()
-            store.save(step, state, {"a": np.arange(step), "state": state.vars.params["weight"]}, {"best": best})
+            store.save(step, state, {"a": np.arange(step), "state": state.vars.params[0]["weight"]}, {"best": best})
         store.join()
     return first, digest(state)
 
@@ -134,10 +139,10 @@ def one_file(folder):
     checkpoint.save(folder, state)
     there = Path(folder).exists()
     found = checkpoint.load(folder, like=like)
-    weight = like.vars.params["weight"]
+    weight = like.vars.params[0]["weight"]
     half = jax.ShapeDtypeStruct(weight.shape, jnp.bfloat16, sharding=weight.sharding)
-    like = like.replace(vars=like.vars.replace(params={**like.vars.params, "weight": half}))
-    weight = checkpoint.load(folder, like=like, cast=True).vars.params["weight"]
+    like = like.replace(vars=like.vars.replace(params=[{**like.vars.params[0], "weight": half}, *like.vars.params[1:]]))
+    weight = checkpoint.load(folder, like=like, cast=True).vars.params[0]["weight"]
     return there, digest(found), digest(state), str(weight.dtype), weight.sharding == half.sharding
 
 
@@ -191,15 +196,11 @@ def open_there(folder):
 # Fits
 
 
-@functools.cache
-def trained():
-    """A trainer, a state to start from, and data."""
-    model = layers.linear(WIDTH, 16) >> layers.tanh() >> layers.linear(16, 2)
-    trainer = kaun.Trainer(model=model, optimizer=optax.adam(0.01), sharding=where())
+def data():
     g = np.random.default_rng(0)
     x, y = g.normal(size=(32, WIDTH)).astype(np.float32), g.normal(size=(32, 2)).astype(np.float32)
     with rng.scope(3):
-        return trainer, trainer.init(), Data.batches((x, y), batch_size=8, shuffle=True).with_loss(losses.mse)
+        return Data.batches((x, y), batch_size=8, shuffle=True).with_loss(losses.mse)
 
 
 def fit(folder, epochs=3, fails=None, dies=None, loose=None, **options):
@@ -207,7 +208,6 @@ def fit(folder, epochs=3, fails=None, dies=None, loose=None, **options):
 
     ``loose``: a file for the variables at the end; warnings of another topology are expected.
     """
-    trainer, state, train = trained()
     stopper, history = reports.early_stopping("loss", mode="min", patience=100), reports.history()
 
     def look(step, loss, state):
@@ -223,7 +223,7 @@ def fit(folder, epochs=3, fails=None, dies=None, loose=None, **options):
         runs = checkpoint.Directory(folder, every=2, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error" if loose is None else "ignore")
-            state = trainer.fit(state, train.epochs(epochs), report=report, checkpoints=runs)
+            state = trainer().fit(start(), data().epochs(epochs), report=report, checkpoints=runs)
     except BaseException as error:
         traceback.print_exc()
         how, state = f"{type(error).__name__}: {error}", getattr(error, "kaun_state", None)
@@ -237,4 +237,4 @@ def fit(folder, epochs=3, fails=None, dies=None, loose=None, **options):
 
 def fit_digest(folder, step):
     """The digest of a checkpoint of a fit, read onto the devices that there are."""
-    return [digest(checkpoint.Directory(folder).load(trained()[1], at=step))]
+    return [digest(checkpoint.Directory(folder).load(start(), at=step))]
