@@ -274,11 +274,11 @@ def test_a_checkpoint_that_goes_away_while_it_is_loaded(tmp_path, saved, make, s
     runs = saved(3, 5)
     read = one.read
 
-    def late(disk, folder, step, like):
+    def late(disk, folder, step, like, **options):
         if step == 5:  # a run made another one meanwhile, and removed this
             shutil.rmtree(folder)
             saved(6)
-        return read(disk, folder, step, like)
+        return read(disk, folder, step, like, **options)
 
     monkeypatch.setattr(one, "read", late)
     assert same(runs.load(make(1)), make(6))

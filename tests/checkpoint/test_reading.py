@@ -43,8 +43,8 @@ def test_variables_of_another_optimizer(runs, make, same):
 
 def test_no_array_is_made_of_other_leaves(runs, make, monkeypatch):
     read = []
-    decode = one.files.decode
-    monkeypatch.setattr(one.files, "decode", lambda place, array: read.append(place.name) or decode(place, array))
+    decode = one.encoding.decode
+    monkeypatch.setattr(one.encoding, "decode", lambda place, array: read.append(place.name) or decode(place, array))
     runs.load_vars(make(1))
     assert sorted(read) == ["vars.params.bias", "vars.params.weight"]
 

@@ -467,7 +467,7 @@ def test_what_could_not_be_resumed_is_refused_at_the_start(tmp_path, made, monke
         trainer.fit(state, unscoped, checkpoints=runs)
     with monkeypatch.context() as patched:
         patched.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(ValueError, match=r"supports one process, and this run has 2.*Orbax"):
+        with pytest.raises(ValueError, match=r"each of the 2 processes has a state of its own.*data_parallel\(\)"):
             trainer.fit(state, train, checkpoints=runs)
     with pytest.raises(FileNotFoundError, match="resume='must'"):
         trainer.fit(state, train, checkpoints=Directory(tmp_path / "runs", resume="must"))

@@ -78,7 +78,7 @@ def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: Re
     # Not saved: the reports may have the values of later steps already.
     lost = "The compiled step failed, and the newest states were lost with the memory given to it. "
     saved = None
-    if run.saver is not None:
+    if run.saver is not None and run.together is None:  # several processes could only read it together
         vars, opt_state, count = loop.kinds
         like = TrainState(vars=vars, opt_state=opt_state, step=count, key=loop.key)
         with suppress(Exception):

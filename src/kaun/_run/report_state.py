@@ -13,6 +13,8 @@ import numpy as np
 from kaun import tree
 from kaun._messages import quoted
 from kaun._report import Composite, measured_by_call, member, names_of
+from kaun.checkpoint import is_elsewhere
+from kaun.sharding import put
 from kaun.state import TrainState
 
 __all__ = [
@@ -23,7 +25,7 @@ __all__ = [
 _ARRAY, _STATE, _AVERAGED = "array:", "state:", "averaged:"
 
 
-def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a snapshot as JSON with the names of its arrays in their place, and the arrays by name.
 
     Args:
@@ -32,7 +34,7 @@ def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     Raises:
         TypeError: If it holds anything else.
     """
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    arrays: dict[str, Any] = {}
 
     def put(path: str, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -41,10 +43,10 @@ def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
             return [put(f"{path}/{i}", v) for i, v in enumerate(value)]
         if isinstance(value, TrainState):
             for name, leaf in tree.flatten(value)[0].items():
-                arrays[f"{path}/{name}"] = np.asarray(jax.random.key_data(leaf) if tree.is_key(leaf) else leaf)
+                arrays[f"{path}/{name}"] = _readable(jax.random.key_data(leaf) if tree.is_key(leaf) else leaf)
             return (_AVERAGED if value.is_averaged else _STATE) + path
         if isinstance(value, (jax.Array, np.ndarray)):
-            arrays[path] = np.asarray(value)
+            arrays[path] = _readable(value)
             return _ARRAY + path
         if isinstance(value, str):
             return f"text:{value}"
@@ -59,6 +61,11 @@ def pack_snapshot(snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         )
 
     return put("", snapshot), arrays
+
+
+def _readable(array: Any) -> Any:
+    """An array of NumPy; one of which other processes have parts stays as it is, and each of them saves its part."""
+    return array if isinstance(array, jax.Array) and is_elsewhere(array) else np.asarray(array)
 
 
 def unpack_snapshot(saved: Any, arrays: Mapping[str, Any], like: TrainState) -> Any:
@@ -92,7 +99,7 @@ def unpack_snapshot(saved: Any, arrays: Mapping[str, Any], like: TrainState) -> 
 def _array(arrays: Mapping[str, Any], name: str) -> Any:
     if name not in arrays:
         raise ValueError(f"the checkpoint names the array {quoted(name)} of a report, but does not contain it")
-    return np.array(arrays[name])
+    return arrays[name] if isinstance(arrays[name], jax.Array) else np.array(arrays[name])
 
 
 def _state(arrays: Mapping[str, Any], path: str, like: TrainState) -> TrainState:
@@ -106,8 +113,17 @@ def _state(arrays: Mapping[str, Any], path: str, like: TrainState) -> TrainState
                 f"the state that a report saved has {tree.describe(array)} at {quoted(name)}; the state of this run "
                 f"has {tree.describe(expected)} there"
             )
-        restored.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if tree.is_key(leaf) else array)
-    return jax.tree_util.tree_map(jnp.asarray, structure.unflatten(restored))
+        made = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if tree.is_key(leaf) else array
+        restored.append(_placed(jnp.asarray(made), leaf))
+    return structure.unflatten(restored)
+
+
+def _placed(array: jax.Array, like: Any) -> jax.Array:
+    """An array that each process has read, on the devices of all of them where those of the state are."""
+    if not isinstance(like, jax.Array) or like.is_fully_addressable or not array.is_fully_addressable:
+        return array
+    where: Any = like.sharding
+    return put(array, where)
 
 
 def keeping(report: Any) -> list[Any]:

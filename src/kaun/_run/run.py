@@ -27,9 +27,9 @@ from kaun._run.reports import ReportCaller, check_best_is_measured
 from kaun._run.same import begin_facts, refuse_unscoped
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
-from kaun.checkpoint import Best, Directory, Saved, Store
+from kaun.checkpoint import Best, Directory, Saved, Store, group_for, processes_with
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
-from kaun.sharding import Sharding
+from kaun.sharding import Sharding, put
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]
@@ -157,10 +157,14 @@ def open_run(
         if checkpoints is None:
             run = TrainingRun(state, data, None, together)
         else:
+            if sharding is not None:  # what a checkpoint holds is read onto the devices of this state
+                state = jax.tree_util.tree_map(put, state, sharding.of(state))
             _check_resumable(checkpoints, state, data)
             if checkpoints.best is not None and is_first():
                 check_best_is_measured(checkpoints.best[0], report)
-            store = Store.open(checkpoints)
+            if together is not None:
+                together.meet()  # what was refused above in one process ends the fit in all
+            store = Store.open(checkpoints, group=group_for(checkpoints.path, state))
             stack.enter_context(_closed(store))
             run = _start_or_resume(store, checkpoints, state, data, report, together, watched=on_nonfinite != "ignore")
         if together is not None:
@@ -214,10 +218,11 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
             f"fit(checkpoints=...) expected a checkpoint.Directory, received {checkpoints!r}. Write "
             'checkpoints=checkpoint.Directory("runs/digits", every=500).'
         )
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not processes_with(state):
         raise ValueError(
-            f"fit(checkpoints=...) supports one process, and this run has {jax.process_count()}. Save the states of a "
-            "run on several hosts with Orbax, in a report."
+            f"fit(checkpoints=...): each of the {jax.process_count()} processes has a state of its own, on its own "
+            "devices, and one directory holds one run. Spread the state over all devices, Trainer(..., "
+            "sharding=kaun.sharding.data_parallel())."
         )
     keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
     keyed += unscoped(data)
@@ -278,13 +283,20 @@ def _spoiled(start: TrainState, found: TrainState) -> str:
     before = tree.flatten(start)[0]
     for path, leaf in tree.flatten(found)[0].items():
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            spoiled = ~np.isfinite(np.asarray(leaf))
-            if spoiled.any() and (spoiled & np.isfinite(np.asarray(before[path]))).any():
+            pairs = zip(_pieces_here(leaf), _pieces_here(before[path]), strict=True)
+            if any((~np.isfinite(now) & np.isfinite(then)).any() for now, then in pairs):
                 return (
                     f"{path!r} is not finite, and was finite when the run began. To train with it all the same, write "
                     'Trainer(..., on_nonfinite="ignore")'
                 )
     return ""
+
+
+def _pieces_here(leaf: Any) -> list[np.ndarray[Any, Any]]:
+    """The values of an array, or those that lie on devices of this process."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return [np.asarray(leaf)]
+    return [np.asarray(shard.data) for shard in leaf.addressable_shards]
 
 
 def _resume(
@@ -327,7 +339,7 @@ def _restore_report(directory: Directory, report: Any, saved: Saved) -> None:
         matched, gone = match_reports(keeping(report), kept)
     except ValueError as error:
         matched, gone = [], [str(error)]
-    if gone:
+    if gone and is_first():  # a report may be there in process 0 alone, whose reports a checkpoint holds
         refuse_difference(directory, "reports", saved.step, gone)
     for each, values in matched:
         restore = member(each, "restore")

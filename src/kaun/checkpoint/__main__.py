@@ -1,4 +1,7 @@
-"""Inspect a directory of checkpoints: ``python -m kaun.checkpoint verify|list|show PATH``."""
+"""Inspect a directory of checkpoints: ``python -m kaun.checkpoint verify|list|show PATH``.
+
+``join PATH FILE`` writes the state of a checkpoint, whose parts several processes wrote, as one file.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,11 @@ def main(given: Sequence[str] | None = None) -> int:
         "show": "print the leaves of the newest checkpoint, or of the one at PATH",
     }.items():
         commands.add_parser(name, help=help).add_argument("path", type=Path, metavar="PATH")
+    join = commands.add_parser(
+        "join", help="write the state of the newest checkpoint, or of the one at PATH, as one file"
+    )
+    join.add_argument("path", type=Path, metavar="PATH")
+    join.add_argument("file", type=Path, metavar="FILE")
     options = parser.parse_args(given)
     disk, path = Disk(), options.path
     single = parse_name(path.absolute())
@@ -38,6 +46,8 @@ def main(given: Sequence[str] | None = None) -> int:
     if not found:
         print(f"no checkpoint in {str(path)!r}", file=sys.stderr)
         return 1
+    if options.command == "join":
+        return _join(disk, found[0], options.file)
     return {"verify": _verify, "list": _list, "show": _show}[options.command](disk, found)
 
 
@@ -69,6 +79,16 @@ def _list(disk: Disk, found: list[Found]) -> int:
     return int(bad > 0)
 
 
+def _join(disk: Disk, newest: Found, file: Path) -> int:
+    try:
+        one.write_joined(disk, newest.path, newest.step, file)
+    except (one.Damaged, ResumeMismatch, OSError) as err:
+        print(f"{newest.path.name} was not joined: {_error(err)}", file=sys.stderr)
+        return 1
+    print(f"{newest.path.name}  {format_bytes(file.stat().st_size)}  {plain(file)}")
+    return 0
+
+
 def _marks(disk: Disk, path: Path) -> Callable[[int], str]:
     """Why a step is kept longer than others, by what the newest checkpoint records; empty where nothing says so."""
     best, forever = None, None
@@ -87,7 +107,8 @@ def _marks(disk: Disk, path: Path) -> Callable[[int], str]:
 def _line(disk: Disk, each: Found) -> str:
     sizes = [(each.path / entry.name).lstat().st_size for entry in disk.entries(each.path) if entry.is_file]
     made = datetime.fromtimestamp(each.path.lstat().st_mtime).isoformat(" ", "seconds")
-    return f"{each.path.name}  {format_bytes(sum(sizes)):>10}  {made}"
+    parts = sum(entry.name.startswith("part-") for entry in disk.entries(each.path))
+    return f"{each.path.name}  {format_bytes(sum(sizes)):>10}  {made}" + (f"  {parts} parts" if parts else "")
 
 
 def _show(disk: Disk, found: list[Found]) -> int:

@@ -14,6 +14,7 @@ from kaun._messages import warn
 from kaun.checkpoint import arguments, one
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.folders import scan
+from kaun.checkpoint.group import group_for
 from kaun.checkpoint.reading import load_from
 from kaun.errors import ResumeMismatch
 from kaun.layers.core import Vars
@@ -31,8 +32,9 @@ class Directory:
     """A folder for the checkpoints of one run; pass it to ``fit`` as ``checkpoints=``.
 
     Args:
-        path: The folder, on a local disk. It is made when it is first used. Only one run at a time may use it. A
-            relative path is taken from the working directory of now, and ``~`` is the home folder.
+        path: The folder, on a local disk, or for several processes on one that all of them share. It is made when it is
+            first used. Only one run at a time may use it. A relative path is taken from the working directory of now,
+            and ``~`` is the home folder.
         every: How often a checkpoint is written: a number of steps (int) or a time (timedelta). Default None: only at
             the end, and when the run is interrupted.
         keep: How many of the newest checkpoints are kept, at least 1. Default 3. The best one is not counted.
@@ -161,8 +163,9 @@ class Directory:
     def load(self, like: TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> TrainState:
         """Return the state of a checkpoint, for example for ``predict`` after training.
 
-        A run may be writing to the directory meanwhile. With ``accumulate`` the items of an open window wait in the
-        state: ``trainer.flush(runs.load(state))`` is what the ``fit`` of a finished run returned.
+        A run may be writing to the directory meanwhile. Where ``like`` lies on the devices of several processes, all of
+        them have to call this, and each reads what its devices need. With ``accumulate`` the items of an open window
+        wait in the state: ``trainer.flush(runs.load(state))`` is what the ``fit`` of a finished run returned.
 
         Args:
             like: A state of the structure, shapes and dtypes to load, for example ``trainer.init()``. Its values do not
@@ -186,7 +189,8 @@ class Directory:
             Traceback (most recent call last):
             FileNotFoundError: there is no checkpoint in ...
         """
-        return load_from("load", self.path, at, lambda disk, found: one.read(disk, found.path, found.step, like).state)
+        read = lambda disk, found, verified: one.read(disk, found.path, found.step, like, verified=verified).state
+        return load_from("load", self.path, at, group_for(self.path, like), read)
 
     def load_vars(self, like: Vars | TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> Vars:
         """Return the variables of a checkpoint, whatever the optimizer of its run was.
@@ -224,5 +228,5 @@ class Directory:
                 f"Directory.load_vars expected a Vars or a TrainState, received {type(given).__name__}. Write "
                 "runs.load_vars(trainer.init())."
             )
-        read = lambda disk, found: one.read_vars(disk, found.path, found.step, template)
-        return load_from("load_vars", self.path, at, read)
+        read = lambda disk, found, verified: one.read_vars(disk, found.path, found.step, template, verified=verified)
+        return load_from("load_vars", self.path, at, group_for(self.path, template), read)

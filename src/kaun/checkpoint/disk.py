@@ -104,6 +104,10 @@ class Disk:
             raise
         return file, about.st_size
 
+    def seek(self, file: int, offset: int) -> None:
+        """Let the next read begin at this byte of the file."""
+        os.lseek(file, offset, os.SEEK_SET)
+
     def read(self, file: int, into: memoryview) -> int:
         """Read the next bytes into memory, and return how many; fewer than asked for only at the end of the file."""
         got = 0

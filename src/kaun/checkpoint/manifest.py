@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kaun._messages import quoted
 from kaun.checkpoint import strict_json
 from kaun.checkpoint.disk import Disk
+from kaun.checkpoint.safetensors_header import Place, dtype_of, is_shape
 from kaun.errors import ResumeMismatch
 
-__all__ = ["FILES", "VERSION", "FileDigest", "Manifest", "read", "sealed"]
+__all__ = ["FILES", "VERSION", "FileDigest", "Manifest", "parse", "part_names", "read", "sealed"]
 
-VERSION = 1
+VERSION = 2
+_ONE_FILE, _PARTS = 1, 2
 FILES = ("state.safetensors", "reports.safetensors")  # the second only if reports keep arrays
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _END = b'"}\n'
@@ -35,24 +39,29 @@ class Manifest(NamedTuple):
         files: The files of the checkpoint, by name.
         reports: What reports keep and is not an array, by name.
         facts: By what the run is recognized, by name.
+        leaves: Dtype, shape and kind of the leaves in the parts of a checkpoint of several processes; else None.
     """
 
     step: int
     files: dict[str, FileDigest]
     reports: dict[str, Any]
     facts: dict[str, Any]
+    leaves: dict[str, Place] | None = None
 
 
-def sealed(step: int, files: Mapping[str, FileDigest], text: str) -> bytes:
+def sealed(step: int, files: Mapping[str, FileDigest], text: str, *, parts: bool = False) -> bytes:
     """The bytes of a manifest.
 
     Args:
         step: The run's step.
         files: The files that were written, by name.
-        text: The entries of ``reports`` and ``facts``, as JSON without the braces around them.
+        text: The entries of ``reports`` and ``facts``, with ``parts`` also of ``leaves``, as JSON without the braces
+            around them.
+        parts: Whether the files are parts, which an earlier kaun does not read.
     """
     records = {name: record._asdict() for name, record in files.items()}
-    about = strict_json.dumps({"kaun": VERSION, "step": step, "files": records}, "manifest")
+    version = _PARTS if parts else _ONE_FILE
+    about = strict_json.dumps({"kaun": version, "step": step, "files": records}, "manifest")
     raw = f'{about[:-1]},{text},"sha256":"'.encode()
     return raw + hashlib.sha256(raw).hexdigest().encode() + _END
 
@@ -79,28 +88,46 @@ def read(disk: Disk, path: Path, step: int) -> Manifest:
         raise ValueError("it does not end like a manifest")
     if hashlib.sha256(start).hexdigest().encode() != digest:
         raise ValueError("its text is not what was written: its SHA-256 differs from the one at its end")
-    found = _checked(strict_json.loads(bytes(raw)))
+    found = parse(bytes(raw))
     if found.step != step:
         raise ValueError(f"it is of step {found.step}, in a folder of step {step}")
     return found
 
 
-def _checked(found: Any) -> Manifest:
+def parse(raw: bytes) -> Manifest:
+    """What the bytes of a manifest say; their sum is not looked at.
+
+    Raises:
+        ValueError: If they say nothing that ``sealed`` writes.
+        ResumeMismatch: If a newer kaun wrote it.
+    """
+    found = strict_json.loads(raw)
     if not isinstance(found, dict) or type(found.get("kaun")) is not int or found["kaun"] < 1:
         raise ValueError("it is not a manifest of kaun")
     if found["kaun"] > VERSION:
         raise ResumeMismatch(
-            f"a checkpoint of format {found['kaun']} was written by a newer kaun than this one, which reads format "
-            f"{VERSION}. Install the newer one."
+            f"a checkpoint of format {found['kaun']} was written by a newer kaun than this one, which reads formats up "
+            f"to {VERSION}. Install the newer one."
         )
-    if found.keys() != {"kaun", "step", "files", "reports", "facts", "sha256"} or type(found["step"]) is not int:
+    in_parts = found["kaun"] == _PARTS
+    objects = {"files", "reports", "facts"} | ({"leaves"} if in_parts else set())
+    if found.keys() != {"kaun", "step", "sha256"} | objects or type(found["step"]) is not int:
         raise ValueError("its entries are not those of a manifest")
-    records, reports, facts = found["files"], found["reports"], found["facts"]
-    if not (isinstance(records, dict) and isinstance(reports, dict) and isinstance(facts, dict)):
+    if not all(isinstance(found[name], dict) for name in objects):
         raise ValueError("its entries are not those of a manifest")
-    if FILES[0] not in records or not records.keys() <= set(FILES) or not all(map(_is_record, records.values())):
+    records = found["files"]
+    one_file = FILES[0] in records and records.keys() <= set(FILES)
+    known = records.keys() == set(part_names(len(records))) if in_parts else one_file
+    if not known or not all(map(_is_record, records.values())):
         raise ValueError("its entries of files are not those of a manifest")
-    return Manifest(found["step"], {name: FileDigest(**record) for name, record in records.items()}, reports, facts)
+    files = {name: FileDigest(**record) for name, record in records.items()}
+    leaves = _places(found["leaves"]) if in_parts else None
+    return Manifest(found["step"], files, found["reports"], found["facts"], leaves)
+
+
+def part_names(count: int) -> list[str]:
+    """The names of the parts that so many processes write."""
+    return [f"part-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def _is_record(record: Any) -> bool:
@@ -108,3 +135,17 @@ def _is_record(record: Any) -> bool:
         return False
     size, digest = record["size"], record["sha256"]
     return type(size) is int and size >= 0 and isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
+
+
+def _places(leaves: Mapping[str, Any]) -> dict[str, Place]:
+    """The leaves that the entry ``leaves`` names, as arrays that begin at byte 0."""
+    found: dict[str, Place] = {}
+    for name, entry in leaves.items():
+        if not isinstance(entry, dict) or not {"dtype", "shape"} <= entry.keys() <= {"dtype", "shape", "kind"}:
+            raise ValueError(f"{quoted(name)} must be a JSON object of dtype and shape, and is {quoted(entry)}")
+        kind, shape = entry.get("kind"), entry["shape"]
+        if not is_shape(shape) or not isinstance(kind, (str, type(None))):
+            raise ValueError(f"{quoted(name)} has the shape {quoted(shape)} and the kind {quoted(kind)}")
+        dtype = dtype_of(name, entry["dtype"])
+        found[name] = Place(name, dtype, tuple(shape), 0, math.prod(shape) * dtype.itemsize, kind)
+    return found

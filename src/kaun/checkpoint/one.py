@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
-import queue
-import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from kaun.checkpoint import files, manifest, strict_json
+from kaun.checkpoint import encoding, files, manifest, strict_json
 from kaun.checkpoint.disk import Disk
+from kaun.checkpoint.encoding import is_elsewhere
+from kaun.checkpoint.hashed import Damaged, FileContent, Source, reading
 from kaun.checkpoint.manifest import FileDigest, Manifest
-from kaun.checkpoint.safetensors_header import Place, Short, read_places
+from kaun.checkpoint.parts import Parts, Share, leaves_of, shards_of
+from kaun.checkpoint.safetensors_header import Place, read_places
 from kaun.errors import ResumeMismatch
 from kaun.layers.core import Vars
 from kaun.state import TrainState
@@ -25,7 +23,7 @@ from kaun.tree import flatten, is_array
 
 __all__ = [
     "MANIFEST", "REPORTS", "STATE", "Damaged", "Draft", "Manifest", "OtherLeaves", "Saved", "leaves", "read",
-    "read_manifest", "read_vars", "verify",
+    "read_manifest", "read_vars", "verify", "write_joined",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -33,13 +31,7 @@ T = TypeVar("T")
 STATE, REPORTS = manifest.FILES
 MANIFEST = "manifest.json"
 _VARS, _OPT_STATE = "vars.", "opt_state"  # the names of their leaves in the state begin with these
-_PIECE = 4 << 20
-# The errors of a file that is missing or is something else, and of a disk that cannot read it.
-_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
-
-
-class Damaged(ValueError):
-    """A checkpoint is not as it was written; the message says where."""
+_IN_PARTS = "reports."  # in parts, the names of arrays of reports begin with this; no field of a state has the name
 
 
 class OtherLeaves(ResumeMismatch):
@@ -49,7 +41,7 @@ class OtherLeaves(ResumeMismatch):
         in_opt_state: Whether only those of the optimizer's state differ.
     """
 
-    def __init__(self, differences: files.Differences) -> None:
+    def __init__(self, differences: encoding.Differences) -> None:
         super().__init__(differences.listing())
         self.in_opt_state: bool = all(line.startswith(_OPT_STATE) for line in differences.lines)
 
@@ -70,69 +62,6 @@ class Saved(NamedTuple):
     facts: dict[str, Any]
 
 
-class _Digest:
-    """The SHA-256 of bytes as they are read or written, in a thread, since hashing releases the interpreter lock."""
-
-    def __init__(self, size: int, waiting: int = 0) -> None:
-        self._hash = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(waiting)
-        self._thread = threading.Thread(target=self._run, name="kaun-sha256", daemon=True)
-        # A thread takes longer to start than to hash fewer bytes than this.
-        self._threaded = size > _PIECE
-        if self._threaded:
-            self._thread.start()
-
-    def _run(self) -> None:
-        while (data := self._queue.get()) is not None:
-            self._hash.update(data)
-
-    def update(self, data: memoryview) -> None:
-        if self._threaded:
-            self._queue.put(data)
-        else:
-            self._hash.update(data)
-
-    def finish(self) -> str:
-        if self._threaded:
-            self._queue.put(None)
-            self._thread.join()
-        return self._hash.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-
-
-class _FileContent:
-    """The bytes of a safetensors file, copied to memory that nothing else writes to."""
-
-    def __init__(self, leaves: Mapping[str, Any]) -> None:
-        pieces = files.serialize(leaves)
-        self._data = np.empty(sum(map(len, pieces)), np.uint8)
-        at = 0
-        for piece in pieces:
-            self._data[at : at + len(piece)] = piece
-            at += len(piece)
-
-    def write(self, disk: Disk, path: Path) -> FileDigest:
-        """Write the file, and return its size and its sum once it is on the disk."""
-        size = self._data.size
-        file = disk.create(path)
-        try:
-            with _Digest(size) as digest:
-                for at in range(0, size, _PIECE):
-                    piece = self._data[at : at + _PIECE].data
-                    digest.update(piece)
-                    disk.write(file, piece)
-                disk.sync(file)
-                return FileDigest(size, digest.finish())
-        finally:
-            disk.close(file)
-
-
 class Draft:
     """A checkpoint in memory, ready to be written. All arrays are copied, so the arguments may change afterwards.
 
@@ -141,112 +70,111 @@ class Draft:
         state: The state.
         reports: Arrays (which come back as NumPy's), floats, and JSON values, by name.
         facts: JSON values, by name.
+        share: What this process writes of it; None: all.
 
     Raises:
         TypeError: If neither JSON nor a safetensors file can hold a value.
         ValueError: If they cannot hold it, or all that is not an array takes more than 16 MB.
     """
 
-    def __init__(self, step: int, state: TrainState, reports: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        step: int,
+        state: TrainState,
+        reports: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        share: Share | None = None,
+    ) -> None:
         held = {name: v for name, v in reports.items() if is_array(v) or (type(v) is float and not np.isfinite(v))}
         values = {name: value for name, value in reports.items() if name not in held}
         self.step = step
         self._text = (
             f'"reports":{strict_json.dumps(values, "reports")},"facts":{strict_json.dumps(dict(facts), "facts")}'
         )
+        leaves, self._in_parts = flatten(state)[0], share is not None
+        if share is None:
+            self._files = {STATE: FileContent(leaves)} | ({REPORTS: FileContent(held)} if held else {})
+        else:
+            leaves |= {_IN_PARTS + name: value for name, value in held.items()}
+            self._files = {share.file: FileContent(shards_of(leaves, share))}
+            self._text = f'"leaves":{strict_json.dumps(leaves_of(leaves), "leaves")},{self._text}'
         if len(self._text) > strict_json.LARGEST - 1000:
             raise ValueError(
                 f"the reports' values and the facts of a checkpoint take {len(self._text)} bytes as JSON, and at most "
                 f"{strict_json.LARGEST >> 20} MB can be stored. Keep arrays instead: np.asarray(values)."
             )
-        self._files = {STATE: _FileContent(flatten(state)[0])}
-        if held:
-            self._files[REPORTS] = _FileContent(held)
 
     def write(self, disk: Disk, folder: Path) -> None:
         """Make the folder and its files, and wait until they are on the disk."""
-        disk.make_folder(folder)
-        records = {name: file.write(disk, folder / name) for name, file in self._files.items()}
+        self.seal(disk, folder, self.write_files(disk, folder))
+
+    def write_files(self, disk: Disk, folder: Path) -> dict[str, FileDigest]:
+        """Make the folder, if no other process has, and the files with arrays, and wait until they are on the disk."""
+        try:
+            disk.make_folder(folder)
+        except FileExistsError:
+            if not self._in_parts:
+                raise
+        return {name: file.write(disk, folder / name) for name, file in self._files.items()}
+
+    def seal(self, disk: Disk, folder: Path, records: Mapping[str, FileDigest]) -> None:
+        """Write the manifest. The files must be on the disk.
+
+        Args:
+            disk: The disk.
+            folder: The folder.
+            records: What ``write_files`` returned, in all processes together.
+
+        Raises:
+            ValueError: If the shards in the parts are not all of a leaf: the processes have different trees.
+        """
+        raw = manifest.sealed(self.step, records, self._text, parts=self._in_parts)
+        if self._in_parts:
+            try:
+                Parts(disk, folder, manifest.parse(raw))
+            except Damaged as err:
+                raise ValueError(
+                    f"the processes save different leaves: {err}. Give all of them the same trainer, and the same "
+                    "reports in the same order; the ready-made ones write in process 0 alone."
+                ) from None
         file = disk.create(folder / MANIFEST)
         try:
-            disk.write(file, memoryview(manifest.sealed(self.step, records, self._text)))
+            disk.write(file, memoryview(raw))
             disk.sync(file)
         finally:
             disk.close(file)
         disk.sync_folder(folder)
 
 
-@contextlib.contextmanager
-def _reading(name: str) -> Generator[None, None, None]:
-    """Raise Damaged with the name of a file for an error that the content of the file causes."""
-    try:
-        yield
-    except (Damaged, ResumeMismatch):
-        raise
-    except (ValueError, RecursionError) as err:
-        raise Damaged(f"{name}: {err}") from err
-    except OSError as err:
-        if err.errno is not None and err.errno not in _DAMAGE:
-            raise
-        raise Damaged(f"{name}: {err.strerror or err}") from err
-
-
-class _Source:
-    """A file that is read from beginning to end, and hashed as it is read."""
-
-    def __init__(self, disk: Disk, path: Path, record: FileDigest) -> None:
-        self._disk, self._record = disk, record
-        self._file, size = disk.open(path)
-        self.left = size
-        self._digest = _Digest(size, waiting=8)
-
-    def __enter__(self) -> Self:
-        if self.left != self._record.size:
-            self.__exit__()
-            raise ValueError(f"it has {self.left} bytes, and {self._record.size} were written")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._digest.__exit__()
-        self._disk.close(self._file)
-
-    def take(self, into: memoryview) -> None:
-        """Read the next bytes, as many as the memory holds."""
-        for at in range(0, len(into), _PIECE):
-            piece = into[at : at + _PIECE]
-            if self._disk.read(self._file, piece) < len(piece):
-                raise Short("it ends early")
-            self._digest.update(piece)
-        self.left -= len(into)
-
-    def finish(self) -> None:
-        """Read what is left, and raise ValueError unless all bytes are those that were written."""
-        while self.left:
-            self.take(memoryview(bytearray(min(_PIECE, self.left))))
-        if self._digest.finish() != self._record.sha256:
-            raise ValueError("its bytes are not those that were written: their SHA-256 differs")
-
-
-def verify(disk: Disk, folder: Path, step: int) -> Manifest:
+def verify(disk: Disk, folder: Path, step: int, index: int = 0, count: int = 1) -> Manifest:
     """Read every byte of a checkpoint, check it, and return the manifest.
+
+    Args:
+        disk: The disk.
+        folder: The checkpoint.
+        step: Its step.
+        index: Of several processes that verify it together, the number of this one, which reads its share of the files.
+        count: How many there are.
 
     Raises:
         Damaged: If a byte is not as it was written.
         ResumeMismatch: If a newer version of kaun wrote the checkpoint.
     """
     about = read_manifest(disk, folder, step)
-    for name, record in about.files.items():
-        with _reading(name), _Source(disk, folder / name, record) as source:
+    for name, record in sorted(about.files.items())[index::count]:
+        with reading(name), Source(disk, folder / name, record) as source:
             source.finish()
     return about
 
 
 def leaves(disk: Disk, folder: Path, step: int) -> tuple[Manifest, dict[str, list[Place]]]:
     """Verify a checkpoint, and return its manifest and the arrays in each of its files."""
-    about = read_manifest(disk, folder, step)
+    if (about := read_manifest(disk, folder, step)).leaves is not None:
+        verify(disk, folder, step)
+        return about, {f"{len(about.files)} parts": list(about.leaves.values())}
     found: dict[str, list[Place]] = {}
     for name, record in about.files.items():
-        with _reading(name), _Source(disk, folder / name, record) as source:
+        with reading(name), Source(disk, folder / name, record) as source:
             found[name] = read_places(source.take, source.left)
             source.finish()
     return about, found
@@ -261,53 +189,124 @@ def read_manifest(disk: Disk, folder: Path, step: int) -> Manifest:
     """
     if folder.is_symlink():
         raise Damaged("it is a link and not a folder")
-    with _reading(MANIFEST):
+    with reading(MANIFEST):
         return manifest.read(disk, folder / MANIFEST, step)
 
 
-def read(disk: Disk, folder: Path, step: int, like: TrainState) -> Saved:
+def read(disk: Disk, folder: Path, step: int, like: TrainState, *, verified: bool = False) -> Saved:
     """Verify and return a checkpoint in the structure of ``like``; see ``checkpoint.load`` for what a template is.
+
+    Args:
+        disk: The disk.
+        folder: The checkpoint.
+        step: Its step.
+        like: The template.
+        verified: Whether parts were verified already, by several processes together.
 
     Raises:
         Damaged: If a byte is not as it was written; nothing of the checkpoint was used.
         OtherLeaves: If the leaves, shapes and dtypes are not those of ``like``.
     """
     about = read_manifest(disk, folder, step)
-    state = _read_tree(disk, folder, about, like)
     reports = dict(about.reports)
+    if about.leaves is not None:
+        parts = _opened(disk, folder, step, verified=verified)
+        state, leaves = _tree_of(parts, like), flatten(like)[0]
+        for name in about.leaves:
+            if name.startswith(_IN_PARTS):
+                reports[name.removeprefix(_IN_PARTS)] = _report_array(parts, name, leaves)
+        return Saved(step, state, reports, about.facts)
+    state = _read_tree(disk, folder, about, like)
     if REPORTS in about.files:
-        with _reading(REPORTS):
+        with reading(REPORTS):
             reports |= _leaves(disk, folder / REPORTS, about.files[REPORTS])[0]
     return Saved(step, state, reports, about.facts)
 
 
-def read_vars(disk: Disk, folder: Path, step: int, like: Vars) -> Vars:
+def read_vars(disk: Disk, folder: Path, step: int, like: Vars, *, verified: bool = False) -> Vars:
     """Verify a checkpoint, and return its variables alone; no array is made of the other leaves.
 
     Raises:
         Damaged: If a byte of the manifest or of the state's file is not as it was written.
         OtherLeaves: If the leaves, shapes and dtypes of the variables are not those of ``like``.
     """
-    return _read_tree(disk, folder, read_manifest(disk, folder, step), like, _VARS)
+    about = read_manifest(disk, folder, step)
+    if about.leaves is not None:
+        return _tree_of(_opened(disk, folder, step, verified=verified), like, _VARS)
+    return _read_tree(disk, folder, about, like, _VARS)
+
+
+def write_joined(disk: Disk, folder: Path, step: int, target: Path) -> None:
+    """Verify a checkpoint, and write its state as one file, the bytes that ``checkpoint.save`` would write.
+
+    Raises:
+        Damaged: If a byte is not as it was written.
+    """
+    if read_manifest(disk, folder, step).leaves is None:
+        verify(disk, folder, step)
+        files.copy("join", target, folder / STATE)
+        return
+    parts = _opened(disk, folder, step)
+    leaves = [place for place in parts.leaves.values() if not place.name.startswith(_IN_PARTS)]
+    files.write_arrays("join", target, leaves, parts.whole)
+
+
+def _opened(disk: Disk, folder: Path, step: int, *, verified: bool = False) -> Parts:
+    about = read_manifest(disk, folder, step) if verified else verify(disk, folder, step)
+    return Parts(disk, folder, about)
+
+
+def _tree_of(parts: Parts, like: T, start: str = "") -> T:
+    """The leaves in parts whose names have this start, in the structure of a template and on its devices."""
+    leaves, structure = flatten(like)
+    wanted = {start + name: leaf for name, leaf in leaves.items()}
+    encoding.check_template(wanted)
+    places = [
+        place for name, place in parts.leaves.items() if name.startswith(start) and not name.startswith(_IN_PARTS)
+    ]
+    with reading(MANIFEST):
+        differences = encoding.compare(places, wanted)
+    if differences.lines:
+        raise OtherLeaves(differences)
+    return jax.tree.unflatten(structure, [parts.restore(name, leaf) for name, leaf in wanted.items()])
+
+
+def _report_array(parts: Parts, name: str, leaves: Mapping[str, Any]) -> Any:
+    """An array that a report kept; it lies as the state's leaf of its name where that is spread over processes."""
+    place, rest = parts.leaves[name], name
+    while rest:
+        rest = rest.partition("/")[2]
+        like = leaves.get(rest)
+        if (
+            isinstance(like, jax.Array)
+            and (like.shape, like.dtype) == (place.shape, place.dtype)
+            and is_elsewhere(like)
+        ):
+            return parts.restore(name, like)
+    with reading(MANIFEST):
+        encoding.compare([place], None)
+    return encoding.decode(place, parts.whole(name))
 
 
 def _read_tree(disk: Disk, folder: Path, about: Manifest, like: T, start: str = "") -> T:
     """The leaves of the state whose names have this start, in the structure of a template."""
     leaves, structure = flatten(like)
     wanted = {start + name: leaf for name, leaf in leaves.items()}
-    files.check_template(wanted)
-    with _reading(STATE):
+    encoding.check_template(wanted)
+    with reading(STATE):
         found, differences = _leaves(disk, folder / STATE, about.files[STATE], wanted, start)
     if differences.lines:
         raise OtherLeaves(differences)
-    return jax.tree.unflatten(structure, [files.restore(name, found.pop(name), leaf) for name, leaf in wanted.items()])
+    return jax.tree.unflatten(
+        structure, [encoding.restore(name, found.pop(name), leaf) for name, leaf in wanted.items()]
+    )
 
 
 def _leaves(
     disk: Disk, path: Path, record: FileDigest, wanted: Mapping[str, Any] | None = None, start: str = ""
-) -> tuple[dict[str, Any], files.Differences]:
+) -> tuple[dict[str, Any], encoding.Differences]:
     """Verify a file, and return its leaves whose names have this start, and how they differ from the template."""
-    with _Source(disk, path, record) as source:
+    with Source(disk, path, record) as source:
         arrays, differences = files.read_arrays(source.take, source.left, wanted, start=start)
         source.finish()  # before anything is used, and also where leaves differ: the header may be what is damaged
-    return {place.name: files.decode(place, array) for place, array in arrays}, differences
+    return {place.name: encoding.decode(place, array) for place, array in arrays}, differences

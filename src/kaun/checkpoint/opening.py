@@ -13,9 +13,20 @@ from pathlib import Path
 from kaun.checkpoint.directory import Directory
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.folders import Found
+from kaun.checkpoint.group import Group
 from kaun.checkpoint.lock import Lock, Locked
 
-__all__ = ["advice", "as_error", "explained", "left_writing", "locked", "may_begin", "remove", "temporary_name"]
+__all__ = [
+    "advice",
+    "as_error",
+    "explained",
+    "left_writing",
+    "locked",
+    "may_begin",
+    "must_be_shared",
+    "remove",
+    "temporary_name",
+]
 
 _UNFINISHED = re.compile(r"\.kaun-[0-9a-f]{16}\.tmp", re.ASCII)
 left_writing: dict[Path, threading.Event] = {}
@@ -94,6 +105,36 @@ def remove(disk: Disk, path: Path) -> None:
         else:
             disk.remove(path / entry.name)
     disk.remove_folder(path)
+
+
+def must_be_shared(disk: Disk, path: Path, group: Group) -> None:
+    """Raise in all processes unless each of them sees the folders that process 0 makes."""
+    if group.count == 1:
+        return
+    name = group.first(lambda: _made(disk, path))
+
+    def look() -> None:
+        if name is not None and not (path / name).is_dir():
+            raise FileNotFoundError(
+                f"process {group.index} does not see in {str(path)!r} what process 0 wrote there. A checkpoint of "
+                "several processes is one folder: choose a directory on a file system that all of them share."
+            )
+
+    try:
+        group.gather(look)
+    finally:
+        if group.index == 0 and name is not None:
+            disk.remove_folder(path / name)
+
+
+def _made(disk: Disk, path: Path) -> str | None:
+    """The name of a new temporary folder, None where none can be made."""
+    made = temporary_name(path)
+    try:
+        disk.make_folder(made)
+    except OSError:
+        return None
+    return made.name
 
 
 def _probe(disk: Disk, path: Path) -> None:

@@ -21,6 +21,7 @@ from kaun._messages import quoted
 from kaun.checkpoint import strict_json
 
 __all__ = [
+    "CODES",
     "DTYPES",
     "LARGEST",
     "MOST",
@@ -28,8 +29,10 @@ __all__ = [
     "Short",
     "Take",
     "UnreadDtype",
+    "dtype_of",
     "header",
     "in_order",
+    "is_shape",
     "parse",
     "read_array",
     "read_index",
@@ -82,7 +85,7 @@ _TOKENS = 11 * MOST  # an array takes 5 strings and 3 pairs of brackets
 _PIECE = 1 << 20
 _LARGEST_NUMBER = 2**48  # of a length or a place; NumPy cannot make an array of a longer axis
 _CODE = re.compile(r"[BCFIU][0-9]+(_E[0-9]+M[0-9]+(FN|FNU|FNUZ)?)?")  # what the format may call a dtype
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {code: rank for rank, code in enumerate(DTYPES)}
 
 
@@ -106,17 +109,17 @@ class Place(NamedTuple):
     kind: str | None
 
 
-def in_order(arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[str]:
+def in_order(arrays: Mapping[str, Any]) -> list[str]:
     """The names of arrays in the order in which a file holds them."""
     # The format's own library, written in Rust, orders strings by their bytes.
-    return sorted(arrays, key=lambda name: (_RANKS[_CODES[arrays[name].dtype]], name.encode()))
+    return sorted(arrays, key=lambda name: (_RANKS[CODES[arrays[name].dtype]], name.encode()))
 
 
-def header(arrays: Mapping[str, np.ndarray[Any, Any]], note: tuple[str, str], where: str) -> bytes:
+def header(arrays: Mapping[str, Any], note: tuple[str, str], where: str) -> bytes:
     """All that comes before the arrays' bytes; the same bytes as the format's own library writes.
 
     Args:
-        arrays: The arrays by name.
+        arrays: The arrays by name, of which dtype and shape are read.
         note: The entry of metadata, a name and a text.
         where: The function that was called, for messages.
     """
@@ -126,12 +129,13 @@ def header(arrays: Mapping[str, np.ndarray[Any, Any]], note: tuple[str, str], wh
     start = 0
     for name in in_order(arrays):
         array = arrays[name]
+        size = math.prod(array.shape) * array.dtype.itemsize
         entries[name] = {
-            "dtype": _CODES[array.dtype],
+            "dtype": CODES[array.dtype],
             "shape": list(array.shape),
-            "data_offsets": [start, start + array.nbytes],
+            "data_offsets": [start, start + size],
         }
-        start += array.nbytes
+        start += size
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST or len(arrays) > MOST:
@@ -272,15 +276,31 @@ def _place(name: str, entry: Any, kind: str | None) -> Place:
         expected = "a JSON object of dtype, shape and data_offsets"
         raise ValueError(f"{quoted(name)} must be {expected} in its header, and is {quoted(entry)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        error = UnreadDtype if isinstance(code, str) and _CODE.fullmatch(code) else ValueError
-        raise error(f"{quoted(name)} is of dtype {quoted(code)}; kaun reads {', '.join(DTYPES)}")
-    if not (_whole(shape) and len(shape) <= 64 and _whole(offsets) and len(offsets) == 2):
+    dtype = dtype_of(name, code)
+    if not (is_shape(shape) and _whole(offsets) and len(offsets) == 2):
         raise ValueError(f"{quoted(name)} has the shape {quoted(shape)} and the data_offsets {quoted(offsets)}")
-    (start, stop), dtype = offsets, DTYPES[code]
+    start, stop = offsets
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{quoted(name)} is {dtype.name}{quoted(shape)} and has {stop - start} bytes")
     return Place(name, dtype, tuple(shape), start, stop, kind)
+
+
+def dtype_of(name: str, code: Any) -> np.dtype[Any]:
+    """The dtype of an array, from the JSON value of a header.
+
+    Raises:
+        UnreadDtype: If it is another one of the format.
+        ValueError: If it is none.
+    """
+    if not isinstance(code, str) or code not in DTYPES:
+        error = UnreadDtype if isinstance(code, str) and _CODE.fullmatch(code) else ValueError
+        raise error(f"{quoted(name)} is of dtype {quoted(code)}; kaun reads {', '.join(DTYPES)}")
+    return DTYPES[code]
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a JSON value is the shape of an array."""
+    return _whole(value) and len(value) <= 64
 
 
 def _whole(numbers: Any) -> bool:

@@ -14,9 +14,20 @@ from kaun.checkpoint import one
 from kaun.checkpoint.best import BRANCH, Best
 from kaun.checkpoint.directory import Directory
 from kaun.checkpoint.disk import Disk
-from kaun.checkpoint.folders import Found, all_damaged, best_of, newest_facts, not_there, of_other_leaves, scan
+from kaun.checkpoint.folders import (
+    Found,
+    all_damaged,
+    best_of,
+    newest_facts,
+    not_there,
+    of_other_leaves,
+    parse_name,
+    scan,
+)
+from kaun.checkpoint.group import ALONE, Group
 from kaun.checkpoint.listed import Listed
 from kaun.checkpoint.lock import Lock
+from kaun.checkpoint.manifest import FileDigest
 from kaun.checkpoint.one import Saved
 from kaun.checkpoint.opening import (
     advice,
@@ -25,9 +36,12 @@ from kaun.checkpoint.opening import (
     left_writing,
     locked,
     may_begin,
+    must_be_shared,
     remove,
     temporary_name,
 )
+from kaun.checkpoint.parts import Share
+from kaun.checkpoint.together import read_together, verify_together
 from kaun.errors import ResumeMismatch
 from kaun.state import TrainState
 from kaun.tree import flatten, format_bytes
@@ -45,9 +59,11 @@ class Store:
             ``newest`` and ``check_best`` can be used.
     """
 
-    def __init__(self, directory: Directory, disk: Disk, lock: Lock | None, read_only: OSError | None = None) -> None:
-        self._directory, self._disk, self._lock = directory, disk, lock
-        self.read_only: OSError | None = read_only
+    def __init__(self, directory: Directory, disk: Disk, group: Group) -> None:
+        self._directory, self._disk, self._group = directory, disk, group
+        self._lock: Lock | None = None
+        self.read_only: OSError | None = None
+        self._share = Share(group.index, group.count) if group.count > 1 else None
         # Waited for instead of the thread: in Python 3.11 an interrupted Thread.join takes the thread for ended.
         self._written = threading.Event()
         self._written.set()
@@ -59,8 +75,13 @@ class Store:
         self._warnings: list[str] = []
 
     @classmethod
-    def open(cls, directory: Directory, disk: Disk | None = None) -> Store:
+    def open(cls, directory: Directory, disk: Disk | None = None, group: Group = ALONE) -> Store:
         """Make the folder, lock it, remove what interrupted saves left behind, and check that files can be written.
+
+        Args:
+            directory: The directory.
+            disk: The disk, by default the real one.
+            group: The processes that write each checkpoint together; process 0 holds the lock.
 
         Raises:
             FileNotFoundError: If there is no checkpoint under a ``resume`` that needs one.
@@ -68,18 +89,34 @@ class Store:
             RuntimeError: If another run uses the directory.
             OSError: If nothing can be written there; the message says what to do. Where there are checkpoints and
                 the disk is read-only, the error is ``read_only``: of a run that is finished they are read.
+            FailedElsewhere: If one of these is raised in another process of the group, or it does not come in time.
         """
-        disk = disk or Disk()
+        store = cls(directory, disk or Disk(), group)
+        try:
+            problem = group.first(store._begin)
+            if problem is not None and store.read_only is None:
+                store.read_only = OSError(*problem)
+            must_be_shared(store._disk, directory.path, group)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _begin(self) -> tuple[int | None, str] | None:
+        """Lock the directory; number and text of the error where it can only be read."""
+        directory, disk = self._directory, self._disk
         with explained(directory):
             there = scan(disk, directory.path)
         may_begin(directory, there)
         try:
             with explained(directory):
-                return cls(directory, disk, locked(disk, directory.path))
+                self._lock = locked(disk, directory.path)
         except OSError as err:
-            if there and err.errno in _READ_ONLY:
-                return cls(directory, disk, None, err)
-            raise
+            if not there or err.errno not in _READ_ONLY:
+                raise
+            self.read_only = err
+            return err.errno, str(err.strerror)
+        return None
 
     def __enter__(self) -> Self:
         return self
@@ -106,28 +143,32 @@ class Store:
             OSError: If a checkpoint of this size does not fit on the disk.
         """
         self.join()
-        if self.read_only is None:
-            self._must_fit(like)
         bad: list[tuple[Found, str]] = []
-        for found in self._candidates():
+        for name in self._group.first(lambda: self._candidates(like)):
+            path = self._directory.path / name
+            found = parse_name(path)
+            assert found is not None
             try:
-                saved = one.read(self._disk, found.path, found.step, like)
-                if wrong := fault(saved.state):
-                    raise one.Damaged(wrong)
-            except one.Damaged as err:
-                bad.append((found, f"{found.path.name}: {err}"))
-                continue
+                read, wrong = read_together(self._group, self._disk, found, like, fault)
             except ResumeMismatch as err:
                 raise of_other_leaves(self._directory.path, found, err) from None
+            if not read:
+                bad.append((found, f"{found.path.name}: {wrong}"))
+                continue
             if bad:
-                self._rename_damaged(bad, found)
-            return saved
+                self._warn_of_damaged(bad, found)
+            return read[0]
         if bad:
             raise all_damaged(self._directory.path, [text for _, text in bad])
         return None
 
-    def _candidates(self) -> list[Found]:
-        """The checkpoints from which the run may be resumed, the newest first."""
+    def _candidates(self, like: TrainState) -> list[str]:
+        """The names of the checkpoints from which the run may be resumed, the newest first."""
+        if self.read_only is None:
+            self._must_fit(like)
+        return [found.path.name for found in self._choose()]
+
+    def _choose(self) -> list[Found]:
         path, asked = self._directory.path, self._directory.resume
         there = scan(self._disk, path)
         if self._last is not None:
@@ -144,14 +185,14 @@ class Store:
 
     def check_best(self, best: Best) -> str:
         """Verify the checkpoint of the best step, and return what is wrong with it; empty if nothing is."""
-        same = [found for found in scan(self._disk, self._directory.path) if found.step == best.step]
+        there = self._group.first(
+            lambda: [found.path.name for found in scan(self._disk, self._directory.path) if found.step == best.step]
+        )
         wrong = "it is not there"
-        for found in same:
-            try:
-                one.verify(self._disk, found.path, found.step)
-                return ""
-            except one.Damaged as err:
-                wrong = str(err)
+        for name in there:
+            wrong = verify_together(self._group, self._disk, Found(best.step, 0, self._directory.path / name))
+            if not wrong:
+                break
         return wrong
 
     def save(self, step: int, state: TrainState, reports: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -168,7 +209,11 @@ class Store:
             TypeError: If a value cannot be stored; nothing is written.
         """
         self.join()
-        draft, best = one.Draft(step, state, reports, facts), Best.of(facts)
+        try:
+            draft, best = one.Draft(step, state, reports, facts, self._share), Best.of(facts)
+        except BaseException as err:
+            self._group.leave(err)
+            raise
         # Not a daemon thread: Python waits for it before the process ends.
         self._written.clear()
         try:
@@ -227,17 +272,23 @@ class Store:
             self._lock.release()
 
     def _put(self, draft: one.Draft, best: Best | None) -> None:
-        disk, path = self._disk, self._directory.path
-        temporary = temporary_name(path)
+        temporary = self._directory.path / self._group.first(lambda: temporary_name(self._directory.path).name)
         try:
-            draft.write(disk, temporary)
-            self._move_later_away()
-            self._name(draft.step, temporary, best)
+            records = self._group.gather(lambda: draft.write_files(self._disk, temporary))
+            self._group.first(lambda: self._publish(draft, temporary, records, best))
         except BaseException:
             self._listed = None  # it may count on a best checkpoint that was not written
             with contextlib.suppress(OSError):
-                remove(disk, temporary)
+                if self._group.index == 0:
+                    remove(self._disk, temporary)
             raise
+
+    def _publish(self, draft: one.Draft, temporary: Path, records: list[Any], best: Best | None) -> None:
+        """Give a checkpoint, whose files with arrays are written, its manifest and its name, and remove old ones."""
+        disk, path = self._disk, self._directory.path
+        draft.seal(disk, temporary, {name: FileDigest(*record) for each in records for name, record in each.items()})
+        self._move_later_away()
+        self._name(draft.step, temporary, best)
         # Older ones are removed only after this: before it, a loss of power could undo the renaming of the new one.
         disk.sync_folder(path)
         try:
@@ -297,7 +348,14 @@ class Store:
                 remove(self._disk, away)
             old.pop(0)
 
-    def _rename_damaged(self, bad: list[tuple[Found, str]], sound: Found) -> None:
+    def _warn_of_damaged(self, bad: list[tuple[Found, str]], sound: Found) -> None:
+        listed = "\n  ".join(self._group.first(lambda: self._rename_damaged(bad)))
+        warn(
+            f"{str(self._directory.path)!r}: the run resumes from step {sound.step}, because newer checkpoints are "
+            f"damaged:\n  {listed}",
+        )
+
+    def _rename_damaged(self, bad: list[tuple[Found, str]]) -> list[str]:
         path, self._listed = self._directory.path, None
         moved = [text for _, text in bad]
         for i, (found, name) in enumerate(self._names("damaged", [found for found, _ in bad])):
@@ -306,11 +364,7 @@ class Store:
                 moved[i] += f"\n    (kept as {name.name})"
         if self.read_only is None:
             self._disk.sync_folder(path)
-        listed = "\n  ".join(moved)
-        warn(
-            f"{str(path)!r}: the run resumes from step {sound.step}, because newer checkpoints are damaged:\n  "
-            f"{listed}",
-        )
+        return moved
 
     def _must_fit(self, like: TrainState) -> None:
         sizes = [(getattr(leaf, "size", 1), getattr(leaf, "dtype", None)) for leaf in flatten(like)[0].values()]
