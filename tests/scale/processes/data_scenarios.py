@@ -4,11 +4,12 @@ import functools
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import kaun
-from kaun import Data, _processes, layers, losses, metrics, rng, sharding, tree
+from kaun import Data, _processes, averages, layers, losses, metrics, reports, rng, sharding, tree
 from kaun._run.identity import describe_data, digest_item
 
 N = 23
@@ -149,6 +150,31 @@ def read_by_users(several=True):
         *(np.asarray(trainer.predict(state, F[:n])) for n in (8, 7)),
         np.asarray(trainer.export(state, F).call(F)),
     ]
+
+
+def tools(several=True):
+    """What validate, update_statistics, lr_range and explain say of a trainer."""
+    about = {"sharding": sharding.fsdp(min_size=8)} if several else {}
+    model = layers.linear(2, 8) >> layers.batch_norm(8) >> layers.fn(jnp.exp) >> layers.linear(8, 3)
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1), average=averages.ema(0.5), **about)
+        state = trainer.init()
+    s = trainer.sharding
+    place = lambda data: data.local(s).assemble(s) if several else data
+    entropy = losses.cross_entropy_sparse
+    train = place(Data.batches((F, CLASSES), 8, pad=True)).with_loss(entropy)
+    check = reports.validate(
+        trainer, place(Data.batches((F, CLASSES), 8)), {"entropy": entropy}, 2, of=lambda s: s.averaged
+    )
+    state = trainer.fit(state, train.epochs(2), report=check)
+    averaged = averages.update_statistics(trainer, state, train).averaged.vars.state
+    found = [[values["entropy"] for _, values in check.results], jax.tree.map(tree.on_host, averaged)]
+    found.append(kaun.lr_range(trainer, state, train.epochs(5), low=1e-3, high=1.0, steps=10).losses)
+    try:
+        trainer.fit(state, place(Data.batches((F[:8] * 1e38, CLASSES[:8]), 8)).with_loss(entropy))
+    except kaun.errors.NonFiniteLoss as error:
+        explained = kaun.explain(trainer, error)
+        return [*found, explained.rows, np.array([explained.operation == "dot_general", explained.layer is not None])]
 
 
 def digests():

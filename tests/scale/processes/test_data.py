@@ -54,7 +54,7 @@ def test_a_run_knows_its_items_whatever_process_reads_them(pair):
 def same_in_both(pair, name, **arguments):
     """Whether two processes have the very same results, and those of one up to rounding."""
     expected = HERE[name](several=False, **arguments)
-    left, right = pair.run(SCENARIOS, name, **arguments)
+    left, right = pair.run(SCENARIOS, name, timeout=240, **arguments)
     close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-6, atol=1e-6), left, expected)
     return jax.tree.all(jax.tree.map(np.array_equal, left, right)) and jax.tree.all(close)
 
@@ -75,6 +75,11 @@ def test_fit_on_parts_is_that_on_whole_batches_and_the_fold_of_step(pair):
 def test_evaluation_of_ragged_batches_is_that_of_one_process(pair):
     assert same_in_both(pair, "evaluated", options={"drop_last": False})
     assert same_in_both(pair, "read_by_users")
+
+
+@pytest.mark.slow
+def test_what_runs_a_trainer_is_that_of_one_process(pair):
+    assert same_in_both(pair, "tools")
 
 
 @pytest.mark.parametrize("entry", ["evaluate", pytest.param("predict", marks=pytest.mark.slow)])
