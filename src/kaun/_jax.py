@@ -17,8 +17,8 @@ from jax import lax
 __all__ = [
     "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
     "convolutions_in", "coordination_client", "current_trace", "evaluate", "is_jitted", "is_traced",
-    "preemption_service_runs", "primitives_in", "programs_in", "run_program", "threefry_2x32", "trace_of",
-    "without_placements",
+    "preemption_service_runs", "primitives_in", "programs_in", "run_program", "signatures_of", "threefry_2x32",
+    "trace_of", "without_placements",
 ]  # fmt: skip
 
 
@@ -71,6 +71,11 @@ def is_jitted(value: Any) -> bool:
     The class is known by its name alone: JAX does not export it.
     """
     return type(value).__name__ == "PjitFunction" and hasattr(value, "__wrapped__")
+
+
+def signatures_of(jitted: Any) -> int:
+    """Return for how many kinds and places of arguments a jitted function was called: each place is compiled."""
+    return jitted._cache_size()
 
 
 def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:
@@ -165,15 +170,13 @@ def calls_the_host(closed: Any) -> bool:
 
 _MOVES = frozenset(["sharding_constraint", "reshard"])
 _PLACES = (jax.sharding.Sharding, jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.Device)
-# Parameters of jitted functions as they are without a mesh, which JAX does not print.
-_OF_CALLS = {"ctx_mesh": jax.sharding.AbstractMesh((), ()), "in_shardings": (), "out_shardings": ()}
+_OF_CALLS = {"ctx_mesh": jax.sharding.AbstractMesh((), ()), "in_shardings": (), "out_shardings": ()}  # not printed
 
 
 def without_placements(closed: Any) -> Any:
     """Return a traced program, a closed jaxpr, without what says where arrays lie. It is for its text, not to be run.
 
-    The text of a program names meshes and placements, and a constraint on a placement is an equation, which moves the
-    names of all that follow. The fields of jaxprs, by which these are left out, are not public API.
+    A constraint on a placement moves the names of all that follow. The fields of jaxprs are not public API.
     """
     known: dict[int, Any] = {}  # a jaxpr that is used twice is printed once, as long as it is one object
 
@@ -195,16 +198,15 @@ def _is_program(value: Any) -> bool:
 
 
 def _without_moves(jaxpr: Any, bare: Callable[[Any], Any]) -> Any:
-    moved: dict[Any, Any] = {}
+    moved, equations = dict[Any, Any](), list[Any]()
     read = lambda atom: atom if _is_literal(atom) else moved.get(atom, atom)
-    equations: list[Any] = []
     for equation in jaxpr.eqns:
         operands = list(map(read, equation.invars))
         if equation.primitive.name in _MOVES:
             moved[equation.outvars[0]] = operands[0]
-            continue
-        params = {name: _OF_CALLS.get(name, bare(value)) for name, value in equation.params.items()}
-        equations.append(equation.replace(invars=operands, params=params))
+        else:
+            params = {name: _OF_CALLS.get(name, bare(value)) for name, value in equation.params.items()}
+            equations.append(equation.replace(invars=operands, params=params))
     return jaxpr.replace(eqns=equations, outvars=list(map(read, jaxpr.outvars)))
 
 

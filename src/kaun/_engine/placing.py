@@ -74,8 +74,15 @@ class Placing:
         return put(value, self._sharding.replicated)
 
     def pin_item(self, item: Sequence[Any]) -> list[Any]:
-        """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA."""
-        pairs = zip(item, self._item, strict=True)
+        """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA.
+
+        First each is where it was put: in a function that the user compiles nothing else says where, and of rows that
+        do not divide the compiler may choose what JAX has no name for.
+        """
+        pinned = [
+            a if w is None else lax.with_sharding_constraint(a, w) for a, (w, _) in zip(item, self._item, strict=True)
+        ]
+        pairs = zip(pinned, self._item, strict=True)
         return [spread_rows(self._sharding, leaf) if rows else leaf for leaf, (_, rows) in pairs]
 
     def pin_carry(self, leaves: Sequence[Any]) -> list[Any]:

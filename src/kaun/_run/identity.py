@@ -70,29 +70,16 @@ def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
 
 
 def _place(state: TrainState) -> str:
-    """Where the arrays of a state lie, in words: ``on a mesh of data=8, 3 arrays everywhere, 2 as P('data')``."""
-    placements = [leaf.sharding for leaf in jax.tree_util.tree_leaves(state) if isinstance(leaf, jax.Array)]
-    several = [placement for placement in placements if placement.num_devices > 1]
+    """Where a state lies: ``on a mesh of data=8, 3 arrays on all 8 devices, 2 arrays spread over data``."""
+    arrays = [leaf for leaf in jax.tree_util.tree_leaves(state) if isinstance(leaf, jax.Array)]
+    several = [leaf.sharding for leaf in arrays if leaf.sharding.num_devices > 1]
     if not several:
         return "on one device"
-    counts = collections.Counter(map(_spec, placements))
-    meshes = {
-        ", ".join(f"{axis}={size}" for axis, size in p.mesh.shape.items()) if isinstance(p, NamedSharding) else "?"
-        for p in several
-    }
-    listed = ", ".join(f"{count} {'arrays' if count > 1 else 'array'} {spec}" for spec, count in sorted(counts.items()))
-    return f"on a mesh of {' and '.join(sorted(meshes))}, {listed}"
-
-
-def _spec(placement: jax.sharding.Sharding) -> str:
-    if placement.num_devices == 1:
-        return "on one device"
-    if placement.is_fully_replicated:
-        return "everywhere"
-    spec = list(placement.spec) if isinstance(placement, NamedSharding) else ["?"]
-    while spec and spec[-1] is None:  # P("data") and P("data", None) are one placement
-        spec.pop()
-    return f"as P({', '.join(map(repr, spec))})"
+    sizes = [s.mesh.shape if isinstance(s, NamedSharding) else {"devices": s.num_devices} for s in several]
+    meshes = sorted({", ".join(f"{axis}={size}" for axis, size in each.items()) for each in sizes})
+    counts = collections.Counter(tree.placement(a) if a.sharding.num_devices > 1 else "on one device" for a in arrays)
+    listed = [f"{count} {'arrays' if count > 1 else 'array'} {words}" for words, count in sorted(counts.items())]
+    return ", ".join([f"on a mesh of {' and '.join(meshes)}", *listed])
 
 
 def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> None:

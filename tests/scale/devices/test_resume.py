@@ -65,8 +65,8 @@ def test_a_run_is_resumed_on_another_number_of_devices(tmp_path, before, after):
         end = trainer.fit(state, data, checkpoints=Directory(tmp_path))
     words = {
         1: "on one device",
-        2: "on a mesh of data=2, 15 arrays everywhere",
-        8: "on a mesh of data=8, 15 arrays everywhere",
+        2: "on a mesh of data=2, 15 arrays on all 2 devices",
+        8: "on a mesh of data=8, 15 arrays on all 8 devices",
     }
     (warning,) = seen
     assert f"although the place of the state was {words[before]}, is {words[after]}. It cont" in str(warning.message)
@@ -90,7 +90,7 @@ def test_where_the_state_lies_is_a_fact_in_words():
     spread = lambda leaf: jax.device_put(leaf, rows_on(4)) if leaf.ndim == 2 else leaf
     moved = state.replace(vars=jax.tree.map(spread, state.vars))
     fact = run_facts(moved, data)["machine"]["the place of the state"]
-    assert fact == "on a mesh of data=4 and data=8, 2 arrays as P('data'), 13 arrays everywhere"
+    assert fact == "on a mesh of data=4 and data=8, 13 arrays on all 8 devices, 2 arrays spread over data"
 
 
 def test_the_digest_of_a_program_has_no_placements():
