@@ -87,23 +87,16 @@ def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:
 
 
 def preemption_service_runs() -> bool:
-    """Return whether JAX's distributed service waits for SIGTERM, to save at a step that all processes agree on.
+    """Return whether JAX's distributed service handles SIGTERM, which Python does not see and JAX does not say."""
+    return coordination_client("preemption_sync_manager") is not None
 
-    ``jax.distributed`` has no public way to ask. The service replaces the handler of the operating system, which Python
-    does not see.
+
+def coordination_client(name: str = "client") -> Any:
+    """Return the client of JAX's distributed service, with which processes exchange values; None where there is none.
+
+    ``jax.distributed`` has no public access to it, and what ``multihost_utils`` offers runs on the devices.
     """
-    state = sys.modules.get("jax._src.distributed")
-    return getattr(getattr(state, "global_state", None), "preemption_sync_manager", None) is not None
-
-
-def coordination_client() -> Any:
-    """Return the client of JAX's distributed service, None where ``jax.distributed.initialize`` was not called.
-
-    Processes tell each other values with it (``key_value_set``, ``blocking_key_value_get``). ``jax.distributed`` has
-    only ``initialize`` and ``shutdown``, and what ``multihost_utils`` offers runs on the devices.
-    """
-    state = sys.modules.get("jax._src.distributed")
-    return getattr(getattr(state, "global_state", None), "client", None)
+    return getattr(getattr(sys.modules.get("jax._src.distributed"), "global_state", None), name, None)
 
 
 def run_program(closed: Any, arguments: Sequence[Any]) -> list[Any]:
@@ -240,14 +233,9 @@ def convolutions_in(closed: Any) -> Iterator[Convolution]:
 
 
 def threefry_2x32(key: tuple[jax.Array, jax.Array], counts: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
-    """Return two arrays of uint32: the block cipher behind JAX's random keys, for two counts at each place.
+    """Return two arrays of uint32: the block cipher behind JAX's keys, of two counts and the key's words, uint32 too.
 
-    ``jax.random.bits`` draws 32 bits for each number, even where 8 are asked for. ``jax.extend`` may change without
-    notice.
-
-    Args:
-        key: The two words of the key, uint32 scalars.
-        counts: Two arrays of uint32 of one shape.
+    ``jax.random.bits`` draws 32 bits for each number, even where 8 are asked for. ``jax.extend`` may change.
     """
     from jax.extend.random import threefry2x32_p  # here and not above: half of the time that importing kaun takes
 

@@ -99,20 +99,20 @@ class Channel:
         try:
             client.key_value_set(f"{place}{self._me}", f"={value}", True)
             if self._me == self.processes[0]:
-                told = self._collect(client, place, deadline, combine)
-                client.key_value_set(f"{place}all", told, True)
-                if self._meetings:  # all have come here, so all have read what was told there
+                answer = self._collect(client, place, deadline, combine)
+                client.key_value_set(f"{place}all", answer, True)
+                if self._meetings:  # all have come here, so all have read that answer
                     client.key_value_delete(before)
             else:
-                told = self._read(client, place, deadline)
+                answer = self._read(client, place, deadline)
         except jax.errors.JaxRuntimeError as error:
             raise _unreachable(self.processes[0], self._what, error) from error
-        if not told.startswith("="):
-            missing = [int(p) for p in told.split()]
+        if not answer.startswith("="):
+            missing = [int(p) for p in answer.split()]
             left = self.why_left(missing[0])
             raise failed_elsewhere(missing[0], left[0]) if left else _missing(missing, self._me, self._what, timeout)
         self._meetings += 1
-        return told[1:]
+        return answer[1:]
 
     def leave(self, why: str, at: int = -1) -> None:
         """Tell those who wait for this process here, or on their devices, that it will not come.
@@ -147,9 +147,9 @@ class Channel:
             values = dict(client.key_value_dir_get(place))
             return [p for p in self.processes if values.get(f"{place}{p}", _LEFT) != _LEFT]
 
-        told = _get(client, f"{place}all", deadline, lambda: first not in here() and self.why_left(first) is not None)
-        if told is not None:
-            return told
+        answer = _get(client, f"{place}all", deadline, lambda: first not in here() and self.why_left(first) is not None)
+        if answer is not None:
+            return answer
         found = here()
         client.key_value_set(f"{place}{self._me}", _LEFT, True)
         return " ".join(map(str, [p for p in self.processes if p not in found] or [first]))
@@ -199,13 +199,15 @@ def _client() -> Any:
 
 def _get(client: Any, key: str, deadline: float, in_vain: Callable[[], bool]) -> str | None:
     """The value of a key, None if nobody sets it in time, or nobody will."""
+    found = 0  # twice, because who tells why it left may still vote after that
     while (left := deadline - time.monotonic()) > 0:
         try:
             return client.blocking_key_value_get(key, max(1, int(min(left, _SLICE) * 1000)))
         except jax.errors.JaxRuntimeError as error:
             if not str(error).startswith(_ABSENT):
                 raise
-            if in_vain():
+            found += in_vain()
+            if found > 1:
                 return None
     return None
 
@@ -213,8 +215,8 @@ def _get(client: Any, key: str, deadline: float, in_vain: Callable[[], bool]) ->
 def failed_elsewhere(process: int, what: str) -> FailedElsewhere:
     """The exception for what happened in another process."""
     return FailedElsewhere(
-        f"Process {process} failed, so process {jax.process_index()} ends too: {what}. The traceback is in the output "
-        f"of process {process}.",
+        f"Process {process} failed, so process {jax.process_index()} ends too: {what.rstrip('.')}. The traceback is in "
+        f"the output of process {process}.",
         process,
         what,
     )
@@ -228,7 +230,7 @@ def _missing(missing: Sequence[int], me: int, what: str, timeout: float) -> Fail
         "processes have to call fit, evaluate and the like in the same order. Its own output says more. If it is only "
         "slow, set the environment variable KAUN_TIMEOUT to more seconds in all processes.",
         missing[0],
-        f"did not come to {what}",
+        f"did not come to {what} within {timeout:g} seconds",
     )
 
 

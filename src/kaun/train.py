@@ -259,7 +259,7 @@ class Trainer(Generic[In, Out]):
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
+        with open_run(checkpoints, state, data, report, self.on_nonfinite, self.sharding) as run:
             if run.finished:
                 return finished_state(run, self._settings, self._programs, data, check_context(ctx))
             key, first = state.key, state.step
@@ -271,17 +271,18 @@ class Trainer(Generic[In, Out]):
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
                 stopped = pending is not None and caller.wants(step) and caller.stops_at(step, pending, now)
-                ahead = lambda: run.ahead(step, caller.ahead(step, loop.limit))
-                while not stopped and (count := loop.push(chunks, step + 1, ahead())):
-                    step += count
-                    if caller.wants(step):
-                        loop.flush()
-                        stopped = caller.stops_at(step, loop.loss, now)
-                    if run.due(step) and not stopped:
-                        flush_and_save(run.saver, loop, now, caller)
-                if step == 0:
+                ahead = lambda: run.next_steps(step, caller, loop)
+                with run.until_data_ends():
+                    while not stopped and (count := loop.push(chunks, step + 1, ahead())):
+                        step += count
+                        if caller.wants(step):
+                            loop.flush()
+                            stopped = caller.stops_at(step, loop.loss, now)
+                        if run.due(step) and not stopped:
+                            flush_and_save(run, loop, now, caller)
+                if step == 0 == loop.done:
                     raise empty_data("fit")
-                flush_and_save(run.saver, loop, now, caller, ended="stopped" if stopped else "data")
+                flush_and_save(run, loop, now, caller, ended="stopped" if stopped else "data")
             last = now()
             return caller.returned(last, last if stopped else self.flush(last))
 

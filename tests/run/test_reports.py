@@ -76,20 +76,22 @@ class Several(Composite):
     __call__ = Measuring.__call__
 
 
-def test_what_was_measured_is_passed_on_with_the_state_unless_the_report_stops():
+def test_what_was_measured_is_passed_on_and_a_best_step_saved_unless_the_report_stops():
     def stop(step, loss, state):
         if step == 1:
             raise EarlyStop
 
     for report, expected in [
-        (Measuring(), [(1, {"loss": 2.0}, "state")]),
-        (Several(), [(1, {"loss": 2.0}, "state")]),
-        (reports.all_of(stop, Measuring()), [(1, {"loss": 2.0}, None)]),
+        (Measuring(), [(1, {"loss": 2.0}), (1, "state")]),
+        (Several(), [(1, {"loss": 2.0}), (1, "state")]),
+        (reports.all_of(stop, Measuring()), [(1, {"loss": 2.0})]),
     ]:
         found = []
-        caller = ReportCaller(report, 3, on_measured=lambda *given, found=found: found.append(given))
+        is_best = lambda *given, found=found: found.append(given) or True
+        save_best = lambda *given, found=found: found.append(given)
+        caller = ReportCaller(report, 3, is_best=is_best, save_best=save_best)
         stops = [caller.wants(step) and caller.stops(step, jnp.float32(2), "state") for step in (1, 2, 3)]
-        assert found == expected and stops == [expected[0][2] is None, False, True]
+        assert found == expected and stops == [len(expected) == 1, False, True]
 
 
 def test_a_report_is_asked_once_for_each_step_in_order_and_never_beyond_what_it_wants():

@@ -14,13 +14,14 @@ from kaun._engine.inputs import StepInputs, is_host, is_number, refuse_traced
 from kaun._kernels import aligned_empty
 from kaun.data import RowGather
 
-__all__ = ["BUFFERS", "BlockBuffer", "capacity_of"]
+__all__ = ["BUFFERS", "BlockBuffer", "capacity_of", "next_limit"]
 
 # The stacked items of one dispatch: enough of small ones to hide what a dispatch costs, few enough to stay in a cache.
 _MOST_BYTES = 4 << 20
 _MOST_ITEMS = 128
 _LARGE = _MOST_BYTES // 4  # larger leaves are never stacked
 _FEW = 16
+_LONGEST = 0.1  # seconds that one dispatch should take at most: Python handles Ctrl-C between dispatches alone
 # Dispatches that may still read their buffers: the newest two (``StepLoop`` waits for earlier ones), and the next one.
 BUFFERS = 3
 
@@ -29,6 +30,16 @@ def capacity_of(inputs: StepInputs) -> int:
     """Return how many items of this kind one dispatch may hold."""
     size = sum(n for n in map(_bytes, inputs.leaves) if n <= _LARGE)
     return max(1, min(_MOST_ITEMS, _MOST_BYTES // max(size, 1)))
+
+
+def next_limit(limit: int, seconds: float, steps: int) -> int:
+    """Return how many steps a dispatch should have at most, after one with some steps took some seconds.
+
+    The clock decides how many steps share a dispatch, which changes no bit of them.
+    """
+    if seconds > _LONGEST:
+        return max(1, limit // 4)
+    return min(limit * 4, _MOST_ITEMS) if seconds < _LONGEST / 4 and steps * 4 >= limit else limit
 
 
 class _Column(Protocol):

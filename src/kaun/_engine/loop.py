@@ -12,12 +12,12 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from kaun._engine.batching import BlockBuffer
+from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
@@ -25,9 +25,10 @@ from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, put_with, unpack
 from kaun._engine.placing import place_carry, placed_inputs
-from kaun._engine.program import ROWS, TracedStep, count_on_device
-from kaun._engine.results import PendingDispatch, StepResults, examples_of
+from kaun._engine.program import TracedStep, count_on_device
+from kaun._engine.results import Block, PendingDispatch, StepResults, examples_of, readable
 from kaun._engine.single import find_step
+from kaun._engine.together import Together, agreed
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
@@ -35,22 +36,7 @@ __all__ = ["StepLoop"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
-_LONGEST = 0.1  # seconds that one dispatch should take at most: Python handles Ctrl-C between dispatches alone
 _BUFFERS = 4
-
-
-class _Block(NamedTuple):
-    """Items of one kind.
-
-    Attributes:
-        buffer: Where they are collected.
-        traced: The step that takes them.
-        inputs: The first item of that kind.
-    """
-
-    buffer: BlockBuffer
-    traced: TracedStep
-    inputs: StepInputs
 
 
 class StepLoop:
@@ -70,6 +56,12 @@ class StepLoop:
             step is one without ``wanted``; or None.
         on_compiling: Called before each compilation with the entry for which it is.
         wanted: What reports want of each step, as ``train_step`` takes it.
+        together: What several processes agree on, None in one.
+
+    Attributes:
+        limit: How many steps the next dispatch should have at most.
+        own_limit: That by the clock of this process.
+        exhausted: Whether there are no more items.
     """
 
     def __init__(
@@ -85,7 +77,9 @@ class StepLoop:
         on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
         on_compiling: Callable[[str], None] = lambda where: None,
         wanted: Mapping[str, int] | None = None,
+        together: Together | None = None,
     ) -> None:
+        self._together = together
         self._programs, self._ctx = programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
@@ -113,18 +107,18 @@ class StepLoop:
         # and the newest arrays that others may hold.
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
-        self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
-        self._open: _Block | None = None
+        self._blocks: OrderedDict[Hashable, Block] = OrderedDict()
+        self._open: Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
-        self._limit = _BEGIN
+        self.limit = self.own_limit = _BEGIN
         self._room = 1
-        self._exhausted = False
+        self.exhausted = False
 
     @property
-    def limit(self) -> int:
-        """How many steps the next dispatch should have at most."""
-        return self._limit
+    def waiting(self) -> int:
+        """How many steps were pushed and not dispatched."""
+        return 0 if self._open is None else self._open.buffer.count
 
     def room(self, left: int) -> int:
         """Return how many of the items that are left the next chunk given to ``push`` may hold."""
@@ -153,6 +147,7 @@ class StepLoop:
         self.wait()
         results = self._carry[2]
         assert results is not None
+        self._wait_for(results)
         return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
 
     def wait(self) -> None:
@@ -185,7 +180,7 @@ class StepLoop:
             The number of steps; 0 where there are no more items.
         """
         count = 0
-        self._room = 0 if self._exhausted else room
+        self._room = 0 if self.exhausted else room
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
@@ -197,11 +192,11 @@ class StepLoop:
                 self._enter(block, inputs, n, rows)
             count += n
             self._room = room - count
-            if self._open is not None and self._open.buffer.count >= min(self._limit, self._open.buffer.capacity):
+            if self._open is not None and self._open.buffer.count >= min(self.limit, self._open.buffer.capacity):
                 self.flush()
             if count >= room:
                 return count
-        self._exhausted = True  # an iterator need not end a second time
+        self.exhausted = True  # an iterator need not end a second time
         return count
 
     def trace(self, item: Any) -> None:
@@ -248,16 +243,16 @@ class StepLoop:
             is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
         """
         self._take()
-        if _readable(self._carry[1]):
+        if self._has_values(self._carry[1]):
             return "newest"
         self._failed_step = None
         while self._earlier:
             self._carry = self._earlier.pop()
-            if _readable(self._carry[1]):
+            if self._has_values(self._carry[1]):
                 return "newest"
         references, results = self._shared
         arrays = [reference() for reference in references]
-        if not arrays or any(array is None for array in arrays) or not _readable(arrays):
+        if not arrays or any(array is None for array in arrays) or not self._has_values(arrays):
             return "lost"
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
@@ -265,13 +260,13 @@ class StepLoop:
     def _place(self, leaves: list[Any], key: jax.Array) -> tuple[list[Any], jax.Array]:
         return place_carry(self._programs.sharding, self._structure, leaves, key)
 
-    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
+    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> Block:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
         refuse_traced(inputs.leaves)
-        return _Block(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
+        return Block(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
-    def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
+    def _enter(self, block: Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
         """Make a block the open one, and put one item or ``count`` of them into it."""
         self._open = self._blocks[inputs.key] = block
         if len(self._blocks) > _BUFFERS:
@@ -290,14 +285,8 @@ class StepLoop:
             else:
                 self._dispatch(traced, inputs, once, n, leaves, [])
 
-    def _dispatch(
-        self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
-        stacked: list[Any],
-    ) -> None:  # fmt: skip
-        refuse_traced((*shared, *stacked))
-        overwrites = self._in_place and not traced.can_raise
-        entry = "fit in place" if overwrites else "fit"
-        program = traced.program(entry, pattern, self._packing)
+    def _own(self, overwrites: bool) -> StepResults | None:
+        """Bring the state into the loop's own form, and return the results of the newest dispatch."""
         own, arrays, results = self._carry
         if not own and overwrites:
             self._shared = self._given or [weakref.ref(a) for a in arrays], results
@@ -306,6 +295,17 @@ class StepLoop:
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
             self._carry = (True, pack_on_device(self._packing, arrays), results)
+        return results
+
+    def _dispatch(
+        self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
+        stacked: list[Any],
+    ) -> None:  # fmt: skip
+        refuse_traced((*shared, *stacked))
+        overwrites = self._in_place and not traced.can_raise
+        entry = "fit in place" if overwrites else "fit"
+        program = traced.program(entry, pattern, self._packing)
+        results = self._own(overwrites)
         self._counts_discarded = int(traced.discards)
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
         status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
@@ -316,6 +316,11 @@ class StepLoop:
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
+        if self._together is not None:  # after all that can fail in one process alone
+            waiting = first, count, inputs, pattern, shared, stacked
+            count, arguments = agreed(self._together, waiting, arguments, traced)
+            if not count:
+                return
         before = self._carry
         if not self._in_place:
             self._earlier.append(before)
@@ -343,6 +348,17 @@ class StepLoop:
         self._in_flight.append(PendingDispatch(results, inputs, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
+        if self._together is not None:
+            self._together.dispatched()
+
+    def _has_values(self, arrays: list[Any]) -> bool:
+        return (self._together is None or self._together.readable(arrays)) and readable(arrays)
+
+    def _wait_for(self, results: StepResults) -> None:
+        """Wait for a dispatch."""
+        if self._together is not None:
+            self._together.wait(results.losses)
+        results.losses.block_until_ready()
 
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
@@ -358,6 +374,7 @@ class StepLoop:
         results = dispatch.results
         if self._error_for is None or results.status is None:
             return
+        self._wait_for(results)
         status = np.asarray(results.status)
         if status[0] > 0:
             return
@@ -369,21 +386,10 @@ class StepLoop:
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide its dispatch."""
         results = dispatch.results
-        results.losses.block_until_ready()
+        self._wait_for(results)
         self._check(dispatch)
         now = time.perf_counter()
         elapsed, self._finished = now - self._finished, now
-        # The clock decides how many steps share a dispatch, which changes no bit of them.
-        if elapsed > _LONGEST:
-            self._limit = max(1, self._limit // 4)
-        elif elapsed < _LONGEST / 4 and results.steps * 4 >= self._limit:
-            self._limit = min(self._limit * 4, ROWS)
-
-
-def _readable(arrays: list[Any]) -> bool:
-    """Wait for arrays, and return whether all have values; a failed program leaves none, nor does donated memory."""
-    try:
-        jax.block_until_ready(arrays)
-        return not any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
-    except Exception:
-        return False
+        self.own_limit = next_limit(self.limit, elapsed, results.steps)
+        if self._together is None:  # else process 0 decides
+            self.limit = self.own_limit

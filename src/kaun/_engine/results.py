@@ -1,4 +1,4 @@
-"""StepResults: what a dispatch of steps gave. PendingDispatch: one that may not be done yet, with its items."""
+"""StepResults: what a dispatch of steps gave. PendingDispatch: one that may not be done yet. Block: one to come."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ import jax
 import numpy as np
 
 from kaun import tree
+from kaun._engine.batching import BlockBuffer
 from kaun._engine.inputs import StepInputs
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.program import TracedStep
 
-__all__ = ["PendingDispatch", "StepResults", "examples_of"]
+__all__ = ["Block", "PendingDispatch", "StepResults", "examples_of", "readable"]
+
+
+class Block(NamedTuple):
+    """Items of one kind.
+
+    Attributes:
+        buffer: Where they are collected.
+        traced: The step that takes them.
+        inputs: The first item of that kind.
+    """
+
+    buffer: BlockBuffer
+    traced: TracedStep
+    inputs: StepInputs
 
 
 class StepResults(NamedTuple):
@@ -114,3 +129,12 @@ def _widened(losses: Any) -> np.ndarray[Any, Any]:
     """Losses on the host in their own dtype, those of half precision as float32, which holds them exactly."""
     losses = np.asarray(losses)
     return losses if losses.dtype == np.float64 else losses.astype(np.float32)
+
+
+def readable(arrays: list[Any]) -> bool:
+    """Wait for arrays, and return whether all have values; a failed program leaves none, nor does donated memory."""
+    try:
+        jax.block_until_ready(arrays)
+        return not any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
+    except Exception:
+        return False

@@ -3,7 +3,7 @@
 Read ``run`` first, then ``steps``, which makes the loop of a run and flushes its last window. ``identity`` has the
 facts by which a run knows its data and program, ``position`` its place in the data, and ``saver`` decides when a
 checkpoint is due and which step is the best. ``reports`` calls the report with the ``values`` of finished steps, and
-``report_state`` saves what reports keep.
+``report_state`` saves what reports keep. ``agree`` is what several processes decide together.
 """
 
 from kaun._run.failure import save_on_error as save_on_error
@@ -17,8 +17,8 @@ from kaun._run.report_state import snapshot_reports as snapshot_reports
 from kaun._run.report_state import unpack_results as unpack_results
 from kaun._run.reports import check_returned as check_returned
 from kaun._run.run import open_run as open_run
-from kaun._run.saver import flush_and_save as flush_and_save
 from kaun._run.steps import finished_state as finished_state
+from kaun._run.steps import flush_and_save as flush_and_save
 from kaun._run.steps import flush_state as flush_state
 from kaun._run.steps import start_loop as start_loop
 from kaun._run.values import StepValues as StepValues

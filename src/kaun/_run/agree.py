@@ -14,32 +14,37 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from kaun._engine import StepInputs, StepLoop
 from kaun._jax import preemption_service_runs
 from kaun._messages import warn
-from kaun._processes import Channel, failed_elsewhere, this_process
-from kaun._run.ballots import ALL, combine, packed, unpacked
+from kaun._processes import Channel, failed_elsewhere, this_process, timeout_of
+from kaun._run.ballots import combine, packed, unpacked
 from kaun._run.same import check_begin, check_items, checksums
+from kaun._run.signals import Signals
 from kaun.errors import FailedElsewhere
+from kaun.sharding import Sharding
+from kaun.state import TrainState
 
-if TYPE_CHECKING:
-    from kaun._engine import StepInputs, StepLoop
-    from kaun._run.reports import ReportCaller
-    from kaun._run.run import TrainingRun
-
-__all__ = ["Agreement", "EndedElsewhere", "agreement_of"]
+__all__ = ["Agreement", "EndedElsewhere", "agreement_of", "processes_of"]
 
 _EVERY = 1000  # steps after which items are compared again
 _GROWING = 8  # turns at the start of a fit, in which blocks grow
 _RARELY = 16
 _PATIENCE = 1.0  # seconds after which a process that waits for its devices asks whether another one has failed
+_ANSWER = 5.0  # seconds in which a process that runs notices that the devices of another have failed
 _SIGTERM = 128 + 15
 _numbers = itertools.count()
-_turns = itertools.count(1)  # of all fits: the preemption service wants numbers that grow
+
+
+class _Turns:
+    """The number of turns of all fits: the preemption service wants numbers that grow, the same in all processes."""
+
+    count = 0
 
 
 class EndedElsewhere(Exception):
@@ -60,6 +65,15 @@ def agreement_of(processes: tuple[int, ...]) -> Generator[Agreement | None]:
         raise
 
 
+def processes_of(sharding: Sharding | None, state: TrainState) -> tuple[int, ...]:
+    """The numbers of the processes over which a state lies or will lie."""
+    if jax.process_count() == 1:
+        return ()
+    leaves = jax.tree_util.tree_leaves(state)
+    devices = sharding.mesh.devices.flat if sharding else {device for leaf in leaves for device in leaf.devices()}
+    return tuple(sorted({device.process_index for device in devices}))
+
+
 class Agreement:
     """The votes of one fit.
 
@@ -68,6 +82,8 @@ class Agreement:
 
     Attributes:
         due: Whether the clock of process 0 wants a checkpoint after this turn.
+        certain: Whether the data of all processes has the same known length, and no code of the user makes its items.
+        numbers: What the report of any process wants each step to compute, as ``Report.numbers``.
     """
 
     def __init__(self, processes: tuple[int, ...]) -> None:
@@ -75,36 +91,38 @@ class Agreement:
         self._channel = Channel(f"fit/{next(_numbers)}", processes, "the next steps of fit")
         self.due = False
         self._broken = False  # one process is missing, or its devices have failed
+        self._cause: BaseException | None = None  # why
         self._over: BaseException | None = None  # what ends the fit here, because of another process
         self._raised: BaseException | None = None
         self._failed = False  # whether this process has told the others of its exception
         self._closed, self._allowed = False, 0  # after the last vote on steps: how many may still be dispatched
         self._rescue = False  # whether all processes go on to save the state that is left
         self._steps = False  # between the begin of the steps and the last checkpoint
-        self._certain = self._asks = False
-        self._told: Mapping[str, Any] | None = None
+        self.certain = self._asks = False
+        self.numbers: dict[str, int] = {}
+        self._agreed: Mapping[str, Any] | None = None
         self._wanted: int | None = None
         self._compared: set[int] = set()
         self._turn = 0
-        self._run: TrainingRun | None = None
         self._loop: StepLoop | None = None
-        self._caller: ReportCaller | None = None
+        self._next: Callable[[int], dict[str, Any]] = lambda done: {}
+        self._signals = Signals(wanted=False)
 
-    def begin(self, facts: Mapping[str, Any]) -> dict[str, int]:
-        """Compare what the processes begin with, and return the numbers that the report of any of them wants.
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Compare what the processes begin with.
 
         Raises:
             ValueError: If they differ.
         """
-        found = self._vote({**facts, "began": True})
+        found = self._vote({**facts, "began": True, "turns": _Turns.count})
         self._raise_if_over()
+        _Turns.count = found["turns"]
         check_begin(found["unlike"])
-        self._certain, self._asks = found["certain"], found["asks"]
-        return found["numbers"]
+        self.certain, self._asks, self.numbers = found["certain"], found["asks"], found["numbers"]
 
-    def attach(self, run: TrainingRun, loop: StepLoop, caller: ReportCaller) -> None:
-        """Give it the parts of the fit that it asks, from the first step on."""
-        self._run, self._loop, self._caller, self._steps = run, loop, caller, True
+    def attach(self, loop: StepLoop, next_turn: Callable[[int], dict[str, Any]], signals: Signals) -> None:
+        """Give it what it asks, from the first step on: the loop, and what this process alone would do next."""
+        self._loop, self._next, self._signals, self._steps = loop, next_turn, signals, True
 
     # A turn of the loop
 
@@ -116,23 +134,33 @@ class Agreement:
         """
         assert self._loop is not None
         self._raise_if_over()
-        if preemption_service_runs() and multihost_utils.reached_preemption_sync_point(next(_turns)):
+        _Turns.count += 1
+        if preemption_service_runs() and multihost_utils.reached_preemption_sync_point(_Turns.count):
             raise SystemExit(_SIGTERM)
+        if self._loop.exhausted:  # the others may have more items than wait here
+            self.end()
+            return 1
         self._turn += 1
-        told, self._told = self._told, None
-        if told is None:
+        agreed, self._agreed = self._agreed, None
+        if agreed is None:
             mine = self._next(done)
             # What decides is then the same in all processes, without asking; but a signal in one of them may wait.
-            if self._certain and not self._asks and self._turn > _GROWING and self._turn % _RARELY:
+            if self.certain and not self._asks and self._turn > _GROWING and self._turn % _RARELY:
                 return mine["next"]
-            told = self._vote(mine)
+            with self._signals.interruptible():
+                pass
+            agreed = self._vote(mine)
             self._raise_if_over()
-        self._wanted, self.due, self._loop.limit = told["want"], told["due"], told["limit"]
-        return told["next"]
+        self._wanted, self.due, self._loop.limit = agreed["want"], agreed["due"], agreed["limit"]
+        return agreed["next"]
 
     def wanted(self, step: int) -> bool:
         """Whether the report of one of the processes is to be called for this step."""
         return step == self._wanted
+
+    def expect(self, step: int) -> None:
+        """Expect a call of the report for a step that was taken before."""
+        self._wanted = step
 
     def reported(self, step: int, *, stops: bool, best: bool) -> tuple[bool, bool]:
         """Return whether the fit stops after a step, and whether that step is the best, as all processes see it.
@@ -143,19 +171,9 @@ class Agreement:
             best: Whether what it measured is the best so far.
         """
         self._wanted = None
-        self._told = self._vote({**self._next(step), "best": best, **({"end": "stopped"} if stops else {})})
+        self._agreed = self._vote({"end": "stopped"} if stops else {**self._next(step), "best": best})
         self._raise_if_over()
-        return self._closed, self._told["best"]
-
-    def _next(self, done: int) -> dict[str, Any]:
-        """What this process says of the turn after ``done`` steps. A signal that it received is raised here."""
-        assert self._caller is not None and self._loop is not None and self._run is not None
-        with self._run.signals.interruptible():
-            pass
-        most = self._run.ahead(done, self._loop.limit)
-        count, wants = self._caller.next_call(done, most)
-        due = self._run.saver is not None and self._run.saver.clock_is_due()
-        return {"next": count, "want": done + count if wants else None, "limit": self._loop.own_limit, "due": due}
+        return self._closed, self._agreed.get("best", False)
 
     # A dispatch
 
@@ -171,7 +189,7 @@ class Agreement:
         if not self._closed:
             kind = hash(inputs.key)
             compares = kind not in self._compared or (first - 1) // _EVERY != (first + count - 1) // _EVERY
-            if self._certain and not compares:
+            if self.certain and not compares:
                 return count
             self._compared.add(kind)
             items = {"items": checksums(inputs, values())} if compares else {}
@@ -189,34 +207,44 @@ class Agreement:
         """Raise what ends the fit here because of another process."""
         self._raise_if_over()
 
-    def wait(self, array: jax.Array) -> None:
+    def wait(self, array: Any) -> None:
         """Wait for an array on the devices, unless another process has failed without running its part of it.
 
         Raises:
             FailedElsewhere: In that case.
         """
-        pause, asked = 2e-5, time.monotonic()
+        pause, start = 2e-5, time.monotonic()
+        asked = start
         while not array.is_ready():
             time.sleep(pause)
-            pause = min(2 * pause, 1e-3)
-            if time.monotonic() - asked > _PATIENCE:
-                asked = time.monotonic()
-                self._check_others()
+            pause, now = min(2 * pause, 1e-3), time.monotonic()
+            if now - asked > _PATIENCE:
+                asked = now
+                self._check_others(now - start)
 
     def readable(self, arrays: list[Any]) -> bool:
         """Whether arrays have values, or will have them: after a failure of the devices they may never."""
-        deadline = time.monotonic() + _PATIENCE
-        while self._broken and time.monotonic() < deadline and not all(a.is_ready() for a in arrays):
-            time.sleep(0.01)
-        return not self._broken or all(a.is_ready() for a in arrays)
+        return not self._broken or all(array.is_ready() for array in arrays)
 
-    def _check_others(self) -> None:
+    def _check_others(self, seconds: float) -> None:
+        """Raise where another process, or what is left of the agreement, makes it vain to wait any longer."""
         assert self._loop is not None
-        for process in self._processes:
-            left = self._channel.why_left(process) if process != self._me else None
-            if left is not None and left[1] < self._loop.done:
-                self._broken = self._closed = True
-                raise failed_elsewhere(process, left[0])
+        if self._cause is not None:
+            raise self._cause
+        others = [process for process in self._processes if process != self._me]
+        left = {process: why for process in others if (why := self._channel.why_left(process)) is not None}
+        gone = next((process for process, (_, at) in left.items() if at < self._loop.done), None)
+        limit = timeout_of()
+        if gone is not None:
+            raise self._break(failed_elsewhere(gone, left[gone][0]))
+        if seconds >= limit:
+            what = f"the devices did not finish a step within {limit:g} seconds, for which they need those of all"
+            raise self._break(failed_elsewhere(others[0], what))
+
+    def _break(self, error: BaseException) -> BaseException:
+        """Note why the processes can agree no longer, and return that."""
+        self._broken, self._closed, self._cause = True, True, self._cause or error
+        return self._cause
 
     # The end
 
@@ -243,10 +271,13 @@ class Agreement:
             return
         self._failed = True
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, FailedElsewhere):
+            what = f"process {error.process}, for which it waited, {error.what}" if self._broken else error.what
         vote: dict[str, Any] = {"end": "failed", "what": what[:2000]}
         if isinstance(error, SystemExit):
             vote |= {"end": "exit", "code": error.code if isinstance(error.code, int) else 1}
-        self._broken = self._broken or isinstance(error, jax.errors.JaxRuntimeError)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._break(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._channel.leave(what[:2000], -1 if self._broken or self._loop is None else self._loop.done)
         try:
@@ -254,10 +285,28 @@ class Agreement:
         except FailedElsewhere as missing:
             error.add_note(f"Also, {missing}")
         self._closed, self._over = True, None
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._call_the_roll(error)
+
+    def _call_the_roll(self, error: BaseException) -> None:
+        """Add to an error of the devices which processes do not answer: one that has ended is a usual reason."""
+        deadline = time.monotonic() + min(timeout_of(), _ANSWER)
+        silent = [process for process in self._processes if process != self._me]
+        while silent and time.monotonic() < deadline:
+            time.sleep(0.1)
+            silent = [process for process in silent if self._channel.why_left(process) is None]
+        if silent:
+            error.add_note(
+                f"Also, process {', '.join(map(str, silent))} does not answer. It has probably ended, which makes the "
+                "devices of the others fail, and its own output says why."
+            )
 
     def all_have(self, state: str) -> bool:
         """Whether all processes have the same state left, so that they can save it; called where one has failed."""
-        return self._rescue and not self._broken and self._vote({"state": state})["same"]
+        try:
+            return self._rescue and self._vote({"state": state})["same"]
+        except FailedElsewhere:
+            return False
 
     # A vote
 
@@ -269,12 +318,12 @@ class Agreement:
         mine = {**where, "steps": self._steps, **ballot}
         try:
             found = unpacked(self._channel.exchange(packed(mine), combine))
-        except BaseException:
-            self._broken = self._closed = True
+        except BaseException as error:
+            self._break(error)
             raise
         end = found["end"]
-        if end is not None and not ("state" in mine):
-            self._close(end, found, mine.get("end", ""))
+        if end is not None and "state" not in ballot:
+            self._close(end, found, ballot.get("end", ""))
         return found
 
     def _close(self, end: Mapping[str, Any], found: Mapping[str, Any], mine: str) -> None:
@@ -285,18 +334,16 @@ class Agreement:
         if kind in ("failed", "exit") and mine not in ("failed", "exit"):
             self._over = failed_elsewhere(process, end["what"]) if kind == "failed" else SystemExit(end["code"])
         elif kind == "data" and len(found["ended"]) < len(self._processes):
-            steps = found["at"] + found["wait"]
-            if not steps:
-                self._over = failed_elsewhere(process, "its data has no items")
-            elif mine != "data":
+            if mine != "data":
                 self._over = EndedElsewhere()
+            who, steps = ", ".join(map(str, found["ended"])), found["at"] + found["wait"]
             warn(
-                f"The data of process {', '.join(map(str, found['ended']))} ended after {steps} items, and that of the "
-                "others has more. All processes end the fit there. Give every process the same number of items."
+                f"The data of process {who} ended after {steps} items, and that of the others has more. All processes "
+                "end the fit there. Give every process the same number of items."
             )
 
     def _raise_if_over(self) -> None:
-        self._raised, self._over = self._over or self._raised, None
-        if self._raised is not None and not self._failed:
-            self._failed = True
-            raise self._raised
+        over, self._over = self._over, None
+        if over is not None:
+            self._raised, self._failed = over, not isinstance(over, EndedElsewhere)
+            raise over

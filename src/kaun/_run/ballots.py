@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kaun._run.same import different_items, differences
+from kaun._run.same import differences, different_items
 
 __all__ = ["combine", "packed", "unpacked"]
 
@@ -35,14 +35,15 @@ def combine(texts: dict[int, str]) -> str:
     """
     ballots = {process: unpacked(text) for process, text in texts.items()}
     first = ballots[min(ballots)]
+    ended = {process: ballot["wait"] for process, ballot in ballots.items() if ballot.get("end") == "data"}
     each = lambda name: [ballot[name] for ballot in ballots.values() if ballot.get(name) is not None]
-    found = {
+    found: dict[str, Any] = {
         "next": min(each("next"), default=1), "want": min(each("want"), default=None),
         "limit": first.get("limit"), "due": first.get("due", False), "best": first.get("best", False),
         "at": min(each("at"), default=0), "wait": min(each("wait"), default=0),
         "apart": len(set(each("at"))) > 1, "rescue": all(each("steps")),
         "same": len(set(each("state"))) == 1 and len(each("state")) == len(ballots),
-        "end": _end(ballots), "ended": [p for p, ballot in ballots.items() if ballot.get("end") == "data"],
+        "end": _end(ballots), "ended": [process for process, waits in ended.items() if waits == min(each("wait"))],
         "unlike": [],
     }  # fmt: skip
     if found["end"] is None:
@@ -64,13 +65,14 @@ def _end(ballots: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _begin(ballots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    begun = [ballot for ballot in ballots if "began" in ballot]
-    totals = {ballot["total"] for ballot in begun}
+    starts = [ballot for ballot in ballots if "began" in ballot]
+    totals = {ballot["total"] for ballot in starts}
     numbers: dict[str, int] = {}
-    for name, n in (pair for ballot in begun for pair in ballot["numbers"].items()):
+    for name, n in (pair for ballot in starts for pair in ballot["numbers"].items()):
         numbers[name] = math.gcd(n, numbers.get(name, 0))
     certain = len(totals) == 1 and None not in totals
-    return {"numbers": numbers, "asks": any(ballot["asks"] for ballot in begun), "certain": certain}
+    turns = max(ballot["turns"] for ballot in starts)
+    return {"turns": turns, "numbers": numbers, "asks": any(ballot["asks"] for ballot in starts), "certain": certain}
 
 
 def _unlike(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
@@ -80,10 +82,12 @@ def _unlike(ballots: Mapping[int, Mapping[str, Any]]) -> list[str]:
     if all("began" in ballot for ballot in ballots.values()):
         return differences(first, ballots)
     for process, ballot in ballots.items():
-        if any(ballot.get(name) != first.get(name) for name in ("at", "wait")) or ("items" in ballot) != ("items" in first):
+        if any(ballot.get(name) != first.get(name) for name in ("at", "wait")) or ("items" in ballot) != (
+            "items" in first
+        ):
             return [
-                f"process {process} has {ballot.get('wait')} items of one kind after {ballot.get('at')} steps, and process "
-                f"{number} {first.get('wait')} after {first.get('at')}"
+                f"after {first.get('at')} steps, process {number} has {first.get('wait')} next items of one kind, and "
+                f"process {process} has {ballot.get('wait')}, after {ballot.get('at')} steps"
             ]
     difference = different_items({p: b["items"] for p, b in ballots.items()}) if "items" in first else ""
     return [difference] if difference else []

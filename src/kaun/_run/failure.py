@@ -32,6 +32,8 @@ def save_on_error(
             yield
         except BaseException as error:
             first: BaseException = error
+            if run.together is not None:
+                run.together.fail(error)
             with suppress(Exception):
                 now()  # runs the steps whose items came before this
                 first = loop.failure() or error
@@ -64,7 +66,9 @@ def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: Re
     found = loop.recover()
     if found == "newest":
         error.kaun_state = state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
-        if run.saver is not None:
+        if run.saver is not None and run.together is not None and not run.together.all_have(str(loop.done)):
+            error.add_note(f"Also, no checkpoint of step {loop.done} was written, because not all processes have it.")
+        elif run.saver is not None:
             try:
                 run.saver.save(loop.done, state, pending_report_loss=hook.pending_report_loss)
             except Exception as failed:

@@ -18,6 +18,7 @@ from kaun import tree
 from kaun._engine import StepResults
 from kaun._messages import locate
 from kaun._report import NUMBERS, Composite, check_report, measured_by_call, member, names_of, numbers_of
+from kaun._run.agree import Agreement
 from kaun._run.notices import DiscardedSteps
 from kaun._run.values import StepValues
 from kaun.data import PassLength
@@ -114,10 +115,11 @@ class ReportCaller:
             report is then called for that step again.
         interruptible: Returns a context in which a signal may interrupt the report.
         passes: How the data are cut into passes, None where they are one.
-        on_measured: Called with (step, values, state) after the report measured values for a step; the state is None if
-            the report ended the fit.
         rate: The learning rate of every step, None where it is unknown or a step knows its own.
         windows: ``accumulate``, and under ``"skip"`` the number of updates before, as ``DiscardedSteps`` takes them.
+        together: What several processes agree on, None in one.
+        is_best: Called with (step, values) after the report measured values: whether they are the best so far.
+        save_best: Called with (step, state) where they are, and the fit does not end there.
 
     Attributes:
         pending_report_loss: The loss of the step for which the report was called and did not return.
@@ -138,14 +140,18 @@ class ReportCaller:
         pending_report_loss: float | None = None,
         interruptible: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         passes: PassLength | None = None,
-        on_measured: Callable[[int, Mapping[str, float], Any], None] = lambda step, values, state: None,
         rate: float | None = None,
         windows: tuple[int, int] = (1, 0),
+        together: Agreement | None = None,
+        is_best: Callable[[int, Mapping[str, float]], bool] = lambda step, values: False,
+        save_best: Callable[[int, Any], None] = lambda step, state: None,
     ) -> None:
         if report is not None:
             check_report(report, "fit")
             _check_watched(report)
-        self._report, self.numbers, self._rate = report, numbers_of(report), rate
+        self._together, self._is_best, self._save_best = together, is_best, save_best
+        self.numbers = numbers_of(report) if together is None else together.numbers
+        self._report, self._rate = report, rate
         self._wants, self._block = member(report, "wants"), member(report, "block")
         self._begin, self._end = member(report, "begin"), member(report, "end")
         self._compiling = member(report, "compiling")
@@ -156,7 +162,6 @@ class ReportCaller:
         self._total, self._done, self._before, self._raises = total, done, before, mode == "raise"
         self._discarded = DiscardedSteps(*windows) if mode == "skip" else None
         self.pending_report_loss, self._interruptible = pending_report_loss, interruptible
-        self._on_measured = on_measured
         self._asked = self._wanted = done if pending_report_loss is None else done - 1
         self._clock = time.perf_counter()
         self._seconds = 0.0  # of compilation since then
@@ -185,7 +190,16 @@ class ReportCaller:
         return min(self._wanted - done, most) if self._wanted > done else most
 
     def wants(self, step: int) -> bool:
-        """Return whether the report is to be called for this step."""
+        """Return whether the report of any process is to be called for this step."""
+        return self._wants_here(step) if self._together is None else self._together.wanted(step)
+
+    def next_call(self, done: int, most: int) -> tuple[int, bool]:
+        """Return what ``ahead`` does, and whether the report of this process is then called."""
+        count = self.ahead(done, most)
+        beyond = self._total is not None and done + count > self._total  # not asked about before there is such a step
+        return count, self._report is not None and (beyond or self._wants_here(done + count))
+
+    def _wants_here(self, step: int) -> bool:
         if self._report is None:
             return False
         if self._wants is None:
@@ -216,12 +230,17 @@ class ReportCaller:
         """Call the report, and return whether it raised EarlyStop. Waits for the step to be done."""
         if self._waiting:
             self._deliver(len(self._waiting))
-        self.pending_report_loss = float(loss)
-        with self._interruptible():
-            values, stops = self._call(step, self.pending_report_loss, state)
-        self.pending_report_loss = None
-        if values:
-            self._on_measured(step, values, None if stops else state)
+        values, stops = None, False
+        if self._together is None or self._wants_here(step):
+            self.pending_report_loss = float(loss)
+            with self._interruptible():
+                values, stops = self._call(step, self.pending_report_loss, state)
+            self.pending_report_loss = None
+        best = bool(values) and self._is_best(step, values or {})
+        if self._together is not None:
+            stops, best = self._together.reported(step, stops=stops, best=best)
+        if best and not stops:  # the last step is saved anyway
+            self._save_best(step, state)
         self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation does not count as part of a step
         return stops
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,19 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng, tree
-from kaun._engine import StepInputs, TracedStep
+from kaun._engine import StepInputs, StepLoop, TracedStep
 from kaun._messages import warn
+from kaun._processes import is_first
 from kaun._report import member
+from kaun._run.agree import Agreement, EndedElsewhere, agreement_of, processes_of
 from kaun._run.differences import differences
 from kaun._run.generators import captured_generators, global_states, refuse_draws
 from kaun._run.identity import check_facts, refuse_difference, run_facts, unscoped, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import keeping, match_reports, report_kind, unpack_snapshot
-from kaun._run.reports import check_best_is_measured
+from kaun._run.reports import ReportCaller, check_best_is_measured
+from kaun._run.same import begin_facts, refuse_unscoped
 from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Best, Directory, Saved, Store
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
+from kaun.sharding import Sharding
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]
@@ -37,6 +42,7 @@ class TrainingRun:
         state: The state to start from.
         data: All items of the run.
         saver: Writes its checkpoints, None without a directory for them.
+        together: What its processes agree on, None where it has one.
 
     Attributes:
         data: The items that are left.
@@ -47,11 +53,18 @@ class TrainingRun:
         stopped: Whether it is finished because its report raised ``EarlyStop``.
         pending_report_loss: The last step's loss if its report was interrupted; the report is called again on resume.
         saver: Writes its checkpoints, None without a directory for them.
-        signals: The signals that end it, where it has a directory.
+        together: What its processes agree on, None where it has one.
+        signals: The signals that end it, where it has a directory or several processes.
         now: Gives the state after the last step, while the steps are taken and after that.
     """
 
-    def __init__(self, state: TrainState, data: Iterable[Any], saver: CheckpointSaver | None = None) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        data: Iterable[Any],
+        saver: CheckpointSaver | None = None,
+        together: Agreement | None = None,
+    ) -> None:
         self._state: TrainState | None = state
         self.data: Iterable[Any] = data
         self.done: int = 0
@@ -61,8 +74,14 @@ class TrainingRun:
         self.stopped: bool = False
         self.pending_report_loss: float | None = None
         self.saver: CheckpointSaver | None = saver
-        self.signals: Signals = Signals(wanted=saver is not None)
+        self.together: Agreement | None = together
+        self.signals: Signals = Signals(wanted=saver is not None or together is not None)
         self.now: Callable[[], TrainState] | None = None
+
+    def peek(self) -> TrainState:
+        """The state from which the run continues, before it is taken."""
+        assert self._state is not None
+        return self._state
 
     def take(self) -> TrainState:
         """The state from which the run continues. It is returned once, so that the run does not keep it alive."""
@@ -70,22 +89,38 @@ class TrainingRun:
         assert state is not None
         return state
 
+    def next_steps(self, step: int, caller: ReportCaller, loop: StepLoop) -> int:
+        """How many steps come next, up to a call of the report or a checkpoint; with several processes, in all."""
+        if self.together is not None:
+            return self.together.ahead(step)
+        return self.ahead(step, caller.ahead(step, loop.limit))
+
+    def until_data_ends(self) -> contextlib.AbstractContextManager[Any]:
+        """A block that also ends where the data of another process does."""
+        return contextlib.suppress(EndedElsewhere)
+
     def ahead(self, done: int, most: int) -> int:
         """How many of the next ``most`` steps may run before a checkpoint is due."""
         return most if self.saver is None else self.saver.ahead(done, most)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
-        return self.saver is not None and self.saver.due(step)
+        return self.saver is not None and self.saver.due(step, None if self.together is None else self.together.due)
 
-    def measured(self, step: int, values: Mapping[str, float], state: TrainState | None) -> None:
-        """Take what a report measured after a step, and save the step if it is the best one."""
+    def is_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Take what a report measured after a step, and return whether that is the best so far."""
+        return self.saver is not None and self.saver.is_best(step, values)
+
+    def save_best(self, step: int, state: TrainState) -> None:
+        """Save a step because it is the best one."""
         if self.saver is not None:
-            self.saver.measured(step, values, state)
+            self.saver.save(step, state, is_best=True)
 
     def interruptible_items(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The same chunks; a signal may interrupt getting each."""
-        return chunks if self.saver is None else self.saver.count_pulled(self.signals.interruptible_items(chunks))
+        """The same chunks; a signal may interrupt getting each, but where the processes do not vote on each."""
+        if self.together is None or not self.together.certain:
+            chunks = self.signals.interruptible_items(chunks)
+        return chunks if self.saver is None else self.saver.count_pulled(chunks)
 
     @property
     def on_trace(self) -> Callable[[StepInputs, TracedStep], None] | None:
@@ -95,7 +130,12 @@ class TrainingRun:
 
 @contextmanager
 def open_run(
-    checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any, on_nonfinite: str = "raise"
+    checkpoints: Directory | None,
+    state: TrainState,
+    data: Iterable[Any],
+    report: Any,
+    on_nonfinite: str = "raise",
+    sharding: Sharding | None = None,
 ) -> Generator[TrainingRun, None, None]:
     """The run of a fit: a new one, or that of the directory. When the block ends, all checkpoints are on the disk.
 
@@ -105,6 +145,7 @@ def open_run(
         data: All items of the run.
         report: The report of the fit, whose snapshot is restored.
         on_nonfinite: As the trainer's; unless it is ``"ignore"``, no run is resumed from a state that is not finite.
+        sharding: Where the state will lie: over which processes.
 
     Raises:
         ResumeMismatch: If the directory holds another run.
@@ -112,24 +153,22 @@ def open_run(
         TypeError: If ``checkpoints`` is not a Directory, or data can be iterated once only.
         OSError: If checkpoints cannot be written.
     """
-    if checkpoints is None:
-        run = TrainingRun(state, data)
+    with agreement_of(processes_of(sharding, state)) as together, contextlib.ExitStack() as stack:
+        if checkpoints is None:
+            run = TrainingRun(state, data, None, together)
+        else:
+            _check_resumable(checkpoints, state, data)
+            if checkpoints.best is not None and is_first():
+                check_best_is_measured(checkpoints.best[0], report)
+            store = Store.open(checkpoints)
+            stack.enter_context(_closed(store))
+            run = _start_or_resume(store, checkpoints, state, data, report, together, watched=on_nonfinite != "ignore")
+        if together is not None:
+            refuse_unscoped(state, data)
+            together.begin(begin_facts(run.peek(), data, report, run.done, saves=run.saver is not None))
         del state  # fit frees its memory where nothing else refers to it
-        with _state_on_error(run):
+        with _state_on_error(run), _finished(together, stack), run.signals:
             yield run
-        return
-    _check_resumable(checkpoints, state, data)
-    if checkpoints.best is not None:
-        check_best_is_measured(checkpoints.best[0], report)
-    store = Store.open(checkpoints)
-    try:
-        run = _start_or_resume(store, checkpoints, state, data, report, watched=on_nonfinite != "ignore")
-    except BaseException:
-        store.close()
-        raise
-    del state
-    with _state_on_error(run), _closed(store), run.signals:
-        yield run
 
 
 @contextmanager
@@ -143,6 +182,15 @@ def _state_on_error(run: TrainingRun) -> Generator[None]:
         raise
     finally:
         run.now = None  # it holds the loop, which holds the run
+
+
+@contextmanager
+def _finished(together: Agreement | None, stack: contextlib.ExitStack) -> Generator[None]:
+    """Close what the stack holds at the end, and then wait for the other processes to have come that far."""
+    with stack:
+        yield
+    if together is not None:
+        together.finish()
 
 
 @contextmanager
@@ -185,14 +233,21 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
 
 
 def _start_or_resume(
-    store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any, *, watched: bool
+    store: Store,
+    directory: Directory,
+    state: TrainState,
+    data: Iterable[Any],
+    report: Any,
+    together: Agreement | None,
+    *,
+    watched: bool,
 ) -> TrainingRun:
     facts = run_facts(state, data)
     saved = store.newest(state, functools.partial(_spoiled, state)) if watched else store.newest(state)
     if saved is not None:
         check_facts(directory, saved.step, saved.facts)
     saver = CheckpointSaver(store, directory, facts, report, saved, _best(store, directory, saved))
-    run = TrainingRun(state if saved is None else saved.state, data, saver)
+    run = TrainingRun(state if saved is None else saved.state, data, saver, together)
     if saved is not None:
         _resume(run, directory, saved, facts, report, exact=has_exact_length(data))
     if not run.finished:

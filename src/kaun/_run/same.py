@@ -1,4 +1,4 @@
-"""What must be the same in all processes of a fit: the key, where the state is, the stages of the data, and its items."""
+"""What must be the same in all processes of a fit: key and step of the state, the stages of the data, and its items."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def refuse_unscoped(state: TrainState, data: Iterable[Any]) -> None:
         )
 
 
-def begin_facts(state: TrainState, data: Iterable[Any], report: Any, done: int, *, saves: bool, clock: bool) -> Any:
+def begin_facts(state: TrainState, data: Iterable[Any], report: Any, done: int, *, saves: bool) -> dict[str, Any]:
     """What a process begins a fit with.
 
     Args:
@@ -56,14 +56,13 @@ def begin_facts(state: TrainState, data: Iterable[Any], report: Any, done: int, 
         report: The report of this process.
         done: How many steps were taken before.
         saves: Whether there is a directory for checkpoints.
-        clock: Whether a clock decides when a checkpoint is due.
     """
     total = known_length(data)
     certain = total is not None and has_exact_length(data) and not makes_items(data)
     return {
         "key": _key(state.key), "step": int(state.step), "done": done, "data": _stages(data), "saves": saves,
         "jax": jax.__version__,
-        "asks": report is not None or clock or saves, "numbers": {} if report is None else numbers_of(report),
+        "asks": report is not None or saves, "numbers": {} if report is None else numbers_of(report),
         "total": total if certain else None,
     }  # fmt: skip
 

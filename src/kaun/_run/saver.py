@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 import jax
 
 from kaun import tree
-from kaun._engine import StepInputs, StepLoop, TracedStep
+from kaun._engine import StepInputs, TracedStep
 from kaun._run.generators import check_draws
 from kaun._run.identity import digest_item, refuse_difference
-from kaun._run.notices import warn_of_open_window
 from kaun._run.position import makes_items, position
 from kaun._run.report_state import keeping, pack_snapshot, snapshot_reports
-from kaun._run.reports import ReportCaller
 from kaun.checkpoint import BEST, BRANCH, FOREVER, Best, Directory, Saved, Store
 from kaun.data import Chunk
 from kaun.state import TrainState
 
-__all__ = ["CheckpointSaver", "flush_and_save"]
+__all__ = ["CheckpointSaver"]
 
 _MOST_PROGRAMS = 8  # of inputs of one kind; where there are several, another one is no difference
 
@@ -80,10 +78,14 @@ class CheckpointSaver:
         """How many of the next ``most`` steps may run before a checkpoint is due."""
         return min([most, *(n - done % n for n in (self._every, self._directory.forever) if n is not None)])
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step."""
+    def due(self, step: int, clock: bool | None = None) -> bool:
+        """Whether a checkpoint is due after this step; ``clock`` is what the clock says, None to read it."""
         if any(n is not None and step % n == 0 for n in (self._every, self._directory.forever)):
             return True
+        return self.clock_is_due() if clock is None else clock
+
+    def clock_is_due(self) -> bool:
+        """Whether the time between two checkpoints has passed."""
         return self._next is not None and time.monotonic() >= self._next
 
     def count_pulled(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -118,23 +120,14 @@ class CheckpointSaver:
             refuse_difference(self._directory, "data", step, lines)
         return not lines
 
-    def measured(self, step: int, values: Mapping[str, float], state: TrainState | None) -> None:
-        """Take the values that a report measured after a step, and save the step if its value is the best so far.
-
-        Args:
-            step: How many steps the run has taken.
-            values: The values by name.
-            state: The state after them, None if the step is the last one, which is saved anyway.
-        """
+    def is_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Take the values that a report measured after a step, and return whether its value is the best so far."""
         wanted = self._directory.best
         if wanted is None or wanted[0] not in values:
-            return
+            return False
         best = Best.after(self._best, wanted, step, float(values[wanted[0]]))
-        if best is None:
-            return
-        self._best = best
-        if state is not None:
-            self.save(step, state, is_best=True)
+        self._best = self._best if best is None else best
+        return best is not None
 
     def save(
         self,
@@ -207,24 +200,3 @@ class CheckpointSaver:
             known = []
         self._traced.add(name)
         self._programs[name] = "; ".join([*known, *{digest}.difference(known)][-_MOST_PROGRAMS:])
-
-
-def flush_and_save(
-    saver: CheckpointSaver | None, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller, ended: str = ""
-) -> None:
-    """Run the steps that wait, hand their values to the report, and write a checkpoint where there is a directory.
-
-    Args:
-        saver: None without a directory.
-        loop: The steps of the fit.
-        now: Gives the state after the last step.
-        hook: Calls the report.
-        ended: How the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
-    """
-    loop.flush()
-    loop.wait()
-    hook.finish(last=bool(ended))
-    if saver is not None:
-        saver.save(loop.done, now(), ended=ended)
-    if ended == "data":
-        warn_of_open_window(now())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from kaun._engine import ProgramCache, StepLoop, error_of, run_flush
 from kaun._jax import is_traced
 from kaun._report import Report, ReportFunction
+from kaun._run.notices import warn_of_open_window
 from kaun._run.reports import ReportCaller
 from kaun._run.run import TrainingRun
 from kaun._step import (
@@ -28,7 +29,7 @@ from kaun.context import Context
 from kaun.data import not_data, open_items
 from kaun.state import TrainState
 
-__all__ = ["finished_state", "flush_state", "start_loop"]
+__all__ = ["finished_state", "flush_and_save", "flush_state", "start_loop"]
 
 
 def start_loop(
@@ -44,7 +45,8 @@ def start_loop(
     rate = find_rate(settings.optimizer) if settings.accumulate == 1 else None
     inner, penalized = optimizer_state(settings, state.opt_state), settings.penalty is not None
     windows = (settings.accumulate, int(inner.updates) if settings.accumulate > 1 and mode == "skip" else 0)
-    about = (mode, pending, interruptible, run.passes, run.measured, rate and rate.fixed, windows)
+    best = (run.together, run.is_best, run.save_best)
+    about = (mode, pending, interruptible, run.passes, rate and rate.fixed, windows, *best)
     caller = ReportCaller(report, run.total, run.done, state.step, *about)
     if settings.penalty is not None:
         settings.penalty.refuse_changes()
@@ -54,7 +56,42 @@ def start_loop(
     carry, key = (state.vars, state.opt_state, state.step), state.key
     del state, trained, inner
     hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
-    return caller, StepLoop(programs, carry, key, ctx, *hooks)
+    loop = StepLoop(programs, carry, key, ctx, *hooks, together=run.together)
+    if run.together is not None:
+        run.together.attach(loop, functools.partial(_own_turn, run, caller, loop), run.signals)
+    return caller, loop
+
+
+def _own_turn(run: TrainingRun, caller: ReportCaller, loop: StepLoop, done: int) -> dict[str, Any]:
+    """What this process alone would do in the turn after ``done`` steps."""
+    count, wants = caller.next_call(done, run.ahead(done, loop.limit))
+    due = run.saver is not None and run.saver.clock_is_due()
+    return {"next": count, "want": done + count if wants else None, "limit": loop.own_limit, "due": due}
+
+
+def flush_and_save(
+    run: TrainingRun, loop: StepLoop, now: Callable[[], TrainState], hook: ReportCaller, ended: str = ""
+) -> None:
+    """Run the steps that wait, hand their values to the report, and write a checkpoint where there is a directory.
+
+    Args:
+        run: The run.
+        loop: The steps of the fit.
+        now: Gives the state after the last step.
+        hook: Calls the report.
+        ended: How the run ended, ``"data"`` or ``"stopped"``; empty where it has not.
+    """
+    if run.together is not None and ended == "data":
+        run.together.end()
+    loop.flush()
+    loop.wait()
+    hook.finish(last=bool(ended))
+    if run.together is not None:
+        run.together.meet(last=bool(ended))
+    if run.saver is not None:
+        run.saver.save(loop.done, now(), ended=ended)
+    if ended == "data":
+        warn_of_open_window(now())
 
 
 def finished_state(

@@ -19,6 +19,7 @@ import optax
 from kaun import rng, tree
 from kaun._messages import locate, optional_package
 from kaun._paths import picture_path
+from kaun._processes import is_first
 from kaun._report import Report
 from kaun._step import Rate, find_rate, learning_rate, state_nodes
 from kaun.context import Context
@@ -86,7 +87,8 @@ class RateRange:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left")
         path = picture_path("lr_range(...).plot", path)
-        figure.savefig(path)
+        if is_first():
+            figure.savefig(path)
         return path
 
 

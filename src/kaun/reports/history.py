@@ -13,6 +13,7 @@ import numpy as np
 
 from kaun._messages import optional_package
 from kaun._paths import picture_path
+from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues, pack_results, saved_values, unpack_results
 from kaun.reports.epochs import PassMeans
@@ -154,7 +155,8 @@ class History(Report):
         if log:
             figure.axes[0].set_yscale("log")
         path = picture_path("history.plot", path)
-        figure.savefig(path)
+        if is_first():
+            figure.savefig(path)
         return path
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:

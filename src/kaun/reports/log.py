@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kaun._messages import warn
+from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.reports.epochs import PassMeans
@@ -64,8 +65,42 @@ class Sink(Protocol):
         ...
 
 
+class _InFirstProcess:
+    """A sink that is written to in process 0 alone, where a program has several."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self.name, self.path = sink, sink.name, sink.path
+
+    @property
+    def run(self) -> str:
+        return self._sink.run
+
+    @run.setter
+    def run(self, value: str) -> None:
+        self._sink.run = value
+
+    def check(self) -> None:
+        if is_first():
+            self._sink.check()
+
+    def cut(self, step: int) -> tuple[int, int] | None:
+        return self._sink.cut(step) if is_first() else None
+
+    def write(self, rows: Sequence[Row]) -> None:
+        if is_first():
+            self._sink.write(rows)
+
+    def sync(self) -> None:
+        if is_first():
+            self._sink.sync()
+
+    def close(self, error: BaseException | None) -> None:
+        if is_first():
+            self._sink.close(error)
+
+
 class Log(Report):
-    """The report that writes a row for each step to ``sink``.
+    """The report that writes a row for each step to ``sink``, in process 0 alone.
 
     A row is held back until something of a later step comes, so that it contains what is measured after its step.
 
@@ -79,7 +114,7 @@ class Log(Report):
     def __init__(self, sink: Sink, epochs: bool = False) -> None:
         self.__name__ = sink.name
         self.path: str = sink.path
-        self._sink = sink
+        self._sink = _InFirstProcess(sink)
         self._fits = 0
         self._every = 1
         self._outer: BaseException | None = None

@@ -12,6 +12,7 @@ import numpy as np
 
 from kaun._messages import optional_package
 from kaun._paths import picture_path
+from kaun._processes import is_first
 from kaun._report import Report
 from kaun.reports.files import check_writable
 from kaun.reports.history import History
@@ -71,7 +72,8 @@ class _Plot(Report):
     def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._next = monotonic() + FIRST
         self._history.begin(first_step, total)
-        check_writable("plot", self._path)
+        if is_first():
+            check_writable("plot", self._path)
 
     def wants(self, step: int) -> bool:
         return False
@@ -105,7 +107,7 @@ class _Plot(Report):
 
     def _draw(self) -> None:
         losses = self._history.losses
-        if not self._new or not (np.isfinite(losses) & ((losses > 0) | (not self._log))).any():
+        if not is_first() or not self._new or not (np.isfinite(losses) & ((losses > 0) | (not self._log))).any():
             return
         start = monotonic()
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import jax
 
 from kaun._messages import warn
 from kaun._paths import local_path
+from kaun._processes import is_first
 from kaun._report import Report
 from kaun.reports.files import check_writable
 from kaun.train import TrainState
@@ -96,8 +97,9 @@ class Profile(Report):
 
     def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         """Start before the first step, if that is one of those to trace; called by ``fit``."""
-        check_writable("profile", self.path / "trace")
-        self.trace, self._outer, self._awaited = None, sys.exception(), first_step <= self._last
+        self.trace, self._outer, self._awaited = None, sys.exception(), is_first() and first_step <= self._last
+        if is_first():
+            check_writable("profile", self.path / "trace")
         if self._first <= first_step <= self._last:
             self._start()
 
@@ -127,6 +129,8 @@ class Profile(Report):
             )
 
     def _start(self) -> None:
+        if not is_first():
+            return
         try:
             jax.profiler.start_trace(self.path, create_perfetto_trace=True)
         except RuntimeError as err:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues
 from kaun.train import TrainState
@@ -205,6 +207,8 @@ class _Display(Protocol):
 
 
 def _display(done: int, total: int | None, description: str | None, file: TextIO | None) -> _Display:
+    if not is_first():
+        return _Nothing()
     stream = sys.stderr if file is None else file
     if stream is None or os.environ.get("TQDM_DISABLE"):
         stream = io.StringIO()  # a program without a console has no standard error
@@ -238,6 +242,24 @@ def _overall(bar: Any) -> dict[str, Any]:
     if shown["rate"] is None and bar.excluded and steps and seconds > 0:
         shown["rate"] = steps / seconds
     return shown
+
+
+class _Nothing:
+    """What the other processes of a program show: process 0 has the bar."""
+
+    live = False
+
+    def pause(self) -> float:
+        return math.inf
+
+    def draw(self, step: int, postfix: str) -> None:
+        pass
+
+    def exclude(self, seconds: float) -> None:
+        pass
+
+    def close(self, step: int, postfix: str) -> None:
+        pass
 
 
 class _Bar:

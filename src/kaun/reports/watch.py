@@ -11,6 +11,7 @@ import numpy as np
 
 from kaun._messages import optional_package
 from kaun._paths import picture_path
+from kaun._processes import is_first
 from kaun._report import NUMBERS, Report
 from kaun._run import saved_values
 from kaun.train import TrainState
@@ -146,7 +147,8 @@ class Watch(Report):
         panels[-1].set_xlabel("step")
         figure.legend(panels[0].lines[:LISTED], self.layers[:LISTED], loc="outside right upper", frameon=False)
         path = picture_path("watch.plot", path)
-        figure.savefig(path)
+        if is_first():
+            figure.savefig(path)
         return path
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:

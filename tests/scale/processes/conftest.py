@@ -4,7 +4,6 @@ import contextlib
 import os
 import pickle
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -100,10 +99,15 @@ class Group:
         answers = self._read([*range(len(self._ends))] if among is None else among, timeout)
         return [Raised(*value) if how == "raised" else value for how, value in answers]
 
-    def kill(self, index: int) -> None:
-        """End one process as ``kill -9`` does."""
-        self.processes[index].send_signal(signal.SIGKILL)
-        self.processes[index].wait()
+    def result_or_exit(self, index: int, timeout: float = 60) -> Any:
+        """What a function that was begun gave in a process, or the exit code where that has ended."""
+        back = self._ends[index][1]
+        select.select([back], [], [], timeout)
+        try:
+            how, value = pickle.load(back)
+        except EOFError:
+            return self.processes[index].wait()
+        return Raised(*value) if how == "raised" else value
 
     def close(self) -> None:
         """End them all."""
@@ -144,12 +148,7 @@ def pair(tmp_path_factory):
         yield group
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Starts a group that ends with the test."""
-    started = []
-    try:
-        yield lambda *args, **kwargs: started.append(Group(tmp_path, *args, **kwargs)) or started[-1]
-    finally:
-        for group in started:
-            group.close()
+@pytest.fixture(scope="session")
+def make_group(tmp_path_factory):
+    """Starts a group of its own for a test, which closes it."""
+    return lambda *args, **kwargs: Group(tmp_path_factory.mktemp("group"), *args, **kwargs)
