@@ -207,3 +207,10 @@ def uneven(entry, fails):
 def on_devices_of_the_first():
     s = sharding.data_parallel(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]))
     return [item.shape for item in Data.batches(X, 8).local(s).assemble(s)]
+
+
+def own_arrays():
+    """A fit on parts of arrays that are other ones in each process."""
+    trainer, state = trained()
+    data = Data.batches((F + jax.process_index(), CLASSES), 8).local(trainer.sharding).assemble(trainer.sharding)
+    trainer.fit(state, data.with_loss(losses.cross_entropy_sparse))

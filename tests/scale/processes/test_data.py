@@ -96,3 +96,9 @@ def test_a_mesh_has_devices_of_the_process(pair):
     found, refused = pair.run(SCENARIOS, "on_devices_of_the_first")
     assert found == [(8, 2), (8, 2), (7, 2)]
     assert "local(s) expected a mesh with devices of each process, and process 1 of 2 has none of its 2" in refused.text
+
+
+def test_local_is_for_arrays_that_are_the_same_in_all_processes(pair):
+    for found in pair.run(SCENARIOS, "own_arrays"):
+        assert "do not begin it alike:\n  the stages of the data is Data.batches(arrays=float32[23, 2] " in found.text
+        assert "Data.from_iterable(lambda: Data.batches((x, y), batch_size=64)).assemble(s)" in found.text

@@ -71,7 +71,7 @@ def check_differences(pair):
         for how in both(pair, "other_items", what=what)[:2]:
             assert how.startswith("ValueError: ") and text in how
     assert (
-        ".local(s).with_loss(loss).assemble(s)\nwith s = trainer.sharding; for a loader that is already"
+        ".local(s).assemble(s).with_loss(loss)\nwith s = trainer.sharding; for a loader that is already"
         in both(pair, "other_items", what="values")[0]
     )
 
