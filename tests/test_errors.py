@@ -20,11 +20,13 @@ def test_exceptions_are_of_the_kinds_that_users_catch():
     assert issubclass(errors.NonFiniteLoss, ArithmeticError)
     assert issubclass(errors.ResumeMismatch, ValueError)
     assert issubclass(errors.Locked, RuntimeError)
+    assert issubclass(errors.FailedElsewhere, RuntimeError)
 
 
 def test_every_exception_and_warning_of_the_package_that_leaves_it_is_here():
     # Internal: the callers put them into words, RefusedError as a CaptureError, the others as a ValueError of one file.
-    internal = {"Damaged", "RefusedError", "Short", "TooLarge", "UnreadDtype"}
+    # EndedElsewhere ends the loop of fit, which returns.
+    internal = {"Damaged", "EndedElsewhere", "RefusedError", "Short", "TooLarge", "UnreadDtype"}
     defined = {}
     for path in sorted(Path(kaun.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -49,6 +51,8 @@ def test_an_error_comes_back_from_another_process_with_what_it_carries():
     assert (str(back), back.step, back.loss, back.parameters) == ("The loss is nan", 3, float("inf"), ("0.weight",))
     assert back.kaun_state["w"].tolist() == [1.0, 1.0]
     assert str(pickle.loads(pickle.dumps(errors.MissingContext("no 'mask'")))) == "no 'mask'"
+    failed = pickle.loads(pickle.dumps(errors.FailedElsewhere("Process 1 failed", 1, "OSError: disk full")))
+    assert (str(failed), failed.process, failed.what) == ("Process 1 failed", 1, "OSError: disk full")
 
 
 def test_missing_context_prints_its_message_as_it_is():

@@ -164,6 +164,14 @@ def test_the_service_that_waits_for_sigterm(monkeypatch):
     assert _jax.preemption_service_runs() is True
 
 
+def test_the_client_of_the_service(monkeypatch):
+    from jax._src import distributed
+
+    assert _jax.coordination_client() is None and hasattr(distributed.global_state, "client")
+    monkeypatch.setattr(distributed.global_state, "client", "the client")
+    assert _jax.coordination_client() == "the client"
+
+
 def log_of(x):
     return jnp.log(x)
 

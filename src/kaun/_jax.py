@@ -87,7 +87,7 @@ def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:
 
 
 def preemption_service_runs() -> bool:
-    """Return whether JAX's distributed service handles SIGTERM, which Python does not see and JAX does not say."""
+    """Return whether JAX's distributed service handles SIGTERM: Python does not see it, and JAX does not say."""
     return coordination_client("preemption_sync_manager") is not None
 
 

@@ -213,6 +213,7 @@ class LentScope:
     Attributes:
         key: The scope's key.
         first: The count of the first key that the function draws.
+        scoped: Whether it is a scope, and not the keys outside of all.
 
     Examples:
         >>> import jax
@@ -231,6 +232,7 @@ class LentScope:
     """
 
     def __init__(self) -> None:
+        self.scoped = _current.get() is not None
         self._outer = _current.get() or _process_wide()
         self._drawn = 0
         self.key = self._outer.key

@@ -25,6 +25,7 @@ from kaun._step import (
     Settings,
     eval_step,
     fresh_carry,
+    fresh_key,
     fresh_state,
     make_settings,
     placed_key,
@@ -36,7 +37,6 @@ from kaun.context import Context
 from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
-from kaun.rng import next_key
 from kaun.sharding import Sharding
 from kaun.state import TrainState, check_state
 
@@ -162,7 +162,7 @@ class Trainer(Generic[In, Out]):
         if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
             received = type(vars).__name__
             raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
-        return _state(fresh_carry(self._settings, vars), placed_key(self._settings, next_key()))
+        return _state(fresh_carry(self._settings, vars), fresh_key(self._settings))
 
     def step(
         self, state: TrainState, x: Any, *, loss: Loss, training: bool = True, ctx: Context | None = None

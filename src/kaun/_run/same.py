@@ -20,12 +20,12 @@ from kaun.state import TrainState
 __all__ = ["begin_facts", "check_begin", "check_items", "checksums", "refuse_unscoped"]
 
 _COMPARED = {
-    "key": "the run's key",
-    "step": "state.step",
-    "done": "the step of the checkpoint from which the run is resumed",
-    "data": "the stages of the data",
-    "saves": "whether fit has checkpoints=",
-    "jax": "the version of JAX",
+    "key": "the run's key is",
+    "step": "state.step is",
+    "done": "the step of the checkpoint from which the run is resumed is",
+    "data": "the stages of the data are",
+    "saves": "whether fit has checkpoints= is",
+    "jax": "the version of JAX is",
 }
 _MOST_NAMES = 64
 
@@ -70,7 +70,7 @@ def begin_facts(state: TrainState, data: Iterable[Any], report: Any, done: int, 
 def differences(first: Mapping[str, Any], found: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """In words, what the processes begin with that is not as in the first of them."""
     return [
-        f"{words} is {_short(fact[name])} in process {process}, and {_short(first[name])} in process {min(found)}"
+        f"{words} {_short(fact[name])} in process {process}, and {_short(first[name])} in process {min(found)}"
         for process, fact in found.items()
         for name, words in _COMPARED.items()
         if fact[name] != first[name]

@@ -21,7 +21,7 @@ from kaun._step.step import init_carry
 from kaun.layers.core import Vars
 from kaun.sharding.core import Sharding, put
 
-__all__ = ["fresh_carry", "fresh_state", "placed_key"]
+__all__ = ["fresh_carry", "fresh_key", "fresh_state", "placed_key"]
 
 # The bytes of arrays that the traced init contains. More of them belong to a model that existed before, and would be
 # compiled into the program.
@@ -39,6 +39,7 @@ def fresh_state(settings: Settings, dtype: Any) -> tuple[Carry, jax.Array]:
     if settings.sharding is None or _is_traced():
         return init_carry(settings, settings.model.init(dtype=dtype)), rng.next_key()
     lent = rng.LentScope()
+    _refuse_unscoped(settings.sharding, "init", scoped=lent.scoped)
     made = lent.inside(lambda: (init_carry(settings, settings.model.init(dtype=dtype)), rng.next_key()))
     found = _in_pieces(settings.sharding, made, lent.key, jnp.uint32(lent.first))
     if found is None:
@@ -57,6 +58,24 @@ def fresh_carry(settings: Settings, vars: Vars) -> Carry:
         found = init_carry(settings, vars)
         found = jax.tree_util.tree_map(put, found, settings.sharding.of(found))
     return found
+
+
+def fresh_key(settings: Settings) -> jax.Array:
+    """Return a run key from the RNG scope, where the state lies."""
+    key = rng.next_key()
+    if settings.sharding is not None and not any_traced([key]):
+        _refuse_unscoped(settings.sharding, "make_state", scoped=not rng.unscoped(key))
+    return placed_key(settings, key)
+
+
+def _refuse_unscoped(sharding: Sharding, entry: str, *, scoped: bool) -> None:
+    """Refuse keys that each of several processes has drawn for itself."""
+    count = len({device.process_index for device in sharding.mesh.devices.flat})
+    if count > 1 and not scoped:
+        raise ValueError(
+            f"{entry} makes a state in {count} processes, and drew its keys outside an rng scope, where each process "
+            "draws others. Write\n    with rng.scope(42):\n        state = trainer.init()"
+        )
 
 
 def placed_key(settings: Settings, key: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ class Group:
                     str(answers),
                 ]
                 started = subprocess.Popen(
-                    command, env=env | environment, pass_fds=(calls, answers), stdout=log, stderr=log
+                    command, cwd=folder, env=env | environment, pass_fds=(calls, answers), stdout=log, stderr=log
                 )
                 os.close(calls)
                 os.close(answers)

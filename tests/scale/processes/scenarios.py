@@ -164,7 +164,8 @@ def other_items(what):
     if what == "shapes":
         return fit([batch(i, rows=8 + 4 * me) for i in range(4)])
     if what == "unscoped":
-        return fit([batch(i) for i in range(4)], state=trainer()[0].init())
+        arrays = tuple(np.zeros((8, k), np.float32) for k in (3, 2))
+        return fit(Data.batches(arrays, batch_size=2, shuffle=True).with_loss(losses.mse))
     if what == "key":
         with rng.scope(me):
             return fit([batch(i) for i in range(4)], state=trainer()[0].init())
@@ -258,3 +259,15 @@ def trained(kind, n=20, rows=8):
     numbers = {"losses": history.losses.tolist(), "scores": scores, "outputs": outputs.tolist()}
     digest = lambda state: zlib.crc32(b"".join(a.tobytes() for a in whole(jax.tree_util.tree_leaves(state.vars))))
     return digest(start), digest(state), digest(folded), found == numbers["losses"], numbers
+
+
+def made_outside_a_scope(entry):
+    made, state = trainer()
+    return str(made.init() if entry == "init" else made.make_state(state.vars))
+
+
+def page(text):
+    """Run a program of the documentation, and return its names: the losses, and how many processes it saw."""
+    names = {}
+    exec(text, names)
+    return names["history"].losses.tolist(), jax.process_count(), Path("run.csv").exists()

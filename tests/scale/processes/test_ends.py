@@ -107,6 +107,12 @@ def test_kills(make_group, process, pause):
             assert how in (-6, 1) or how[0].startswith("FailedElsewhere: Process 0 ")
 
 
+def test_reports_that_write(group, tmp_path):
+    first, second = group.run(SCENARIOS, "ready_made_reports", folder=str(tmp_path), traced=(3, 4))
+    assert first[0] == second[0] and first[1:3] == (["curve.png", "log.csv", "loss.png", "trace"], True)
+    assert second[1:3] == ([], False)
+
+
 def test_four_devices_each(make_group):
     with contextlib.closing(make_group(devices=4)) as group:
         assert both(group, "plain", n=12)[:3] == ("returned", "returned", 12)

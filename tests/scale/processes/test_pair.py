@@ -65,11 +65,17 @@ def check_differences(pair):
         "values": "at step 1, the float32[8, 3] of x has other values in process 1 than in process 0. Every process",
         "shapes": "at step 1, x is float32[12, 3] in process 1, and float32[8, 3] in process 0. Every process makes",
         "key": "The processes of this fit do not begin it alike:\n  the run's key is ",
-        "unscoped": "the state (trainer.init or trainer.make_state) drew a key outside an rng scope, where each process",
+        "unscoped": " drew a key outside an rng scope, where each process draws another one. Make trainer, state and data in a",
     }
     for what, text in texts.items():
         for how in both(pair, "other_items", what=what)[:2]:
             assert how.startswith("ValueError: ") and text in how
+    for entry in ("init", "make_state"):
+        for found in pair.run(SCENARIOS, "made_outside_a_scope", entry=entry):
+            assert found.kind == "ValueError" and found.text == (
+                f"{entry} makes a state in 2 processes, and drew its keys outside an rng scope, where each process draws "
+                "others. Write\n    with rng.scope(42):\n        state = trainer.init()"
+            )
     assert (
         ".local(s).assemble(s).with_loss(loss)\nwith s = trainer.sharding; for a loader that is already"
         in both(pair, "other_items", what="values")[0]
