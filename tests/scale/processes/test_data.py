@@ -100,5 +100,5 @@ def test_a_mesh_has_devices_of_the_process(pair):
 
 def test_local_is_for_arrays_that_are_the_same_in_all_processes(pair):
     for found in pair.run(SCENARIOS, "own_arrays"):
-        assert "do not begin it alike:\n  the stages of the data is Data.batches(arrays=float32[23, 2] " in found.text
+        assert "do not begin it alike:\n  the stages of the data are Data.batches(arrays=float32[23, 2] " in found.text
         assert "Data.from_iterable(lambda: Data.batches((x, y), batch_size=64)).assemble(s)" in found.text
