@@ -71,11 +71,13 @@ def split_loader():
         return [parts_of(item) for item in items], str(error)
 
 
-def compared(split, same):
-    """The first item of a pipeline without local, the same in both processes or not; and a warning, if there is one."""
+def compared(how, same):
+    """The first item of a pipeline, the same in both processes or not; and a warning, if there is one."""
     x = X[:8] + (0 if same else jax.process_index())
-    data = Data.from_iterable(lambda: iter([x])) if split else Data.batches(x, 8)
-    channel = _processes.Channel(f"compared {split} {same}")
+    data = Data.from_iterable(lambda: iter([x])) if how == "split" else Data.batches(x, 8)
+    if how == "local":
+        data = data.local(sharding.data_parallel()).map(lambda rows: (rows, np.concatenate([rows, rows])))
+    channel = _processes.Channel(f"compared {how} {same}")
     if jax.process_index():  # after the first, which learns of nothing
         channel.exchange("", repr)
     with warnings.catch_warnings(record=True) as caught:

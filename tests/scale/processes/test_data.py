@@ -1,5 +1,6 @@
 """Pipelines in two processes: each reads half of the rows, and the batches are those of one process."""
 
+import functools
 import runpy
 from pathlib import Path
 
@@ -39,11 +40,15 @@ def test_a_loader_that_is_split_by_process_is_put_together(pair):
 
 
 def test_items_that_should_be_the_same_or_not_are_compared(pair):
-    alike = pair.run(SCENARIOS, "compared", split=False, same=True)
-    assert alike == [([(8, 2)], [])] * 2 and pair.run(SCENARIOS, "compared", split=True, same=False)[1][1] == []
-    _, refused = pair.run(SCENARIOS, "compared", split=False, same=False)
+    compared = functools.partial(pair.run, SCENARIOS, "compared")
+    assert compared(how="whole", same=True) == [([(8, 2)], [])] * 2 and compared(how="split", same=False)[1][1] == []
+    _, refused = compared(how="whole", same=False)
     assert "the first one of process 0 is another one than float32[8, 2] of process 1. Where each" in refused.text
-    _, (shapes, (warned,)) = pair.run(SCENARIOS, "compared", split=True, same=True)
+    _, refused = compared(how="local", same=True)
+    assert (
+        "those of process 0 differ from those in (float32[4, 2], float32[8, 2]) of process 1. To make" in refused.text
+    )
+    _, (shapes, (warned,)) = compared(how="split", same=True)
     assert shapes == [(16, 2)] and "of process 0 and 1 are the same, float32[8, 2]: each row would" in warned
 
 
