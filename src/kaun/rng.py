@@ -280,9 +280,9 @@ def unscoped(key: jax.Array) -> bool:
         >>> rng.unscoped(key), rng.unscoped(rng.next_key())
         (False, True)
     """
+    wanted = np.asarray(jax.random.key_data(key))  # in all processes, where it lies on the devices of several
     if _process_scope is None:
         return False
-    wanted = jax.random.key_data(key)
     # A power of two, so that few programs are compiled. More than the newest count, because of two threads that draw at
     # once the second may have written its count first.
     count = 1 << (_process_scope.newest + 64).bit_length()

@@ -63,7 +63,7 @@ def of_haiku():
 
     def forward(x, is_training):
         x = jax.nn.relu(hk.BatchNorm(True, True, 0.9)(hk.Linear(WIDTH)(x), is_training))
-            return hk.Linear(3)(x)
+        return hk.Linear(3)(x)
 
     return interop.haiku(hk.transform_with_state(forward), X[:1])
 

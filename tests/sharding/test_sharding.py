@@ -54,28 +54,6 @@ def test_shardings_are_values():
         made(1, P()).rows = ()
 
 
-def test_a_mesh_of_explicit_axes_is_taken_over_with_automatic_ones():
-    auto = jax.sharding.AxisType.Auto
-    assert auto not in MESH.axis_types
-    made = sharding.data_parallel(MESH)
-    assert made.mesh.axis_types == (auto, auto) and made.rows == ("data", "model")
-    assert made.spread.spec == P(("data", "model")) and made.replicated.spec == P()
-    assert sharding.Sharding(MESH).spread.spec == P()
-    assert sharding.fsdp(MESH, axis="model").rows == ("model",)
-    assert sharding.fsdp(MESH, axis="model", rows=("data", "model")).rows == ("data", "model")
-    assert sharding.fsdp(MESH, axis="model", rows="data").spread.spec == P("data")
-
-
-def test_of_gives_each_leaf_of_a_state_its_placement():
-    where = sharding.by_path({"0.weight": P(None, "model"), "1.weight": P("model", None)}, MESH)
-    placed = where.of(PARAMS.init())
-    assert [placed.params[i]["weight"].spec for i in (0, 1)] == [P(None, "model"), P("model")]
-    assert placed.params[0]["bias"].spec == P() and placed.params[0]["bias"].mesh == where.mesh
-    assert where.of({"more": PARAMS.init()})["more"].params[1]["weight"].spec == P("model")
-    with pytest.raises(TypeError, match=r"^Sharding.of expected a TrainState or a Vars, received dict without .*init"):
-        where.of({"weight": np.ones(3)})
-
-
 def test_a_pattern_that_matches_no_parameter_lists_the_paths():
     where = sharding.by_path({"0.weigth": P()}, MESH)
     message = (
@@ -115,20 +93,6 @@ def test_a_pattern_that_matches_no_parameter_lists_the_paths():
 def test_wrong_arguments_are_refused_with_the_fix(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_a_rule_of_the_user_is_a_function_of_path_and_shape():
-    seen = {}
-
-    def rule(path, shape):
-        seen[path] = shape
-        return P("model") if path == "0.weight" else P()
-
-    placed = sharding.Sharding(MESH, ("data",), rule).of(PARAMS.init())
-    assert placed.params[0]["weight"].spec == P("model")
-    assert seen == {"0.bias": (6,), "0.weight": (4, 6), "1.bias": (2,), "1.weight": (6, 2)}
-    with pytest.raises(ValueError, match=r"gives '0.bias' of shape \(6,\) the spec .*more entries than the array has"):
-        sharding.Sharding(MESH, rule=lambda path, shape: P(None, "model")).of(PARAMS.init())
 
 
 def test_put_places_any_leaf_and_leaves_what_lies_right():

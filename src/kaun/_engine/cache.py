@@ -85,7 +85,7 @@ class ProgramCache:
         """Return the model's output in evaluation mode (``"predict"``), or its metrics (``"evaluate"``)."""
         where = (entry, structure, inputs.key)
         leaves, key = place_carry(self.sharding, structure, leaves, key)
-        placing = None if self.sharding is None else Placing(self.sharding, structure, leaves, inputs)
+        placing = Placing.of(self.sharding, structure, leaves, inputs)
         program = self.get(where) or self.add(where, self._evaluation(entry, structure, inputs, placing))
         mesh, traced = explicit_mesh(leaves) or inputs.mesh, any_traced((*leaves, key, *inputs.leaves))
         if traced or placing is not None or mesh is None:

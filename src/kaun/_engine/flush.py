@@ -31,7 +31,7 @@ def run_flush(
     leaves, structure = jax.tree_util.tree_flatten(carry)
     leaves, key = place_carry(programs.sharding, structure, leaves, key)
     inputs, where = StepInputs((), None, None), ("flush", structure)
-    placing = None if programs.sharding is None else Placing(programs.sharding, structure, leaves, inputs)
+    placing = Placing.of(programs.sharding, structure, leaves, inputs)
 
     def run(leaves: list[Any], key: jax.Array) -> tuple[list[Any], Any]:
         after, checks = flush(jax.tree_util.tree_unflatten(structure, as_arrays(leaves)), key)

@@ -20,23 +20,58 @@ import numpy as np
 from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.devices import item_of, refuse_different_devices
-from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
+from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, put_with, unpack
-from kaun._engine.placing import place_carry, placed_inputs
-from kaun._engine.program import TracedStep, count_on_device
-from kaun._engine.results import Block, PendingDispatch, StepResults, examples_of, readable
-from kaun._engine.single import find_step
+from kaun._engine.packing import in_place, on_one_device, own_arrays, packing_of, put_with, unpack
+from kaun._engine.placing import Placing, place_carry, placed_inputs
+from kaun._engine.program import TracedStep, count_on_device, trace_step
+from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable
 from kaun._engine.together import Together, agreed
+from kaun._jax import any_traced
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
-__all__ = ["StepLoop"]
+__all__ = ["StepLoop", "find_step", "run_step"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
 _BUFFERS = 4
+
+
+def find_step(
+    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
+    wanted: Mapping[str, int] | None = None,
+) -> TracedStep:  # fmt: skip
+    """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
+    wanted = wanted or {}
+    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
+    found = programs.get(where)
+    if found is None:
+        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
+        step = train_step, programs.on_nonfinite, programs.discards
+        made = trace_step(*step, structure, leaves, key, inputs, training)
+        made.wanted, made.placing = wanted, Placing.of(programs.sharding, structure, leaves, inputs)
+        found = programs.add(where, made)
+    return found
+
+
+def run_step(
+    programs: ProgramCache, carry: Any, key: jax.Array, inputs: StepInputs, training: bool
+) -> tuple[jax.Array, Any]:
+    """Return the loss of one step and the carry after it; what was given stays as it is."""
+    leaves, structure = jax.tree_util.tree_flatten(carry)
+    leaves, key = place_carry(programs.sharding, structure, leaves, key)
+    mesh = explicit_mesh(leaves) or (inputs.mesh if programs.sharding is None else None)
+    if mesh is not None:
+        return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
+    traced = find_step(programs, structure, leaves, key, inputs, training)
+    entry = "step" if on_one_device(leaves) else "step unpacked"
+    program, count, item = traced.program(entry, (False,) * len(inputs.leaves)), count_on_device(1), inputs.owned()
+    if traced.placing is not None and not any_traced((*leaves, key, *item)):
+        count, item = traced.placing.put_everywhere(count), traced.placing.put_item(item)
+    loss, leaves = programs.call(program, entry, inputs, training, (leaves, key, count, item), traced)
+    return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
 class StepLoop:
@@ -52,8 +87,7 @@ class StepLoop:
         error_for: Returns the exception for a step that is not finite, given its number, its loss, its status after the
             first number (``StepResults``), and the step itself; None if such a step does not end the run.
         done: How many steps were run before.
-        on_trace: Called with (inputs, traced_step) the first time that inputs of a new signature are seen, where the
-            step is one without ``wanted``; or None.
+        on_trace: Called with inputs of a new signature and their step, one without ``wanted``; or None.
         on_compiling: Called before each compilation with the entry for which it is.
         wanted: What reports want of each step, as ``train_step`` takes it.
         together: What several processes agree on, None in one.
@@ -65,20 +99,14 @@ class StepLoop:
     """
 
     def __init__(
-        self,
-        programs: ProgramCache,
-        carry: Any,
-        key: jax.Array,
-        ctx: Context | None,
+        self, programs: ProgramCache, carry: Any, key: jax.Array, ctx: Context | None,
         on_dispatch: Callable[[StepResults], None] = lambda results: None,
         on_compile: Callable[[float], None] = lambda seconds: None,
         error_for: Callable[[int, float, Any, FailedStep], Exception] | None = None,
-        done: int = 0,
-        on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
+        done: int = 0, on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
         on_compiling: Callable[[str], None] = lambda where: None,
-        wanted: Mapping[str, int] | None = None,
-        together: Together | None = None,
-    ) -> None:
+        wanted: Mapping[str, int] | None = None, together: Together | None = None,
+    ) -> None:  # fmt: skip
         self._together = together
         self._programs, self._ctx = programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
@@ -88,8 +116,10 @@ class StepLoop:
         self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
         given, placed = leaves, programs.sharding is not None
-        # Where the state is on a mesh of explicit axes, or an item was.
-        self._mesh: Any = None if placed else explicit_mesh(leaves)
+        self._place = functools.partial(place_carry, programs.sharding, self._structure)
+        self._mesh: Any = (
+            None if placed else explicit_mesh(leaves)
+        )  # of the state if its axes are explicit, or of an item
         self._shardings = [explicit_sharding(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         leaves, self._key = self._place(leaves, self._key)
@@ -107,8 +137,8 @@ class StepLoop:
         # and the newest arrays that others may hold.
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
-        self._blocks: OrderedDict[Hashable, Block] = OrderedDict()
-        self._open: Block | None = None
+        self._blocks: OrderedDict[Hashable, OpenBlock] = OrderedDict()
+        self._open: OpenBlock | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
         self.limit = self.own_limit = _BEGIN
@@ -125,11 +155,6 @@ class StepLoop:
         return min(left, self._room)
 
     @property
-    def failed(self) -> bool:
-        """Whether a step was not finite, and an exception was raised for it."""
-        return self._failed_step is not None
-
-    @property
     def done(self) -> int:
         """The number of the last step that was run, before one that is not finite."""
         results = self._carry[2]
@@ -139,11 +164,7 @@ class StepLoop:
 
     @property
     def loss(self) -> Any:
-        """The loss of the last step that was run; waits for it.
-
-        Raises:
-            Exception: What ``error_for`` returns for the first step that is not finite.
-        """
+        """The loss of the last step that was run; waits for it, and raises as ``wait`` does."""
         self.wait()
         results = self._carry[2]
         assert results is not None
@@ -151,12 +172,8 @@ class StepLoop:
         return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
 
     def wait(self) -> None:
-        """Wait for the steps that were dispatched, where one of them may not be finite.
-
-        Raises:
-            Exception: What ``error_for`` returns for the first step that is not.
-        """
-        while self._error_for is not None and self._in_flight:
+        """Wait for the steps that were dispatched, and raise what ``error_for`` returns for one that is not finite."""
+        while self._in_flight and (self._error_for is not None or self._together is not None):
             self._check(self._in_flight.popleft())
 
     def failure(self) -> Exception | None:
@@ -171,13 +188,7 @@ class StepLoop:
     def push(self, chunks: Iterator[Chunk], first: int, room: int) -> int:
         """Take items until there are ``room`` steps or no more items, and run them now or with later ones.
 
-        Args:
-            chunks: The items.
-            first: The number of the first step, for messages.
-            room: The most steps.
-
-        Returns:
-            The number of steps; 0 where there are no more items.
+        Returns how many there were; ``first`` is the number of the first step, for messages.
         """
         count = 0
         self._room = 0 if self.exhausted else room
@@ -238,9 +249,8 @@ class StepLoop:
     def recover(self) -> Literal["newest", "held", "lost"]:
         """Go back to the newest state that can be read, where a dispatch failed.
 
-        Returns:
-            ``"newest"`` where that is the state before the failed dispatch, or none failed; ``"held"`` where that one
-            is lost with its memory, and an earlier one that something else refers to is left; ``"lost"`` where none is.
+        Returns ``"newest"`` where that is the state before it, ``"held"`` where it is an earlier one that something
+        else refers to, because that one is lost with its memory; ``"lost"`` where none is left.
         """
         self._take()
         if self._has_values(self._carry[1]):
@@ -257,16 +267,13 @@ class StepLoop:
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
 
-    def _place(self, leaves: list[Any], key: jax.Array) -> tuple[list[Any], jax.Array]:
-        return place_carry(self._programs.sharding, self._structure, leaves, key)
-
-    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> Block:
+    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> OpenBlock:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
         refuse_traced(inputs.leaves)
-        return Block(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
+        return OpenBlock(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
-    def _enter(self, block: Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
+    def _enter(self, block: OpenBlock, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
         """Make a block the open one, and put one item or ``count`` of them into it."""
         self._open = self._blocks[inputs.key] = block
         if len(self._blocks) > _BUFFERS:
@@ -290,11 +297,8 @@ class StepLoop:
         own, arrays, results = self._carry
         if not own and overwrites:
             self._shared = self._given or [weakref.ref(a) for a in arrays], results
-            for i in range(len(arrays)):  # one by one: what nothing else refers to is freed before the next is copied
-                arrays[i] = copy(arrays[i])
-            self._carry = (True, arrays, results)
-        elif not own and self._packing is not None:
-            self._carry = (True, pack_on_device(self._packing, arrays), results)
+        if not own and (overwrites or self._packing is not None):
+            self._carry = (True, own_arrays(arrays, self._packing, overwrites=overwrites), results)
         return results
 
     def _dispatch(
@@ -372,9 +376,10 @@ class StepLoop:
     def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
         results = dispatch.results
+        if self._together is not None:
+            self._wait_for(results)
         if self._error_for is None or results.status is None:
             return
-        self._wait_for(results)
         status = np.asarray(results.status)
         if status[0] > 0:
             return

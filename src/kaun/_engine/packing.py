@@ -19,6 +19,7 @@ __all__ = [
     "copy",
     "in_place",
     "on_one_device",
+    "own_arrays",
     "pack_on_device",
     "packing_of",
     "packing_on_device",
@@ -146,6 +147,15 @@ def copy(leaf: Any) -> Any:
     # A copy by the runtime needs no program, of which there would be one for each shape. It is for arrays that may lie
     # anywhere; one that was put somewhere stays there.
     return _copied(leaf) if leaf.committed else jax.device_put(leaf, may_alias=False)
+
+
+def own_arrays(arrays: list[Any], packing: Packing | None, *, overwrites: bool) -> list[Any]:
+    """Return the arrays of a state in memory that a loop may overwrite, or else packed."""
+    if not overwrites:
+        return arrays if packing is None else pack_on_device(packing, arrays)
+    for i in range(len(arrays)):  # one by one: what nothing else refers to is freed before the next is copied
+        arrays[i] = copy(arrays[i])
+    return arrays
 
 
 @jax.jit

@@ -43,6 +43,11 @@ class Placing:
         ]
         self._stack = [where and _behind(where) for where, _ in self._item]
 
+    @classmethod
+    def of(cls, sharding: Sharding | None, structure: Any, leaves: Sequence[Any], inputs: StepInputs) -> Placing | None:
+        """Return the placements, None without a sharding."""
+        return None if sharding is None else cls(sharding, structure, leaves, inputs)
+
     def put_item(self, leaves: Sequence[Any], pattern: Sequence[bool] = (), *, stacked: bool = False) -> list[Any]:
         """Return the arrays of an item on their devices.
 

@@ -1,4 +1,4 @@
-"""StepResults: what a dispatch of steps gave. PendingDispatch: one that may not be done yet. Block: one to come."""
+"""The items of a dispatch before it (OpenBlock), while it runs (PendingDispatch), and what it gave (StepResults)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kaun._engine.inputs import StepInputs
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.program import TracedStep
 
-__all__ = ["Block", "PendingDispatch", "StepResults", "examples_of", "readable"]
+__all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable"]
 
 
-class Block(NamedTuple):
-    """Items of one kind.
+class OpenBlock(NamedTuple):
+    """Items of one kind that wait to be dispatched together.
 
     Attributes:
         buffer: Where they are collected.

@@ -81,6 +81,7 @@ class Agreement:
         processes: The numbers of the processes that take part.
 
     Attributes:
+        broken: Whether one process is missing, or its devices have failed.
         due: Whether the clock of process 0 wants a checkpoint after this turn.
         certain: Whether the data of all processes has the same known length, and no code of the user makes its items.
         numbers: What the report of any process wants each step to compute, as ``Report.numbers``.
@@ -89,9 +90,8 @@ class Agreement:
     def __init__(self, processes: tuple[int, ...]) -> None:
         self._processes, self._me = processes, this_process()
         self._channel = Channel(f"fit/{next(_numbers)}", processes, "the next steps of fit")
-        self.due = False
-        self._broken = False  # one process is missing, or its devices have failed
-        self._cause: BaseException | None = None  # why
+        self.broken = self.due = False
+        self._cause: BaseException | None = None  # why it is broken
         self._over: BaseException | None = None  # what ends the fit here, because of another process
         self._raised: BaseException | None = None
         self._failed = False  # whether this process has told the others of its exception
@@ -120,9 +120,19 @@ class Agreement:
         check_begin(found["unlike"])
         self.certain, self._asks, self.numbers = found["certain"], found["asks"], found["numbers"]
 
-    def attach(self, loop: StepLoop, next_turn: Callable[[int], dict[str, Any]], signals: Signals) -> None:
-        """Give it what it asks, from the first step on: the loop, and what this process alone would do next."""
+    def attach(
+        self, loop: StepLoop, next_turn: Callable[[int], dict[str, Any]], signals: Signals, wanted: int | None
+    ) -> None:
+        """Give it what it asks, from the first step on.
+
+        Args:
+            loop: The steps of this process.
+            next_turn: Returns what this process alone would do after some steps.
+            signals: Those that this process has received.
+            wanted: The step of an earlier run for which its report has to be called again.
+        """
         self._loop, self._next, self._signals, self._steps = loop, next_turn, signals, True
+        self._wanted = wanted
 
     # A turn of the loop
 
@@ -147,9 +157,7 @@ class Agreement:
             # What decides is then the same in all processes, without asking; but a signal in one of them may wait.
             if self.certain and not self._asks and self._turn > _GROWING and self._turn % _RARELY:
                 return mine["next"]
-            with self._signals.interruptible():
-                pass
-            agreed = self._vote(mine)
+            agreed = self._vote_on_turn(mine)
             self._raise_if_over()
         self._wanted, self.due, self._loop.limit = agreed["want"], agreed["due"], agreed["limit"]
         return agreed["next"]
@@ -157,10 +165,6 @@ class Agreement:
     def wanted(self, step: int) -> bool:
         """Whether the report of one of the processes is to be called for this step."""
         return step == self._wanted
-
-    def expect(self, step: int) -> None:
-        """Expect a call of the report for a step that was taken before."""
-        self._wanted = step
 
     def reported(self, step: int, *, stops: bool, best: bool) -> tuple[bool, bool]:
         """Return whether the fit stops after a step, and whether that step is the best, as all processes see it.
@@ -171,9 +175,16 @@ class Agreement:
             best: Whether what it measured is the best so far.
         """
         self._wanted = None
-        self._agreed = self._vote({"end": "stopped"} if stops else {**self._next(step), "best": best})
+        ballot = {"end": "stopped"} if stops else {**self._next(step), "best": best}
+        self._agreed = self._vote_on_turn(ballot)
         self._raise_if_over()
         return self._closed, self._agreed.get("best", False)
+
+    def _vote_on_turn(self, ballot: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Vote, or raise the signal that this process has received."""
+        with self._signals.interruptible():
+            pass
+        return self._vote(ballot)
 
     # A dispatch
 
@@ -224,7 +235,7 @@ class Agreement:
 
     def readable(self, arrays: list[Any]) -> bool:
         """Whether arrays have values, or will have them: after a failure of the devices they may never."""
-        return not self._broken or all(array.is_ready() for array in arrays)
+        return not self.broken or all(array.is_ready() for array in arrays)
 
     def _check_others(self, seconds: float) -> None:
         """Raise where another process, or what is left of the agreement, makes it vain to wait any longer."""
@@ -243,7 +254,7 @@ class Agreement:
 
     def _break(self, error: BaseException) -> BaseException:
         """Note why the processes can agree no longer, and return that."""
-        self._broken, self._closed, self._cause = True, True, self._cause or error
+        self.broken, self._closed, self._cause = True, True, self._cause or error
         return self._cause
 
     # The end
@@ -272,14 +283,14 @@ class Agreement:
         self._failed = True
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if isinstance(error, FailedElsewhere):
-            what = f"process {error.process}, for which it waited, {error.what}" if self._broken else error.what
+            what = f"process {error.process}, for which it waited, {error.what}" if self.broken else error.what
         vote: dict[str, Any] = {"end": "failed", "what": what[:2000]}
         if isinstance(error, SystemExit):
             vote |= {"end": "exit", "code": error.code if isinstance(error.code, int) else 1}
         if isinstance(error, jax.errors.JaxRuntimeError):
             self._break(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._channel.leave(what[:2000], -1 if self._broken or self._loop is None else self._loop.done)
+            self._channel.leave(what[:2000], -1 if self.broken or self._loop is None else self._loop.done)
         try:
             self._vote(vote)
         except FailedElsewhere as missing:
@@ -312,7 +323,7 @@ class Agreement:
 
     def _vote(self, ballot: Mapping[str, Any]) -> Mapping[str, Any]:
         """Give a ballot, and return what all of them amount to."""
-        if self._broken:
+        if self.broken:  # in what an exception leads to
             return {"unlike": [], "same": False}
         where = {} if self._loop is None else {"at": self._loop.done, "wait": self._loop.waiting}
         mine = {**where, "steps": self._steps, **ballot}
@@ -329,10 +340,11 @@ class Agreement:
     def _close(self, end: Mapping[str, Any], found: Mapping[str, Any], mine: str) -> None:
         if not self._closed:
             self._closed, self._allowed = True, found["wait"]
-        self._rescue, self._broken = found["rescue"], self._broken or found["apart"]
+        self._rescue, self.broken = found["rescue"], self.broken or found["apart"]
         kind, process = end["kind"], end["process"]
         if kind in ("failed", "exit") and mine not in ("failed", "exit"):
             self._over = failed_elsewhere(process, end["what"]) if kind == "failed" else SystemExit(end["code"])
+            self._cause = self._over if found["apart"] else None
         elif kind == "data" and len(found["ended"]) < len(self._processes):
             if mine != "data":
                 self._over = EndedElsewhere()

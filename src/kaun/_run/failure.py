@@ -37,7 +37,8 @@ def save_on_error(
             with suppress(Exception):
                 now()  # runs the steps whose items came before this
                 first = loop.failure() or error
-                hook.finish()
+                if run.together is None or not run.together.broken:
+                    hook.finish()
             _keep_state(first, run, loop, hook)
             if first is error:
                 raise

@@ -124,9 +124,10 @@ def put(leaf: Any, where: NamedSharding) -> jax.Array:
     Examples:
         >>> import numpy as np
         >>> from kaun import sharding
-        >>> rows = sharding.put(np.ones((8, 2), np.float32), sharding.data_parallel().spread)
-        >>> rows.shape, rows.sharding.spec
-        ((8, 2), P('data',))
+        >>> where = sharding.data_parallel().spread
+        >>> rows = sharding.put(np.ones((8, 2), np.float32), where)
+        >>> rows.shape, rows.sharding == where, sharding.put(rows, where) is rows
+        ((8, 2), True, True)
     """
     if isinstance(leaf, jax.Array):
         if leaf.committed and leaf.sharding == where:
@@ -284,10 +285,16 @@ def _check_divides(mesh: Mesh, path: str, shape: Shape, spec: PartitionSpec) -> 
 @functools.lru_cache(maxsize=1024)
 def _named(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     """One object for equal placements, because arrays of unequal specs would compile a program again."""
-    entries = list(spec)
+    entries = [_over_several(mesh, entry) for entry in spec]
     while entries and entries[-1] is None:
         entries.pop()
     return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def _over_several(mesh: Mesh, entry: Any) -> Any:
+    """An entry of a spec without mesh axes of one device: XLA leaves them out too."""
+    names = [name for name in (entry if isinstance(entry, tuple) else (entry,)) if name and mesh.shape[name] > 1]
+    return None if not names else names[0] if len(names) == 1 else tuple(names)
 
 
 def _automatic(mesh: Mesh) -> Mesh:

@@ -31,8 +31,8 @@ def data_parallel(mesh: Mesh | None = None, *, rows: AxisNames | None = None) ->
     Examples:
         >>> from kaun import layers, sharding
         >>> where = sharding.data_parallel()
-        >>> where.of(layers.linear(2, 1).init()).params["weight"].spec, where.spread.spec
-        (P(), P('data',))
+        >>> where.rows, where.of(layers.linear(2, 1).init()).params["weight"].spec
+        (('data',), P())
     """
     whole = Sharding(_all_devices() if mesh is None else mesh)
     return Sharding(whole.mesh, whole.mesh.axis_names if rows is None else _names(rows))
@@ -64,9 +64,9 @@ def fsdp(
         TypeError, ValueError: As ``Sharding``; also if ``axis`` is left out for a mesh of several axes.
 
     Examples:
-        >>> from kaun import layers, sharding
-        >>> placed = sharding.fsdp(min_size=1000).of(layers.linear(64, 32).init()).params
-        >>> placed["weight"].spec, placed["bias"].spec
+        >>> from kaun import sharding
+        >>> where = sharding.fsdp(min_size=1000)
+        >>> where.rule("weight", (64, 32)), where.rule("bias", (32,))
         (P('data',), P())
     """
     whole = Sharding(_all_devices() if mesh is None else mesh)
@@ -106,12 +106,9 @@ def by_path(
 
     Examples:
         >>> from jax.sharding import PartitionSpec as P
-        >>> from kaun import layers, sharding
-        >>> mesh = sharding.mesh(data=-1, model=1)
-        >>> where = sharding.by_path({"0.*": P(None, "model"), "1.weight": P("model")}, mesh)
-        >>> model = layers.sequential([layers.linear(8, 16), layers.linear(16, 2)])
-        >>> placed = where.of(model.init()).params
-        >>> placed[0]["weight"].spec, placed[0]["bias"].spec, placed[1]["bias"].spec
+        >>> from kaun import sharding
+        >>> where = sharding.by_path({"0.*": P(None, "model"), "1.weight": P("model")}, sharding.mesh(data=-1, model=1))
+        >>> where.rule("0.weight", (8, 16)), where.rule("0.bias", (16,)), where.rule("1.bias", (2,))
         (P(None, 'model'), P('model',), P())
     """
     whole = Sharding(mesh)

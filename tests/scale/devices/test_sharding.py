@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from kaun import layers, rng, sharding
 
+MESH = jax.make_mesh((2, 4), ("data", "model"))  # of explicit axes
+SMALL = layers.sequential([layers.linear(4, 8), layers.linear(8, 2)])
 MODEL = layers.sequential([layers.linear(16, 32), layers.batch_norm(32), layers.linear(32, 12)])
 
 
@@ -82,3 +84,39 @@ def test_rows_are_spread_where_the_devices_divide_them():
     spread = sharding.put(keys, where.spread)
     np.testing.assert_array_equal(jax.random.key_data(spread), jax.random.key_data(keys))
     assert len(spread.devices()) == 8
+
+
+def test_a_mesh_of_explicit_axes_is_taken_over_with_automatic_ones():
+    auto = jax.sharding.AxisType.Auto
+    assert auto not in MESH.axis_types
+    made = sharding.data_parallel(MESH)
+    assert made.mesh.axis_types == (auto, auto) and made.rows == ("data", "model")
+    assert made.spread.spec == P(("data", "model")) and made.replicated.spec == P()
+    assert sharding.Sharding(MESH).spread.spec == P()
+    assert sharding.fsdp(MESH, axis="model").rows == ("model",)
+    assert sharding.fsdp(MESH, axis="model", rows=("data", "model")).rows == ("data", "model")
+    assert sharding.fsdp(MESH, axis="model", rows="data").spread.spec == P("data")
+
+
+def test_of_gives_each_leaf_of_a_state_its_placement():
+    where = sharding.by_path({"0.weight": P(None, "model"), "1.weight": P("model", None)}, MESH)
+    placed = where.of(SMALL.init())
+    assert [placed.params[i]["weight"].spec for i in (0, 1)] == [P(None, "model"), P("model")]
+    assert placed.params[0]["bias"].spec == P() and placed.params[0]["bias"].mesh == where.mesh
+    assert where.of({"more": SMALL.init()})["more"].params[1]["weight"].spec == P("model")
+    with pytest.raises(TypeError, match=r"^Sharding.of expected a TrainState or a Vars, received dict without .*init"):
+        where.of({"weight": np.ones(3)})
+
+
+def test_a_rule_of_the_user_is_a_function_of_path_and_shape():
+    seen = {}
+
+    def rule(path, shape):
+        seen[path] = shape
+        return P("model") if path == "0.weight" else P()
+
+    placed = sharding.Sharding(MESH, ("data",), rule).of(SMALL.init())
+    assert placed.params[0]["weight"].spec == P("model")
+    assert seen == {"0.bias": (8,), "0.weight": (4, 8), "1.bias": (2,), "1.weight": (8, 2)}
+    with pytest.raises(ValueError, match=r"gives '0.bias' of shape \(8,\) the spec .*more entries than the array has"):
+        sharding.Sharding(MESH, rule=lambda path, shape: P(None, "model")).of(SMALL.init())

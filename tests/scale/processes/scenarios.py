@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -271,3 +272,24 @@ def page(text):
     names = {}
     exec(text, names)
     return names["history"].losses.tolist(), jax.process_count(), Path("run.csv").exists()
+
+
+def not_finite(at):
+    def items():
+        for i in range(20):
+            x, loss = batch(i)
+            yield x * (np.float32("nan") if i == at else np.float32(1)), loss
+
+    return fit(Data.from_iterable(items))
+
+
+def interrupted(process, number, report_in=None):
+    """One process gets a signal at some time, in a fit on items in memory, which needs no vote for each dispatch."""
+    if here(process):
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    report = (lambda step, loss, state: None) if here(report_in) else None
+    return fit(Data.repeat(10**7, batch(0)), report)
+
+
+def limited(process):
+    return fit(Data.repeat(10**7, batch(0)), reports.time_limit(minutes=0.01) if here(process) else None)

@@ -87,6 +87,26 @@ def test_signals(group, process, number):
     assert step == 70 and how[process] == ("KeyboardInterrupt: " if number == signal.SIGINT else "SystemExit: 138")
 
 
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("report_in", [None, 0, 1])
+def test_signals_where_no_vote_is_due_for_each_dispatch(group, process, report_in):
+    for number, error in ((signal.SIGINT, "KeyboardInterrupt: "), (signal.SIGUSR1, "SystemExit: 138")):
+        *how, step, _ = both(group, "interrupted", process=process, number=int(number), report_in=report_in)
+        assert how[process] == error and step > 0
+        assert how[1 - process] == error or f"Process {process} failed, so" in how[1 - process]
+
+
+def test_steps_that_are_not_finite(group):
+    how, other, step, _ = both(group, "not_finite", at=7)
+    assert how == other and how.startswith("NonFiniteLoss: The loss is nan at step 8") and step == 7
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_time_limit_in_one_process(group, process):
+    how, other, step, _ = both(group, "limited", process=process)
+    assert how == other == "returned" and step > 0
+
+
 @pytest.mark.parametrize("service", ["1", "0"])
 def test_sigterm_with_and_without_the_preemption_service(make_group, service):
     with contextlib.closing(make_group(JAX_ENABLE_PREEMPTION_SERVICE=service)) as group:
