@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kaun import tree
 from kaun._jax import Operation, evaluate
 
 __all__ = ["Event", "Origin", "Replay", "origin_of"]
@@ -190,7 +191,7 @@ class Replay:
         dtype = getattr(array, "dtype", None) or jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.inexact):
             return None
-        host = np.asarray(array)
+        host = tree.on_host(array)
         finite = np.isfinite(host)
         if finite.all():
             return None
@@ -202,7 +203,7 @@ class Replay:
         rows = tuple(np.flatnonzero(here.any(axis=tuple(range(1, host.ndim)))).tolist()) if host.ndim else ()
         wanted = here & nan if (here & nan).any() else here
         place = tuple(int(i) for i in np.unravel_index(np.argmax(wanted), wanted.shape))
-        at = tuple(np.broadcast_to(np.asarray(v.array), host.shape)[place] for v in operands) if aligned else ()
+        at = tuple(np.broadcast_to(tree.on_host(v.array), host.shape)[place] for v in operands) if aligned else ()
         calls = self._calls if given is None else ()
         return Event(
             next(self._numbers), bool(nan.any()), given, calls, reasons, host.shape, host.dtype, rows, place,
@@ -212,14 +213,14 @@ class Replay:
 
 def _made_here(nan: Any, bad: Any, operands: Sequence[_Value]) -> Any:
     """Return where a result is nan and no operand is, or infinite and all are finite; if nowhere, where it is bad."""
-    some = lambda test: functools.reduce(np.logical_or, [test(np.asarray(value.array)) for value in operands])
+    some = lambda test: functools.reduce(np.logical_or, [test(tree.on_host(value.array)) for value in operands])
     here = (nan & ~some(np.isnan)) | (bad & ~nan & ~some(lambda a: ~np.isfinite(a)))
     return here if here.any() else bad
 
 
 def _all_reasons(operands: Sequence[_Value]) -> Reasons:
     """Return the operands that are not finite, wherever that is."""
-    pairs = [(value.event, np.asarray(value.array)) for value in operands if value.event is not None]
+    pairs = [(value.event, tree.on_host(value.array)) for value in operands if value.event is not None]
     infinite = tuple(event for event, array in pairs if np.isinf(array).any())
     return Reasons(tuple(event for event, _ in pairs if event.nan), infinite, infinite)
 
@@ -230,9 +231,9 @@ def _reasons(name: str, nan: Any, bad: Any, operands: Sequence[_Value]) -> Reaso
     for i, (array, event, _) in enumerate(operands):
         if event is None:
             continue
-        host = np.asarray(array)
+        host = tree.on_host(array)
         # In a select only the selected case is a reason.
-        taken = np.asarray(operands[0].array) == i - 1 if name == "select_n" else np.True_
+        taken = tree.on_host(operands[0].array) == i - 1 if name == "select_n" else np.True_
         kinds = ((nan, np.isnan(host)), (nan, np.isinf(host)), (bad & ~nan, np.isinf(host)))
         for events, (result, operand) in zip(found, kinds, strict=True):
             if (result & operand & taken).any():

@@ -87,8 +87,9 @@ def check_begin(lines: list[str]) -> None:
         listed = "".join(f"\n  {line}" for line in lines[:20])
         raise ValueError(
             f"The processes of this fit do not begin it alike:{listed}\nEach process runs the same script: the same "
-            "seed (rng.scope), the same state and the same pipeline, of which it takes the rows of its devices. What "
-            "only one of them should read is narrowed by data.local(s)."
+            "seed (rng.scope), the same state and the same pipeline, of which it takes the rows of its devices; with "
+            "data.local(s) it reads these alone. Where each process holds arrays of its own, write\n"
+            "    Data.from_iterable(lambda: Data.batches((x, y), batch_size=64)).assemble(s).with_loss(loss)"
         )
 
 
@@ -120,7 +121,7 @@ def check_items(difference: str, step: int) -> None:
     raise ValueError(
         f"The items of this fit differ between its processes: at step {step}, {difference}. Every process makes the "
         "same items, and puts the rows of its own devices there. If each one should read only its own rows, write\n"
-        "    Data.batches((x, y), batch_size=1024).local(s).with_loss(loss).assemble(s)\n"
+        "    Data.batches((x, y), batch_size=1024).local(s).assemble(s).with_loss(loss)\n"
         "with s = trainer.sharding; for a loader that is already split by process, .assemble(s) alone. Random numbers "
         "in the data come from a key: data.random_map(f)."
     )
@@ -141,7 +142,7 @@ def _key(key: Any) -> str:
 
 
 def _stages(data: Any) -> list[str]:
-    """The stages with their plain arguments and keys; arrays and functions are compared by the items that they make."""
+    """The stages with their plain arguments, keys and ends of arrays; functions are compared by the items they make."""
     return [
         f"{stage.name}({', '.join(f'{name}={_plain(value)}' for name, value in stage.given.items())})"
         for stage in every_stage_of(data)
@@ -151,7 +152,17 @@ def _stages(data: Any) -> list[str]:
 def _plain(value: Any) -> str:
     if tree.is_key(value):
         return f"key 0x{_key(value)}"
+    if isinstance(value, (tuple, dict, np.ndarray)):
+        leaves = jax.tree_util.tree_leaves(value)
+        return ", ".join(map(_ends, leaves)) if all(map(tree.is_array, leaves)) else "..."
     return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else "..."
+
+
+def _ends(array: Any) -> str:
+    """An array in words, with a checksum of its first and last row: with ``local`` no process reads all of them."""
+    if not isinstance(array, np.ndarray) or not array.size or array.dtype.hasobject:
+        return tree.describe(array)
+    return f"{tree.describe(array)} {zlib.crc32(array[-1:].tobytes(), zlib.crc32(array[:1].tobytes())):08x}"
 
 
 def _short(value: Any) -> str:

@@ -158,10 +158,13 @@ class _Assembler:
                 f"{outline_of(value)}. Write .assemble(s).with_loss(f)."
             )
         leaves, structure = jax.tree_util.tree_flatten(value)
-        if not self._compared and rows.piece is None:
-            self._compared = True
-            compare_items(self._name, leaves, outline_of(value), self._blocks, split=self._split)
         piece = self._piece_of(leaves, value) if rows.piece is None else self._checked(rows.piece, leaves, value)
+        if not self._compared:
+            self._compared, split = True, self._split and rows.piece is None
+            of_rows, others = (
+                [leaf for leaf in leaves if _has_rows(leaf, piece) == is_one] for is_one in (True, False)
+            )
+            compare_items(self._name, of_rows, others, outline_of(value), piece.blocks.here, split=split)
         made = structure.unflatten([self._placed(leaf, piece) for leaf in leaves])
         rows = rows._replace(piece=None)
         return made if rows.mask is None and rows.weights is None else RowsItem(made, rows)
@@ -172,7 +175,7 @@ class _Assembler:
             raise ValueError(
                 "assemble(s) expected the sharding of local(s), whose rows lie elsewhere. Give both the same s."
             )
-        if not any(np.shape(leaf)[:1] == (piece.rows,) for leaf in leaves):
+        if not any(_has_rows(leaf, piece) for leaf in leaves):
             raise ValueError(
                 f"assemble(s) expected arrays with one row for each of the {piece.rows} of {piece.total} rows that "
                 f"this process has, received {outline_of(value)}. A map between local(s) and assemble(s) must keep "
@@ -201,7 +204,7 @@ class _Assembler:
         """A leaf on the devices: rows of this process as a part of a global array, any other array everywhere."""
         if not _is_placeable(leaf):
             return leaf
-        is_rows = leaf.ndim and len(leaf) == piece.rows
+        is_rows = _has_rows(leaf, piece)
         spread = is_rows and not piece.total % self._blocks.parts
         where = self._sharding.spread if spread else self._sharding.replicated
         if isinstance(leaf, jax.Array) and self._sharding.replicated.is_fully_addressable:
@@ -211,6 +214,11 @@ class _Assembler:
         return jax.make_array_from_callback(
             shape, where, lambda index: _read(leaf, index or (), piece if spread else None)
         )
+
+
+def _has_rows(leaf: Any, piece: Piece) -> bool:
+    """Whether axis 0 of a leaf is as long as the rows that this process has."""
+    return np.shape(leaf)[:1] == (piece.rows,)
 
 
 def _is_placeable(leaf: Any) -> bool:

@@ -86,7 +86,8 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
 
     Runs the failing step once more, with the same state, item and random numbers, one operation at a time and not
     compiled as a whole: the forward pass and the loss; if these are finite the gradient; then the update. Each
-    operation is compiled on its own, which takes seconds, and callbacks to the host are called again.
+    operation is compiled on its own, which takes seconds, and callbacks to the host are called again. Of several
+    processes each has to call it.
 
     Args:
         trainer: The trainer whose ``fit`` raised the error.
@@ -225,7 +226,7 @@ def _in_batch(event: Event, examples: int, parts: int) -> Event:
 def _counted(inputs: StepInputs) -> list[bool]:
     """Return for each row of the batch whether it is one of the data; the others fill the batch."""
     mask = inputs.row_mask
-    return [True] * (inputs.examples or 0) if mask is None else np.asarray(inputs.leaves[mask], bool).tolist()
+    return [True] * (inputs.examples or 0) if mask is None else tree.on_host(inputs.leaves[mask]).astype(bool).tolist()
 
 
 def _rows(origin: Origin, inputs: StepInputs) -> tuple[int, ...] | None:

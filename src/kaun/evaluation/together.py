@@ -84,6 +84,6 @@ def _check_lengths(lengths: Mapping[int, int], entry: str) -> None:
         ended = [process for process, n in lengths.items() if n == fewest]
         raise ValueError(
             f"{entry} expected as many items in each process, but the data of process {', '.join(map(str, ended))} "
-            f"ended after {fewest} items, and that of the others has more. Give every process the same number of items; "
-            "a loader that is split by process, with drop_last=True."
+            f"ended after {fewest} items, and that of the others has more. Give every process the same number of "
+            "items; a loader that is split by process, with drop_last=True."
         )

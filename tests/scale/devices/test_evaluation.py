@@ -146,3 +146,23 @@ def test_an_exported_program_runs_on_one_device():
     exported = many.export(state, X[:4])
     assert exported.nr_devices == 1
     assert close(jax.jit(exported.call)(X), one.predict(plain, X))
+
+
+@slow
+def test_rows_of_similar_lengths_are_those_of_one_device():
+    rows = [(G.integers(0, 5, n), G.integers(0, 3, n)) for n in G.integers(1, 9, 30)]
+    lengths = [len(tokens) for tokens, _ in rows]
+    data = Data.from_items(rows).bucket(lengths, [4, 8], 8)
+    found = []
+    for about in ({}, {"sharding": sharding.data_parallel()}):
+        model = layers.embedding(5, 4) >> layers.linear(4, 3)
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1), **about)
+        with rng.scope(0):
+            state = trainer.init()
+        s = trainer.sharding
+        placed = data.local(s).assemble(s).prefetch(1) if about else data
+        state = trainer.fit(state, placed.with_loss(losses.cross_entropy_sparse))
+        wanted = {"accuracy": metrics.accuracy, "entropy": losses.cross_entropy_sparse}
+        outputs = trainer.predict(state, data.take(1).map(lambda b: b[0]))
+        found.append([state.vars.params, trainer.evaluate(state, placed, wanted), outputs])
+    assert close(*found)

@@ -4,11 +4,12 @@ import functools
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import kaun
-from kaun import Data, _processes, layers, losses, metrics, rng, sharding, tree
+from kaun import Data, _processes, averages, layers, losses, metrics, reports, rng, sharding, tree
 from kaun._run.identity import describe_data, digest_item
 
 N = 23
@@ -70,11 +71,13 @@ def split_loader():
         return [parts_of(item) for item in items], str(error)
 
 
-def compared(split, same):
-    """The first item of a pipeline without local, the same in both processes or not; and a warning, if there is one."""
+def compared(how, same):
+    """The first item of a pipeline, the same in both processes or not; and a warning, if there is one."""
     x = X[:8] + (0 if same else jax.process_index())
-    data = Data.from_iterable(lambda: iter([x])) if split else Data.batches(x, 8)
-    channel = _processes.Channel(f"compared {split} {same}")
+    data = Data.from_iterable(lambda: iter([x])) if how == "split" else Data.batches(x, 8)
+    if how == "local":
+        data = data.local(sharding.data_parallel()).map(lambda rows: (rows, np.concatenate([rows, rows])))
+    channel = _processes.Channel(f"compared {how} {same}")
     if jax.process_index():  # after the first, which learns of nothing
         channel.exchange("", repr)
     with warnings.catch_warnings(record=True) as caught:
@@ -151,6 +154,31 @@ def read_by_users(several=True):
     ]
 
 
+def tools(several=True):
+    """What validate, update_statistics, lr_range and explain say of a trainer."""
+    about = {"sharding": sharding.fsdp(min_size=8)} if several else {}
+    model = layers.linear(2, 8) >> layers.batch_norm(8) >> layers.fn(jnp.exp) >> layers.linear(8, 3)
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1), average=averages.ema(0.5), **about)
+        state = trainer.init()
+    s = trainer.sharding
+    place = lambda data: data.local(s).assemble(s) if several else data
+    entropy = losses.cross_entropy_sparse
+    train = place(Data.batches((F, CLASSES), 8, pad=True)).with_loss(entropy)
+    check = reports.validate(
+        trainer, place(Data.batches((F, CLASSES), 8)), {"entropy": entropy}, 2, of=lambda s: s.averaged
+    )
+    state = trainer.fit(state, train.epochs(2), report=check)
+    averaged = averages.update_statistics(trainer, state, train).averaged.vars.state
+    found = [[values["entropy"] for _, values in check.results], jax.tree.map(tree.on_host, averaged)]
+    found.append(kaun.lr_range(trainer, state, train.epochs(5), low=1e-3, high=1.0, steps=10).losses)
+    try:
+        trainer.fit(state, place(Data.batches((F[:8] * 1e38, CLASSES[:8]), 8)).with_loss(entropy))
+    except kaun.errors.NonFiniteLoss as error:
+        explained = kaun.explain(trainer, error)
+        return [*found, explained.rows, np.array([explained.operation == "dot_general", explained.layer is not None])]
+
+
 def digests():
     """The digest of an item that a run was saved after, and the facts of its pipeline."""
     s = sharding.data_parallel()
@@ -181,3 +209,10 @@ def uneven(entry, fails):
 def on_devices_of_the_first():
     s = sharding.data_parallel(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]))
     return [item.shape for item in Data.batches(X, 8).local(s).assemble(s)]
+
+
+def own_arrays():
+    """A fit on parts of arrays that are other ones in each process."""
+    trainer, state = trained()
+    data = Data.batches((F + jax.process_index(), CLASSES), 8).local(trainer.sharding).assemble(trainer.sharding)
+    trainer.fit(state, data.with_loss(losses.cross_entropy_sparse))

@@ -1,5 +1,6 @@
 """Pipelines in two processes: each reads half of the rows, and the batches are those of one process."""
 
+import functools
 import runpy
 from pathlib import Path
 
@@ -39,11 +40,15 @@ def test_a_loader_that_is_split_by_process_is_put_together(pair):
 
 
 def test_items_that_should_be_the_same_or_not_are_compared(pair):
-    alike = pair.run(SCENARIOS, "compared", split=False, same=True)
-    assert alike == [([(8, 2)], [])] * 2 and pair.run(SCENARIOS, "compared", split=True, same=False)[1][1] == []
-    _, refused = pair.run(SCENARIOS, "compared", split=False, same=False)
+    compared = functools.partial(pair.run, SCENARIOS, "compared")
+    assert compared(how="whole", same=True) == [([(8, 2)], [])] * 2 and compared(how="split", same=False)[1][1] == []
+    _, refused = compared(how="whole", same=False)
     assert "the first one of process 0 is another one than float32[8, 2] of process 1. Where each" in refused.text
-    _, (shapes, (warned,)) = pair.run(SCENARIOS, "compared", split=True, same=True)
+    _, refused = compared(how="local", same=True)
+    assert (
+        "those of process 0 differ from those in (float32[4, 2], float32[8, 2]) of process 1. To make" in refused.text
+    )
+    _, (shapes, (warned,)) = compared(how="split", same=True)
     assert shapes == [(16, 2)] and "of process 0 and 1 are the same, float32[8, 2]: each row would" in warned
 
 
@@ -54,7 +59,7 @@ def test_a_run_knows_its_items_whatever_process_reads_them(pair):
 def same_in_both(pair, name, **arguments):
     """Whether two processes have the very same results, and those of one up to rounding."""
     expected = HERE[name](several=False, **arguments)
-    left, right = pair.run(SCENARIOS, name, **arguments)
+    left, right = pair.run(SCENARIOS, name, timeout=240, **arguments)
     close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-6, atol=1e-6), left, expected)
     return jax.tree.all(jax.tree.map(np.array_equal, left, right)) and jax.tree.all(close)
 
@@ -77,6 +82,11 @@ def test_evaluation_of_ragged_batches_is_that_of_one_process(pair):
     assert same_in_both(pair, "read_by_users")
 
 
+@pytest.mark.slow
+def test_what_runs_a_trainer_is_that_of_one_process(pair):
+    assert same_in_both(pair, "tools")
+
+
 @pytest.mark.parametrize("entry", ["evaluate", pytest.param("predict", marks=pytest.mark.slow)])
 def test_an_evaluation_ends_in_all_processes(pair, entry):
     for found in pair.run(SCENARIOS, "uneven", entry=entry, fails=False):
@@ -91,3 +101,9 @@ def test_a_mesh_has_devices_of_the_process(pair):
     found, refused = pair.run(SCENARIOS, "on_devices_of_the_first")
     assert found == [(8, 2), (8, 2), (7, 2)]
     assert "local(s) expected a mesh with devices of each process, and process 1 of 2 has none of its 2" in refused.text
+
+
+def test_local_is_for_arrays_that_are_the_same_in_all_processes(pair):
+    for found in pair.run(SCENARIOS, "own_arrays"):
+        assert "do not begin it alike:\n  the stages of the data are Data.batches(arrays=float32[23, 2] " in found.text
+        assert "Data.from_iterable(lambda: Data.batches((x, y), batch_size=64)).assemble(s)" in found.text

@@ -77,7 +77,7 @@ def check_differences(pair):
                 "others. Write\n    with rng.scope(42):\n        state = trainer.init()"
             )
     assert (
-        ".local(s).with_loss(loss).assemble(s)\nwith s = trainer.sharding; for a loader that is already"
+        ".local(s).assemble(s).with_loss(loss)\nwith s = trainer.sharding; for a loader that is already"
         in both(pair, "other_items", what="values")[0]
     )
 
