@@ -67,10 +67,10 @@ def test_average_accumulate_and_penalty(kit):
     penalty = lambda params: 1e-2 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
     pair = Pair(kit, accumulate=2, average=averages.ema(0.9), penalty=penalty)
     end = pair.check()
-    node = end.opt_state
-    assert node.average[0]["weight"].sharding.spec == P(None, "data")
-    assert node.inner.gradient[0]["weight"].sharding.spec == P(None, "data")
-    assert (int(node.inner.updates), int(end.step)) == (2, 3)
+    window = end.opt_state
+    assert window.gradient[0]["weight"].sharding.spec == P(None, "data")
+    assert window.inner.average[0]["weight"].sharding.spec == P(None, "data")
+    assert (int(window.updates), int(end.step)) == (2, 3)
     averaged = [np.asarray(each.averaged.vars.params[3]["weight"]) for each in pair.ends]
     np.testing.assert_allclose(averaged[1], averaged[0], rtol=1e-4, atol=1e-6)
 
@@ -116,18 +116,36 @@ def test_a_step_that_is_not_finite_ends_the_fit_before_it(kit, place):
     assert kaun.explain(trainer, caught.value).rows == (2,)
 
 
-def test_reports_of_norms_and_layers(kit):
+class Columns(reports.Report):
+    """All numbers of all steps by name."""
+
+    numbers = {"layer_norms": 1}
+
+    def __init__(self):
+        self.found = {}
+
+    def wants(self, step):
+        return False
+
+    def __call__(self, step, loss, state):
+        pass
+
+    def block(self, first, values):
+        for name, column in values.items():
+            self.found.setdefault(name, []).extend(np.asarray(column, np.float64))
+
+
+def test_numbers_of_reports_and_norms_by_layer(kit):
     """What `watch` and `history` show is what they show on one device."""
     found = []
     for name in ("none", "fsdp"):
         trainer, start, data = kit.trainer_of(name, optax.inject_hyperparams(optax.adam)(1e-2))
-        history = reports.history()
-        trainer.fit(start, data.take(4), report=reports.all_of(history, reports.watch(every=2)))
-        found.append(history.columns if hasattr(history, "columns") else {k: history[k] for k in history})
-    assert set(found[0]) == set(found[1])
+        columns = Columns()
+        trainer.fit(start, data.take(4), report=reports.all_of(columns, reports.watch(every=1)))
+        found.append(columns.found)
+    assert set(found[0]) == set(found[1]) and any("norm/" in name for name in found[0])
     for key in set(found[0]) - {"step_time", "examples_per_second"}:
-        np.testing.assert_allclose(found[1][key], found[0][key], rtol=2e-4, err_msg=key)
-    assert any("norm" in key for key in found[0])
+        np.testing.assert_allclose(found[1][key], found[0][key], rtol=1e-3, err_msg=key)
 
 
 def test_dropout_and_batch_norm_are_those_of_one_device(kit):
@@ -136,7 +154,7 @@ def test_dropout_and_batch_norm_are_those_of_one_device(kit):
         [layers.linear(16, 64), layers.batch_norm(64), layers.relu(), layers.dropout(0.3), layers.linear(64, 5)]
     )
     end = Pair(kit, model=model, optimizer=optax.sgd(0.1)).check()
-    assert end.vars.state[1]["mean"].sharding.spec in (P(), P("data"))
+    assert all(leaf.shape == (64,) for leaf in jax.tree.leaves(end.vars.state))
 
 
 def test_a_run_is_resumed_on_the_same_devices_to_the_byte_and_on_one_within_rounding(kit, tmp_path):
@@ -164,7 +182,7 @@ def test_a_run_is_resumed_on_the_same_devices_to_the_byte_and_on_one_within_roun
 
 def test_lr_range_and_summary_take_a_trainer_with_a_sharding(kit):
     trainer, start, data = kit.trainer_of("fsdp", optax.inject_hyperparams(optax.adam)(1e-2))
-    found = kaun.lr_range(trainer, start, data, low=1e-5, high=1.0, steps=6)
+    found = kaun.lr_range(trainer, start, data.epochs(2), low=1e-5, high=1.0, steps=10)
     assert found is not None
     assert "linear" in str(kaun.summary(trainer, kit.X[:8]))
 
