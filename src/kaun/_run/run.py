@@ -166,7 +166,9 @@ def open_run(
                 together.meet()  # what was refused above in one process ends the fit in all
             store = Store.open(checkpoints, group=group_for(checkpoints.path, state))
             stack.enter_context(_closed(store))
-            run = _start_or_resume(store, checkpoints, state, data, report, together, watched=on_nonfinite != "ignore")
+            run = _start_or_resume(
+                store, checkpoints, state, data, report, together, sharding, watched=on_nonfinite != "ignore"
+            )
         if together is not None:
             refuse_unscoped(state, data)
             together.begin(begin_facts(run.peek(), data, report, run.done, saves=run.saver is not None))
@@ -244,10 +246,11 @@ def _start_or_resume(
     data: Iterable[Any],
     report: Any,
     together: Agreement | None,
+    sharding: Sharding | None,
     *,
     watched: bool,
 ) -> TrainingRun:
-    facts = run_facts(state, data)
+    facts = run_facts(state, data, sharding)
     saved = store.newest(state, functools.partial(_spoiled, state)) if watched else store.newest(state)
     if saved is not None:
         check_facts(directory, saved.step, saved.facts)
