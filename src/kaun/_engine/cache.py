@@ -168,7 +168,8 @@ class ProgramCache:
         if not self._warned and not program.divides:
             self._warned = warn_of_copies(entry, inputs, leaves, item)
 
-    def _evaluation(self, entry: str, structure: Any, inputs: StepInputs, placing: Placing | None) -> Program:
+    def evaluation(self, entry: str, structure: Any, inputs: StepInputs) -> Callable[..., Any]:
+        """Return the function of (leaves, key, item) that ``"predict"`` or ``"evaluate"`` compiles."""
         split, metrics = inputs.split, inputs.loss_key
 
         def predict(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
@@ -180,7 +181,10 @@ class ProgramCache:
             output = self._forward(jax.tree_util.tree_unflatten(structure, leaves), key, item["x"], ctx)
             return self._metrics(metrics, arrays, key, output, item["y"])
 
-        run = predict if entry == "predict" else evaluate
+        return predict if entry == "predict" else evaluate
+
+    def _evaluation(self, entry: str, structure: Any, inputs: StepInputs, placing: Placing | None) -> Program:
+        run = self.evaluation(entry, structure, inputs)
         if placing is None:
             return Program(run)
 

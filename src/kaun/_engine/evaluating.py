@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from kaun._engine.batching import BlockBuffer, capacity_of
+from kaun._engine.batching import BlockBuffer, capacity_of, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.jaxpr import slow_in_loops
-from kaun._engine.pace import Pace
 from kaun._engine.program import LOOP_OPTIONS, ROWS, Program, count_on_device, pattern_for
 from kaun._jax import calls_the_host
 
-__all__ = ["EvaluationLoop"]
+__all__ = ["EvaluationLoop", "TracedMetrics"]
 
+_BEGIN = 2  # the items of the first dispatch
 _IN_FLIGHT = 2
 _BUFFERS = 4
 _RESULT_BYTES = 1 << 22  # of one dispatch: a confusion matrix of many classes may be large
@@ -42,13 +43,17 @@ class TracedMetrics:
     """
 
     def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...], inputs: StepInputs) -> None:
-        jitted = jax.jit(function)
+        start, jitted = time.perf_counter(), jax.jit(function)
         traced = jitted.trace(*arguments)
         vectors, self.structure = jax.tree_util.tree_flatten(traced.out_info)
         size = sum(v.size * v.dtype.itemsize for v in vectors)
         alone = calls_the_host(traced.jaxpr) or (jax.default_backend() == "cpu" and slow_in_loops(traced.jaxpr))
         self.capacity = 1 if alone else max(1, min(capacity_of(inputs), ROWS, _RESULT_BYTES // max(1, size)))
         self.patterns: list[tuple[bool, ...]] = []
+        # Read and set where programs are compiled and logged, as those of ``TracedStep``.
+        self.entries: set[str] = set()
+        self.wanted: Mapping[str, int] = {}
+        self.seconds = time.perf_counter() - start
         self._function, self._vectors = jitted, vectors
         self._programs: dict[tuple[bool, ...], Program] = {}
 
@@ -57,7 +62,7 @@ class TracedMetrics:
         if pattern not in self._programs:
             block = self._straight if self.capacity == 1 else self._looped(pattern)
             stacks = "stacked" if any(pattern) else "passed once"
-            self._programs[pattern] = Program(block, stacks, compiler_options=LOOP_OPTIONS)
+            self._programs[pattern] = Program(block, pattern, stacks, compiler_options=LOOP_OPTIONS)
         return self._programs[pattern]
 
     def _straight(self, leaves: Any, key: Any, count: Any, shared: list[Any], stacked: list[Any]) -> list[Any]:
@@ -100,7 +105,7 @@ class EvaluationLoop:
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
         self._open: _Block | None = None
         self._in_flight: deque[_Dispatch] = deque()
-        self._limit, self._finished = BEGIN, time.perf_counter()
+        self._limit, self._finished = _BEGIN, time.perf_counter()
 
     def push(self, inputs: StepInputs) -> None:
         """Take the next item, and run it now or with later ones."""
@@ -173,7 +178,7 @@ class _Block(NamedTuple):
 
 
 class _Dispatch(NamedTuple):
-    """The vectors of a dispatch, their structure, and how many items it had; None for an item without an axis of items."""
+    """The vectors of a dispatch, their structure, and how many items it had; None where they have no axis of items."""
 
     vectors: list[Any]
     structure: Any

@@ -22,7 +22,7 @@ from kaun._jax import calls_the_host, signatures_of
 from kaun._loss import trace_loss
 from kaun._step import match_state, spoiled_leaves
 
-__all__ = ["ROWS", "Program", "TracedStep", "count_on_device", "trace_step"]
+__all__ = ["LOOP_OPTIONS", "ROWS", "Program", "TracedStep", "count_on_device", "pattern_for", "trace_step"]
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
 # it runs each dispatch on another thread, which costs more than its steps.
@@ -30,7 +30,7 @@ ROWS = 128
 _COUNT_BYTES = 1 << 24  # of the counts of a dispatch: metrics may count rows, and a batch may have millions
 # XLA would move what does not depend on the item out of the loop, fuse it in another way there, and so change the last
 # bit depending on whether items are stacked. The numbers must not depend on that.
-_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+LOOP_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class Program:
@@ -136,14 +136,8 @@ class TracedStep:
         return self._digest
 
     def pattern(self, varying: tuple[bool, ...]) -> tuple[bool, ...]:
-        """Return which leaves of a block to stack where these vary: as in an earlier block, where that is possible."""
-        if self.patterns and self.patterns[-1] == varying:
-            return varying
-        for known in reversed(self.patterns):
-            if all(k or not v for k, v in zip(known, varying, strict=True)):
-                return known
-        self.patterns.append(varying)
-        return varying
+        """Return which leaves of a block to stack where these vary."""
+        return pattern_for(self.patterns, varying)
 
     def program(self, entry: str, pattern: tuple[bool, ...], packing: Packing | None = None) -> Program:
         """Return the program that runs the step over blocks stacked by a pattern; it may not be compiled yet.
@@ -170,9 +164,25 @@ class TracedStep:
                 run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
-                found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
+                found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=LOOP_OPTIONS)
                 self._programs[entry, pattern, packing] = found
             return found
+
+
+def pattern_for(patterns: list[tuple[bool, ...]], varying: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Return which leaves of a block to stack where some vary: as in an earlier block, where that is possible.
+
+    Args:
+        patterns: Those so far; a new one is appended.
+        varying: For each leaf whether it varies.
+    """
+    if patterns and patterns[-1] == varying:
+        return varying
+    for known in reversed(patterns):
+        if all(k or not v for k, v in zip(known, varying, strict=True)):
+            return known
+    patterns.append(varying)
+    return varying
 
 
 def trace_step(
