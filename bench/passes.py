@@ -26,7 +26,13 @@ def mlp():
 
 
 def cnn():
-    parts = [layers.conv2d(1, 16), layers.relu(), layers.max_pool2d(2), layers.flatten(), layers.linear(14 * 14 * 16, 10)]
+    parts = [
+        layers.conv2d(1, 16),
+        layers.relu(),
+        layers.max_pool2d(2),
+        layers.flatten(),
+        layers.linear(14 * 14 * 16, 10),
+    ]
     return layers.sequential(parts), (28, 28, 1), 64, 50
 
 

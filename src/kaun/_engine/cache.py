@@ -15,7 +15,7 @@ from kaun._engine.explicit import explicit_mesh, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs
 from kaun._engine.log import Compilation, CompilationLog
 from kaun._engine.placing import Placing, place_carry, wait_on_cpu
-from kaun._engine.program import Program, TracedStep
+from kaun._engine.program import Program, Traced
 from kaun._jax import any_traced
 from kaun.sharding.core import Sharding
 
@@ -97,7 +97,7 @@ class ProgramCache:
 
     def compile(
         self, program: Program, entry: str, inputs: StepInputs, training: bool, arguments: Sequence[Any],
-        traced: TracedStep | None = None,
+        traced: Traced | None = None,
     ) -> float:  # fmt: skip
         """Compile a program for these arguments and log it, unless that was done before; return the seconds."""
         with program.lock:
@@ -126,7 +126,7 @@ class ProgramCache:
 
     def call(
         self, program: Program, entry: str, inputs: StepInputs, training: bool, arguments: tuple[Any, ...],
-        traced: TracedStep | None = None,
+        traced: Traced | None = None,
     ) -> Any:  # fmt: skip
         """Run a program; inside a function that the user compiles it becomes a part of that."""
         leaves, key = arguments[:2]
@@ -148,7 +148,7 @@ class ProgramCache:
 
     def log_moved(
         self, program: Program, entry: str, inputs: StepInputs, training: bool, arguments: Sequence[Any], start: float,
-        traced: TracedStep | None = None,
+        traced: Traced | None = None,
     ) -> float:  # fmt: skip
         """Log that JAX compiled a program again in a call that began at ``start``, and return the seconds since then.
 

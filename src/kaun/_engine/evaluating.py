@@ -182,4 +182,4 @@ class _Dispatch(NamedTuple):
 
     vectors: list[Any]
     structure: Any
-    count: int | None
+    items: int | None

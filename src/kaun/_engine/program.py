@@ -6,7 +6,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from kaun._jax import calls_the_host, signatures_of
 from kaun._loss import trace_loss
 from kaun._step import match_state, spoiled_leaves
 
-__all__ = ["LOOP_OPTIONS", "ROWS", "Program", "TracedStep", "count_on_device", "pattern_for", "trace_step"]
+__all__ = ["LOOP_OPTIONS", "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "pattern_for", "trace_step"]
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
 # it runs each dispatch on another thread, which costs more than its steps.
@@ -64,6 +64,20 @@ class Program:
         """Return whether the last call was with arguments of another kind or place than those before."""
         before, self._signatures = self._signatures, signatures_of(self.jitted)
         return before != self._signatures
+
+
+class Traced(Protocol):
+    """What is traced once and compiled into several programs, as the log of compilations needs it.
+
+    Attributes:
+        entries: The entries for which a program was compiled.
+        seconds: How long tracing took, until the first program that is compiled takes it over.
+        wanted: The further numbers that reports ask for.
+    """
+
+    entries: set[str]
+    seconds: float
+    wanted: Mapping[str, int]
 
 
 class TracedStep:
