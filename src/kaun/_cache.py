@@ -44,7 +44,7 @@ def cache(path: str | os.PathLike[str]) -> None:
 
 def _folder(path: Any) -> Path:
     if isinstance(path, os.PathLike):
-        path = os.fspath(path)  # pyright: ignore[reportUnknownVariableType]
+        path = os.fspath(path)
     if not isinstance(path, str) or not path:
         raise TypeError(f'cache expected the path of a folder, received {path!r}. Write kaun.cache("~/.cache/kaun").')
     return Path(path).expanduser().absolute()
