@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kaun._engine.inputs import StepInputs, is_number
 from kaun._jax import any_traced
-from kaun.sharding.core import Sharding, item_placement, put, spread_rows, state_placements
+from kaun.sharding.core import Sharding, item_placement, put, refuse_set_mesh, spread_rows, state_placements
 
 __all__ = ["Placing", "place_carry", "placed_inputs", "wait_on_cpu"]
 
@@ -146,6 +146,7 @@ def place_carry(
     """Return the leaves of a state and its key where they lie; traced ones, and all without a sharding, as they are."""
     if sharding is None or any_traced((*leaves, key)):
         return leaves, key
+    refuse_set_mesh()
     where = state_placements(sharding, structure, leaves)
     return [put(leaf, w) for leaf, w in zip(leaves, where, strict=True)], put(key, sharding.replicated)
 

@@ -19,7 +19,7 @@ from kaun._jax import Operation, any_traced, constants_in, evaluate
 from kaun._step.settings import Carry, Settings
 from kaun._step.step import init_carry
 from kaun.layers.core import Vars
-from kaun.sharding.core import Sharding, put
+from kaun.sharding.core import Sharding, put, refuse_set_mesh
 
 __all__ = ["fresh_carry", "fresh_key", "fresh_state", "placed_key"]
 
@@ -38,6 +38,7 @@ def fresh_state(settings: Settings, dtype: Any) -> tuple[Carry, jax.Array]:
     dtype = settings.dtype_of_params(dtype)
     if settings.sharding is None or _is_traced():
         return init_carry(settings, settings.model.init(dtype=dtype)), rng.next_key()
+    refuse_set_mesh()
     lent = rng.LentScope()
     _refuse_unscoped(settings.sharding, "init", scoped=lent.scoped)
     made = lent.inside(lambda: (init_carry(settings, settings.model.init(dtype=dtype)), rng.next_key()))
@@ -53,6 +54,7 @@ def fresh_carry(settings: Settings, vars: Vars) -> Carry:
     """Return ``init_carry`` of some variables, placed as the sharding says."""
     if settings.sharding is None or _is_traced():
         return init_carry(settings, vars)
+    refuse_set_mesh()
     found = _in_pieces(settings.sharding, functools.partial(init_carry, settings), vars)
     if found is None:  # the error is that of init_carry, if there is one
         found = init_carry(settings, vars)

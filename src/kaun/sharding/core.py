@@ -211,6 +211,20 @@ def check_sharding(sharding: Any) -> None:
         )
 
 
+def refuse_set_mesh() -> None:
+    """Refuse to place arrays under ``jax.set_mesh`` of explicit axes.
+
+    Raises:
+        ValueError: If there is such a mesh: JAX refuses operations on arrays of automatic axes there.
+    """
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        raise ValueError(
+            "Trainer(sharding=...) was used under jax.set_mesh with a mesh of explicit axes, and says itself where "
+            "arrays lie, on automatic axes. Leave jax.set_mesh out, or set a mesh of automatic axes: "
+            "jax.set_mesh(trainer.sharding.mesh)."
+        )
+
+
 def check_axis(mesh: Mesh, name: Any) -> None:
     """Check that a mesh has an axis.
 

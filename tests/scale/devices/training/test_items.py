@@ -197,3 +197,18 @@ def test_init_errors_are_those_of_one_device(kit):
     trainer = kaun.Trainer(model=kit.MODEL, optimizer=optax.sgd(0.1), sharding=kit.sharding_of("data"))
     with pytest.raises(ValueError, match="The variables belong to another model than this trainer's"):
         trainer.make_state(layers.linear(2, 2).init())
+
+
+def test_a_mesh_of_explicit_axes_around_it_is_refused(kit, trained):
+    """JAX's own error was about the context mesh of convert_element_type."""
+    trainer, start, data, end = trained
+    x, loss = next(iter(data))
+    calls = (trainer.init, lambda: trainer.make_state(start.vars), lambda: trainer.step(start, x, loss=loss))
+    for call in (*calls, lambda: trainer.fit(start, data), lambda: trainer.predict(start, x)):
+        with (
+            jax.set_mesh(kit.mesh_of(8)),
+            pytest.raises(ValueError, match=r"under jax.set_mesh .* explicit axes.*Leave"),
+        ):
+            call()
+    with jax.set_mesh(trainer.sharding.mesh):
+        assert kit.content(trainer.fit(start, data)) == kit.content(end)
