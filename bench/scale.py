@@ -161,11 +161,15 @@ def in_process(name: str, kind: str, devices: str, options: argparse.Namespace) 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def ratio(found: Times, name: str, i: int) -> float:
+    """The median ratio of a loop to the hand-written one within a round, of the wall (0) or the CPU time (1)."""
+    return statistics.median(a[i] / b[i] for a, b in zip(found[name], found["hand"], strict=True))
+
+
 def line(cells: list[str], found: Times) -> str:
     """A row of the table."""
     middle = lambda name: f"{statistics.median(wall for wall, _ in found[name]) * 1e6:,.0f} us"
-    ratio = lambda name, i: statistics.median(a[i] / b[i] for a, b in zip(found[name], found["hand"], strict=True))
-    ratios = [f"{ratio(name, 0):.2f} / {ratio(name, 1):.2f}" for name in LOOPS]
+    ratios = [f"{ratio(found, name, 0):.2f} / {ratio(found, name, 1):.2f}" for name in LOOPS]
     return "| " + " | ".join([*cells, middle("hand"), middle("fit"), *ratios]) + " |"
 
 
