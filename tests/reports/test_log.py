@@ -136,7 +136,8 @@ def abandon(report):
     for part in report.reports:
         while hasattr(part, "_f"):
             part = part._f
-        file = getattr(getattr(part, "_sink", None), "_file", None)
+        sink = getattr(getattr(part, "_sink", None), "_sink", None)  # behind the one that writes in process 0 alone
+        file = getattr(sink, "_file", None)
         if file is not None and file._file is not None:
             file._file.close()
 

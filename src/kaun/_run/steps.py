@@ -58,8 +58,8 @@ def start_loop(
     hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
     loop = StepLoop(programs, carry, key, ctx, *hooks, together=run.together)
     if run.together is not None:
-        again = None if run.pending_report_loss is None else run.done
-        run.together.attach(loop, functools.partial(_own_turn, run, caller, loop), run.signals, again)
+        pending = None if run.pending_report_loss is None else run.done
+        run.together.attach(loop, functools.partial(_own_turn, run, caller, loop), run.signals, pending)
     return caller, loop
 
 
