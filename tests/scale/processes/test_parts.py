@@ -195,7 +195,8 @@ def kill(group, folder, point, killed):
         assert group.processes[killed].wait(30) == -signal.SIGKILL
     else:
         wait_for(folder / "reached")
-        group.kill(killed)
+        group.processes[killed].kill()
+        group.processes[killed].wait()
         (folder / "killed").touch()
     begun = time.monotonic()
     said = how_it_ended(group, 1 - killed)
