@@ -167,8 +167,10 @@ def test_a_fit_whose_process_is_killed_is_resumed(make_group, pair, tmp_path):
         assert group.processes[1].wait(30) == -signal.SIGKILL
         begun, said = time.monotonic(), group.result_or_exit(0, 60)
         assert time.monotonic() - begun < 15
-        assert isinstance(said, int) or said.startswith("FailedElsewhere: Process 1 did not come to "), said
-    assert names(tmp_path / "runs")[-1] == "step-00000006"
+        # The devices may say it first, where it died within a step.
+        assert isinstance(said, int) or said.startswith(("FailedElsewhere: Process 1 ", "JaxRuntimeError: ")), said
+    # Of step 6, which a thread may have been writing, all or nothing is there.
+    assert Directory(tmp_path / "runs").steps()[-1] in (4, 6)
     assert pair.run(RUNS, "fit", folder=str(tmp_path / "runs")) == whole
 
 
