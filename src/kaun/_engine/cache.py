@@ -26,12 +26,14 @@ class ProgramCache:
         metrics: ``metrics(loss_key, arrays, key, output, targets) -> parts``, the traced metrics of ``evaluate``.
         on_nonfinite: What happens to a step that is not finite: ``"raise"``, ``"skip"`` or ``"ignore"``.
         scaled: Whether the loss is scaled: a step then discards an overflow itself.
+        row_axis: As ``TracedStep.row_axis``.
         capacity: How many traced steps are kept, each with its programs.
 
     Attributes:
         train_step: As the argument.
         on_nonfinite: As the argument.
         discards: Whether every step itself discards an update that is not finite.
+        row_axis: As the argument.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class ProgramCache:
         *,
         on_nonfinite: str = "ignore",
         scaled: bool = False,
+        row_axis: int = 0,
         capacity: int = 256,
     ) -> None:
         self.train_step, self.on_nonfinite = train_step, on_nonfinite
         self.discards = scaled or on_nonfinite != "raise"
+        self.row_axis = row_axis
         self._forward, self._metrics = forward, metrics
         self._capacity = capacity
         self._table: OrderedDict[Hashable, Any] = OrderedDict()

@@ -48,7 +48,7 @@ def find_step(
         train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
         step = train_step, programs.on_nonfinite, programs.discards
         found = programs.add(where, trace_step(*step, structure, leaves, key, inputs, training))
-        found.wanted = wanted
+        found.wanted, found.row_axis = wanted, programs.row_axis
     return found
 
 
@@ -177,7 +177,7 @@ class StepLoop:
         self.wait()
         results = self._carry[2]
         assert results is not None
-        return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
+        return results.loss(results.steps - 1)
 
     def wait(self) -> None:
         """Wait for the steps that were dispatched, where one of them may not be finite.
@@ -367,15 +367,12 @@ class StepLoop:
     def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
         results = dispatch.results
-        if self._error_for is None or results.status is None:
-            return
-        status = np.asarray(results.status)
-        if status[0] > 0:
+        if self._error_for is None or not results.failed:
             return
         i = results.finite_steps()
         self._failed_step = results.first + i
         failed = FailedStep.of(self.carry(), self.key, dispatch.item(i))
-        raise self._error_for(self._failed_step, float(np.asarray(results.losses)[i]), status[1:], failed)
+        raise self._error_for(self._failed_step, float(results.loss(i)), results.why(i), failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide its dispatch."""

@@ -7,6 +7,7 @@ closures with equal keys share one compiled step, each with its own arrays.
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import types
@@ -55,6 +56,12 @@ class FrozenLoss:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return rebuild_loss(self.key, self.arrays)(*args, **kwargs)
+
+    def with_arrays(self, arrays: list[Any]) -> FrozenLoss:
+        """The same callable with other values in the place of what it captures."""
+        made = copy.copy(self)
+        made.arrays = arrays
+        return made
 
 
 def snapshot_loss(loss: Callable[..., Any]) -> Callable[..., Any]:

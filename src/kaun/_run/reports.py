@@ -330,7 +330,7 @@ class ReportCaller:
 
 def _weights(members: list[tuple[StepResults, dict[str, Any]]], examples: Any) -> dict[str, Any]:
     """The weights of the loss and of the scalars that it returned, by name."""
-    found: list[dict[str, Any]] = [ran.layout.weighted(ran.numbers, len(own["loss"])) for ran, own in members]
+    found: list[dict[str, Any]] = [ran.weights(len(own["loss"])) for ran, own in members]
     return {
         name: examples.astype(np.float64) if own is None else np.concatenate([weights[name] for weights in found])
         for name, own in found[0].items()

@@ -15,6 +15,7 @@ from kaun._messages import warn
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.reports.epochs import PassMeans
+from kaun.state import count_steps
 from kaun.train import TrainState
 
 __all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array"]
@@ -125,7 +126,7 @@ class Log(Report):
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         # Called by a user's own function, which may never call `end`.
-        after = int(getattr(state, "step", step))
+        after = count_steps(state) if hasattr(state, "step") else step
         self._add(step, {"loss": loss_array(loss), "step": np.array([after])}, 1)
         self._put()
 

@@ -13,6 +13,7 @@ from kaun.context import Context
 from kaun.evaluation import check_metrics
 from kaun.metrics import gives_array
 from kaun.reports.compose import ValuesOf, steps_of_a_pass
+from kaun.state import count_steps
 from kaun.train import Trainer, TrainState
 
 __all__ = ["Validation", "validate"]
@@ -141,7 +142,7 @@ class Validation(Report):
         """Evaluate, and return the metrics by name; called by ``fit``. For other steps it returns None."""
         if not self.wants(step):  # called by a user's own function after every step
             return None
-        at, state = int(state.step), state if self._of is None else self._evaluated(state)
+        at, state = count_steps(state), state if self._of is None else self._evaluated(state)
         values = self._trainer.evaluate(state, self._data, self._metrics, ctx=self._ctx)
         for name, value in values.items():
             if not isinstance(value, float):
