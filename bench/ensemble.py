@@ -79,14 +79,16 @@ def measure(rounds: int) -> dict[str, float]:
             jax.block_until_ready(function())
             found[name].append(time.perf_counter() - start)
     for name, seconds in found.items():
-        print(f"{name:20} {min(seconds) * 1e3:9.2f} ms least {statistics.median(seconds) * 1e3:9.2f} ms median", flush=True)
+        least, median = min(seconds) * 1e3, statistics.median(seconds) * 1e3
+        print(f"{name:20} {least:9.2f} ms least {median:9.2f} ms median", flush=True)
     return {name: min(seconds) for name, seconds in found.items()}
 
 
 def main(arguments: list[str]) -> None:
     one, by_hand, many, stopped, alone = measure(int(arguments[0]) if arguments else 15).values()
+    each = alone / ALONE * MEMBERS
     print(f"{MEMBERS} members: {many / one:.1f} times one fit, {many / by_hand:.2f} times one loop by hand,")
-    print(f"{alone / ALONE * MEMBERS / many:.0f} times faster than one by one; with stop= {stopped / many:.2f} times as long")
+    print(f"{each / many:.0f} times faster than one by one; with stop= {stopped / many:.2f} times as long")
 
 
 if __name__ == "__main__":

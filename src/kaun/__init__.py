@@ -26,8 +26,9 @@ from kaun.summary import summary as summary
 from kaun.train import Trainer as Trainer
 
 __all__ = [
-    "Context", "Data", "EarlyStop", "Ensemble", "Layer", "TrainState", "Trainer", "Vars", "__version__", "averages", "checkpoint",
-    "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics", "reports", "rng", "summary",
+    "Context", "Data", "EarlyStop", "Ensemble", "Layer", "TrainState", "Trainer", "Vars", "__version__", "averages",
+    "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics", "reports", "rng",
+    "summary",
 ]  # fmt: skip
 
 # A constant, so that it can be read without an installation; a test compares it with pyproject.toml.

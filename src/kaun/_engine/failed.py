@@ -97,8 +97,8 @@ def last_member_error(
     if refused is not None:
         advice = f"Run outside of the compiled step, it is refused: {refused}"
     error = NonFiniteLoss(
-        f"No member of the ensemble is finite any more. The last one, member {i}, had the loss {loss:g} at step {step}; "
-        "loss, gradient or update are not finite. The state before that step is this exception's kaun_state; its "
+        f"No member of the ensemble is finite any more. At step {step} the last one, member {i}, had the loss {loss:g};"
+        " loss, gradient or update are not finite. The state before that step is this exception's kaun_state; its "
         f"`step` says when each member ended. {advice} For the operation, its line, its layer and the rows of the "
         f"batch of member {i}, write\n    print(kaun.explain(trainer, err))\n"
         'To discard such steps and continue, write Trainer(..., on_nonfinite="skip").',

@@ -18,7 +18,7 @@ RUNS, STOPPED, NOT_FINITE, LOST = 1, 0, -1, -2
 
 def is_lost(codes: Host) -> Host:
     """Return for each step whether no member is left: each one ended at a step that was not finite."""
-    return (codes < 0).all(axis=1)
+    return np.asarray((codes < 0).all(axis=1))
 
 
 def mean_of_members(values: Host, codes: Host) -> Host:

@@ -90,8 +90,8 @@ class TracedStep:
 
     __slots__ = (
         "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout",
-        "looped", "loss", "most", "on_nonfinite", "patterns", "row_axis", "row_mask", "rows", "seconds", "status", "step",
-        "wanted",
+        "looped", "loss", "most", "on_nonfinite", "patterns", "row_axis", "row_mask", "rows", "seconds", "status",
+        "step", "wanted",
     )  # fmt: skip
 
     def __init__(

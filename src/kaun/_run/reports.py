@@ -8,7 +8,7 @@ import difflib
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -299,7 +299,7 @@ class ReportCaller:
 
     def _joined(self, members: list[tuple[StepResults, dict[str, Any]]], seconds: float) -> StepValues:
         """The values of a block, with the place of its steps in the state's life, their speed and their weights."""
-        first, join = members[0][0].first, np.concatenate
+        first, join = members[0][0].first, _join
         values = {name: join([own[name] for _, own in members]) for name in members[0][1]}
         n = len(values["loss"])
         examples = join([ran.counts(len(own["loss"])) for ran, own in members])
@@ -326,6 +326,11 @@ class ReportCaller:
         parts = [ran.layout.parts(ran.numbers, len(own["loss"])) for ran, own in members]
         stacked = jax.tree_util.tree_map(lambda *stacks: join(stacks), *parts)
         return StepValues(first, values, weights, stacked, self._passes)
+
+
+def _join(arrays: Sequence[Any]) -> Any:
+    masked = any(isinstance(array, np.ma.MaskedArray) for array in arrays)
+    return (np.ma if masked else np).concatenate(arrays)
 
 
 def _weights(members: list[tuple[StepResults, dict[str, Any]]], examples: Any) -> dict[str, Any]:

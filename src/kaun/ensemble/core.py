@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._engine import Compilation, ProgramCache, StepInputs
+from kaun._engine import Compilation, ProgramCache
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
 from kaun._step import DEFAULT_DTYPE, abstract_vars
@@ -64,7 +64,7 @@ class Ensemble(Generic[In, Out]):
         ...     states = many.init(learning_rate=jnp.array([0.5, 0.05, 0.005]))
         >>> states = many.fit(states, Data.repeat(100, (x, lambda out: losses.mse(out, y))))
         >>> errors = many.evaluate(states, Data.from_items([(x, y)]), {"mse": losses.mse})["mse"]
-        >>> errors.shape, best := int(errors.argmin()), states.member(best)
+        >>> errors.shape, int(errors.argmin()), states.member(int(errors.argmin()))
         ((3,), 0, TrainState(step=100, 2 parameters in float32))
     """
 
@@ -80,13 +80,15 @@ class Ensemble(Generic[In, Out]):
                 "kaun.Ensemble(kaun.Trainer(model=model, optimizer=optimizer), 8)."
             )
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-            raise TypeError(f"Ensemble expected the number of members as an int, received {n!r}. Write Ensemble(trainer, 8).")
+            raise TypeError(
+                f"Ensemble expected the number of members as an int, received {n!r}. Write Ensemble(trainer, 8)."
+            )
         if n < 1:
             raise ValueError(f"Ensemble expected at least 1 member, received {n}. Write Ensemble(trainer, 8).")
         if trainer.accumulate > 1:
             raise ValueError(
-                f"An Ensemble cannot use Trainer(accumulate={trainer.accumulate}), whose last window fit ends for one model. "
-                "Give it larger batches, Data.batch(n), in parts: Trainer(microbatches=4)."
+                f"An Ensemble cannot use Trainer(accumulate={trainer.accumulate}), whose last window is that of one "
+                "model. Give it larger batches, Data.batch(n), in parts: Trainer(microbatches=4)."
             )
         object.__setattr__(self, "n", int(n))
         object.__setattr__(self, "_runners", OrderedDict())
@@ -216,13 +218,14 @@ class Ensemble(Generic[In, Out]):
         runner = self._runner(None, per_member)
         run = cast("Any", runner)._runner("predict", states)
         if per_member and isinstance(x, (list, tuple)):
-            join = lambda parts: stack(parts, "x")
-            return predict_members(run, check_pipelines("predict", cast("Sequence[Any]", x), self.n), check_context(ctx), join)
+            pipelines = check_pipelines("predict", cast("Sequence[Any]", x), self.n)
+            return predict_members(run, pipelines, check_context(ctx), functools.partial(stack, what="x"))
         if not isinstance(x, Data):
             return runner.predict(states, x, ctx=ctx)
         # The outputs of a pass are joined along axis 0, so that is where rows have to be meanwhile.
-        rows_first = lambda inputs: jax.tree_util.tree_map(lambda a: jnp.moveaxis(a, 0, min(1, a.ndim - 1)), run(inputs))
-        return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), predict(rows_first, x, check_context(ctx)))
+        rows_first = lambda output: jnp.moveaxis(output, 0, 1) if output.ndim > 1 else output[0]
+        rows = predict(lambda inputs: jax.tree_util.tree_map(rows_first, run(inputs)), x, check_context(ctx))
+        return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
 
     def evaluate(
         self,

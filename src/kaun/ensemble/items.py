@@ -37,8 +37,8 @@ def check_pipelines(entry: str, pipelines: Sequence[Any], size: int) -> Sequence
     lengths = [known_length(each) for each in pipelines]
     if len(set(lengths)) > 1 and None not in lengths:
         raise ValueError(
-            f"{entry}(per_member=True) expected pipelines with one number of items, received {', '.join(map(str, lengths))}. "
-            f"Choose a batch_size that gives each as many batches, or take as many of each: "
+            f"{entry}(per_member=True) expected pipelines of as many items each, received "
+            f"{', '.join(map(str, lengths))}. Choose a batch_size that gives each as many, or take as many of each: "
             f"[each.take({min(n for n in lengths if n is not None)}) for each in pipelines]."
         )
     return pipelines
@@ -63,16 +63,16 @@ def stack_losses(losses: Sequence[Callable[..., Any]]) -> FrozenLoss:
     Raises:
         ValueError: If they differ in more than the values of what they capture.
     """
-    frozen = [snapshot_loss(loss) for loss in losses]
-    first: Any = frozen[0]
+    frozen: list[Any] = [snapshot_loss(loss) for loss in losses]
+    first = frozen[0]
     for i, each in enumerate(frozen):
         if each.key != first.key:
             a, b = (captures(one.key, one.arrays) for one in (first, each))
             differ = [f"{n} is {a.get(n)} and {b.get(n)}" for n in dict.fromkeys([*a, *b]) if a.get(n) != b.get(n)]
             raise ValueError(
-                f"With per_member=True the losses of the members must be one function, whose captured arrays differ; "
-                f"those of member 0 and member {i} differ: {'; '.join(differ[:5]) or 'their code'}. Capture numbers that "
-                "differ as arrays, alpha = jnp.asarray(alpha)."
+                "With per_member=True the losses of the members must be one function, of which only captured arrays "
+                f"differ; of member 0 and of member {i}, {'; '.join(differ[:5]) or 'the code differs'}. Capture "
+                "numbers that differ as arrays, alpha = jnp.asarray(alpha)."
             )
     return first.with_arrays(stack([each.arrays for each in frozen], "captured by the loss"))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kaun import rng, tree
 from kaun._step import state_nodes
@@ -71,8 +70,7 @@ def _with_hyperparameters(opt_state: Any, size: int, given: Mapping[str, Any]) -
         holders = [node for node in state_nodes(opt_state, *_INJECTED) if name in node.hyperparams]
         if not holders:
             raise ValueError(
-                f"init({name}=...): the optimizer has no hyperparameter {name!r}; it has "
-                f"{', '.join(map(repr, names))}."
+                f"init({name}=...): the optimizer has no hyperparameter {name!r}; it has {', '.join(map(repr, names))}."
             )
         _check_holders(name, holders)
         opt_state = _replaced(opt_state, holders[0], name, _checked(name, value, size, holders[0].hyperparams[name]))

@@ -82,6 +82,8 @@ def _train_member(
     looks = dataclasses.replace(settings, on_nonfinite="ignore") if joins else settings
     out = train_step(looks, before, key, x, ctx, loss, training, mode == "skip", wanted)
     out = out._replace(finite=out.finite & ~_is_spoiled(before, out.carry)) if joins else out
+    if taken := {"losses", CODE} & out.numbers.keys():
+        raise TypeError(f"The loss of an ensemble returned {taken.pop()!r}, a name that is kaun's own. Rename it.")
     if parts := [name for name, number in out.numbers.items() if isinstance(number, CountedParts)]:
         raise TypeError(
             f"The loss of an ensemble must return scalars, and {parts[0]!r} are the parts of a metric, whose value "
@@ -140,6 +142,7 @@ def checked_stop(stop: Any) -> Stop:
 
 def _stops(stop: Stop, key: jax.Array, loss: jax.Array) -> jax.Array:
     """Return whether ``stop(loss)``."""
+
     def check(value: Any) -> jax.Array:
         if np.shape(value) != () or jnp.result_type(value) != jnp.bool_:
             raise TypeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -61,9 +61,10 @@ def evaluate_members(
         return _over_items(data, lambda item, number: run(StepInputs(*parts(item, number), "item")), totals)
 
     def compute(items: Sequence[Any], number: int) -> Any:
-        return run(StepInputs(*join([parts(item, number) for item in items]), "item"))
+        x, captured, own = join([parts(item, number) for item in items])
+        return run(StepInputs(x, captured, own, "item"))
 
-    return _over_items(Data.zip(*map(with_rows, data)), compute, totals)
+    return _over_items(_side_by_side(data), compute, totals)
 
 
 def _parts_of_items(
@@ -155,8 +156,13 @@ def predict_members(
             for i, (each, rows) in enumerate(zip(outputs, known, strict=True)):
                 each.take([([leaf[i] for leaf in held], rows)])
 
-    _outputs_of(Data.zip(*map(with_rows, data)), compute, take)
+    _outputs_of(_side_by_side(data), compute, take)
     return [jax.tree_util.tree_unflatten(each.structure, each.rows()) for each in outputs]
+
+
+def _side_by_side(data: Sequence[Data[Any]]) -> Data[Any]:
+    """Tuples of the items of several pipelines, with what is known of their rows."""
+    return Data.zip(*[cast("Data[Any]", with_rows(each)) for each in data])
 
 
 def _outputs_of(data: Any, compute: Callable[[Any, int], Any], take: Callable[[list[Any]], None]) -> None:

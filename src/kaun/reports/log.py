@@ -163,10 +163,11 @@ class Log(Report):
             self._row = None
         self._names |= values.keys()
         rows = [] if self._row is None or self._written else [self._row]
-        steps, start = StepValues.of(first_step, values), -first_step % n
+        steps, start = _by_member(StepValues.of(first_step, values)), -first_step % n
         part = steps.at(slice(start, None, n))
-        rows += _rows(first, {name: part[name] for name in part if name not in steps.masked}, start, n)
-        rows = _with_measured(rows, first, steps.masked)
+        masked = {name: column for name, column in steps.masked.items() if column.ndim == 1}
+        rows += _rows(first, {name: part[name] for name in part if name not in masked}, start, n)
+        rows = _with_measured(rows, first, masked)
         if rows and rows[-1]["step"] >= first:
             self._row, self._written = rows.pop(), False
         else:
@@ -235,6 +236,18 @@ class Log(Report):
         if self._row is not None and not self._written:
             self._sink.write([self._row])
             self._written = True
+
+
+def _by_member(values: StepValues) -> StepValues:
+    """Return the values with a column for the loss of each member of an ensemble, ``"loss/0"``, ``"loss/1"``."""
+    if "losses" not in values:
+        return values
+    losses = values["losses"]
+    return values.replaced({f"loss/{i}": _unmasked(losses[:, i]) for i in range(losses.shape[1])})
+
+
+def _unmasked(column: np.ndarray) -> np.ndarray:
+    return column if np.ma.is_masked(column) else np.asarray(column)
 
 
 def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> list[Row]:
