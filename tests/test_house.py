@@ -19,7 +19,7 @@ SRC = ROOT / "src" / "kaun"
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
     {"_jax", "_kernels", "_messages", "_paths", "errors", "rng", "tree"},
-    {"context", "grad", "losses"},
+    {"context", "grad", "losses", "sharding"},
     {"averages", "layers", "metrics"},
     {"_loss"},
     {"_step", "data", "state"},
@@ -47,7 +47,7 @@ PUBLIC = {
     "kaun": {
         "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
         "averages", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics",
-        "reports", "rng", "summary",
+        "reports", "rng", "sharding", "summary",
     },
     "kaun.averages": {"ema", "from_optimizer", "swa", "update_statistics"},
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
@@ -84,6 +84,7 @@ PUBLIC = {
         "time_limit", "validate", "wandb", "Watch", "watch", "Profile", "profile", "prune", "throughput",
     },
     "kaun.rng": {"next_key", "scope"},
+    "kaun.sharding": {"Sharding", "by_path", "data_parallel", "fsdp", "mesh", "put"},
 }  # fmt: skip
 
 # They mean something to the type checker only, so there is nothing to run.

@@ -12,6 +12,7 @@ from kaun import losses as losses
 from kaun import metrics as metrics
 from kaun import reports as reports
 from kaun import rng as rng
+from kaun import sharding as sharding
 from kaun.context import Context as Context
 from kaun.data import Data as Data
 from kaun.diagnose import explain as explain
@@ -28,7 +29,7 @@ from kaun.train import Trainer as Trainer
 __all__ = [
     "Context", "Data", "EarlyStop", "Ensemble", "Layer", "TrainState", "Trainer", "Vars", "__version__", "averages",
     "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics", "reports", "rng",
-    "summary",
+    "sharding", "summary",
 ]  # fmt: skip
 
 # A constant, so that it can be read without an installation; a test compares it with pyproject.toml.

@@ -6,13 +6,14 @@ import contextlib
 import itertools
 import secrets
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kaun._jax import is_traced, trace_of
 
@@ -24,10 +25,10 @@ class _Scope:
 
     __slots__ = ("counter", "key", "newest", "trace")
 
-    def __init__(self, key: jax.Array, counter: itertools.count[int] | None = None) -> None:
+    def __init__(self, key: jax.Array, counter: Iterator[Any] | None = None) -> None:
         self.key = key
-        # Its next() is atomic, so two threads never get one key.
-        self.counter = itertools.count() if counter is None else counter
+        # The next() of a count is atomic, so two threads never get one key.
+        self.counter: Iterator[Any] = itertools.count() if counter is None else counter
         self.newest = -1
         self.trace = _innermost_trace()
 
@@ -204,6 +205,55 @@ class _LoopScope(_Scope):
             self._outer.newest = next(self._outer.counter)
             self._index.append(self._outer.newest)
         return jax.random.fold_in(jax.random.fold_in(self._outer.key, self._index[0]), self._iteration)
+
+
+class LentScope:
+    """The current scope, lent to a function that JAX compiles: its key and the count of its next key are arguments.
+
+    Attributes:
+        key: The scope's key.
+        first: The count of the first key that the function draws.
+
+    Examples:
+        >>> import jax
+        >>> from kaun import rng
+        >>> def two():
+        ...     return jax.random.key_data(rng.next_key()), jax.random.key_data(rng.next_key())
+        >>> with rng.scope(0):
+        ...     lent = rng.LentScope()
+        ...     found = jax.jit(lent.inside(two))(lent.key, lent.first)
+        ...     lent.give_back()
+        ...     third = rng.next_key()
+        >>> with rng.scope(0):
+        ...     expected, same = two(), rng.next_key() == third
+        >>> bool(same), jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected)).item()
+        (True, True)
+    """
+
+    def __init__(self) -> None:
+        self._outer = _current.get() or _process_wide()
+        self._drawn = 0
+        self.key = self._outer.key
+        self.first = self._outer.newest = next(self._outer.counter)
+
+    def inside(self, function: Callable[[], Any]) -> Callable[[jax.Array, Any], Any]:
+        """Return a function of key and first count that runs ``function`` in a scope whose keys begin there."""
+
+        def run(key: jax.Array, first: Any) -> Any:
+            counter = itertools.count()
+            token = _current.set(_Scope(key, (first + np.uint32(i) for i in counter)))
+            try:
+                return function()
+            finally:
+                _current.reset(token)
+                self._drawn = next(counter)
+
+        return run
+
+    def give_back(self) -> None:
+        """Move the lent scope on by the keys that the function drew when it was last run or traced; at least one."""
+        for _ in range(self._drawn - 1):
+            self._outer.newest = next(self._outer.counter)
 
 
 def counts() -> dict[str, tuple[str, int]]:

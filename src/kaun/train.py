@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import rng
 from kaun._engine import Compilation, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
@@ -25,8 +24,10 @@ from kaun._step import (
     Optimizer,
     Settings,
     eval_step,
-    init_carry,
+    fresh_carry,
+    fresh_state,
     make_settings,
+    next_key,
     train_step,
 )
 from kaun.averages.rules import Average
@@ -35,6 +36,7 @@ from kaun.context import Context
 from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
+from kaun.sharding import Sharding
 from kaun.state import TrainState, check_state
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ class Trainer(Generic[In, Out]):
         penalty: A function of all parameters (``vars.params``) to a floating scalar, which is added to the loss; its
             value is also reported as ``"penalty"``. It counts once for an update, and not in ``evaluate``. What it
             captures is read when the trainer is made, and must not change later.
+        sharding: Where the state and the rows of a batch lie on many devices: a value of ``kaun.sharding``, such as
+            ``sharding.fsdp()``. What comes elsewhere is moved. By default all is on one device.
 
     Raises:
         TypeError, ValueError: If an argument is of the wrong kind, such as an optimizer without ``init``.
@@ -99,6 +103,7 @@ class Trainer(Generic[In, Out]):
     accumulate: int = 1
     average: Average | None = None
     penalty: Callable[[Any], Any] | None = None
+    sharding: Sharding | None = None
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
     _evaluated: EvaluatedParams = dataclasses.field(init=False, repr=False, compare=False)
@@ -110,7 +115,8 @@ class Trainer(Generic[In, Out]):
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         object.__setattr__(self, "_settings", settings)
         scaled = settings.policy is not None and settings.policy.scaled
-        programs = ProgramCache(step, forward, trace_metrics, on_nonfinite=self.on_nonfinite, scaled=scaled)
+        about: dict[str, Any] = {"on_nonfinite": self.on_nonfinite, "scaled": scaled, "sharding": self.sharding}
+        programs = ProgramCache(step, forward, trace_metrics, **about)
         object.__setattr__(self, "_programs", programs)
         object.__setattr__(self, "_evaluated", EvaluatedParams())
         object.__setattr__(self, "_passes", RepeatedPasses())
@@ -141,7 +147,7 @@ class Trainer(Generic[In, Out]):
         Raises:
             TypeError, ValueError: As ``Layer.init`` and ``make_state``.
         """
-        return self.make_state(self.model.init(dtype=self._settings.dtype_of_params(dtype)))
+        return _state(*fresh_state(self._settings, dtype))
 
     def make_state(self, vars: Vars) -> TrainState:
         """Return a state with these variables, a fresh optimizer state, and one run key from the RNG scope.
@@ -155,7 +161,7 @@ class Trainer(Generic[In, Out]):
         if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
             received = type(vars).__name__
             raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
-        return _state(init_carry(self._settings, vars), rng.next_key())
+        return _state(fresh_carry(self._settings, vars), next_key(self._settings))
 
     def step(
         self, state: TrainState, x: Any, *, loss: Loss, training: bool = True, ctx: Context | None = None

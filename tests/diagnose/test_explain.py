@@ -226,7 +226,7 @@ def test_a_step_in_parts_names_the_rows_of_the_batch():
 
 @pytest.mark.parametrize(("row", "microbatches"), [(2, 3), pytest.param(4, 2, marks=pytest.mark.slow), (4, 3)])
 def test_rows_and_places_of_a_batch_that_its_parts_do_not_divide(row, microbatches):
-    """Five rows in parts of two, or of three: the rows were left out, and the place was that in the part."""
+    """Five rows in two parts, or in three: some have a row more. Once the rows were left out."""
     x = np.ones((5, 2), np.float32)
     x[row, 1] = -1
     found = explained(layers.fn(jnp.log) >> layers.linear(2, 1), x=x, microbatches=microbatches)

@@ -72,17 +72,34 @@ def test_a_part_is_at_most_as_long_as_those_of_a_whole_batch():
         return x[:, :2] * w[None] * ctx["mask"][:, None]
 
     trainer, state = made(4, one(apply))
-    for length, parts in ((12, {3}), (10, {3, 1}), (9, {3}), (5, {2, 1}), (3, {1})):
+    for length, parts in ((12, {3}), (10, {3, 2}), (9, {3, 2}), (5, {2, 1}), (3, {1})):
         lengths.clear()
         trainer.step(state, X[:length], loss=lambda out: out.sum(), ctx=Context(mask=jnp.ones(length)))
         assert set(lengths) == parts
 
 
-def test_the_last_part_of_a_ragged_batch_draws_for_itself():
+@pytest.mark.parametrize(
+    "length", [12, pytest.param(10, marks=pytest.mark.slow), 7, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_part_i_has_the_rows_from_i_by_steps_of_the_number_of_parts(length):
+    """Each output tells which rows its part had, and is at the place of its row."""
+    trainer, state = made(
+        5, one(lambda w, x, ctx: (x - x.mean(axis=0, keepdims=True) * ctx["row"][:, None])[:, :2] * w[None])
+    )
+    row, weights = np.arange(1.0, 13, dtype=np.float32)[:length], Y[:length]
+    value, _ = trainer.step(state, X[:length], loss=lambda out: (out * weights).sum(), ctx=Context(row=row))
+    x, expected = X[:length].astype(np.float64), 0.0
+    for i in range(min(5, length)):
+        part = slice(i, None, min(5, length))
+        expected += ((x[part] - x[part].mean(axis=0) * row[part, None])[:, :2] * weights[part]).sum()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_each_part_of_a_ragged_batch_draws_for_itself():
     trainer, state = made(3, one(lambda w, x, ctx: x * w[0]), layers.dropout(0.5))
     drawn = []
-    loss = lambda out: (out.sum(), {f"n{i}": out[i].sum() for i in (0, 4, 8)})
-    rows = lambda step, values: drawn.extend(float(values[f"n{i}"][0]) for i in (0, 4, 8))
+    loss = lambda out: (out.sum(), {f"n{i}": out[i].sum() for i in range(3)})
+    rows = lambda step, values: drawn.extend(float(values[f"n{i}"][0]) for i in range(3))
     trainer.fit(state, [(np.ones((10, 300), np.float32), loss)], report=BlockReport(rows))
     assert len(set(drawn)) == 3, "each part has its own mask"
 
@@ -136,7 +153,7 @@ def test_dropout_draws_for_each_part_and_alike_in_both_passes():
     end = trainer.fit(
         state, [(ones, lambda out: (out.sum(), {f"n{i}": out[i].sum() for i in range(12)}))], report=BlockReport(keep)
     )
-    drawn, total = np.array(rows[0]).reshape(4, 3), rows[1]
+    drawn, total = np.array(rows[0]).reshape(3, 4).T, rows[1]
     assert len({tuple(part) for part in drawn}) > 1, "the parts must not share one mask"
     # the loss is linear in w, so its gradient says which masks the second pass used
     gradient = (state.vars.params[0]["w"] - end.vars.params[0]["w"]) / 0.1

@@ -1,7 +1,8 @@
 """How many steps run at once.
 
 A step is traced once for each kind of item (``inputs``, ``cache``), compiled into a loop over a block of items
-(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs. What a block gives is
+(``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs; ``single`` runs one.
+``placing`` puts the arrays of a trainer with a sharding on their devices. What a block gives is
 in ``results``, laid out by ``numbers``. ``flush`` is the program that ends an open window of ``accumulate``. A step
 that is not finite (``failed``) can be run again one operation at a time (``replay``, ``source``).
 """
@@ -17,8 +18,6 @@ from kaun._engine.inputs import check_input as check_input
 from kaun._engine.inputs import refuse_traced as refuse_traced
 from kaun._engine.log import Compilation as Compilation
 from kaun._engine.loop import StepLoop as StepLoop
-from kaun._engine.loop import find_step as find_step
-from kaun._engine.loop import run_step as run_step
 from kaun._engine.members import CODE as CODE
 from kaun._engine.members import LOST as LOST
 from kaun._engine.members import NOT_FINITE as NOT_FINITE
@@ -32,6 +31,8 @@ from kaun._engine.replay import Origin as Origin
 from kaun._engine.replay import Replay as Replay
 from kaun._engine.replay import origin_of as origin_of
 from kaun._engine.results import StepResults as StepResults
+from kaun._engine.single import find_step as find_step
+from kaun._engine.single import run_step as run_step
 from kaun._engine.source import LAYER as LAYER
 from kaun._engine.source import Source as Source
 from kaun._engine.source import source_of as source_of

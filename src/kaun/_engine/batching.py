@@ -120,16 +120,19 @@ class _Host:
 
 
 class _Device:
-    """A JAX array, which cannot change. Arrays on several devices are not stacked: that would move them."""
+    """A JAX array, which cannot change.
+
+    Without a sharding arrays on several devices are not stacked: that would move them.
+    """
 
     selective = True
     row = None
 
-    def __init__(self, value: Any, capacity: int) -> None:
+    def __init__(self, value: Any, capacity: int, *, placed: bool) -> None:
         self.varies = False
         self._capacity = capacity
         # A stack does not keep a weak type.
-        self.alone = capacity == 1 or tree.is_weak(value) or len(value.devices()) > 1
+        self.alone = capacity == 1 or tree.is_weak(value) or (len(value.devices()) > 1 and not placed)
         self._values: list[Any] = []
         self._stack: Any = None
 
@@ -196,18 +199,19 @@ class BlockBuffer:
     Args:
         inputs: The first item, for its kind.
         capacity: The most items of a block.
+        placed: Whether what a block gives is put on devices before its steps run.
 
     Attributes:
         capacity: As the argument.
         count: How many items the block has.
     """
 
-    def __init__(self, inputs: StepInputs, capacity: int) -> None:
+    def __init__(self, inputs: StepInputs, capacity: int, *, placed: bool = False) -> None:
         self.capacity = capacity
         self.count = 0
         self._key = inputs.key
         self._padded = inputs.row_mask is not None
-        self._columns: list[_Column] = [_column(a, capacity) for a in inputs.leaves]
+        self._columns: list[_Column] = [_column(a, capacity, placed) for a in inputs.leaves]
         self._selective = [(i, c) for i, c in enumerate(self._columns) if c.selective]
 
     def add(self, inputs: StepInputs) -> bool:
@@ -261,11 +265,11 @@ class BlockBuffer:
         return [c.shared() for c, many in pairs if not many], [c.stacked(count) for c, many in pairs if many]
 
 
-def _column(leaf: Any, capacity: int) -> _Column:
+def _column(leaf: Any, capacity: int, placed: bool) -> _Column:
     if is_number(leaf):
         return _Number()
     room = capacity if _bytes(leaf) <= _LARGE else 1
-    return _Host(leaf, room) if is_host(leaf) else _Device(leaf, room)
+    return _Host(leaf, room) if is_host(leaf) else _Device(leaf, room, placed=placed)
 
 
 def _bytes(leaf: Any) -> int:

@@ -13,8 +13,10 @@ import jax
 from kaun._engine.explicit import explicit_mesh, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs
 from kaun._engine.log import Compilation, CompilationLog
+from kaun._engine.placing import Placing, place_carry
 from kaun._engine.program import Program, TracedStep
 from kaun._jax import any_traced
+from kaun.sharding.core import Sharding
 
 
 class ProgramCache:
@@ -27,6 +29,7 @@ class ProgramCache:
         on_nonfinite: What happens to a step that is not finite: ``"raise"``, ``"skip"`` or ``"ignore"``.
         scaled: Whether the loss is scaled: a step then discards an overflow itself.
         row_axis: As ``TracedStep.row_axis``.
+        sharding: Where the arrays of the trainer lie, None where they are not placed.
         capacity: How many traced steps are kept, each with its programs.
 
     Attributes:
@@ -34,6 +37,7 @@ class ProgramCache:
         on_nonfinite: As the argument.
         discards: Whether every step itself discards an update that is not finite.
         row_axis: As the argument.
+        sharding: As the argument.
     """
 
     def __init__(
@@ -45,9 +49,11 @@ class ProgramCache:
         on_nonfinite: str = "ignore",
         scaled: bool = False,
         row_axis: int = 0,
+        sharding: Sharding | None = None,
         capacity: int = 256,
     ) -> None:
         self.train_step, self.on_nonfinite = train_step, on_nonfinite
+        self.sharding = sharding
         self.discards = scaled or on_nonfinite != "raise"
         self.row_axis = row_axis
         self._forward, self._metrics = forward, metrics
@@ -80,10 +86,13 @@ class ProgramCache:
     def run(self, entry: str, structure: Any, leaves: list[Any], key: jax.Array, inputs: StepInputs) -> Any:
         """Return the model's output in evaluation mode (``"predict"``), or its metrics (``"evaluate"``)."""
         where = (entry, structure, inputs.key)
-        program = self.get(where) or self.add(where, self._evaluation(entry, structure, inputs))
-        mesh = explicit_mesh(leaves) or inputs.mesh
-        if mesh is None or any_traced((*leaves, key, *inputs.leaves)):
-            return self.call(program, entry, inputs, False, (leaves, key, inputs.owned()))
+        leaves, key = place_carry(self.sharding, structure, leaves, key)
+        placing = None if self.sharding is None else Placing(self.sharding, structure, leaves, inputs)
+        program = self.get(where) or self.add(where, self._evaluation(entry, structure, inputs, placing))
+        mesh, traced = explicit_mesh(leaves) or inputs.mesh, any_traced((*leaves, key, *inputs.leaves))
+        if traced or placing is not None or mesh is None:
+            item = inputs.owned() if traced or placing is None else placing.put_item(inputs.owned())
+            return self.call(program, entry, inputs, False, (leaves, key, item))
         arguments = (to_automatic(leaves), *to_automatic([key]), inputs.owned())
         output, tree = jax.tree_util.tree_flatten(self.call(program, entry, inputs, False, arguments))
         return jax.tree_util.tree_unflatten(tree, to_explicit(output, [None] * len(output), mesh))
@@ -121,7 +130,7 @@ class ProgramCache:
             self.compile(program, entry, inputs, training, arguments, traced)
         return program.jitted(*arguments)
 
-    def _evaluation(self, entry: str, structure: Any, inputs: StepInputs) -> Program:
+    def _evaluation(self, entry: str, structure: Any, inputs: StepInputs, placing: Placing | None) -> Program:
         split, metrics = inputs.split, inputs.loss_key
 
         def predict(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
@@ -133,4 +142,12 @@ class ProgramCache:
             output = self._forward(jax.tree_util.tree_unflatten(structure, leaves), key, item["x"], ctx)
             return self._metrics(metrics, arrays, key, output, item["y"])
 
-        return Program(predict if entry == "predict" else evaluate)
+        run = predict if entry == "predict" else evaluate
+        if placing is None:
+            return Program(run)
+
+        def placed(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
+            output = run(leaves, key, placing.pin_item(given))
+            return placing.pin_output(output) if entry == "predict" else placing.pin_numbers(output)
+
+        return Program(placed)

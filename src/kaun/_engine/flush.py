@@ -10,6 +10,7 @@ import jax
 from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs, as_arrays
+from kaun._engine.placing import Placing, place_carry
 from kaun._engine.program import Program
 from kaun._jax import any_traced
 
@@ -28,14 +29,17 @@ def run_flush(
         key: The run's key.
     """
     leaves, structure = jax.tree_util.tree_flatten(carry)
+    leaves, key = place_carry(programs.sharding, structure, leaves, key)
+    inputs, where = StepInputs((), None, None), ("flush", structure)
+    placing = None if programs.sharding is None else Placing(programs.sharding, structure, leaves, inputs)
 
     def run(leaves: list[Any], key: jax.Array) -> tuple[list[Any], Any]:
         after, checks = flush(jax.tree_util.tree_unflatten(structure, as_arrays(leaves)), key)
-        return jax.tree_util.tree_leaves(after), checks
+        leaves = jax.tree_util.tree_leaves(after)
+        return (leaves, checks) if placing is None else (placing.pin_carry(leaves), placing.pin_everywhere(checks))
 
-    inputs, where = StepInputs((), None, None), ("flush", structure)
     program = programs.get(where) or programs.add(where, Program(run))
-    mesh = None if any_traced((*leaves, key)) else explicit_mesh(leaves)
+    mesh = None if placing is not None or any_traced((*leaves, key)) else explicit_mesh(leaves)
     if mesh is None:
         leaves, checks = programs.call(program, "flush", inputs, True, (leaves, key))
     else:

@@ -15,56 +15,26 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
-from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
+from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
-from kaun._engine.packing import copy, in_place, packing_of, unpack
-from kaun._engine.program import ROWS, TracedStep, count_on_device, trace_step
+from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, unpack
+from kaun._engine.placing import place_carry, placed_inputs
+from kaun._engine.program import ROWS, TracedStep, count_on_device
 from kaun._engine.results import PendingDispatch, StepResults, examples_of
+from kaun._engine.single import find_step
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
-__all__ = ["StepLoop", "find_step", "run_step"]
+__all__ = ["StepLoop"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
 _LONGEST = 0.1  # seconds that one dispatch should take at most: Python handles Ctrl-C between dispatches alone
 _BUFFERS = 4
-
-
-def find_step(
-    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
-    wanted: Mapping[str, int] | None = None,
-) -> TracedStep:  # fmt: skip
-    """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
-    wanted = wanted or {}
-    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
-    found = programs.get(where)
-    if found is None:
-        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
-        step = train_step, programs.on_nonfinite, programs.discards
-        found = programs.add(where, trace_step(*step, structure, leaves, key, inputs, training))
-        found.wanted, found.row_axis = wanted, programs.row_axis
-    return found
-
-
-def run_step(
-    programs: ProgramCache, carry: Any, key: jax.Array, inputs: StepInputs, training: bool
-) -> tuple[jax.Array, Any]:
-    """Return the loss of one step and the carry after it; what was given stays as it is."""
-    leaves, structure = jax.tree_util.tree_flatten(carry)
-    mesh = explicit_mesh(leaves) or inputs.mesh
-    if mesh is not None:
-        return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
-    traced = find_step(programs, structure, leaves, key, inputs, training)
-    program = traced.program("step", (False,) * len(inputs.leaves))
-    arguments = (leaves, key, count_on_device(1), inputs.owned())
-    loss, leaves = programs.call(program, "step", inputs, training, arguments, traced)
-    return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
 class _Block(NamedTuple):
@@ -121,10 +91,13 @@ class StepLoop:
         self._failed_step: int | None = None
         self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
-        self._mesh: Any = explicit_mesh(leaves)  # where the state is on a mesh of explicit axes, or an item was
+        given, placed = leaves, programs.sharding is not None
+        # Where the state is on a mesh of explicit axes, or an item was.
+        self._mesh: Any = None if placed else explicit_mesh(leaves)
         self._shardings = [explicit_sharding(a) for a in leaves]
-        self._given = None if self._mesh is None else [weakref.ref(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
+        leaves, self._key = self._place(leaves, self._key)
+        self._given = None if self._mesh is None and not placed else [weakref.ref(a) for a in given]
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._find = functools.partial(find_step, programs, self._structure, self._kinds, self._key)
@@ -213,7 +186,7 @@ class StepLoop:
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
-            self._mesh = self._mesh or inputs.mesh
+            self._mesh = self._mesh or (inputs.mesh if self._programs.sharding is None else None)
             if self._open is None or n > 1 or not self._open.buffer.add(inputs):
                 self.flush()
                 block = self._blocks.pop(inputs.key, None)
@@ -249,7 +222,7 @@ class StepLoop:
         self._take()
         own, arrays, results = self._carry
         if own and self._packing is not None:
-            arrays = unpack(self._packing, arrays)
+            arrays, _ = self._place(unpack(self._packing, arrays), self._key)
         elif self._in_place:
             self._carry = (False, arrays, results)  # the loop continues with a copy
         if self._failed_step is not None:
@@ -283,14 +256,17 @@ class StepLoop:
         arrays = [reference() for reference in references]
         if not arrays or any(array is None for array in arrays) or not _readable(arrays):
             return "lost"
-        self._carry = (False, to_automatic(arrays), results)
+        self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
+
+    def _place(self, leaves: list[Any], key: jax.Array) -> tuple[list[Any], jax.Array]:
+        return place_carry(self._programs.sharding, self._structure, leaves, key)
 
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
         refuse_traced(inputs.leaves)
-        return _Block(BlockBuffer(inputs, traced.capacity), traced, inputs)
+        return _Block(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
     def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
         """Make a block the open one, and put one item or ``count`` of them into it."""
@@ -326,11 +302,13 @@ class StepLoop:
                 arrays[i] = copy(arrays[i])
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
-            self._carry = (True, self._packing.pack([np.asarray(a) for a in arrays]), results)
+            self._carry = (True, pack_on_device(self._packing, arrays), results)
         self._counts_discarded = int(traced.discards)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
+        if traced.placing is not None:
+            arguments = traced.placing.put_block(arguments, pattern)
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
@@ -371,7 +349,7 @@ class StepLoop:
             return
         i = results.finite_steps()
         self._failed_step = results.first + i
-        failed = FailedStep.of(self.carry(), self.key, dispatch.item(i))
+        failed = FailedStep.of(self.carry(), self._key, placed_inputs(self._programs.sharding, dispatch.item(i)))
         raise self._error_for(self._failed_step, float(results.loss(i)), results.why(i), failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:

@@ -10,8 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-__all__ = ["Packing", "copy", "in_place", "packing_of", "unpack"]
+from kaun._jax import is_traced
+
+__all__ = [
+    "Packing",
+    "copy",
+    "in_place",
+    "on_one_device",
+    "pack_on_device",
+    "packing_of",
+    "packing_on_device",
+    "unpack",
+]
 
 # Above this the copies into and out of the vector cost more than the calls that they save.
 _MOST_BYTES = 1 << 16
@@ -59,18 +71,68 @@ class Packing:
 
 
 def packing_of(leaves: Sequence[Any]) -> Packing | None:
-    """Return how to pack a state, None if it does not pay: few arrays, many bytes, or more than one device.
+    """Return how to pack a state, None if it does not pay: few arrays, many bytes, or not all on one device.
 
-    Shapes and dtypes alone decide. A packed step may differ in the last bit from one that is not packed, so ``step``
-    and ``fit`` must pack the same states.
+    Shapes, dtypes and placements alone decide. A packed step may differ in the last bit from one that is not packed, so
+    ``step`` and ``fit`` must pack the same states.
     """
+    return packing_on_device(leaves) if on_one_device(leaves) else None
+
+
+def packing_on_device(leaves: Sequence[Any]) -> Packing | None:
+    """Return how to pack a state of which each leaf lies on one device: shapes and dtypes alone decide."""
     arrays = [a if hasattr(a, "dtype") else jnp.asarray(a) for a in leaves]
     return _packing_of_kinds(tuple([(a.shape, a.dtype) for a in arrays]))
 
 
+def on_one_device(leaves: Sequence[Any]) -> bool:
+    """Return whether each leaf of a state lies on one device.
+
+    Where a traced leaf lies is not known, unless the process has one device.
+    """
+    return _device_count() == 1 or all(map(_is_on_one_device, leaves))
+
+
+def _is_on_one_device(leaf: Any) -> bool:
+    if is_traced(leaf):
+        return False
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is None or type(sharding) is SingleDeviceSharding or sharding.num_devices == 1
+
+
+_device_count = functools.cache(jax.device_count)  # asked in each step; it cannot change
+
+
+def pack_on_device(packing: Packing, leaves: Sequence[Any]) -> list[Any]:
+    """Return the vectors that hold these leaves, on the device to which the leaves are committed, if they are to one.
+
+    Raises:
+        ValueError: If they are committed to several devices.
+    """
+    vectors = packing.pack([np.asarray(leaf) for leaf in leaves])
+    committed = {_device_of(leaf.sharding) for leaf in leaves if getattr(leaf, "committed", False)}
+    if len(committed) > 1:
+        # JAX would refuse the arrays themselves; their copies in one vector would be moved without a word.
+        raise ValueError(
+            f"The arrays of the state lie on different devices, {' and '.join(sorted(map(str, committed)))}. Move them "
+            "to one, state = jax.device_put(state, jax.devices()[0])."
+        )
+    where = next((_everywhere(leaf.sharding) for leaf in leaves if getattr(leaf, "committed", False)), None)
+    return vectors if where is None else jax.device_put(vectors, where)
+
+
+def _device_of(sharding: Sharding) -> Any:
+    (device,) = sharding.device_set
+    return device
+
+
+def _everywhere(sharding: Sharding) -> Sharding:
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+
+
 def in_place(leaves: Sequence[Any]) -> bool:
     """Return whether a loop overwrites the memory of its state; a small state is not worth it."""
-    return packing_of(leaves) is None and sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) > _SMALL
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) > _SMALL
 
 
 def copy(leaf: Any) -> Any:
@@ -87,7 +149,7 @@ def _copied(leaf: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _packing_of_kinds(kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> Packing | None:
-    if len(kinds) < _FEWEST or jax.device_count() > 1:
+    if len(kinds) < _FEWEST:
         return None
     if any(jnp.issubdtype(dtype, jax.dtypes.extended) for _, dtype in kinds):
         return None

@@ -16,7 +16,8 @@ from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import digest_program, slow_in_loops
 from kaun._engine.numbers import NumberLayout
-from kaun._engine.packing import Packing, in_place, packing_of
+from kaun._engine.packing import Packing, in_place, packing_on_device
+from kaun._engine.placing import Placing
 from kaun._jax import calls_the_host
 from kaun._loss import trace_loss
 from kaun._step import match_state, spoiled_leaves
@@ -85,12 +86,14 @@ class TracedStep:
         entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         patterns: The patterns of blocks so far.
+        placing: Where the arrays lie, None without ``Trainer(sharding=)``.
         wanted: The further numbers that reports ask for, by name, with the n of "at every n-th step".
     """
 
     __slots__ = (
         "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout",
-        "looped", "loss", "most", "on_nonfinite", "patterns", "row_axis", "row_mask", "rows", "seconds", "status",
+        "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows", "seconds",
+        "status",
         "step", "wanted",
     )  # fmt: skip
 
@@ -113,6 +116,7 @@ class TracedStep:
         self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
         self.wanted: Mapping[str, int] = {}
+        self.placing: Placing | None = None
         self._digest = ""
         self._programs: dict[Hashable, Program] = {}
         self._lock = threading.Lock()
@@ -141,7 +145,8 @@ class TracedStep:
 
         Args:
             entry: ``"fit"``; ``"fit in place"`` for one that overwrites its state's memory; ``"step"`` for one that
-                takes leaves, runs one step, and returns its loss and the leaves after it.
+                takes leaves, runs one step, and returns its loss and the leaves after it; ``"step unpacked"`` for one
+                of a state that must not be packed.
             pattern: For each leaf of an item whether it is stacked.
             packing: How the state is packed, None if it is not. For ``"step"`` the program packs it itself.
         """
@@ -153,7 +158,7 @@ class TracedStep:
             if found is None:
                 stops = self.status is not None
                 run = _block(self, pattern, packing, stops=stops, keeps=stops and not self.discards)
-                run = _one_step(self, pattern) if entry == "step" else run
+                run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
                 found = Program(run, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
@@ -228,7 +233,7 @@ def _block(
             running = status[0] > 0
             after = _select(running, after, before)
             last = jnp.where(running, last, status)
-        return loss[None], [row[None] for row in rows], packing.pack(after) if packing else after, last
+        return pinned(loss[None], [row[None] for row in rows], after, last)
 
     def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         def unfinished(carried: Any) -> jax.Array:
@@ -253,15 +258,24 @@ def _block(
         _, leaves, before, status, losses, tables = lax.while_loop(unfinished, body, start)
         if keeps:
             status, leaves = _kept(status, before, leaves)
-        return losses, tables, packing.pack(leaves) if packing else leaves, status
+        return pinned(losses, tables, leaves, status)
 
+    def pinned(losses: Any, tables: list[Any], leaves: list[Any], status: Any) -> Any:
+        held = packing.pack(leaves) if packing else leaves
+        return (losses, tables, held, status) if placing is None else placing.pin_block(losses, tables, held, status)
+
+    placing = traced.placing
     length = traced.capacity if any(pattern) else traced.rows
     return looped if traced.looped else straight
 
 
 def _run_step(traced: TracedStep, stops: bool, leaves: list[Any], key: jax.Array, status: Any, item: list[Any]) -> Any:
     """Return the loss, the rows of other numbers, the leaves and the status after a step."""
-    loss, numbers, after, finite, checks = traced.step(leaves, key, item)
+    placing = traced.placing
+    loss, numbers, after, finite, checks = traced.step(leaves, key, placing.pin_item(item) if placing else item)
+    if placing is not None:
+        after = placing.pin_carry(after)
+        loss, numbers, finite, checks = placing.pin_numbers((loss, numbers, finite, checks))
     if stops:
         status = jnp.concatenate([finite.astype(status.dtype)[None], checks])
     return loss, traced.layout.rows(numbers), after, status
@@ -279,18 +293,20 @@ def _select(condition: jax.Array, values: list[Any], others: list[Any]) -> list[
     return [jnp.where(condition, value, other) for value, other in zip(values, others, strict=True)]
 
 
-def _one_step(traced: TracedStep, pattern: tuple[bool, ...]) -> Callable[..., Any]:
+def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> Callable[..., Any]:
     """Return the function that runs one step from leaves to leaves, and gives its loss."""
 
     def run(leaves: list[Any], key: jax.Array, count: Any, item: list[Any]) -> Any:
         # The same loop as that of ``fit``, so that it has the same bits.
-        packing = packing_of(leaves)
+        packing = packing_on_device(leaves) if packs else None
         block = _block(traced, pattern, packing, stops=not traced.discards, keeps=False)
         held = packing.pack(leaves) if packing else leaves
         losses, _, held, status = block(held, key, traced.status, count, item, [])
         after = packing.unpack(held) if packing else held
         if not traced.discards:
             after = [*_select(status[0] > 0, after[:-1], leaves[:-1]), after[-1]]  # the last one counts the steps
+        if traced.placing is not None:
+            after = traced.placing.pin_carry(after)
         return losses[0], after
 
     return run

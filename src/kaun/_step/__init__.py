@@ -24,9 +24,11 @@ from kaun._step.rate import Rate as Rate
 from kaun._step.rate import find_rate as find_rate
 from kaun._step.settings import Settings as Settings
 from kaun._step.settings import make_settings as make_settings
+from kaun._step.start import fresh_carry as fresh_carry
+from kaun._step.start import fresh_state as fresh_state
+from kaun._step.start import next_key as next_key
 from kaun._step.step import StepOutput as StepOutput
 from kaun._step.step import eval_step as eval_step
-from kaun._step.step import init_carry as init_carry
 from kaun._step.step import train_step as train_step
 from kaun._step.trainable import trainable_part as trainable_part
 from kaun._step.values import refused_values as refused_values

@@ -18,6 +18,7 @@ from kaun._step.precision import DEFAULT_DTYPE, Policy, parse_precision
 from kaun._step.trainable import check_trainable
 from kaun.averages.rules import Average, check_average
 from kaun.layers.core import Layer, Vars
+from kaun.sharding.core import Sharding, check_sharding
 
 __all__ = ["Carry", "Settings", "make_settings"]
 
@@ -38,6 +39,7 @@ class Settings:
         accumulate: How many items make an update.
         average: The average of the weights that the state has; None without one.
         penalty: What is added to the loss; None without it.
+        sharding: Where the arrays lie; None without it.
         spec: Shapes and dtypes of the model's variables.
     """
 
@@ -50,6 +52,7 @@ class Settings:
     accumulate: int
     average: Average | None
     penalty: Penalty | None
+    sharding: Sharding | None
     spec: VarsSpec
 
     def dtype_of_params(self, dtype: Any) -> Any:
@@ -76,6 +79,7 @@ def make_settings(
     accumulate: Any = 1,
     average: Any = None,
     penalty: Any = None,
+    sharding: Any = None,
 ) -> Settings:
     """Check the arguments of a trainer.
 
@@ -89,6 +93,8 @@ def make_settings(
     check_count("microbatches", microbatches)
     check_count("accumulate", accumulate)
     check_average(average)
+    check_sharding(sharding)
     policy = parse_precision(precision)
     added, spec = make_penalty(penalty), VarsSpec(model, policy)
-    return Settings(model, optimizer, on_nonfinite, trainable, policy, microbatches, accumulate, average, added, spec)
+    given = (model, optimizer, on_nonfinite, trainable, policy, microbatches, accumulate, average, added)
+    return Settings(*given, sharding, spec)

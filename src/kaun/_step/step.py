@@ -28,6 +28,7 @@ from kaun._step.window import Item, add_to_window, add_window, optimizer_state, 
 from kaun.averages.weights import add_average, put_average, take_average
 from kaun.context import Context
 from kaun.layers.core import Vars
+from kaun.sharding.core import gathered
 
 __all__ = ["StepOutput", "eval_step", "init_carry", "train_step"]
 
@@ -109,9 +110,8 @@ def train_step(
     scale = opt_state if isinstance(opt_state, LossScale) else None
 
     def objective(params: Any) -> tuple[jax.Array, Any]:
-        model = functools.partial(
-            apply_model, settings.policy, settings.model, parts.forward(params), training=training
-        )
+        used = gathered(settings.sharding, parts.forward(params))
+        model = functools.partial(apply_model, settings.policy, settings.model, used, training=training)
         with rng.scope(step_key), parts.frozen_layers():
             output, layer_state = run_in_parts(settings.microbatches, model, x, ctx, vars.state, step_key)
             given = alone = loss(output)

@@ -207,18 +207,19 @@ def _head(error: NonFiniteLoss, part: str | None, leaf: str | None) -> str:
 
 def _in_batch(event: Event, examples: int, parts: int) -> Event:
     """Return the event of an array of a layer with the rows and the place of the whole batch, if it is of one part."""
-    size = -(-examples // parts)
-    if parts == 1 or not size:
+    parts = min(parts, examples)
+    if parts <= 1 or event.turn is None or not event.shape:
         return event
-    whole, left = divmod(examples, size)
-    part, length = (whole, left) if event.turn is None else (event.turn, size)
-    if not length or event.shape[:1] != (length,):
+    size, longer = divmod(examples, parts)
+    if event.shape[0] == size:
+        part = event.turn + longer  # of the loop over the parts that have a row less than the first ones
+    elif event.shape[0] == size + 1 and longer:
+        part = event.turn
+    else:
         return event
-    first = part * size
-    place = (event.place[0] + first, *event.place[1:])
-    return dataclasses.replace(
-        event, rows=tuple(row + first for row in event.rows), place=place, shape=(examples, *event.shape[1:])
-    )
+    place = (event.place[0] * parts + part, *event.place[1:])
+    rows = tuple(row * parts + part for row in event.rows)
+    return dataclasses.replace(event, rows=rows, place=place, shape=(examples, *event.shape[1:]))
 
 
 def _counted(inputs: StepInputs) -> list[bool]:

@@ -21,10 +21,12 @@ from kaun.checkpoint import Directory
 from kaun.context import Context
 from kaun.data import Data, check_context
 from kaun.ensemble.items import check_pipelines, stack, stack_losses, zipped
+from kaun.ensemble.places import check_members, place_states, with_member_items
 from kaun.ensemble.states import make_states
 from kaun.ensemble.step import Stop, checked_stop, eval_members, score_members, train_members
 from kaun.evaluation import evaluate_members, predict, predict_members, trace_metrics
 from kaun.layers.core import Vars
+from kaun.sharding import Sharding
 from kaun.state import Members, TrainState, check_state
 from kaun.train import Trainer, settings_of
 
@@ -50,9 +52,10 @@ class Ensemble(Generic[In, Out]):
     Args:
         trainer: The trainer.
         n: The number of members.
+        sharding: Where the members lie on many devices: ``sharding.members()``. By default all are on one device.
 
     Raises:
-        TypeError, ValueError: If an argument is of the wrong kind, or the trainer has ``accumulate``.
+        TypeError, ValueError: If an argument is of the wrong kind, or the trainer has ``accumulate`` or ``sharding``.
 
     Examples:
         >>> import jax.numpy as jnp, optax, kaun
@@ -70,6 +73,7 @@ class Ensemble(Generic[In, Out]):
 
     trainer: Trainer[In, Out]
     n: int
+    sharding: Sharding | None = dataclasses.field(default=None, kw_only=True)
     _runners: OrderedDict[Any, Trainer[Any, Any]] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +94,7 @@ class Ensemble(Generic[In, Out]):
                 f"An Ensemble cannot use Trainer(accumulate={trainer.accumulate}), whose last window is that of one "
                 "model. Give it larger batches, Data.batch(n), in parts: Trainer(microbatches=4)."
             )
+        check_members(self.sharding, trainer, int(n))
         object.__setattr__(self, "n", int(n))
         object.__setattr__(self, "_runners", OrderedDict())
 
@@ -114,7 +119,8 @@ class Ensemble(Generic[In, Out]):
             TypeError, ValueError: As ``Trainer.init``; or if the optimizer has no such hyperparameter, or an array has
                 another shape.
         """
-        return make_states(lambda _: self.trainer.init(dtype=dtype), self.n, (), (), hyperparameters)
+        states = make_states(lambda _: self.trainer.init(dtype=dtype), self.n, (), (), hyperparameters)
+        return place_states(self.sharding, states)
 
     def make_state(self, vars: Vars, **hyperparameters: Any) -> TrainState:
         """Return states with these variables, as ``init`` otherwise.
@@ -131,7 +137,8 @@ class Ensemble(Generic[In, Out]):
             vars = jax.tree_util.tree_map(jnp.asarray, vars)
             members = 0 if _have_members(vars, self.trainer.model, self.n) else None
         axes = jax.tree_util.tree_map(lambda _: members, vars)
-        return make_states(self.trainer.make_state, self.n, vars, axes, hyperparameters)
+        states = make_states(self.trainer.make_state, self.n, vars, axes, hyperparameters)
+        return place_states(self.sharding, states)
 
     def step(
         self,
@@ -277,19 +284,22 @@ class Ensemble(Generic[In, Out]):
         found = self._runners.get(where)
         if found is None:
             size = self.n if per_member else None
-            found = self._runners.setdefault(where, _with_programs(self.trainer, taken, size))
+            found = self._runners.setdefault(where, _with_programs(self.trainer, taken, size, self.sharding))
             if len(self._runners) > _MOST_STOPS:
                 self._runners.popitem(last=False)
         return found
 
 
-def _with_programs(trainer: Trainer[Any, Any], stop: Stop | None, size: int | None) -> Trainer[Any, Any]:
+def _with_programs(
+    trainer: Trainer[Any, Any], stop: Stop | None, size: int | None, sharding: Sharding | None
+) -> Trainer[Any, Any]:
     """Return a trainer that differs in its programs: all members run in them.
 
     Args:
         trainer: The trainer of one member.
         stop: Which losses stop a member, None for none.
         size: The number of members, where items have an axis of members; None where members share them.
+        sharding: Where the members lie.
     """
     settings, copy = settings_of(trainer), object.__new__(Trainer)
     for field in dataclasses.fields(trainer):
@@ -297,8 +307,11 @@ def _with_programs(trainer: Trainer[Any, Any], stop: Stop | None, size: int | No
     train = functools.partial(train_members, settings, stop, size)
     forward = functools.partial(eval_members, settings, size)
     scores = functools.partial(score_members, trace_metrics, size)
+    if sharding is not None and size is not None:
+        sharding = with_member_items(sharding)
+    row_axis = 0 if size is None else 1
     # Members that are not finite are discarded and counted by the step itself.
-    programs = ProgramCache(train, forward, scores, on_nonfinite="ignore", row_axis=0 if size is None else 1)
+    programs = ProgramCache(train, forward, scores, on_nonfinite="ignore", row_axis=row_axis, sharding=sharding)
     object.__setattr__(copy, "_programs", programs)
     return copy
 

@@ -1,0 +1,150 @@
+"""Placing: where the arrays of a compiled step lie, before it is called and inside of it.
+
+A program is compiled for the placements of its arguments, so these never vary: what comes is moved, and what a program
+returns is pinned as its last operation. Left alone the compiler chooses, and the state would drift.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kaun._engine.inputs import StepInputs, is_number
+from kaun._jax import any_traced
+from kaun.sharding.core import Sharding, item_placement, put, state_placements
+from kaun.sharding.rules import ByMember
+
+__all__ = ["Placing", "place_carry", "placed_inputs"]
+
+
+class Placing:
+    """The placements of one kind of step or of evaluation.
+
+    Args:
+        sharding: Where the arrays of the trainer lie.
+        structure: The structure of the carry.
+        leaves: Its leaves, or their shapes.
+        inputs: The inputs of the step.
+    """
+
+    __slots__ = ("_carry", "_item", "_length", "_members", "_sharding", "_stack")
+
+    def __init__(self, sharding: Sharding, structure: Any, leaves: Sequence[Any], inputs: StepInputs) -> None:
+        self._sharding, self._length = sharding, inputs.examples
+        # The mesh axis over which the members of an ensemble lie, None where this is the state of one model.
+        self._members = sharding.rule.axis if isinstance(sharding.rule, ByMember) else None
+        self._carry = state_placements(sharding, structure, leaves)
+        # Where each array of an item is put, and whether it has the rows of the batch; numbers have no placement.
+        self._item = [
+            (None, False) if is_number(leaf) else item_placement(sharding, leaf.shape, self._length)
+            for leaf in inputs.leaves
+        ]
+        self._stack = [where and _behind(where) for where, _ in self._item]
+
+    def put_item(self, leaves: Sequence[Any], pattern: Sequence[bool] = (), *, stacked: bool = False) -> list[Any]:
+        """Return the arrays of an item on their devices.
+
+        Args:
+            leaves: The arrays.
+            pattern: Which arrays of an item are stacked; then ``leaves`` are those that are, or the others.
+            stacked: Whether the arrays are stacks: of a block's items, along a leading axis.
+        """
+        where = self._stack if stacked else [where for where, _ in self._item]
+        mine = [w for w, many in zip(where, pattern, strict=True) if many == stacked] if pattern else where
+        return [leaf if w is None else put(leaf, w) for leaf, w in zip(leaves, mine, strict=True)]
+
+    def put_block(self, arguments: tuple[Any, ...], pattern: Sequence[bool]) -> tuple[Any, ...]:
+        """Return the arguments of a program that runs the steps of a block, each on its devices.
+
+        Args:
+            arguments: The state as the loop has it, the run's key, the status, the number of steps, and the arrays of
+                the items that are not stacked and those that are.
+            pattern: For each array of an item whether it is stacked.
+        """
+        held, key, status, count, shared, stacked = arguments
+        if status is not None:
+            status = self.put_everywhere(status)
+        items = self.put_item(shared, pattern), self.put_item(stacked, pattern, stacked=True)
+        return held, key, status, self.put_everywhere(count), *items
+
+    def put_everywhere(self, value: Any) -> Any:
+        """Return an array on all devices."""
+        return put(value, self._sharding.replicated)
+
+    def pin_item(self, item: Sequence[Any]) -> list[Any]:
+        """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA."""
+        spread = self._sharding.spread
+        pairs = zip(item, self._item, strict=True)
+        return [lax.with_sharding_constraint(leaf, spread) if rows else leaf for leaf, (_, rows) in pairs]
+
+    def pin_carry(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the leaves of a state in a program, where they lie."""
+        return [lax.with_sharding_constraint(leaf, w) for leaf, w in zip(leaves, self._carry, strict=True)]
+
+    def pin_block(self, losses: Any, tables: list[Any], held: list[Any], status: Any) -> tuple[Any, ...]:
+        """Return the results of a program that runs the steps of a block, each where it lies.
+
+        The state is pinned as the last operation: what chooses between an old and a new state comes before. A packed
+        one is on one device.
+        """
+        packed = len(held) != len(self._carry)
+        held = self.pin_everywhere(held) if packed else self.pin_carry(held)
+        return *self.pin_numbers((losses, tables), axis=-1), held, self.pin_everywhere(status)
+
+    def pin_everywhere(self, value: Any) -> Any:
+        """Return a pytree of arrays in a program, on all devices: what the host reads."""
+        return jax.tree_util.tree_map(lambda leaf: lax.with_sharding_constraint(leaf, self._sharding.replicated), value)
+
+    def pin_numbers(self, value: Any, axis: int = 0) -> Any:
+        """Return losses and other numbers in a program, on all devices; those of members stay with their member.
+
+        Args:
+            value: A pytree of arrays.
+            axis: The axis of the members, where there are any.
+        """
+        if self._members is None:
+            return self.pin_everywhere(value)
+
+        def pin(leaf: Any) -> Any:
+            spec = PartitionSpec(*[None] * (axis % leaf.ndim), self._members)
+            return lax.with_sharding_constraint(leaf, NamedSharding(self._sharding.mesh, spec))
+
+        return jax.tree_util.tree_map(pin, value)
+
+    def pin_output(self, output: Any) -> Any:
+        """Return a model's output in a program: spread where it has the batch's rows, on all devices elsewhere."""
+        if self._members is not None:
+            return self.pin_numbers(output)
+
+        def pin(leaf: Any) -> Any:
+            return lax.with_sharding_constraint(leaf, item_placement(self._sharding, leaf.shape, self._length)[0])
+
+        return jax.tree_util.tree_map(pin, output)
+
+
+@functools.lru_cache(maxsize=64)
+def _behind(where: NamedSharding) -> NamedSharding:
+    """Return the placement of a stack of arrays, each placed so."""
+    return NamedSharding(where.mesh, PartitionSpec(None, *where.spec) if any(where.spec) else PartitionSpec())
+
+
+def place_carry(
+    sharding: Sharding | None, structure: Any, leaves: list[Any], key: jax.Array
+) -> tuple[list[Any], jax.Array]:
+    """Return the leaves of a state and its key where they lie; traced ones, and all without a sharding, as they are."""
+    if sharding is None or any_traced((*leaves, key)):
+        return leaves, key
+    where = state_placements(sharding, structure, leaves)
+    return [put(leaf, w) for leaf, w in zip(leaves, where, strict=True)], put(key, sharding.replicated)
+
+
+def placed_inputs(sharding: Sharding | None, inputs: StepInputs) -> StepInputs:
+    """Return inputs with each array on all devices, for operations outside of a compiled step."""
+    if sharding is None:
+        return inputs
+    return inputs.with_leaves([leaf if is_number(leaf) else put(leaf, sharding.replicated) for leaf in inputs.leaves])

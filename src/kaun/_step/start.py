@@ -1,0 +1,95 @@
+"""A fresh state. With ``Trainer(sharding=)`` it is made in pieces: no device ever has more than its part.
+
+The bytes are those of a state made without a sharding, where each operation runs on its own. Here all of them are one
+program, so there are barriers between them: XLA would fuse and reorder them, which changes last bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kaun import rng
+from kaun._jax import Operation, any_traced, constants_in, evaluate
+from kaun._step.settings import Carry, Settings
+from kaun._step.step import init_carry
+from kaun.layers.core import Vars
+from kaun.sharding.core import Sharding, put
+
+__all__ = ["fresh_carry", "fresh_state", "next_key"]
+
+# The bytes of arrays that the traced init contains. More of them belong to a model that existed before, and would be
+# compiled into the program.
+_MOST_CONSTANTS = 1 << 16
+
+
+def fresh_state(settings: Settings, dtype: Any) -> tuple[Carry, jax.Array]:
+    """Return the carry of a fresh state and its run key, with all keys from the RNG scope.
+
+    Args:
+        settings: The trainer's settings.
+        dtype: The dtype of the weights, as ``init`` was given it.
+    """
+    dtype = settings.dtype_of_params(dtype)
+    if settings.sharding is None or _is_traced():
+        return init_carry(settings, settings.model.init(dtype=dtype)), rng.next_key()
+    lent = rng.LentScope()
+    made = lent.inside(lambda: (init_carry(settings, settings.model.init(dtype=dtype)), rng.next_key()))
+    found = _in_pieces(settings.sharding, made, lent.key, jnp.uint32(lent.first))
+    if found is None:
+        vars, key = lent.inside(lambda: (settings.model.init(dtype=dtype), rng.next_key()))(lent.key, lent.first)
+        found = fresh_carry(settings, vars), put(key, settings.sharding.replicated)
+    lent.give_back()
+    return found
+
+
+def fresh_carry(settings: Settings, vars: Vars) -> Carry:
+    """Return ``init_carry`` of some variables, placed as the sharding says."""
+    if settings.sharding is None or _is_traced():
+        return init_carry(settings, vars)
+    found = _in_pieces(settings.sharding, functools.partial(init_carry, settings), vars)
+    if found is None:  # the error is that of init_carry, if there is one
+        found = init_carry(settings, vars)
+        found = jax.tree_util.tree_map(put, found, settings.sharding.of(found))
+    return found
+
+
+def next_key(settings: Settings) -> jax.Array:
+    """Return the next key of the RNG scope as a run key, where the state lies."""
+    key = rng.next_key()
+    return key if settings.sharding is None or any_traced([key]) else put(key, settings.sharding.replicated)
+
+
+def _is_traced() -> bool:
+    return any_traced([jnp.zeros(())])
+
+
+def _in_pieces(sharding: Sharding, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``make`` returns, each array made where it will lie; None where JAX cannot trace it."""
+    try:
+        closed, shapes = jax.make_jaxpr(make, return_shape=True)(*arguments)
+    except Exception:
+        return None
+    if sum(getattr(constant, "nbytes", 0) for constant in constants_in(closed)) > _MOST_CONSTANTS:
+        return None
+    where = sharding.of(shapes)
+    if arguments and isinstance(arguments[0], Vars):
+        arguments = jax.tree_util.tree_map(put, arguments, (where[0],))
+    alone = jax.jit(functools.partial(_run_alone, closed), out_shardings=jax.tree_util.tree_leaves(where))
+    return jax.tree_util.tree_structure(shapes).unflatten(alone(*jax.tree_util.tree_leaves(arguments)))
+
+
+def _run_alone(closed: Any, *arguments: Any) -> list[Any]:
+    """Run a traced program with each operation on its own, as outside of a compiled function."""
+    constant = lambda value: lax.optimization_barrier(value if isinstance(value, jax.Array) else jnp.asarray(value))
+    (found,) = evaluate(closed, arguments, constant, _run_operation)
+    return found
+
+
+def _run_operation(operation: Operation, values: list[Any]) -> list[Any]:
+    return list(lax.optimization_barrier(tuple(operation.run(values))))

@@ -1,0 +1,13 @@
+"""Where the arrays of a run lie on many devices: what ``Trainer(sharding=)`` takes.
+
+A ``Sharding`` is a value: a mesh, the mesh axes over which the rows of a batch lie, and a rule for the parameters. Read
+``core`` first. ``rules`` are the rules, and ``makers`` the functions that users call. Nothing here knows of steps.
+"""
+
+from kaun.sharding.core import Sharding as Sharding
+from kaun.sharding.core import put as put
+from kaun.sharding.makers import by_path as by_path
+from kaun.sharding.makers import data_parallel as data_parallel
+from kaun.sharding.makers import fsdp as fsdp
+from kaun.sharding.makers import members as members
+from kaun.sharding.makers import mesh as mesh
