@@ -20,7 +20,7 @@ from kaun._step import DEFAULT_DTYPE, abstract_vars
 from kaun.checkpoint import Directory
 from kaun.context import Context
 from kaun.data import Data, check_context
-from kaun.ensemble.items import check_pipelines, stack, stack_losses, zipped
+from kaun.ensemble.items import are_pipelines, check_pipelines, stack, stack_losses, zipped
 from kaun.ensemble.places import check_members, place_states, with_member_items
 from kaun.ensemble.states import make_states
 from kaun.ensemble.step import Stop, checked_stop, eval_members, score_members, train_members
@@ -204,7 +204,7 @@ class Ensemble(Generic[In, Out]):
             Exception: As ``Trainer.fit``.
         """
         self._check(states, "fit")
-        if per_member and isinstance(data, (list, tuple)):
+        if are_pipelines("fit", data, per_member):
             data = zipped("fit", cast("Sequence[Any]", data), self.n)
         runner = self._runner(stop, per_member)
         return runner.fit(states, data, ctx=ctx, report=report, checkpoints=checkpoints)
@@ -224,7 +224,7 @@ class Ensemble(Generic[In, Out]):
         self._check(states, "predict")
         runner = self._runner(None, per_member)
         run = cast("Any", runner)._runner("predict", states)
-        if per_member and isinstance(x, (list, tuple)):
+        if are_pipelines("predict", x, per_member):
             pipelines = check_pipelines("predict", cast("Sequence[Any]", x), self.n)
             return predict_members(run, pipelines, check_context(ctx), functools.partial(stack, what="x"))
         if not isinstance(x, Data):
@@ -258,7 +258,7 @@ class Ensemble(Generic[In, Out]):
         self._check(states, "evaluate")
         run = cast("Any", self._runner(None, per_member))._runner("evaluate", states)
         join = None
-        if per_member and isinstance(data, (list, tuple)):
+        if are_pipelines("evaluate", data, per_member):
             data, join = check_pipelines("evaluate", cast("Sequence[Any]", data), self.n), _joined_metrics
         return evaluate_members(run, data, metrics, check_context(ctx), self.n, join)
 

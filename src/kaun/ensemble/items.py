@@ -14,7 +14,19 @@ from kaun._loss import FrozenLoss, captures, snapshot_loss
 from kaun.context import Context
 from kaun.data import Data, Item, known_length
 
-__all__ = ["check_pipelines", "stack", "stack_losses", "zipped"]
+__all__ = ["are_pipelines", "check_pipelines", "stack", "stack_losses", "zipped"]
+
+
+def are_pipelines(entry: str, data: Any, per_member: bool) -> bool:
+    """Return whether data are a list of pipelines, one for each member.
+
+    Raises:
+        ValueError: If they are, and the members share their items.
+    """
+    found = isinstance(data, (list, tuple)) and any(isinstance(each, Data) for each in data)
+    if found and not per_member:
+        raise ValueError(f"{entry} received a list of pipelines, one for each member: write per_member=True.")
+    return found
 
 
 def check_pipelines(entry: str, pipelines: Sequence[Any], size: int) -> Sequence[Data[Any]]:
@@ -26,8 +38,8 @@ def check_pipelines(entry: str, pipelines: Sequence[Any], size: int) -> Sequence
     """
     if other := next((each for each in pipelines if not isinstance(each, Data)), None):
         raise TypeError(
-            f"{entry}(per_member=True) expected a Data whose arrays have the members along axis 0, or a list of a Data "
-            f"for each member, received a list with {tree.describe(other)}. Write [Data.from_iterable(a), ...]."
+            f"{entry}(per_member=True) expected a list of a Data for each member, received one with "
+            f"{tree.describe(other)}. Write [Data.from_iterable(a), ...]."
         )
     if len(pipelines) != size:
         raise ValueError(
