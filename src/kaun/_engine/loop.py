@@ -21,6 +21,7 @@ from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
+from kaun._engine.members import CODE
 from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, unpack
 from kaun._engine.placing import place_carry, placed_inputs
 from kaun._engine.program import ROWS, TracedStep, count_on_device
@@ -303,7 +304,7 @@ class StepLoop:
             self._carry = (True, arrays, results)
         elif not own and self._packing is not None:
             self._carry = (True, pack_on_device(self._packing, arrays), results)
-        self._counts_discarded = int(traced.discards)
+        self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
         status = traced.status if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)

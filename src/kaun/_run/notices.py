@@ -114,7 +114,9 @@ class DiscardedSteps:
 def warn_of_open_window(state: TrainState) -> None:
     """Warn after a fit whose optimizer holds gradients that no update used."""
     for name, (function, argument, counter) in _WINDOWS.items():
-        count = max([int(np.asarray(getattr(node, counter))) for node in state_nodes(state.opt_state, name)], default=0)
+        count = max(
+            [int(np.asarray(getattr(node, counter)).max()) for node in state_nodes(state.opt_state, name)], default=0
+        )
         if count:
             items = "item" if count == 1 else f"{count} items"
             warn(

@@ -325,10 +325,11 @@ def _have_members(vars: Vars, model: Any, n: int) -> bool:
     found, one = (jax.tree_util.tree_leaves(each) for each in (vars, abstract_vars(model, vars.dtype)))
     if len(found) != len(one) or not found or found[0].ndim != one[0].ndim + 1:
         return False
-    if other := next((leaf for leaf in found if not leaf.ndim or leaf.shape[0] != n), None):
+    other = [leaf for leaf in found if not leaf.ndim or leaf.shape[0] != n]
+    if other:
         raise ValueError(
             f"Ensemble.make_state expected variables of one model, or of {n} members along axis 0, received "
-            f"{tree.describe(other)}. Write kaun.Ensemble(trainer, {found[0].shape[0]})."
+            f"{tree.describe(other[0])}. Write kaun.Ensemble(trainer, {found[0].shape[0]})."
         )
     return True
 

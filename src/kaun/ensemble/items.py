@@ -36,10 +36,11 @@ def check_pipelines(entry: str, pipelines: Sequence[Any], size: int) -> Sequence
         TypeError: If one is not a ``Data``.
         ValueError: If there are not n, or their lengths differ.
     """
-    if other := next((each for each in pipelines if not isinstance(each, Data)), None):
+    other = [each for each in pipelines if not isinstance(each, Data)]
+    if other:
         raise TypeError(
             f"{entry}(per_member=True) expected a list of a Data for each member, received one with "
-            f"{tree.describe(other)}. Write [Data.from_iterable(a), ...]."
+            f"{tree.describe(other[0])}. Write [Data.from_iterable(a), ...]."
         )
     if len(pipelines) != size:
         raise ValueError(

@@ -239,15 +239,11 @@ class Log(Report):
 
 
 def _by_member(values: StepValues) -> StepValues:
-    """Return the values with a column for the loss of each member of an ensemble, ``"loss/0"``, ``"loss/1"``."""
+    """Return the values with a column for each member of an ensemble, ``"loss/0"``, NaN where it did not run."""
     if "losses" not in values:
         return values
-    losses = values["losses"]
-    return values.replaced({f"loss/{i}": _unmasked(losses[:, i]) for i in range(losses.shape[1])})
-
-
-def _unmasked(column: np.ndarray) -> np.ndarray:
-    return column if np.ma.is_masked(column) else np.asarray(column)
+    losses = np.ma.filled(values["losses"], np.nan)
+    return values.replaced({f"loss/{i}": losses[:, i] for i in range(losses.shape[1])})
 
 
 def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> list[Row]:
