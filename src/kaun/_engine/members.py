@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CODE", "LOST", "NOT_FINITE", "RUNS", "STOPPED", "is_lost", "mean_of_members", "of_members"]
+__all__ = ["CODE", "LOST", "NOT_FINITE", "RUNS", "STOPPED", "mean_of_members", "none_left", "of_members"]
 
 Host = np.ndarray[Any, Any]
 
@@ -16,7 +16,7 @@ RUNS, STOPPED, NOT_FINITE, LOST = 1, 0, -1, -2
 """It ran; ``stop=`` stopped it before; its step was discarded because it is not finite; that was so before."""
 
 
-def is_lost(codes: Host) -> Host:
+def none_left(codes: Host) -> Host:
     """Return for each step whether no member is left: each one ended at a step that was not finite."""
     return np.asarray((codes < 0).all(axis=1))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._engine.inputs import StepInputs
-from kaun._engine.members import CODE, is_lost, mean_of_members, of_members
+from kaun._engine.members import CODE, mean_of_members, none_left, of_members
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.program import TracedStep
 
@@ -76,8 +76,8 @@ class StepResults(NamedTuple):
         Of an ensemble, those before the first after which no member is left.
         """
         if self.of_ensemble:
-            lost = is_lost(self.codes())
-            return int(np.argmax(lost)) if lost.any() else self.steps
+            nobody = none_left(self.codes())
+            return int(np.argmax(nobody)) if nobody.any() else self.steps
         if "grad_norm" not in self.layout.places:
             return self.steps
         table, column = self.layout.places["grad_norm"]

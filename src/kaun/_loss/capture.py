@@ -49,9 +49,10 @@ class FrozenLoss:
     __slots__ = ("__weakref__", "_objects", "arrays", "function", "key")
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.key, arrays = capture_loss(function)
-        self.arrays = [tree.snapshot(a) for a in arrays]
+        key, arrays = capture_loss(function)
+        self.function: Callable[..., Any] = function
+        self.key: LossKey = key
+        self.arrays: list[Any] = [tree.snapshot(a) for a in arrays]
         self._objects = self.key.objects()  # the key does not keep them alive
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -98,7 +98,11 @@ class Ensemble(Generic[In, Out]):
         object.__setattr__(self, "n", int(n))
         object.__setattr__(self, "_runners", OrderedDict())
 
-    __copy__ = __deepcopy__ = lambda self, *_: self  # the programs belong to the value
+    def __copy__(self) -> Ensemble[In, Out]:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Ensemble[In, Out]:
+        return self
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
