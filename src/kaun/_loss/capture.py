@@ -53,7 +53,7 @@ class FrozenLoss:
         self.function: Callable[..., Any] = function
         self.key: LossKey = key
         self.arrays: list[Any] = [tree.snapshot(a) for a in arrays]
-        self._objects = self.key.objects()  # the key does not keep them alive
+        self._objects: Any = self.key.objects()  # the key does not keep them alive
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return rebuild_loss(self.key, self.arrays)(*args, **kwargs)
