@@ -247,3 +247,15 @@ def test_values_that_are_not_needed_any_more_are_freed():
     closed = jax.make_jaxpr(lambda x: functools.reduce(lambda a, _: jnp.sin(a), range(20), x))(1.0)
     list(_jax.evaluate(closed, [Value(1.0)], Value, apply))
     assert most <= 4
+
+
+def test_without_placements():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def program(place):
+        return jax.make_jaxpr(lambda x: jax.jit(lambda x: place(x * 2))(place(x)) + jax.device_put(x))(jnp.ones(2))
+
+    plain, placed = program(lambda x: x), program(lambda x: lax.with_sharding_constraint(x, everywhere))
+    assert str(plain) != str(placed)
+    assert str(_jax.without_placements(placed)) == str(_jax.without_placements(plain)) == str(plain)

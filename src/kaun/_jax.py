@@ -17,7 +17,7 @@ from jax import lax
 __all__ = [
     "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
     "convolutions_in", "current_trace", "evaluate", "is_jitted", "is_traced", "preemption_service_runs",
-    "primitives_in", "programs_in", "run_program", "threefry_2x32", "trace_of",
+    "primitives_in", "programs_in", "run_program", "signatures_of", "threefry_2x32", "trace_of", "without_placements",
 ]  # fmt: skip
 
 
@@ -72,6 +72,11 @@ def is_jitted(value: Any) -> bool:
     return type(value).__name__ == "PjitFunction" and hasattr(value, "__wrapped__")
 
 
+def signatures_of(jitted: Any) -> int:
+    """Return for how many kinds and places of arguments a jitted function was called: each place is compiled."""
+    return jitted._cache_size()
+
+
 def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:
     """Return the children of a pytree node and its static part, None for a leaf.
 
@@ -109,7 +114,7 @@ def programs_in(closed: Any) -> Iterator[Any]:
     for equation in getattr(closed, "jaxpr", closed).eqns:
         for value in equation.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
+                if _is_program(part):
                     yield from programs_in(part)
 
 
@@ -150,6 +155,48 @@ def calls_the_host(closed: Any) -> bool:
     ``jax.debug.print`` is left out: it raises nothing.
     """
     return not HOST_CALLS.isdisjoint(primitives_in(closed))
+
+
+_MOVES = frozenset(["sharding_constraint", "reshard"])
+_PLACES = (jax.sharding.Sharding, jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.Device)
+_OF_CALLS = {"ctx_mesh": jax.sharding.AbstractMesh((), ()), "in_shardings": (), "out_shardings": ()}  # not printed
+
+
+def without_placements(closed: Any) -> Any:
+    """Return a traced program, a closed jaxpr, without what says where arrays lie. It is for its text, not to be run.
+
+    A constraint on a placement moves the names of all that follow. The fields of jaxprs are not public API.
+    """
+    known: dict[int, Any] = {}  # a jaxpr that is used twice is printed once, as long as it is one object
+
+    def bare(value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(map(bare, value))
+        if not _is_program(value):
+            return None if isinstance(value, _PLACES) else value
+        if id(value) not in known:
+            inner = getattr(value, "jaxpr", value)
+            known[id(value)] = _without_moves(inner, bare) if inner is value else value.replace(jaxpr=bare(inner))
+        return known[id(value)]
+
+    return bare(closed)
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+def _without_moves(jaxpr: Any, bare: Callable[[Any], Any]) -> Any:
+    moved, equations = dict[Any, Any](), list[Any]()
+    read = lambda atom: atom if _is_literal(atom) else moved.get(atom, atom)
+    for equation in jaxpr.eqns:
+        operands = list(map(read, equation.invars))
+        if equation.primitive.name in _MOVES:
+            moved[equation.outvars[0]] = operands[0]
+        else:
+            params = {name: _OF_CALLS.get(name, bare(value)) for name, value in equation.params.items()}
+            equations.append(equation.replace(invars=operands, params=params))
+    return jaxpr.replace(eqns=equations, outvars=list(map(read, jaxpr.outvars)))
 
 
 class Convolution(NamedTuple):

@@ -226,7 +226,7 @@ class LentScope:
         ...     third = rng.next_key()
         >>> with rng.scope(0):
         ...     expected, same = two(), rng.next_key() == third
-        >>> bool(same), jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected)).item()
+        >>> bool(same), all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), found, expected)))
         (True, True)
     """
 

@@ -27,7 +27,7 @@ from kaun._step import (
     fresh_carry,
     fresh_state,
     make_settings,
-    next_key,
+    placed_key,
     train_step,
 )
 from kaun.averages.rules import Average
@@ -36,6 +36,7 @@ from kaun.context import Context
 from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
+from kaun.rng import next_key
 from kaun.sharding import Sharding
 from kaun.state import TrainState, check_state
 
@@ -161,7 +162,7 @@ class Trainer(Generic[In, Out]):
         if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
             received = type(vars).__name__
             raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
-        return _state(fresh_carry(self._settings, vars), next_key(self._settings))
+        return _state(fresh_carry(self._settings, vars), placed_key(self._settings, next_key()))
 
     def step(
         self, state: TrainState, x: Any, *, loss: Loss, training: bool = True, ctx: Context | None = None
@@ -196,7 +197,7 @@ class Trainer(Generic[In, Out]):
         if self._settings.penalty is not None:
             self._settings.penalty.refuse_changes()
         value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
-        return value, _state(carry, state.key)
+        return value, _state(carry, placed_key(self._settings, state.key))
 
     def flush(self, state: TrainState) -> TrainState:
         """Return the state after the update of the items that wait in it; any other state is returned as it is.

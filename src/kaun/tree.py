@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 __all__ = [
     "describe",
@@ -22,6 +23,7 @@ __all__ = [
     "is_weak",
     "map_with_path",
     "path_name",
+    "placement",
     "snapshot",
     "strong",
 ]
@@ -128,6 +130,24 @@ def describe(value: Any) -> str:
 
 def _is_plain(dtype: Any) -> bool:
     return not jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
+def placement(value: Any) -> str:
+    """Where an array lies, in words: ``"on one device"``, ``"on all 8 devices"``, ``"spread over data along axis 1"``.
+
+    An array that was put on a device is named with it, ``"on one device (cpu:3)"``: others may be moved to any.
+    """
+    sharding = getattr(value, "sharding", None)
+    if sharding is None or sharding.num_devices == 1:
+        devices = sharding.device_set if sharding is not None and value.committed else ()
+        return "on one device" + "".join(f" ({device.platform}:{device.id})" for device in devices)
+    if sharding.is_fully_replicated:
+        return f"on all {sharding.num_devices} devices"
+    if not isinstance(sharding, NamedSharding):
+        return f"spread over {sharding.num_devices} devices"
+    axes = [(i, names if isinstance(names, tuple) else (names,)) for i, names in enumerate(sharding.spec) if names]
+    along = lambda i: f" along axis {i}" if i else ""
+    return "spread over " + ", ".join(f"{' and '.join(map(str, names))}{along(i)}" for i, names in axes)
 
 
 def difference(expected: Any, found: Any) -> list[str]:

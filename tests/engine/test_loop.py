@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from kaun import losses, rng
+from kaun._engine import find_step
 from kaun._engine.cache import ProgramCache
 from kaun._engine.inputs import StepInputs
-from kaun._engine.loop import StepLoop, find_step
+from kaun._engine.loop import StepLoop
 from kaun._engine.packing import copy
 from kaun._step import StepOutput
 from kaun.context import Context

@@ -101,6 +101,7 @@ def test_fit_is_the_fold_of_step(world):
     assert all(placements(state) == placements(world.state) for state in (fitted, *seen))
 
 
+@pytest.mark.filterwarnings("ignore:.*every device does all the work")
 def test_only_the_state_or_only_the_batch_is_on_the_mesh(small):
     """Parameters from `init()` and a batch on a mesh, or the reverse: what comes back fits what was given."""
     data = Data.repeat(3, (small.x, small.loss))
@@ -151,6 +152,7 @@ def test_the_state_that_is_left_when_a_program_fails_is_explicit():
     assert placements(found) == placements(carry)
 
 
+@pytest.mark.filterwarnings("ignore:.*every device does all the work")
 @pytest.mark.parametrize("placed", ["state", "batch"])
 def test_a_step_that_is_not_finite_is_explained(small, placed):
     """Labels of -100 on a mesh: `kaun.explain(trainer, error)` mixed arrays on two meshes, and JAX refused them."""

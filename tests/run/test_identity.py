@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import jax
@@ -537,3 +538,13 @@ def test_large_trees_are_one_digest():
     assert words(Data.batches([*arrays[:-1], np.full(2, -1)], 1), Data.batches(arrays, 1)) == [
         "Data.batches: the content of arrays has changed (list)"
     ]
+
+
+def test_a_fact_that_an_older_kaun_did_not_write_is_no_change_of_the_machine():
+    now = {"jax": "0.10", "devices": 8, "the place of the state": "on one device"}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        identity.warn_of_machine({"jax": "0.10", "devices": 8}, now)
+        assert not seen
+        identity.warn_of_machine({"jax": "0.10", "devices": 2}, now)
+    assert "although devices was 2, is 8. It continues" in str(seen[0].message)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from kaun import Context, layers, losses, rng
-from kaun._step import init_carry, make_settings, refused_values
+from kaun._step import fresh_carry, make_settings, refused_values
 
 X = np.ones((4, 2), np.float32)
 
@@ -23,7 +23,7 @@ def refused(model, loss, x=X, **options):
     }
     settings = make_settings(model=model, optimizer=optax.sgd(0.1), **given)
     with rng.scope(0):
-        carry = init_carry(settings, model.init(dtype=jnp.float32))
+        carry = fresh_carry(settings, model.init(dtype=jnp.float32))
     return refused_values(settings, carry, jax.random.key(0), x, Context(), loss)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from kaun._engine.devices import divides, item_of, places_of, refuse_different_devices, warn_of_copies
 from kaun._engine.explicit import explicit_mesh, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs
 from kaun._engine.log import Compilation, CompilationLog
@@ -61,6 +62,7 @@ class ProgramCache:
         self._table: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._log = CompilationLog(capacity)
+        self._warned = False
 
     @property
     def compilations(self) -> deque[Compilation]:
@@ -105,17 +107,25 @@ class ProgramCache:
         with program.lock:
             if program.compiled:
                 return 0.0
-            start = time.perf_counter()
-            program.jitted.lower(*arguments).compile()  # the first run then finds it
+            start, entry = time.perf_counter(), entry.split()[0]
+            leaves, item = arguments[0], item_of(arguments, program.pattern)
+            made = program.jitted.trace(*arguments)
+            try:
+                made.lower().compile()  # the first run then finds it
+            except ValueError:
+                refuse_different_devices(entry, inputs, leaves, item)
+                raise
             seconds = time.perf_counter() - start
-            entry = entry.split()[0]
+            program.places.append(places_of(inputs, leaves, item))
             known = traced is not None and entry in traced.entries
             if traced is not None:
                 seconds, traced.seconds = seconds + traced.seconds, 0.0
                 traced.entries.add(entry)
             program.compiled = True
         wanted = None if traced is None else traced.wanted
-        self._log.add(entry, inputs, program.stacks, training, seconds, wanted, known=known)
+        self._log.add(entry, inputs, program.stacks, training, seconds, wanted, places=program.places[0], known=known)
+        program.divides = divides(made.jaxpr)
+        self._warn(program, entry, inputs, leaves, item)
         return seconds
 
     def call(
@@ -128,7 +138,37 @@ class ProgramCache:
             return program.function(*arguments)
         if not program.compiled:
             self.compile(program, entry, inputs, training, arguments, traced)
-        return program.jitted(*arguments)
+        start = time.perf_counter()
+        try:
+            results = program.jitted(*arguments)
+        except ValueError:
+            refuse_different_devices(entry, inputs, leaves, item_of(arguments, program.pattern))
+            raise
+        if program.was_called_anew():
+            self.log_moved(program, entry, inputs, training, arguments, start, traced)
+        return results
+
+    def log_moved(
+        self, program: Program, entry: str, inputs: StepInputs, training: bool, arguments: Sequence[Any], start: float,
+        traced: TracedStep | None = None,
+    ) -> float:  # fmt: skip
+        """Log that JAX compiled a program again in a call that began at ``start``, and return the seconds since then.
+
+        JAX does so where state or item lie in another place than in any call before; else nothing is logged.
+        """
+        leaves, item = arguments[0], item_of(arguments, program.pattern)
+        places = places_of(inputs, leaves, item)
+        if places in program.places:
+            return 0.0
+        program.places.append(places)
+        seconds, wanted = time.perf_counter() - start, None if traced is None else traced.wanted
+        self._log.add(entry.split()[0], inputs, program.stacks, training, seconds, wanted, places=places)
+        self._warn(program, entry.split()[0], inputs, leaves, item)
+        return seconds
+
+    def _warn(self, program: Program, entry: str, inputs: StepInputs, leaves: Sequence[Any], item: list[Any]) -> None:
+        if not self._warned and not program.divides:
+            self._warned = warn_of_copies(entry, inputs, leaves, item)
 
     def _evaluation(self, entry: str, structure: Any, inputs: StepInputs, placing: Placing | None) -> Program:
         split, metrics = inputs.split, inputs.loss_key

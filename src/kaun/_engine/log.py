@@ -15,6 +15,7 @@ __all__ = ["Compilation", "CompilationLog"]
 
 _MANY = 8
 _ITEMS = "the items of a block"
+_PLACE = "the place of "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class CompilationLog:
 
     def add(
         self, where: str, inputs: StepInputs, stacks: str, training: bool, seconds: float,
-        wanted: Mapping[str, int] | None = None, *, known: bool = False,
+        wanted: Mapping[str, int] | None = None, *, places: Mapping[str, str] | None = None, known: bool = False,
     ) -> None:  # fmt: skip
         """Log a compilation, and warn once where one piece of code is compiled again and again.
 
@@ -63,10 +64,12 @@ class CompilationLog:
             training: Whether the layers run in training mode.
             seconds: How long it took.
             wanted: The numbers that reports ask for, by name, with the n of "at every n-th step".
+            places: Where state and item lie, in words by name.
             known: Whether there is a program for equal items already, which are passed in another way.
         """
         now = {**inputs.describe(), "training": str(training), _ITEMS: stacks}
         now |= {f"the reports' {name!r}": f"each {n}. step" for name, n in (wanted or {}).items()}
+        now |= {_PLACE + name: place for name, place in (places or {}).items()}
         with self._lock:
             before, count = self._latest.pop((where, inputs.subject), (None, 0))
             self._latest[(where, inputs.subject)] = (now, count := count + (not known))
@@ -87,7 +90,10 @@ class CompilationLog:
 def _change(before: dict[str, str], now: dict[str, str]) -> str:
     names = [*now, *(n for n in before if n not in now)]
     pairs = [(n, before.get(n, "nothing"), now.get(n, "nothing")) for n in names]
-    changes = [f"{n} changed from {a} to {b}" for n, a, b in pairs if a != b and n != _ITEMS]
+    differ = [(n, a, b) for n, a, b in pairs if a != b and n != _ITEMS]
+    moved = [(n.removeprefix(_PLACE), a, b) for n, a, b in differ if n.startswith(_PLACE) and n in before and n in now]
+    changes = [f"{n} changed from {a} to {b}" for n, a, b in differ if not n.startswith(_PLACE)]
+    changes += [f"{n} was {a}, is {b}" for n, a, b in moved]
     if not changes and before[_ITEMS] != now[_ITEMS]:
         return f"{_ITEMS} were {before[_ITEMS]} before and are {now[_ITEMS]}"
     return "; ".join(changes[:3]) or "its program was dropped from the cache, or the shardings of its arguments changed"

@@ -18,11 +18,12 @@ import jax
 
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.cache import ProgramCache
+from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.members import CODE
-from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, unpack
+from kaun._engine.packing import copy, in_place, pack_on_device, packing_of, put_with, unpack
 from kaun._engine.placing import place_carry, placed_inputs
 from kaun._engine.program import ROWS, TracedStep, count_on_device
 from kaun._engine.results import PendingDispatch, StepResults, examples_of
@@ -85,7 +86,7 @@ class StepLoop:
         on_compiling: Callable[[str], None] = lambda where: None,
         wanted: Mapping[str, int] | None = None,
     ) -> None:
-        self._programs, self.key, self._ctx = programs, key, ctx
+        self._programs, self._ctx = programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
         self._error_for, self._first_step = error_for, done + 1
@@ -98,6 +99,7 @@ class StepLoop:
         self._shardings = [explicit_sharding(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         leaves, self._key = self._place(leaves, self._key)
+        self.key = self._key if placed else key
         self._given = None if self._mesh is None and not placed else [weakref.ref(a) for a in given]
         # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
@@ -305,7 +307,8 @@ class StepLoop:
         elif not own and self._packing is not None:
             self._carry = (True, pack_on_device(self._packing, arrays), results)
         self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
-        status = traced.status if results is None else results.status
+        # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
+        status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
         if traced.placing is not None:
@@ -319,8 +322,15 @@ class StepLoop:
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
         about = (first, count, traced, examples_of(traced, inputs, pattern, count, shared, stacked))
-        self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        start = time.perf_counter()
+        try:
+            self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+        except ValueError:
+            refuse_different_devices(entry, inputs, arguments[0], item_of(arguments, pattern))
+            raise
         results = self._take()
+        if program.was_called_anew():
+            self._on_compile(self._programs.log_moved(program, entry, inputs, True, arguments, start, traced))
         if traced.can_raise:
             try:
                 results.losses.block_until_ready()

@@ -22,6 +22,7 @@ __all__ = [
     "pack_on_device",
     "packing_of",
     "packing_on_device",
+    "put_with",
     "unpack",
 ]
 
@@ -119,6 +120,11 @@ def pack_on_device(packing: Packing, leaves: Sequence[Any]) -> list[Any]:
         )
     where = next((_everywhere(leaf.sharding) for leaf in leaves if getattr(leaf, "committed", False)), None)
     return vectors if where is None else jax.device_put(vectors, where)
+
+
+def put_with(value: Any, leaf: Any) -> Any:
+    """Return an array where a leaf lies, on all its devices, if the leaf was put there; elsewhere as it is."""
+    return jax.device_put(value, _everywhere(leaf.sharding)) if getattr(leaf, "committed", False) else value
 
 
 def _device_of(sharding: Sharding) -> Any:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kaun._engine.inputs import StepInputs, is_number
 from kaun._jax import any_traced
-from kaun.sharding.core import Sharding, item_placement, put, state_placements
+from kaun.sharding.core import Sharding, item_placement, put, spread_rows, state_placements
 from kaun.sharding.rules import ByMember
 
 __all__ = ["Placing", "place_carry", "placed_inputs"]
@@ -77,10 +77,16 @@ class Placing:
         return put(value, self._sharding.replicated)
 
     def pin_item(self, item: Sequence[Any]) -> list[Any]:
-        """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA."""
-        spread = self._sharding.spread
-        pairs = zip(item, self._item, strict=True)
-        return [lax.with_sharding_constraint(leaf, spread) if rows else leaf for leaf, (_, rows) in pairs]
+        """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA.
+
+        First each is where it was put: in a function that the user compiles nothing else says where, and of rows that
+        do not divide the compiler may choose what JAX has no name for.
+        """
+        pinned = [
+            a if w is None else lax.with_sharding_constraint(a, w) for a, (w, _) in zip(item, self._item, strict=True)
+        ]
+        pairs = zip(pinned, self._item, strict=True)
+        return [spread_rows(self._sharding, leaf) if rows else leaf for leaf, (_, rows) in pairs]
 
     def pin_carry(self, leaves: Sequence[Any]) -> list[Any]:
         """Return the leaves of a state in a program, where they lie."""

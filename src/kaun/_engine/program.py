@@ -18,7 +18,7 @@ from kaun._engine.jaxpr import digest_program, slow_in_loops
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.packing import Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
-from kaun._jax import calls_the_host
+from kaun._jax import calls_the_host, signatures_of
 from kaun._loss import trace_loss
 from kaun._step import match_state, spoiled_leaves
 
@@ -40,18 +40,30 @@ class Program:
         function: The function.
         jitted: The same, jitted.
         compiled: Whether it was compiled.
+        pattern: For each array of an item whether it is stacked, where a block of items is passed.
         stacks: How the items of a block are passed, in words.
+        places: Where state and items lay for which it was compiled, in words by name.
         lock: Held while it is compiled.
     """
 
-    __slots__ = ("compiled", "function", "jitted", "lock", "stacks")
+    __slots__ = ("_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "stacks")
 
-    def __init__(self, function: Callable[..., Any], stacks: str = "", **options: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Any], pattern: tuple[bool, ...] = (), stacks: str = "", **options: Any
+    ) -> None:
         self.function = function
         self.jitted = jax.jit(function, **options)
-        self.stacks = stacks
+        self.pattern, self.stacks = pattern, stacks
         self.compiled = False
+        self.places: list[dict[str, str]] = []
+        self.divides = False
+        self._signatures = 0
         self.lock = threading.RLock()  # a loss may itself train
+
+    def was_called_anew(self) -> bool:
+        """Return whether the last call was with arguments of another kind or place than those before."""
+        before, self._signatures = self._signatures, signatures_of(self.jitted)
+        return before != self._signatures
 
 
 class TracedStep:
@@ -161,7 +173,7 @@ class TracedStep:
                 run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
-                found = Program(run, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
+                found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=_OPTIONS)
                 self._programs[entry, pattern, packing] = found
             return found
 

@@ -6,6 +6,7 @@ type and length.
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from kaun import rng, tree
 from kaun._loss import FrozenLoss, function_reads
@@ -62,8 +64,22 @@ def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
         "machine": {
             "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),
             "devices": jax.device_count(), "cores": len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count(),
+            "processes": jax.process_count(), "the place of the state": _place(state),
         },
     }  # fmt: skip
+
+
+def _place(state: TrainState) -> str:
+    """Where a state lies: ``on a mesh of data=8, 3 arrays on all 8 devices, 2 arrays spread over data``."""
+    arrays = [leaf for leaf in jax.tree_util.tree_leaves(state) if isinstance(leaf, jax.Array)]
+    several = [leaf.sharding for leaf in arrays if leaf.sharding.num_devices > 1]
+    if not several:
+        return "on one device"
+    sizes = [s.mesh.shape if isinstance(s, NamedSharding) else {"devices": s.num_devices} for s in several]
+    meshes = sorted({", ".join(f"{axis}={size}" for axis, size in each.items()) for each in sizes})
+    counts = collections.Counter(tree.placement(a) if a.sharding.num_devices > 1 else "on one device" for a in arrays)
+    listed = [f"{count} {'arrays' if count > 1 else 'array'} {words}" for words, count in sorted(counts.items())]
+    return ", ".join([f"on a mesh of {' and '.join(meshes)}", *listed])
 
 
 def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> None:
@@ -161,8 +177,9 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
 
 
 def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warn where a run is resumed with another version, backend or number of devices or cores."""
-    changed = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    """Warn where a run is resumed with another version, backend, number of devices or cores, or place of its state."""
+    known = [name for name in now if name in before]  # a checkpoint of an older kaun has fewer
+    changed = [f"{name} was {before[name]}, is {now[name]}" for name in known if before[name] != now[name]]
     if changed:
         warn(
             f"A run is resumed, although {'; '.join(map(plain, changed))}. It continues from the same state, but its "

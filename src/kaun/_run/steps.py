@@ -21,6 +21,7 @@ from kaun._step import (
     flush_window,
     is_open,
     optimizer_state,
+    placed_key,
     trainable_part,
 )
 from kaun.context import Context
@@ -96,4 +97,4 @@ def flush_state(settings: Settings, programs: ProgramCache, state: TrainState) -
         error = flush_error(trained, state.vars, window, int(state.step), np.asarray(checks))
         error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
         raise error
-    return TrainState(vars=vars, opt_state=opt_state, step=step, key=state.key)
+    return TrainState(vars=vars, opt_state=opt_state, step=step, key=placed_key(settings, state.key))

@@ -26,7 +26,7 @@ from kaun._step.settings import Settings as Settings
 from kaun._step.settings import make_settings as make_settings
 from kaun._step.start import fresh_carry as fresh_carry
 from kaun._step.start import fresh_state as fresh_state
-from kaun._step.start import next_key as next_key
+from kaun._step.start import placed_key as placed_key
 from kaun._step.step import StepOutput as StepOutput
 from kaun._step.step import eval_step as eval_step
 from kaun._step.step import train_step as train_step

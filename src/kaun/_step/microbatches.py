@@ -12,6 +12,7 @@ from jax import lax
 
 from kaun import rng, tree
 from kaun.context import Context
+from kaun.sharding.core import Sharding, spread_rows
 
 __all__ = ["batch_length", "check_count", "run_in_parts"]
 
@@ -37,8 +38,9 @@ def batch_length(x: Any) -> int | None:
 
 
 def run_in_parts(
-    count: int, forward: Callable[[Any, Context], tuple[Any, Any]], x: Any, ctx: Context, state: Any, key: jax.Array
-) -> tuple[Any, Any]:
+    count: int, forward: Callable[[Any, Context], tuple[Any, Any]], x: Any, ctx: Context, state: Any, key: jax.Array,
+    sharding: Sharding | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """Return what ``forward(x, ctx)`` does, output and layer state, computed in parts one after the other.
 
     Only the parts' inputs and outputs are kept for the gradient: each part runs again in the backward pass. Arrays of x
@@ -53,6 +55,7 @@ def run_in_parts(
         ctx: The context of the whole batch.
         state: The layers' state before.
         key: The step's key; each part draws from its own key.
+        sharding: The devices over which the rows of each part lie, None without one.
 
     Raises:
         ValueError: If x has no first axis, the outputs cannot be joined, or a layer's state would change.
@@ -66,7 +69,7 @@ def run_in_parts(
     key = jax.random.fold_in(key, _PARTS)
 
     def part(number: jax.Array, given: list[Any]) -> Any:
-        cut = iter(given)
+        cut = iter([spread_rows(sharding, a) for a in given])
         inner = structure.unflatten([next(cut) if one else a for a, one in zip(leaves, split, strict=True)])
         with rng.scope(jax.random.fold_in(key, number)):
             output, after = forward(*inner)

@@ -21,7 +21,7 @@ from kaun._step.step import init_carry
 from kaun.layers.core import Vars
 from kaun.sharding.core import Sharding, put
 
-__all__ = ["fresh_carry", "fresh_state", "next_key"]
+__all__ = ["fresh_carry", "fresh_state", "placed_key"]
 
 # The bytes of arrays that the traced init contains. More of them belong to a model that existed before, and would be
 # compiled into the program.
@@ -43,7 +43,7 @@ def fresh_state(settings: Settings, dtype: Any) -> tuple[Carry, jax.Array]:
     found = _in_pieces(settings.sharding, made, lent.key, jnp.uint32(lent.first))
     if found is None:
         vars, key = lent.inside(lambda: (settings.model.init(dtype=dtype), rng.next_key()))(lent.key, lent.first)
-        found = fresh_carry(settings, vars), put(key, settings.sharding.replicated)
+        found = fresh_carry(settings, vars), placed_key(settings, key)
     lent.give_back()
     return found
 
@@ -59,9 +59,8 @@ def fresh_carry(settings: Settings, vars: Vars) -> Carry:
     return found
 
 
-def next_key(settings: Settings) -> jax.Array:
-    """Return the next key of the RNG scope as a run key, where the state lies."""
-    key = rng.next_key()
+def placed_key(settings: Settings, key: jax.Array) -> jax.Array:
+    """Return a run key where the state lies; a traced one as it is."""
     return key if settings.sharding is None or any_traced([key]) else put(key, settings.sharding.replicated)
 
 

@@ -113,7 +113,8 @@ def train_step(
         used = gathered(settings.sharding, parts.forward(params))
         model = functools.partial(apply_model, settings.policy, settings.model, used, training=training)
         with rng.scope(step_key), parts.frozen_layers():
-            output, layer_state = run_in_parts(settings.microbatches, model, x, ctx, vars.state, step_key)
+            about = (x, ctx, vars.state, step_key, settings.sharding)
+            output, layer_state = run_in_parts(settings.microbatches, model, *about)
             given = alone = loss(output)
         if settings.penalty is not None:
             given = settings.penalty.add(alone, parts.whole(params), step_key)

@@ -15,7 +15,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from kaun import tree
 from kaun.sharding.rules import ByMember, ByPath, Rule, Shape, everywhere
 
-__all__ = ["Sharding", "check_axis", "check_sharding", "gathered", "item_placement", "put", "state_placements"]
+__all__ = [
+    "Sharding",
+    "check_axis",
+    "check_sharding",
+    "gathered",
+    "item_placement",
+    "put",
+    "spread_rows",
+    "state_placements",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +187,13 @@ def item_placement(sharding: Sharding, shape: Shape, length: int | None) -> tupl
     rows = bool(sharding.rows) and bool(shape) and shape[0] == length
     count = math.prod(sharding.mesh.shape[name] for name in sharding.rows)
     return sharding.spread if rows and shape[0] % count == 0 else sharding.replicated, rows
+
+
+def spread_rows(sharding: Sharding | None, leaf: jax.Array) -> jax.Array:
+    """Return an array in a program with its rows spread; XLA pads them where the devices do not divide them."""
+    if sharding is None or not sharding.rows:
+        return leaf
+    return jax.lax.with_sharding_constraint(leaf, sharding.spread)
 
 
 def check_sharding(sharding: Any) -> None:

@@ -38,6 +38,7 @@ def leaves_of(state):
     return jax.tree.leaves((state.vars, state.opt_state, state.step))
 
 
+@pytest.mark.filterwarnings("ignore:.*every device does all the work")
 @pytest.mark.parametrize(
     ("where", "packed"),
     [(lambda: None, True), (lambda: SingleDeviceSharding(jax.devices()[3]), True), (lambda: on_mesh(8), False)],
