@@ -110,6 +110,10 @@ def test_items_of_members_must_agree():
         MANY.fit(START, ragged)
     with pytest.raises(ValueError, match=r"x expected 3 along it, received float32\[20, 3\]"):
         MANY.step(START, X, loss=lambda out: losses.mse(out, Y), per_member=True)
+    target = jnp.zeros((4, 2))
+    with pytest.raises(ValueError, match=r"an array of a metric expected 3 along it, received float32\[4, 2\]"):
+        data = Data.from_items([(np.stack([X] * 3), np.stack([Y] * 3))])
+        MANY.evaluate(START, data, {"far": lambda out, y: (target.sum(), 1)}, per_member=True)
     powers = [Data.repeat(1, (X, lambda out, p=p: (out**p).mean())) for p in (2, 3, 2)]
     with pytest.raises(
         ValueError, match=r"must be one function, of which only captured arrays differ; of member 0 and of"

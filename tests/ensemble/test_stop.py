@@ -115,3 +115,18 @@ def test_what_stop_may_be():
     with pytest.raises(jax.errors.TracerBoolConversionError) as error:
         MANY.step(START, X, loss=LOSS, stop=lambda loss: loss > 0 and loss < 1)
     assert "(loss > 0) & (loss < 0.05)" in "".join(error.value.__notes__)
+
+
+def test_the_error_for_the_last_member_names_what_refuses_its_labels():
+    trainer = kaun.Trainer(model=layers.linear(1, 2), optimizer=optax.sgd(0.1))
+    many = kaun.Ensemble(trainer, 2)
+    labels = jnp.array([[0, 1, 0], [0, 5, 0]])
+    x = jnp.stack([X.at[0].set(jnp.nan), X])
+    data = Data.from_items([(x, lambda out: losses.cross_entropy_sparse(out, labels))])
+    states = many.init()
+    with pytest.raises(kaun.NonFiniteLoss, match=r"At step 1 the last one, member 0, had the loss nan") as error:
+        many.fit(states, data, per_member=True)
+    assert "kaun.explain(trainer, err)" in str(error.value) and error.value.kaun_state.step.tolist() == [0, 0]
+    y = labels[1:].repeat(2, axis=0)
+    with pytest.raises(kaun.NonFiniteLoss, match=r"Run outside of the compiled step, it is refused: .*indices"):
+        many.fit(states, [(x[1:].repeat(2, axis=0), lambda out: losses.cross_entropy_sparse(out, y))], per_member=True)
