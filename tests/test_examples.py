@@ -106,6 +106,7 @@ def test_xor_is_learned(capsys):
     np.testing.assert_allclose(shown, 1 / (1 + np.exp(-np.asarray(predicted)[:, 0])), rtol=0, atol=5.1e-4)
 
 
+@pytest.mark.slow
 def test_folds_are_trained_together(capsys):
     many, states, found = example("kfold").main(epochs=2)
     assert many.n == 5 and states.step.tolist() == [16] * 5
@@ -113,6 +114,7 @@ def test_folds_are_trained_together(capsys):
     assert capsys.readouterr().out.count("fold") == 6
 
 
+@pytest.mark.slow
 def test_a_sweep_is_drawn_and_its_best_member_is_a_state(tmp_path):
     sweep = example("sweep")
     many, states, best = sweep.main(members=4, epochs=1, picture=tmp_path / "sweep.svg")

@@ -92,7 +92,8 @@ def test_fit_ends_when_no_member_is_left():
     assert end.opt_state.nonfinite.tolist() == [False, False, True, True]
 
 
-@pytest.mark.parametrize("mode", ["skip", pytest.param("ignore", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["skip", "ignore"])
 def test_other_modes_hold_for_each_member(mode):
     many = made(2, on_nonfinite=mode)
     x = jnp.stack([X, X.at[0].set(jnp.nan)])
@@ -117,6 +118,7 @@ def test_what_stop_may_be():
     assert "(loss > 0) & (loss < 0.05)" in "".join(error.value.__notes__)
 
 
+@pytest.mark.slow
 def test_the_error_for_the_last_member_names_what_refuses_its_labels():
     trainer = kaun.Trainer(model=layers.linear(1, 2), optimizer=optax.sgd(0.1))
     many = kaun.Ensemble(trainer, 2)
