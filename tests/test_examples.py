@@ -33,6 +33,8 @@ SHORT = {
             r"made.gan\.safetensors: ",
         ],
     ),
+    "kfold": ([], [r"fold 4: accuracy 0\.9", r"accuracy 0\.9\d\d \+- 0\.0\d\d over 5 folds"]),
+    "sweep": (["--picture", "made.svg"], [r"best of 32 rates: \d\.\d+, with an accuracy of 0\.9", r"made\.svg: "]),
     "chars": (["--steps", "12", "--characters", "5"], [r"The loss was \d\.\d{3} at the start", r"(?s)\n\nThe .{5}\n$"]),
     "minilm": (
         ["--per-group", "1", "--test", "1", "--epochs", "1"],
@@ -102,6 +104,24 @@ def test_xor_is_learned(capsys):
     np.testing.assert_array_equal(predicted > 0, [[False], [True], [True], [False]])
     shown = [float(p) for p in re.findall(r"= (\S+)", capsys.readouterr().out)]
     np.testing.assert_allclose(shown, 1 / (1 + np.exp(-np.asarray(predicted)[:, 0])), rtol=0, atol=5.1e-4)
+
+
+@pytest.mark.slow
+def test_folds_are_trained_together(capsys):
+    many, states, found = example("kfold").main(epochs=2)
+    assert many.n == 5 and states.step.tolist() == [16] * 5
+    assert found["accuracy"].min() > 0.85
+    assert capsys.readouterr().out.count("fold") == 6
+
+
+@pytest.mark.slow
+def test_a_sweep_is_drawn_and_its_best_member_is_a_state(tmp_path):
+    sweep = example("sweep")
+    many, states, best = sweep.main(members=4, epochs=1, picture=tmp_path / "sweep.svg")
+    assert states.step.tolist() == [14] * 4 and best.step == 14
+    assert many.trainer.predict(best, jnp.zeros((1, 64))).shape == (1, 10)
+    drawn = (tmp_path / "sweep.svg").read_text()
+    assert ">learning rate<" in drawn and ">training loss<" in drawn
 
 
 def red(path, least=500):

@@ -26,6 +26,7 @@ ROWS = [
     {"_engine", "_report", "checkpoint"},
     {"_run", "evaluation", "interop"},
     {"train"},
+    {"ensemble"},
     {"diagnose", "reports", "summary"},
 ]
 # Modules of one row that stand on each other, which a row of single modules cannot avoid.
@@ -42,12 +43,12 @@ WITHIN_A_ROW = {
 # A class in some modules: the part that its other part inherits from names the whole, for the type checker alone.
 PARTS_OF_A_CLASS = {(f"data.{part}", "data.pipeline") for part in ("base", "placed", "sources")}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
-ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "evaluation", "metrics"}
+ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "ensemble", "evaluation", "metrics"}
 
 # The vocabulary. A new name belongs here, in the docs and in the changelog.
 PUBLIC = {
     "kaun": {
-        "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__",
+        "Context", "Data", "EarlyStop", "Ensemble", "Layer", "TrainState", "Trainer", "Vars", "__version__",
         "averages", "cache", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics",
         "reports", "rng", "sharding", "summary",
     },
@@ -86,7 +87,7 @@ PUBLIC = {
         "time_limit", "validate", "wandb", "Watch", "watch", "Profile", "profile", "prune", "throughput",
     },
     "kaun.rng": {"next_key", "scope"},
-    "kaun.sharding": {"Sharding", "by_path", "data_parallel", "fsdp", "mesh", "put"},
+    "kaun.sharding": {"Sharding", "by_path", "data_parallel", "fsdp", "members", "mesh", "put"},
 }  # fmt: skip
 
 # They mean something to the type checker only, so there is nothing to run.

@@ -18,6 +18,7 @@ from kaun.context import Context as Context
 from kaun.data import Data as Data
 from kaun.diagnose import explain as explain
 from kaun.diagnose import lr_range as lr_range
+from kaun.ensemble import Ensemble as Ensemble
 from kaun.errors import EarlyStop as EarlyStop
 from kaun.errors import NonFiniteLoss as NonFiniteLoss
 from kaun.layers.core import Layer as Layer
@@ -27,9 +28,9 @@ from kaun.summary import summary as summary
 from kaun.train import Trainer as Trainer
 
 __all__ = [
-    "Context", "Data", "EarlyStop", "Layer", "TrainState", "Trainer", "Vars", "__version__", "averages", "cache",
-    "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics", "reports", "rng",
-    "sharding", "summary",
+    "Context", "Data", "EarlyStop", "Ensemble", "Layer", "TrainState", "Trainer", "Vars", "__version__", "averages",
+    "cache", "checkpoint", "errors", "explain", "grad", "interop", "layers", "losses", "lr_range", "metrics", "reports",
+    "rng", "sharding", "summary",
 ]  # fmt: skip
 
 # A constant, so that it can be read without an installation; a test compares it with pyproject.toml.

@@ -133,8 +133,10 @@ class Report:
                 metrics that the loss returned as ``Counted.parts``, of each step alone, computed when they are read,
                 and where they are known ``"grad_norm"``, ``"learning_rate"``, ``"examples_per_second"``,
                 ``"skipped"``, ``"penalty"``, ``"updates"`` (up to the step, with ``accumulate`` or
-                ``optax.MultiSteps``). Further, ``values.weights`` has what each scalar of the loss counts by,
-                ``values.parts`` the parts, stacked along axis 0.
+                ``optax.MultiSteps``). Of an ensemble these are means over the members that run, and ``"losses"``, of
+                shape (n, members), has the loss of each, masked where one did not run. Further,
+                ``values.weights`` has what each scalar of the loss counts by, ``values.parts`` the parts, stacked along
+                axis 0.
 
         Returns:
             None; or, from a report with ``measures``, further arrays of shape (n,) by name, which the blocks of the

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import jax
+import numpy as np
 
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
 
-__all__ = ["TrainState", "check_state"]
+__all__ = ["Members", "TrainState", "check_state", "count_steps", "own_state"]
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
 _making = threading.RLock()
 _NAMES = ("vars", "opt_state", "step", "key")
+
+
+class Members(NamedTuple):
+    """The optimizer's states of an ensemble. Checkpoints hold these names.
+
+    Attributes:
+        stopped: Which members ``stop=`` stopped, a bool array [members].
+        nonfinite: Which members stopped because a step was not finite, likewise.
+        inner: The optimizer's own state, with the members along axis 0 of each array.
+    """
+
+    stopped: jax.Array
+    nonfinite: jax.Array
+    inner: Any
+
+
+def own_state(opt_state: Any) -> Any:
+    """Return the optimizer's states of an ensemble without what it adds, and any other state as it is."""
+    return opt_state.inner if isinstance(opt_state, Members) else opt_state
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -102,7 +122,40 @@ class TrainState:
             ValueError: If the state is not one of a ``Trainer(average=)``.
             TypeError: If the function of ``averages.from_optimizer`` fails, or returns other shapes.
         """
-        return self if self.is_averaged else self.with_averaged(averaged_vars(self.opt_state, self.vars))
+        if self.is_averaged:
+            return self
+        of = jax.vmap(averaged_vars) if isinstance(self.opt_state, Members) else averaged_vars
+        return self.with_averaged(of(own_state(self.opt_state), self.vars))
+
+    def member(self, i: int) -> TrainState:
+        """Return the state of one member of an ensemble, an ordinary state of its trainer.
+
+        Args:
+            i: Its number, from 0; from the end where it is negative.
+
+        Raises:
+            TypeError: If this is not the state of an ensemble.
+            IndexError: If there is no such member.
+
+        Examples:
+            >>> import optax, kaun
+            >>> from kaun import layers
+            >>> trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
+            >>> states = kaun.Ensemble(trainer, 3).init()
+            >>> states, states.member(2)
+            (TrainState(3 members, step=0, 3 parameters each in float32), TrainState(step=0, 3 parameters in float32))
+        """
+        vars, opt_state, step, key = self.now()
+        if not isinstance(opt_state, Members):
+            raise TypeError(
+                "state.member(i) expected the state of an ensemble, and this is that of one model. Make one with "
+                "many = kaun.Ensemble(trainer, 8); states = many.init()."
+            )
+        n = step.shape[0]
+        if not -n <= i < n:
+            raise IndexError(f"state.member(i) expected i from 0 to {n - 1}: there are {n} members, received {i}.")
+        fields = jax.tree_util.tree_map(lambda leaf: leaf[i], (vars, opt_state.inner, step, key))
+        return TrainState.tree_unflatten(self._kind, fields)
 
     @property
     def is_averaged(self) -> bool:
@@ -132,14 +185,19 @@ class TrainState:
 
     def __dir__(self) -> list[str]:
         averaged = ["averaged"] if find_average(self.opt_state) is not None else []
-        return [*averaged, "key", "opt_state", "replace", "step", "vars"]
+        member = ["member"] if isinstance(self.opt_state, Members) else []
+        return [*averaged, "key", *member, "opt_state", "replace", "step", "vars"]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainState.tree_unflatten, (self._kind, self.now())
 
     def __repr__(self) -> str:
         size = sum(a.size for a in jax.tree_util.tree_leaves(self.vars.params))
-        return f"TrainState(step={self.step}, {size} parameters in {self.vars.dtype})"
+        if not isinstance(self.opt_state, Members):
+            return f"TrainState(step={self.step}, {size} parameters in {self.vars.dtype})"
+        n, steps = self.step.shape[0], np.asarray(self.step)
+        step = f"{steps.min()}" if steps.min() == steps.max() else f"{steps.min()} to {steps.max()}"
+        return f"TrainState({n} members, step={step}, {size // n} parameters each in {self.vars.dtype})"
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], str | None]:
         """Flatten the pytree, for JAX."""
@@ -152,6 +210,11 @@ class TrainState:
         new = cls(**dict(zip(_NAMES, children, strict=True)))
         object.__setattr__(new, "_kind", kind)
         return new
+
+
+def count_steps(state: TrainState) -> int:
+    """Return ``state.step``; of an ensemble, that of the member with the most steps. Waits for it."""
+    return int(np.asarray(state.step).max())
 
 
 def check_state(state: Any, where: str) -> None:

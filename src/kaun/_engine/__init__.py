@@ -10,6 +10,7 @@ that is not finite (``failed``) can be run again one operation at a time (``repl
 from kaun._engine.cache import ProgramCache as ProgramCache
 from kaun._engine.failed import FailedStep as FailedStep
 from kaun._engine.failed import error_of as error_of
+from kaun._engine.failed import last_member_error as last_member_error
 from kaun._engine.flush import run_flush as run_flush
 from kaun._engine.inputs import StepInputs as StepInputs
 from kaun._engine.inputs import as_arrays as as_arrays
@@ -19,6 +20,11 @@ from kaun._engine.log import Compilation as Compilation
 from kaun._engine.loop import StepLoop as StepLoop
 from kaun._engine.loop import find_step as find_step
 from kaun._engine.loop import run_step as run_step
+from kaun._engine.members import CODE as CODE
+from kaun._engine.members import LOST as LOST
+from kaun._engine.members import NOT_FINITE as NOT_FINITE
+from kaun._engine.members import RUNS as RUNS
+from kaun._engine.members import STOPPED as STOPPED
 from kaun._engine.packing import Packing as Packing
 from kaun._engine.program import TracedStep as TracedStep
 from kaun._engine.program import trace_step as trace_step

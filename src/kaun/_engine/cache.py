@@ -29,6 +29,7 @@ class ProgramCache:
         metrics: ``metrics(loss_key, arrays, key, output, targets) -> parts``, the traced metrics of ``evaluate``.
         on_nonfinite: What happens to a step that is not finite: ``"raise"``, ``"skip"`` or ``"ignore"``.
         scaled: Whether the loss is scaled: a step then discards an overflow itself.
+        row_axis: As ``TracedStep.row_axis``.
         sharding: Where the arrays of the trainer lie, None where they are not placed.
         capacity: How many traced steps are kept, each with its programs.
 
@@ -36,6 +37,7 @@ class ProgramCache:
         train_step: As the argument.
         on_nonfinite: As the argument.
         discards: Whether every step itself discards an update that is not finite.
+        row_axis: As the argument.
         sharding: As the argument.
     """
 
@@ -47,12 +49,14 @@ class ProgramCache:
         *,
         on_nonfinite: str = "ignore",
         scaled: bool = False,
+        row_axis: int = 0,
         sharding: Sharding | None = None,
         capacity: int = 256,
     ) -> None:
         self.train_step, self.on_nonfinite = train_step, on_nonfinite
         self.sharding = sharding
         self.discards = scaled or on_nonfinite != "raise"
+        self.row_axis = row_axis
         self._forward, self._metrics = forward, metrics
         self._capacity = capacity
         self._table: OrderedDict[Hashable, Any] = OrderedDict()
@@ -190,6 +194,6 @@ class ProgramCache:
 
         def placed(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
             output = run(leaves, key, placing.pin_item(given))
-            return placing.pin_output(output) if entry == "predict" else placing.pin_everywhere(output)
+            return placing.pin_output(output) if entry == "predict" else placing.pin_numbers(output)
 
         return Program(placed)

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from kaun import rng
 from kaun._engine.explicit import to_automatic
 from kaun._engine.inputs import StepInputs
+from kaun._engine.members import NOT_FINITE
 from kaun._loss import rebuild_loss
 from kaun._step import Settings, refused_values
 from kaun.errors import NonFiniteLoss
 
-__all__ = ["FailedStep", "error_of"]
+__all__ = ["FailedStep", "error_of", "last_member_error"]
 
 
 class FailedStep(NamedTuple):
@@ -69,4 +71,38 @@ def error_of(
     refused = failed.refused(settings)
     error = make(step, loss, status, refused)
     error.kaun_step, error.__cause__ = failed, refused
+    return error
+
+
+def last_member_error(
+    settings: Settings, step: int, loss: float, codes: Any, failed: FailedStep, *, row_axis: int
+) -> NonFiniteLoss:
+    """Return the exception for a step after which no member of an ensemble is left: about the last one of them.
+
+    Args:
+        settings: The trainer's settings.
+        step: The number of the step in its fit.
+        loss: Its loss, the mean over the last members.
+        codes: What each member did in it (``kaun._engine.members``).
+        failed: The step of all members.
+        row_axis: 1 where the items have an axis of members.
+    """
+    i = int(np.flatnonzero(codes == NOT_FINITE)[0])
+    vars, members, steps = failed.carry
+    leaves = [leaf[i] if row_axis and np.ndim(leaf) else leaf for leaf in failed.inputs.leaves]
+    carry = jax.tree_util.tree_map(lambda leaf: leaf[i], (vars, members.inner, steps))
+    own = FailedStep(carry, failed.key[i], failed.inputs.with_leaves(leaves))
+    refused = own.refused(settings)
+    advice = "Try smaller learning rates; look at that item's input and labels."
+    if refused is not None:
+        advice = f"Run outside of the compiled step, it is refused: {refused}"
+    error = NonFiniteLoss(
+        f"No member of the ensemble is finite any more. At step {step} the last one, member {i}, had the loss {loss:g};"
+        " loss, gradient or update are not finite. The state before that step is this exception's kaun_state; its "
+        f"`step` says when each member ended. {advice} For the operation, its line, its layer and the rows of the "
+        f"batch of member {i}, write\n    print(kaun.explain(trainer, err))\n"
+        'To discard such steps and continue, write Trainer(..., on_nonfinite="skip").',
+        step, loss, (),
+    )  # fmt: skip
+    error.kaun_step, error.__cause__ = own, refused
     return error

@@ -110,17 +110,25 @@ class StepInputs:
         """
         return functools.partial(_split_arrays, self.static)
 
+    def length(self, axis: int = 0) -> int | None:
+        """The length of x's first array along an axis, None if it has none."""
+        shape = np.shape(self.leaves[0]) if self.static[3] else ()
+        return shape[axis] if len(shape) > axis else None
+
     @property
     def examples(self) -> int | None:
         """The length of x's first array along its first axis, None if it has none."""
-        shape = np.shape(self.leaves[0]) if self.static[3] else ()
-        return shape[0] if shape else None
+        return self.length()
 
     @property
     def row_mask(self) -> int | None:
-        """Which leaf is the context's ``row_mask`` [batch], False for rows that fill a batch; None if there is none."""
+        """Which leaf is the context's ``row_mask``, False for rows that fill a batch; None if there is none.
+
+        It is an array [batch], or [members, batch] where each member of an ensemble has a batch.
+        """
         i = _split(self.static, list(range(len(self.leaves))))[2].get("row_mask")
-        return i if isinstance(i, int) and np.shape(self.leaves[i]) == (self.examples,) else None
+        shape = np.shape(self.leaves[i]) if isinstance(i, int) else ()
+        return i if shape and self.static[3] and shape == np.shape(self.leaves[0])[: len(shape)] else None
 
     @property
     def loss_key(self) -> Any:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
@@ -23,6 +22,7 @@ from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
+from kaun._engine.members import CODE
 from kaun._engine.packing import in_place, on_one_device, own_arrays, packing_of, put_with, unpack
 from kaun._engine.placing import Placing, place_carry, placed_inputs
 from kaun._engine.program import TracedStep, count_on_device, trace_step
@@ -51,7 +51,11 @@ def find_step(
         train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
         step = train_step, programs.on_nonfinite, programs.discards
         made = trace_step(*step, structure, leaves, key, inputs, training)
-        made.wanted, made.placing = wanted, Placing.of(programs.sharding, structure, leaves, inputs)
+        made.wanted, made.row_axis, made.placing = (
+            wanted,
+            programs.row_axis,
+            Placing.of(programs.sharding, structure, leaves, inputs),
+        )
         found = programs.add(where, made)
     return found
 
@@ -169,7 +173,7 @@ class StepLoop:
         results = self._carry[2]
         assert results is not None
         self._wait_for(results)
-        return np.asarray(results.losses)[results.steps - 1]  # indexed on the device it would be another dispatch
+        return results.loss(results.steps - 1)
 
     def wait(self) -> None:
         """Wait for the steps that were dispatched, and raise what ``error_for`` returns for one that is not finite."""
@@ -310,7 +314,7 @@ class StepLoop:
         entry = "fit in place" if overwrites else "fit"
         program = traced.program(entry, pattern, self._packing)
         results = self._own(overwrites)
-        self._counts_discarded = int(traced.discards)
+        self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
         status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
@@ -378,15 +382,12 @@ class StepLoop:
         results = dispatch.results
         if self._together is not None:
             self._wait_for(results)
-        if self._error_for is None or results.status is None:
-            return
-        status = np.asarray(results.status)
-        if status[0] > 0:
+        if self._error_for is None or not results.failed:
             return
         i = results.finite_steps()
         self._failed_step = results.first + i
         failed = FailedStep.of(self.carry(), self._key, placed_inputs(self._programs.sharding, dispatch.item(i)))
-        raise self._error_for(self._failed_step, float(np.asarray(results.losses)[i]), status[1:], failed)
+        raise self._error_for(self._failed_step, float(results.loss(i)), results.why(i), failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide what a dispatch costs."""

@@ -22,6 +22,8 @@ _LOSS_WEIGHT = "loss_weight"
 class NumberLayout:
     """The places of a step's numbers: scalars are columns of a table for each dtype, counts a vector for each dtype.
 
+    A step of an ensemble has arrays [members] as its scalars.
+
     Args:
         numbers: The numbers of a step, or their shapes and dtypes, as ``StepOutput`` has them.
 
@@ -33,10 +35,11 @@ class NumberLayout:
         bytes: How many bytes the counts of a step have.
     """
 
-    __slots__ = ("_packing", "_structure", "_tables", "bytes", "places", "results", "weights")
+    __slots__ = ("_packing", "_shape", "_structure", "_tables", "bytes", "places", "results", "weights")
 
     def __init__(self, numbers: Mapping[str, Any]) -> None:
         scalars = _scalars(numbers)
+        self._shape: tuple[int, ...] = next((scalar.shape for scalar in scalars.values()), ())
         # For each dtype the keys of its scalars, in the order of their columns.
         self._tables: dict[Any, list[Any]] = {}
         for key, scalar in scalars.items():
@@ -67,7 +70,7 @@ class NumberLayout:
 
     def empty(self, length: int) -> list[jax.Array]:
         """Return zeroed tables and vectors for the numbers of ``length`` steps."""
-        tables = [jnp.zeros((length, len(keys)), dtype) for dtype, keys in self._tables.items()]
+        tables = [jnp.zeros((length, len(keys), *self._shape), dtype) for dtype, keys in self._tables.items()]
         sizes: dict[Any, int] = {}
         for dtype, shape, _ in self._packing.layout:
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)

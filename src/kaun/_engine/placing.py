@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kaun._engine.inputs import StepInputs, is_number
 from kaun._jax import any_traced
 from kaun.sharding.core import Sharding, item_placement, put, refuse_set_mesh, spread_rows, state_placements
+from kaun.sharding.rules import ByMember
 
 __all__ = ["Placing", "place_carry", "placed_inputs", "wait_on_cpu"]
 
@@ -31,10 +32,12 @@ class Placing:
         inputs: The inputs of the step.
     """
 
-    __slots__ = ("_carry", "_item", "_length", "_sharding", "_stack")
+    __slots__ = ("_carry", "_item", "_length", "_members", "_sharding", "_stack")
 
     def __init__(self, sharding: Sharding, structure: Any, leaves: Sequence[Any], inputs: StepInputs) -> None:
         self._sharding, self._length = sharding, inputs.examples
+        # The mesh axis over which the members of an ensemble lie, None where this is the state of one model.
+        self._members = sharding.rule.axis if isinstance(sharding.rule, ByMember) else None
         self._carry = state_placements(sharding, structure, leaves)
         # Where each array of an item is put, and whether it has the rows of the batch; numbers have no placement.
         self._item = [
@@ -103,17 +106,35 @@ class Placing:
         """
         packed = len(held) != len(self._carry)
         held = self.pin_everywhere(held) if packed else self.pin_carry(held)
-        return *self.pin_everywhere((losses, tables)), held, self.pin_everywhere(status)
+        return *self.pin_numbers((losses, tables), axis=-1), held, self.pin_everywhere(status)
 
     def pin_everywhere(self, value: Any) -> Any:
         """Return a pytree of arrays in a program, on all devices: what the host reads."""
         return jax.tree_util.tree_map(lambda leaf: lax.with_sharding_constraint(leaf, self._sharding.replicated), value)
+
+    def pin_numbers(self, value: Any, axis: int = 0) -> Any:
+        """Return losses and other numbers in a program, on all devices; those of members stay with their member.
+
+        Args:
+            value: A pytree of arrays.
+            axis: The axis of the members, where there are any.
+        """
+        if self._members is None:
+            return self.pin_everywhere(value)
+
+        def pin(leaf: Any) -> Any:
+            spec = PartitionSpec(*[None] * (axis % leaf.ndim), self._members)
+            return lax.with_sharding_constraint(leaf, NamedSharding(self._sharding.mesh, spec))
+
+        return jax.tree_util.tree_map(pin, value)
 
     def pin_output(self, output: Any) -> Any:
         """Return a model's output in a program: spread where it has the batch's rows, on all devices elsewhere.
 
         With several processes it is on all devices, because each of them may read it.
         """
+        if self._members is not None:
+            return self.pin_numbers(output)
         if self._sharding.mesh.is_multi_process:
             return self.pin_everywhere(output)
 

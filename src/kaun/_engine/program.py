@@ -97,7 +97,9 @@ class TracedStep:
         on_nonfinite: As the argument.
         discards: As the argument.
         checks: How many checks a step returns (``StepOutput``).
+        loss: The shape and dtype of a step's loss: a scalar, or an array [members].
         layout: Where a step's numbers beside its loss are in its results.
+        row_axis: The axis of an item's arrays along which its rows lie, 1 where axis 0 has the members of an ensemble.
         row_mask: Which leaf of an item says which rows count, None if all do.
         looped: Whether it runs in a loop.
         can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
@@ -116,7 +118,8 @@ class TracedStep:
 
     __slots__ = (
         "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout",
-        "looped", "loss_dtype", "most", "on_nonfinite", "patterns", "placing", "row_mask", "rows", "seconds", "status",
+        "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows", "seconds",
+        "status",
         "step", "wanted",
     )  # fmt: skip
 
@@ -124,14 +127,14 @@ class TracedStep:
         self, step: Any, traced: Any, inputs: StepInputs, on_nonfinite: str, discards: bool, seconds: float
     ) -> None:
         self.step, self.jaxpr, self.on_nonfinite, self.discards = step, traced.jaxpr, on_nonfinite, discards
-        loss, numbers, _, _, checks = traced.out_info
-        self.loss_dtype, self.checks = loss.dtype, checks.shape[0]
+        self.loss, numbers, _, _, checks = traced.out_info
+        self.checks = checks.shape[0]
         self.layout = NumberLayout(numbers)
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
         self.most = self.rows if self.looped and not self.can_raise else 1
-        self.row_mask = inputs.row_mask
+        self.row_mask, self.row_axis = inputs.row_mask, 0
         self.capacity = min(capacity_of(inputs), self.most)
         watched = 0 if discards else len(traced.out_info[2]) - 1
         self.status = _all_finite(checks.shape[0] + watched, checks.dtype) if on_nonfinite == "raise" else None
@@ -283,7 +286,7 @@ def _block(
             tables = [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
             return i + 1, after, leaves if keeps else [], status, losses, tables
 
-        losses = jnp.zeros(length, traced.loss_dtype)
+        losses = jnp.zeros((length, *traced.loss.shape), traced.loss.dtype)
         tables = traced.layout.empty(length)
         leaves = packing.unpack(held) if packing else held
         status = status[: 1 + traced.checks] if stops else status
@@ -308,7 +311,7 @@ def _run_step(traced: TracedStep, stops: bool, leaves: list[Any], key: jax.Array
     loss, numbers, after, finite, checks = traced.step(leaves, key, placing.pin_item(item) if placing else item)
     if placing is not None:
         after = placing.pin_carry(after)
-        loss, numbers, finite, checks = placing.pin_everywhere((loss, numbers, finite, checks))
+        loss, numbers, finite, checks = placing.pin_numbers((loss, numbers, finite, checks))
     if stops:
         status = jnp.concatenate([finite.astype(status.dtype)[None], checks])
     return loss, traced.layout.rows(numbers), after, status

@@ -11,6 +11,7 @@ import numpy as np
 from kaun import tree
 from kaun._engine.batching import BlockBuffer
 from kaun._engine.inputs import StepInputs
+from kaun._engine.members import CODE, mean_of_members, none_left, of_members
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.program import TracedStep
 
@@ -37,7 +38,7 @@ class StepResults(NamedTuple):
     Attributes:
         first: The number of the first of them.
         steps: How many they are.
-        losses: An array at least as long.
+        losses: An array at least as long, of an ensemble [steps, members].
         numbers: The other numbers, arrays with a row for each step.
         layout: Where in these each number is.
         status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0); the
@@ -56,8 +57,42 @@ class StepResults(NamedTuple):
     status: jax.Array | None
     examples: int | np.ndarray[Any, Any] | None
 
+    @property
+    def failed(self) -> bool:
+        """Whether a step is not finite; of an ensemble, whether one has no member left. Waits for the steps."""
+        if self.of_ensemble:
+            return self.finite_steps() < self.steps
+        return self.status is not None and bool(np.asarray(self.status)[0] <= 0)
+
+    @property
+    def of_ensemble(self) -> bool:
+        """Whether the numbers have an axis of members."""
+        return CODE in self.layout.places
+
+    def codes(self) -> np.ndarray[Any, Any]:
+        """What each member of an ensemble did in each step, [steps, members] (``kaun._engine.members``)."""
+        table, column = self.layout.places[CODE]
+        return np.asarray(self.numbers[table])[: self.steps, column]
+
+    def why(self, i: int) -> np.ndarray[Any, Any]:
+        """The status after its first number; of an ensemble, the codes of the members in step i."""
+        return self.codes()[i] if self.of_ensemble else np.asarray(self.status)[1:]
+
+    def loss(self, i: int) -> Any:
+        """The loss of step i of these, which it waits for."""
+        # On the device, indexing it would be another dispatch.
+        if not self.of_ensemble:
+            return np.asarray(self.losses)[i]
+        return mean_of_members(_widened(self.losses)[i : i + 1], self.codes()[i : i + 1])[0]
+
     def finite_steps(self) -> int:
-        """Wait for the steps, and return how many come before the first whose loss or gradient is not finite."""
+        """Wait for the steps, and return how many come before the first whose loss or gradient is not finite.
+
+        Of an ensemble, those before the first after which no member is left.
+        """
+        if self.of_ensemble:
+            nobody = none_left(self.codes())
+            return int(np.argmax(nobody)) if nobody.any() else self.steps
         if "grad_norm" not in self.layout.places:
             return self.steps
         table, column = self.layout.places["grad_norm"]
@@ -72,7 +107,16 @@ class StepResults(NamedTuple):
 
     def values(self, steps: int) -> dict[str, np.ndarray[Any, Any]]:
         """Wait for the steps, and return loss and scalars of the first ``steps`` of them by name."""
-        return {"loss": _widened(self.losses)[:steps]} | self.layout.columns(self.numbers, steps)
+        columns = {"loss": _widened(self.losses)[:steps]} | self.layout.columns(self.numbers, steps)
+        return of_members(columns) if self.of_ensemble else columns
+
+    def weights(self, steps: int) -> dict[str, np.ndarray[Any, Any] | None]:
+        """Wait for the steps, and return what loss and scalars of the first ``steps`` count by, as ``weighted``."""
+        found = self.layout.weighted(self.numbers, steps)
+        if not self.of_ensemble:
+            return found
+        codes = self.codes()[:steps]
+        return {name: None if column is None else mean_of_members(column, codes) for name, column in found.items()}
 
 
 class PendingDispatch(NamedTuple):
@@ -119,10 +163,11 @@ def examples_of(
     """
     i = traced.row_mask
     if i is None:
-        return inputs.examples
+        return inputs.length(traced.row_axis)
     before = sum(pattern[:i])
-    mask = np.asarray(stacked[before] if pattern[i] else shared[i - before])
-    return mask[:count].sum(axis=-1) if pattern[i] else np.full(count, mask.sum())
+    rows = np.asarray(stacked[before] if pattern[i] else shared[i - before]).sum(axis=-1)
+    rows = rows.max(axis=-1) if traced.row_axis else rows  # of the member with the most
+    return rows[:count] if pattern[i] else np.full(count, rows)
 
 
 def _widened(losses: Any) -> np.ndarray[Any, Any]:

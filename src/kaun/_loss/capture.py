@@ -7,6 +7,7 @@ closures with equal keys share one compiled step, each with its own arrays.
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import types
@@ -48,13 +49,20 @@ class FrozenLoss:
     __slots__ = ("__weakref__", "_objects", "arrays", "function", "key")
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.key, arrays = capture_loss(function)
-        self.arrays = [tree.snapshot(a) for a in arrays]
-        self._objects = self.key.objects()  # the key does not keep them alive
+        key, arrays = capture_loss(function)
+        self.function: Callable[..., Any] = function
+        self.key: LossKey = key
+        self.arrays: list[Any] = [tree.snapshot(a) for a in arrays]
+        self._objects: Any = self.key.objects()  # the key does not keep them alive
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return rebuild_loss(self.key, self.arrays)(*args, **kwargs)
+
+    def with_arrays(self, arrays: list[Any]) -> FrozenLoss:
+        """The same callable with other values in the place of what it captures."""
+        made = copy.copy(self)
+        made.arrays = arrays
+        return made
 
 
 def snapshot_loss(loss: Callable[..., Any]) -> Callable[..., Any]:

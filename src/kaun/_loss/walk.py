@@ -71,7 +71,8 @@ class LossKey:
     __slots__ = ("__weakref__", "names", "node")
 
     def __init__(self, node: KeyNode, names: frozenset[str]) -> None:
-        self.node, self.names = node, names
+        self.node: KeyNode = node
+        self.names: frozenset[str] = names
 
     def objects(self) -> list[Any]:
         """The objects that are static by identity and still there."""

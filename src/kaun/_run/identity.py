@@ -29,7 +29,7 @@ from kaun.checkpoint import BEST, Best, Directory, with_another_optimizer
 from kaun.data import Item, ResumableLoader, every_stage_of, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
 from kaun.sharding import Sharding
-from kaun.state import TrainState
+from kaun.state import TrainState, count_steps
 
 __all__ = [
     "check_facts", "describe_data", "digest_item", "refuse_difference", "run_facts", "unscoped",
@@ -61,7 +61,7 @@ def run_facts(state: TrainState, data: Any, sharding: Sharding | None = None) ->
     """
     return {
         "key": np.asarray(jax.random.key_data(state.key)).tobytes().hex(),
-        "start": int(state.step),
+        "start": count_steps(state),
         "data": describe_data(data),
         "machine": {
             "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),

@@ -71,12 +71,13 @@ class DiscardedSteps:
     def _look(self, results: StepResults) -> None:
         if self._since is None:
             self._since = results.first - 1
-        finite = self._column(results, "finite")
+        values = results.values(results.steps)
+        finite = values["finite"]
         made = finite > 0
         if self._accumulate > 1:  # also at an item that is left out, if it is the last one of its window
-            counts = self._column(results, "updates")
+            counts = values["updates"]
             made, self._count = np.diff(counts, prepend=self._count) != 0, int(counts[-1])
-        losses = np.asarray(results.losses)[: results.steps].astype(np.float64)
+        losses = values["loss"]
         looked_at = np.flatnonzero(made | (finite <= 0))
         for i in looked_at[-1:] if made[looked_at].all() else looked_at:
             if made[i]:
@@ -84,10 +85,6 @@ class DiscardedSteps:
             else:
                 reason = "update" if finite[i] < 0 else "gradient" if np.isfinite(losses[i]) else "loss"
                 self._discarded(results.first + int(i), reason)
-
-    def _column(self, results: StepResults, name: str) -> np.ndarray:
-        table, column = results.layout.places[name]
-        return np.asarray(results.numbers[table])[: results.steps, column]
 
     def _discarded(self, number: int, reason: str) -> None:
         self._first, self._last = self._first if self._reasons else number, number
@@ -117,7 +114,9 @@ class DiscardedSteps:
 def warn_of_open_window(state: TrainState) -> None:
     """Warn after a fit whose optimizer holds gradients that no update used."""
     for name, (function, argument, counter) in _WINDOWS.items():
-        count = max([int(np.asarray(getattr(node, counter))) for node in state_nodes(state.opt_state, name)], default=0)
+        count = max(
+            [int(np.asarray(getattr(node, counter)).max()) for node in state_nodes(state.opt_state, name)], default=0
+        )
         if count:
             items = "item" if count == 1 else f"{count} items"
             warn(

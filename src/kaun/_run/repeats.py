@@ -43,7 +43,7 @@ class RepeatedPasses:
         found = None if any_traced((key, step)) else random_passes(stages)
         if found is None:
             return
-        run, count = (*found, np.asarray(jax.random.key_data(key)).tobytes()), int(step)
+        run, count = (*found, np.asarray(jax.random.key_data(key)).tobytes()), int(np.asarray(step).max())
         with self._lock:
             first = self._first.setdefault(run, count)
             if first < count:

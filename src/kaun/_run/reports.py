@@ -8,7 +8,7 @@ import difflib
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -318,7 +318,7 @@ class ReportCaller:
 
     def _joined(self, members: list[tuple[StepResults, dict[str, Any]]], seconds: float) -> StepValues:
         """The values of a block, with the place of its steps in the state's life, their speed and their weights."""
-        first, join = members[0][0].first, np.concatenate
+        first, join = members[0][0].first, _join
         values = {name: join([own[name] for _, own in members]) for name in members[0][1]}
         n = len(values["loss"])
         examples = join([ran.counts(len(own["loss"])) for ran, own in members])
@@ -347,9 +347,14 @@ class ReportCaller:
         return StepValues(first, values, weights, stacked, self._passes)
 
 
+def _join(arrays: Sequence[Any]) -> Any:
+    masked = any(isinstance(array, np.ma.MaskedArray) for array in arrays)
+    return (np.ma if masked else np).concatenate(arrays)
+
+
 def _weights(members: list[tuple[StepResults, dict[str, Any]]], examples: Any) -> dict[str, Any]:
     """The weights of the loss and of the scalars that it returned, by name."""
-    found: list[dict[str, Any]] = [ran.layout.weighted(ran.numbers, len(own["loss"])) for ran, own in members]
+    found: list[dict[str, Any]] = [ran.weights(len(own["loss"])) for ran, own in members]
     return {
         name: examples.astype(np.float64) if own is None else np.concatenate([weights[name] for weights in found])
         for name, own in found[0].items()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kaun._engine import ProgramCache, StepLoop, error_of, run_flush
+from kaun._engine import ProgramCache, StepLoop, error_of, last_member_error, run_flush
 from kaun._jax import is_traced
 from kaun._report import Report, ReportFunction
 from kaun._run.notices import warn_of_open_window
@@ -27,7 +27,7 @@ from kaun._step import (
 )
 from kaun.context import Context
 from kaun.data import not_data, open_items
-from kaun.state import TrainState
+from kaun.state import Members, TrainState, own_state
 
 __all__ = ["finished_state", "flush_and_save", "flush_state", "start_loop"]
 
@@ -43,16 +43,20 @@ def start_loop(
     state = run.take()
     mode, pending, interruptible = settings.on_nonfinite, run.pending_report_loss, run.signals.interruptible
     rate = find_rate(settings.optimizer) if settings.accumulate == 1 else None
-    inner, penalized = optimizer_state(settings, state.opt_state), settings.penalty is not None
+    inner, penalized = optimizer_state(settings, own_state(state.opt_state)), settings.penalty is not None
     windows = (settings.accumulate, int(inner.updates) if settings.accumulate > 1 and mode == "skip" else 0)
     best = (run.together, run.is_best, run.save_best)
     about = (mode, pending, interruptible, run.passes, rate and rate.fixed, windows, *best)
-    caller = ReportCaller(report, run.total, run.done, state.step, *about)
+    before = state.step.max() if state.step.ndim else state.step
+    caller = ReportCaller(report, run.total, run.done, before, *about)
     if settings.penalty is not None:
         settings.penalty.refuse_changes()
     trained = trainable_part(settings.trainable, state.vars.params)
-    make = error_for(trained, state.vars, inner, penalized=penalized)
-    failure = functools.partial(error_of, settings, make) if mode == "raise" else None
+    if isinstance(state.opt_state, Members):
+        failure = functools.partial(last_member_error, settings, row_axis=programs.row_axis)
+    else:
+        failure = functools.partial(error_of, settings, error_for(trained, state.vars, inner, penalized=penalized))
+    failure = failure if mode == "raise" else None
     carry, key = (state.vars, state.opt_state, state.step), state.key
     del state, trained, inner
     hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
@@ -116,6 +120,8 @@ def flush_state(settings: Settings, programs: ProgramCache, state: TrainState) -
         NonFiniteLoss: If the update is not finite, under ``on_nonfinite="raise"``; ``kaun_state`` is the given state.
             Not inside a function that JAX traces: there the state stays as it is.
     """
+    if isinstance(state.opt_state, Members):
+        return state  # an ensemble has no windows
     waits = is_open(settings, state.opt_state)
     if not (is_traced(waits) or waits):
         return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from kaun._jax import is_traced
@@ -99,7 +100,7 @@ class EvaluatedParams:
 
 
 def _has_moved(count: Any, start: int) -> bool:
-    return is_traced(count) or int(count) != start
+    return is_traced(count) or bool((np.asarray(count) != start).any())
 
 
 def _code(kind: _Kind, nodes: list[Any]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,11 +18,11 @@ from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_l
 from kaun.errors import CaptureError
 from kaun.evaluation.rows import RowMetrics
 from kaun.evaluation.together import in_step
-from kaun.evaluation.totals import Metric, MetricTotals, check_metrics, with_counts
+from kaun.evaluation.totals import MemberTotals, Metric, MetricTotals, check_metrics, with_counts
 from kaun.metrics import run_ahead
 from kaun.sharding import Sharding
 
-__all__ = ["evaluate", "predict"]
+__all__ = ["evaluate", "evaluate_members", "predict", "predict_members"]
 
 
 def evaluate(
@@ -38,9 +38,47 @@ def evaluate(
         sharding: Where the arrays of the trainer lie, also in other processes.
     """
     metrics = check_metrics("evaluate", metrics)
-    totals, of_rows = MetricTotals(metrics), functools.cache(lambda: RowMetrics(metrics))
+    totals, parts = MetricTotals(metrics), _parts_of_items(metrics, ctx)
+    return _over_items(data, lambda item, number: run(StepInputs(*parts(item, number), "item")), totals, sharding)
 
-    def compute(item: Any, number: int) -> Any:
+
+def evaluate_members(
+    run: Callable[[StepInputs], Any],
+    data: Any,
+    metrics: Any,
+    ctx: Context | None,
+    size: int,
+    join: Callable[[Sequence[Any]], Any] | None,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The metrics of each member of an ensemble over all items of ``data``, by name, with the members along axis 0.
+
+    Args:
+        run: As for ``evaluate``; what it gives has the members along axis 0.
+        data: As for ``evaluate``, or with ``join`` a pipeline for each member.
+        metrics: As for ``evaluate``.
+        ctx: As for ``evaluate``.
+        size: The number of members.
+        join: Makes one (input, metrics, context) of those of the members; None where they share the items.
+    """
+    metrics = check_metrics("evaluate", metrics)
+    totals, parts = MemberTotals(metrics, size), _parts_of_items(metrics, ctx)
+    if join is None:
+        return _over_items(data, lambda item, number: run(StepInputs(*parts(item, number), "item")), totals)
+
+    def compute(items: Sequence[Any], number: int) -> Any:
+        x, captured, own = join([parts(item, number) for item in items])
+        return run(StepInputs(x, captured, own, "item"))
+
+    return _over_items(_side_by_side(data), compute, totals)
+
+
+def _parts_of_items(
+    metrics: Mapping[str, Metric], ctx: Context | None
+) -> Callable[[Any, int], tuple[Any, dict[str, Any], Context | None]]:
+    """A function of an item and its number that gives input and targets, the captured metrics, and the context."""
+    of_rows = functools.cache(lambda: RowMetrics(metrics))
+
+    def parts(item: Any, number: int) -> tuple[Any, dict[str, Any], Context | None]:
         item, rows = _with_rows(item)
         x, y, own = LabelledItem.parse(item, number)
         weighted = None if rows is None else of_rows().of(rows, y)
@@ -49,8 +87,13 @@ def evaluate(
             x, y, own = (x, y, own) if weighted is not None else rows.real((x, y, own))
         # The metrics are captured again for each item, as a loss is: they may read what changes between two items.
         captured = _snapshots(weighted or {name: with_counts(metric) for name, metric in metrics.items()})
-        return run(StepInputs({"x": x, "y": y}, captured, ctx.merge(own) if ctx is not None else own, "item"))
+        return {"x": x, "y": y}, captured, ctx.merge(own) if ctx is not None else own
 
+    return parts
+
+
+def _over_items(data: Any, compute: Callable[[Any, int], Any], totals: Any, sharding: Sharding | None = None) -> Any:
+    """The results of totals that take what ``compute`` gives for each item."""
     expected = (
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
         "To make them from arrays, write Data.batches((x, y), batch_size=256)."
@@ -76,9 +119,8 @@ def predict(
 
     def compute(item: Any, number: int) -> Any:
         x, rows = _with_rows(item)
-        own = ctx if rows is None or rows.ctx is None else (ctx or Context()).merge(rows.ctx)
         try:
-            output = run(StepInputs(x, None, own))
+            output = run(StepInputs(x, None, _context(ctx, rows)))
         except (TypeError, ValueError) as error:
             if isinstance(x, tuple):
                 error.add_note(
@@ -89,16 +131,64 @@ def predict(
         outputs.check(output, number, rows)
         return jax.tree_util.tree_leaves(output), rows
 
-    own: Any = iter(with_rows(data))
-    with contextlib.closing(own), in_step(own, data, sharding, "predict") as items:
-        if not run_ahead(items, compute, outputs.take):
-            raise empty_data("predict")
+    _outputs_of(with_rows(data), compute, outputs.take, data, sharding)
     return jax.tree_util.tree_unflatten(outputs.structure, outputs.rows())
+
+
+def predict_members(
+    run: Callable[[StepInputs], Any], data: Sequence[Data[Any]], ctx: Context | None, join: Callable[..., Any]
+) -> list[Any]:
+    """The outputs of each member of an ensemble for the items of its own pipeline, as ``predict`` gives them.
+
+    Args:
+        run: Runs the compiled program, whose outputs have the members along axis 0.
+        data: The inputs of each member.
+        ctx: The context of all items.
+        join: Makes one (input, context) of those of the members.
+    """
+    outputs = [_Outputs(known_length(each)) for each in data]
+
+    def compute(items: Sequence[Any], number: int) -> Any:
+        pairs = [_with_rows(item) for item in items]
+        x, own = join([(x, _context(ctx, rows)) for x, rows in pairs])
+        output = run(StepInputs(x, None, own))
+        leaves = jax.tree_util.tree_leaves(output)
+        own_output = jax.tree_util.tree_map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), output)
+        for each, (_, rows) in zip(outputs, pairs, strict=True):
+            each.check(own_output, number, rows)
+        return leaves, [rows for _, rows in pairs]
+
+    def take(batches: list[Any]) -> None:
+        for leaves, known in batches:
+            held = [np.asarray(leaf) for leaf in leaves]
+            for i, (each, rows) in enumerate(zip(outputs, known, strict=True)):
+                each.take([([leaf[i] for leaf in held], rows)])
+
+    _outputs_of(_side_by_side(data), compute, take, data, None)
+    return [jax.tree_util.tree_unflatten(each.structure, each.rows()) for each in outputs]
+
+
+def _side_by_side(data: Sequence[Data[Any]]) -> Data[Any]:
+    """Tuples of the items of several pipelines, with what is known of their rows."""
+    return Data.zip(*[cast("Data[Any]", with_rows(each)) for each in data])
+
+
+def _outputs_of(
+    data: Any, compute: Callable[[Any, int], Any], take: Callable[[list[Any]], None], source: Any, sharding: Any
+) -> None:
+    own: Any = iter(data)
+    with contextlib.closing(own), in_step(own, source, sharding, "predict") as items:
+        if not run_ahead(items, compute, take):
+            raise empty_data("predict")
 
 
 def _with_rows(item: Any) -> tuple[Any, RowInfo | None]:
     """An item, and what is known of its rows."""
     return (item.item, item.rows) if isinstance(item, RowsItem) else (item, None)
+
+
+def _context(ctx: Context | None, rows: RowInfo | None) -> Context | None:
+    return ctx if rows is None or rows.ctx is None else (ctx or Context()).merge(rows.ctx)
 
 
 def _snapshots(metrics: Mapping[str, Metric]) -> dict[str, Any]:

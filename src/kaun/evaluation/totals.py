@@ -16,7 +16,7 @@ from kaun import losses, tree
 from kaun._engine import Packing
 from kaun.metrics import BatchMean, Counted, Counts, MetricSums, Part, Ratio, result_of
 
-__all__ = ["Metric", "MetricTotals", "PackedMetrics", "check_metrics", "part_of", "with_counts"]
+__all__ = ["MemberTotals", "Metric", "MetricTotals", "PackedMetrics", "check_metrics", "part_of", "with_counts"]
 
 Metric = Callable[..., Any]
 _AT_ONCE, _MOST_BYTES = 64, 1 << 20  # batches on the host that are added up in one go: NumPy costs by the call
@@ -181,3 +181,27 @@ class MetricTotals:
         if counted is None:
             return self._sums[name]
         return result_of(f"metric {name!r}", counted, self._sums[name])
+
+
+class MemberTotals:
+    """The metrics of all batches together, of each member of an ensemble.
+
+    Args:
+        metrics: The functions by name.
+        size: The number of members.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric], size: int) -> None:
+        self._each = [MetricTotals(metrics) for _ in range(size)]
+
+    def take(self, batches: list[PackedMetrics]) -> None:
+        """Read some batches from the device, whose vectors have the members along axis 0, and add them."""
+        for batch in batches:
+            vectors = [np.asarray(vector) for vector in batch.vectors]
+            for i, totals in enumerate(self._each):
+                totals.take([PackedMetrics(batch.form, [vector[i] for vector in vectors])])
+
+    def results(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The values of each metric by name, with the members along axis 0."""
+        each = [totals.results() for totals in self._each]
+        return {name: np.stack([results[name] for results in each]) for name in each[0]}

@@ -13,6 +13,7 @@ from kaun import tree
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.errors import EarlyStop
+from kaun.state import count_steps
 from kaun.train import TrainState
 
 __all__ = ["EarlyStopping", "early_stopping"]
@@ -147,7 +148,7 @@ class EarlyStopping(Report):
     @property
     def best_step(self) -> int:
         """The step of the best state: ``int(best.step)``."""
-        return int(self.best.step)
+        return count_steps(self.best)
 
     def __repr__(self) -> str:
         mode = "max" if self._sign > 0 else "min"
@@ -169,7 +170,7 @@ class EarlyStopping(Report):
         if state is None:
             return
         key = jax.random.key_data(state.key) if tree.is_key(state.key) else state.key
-        key, step = np.asarray(key).tobytes(), int(state.step)
+        key, step = np.asarray(key).tobytes(), count_steps(state)
         if self._run is not None and (key != self._run or step < self._last):
             self._forget()
         self._run, self._last, self._offset = key, step, step + 1 - first_step

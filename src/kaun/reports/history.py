@@ -60,6 +60,7 @@ class History(Report):
     def __init__(self) -> None:
         self.results = []
         self._losses = array("f")
+        self._members: list[np.ndarray] = []
         self._first_step = 1
         self._epochs: list[dict[str, Any]] = []  # of the passes that are over
         self._pass, self._resumed = PassMeans(), False
@@ -105,6 +106,14 @@ class History(Report):
         losses = np.array(self._losses)
         losses.flags.writeable = False
         return losses
+
+    @property
+    def member_losses(self) -> np.ndarray:
+        """The losses of the members of an ensemble, [steps, members], NaN where a member did not run.
+
+        A step of a single model has no members: the array has shape (0, 0) if all are such steps.
+        """
+        return np.concatenate(self._members) if self._members else np.zeros((0, 0), np.float32)
 
     @property
     def steps(self) -> np.ndarray:
@@ -165,6 +174,8 @@ class History(Report):
             self._first_step = int(values["step"][0]) if "step" in values else first_step
         for _, part, ends in StepValues.of(first_step, values).by_pass():
             self._record(part["loss"])
+            if "losses" in part:
+                self._members.append(np.ma.filled(part["losses"], np.nan))
             self._pass.add(part)
             if ends:
                 self._close()
@@ -204,6 +215,7 @@ class History(Report):
     def snapshot(self) -> dict[str, Any]:
         """Return all that it recorded, for a checkpoint."""
         recorded = {"losses": self.losses, "first_step": self._first_step, **pack_results(self.results)}
+        recorded |= {"member_losses": self.member_losses} if self._members else {}
         return recorded | {"epochs": self._epochs, "pass": self._pass.snapshot()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
@@ -213,6 +225,7 @@ class History(Report):
         if "pass" in values:  # not in a checkpoint of an earlier version
             self._epochs, self._pass = list(values["epochs"]), PassMeans.restored(values["pass"])
         self._resumed = True
+        self._members = [np.asarray(values["member_losses"])] if "member_losses" in values else []
         losses = np.asarray(losses)
         self._losses = array("d" if losses.dtype == np.float64 else "f", losses.tobytes())
 

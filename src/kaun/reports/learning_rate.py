@@ -13,6 +13,7 @@ from kaun._messages import locate, warn
 from kaun._report import Report
 from kaun._run import saved_values
 from kaun._step import state_nodes
+from kaun.state import Members, count_steps
 from kaun.train import TrainState
 
 __all__ = ["learning_rate"]
@@ -111,11 +112,13 @@ class _LearningRate(Report):
     ) -> None:  # fmt: skip
         if state is not None:
             self._read(state)
-        done = first_step - 1 if state is None else int(state.step)
+        done = first_step - 1 if state is None else count_steps(state)
         self._ahead(max(0, done - self._skipped) // CHUNK)
 
     def _read(self, state: TrainState) -> None:
-        """Find the number of updates in the optimizer's state."""
+        """Find the number of updates in the optimizer's state; of an ensemble, of the member with the most steps."""
+        if isinstance(state.opt_state, Members):
+            state = state.member(int(state.step.argmax()))
         outer = state_nodes(state.opt_state, *_WINDOWS, *_COUNTING)
         windows = [node for node in outer if type(node).__name__ in _WINDOWS]
         counts = {int(node.count) for node in outer if type(node).__name__ in _COUNTING}

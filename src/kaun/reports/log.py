@@ -16,6 +16,7 @@ from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.reports.epochs import PassMeans
+from kaun.state import count_steps
 from kaun.train import TrainState
 
 __all__ = ["Log", "Row", "Sink", "decoded", "encoded", "loss_array"]
@@ -160,7 +161,7 @@ class Log(Report):
 
     def __call__(self, step: int, loss: float, state: TrainState, /) -> None:
         # Called by a user's own function, which may never call `end`.
-        after = int(getattr(state, "step", step))
+        after = count_steps(state) if hasattr(state, "step") else step
         self._add(step, {"loss": loss_array(loss), "step": np.array([after])}, 1)
         self._put()
 
@@ -197,10 +198,11 @@ class Log(Report):
             self._row = None
         self._names |= values.keys()
         rows = [] if self._row is None or self._written else [self._row]
-        steps, start = StepValues.of(first_step, values), -first_step % n
+        steps, start = _by_member(StepValues.of(first_step, values)), -first_step % n
         part = steps.at(slice(start, None, n))
-        rows += _rows(first, {name: part[name] for name in part if name not in steps.masked}, start, n)
-        rows = _with_measured(rows, first, steps.masked)
+        masked = {name: column for name, column in steps.masked.items() if column.ndim == 1}
+        rows += _rows(first, {name: part[name] for name in part if name not in masked}, start, n)
+        rows = _with_measured(rows, first, masked)
         if rows and rows[-1]["step"] >= first:
             self._row, self._written = rows.pop(), False
         else:
@@ -269,6 +271,14 @@ class Log(Report):
         if self._row is not None and not self._written:
             self._sink.write([self._row])
             self._written = True
+
+
+def _by_member(values: StepValues) -> StepValues:
+    """Return the values with a column for each member of an ensemble, ``"loss/0"``, NaN where it did not run."""
+    if "losses" not in values:
+        return values
+    losses = np.ma.filled(values["losses"], np.nan)
+    return values.replaced({f"loss/{i}": losses[:, i] for i in range(losses.shape[1])})
 
 
 def _rows(first: int, columns: Mapping[str, np.ndarray], start: int, n: int) -> list[Row]:

@@ -8,6 +8,7 @@ from typing import Any
 from kaun import tree
 from kaun._messages import optional_package
 from kaun._report import Report
+from kaun.state import count_steps
 from kaun.train import TrainState
 
 __all__ = ["prune"]
@@ -58,7 +59,7 @@ class _Prune(Report):
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         if self._name not in values:
             return
-        at = int(state.step)
+        at = count_steps(state)
         self._trial.report(float(values[self._name]), at)
         if self._trial.should_prune():
             optuna = optional_package("reports.prune", "optuna", "optuna")

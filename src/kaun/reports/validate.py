@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from typing import Any
+
+import numpy as np
 
 from kaun import tree
 from kaun._messages import locate
 from kaun._report import Report
 from kaun._run import pack_results, unpack_results
 from kaun.context import Context
+from kaun.ensemble import Ensemble
 from kaun.evaluation import check_metrics
 from kaun.metrics import gives_array
 from kaun.reports.compose import ValuesOf, steps_of_a_pass
+from kaun.state import count_steps
 from kaun.train import Trainer, TrainState
 
 __all__ = ["Validation", "validate"]
 
 
 def validate(
-    trainer: Trainer[Any, Any],
-    data: Iterable[tuple[Any, Any] | tuple[Any, Any, Context]],
+    trainer: Trainer[Any, Any] | Ensemble[Any, Any],
+    data: Iterable[Any],
     metrics: Mapping[str, Callable[[Any, Any], Any]],
     each: Sized | int,
     *,
     of: Callable[[TrainState], TrainState] | None = None,
     ctx: Context | None = None,
+    per_member: bool = False,
 ) -> Validation:
     """Return the report that runs ``trainer.evaluate(state, data, metrics)`` after each pass, or every so many steps.
 
@@ -33,7 +39,7 @@ def validate(
     that observes values; the order does not matter.
 
     Args:
-        trainer: The trainer whose ``fit`` gets the report.
+        trainer: The trainer whose ``fit`` gets the report; or the ``Ensemble``, of whose members the results are means.
         data: The held-out data, as for ``evaluate``; it is iterated again each time.
         metrics: As for ``evaluate``, by name.
         each: The pipeline of one epoch, of known length, of which ``fit`` gets ``train.epochs(n)`` (of that, one epoch
@@ -42,6 +48,7 @@ def validate(
         of: Returns the state that is evaluated, given the state after the step: ``lambda s: s.averaged``. It is also
             what ``early_stopping`` keeps as ``best``. By default the state itself.
         ctx: A Context for the layers, default none.
+        per_member: Whether each member of an ensemble has data of its own, as for ``Ensemble.evaluate``.
 
     Raises:
         TypeError: If an argument is of the wrong kind, ``data`` can be iterated only once, the length of ``each`` is
@@ -63,7 +70,7 @@ def validate(
         >>> [step for step, values in validation.results][-2:], validation.latest["mse"] < 0.5
         ([98, 100], True)
     """
-    if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(trainer, (Trainer, Ensemble)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"validate expected a Trainer first, received {tree.describe(trainer)}. Write "
             "validate(trainer, data, metrics, each=train)."
@@ -92,7 +99,13 @@ def validate(
     for name, metric in checked.items():
         if gives_array(metric):
             raise _not_a_number(name)
-    return Validation(trainer, data, checked, steps, of, ctx)
+    if isinstance(trainer, Ensemble):
+        evaluate = functools.partial(trainer.evaluate, per_member=per_member)
+    elif per_member:
+        raise ValueError("validate(per_member=True) expected an Ensemble, received a Trainer, which has no members.")
+    else:
+        evaluate = trainer.evaluate
+    return Validation(evaluate, data, checked, steps, of, ctx)
 
 
 class Validation(Report):
@@ -116,14 +129,14 @@ class Validation(Report):
 
     def __init__(
         self,
-        trainer: Trainer[Any, Any],
+        evaluate: Callable[..., Mapping[str, Any]],
         data: Any,
         metrics: dict[str, Any],
         steps: int,
         of: Callable[[TrainState], TrainState] | None,
         ctx: Context | None,
     ) -> None:
-        self._trainer, self._data, self._metrics = trainer, data, metrics
+        self._evaluate, self._data, self._metrics = evaluate, data, metrics
         self._steps, self._of, self._ctx = steps, of, ctx
         self.results = []
         self.measures = frozenset(metrics)
@@ -141,11 +154,12 @@ class Validation(Report):
         """Evaluate, and return the metrics by name; called by ``fit``. For other steps it returns None."""
         if not self.wants(step):  # called by a user's own function after every step
             return None
-        at, state = int(state.step), state if self._of is None else self._evaluated(state)
-        values = self._trainer.evaluate(state, self._data, self._metrics, ctx=self._ctx)
+        at, state = count_steps(state), state if self._of is None else self._evaluated(state)
+        values = dict(self._evaluate(state, self._data, self._metrics, ctx=self._ctx))
         for name, value in values.items():
-            if not isinstance(value, float):
+            if np.ndim(value) != state.step.ndim:
                 raise _not_a_number(name)
+            values[name] = float(np.mean(value))  # over the members of an ensemble
         if self.results and self.results[-1][0] == at:  # a second time, in a run that was interrupted there
             self.results.pop()
         self.results.append((at, values))

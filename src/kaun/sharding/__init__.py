@@ -9,4 +9,5 @@ from kaun.sharding.core import put as put
 from kaun.sharding.makers import by_path as by_path
 from kaun.sharding.makers import data_parallel as data_parallel
 from kaun.sharding.makers import fsdp as fsdp
+from kaun.sharding.makers import members as members
 from kaun.sharding.makers import mesh as mesh

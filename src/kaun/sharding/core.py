@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kaun import tree
-from kaun.sharding.rules import ByPath, Rule, Shape, everywhere
+from kaun.sharding.rules import ByMember, ByPath, Rule, Shape, everywhere
 
 __all__ = [
     "Sharding",
@@ -208,6 +208,11 @@ def check_sharding(sharding: Any) -> None:
         raise TypeError(
             f"Trainer(sharding=...) expected a kaun.sharding.Sharding, received {sharding!r}{called} Write "
             "sharding=sharding.data_parallel(), or sharding.fsdp()."
+        )
+    if sharding is not None and isinstance(sharding.rule, ByMember):
+        raise ValueError(
+            "Trainer(sharding=sharding.members()): a trainer has one model and no members. Write "
+            "kaun.Ensemble(trainer, n, sharding=sharding.members())."
         )
 
 

@@ -9,9 +9,9 @@ import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kaun.sharding.core import Sharding, check_axis
-from kaun.sharding.rules import ByPath, Fsdp, everywhere
+from kaun.sharding.rules import ByMember, ByPath, Fsdp, everywhere
 
-__all__ = ["by_path", "data_parallel", "fsdp", "mesh"]
+__all__ = ["by_path", "data_parallel", "fsdp", "members", "mesh"]
 
 AxisNames = str | Sequence[str]
 
@@ -70,15 +70,7 @@ def fsdp(
         (P('data',), P())
     """
     whole = Sharding(_all_devices() if mesh is None else mesh)
-    if axis is None:
-        if len(whole.mesh.axis_names) > 1:
-            names = ", ".join(map(repr, whole.mesh.axis_names))
-            raise ValueError(
-                f"sharding.fsdp: the mesh has the axes {names}, and which of them the parameters are spread over was "
-                f"not given. Write fsdp(mesh, axis={whole.mesh.axis_names[-1]!r})."
-            )
-        axis = str(*whole.mesh.axis_names)
-    check_axis(whole.mesh, axis)
+    axis = _one_axis("fsdp", whole.mesh, axis)
     rule = Fsdp(axis, whole.mesh.shape[axis], min_size)
     return Sharding(whole.mesh, (axis,) if rows is None else _names(rows), rule, axis if gather else None)
 
@@ -134,6 +126,46 @@ def by_path(
     rest = everywhere if otherwise is None else otherwise.rule
     gather = None if otherwise is None else otherwise.gather
     return Sharding(whole.mesh, _names(rows), ByPath(tuple(specs.items()), rest), gather)
+
+
+def members(mesh: Mesh | None = None, *, axis: str | None = None) -> Sharding:
+    """Make a sharding for a ``kaun.Ensemble``, with the members spread over the devices.
+
+    Members do not exchange anything, so the devices do not either. The number of members must be a multiple of the
+    number of devices on the axis.
+
+    Args:
+        mesh: The devices. Default: all devices, on one axis ``"data"``.
+        axis: The mesh axis over which the members lie. Default: the mesh's one axis.
+
+    Raises:
+        TypeError, ValueError: As ``fsdp``.
+
+    Examples:
+        >>> import jax, optax, kaun
+        >>> from kaun import layers, sharding
+        >>> trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
+        >>> many = kaun.Ensemble(trainer, 4 * jax.device_count(), sharding=sharding.members())
+        >>> many.init().vars.params["weight"].sharding.spec
+        P('data',)
+    """
+    whole = Sharding(_all_devices() if mesh is None else mesh)
+    return Sharding(whole.mesh, (), ByMember(_one_axis("members", whole.mesh, axis)))
+
+
+def _one_axis(maker: str, mesh: Mesh, axis: str | None) -> str:
+    """The axis that was given, or the mesh's one axis."""
+    if axis is None:
+        if len(mesh.axis_names) > 1:
+            names = ", ".join(map(repr, mesh.axis_names))
+            what = "the members" if maker == "members" else "the parameters"
+            raise ValueError(
+                f"sharding.{maker}: the mesh has the axes {names}, and which of them {what} are spread over was not "
+                f"given. Write {maker}(mesh, axis={mesh.axis_names[-1]!r})."
+            )
+        axis = str(*mesh.axis_names)
+    check_axis(mesh, axis)
+    return axis
 
 
 def mesh(**axes: int) -> Mesh:

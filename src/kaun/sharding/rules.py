@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from jax.sharding import PartitionSpec
 
-__all__ = ["ByPath", "Fsdp", "Rule", "Shape", "everywhere"]
+__all__ = ["ByMember", "ByPath", "Fsdp", "Rule", "Shape", "everywhere"]
 
 Shape = tuple[int, ...]
 Rule = Callable[[str, Shape], PartitionSpec]
@@ -44,6 +44,21 @@ class Fsdp:
             return PartitionSpec()
         longest = max(dividing, key=lambda i: shape[i])
         return PartitionSpec(*[None] * longest, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByMember:
+    """The rule of ``members``: axis 0, which has the members of an ensemble, is spread over a mesh axis.
+
+    Attributes:
+        axis: The mesh axis.
+    """
+
+    axis: str
+
+    def __call__(self, path: str, shape: Shape) -> PartitionSpec:
+        """Return the spec of an array of this shape."""
+        return PartitionSpec(self.axis) if shape else PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
