@@ -31,7 +31,8 @@ from kaun._engine import StepInputs, find_step
 from kaun._engine.program import count_on_device
 
 TOLERANCE = 1e-6
-COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+COLLECTIVES = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+SHAPE = re.compile(r"f32\[([0-9,]+)\]")
 FEATURES, WIDTH, CLASSES, BATCH = 16, 256, 8, 52
 LENGTH, VOCAB, DIM = 8, 32, 32
 
@@ -211,7 +212,8 @@ def programs() -> Iterator[Row]:
         if name not in ("DP", "FSDP gather"):
             continue
         lists = [collectives(compiled(where, entry=entry)) for entry in ("step", "fit")]
-        text = ", ".join(f"{n} {kind}" for kind, n in sorted(lists[0].items())) or "none"
+        texts = [", ".join(f"{n} {kind}" for kind, n in found.items()) or "none" for found in lists]
+        text = texts[0] if lists[0] == lists[1] else f"{texts[0]}, and in a block {texts[1]}"
         # One gather for each array that is spread, and one reduction of all gradients, beside that of the look at them.
         most = {"all-reduce": 1} if name == "DP" else {"all-gather": 5, "all-reduce": 2, "reduce-scatter": 5}
         few = all(n <= most[kind] for kind, n in lists[0].items() if kind in most) or not is_cpu
@@ -237,10 +239,13 @@ def memory() -> Iterator[Row]:
 
 def work() -> Iterator[Row]:
     # Of Adam and of the looks at values that are not finite, which each device does for all parameters.
-    update = 60 * (FEATURES * WIDTH + WIDTH * CLASSES + 4 * WIDTH)
+    update = 60 * (FEATURES * WIDTH + WIDTH * WIDTH + WIDTH * CLASSES + 3 * WIDTH)
+    hidden = [layers.linear(FEATURES, WIDTH), layers.relu(), layers.linear(WIDTH, WIDTH), layers.relu()]
+    model = layers.sequential([*hidden, layers.linear(WIDTH, CLASSES)])
     cases = {"": (512 * count(), 1), ", ragged": (512 * count() + 4, 1), ", microbatches": (512 * count(), 4)}
     for text, (rows, parts) in cases.items():
-        one, spread = (compiled(where, rows, microbatches=parts).flops for where in (None, sharding.data_parallel()))
+        places = (None, sharding.data_parallel())
+        one, spread = (compiled(where, rows, model=model, microbatches=parts).flops for where in places)
         known = count() > 1 and bool(one) and bool(spread)
         found = f"{spread:.3g} of {one:.3g}" if one and spread else "XLA does not say"
         bar = f"at most 1.3/{count()} and the update"
@@ -303,9 +308,11 @@ class Compiled:
     state_bytes: int
 
 
-def compiled(where: sharding.Sharding | None, rows: int = 0, entry: str = "step", **options: Any) -> Compiled:
-    """A step, or a block of them that overwrites its state, of the perceptron."""
-    trainer, state = made(perceptron(), where, optax.adam(1e-3), **options)
+def compiled(
+    where: sharding.Sharding | None, rows: int = 0, entry: str = "step", model: Any = None, **options: Any
+) -> Compiled:
+    """A step, or a block of them that overwrites its state, of the perceptron or another model."""
+    trainer, state = made(model or perceptron(), where, optax.adam(1e-3), **options)
     x, y = rows_of(rows or 64 * count())
     inputs = StepInputs(x, lambda out: losses.cross_entropy_sparse(out, y), None)
     leaves, structure = jax.tree.flatten((state.vars, state.opt_state, state.step))
@@ -326,8 +333,9 @@ def compiled(where: sharding.Sharding | None, rows: int = 0, entry: str = "step"
 
 
 def collectives(program: Compiled) -> dict[str, int]:
-    """How often each kind occurs."""
-    kinds = COLLECTIVES.findall(program.text)
+    """How often each kind occurs, those of a few numbers left out: the looks at the loss and the gradient's norm."""
+    large = lambda text: any(math.prod(map(int, shape.split(","))) > 64 for shape in SHAPE.findall(text))
+    kinds = [kind for text, kind in COLLECTIVES.findall(program.text) if large(text)]
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
