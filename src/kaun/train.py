@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._engine import Compilation, ProgramCache, StepInputs, refuse_traced, run_step
+from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
 from kaun._run import RepeatedPasses, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
@@ -357,7 +357,9 @@ class Trainer(Generic[In, Out]):
             {'accuracy': 1.0, 'rows': 1.5}
         """
         check_state(state, "evaluate")
-        return evaluate(self._runner("evaluate", state), data, metrics, check_context(ctx), self.sharding)
+        self._evaluated.check(state)
+        start = functools.partial(EvaluationLoop, self._programs, (state.vars, state.step), state.key)
+        return evaluate(start, data, metrics, check_context(ctx), self.sharding)
 
     def export(
         self, state: TrainState, x: Any, *, ctx: Context | None = None, platforms: Sequence[str] | None = None

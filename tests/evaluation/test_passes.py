@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import itertools
 import math
 import weakref
@@ -19,10 +18,10 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 
 import kaun
 from kaun import Context, Data, Layer, Vars, layers, losses, metrics, rng
+from kaun._engine import EvaluationLoop, StepInputs
+from kaun._loss import FrozenLoss, snapshot_loss
 from kaun.errors import CaptureError
 from kaun.evaluation import passes
-from kaun.evaluation.totals import PackedMetrics
-from kaun.metrics import BatchMean
 
 CLASSES = 4
 AVERAGES = ("macro", "micro", "weighted")
@@ -359,26 +358,27 @@ class Pending:
         return np.array([self._value], np.float32)
 
 
-def test_the_loop_runs_ahead_of_the_host_and_not_too_far():
-    pulled, lags, alive = [], [], []
-    form = PackedMetrics.of({"mean": BatchMean(np.float32(0), np.int32(1))}).form
+def test_metrics_are_read_some_dispatches_later():
+    with rng.scope(0):
+        trainer = kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.1))
+        state = trainer.init()
+    pushed, dispatches = 0, []
 
-    def items():
-        for k in range(100):
-            pulled.append(k)
-            yield np.float32(k), np.float32(k)
+    def take(parts):
+        dispatches.append((pushed, len(parts.vectors[0])))
 
-    def run(call):
-        k = float(call.leaves[0])
-        value = Pending(k, lambda: lags.append(len(pulled) - 1 - k))
-        alive.append(weakref.ref(value))
-        assert sum(r() is not None for r in alive) <= 20
-        return PackedMetrics(form, [value, np.array([1], np.int32)])
-
-    gc.collect()
-    found = passes.evaluate(run, items(), {"mean": lambda p, t: p}, None)
-    assert found == {"mean": 49.5}
-    assert len(lags) == 100 and min(lags[:90]) >= 8
+    loop = EvaluationLoop(trainer._programs, (state.vars, state.step), state.key, take)
+    captured = FrozenLoss.by_name({"mse": snapshot_loss(losses.mse.parts)})
+    x = np.ones((2, 1), np.float32)
+    for _ in range(500):
+        loop.push(StepInputs({"x": x * pushed, "y": x}, captured, None, "item"))
+        pushed += 1
+    during = len(dispatches)
+    loop.finish()
+    sizes = [n for _, n in dispatches]
+    assert sum(sizes) == 500 and sizes[:3] == [2, 2, 2] and max(sizes) <= 128 and during > 3
+    behind = [at - sum(sizes[: i + 1]) for i, (at, _) in enumerate(dispatches)]
+    assert min(behind[:during]) >= 2 and max(behind) <= 3 * 128
 
 
 def test_outputs_are_read_some_later_too():

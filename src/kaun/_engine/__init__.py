@@ -2,12 +2,14 @@
 
 A step is traced once for each kind of item (``inputs``, ``cache``), compiled into a loop over a block of items
 (``program``, ``batching``), and dispatched by ``loop``, which owns the state while ``fit`` runs.
-``placing`` puts the arrays of a trainer with a sharding on their devices. What a block gives is
-in ``results``, laid out by ``numbers``. ``flush`` is the program that ends an open window of ``accumulate``. A step
-that is not finite (``failed``) can be run again one operation at a time (``replay``, ``source``).
+``evaluating`` runs metrics over blocks of items likewise. ``placing`` puts the arrays of a trainer with a sharding on
+their devices. What a block gives is in ``results``, laid out by ``numbers``. ``flush`` is the program that ends an open
+window of ``accumulate``. A step that is not finite (``failed``) can be run again one operation at a time (``replay``,
+``source``).
 """
 
 from kaun._engine.cache import ProgramCache as ProgramCache
+from kaun._engine.evaluating import EvaluationLoop as EvaluationLoop
 from kaun._engine.failed import FailedStep as FailedStep
 from kaun._engine.failed import error_of as error_of
 from kaun._engine.failed import last_member_error as last_member_error

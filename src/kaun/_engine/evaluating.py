@@ -88,17 +88,15 @@ class EvaluationLoop:
 
     Args:
         programs: The cache of the trainer.
-        structure: The structure of the variables and the step.
-        leaves: Their arrays.
+        variables: A pytree of the variables and the step.
         key: The run's key.
         take: Called with the results of a dispatch on the host: what ``programs.metrics`` gives for an item, with an
             axis of items in front.
     """
 
-    def __init__(
-        self, programs: ProgramCache, structure: Any, leaves: list[Any], key: jax.Array, take: Callable[[Any], None]
-    ) -> None:
-        self._programs, self._structure, self._leaves, self._key, self._take = programs, structure, leaves, key, take
+    def __init__(self, programs: ProgramCache, variables: Any, key: jax.Array, take: Callable[[Any], None]) -> None:
+        leaves, self._structure = jax.tree_util.tree_flatten(variables)
+        self._programs, self._leaves, self._key, self._take = programs, leaves, key, take
         # What lies on a mesh runs item by item, in the form in which it comes.
         self._alone = programs.sharding is not None or explicit_mesh(leaves) is not None
         self._dtypes = tuple([leaf.dtype for leaf in leaves])

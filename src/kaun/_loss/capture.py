@@ -58,6 +58,19 @@ class FrozenLoss:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return rebuild_loss(self.key, self.arrays)(*args, **kwargs)
 
+    @classmethod
+    def by_name(cls, captured: dict[str, FrozenLoss]) -> FrozenLoss:
+        """Several of them as one, whose key and arrays are those of the dict."""
+        keys = (tuple(captured), tuple([each.key for each in captured.values()]))
+        found = _joined.get(keys)
+        arrays = [array for each in captured.values() for array in each.arrays]
+        if found is None:
+            found = cls(captured)  # pyright: ignore[reportArgumentType]: captured as a value, and never called
+            while len(_joined) >= _MOST_CODES:
+                _joined.pop(next(iter(_joined)), None)
+            _joined[keys] = found
+        return found.with_arrays(arrays)
+
     def with_arrays(self, arrays: list[Any]) -> FrozenLoss:
         """The same callable with other values in the place of what it captures."""
         made = copy.copy(self)
@@ -83,6 +96,7 @@ def snapshot_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     return loss if type(loss) is FrozenLoss else FrozenLoss(loss)
 
 
+_joined: dict[tuple[Any, ...], FrozenLoss] = {}
 # By the id of the code object or type; each entry holds that object, so that the id is not used again.
 _forms: dict[int, tuple[Any, list[Warm]]] = {}
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
 
 from kaun import tree
-from kaun._engine import StepInputs
-from kaun._loss import snapshot_loss
+from kaun._engine import EvaluationLoop, StepInputs
+from kaun._loss import FrozenLoss, snapshot_loss
 from kaun.context import Context
 from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
@@ -26,12 +26,16 @@ __all__ = ["evaluate", "evaluate_members", "predict", "predict_members"]
 
 
 def evaluate(
-    run: Callable[[StepInputs], Any], data: Any, metrics: Any, ctx: Context | None, sharding: Sharding | None = None
+    loop: Callable[[Callable[[Any], None]], EvaluationLoop],
+    data: Any,
+    metrics: Any,
+    ctx: Context | None,
+    sharding: Sharding | None = None,
 ) -> dict[str, float]:
     """The metrics over all items of ``data``, by name; see ``Trainer.evaluate``.
 
     Args:
-        run: Runs the compiled program for its inputs, and does not wait for it.
+        loop: Makes the loop that runs the items, of a function that takes its results.
         data: Items ``(x, y)`` or ``(x, y, Context)``.
         metrics: Functions of predictions and targets, by name.
         ctx: The context of all items; an item's own context overrides its names.
@@ -39,7 +43,16 @@ def evaluate(
     """
     metrics = check_metrics("evaluate", metrics)
     totals, parts = MetricTotals(metrics), _parts_of_items(metrics, ctx)
-    return _over_items(data, lambda item, number: run(StepInputs(*parts(item, number), "item")), totals, sharding)
+    running = loop(totals.take)
+    with _items_of(data, sharding) as items:
+        number = 0
+        for number, item in enumerate(items, start=1):
+            x, captured, own = parts(item, number)
+            running.push(StepInputs(x, FrozenLoss.by_name(captured), own, "item"))
+        running.finish()
+    if not number:
+        raise empty_data("evaluate")
+    return totals.results()
 
 
 def evaluate_members(
@@ -62,14 +75,16 @@ def evaluate_members(
     """
     metrics = check_metrics("evaluate", metrics)
     totals, parts = MemberTotals(metrics, size), _parts_of_items(metrics, ctx)
-    if join is None:
-        return _over_items(data, lambda item, number: run(StepInputs(*parts(item, number), "item")), totals)
 
-    def compute(items: Sequence[Any], number: int) -> Any:
-        x, captured, own = join([parts(item, number) for item in items])
+    def compute(item: Any, number: int) -> Any:
+        found = parts(item, number) if join is None else join([parts(one, number) for one in item])
+        x, captured, own = found
         return run(StepInputs(x, captured, own, "item"))
 
-    return _over_items(_side_by_side(data), compute, totals)
+    with _items_of(data if join is None else _side_by_side(data)) as items:
+        if not run_ahead(items, compute, totals.take):
+            raise empty_data("evaluate")
+    return totals.results()
 
 
 def _parts_of_items(
@@ -77,6 +92,8 @@ def _parts_of_items(
 ) -> Callable[[Any, int], tuple[Any, dict[str, Any], Context | None]]:
     """A function of an item and its number that gives input and targets, the captured metrics, and the context."""
     of_rows = functools.cache(lambda: RowMetrics(metrics))
+
+    counting = {name: with_counts(metric) for name, metric in metrics.items()}
 
     def parts(item: Any, number: int) -> tuple[Any, dict[str, Any], Context | None]:
         item, rows = _with_rows(item)
@@ -86,22 +103,21 @@ def _parts_of_items(
             own = rows.merged(own)
             x, y, own = (x, y, own) if weighted is not None else rows.real((x, y, own))
         # The metrics are captured again for each item, as a loss is: they may read what changes between two items.
-        captured = _snapshots(weighted or {name: with_counts(metric) for name, metric in metrics.items()})
+        captured = _snapshots(weighted or counting)
         return {"x": x, "y": y}, captured, ctx.merge(own) if ctx is not None else own
 
     return parts
 
 
-def _over_items(data: Any, compute: Callable[[Any, int], Any], totals: Any, sharding: Sharding | None = None) -> Any:
-    """The results of totals that take what ``compute`` gives for each item."""
+@contextlib.contextmanager
+def _items_of(data: Any, sharding: Sharding | None = None) -> Generator[Iterable[Any]]:
+    """The items of data for ``evaluate``, with what is known of their rows."""
     expected = (
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
         "To make them from arrays, write Data.batches((x, y), batch_size=256)."
     )
     with open_items(with_rows(data), expected) as own, in_step(own, data, sharding, "evaluate") as items:
-        if not run_ahead(items, compute, totals.take):
-            raise empty_data("evaluate")
-    return totals.results()
+        yield items
 
 
 def predict(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -51,11 +50,11 @@ def check_metrics(where: str, metrics: Any) -> dict[str, Metric]:
 def with_counts(metric: Metric) -> Metric:
     """The function that gives a batch's counts where the metric has them, or its mean, otherwise the metric itself."""
     parts = Counted.find(metric)
-    return losses.parts_of(metric) if parts is None else functools.partial(_as_counts, parts.counts)
-
-
-def _as_counts(counts: Metric, predictions: Any, targets: Any, **rows: Any) -> Counts:
-    return Counts(counts(predictions, targets, **rows))
+    if parts is None:
+        return losses.parts_of(metric)
+    counts = parts.counts
+    # A function and not a partial: a function's captures are found again quickly, for each item.
+    return lambda predictions, targets, **rows: Counts(counts(predictions, targets, **rows))
 
 
 def part_of(where: str, value: Any, predictions: Any, targets: Any) -> Part:
@@ -111,7 +110,7 @@ class PackedMetrics:
 
     Attributes:
         form: The layout of the parts in the vectors, and their pytree structure.
-        vectors: The vectors.
+        vectors: The vectors; on the host with batches along axis 0.
     """
 
     __slots__ = ("form", "vectors")
@@ -130,9 +129,9 @@ class PackedMetrics:
 
     @staticmethod
     def stacked(form: tuple[Packing, Any], batches: list[PackedMetrics]) -> dict[str, Any]:
-        """The parts of some batches of one form that are on the host, along a new axis 0."""
+        """The parts of some batches of one form that are on the host, with batches along axis 0."""
         packing, structure = form
-        stacks = [np.stack(vectors) for vectors in zip(*[b.vectors for b in batches], strict=True)]
+        stacks = [np.concatenate(vectors) for vectors in zip(*[b.vectors for b in batches], strict=True)]
         held = {stack.dtype: stack for stack in stacks}
         leaves = [
             held[dtype][:, start : start + math.prod(shape)].reshape(-1, *shape)
@@ -158,10 +157,9 @@ class MetricTotals:
         self._sums = MetricSums()
         self._host: list[PackedMetrics] = []
 
-    def take(self, batches: list[PackedMetrics]) -> None:
-        """Read some batches from the device, and add them."""
-        # One by one: jax.device_get takes four times as long.
-        self._host += [PackedMetrics(batch.form, [np.asarray(vector) for vector in batch.vectors]) for batch in batches]
+    def take(self, batches: PackedMetrics) -> None:
+        """Add some batches, whose vectors are on the host with the batches along axis 0."""
+        self._host.append(batches)
         if len(self._host) >= _AT_ONCE or sum(v.nbytes for b in self._host for v in b.vectors) >= _MOST_BYTES:
             self._add()
 
@@ -199,7 +197,7 @@ class MemberTotals:
         for batch in batches:
             vectors = [np.asarray(vector) for vector in batch.vectors]
             for i, totals in enumerate(self._each):
-                totals.take([PackedMetrics(batch.form, [vector[i] for vector in vectors])])
+                totals.take(PackedMetrics(batch.form, [vector[i][None] for vector in vectors]))
 
     def results(self) -> dict[str, np.ndarray[Any, Any]]:
         """The values of each metric by name, with the members along axis 0."""
