@@ -17,6 +17,11 @@ from kaun.metrics import BatchMean, Counts, Ratio
 P, T = jnp.ones((4, 3)), jnp.zeros(4, jnp.int32)
 
 
+def of_one_batch(parts):
+    packed = PackedMetrics.of(parts)
+    return PackedMetrics(packed.form, [np.asarray(vector)[None] for vector in packed.vectors])
+
+
 def test_what_a_metric_returns_becomes_a_part_that_adds_up():
     assert totals.part_of("m", 2.0, P, T) == BatchMean(2.0, 4)
     assert totals.part_of("m", (3, 2), P, T) == Ratio(3, 2)
@@ -48,11 +53,9 @@ def test_library_metrics_and_their_partials_give_counts_and_others_stay():
 
 def test_means_and_ratios_mix_and_nothing_is_rounded():
     totals_of_all = MetricTotals({"b": max, "a": max})
-    totals_of_all.take([PackedMetrics.of({"a": BatchMean(np.float32(0.1), 3), "b": Ratio(np.float32(2**60), 1)})])
-    totals_of_all.take(
-        [PackedMetrics.of({"a": Ratio(np.float32(0.5), np.int32(1)), "b": Ratio(np.float32(-(2**60)), 1)})]
-    )
-    totals_of_all.take([PackedMetrics.of({"a": BatchMean(jnp.bfloat16(0.5), 1), "b": Ratio(True, jnp.int8(2))})])
+    totals_of_all.take(of_one_batch({"a": BatchMean(np.float32(0.1), 3), "b": Ratio(np.float32(2**60), 1)}))
+    totals_of_all.take(of_one_batch({"a": Ratio(np.float32(0.5), np.int32(1)), "b": Ratio(np.float32(-(2**60)), 1)}))
+    totals_of_all.take(of_one_batch({"a": BatchMean(jnp.bfloat16(0.5), 1), "b": Ratio(True, jnp.int8(2))}))
     found = totals_of_all.results()
     assert found["a"] == pytest.approx((3 * float(np.float32(0.1)) + 1) / 5, rel=1e-16)
     assert list(found) == ["b", "a"] and found["b"] == 0.25
@@ -89,7 +92,7 @@ def test_counts_are_summed_in_int64_and_float64(n):
     totals_of_all = MetricTotals({"m": counted})
     for _ in range(n):
         totals_of_all.take(
-            [PackedMetrics.of({"m": Counts((jnp.int32(2**31 - 1), jnp.array([True, False]), jnp.float32(0.1)))})]
+            of_one_batch({"m": Counts((jnp.int32(2**31 - 1), jnp.array([True, False]), jnp.float32(0.1)))})
         )
     assert totals_of_all.results() == {"m": 1.5}
     ((big, flags, small),) = seen
@@ -99,9 +102,9 @@ def test_counts_are_summed_in_int64_and_float64(n):
 
 def test_what_waits_on_the_host_is_bounded_in_bytes_too():
     totals_of_all = MetricTotals({"m": metrics.Counted(lambda p, t: None, lambda sums: float(sums.sum()))})
-    batch = PackedMetrics.of({"m": Counts(np.ones(2**17, np.float32))})
+    batch = of_one_batch({"m": Counts(np.ones(2**17, np.float32))})
     for _ in range(40):
-        totals_of_all.take([batch])
+        totals_of_all.take(batch)
         assert sum(v.nbytes for b in totals_of_all._host for v in b.vectors) <= 2**20
     assert totals_of_all.results() == {"m": 40 * 2.0**17}
 
