@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 test-slow test-oldest test-newest: export KAUN_TESTS_CODE = of users
 
 .PHONY: help demo test lint suite test-slow test-oldest oldest test-newest test-torch test-interop test-scale \
-  test-pretrained pretrained faults bench bench-run raises clean
+  check-device test-pretrained pretrained faults bench bench-run raises clean
 
 help:
 	@echo "make demo         train a small network on handwritten digits, with pictures of the result"
@@ -41,6 +41,7 @@ help:
 	@echo "make test-newest  the suite on the newest Python found here and the newest JAX"
 	@echo "make test-torch   layers, losses and the model families against PyTorch"
 	@echo "make test-scale   the long form on eight simulated devices and in two processes"
+	@echo "make check-device  whether the promises for many devices hold on those that JAX finds here"
 	@echo "make faults       the part of test-slow with kills, power losses and damage; about half an hour"
 	@echo "make test-interop models and loaders of other libraries, beside their own loops"
 	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"
@@ -86,6 +87,10 @@ test-torch:
 
 test-scale: $(VENV)/.dev
 	$(DEVICES) $(PYTEST) --durations 10 -m '' tests/scale $(ARGS)
+
+# On the devices that JAX finds; the flag concerns the CPU alone. For an accelerator: VENV=.venv-gpu ALSO='jax[cuda13]'.
+check-device: $(VENV)/.dev
+	$(DEVICES) $(RUN) -m bench.check_device $(ARGS)
 
 faults: $(VENV)/.dev
 	$(PYTEST) -s -m '' tests/faults $(ARGS)

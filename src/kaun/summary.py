@@ -27,6 +27,7 @@ from kaun.tree import format_bytes
 __all__ = ["Cost", "Row", "Summary", "summary"]
 
 HEAD = ("path", "layer", "output", "parameters", "bytes")
+SHARDED = ("bytes each", "spec")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Row:
         output: The dtype and shape of its output, as text.
         parameters: How many numbers its parameters have.
         bytes: The memory of its parameters and its state.
+        device_bytes: The memory of these on each device; None where the trainer has no ``sharding``.
+        spec: The ``PartitionSpec`` of each array that is spread over devices, by its name, as text.
     """
 
     path: str
@@ -48,11 +51,13 @@ class Row:
     output: str
     parameters: int
     bytes: int
+    device_bytes: int | None = None
+    spec: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of one compiled training step, as XLA estimates it.
+    """The cost of one compiled training step, as XLA estimates it; with a ``sharding`` that of each device.
 
     Attributes:
         flops: Floating-point operations; the body of a loop (``microbatches``) counts once.
@@ -78,6 +83,9 @@ class Summary:
         state: How many numbers the layers' state has.
         bytes: The memory of parameters and state.
         optimizer_bytes: The memory of the optimizer's state.
+        device_bytes: The memory of parameters, state and optimizer's state on each device; None where the trainer has
+            no ``sharding``.
+        devices: How many devices its sharding has, 1 without one.
         cost: The cost of a compiled step; None if no loss was given.
 
     Examples:
@@ -99,24 +107,31 @@ class Summary:
     bytes: int
     optimizer_bytes: int
     cost: Cost | None
+    device_bytes: int | None = None
+    devices: int = 1
 
     def __repr__(self) -> str:
-        table = [HEAD, *map(_cells, self.rows)]
+        table = [self._head(), *map(_cells, self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
-            "  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-            for cells in table
+            "  ".join(
+                c.rjust(w) if _is_count(i) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
         ]
         return "\n".join([*(line.rstrip() for line in lines), *self._totals()])
 
     def __rich__(self) -> Any:
         console, table_module = (importlib.import_module(f"rich.{name}") for name in ("console", "table"))
         table = table_module.Table()
-        for i, name in enumerate(HEAD):
-            table.add_column(name, justify="right" if i > 2 else "left")
+        for i, name in enumerate(self._head()):
+            table.add_column(name, justify="right" if _is_count(i) else "left")
         for row in self.rows:
             table.add_row(*_cells(row))
         return console.Group(table, *self._totals())
+
+    def _head(self) -> tuple[str, ...]:
+        return HEAD if self.device_bytes is None else (*HEAD, *SHARDED)
 
     def _totals(self) -> list[str]:
         train = "all of them train" if self.trained == self.parameters else f"{self.trained:,} of them train"
@@ -125,10 +140,14 @@ class Summary:
             f"{self.parameters:,} parameters{kept} ({format_bytes(self.bytes)}), {train}; the optimizer's state takes "
             f"{format_bytes(self.optimizer_bytes)}."
         ]
+        if self.device_bytes is not None:
+            whole = format_bytes(self.bytes + self.optimizer_bytes)
+            lines.append(f"Each of {self.devices} devices has {format_bytes(self.device_bytes)} of these {whole}.")
         if self.cost is not None:
             c = self.cost
+            each = "A compiled step" if self.device_bytes is None else "A compiled step, on each device"
             lines.append(
-                f"A compiled step: {c.flops:.3g} FLOPs; {format_bytes(c.arguments)} of state and batch in, "
+                f"{each}: {c.flops:.3g} FLOPs; {format_bytes(c.arguments)} of state and batch in, "
                 f"{format_bytes(c.outputs)} out, {format_bytes(c.temporaries)} of temporaries."
             )
         return lines
@@ -165,12 +184,16 @@ def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx
     dtype = jnp.dtype(policy.params if policy else jnp.float32)
     vars = abstract_vars(trainer.model, dtype)
     state = jax.eval_shape(lambda vars: _fresh(trainer, vars), vars)
-    rows = _rows(vars, lambda vars, x, ctx: apply_model(policy, trainer.model, vars, x, ctx, False), x, ctx)
+    where = None if trainer.sharding is None else trainer.sharding.of(state)
+    run = lambda vars, x, ctx: apply_model(policy, trainer.model, vars, x, ctx, False)
+    rows = _rows(vars, run, x, ctx, None if where is None else where.vars)
     trained = trainable_part(trainer.trainable, vars.params)
     return Summary(
         rows=rows, parameters=_count(vars.params), trained=_count(trained), state=_count(vars.state),
         bytes=_bytes(vars), optimizer_bytes=_bytes(state.opt_state),
         cost=None if loss is None else _cost(trainer, state, StepInputs(_zeros(x), check_loss(loss), ctx)),
+        device_bytes=None if where is None else _bytes((state.vars, state.opt_state), (where.vars, where.opt_state)),
+        devices=1 if trainer.sharding is None else trainer.sharding.mesh.size,
     )  # fmt: skip
 
 
@@ -179,8 +202,8 @@ def _fresh(trainer: Trainer[Any, Any], vars: Vars) -> Any:
         return trainer.make_state(vars)
 
 
-def _rows(vars: Any, run: Callable[..., Any], x: Any, ctx: Context) -> tuple[Row, ...]:
-    table = _Table(vars)
+def _rows(vars: Any, run: Callable[..., Any], x: Any, ctx: Context, where: Any) -> tuple[Row, ...]:
+    table = _Table(vars, where)
 
     def applied(vars: Vars, x: Any, ctx: Context) -> Any:
         with rng.scope(0), watched(table.watch):
@@ -191,10 +214,16 @@ def _rows(vars: Any, run: Callable[..., Any], x: Any, ctx: Context) -> tuple[Row
 
 
 class _Table:
-    """Collects the rows of a model's layers while they are applied."""
+    """Collects the rows of a model's layers while they are applied.
 
-    def __init__(self, vars: Any) -> None:
-        self._kinds = tree.flatten(vars.params)[0] | {f"state {p}": a for p, a in tree.flatten(vars.state)[0].items()}
+    Args:
+        vars: The model's variables, as shapes and dtypes.
+        where: The placement of each, None if they are not placed.
+    """
+
+    def __init__(self, vars: Any, where: Any) -> None:
+        self._kinds = _by_name(vars)
+        self._where: dict[str, Any] | None = None if where is None else _by_name(where)
         self._paths: dict[int, str] = {}  # of leaves that are not in a row yet
         self._known: dict[int, str] = {}
         self._depth = 0
@@ -237,7 +266,13 @@ class _Table:
             kinds = [(name, self._kinds[name]) for name in own]
             count = sum(_count(kind) for name, kind in kinds if not name.startswith("state "))
             text = ", ".join(f"{p}: {d}" if p else d for p, d in _described(output))
-            self.rows.insert(at, Row(path, layer, text, count, sum(_bytes(kind) for _, kind in kinds)))
+            row = Row(path, layer, text, count, sum(_bytes(kind) for _, kind in kinds))
+            self.rows.insert(at, row if self._where is None else self._placed(row, kinds, self._where))
+
+    def _placed(self, row: Row, kinds: list[tuple[str, Any]], where: dict[str, Any]) -> Row:
+        spread = [(name, where[name].spec) for name, _ in kinds if not where[name].is_fully_replicated]
+        spec = ", ".join(f"{name.removeprefix(f'{row.path}.')} {spec}" for name, spec in spread)
+        return dataclasses.replace(row, device_bytes=sum(_bytes(kind, where[name]) for name, kind in kinds), spec=spec)
 
     def _path(self, params: dict[str, Any]) -> str:
         if not params:
@@ -265,15 +300,29 @@ def _zeros(x: Any) -> Any:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    return row.path, row.layer, row.output, f"{row.parameters:,}", f"{row.bytes:,}"
+    cells = row.path, row.layer, row.output, f"{row.parameters:,}", f"{row.bytes:,}"
+    return cells if row.device_bytes is None else (*cells, f"{row.device_bytes:,}", row.spec)
+
+
+def _is_count(column: int) -> bool:
+    return 3 <= column <= 5
+
+
+def _by_name(vars: Any) -> dict[str, Any]:
+    return tree.flatten(vars.params)[0] | {f"state {p}": a for p, a in tree.flatten(vars.state)[0].items()}
 
 
 def _count(value: Any) -> int:
     return sum(int(np.prod(a.shape)) for a in jax.tree_util.tree_leaves(value))
 
 
-def _bytes(value: Any) -> int:
-    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree_util.tree_leaves(value))
+def _bytes(value: Any, where: Any = None) -> int:
+    """The bytes of arrays; with their placements those on each device."""
+    leaves = jax.tree_util.tree_leaves(value)
+    shapes = [a.shape for a in leaves]
+    if where is not None:
+        shapes = [w.shard_shape(shape) for w, shape in zip(jax.tree_util.tree_leaves(where), shapes, strict=True)]
+    return sum(int(np.prod(shape)) * a.dtype.itemsize for a, shape in zip(leaves, shapes, strict=True))
 
 
 def _lowered(trainer: Trainer[Any, Any], state: TrainState, inputs: StepInputs) -> Any:
@@ -281,4 +330,13 @@ def _lowered(trainer: Trainer[Any, Any], state: TrainState, inputs: StepInputs) 
     leaves, structure = jax.tree_util.tree_flatten((state.vars, state.opt_state, state.step))
     programs = trainer._programs  # pyright: ignore[reportPrivateUsage]
     traced = find_step(programs, structure, leaves, state.key, inputs, True)
-    return traced.step.lower(leaves, state.key, inputs.leaves)
+    if trainer.sharding is None:
+        return traced.step.lower(leaves, state.key, inputs.leaves)
+    place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+    placed = map(
+        place, leaves, jax.tree_util.tree_leaves(trainer.sharding.of((state.vars, state.opt_state, state.step)))
+    )
+    program = traced.program("step unpacked", (False,) * len(inputs.leaves))
+    assert traced.placing is not None
+    item = traced.placing.put_item(inputs.owned())
+    return program.jitted.lower(list(placed), place(state.key, trainer.sharding.replicated), np.uint32(1), item)

@@ -259,7 +259,7 @@ class Trainer(Generic[In, Out]):
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        with open_run(checkpoints, state, data, report, self.on_nonfinite) as run:
+        with open_run(checkpoints, state, data, report, self.on_nonfinite, self.sharding) as run:
             if run.finished:
                 return finished_state(run, self._settings, self._programs, data, check_context(ctx))
             key, first = state.key, state.step

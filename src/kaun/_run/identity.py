@@ -28,6 +28,7 @@ from kaun._run.generators import find_generators
 from kaun.checkpoint import BEST, Best, Directory, with_another_optimizer
 from kaun.data import Item, ResumableLoader, every_stage_of, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
+from kaun.sharding import Sharding
 from kaun.state import TrainState
 
 __all__ = [
@@ -46,12 +47,13 @@ _AFFINITY = hasattr(os, "sched_getaffinity")
 # A run
 
 
-def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
+def run_facts(state: TrainState, data: Any, sharding: Sharding | None = None) -> dict[str, Any]:
     """The facts of a run.
 
     Args:
         state: The state at its start.
         data: All its items.
+        sharding: Where the trainer puts the state, None if that stays where it is.
 
     Returns:
         ``key``, ``start`` and ``data``, which must be the same in the process that resumes it, and ``machine``, of
@@ -64,14 +66,19 @@ def run_facts(state: TrainState, data: Any) -> dict[str, Any]:
         "machine": {
             "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),
             "devices": jax.device_count(), "cores": len(os.sched_getaffinity(0)) if _AFFINITY else os.cpu_count(),
-            "processes": jax.process_count(), "the place of the state": _place(state),
+            "processes": jax.process_count(), "the place of the state": _place(state, sharding),
         },
     }  # fmt: skip
 
 
-def _place(state: TrainState) -> str:
+def _place(state: TrainState, sharding: Sharding | None) -> str:
     """Where a state lies: ``on a mesh of data=8, 3 arrays on all 8 devices, 2 arrays spread over data``."""
-    arrays = [leaf for leaf in jax.tree_util.tree_leaves(state) if isinstance(leaf, jax.Array)]
+    where = state if sharding is None else sharding.of(state)
+    arrays = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=w if isinstance(w, NamedSharding) else a.sharding)
+        for a, w in zip(jax.tree_util.tree_leaves(state), jax.tree_util.tree_leaves(where), strict=True)
+        if isinstance(a, jax.Array)
+    ]
     several = [leaf.sharding for leaf in arrays if leaf.sharding.num_devices > 1]
     if not several:
         return "on one device"

@@ -25,6 +25,7 @@ from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals
 from kaun.checkpoint import Best, Directory, Saved, Store
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
+from kaun.sharding import Sharding
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]
@@ -95,8 +96,9 @@ class TrainingRun:
 
 @contextmanager
 def open_run(
-    checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any, on_nonfinite: str = "raise"
-) -> Generator[TrainingRun, None, None]:
+    checkpoints: Directory | None, state: TrainState, data: Iterable[Any], report: Any, on_nonfinite: str = "raise",
+    sharding: Sharding | None = None,
+) -> Generator[TrainingRun, None, None]:  # fmt: skip
     """The run of a fit: a new one, or that of the directory. When the block ends, all checkpoints are on the disk.
 
     Args:
@@ -105,6 +107,7 @@ def open_run(
         data: All items of the run.
         report: The report of the fit, whose snapshot is restored.
         on_nonfinite: As the trainer's; unless it is ``"ignore"``, no run is resumed from a state that is not finite.
+        sharding: As the trainer's.
 
     Raises:
         ResumeMismatch: If the directory holds another run.
@@ -123,7 +126,7 @@ def open_run(
         check_best_is_measured(checkpoints.best[0], report)
     store = Store.open(checkpoints)
     try:
-        run = _start_or_resume(store, checkpoints, state, data, report, watched=on_nonfinite != "ignore")
+        run = _start_or_resume(store, checkpoints, state, data, report, sharding, watched=on_nonfinite != "ignore")
     except BaseException:
         store.close()
         raise
@@ -185,9 +188,10 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
 
 
 def _start_or_resume(
-    store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any, *, watched: bool
-) -> TrainingRun:
-    facts = run_facts(state, data)
+    store: Store, directory: Directory, state: TrainState, data: Iterable[Any], report: Any,
+    sharding: Sharding | None, *, watched: bool,
+) -> TrainingRun:  # fmt: skip
+    facts = run_facts(state, data, sharding)
     saved = store.newest(state, functools.partial(_spoiled, state)) if watched else store.newest(state)
     if saved is not None:
         check_facts(directory, saved.step, saved.facts)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kaun
-from kaun import Data, layers, losses, rng
+from kaun import Data, layers, losses, rng, sharding
 from kaun._engine.jaxpr import digest_program
 from kaun._run.identity import run_facts
 from kaun.checkpoint import Directory
@@ -91,6 +91,12 @@ def test_where_the_state_lies_is_a_fact_in_words():
     moved = state.replace(vars=jax.tree.map(spread, state.vars))
     fact = run_facts(moved, data)["machine"]["the place of the state"]
     assert fact == "on a mesh of data=4 and data=8, 13 arrays on all 8 devices, 2 arrays spread over data"
+    fact = run_facts(state, data, sharding.fsdp(min_size=1))["machine"]["the place of the state"]
+    assert fact == "on a mesh of data=8, 15 arrays on all 8 devices"  # 8 divides no axis
+    fact = run_facts(run_on(1)[1], data, sharding.fsdp(rows_on(4).mesh, min_size=16))["machine"][
+        "the place of the state"
+    ]
+    assert fact == "on a mesh of data=4, 9 arrays on all 4 devices, 6 arrays spread over data"
 
 
 def test_the_digest_of_a_program_has_no_placements():
