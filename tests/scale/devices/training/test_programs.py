@@ -82,7 +82,9 @@ def test_gathered_fsdp_has_one_gather_and_one_reduction_for_each_weight(kit, ent
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp", "replicas"])
 def test_the_collectives_of_a_block_are_those_of_a_step(kit, name):
-    assert Compiled(kit, name, "fit").collectives == Compiled(kit, name).collectives
+    # XLA combines them with other scalars in the one than in the other: what is moved counts.
+    moved = [[(kind, n) for kind, sizes in Compiled(kit, name, e).collectives for n in sizes] for e in ("fit", "step")]
+    assert sorted(moved[0]) == sorted(moved[1]) != []
 
 
 def test_each_device_has_its_part_of_the_state_and_donates_it(kit):

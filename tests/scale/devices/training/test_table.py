@@ -148,7 +148,7 @@ def test_a_transformer(kit, name):
         ]
     )
     model = layers.sequential([layers.embedding(64, 32), block, block, layers.layer_norm(32), layers.linear(32, 64)])
-    specs = {"*_proj.*": P(None, "model"), "*.1.1.*": P(None, "model"), "*.1.3.weight": P("model")}
+    specs = {"*_proj.*": P(None, "model"), "*.1.inner.1.*": P(None, "model"), "*.1.inner.3.weight": P("model")}
     specs = {"*.out_proj.weight": P("model"), "*.out_proj.bias": P(), **specs}
     mesh = kit.mesh_of(8, data=2, model=4)
     where = {
