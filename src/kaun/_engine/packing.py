@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from kaun._jax import is_traced
+from kaun.sharding import put
 
 __all__ = [
     "Packing",
@@ -125,7 +126,11 @@ def pack_on_device(packing: Packing, leaves: Sequence[Any]) -> list[Any]:
 
 def put_with(value: Any, leaf: Any) -> Any:
     """Return an array where a leaf lies, on all its devices, if the leaf was put there; elsewhere as it is."""
-    return jax.device_put(value, _everywhere(leaf.sharding)) if getattr(leaf, "committed", False) else value
+    if not getattr(leaf, "committed", False):
+        return value
+    where: Any = _everywhere(leaf.sharding)
+    # Onto devices of other processes device_put compares the values over all of them, and one may not come here.
+    return jax.device_put(value, where) if where.is_fully_addressable else put(value, where)
 
 
 def _device_of(sharding: Sharding) -> Any:

@@ -50,7 +50,7 @@ class Group:
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "KAUN_TIMEOUT": "20",
+            "KAUN_TIMEOUT": "120",
         }
         port = _free_port()
         self._ends: list[tuple[Any, Any]] = []
@@ -74,9 +74,9 @@ class Group:
                 os.close(answers)
                 self.processes.append(started)
                 self._ends.append((os.fdopen(to, "wb"), os.fdopen(back, "rb")))
-        self._read([*range(count)], 60)
+        self._read([*range(count)], 120)
 
-    def run(self, path: str, name: str, timeout: float = 60, **arguments: Any) -> list[Any]:
+    def run(self, path: str, name: str, timeout: float = 200, **arguments: Any) -> list[Any]:
         """Run a function in all processes, and return what each of them returned, or its ``Raised``.
 
         Args:
@@ -94,12 +94,12 @@ class Group:
             pickle.dump((path, name, arguments), to)
             to.flush()
 
-    def results(self, timeout: float = 60, among: list[int] | None = None) -> list[Any]:
+    def results(self, timeout: float = 200, among: list[int] | None = None) -> list[Any]:
         """What a function that was begun gave, in all processes or among some."""
         answers = self._read([*range(len(self._ends))] if among is None else among, timeout)
         return [Raised(*value) if how == "raised" else value for how, value in answers]
 
-    def result_or_exit(self, index: int, timeout: float = 60) -> Any:
+    def result_or_exit(self, index: int, timeout: float = 200) -> Any:
         """What a function that was begun gave in a process, or the exit code where that has ended."""
         back = self._ends[index][1]
         select.select([back], [], [], timeout)

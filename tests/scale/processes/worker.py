@@ -30,7 +30,7 @@ def answer(function, arguments):
 def main(index, count, port, source, sent):
     # What a scenario prints goes to the log, beside the messages of gloo and JAX.
     sys.path.insert(0, str(Path(__file__).parent))
-    jax.distributed.initialize(f"127.0.0.1:{port}", count, index, heartbeat_timeout_seconds=10)
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
     modules = {}
     with os.fdopen(source, "rb") as calls, os.fdopen(sent, "wb") as answers:
         pickle.dump("ready", answers)
