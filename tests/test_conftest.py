@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -83,6 +84,16 @@ def test_simple_machine_code_is_for_all_but_some_and_is_compiled_apart(root, mon
             np.testing.assert_array_equal(run(np.float32(2)), 6)
     plain, compiled = (dict(options.env_option_overrides) for options in seen)
     assert not plain and compiled == dict(simple) and compiled["xla_backend_optimization_level"] == 0
+
+
+def test_programs_of_a_file_are_lowered_in_one_context_of_their_thread(root):
+    contexts = lambda: [jax.jit(lambda x: x * i).lower(2).compiler_ir().context for i in range(2)]
+    first, second = contexts()
+    assert first is second
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(contexts).result()[0] is not first
+    root.freeze()
+    assert contexts()[0] is not first
 
 
 def test_a_full_cache_loses_its_oldest_files(root, tmp_path):
