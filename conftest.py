@@ -40,6 +40,10 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(si
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Python looks for cycles after each 700 allocations, and JAX has a callback for each time: an eighth of collecting the
+# tests, and 2 % of running them.
+gc.set_threshold(50_000, 10, 10)
+
 # Before pytest collects the doctests of single files, which would otherwise run a second copy of each module.
 import kaun  # noqa: E402, F401
 
@@ -127,6 +131,23 @@ def context_of_file(made=mlir.make_ir_context):
 
 
 mlir.make_ir_context = context_of_file
+
+
+def lowered_directly():
+    """The operations of `jax.lax` whose rule makes a few operations of MLIR.
+
+    JAX lowers each operation as a function of MLIR, keeps that for operations like it, and inlines it. Without that
+    step the program is the same, and lowering costs three quarters. Rules that trace a function are left to JAX.
+    """
+    rules = {name: mlir._lowerings.get(found) for name, found in vars(jax.lax).items() if name.endswith("_p")}
+    traces = lambda rule: "lower_fun" in getattr(rule, "__qualname__", "")
+    return {
+        getattr(jax.lax, name) for name, entry in rules.items() if entry and entry.inline and not traces(entry.rule)
+    }
+
+
+LOWERED_DIRECTLY = frozenset(lowered_directly() - mlir._uncacheable_primitives)
+mlir._uncacheable_primitives |= LOWERED_DIRECTLY
 
 
 @pytest.hookimpl(wrapper=True)

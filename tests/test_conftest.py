@@ -96,6 +96,19 @@ def test_programs_of_a_file_are_lowered_in_one_context_of_their_thread(root):
     assert contexts()[0] is not first
 
 
+def test_operations_that_are_lowered_directly_make_the_same_program(root, monkeypatch):
+    x = np.ones((2, 3), np.float32)
+
+    def texts():
+        function = lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jax.nn.silu(x @ x.T @ x).cumsum(0) + x, x).sum()
+        return jax.jit(jax.grad(function)).lower(x).as_text()
+
+    assert jax.lax.add_p in root.LOWERED_DIRECTLY and jax.lax.cumsum_p not in root.LOWERED_DIRECTLY
+    here = texts()
+    monkeypatch.setattr(root.mlir, "_uncacheable_primitives", root.mlir._uncacheable_primitives - root.LOWERED_DIRECTLY)
+    assert texts() == here
+
+
 def test_a_full_cache_loses_its_oldest_files(root, tmp_path):
     for i in range(10):
         (tmp_path / str(i)).write_bytes(bytes(100))
