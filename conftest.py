@@ -119,7 +119,10 @@ def options_in_use(options):
         OPTIONS_OF_TEST.pop()
 
 
-def context_of_file(made=getattr(mlir, "_create_ir_context", mlir.make_ir_context)):
+MAKE_CONTEXT = getattr(mlir, "_create_ir_context", mlir.make_ir_context)  # the first is that of jax 0.12
+
+
+def context_of_file():
     """JAX's `make_ir_context`, which loads all dialects of MLIR for each program that is lowered.
 
     That is 3.5 ms of CPU of the 5 that lowering a small program takes, in jax 0.10; in 0.12 ten programs share a
@@ -127,7 +130,7 @@ def context_of_file(made=getattr(mlir, "_create_ir_context", mlir.make_ir_contex
     constants stay as long as their context does.
     """
     if not hasattr(CONTEXTS, "made"):
-        CONTEXTS.made = made()
+        CONTEXTS.made = MAKE_CONTEXT()
     return CONTEXTS.made
 
 
