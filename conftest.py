@@ -138,16 +138,15 @@ mlir.make_ir_context = context_of_file
 
 
 def lowered_directly():
-    """The operations of `jax.lax` whose rule makes a few operations of MLIR.
+    """The operations of `jax.lax` whose rule makes a few operations of MLIR, the same for all platforms.
 
     JAX lowers each operation as a function of MLIR, keeps that for operations like it, and inlines it. Without that
     step the program is the same, and lowering costs three quarters. Rules that trace a function are left to JAX.
     """
-    rules = {name: mlir._lowerings.get(found) for name, found in vars(jax.lax).items() if name.endswith("_p")}
+    own = set().union(*mlir._platform_specific_lowerings.values())
+    rules = {found: mlir._lowerings.get(found) for name, found in vars(jax.lax).items() if name.endswith("_p")}
     traces = lambda rule: "lower_fun" in getattr(rule, "__qualname__", "")
-    return {
-        getattr(jax.lax, name) for name, entry in rules.items() if entry and entry.inline and not traces(entry.rule)
-    }
+    return {found for found, entry in rules.items() if entry and entry.inline and not traces(entry.rule)} - own
 
 
 LOWERED_DIRECTLY = frozenset(lowered_directly() - mlir._uncacheable_primitives)
