@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,6 +28,7 @@ import jax
 import pytest
 from hypothesis import settings
 from jax._src import compiler
+from jax._src.interpreters import mlir
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 # Shells ignore SIGINT, and nohup SIGHUP, for what they start in the background. A fit would respect that; tests of it
@@ -37,6 +39,10 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(si
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Python looks for cycles after each 700 allocations, and JAX has a callback for each time: an eighth of collecting the
+# tests, and 2 % of running them.
+gc.set_threshold(50_000, 10, 10)
 
 # Before pytest collects the doctests of single files, which would otherwise run a second copy of each module.
 import kaun  # noqa: E402, F401
@@ -72,6 +78,8 @@ CACHE_OPTIONS = (
 )
 OPTIONS_OF_TEST = []  # the innermost last; for all threads
 key_of_caches = jax.make_user_context(())  # the options again, in the keys of JAX's caches
+
+CONTEXTS = threading.local()
 
 OF_OTHERS = ("datasets", "equinox", "flax", "grain", "haiku", "torch")
 
@@ -116,6 +124,40 @@ def options_in_use(options):
             yield
     finally:
         OPTIONS_OF_TEST.pop()
+
+
+MAKE_CONTEXT = getattr(mlir, "_create_ir_context", mlir.make_ir_context)  # the first is that of jax 0.12
+
+
+def context_of_file():
+    """JAX's `make_ir_context`, which loads all dialects of MLIR for each program that is lowered.
+
+    That is 3.5 ms of CPU of the 5 that lowering a small program takes, in jax 0.10; in 0.12 ten programs share a
+    context. Here one serves all programs that a thread lowers for a file of tests. `freeze` ends it, since types and
+    constants stay as long as their context does.
+    """
+    if not hasattr(CONTEXTS, "made"):
+        CONTEXTS.made = MAKE_CONTEXT()
+    return CONTEXTS.made
+
+
+mlir.make_ir_context = context_of_file
+
+
+def lowered_directly():
+    """The operations of `jax.lax` whose rule makes a few operations of MLIR, the same for all platforms.
+
+    JAX lowers each operation as a function of MLIR, keeps that for operations like it, and inlines it. Without that
+    step the program is the same, and lowering costs three quarters. Rules that trace a function are left to JAX.
+    """
+    own = set().union(*mlir._platform_specific_lowerings.values())
+    rules = {found: mlir._lowerings.get(found) for name, found in vars(jax.lax).items() if name.endswith("_p")}
+    traces = lambda rule: "lower_fun" in getattr(rule, "__qualname__", "")
+    return {found for found, entry in rules.items() if entry and entry.inline and not traces(entry.rule)} - own
+
+
+LOWERED_DIRECTLY = frozenset(lowered_directly() - mlir._uncacheable_primitives)
+mlir._uncacheable_primitives |= LOWERED_DIRECTLY
 
 
 @pytest.hookimpl(wrapper=True)
@@ -174,6 +216,7 @@ def freeze():
 
     Late in the suite each full collection took seconds: the tests of a file cost twice as much as on their own.
     """
+    CONTEXTS.__dict__.clear()
     gc.collect()
     gc.freeze()
 

@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -83,6 +84,29 @@ def test_simple_machine_code_is_for_all_but_some_and_is_compiled_apart(root, mon
             np.testing.assert_array_equal(run(np.float32(2)), 6)
     plain, compiled = (dict(options.env_option_overrides) for options in seen)
     assert not plain and compiled == dict(simple) and compiled["xla_backend_optimization_level"] == 0
+
+
+def test_programs_of_a_file_are_lowered_in_one_context_of_their_thread(root):
+    contexts = lambda: [jax.jit(lambda x: x * i).lower(2).compiler_ir().context for i in range(2)]
+    first, second = contexts()
+    assert first is second
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(contexts).result()[0] is not first
+    root.freeze()
+    assert contexts()[0] is not first
+
+
+def test_operations_that_are_lowered_directly_make_the_same_program(root, monkeypatch):
+    x = np.ones((2, 3), np.float32)
+
+    def texts():
+        function = lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jax.nn.silu(x @ x.T @ x).cumsum(0) + x, x).sum()
+        return jax.jit(jax.grad(function)).lower(x).as_text()
+
+    assert jax.lax.add_p in root.LOWERED_DIRECTLY and jax.lax.cumsum_p not in root.LOWERED_DIRECTLY
+    here = texts()
+    monkeypatch.setattr(root.mlir, "_uncacheable_primitives", root.mlir._uncacheable_primitives - root.LOWERED_DIRECTLY)
+    assert texts() == here
 
 
 def test_a_full_cache_loses_its_oldest_files(root, tmp_path):

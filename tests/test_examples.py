@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -163,7 +164,7 @@ def test_digits_are_learned_and_drawn_and_saved(tmp_path, capsys, monkeypatch):
 
 # A sheet is more than a second of CPU.
 @pytest.mark.parametrize(
-    "counts", [(1, 2), pytest.param((0, 1, 2), marks=pytest.mark.slow)], ids=["some", "none and some"]
+    "counts", [(1,), pytest.param((0, 1, 2), marks=pytest.mark.slow)], ids=["one", "none and some"]
 )
 def test_only_mistakes_are_red_and_none_is_left_out(tmp_path, counts):
     digits = example("digits")
@@ -175,7 +176,8 @@ def test_only_mistakes_are_red_and_none_is_left_out(tmp_path, counts):
             predicted[i] = (labels[i] + 1) % 10
         digits.draw_sheet(tmp_path / "sheet.png", images, labels, predicted)
         reds.append(red(tmp_path / "sheet.png"))
-    assert reds[0] == 0 < reds[1] < reds[2]
+    assert reds[0] == 0 < reds[1]
+    assert all(a < b for a, b in itertools.pairwise(reds))
 
 
 def test_a_gan_that_is_started_again_goes_on_to_the_same_bytes(tmp_path, capsys):

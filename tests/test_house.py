@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import functools
 import importlib
 import inspect
 import re
@@ -142,7 +143,10 @@ def imports_of(path):
     return {name.removeprefix("kaun.") for name in found if name.split(".")[0] == "kaun"}
 
 
-IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+@functools.cache
+def all_imports():
+    """By module; found by the first test that asks, and not by each worker that collects these tests."""
+    return {name: imports_of(path) for name, path in MODULES.items()}
 
 
 def test_every_module_has_its_row():
@@ -154,7 +158,7 @@ def test_imports_run_from_a_row_to_those_above_it():
     wrong = [
         f"{a} imports {b}"
         for a in MODULES
-        for b in IMPORTS[a]
+        for b in all_imports()[a]
         if a != "kaun" and room(a) != room(b) and row(b) >= row(a) and (room(a), room(b)) not in WITHIN_A_ROW
     ]
     assert not wrong
@@ -164,14 +168,14 @@ def test_imports_run_from_a_row_to_those_above_it():
 def test_the_part_of_a_class_imports_the_whole_for_the_type_checker_alone(part, whole):
     module = importlib.import_module(f"kaun.{part}")
     names = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == f"kaun.{whole}"}
-    assert not names and whole in IMPORTS[part]
+    assert not names and whole in all_imports()[part]
 
 
 def test_no_import_cycle():
     def visit(name, trail):
         assert name not in trail, f"an import cycle: {' > '.join((*trail, name))}"
         if name not in done:
-            for other in IMPORTS[name] - {"kaun", name}:
+            for other in all_imports()[name] - {"kaun", name}:
                 if (name, other) not in PARTS_OF_A_CLASS:
                     visit(other, (*trail, name))
             done.add(name)
@@ -184,14 +188,14 @@ def test_no_import_cycle():
 def test_nothing_imports_the_adapters():
     # But the root, when its attribute is first read: a test below looks that `import kaun` does not.
     others = [name for name in MODULES if room(name) != "interop" and name != "kaun"]
-    assert not [name for name in others if "interop" in map(room, IMPORTS[name])]
+    assert not [name for name in others if "interop" in map(room, all_imports()[name])]
 
 
 def test_rooms_are_entered_by_their_door():
     inside = [
         f"{a} imports {b}"
         for a in MODULES
-        for b in IMPORTS[a]
+        for b in all_imports()[a]
         if room(b) in ROOMS and room(a) != room(b) and b != room(b)
     ]
     assert not inside

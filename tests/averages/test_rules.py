@@ -18,8 +18,10 @@ def made(average, optimizer=None, **options):
         return trainer, trainer.init(dtype=jnp.float32)
 
 
-def fails(trainer, start, loss=lambda out: losses.mse(out, Y)):
-    return lambda: trainer.step(start, X, loss=loss)
+def fails(ours, theirs):
+    """A step of a trainer with a state of another, each by the arguments of `made`; they are made when it is called."""
+    make = lambda arguments: made(**arguments) if isinstance(arguments, dict) else made(arguments)
+    return lambda: make(ours)[0].step(make(theirs)[1], X, loss=lambda out: losses.mse(out, Y))
 
 
 ELSEWHERE = r"the state belongs to a trainer with another average. Write state = trainer.make_state\(state.vars\)."
@@ -37,24 +39,24 @@ ELSEWHERE = r"the state belongs to a trainer with another average. Write state =
         (lambda: made(0.999), TypeError, r"Trainer\(average=...\) expected averages.ema\(decay\), .* received 0.999. W"),
         (lambda: made(None)[1].averaged, ValueError, r"this state has no average of its weights. Write Trainer\(..., a"),
         (
-            fails(made(averages.ema(0.9))[0], made(None)[1]),
+            fails(averages.ema(0.9), None),
             ValueError,
             rf"was made with average=None, but this trainer has average=averages.ema\(0.9\): {ELSEWHERE}",
         ),
         (
-            fails(made(None)[0], made(averages.ema(0.9))[1]),
+            fails(None, averages.ema(0.9)),
             ValueError,
             rf"The state was made with average=averages.ema\(0.9\), but this trainer has average=None: {ELSEWHERE}",
         ),
         (
-            fails(made(averages.swa(start=1, every=2))[0], made(averages.swa(start=1, every=3))[1]),
+            fails(averages.swa(start=1, every=2), averages.swa(start=1, every=3)),
             ValueError,
             rf"average=averages.swa\(start=1, every=3\), but .* average=averages.swa\(start=1, every=2\): {ELSEWHERE}",
         ),
         (
             fails(
-                made(averages.ema(0.9), optimizer=optax.sgd(0.1), trainable=lambda path: "left" in path)[0],
-                made(averages.ema(0.9), optimizer=optax.sgd(0.1))[1],
+                {"average": averages.ema(0.9), "optimizer": optax.sgd(0.1), "trainable": lambda path: "left" in path},
+                {"average": averages.ema(0.9), "optimizer": optax.sgd(0.1)},
             ),
             ValueError,
             r"The average in the state does not fit the trainable parameters, so [^\n]*\n  right.bias: expected nothing,",

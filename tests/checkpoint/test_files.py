@@ -716,7 +716,7 @@ def test_a_dtype_that_only_others_write_is_refused(file):
         checkpoint.load(file, like={"w": np.zeros(2, np.uint8)})
 
 
-# What one process with one device cannot show
+# What the process of the tests cannot show
 
 
 def run(program, *arguments, **environment):
@@ -729,29 +729,6 @@ def run(program, *arguments, **environment):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_sharded_arrays_come_back_sharded(file):
-    program = """
-        import sys, jax, jax.numpy as jnp, numpy as np
-        from jax.sharding import NamedSharding, PartitionSpec
-        from kaun import checkpoint
-        mesh = jax.make_mesh((4,), ("data",))
-        rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-        values = jnp.arange(32.0).reshape(8, 4)
-        keys = jax.random.split(jax.random.key(0), 4)
-        tree = {"rows": jax.device_put(values, rows), "all": jax.device_put(values, everywhere), "keys": keys}
-        tree["keys"] = jax.device_put(tree["keys"], rows)
-        checkpoint.save(sys.argv[1], tree)
-        loaded = checkpoint.load(sys.argv[1], like=tree)
-        for name, leaf in loaded.items():
-            assert leaf.sharding.is_equivalent_to(tree[name].sharding, leaf.ndim), (name, leaf.sharding)
-            assert bool(jnp.all(leaf == tree[name])), name
-        one = checkpoint.load(sys.argv[1], like={**tree, "rows": values})["rows"]
-        assert len(one.devices()) == 1 and np.array_equal(one, values)
-        print("ok")
-    """
-    assert run(program, file, XLA_FLAGS="--xla_force_host_platform_device_count=4") == "ok\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")

@@ -57,11 +57,15 @@ def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
     first.release()
 
 
-def test_another_process_is_named_and_its_death_frees_the_lock(tmp_path):
+def test_another_process_is_named_whatever_is_written_on_its_lock_and_its_death_frees_it(tmp_path):
     with start(HOLD, tmp_path) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(Locked, match=rf"^by process {other.pid} on '.+' since '\d{{4}}-\d\d-\d\d .*'$"):
             Lock(tmp_path)
+        for signed in [b"", b"\xff", b"[]", b'{"process": "x"}', b'{"process": 1, "process": 2}']:
+            (tmp_path / module.NAME).write_bytes(signed)
+            with pytest.raises(Locked, match=r"^by another process$"):
+                Lock(tmp_path)
         other.kill()
     Lock(tmp_path).release()
 
@@ -91,16 +95,6 @@ def test_a_forked_child_does_not_hold_its_parents_lock(tmp_path):
             Lock(tmp_path).release()
         finally:
             os.kill(int(child), signal.SIGKILL)
-
-
-def test_a_lock_with_anything_written_on_it(tmp_path):
-    with start(HOLD, tmp_path) as other:
-        assert other.stdout.readline() == "held\n"
-        for signed in [b"", b"\xff", b"[]", b'{"process": "x"}', b'{"process": 1, "process": 2}']:
-            (tmp_path / module.NAME).write_bytes(signed)
-            with pytest.raises(Locked, match=r"^by another process$"):
-                Lock(tmp_path)
-        other.kill()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="flock")

@@ -252,9 +252,21 @@ def stopping(carry, key, x, ctx, loss, training, discard):
     return out._replace(numbers=numbers, finite=jnp.isfinite(x), checks=x * jnp.ones(1))
 
 
-@pytest.mark.parametrize("leaves", [1, 4], ids=["leaves", "packed"])
-@pytest.mark.parametrize("size", [1, 1 << 19], ids=["kept", "in place"])
-@pytest.mark.parametrize("looking", [1, 3, 100])
+ENDS = [(1, "kept", "packed"), (3, "in place", "leaves"), (3, "kept", "leaves"), (100, "in place", "packed")]
+
+
+@pytest.mark.parametrize(
+    ("looking", "size", "leaves"),
+    [
+        pytest.param(
+            looking, size, leaves, id=f"{looking}-{kept}-{packed}",
+            marks=[] if (looking, kept, packed) in ENDS else pytest.mark.slow,
+        )
+        for looking in (1, 3, 100)
+        for kept, size in (("kept", 1), ("in place", 1 << 19))
+        for packed, leaves in (("leaves", 1), ("packed", 4))
+    ],
+)  # fmt: skip
 def test_a_step_that_is_not_finite_ends_the_run_before_it(looking, size, leaves):
     seen = []
 

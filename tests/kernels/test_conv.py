@@ -1,9 +1,5 @@
 """kaun's convolution compared with JAX's: values, derivatives of both orders, and which of the two is slow in loops."""
 
-import subprocess
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,30 +155,6 @@ def test_on_an_accelerator_it_is_the_library(monkeypatch):
     assert "conv_general_dilated" not in traced(0)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert traced(0) == traced(1)
-
-
-def test_on_several_devices(xla_flags):
-    code = """
-    import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec as P
-    from kaun._kernels import ConvConfig, convolve
-    mesh = jax.make_mesh((2,), ("batch",))
-    for n_in, n_out, groups in ((4, 8, 1), (1, 8, 1), (4, 8, 2), (4, 4, 4)):
-        g = np.random.default_rng(0)
-        x, w = (g.normal(size=s).astype(np.float32) for s in ((4, 6, 6, n_in), (3, 3, n_in // groups, n_out)))
-        loss = lambda x, w: (convolve(x, w, ConvConfig((1, 1), (1, 1), ((1, 1), (1, 1))), groups) ** 2).sum()
-        slopes = jax.jit(jax.grad(loss, (0, 1)))
-        split = jax.device_put(x, NamedSharding(mesh, P("batch")))
-        there = jax.device_put(w, NamedSharding(mesh, P()))
-        for a, b in zip(slopes(split, there), slopes(x, w)):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-        assert len(slopes(split, there)[0].sharding.device_set) == 2
-    print("equal")
-    """
-    flags = f"--xla_force_host_platform_device_count=2 {xla_flags}"
-    script = f'import os; os.environ["XLA_FLAGS"] = "{flags}"\n' + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout == "equal\n", done.stderr
 
 
 def program(f, *arguments, wrt=(0, 1)):

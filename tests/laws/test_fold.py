@@ -70,7 +70,7 @@ def test_steps_that_are_reported_from_the_start_are_the_fold_too(zoo, model, opt
     assert zoo.bytes(other.fit(state, data)) == zoo.bytes(fitted)
 
 
-@pytest.mark.parametrize(("model", "optimizer"), pairs(SHORT))
+@pytest.mark.parametrize(("model", "optimizer"), pairs(SHORT[1:4]))
 def test_step_is_a_function_and_leaves_its_arguments_alone(zoo, model, optimizer):
     trainer, state = zoo.trainer(model, optimizer)
     (x, loss), *_ = zoo.data(model)
@@ -83,7 +83,7 @@ def test_step_is_a_function_and_leaves_its_arguments_alone(zoo, model, optimizer
     assert zoo.bytes(other.step(state, x, loss=loss)) == zoo.bytes(first), "nor may the trainer remember anything"
 
 
-@pytest.mark.parametrize("model", ["norms", "attention"])
+@pytest.mark.parametrize("model", ["norms", pytest.param("attention", marks=pytest.mark.slow)])
 def test_same_seed_same_run_other_seed_other_run(zoo, model):
     def run(seed):
         trainer, state = zoo.fresh(model, seed=seed)

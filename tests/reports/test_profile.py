@@ -62,7 +62,7 @@ def test_the_first_step_and_a_fit_that_ends_early(trained, tmp_path):
     assert steps_in(report) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("where", ["loss", "report"])
+@pytest.mark.parametrize("where", [pytest.param("loss", marks=pytest.mark.slow), "report"])
 def test_an_exception_ends_the_trace(trained, tmp_path, where):
     trainer, state, data = trained
 

@@ -27,6 +27,21 @@ def build(name):
     return make(0.01) if rate is not None and rate.default is inspect.Parameter.empty else make()
 
 
+# The short form has one of each kind of state and argument: moments, factors, extra arguments, none.
+SHORT = {
+    "adadelta",
+    "adafactor",
+    "adam",
+    "adamw",
+    "lamb",
+    "lbfgs",
+    "lion",
+    "novograd",
+    "polyak_sgd",
+    "rprop",
+    "sgd",
+    "sm3",
+}
 HALF = ["adafactor", "adam", "adamw", "lamb", "nadam", "novograd", "radam", "sm3"]
 
 
@@ -36,7 +51,7 @@ SHORT_HALF = ["adafactor", "adamw", "sm3"]  # with and without states of other s
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((n, jnp.float32) for n in NAMES),
+        *(pytest.param(n, jnp.float32, marks=[] if n in SHORT else pytest.mark.slow) for n in NAMES),
         *(pytest.param(n, jnp.bfloat16, marks=[] if n in SHORT_HALF else pytest.mark.slow) for n in HALF),
     ],
     ids=str,
