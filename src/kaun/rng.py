@@ -232,11 +232,12 @@ class LentScope:
     """
 
     def __init__(self) -> None:
-        self.scoped = _current.get() is not None
+        self.scoped: bool = _current.get() is not None
         self._outer = _current.get() or _process_wide()
         self._drawn = 0
-        self.key = self._outer.key
-        self.first = self._outer.newest = next(self._outer.counter)
+        self.key: jax.Array = self._outer.key
+        self.first: int = next(self._outer.counter)
+        self._outer.newest = self.first
 
     def inside(self, function: Callable[[], Any]) -> Callable[[jax.Array, Any], Any]:
         """Return a function of key and first count that runs ``function`` in a scope whose keys begin there."""

@@ -342,8 +342,7 @@ class Trainer(Generic[In, Out]):
         Raises:
             CaptureError: If a metric captures what cannot be compiled faithfully.
             TypeError: If items, metrics, or what these return are of the wrong kind.
-            ValueError: If there are no items or no metrics, or counts or weights add up to 0, or if processes have
-                different numbers of items; where another process fails, FailedElsewhere.
+            ValueError: If there are no items or no metrics, or counts or weights add up to 0.
             Exception: Whatever data or metrics raise, unchanged.
 
         Examples:

@@ -75,7 +75,7 @@ def test_packing_loses_nothing(parts):
     made = [
         {"m": BatchMean(np.float32(v), n), "c": Counts({"k": np.array(k, np.int32), "b": v > 0})} for v, n, k in parts
     ]
-    packed = [jax.device_get(PackedMetrics.of(p)) for p in made]
+    packed = [of_one_batch(p) for p in made]
     for given_, found in zip(made, packed, strict=True):
         same = [p for p in packed if p.form == found.form]
         stacked = PackedMetrics.stacked(found.form, same)

@@ -394,8 +394,7 @@ class StepLoop:
         results = dispatch.results
         self._wait_for(results)
         self._check(dispatch)
-        now = time.perf_counter()
-        elapsed, self._finished = now - self._finished, now
-        self.own_limit = next_limit(self.limit, elapsed, results.steps)
+        before, self._finished = self._finished, time.perf_counter()
+        self.own_limit = next_limit(self.limit, self._finished - before, results.steps)
         if self._together is None:  # else process 0 decides
             self.limit = self.own_limit

@@ -114,7 +114,7 @@ class Source:
     def __init__(self, disk: Disk, path: Path, record: FileDigest) -> None:
         self._disk, self._record = disk, record
         self._file, size = disk.open(path)
-        self.left = size
+        self.left: int = size
         self._digest = _Digest(size, waiting=8)
 
     def __enter__(self) -> Self:

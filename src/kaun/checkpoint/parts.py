@@ -124,7 +124,8 @@ class Parts:
 
     def __init__(self, disk: Disk, folder: Path, about: Manifest) -> None:
         leaves = about.leaves or {}
-        self._disk, self._folder, self.leaves = disk, folder, leaves
+        self._disk, self._folder = disk, folder
+        self.leaves: dict[str, Place] = leaves
         self._shards: dict[str, dict[tuple[int, ...], Shard]] = {name: {} for name in leaves}
         self._of, self._read = "", dict[Shard, np.ndarray[Any, Any]]()  # a leaf, and its shards that were read
         for file in about.files:
