@@ -45,7 +45,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(50_000, 10, 10)
 
 # Before pytest collects the doctests of single files, which would otherwise run a second copy of each module.
-import kaun  # noqa: E402, F401
+import kaun  # noqa: E402
+
+for imported in kaun.__all__:
+    getattr(kaun, imported)
 
 CACHE = Path(__file__).resolve().parent / ".jax_cache"
 CACHE_LIMIT = 1_000_000_000  # bytes
