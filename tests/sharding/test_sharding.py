@@ -4,6 +4,7 @@ import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -105,3 +106,27 @@ def test_put_places_any_leaf_and_leaves_what_lies_right():
         assert kaun.tree.is_key(leaf) == kaun.tree.is_key(placed)
     assert sharding.put(np.arange(3.0), where).dtype == np.float32
     assert everywhere("", (3,)) == P()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: sharding.by_path({"0.*": P("model")}, MESH, otherwise=sharding.fsdp),
+            r"by_path\(otherwise=...\) expected a kaun.sharding.Sharding, received .*fsdp.* Did you forget to call it\?",
+        ),
+        (
+            lambda: kaun.Trainer(model=PARAMS, optimizer=optax.sgd(0.1), sharding=MESH),
+            r"received Mesh\(.*\). Write sharding.data_parallel\(mesh\), or sharding.fsdp\(mesh\)",
+        ),
+        (lambda: sharding.fsdp(min_size="64"), r"fsdp\(min_size=...\) expected a number of elements.* received '64'"),
+        (lambda: sharding.data_parallel(MESH, rows=("data", "data")), "rows names the mesh axis 'data' twice"),
+        (
+            lambda: sharding.by_path({"0.weight": P("model", "model")}, MESH).of(PARAMS.init()),
+            r"the spec P\('model', 'model'\) of '0.weight' names the mesh axis 'model' twice",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_with_the_call_to_write(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

@@ -100,13 +100,33 @@ def _in_pieces(sharding: Sharding, make: Callable[..., Any], *arguments: Any) ->
     where = sharding.of(shapes)
     if arguments and isinstance(arguments[0], Vars):
         arguments = jax.tree_util.tree_map(put, arguments, (where[0],))
+    leaves = jax.tree_util.tree_leaves(arguments)
     alone = jax.jit(functools.partial(_run_alone, closed), out_shardings=jax.tree_util.tree_leaves(where))
-    return jax.tree_util.tree_structure(shapes).unflatten(alone(*jax.tree_util.tree_leaves(arguments)))
+    return jax.tree_util.tree_structure(shapes).unflatten(alone(_literals(closed, *leaves), *leaves))
 
 
-def _run_alone(closed: Any, *arguments: Any) -> list[Any]:
-    """Run a traced program with each operation on its own, as outside of a compiled function."""
-    constant = lambda value: lax.optimization_barrier(value if isinstance(value, jax.Array) else jnp.asarray(value))
+def _literals(closed: Any, *arguments: Any) -> list[jax.Array]:
+    """Return the numbers that are written in a traced program, in the order in which they are read."""
+    found: list[jax.Array] = []
+
+    def note(value: Any) -> Any:
+        if not isinstance(value, jax.Array):
+            with jax.ensure_compile_time_eval():
+                value = jnp.asarray(value)
+            found.append(value)
+        return value
+
+    jax.eval_shape(lambda *given: next(evaluate(closed, given, note, Operation.run)), *arguments)
+    return found
+
+
+def _run_alone(closed: Any, literals: list[jax.Array], *arguments: Any) -> list[Any]:
+    """Run a traced program with each operation on its own, as outside of a compiled function.
+
+    Its numbers are arguments: XLA replaces a division by what is made of constants by a product, through barriers too.
+    """
+    given = iter(literals)
+    constant = lambda value: lax.optimization_barrier(value) if isinstance(value, jax.Array) else next(given)
     (found,) = evaluate(closed, arguments, constant, _run_operation)
     return found
 

@@ -83,6 +83,7 @@ class Sharding:
         object.__setattr__(self, "mesh", _automatic(self.mesh))
         for name in (*self.rows, *([] if self.gather is None else [self.gather])):
             check_axis(self.mesh, name)
+        _check_once("rows", self.rows)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -197,17 +198,19 @@ def spread_rows(sharding: Sharding | None, leaf: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(leaf, sharding.spread)
 
 
-def check_sharding(sharding: Any) -> None:
-    """Check the argument ``sharding`` of a trainer.
+def check_sharding(sharding: Any, where: str = "Trainer(sharding=...)") -> None:
+    """Check an argument that is a sharding or None.
 
     Raises:
         TypeError: If it is neither None nor a ``Sharding``.
     """
     if sharding is not None and not isinstance(sharding, Sharding):
-        called = ". Did you forget to call it?" if callable(sharding) else "."
+        is_mesh = isinstance(sharding, Mesh)  # which can be called
+        called = ". Did you forget to call it?" if callable(sharding) and not is_mesh else "."
+        given = "mesh" if is_mesh else ""
         raise TypeError(
-            f"Trainer(sharding=...) expected a kaun.sharding.Sharding, received {sharding!r}{called} Write "
-            "sharding=sharding.data_parallel(), or sharding.fsdp()."
+            f"{where} expected a kaun.sharding.Sharding, received {sharding!r}{called} Write "
+            f"sharding.data_parallel({given}), or sharding.fsdp({given})."
         )
     if sharding is not None and isinstance(sharding.rule, ByMember):
         raise ValueError(
@@ -287,10 +290,12 @@ def _check_divides(mesh: Mesh, path: str, shape: Shape, spec: PartitionSpec) -> 
             f"sharding: the rule gives {path!r} of shape {shape} the spec {spec}, which has more entries than the "
             "array has axes."
         )
+    named: tuple[Any, ...] = ()
     for i, entry in enumerate(spec):
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
         for name in names:
             check_axis(mesh, name)
+        named += names
         count = math.prod(mesh.shape[name] for name in names)
         if shape[i] % count:
             listed = " and ".join(map(repr, names))
@@ -299,6 +304,16 @@ def _check_divides(mesh: Mesh, path: str, shape: Shape, spec: PartitionSpec) -> 
                 f"size {count}, which does not divide it. Give that parameter another spec, PartitionSpec() for "
                 "everywhere, or use a mesh whose axis divides it."
             )
+    _check_once(f"the spec {spec} of {path!r}", named)
+
+
+def _check_once(what: str, names: Sequence[Any]) -> None:
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ValueError(
+            f"sharding: {what} names the mesh axis {twice[0]!r} twice, and an axis of a mesh spreads one axis of an "
+            "array. Name it once."
+        )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from kaun.sharding.core import Sharding, check_axis
+from kaun.sharding.core import Sharding, check_axis, check_sharding
 from kaun.sharding.rules import ByMember, ByPath, Fsdp, everywhere
 
 __all__ = ["by_path", "data_parallel", "fsdp", "members", "mesh"]
@@ -71,6 +72,8 @@ def fsdp(
     """
     whole = Sharding(_all_devices() if mesh is None else mesh)
     axis = _one_axis("fsdp", whole.mesh, axis)
+    if isinstance(min_size, bool) or not isinstance(min_size, (int, np.integer)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"sharding.fsdp(min_size=...) expected a number of elements, an int, received {min_size!r}.")
     rule = Fsdp(axis, whole.mesh.shape[axis], min_size)
     return Sharding(whole.mesh, (axis,) if rows is None else _names(rows), rule, axis if gather else None)
 
@@ -118,6 +121,7 @@ def by_path(
         for entry in spec:
             for name in entry if isinstance(entry, tuple) else () if entry is None else (entry,):
                 check_axis(whole.mesh, name)
+    check_sharding(otherwise, "sharding.by_path(otherwise=...)")
     if otherwise is not None and otherwise.mesh != whole.mesh:
         raise ValueError(
             f"sharding.by_path: otherwise is a sharding on another mesh, {otherwise.mesh}, than {whole.mesh}. Make it "
