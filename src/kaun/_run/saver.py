@@ -164,10 +164,9 @@ class CheckpointSaver:
         report, arrays = pack_snapshot(snapshot_reports(keeping(self._report)))
         # Where an item was pulled and then failed, the loader's position is not the run's.
         current = self._pulled == step
-        place = position(self.data) if current else None
         last = digest_item(self._last) if current and self._last is not None else None
-        found = {"programs": self._programs, "report": report, "place": place, "last": last, "draws": self.draws}
-        return arrays, {**self._facts, **found}
+        facts = {"place": position(self.data) if current else None, "last": last, "draws": self.draws}
+        return arrays, {**self._facts, "programs": self._programs, "report": report, **facts}
 
     def _confirm_best(self) -> None:
         """Wait for the save in progress. If it failed, the best step that it recorded is replaced by the one before."""
