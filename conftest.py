@@ -45,7 +45,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(50_000, 10, 10)
 
 # Before pytest collects the doctests of single files, which would otherwise run a second copy of each module.
-import kaun  # noqa: E402, F401
+import kaun  # noqa: E402
+
+for imported in kaun.__all__:
+    getattr(kaun, imported)
 
 CACHE = Path(__file__).resolve().parent / ".jax_cache"
 CACHE_LIMIT = 1_000_000_000  # bytes
@@ -134,8 +137,11 @@ def context_of_file():
 
     That is 3.5 ms of CPU of the 5 that lowering a small program takes, in jax 0.10; in 0.12 ten programs share a
     context. Here one serves all programs that a thread lowers for a file of tests. `freeze` ends it, since types and
-    constants stay as long as their context does.
+    constants stay as long as their context does. What is compiled while a program is being lowered has its own: in that
+    program's context it would be inserted there.
     """
+    if mlir.ir.Context.current is not None:
+        return MAKE_CONTEXT()
     if not hasattr(CONTEXTS, "made"):
         CONTEXTS.made = MAKE_CONTEXT()
     return CONTEXTS.made

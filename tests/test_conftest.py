@@ -92,6 +92,8 @@ def test_programs_of_a_file_are_lowered_in_one_context_of_their_thread(root):
     assert first is second
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(contexts).result()[0] is not first
+    with first:  # as while a program is lowered
+        assert contexts()[0] is not first
     root.freeze()
     assert contexts()[0] is not first
 

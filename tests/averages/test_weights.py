@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kaun
@@ -110,6 +110,8 @@ def test_an_average_in_float32_alone_stands_still_and_this_one_does_not():
 
 
 @settings(max_examples=40)
+@example(decay=0.0, values=[1e-6], dtype=jnp.float16)  # below the smallest normal number
+@example(decay=0.0, values=[-6.1e-5], dtype=jnp.float16)
 @given(
     decay=st.floats(0.0, 0.9999),
     values=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12),

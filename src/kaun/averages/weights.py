@@ -159,8 +159,11 @@ def _toward(share: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Return values moved towards new ones by a share of the difference, exactly to them by a share of 1."""
     whole, share, about, new = share >= 1, share.astype(old.dtype), jnp.finfo(new.dtype), new.astype(old.dtype)
     # Without this XLA uses parameters of half precision as they were before they were rounded.
-    new = lax.reduce_precision(new, about.nexp, about.nmant)
-    return jnp.where(whole, new, old + share * (new - old))
+    rounded = lax.reduce_precision(new, about.nexp, about.nmant)
+    if about.dtype == jnp.float16:  # of which it makes zeros of those below the smallest normal number
+        step = float(about.smallest_subnormal)
+        rounded = jnp.where(jnp.abs(new) < float(about.smallest_normal), jnp.round(new / step) * step, rounded)
+    return jnp.where(whole, rounded, old + share * (rounded - old))
 
 
 def _terms(weight: jax.Array, average: jax.Array, earlier: jax.Array) -> tuple[jax.Array, jax.Array]:

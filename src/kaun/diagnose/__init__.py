@@ -4,3 +4,4 @@ from kaun.diagnose.explain import Explanation as Explanation
 from kaun.diagnose.explain import explain as explain
 from kaun.diagnose.lr_range import RateRange as RateRange
 from kaun.diagnose.lr_range import lr_range as lr_range
+from kaun.diagnose.summary import summary as summary

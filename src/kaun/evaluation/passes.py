@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._engine import EvaluationLoop, StepInputs
-from kaun._loss import FrozenLoss, snapshot_loss
+from kaun._loss import FrozenLoss, is_library, snapshot_loss
 from kaun.context import Context
 from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
@@ -94,6 +95,10 @@ def _parts_of_items(
     of_rows = functools.cache(lambda: RowMetrics(metrics))
 
     counting = {name: with_counts(metric) for name, metric in metrics.items()}
+    # The metrics are captured again for each item, as a loss is: they may read what changes between two items. A
+    # function of kaun's reads nothing that does.
+    fixed = _snapshots({name: counting[name] for name, metric in metrics.items() if _is_constant(metric)})
+    changing = {name: metric for name, metric in counting.items() if name not in fixed}
 
     def parts(item: Any, number: int) -> tuple[Any, dict[str, Any], Context | None]:
         item, rows = _with_rows(item)
@@ -102,8 +107,7 @@ def _parts_of_items(
         if rows is not None:
             own = rows.merged(own)
             x, y, own = (x, y, own) if weighted is not None else rows.real((x, y, own))
-        # The metrics are captured again for each item, as a loss is: they may read what changes between two items.
-        captured = _snapshots(weighted or counting)
+        captured = _snapshots(weighted) if weighted else {**fixed, **_snapshots(changing)}
         return {"x": x, "y": y}, captured, ctx.merge(own) if ctx is not None else own
 
     return parts
@@ -205,6 +209,10 @@ def _with_rows(item: Any) -> tuple[Any, RowInfo | None]:
 
 def _context(ctx: Context | None, rows: RowInfo | None) -> Context | None:
     return ctx if rows is None or rows.ctx is None else (ctx or Context()).merge(rows.ctx)
+
+
+def _is_constant(metric: Any) -> bool:
+    return type(metric) is types.FunctionType and metric.__closure__ is None and is_library(metric.__module__ or "")
 
 
 def _snapshots(metrics: Mapping[str, Metric]) -> dict[str, Any]:
