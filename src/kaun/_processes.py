@@ -108,9 +108,13 @@ class Channel:
         except jax.errors.JaxRuntimeError as error:
             raise _unreachable(self.processes[0], self._what, error) from error
         if not answer.startswith("="):
-            missing = [int(p) for p in answer.split()]
+            *late, others = answer.rpartition(_LEFT)
+            missing = [int(p) for p in others.split()]
+            if self._me in missing:
+                late, missing = [_LEFT], [self.processes[0]]
             left = self.why_left(missing[0])
-            raise failed_elsewhere(missing[0], left[0]) if left else _missing(missing, self._me, self._what, timeout)
+            error = _came_late if any(late) else _missing
+            raise failed_elsewhere(missing[0], left[0]) if left else error(missing, self._me, self._what, timeout)
         self._meetings += 1
         return answer[1:]
 
@@ -132,13 +136,14 @@ class Channel:
         return why, at
 
     def _collect(self, client: Any, place: str, deadline: float, combine: Callable[[dict[int, str]], str]) -> str:
-        found: dict[int, str] = {}
+        found: dict[int, str | None] = {}
         for p in self.processes:
-            text = _get(client, f"{place}{p}", deadline, lambda p=p: self.why_left(p) is not None)
-            if text is not None and text != _LEFT:
-                found[p] = text[1:]
-        missing = [p for p in self.processes if p not in found]
-        return " ".join(map(str, missing)) or f"={combine(found)}"
+            found[p] = _get(client, f"{place}{p}", deadline, lambda p=p: self.why_left(p) is not None)
+        missing = [p for p, text in found.items() if text is None]
+        if missing:
+            return " ".join(map(str, missing))
+        left = [p for p, text in found.items() if text == _LEFT]
+        return f"{_LEFT} {left[0]}" if left else f"={combine({p: text[1:] for p, text in found.items() if text})}"
 
     def _read(self, client: Any, place: str, deadline: float) -> str:
         first = self.processes[0]
@@ -231,6 +236,15 @@ def _missing(missing: Sequence[int], me: int, what: str, timeout: float) -> Fail
         "slow, set the environment variable KAUN_TIMEOUT to more seconds in all processes.",
         missing[0],
         f"did not come to {what} within {timeout:g} seconds",
+    )
+
+
+def _came_late(waited: Sequence[int], me: int, what: str, timeout: float) -> FailedElsewhere:
+    return FailedElsewhere(
+        f"Process {me} came to {what} after process {waited[0]} had waited for {timeout:g} seconds. If one process is "
+        "only slower than another, set the environment variable KAUN_TIMEOUT to more seconds in all processes.",
+        waited[0],
+        f"waited at {what} for {timeout:g} seconds",
     )
 
 

@@ -51,11 +51,8 @@ def find_step(
         train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
         step = train_step, programs.on_nonfinite, programs.discards
         made = trace_step(*step, structure, leaves, key, inputs, training)
-        made.wanted, made.row_axis, made.placing = (
-            wanted,
-            programs.row_axis,
-            Placing.of(programs.sharding, structure, leaves, inputs),
-        )
+        made.wanted, made.row_axis = wanted, programs.row_axis
+        made.placing = Placing.of(programs.sharding, structure, leaves, inputs)
         found = programs.add(where, made)
     return found
 
@@ -171,8 +168,8 @@ class StepLoop:
         """The loss of the last step that was run; waits for it, and raises as ``wait`` does."""
         self.wait()
         results = self._carry[2]
-        assert results is not None
         self._wait_for(results)
+        assert results is not None
         return results.loss(results.steps - 1)
 
     def wait(self) -> None:
@@ -320,7 +317,7 @@ class StepLoop:
         first = self._first_step if results is None else results.first + results.steps
         arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
         if traced.placing is not None:
-            arguments = traced.placing.put_block(arguments, pattern)
+            arguments = traced.placing.put_block(arguments, pattern, lambda: self._wait_for(results))
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
@@ -362,8 +359,10 @@ class StepLoop:
     def _has_values(self, arrays: list[Any]) -> bool:
         return (self._together is None or self._together.readable(arrays)) and readable(arrays)
 
-    def _wait_for(self, results: StepResults) -> None:
+    def _wait_for(self, results: StepResults | None) -> None:
         """Wait for a dispatch."""
+        if results is None:
+            return
         if self._together is not None:
             self._together.wait(results.losses)
         results.losses.block_until_ready()

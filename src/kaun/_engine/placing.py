@@ -7,7 +7,7 @@ returns is pinned as its last operation. Left alone the compiler chooses, and th
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,16 +63,19 @@ class Placing:
         mine = [w for w, many in zip(where, pattern, strict=True) if many == stacked] if pattern else where
         return [leaf if w is None else put(leaf, w) for leaf, w in zip(leaves, mine, strict=True)]
 
-    def put_block(self, arguments: tuple[Any, ...], pattern: Sequence[bool]) -> tuple[Any, ...]:
+    def put_block(
+        self, arguments: tuple[Any, ...], pattern: Sequence[bool], wait: Callable[[], None] = lambda: None
+    ) -> tuple[Any, ...]:
         """Return the arguments of a program that runs the steps of a block, each on its devices.
 
         Args:
             arguments: The state as the loop has it, the run's key, the status, the number of steps, and the arrays of
                 the items that are not stacked and those that are.
             pattern: For each array of an item whether it is stacked.
+            wait: Waits for the block before where devices cannot hold two, and raises if another process has ended.
         """
         held, key, status, count, shared, stacked = arguments
-        wait_on_cpu(self._sharding, held)
+        wait_on_cpu(self._sharding, held, wait)
         if status is not None:
             status = self.put_everywhere(status)
         items = self.put_item(shared, pattern), self.put_item(stacked, pattern, stacked=True)
@@ -144,7 +147,7 @@ class Placing:
         return jax.tree_util.tree_map(pin, output)
 
 
-def wait_on_cpu(sharding: Sharding | None, arrays: Any) -> None:
+def wait_on_cpu(sharding: Sharding | None, arrays: Any, wait: Callable[[], None] = lambda: None) -> None:
     """Wait for what is still computed for some arrays, where the devices are parts of one CPU.
 
     There the programs of all devices share the threads of one pool, and one that waits for the others in a collective
@@ -152,6 +155,7 @@ def wait_on_cpu(sharding: Sharding | None, arrays: Any) -> None:
     dispatched at once on 8 devices of 2 cores were aborted by XLA after 40 seconds.
     """
     if sharding is not None and sharding.mesh.size > 1 and sharding.mesh.devices.flat[0].platform == "cpu":
+        wait()
         jax.block_until_ready(arrays)
 
 

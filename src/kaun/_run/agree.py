@@ -312,12 +312,20 @@ class Agreement:
                 "devices of the others fail, and its own output says why."
             )
 
-    def all_have(self, state: str) -> bool:
-        """Whether all processes have the same state left, so that they can save it; called where one has failed."""
+    def all_have(self, state: str, pending: float | None) -> tuple[bool, float | None]:
+        """Whether all processes have the same state left, so that they can save it; called where one has failed.
+
+        Also returned is the ``pending`` of the first process, whose reports a checkpoint holds.
+
+        Args:
+            state: Which state is left here.
+            pending: The loss of the step whose report was interrupted here, None where none was.
+        """
         try:
-            return self._rescue and self._vote({"state": state})["same"]
+            found = self._vote({"state": state, "pending": pending}) if self._rescue else {"same": False}
         except FailedElsewhere:
-            return False
+            found = {"same": False}
+        return found["same"], found.get("pending")
 
     # A vote
 

@@ -42,7 +42,7 @@ def combine(texts: dict[int, str]) -> str:
         "limit": first.get("limit"), "due": first.get("due", False), "best": first.get("best", False),
         "at": min(each("at"), default=0), "wait": min(each("wait"), default=0),
         "apart": len(set(each("at"))) > 1, "rescue": all(each("steps")),
-        "same": len(set(each("state"))) == 1 and len(each("state")) == len(ballots),
+        "pending": first.get("pending"), "same": len(set(each("state"))) == 1 and len(each("state")) == len(ballots),
         "end": _end(ballots), "ended": [process for process, waits in ended.items() if waits == min(each("wait"))],
         "unlike": [],
     }  # fmt: skip

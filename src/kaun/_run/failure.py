@@ -67,11 +67,14 @@ def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: Re
     found = loop.recover()
     if found == "newest":
         error.kaun_state = state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
-        if run.saver is not None and run.together is not None and not run.together.all_have(str(loop.done)):
+        there, pending = True, hook.pending_report_loss
+        if run.saver is not None and run.together is not None:
+            there, pending = run.together.all_have(str(loop.done), pending)
+        if not there:
             error.add_note(f"Also, no checkpoint of step {loop.done} was written, because not all processes have it.")
         elif run.saver is not None:
             try:
-                run.saver.save(loop.done, state, pending_report_loss=hook.pending_report_loss)
+                run.saver.save(loop.done, state, pending_report_loss=pending)
             except Exception as failed:
                 error.add_note(f"Also, no checkpoint of step {loop.done} was written: {failed}")
         return

@@ -150,22 +150,23 @@ class CheckpointSaver:
         if not step or (step == self._saved_step and not ended and pending_report_loss is None and not is_best):
             return  # the checkpoint that is there may say that the run had ended
         self._confirm_best()
-        report, arrays = pack_snapshot(snapshot_reports(keeping(self._report)))
-        # The names are those of earlier checkpoints, which must stay readable.
-        facts = {
-            **self._facts, "programs": self._programs, "report": report, "ended": ended,
-            "again": None if pending_report_loss is None else pending_report_loss.hex(),
-            # Where an item was pulled and then failed, the loader's position is not the run's.
-            "place": position(self.data) if self._pulled == step else None,
-            "last": digest_item(self._last) if self._pulled == step and self._last is not None else None,
-            "draws": self.draws,
-        }  # fmt: skip
+        arrays, facts = self._store.in_all(lambda: self._values(step))  # reports and loaders may fail in one alone
+        facts |= {"ended": ended, "again": None if pending_report_loss is None else pending_report_loss.hex()}
         if self._best is not None:
             self._best = self._best.saved(step, alone=is_best and not self.due(step))
             facts[BEST] = self._best.fact()
         self._store.save(step, state, arrays, facts)
         self._saved_step, self._written = step, self._best
         self._next = None if self._pause is None else time.monotonic() + self._pause
+
+    def _values(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What reports keep, and facts of the run after a step. The names are those of earlier checkpoints."""
+        report, arrays = pack_snapshot(snapshot_reports(keeping(self._report)))
+        # Where an item was pulled and then failed, the loader's position is not the run's.
+        current = self._pulled == step
+        last = digest_item(self._last) if current and self._last is not None else None
+        facts = {"place": position(self.data) if current else None, "last": last, "draws": self.draws}
+        return arrays, {**self._facts, "programs": self._programs, "report": report, **facts}
 
     def _confirm_best(self) -> None:
         """Wait for the save in progress. If it failed, the best step that it recorded is replaced by the one before."""

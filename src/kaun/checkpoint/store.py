@@ -7,7 +7,7 @@ import errno
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from kaun._messages import warn
 from kaun.checkpoint import one
@@ -47,6 +47,8 @@ from kaun.state import TrainState
 from kaun.tree import flatten, format_bytes
 
 __all__ = ["Saved", "Store"]
+
+T = TypeVar("T")
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -195,6 +197,17 @@ class Store:
                 break
         return wrong
 
+    def in_all(self, act: Callable[[], T]) -> T:
+        """Return what ``act`` returns here, where it raises in no process of the group.
+
+        Raises:
+            Exception: What it raised here.
+            FailedElsewhere: If it raised in another process, or one does not come in time.
+        """
+        made: list[T] = []
+        self._group.gather(lambda: made.append(act()))
+        return made[0]
+
     def save(self, step: int, state: TrainState, reports: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Wait for the save before, copy everything from the device, and write it in a thread.
 
@@ -209,11 +222,7 @@ class Store:
             TypeError: If a value cannot be stored; nothing is written.
         """
         self.join()
-        try:
-            draft, best = one.Draft(step, state, reports, facts, self._share), Best.of(facts)
-        except BaseException as err:
-            self._group.leave(err)
-            raise
+        draft, best = self.in_all(lambda: (one.Draft(step, state, reports, facts, self._share), Best.of(facts)))
         # Not a daemon thread: Python waits for it before the process ends.
         self._written.clear()
         try:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import kaun
 from kaun import Data, checkpoint, layers, losses, reports, rng, sharding
@@ -97,6 +98,11 @@ for _name in ("make_folder", "create", "write", "sync", "close", "sync_folder", 
     setattr(Dying, _name, _dying(_name))
 
 
+def do_not_wait_long():
+    """From now on: what is compiled before may take its time, where the machine has other work."""
+    os.environ["KAUN_TIMEOUT"] = "3"
+
+
 def run(folder, steps, killed=None, at=None, by=None, **options):
     """Save each step up to the last one.
 
@@ -113,6 +119,9 @@ def run(folder, steps, killed=None, at=None, by=None, **options):
             state = advance(state)
             best = Best("loss", "min", 1.0, min(step, 2)).fact()
             store.save(step, state, {"a": np.arange(step), "state": state.vars.params[0]["weight"]}, {"best": best})
+            if killed is not None and step == 1:
+                store.join()
+                do_not_wait_long()
         store.join()
     return first, digest(state)
 
@@ -148,8 +157,10 @@ def one_file(folder):
 
 def save_in(folder, wanted):
     """``save`` in one of the processes alone."""
-    if jax.process_index() in wanted:
-        checkpoint.save(folder, start())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KAUN_TIMEOUT", "3")
+        if jax.process_index() in wanted:
+            checkpoint.save(folder, start())
 
 
 def fail(folder, at):
@@ -203,20 +214,42 @@ def data():
         return Data.batches((x, y), batch_size=8, shuffle=True).with_loss(losses.mse)
 
 
-def fit(folder, epochs=3, fails=None, dies=None, loose=None, **options):
+class Forgetting:
+    """A report that cannot say in one process what it keeps after a step."""
+
+    def __init__(self, process, step):
+        self.process, self.last, self.step = process, step, 0
+
+    def __call__(self, step, loss, state):
+        self.step = step
+
+    def snapshot(self):
+        if jax.process_index() == self.process and self.step == self.last:
+            raise LookupError("forgotten")
+        return {}
+
+    def restore(self, values):
+        pass
+
+
+def fit(folder, epochs=3, fails=None, dies=None, loose=None, by=1, forgets=None, **options):
     """How a fit ended, its last step, and digests of the state, of the best one, and of the history of process 0.
 
-    ``loose``: a file for the variables at the end; warnings of another topology are expected.
+    ``loose``: a file for the variables at the end; warnings of another topology are expected. ``by``: the process in
+    which the report fails or forgets.
     """
     stopper, history = reports.early_stopping("loss", mode="min", patience=100), reports.history()
 
     def look(step, loss, state):
+        if step == dies:
+            do_not_wait_long()
         if step == dies and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == fails and jax.process_index() == 1:
+        if step == fails and jax.process_index() == by:
             raise OSError("no such row")
 
     kept = [stopper, history] if jax.process_index() == 0 else [stopper]
+    kept += [] if forgets is None else [Forgetting(by, forgets)]
     report = reports.all_of(*kept, reports.every(1, look))
     how = "returned"
     try:
@@ -226,7 +259,8 @@ def fit(folder, epochs=3, fails=None, dies=None, loose=None, **options):
             state = trainer().fit(start(), data().epochs(epochs), report=report, checkpoints=runs)
     except BaseException as error:
         traceback.print_exc()
-        how, state = f"{type(error).__name__}: {error}", getattr(error, "kaun_state", None)
+        notes = [note for note in getattr(error, "__notes__", []) if note.startswith("Also")]
+        how, state = "\n".join([f"{type(error).__name__}: {error}", *notes]), getattr(error, "kaun_state", None)
     if dies is not None:  # with one process left, no shards of the other can be read
         return how
     if loose is not None:

@@ -25,10 +25,11 @@ def meet(times):
     return [channel.exchange(f"{jax.process_index()}-{i}", repr) for i in range(times)]
 
 
-def wait(names, missing=None):
+def wait(names, missing=None, late=None):
     for name in names:
-        if jax.process_index() != missing:
-            _processes.barrier(name, timeout=0.3 if missing is not None else None)
+        time.sleep(here(late))
+        if not here(missing):
+            _processes.barrier(name, timeout=None if missing is late is None else 0.3)
     return _processes.is_first()
 
 
@@ -176,11 +177,12 @@ def other_items(what):
 
 
 def killed(process, at, timeout, pause=0.0):
-    """One process is killed while it takes its items."""
-    os.environ["KAUN_TIMEOUT"] = str(timeout)
+    """One process is killed while it takes its items; the others wait so long for it, once all is compiled."""
 
     def items():
         for i in range(2000):
+            if i == at // 2:
+                os.environ["KAUN_TIMEOUT"] = str(timeout)
             if here(process) and i == at:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(pause)

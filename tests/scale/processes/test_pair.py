@@ -38,6 +38,13 @@ def check_meetings(pair):
             "and the like in the same order. Its own output says more. If it is only slow, set the environment variable "
             "KAUN_TIMEOUT to more seconds in all processes."
         )
+    for late in (0, 1):
+        found = pair.run(SCENARIOS, "wait", names=[f"a place {late}"], late=late)
+        assert found[1 - late].text.startswith(f"Process {late} did not come to a place {late} within 0.3 seconds")
+        assert found[late].kind == "FailedElsewhere" and found[late].text == (
+            f"Process {late} came to a place {late} after process {1 - late} had waited for 0.3 seconds. If one process "
+            "is only slower than another, set the environment variable KAUN_TIMEOUT to more seconds in all processes."
+        )
 
 
 def check_fold(pair):

@@ -95,7 +95,7 @@ def check_other_refusals(two, folder):
 
 def test_checkpoints_of_two_processes(make_group, tmp_path):
     """In one pair of processes, because starting them costs seconds; the last check kills one of them."""
-    with contextlib.closing(make_group(KAUN_TIMEOUT="3")) as two:
+    with contextlib.closing(make_group()) as two:
         whole = check_saved_and_resumed(two, fresh(tmp_path, "a"))
         check_one_file(two, fresh(tmp_path, "b"))
         check_failing_disk(two, fresh(tmp_path, "c"))
@@ -116,6 +116,15 @@ def check_fit(two, folder):
     assert names(folder / "runs")[-1] == "step-00000007"
     assert two.run(RUNS, "fit", folder=str(folder / "runs")) == whole
     assert two.run(RUNS, "fit", folder=str(folder / "runs")) == whole  # it is finished
+    for _ in range(2):  # the second time for the step of the checkpoint, which only process 0 would save again
+        failed = two.run(RUNS, "fit", folder=str(folder / "again"), fails=7, by=0)
+        assert failed[0][:2] == ("OSError: no such row", 7) and failed[0][2:4] == failed[1][2:4]
+        assert failed[1][0].startswith("FailedElsewhere: Process 0 failed") and "Also" not in failed[1][0]
+    assert two.run(RUNS, "fit", folder=str(folder / "again")) == whole
+    forgot = two.run(RUNS, "fit", folder=str(folder / "forgot"), forgets=6)
+    assert forgot[1][0].startswith("LookupError: forgotten\nAlso, no checkpoint of step 6 was written: forgotten")
+    assert forgot[0][0].startswith("FailedElsewhere: Process 1 failed, so process 0 ends too: LookupError: forgotten")
+    assert forgot[0][1:4] == forgot[1][1:4] and names(folder / "forgot")[-1] == "step-00000004"
 
 
 def fresh(folder, name):
@@ -162,7 +171,7 @@ def test_resumed_by_one_process(pair, tmp_path, devices):
 @pytest.mark.slow
 def test_a_fit_whose_process_is_killed_is_resumed(make_group, pair, tmp_path):
     whole = pair.run(RUNS, "fit", folder=str(tmp_path / "whole"))
-    with contextlib.closing(make_group(KAUN_TIMEOUT="4")) as group:
+    with contextlib.closing(make_group()) as group:
         group.begin(RUNS, "fit", folder=str(tmp_path / "runs"), dies=7)
         assert group.processes[1].wait(30) == -signal.SIGKILL
         begun, said = time.monotonic(), group.result_or_exit(0, 60)
@@ -214,7 +223,7 @@ def kill(group, folder, point, killed):
 def test_killed_at_a_point_of_a_save(make_group, pair, tmp_path, point, killed):
     """The newest complete checkpoint is there, the next start continues from it, and the other process does not hang."""
     whole = pair.run(RUNS, "run", folder=str(tmp_path / "whole"), steps=4)[0][1]
-    with contextlib.closing(make_group(KAUN_TIMEOUT="4")) as group:
+    with contextlib.closing(make_group()) as group:
         saved, said = kill(group, tmp_path, point, killed)
     print(f"{point}, process {killed}: step {saved}; {said}")
     assert saved == 2 if point == "after it has its name" or (point in OF_THE_FIRST and killed == 1) else saved == 1
