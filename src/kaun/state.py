@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import jax
 import numpy as np
 
+from kaun import tree
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
 
@@ -134,7 +136,7 @@ class TrainState:
             i: Its number, from 0; from the end where it is negative.
 
         Raises:
-            TypeError: If this is not the state of an ensemble.
+            TypeError: If this is not the state of an ensemble, or i is not an integer.
             IndexError: If there is no such member.
 
         Examples:
@@ -152,6 +154,13 @@ class TrainState:
                 "many = kaun.Ensemble(trainer, 8); states = many.init()."
             )
         n = step.shape[0]
+        try:
+            i = operator.index(i if not isinstance(i, bool) else None)  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            raise TypeError(
+                f"state.member(i) expected the number of a member as an int, received {tree.describe(i)}. Write "
+                f"[states.member(i) for i in range({n})] for all of them."
+            ) from None
         if not -n <= i < n:
             raise IndexError(f"state.member(i) expected i from 0 to {n - 1}: there are {n} members, received {i}.")
         fields = jax.tree_util.tree_map(lambda leaf: leaf[i], (vars, opt_state.inner, step, key))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from kaun import tree
 from kaun._step.precision import Policy
 from kaun.layers.core import Layer, Vars, abstract_vars
@@ -53,6 +55,18 @@ class VarsSpec:
             raise ValueError(
                 "The variables belong to another model than this trainer's:\n  "
                 + "\n  ".join(lines[:10])
-                + f"{more}\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with "
+                + f"{more}{_of_members(self._known[vars.dtype], vars)}\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with "
                 "checkpoint.load(path, like=trainer.model.init(dtype=...))."
             )
+
+
+def _of_members(expected: Vars, found: Vars) -> str:
+    """Say so where variables are those of an ensemble; empty otherwise."""
+    one, many = (jax.tree_util.tree_leaves(each) for each in (expected, found))
+    n = next((leaf.shape[0] for leaf in many if leaf.ndim), 0)
+    if [leaf.shape for leaf in many] != [(n, *leaf.shape) for leaf in one]:
+        return ""
+    return (
+        f"\nThey are those of {n} members of an ensemble. Write state.member(i) for one of them, or for all many = "
+        f"kaun.Ensemble(trainer, {n}), with many.fit, many.predict, many.evaluate and reports.validate(many, ...)."
+    )
