@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
 
@@ -163,7 +165,7 @@ class TrainState:
             ) from None
         if not -n <= i < n:
             raise IndexError(f"state.member(i) expected i from 0 to {n - 1}: there are {n} members, received {i}.")
-        fields = jax.tree_util.tree_map(lambda leaf: leaf[i], (vars, opt_state.inner, step, key))
+        fields = jax.tree_util.tree_map(lambda leaf: _of_member(leaf, i), (vars, opt_state.inner, step, key))
         return TrainState.tree_unflatten(self._kind, fields)
 
     @property
@@ -219,6 +221,16 @@ class TrainState:
         new = cls(**dict(zip(_NAMES, children, strict=True)))
         object.__setattr__(new, "_kind", kind)
         return new
+
+
+def _of_member(leaf: Any, i: int) -> Any:
+    """The part of a member in an array; that of members on several devices lies where a fresh state does."""
+    own = leaf[i]
+    if any_traced([own]) or len(own.sharding.device_set) == 1:
+        return own
+    if tree.is_key(own):
+        return jax.random.wrap_key_data(_of_member(jax.random.key_data(leaf), i), impl=jax.random.key_impl(leaf))
+    return jnp.asarray(np.asarray(own))
 
 
 def count_steps(state: TrainState) -> int:

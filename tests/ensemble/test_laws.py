@@ -239,9 +239,13 @@ def test_arguments_are_checked():
         many.fit(start.member(0), TRAIN)
     with pytest.raises(ValueError, match=r"Ensemble\.evaluate expected the states of 2 members, received those of 3"):
         kaun.Ensemble(trainer, 2).evaluate(start, [], {"mse": losses.mse})
-    with pytest.raises(ValueError, match=r"another model[^$]*those of 3 members.*state\.member\(i\).*Ensemble\(trainer, 3"):
+    with pytest.raises(
+        ValueError, match=r"another model[^$]*those of 3 members.*state\.member\(i\).*Ensemble\(trainer, 3"
+    ):
         trainer.fit(start, TRAIN)
-    with pytest.raises(TypeError, match=r"explain expected a Trainer first, received Ensemble\. Write explain\(trainer"):
+    with pytest.raises(
+        TypeError, match=r"explain expected a Trainer first, received Ensemble\. Write explain\(trainer"
+    ):
         kaun.explain(many, ValueError())
     with pytest.raises(TypeError, match=r"'mean' are the parts of a metric.*many\.evaluate"):
         parts = kaun.metrics.Counted.of(kaun.metrics.accuracy).parts

@@ -55,8 +55,8 @@ class VarsSpec:
             raise ValueError(
                 "The variables belong to another model than this trainer's:\n  "
                 + "\n  ".join(lines[:10])
-                + f"{more}{_of_members(self._known[vars.dtype], vars)}\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with "
-                "checkpoint.load(path, like=trainer.model.init(dtype=...))."
+                + f"{more}{_of_members(self._known[vars.dtype], vars)}"
+                "\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with checkpoint.load(path, like=trainer.model.init(dtype=...))."
             )
 
 
