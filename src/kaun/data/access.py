@@ -14,8 +14,8 @@ from kaun.data.resumable import Check, ResumableLoader, after_skipped
 from kaun.data.rows import loses_rows, own_rows
 
 __all__ = [
-    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "makes_items", "over_loader", "refuse_lost_rows", "rest_of",
-    "resume_of", "stages_of", "with_rows",
+    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "makes_items", "over_loader",
+    "refuse_lost_rows", "rest_of", "resume_of", "stages_of", "with_rows",
 ]  # fmt: skip
 
 
