@@ -44,6 +44,7 @@ def _innermost_trace() -> Any:
 _current: ContextVar[_Scope | None] = ContextVar("kaun_rng_scope", default=None)
 _process_scope: _Scope | None = None
 _process_lock = threading.Lock()
+_derived: set[bytes] = set()  # keys that ``remember_unscoped`` took
 
 
 @contextlib.contextmanager
@@ -270,9 +271,10 @@ def unscoped(key: jax.Array) -> bool:
     """Whether ``next_key`` drew this key outside of all scopes in this process, so that another run cannot draw it.
 
     The keys drawn are not stored: they are a function of the process-wide key and a count, and are computed again.
+    Those of the members of an ensemble are, by ``remember_unscoped``.
 
     Args:
-        key: A typed key.
+        key: A typed key, or an array of them, of which one is enough.
 
     Examples:
         >>> from kaun import rng
@@ -282,12 +284,37 @@ def unscoped(key: jax.Array) -> bool:
         (False, True)
     """
     wanted = np.asarray(jax.random.key_data(key))  # in all processes, where it lies on the devices of several
+    if not _derived.isdisjoint(_bytes_of(wanted)):
+        return True
     if _process_scope is None:
         return False
     # A power of two, so that few programs are compiled. More than the newest count, because of two threads that draw at
     # once the second may have written its count first.
     count = 1 << (_process_scope.newest + 64).bit_length()
     return bool(_is_among(_process_scope.key, jnp.arange(count), wanted))
+
+
+def remember_unscoped(keys: jax.Array) -> None:
+    """Let ``unscoped`` find keys that were made of one drawn here outside of all scopes; in a scope do nothing.
+
+    Args:
+        keys: An array of typed keys.
+
+    Examples:
+        >>> import jax
+        >>> from kaun import rng
+        >>> keys = jax.random.split(rng.next_key(), 2)
+        >>> rng.remember_unscoped(keys)
+        >>> rng.unscoped(keys), rng.unscoped(keys[1])
+        (True, True)
+    """
+    if _current.get() is None and not is_traced(keys):
+        _derived.update(_bytes_of(np.asarray(jax.random.key_data(keys))))
+
+
+def _bytes_of(data: np.ndarray[Any, Any]) -> list[bytes]:
+    """Return the bytes of each key."""
+    return [row.tobytes() for row in data.reshape(-1, data.shape[-1])]
 
 
 @jax.jit

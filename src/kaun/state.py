@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from kaun import tree
+from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
 
@@ -134,7 +138,7 @@ class TrainState:
             i: Its number, from 0; from the end where it is negative.
 
         Raises:
-            TypeError: If this is not the state of an ensemble.
+            TypeError: If this is not the state of an ensemble, or i is not an integer.
             IndexError: If there is no such member.
 
         Examples:
@@ -152,9 +156,16 @@ class TrainState:
                 "many = kaun.Ensemble(trainer, 8); states = many.init()."
             )
         n = step.shape[0]
+        try:
+            i = operator.index(i if not isinstance(i, bool) else None)  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            raise TypeError(
+                f"state.member(i) expected the number of a member as an int, received {tree.describe(i)}. Write "
+                f"[states.member(i) for i in range({n})] for all of them."
+            ) from None
         if not -n <= i < n:
             raise IndexError(f"state.member(i) expected i from 0 to {n - 1}: there are {n} members, received {i}.")
-        fields = jax.tree_util.tree_map(lambda leaf: leaf[i], (vars, opt_state.inner, step, key))
+        fields = jax.tree_util.tree_map(lambda leaf: _of_member(leaf, i), (vars, opt_state.inner, step, key))
         return TrainState.tree_unflatten(self._kind, fields)
 
     @property
@@ -210,6 +221,16 @@ class TrainState:
         new = cls(**dict(zip(_NAMES, children, strict=True)))
         object.__setattr__(new, "_kind", kind)
         return new
+
+
+def _of_member(leaf: Any, i: int) -> Any:
+    """The part of a member in an array; that of members on several devices lies where a fresh state does."""
+    own = leaf[i]
+    if any_traced([own]) or len(own.sharding.device_set) == 1:
+        return own
+    if tree.is_key(own):
+        return jax.random.wrap_key_data(_of_member(jax.random.key_data(leaf), i), impl=jax.random.key_impl(leaf))
+    return jnp.asarray(np.asarray(own))
 
 
 def count_steps(state: TrainState) -> int:

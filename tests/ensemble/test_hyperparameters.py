@@ -35,6 +35,9 @@ def test_what_cannot_be_set_is_refused():
         many.init(rate=jnp.ones(3))
     with pytest.raises(ValueError, match=r"for each of 3 members, an array \[3\], .* received float32\[4\]"):
         many.init(learning_rate=jnp.ones(4))
+    for value, received in [("0.1", "str"), (None, "NoneType"), (True, r"bool\[\]")]:
+        with pytest.raises(ValueError, match=rf"one number for each of 3 members.*received {received}\. Write"):
+            many.init(learning_rate=value)
     with pytest.raises(ValueError, match=r"a schedule sets 'learning_rate' in each step"):
         ensemble(inject(optax.sgd)(optax.linear_schedule(1.0, 0.0, 10))).init(learning_rate=0.1)
     twice = optax.chain(inject(optax.scale)(step_size=1.0), inject(optax.scale)(step_size=-0.1))

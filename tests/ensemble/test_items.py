@@ -114,6 +114,12 @@ def test_items_of_members_must_agree():
     with pytest.raises(ValueError, match=r"an array of a metric expected 3 along it, received float32\[4, 2\]"):
         data = Data.from_items([(np.stack([X] * 3), np.stack([Y] * 3))])
         MANY.evaluate(START, data, {"far": lambda out, y: (target.sum(), 1)}, per_member=True)
+    with pytest.raises(TypeError, match=r"fit of a pipeline whose items have no with_loss does not know which rows"):
+        MANY.fit(START, [Data.batches((X, Y), 8, pad=True)] * 3, per_member=True)
+    context = Data.from_items([(X, Y, kaun.Context(scale=np.float32(2)))])
+    for pipelines in ([Data.from_items([(X, Y)]), context, context], [context, context, Data.from_items([(X, Y)])]):
+        with pytest.raises(ValueError, match=r"ctx of member 0 .* differ:\n  scale: expected"):
+            MANY.evaluate(START, pipelines, SCORES, per_member=True)
     powers = [Data.repeat(1, (X, lambda out, p=p: (out**p).mean())) for p in (2, 3, 2)]
     with pytest.raises(
         ValueError, match=r"must be one function, of which only captured arrays differ; of member 0 and of"

@@ -216,6 +216,10 @@ def test_states_print_pickle_and_give_members():
     assert many == kaun.Ensemble(many.trainer, 3) and many != kaun.Ensemble(many.trainer, 4)
     with pytest.raises(IndexError, match=r"state\.member\(i\) expected i from 0 to 2: there are 3 members, received 3"):
         end.member(3)
+    for i in (1.0, True, None, slice(2), jnp.arange(2)):
+        with pytest.raises(TypeError, match=r"member as an int, received .*\[states\.member\(i\) for i in range\(3\)"):
+            end.member(i)
+    assert host(end.member(jnp.argmax(jnp.arange(2)))) == host(end.member(1))
     with pytest.raises(TypeError, match=r"expected the state of an ensemble.* many = kaun\.Ensemble\(trainer, 8\)"):
         end.member(0).member(0)
 
@@ -235,8 +239,14 @@ def test_arguments_are_checked():
         many.fit(start.member(0), TRAIN)
     with pytest.raises(ValueError, match=r"Ensemble\.evaluate expected the states of 2 members, received those of 3"):
         kaun.Ensemble(trainer, 2).evaluate(start, [], {"mse": losses.mse})
-    with pytest.raises(ValueError, match=r"variables belong to another model"):
+    with pytest.raises(
+        ValueError, match=r"another model[^$]*those of 3 members.*state\.member\(i\).*Ensemble\(trainer, 3"
+    ):
         trainer.fit(start, TRAIN)
+    with pytest.raises(
+        TypeError, match=r"explain expected a Trainer first, received Ensemble\. Write explain\(trainer"
+    ):
+        kaun.explain(many, ValueError())
     with pytest.raises(TypeError, match=r"'mean' are the parts of a metric.*many\.evaluate"):
         parts = kaun.metrics.Counted.of(kaun.metrics.accuracy).parts
         many.step(start, X, loss=lambda out: (losses.mse(out, Y), {"mean": parts(out, jnp.zeros(10, jnp.int32))}))

@@ -136,3 +136,13 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(tmp_path, at):
     assert host(runs.load(START, at="newest").member(1)) == host(uninterrupted.member(1))
     with pytest.raises(kaun.errors.ResumeMismatch, match=r"the compiled step"):
         MANY.fit(START, TRAIN.epochs(STEPS), checkpoints=runs, report=reports.history())
+
+
+def test_checkpoints_refuse_states_made_outside_a_scope(tmp_path):
+    states = MANY.init()
+    for start, fit in ((states, MANY.fit), (states.member(1), TRAINER.fit), (MANY.make_state(START.vars), MANY.fit)):
+        with pytest.raises(
+            ValueError, match=r"cannot be resumed by another process: the state .* outside an rng scope"
+        ):
+            fit(start, TRAIN, checkpoints=checkpoint.Directory(tmp_path / "run", every=4))
+    assert not any(map(kaun.rng.unscoped, (START.key, START.member(1).key)))

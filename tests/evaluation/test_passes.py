@@ -599,6 +599,19 @@ def test_ctx_and_state_are_checked():
         trainer.evaluate(state.vars, [(X, X)], {"f1": metrics.f1})
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
+def test_evaluate_refuses_to_be_traced(transform):
+    trainer, state = identity()
+    x = jnp.ones((2, 3, 1))
+    for make in (lambda a: [(a, a)], lambda a: [(x, x), (np.ones((2, 1)), a)], lambda a: Data.from_items([(a, a)])):
+        with pytest.raises(TypeError, match=r"evaluate was called inside a function .* metric\(trainer\.predict"):
+            transform(lambda a, make=make: trainer.evaluate(state, make(a), {"mse": losses.mse}))(x)
+    with pytest.raises(TypeError, match=r"evaluate was called inside a function"):
+        transform(lambda key: trainer.evaluate(state.replace(key=key), [(x, x)], {"mse": losses.mse}))(
+            jax.random.split(state.key, 2)
+        )
+
+
 def test_exceptions_of_data_and_metrics_pass_unchanged():
     closed = []
 

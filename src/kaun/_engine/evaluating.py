@@ -96,6 +96,7 @@ class EvaluationLoop:
 
     def __init__(self, programs: ProgramCache, variables: Any, key: jax.Array, take: Callable[[Any], None]) -> None:
         leaves, self._structure = jax.tree_util.tree_flatten(variables)
+        refuse_traced([*leaves, key], "evaluate")
         self._programs, self._leaves, self._key, self._take = programs, leaves, key, take
         # What lies on a mesh runs item by item, in the form in which it comes.
         self._alone = programs.sharding is not None or explicit_mesh(leaves) is not None
@@ -106,7 +107,12 @@ class EvaluationLoop:
         self._limit, self._finished = _BEGIN, time.perf_counter()
 
     def push(self, inputs: StepInputs) -> None:
-        """Take the next item, and run it now or with later ones."""
+        """Take the next item, and run it now or with later ones.
+
+        Raises:
+            TypeError: If it is traced.
+        """
+        refuse_traced(inputs.leaves, "evaluate")
         if self._alone or inputs.mesh is not None:
             self.flush()
             results = self._programs.run("evaluate", self._structure, self._leaves, self._key, inputs)
@@ -127,7 +133,6 @@ class EvaluationLoop:
         buffer, traced, inputs = self._open
         count, pattern = buffer.count, pattern_for(traced.patterns, buffer.varying)
         items = buffer.arguments(pattern)
-        refuse_traced((*items[0], *items[1]))
         arguments = (self._leaves, self._key, count_on_device(count), *items)
         vectors = self._programs.call(traced.program(pattern), "evaluate", inputs, False, arguments, traced)
         self._dispatched(_Dispatch(vectors, traced.structure, count))

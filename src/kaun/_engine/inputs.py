@@ -178,19 +178,26 @@ def as_arrays(leaves: Sequence[Any]) -> list[Any]:
     return [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in leaves]
 
 
-def refuse_traced(values: Iterable[Any]) -> None:
-    """Check that ``fit`` received no traced array.
+def refuse_traced(values: Iterable[Any], entry: str = "fit") -> None:
+    """Check that ``fit``, or ``evaluate``, received no traced array.
 
     Raises:
-        TypeError: If one of the values is traced: ``fit`` was called inside a function that JAX traces.
+        TypeError: If one of the values is traced: it was called inside a function that JAX traces.
     """
-    if any_traced(values):
+    if not any_traced(values):
+        return
+    if entry == "evaluate":
         raise TypeError(
-            "fit was called inside a function that JAX traces (jit, grad, vmap, scan): it runs its steps from Python "
-            "and reads their results, and there they have no numbers. Call fit outside of that function. Inside of it, "
-            "one step is loss, state = trainer.step(state, x, loss=loss), and many are\n"
-            "    state, losses = jax.lax.scan(lambda state, x: trainer.step(state, x, loss=loss)[::-1], state, xs)"
+            "evaluate was called inside a function that JAX traces (jit, grad, vmap, scan): it adds up its results in "
+            "Python, and there they have no numbers. Call evaluate outside of that function. Inside of it, the metric "
+            "of one batch is metric(trainer.predict(state, x), y)."
         )
+    raise TypeError(
+        "fit was called inside a function that JAX traces (jit, grad, vmap, scan): it runs its steps from Python "
+        "and reads their results, and there they have no numbers. Call fit outside of that function. Inside of it, "
+        "one step is loss, state = trainer.step(state, x, loss=loss), and many are\n"
+        "    state, losses = jax.lax.scan(lambda state, x: trainer.step(state, x, loss=loss)[::-1], state, xs)"
+    )
 
 
 def is_host(leaf: Any) -> bool:

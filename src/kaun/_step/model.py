@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import numpy as np
+
 from kaun import tree
 from kaun._step.precision import Policy
 from kaun.layers.core import Layer, Vars, abstract_vars
@@ -53,6 +56,19 @@ class VarsSpec:
             raise ValueError(
                 "The variables belong to another model than this trainer's:\n  "
                 + "\n  ".join(lines[:10])
-                + f"{more}\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with "
+                + f"{more}{_of_members(self._known[vars.dtype], vars)}"
+                "\nMake them with trainer.init() or trainer.model.init(dtype=...), or load them with "
                 "checkpoint.load(path, like=trainer.model.init(dtype=...))."
             )
+
+
+def _of_members(expected: Vars, found: Vars) -> str:
+    """Say so where variables are those of an ensemble; empty otherwise."""
+    one, many = ([np.shape(leaf) for leaf in jax.tree_util.tree_leaves(each)] for each in (expected, found))
+    n = next((shape[0] for shape in many if shape), 0)
+    if many != [(n, *shape) for shape in one]:
+        return ""
+    return (
+        f"\nThey are those of {n} members of an ensemble. Write state.member(i) for one of them, or for all many = "
+        f"kaun.Ensemble(trainer, {n}), with many.fit, many.predict, many.evaluate and reports.validate(many, ...)."
+    )

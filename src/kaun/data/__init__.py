@@ -11,6 +11,7 @@ from kaun.data.access import has_exact_length as has_exact_length
 from kaun.data.access import loaders_of as loaders_of
 from kaun.data.access import makes_items as makes_items
 from kaun.data.access import over_loader as over_loader
+from kaun.data.access import refuse_lost_rows as refuse_lost_rows
 from kaun.data.access import rest_of as rest_of
 from kaun.data.access import resume_of as resume_of
 from kaun.data.access import stages_of as stages_of

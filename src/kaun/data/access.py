@@ -14,8 +14,8 @@ from kaun.data.resumable import Check, ResumableLoader, after_skipped
 from kaun.data.rows import loses_rows, own_rows
 
 __all__ = [
-    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "makes_items", "over_loader", "rest_of",
-    "resume_of", "stages_of", "with_rows",
+    "chunks_of", "every_stage_of", "has_exact_length", "loaders_of", "makes_items", "over_loader",
+    "refuse_lost_rows", "rest_of", "resume_of", "stages_of", "with_rows",
 ]  # fmt: skip
 
 
@@ -47,10 +47,20 @@ def chunks_of(data: Iterable[Any], iterator: Iterator[Any], limit: Limit) -> Ite
     Raises:
         TypeError: If some rows are filled or have weights, of which the items' losses do not know.
     """
+    refuse_lost_rows(data)
+    node = _node(data)
+    return one_by_one(iterator) if node is None or node.chunks is None else node.chunks(None, 0, limit)
+
+
+def refuse_lost_rows(data: Any) -> None:
+    """Check that the losses of a pipeline's items know of filled rows and of weights.
+
+    Raises:
+        TypeError: If they do not.
+    """
     node = _node(data)
     if node is not None and node.rows:
         raise loses_rows("fit of a pipeline whose items have no with_loss", node.rows)
-    return one_by_one(iterator) if node is None or node.chunks is None else node.chunks(None, 0, limit)
 
 
 def with_rows(data: Iterable[Any]) -> Iterable[Any]:

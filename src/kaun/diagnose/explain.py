@@ -115,6 +115,11 @@ def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
         >>> found.part, found.operation, found.layer, found.rows
         ('loss', 'log', 'left', (1,))
     """
+    if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"explain expected a Trainer first, received {tree.describe(trainer)}. Write explain(trainer, err), with "
+            "the trainer that an Ensemble was made of."
+        )
     failed = _failed_step(error)
     settings = settings_of(trainer)
     settings.spec.check(failed.carry[0])

@@ -342,4 +342,5 @@ def _joined_metrics(parts: Sequence[Any]) -> Any:
     """Return the (input, metrics, context) of the members as one."""
     items, metrics, contexts = zip(*parts, strict=True)
     joined = {name: stack_losses([each[name] for each in metrics]) for name in metrics[0]}
-    return stack(items, "item"), joined, None if contexts[0] is None else stack(contexts, "ctx")
+    own = None if not any(contexts) else stack([ctx or Context() for ctx in contexts], "ctx")
+    return stack(items, "item"), joined, own

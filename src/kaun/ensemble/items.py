@@ -12,7 +12,7 @@ import numpy as np
 from kaun import tree
 from kaun._loss import FrozenLoss, captures, snapshot_loss
 from kaun.context import Context
-from kaun.data import Data, Item, known_length
+from kaun.data import Data, Item, known_length, refuse_lost_rows
 
 __all__ = ["are_pipelines", "check_pipelines", "stack", "stack_losses", "zipped"]
 
@@ -59,7 +59,10 @@ def check_pipelines(entry: str, pipelines: Sequence[Any], size: int) -> Sequence
 
 def zipped(entry: str, pipelines: Sequence[Any], size: int) -> Data[Any]:
     """Return the training items of n pipelines as one pipeline, stacked."""
-    return Data.zip(*check_pipelines(entry, pipelines, size)).map(_stacked)
+    checked = check_pipelines(entry, pipelines, size)
+    for each in checked:
+        refuse_lost_rows(each)
+    return Data.zip(*checked).map(_stacked)
 
 
 def _stacked(items: tuple[Any, ...]) -> Any:

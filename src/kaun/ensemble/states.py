@@ -45,6 +45,7 @@ def make_states(
         own = lambda i: jax.tree_util.tree_map(lambda a, axis: a if axis is None else a[i], given, axes)
         each = [one(keys[i], own(i)) for i in range(size)]
         state = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *each)
+    rng.remember_unscoped(state.key)  # a fit with checkpoints refuses them
     inner = _with_hyperparameters(state.opt_state, size, hyperparameters)
     none = jnp.zeros(size, bool)
     return state.replace(opt_state=Members(none, none, inner))
@@ -92,9 +93,11 @@ def _check_holders(name: str, holders: list[Any]) -> None:
 
 
 def _checked(name: str, value: Any, size: int, old: jax.Array) -> jax.Array:
-    array = jnp.asarray(value)
-    real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
-    if array.shape not in ((), (size,)) or not real or tree.is_key(array):
+    try:
+        array: Any = jnp.asarray(value)
+    except (TypeError, ValueError):  # of a string, a schedule, None
+        array = value
+    if not tree.is_real(array) or array.dtype == jnp.bool_ or array.shape not in ((), (size,)):
         raise ValueError(
             f"init({name}=...) expected one number for each of {size} members, an array [{size}], or one for all, "
             f"received {tree.describe(array)}. Write {name}=jnp.geomspace(1e-4, 1e-1, {size})."

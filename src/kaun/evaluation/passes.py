@@ -9,11 +9,17 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+<<<<<<< HEAD
 from kaun._engine import EvaluationLoop, StepInputs
 from kaun._loss import FrozenLoss, is_library, snapshot_loss
+=======
+from kaun._engine import EvaluationLoop, StepInputs, refuse_traced
+from kaun._loss import FrozenLoss, snapshot_loss
+>>>>>>> wt5-brk3
 from kaun.context import Context
 from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
@@ -116,6 +122,7 @@ def _parts_of_items(
 @contextlib.contextmanager
 def _items_of(data: Any, sharding: Sharding | None = None) -> Generator[Iterable[Any]]:
     """The items of data for ``evaluate``, with what is known of their rows."""
+    refuse_traced([jnp.zeros(())], "evaluate")
     expected = (
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
         "To make them from arrays, write Data.batches((x, y), batch_size=256)."

@@ -78,6 +78,14 @@ def test_members_are_spread_without_collectives(programs):
     assert repr(end.member(3)) == "TrainState(step=9, 26 parameters in float32)" or end.step[3] < 9
 
 
+def test_a_member_lies_where_a_state_of_its_trainer_does():
+    _, start = made(sharding.members())
+    member = made(None)[1].member(3)
+    for mine, fresh in zip(jax.tree.leaves(start.member(3)), jax.tree.leaves(member), strict=True):
+        assert mine.sharding == fresh.sharding and mine.committed == fresh.committed and mine.dtype == fresh.dtype
+    assert all(map(np.array_equal, host(start.member(3)), host(member)))
+
+
 def test_what_cannot_be_spread_is_refused():
     trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
     with pytest.raises(
