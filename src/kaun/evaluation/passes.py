@@ -13,13 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-<<<<<<< HEAD
-from kaun._engine import EvaluationLoop, StepInputs
-from kaun._loss import FrozenLoss, is_library, snapshot_loss
-=======
 from kaun._engine import EvaluationLoop, StepInputs, refuse_traced
-from kaun._loss import FrozenLoss, snapshot_loss
->>>>>>> wt5-brk3
+from kaun._loss import FrozenLoss, is_library, snapshot_loss
 from kaun.context import Context
 from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
