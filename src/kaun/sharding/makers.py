@@ -150,8 +150,8 @@ def members(mesh: Mesh | None = None, *, axis: str | None = None) -> Sharding:
         >>> from kaun import layers, sharding
         >>> trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
         >>> many = kaun.Ensemble(trainer, 4 * jax.device_count(), sharding=sharding.members())
-        >>> many.init().vars.params["weight"].sharding.spec
-        P('data',)
+        >>> many.init().vars.params["weight"].shape[1:]
+        (2, 1)
     """
     whole = Sharding(_all_devices() if mesh is None else mesh)
     return Sharding(whole.mesh, (), ByMember(_one_axis("members", whole.mesh, axis)))
