@@ -27,7 +27,7 @@ def item_of(arguments: Sequence[Any], pattern: Sequence[bool]) -> list[Any]:
         arguments: The arguments; the last is the item, or the last two are its arrays that are passed once and stacked.
         pattern: For each array whether it is stacked, where a block of items is passed.
     """
-    if len(arguments) < 6:
+    if len(arguments) < 5:
         return list(arguments[-1]) if len(arguments) > 2 else []
     once, stacked = map(iter, arguments[-2:])
     return [next(stacked if many else once) for many in pattern]
