@@ -168,8 +168,9 @@ class StepLoop:
         """The loss of the last step that was run; waits for it, and raises as ``wait`` does."""
         self.wait()
         results = self._carry[2]
-        self._wait_for(results)
         assert results is not None
+        if self._together is not None:
+            self._wait_for(results)
         return results.loss(results.steps - 1)
 
     def wait(self) -> None:
