@@ -22,6 +22,7 @@ from kaun._engine import EvaluationLoop, StepInputs
 from kaun._loss import FrozenLoss, snapshot_loss
 from kaun.errors import CaptureError
 from kaun.evaluation import passes
+from kaun.evaluation.totals import PackedMetrics
 
 CLASSES = 4
 AVERAGES = ("macro", "micro", "weighted")
@@ -111,7 +112,7 @@ def test_binary_accuracy_keeps_its_threshold(two_heads, sizes, seed):
 @given(SIZES, st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_scalars_are_weighted_by_examples_and_pairs_by_their_count(two_heads, sizes, seed):
-    """Exactly: against fractions of what each batch's program gives."""
+    """Exactly: against fractions of what each batch alone gives."""
     trainer, state = two_heads
     g = np.random.default_rng(seed)
     p = g.normal(size=(sum(sizes), 3)).astype(np.float32) * 10.0 ** g.integers(-6, 7, (sum(sizes), 1)).astype(
@@ -121,16 +122,29 @@ def test_scalars_are_weighted_by_examples_and_pairs_by_their_count(two_heads, si
     kept = lambda p, t: (jnp.where(p > 0, t, 0).sum(), (p > 0).sum())
     scalar = lambda p, t: losses.mse(p, t)
     batches = [*cut((p, t), sizes), (np.ones((1, 3), np.float32), t[:1])]
-    found = trainer.evaluate(state, batches, {"mse": scalar, "kept": kept, "parts": losses.mse})
-    mse, pair = jax.jit(losses.mse), jax.jit(kept)
-    expected = sum(Fraction(float(mse(*b))) * len(b[1]) for b in batches) / (sum(sizes) + 1)
-    assert found["mse"] == pytest.approx(float(expected), rel=1e-15)
-    means = [jax.jit(losses.mse.parts)(*b) for b in batches]
-    expected = sum(Fraction(float(mean.total)) for mean in means) / (3 * (sum(sizes) + 1))
+    measured = {"mse": scalar, "kept": kept, "parts": losses.mse}
+    found = trainer.evaluate(state, batches, measured)
+    alone = [parts_of(trainer, state, batch, measured | {"parts": losses.mse.parts}) for batch in batches]
+    for batch, parts in zip(batches, alone, strict=True):
+        np.testing.assert_allclose(parts["mse"].value, np.square(np.subtract(*batch)).mean(), rtol=1e-5)
+    expected = sum(Fraction(float(parts["mse"].value[0])) * len(b[1]) for parts, b in zip(alone, batches, strict=True))
+    assert found["mse"] == pytest.approx(float(expected / (sum(sizes) + 1)), rel=1e-15)
+    expected = sum(Fraction(float(parts["parts"].total[0])) for parts in alone) / (3 * (sum(sizes) + 1))
     assert found["parts"] == pytest.approx(float(expected), rel=1e-15)
-    pairs = [pair(*b) for b in batches]
-    expected = sum(Fraction(float(s)) for s, _ in pairs) / sum(int(c) for _, c in pairs)
-    assert found["kept"] == pytest.approx(float(expected), rel=1e-15)
+    expected = sum(Fraction(float(parts["kept"].total[0])) for parts in alone)
+    assert found["kept"] == pytest.approx(
+        float(expected / sum(int(each["kept"].count[0]) for each in alone)), rel=1e-15
+    )
+
+
+def parts_of(trainer, state, batch, measured):
+    """What the metrics give for a batch that is the only one, by name, with one row."""
+    taken = []
+    loop = EvaluationLoop(trainer._programs, (state.vars, state.step), state.key, taken.append)
+    captured = FrozenLoss.by_name({name: snapshot_loss(metric) for name, metric in measured.items()})
+    loop.push(StepInputs({"x": batch[0], "y": batch[1]}, captured, None, "item"))
+    loop.finish()
+    return PackedMetrics.stacked(taken[0].form, taken)
 
 
 def test_nothing_is_lost_to_rounding(two_heads):

@@ -61,7 +61,12 @@ def test_a_batch_of_any_length_is_the_same_step(length):
     for count in (1, 4):
         trainer, state = made(count, precision="mixed_bfloat16" if length == 7 else None)
         found.append(trainer.step(state, X[:length], loss=lambda out: losses.mse(out, Y[:length])))
-    close((found[0][0], found[0][1].vars), (found[1][0], found[1][1].vars), rtol=1e-6 if length != 7 else 1e-2)
+    if length != 7:
+        close((found[0][0], found[0][1].vars), (found[1][0], found[1][1].vars))
+        return
+    # Sums of bfloat16 are rounded relative to their terms, and the parts have other terms.
+    for one, parts in zip(*(jax.tree.leaves((loss, state.vars)) for loss, state in found), strict=True):
+        np.testing.assert_allclose(one, parts, rtol=0, atol=1e-2 * np.abs(one).max())
 
 
 def test_a_part_is_at_most_as_long_as_those_of_a_whole_batch():
