@@ -17,7 +17,8 @@ from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.jaxpr import slow_in_loops
-from kaun._engine.program import LOOP_OPTIONS, ROWS, Program, count_on_device, pattern_for
+from kaun._engine.program import LOOP_OPTIONS, ROWS, Program, count_on_device, item_at, pattern_for
+from kaun._engine.results import OpenBlock
 from kaun._jax import calls_the_host
 
 __all__ = ["EvaluationLoop", "TracedMetrics"]
@@ -71,9 +72,7 @@ class TracedMetrics:
     def _looped(self, pattern: tuple[bool, ...]) -> Callable[..., list[Any]]:
         def run(leaves: Any, key: Any, count: Any, shared: list[Any], stacked: list[Any]) -> list[Any]:
             def body(i: Any, tables: list[Any]) -> list[Any]:
-                given = iter(shared)
-                sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
-                item = [next(sliced if is_stacked else given) for is_stacked in pattern]
+                item = item_at(i, pattern, shared, stacked)
                 rows = jax.tree_util.tree_leaves(self._function(leaves, key, item))
                 return [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
 
@@ -101,8 +100,8 @@ class EvaluationLoop:
         # What lies on a mesh runs item by item, in the form in which it comes.
         self._alone = programs.sharding is not None or explicit_mesh(leaves) is not None
         self._dtypes = tuple([leaf.dtype for leaf in leaves])
-        self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
-        self._open: _Block | None = None
+        self._blocks: OrderedDict[Hashable, OpenBlock[TracedMetrics]] = OrderedDict()
+        self._open: OpenBlock[TracedMetrics] | None = None
         self._in_flight: deque[_Dispatch] = deque()
         self._limit, self._finished = _BEGIN, time.perf_counter()
 
@@ -143,7 +142,7 @@ class EvaluationLoop:
         while self._in_flight:
             self._read(self._in_flight.popleft())
 
-    def _block(self, inputs: StepInputs) -> _Block:
+    def _block(self, inputs: StepInputs) -> OpenBlock[TracedMetrics]:
         block = self._blocks.pop(inputs.key, None)
         if block is None:
             where = ("evaluate in blocks", self._structure, self._dtypes, inputs.key)
@@ -152,7 +151,7 @@ class EvaluationLoop:
                 function = self._programs.evaluation("evaluate", self._structure, inputs)
                 arguments = (self._leaves, self._key, inputs.leaves)
                 traced = self._programs.add(where, TracedMetrics(function, arguments, inputs))
-            block = _Block(BlockBuffer(inputs, traced.capacity), traced, inputs)
+            block = OpenBlock(BlockBuffer(inputs, traced.capacity), traced, inputs)
         self._blocks[inputs.key] = block
         if len(self._blocks) > _BUFFERS:
             self._blocks.popitem(last=False)
@@ -170,14 +169,6 @@ class EvaluationLoop:
         elapsed, self._finished = now - self._finished, now
         self._limit = next_limit(self._limit, elapsed, count or 1)
         self._take(jax.tree_util.tree_unflatten(structure, arrays))
-
-
-class _Block(NamedTuple):
-    """Items of one kind: where they are collected, the metrics as they were traced, and the first of them."""
-
-    buffer: BlockBuffer
-    traced: TracedMetrics
-    inputs: StepInputs
 
 
 class _Dispatch(NamedTuple):

@@ -37,6 +37,7 @@ __all__ = ["StepLoop", "find_step", "run_step"]
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
 _BUFFERS = 4
+_Block = OpenBlock[TracedStep]
 
 
 def find_step(
@@ -118,9 +119,8 @@ class StepLoop:
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
         given, placed = leaves, programs.sharding is not None
         self._place = functools.partial(place_carry, programs.sharding, self._structure)
-        self._mesh: Any = (
-            None if placed else explicit_mesh(leaves)
-        )  # of the state if its axes are explicit, or of an item
+        # That of the state if its axes are explicit, or of an item.
+        self._mesh: Any = None if placed else explicit_mesh(leaves)
         self._shardings = [explicit_sharding(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         leaves, self._key = self._place(leaves, self._key)
@@ -138,8 +138,8 @@ class StepLoop:
         # and the newest arrays that others may hold.
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
-        self._blocks: OrderedDict[Hashable, OpenBlock] = OrderedDict()
-        self._open: OpenBlock | None = None
+        self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
+        self._open: _Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
         self.limit = self.own_limit = _BEGIN
@@ -269,13 +269,13 @@ class StepLoop:
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
 
-    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> OpenBlock:
+    def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
         refuse_traced(inputs.leaves)
         return OpenBlock(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
-    def _enter(self, block: OpenBlock, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
+    def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
         """Make a block the open one, and put one item or ``count`` of them into it."""
         self._open = self._blocks[inputs.key] = block
         if len(self._blocks) > _BUFFERS:

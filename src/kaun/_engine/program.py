@@ -22,7 +22,10 @@ from kaun._jax import calls_the_host, signatures_of
 from kaun._loss import trace_loss
 from kaun._step import match_state, spoiled_leaves
 
-__all__ = ["LOOP_OPTIONS", "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "pattern_for", "trace_step"]
+__all__ = [
+    "LOOP_OPTIONS", "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "item_at", "pattern_for",
+    "trace_step",
+]  # fmt: skip
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
 # it runs each dispatch on another thread, which costs more than its steps.
@@ -202,6 +205,13 @@ def pattern_for(patterns: list[tuple[bool, ...]], varying: tuple[bool, ...]) -> 
     return varying
 
 
+def item_at(i: Any, pattern: Sequence[bool], shared: Sequence[Any], stacked: Sequence[Any]) -> list[Any]:
+    """Return the leaves of item i of a block in a program, of those passed once and those stacked by a pattern."""
+    given = iter(shared)
+    sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
+    return [next(sliced if is_stacked else given) for is_stacked in pattern]
+
+
 def trace_step(
     train_step: Callable[..., Any],
     on_nonfinite: str,
@@ -278,9 +288,7 @@ def _block(
 
         def body(carried: Any) -> Any:
             i, leaves, _, status, losses, tables = carried
-            given = iter(shared)
-            sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
-            item = [next(sliced if is_stacked else given) for is_stacked in pattern]
+            item = item_at(i, pattern, shared, stacked)
             loss, rows, after, status = _run_step(traced, stops, leaves, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
             tables = [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]

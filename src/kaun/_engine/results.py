@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -18,17 +18,20 @@ from kaun._engine.program import TracedStep
 __all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable"]
 
 
-class OpenBlock(NamedTuple):
+T = TypeVar("T")
+
+
+class OpenBlock(NamedTuple, Generic[T]):
     """Items of one kind that wait to be dispatched together.
 
     Attributes:
         buffer: Where they are collected.
-        traced: The step that takes them.
+        traced: The step or the metrics that take them.
         inputs: The first item of that kind.
     """
 
     buffer: BlockBuffer
-    traced: TracedStep
+    traced: T
     inputs: StepInputs
 
 

@@ -32,7 +32,7 @@ from kaun.sharding import Sharding
 from kaun.state import TrainState, count_steps
 
 __all__ = [
-    "check_facts", "describe_data", "digest_item", "refuse_difference", "run_facts", "unscoped",
+    "check_facts", "describe_data", "digest_item", "refuse_difference", "run_facts", "unscoped", "unscoped_run",
     "warn_of_machine",
 ]  # fmt: skip
 
@@ -225,6 +225,12 @@ def _stage_facts(stages: Sequence[Any]) -> list[Fact]:
 def unscoped(data: Iterable[Any]) -> list[str]:
     """The stages, as they print, whose key was drawn outside of any rng scope in this process."""
     return [s.text for s in every_stage_of(data) if s.given.get("key") is not None and rng.unscoped(s.given["key"])]
+
+
+def unscoped_run(state: TrainState, data: Iterable[Any]) -> list[str]:
+    """The state, in words, and the stages of which that is so."""
+    keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
+    return keyed + unscoped(data)
 
 
 def digest_item(item: Any) -> str:

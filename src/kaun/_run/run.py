@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import rng, tree
+from kaun import tree
 from kaun._engine import StepInputs, StepLoop, TracedStep
 from kaun._messages import warn
 from kaun._processes import is_first
@@ -20,7 +20,7 @@ from kaun._report import member
 from kaun._run.agree import Agreement, EndedElsewhere, agreement_of, processes_of
 from kaun._run.differences import differences
 from kaun._run.generators import captured_generators, global_states, refuse_draws
-from kaun._run.identity import check_facts, refuse_difference, run_facts, unscoped, warn_of_machine
+from kaun._run.identity import check_facts, refuse_difference, run_facts, unscoped_run, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import keeping, match_reports, report_kind, unpack_snapshot
 from kaun._run.reports import ReportCaller, check_best_is_measured
@@ -226,9 +226,7 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
             "devices, and one directory holds one run. Spread the state over all devices, Trainer(..., "
             "sharding=kaun.sharding.data_parallel())."
         )
-    keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
-    keyed += unscoped(data)
-    if keyed:
+    if keyed := unscoped_run(state, data):
         raise ValueError(
             f"fit(checkpoints=...) cannot be resumed by another process: {' and '.join(keyed)} drew a key outside an "
             "rng scope, and another process would draw another key. Make trainer, state and data in a scope:\n"

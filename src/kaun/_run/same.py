@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from kaun import rng, tree
+from kaun import tree
 from kaun._engine import StepInputs
 from kaun._report import numbers_of
-from kaun._run.identity import unscoped
+from kaun._run.identity import unscoped_run
 from kaun._run.position import makes_items
 from kaun.data import every_stage_of, has_exact_length, known_length
 from kaun.state import TrainState
@@ -36,9 +36,7 @@ def refuse_unscoped(state: TrainState, data: Iterable[Any]) -> None:
     Raises:
         ValueError: If there are some.
     """
-    keyed = ["the state (trainer.init or trainer.make_state)"] if rng.unscoped(state.key) else []
-    keyed += unscoped(data)
-    if keyed:
+    if keyed := unscoped_run(state, data):
         raise ValueError(
             f"A fit in {jax.process_count()} processes needs the same keys in all of them: {' and '.join(keyed)} drew "
             "a key outside an rng scope, where each process draws another one. Make trainer, state and data in a "
