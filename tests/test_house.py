@@ -19,7 +19,7 @@ SRC = ROOT / "src" / "kaun"
 # The floor plan: each package or module of the root, from the row that imports nothing of kaun to those that users call.
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
-    {"_cache", "_jax", "_kernels", "_messages", "_paths", "_processes", "errors", "rng", "tree"},
+    {"_cache", "_calls", "_jax", "_kernels", "_messages", "_paths", "_processes", "errors", "rng", "tree"},
     {"context", "grad", "losses", "sharding"},
     {"averages", "layers", "metrics"},
     {"_loss"},
@@ -44,7 +44,19 @@ WITHIN_A_ROW = {
 # A class in some modules: the part that its other part inherits from names the whole, for the type checker alone.
 PARTS_OF_A_CLASS = {(f"data.{part}", "data.pipeline") for part in ("base", "placed", "sources")}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
-ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "ensemble", "evaluation", "metrics"}
+ROOMS = {
+    "_calls",
+    "_engine",
+    "_kernels",
+    "_loss",
+    "_run",
+    "_step",
+    "checkpoint",
+    "data",
+    "ensemble",
+    "evaluation",
+    "metrics",
+}
 
 # The vocabulary. A new name belongs here, in the docs and in the changelog.
 PUBLIC = {

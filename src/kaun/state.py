@@ -16,7 +16,9 @@ from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
 
-__all__ = ["Members", "TrainState", "check_state", "count_steps", "own_state"]
+__all__ = [
+    "Members", "TrainState", "check_state", "check_training", "check_vars", "count_steps", "own_state", "state_of",
+]  # fmt: skip
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
 _making = threading.RLock()
@@ -247,3 +249,29 @@ def check_state(state: Any, where: str) -> None:
     if not isinstance(state, TrainState):
         fix = "trainer.make_state(vars)" if isinstance(state, Vars) else "trainer.init()"
         raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
+
+
+def check_vars(vars: Any, where: str) -> None:
+    """Check that a value is a ``Vars``.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(vars, Vars):
+        raise TypeError(f"{where} expected kaun.Vars, received {type(vars).__name__}. Write {where}(state.vars).")
+
+
+def check_training(training: Any) -> None:
+    """Check the argument ``training`` of ``step``.
+
+    Raises:
+        TypeError: If it is not a bool.
+    """
+    if not isinstance(training, (bool, np.bool_)):
+        raise TypeError(f"step expected training=True or training=False, received {training!r}.")
+
+
+def state_of(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
+    """Return the state of a loop's carry and key."""
+    vars, opt_state, step = carry
+    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun._calls import frozen
 from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
@@ -38,7 +39,7 @@ from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, ne
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
 from kaun.sharding import Sharding
-from kaun.state import TrainState, check_state
+from kaun.state import TrainState, check_state, check_training, check_vars, state_of
 
 if TYPE_CHECKING:
     from jax.export import Exported
@@ -49,6 +50,11 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+@frozen(
+    instead="write trainer = dataclasses.replace(trainer, {name}=...). It compiles its own programs.",
+    unpicklable="a Trainer cannot be pickled: its model and optimizer are closures. Pickle the function that builds "
+    "the trainer, and the state: pickle.dumps((build_trainer, state)); call build_trainer() in the other process.",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer(Generic[In, Out]):
     """A model paired with an optimizer. Everything else is a function of this value and a ``TrainState``.
@@ -122,18 +128,6 @@ class Trainer(Generic[In, Out]):
         object.__setattr__(self, "_evaluated", EvaluatedParams())
         object.__setattr__(self, "_passes", RepeatedPasses())
 
-    def __copy__(self) -> Trainer[In, Out]:
-        return self
-
-    def __deepcopy__(self, _: Any) -> Trainer[In, Out]:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError(
-            "a Trainer cannot be pickled: its model and optimizer are closures. Pickle the function that builds the "
-            "trainer, and the state: pickle.dumps((build_trainer, state)); call build_trainer() in the other process."
-        )
-
     @property
     def compilations(self) -> tuple[Compilation, ...]:
         """What was compiled so far (the newest thousand): where, for which loss, why again, and in how many seconds."""
@@ -148,7 +142,7 @@ class Trainer(Generic[In, Out]):
         Raises:
             TypeError, ValueError: As ``Layer.init`` and ``make_state``.
         """
-        return _state(*fresh_state(self._settings, dtype))
+        return state_of(*fresh_state(self._settings, dtype))
 
     def make_state(self, vars: Vars) -> TrainState:
         """Return a state with these variables, a fresh optimizer state, and one run key from the RNG scope.
@@ -159,10 +153,8 @@ class Trainer(Generic[In, Out]):
             TypeError: If ``vars`` is not a ``Vars``, a parameter is not floating, or the optimizer does not fit.
             ValueError: If the variables belong to another model (the message lists the leaves), or none of them trains.
         """
-        if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-            received = type(vars).__name__
-            raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
-        return _state(fresh_carry(self._settings, vars), fresh_key(self._settings))
+        check_vars(vars, "make_state")
+        return state_of(fresh_carry(self._settings, vars), fresh_key(self._settings))
 
     def step(
         self, state: TrainState, x: Any, *, loss: Loss, training: bool = True, ctx: Context | None = None
@@ -189,15 +181,14 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
         check_state(state, "step")
-        if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"step expected training=True or training=False, received {training!r}.")
+        check_training(training)
         inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
         if newest_pass.loss is not None and newest_pass.loss() is loss:
             self._passes.check("step", newest_pass.take(), state.key, state.step)
         if self._settings.penalty is not None:
             self._settings.penalty.refuse_changes()
         value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
-        return value, _state(carry, placed_key(self._settings, state.key))
+        return value, state_of(carry, placed_key(self._settings, state.key))
 
     def flush(self, state: TrainState) -> TrainState:
         """Return the state after the update of the items that wait in it; any other state is returned as it is.
@@ -266,7 +257,7 @@ class Trainer(Generic[In, Out]):
             del state  # where the caller does not hold it either, its memory is free once it is copied
             caller, loop = start_loop(run, self._settings, self._programs, report, check_context(ctx))
             self._passes.check_data(data, key, first)
-            now, step = lambda: _state(loop.carry(), loop.key), run.done
+            now, step = lambda: state_of(loop.carry(), loop.key), run.done
             with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                 chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                 pending = caller.pending_report_loss
@@ -393,8 +384,3 @@ class Trainer(Generic[In, Out]):
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:
     """Return the checked arguments of a trainer."""
     return trainer._settings  # pyright: ignore[reportPrivateUsage]
-
-
-def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
-    vars, opt_state, step = carry
-    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)
