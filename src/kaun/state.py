@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import advice
 from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
@@ -193,8 +194,8 @@ class TrainState:
     if not TYPE_CHECKING:  # the type checker knows the fields, and must not accept any other name
 
         def __getattr__(self, name: str) -> Any:
-            hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
-            raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
+            text = f"TrainState has no {name!r}; it has vars, opt_state, step and key."
+            raise AttributeError(f"{text} {advice('TrainState', name)}".rstrip())
 
     def __dir__(self) -> list[str]:
         averaged = ["averaged"] if find_average(self.opt_state) is not None else []

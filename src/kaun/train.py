@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._calls import frozen
+from kaun._calls import MISSING, frozen, shows_overload, wrong_fit
 from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
@@ -212,7 +212,8 @@ class Trainer(Generic[In, Out]):
         check_state(state, "flush")
         return flush_state(self._settings, self._programs, state)
 
-    def fit(
+    @overload
+    def fit(  # pyright: ignore[reportInconsistentOverload]
         self,
         state: TrainState,
         data: Iterable[tuple[Any, Loss] | tuple[Any, Loss, Context]],
@@ -220,7 +221,15 @@ class Trainer(Generic[In, Out]):
         ctx: Context | None = None,
         report: Report | ReportFunction | None = None,
         checkpoints: Directory | None = None,
-    ) -> TrainState:
+    ) -> TrainState: ...
+
+    # One that takes all arguments can say what to write for wrong ones. A wrapper as for the other methods would be one
+    # more frame on the way to the loss, and would hold the state.
+    @shows_overload
+    def fit(  # noqa: D417
+        self, state: Any = MISSING, data: Any = MISSING, *more: Any,
+        ctx: Any = None, report: Any = None, checkpoints: Any = None, **unknown: Any,
+    ) -> TrainState:  # fmt: skip
         """Run a step for each item of the data, then ``flush``: the fold of ``step`` over it, bit for bit.
 
         Args:
@@ -246,6 +255,8 @@ class Trainer(Generic[In, Out]):
             Exception: Whatever data, loss, report or the compiled step raise, unchanged, with the last completed state
                 as its ``kaun_state``; where that one is lost, the newest that is left, and a note.
         """
+        if more or unknown or data is MISSING or isinstance(data, TrainState) or hasattr(state, "shape"):
+            raise wrong_fit((state, data, *more), unknown)
         check_state(state, "fit")
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.

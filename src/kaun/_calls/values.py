@@ -1,17 +1,24 @@
-"""The classes whose instances are values: a copy is the same object, and assignments and pickling are refused."""
+"""The classes whose instances are values: a copy is the same object, and what a value does not do is refused."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["frozen"]
+from kaun._calls.names import advice, no_attribute
+from kaun._calls.refusal import explained
+from kaun._calls.texts import CALLS
+
+__all__ = ["frozen", "with_advice"]
 
 C = TypeVar("C", bound=type)
 
 
 def frozen(*, instead: str, unpicklable: str) -> Callable[[C], C]:
-    """Return the decorator of a frozen dataclass for what a value answers when it is changed, copied or pickled.
+    """Return the decorator of a frozen dataclass that refuses changes and pickling, and is its own copy.
+
+    It decorates as ``with_advice`` too.
 
     Args:
         instead: What to write in place of an assignment, with ``{name}`` for the attribute.
@@ -26,8 +33,31 @@ def frozen(*, instead: str, unpicklable: str) -> Callable[[C], C]:
 
     def decorate(cls: C) -> C:
         same: dict[str, Any] = {"__copy__": lambda self: self, "__deepcopy__": lambda self, _: self}
-        for name, method in {**same, "__setattr__": changed, "__delattr__": changed, "__reduce__": reduced}.items():
+        refused = {"__setattr__": changed, "__delattr__": changed, "__reduce__": reduced}
+        for name, method in {**same, **refused}.items():
             setattr(cls, name, method)
-        return cls
+        return with_advice(cls)
 
     return decorate
+
+
+def with_advice(cls: C) -> C:
+    """Decorate a class: making it and its methods explain wrong calls, and it wrong attributes and being called."""
+
+    def missing(self: Any, name: str) -> NoReturn:
+        raise no_attribute(f"{cls.__name__!r} object", cls.__name__, name)
+
+    def call(self: Any, _: Any = None, /, **__: Any) -> NoReturn:
+        raise TypeError(f"{cls.__name__!r} object is not callable. {advice(cls.__name__, '()')}")
+
+    for name in ["__init__", *dir(cls)]:
+        entry = cls.__name__ if name == "__init__" else f"{cls.__name__}.{name}"
+        if entry in CALLS:
+            method: Any = inspect.getattr_static(cls, name)
+            of_class = isinstance(method, classmethod)
+            decorated = explained(entry)(method.__func__ if of_class else method)
+            setattr(cls, name, classmethod(decorated) if of_class else decorated)
+    cls.__getattr__ = missing
+    if advice(cls.__name__, "()"):
+        cls.__call__ = call
+    return cls

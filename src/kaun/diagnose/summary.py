@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng, tree
+from kaun._calls import explained
 from kaun._engine import StepInputs, check_input, find_step
 from kaun._loss import Loss
 from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
@@ -153,6 +154,7 @@ class Summary:
         return lines
 
 
+@explained("summary")
 def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx: Context | None = None) -> Summary:
     """Summarize a trainer's layers with their shapes and sizes, and the cost of a compiled step. Nothing is run.
 
@@ -177,6 +179,9 @@ def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx
     """
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         received = tree.describe(trainer)
+        if isinstance(trainer, Layer):
+            trainer = "kaun.Trainer(model=model, optimizer=optax.adam(1e-3))"
+            raise TypeError(f"summary expected a kaun.Trainer, received a {received}. Write summary({trainer}, x).")
         raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary(trainer, x).")
     check_input(x)
     ctx = check_context(ctx) or Context()

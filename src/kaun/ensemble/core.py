@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import with_advice
 from kaun._engine import Compilation, ProgramCache
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
@@ -38,6 +39,7 @@ Out = TypeVar("Out")
 _MOST_STOPS = 16
 
 
+@with_advice
 @dataclasses.dataclass(frozen=True)
 class Ensemble(Generic[In, Out]):
     """Many members of one trainer that train at once: seeds, a sweep of hyperparameters, or folds of cross-validation.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import explained
 from kaun._jax import is_traced
 from kaun._kernels import lstm_states, matmul
 from kaun.context import Context
@@ -54,6 +55,7 @@ def lstm(
     in_features: int, hidden: int, return_state: bool, *, weight_init: Initializer = ...,
     recurrent_init: Initializer = ..., bias_init: Initializer = ...,
 ) -> Layer[Any, Any]: ...  # fmt: skip
+@explained("layers.lstm", "layers.recurrent")
 def lstm(
     in_features: int,
     hidden: int,
@@ -116,6 +118,7 @@ def gru(
     in_features: int, hidden: int, return_state: bool, *, weight_init: Initializer = ...,
     recurrent_init: Initializer = ..., bias_init: Initializer = ...,
 ) -> Layer[Any, Any]: ...  # fmt: skip
+@explained("layers.gru", "layers.recurrent")
 def gru(
     in_features: int,
     hidden: int,
@@ -172,6 +175,7 @@ def rnn(
     in_features: int, hidden: int, return_state: bool, *, weight_init: Initializer = ...,
     recurrent_init: Initializer = ..., bias_init: Initializer = ...,
 ) -> Layer[Any, Any]: ...  # fmt: skip
+@explained("layers.rnn", "layers.recurrent")
 def rnn(
     in_features: int,
     hidden: int,

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from kaun import tree
+from kaun._calls import explained
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.errors import EarlyStop
@@ -19,6 +20,7 @@ from kaun.train import TrainState
 __all__ = ["EarlyStopping", "early_stopping"]
 
 
+@explained("reports.early_stopping")
 def early_stopping(
     monitor: str, *, mode: Literal["max", "min"], patience: int, min_delta: float = 0.0
 ) -> EarlyStopping:
@@ -107,6 +109,7 @@ class EarlyStopping(Report):
     watches: Collection[str]
     _held = "after the step at which it was measured"
 
+    @explained("reports.EarlyStopping")
     def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
         self.watches = frozenset({monitor})
         self._monitor, self._sign, self._patience, self._min_delta = monitor, sign, patience, min_delta

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from kaun._calls import explained
 from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues
@@ -25,6 +26,7 @@ LINE_SECONDS, LONGEST_LINE_SECONDS = 10.0, 600.0  # anywhere else
 QUIET_SECONDS, QUIET_STEPS = 10.0, 20  # without news, after which it asks for a step
 
 
+@explained("reports.progress")
 def progress(total: int | None = None, *, description: str | None = None, file: TextIO | None = None) -> Report:
     """Return the report that shows a tqdm bar: step, total if known, time, steps per second, the loss, and results.
 
