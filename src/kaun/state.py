@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import jax
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._calls import advice
+from kaun._calls import MISSING, advice, wrong_fit
 from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
 
 __all__ = [
-    "Members", "TrainState", "check_state", "check_training", "check_vars", "count_steps", "own_state", "state_of",
+    "Members", "TrainState", "check_fit", "check_state", "check_training", "check_vars", "count_steps", "own_state", "state_of",
 ]  # fmt: skip
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
@@ -250,6 +250,17 @@ def check_state(state: Any, where: str) -> None:
     if not isinstance(state, TrainState):
         fix = "trainer.make_state(vars)" if isinstance(state, Vars) else "trainer.init()"
         raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
+
+
+def check_fit(state: Any, data: Any, more: Sequence[Any], unknown: Mapping[str, Any]) -> None:
+    """Check that ``fit`` was called with a state and data, and no argument that it does not have.
+
+    Raises:
+        TypeError: If it was not.
+    """
+    if more or unknown or data is MISSING or isinstance(data, TrainState) or hasattr(state, "shape"):
+        raise wrong_fit((state, data, *more), unknown)
+    check_state(state, "fit")
 
 
 def check_vars(vars: Any, where: str) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._calls import MISSING, frozen, shows_overload, wrong_fit
+from kaun._calls import MISSING, frozen, shows_overload
 from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._report import Report, ReportFunction
@@ -39,7 +39,7 @@ from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, ne
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
 from kaun.sharding import Sharding
-from kaun.state import TrainState, check_state, check_training, check_vars, state_of
+from kaun.state import TrainState, check_fit, check_state, check_training, check_vars, state_of
 
 if TYPE_CHECKING:
     from jax.export import Exported
@@ -255,9 +255,7 @@ class Trainer(Generic[In, Out]):
             Exception: Whatever data, loss, report or the compiled step raise, unchanged, with the last completed state
                 as its ``kaun_state``; where that one is lost, the newest that is left, and a note.
         """
-        if more or unknown or data is MISSING or isinstance(data, TrainState) or hasattr(state, "shape"):
-            raise wrong_fit((state, data, *more), unknown)
-        check_state(state, "fit")
+        check_fit(state, data, more, unknown)
         # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
         # arguments is.
         refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))

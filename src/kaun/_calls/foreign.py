@@ -65,11 +65,10 @@ def layer_for(value: Any) -> str:
     if home[0] in ("jax", "numpy", "optax") and callable(value):
         known = {"swish": "silu"}.get(name, name)
         same = known in _ACTIVATIONS and hasattr(layers, known)
-        return f"Write layers.{known}()." if same else f"For a plain function write layers.fn({name or 'f'})."
-    if callable(value):
-        called = name if name.isidentifier() else "f"
-        return f"For a plain function write layers.fn({called}); a function that makes a layer has to be called."
-    return "For a plain function write layers.fn(f)."
+        where = "jax.nn." if "nn" in home else "jnp." if "numpy" in home else ""
+        return f"Write layers.{known}()." if same else f"For a plain function write layers.fn({where}{name or 'f'})."
+    called = "Did you forget to call it? " if callable(value) else ""
+    return f"{called}For a plain function write layers.fn({name if name.isidentifier() else 'f'})."
 
 
 _ACTIVATIONS = frozenset(

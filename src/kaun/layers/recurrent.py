@@ -42,14 +42,9 @@ ORTHOGONAL: Initializer = _orthogonal
 
 @overload
 def lstm(
-    in_features: int,
-    hidden: int,
-    return_state: Literal[False] = False,
-    *,
-    weight_init: Initializer = ...,
-    recurrent_init: Initializer = ...,
-    bias_init: Initializer = ...,
-) -> Layer[Float, Float]: ...
+    in_features: int, hidden: int, return_state: Literal[False] = False, *, weight_init: Initializer = ...,
+    recurrent_init: Initializer = ..., bias_init: Initializer = ...,
+) -> Layer[Float, Float]: ...  # fmt: skip
 @overload
 def lstm(
     in_features: int, hidden: int, return_state: bool, *, weight_init: Initializer = ...,
