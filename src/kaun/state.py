@@ -18,7 +18,8 @@ from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars
 
 __all__ = [
-    "Members", "TrainState", "check_fit", "check_state", "check_training", "check_vars", "count_steps", "own_state", "state_of",
+    "Members", "TrainState", "check_fit", "check_state", "check_training", "check_vars", "count_steps", "own_state",
+    "state_of",
 ]  # fmt: skip
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
