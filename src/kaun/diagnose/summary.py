@@ -14,6 +14,7 @@ import numpy as np
 from kaun import rng, tree
 from kaun._engine import StepInputs, check_input, find_step
 from kaun._loss import Loss
+from kaun._messages import frames_hidden
 from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
 from kaun.context import Context
 from kaun.data import check_context, check_loss
@@ -153,6 +154,7 @@ class Summary:
         return lines
 
 
+@frames_hidden
 def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx: Context | None = None) -> Summary:
     """Summarize a trainer's layers with their shapes and sizes, and the cost of a compiled step. Nothing is run.
 
