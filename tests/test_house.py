@@ -34,6 +34,7 @@ ROWS = [
 WITHIN_A_ROW = {
     ("_calls", "_messages"),
     ("_calls", "tree"),
+    ("_messages", "_jax"),
     ("_messages", "errors"),
     ("_processes", "_jax"),
     ("_processes", "errors"),

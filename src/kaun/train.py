@@ -17,6 +17,7 @@ import numpy as np
 from kaun._calls import MISSING, frozen, shows_overload
 from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
+from kaun._messages import frames_hidden, hide_frames
 from kaun._report import Report, ReportFunction
 from kaun._run import RepeatedPasses, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
 from kaun._step import (
@@ -50,11 +51,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-@frozen(
-    instead="write trainer = dataclasses.replace(trainer, {name}=...). It compiles its own programs.",
-    unpicklable="a Trainer cannot be pickled: its model and optimizer are closures. Pickle the function that builds "
-    "the trainer, and the state: pickle.dumps((build_trainer, state)); call build_trainer() in the other process.",
-)
+@frozen
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer(Generic[In, Out]):
     """A model paired with an optimizer. Everything else is a function of this value and a ``TrainState``.
@@ -180,15 +177,20 @@ class Trainer(Generic[In, Out]):
             CaptureError: If the loss captures what cannot be compiled faithfully.
             TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
-        check_state(state, "step")
-        check_training(training)
-        inputs, carry = StepInputs(x, check_loss(loss), check_context(ctx)), (state.vars, state.opt_state, state.step)
-        if newest_pass.loss is not None and newest_pass.loss() is loss:
-            self._passes.check("step", newest_pass.take(), state.key, state.step)
-        if self._settings.penalty is not None:
-            self._settings.penalty.refuse_changes()
-        value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
-        return value, state_of(carry, placed_key(self._settings, state.key))
+        try:
+            check_state(state, "step")
+            check_training(training)
+            inputs = StepInputs(x, check_loss(loss), check_context(ctx))
+            if newest_pass.loss is not None and newest_pass.loss() is loss:
+                self._passes.check("step", newest_pass.take(), state.key, state.step)
+            if self._settings.penalty is not None:
+                self._settings.penalty.refuse_changes()
+            carry = state.vars, state.opt_state, state.step
+            value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
+            return value, state_of(carry, placed_key(self._settings, state.key))
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
     def flush(self, state: TrainState) -> TrainState:
         """Return the state after the update of the items that wait in it; any other state is returned as it is.
@@ -255,36 +257,36 @@ class Trainer(Generic[In, Out]):
             Exception: Whatever data, loss, report or the compiled step raise, unchanged, with the last completed state
                 as its ``kaun_state``; where that one is lost, the newest that is left, and a note.
         """
-        check_fit(state, data, more, unknown)
-        # Inside of jit and scan every array that is made is traced; inside of grad and vmap only what depends on the
-        # arguments is.
-        refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
-        with open_run(checkpoints, state, data, report, self.on_nonfinite, self.sharding) as run:
-            if run.finished:
-                return finished_state(run, self._settings, self._programs, data, check_context(ctx))
-            key, first = state.key, state.step
-            del state  # where the caller does not hold it either, its memory is free once it is copied
-            caller, loop = start_loop(run, self._settings, self._programs, report, check_context(ctx))
-            self._passes.check_data(data, key, first)
-            now, step = lambda: state_of(loop.carry(), loop.key), run.done
-            with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
-                chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
-                pending = caller.pending_report_loss
-                stopped = pending is not None and caller.wants(step) and caller.stops_at(step, pending, now)
-                ahead = lambda: run.next_steps(step, caller, loop)
-                with run.until_data_ends():
-                    while not stopped and (count := loop.push(chunks, step + 1, ahead())):
-                        step += count
-                        if caller.wants(step):
-                            loop.flush()
-                            stopped = caller.stops_at(step, loop.loss, now)
-                        if run.due(step) and not stopped:
-                            flush_and_save(run, loop, now, caller)
-                if step == 0 == loop.done:
-                    raise empty_data("fit")
-                flush_and_save(run, loop, now, caller, ended="stopped" if stopped else "data")
-            last = now()
-            return caller.returned(last, last if stopped else self.flush(last))
+        with frames_hidden:
+            check_fit(state, data, more, unknown)
+            # Inside of jit and scan all new arrays are traced; inside of grad and vmap, those made from its arguments.
+            refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
+            with open_run(checkpoints, state, data, report, self.on_nonfinite, self.sharding) as run:
+                if run.finished:
+                    return finished_state(run, self._settings, self._programs, data, check_context(ctx))
+                key, first = state.key, state.step
+                del state  # where the caller does not hold it either, its memory is free once it is copied
+                caller, loop = start_loop(run, self._settings, self._programs, report, check_context(ctx))
+                self._passes.check_data(data, key, first)
+                now, step = lambda: state_of(loop.carry(), loop.key), run.done
+                with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
+                    chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
+                    pending = caller.pending_report_loss
+                    stopped = pending is not None and caller.wants(step) and caller.stops_at(step, pending, now)
+                    ahead = lambda: run.next_steps(step, caller, loop)
+                    with run.until_data_ends():
+                        while not stopped and (count := loop.push(chunks, step + 1, ahead())):
+                            step += count
+                            if caller.wants(step):
+                                loop.flush()
+                                stopped = caller.stops_at(step, loop.loss, now)
+                            if run.due(step) and not stopped:
+                                flush_and_save(run, loop, now, caller)
+                    if step == 0 == loop.done:
+                        raise empty_data("fit")
+                    flush_and_save(run, loop, now, caller, ended="stopped" if stopped else "data")
+                last = now()
+                return caller.returned(last, last if stopped else self.flush(last))
 
     @overload
     def predict(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast, get_overloads
 
 from kaun import tree
 from kaun._calls.texts import CALLS, FIT, FIT_TAKES, OF_ALL
-from kaun._messages import nearest_member
+from kaun._messages import hide_frames, nearest_member
 
 __all__ = ["MISSING", "explained", "shown", "shows_overload", "wrong_fit"]
 
@@ -23,7 +23,8 @@ MISSING: Any = inspect.Parameter.empty
 def explained(name: str, family: str = "") -> Callable[[F], F]:
     """Return the decorator that replaces the TypeError of a call which Python refuses by one with what to write.
 
-    A right call is passed on as it is: nothing is checked. The function keeps its signature, name and docstring.
+    A right call is passed on as it is: nothing is checked. The function keeps its signature, name and docstring. Kaun's
+    own frames are hidden in its exceptions, as by ``frames_hidden``.
 
     Args:
         name: The function as users write it, ``"layers.linear"``.
@@ -35,18 +36,25 @@ def explained(name: str, family: str = "") -> Callable[[F], F]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return function(*args, **kwargs)
-            except TypeError as error:
-                trace = error.__traceback__
-                # Where the function began to run, its frame is there.
-                refused = trace is not None and trace.tb_next is None and _refusal(name, texts, function, args, kwargs)
-                if not refused:
-                    raise
-            raise refused
+                try:
+                    return function(*args, **kwargs)
+                except TypeError as error:
+                    refused = _refusal(name, texts, function, args, kwargs) if _is_refused(error) else None
+                    if refused is None:
+                        raise
+                raise refused
+            except BaseException as error:
+                hide_frames(error)
+                raise
 
         return cast("F", call)
 
     return decorate
+
+
+def _is_refused(error: TypeError) -> bool:
+    """Whether a call failed before its function began to run: then the traceback has no frame of it."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 def shows_overload(function: F) -> F:

@@ -76,6 +76,9 @@ _BINARY = "Write losses.binary_cross_entropy, which takes logits: leave the sigm
 ADVICE: dict[str, dict[str, str]] = {
     "Trainer": {
         "()": "Write trainer.predict(state, x).",
+        "=": "write trainer = dataclasses.replace(trainer, {name}=...). It compiles its own programs.",
+        "pickle": "a Trainer cannot be pickled: its model and optimizer are closures. Pickle the function that builds "
+        "the trainer, and the state: pickle.dumps((build_trainer, state)); call build_trainer() in the other process.",
         "save": f"{_SAVE}: the state has all that was trained.",
         "save_model": f"{_SAVE}: the state has all that was trained.",
         "save_weights": f"{_SAVE}: the state has all that was trained.",
@@ -255,4 +258,4 @@ ADVICE: dict[str, dict[str, str]] = {
         "TensorBoard": "Write reports.tensorboard(folder).",
     },
 }  # fmt: skip
-"""By kind of object or module, and by name."""
+"""By kind of object or module, and by name; "()" stands for a call of it, "=" for an assignment, "pickle" for that."""

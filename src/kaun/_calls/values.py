@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from kaun._calls.names import advice, no_attribute
@@ -15,30 +14,20 @@ __all__ = ["frozen", "with_advice"]
 C = TypeVar("C", bound=type)
 
 
-def frozen(*, instead: str, unpicklable: str) -> Callable[[C], C]:
-    """Return the decorator of a frozen dataclass that refuses changes and pickling, and is its own copy.
-
-    It decorates as ``with_advice`` too.
-
-    Args:
-        instead: What to write in place of an assignment, with ``{name}`` for the attribute.
-        unpicklable: Why it cannot be pickled, and what to pickle.
-    """
+def frozen(cls: C) -> C:
+    """Decorate a frozen dataclass: it refuses changes and pickling, and is its own copy; otherwise as ``with_advice``."""
 
     def changed(self: Any, name: str, *_: Any) -> NoReturn:
-        raise AttributeError(f"{type(self).__name__} is immutable: {instead.format(name=name)}")
+        raise AttributeError(f"{cls.__name__} is immutable: {advice(cls.__name__, '=').format(name=name)}")
 
     def reduced(self: Any) -> NoReturn:
-        raise TypeError(unpicklable)
+        raise TypeError(advice(cls.__name__, "pickle"))
 
-    def decorate(cls: C) -> C:
-        same: dict[str, Any] = {"__copy__": lambda self: self, "__deepcopy__": lambda self, _: self}
-        refused = {"__setattr__": changed, "__delattr__": changed, "__reduce__": reduced}
-        for name, method in {**same, **refused}.items():
-            setattr(cls, name, method)
-        return with_advice(cls)
-
-    return decorate
+    same: dict[str, Any] = {"__copy__": lambda self: self, "__deepcopy__": lambda self, _: self}
+    refused = {"__setattr__": changed, "__delattr__": changed, "__reduce__": reduced}
+    for name, method in {**same, **refused}.items():
+        setattr(cls, name, method)
+    return with_advice(cls)
 
 
 def with_advice(cls: C) -> C:

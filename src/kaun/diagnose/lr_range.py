@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from kaun import rng, tree
-from kaun._messages import locate, optional_package
+from kaun._messages import frames_hidden, locate, optional_package
 from kaun._paths import picture_path
 from kaun._processes import is_first
 from kaun._report import Report
@@ -92,6 +92,7 @@ class RateRange:
         return path
 
 
+@frames_hidden
 def lr_range(
     trainer: Trainer[Any, Any],
     state: TrainState,

@@ -16,6 +16,7 @@ from kaun import tree
 from kaun._calls import with_advice
 from kaun._engine import Compilation, ProgramCache
 from kaun._loss import Loss
+from kaun._messages import frames_hidden, hide_frames
 from kaun._report import Report, ReportFunction
 from kaun._step import DEFAULT_DTYPE, abstract_vars
 from kaun.checkpoint import Directory
@@ -111,6 +112,7 @@ class Ensemble(Generic[In, Out]):
         """What was compiled so far, as ``Trainer.compilations``; for each ``stop=`` its own."""
         return tuple(each for runner in self._runners.values() for each in runner.compilations)
 
+    @frames_hidden
     def init(self, *, dtype: Any = DEFAULT_DTYPE, **hyperparameters: Any) -> TrainState:
         """Return fresh states of all members, which draw one key from the RNG scope.
 
@@ -128,6 +130,7 @@ class Ensemble(Generic[In, Out]):
         states = make_states(lambda _: self.trainer.init(dtype=dtype), self.n, (), (), hyperparameters)
         return place_states(self.sharding, states)
 
+    @frames_hidden
     def make_state(self, vars: Vars, **hyperparameters: Any) -> TrainState:
         """Return states with these variables, as ``init`` otherwise.
 
@@ -172,9 +175,14 @@ class Ensemble(Generic[In, Out]):
         Returns:
             The losses before the update, an array [n], and the states after it.
         """
-        self._check(states, "step")
-        return self._runner(stop, per_member).step(states, x, loss=loss, training=training, ctx=ctx)
+        try:
+            self._check(states, "step")
+            return self._runner(stop, per_member).step(states, x, loss=loss, training=training, ctx=ctx)
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
+    @frames_hidden
     def fit(
         self,
         states: TrainState,
@@ -227,19 +235,24 @@ class Ensemble(Generic[In, Out]):
         Returns:
             The outputs [n, batch, ...]. For a list of pipelines, a list of the outputs of each member.
         """
-        self._check(states, "predict")
-        runner = self._runner(None, per_member)
-        run = cast("Any", runner)._runner("predict", states)
-        if are_pipelines("predict", x, per_member):
-            pipelines = check_pipelines("predict", cast("Sequence[Any]", x), self.n)
-            return predict_members(run, pipelines, check_context(ctx), functools.partial(stack, what="x"))
-        if not isinstance(x, Data):
-            return runner.predict(states, x, ctx=ctx)
-        # The outputs of a pass are joined along axis 0, so that is where rows have to be meanwhile.
-        rows_first = lambda output: jnp.moveaxis(output, 0, 1) if output.ndim > 1 else output[0]
-        rows = predict(lambda inputs: jax.tree_util.tree_map(rows_first, run(inputs)), x, check_context(ctx))
-        return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
+        try:
+            self._check(states, "predict")
+            runner = self._runner(None, per_member)
+            run = cast("Any", runner)._runner("predict", states)
+            if are_pipelines("predict", x, per_member):
+                pipelines = check_pipelines("predict", cast("Sequence[Any]", x), self.n)
+                return predict_members(run, pipelines, check_context(ctx), functools.partial(stack, what="x"))
+            if not isinstance(x, Data):
+                return runner.predict(states, x, ctx=ctx)
+            # The outputs of a pass are joined along axis 0, so that is where rows have to be meanwhile.
+            rows_first = lambda output: jnp.moveaxis(output, 0, 1) if output.ndim > 1 else output[0]
+            rows = predict(lambda inputs: jax.tree_util.tree_map(rows_first, run(inputs)), x, check_context(ctx))
+            return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
+    @frames_hidden
     def evaluate(
         self,
         states: TrainState,

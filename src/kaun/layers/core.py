@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kaun import rng
 from kaun._calls import layer_for, shown, with_advice
-from kaun._messages import locate
+from kaun._messages import hide_frames, locate
 from kaun.context import Context
 from kaun.layers.arguments import float_dtype
 from kaun.layers.path import at, here, is_frozen, watching
@@ -172,13 +172,17 @@ class Layer(Generic[In, Out]):
             TypeError: If ``dtype`` is not floating, or the function ``init`` does not return a ``Vars``.
             ValueError: If ``dtype`` is float64 and JAX runs without x64.
         """
-        made = self._init(dtype=float_dtype(dtype))
-        if not isinstance(made, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"init of layer {here(self.name)} must return kaun.Vars, received {type(made).__name__} from "
-                f"{locate(self._init)}. Write: return Vars(params={{...}}, state={{}}, dtype=dtype)."
-            )
-        return made
+        try:
+            made = self._init(dtype=float_dtype(dtype))
+            if not isinstance(made, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    f"init of layer {here(self.name)} must return kaun.Vars, received {type(made).__name__} from "
+                    f"{locate(self._init)}. Write: return Vars(params={{...}}, state={{}}, dtype=dtype)."
+                )
+            return made
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
     def apply(self, vars: Vars, x: Any, /, *, training: bool = False, ctx: Context | None = None) -> tuple[Any, Vars]:
         """Run the forward pass.
@@ -197,21 +201,25 @@ class Layer(Generic[In, Out]):
         Raises:
             TypeError: If ``vars`` is not a ``Vars``, or the function ``apply`` does not return ``(y, vars)``.
         """
-        if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
-                "model.init(...) returns, or a trainer's state.vars."
-            )
-        training = training and not is_frozen(vars.params)
-        watch, ctx = watching(), Context() if ctx is None else ctx
-        run = lambda: self._apply(vars, x, training=training, ctx=ctx)
-        result = run() if watch is None else watch(self, vars, run)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):
-            raise TypeError(
-                f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
-                f"{locate(self._apply)}. Write: return y, vars."
-            )
-        return result
+        try:
+            if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
+                    "model.init(...) returns, or a trainer's state.vars."
+                )
+            training = training and not is_frozen(vars.params)
+            watch, ctx = watching(), Context() if ctx is None else ctx
+            run = lambda: self._apply(vars, x, training=training, ctx=ctx)
+            result = run() if watch is None else watch(self, vars, run)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):
+                raise TypeError(
+                    f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
+                    f"{locate(self._apply)}. Write: return y, vars."
+                )
+            return result
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
     def __rshift__(self: Layer[In, Mid], other: Layer[Mid, Out]) -> Layer[In, Out]:
         return compose(self, other)
