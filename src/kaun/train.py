@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun import _html
 from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._messages import frames_hidden, hide_frames
@@ -30,6 +31,7 @@ from kaun._step import (
     fresh_state,
     make_settings,
     placed_key,
+    shown_arguments,
     train_step,
 )
 from kaun.averages.rules import Average
@@ -134,6 +136,15 @@ class Trainer(Generic[In, Out]):
             "a Trainer cannot be pickled: its model and optimizer are closures. Pickle the function that builds the "
             "trainer, and the state: pickle.dumps((build_trainer, state)); call build_trainer() in the other process."
         )
+
+    def __repr__(self) -> str:
+        return f"Trainer({', '.join(f'{name}={text}' for name, text in shown_arguments(self).items())})"
+
+    def _repr_html_(self) -> str:
+        shown = {**shown_arguments(self), "model": _html.preformatted(self.model.name)}
+        seconds = sum(each.seconds for each in self.compilations)
+        shown["compiled"] = f"{len(self.compilations)} programs in {seconds:.1f} s (trainer.compilations)"
+        return _html.document("Trainer", _html.facts(shown.items()))
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
