@@ -21,9 +21,10 @@ __all__ = [
     "threefry_2x32", "trace_of", "without_placements",
 ]  # fmt: skip
 
-# The names of the operations that call Python or foreign code.
-HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])
-_CALLS = frozenset("jit pjit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call".split())
+HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])  # call Python or foreign code
+_CALLS = frozenset(
+    ["jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"]
+)
 _FOLDER = jax.__file__.removesuffix("__init__.py")
 FRAMES_NOTE = "JAX has removed its internal frames"  # in JAX's note to exceptions
 
@@ -100,7 +101,7 @@ def coordination_client(name: str = "client") -> Any:
 
 def hides_frames_of(file: str) -> bool:
     """Return whether a file is JAX's, or of a library whose frames JAX hides: which these are has no public name."""
-    hides = jax.config.jax_traceback_filtering not in ("off", "remove_frames")
+    hides = jax.config.values["jax_traceback_filtering"] not in ("off", "remove_frames")
     return hides and (file.startswith(_FOLDER) or not sys.modules["jax._src.traceback_util"].include_filename(file))
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun import _html
 from kaun._calls import MISSING, frozen, shows_overload
 from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
@@ -31,6 +32,7 @@ from kaun._step import (
     fresh_state,
     make_settings,
     placed_key,
+    shown_arguments,
     train_step,
 )
 from kaun.averages.rules import Average
@@ -117,13 +119,19 @@ class Trainer(Generic[In, Out]):
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         settings = make_settings(**given)
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
-        object.__setattr__(self, "_settings", settings)
         scaled = settings.policy is not None and settings.policy.scaled
         about: dict[str, Any] = {"on_nonfinite": self.on_nonfinite, "scaled": scaled, "sharding": self.sharding}
-        programs = ProgramCache(step, forward, trace_metrics, **about)
-        object.__setattr__(self, "_programs", programs)
-        object.__setattr__(self, "_evaluated", EvaluatedParams())
-        object.__setattr__(self, "_passes", RepeatedPasses())
+        vars(self).update(_settings=settings, _evaluated=EvaluatedParams(), _passes=RepeatedPasses())
+        vars(self)["_programs"] = ProgramCache(step, forward, trace_metrics, **about)
+
+    def __repr__(self) -> str:
+        return f"Trainer({', '.join(f'{name}={text}' for name, text in shown_arguments(self).items())})"
+
+    def _repr_html_(self) -> str:
+        shown = {**shown_arguments(self), "model": _html.preformatted(self.model.name)}
+        seconds = sum(each.seconds for each in self.compilations)
+        shown["compiled"] = f"{len(self.compilations)} programs in {seconds:.1f} s (trainer.compilations)"
+        return _html.document("Trainer", _html.facts(shown.items()))
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
@@ -216,14 +224,9 @@ class Trainer(Generic[In, Out]):
 
     @overload
     def fit(  # pyright: ignore[reportInconsistentOverload]
-        self,
-        state: TrainState,
-        data: Iterable[tuple[Any, Loss] | tuple[Any, Loss, Context]],
-        *,
-        ctx: Context | None = None,
-        report: Report | ReportFunction | None = None,
-        checkpoints: Directory | None = None,
-    ) -> TrainState: ...
+        self, state: TrainState, data: Iterable[tuple[Any, Loss] | tuple[Any, Loss, Context]], *,
+        ctx: Context | None = None, report: Report | ReportFunction | None = None, checkpoints: Directory | None = None,
+    ) -> TrainState: ...  # fmt: skip
 
     # One that takes all arguments can say what to write for wrong ones. A wrapper as for the other methods would be one
     # more frame on the way to the loss, and would hold the state.

@@ -15,7 +15,7 @@ C = TypeVar("C", bound=type)
 
 
 def frozen(cls: C) -> C:
-    """Decorate a frozen dataclass: it refuses changes and pickling, and is its own copy; otherwise as ``with_advice``."""
+    """Decorate a frozen dataclass: it refuses changes and pickling, and is its own copy; then as ``with_advice``."""
 
     def changed(self: Any, name: str, *_: Any) -> NoReturn:
         raise AttributeError(f"{cls.__name__} is immutable: {advice(cls.__name__, '=').format(name=name)}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from kaun._messages import hide_frames, in_kaun
+from kaun import _html
 from kaun.data import arguments
 from kaun.data.nodes import Node, StageSpec
 from kaun.data.passes import as_generator, watch_of
@@ -38,10 +37,8 @@ class Pipeline(Generic[T]):
         # last stage makes is used without a frame around it: fit pulls an item for each step.
         node, first = self._node, watch_of(self._stages)
         if node.rows:
-            items = (shown_item(item) for item in as_generator(node.open, first))
-        else:
-            items = node.open(None, 0, first) if node.takes_first else as_generator(node.open, first)
-        return items if in_kaun(sys._getframe(1).f_code.co_filename) else _for_users(items)  # pyright: ignore
+            return (shown_item(item) for item in as_generator(node.open, first))
+        return node.open(None, 0, first) if node.takes_first else as_generator(node.open, first)
 
     def _real_rows(self, where: str, fix: str) -> Iterable[T]:
         """The items without filled rows, for packages that cannot import this one; refused if the rows have weights."""
@@ -71,6 +68,12 @@ class Pipeline(Generic[T]):
         texts = [stage.text for stage in self._stages]
         return "".join(texts) if sum(map(len, texts)) <= 100 else "\n  ".join(texts)
 
+    def _repr_html_(self) -> str:
+        length = self._node.length
+        stages = [(stage.text, "unknown" if stage.length is None else stage.length) for stage in self._stages]
+        title = "Data of unknown length" if length is None else f"Data of {length:,} items"
+        return _html.document(title, _html.table(("stage", "items"), stages))
+
     def _refuse_pieces(self, stage: str, why: str) -> None:
         """Refuse a stage that gives other items where each process has rows of its own."""
         if "local" in self._node.rows:
@@ -97,12 +100,3 @@ class Pipeline(Generic[T]):
     @classmethod
     def _combined(cls, node: Node, text: str, sources: Sequence[Data[Any]], **given: Any) -> Data[Any]:
         return cls._source(node, text, sources=tuple(s._stages for s in sources), **given)
-
-
-def _for_users(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, for a loop of the user's: fit hides the frames of all that it calls."""
-    try:
-        yield from items
-    except Exception as error:
-        hide_frames(error)
-        raise

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import rng, tree
+from kaun import _html, rng, tree
 from kaun._calls import explained
 from kaun._engine import StepInputs, check_input, find_step
 from kaun._loss import Loss
@@ -121,6 +121,11 @@ class Summary:
             for row in table
         ]
         return "\n".join([*(line.rstrip() for line in lines), *self._totals()])
+
+    def _repr_html_(self) -> str:
+        rows = [(r.path, r.layer, r.output, r.parameters, r.bytes, r.device_bytes, r.spec) for r in self.rows]
+        table = _html.table(self._head(), [row[: len(self._head())] for row in rows], most=1000)
+        return _html.document("Summary", table, _html.preformatted("\n".join(self._totals())))
 
     def __rich__(self) -> Any:
         console, table_module = (importlib.import_module(f"rich.{name}") for name in ("console", "table"))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import tree
+from kaun import _html, tree
 from kaun._calls import with_advice
 from kaun._engine import Compilation, ProgramCache
 from kaun._loss import Loss
@@ -106,6 +106,12 @@ class Ensemble(Generic[In, Out]):
 
     def __deepcopy__(self, _: Any) -> Ensemble[In, Out]:
         return self
+
+    def __repr__(self) -> str:
+        return f"Ensemble({self.trainer!r}, {self.n}{'' if self.sharding is None else f', sharding={self.sharding!r}'})"
+
+    def _repr_html_(self) -> str:
+        return _html.document(f"Ensemble of {self.n} members") + self.trainer._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:

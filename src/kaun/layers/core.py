@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 import jax
 import jax.numpy as jnp
 
-from kaun import rng
+from kaun import _html, rng, tree
 from kaun._calls import layer_for, shown, with_advice
 from kaun._messages import hide_frames, locate
 from kaun.context import Context
@@ -30,7 +30,9 @@ __all__ = [
     "compose",
     "keys_text",
     "must_be_layer",
+    "one_line",
     "short_name",
+    "vars_table",
 ]
 
 
@@ -48,6 +50,8 @@ class Float(_Array):
 class Int(_Array):
     """The kind of integer arrays (token or class indices), for the type checker only."""
 
+
+_LISTED = 4  # arrays, in the repr of a Vars
 
 In = TypeVar("In")
 Mid = TypeVar("Mid")
@@ -91,6 +95,19 @@ class Vars:
 
     def __dir__(self) -> list[str]:
         return ["dtype", "params", "replace", "state"]
+
+    def __repr__(self) -> str:
+        paths = jax.tree_util.tree_flatten_with_path(self.params)[0]
+        shapes = [f"{tree.path_name(path)} {list(getattr(leaf, 'shape', ()))}" for path, leaf in paths]
+        more = f" and {len(shapes) - _LISTED} more" if len(shapes) > _LISTED else ""
+        state = tree.numbers_in(self.state)
+        return (
+            f"Vars({tree.numbers_in(self.params)} parameters in {self.dtype}: {', '.join(shapes[:_LISTED])}{more}"
+            f"{f'; {state} numbers of state' if state else ''})"
+        )
+
+    def _repr_html_(self) -> str:
+        return _html.document(f"Vars in {self.dtype}", vars_table(self))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         """Flatten the pytree, for JAX."""
@@ -249,6 +266,9 @@ class Layer(Generic[In, Out]):
     def __repr__(self) -> str:
         return self.name
 
+    def _repr_html_(self) -> str:
+        return _html.preformatted(self.name)
+
 
 def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
     """Make the layer that applies ``first``, then ``second``; ``first >> second`` is the same.
@@ -336,6 +356,22 @@ def below(vars: Vars, key: Any) -> Vars:
 def short_name(layer: Layer[Any, Any]) -> str:
     """The first line of a layer's name, without an open bracket, for messages."""
     return layer.name.splitlines()[0].rstrip("([{")
+
+
+def vars_table(vars: Vars) -> _html.Part:
+    """The arrays of variables for notebooks: paths, shapes and dtypes, for which no value is read."""
+    rows: list[tuple[Any, ...]] = []
+    for kind, part in (("parameter", vars.params), ("state", vars.state)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
+            rows.append((tree.path_name(path), kind, tree.describe(leaf), tree.numbers_in(leaf)))
+    return _html.table(("path", "kind", "array", "numbers"), rows)
+
+
+def one_line(layer: Layer[Any, Any]) -> str:
+    """The name of a layer in one line: of one that contains others, how many these are."""
+    first, *inner = layer.name.splitlines()
+    parts = sum(line[2:3] not in ("", " ", ")", "]", "}") for line in inner if line.startswith("  "))
+    return f"{first}{parts} layers{inner[-1]}" if inner else first
 
 
 def keys_text(part: Any) -> str:

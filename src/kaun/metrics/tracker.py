@@ -145,6 +145,10 @@ class Tracker:
         """Return the pairs of name and mean, sorted by name."""
         return [(name, self.mean(name)) for name in sorted(self._counts)]
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}: {count} values" for name, count in sorted(self._counts.items()))
+        return f"Tracker({counts})"
+
     def summary(self) -> str:
         """Return names and means in one line, sorted by name, with four decimals."""
         return "  ".join(f"{name}: {mean:.4f}" for name, mean in self.items())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from kaun import tree
+from kaun import _html, tree
 from kaun._calls import explained
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
@@ -162,6 +162,14 @@ class EarlyStopping(Report):
                 f"then {self._waited} of {self._patience} values without a better one"
             )
         return f"<early_stopping({self._monitor!r}, mode={mode!r}, patience={self._patience}): {held}>"
+
+    def _repr_html_(self) -> str:
+        mode = "max" if self._sign > 0 else "min"
+        shown: list[tuple[str, Any]] = [("watches", f"{self._monitor!r}, mode={mode!r}")]
+        if self._best is not None:
+            shown += [("best value", self.best_value), (".best", f"the state {self._held}, of step {self.best_step}")]
+        shown += [("values without a better one", f"{self._waited} of {self._patience}")]
+        return _html.document("early_stopping", _html.facts(shown))
 
     def begin(
         self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,
