@@ -3,8 +3,9 @@
 Run it with: python examples/digits.py           (half a minute; needs pip install ".[examples]")
          or: python examples/digits.py --epochs 5 --folder somewhere
 
-The script shows a progress bar and, after each epoch, the accuracy on 360 test images. Then it draws the loss curve and
-test images with their predictions, saves the weights, and checks that the loaded weights predict the same.
+The script shows a progress bar and, after each epoch, the accuracy on 360 test images. Then it draws the curves of loss
+and accuracy, and test images with their predictions, saves the weights, and checks that the loaded weights predict the
+same.
 """
 
 import argparse
@@ -65,14 +66,16 @@ def main(*, epochs=20, folder="demo-output", seed=0):
         state = trainer.init(dtype=jnp.float32)
 
     def print_accuracy(epoch, state):
-        accuracy = metrics.accuracy(trainer.predict(state, test_images), test_labels)
+        accuracy = validation.latest["accuracy"]
         tqdm.write(f"epoch {epoch:2}: {accuracy:.2%} of the test images are correct")  # print above the bar
 
-    history = reports.history()
-    report = reports.all_of(reports.progress(), history, reports.each_epoch(train, print_accuracy))
+    test = Data.batches((test_images, test_labels), batch_size=120)
+    validation = reports.validate(trainer, test, {"accuracy": metrics.accuracy}, each=train)
+    history, print_each = reports.history(), reports.each_epoch(train, print_accuracy)
+    report = reports.all_of(validation, history, reports.progress(), print_each)
     state = trainer.fit(state, train.epochs(epochs), report=report)
 
-    curve, sheet, weights = (folder / name for name in ("loss.png", "digits.png", "weights.safetensors"))
+    curve, sheet, weights = (folder / name for name in ("training.svg", "digits.png", "weights.safetensors"))
     history.plot(curve, log=True)
     logits = trainer.predict(state, test_images)
     draw_sheet(sheet, test_images, test_labels, np.argmax(logits, axis=-1))
@@ -82,7 +85,7 @@ def main(*, epochs=20, folder="demo-output", seed=0):
     np.testing.assert_array_equal(trainer.predict(trainer.make_state(loaded), test_images), logits)
 
     print(f"\nFinally {metrics.accuracy(logits, test_labels):.2%} of the {len(test_labels)} test images are correct.")
-    print(f"  {curve}: the loss of each step")
+    print(f"  {curve}: the loss of each step, and the accuracy after each epoch")
     print(f"  {sheet}: test images with their predictions")
     print(f"  {weights}: the weights; after loading, they predict exactly the same")
     return trainer, state

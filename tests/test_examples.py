@@ -26,7 +26,12 @@ SHORT = {
     "xor": ([], [r"0 xor 0 = 0\.0", r"0 xor 1 = 0\.9", r"1 xor 0 = 0\.9", r"1 xor 1 = 0\.0"]),
     "digits": (
         ["--epochs", "1", "--folder", "made"],
-        [r"epoch  1: \d\d\.\d\d% of the test", r"360 test images", r"made.loss\.png: ", r"predict exactly the same"],
+        [
+            r"epoch  1: \d\d\.\d\d% of the test",
+            r"360 test images",
+            r"made.training\.svg: ",
+            r"predict exactly the same",
+        ],
     ),
     "gan": (
         ["--steps", "4", "--folder", "made"],
@@ -190,8 +195,9 @@ def test_digits_are_learned_and_drawn_and_saved(tmp_path, capsys, monkeypatch):
     assert len(shown) == 3  # two epochs and the end
     assert shown[1] == shown[2] == f"{100 * accuracy:.2f}"
 
-    assert {path.name for path in folder.iterdir()} == {"loss.png", "digits.png", "weights.safetensors"}
-    assert red(folder / "loss.png") == 0
+    assert {path.name for path in folder.iterdir()} == {"training.svg", "digits.png", "weights.safetensors"}
+    texts = re.findall(r"<!-- (.*?) -->", (folder / "training.svg").read_text())
+    assert "accuracy" in texts and "loss" in texts, texts  # a panel of each
     assert (red(folder / "digits.png") > 0) == (accuracy < 1)
     like = digits.make_model().init(dtype=jnp.float32)
     loaded = trainer.make_state(checkpoint.load(folder / "weights.safetensors", like=like))

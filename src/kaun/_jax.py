@@ -15,18 +15,18 @@ import jax.core
 from jax import lax
 
 __all__ = [
-    "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of", "constants_in",
-    "convolutions_in", "coordination_client", "current_trace", "evaluate", "is_jitted", "is_traced",
-    "preemption_service_runs", "primitives_in", "programs_in", "run_program", "signatures_of", "threefry_2x32",
-    "trace_of", "without_placements",
+    "FRAMES_NOTE", "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of",
+    "constants_in", "convolutions_in", "coordination_client", "current_trace", "evaluate", "hides_frames_of",
+    "is_jitted", "is_traced", "preemption_service_runs", "primitives_in", "programs_in", "run_program", "signatures_of",
+    "threefry_2x32", "trace_of", "without_placements",
 ]  # fmt: skip
 
-
-HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])
-"""Names of the operations that call Python or foreign code."""
+HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])  # call Python or foreign code
 _CALLS = frozenset(
     ["jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"]
 )
+_FOLDER = jax.__file__.removesuffix("__init__.py")
+FRAMES_NOTE = "JAX has removed its internal frames"  # in JAX's note to exceptions
 
 
 def is_traced(value: Any) -> bool:
@@ -99,6 +99,12 @@ def coordination_client(name: str = "client") -> Any:
     return getattr(getattr(sys.modules.get("jax._src.distributed"), "global_state", None), name, None)
 
 
+def hides_frames_of(file: str) -> bool:
+    """Return whether a file is JAX's, or of a library whose frames JAX hides: which these are has no public name."""
+    hides = jax.config.values["jax_traceback_filtering"] not in ("off", "remove_frames")
+    return hides and (file.startswith(_FOLDER) or not sys.modules["jax._src.traceback_util"].include_filename(file))
+
+
 def run_program(closed: Any, arguments: Sequence[Any]) -> list[Any]:
     """Return the results of a closed jaxpr for these arguments.
 
@@ -133,15 +139,13 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
     """
     for program in programs_in(closed):
         yield from getattr(program, "consts", ())
-        if literals:
-            for equation in getattr(program, "jaxpr", program).eqns:
-                values = (getattr(each, "val", None) for each in equation.invars)
-                yield from (value for value in values if getattr(value, "ndim", 0))
+        for equation in getattr(program, "jaxpr", program).eqns if literals else ():
+            values = (getattr(each, "val", None) for each in equation.invars)
+            yield from (value for value in values if getattr(value, "ndim", 0))
 
 
 def _equations_in(closed: Any) -> Iterator[Any]:
-    for program in programs_in(closed):
-        yield from getattr(program, "jaxpr", program).eqns
+    return (each for program in programs_in(closed) for each in getattr(program, "jaxpr", program).eqns)
 
 
 def primitives_in(closed: Any) -> set[str]:
@@ -281,9 +285,7 @@ class Operation:
     def frames(self) -> list[Frame]:
         """The calls that led to it, the outermost first."""
         trace = self._equation.source_info.traceback
-        if trace is None:
-            return []
-        pairs = zip(trace.frames, trace.raw_frames()[1], strict=True)
+        pairs = () if trace is None else zip(trace.frames, trace.raw_frames()[1], strict=True)
         return [Frame(frame.file_name, frame.line_num, offset) for frame, offset in pairs][::-1]
 
     @property

@@ -1,4 +1,4 @@
-"""Parts of errors and warnings: where a function was written, names from files, warnings, and missing packages."""
+"""Parts of errors and warnings: where a function was written, which frames are shown, names from files, warnings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
+
+from kaun._jax import FRAMES_NOTE, hides_frames_of
 
 # With the separator: a package named kaun_models beside this one is the user's.
 _SKIPPED = tuple(str(Path(file).parent) + os.sep for file in (__file__, jax.__file__))
@@ -24,6 +28,64 @@ _CLOSE = 0.8  # of difflib's ratio: "wnats" and "began" are near misses; "wait",
 def in_kaun(file: str) -> bool:
     """Whether a file of code, as tracebacks name it, is kaun's own."""
     return file.startswith(_SKIPPED[0])
+
+
+def hide_frames(error: BaseException) -> None:
+    """Remove kaun's own frames, and those that JAX hides, from what is shown of an exception.
+
+    The call of the user is shown, what is the user's of the frames below it, and the message last. It is called where
+    an exception leaves kaun, as ``except BaseException as error: hide_frames(error); raise``: a ``try`` costs nothing
+    without an exception, and a wrapper around each public function would be one more frame and call for each step.
+    Inside another call of kaun's it does nothing; the outermost call does it for all. ``KAUN_TRACEBACK=full`` in the
+    environment keeps all frames.
+
+    Args:
+        error: The exception, in the frame that is about to raise it again.
+    """
+    frame = error.__traceback__ and error.__traceback__.tb_frame.f_back
+    while frame is not None and not in_kaun(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None and os.environ.get("KAUN_TRACEBACK") != "full":
+        _hide(error, functools.cache(_is_hidden), set())
+
+
+def _is_hidden(file: str) -> bool:
+    return in_kaun(file) or file == _CONTEXTS or hides_frames_of(file)
+
+
+def _hide(error: BaseException, hidden: Callable[[str], bool], seen: set[int]) -> None:
+    if id(error) in seen:
+        return
+    seen.add(id(error))
+    traces, trace = list[TracebackType](), error.__traceback__
+    while trace is not None:
+        traces.append(trace)
+        trace = trace.tb_next
+    kept = None
+    for trace in reversed(traces):
+        if not hidden(trace.tb_frame.f_code.co_filename):
+            kept = TracebackType(kept, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+    error.__traceback__ = kept
+    if notes := getattr(error, "__notes__", None):  # JAX's own note would hide the message, or what kaun adds to it
+        error.__notes__ = [note for note in notes if FRAMES_NOTE not in note]
+    for linked in filter(None, (error.__cause__, error.__context__)):
+        _hide(linked, hidden, seen)
+    if error.__context__ is not None and error.__context__.__traceback__ is None:
+        error.__suppress_context__ = True  # it came and was handled inside, and says nothing of the user's code
+
+
+class _FramesHidden(contextlib.ContextDecorator):
+    """``hide_frames`` for a block or a function in which two calls more do not count."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            hide_frames(error)
+
+
+frames_hidden = _FramesHidden()
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-__all__ = ["local_path", "picture_path"]
+__all__ = ["local_path", "picture_path", "saved_picture"]
 
 # A scheme has two letters at least: one is a drive of Windows. pathlib makes gs://bucket into gs:/bucket.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//.*)", re.DOTALL)
@@ -46,3 +49,31 @@ def picture_path(where: str, path: str | os.PathLike[str]) -> Path:
     """Return ``local_path`` of a picture's file, whose format is its suffix, by default ``.png``."""
     whole = local_path(where, path)
     return whole if whole.suffix else whole.with_suffix(".png")
+
+
+def saved_picture(where: str, figure: Any, path: str | os.PathLike[str] | None, *, writes: bool) -> Any:
+    """Save a matplotlib figure and return the path of the file; without a path return the figure.
+
+    A notebook shows a figure that is the value of a cell, and once: pyplot does not know it. It does so also where
+    pyplot, which tells IPython how, was never imported.
+
+    Args:
+        where: The function that received the path, for messages.
+        figure: The figure.
+        path: The file, whose format is its suffix, by default ``.png``; or None.
+        writes: Whether this process writes the file.
+    """
+    if path is None:
+        figure._repr_png_ = functools.partial(_png, figure)
+        return figure
+    path = picture_path(where, path)
+    if writes:
+        figure.savefig(path)
+    return path
+
+
+def _png(figure: Any) -> tuple[bytes, dict[str, int]]:
+    """A figure for a notebook, with the width at which a page shows it."""
+    written = io.BytesIO()
+    figure.savefig(written, format="png")
+    return written.getvalue(), {"width": round(figure.get_figwidth() * 100)}

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import tree
+from kaun import _html, tree
+from kaun._calls import MISSING, advice, wrong_fit
 from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
-from kaun.layers.core import Vars
+from kaun.layers.core import Vars, vars_table
 
-__all__ = ["Members", "TrainState", "check_state", "count_steps", "own_state"]
+__all__ = [
+    "Members", "TrainState", "check_fit", "check_state", "check_training", "check_vars", "count_steps", "own_state",
+    "state_of",
+]  # fmt: skip
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
 _making = threading.RLock()
@@ -191,8 +195,8 @@ class TrainState:
     if not TYPE_CHECKING:  # the type checker knows the fields, and must not accept any other name
 
         def __getattr__(self, name: str) -> Any:
-            hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
-            raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
+            text = f"TrainState has no {name!r}; it has vars, opt_state, step and key."
+            raise AttributeError(f"{text} {advice('TrainState', name)}".rstrip())
 
     def __dir__(self) -> list[str]:
         averaged = ["averaged"] if find_average(self.opt_state) is not None else []
@@ -203,12 +207,22 @@ class TrainState:
         return TrainState.tree_unflatten, (self._kind, self.now())
 
     def __repr__(self) -> str:
-        size = sum(a.size for a in jax.tree_util.tree_leaves(self.vars.params))
-        if not isinstance(self.opt_state, Members):
-            return f"TrainState(step={self.step}, {size} parameters in {self.vars.dtype})"
-        n, steps = self.step.shape[0], np.asarray(self.step)
-        step = f"{steps.min()}" if steps.min() == steps.max() else f"{steps.min()} to {steps.max()}"
-        return f"TrainState({n} members, step={step}, {size // n} parameters each in {self.vars.dtype})"
+        vars, opt_state, step, _ = self.now()
+        if not isinstance(vars, Vars):  # JAX puts other things in the place of its fields  # pyright: ignore
+            return f"TrainState(vars={tree.describe(vars)}, step={tree.describe(step)})"
+        size = tree.numbers_in(vars.params)
+        if not isinstance(opt_state, Members):
+            return f"TrainState(step={_text_of(step)}, {size} parameters in {vars.dtype})"
+        n = max(*np.shape(step), 1)
+        return f"TrainState({n} members, step={_text_of(step)}, {size // n} parameters each in {vars.dtype})"
+
+    def _repr_html_(self) -> str:
+        vars, opt_state, _, _ = self.now()
+        if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return _html.preformatted(repr(self))
+        parts = {"vars": vars, "opt_state": opt_state}
+        sizes = [(name, tree.format_bytes(tree.bytes_in(part))) for name, part in parts.items()]
+        return _html.document(repr(self), _html.facts(sizes), _html.folded("arrays of vars", vars_table(vars)))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], str | None]:
         """Flatten the pytree, for JAX."""
@@ -221,6 +235,19 @@ class TrainState:
         new = cls(**dict(zip(_NAMES, children, strict=True)))
         object.__setattr__(new, "_kind", kind)
         return new
+
+
+def _text_of(step: Any) -> str:
+    """A number of steps, or the lowest and the highest; in words where it cannot be read without more work."""
+    if any_traced([step]):
+        return "traced"
+    if isinstance(step, jax.Array) and step.is_deleted():
+        return "deleted"
+    here = not isinstance(step, jax.Array) or step.is_fully_addressable or step.is_fully_replicated
+    if not (tree.is_array(step) and here):
+        return tree.describe(step)
+    steps = np.asarray(step)
+    return f"{steps.min()}" if steps.min() == steps.max() else f"{steps.min()} to {steps.max()}"
 
 
 def _of_member(leaf: Any, i: int) -> Any:
@@ -247,3 +274,40 @@ def check_state(state: Any, where: str) -> None:
     if not isinstance(state, TrainState):
         fix = "trainer.make_state(vars)" if isinstance(state, Vars) else "trainer.init()"
         raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
+
+
+def check_fit(state: Any, data: Any, more: Sequence[Any], unknown: Mapping[str, Any]) -> None:
+    """Check that ``fit`` was called with a state and data, and no argument that it does not have.
+
+    Raises:
+        TypeError: If it was not.
+    """
+    if more or unknown or data is MISSING or isinstance(data, TrainState) or hasattr(state, "shape"):
+        raise wrong_fit((state, data, *more), unknown)
+    check_state(state, "fit")
+
+
+def check_vars(vars: Any, where: str) -> None:
+    """Check that a value is a ``Vars``.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(vars, Vars):
+        raise TypeError(f"{where} expected kaun.Vars, received {type(vars).__name__}. Write {where}(state.vars).")
+
+
+def check_training(training: Any) -> None:
+    """Check the argument ``training`` of ``step``.
+
+    Raises:
+        TypeError: If it is not a bool.
+    """
+    if not isinstance(training, (bool, np.bool_)):
+        raise TypeError(f"step expected training=True or training=False, received {training!r}.")
+
+
+def state_of(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
+    """Return the state of a loop's carry and key."""
+    vars, opt_state, step = carry
+    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)

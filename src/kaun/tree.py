@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 __all__ = [
+    "bytes_in",
     "describe",
     "difference",
     "false_for_all",
@@ -23,6 +25,7 @@ __all__ = [
     "is_real_scalar",
     "is_weak",
     "map_with_path",
+    "numbers_in",
     "on_host",
     "path_name",
     "placement",
@@ -122,6 +125,17 @@ def format_bytes(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
+
+
+def numbers_in(tree: Any) -> int:
+    """How many numbers the arrays of a tree hold, also where they are traced or were deleted."""
+    return sum(math.prod(getattr(leaf, "shape", ())) for leaf in jax.tree_util.tree_leaves(tree))
+
+
+def bytes_in(tree: Any) -> int:
+    """How many bytes the arrays of a tree take, likewise."""
+    leaves = [leaf for leaf in jax.tree_util.tree_leaves(tree) if hasattr(leaf, "dtype")]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def describe(value: Any) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from kaun._engine import StepLoop
 from kaun._run.reports import ReportCaller
 from kaun._run.run import TrainingRun
+from kaun._run.signals import note_interrupt
 from kaun.state import TrainState
 
 __all__ = ["save_on_error"]
@@ -70,6 +71,7 @@ def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: Re
         there, pending = True, hook.pending_report_loss
         if run.saver is not None and run.together is not None:
             there, pending = run.together.all_have(str(loop.done), pending)
+        note_interrupt(error, f"after step {loop.done}")
         if not there:
             error.add_note(f"Also, no checkpoint of step {loop.done} was written, because not all processes have it.")
         elif run.saver is not None:

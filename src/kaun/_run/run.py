@@ -26,7 +26,7 @@ from kaun._run.report_state import keeping, match_reports, report_kind, unpack_s
 from kaun._run.reports import ReportCaller, check_best_is_measured
 from kaun._run.same import begin_facts, refuse_unscoped
 from kaun._run.saver import CheckpointSaver
-from kaun._run.signals import Signals
+from kaun._run.signals import Signals, note_interrupt
 from kaun.checkpoint import Best, Directory, Saved, Store, group_for, processes_with
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
 from kaun.sharding import Sharding, put
@@ -185,6 +185,7 @@ def _state_on_error(run: TrainingRun) -> Generator[None]:
     except BaseException as error:
         if run.now is not None and not hasattr(error, "kaun_state"):
             error.kaun_state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+            note_interrupt(error, "after the last step")
         raise
     finally:
         run.now = None  # it holds the loop, which holds the run

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from kaun._jax import preemption_service_runs
 
-__all__ = ["Signals"]
+__all__ = ["Signals", "note_interrupt"]
 
 T = TypeVar("T")
 # SIGHUP comes when a terminal is closed, SIGUSR1 from Slurm (--signal=USR1@60). Windows has neither.
@@ -90,3 +90,12 @@ class Signals:
         for each, handler in self._handlers.items():
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
+
+
+def note_interrupt(error: BaseException, when: str) -> None:
+    """Add to a ``KeyboardInterrupt``, which has no message, a line that says where the state is."""
+    if isinstance(error, KeyboardInterrupt):
+        # Of nested fits the outermost one's state is on the exception.
+        notes = [note for note in getattr(error, "__notes__", ()) if "kaun_state" not in note]
+        where = "err.kaun_state, or at the next prompt sys.last_value.kaun_state"
+        error.__notes__ = [*notes, f"The state {when} is this exception's kaun_state: {where}."]

@@ -24,6 +24,7 @@ from kaun._step.rate import Rate as Rate
 from kaun._step.rate import find_rate as find_rate
 from kaun._step.settings import Settings as Settings
 from kaun._step.settings import make_settings as make_settings
+from kaun._step.settings import shown_arguments as shown_arguments
 from kaun._step.start import fresh_carry as fresh_carry
 from kaun._step.start import fresh_key as fresh_key
 from kaun._step.start import fresh_state as fresh_state

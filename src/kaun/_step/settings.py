@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kaun._messages import locate
 from kaun._step.microbatches import check_count
 from kaun._step.model import VarsSpec, check_model
 from kaun._step.nonfinite import check_mode
@@ -17,10 +18,10 @@ from kaun._step.penalty import Penalty, make_penalty
 from kaun._step.precision import DEFAULT_DTYPE, Policy, parse_precision
 from kaun._step.trainable import check_trainable
 from kaun.averages.rules import Average, check_average
-from kaun.layers.core import Layer, Vars
+from kaun.layers.core import Layer, Vars, one_line
 from kaun.sharding.core import Sharding, check_sharding
 
-__all__ = ["Carry", "Settings", "make_settings"]
+__all__ = ["Carry", "Settings", "make_settings", "shown_arguments"]
 
 Carry = tuple[Vars, Any, jax.Array]
 
@@ -98,3 +99,13 @@ def make_settings(
     added, spec = make_penalty(penalty), VarsSpec(model, policy)
     given = (model, optimizer, on_nonfinite, trainable, policy, microbatches, accumulate, average, added)
     return Settings(*given, sharding, spec)
+
+
+def shown_arguments(trainer: Any) -> dict[str, str]:
+    """The arguments of a trainer by name, each in one line, without those that have their default."""
+    given = {field.name: getattr(trainer, field.name) for field in dataclasses.fields(trainer) if field.init}
+    defaults = {field.name: field.default for field in dataclasses.fields(trainer)}
+    shown = {"model": one_line(trainer.model), "optimizer": type(trainer.optimizer).__name__}
+    others = {name: value for name, value in given.items() if name not in shown and value != defaults[name]}
+    functions = ("trainable", "penalty")
+    return shown | {name: locate(value) if name in functions else repr(value) for name, value in others.items()}

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, cast
 
-from kaun._messages import warn
+from kaun._messages import frames_hidden, warn
 from kaun.checkpoint import arguments, one
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.folders import scan
@@ -160,6 +160,7 @@ class Directory:
             warn(f"{str(self.path)!r}: checkpoints that this kaun cannot read are left out:\n  " + "\n  ".join(newer))
         return sorted(sound)
 
+    @frames_hidden
     def load(self, like: TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> TrainState:
         """Return the state of a checkpoint, for example for ``predict`` after training.
 
@@ -192,6 +193,7 @@ class Directory:
         read = lambda disk, found, verified: one.read(disk, found.path, found.step, like, verified=verified).state
         return load_from("load", self.path, at, group_for(self.path, like), read)
 
+    @frames_hidden
     def load_vars(self, like: Vars | TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> Vars:
         """Return the variables of a checkpoint, whatever the optimizer of its run was.
 

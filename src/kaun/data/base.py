@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from kaun import _html
 from kaun.data import arguments
 from kaun.data.nodes import Node, StageSpec
 from kaun.data.passes import as_generator, watch_of
@@ -66,6 +67,12 @@ class Pipeline(Generic[T]):
     def __repr__(self) -> str:
         texts = [stage.text for stage in self._stages]
         return "".join(texts) if sum(map(len, texts)) <= 100 else "\n  ".join(texts)
+
+    def _repr_html_(self) -> str:
+        length = self._node.length
+        stages = [(stage.text, "unknown" if stage.length is None else stage.length) for stage in self._stages]
+        title = "Data of unknown length" if length is None else f"Data of {length:,} items"
+        return _html.document(title, _html.table(("stage", "items"), stages))
 
     def _refuse_pieces(self, stage: str, why: str) -> None:
         """Refuse a stage that gives other items where each process has rows of its own."""

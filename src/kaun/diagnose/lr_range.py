@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 from kaun import rng, tree
-from kaun._messages import locate, optional_package
-from kaun._paths import picture_path
+from kaun._messages import frames_hidden, locate, optional_package
+from kaun._paths import saved_picture
 from kaun._processes import is_first
 from kaun._report import Report
 from kaun._step import Rate, find_rate, learning_rate, state_nodes
@@ -63,11 +63,21 @@ class RateRange:
             f"smoothed loss is lowest, {self.smoothed[lowest]:.4g}, at {self.rates[lowest]:.2g}, {advice}.{end}"
         )
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the losses and the smoothed losses over the rate with matplotlib, and return the path of the file.
+    @overload
+    def plot(self, path: None = None) -> Any: ...
+
+    @overload
+    def plot(self, path: str | os.PathLike[str]) -> Path: ...
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw the losses and the smoothed losses over the rate with matplotlib, as ``history().plot``.
 
         Args:
-            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``.
+            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``. By
+                default none is written, and the figure is returned.
+
+        Returns:
+            The path of the file, or the figure.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -86,12 +96,10 @@ class RateRange:
         axes.grid(color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left")
-        path = picture_path("lr_range(...).plot", path)
-        if is_first():
-            figure.savefig(path)
-        return path
+        return saved_picture("lr_range(...).plot", figure, path, writes=is_first())
 
 
+@frames_hidden
 def lr_range(
     trainer: Trainer[Any, Any],
     state: TrainState,

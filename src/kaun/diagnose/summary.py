@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import rng, tree
+from kaun import _html, rng, tree
+from kaun._calls import explained
 from kaun._engine import StepInputs, check_input, find_step
 from kaun._loss import Loss
 from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
@@ -121,6 +122,11 @@ class Summary:
         ]
         return "\n".join([*(line.rstrip() for line in lines), *self._totals()])
 
+    def _repr_html_(self) -> str:
+        rows = [(r.path, r.layer, r.output, r.parameters, r.bytes, r.device_bytes, r.spec) for r in self.rows]
+        table = _html.table(self._head(), [row[: len(self._head())] for row in rows], most=1000)
+        return _html.document("Summary", table, _html.preformatted("\n".join(self._totals())))
+
     def __rich__(self) -> Any:
         console, table_module = (importlib.import_module(f"rich.{name}") for name in ("console", "table"))
         table = table_module.Table()
@@ -153,6 +159,7 @@ class Summary:
         return lines
 
 
+@explained("summary")
 def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx: Context | None = None) -> Summary:
     """Summarize a trainer's layers with their shapes and sizes, and the cost of a compiled step. Nothing is run.
 
@@ -177,6 +184,9 @@ def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx
     """
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         received = tree.describe(trainer)
+        if isinstance(trainer, Layer):
+            trainer = "kaun.Trainer(model=model, optimizer=optax.adam(1e-3))"
+            raise TypeError(f"summary expected a kaun.Trainer, received a {received}. Write summary({trainer}, x).")
         raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary(trainer, x).")
     check_input(x)
     ctx = check_context(ctx) or Context()

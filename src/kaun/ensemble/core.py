@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun import tree
+from kaun import _html, tree
+from kaun._calls import with_advice
 from kaun._engine import Compilation, ProgramCache
 from kaun._loss import Loss
+from kaun._messages import frames_hidden, hide_frames
 from kaun._report import Report, ReportFunction
 from kaun._step import DEFAULT_DTYPE, abstract_vars
 from kaun.checkpoint import Directory
@@ -38,6 +40,7 @@ Out = TypeVar("Out")
 _MOST_STOPS = 16
 
 
+@with_advice
 @dataclasses.dataclass(frozen=True)
 class Ensemble(Generic[In, Out]):
     """Many members of one trainer that train at once: seeds, a sweep of hyperparameters, or folds of cross-validation.
@@ -104,11 +107,18 @@ class Ensemble(Generic[In, Out]):
     def __deepcopy__(self, _: Any) -> Ensemble[In, Out]:
         return self
 
+    def __repr__(self) -> str:
+        return f"Ensemble({self.trainer!r}, {self.n}{'' if self.sharding is None else f', sharding={self.sharding!r}'})"
+
+    def _repr_html_(self) -> str:
+        return _html.document(f"Ensemble of {self.n} members") + self.trainer._repr_html_()  # pyright: ignore[reportPrivateUsage]
+
     @property
     def compilations(self) -> tuple[Compilation, ...]:
         """What was compiled so far, as ``Trainer.compilations``; for each ``stop=`` its own."""
         return tuple(each for runner in self._runners.values() for each in runner.compilations)
 
+    @frames_hidden
     def init(self, *, dtype: Any = DEFAULT_DTYPE, **hyperparameters: Any) -> TrainState:
         """Return fresh states of all members, which draw one key from the RNG scope.
 
@@ -126,6 +136,7 @@ class Ensemble(Generic[In, Out]):
         states = make_states(lambda _: self.trainer.init(dtype=dtype), self.n, (), (), hyperparameters)
         return place_states(self.sharding, states)
 
+    @frames_hidden
     def make_state(self, vars: Vars, **hyperparameters: Any) -> TrainState:
         """Return states with these variables, as ``init`` otherwise.
 
@@ -170,9 +181,14 @@ class Ensemble(Generic[In, Out]):
         Returns:
             The losses before the update, an array [n], and the states after it.
         """
-        self._check(states, "step")
-        return self._runner(stop, per_member).step(states, x, loss=loss, training=training, ctx=ctx)
+        try:
+            self._check(states, "step")
+            return self._runner(stop, per_member).step(states, x, loss=loss, training=training, ctx=ctx)
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
+    @frames_hidden
     def fit(
         self,
         states: TrainState,
@@ -225,19 +241,24 @@ class Ensemble(Generic[In, Out]):
         Returns:
             The outputs [n, batch, ...]. For a list of pipelines, a list of the outputs of each member.
         """
-        self._check(states, "predict")
-        runner = self._runner(None, per_member)
-        run = cast("Any", runner)._runner("predict", states)
-        if are_pipelines("predict", x, per_member):
-            pipelines = check_pipelines("predict", cast("Sequence[Any]", x), self.n)
-            return predict_members(run, pipelines, check_context(ctx), functools.partial(stack, what="x"))
-        if not isinstance(x, Data):
-            return runner.predict(states, x, ctx=ctx)
-        # The outputs of a pass are joined along axis 0, so that is where rows have to be meanwhile.
-        rows_first = lambda output: jnp.moveaxis(output, 0, 1) if output.ndim > 1 else output[0]
-        rows = predict(lambda inputs: jax.tree_util.tree_map(rows_first, run(inputs)), x, check_context(ctx))
-        return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
+        try:
+            self._check(states, "predict")
+            runner = self._runner(None, per_member)
+            run = cast("Any", runner)._runner("predict", states)
+            if are_pipelines("predict", x, per_member):
+                pipelines = check_pipelines("predict", cast("Sequence[Any]", x), self.n)
+                return predict_members(run, pipelines, check_context(ctx), functools.partial(stack, what="x"))
+            if not isinstance(x, Data):
+                return runner.predict(states, x, ctx=ctx)
+            # The outputs of a pass are joined along axis 0, so that is where rows have to be meanwhile.
+            rows_first = lambda output: jnp.moveaxis(output, 0, 1) if output.ndim > 1 else output[0]
+            rows = predict(lambda inputs: jax.tree_util.tree_map(rows_first, run(inputs)), x, check_context(ctx))
+            return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
+    @frames_hidden
     def evaluate(
         self,
         states: TrainState,

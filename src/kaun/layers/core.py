@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 import jax
 import jax.numpy as jnp
 
-from kaun import rng
-from kaun._messages import locate
+from kaun import _html, rng, tree
+from kaun._calls import layer_for, shown, with_advice
+from kaun._messages import hide_frames, locate
 from kaun.context import Context
 from kaun.layers.arguments import float_dtype
 from kaun.layers.path import at, here, is_frozen, watching
@@ -29,7 +30,9 @@ __all__ = [
     "compose",
     "keys_text",
     "must_be_layer",
+    "one_line",
     "short_name",
+    "vars_table",
 ]
 
 
@@ -47,6 +50,8 @@ class Float(_Array):
 class Int(_Array):
     """The kind of integer arrays (token or class indices), for the type checker only."""
 
+
+_LISTED = 4  # arrays, in the repr of a Vars
 
 In = TypeVar("In")
 Mid = TypeVar("Mid")
@@ -91,6 +96,19 @@ class Vars:
     def __dir__(self) -> list[str]:
         return ["dtype", "params", "replace", "state"]
 
+    def __repr__(self) -> str:
+        paths = jax.tree_util.tree_flatten_with_path(self.params)[0]
+        shapes = [f"{tree.path_name(path)} {list(getattr(leaf, 'shape', ()))}" for path, leaf in paths]
+        more = f" and {len(shapes) - _LISTED} more" if len(shapes) > _LISTED else ""
+        state = tree.numbers_in(self.state)
+        return (
+            f"Vars({tree.numbers_in(self.params)} parameters in {self.dtype}: {', '.join(shapes[:_LISTED])}{more}"
+            f"{f'; {state} numbers of state' if state else ''})"
+        )
+
+    def _repr_html_(self) -> str:
+        return _html.document(f"Vars in {self.dtype}", vars_table(self))
+
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         """Flatten the pytree, for JAX."""
         key = jax.tree_util.GetAttrKey
@@ -117,6 +135,7 @@ class Apply(Protocol):
     def __call__(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]: ...
 
 
+@with_advice
 class Layer(Generic[In, Out]):
     """A model or a part of one: a pair of pure functions, ``init`` and ``apply``.
 
@@ -170,13 +189,17 @@ class Layer(Generic[In, Out]):
             TypeError: If ``dtype`` is not floating, or the function ``init`` does not return a ``Vars``.
             ValueError: If ``dtype`` is float64 and JAX runs without x64.
         """
-        made = self._init(dtype=float_dtype(dtype))
-        if not isinstance(made, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"init of layer {here(self.name)} must return kaun.Vars, received {type(made).__name__} from "
-                f"{locate(self._init)}. Write: return Vars(params={{...}}, state={{}}, dtype=dtype)."
-            )
-        return made
+        try:
+            made = self._init(dtype=float_dtype(dtype))
+            if not isinstance(made, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    f"init of layer {here(self.name)} must return kaun.Vars, received {type(made).__name__} from "
+                    f"{locate(self._init)}. Write: return Vars(params={{...}}, state={{}}, dtype=dtype)."
+                )
+            return made
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
     def apply(self, vars: Vars, x: Any, /, *, training: bool = False, ctx: Context | None = None) -> tuple[Any, Vars]:
         """Run the forward pass.
@@ -195,21 +218,25 @@ class Layer(Generic[In, Out]):
         Raises:
             TypeError: If ``vars`` is not a ``Vars``, or the function ``apply`` does not return ``(y, vars)``.
         """
-        if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
-                "model.init(...) returns, or a trainer's state.vars."
-            )
-        training = training and not is_frozen(vars.params)
-        watch, ctx = watching(), Context() if ctx is None else ctx
-        run = lambda: self._apply(vars, x, training=training, ctx=ctx)
-        result = run() if watch is None else watch(self, vars, run)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):
-            raise TypeError(
-                f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
-                f"{locate(self._apply)}. Write: return y, vars."
-            )
-        return result
+        try:
+            if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
+                    "model.init(...) returns, or a trainer's state.vars."
+                )
+            training = training and not is_frozen(vars.params)
+            watch, ctx = watching(), Context() if ctx is None else ctx
+            run = lambda: self._apply(vars, x, training=training, ctx=ctx)
+            result = run() if watch is None else watch(self, vars, run)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):
+                raise TypeError(
+                    f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
+                    f"{locate(self._apply)}. Write: return y, vars."
+                )
+            return result
+        except BaseException as error:
+            hide_frames(error)
+            raise
 
     def __rshift__(self: Layer[In, Mid], other: Layer[Mid, Out]) -> Layer[In, Out]:
         return compose(self, other)
@@ -238,6 +265,9 @@ class Layer(Generic[In, Out]):
 
     def __repr__(self) -> str:
         return self.name
+
+    def _repr_html_(self) -> str:
+        return _html.preformatted(self.name)
 
 
 def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
@@ -328,6 +358,22 @@ def short_name(layer: Layer[Any, Any]) -> str:
     return layer.name.splitlines()[0].rstrip("([{")
 
 
+def vars_table(vars: Vars) -> _html.Part:
+    """The arrays of variables for notebooks: paths, shapes and dtypes, for which no value is read."""
+    rows: list[tuple[Any, ...]] = []
+    for kind, part in (("parameter", vars.params), ("state", vars.state)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
+            rows.append((tree.path_name(path), kind, tree.describe(leaf), tree.numbers_in(leaf)))
+    return _html.table(("path", "kind", "array", "numbers"), rows)
+
+
+def one_line(layer: Layer[Any, Any]) -> str:
+    """The name of a layer in one line: of one that contains others, how many these are."""
+    first, *inner = layer.name.splitlines()
+    parts = sum(line[2:3] not in ("", " ", ")", "]", "}") for line in inner if line.startswith("  "))
+    return f"{first}{parts} layers{inner[-1]}" if inner else first
+
+
 def keys_text(part: Any) -> str:
     """The keys of a part of a model's variables, for messages."""
     if isinstance(part, dict):
@@ -344,5 +390,4 @@ def block_text(head: str, children: Sequence[Layer[Any, Any]], left: str = "", r
 def must_be_layer(where: str, value: Any) -> None:
     """Raise TypeError if a value is not a ``Layer``."""
     if not isinstance(value, Layer):
-        hint = ". Did you forget to call it?" if callable(value) else "."
-        raise TypeError(f"{where} expected layers, received {value!r}{hint} For a plain function write layers.fn(f).")
+        raise TypeError(f"{where} expected layers, received {shown(value)}. {layer_for(value)}")

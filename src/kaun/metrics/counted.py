@@ -57,6 +57,9 @@ class Counted:
         """Return the value of the metric for one batch."""
         return self.result(self._counts(predictions, targets, weights))
 
+    def __repr__(self) -> str:
+        return f"Counted(counts={_called(self.counts)}, result={_called(self.result)})"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Counted) and self._key() == other._key()
 
@@ -240,6 +243,15 @@ def _identity(f: Any) -> Any:
         return f
     bound = cast("functools.partial[Any]", f)
     return _identity(bound.func), bound.args, tuple(sorted(bound.keywords.items()))
+
+
+def _called(f: Any) -> str:
+    """The name of a function, and what ``functools.partial`` binds to it."""
+    if not isinstance(f, functools.partial):
+        return getattr(f, "__name__", None) or type(f).__name__
+    partial = cast("functools.partial[Any]", f)
+    bound = [*map(repr, partial.args), *(f"{name}={value!r}" for name, value in partial.keywords.items())]
+    return f"{_called(partial.func)}({', '.join(bound)})"
 
 
 def _function(f: Any) -> Any:

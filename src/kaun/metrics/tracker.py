@@ -10,7 +10,7 @@ import jax
 
 from kaun import tree
 from kaun._jax import is_traced
-from kaun._messages import locate
+from kaun._messages import frames_hidden, locate
 from kaun.losses import Mean
 from kaun.metrics.counted import Counted, CountedParts, result_of
 from kaun.metrics.sums import DelayedReader, MetricSums, Ratio, add_results, run_ahead
@@ -21,6 +21,7 @@ __all__ = ["Tracker", "evaluate", "evaluate_many"]
 _UNREAD = 2048
 
 
+@frames_hidden
 def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     """Compute the mean of a function's results over the items of ``data``, summed exactly on the host.
 
@@ -50,6 +51,7 @@ def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     return _means("evaluate", f, data)[""]
 
 
+@frames_hidden
 def evaluate_many(f: Callable[[Any], dict[str, Any]], data: Iterable[Any]) -> dict[str, float]:
     """Compute the means of several named results over the items of ``data``, in one pass.
 
@@ -142,6 +144,10 @@ class Tracker:
     def items(self) -> list[tuple[str, float]]:
         """Return the pairs of name and mean, sorted by name."""
         return [(name, self.mean(name)) for name in sorted(self._counts)]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}: {count} values" for name, count in sorted(self._counts.items()))
+        return f"Tracker({counts})"
 
     def summary(self) -> str:
         """Return names and means in one line, sorted by name, with four decimals."""

@@ -6,10 +6,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 
+from kaun._calls import explained
+from kaun._messages import locate
 from kaun._report import (
     Composite,
     Report,
@@ -37,6 +40,7 @@ class ValuesOf(dict[str, float]):
         self.state = state
 
 
+@explained("reports.every")
 def every(n: int, f: Report | ReportFunction) -> Report:
     """Return the report that calls ``f`` after each ``n``-th step; ``fit`` does not wait for the device in between.
 
@@ -96,6 +100,7 @@ def all_of(*reports: Report | ReportFunction) -> Report:
     )
 
 
+@explained("reports.each_epoch")
 def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
     """Return the report that calls ``f(epoch, state)`` after each pass over ``train`` within one ``fit``.
 
@@ -118,6 +123,11 @@ def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
         epoch 1
         epoch 2
     """
+    if isinstance(train, int):
+        raise TypeError(
+            f"each_epoch expected the pipeline of one epoch first, received {train!r}. Write each_epoch(train, f), "
+            f"where fit gets train.epochs(n); for each {train} steps every({train}, report)."
+        )
     check_takes("each_epoch", "a function", f, "epoch, state")
     return _EachEpoch(steps_of_a_pass("each_epoch", train, "every(steps_per_epoch, report)"), f)
 
@@ -152,6 +162,10 @@ def _one_pass(where: str, train: Any, length: int) -> int:
     return length // epochs
 
 
+def _shown(report: Any) -> str:
+    return locate(report) if isinstance(report, FunctionType) else repr(report)
+
+
 class _Every(Report):
     def __init__(self, n: int, f: Report | ReportFunction) -> None:
         self._n, self._f = n, f
@@ -164,6 +178,9 @@ class _Every(Report):
         for name in ("block", "end", "compiling", "observe", "snapshot", "restore"):
             if (method := member(f, name)) is not None:
                 setattr(self, name, method)
+
+    def __repr__(self) -> str:
+        return f"every({self._n}, {_shown(self._f)})"
 
     def wants(self, step: int) -> bool:
         return step % self._n == 0 and (self._wants is None or bool(self._wants(step)))
@@ -207,6 +224,9 @@ class _AllOf(Composite):
         if kept := keeping(self):  # methods of its own would be a cycle, which keeps states alive
             self.snapshot = functools.partial(snapshot_reports, kept)
             self.restore = functools.partial(_restore, kept)
+
+    def __repr__(self) -> str:
+        return f"all_of({', '.join(map(_shown, self.reports))})"
 
     def wants(self, step: int) -> bool:
         wanted = [report for report, wants in self._wants if wants is None or wants(step)]
@@ -273,6 +293,9 @@ class _EachEpoch(Report):
     def __init__(self, length: int, f: Callable[[int, TrainState], None]) -> None:
         self._length = length
         self._f = f
+
+    def __repr__(self) -> str:
+        return f"each_epoch({self._length} steps, {_shown(self._f)})"
 
     def wants(self, step: int) -> bool:
         return step % self._length == 0

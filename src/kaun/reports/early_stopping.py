@@ -9,7 +9,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from kaun import tree
+from kaun import _html, tree
+from kaun._calls import explained
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.errors import EarlyStop
@@ -19,6 +20,7 @@ from kaun.train import TrainState
 __all__ = ["EarlyStopping", "early_stopping"]
 
 
+@explained("reports.early_stopping")
 def early_stopping(
     monitor: str, *, mode: Literal["max", "min"], patience: int, min_delta: float = 0.0
 ) -> EarlyStopping:
@@ -107,6 +109,7 @@ class EarlyStopping(Report):
     watches: Collection[str]
     _held = "after the step at which it was measured"
 
+    @explained("reports.EarlyStopping")
     def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
         self.watches = frozenset({monitor})
         self._monitor, self._sign, self._patience, self._min_delta = monitor, sign, patience, min_delta
@@ -159,6 +162,14 @@ class EarlyStopping(Report):
                 f"then {self._waited} of {self._patience} values without a better one"
             )
         return f"<early_stopping({self._monitor!r}, mode={mode!r}, patience={self._patience}): {held}>"
+
+    def _repr_html_(self) -> str:
+        mode = "max" if self._sign > 0 else "min"
+        shown: list[tuple[str, Any]] = [("watches", f"{self._monitor!r}, mode={mode!r}")]
+        if self._best is not None:
+            shown += [("best value", self.best_value), (".best", f"the state {self._held}, of step {self.best_step}")]
+        shown += [("values without a better one", f"{self._waited} of {self._patience}")]
+        return _html.document("early_stopping", _html.facts(shown))
 
     def begin(
         self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1,

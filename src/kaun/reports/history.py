@@ -7,12 +7,13 @@ import os
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
+from kaun import _html
 from kaun._messages import optional_package
-from kaun._paths import picture_path
+from kaun._paths import saved_picture
 from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues, pack_results, saved_values, unpack_results
@@ -120,8 +121,16 @@ class History(Report):
         """The number of each step recorded, int64 of shape (n,), beginning with ``state.step`` after the first one."""
         return np.arange(self._first_step, self._first_step + len(self._losses))
 
-    def plot(self, path: str | os.PathLike[str], *, log: bool = False, window: int | None = None) -> Path:
-        """Draw the losses, pale, and their running median with matplotlib, and return the path of the file.
+    @overload
+    def plot(self, path: None = None, *, log: bool = False, window: int | None = None) -> Any: ...
+
+    @overload
+    def plot(self, path: str | os.PathLike[str], *, log: bool = False, window: int | None = None) -> Path: ...
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, log: bool = False, window: int | None = None) -> Any:
+        """Draw the losses, pale, and their running median with matplotlib; return the figure, or the path of the file.
+
+        Without a path it returns the ``matplotlib.figure.Figure``, which a notebook shows.
 
         The median at a step is taken over the steps around it, cut off at the end of the run and narrowed at its start,
         where the loss falls fast. In a run longer than 1000 steps, the pale part is the band between the lowest
@@ -130,7 +139,8 @@ class History(Report):
         same steps.
 
         Args:
-            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``.
+            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``. By
+                default none is written.
             log: Whether the loss axis is logarithmic; losses of 0 or less are then left out. Default False.
             window: The number of steps around one whose median is drawn, rounded up to an odd number; default a
                 twentieth of the run, at least 5.
@@ -163,10 +173,28 @@ class History(Report):
         figure = _figure(steps, losses, window, self.results)
         if log:
             figure.axes[0].set_yscale("log")
-        path = picture_path("history.plot", path)
-        if is_first():
-            figure.savefig(path)
-        return path
+        return saved_picture("history.plot", figure, path, writes=is_first())
+
+    def __repr__(self) -> str:
+        if not self._losses:
+            return "<history: no steps recorded>"
+        shown = [f"{len(self)} steps to step {self.steps[-1]}", f"loss {self._losses[-1]:.4g}"]
+        shown += [", ".join(f"{name}={v:.4g}" for name, v in values.items()) for _, values in self.results[-1:]]
+        return f"<history: {', '.join(shown)}>"
+
+    def _repr_html_(self) -> str:
+        finite = self.losses[np.isfinite(self.losses)].astype(np.float64)
+        parts = [_html.curve(_thinned(finite), "loss")] if len(finite) else []
+        scalars = [{name: v for name, v in epoch.items() if np.ndim(v) == 0} for epoch in self.epochs]
+        for title, rows in (
+            ("averages over each pass", scalars),
+            ("results of other reports", [{"step": step, **values} for step, values in self.results]),
+        ):
+            if rows:
+                names = list(dict.fromkeys(name for row in rows for name in row))
+                cells = [[row.get(name, "") for name in names] for row in rows[::-1]]
+                parts.append(_html.folded(f"{title}, the newest first", _html.table(names, cells)))
+        return _html.document(repr(self)[1:-1], *parts)
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
         """Record a block of steps; called by ``fit``."""
@@ -240,6 +268,15 @@ class History(Report):
     def __len__(self) -> int:
         """Return the number of steps recorded."""
         return len(self._losses)
+
+
+def _thinned(values: np.ndarray, most: int = 240) -> list[float]:
+    """At most twice ``most`` of the values in order, the lowest and the highest of each stretch."""
+    if len(values) <= most:
+        return values.tolist()
+    stretches = [each for each in np.array_split(values, most) if len(each)]
+    ends = [sorted((int(each.argmin()), int(each.argmax()))) for each in stretches]
+    return [float(each[i]) for each, pair in zip(stretches, ends, strict=True) for i in pair]
 
 
 def _checked_window(window: int | None, recorded: int) -> int:

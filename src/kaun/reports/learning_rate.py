@@ -91,6 +91,9 @@ class _LearningRate(Report):
         self._updates: int | None = None  # those of a window so far, where the schedule is inside of it
         self._from_state = self._unknown = False
 
+    def __repr__(self) -> str:
+        return f"learning_rate({locate(self._schedule)})"
+
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(values["loss"])
         if self._unknown:

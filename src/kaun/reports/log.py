@@ -128,6 +128,9 @@ class Log(Report):
         self._epoch, self._last = 1, 0  # its number, and its last step so far
         self._restored = False  # whether the next fit is resumed: it writes again what came after its checkpoint
 
+    def __repr__(self) -> str:
+        return f"{self.__name__}({repr(self.path) if self.path else ''})"
+
     def begin(
         self, first_step: int, total: int | None, measured: frozenset[str] = frozenset(), every: int = 1, *_: Any
     ) -> None:

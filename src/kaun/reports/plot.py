@@ -69,6 +69,9 @@ class _Plot(Report):
         self._next = 0.0  # when to draw
         self._new = False  # whether something was recorded since the last picture
 
+    def __repr__(self) -> str:
+        return f"plot({str(self.path)!r}{', log=True' if self._log else ''})"
+
     def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._next = monotonic() + FIRST
         self._history.begin(first_step, total)

@@ -95,6 +95,10 @@ class Profile(Report):
         self._awaited = False  # whether a resumed run is not beyond these steps
         self._outer: BaseException | None = None
 
+    def __repr__(self) -> str:
+        held = "no trace yet" if self.trace is None else f"trace in {str(self.trace)!r}"
+        return f"<profile({str(self.path)!r}, steps=({self._first}, {self._last})): {held}>"
+
     def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         """Start before the first step, if that is one of those to trace; called by ``fit``."""
         self.trace, self._outer, self._awaited = None, sys.exception(), is_first() and first_step <= self._last

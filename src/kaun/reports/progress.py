@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from kaun._calls import explained
 from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues
@@ -25,6 +26,7 @@ LINE_SECONDS, LONGEST_LINE_SECONDS = 10.0, 600.0  # anywhere else
 QUIET_SECONDS, QUIET_STEPS = 10.0, 20  # without news, after which it asks for a step
 
 
+@explained("reports.progress")
 def progress(total: int | None = None, *, description: str | None = None, file: TextIO | None = None) -> Report:
     """Return the report that shows a tqdm bar: step, total if known, time, steps per second, the loss, and results.
 
@@ -34,7 +36,8 @@ def progress(total: int | None = None, *, description: str | None = None, file: 
     program compiles the bar says ``compiling``, afterwards how many seconds that took; they do not count in the steps
     per second.
 
-    A terminal or a notebook gets a bar, redrawn about 10 times a second. Anything else, a log file or a pipe, gets a
+    A terminal or a notebook gets a bar, redrawn about 10 times a second, of which a saved notebook keeps the last line;
+    in a narrow terminal the loss stays. Anything else, a log file or a pipe, gets a
     line after 10 seconds and then one every 10 seconds to 10 minutes, the longer the run the fewer. Both end with a
     line for the last step. What is shown comes from finished blocks of steps; only if these bring nothing new does
     ``fit`` wait for the device, at one step in twenty at most, or one in ten seconds. One ``progress()`` can be used
@@ -73,6 +76,10 @@ class _Progress(Report):
         self._description = description
         self._file = file
         self._fits: list[_Fit] = []  # one for each fit that is running (fits may nest)
+
+    def __repr__(self) -> str:
+        given = ("" if self._total is None else self._total, self._description and f"description={self._description!r}")
+        return f"progress({', '.join(str(each) for each in given if each)})"
 
     def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         known = total if self._total is None else self._total
@@ -212,35 +219,57 @@ def _display(done: int, total: int | None, description: str | None, file: TextIO
     stream = sys.stderr if file is None else file
     if stream is None or os.environ.get("TQDM_DISABLE"):
         stream = io.StringIO()  # a program without a console has no standard error
-    # A notebook's stream is not a terminal, but it can return to the start of a line.
-    notebook = type(stream).__module__.startswith("ipykernel")
-    if notebook or stream.isatty():
-        return _Bar(_tqdm(widget=notebook and file is None), done, total, description, stream)
+    if type(stream).__module__.startswith("ipykernel"):
+        stream = _Cell()
+    if isinstance(stream, _Cell) or stream.isatty():
+        return _Bar(_tqdm(), done, total, description, stream)
     return _Lines(done, total, description, stream)
 
 
-def _tqdm(*, widget: bool) -> Any:
+class _Cell(io.StringIO):
+    """Shows the newest line written to it as an output of a notebook's cell, in the place of the one before.
+
+    A saved or exported notebook has the last line alone. A stream would keep each line that a carriage return was meant
+    to replace, and a widget the first one.
+    """
+
+    encoding = "utf-8"
+    _handle: Any = None
+
+    def write(self, text: str) -> int:
+        line = text.rpartition("\r")[2].strip()
+        if self._handle is not None and line:
+            self._handle.update({"text/plain": line}, raw=True)
+        elif line:
+            display: Any = importlib.import_module("IPython.display").display
+            self._handle = display({"text/plain": line}, raw=True, display_id=True)
+        return len(text)
+
+
+def _tqdm() -> Any:
     """tqdm's bar class without the thread that monitors all bars: these are redrawn by their own clock."""
     from tqdm.std import TqdmDefaultWriteLock, tqdm  # pyright: ignore[reportAttributeAccessIssue]
 
-    base: Any = tqdm
-    if widget:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without ipywidgets it warns, and returns the plain bar
-            from tqdm.autonotebook import tqdm as base
-    bar: Any = type("Bar", (base,), {"monitor_interval": 0, "excluded": 0.0, "format_dict": property(_overall)})
+    bar: Any = type("Bar", (tqdm,), {"monitor_interval": 0, "excluded": 0.0, "format_dict": property(_overall)})
     # tqdm would make a lock for processes too, and with it fix multiprocessing's start method for the whole program.
     bar.set_lock(TqdmDefaultWriteLock.th_lock)
     return bar
 
 
 def _overall(bar: Any) -> dict[str, Any]:
-    """tqdm's ``format_dict``; the overall speed, which it shows at the end, leaves out the excluded time."""
+    """tqdm's ``format_dict``; the overall speed, which it shows at the end, leaves out the excluded time.
+
+    Where there are too few columns for what comes before the loss, bar, time and speed are left out.
+    """
     base: Any = super(type(bar), bar)
     shown: dict[str, Any] = base.format_dict
     steps, seconds = bar.n - bar.initial, shown["elapsed"] - bar.excluded
     if shown["rate"] is None and bar.excluded and steps and seconds > 0:
         shown["rate"] = steps / seconds
+    first = (shown["postfix"] or "").partition(", ")[0]  # the loss
+    if shown["ncols"] and len(bar.format_meter(**{**shown, "ncols": 0, "postfix": first})) > shown["ncols"]:
+        done = "{percentage:3.0f}% {n_fmt}/{total_fmt}" if shown["total"] else "{n_fmt}step"
+        shown["bar_format"] = "{desc}: " + done + "{postfix}"
     return shown
 
 

@@ -56,6 +56,9 @@ class _Prune(Report):
         self._trial, self._name = trial, name
         self.watches = (name,)
 
+    def __repr__(self) -> str:
+        return f"<prune: by {self._name!r}>"
+
     def observe(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         if self._name not in values:
             return

@@ -76,6 +76,9 @@ class _Throughput(Report):
         wanted = {"tokens_per_second": tokens is not None, "mfu": seconds is not None}
         self.measures: Collection[str] = tuple([name for name in wanted if wanted[name]])
 
+    def __repr__(self) -> str:
+        return f"<throughput: {', '.join(self.measures)}>"
+
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         time, added = np.maximum(values["step_time"].astype(np.float64), 1e-9), dict[str, np.ndarray]()
         if isinstance(self._tokens, str):

@@ -51,6 +51,9 @@ class _TimeLimit(Report):
         self._before = 0.0  # spent in the run before the checkpoint from which the next fit is resumed
         self._starts: list[float] = []  # for each fit that is running (fits may nest)
 
+    def __repr__(self) -> str:
+        return f"time_limit({self._seconds / 60:g})"
+
     def begin(self, first_step: int, total: int | None, *_: Any) -> None:
         self._starts.append(monotonic() - self._before)
         self._before = 0.0

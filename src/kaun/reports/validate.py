@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
 
-from kaun import tree
+from kaun import _html, tree
+from kaun._calls import explained
 from kaun._messages import locate
 from kaun._report import Report
 from kaun._run import pack_results, unpack_results
@@ -23,6 +25,7 @@ from kaun.train import Trainer, TrainState
 __all__ = ["Validation", "validate"]
 
 
+@explained("reports.validate")
 def validate(
     trainer: Trainer[Any, Any] | Ensemble[Any, Any],
     data: Iterable[Any],
@@ -145,6 +148,18 @@ class Validation(Report):
     def latest(self) -> dict[str, float]:
         """The newest metrics by name; empty before the first evaluation."""
         return self.results[-1][1] if self.results else {}
+
+    def __repr__(self) -> str:
+        newest = ", ".join(f"{name}={value:.4g}" for name, value in self.latest.items())
+        held = f"step {self.results[-1][0]}: {newest}" if self.results else "no results yet"
+        return f"<validate({', '.join(sorted(self.measures))}), each {self._steps} steps: {held}>"
+
+    def _repr_html_(self) -> str:
+        names = sorted(self.measures)
+        rows = [(step, *(values.get(name, math.nan) for name in names)) for step, values in self.results[::-1]]
+        return _html.document(
+            "validate: results on held-out data, the newest first", _html.table(("step", *names), rows)
+        )
 
     def wants(self, step: int) -> bool:
         """Return whether it evaluates after this step."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
+from kaun import _html
 from kaun._messages import optional_package
-from kaun._paths import picture_path
+from kaun._paths import saved_picture
 from kaun._processes import is_first
 from kaun._report import NUMBERS, Report
 from kaun._run import saved_values
@@ -114,13 +115,23 @@ class Watch(Report):
         """The norm of the update over that of the weights, of shape (n, layers)."""
         return self._columns(2)
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the norms and the ratio with matplotlib, a line for each layer, and return the path of the file.
+    @overload
+    def plot(self, path: None = None) -> Any: ...
+
+    @overload
+    def plot(self, path: str | os.PathLike[str]) -> Path: ...
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw the norms and the ratio with matplotlib, a line for each layer, as ``history().plot``.
 
         The axes are logarithmic.
 
         Args:
-            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``.
+            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``. By
+                default none is written, and the figure is returned.
+
+        Returns:
+            The path of the file, or the figure.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -146,10 +157,7 @@ class Watch(Report):
             axes.spines[["top", "right"]].set_visible(False)
         panels[-1].set_xlabel("step")
         figure.legend(panels[0].lines[:LISTED], self.layers[:LISTED], loc="outside right upper", frameon=False)
-        path = picture_path("watch.plot", path)
-        if is_first():
-            figure.savefig(path)
-        return path
+        return saved_picture("watch.plot", figure, path, writes=is_first())
 
     def block(self, first_step: int, values: Mapping[str, np.ndarray]) -> None:
         """Record a block of steps; called by ``fit``."""
@@ -200,6 +208,14 @@ class Watch(Report):
         pad = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[0])
         lines = ["  ".join([pad(i, cell) for i, cell in enumerate(row)]) for row in rows]
         return "\n".join([f"step {self._steps[-1]}", *lines])
+
+    def _repr_html_(self) -> str:
+        if not self._steps:
+            return _html.preformatted(repr(self))
+        newest = zip(self.layers, self._values[-1].T, strict=True)
+        rows = [(layer, *map(float, row)) for layer, row in newest]
+        head = ("layer", "gradient", "weights", "update/weights")
+        return _html.document(f"watch: step {self._steps[-1]}", _html.table(head, rows, most=1000))
 
     def _columns(self, kind: int) -> np.ndarray:
         return np.array([values[kind] for values in self._values]).reshape(len(self._steps), len(self.layers))
