@@ -131,7 +131,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class NamesOfPackages(griffe.Extension):
-    """Lets `kaun.layers.linear` be the function that the package lists, as Python does, and not the module of that name."""
+    """Lets `kaun.layers.linear` be the function that the package lists, as in Python, and not the module of that name."""
 
     def on_package(self, *, pkg, **kwargs):
         packages = [pkg, *(module for module in modules_in(pkg) if module.is_init_module)]
