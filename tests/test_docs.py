@@ -40,7 +40,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*(.*?)[ \t]*$")
 PYTHON = re.compile(r"python(?: needs=(?P<needs>\w+))?(?: raises=(?P<raises>\w+))?")
 OUTPUT = re.compile(r"text output(?: within=(?P<within>any|\d+%))?")
-OPTIONAL = {"datasets", "equinox", "flax", "grain", "haiku", "optuna", "torch"}
+OPTIONAL = {"datasets", "equinox", "flax", "grain", "haiku", "mlflow", "optuna", "torch", "wandb"}
 
 
 @dataclasses.dataclass
