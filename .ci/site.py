@@ -9,6 +9,7 @@
 """
 
 import ast
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -85,6 +86,26 @@ def examples() -> dict[str, str]:
     return pages
 
 
+def notebooks() -> dict[str, str]:
+    """A page for each notebook, with its stored outputs; its pictures are files beside it."""
+    pages = {}
+    for path in sorted(ROOT.glob("docs/notebooks/*.ipynb")):
+        parts = []
+        for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+            source = "".join(cell["source"])
+            parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+            for output in cell.get("outputs", ()):
+                data = output.get("data", {"text/plain": output.get("text")})
+                if "image/svg+xml" in data:
+                    picture = f"{path.stem}-{number}.svg"
+                    pages[f"notebooks/{picture}"] = "".join(data["image/svg+xml"])
+                    parts.append(f"![What the cell above draws]({picture})")
+                else:
+                    parts.append(f"```text output\n{''.join(data['text/plain']).rstrip()}\n```")
+        pages[f"notebooks/{path.stem}.md"] = "\n\n".join(parts) + "\n"
+    return pages
+
+
 def prose(docstring: str) -> str:
     """A docstring as Markdown: its indented lines are commands."""
     return re.sub(r"(?m)((?:^    .*\n?)+)", lambda found: f"```console\n{found[1]}```\n", docstring + "\n")
@@ -99,12 +120,13 @@ def page_of(file: str) -> str:
     """The page of a file of the repository that is named from its root."""
     if file in ROOT_PAGES:
         return ROOT_PAGES[file]
-    return file.removeprefix("docs/").removesuffix(".py") + ("" if file.endswith((".md", ".svg")) else ".md")
+    path, suffix = posixpath.splitext(file.removeprefix("docs/"))
+    return path + (".md" if suffix in (".ipynb", ".py") else suffix)
 
 
 def on_files(files, config):
     made = {page: root_page(file) for file, page in ROOT_PAGES.items()}
-    for path, text in {**made, **reference(), **examples()}.items():
+    for path, text in {**made, **reference(), **examples(), **notebooks()}.items():
         files.append(File.generated(config, path, content=text))
     return files
 
@@ -127,11 +149,14 @@ def on_page_markdown(markdown, page, config, files):
         kind = "{.text .output}" if found[4] == " output" else found[3]
         return f"{found[1]}{found[2]}{kind}"
 
-    return FENCE.sub(fence, LINK.sub(moved, markdown))
+    markdown = FENCE.sub(fence, LINK.sub(moved, markdown))
+    if here.startswith("notebooks/"):
+        markdown += f"\n[Download this notebook]({posixpath.basename(here).removesuffix('.md')}.ipynb)\n"
+    return markdown
 
 
 class NamesOfPackages(griffe.Extension):
-    """Lets `kaun.layers.linear` be the function that the package lists, as in Python, and not the module of that name."""
+    """Lets `kaun.layers.linear` be the function that the package lists, as it is in Python, and not its module."""
 
     def on_package(self, *, pkg, **kwargs):
         packages = [pkg, *(module for module in modules_in(pkg) if module.is_init_module)]
