@@ -12,11 +12,8 @@ import ast
 import json
 import posixpath
 import re
+import textwrap
 from pathlib import Path
-
-import griffe
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src"
@@ -108,7 +105,8 @@ def notebooks() -> dict[str, str]:
 
 def prose(docstring: str) -> str:
     """A docstring as Markdown: its indented lines are commands."""
-    return re.sub(r"(?m)((?:^    .*\n?)+)", lambda found: f"```console\n{found[1]}```\n", docstring + "\n")
+    commands = lambda found: f"```console\n{textwrap.dedent(found[0])}```\n"
+    return re.sub(r"(?m)(?:^    .*\n)+", commands, docstring + "\n")
 
 
 def root_page(file: str) -> str:
@@ -125,6 +123,8 @@ def page_of(file: str) -> str:
 
 
 def on_files(files, config):
+    from mkdocs.structure.files import File  # here, since the tests of this file need no MkDocs
+
     made = {page: root_page(file) for file, page in ROOT_PAGES.items()}
     for path, text in {**made, **reference(), **examples(), **notebooks()}.items():
         files.append(File.generated(config, path, content=text))
@@ -146,7 +146,7 @@ def on_page_markdown(markdown, page, config, files):
         return path + (link[2] or "")
 
     def fence(found):
-        kind = "{.text .output}" if found[4] == " output" else found[3]
+        kind = "{.text .output}" if found[4].startswith(" output") else found[3]
         return f"{found[1]}{found[2]}{kind}"
 
     markdown = FENCE.sub(fence, LINK.sub(moved, markdown))
@@ -155,39 +155,10 @@ def on_page_markdown(markdown, page, config, files):
     return markdown
 
 
-class NamesOfPackages(griffe.Extension):
-    """Lets `kaun.layers.linear` be the function that the package lists, as it is in Python, and not its module."""
-
-    def on_package(self, *, pkg, **kwargs):
-        packages = [pkg, *(module for module in modules_in(pkg) if module.is_init_module)]
-        hidden = {
-            f"{package.path}.{name}": package.members[name]
-            for package in packages
-            for name, target in package.imports.items()
-            if target == f"{package.path}.{name}.{name}" and package.members[name].is_module
-        }
-        for module in [pkg, *modules_in(pkg)]:
-            for name, member in list(module.members.items()):
-                if not member.is_alias:
-                    continue
-                home, _, own = member.target_path.rpartition(".")
-                home = member.target_path if member.target_path in hidden else home
-                if home in hidden and own in hidden[home].members:
-                    module.members[name] = griffe.Alias(name, hidden[home].members[own], parent=module)
-        for path, module in hidden.items():
-            name = path.rpartition(".")[2]
-            module.parent.members[name] = griffe.Alias(name, module.members[name], parent=module.parent)
-
-
-def modules_in(module):
-    for member in list(module.members.values()):
-        if not member.is_alias and member.is_module:
-            yield member
-            yield from modules_in(member)
-
-
 def on_post_build(config):
     """Every public name must have an entry: an element with the name as its id."""
+    from mkdocs.exceptions import PluginError
+
     site = Path(config.site_dir)
     missing = []
     for module in MODULES:
