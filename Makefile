@@ -25,12 +25,15 @@ PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist worksteal
 PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 \
   $(RUN) -m pip install --quiet
 
+# Warnings are errors, as mkdocs.yml says; the variable turns off the theme's advertisement of another tool.
+SITE = NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
 # Each pytest worker would compile all tests, and each process that a test starts all of kaun.
 unexport PYTHONDONTWRITEBYTECODE
 # The tests that others run on simple machine code (conftest.py) too.
 test-slow test-oldest test-newest: export KAUN_TESTS_CODE = of users
 
-.PHONY: help demo test lint suite test-slow test-oldest oldest test-newest test-torch test-interop test-scale \
+.PHONY: help demo test lint docs suite test-slow test-oldest oldest test-newest test-torch test-interop test-scale \
   check-device test-pretrained pretrained faults bench bench-run raises clean
 
 help:
@@ -45,7 +48,8 @@ help:
 	@echo "make faults       the part of test-slow with kills, power losses and damage; about half an hour"
 	@echo "make test-interop models and loaders of other libraries, beside their own loops"
 	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"
-	@echo "make lint         ruff and basedpyright"
+	@echo "make lint         ruff, basedpyright and a build of the documentation site"
+	@echo "make docs         the documentation site, in build/site"
 	@echo "make bench        time per step, beside hand-written loops and other libraries; about an hour"
 	@echo "make raises       raise statements that no test reaches"
 	@echo "make clean        remove the environments and caches"
@@ -59,6 +63,11 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m basedpyright --pythonpath $(RUN)
+	$(SITE)
+
+docs: $(VENV)/.dev
+	$(SITE)
+	@echo "build/site/index.html is the first page; 'python -m http.server -d build/site' serves them, with their search."
 
 suite: $(VENV)/.dev
 	$(PYTEST) --durations 10 $(TESTS) $(ARGS)
@@ -138,7 +147,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable ".[examples,lint,test]" $(ALSO)
+	$(PIP) --editable ".[docs,examples,lint,test]" $(ALSO)
 	@touch $@
 
 # A mark for each extra library, so that asking for one installs it into an environment that is there already.

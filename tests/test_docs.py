@@ -8,7 +8,10 @@ What a block's info string means:
                                  its test is reported as skipped, with the lines that were not run
     text output                  what the python block before it printed, compared as doctest does (`...` stands for
                                  anything, runs of white space are equal); for a block that raises, the last line is the
-                                 exception as a traceback shows it, `CaptureError: the message`
+                                 exception as a traceback shows it, `CaptureError: the message`. A line number behind
+                                 the name of a file, `page.md:12`, and an address, `0x7f12`, may be another one
+    text output within=5%        the same, but each number with a decimal point may differ by 5 % from the page's
+    text output within=any       the same, but each number may be any number: times, and what depends on the machine
     console                      not run, but each `$ make x` must name a target and each `$ python x.py` a file
     text                         not run
 
@@ -21,6 +24,7 @@ import dataclasses
 import doctest
 import importlib.util
 import io
+import math
 import re
 import sys
 import textwrap
@@ -35,7 +39,8 @@ SKIPPED = object()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*(.*?)[ \t]*$")
 PYTHON = re.compile(r"python(?: needs=(?P<needs>\w+))?(?: raises=(?P<raises>\w+))?")
-OPTIONAL = {"datasets", "equinox", "flax", "grain", "haiku", "optuna", "torch"}
+OUTPUT = re.compile(r"text output(?: within=(?P<within>any|\d+%))?")
+OPTIONAL = {"datasets", "equinox", "flax", "grain", "haiku", "mlflow", "optuna", "torch", "wandb"}
 
 
 @dataclasses.dataclass
@@ -79,9 +84,9 @@ def run_page(path):
                 missing = missing_package(path, block)
                 skipped += [f"{missing} for line {block.line}"] * bool(missing)
                 printed = SKIPPED if missing else run_python(path, block, module.__dict__)
-            elif block.info == "text output" and printed is SKIPPED:
+            elif OUTPUT.fullmatch(block.info) and printed is SKIPPED:
                 printed = None
-            elif block.info == "text output":
+            elif OUTPUT.fullmatch(block.info):
                 compare(path, block, printed)
                 printed = None
             else:
@@ -120,8 +125,24 @@ def run_python(path, block, namespace):
 def compare(path, block, printed):
     where = f"{path.name}:{block.line}"
     assert printed is not None, f"{where}: a `text output` block must follow a python block directly"
-    same = doctest.OutputChecker().check_output(block.text, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    said = re.sub(r"(\.(?:md|py):|\b0x)[\da-f]+", r"\1...", block.text)
+    seen = with_numbers_of(said, printed, OUTPUT.fullmatch(block.info)["within"])
+    same = doctest.OutputChecker().check_output(said, seen, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert same, f"{where}: the page says\n{block.text}\nand the block before printed\n{printed}"
+
+
+def with_numbers_of(said, printed, within):
+    """What was printed, with the page's number for each that is as near to it as the block allows."""
+    if within is None:
+        return printed
+    number = re.compile(r"-?\d+(?:\.\d+)?" if within == "any" else r"-?\d+\.\d+")
+    near = math.inf if within == "any" else float(within.rstrip("%")) / 100
+    ours, theirs = number.findall(printed), number.findall(said)
+    if len(ours) != len(theirs):
+        return printed
+    pairs = zip(ours, theirs, strict=True)
+    chosen = iter([b if abs(float(a) - float(b)) <= near * abs(float(b)) else a for a, b in pairs])
+    return number.sub(lambda _: next(chosen), printed)
 
 
 def check_inert(path, block):
@@ -139,7 +160,8 @@ def check_inert(path, block):
 def unknown(path, block):
     return (
         f"{path.name}:{block.line - 1}: a block with {block.info!r} after its fence is none of python, "
-        f"python raises=NameOfError, python needs=package ({', '.join(sorted(OPTIONAL))}), text output, console, text"
+        f"python raises=NameOfError, python needs=package ({', '.join(sorted(OPTIONAL))}), text output, "
+        "text output within=5%, text output within=any, console, text"
     )
 
 
@@ -287,6 +309,47 @@ def test_a_block_whose_package_is_there_runs(tmp_path, as_users_do, monkeypatch)
         run_page(page(tmp_path, NEEDY))
     with pytest.raises(AssertionError, match=r"the page says\s+not compared"):
         run_page(page(tmp_path, NEEDY.replace("undefined", "1")))
+
+
+NUMBERS = """
+    ```python
+    print("step 3, loss 0.412, -0.31")
+    ```
+
+    ```text output within=5%
+    step 3, loss 0.400, -0.30
+    ```
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "right"),
+    [
+        ("0.400", "0.400", True),
+        ("0.400", "0.380", False),
+        ("-0.30", "0.30", False),
+        ("step 3, loss 0.400", "step 4, loss 0.400", False),
+        ("step 3, loss 0.400", "loss 0.400", False),
+        ("0.400, -0.30", "0.400", False),
+        ("within=5%", "within=1%", False),
+        ("within=5%", "within=any", True),
+        ("within=5%\n    step 3, loss 0.400, -0.30", "within=any\n    step 7, loss 9.1, 4", True),
+        ("within=5%\n    step 3, loss 0.400, -0.30", "within=any\n    step 7, loss, 4", False),
+        ("within=5%", "within=much", False),
+    ],
+)
+def test_numbers_of_a_page_are_near_those_that_were_printed(tmp_path, as_users_do, old, new, right):
+    assert NUMBERS.count(old) == 1
+    failure = contextlib.nullcontext() if right else pytest.raises(AssertionError, match=r"the page says|a block with")
+    with failure:
+        run_page(page(tmp_path, NUMBERS.replace(old, new)))
+
+
+def test_the_line_of_a_file_and_an_address_may_be_another_one(tmp_path, as_users_do):
+    lines = "```python\nprint('<lambda> (page.md:7) x:3 0xff')\n```\n\n```text output\n<lambda> (page.md:12) x:3 0x7f12\n```"
+    run_page(page(tmp_path, lines))
+    with pytest.raises(AssertionError, match="the page says"):
+        run_page(page(tmp_path, lines.replace("12) x:3", "12) x:4")))
 
 
 def test_a_warning_fails_a_page(tmp_path, as_users_do):

@@ -128,7 +128,8 @@ def optional_package(where: str, module: str, extra: str) -> Any:
         root = module.partition(".")[0]
         if error.name != root:
             raise  # the package is there, but something that it needs is not
-        raise ImportError(f'{where} needs {root}, which is missing: pip install "kaun[{extra}]"', name=root) from error
+        install = f'pip install ".[{extra}]" in a checkout of kaun'
+        raise ImportError(f"{where} needs {root}, which is missing: {install}", name=root) from error
 
 
 def plain(text: object, most: int = 200) -> str:

@@ -243,6 +243,7 @@ def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        ImportError, match=r'lr_range\(...\).plot needs matplotlib, which is missing: pip install "kaun\[plot\]"'
+        ImportError,
+        match=r'lr_range\(...\).plot needs matplotlib, which is missing: pip install "\.\[plot\]" in a checkout',
     ):
         RateRange(RATES, LOSSES, LOSSES, None).plot(tmp_path / "rates")

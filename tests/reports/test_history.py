@@ -262,7 +262,7 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        ImportError, match=r'history\.plot needs matplotlib, which is missing: pip install "kaun\[plot\]"'
+        ImportError, match=r'history\.plot needs matplotlib, which is missing: pip install "\.\[plot\]" in a checkout'
     ):
         recorded([1.0]).plot(tmp_path / "loss.png")
 

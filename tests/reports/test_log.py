@@ -445,7 +445,9 @@ def test_digits_are_the_fewest_that_give_the_number_again():
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r'reports\.wandb needs wandb, which is missing: pip install "kaun\[wandb\]"'):
+    with pytest.raises(
+        ImportError, match=r'reports\.wandb needs wandb, which is missing: pip install "\.\[wandb\]" in a checkout'
+    ):
         optional_package("reports.wandb", "wandb", "wandb")
     (tmp_path / "half_installed.py").write_text("import wandb")
     monkeypatch.syspath_prepend(tmp_path)
@@ -514,6 +516,6 @@ def test_what_stops_a_fit_leaves_all_its_rows(made, tmp_path):
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        ImportError, match=rf'reports\.{name} needs {name}, which is missing: pip install "kaun\[{name}\]"'
+        ImportError, match=rf'reports\.{name} needs {name}, which is missing: pip install "\.\[{name}\]" in a checkout'
     ):
         getattr(reports, name)()

@@ -138,6 +138,6 @@ def test_errors():
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(
-        ImportError, match=r'reports\.plot needs matplotlib, which is missing: pip install "kaun\[plot\]"'
+        ImportError, match=r'reports\.plot needs matplotlib, which is missing: pip install "\.\[plot\]" in a checkout'
     ):
         reports.plot("loss.png")

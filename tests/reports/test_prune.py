@@ -82,6 +82,6 @@ def test_arguments_are_checked():
 def test_without_optuna_it_names_the_extra(fit, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(
-        ImportError, match=r'reports.prune needs optuna, which is missing: pip install "kaun\[optuna\]"'
+        ImportError, match=r'reports.prune needs optuna, which is missing: pip install "\.\[optuna\]" in a checkout'
     ):
         fit(Measured(), reports.prune(Trial(0), "score"))

@@ -107,6 +107,6 @@ def test_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(
         ImportError,
-        match=r'reports\.tensorboard needs tensorboardX, which is missing: pip install "kaun\[tensorboard\]"',
+        match=r'reports\.tensorboard needs tensorboardX, which is missing: pip install "\.\[tensorboard\]" in a checkout',
     ):
         reports.tensorboard("run")
