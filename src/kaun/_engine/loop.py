@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
@@ -23,12 +24,13 @@ from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit
 from kaun._engine.failed import FailedStep
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.members import CODE
-from kaun._engine.packing import in_place, on_one_device, own_arrays, packing_of, put_with, unpack
-from kaun._engine.placing import Placing, place_carry, placed_inputs
+from kaun._engine.packing import all_finite, in_place, on_one_device, own_arrays, packing_of, put_with, unpack
+from kaun._engine.placing import Placing, place_carry, placed_inputs, wait_on_cpu
 from kaun._engine.program import TracedStep, count_on_device, trace_step
 from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable
 from kaun._engine.together import Together, agreed
 from kaun._jax import any_traced
+from kaun._step import spoiled_leaves
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
@@ -130,6 +132,7 @@ class StepLoop:
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._find = functools.partial(find_step, programs, self._structure, self._kinds, self._key)
         self._packing, self._in_place = packing_of(leaves), in_place(leaves)
+        self._clean = False  # whether all elements of the state are finite; looked at where it is packed anyway
         # Whether these arrays are in the loop's own form (packed, or memory to be overwritten), the arrays, and the
         # newest dispatch. One tuple, because an interrupt may come between any two assignments.
         self._carry: tuple[bool, list[Any], StepResults | None] = (False, leaves, None)
@@ -301,6 +304,7 @@ class StepLoop:
             self._shared = self._given or [weakref.ref(a) for a in arrays], results
         if not own and (overwrites or self._packing is not None):
             self._carry = (True, own_arrays(arrays, self._packing, overwrites=overwrites), results)
+            self._clean = self._packing is not None and all_finite(self._carry[1])
         return results
 
     def _dispatch(
@@ -310,8 +314,8 @@ class StepLoop:
         refuse_traced((*shared, *stacked))
         overwrites = self._in_place and not traced.can_raise
         entry = "fit in place" if overwrites else "fit"
-        program = traced.program(entry, pattern, self._packing)
         results = self._own(overwrites)
+        program = traced.program(entry, pattern, self._packing, clean=self._clean)
         self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
         status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
@@ -351,7 +355,8 @@ class StepLoop:
         self._on_dispatch(results)
         # The items stay until their steps are known to be finite: the exception for one that is not has its item.
         items = (pattern, shared, stacked) if self._error_for is not None else ((), [], [])
-        self._in_flight.append(PendingDispatch(results, inputs, *items))
+        again = (traced, program, arguments) if traced.watches else None
+        self._in_flight.append(PendingDispatch(results, inputs, *items, again))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
         if self._together is not None:
@@ -377,6 +382,13 @@ class StepLoop:
             self._result.clear()
         return self._carry[2]
 
+    def _spoiled(self, before: list[Any], after: list[Any]) -> np.ndarray[Any, Any]:
+        """Which leaves of the state, but the last, a step makes not finite."""
+        sharding = self._programs.sharding
+        where = {} if sharding is None else {"out_shardings": sharding.replicated}
+        states = [unpack(self._packing, held) if self._packing else held for held in (before, after)]
+        return np.asarray(jax.jit(spoiled_leaves, **where)(*[leaves[:-1] for leaves in states]))
+
     def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
         results = dispatch.results
@@ -385,9 +397,16 @@ class StepLoop:
         if self._error_for is None or not results.failed:
             return
         i = results.finite_steps()
-        self._failed_step = results.first + i
+        self._failed_step, why = results.first + i, results.why(i)
+        if dispatch.again is not None:
+            self._take()
+            after, newest = self._carry[1:]
+            wait_on_cpu(self._programs.sharding, after)
+            before = dispatch.state_before(i)
+            self._carry = (True, before, newest)
+            why = np.concatenate([why, self._spoiled(before, after)])
         failed = FailedStep.of(self.carry(), self._key, placed_inputs(self._programs.sharding, dispatch.item(i)))
-        raise self._error_for(self._failed_step, float(results.loss(i)), results.why(i), failed)
+        raise self._error_for(self._failed_step, float(results.loss(i)), why, failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide what a dispatch costs."""

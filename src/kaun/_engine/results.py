@@ -13,7 +13,7 @@ from kaun._engine.batching import BlockBuffer
 from kaun._engine.inputs import StepInputs
 from kaun._engine.members import CODE, mean_of_members, none_left, of_members
 from kaun._engine.numbers import NumberLayout
-from kaun._engine.program import TracedStep
+from kaun._engine.program import Program, TracedStep, count_on_device
 
 __all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable"]
 
@@ -45,9 +45,7 @@ class StepResults(NamedTuple):
         numbers: The other numbers, arrays with a row for each step.
         layout: Where in these each number is.
         status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0); the
-            ``checks`` of the last step that ran (``StepOutput``); and, where the loop keeps the state before each step,
-            for each leaf but the last, the number of steps, whether that step's update is why it is not finite. None
-            elsewhere.
+            ``checks`` of the last step that ran (``StepOutput``). None elsewhere.
         examples: The number of examples that each step learns from, an array with one number for each step where some
             rows fill a batch; None if it is unknown.
     """
@@ -131,6 +129,8 @@ class PendingDispatch(NamedTuple):
         pattern: For each array of an item whether it is stacked.
         shared: The arrays that are not, with one value for all items.
         stacked: Those that are. Their memory is used again once the dispatch is done.
+        again: Where the state after a step that is not finite is in the results: the step, the program, and the
+            arguments that it was called with. None elsewhere.
     """
 
     results: StepResults
@@ -138,6 +138,17 @@ class PendingDispatch(NamedTuple):
     pattern: tuple[bool, ...]
     shared: list[Any]
     stacked: list[Any]
+    again: tuple[TracedStep, Program, tuple[Any, ...]] | None = None
+
+    def state_before(self, i: int) -> list[Any]:
+        """Return the state before its step number ``i``, as the loop has it, by running the steps before once more."""
+        assert self.again is not None
+        traced, program, arguments = self.again
+        if i == 0:
+            return arguments[0]
+        count = count_on_device(i)
+        count = count if traced.placing is None else traced.placing.put_everywhere(count)
+        return program.jitted(*arguments[:3], count, *arguments[4:])[2]
 
     def item(self, i: int) -> StepInputs:
         """Return its item number ``i``, in memory that stays as it is."""
