@@ -54,7 +54,7 @@ def find_step(
         train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
         step = train_step, programs.on_nonfinite, programs.discards
         made = trace_step(*step, structure, leaves, key, inputs, training)
-        made.wanted, made.row_axis = wanted, programs.row_axis
+        made.wanted, made.row_axis, made.examples = wanted, programs.row_axis, inputs.length(programs.row_axis)
         made.placing = Placing.of(programs.sharding, structure, leaves, inputs)
         found = programs.add(where, made)
     return found
@@ -86,7 +86,7 @@ class StepLoop:
         carry: The state to start from, a pytree whose last leaf counts the steps; it stays as it is.
         key: The run's key.
         ctx: The Context of every step.
-        on_dispatch: Called with the ``StepResults`` after each dispatch.
+        on_dispatch: Called with the ``StepResults`` after each dispatch; or None.
         on_compile: Called after each compilation with the seconds it took.
         error_for: Returns the exception for a step that is not finite, given its number, its loss, its status after the
             first number (``StepResults``), and the step itself; None if such a step does not end the run.
@@ -104,7 +104,7 @@ class StepLoop:
 
     def __init__(
         self, programs: ProgramCache, carry: Any, key: jax.Array, ctx: Context | None,
-        on_dispatch: Callable[[StepResults], None] = lambda results: None,
+        on_dispatch: Callable[[StepResults], None] | None = None,
         on_compile: Callable[[float], None] = lambda seconds: None,
         error_for: Callable[[int, float, Any, FailedStep], Exception] | None = None,
         done: int = 0, on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
@@ -141,6 +141,7 @@ class StepLoop:
         # and the newest arrays that others may hold.
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
+        self._newest: tuple[Any, Any, Any] = (None, None, None)  # the step, the pattern and the program that ran last
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
         self._open: _Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
@@ -179,7 +180,9 @@ class StepLoop:
     def wait(self) -> None:
         """Wait for the steps that were dispatched, and raise what ``error_for`` returns for one that is not finite."""
         while self._in_flight and (self._error_for is not None or self._together is not None):
-            self._check(self._in_flight.popleft())
+            dispatch = self._in_flight.popleft()
+            if self._together is not None or dispatch.results.failed:
+                self._check(dispatch)
 
     def failure(self) -> Exception | None:
         """Return the exception for the first step that is not finite, if there is one and it was not raised yet."""
@@ -200,7 +203,11 @@ class StepLoop:
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
+            if not inputs.is_usual:
+                refuse_traced(inputs.leaves)
             self._mesh = self._mesh or (inputs.mesh if self._programs.sharding is None else None)
+            if room == 1 == n and self._runs_alone(inputs):
+                return 1
             if self._open is None or n > 1 or not self._open.buffer.add(inputs):
                 self.flush()
                 block = self._blocks.pop(inputs.key, None)
@@ -214,6 +221,17 @@ class StepLoop:
                 return count
         self.exhausted = True  # an iterator need not end a second time
         return count
+
+    def _runs_alone(self, inputs: StepInputs) -> bool:
+        """Run an item at once, if the newest items were of its kind and none waits; return whether it was run."""
+        if self._open is None or self._together is not None:
+            return False
+        buffer, traced, first = self._open
+        leaves = buffer.alone(inputs, traced.patterns)
+        if leaves is None:
+            return False
+        self._dispatch(traced, first, traced.patterns[-1], 1, leaves, [])
+        return True
 
     def trace(self, item: Any) -> None:
         """Trace the step for an item, and do not run it."""
@@ -275,7 +293,6 @@ class StepLoop:
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
-        refuse_traced(inputs.leaves)
         return OpenBlock(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
     def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
@@ -305,18 +322,21 @@ class StepLoop:
         if not own and (overwrites or self._packing is not None):
             self._carry = (True, own_arrays(arrays, self._packing, overwrites=overwrites), results)
             self._clean = self._packing is not None and all_finite(self._carry[1])
+            self._newest = (None, None, None)
         return results
 
     def _dispatch(
         self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
         stacked: list[Any],
     ) -> None:  # fmt: skip
-        refuse_traced((*shared, *stacked))
         overwrites = self._in_place and not traced.can_raise
         entry = "fit in place" if overwrites else "fit"
-        results = self._own(overwrites)
-        program = traced.program(entry, pattern, self._packing, clean=self._clean)
-        self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
+        results = self._carry[2] if self._carry[0] else self._own(overwrites)
+        known, known_pattern, program = self._newest
+        if known is not traced or known_pattern != pattern:
+            program = traced.program(entry, pattern, self._packing, clean=self._clean)
+            self._newest = traced, pattern, program
+            self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
         status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
@@ -336,7 +356,10 @@ class StepLoop:
             self._earlier.append(before)
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
-        about = (first, count, traced, examples_of(traced, inputs, pattern, count, shared, stacked))
+        examples = traced.examples
+        if traced.row_mask is not None:
+            examples = examples_of(traced, inputs, pattern, count, shared, stacked)
+        about = (first, count, traced, examples)
         start = time.perf_counter()
         try:
             self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
@@ -352,7 +375,8 @@ class StepLoop:
             except Exception:
                 self._carry = before
                 raise
-        self._on_dispatch(results)
+        if self._on_dispatch is not None:
+            self._on_dispatch(results)
         # The items stay until their steps are known to be finite: the exception for one that is not has its item.
         items = (pattern, shared, stacked) if self._error_for is not None else ((), [], [])
         again = (traced, program, arguments) if traced.watches else None

@@ -49,7 +49,9 @@ class Program:
         lock: Held while it is compiled.
     """
 
-    __slots__ = ("_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "stacks")
+    __slots__ = (
+        "_count_signatures", "_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "stacks",
+    )  # fmt: skip
 
     def __init__(
         self, function: Callable[..., Any], pattern: tuple[bool, ...] = (), stacks: str = "", **options: Any
@@ -60,12 +62,12 @@ class Program:
         self.compiled = False
         self.places: list[dict[str, str]] = []
         self.divides = False
-        self._signatures = 0
+        self._signatures, self._count_signatures = 0, signatures_of(self.jitted)
         self.lock = threading.RLock()  # a loss may itself train
 
     def was_called_anew(self) -> bool:
         """Return whether the last call was with arguments of another kind or place than those before."""
-        before, self._signatures = self._signatures, signatures_of(self.jitted)
+        before, self._signatures = self._signatures, self._count_signatures()
         return before != self._signatures
 
 
@@ -104,6 +106,7 @@ class TracedStep:
         loss: The shape and dtype of a step's loss: a scalar, or an array [members].
         layout: Where a step's numbers beside its loss are in its results.
         row_axis: The axis of an item's arrays along which its rows lie, 1 where axis 0 has the members of an ensemble.
+        examples: How many rows an item has, None if that is unknown.
         row_mask: Which leaf of an item says which rows count, None if all do.
         looped: Whether it runs in a loop.
         can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
@@ -122,7 +125,7 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout",
+        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "examples", "jaxpr", "layout",
         "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows", "seconds",
         "status", "step", "wanted", "watches",
     )  # fmt: skip
@@ -138,7 +141,7 @@ class TracedStep:
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
         self.most = self.rows if self.looped and not self.can_raise else 1
-        self.row_mask, self.row_axis = inputs.row_mask, 0
+        self.row_mask, self.row_axis, self.examples = inputs.row_mask, 0, inputs.examples
         self.capacity = min(capacity_of(inputs), self.most)
         self.status = _all_finite(checks.shape[0], checks.dtype) if on_nonfinite == "raise" else None
         self.watches = self.status is not None and not discards

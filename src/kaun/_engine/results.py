@@ -61,9 +61,9 @@ class StepResults(NamedTuple):
     @property
     def failed(self) -> bool:
         """Whether a step is not finite; of an ensemble, whether one has no member left. Waits for the steps."""
-        if self.of_ensemble:
-            return self.finite_steps() < self.steps
-        return self.status is not None and bool(np.asarray(self.status)[0] <= 0)
+        if self.status is not None:
+            return bool(np.asarray(self.status)[0] <= 0)
+        return self.of_ensemble and self.finite_steps() < self.steps
 
     @property
     def of_ensemble(self) -> bool:
@@ -82,7 +82,7 @@ class StepResults(NamedTuple):
     def loss(self, i: int) -> Any:
         """The loss of step i of these, which it waits for."""
         # On the device, indexing it would be another dispatch.
-        if not self.of_ensemble:
+        if CODE not in self.layout.places:
             return np.asarray(self.losses)[i]
         return mean_of_members(_widened(self.losses)[i : i + 1], self.codes()[i : i + 1])[0]
 
@@ -177,7 +177,7 @@ def examples_of(
     """
     i = traced.row_mask
     if i is None:
-        return inputs.length(traced.row_axis)
+        return traced.examples
     before = sum(pattern[:i])
     rows = np.asarray(stacked[before] if pattern[i] else shared[i - before]).sum(axis=-1)
     rows = rows.max(axis=-1) if traced.row_axis else rows  # of the member with the most
