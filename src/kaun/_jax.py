@@ -73,9 +73,9 @@ def is_jitted(value: Any) -> bool:
     return type(value).__name__ == "PjitFunction" and hasattr(value, "__wrapped__")
 
 
-def signatures_of(jitted: Any) -> Callable[[], int]:
-    """Return what counts for how many kinds and places of arguments a jitted function was called: each is compiled."""
-    return jitted._cache_size
+def signatures_of(jitted: Any) -> int:
+    """Return for how many kinds and places of arguments a jitted function was called: each place is compiled."""
+    return jitted._cache_size()
 
 
 def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:

@@ -21,43 +21,24 @@ from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
-from kaun._engine.failed import FailedStep
+from kaun._engine.failed import FailedStep, state_before
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.members import CODE
 from kaun._engine.packing import all_finite, in_place, on_one_device, own_arrays, packing_of, put_with, unpack
-from kaun._engine.placing import Placing, place_carry, placed_inputs, wait_on_cpu
-from kaun._engine.program import TracedStep, count_on_device, trace_step
-from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable
+from kaun._engine.placing import place_carry, placed_inputs
+from kaun._engine.program import TracedStep, count_on_device, find_step
+from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable, state_after, wait_for
 from kaun._engine.together import Together, agreed
 from kaun._jax import any_traced
-from kaun._step import spoiled_leaves
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
-__all__ = ["StepLoop", "find_step", "run_step"]
+__all__ = ["StepLoop", "run_step"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
 _BUFFERS = 4
 _Block = OpenBlock[TracedStep]
-
-
-def find_step(
-    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
-    wanted: Mapping[str, int] | None = None,
-) -> TracedStep:  # fmt: skip
-    """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
-    wanted = wanted or {}
-    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
-    found = programs.get(where)
-    if found is None:
-        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
-        step = train_step, programs.on_nonfinite, programs.discards
-        made = trace_step(*step, structure, leaves, key, inputs, training)
-        made.wanted, made.row_axis, made.examples = wanted, programs.row_axis, inputs.length(programs.row_axis)
-        made.placing = Placing.of(programs.sharding, structure, leaves, inputs)
-        found = programs.add(where, made)
-    return found
 
 
 def run_step(
@@ -121,8 +102,7 @@ class StepLoop:
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
         given, placed = leaves, programs.sharding is not None
         self._place = functools.partial(place_carry, programs.sharding, self._structure)
-        # That of the state if its axes are explicit, or of an item.
-        self._mesh: Any = None if placed else explicit_mesh(leaves)
+        self._mesh: Any = None if placed else explicit_mesh(leaves)  # that of the state or of an item
         self._shardings = [explicit_sharding(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         leaves, self._key = self._place(leaves, self._key)
@@ -141,7 +121,7 @@ class StepLoop:
         # and the newest arrays that others may hold.
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
-        self._newest: tuple[Any, Any, Any] = (None, None, None)  # the step, the pattern and the program that ran last
+        self._prepared: tuple[Any, Any, str, Any] = (None, (), "", None)  # what ran last: the program, its key
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
         self._open: _Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
@@ -174,15 +154,13 @@ class StepLoop:
         results = self._carry[2]
         assert results is not None
         if self._together is not None:
-            self._wait_for(results)
+            wait_for(results, self._together)
         return results.loss(results.steps - 1)
 
     def wait(self) -> None:
         """Wait for the steps that were dispatched, and raise what ``error_for`` returns for one that is not finite."""
         while self._in_flight and (self._error_for is not None or self._together is not None):
-            dispatch = self._in_flight.popleft()
-            if self._together is not None or dispatch.results.failed:
-                self._check(dispatch)
+            self._check(self._in_flight.popleft())
 
     def failure(self) -> Exception | None:
         """Return the exception for the first step that is not finite, if there is one and it was not raised yet."""
@@ -224,13 +202,11 @@ class StepLoop:
 
     def _runs_alone(self, inputs: StepInputs) -> bool:
         """Run an item at once, if the newest items were of its kind and none waits; return whether it was run."""
-        if self._open is None or self._together is not None:
+        block = self._open if self._together is None else None
+        leaves = None if block is None else block.buffer.alone(inputs, block.traced.patterns)
+        if block is None or leaves is None:
             return False
-        buffer, traced, first = self._open
-        leaves = buffer.alone(inputs, traced.patterns)
-        if leaves is None:
-            return False
-        self._dispatch(traced, first, traced.patterns[-1], 1, leaves, [])
+        self._dispatch(block.traced, block.inputs, block.traced.patterns[-1], 1, leaves, [])
         return True
 
     def trace(self, item: Any) -> None:
@@ -276,16 +252,16 @@ class StepLoop:
         else refers to, because that one is lost with its memory; ``"lost"`` where none is left.
         """
         self._take()
-        if self._has_values(self._carry[1]):
+        if readable(self._carry[1], self._together):
             return "newest"
         self._failed_step = None
         while self._earlier:
             self._carry = self._earlier.pop()
-            if self._has_values(self._carry[1]):
+            if readable(self._carry[1], self._together):
                 return "newest"
         references, results = self._shared
         arrays = [reference() for reference in references]
-        if not arrays or any(array is None for array in arrays) or not self._has_values(arrays):
+        if not arrays or any(array is None for array in arrays) or not readable(arrays, self._together):
             return "lost"
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
@@ -314,35 +290,33 @@ class StepLoop:
             else:
                 self._dispatch(traced, inputs, once, n, leaves, [])
 
-    def _own(self, overwrites: bool) -> StepResults | None:
-        """Bring the state into the loop's own form, and return the results of the newest dispatch."""
+    def _prepare(self, traced: TracedStep, pattern: tuple[bool, ...]) -> None:
+        """Bring the state into the loop's own form, and find the program that takes it."""
         own, arrays, results = self._carry
+        overwrites = self._in_place and not traced.can_raise
         if not own and overwrites:
             self._shared = self._given or [weakref.ref(a) for a in arrays], results
         if not own and (overwrites or self._packing is not None):
             self._carry = (True, own_arrays(arrays, self._packing, overwrites=overwrites), results)
             self._clean = self._packing is not None and all_finite(self._carry[1])
-            self._newest = (None, None, None)
-        return results
+        entry = "fit in place" if overwrites else "fit"
+        program = traced.program(entry, pattern, self._packing, clean=self._clean)
+        self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
+        self._prepared = traced, pattern, entry, program
 
     def _dispatch(
         self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
         stacked: list[Any],
     ) -> None:  # fmt: skip
-        overwrites = self._in_place and not traced.can_raise
-        entry = "fit in place" if overwrites else "fit"
-        results = self._carry[2] if self._carry[0] else self._own(overwrites)
-        known, known_pattern, program = self._newest
-        if known is not traced or known_pattern != pattern:
-            program = traced.program(entry, pattern, self._packing, clean=self._clean)
-            self._newest = traced, pattern, program
-            self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
+        if not self._carry[0] or self._prepared[0] is not traced or self._prepared[1] != pattern:
+            self._prepare(traced, pattern)
+        (_, _, entry, program), (_, held, results) = self._prepared, self._carry
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
-        status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
+        status = put_with(traced.status, held[0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
-        arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
+        arguments = (held, self._key, status, count_on_device(count), shared, stacked)
         if traced.placing is not None:
-            arguments = traced.placing.put_block(arguments, pattern, lambda: self._wait_for(results))
+            arguments = traced.placing.put_block(arguments, pattern, lambda: wait_for(results, self._together))
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
@@ -356,9 +330,7 @@ class StepLoop:
             self._earlier.append(before)
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
-        examples = traced.examples
-        if traced.row_mask is not None:
-            examples = examples_of(traced, inputs, pattern, count, shared, stacked)
+        examples = traced.examples if traced.row_mask is None else examples_of(traced, pattern, count, shared, stacked)
         about = (first, count, traced, examples)
         start = time.perf_counter()
         try:
@@ -378,24 +350,13 @@ class StepLoop:
         if self._on_dispatch is not None:
             self._on_dispatch(results)
         # The items stay until their steps are known to be finite: the exception for one that is not has its item.
-        items = (pattern, shared, stacked) if self._error_for is not None else ((), [], [])
-        again = (traced, program, arguments) if traced.watches else None
-        self._in_flight.append(PendingDispatch(results, inputs, *items, again))
+        again = functools.partial(state_after, traced, program, arguments) if traced.watches else None
+        items = (pattern, shared, stacked, again) if self._error_for is not None else ((), [], [], None)
+        self._in_flight.append(PendingDispatch(results, inputs, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
         if self._together is not None:
             self._together.dispatched()
-
-    def _has_values(self, arrays: list[Any]) -> bool:
-        return (self._together is None or self._together.readable(arrays)) and readable(arrays)
-
-    def _wait_for(self, results: StepResults | None) -> None:
-        """Wait for a dispatch."""
-        if results is None:
-            return
-        if self._together is not None:
-            self._together.wait(results.losses)
-        results.losses.block_until_ready()
 
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
@@ -406,36 +367,26 @@ class StepLoop:
             self._result.clear()
         return self._carry[2]
 
-    def _spoiled(self, before: list[Any], after: list[Any]) -> np.ndarray[Any, Any]:
-        """Which leaves of the state, but the last, a step makes not finite."""
-        sharding = self._programs.sharding
-        where = {} if sharding is None else {"out_shardings": sharding.replicated}
-        states = [unpack(self._packing, held) if self._packing else held for held in (before, after)]
-        return np.asarray(jax.jit(spoiled_leaves, **where)(*[leaves[:-1] for leaves in states]))
-
     def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
         results = dispatch.results
         if self._together is not None:
-            self._wait_for(results)
+            wait_for(results, self._together)
         if self._error_for is None or not results.failed:
             return
         i = results.finite_steps()
         self._failed_step, why = results.first + i, results.why(i)
         if dispatch.again is not None:
             self._take()
-            after, newest = self._carry[1:]
-            wait_on_cpu(self._programs.sharding, after)
-            before = dispatch.state_before(i)
-            self._carry = (True, before, newest)
-            why = np.concatenate([why, self._spoiled(before, after)])
+            before, spoiled = state_before(dispatch, i, self._carry[1], self._packing, self._programs.sharding)
+            self._carry, why = (True, before, self._carry[2]), np.concatenate([why, spoiled])
         failed = FailedStep.of(self.carry(), self._key, placed_inputs(self._programs.sharding, dispatch.item(i)))
         raise self._error_for(self._failed_step, float(results.loss(i)), why, failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide what a dispatch costs."""
         results = dispatch.results
-        self._wait_for(results)
+        wait_for(results, self._together)
         self._check(dispatch)
         before, self._finished = self._finished, time.perf_counter()
         self.own_limit = next_limit(self.limit, self._finished - before, results.steps)

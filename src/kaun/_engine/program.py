@@ -23,8 +23,8 @@ from kaun._loss import trace_loss
 from kaun._step import match_state
 
 __all__ = [
-    "LOOP_OPTIONS", "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "item_at", "pattern_for",
-    "trace_step",
+    "LOOP_OPTIONS", "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "find_step", "item_at",
+    "pattern_for", "trace_step",
 ]  # fmt: skip
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
@@ -49,9 +49,7 @@ class Program:
         lock: Held while it is compiled.
     """
 
-    __slots__ = (
-        "_count_signatures", "_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "stacks",
-    )  # fmt: skip
+    __slots__ = ("_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "stacks")
 
     def __init__(
         self, function: Callable[..., Any], pattern: tuple[bool, ...] = (), stacks: str = "", **options: Any
@@ -62,12 +60,12 @@ class Program:
         self.compiled = False
         self.places: list[dict[str, str]] = []
         self.divides = False
-        self._signatures, self._count_signatures = 0, signatures_of(self.jitted)
+        self._signatures = 0
         self.lock = threading.RLock()  # a loss may itself train
 
     def was_called_anew(self) -> bool:
         """Return whether the last call was with arguments of another kind or place than those before."""
-        before, self._signatures = self._signatures, self._count_signatures()
+        before, self._signatures = self._signatures, signatures_of(self.jitted)
         return before != self._signatures
 
 
@@ -125,9 +123,9 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "examples", "jaxpr", "layout",
-        "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows", "seconds",
-        "status", "step", "wanted", "watches",
+        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "examples", "jaxpr",
+        "layout", "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows",
+        "seconds", "status", "step", "wanted", "watches",
     )  # fmt: skip
 
     def __init__(
@@ -260,6 +258,24 @@ def trace_step(
     clean = [jnp.array(False)] if on_nonfinite == "raise" and not discards else []
     traced = jitted.trace(list(leaves), key, inputs.leaves, *clean)
     return TracedStep(jitted, traced, inputs, on_nonfinite, discards, time.perf_counter() - start)
+
+
+def find_step(
+    programs: Any, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
+    wanted: Mapping[str, int] | None = None,
+) -> TracedStep:  # fmt: skip
+    """Return the traced step for some inputs, of a ``ProgramCache`` or traced: the user's own code runs here."""
+    wanted = wanted or {}
+    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
+    found = programs.get(where)
+    if found is None:
+        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
+        step = train_step, programs.on_nonfinite, programs.discards
+        made = trace_step(*step, structure, leaves, key, inputs, training)
+        made.wanted, made.row_axis, made.examples = wanted, programs.row_axis, inputs.length(programs.row_axis)
+        made.placing = Placing.of(programs.sharding, structure, leaves, inputs)
+        found = programs.add(where, made)
+    return found
 
 
 def _block(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -14,8 +14,9 @@ from kaun._engine.inputs import StepInputs
 from kaun._engine.members import CODE, mean_of_members, none_left, of_members
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.program import Program, TracedStep, count_on_device
+from kaun._engine.together import Together
 
-__all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable"]
+__all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable", "state_after", "wait_for"]
 
 
 T = TypeVar("T")
@@ -129,8 +130,8 @@ class PendingDispatch(NamedTuple):
         pattern: For each array of an item whether it is stacked.
         shared: The arrays that are not, with one value for all items.
         stacked: Those that are. Their memory is used again once the dispatch is done.
-        again: Where the state after a step that is not finite is in the results: the step, the program, and the
-            arguments that it was called with. None elsewhere.
+        again: ``state_after`` after its first arguments, where after a step that is not finite the state before it has
+            to be computed again; None elsewhere.
     """
 
     results: StepResults
@@ -138,17 +139,7 @@ class PendingDispatch(NamedTuple):
     pattern: tuple[bool, ...]
     shared: list[Any]
     stacked: list[Any]
-    again: tuple[TracedStep, Program, tuple[Any, ...]] | None = None
-
-    def state_before(self, i: int) -> list[Any]:
-        """Return the state before its step number ``i``, as the loop has it, by running the steps before once more."""
-        assert self.again is not None
-        traced, program, arguments = self.again
-        if i == 0:
-            return arguments[0]
-        count = count_on_device(i)
-        count = count if traced.placing is None else traced.placing.put_everywhere(count)
-        return program.jitted(*arguments[:3], count, *arguments[4:])[2]
+    again: Callable[[int], list[Any]] | None
 
     def item(self, i: int) -> StepInputs:
         """Return its item number ``i``, in memory that stays as it is."""
@@ -157,9 +148,25 @@ class PendingDispatch(NamedTuple):
         return self.inputs.with_leaves([tree.snapshot(leaf) for leaf in leaves])
 
 
+def state_after(traced: TracedStep, program: Program, arguments: Sequence[Any], steps: int) -> list[Any]:
+    """Return the state after the first steps of a dispatch, as the loop has it, by running these once more.
+
+    Args:
+        traced: The step.
+        program: What ran the dispatch.
+        arguments: What it was called with.
+        steps: How many steps.
+    """
+    held, key, status, _, *items = arguments
+    if steps == 0:
+        return held
+    count = count_on_device(steps)
+    count = count if traced.placing is None else traced.placing.put_everywhere(count)
+    return program.jitted(held, key, status, count, *items)[2]
+
+
 def examples_of(
     traced: TracedStep,
-    inputs: StepInputs,
     pattern: Sequence[bool],
     count: int,
     shared: Sequence[Any],
@@ -169,7 +176,6 @@ def examples_of(
 
     Args:
         traced: The step.
-        inputs: An item of the kind of its items.
         pattern: For each array of an item whether it is stacked.
         count: How many steps.
         shared: The arrays that are not.
@@ -190,8 +196,19 @@ def _widened(losses: Any) -> np.ndarray[Any, Any]:
     return losses if losses.dtype == np.float64 else losses.astype(np.float32)
 
 
-def readable(arrays: list[Any]) -> bool:
+def wait_for(results: StepResults | None, together: Together | None) -> None:
+    """Wait for a dispatch."""
+    if results is None:
+        return
+    if together is not None:
+        together.wait(results.losses)
+    results.losses.block_until_ready()
+
+
+def readable(arrays: list[Any], together: Together | None = None) -> bool:
     """Wait for arrays, and return whether all have values; a failed program leaves none, nor does donated memory."""
+    if together is not None and not together.readable(arrays):
+        return False
     try:
         jax.block_until_ready(arrays)
         return not any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)

@@ -59,7 +59,8 @@ def start_loop(
     failure = failure if mode == "raise" else None
     carry, key = (state.vars, state.opt_state, state.step), state.key
     del state, trained, inner
-    hooks = (caller.ran if caller.takes_results else None, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
+    ran = caller.ran if caller.takes_results else None
+    hooks = (ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
     loop = StepLoop(programs, carry, key, ctx, *hooks, together=run.together)
     if run.together is not None:
         pending = None if run.pending_report_loss is None else run.done
