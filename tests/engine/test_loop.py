@@ -12,8 +12,9 @@ import pytest
 from kaun import losses, rng
 from kaun._engine.cache import ProgramCache
 from kaun._engine.inputs import StepInputs
-from kaun._engine.loop import StepLoop, find_step
+from kaun._engine.loop import StepLoop
 from kaun._engine.packing import copy
+from kaun._engine.program import find_step
 from kaun._step import StepOutput
 from kaun.context import Context
 from kaun.data import Chunk
@@ -21,7 +22,7 @@ from kaun.data import Chunk
 ONE = jnp.float32(1)
 
 
-def simple_step(carry, key, x, ctx, loss, training, discard=True):
+def simple_step(carry, key, x, ctx, loss, training, discard=True, clean=None):
     """A 'model' with one number: output x * w, update w - loss. Its number beside the loss is the sum of x."""
     w, count = carry
     with rng.scope(key):
@@ -243,7 +244,7 @@ def test_a_copy_is_other_memory_in_the_same_place(committed):
     np.testing.assert_array_equal(copied, array)
 
 
-def stopping(carry, key, x, ctx, loss, training, discard):
+def stopping(carry, key, x, ctx, loss, training, discard, clean=None):
     """As ``simple_step``, but a step with an x of nan is not finite, which its norm shows too."""
     out = simple_step(carry, key, x, ctx, loss, training)
     if discard:
@@ -275,7 +276,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it(looking, size, leaves)
         return ArithmeticError(f"step {step}")
 
     def several(step):
-        def train_step(carry, *rest):
+        def train_step(carry, *rest, clean=None):
             out = step((carry[0][0], carry[1]), *rest)
             return out._replace(carry=([out.carry[0]] * leaves, out.carry[1]))
 

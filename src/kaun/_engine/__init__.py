@@ -20,7 +20,6 @@ from kaun._engine.inputs import check_input as check_input
 from kaun._engine.inputs import refuse_traced as refuse_traced
 from kaun._engine.log import Compilation as Compilation
 from kaun._engine.loop import StepLoop as StepLoop
-from kaun._engine.loop import find_step as find_step
 from kaun._engine.loop import run_step as run_step
 from kaun._engine.members import CODE as CODE
 from kaun._engine.members import LOST as LOST
@@ -29,6 +28,7 @@ from kaun._engine.members import RUNS as RUNS
 from kaun._engine.members import STOPPED as STOPPED
 from kaun._engine.packing import Packing as Packing
 from kaun._engine.program import TracedStep as TracedStep
+from kaun._engine.program import find_step as find_step
 from kaun._engine.program import trace_step as trace_step
 from kaun._engine.replay import Event as Event
 from kaun._engine.replay import Origin as Origin

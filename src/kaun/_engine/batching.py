@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._engine.inputs import StepInputs, is_host, is_number, refuse_traced
+from kaun._engine.inputs import StepInputs, is_host, is_number
 from kaun._kernels import aligned_empty
 from kaun.data import RowGather
 
@@ -77,6 +77,10 @@ class _Column(Protocol):
         """Return the one value of all items."""
         ...
 
+    def single(self, value: Any) -> Any:
+        """Return the value of an item that is the only one of its block, in memory that its owner does not write to."""
+        ...
+
     def stacked(self, count: int) -> Any:
         """Return the values of ``count`` items along a leading axis as long as the capacity."""
         ...
@@ -127,6 +131,10 @@ class _Host:
     def shared(self) -> Any:
         return self._buffers[self._turn][0]
 
+    def single(self, value: Any) -> Any:
+        self.put(0, value)
+        return self._buffers[self._turn][0]
+
     def stacked(self, count: int) -> Any:
         buffer = self._buffers[self._turn]
         if not self.varies:
@@ -156,11 +164,7 @@ class _Device:
             return True
         if self.alone:
             return False
-        try:
-            return value.sharding == self._values[0].sharding
-        except AttributeError:  # a traced array has none
-            refuse_traced((value,))
-            raise
+        return value.sharding == self._values[0].sharding
 
     def put(self, slot: int, value: Any) -> None:
         if slot == 0:
@@ -177,6 +181,9 @@ class _Device:
 
     def shared(self) -> Any:
         return self._values[0]
+
+    def single(self, value: Any) -> Any:
+        return value
 
     def stacked(self, count: int) -> Any:
         return _stack(self._values, self._capacity) if self._stack is None else self._stack
@@ -203,6 +210,9 @@ class _Number:
 
     def shared(self) -> Any:
         return self._value
+
+    def single(self, value: Any) -> Any:
+        return value
 
     def stacked(self, count: int) -> Any:
         raise NotImplementedError
@@ -246,6 +256,17 @@ class BlockBuffer:
                 column.put(slot, leaf)
         self.count = slot + 1
         return True
+
+    def alone(self, inputs: StepInputs, patterns: Sequence[tuple[bool, ...]]) -> list[Any] | None:
+        """Return the leaves of an item that is a block for itself; None where it cannot be one.
+
+        Args:
+            inputs: The item.
+            patterns: Those of the blocks so far: a program that stacks nothing must be there.
+        """
+        if self.count or inputs.key != self._key or self._padded or not patterns or any(patterns[-1]):
+            return None
+        return [c.single(a) for c, a in zip(self._columns, inputs.leaves, strict=True)]
 
     def room(self, sources: Mapping[int, RowGather], inputs: StepInputs) -> int:
         """Return how many items of a chunk one block can take."""

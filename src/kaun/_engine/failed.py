@@ -12,11 +12,15 @@ from kaun import rng
 from kaun._engine.explicit import to_automatic
 from kaun._engine.inputs import StepInputs
 from kaun._engine.members import NOT_FINITE
+from kaun._engine.packing import Packing, unpack
+from kaun._engine.placing import wait_on_cpu
+from kaun._engine.results import PendingDispatch
 from kaun._loss import rebuild_loss
-from kaun._step import Settings, refused_values
+from kaun._step import Settings, refused_values, spoiled_leaves
 from kaun.errors import NonFiniteLoss
+from kaun.sharding import Sharding
 
-__all__ = ["FailedStep", "error_of", "last_member_error"]
+__all__ = ["FailedStep", "error_of", "last_member_error", "state_before"]
 
 
 class FailedStep(NamedTuple):
@@ -48,6 +52,26 @@ class FailedStep(NamedTuple):
                 return rebuild_loss(self.inputs.loss_key, arrays)(output)
 
         return refused_values(settings, self.carry, self.key, x, ctx, loss)
+
+
+def state_before(
+    dispatch: PendingDispatch, i: int, after: list[Any], packing: Packing | None, sharding: Sharding | None
+) -> tuple[list[Any], np.ndarray[Any, Any]]:
+    """Return the state before a step that is not finite, and which leaves but the last the step makes not finite.
+
+    Args:
+        dispatch: What ran the step.
+        i: Which of its steps it is.
+        after: The state after it.
+        packing: How these states are packed, None if they are not.
+        sharding: Where they lie.
+    """
+    wait_on_cpu(sharding, after)
+    assert dispatch.again is not None
+    before = dispatch.again(i)
+    where: Any = {} if sharding is None else {"out_shardings": sharding.replicated}
+    states = [unpack(packing, held) if packing else held for held in (before, after)]
+    return before, np.asarray(jax.jit(spoiled_leaves, **where)(*[leaves[:-1] for leaves in states]))
 
 
 def error_of(

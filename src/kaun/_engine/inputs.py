@@ -47,18 +47,20 @@ class StepInputs:
         key: Hashable; inputs with equal keys run the same program.
         mesh: The mesh of explicit axes on which one of the arrays lay, None in the usual case. The leaves are on
             automatic axes.
+        is_usual: Whether all leaves are arrays of usual kinds, with numbers: none is traced.
 
     Raises:
         CaptureError: As ``capture_loss``.
         TypeError: If a leaf is not an array of numbers.
     """
 
-    __slots__ = ("key", "leaves", "mesh", "static", "what")
+    __slots__ = ("is_usual", "key", "leaves", "mesh", "static", "what")
     what: str
     leaves: list[Any]
     static: tuple[Any, ...]
     key: tuple[Any, ...]
     mesh: Any
+    is_usual: bool
 
     def __init__(self, x: Any, loss: Any, ctx: Context | None, what: str = "x") -> None:
         # Run for each item: a call of a function costs 0.1 us, so the usual cases are decided here.
@@ -76,7 +78,7 @@ class StepInputs:
             leaves += more
         kinds: list[Any] = []
         a: Any
-        maybe_explicit = False
+        maybe_explicit, self.is_usual = False, True
         for a in leaves:
             if type(a) in known:
                 kinds.append((a.shape, a.dtype, a.weak_type))
@@ -86,7 +88,7 @@ class StepInputs:
                 kinds.append((a.shape, a.dtype))
             else:
                 kinds.append(_kind(a))
-                maybe_explicit = True
+                maybe_explicit, self.is_usual = True, False
         self.what, self.mesh = what, explicit_mesh(leaves) if maybe_explicit else None
         self.leaves = leaves if self.mesh is None else to_automatic(leaves)
         self.static = (loss_key, x_def, ctx_def, n, len(arrays))

@@ -15,47 +15,30 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.devices import item_of, refuse_different_devices
 from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
-from kaun._engine.failed import FailedStep
+from kaun._engine.failed import FailedStep, state_before
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.members import CODE
-from kaun._engine.packing import in_place, on_one_device, own_arrays, packing_of, put_with, unpack
-from kaun._engine.placing import Placing, place_carry, placed_inputs
-from kaun._engine.program import TracedStep, count_on_device, trace_step
-from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable
+from kaun._engine.packing import all_finite, in_place, on_one_device, own_arrays, packing_of, put_with, unpack
+from kaun._engine.placing import place_carry, placed_inputs
+from kaun._engine.program import TracedStep, count_on_device, find_step
+from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable, state_after, wait_for
 from kaun._engine.together import Together, agreed
 from kaun._jax import any_traced
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
-__all__ = ["StepLoop", "find_step", "run_step"]
+__all__ = ["StepLoop", "run_step"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
 _BUFFERS = 4
 _Block = OpenBlock[TracedStep]
-
-
-def find_step(
-    programs: ProgramCache, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
-    wanted: Mapping[str, int] | None = None,
-) -> TracedStep:  # fmt: skip
-    """Return the traced step for some inputs, traced where the cache has none: the user's own code runs here."""
-    wanted = wanted or {}
-    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
-    found = programs.get(where)
-    if found is None:
-        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
-        step = train_step, programs.on_nonfinite, programs.discards
-        made = trace_step(*step, structure, leaves, key, inputs, training)
-        made.wanted, made.row_axis = wanted, programs.row_axis
-        made.placing = Placing.of(programs.sharding, structure, leaves, inputs)
-        found = programs.add(where, made)
-    return found
 
 
 def run_step(
@@ -84,7 +67,7 @@ class StepLoop:
         carry: The state to start from, a pytree whose last leaf counts the steps; it stays as it is.
         key: The run's key.
         ctx: The Context of every step.
-        on_dispatch: Called with the ``StepResults`` after each dispatch.
+        on_dispatch: Called with the ``StepResults`` after each dispatch; or None.
         on_compile: Called after each compilation with the seconds it took.
         error_for: Returns the exception for a step that is not finite, given its number, its loss, its status after the
             first number (``StepResults``), and the step itself; None if such a step does not end the run.
@@ -102,7 +85,7 @@ class StepLoop:
 
     def __init__(
         self, programs: ProgramCache, carry: Any, key: jax.Array, ctx: Context | None,
-        on_dispatch: Callable[[StepResults], None] = lambda results: None,
+        on_dispatch: Callable[[StepResults], None] | None = None,
         on_compile: Callable[[float], None] = lambda seconds: None,
         error_for: Callable[[int, float, Any, FailedStep], Exception] | None = None,
         done: int = 0, on_trace: Callable[[StepInputs, TracedStep], None] | None = None,
@@ -119,8 +102,7 @@ class StepLoop:
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
         given, placed = leaves, programs.sharding is not None
         self._place = functools.partial(place_carry, programs.sharding, self._structure)
-        # That of the state if its axes are explicit, or of an item.
-        self._mesh: Any = None if placed else explicit_mesh(leaves)
+        self._mesh: Any = None if placed else explicit_mesh(leaves)  # that of the state or of an item
         self._shardings = [explicit_sharding(a) for a in leaves]
         leaves, (self._key,) = to_automatic(leaves), to_automatic([key])
         leaves, self._key = self._place(leaves, self._key)
@@ -130,6 +112,7 @@ class StepLoop:
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._find = functools.partial(find_step, programs, self._structure, self._kinds, self._key)
         self._packing, self._in_place = packing_of(leaves), in_place(leaves)
+        self._clean = False  # whether all elements of the state are finite; looked at where it is packed anyway
         # Whether these arrays are in the loop's own form (packed, or memory to be overwritten), the arrays, and the
         # newest dispatch. One tuple, because an interrupt may come between any two assignments.
         self._carry: tuple[bool, list[Any], StepResults | None] = (False, leaves, None)
@@ -138,6 +121,7 @@ class StepLoop:
         # and the newest arrays that others may hold.
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
+        self._prepared: tuple[Any, Any, str, Any] = (None, (), "", None)  # what ran last: the program, its key
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
         self._open: _Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
@@ -170,7 +154,7 @@ class StepLoop:
         results = self._carry[2]
         assert results is not None
         if self._together is not None:
-            self._wait_for(results)
+            wait_for(results, self._together)
         return results.loss(results.steps - 1)
 
     def wait(self) -> None:
@@ -197,7 +181,11 @@ class StepLoop:
         for item, n, rows in chunks if self._room else ():
             x, loss, ctx = Item.parse(item, first + count)
             inputs = StepInputs(x, loss, ctx if self._ctx is None else self._ctx.merge(ctx))
+            if not inputs.is_usual:
+                refuse_traced(inputs.leaves)
             self._mesh = self._mesh or (inputs.mesh if self._programs.sharding is None else None)
+            if room == 1 == n and self._runs_alone(inputs):
+                return 1
             if self._open is None or n > 1 or not self._open.buffer.add(inputs):
                 self.flush()
                 block = self._blocks.pop(inputs.key, None)
@@ -211,6 +199,15 @@ class StepLoop:
                 return count
         self.exhausted = True  # an iterator need not end a second time
         return count
+
+    def _runs_alone(self, inputs: StepInputs) -> bool:
+        """Run an item at once, if the newest items were of its kind and none waits; return whether it was run."""
+        block = self._open if self._together is None else None
+        leaves = None if block is None else block.buffer.alone(inputs, block.traced.patterns)
+        if block is None or leaves is None:
+            return False
+        self._dispatch(block.traced, block.inputs, block.traced.patterns[-1], 1, leaves, [])
+        return True
 
     def trace(self, item: Any) -> None:
         """Trace the step for an item, and do not run it."""
@@ -255,16 +252,16 @@ class StepLoop:
         else refers to, because that one is lost with its memory; ``"lost"`` where none is left.
         """
         self._take()
-        if self._has_values(self._carry[1]):
+        if readable(self._carry[1], self._together):
             return "newest"
         self._failed_step = None
         while self._earlier:
             self._carry = self._earlier.pop()
-            if self._has_values(self._carry[1]):
+            if readable(self._carry[1], self._together):
                 return "newest"
         references, results = self._shared
         arrays = [reference() for reference in references]
-        if not arrays or any(array is None for array in arrays) or not self._has_values(arrays):
+        if not arrays or any(array is None for array in arrays) or not readable(arrays, self._together):
             return "lost"
         self._carry = (False, self._place(to_automatic(arrays), self._key)[0], results)
         return "held"
@@ -272,7 +269,6 @@ class StepLoop:
     def _new_block(self, inputs: StepInputs, traced: TracedStep) -> _Block:
         if self._on_trace is not None:  # a run may be resumed with other reports, which want other numbers
             self._on_trace(inputs, self._find(inputs, True) if self._wanted else traced)
-        refuse_traced(inputs.leaves)
         return OpenBlock(BlockBuffer(inputs, traced.capacity, placed=traced.placing is not None), traced, inputs)
 
     def _enter(self, block: _Block, inputs: StepInputs, count: int, rows: Mapping[int, RowGather]) -> None:
@@ -294,31 +290,33 @@ class StepLoop:
             else:
                 self._dispatch(traced, inputs, once, n, leaves, [])
 
-    def _own(self, overwrites: bool) -> StepResults | None:
-        """Bring the state into the loop's own form, and return the results of the newest dispatch."""
+    def _prepare(self, traced: TracedStep, pattern: tuple[bool, ...]) -> None:
+        """Bring the state into the loop's own form, and find the program that takes it."""
         own, arrays, results = self._carry
+        overwrites = self._in_place and not traced.can_raise
         if not own and overwrites:
             self._shared = self._given or [weakref.ref(a) for a in arrays], results
         if not own and (overwrites or self._packing is not None):
             self._carry = (True, own_arrays(arrays, self._packing, overwrites=overwrites), results)
-        return results
+            self._clean = self._packing is not None and all_finite(self._carry[1])
+        entry = "fit in place" if overwrites else "fit"
+        program = traced.program(entry, pattern, self._packing, clean=self._clean)
+        self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
+        self._prepared = traced, pattern, entry, program
 
     def _dispatch(
         self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
         stacked: list[Any],
     ) -> None:  # fmt: skip
-        refuse_traced((*shared, *stacked))
-        overwrites = self._in_place and not traced.can_raise
-        entry = "fit in place" if overwrites else "fit"
-        program = traced.program(entry, pattern, self._packing)
-        results = self._own(overwrites)
-        self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
+        if not self._carry[0] or self._prepared[0] is not traced or self._prepared[1] != pattern:
+            self._prepare(traced, pattern)
+        (_, _, entry, program), (_, held, results) = self._prepared, self._carry
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
-        status = put_with(traced.status, self._carry[1][0]) if results is None else results.status
+        status = put_with(traced.status, held[0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
-        arguments = (self._carry[1], self._key, status, count_on_device(count), shared, stacked)
+        arguments = (held, self._key, status, count_on_device(count), shared, stacked)
         if traced.placing is not None:
-            arguments = traced.placing.put_block(arguments, pattern, lambda: self._wait_for(results))
+            arguments = traced.placing.put_block(arguments, pattern, lambda: wait_for(results, self._together))
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
@@ -332,7 +330,8 @@ class StepLoop:
             self._earlier.append(before)
         # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
         # two bytecodes, and must not come while the state is given away and the next one not stored.
-        about = (first, count, traced, examples_of(traced, inputs, pattern, count, shared, stacked))
+        examples = traced.examples if traced.row_mask is None else examples_of(traced, pattern, count, shared, stacked)
+        about = (first, count, traced, examples)
         start = time.perf_counter()
         try:
             self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
@@ -348,25 +347,16 @@ class StepLoop:
             except Exception:
                 self._carry = before
                 raise
-        self._on_dispatch(results)
+        if self._on_dispatch is not None:
+            self._on_dispatch(results)
         # The items stay until their steps are known to be finite: the exception for one that is not has its item.
-        items = (pattern, shared, stacked) if self._error_for is not None else ((), [], [])
+        again = functools.partial(state_after, traced, program, arguments) if traced.watches else None
+        items = (pattern, shared, stacked, again) if self._error_for is not None else ((), [], [], None)
         self._in_flight.append(PendingDispatch(results, inputs, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
         if self._together is not None:
             self._together.dispatched()
-
-    def _has_values(self, arrays: list[Any]) -> bool:
-        return (self._together is None or self._together.readable(arrays)) and readable(arrays)
-
-    def _wait_for(self, results: StepResults | None) -> None:
-        """Wait for a dispatch."""
-        if results is None:
-            return
-        if self._together is not None:
-            self._together.wait(results.losses)
-        results.losses.block_until_ready()
 
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
@@ -381,18 +371,22 @@ class StepLoop:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
         results = dispatch.results
         if self._together is not None:
-            self._wait_for(results)
+            wait_for(results, self._together)
         if self._error_for is None or not results.failed:
             return
         i = results.finite_steps()
-        self._failed_step = results.first + i
+        self._failed_step, why = results.first + i, results.why(i)
+        if dispatch.again is not None:
+            self._take()
+            before, spoiled = state_before(dispatch, i, self._carry[1], self._packing, self._programs.sharding)
+            self._carry, why = (True, before, self._carry[2]), np.concatenate([why, spoiled])
         failed = FailedStep.of(self.carry(), self._key, placed_inputs(self._programs.sharding, dispatch.item(i)))
-        raise self._error_for(self._failed_step, float(results.loss(i)), results.why(i), failed)
+        raise self._error_for(self._failed_step, float(results.loss(i)), why, failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:
         """Wait for a dispatch, and let blocks grow until one takes long enough to hide what a dispatch costs."""
         results = dispatch.results
-        self._wait_for(results)
+        wait_for(results, self._together)
         self._check(dispatch)
         before, self._finished = self._finished, time.perf_counter()
         self.own_limit = next_limit(self.limit, self._finished - before, results.steps)

@@ -17,6 +17,7 @@ from kaun.sharding import put
 
 __all__ = [
     "Packing",
+    "all_finite",
     "copy",
     "in_place",
     "on_one_device",
@@ -122,6 +123,12 @@ def pack_on_device(packing: Packing, leaves: Sequence[Any]) -> list[Any]:
         )
     where = next((_everywhere(leaf.sharding) for leaf in leaves if getattr(leaf, "committed", False)), None)
     return vectors if where is None else jax.device_put(vectors, where)
+
+
+def all_finite(vectors: Sequence[Any]) -> bool:
+    """Return whether all elements of some vectors are finite. Waits for them."""
+    kinds = [np.asarray(vector) for vector in vectors if jnp.issubdtype(vector.dtype, jnp.inexact)]
+    return all(bool(np.isfinite(vector).all()) for vector in kinds)
 
 
 def put_with(value: Any, leaf: Any) -> Any:

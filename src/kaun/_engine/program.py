@@ -20,11 +20,11 @@ from kaun._engine.packing import Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
 from kaun._jax import calls_the_host, signatures_of
 from kaun._loss import trace_loss
-from kaun._step import match_state, spoiled_leaves
+from kaun._step import match_state
 
 __all__ = [
-    "LOOP_OPTIONS", "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "item_at", "pattern_for",
-    "trace_step",
+    "LOOP_OPTIONS", "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "find_step", "item_at",
+    "pattern_for", "trace_step",
 ]  # fmt: skip
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
@@ -87,7 +87,8 @@ class TracedStep:
     """One training step as it was traced for inputs of one key, and the programs made of it.
 
     Args:
-        step: The jitted step, ``step(leaves, key, item) -> (loss, numbers, leaves, finite, checks)``.
+        step: The jitted step, ``step(leaves, key, item) -> (loss, numbers, leaves, finite, checks)``; where it watches
+            a state that it does not itself restore, with a further argument ``clean`` (``train_step``).
         traced: What tracing it gave.
         inputs: The inputs for which it was traced.
         on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
@@ -103,6 +104,7 @@ class TracedStep:
         loss: The shape and dtype of a step's loss: a scalar, or an array [members].
         layout: Where a step's numbers beside its loss are in its results.
         row_axis: The axis of an item's arrays along which its rows lie, 1 where axis 0 has the members of an ensemble.
+        examples: How many rows an item has, None if that is unknown.
         row_mask: Which leaf of an item says which rows count, None if all do.
         looped: Whether it runs in a loop.
         can_raise: Whether it calls the host, where an exception ends the whole dispatch. Such a step is dispatched
@@ -112,6 +114,7 @@ class TracedStep:
         capacity: How many items one dispatch may hold.
         status: The status of a run in which all steps are finite (``StepResults``), None if runs do not end at one
             that is not.
+        watches: Whether a run ends at a step that is not finite with the state after that step.
         entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         patterns: The patterns of blocks so far.
@@ -120,10 +123,9 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout",
-        "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows", "seconds",
-        "status",
-        "step", "wanted",
+        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "examples", "jaxpr",
+        "layout", "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows",
+        "seconds", "status", "step", "wanted", "watches",
     )  # fmt: skip
 
     def __init__(
@@ -137,10 +139,10 @@ class TracedStep:
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
         self.most = self.rows if self.looped and not self.can_raise else 1
-        self.row_mask, self.row_axis = inputs.row_mask, 0
+        self.row_mask, self.row_axis, self.examples = inputs.row_mask, 0, inputs.examples
         self.capacity = min(capacity_of(inputs), self.most)
-        watched = 0 if discards else len(traced.out_info[2]) - 1
-        self.status = _all_finite(checks.shape[0] + watched, checks.dtype) if on_nonfinite == "raise" else None
+        self.status = _all_finite(checks.shape[0], checks.dtype) if on_nonfinite == "raise" else None
+        self.watches = self.status is not None and not discards
         self.entries: set[str] = set()
         self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
@@ -159,7 +161,9 @@ class TracedStep:
         """Return which leaves of a block to stack where these vary."""
         return pattern_for(self.patterns, varying)
 
-    def program(self, entry: str, pattern: tuple[bool, ...], packing: Packing | None = None) -> Program:
+    def program(
+        self, entry: str, pattern: tuple[bool, ...], packing: Packing | None = None, *, clean: bool = False
+    ) -> Program:
         """Return the program that runs the step over blocks stacked by a pattern; it may not be compiled yet.
 
         It takes the state's arrays, the run's key, the status, the number of steps,
@@ -172,20 +176,21 @@ class TracedStep:
                 of a state that must not be packed.
             pattern: For each leaf of an item whether it is stacked.
             packing: How the state is packed, None if it is not. For ``"step"`` the program packs it itself.
+            clean: Whether all elements of the states that it is given are finite; it then need not look at them.
         """
-        found = self._programs.get((entry, pattern, packing))
+        key = (entry, pattern, packing, clean and self.watches)
+        found = self._programs.get(key)
         if found is not None:
             return found
         with self._lock:
-            found = self._programs.get((entry, pattern, packing))
+            found = self._programs.get(key)
             if found is None:
-                stops = self.status is not None
-                run = _block(self, pattern, packing, stops=stops, keeps=stops and not self.discards)
+                run = _block(self, pattern, packing, stops=self.status is not None, clean=clean)
                 run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
                 found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=LOOP_OPTIONS)
-                self._programs[entry, pattern, packing] = found
+                self._programs[key] = found
             return found
 
 
@@ -237,44 +242,59 @@ def trace_step(
     """
     split, loss_key = inputs.split, inputs.loss_key
     # A condition around the update of a small state would change its last bits against a loop written by hand. There
-    # the loop over the steps keeps the state before the step (``_block``).
+    # the state before the step is computed again (``FailedDispatch``).
     discards = discards or in_place(leaves)
 
-    def step(leaves: list[Any], key: jax.Array, item: list[Any]) -> Any:
+    def step(leaves: list[Any], key: jax.Array, item: list[Any], *clean: jax.Array) -> Any:
         carry = jax.tree_util.tree_unflatten(structure, as_arrays(leaves))
         x, arrays, ctx = split(item)
-        out = train_step(carry, key, x, ctx, functools.partial(trace_loss, loss_key, arrays), training, discards)
+        loss = functools.partial(trace_loss, loss_key, arrays)
+        known = {"clean": clean[0]} if clean else {}
+        out = train_step(carry, key, x, ctx, loss, training, discards, **known)
         after = jax.tree_util.tree_leaves(match_state(carry, out.carry))
         return out.loss, out.numbers, after, out.finite, out.checks
 
     start, jitted = time.perf_counter(), jax.jit(step)
-    traced = jitted.trace(list(leaves), key, inputs.leaves)
+    clean = [jnp.array(False)] if on_nonfinite == "raise" and not discards else []
+    traced = jitted.trace(list(leaves), key, inputs.leaves, *clean)
     return TracedStep(jitted, traced, inputs, on_nonfinite, discards, time.perf_counter() - start)
 
 
+def find_step(
+    programs: Any, structure: Any, leaves: Any, key: jax.Array, inputs: StepInputs, training: bool,
+    wanted: Mapping[str, int] | None = None,
+) -> TracedStep:  # fmt: skip
+    """Return the traced step for some inputs, of a ``ProgramCache`` or traced: the user's own code runs here."""
+    wanted = wanted or {}
+    where = ("train", structure, training, inputs.key, jax.sharding.get_abstract_mesh(), *sorted(wanted.items()))
+    found = programs.get(where)
+    if found is None:
+        train_step = functools.partial(programs.train_step, wanted=wanted) if wanted else programs.train_step
+        step = train_step, programs.on_nonfinite, programs.discards
+        made = trace_step(*step, structure, leaves, key, inputs, training)
+        made.wanted, made.row_axis, made.examples = wanted, programs.row_axis, inputs.length(programs.row_axis)
+        made.placing = Placing.of(programs.sharding, structure, leaves, inputs)
+        found = programs.add(where, made)
+    return found
+
+
 def _block(
-    traced: TracedStep, pattern: tuple[bool, ...], packing: Packing | None, *, stops: bool, keeps: bool
+    traced: TracedStep, pattern: tuple[bool, ...], packing: Packing | None, *, stops: bool, clean: bool = False
 ) -> Callable[..., Any]:
     """Return the function that runs the steps of a block.
-
-    The status that it is given and returns is that of ``StepResults``; in the loop it has no place for the leaves.
 
     Args:
         traced: The step.
         pattern: For each leaf of an item whether it is stacked.
         packing: How the state is packed, None if it is not.
         stops: Whether the run ends at a step that is not finite. Its later blocks run no step.
-        keeps: Whether the state before each step is kept, and returned where that step is not finite.
+        clean: Whether all elements of the state are finite.
     """
 
     def straight(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         # Without a loop, for a step that XLA runs slowly inside one.
         before = packing.unpack(held) if packing else held
-        loss, rows, after, last = _run_step(traced, stops, before, key, status, shared)
-        if keeps:
-            last, after = _kept(last, before, after)
-        elif stops:
-            status = status[: 1 + traced.checks]
+        loss, rows, after, last = run(before, key, status, shared)
         if stops:  # after a step that is not finite nothing changes any more
             running = status[0] > 0
             after = _select(running, after, before)
@@ -283,25 +303,22 @@ def _block(
 
     def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         def unfinished(carried: Any) -> jax.Array:
-            i, _, _, status, _, _ = carried
+            i, _, status, _, _ = carried
             return (i < count) & (status[0] > 0) if stops else i < count
 
         def body(carried: Any) -> Any:
-            i, leaves, _, status, losses, tables = carried
+            i, leaves, status, losses, tables = carried
             item = item_at(i, pattern, shared, stacked)
-            loss, rows, after, status = _run_step(traced, stops, leaves, key, status, item)
+            loss, rows, leaves, status = run(leaves, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
             tables = [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
-            return i + 1, after, leaves if keeps else [], status, losses, tables
+            return i + 1, leaves, status, losses, tables
 
         losses = jnp.zeros((length, *traced.loss.shape), traced.loss.dtype)
         tables = traced.layout.empty(length)
         leaves = packing.unpack(held) if packing else held
-        status = status[: 1 + traced.checks] if stops else status
-        start = (jnp.uint32(0), leaves, leaves if keeps else [], status, losses, tables)
-        _, leaves, before, status, losses, tables = lax.while_loop(unfinished, body, start)
-        if keeps:
-            status, leaves = _kept(status, before, leaves)
+        start = (jnp.uint32(0), leaves, status, losses, tables)
+        _, leaves, status, losses, tables = lax.while_loop(unfinished, body, start)
         return pinned(losses, tables, leaves, status)
 
     def pinned(losses: Any, tables: list[Any], leaves: list[Any], status: Any) -> Any:
@@ -309,28 +326,24 @@ def _block(
         return (losses, tables, held, status) if placing is None else placing.pin_block(losses, tables, held, status)
 
     placing = traced.placing
+    run = functools.partial(_run_step, traced, stops, clean)
     length = traced.capacity if any(pattern) else traced.rows
     return looped if traced.looped else straight
 
 
-def _run_step(traced: TracedStep, stops: bool, leaves: list[Any], key: jax.Array, status: Any, item: list[Any]) -> Any:
+def _run_step(
+    traced: TracedStep, stops: bool, clean: bool, leaves: list[Any], key: jax.Array, status: Any, item: list[Any]
+) -> Any:
     """Return the loss, the rows of other numbers, the leaves and the status after a step."""
     placing = traced.placing
-    loss, numbers, after, finite, checks = traced.step(leaves, key, placing.pin_item(item) if placing else item)
+    known = [jnp.array(clean)] if traced.watches else []
+    loss, numbers, after, finite, checks = traced.step(leaves, key, placing.pin_item(item) if placing else item, *known)
     if placing is not None:
         after = placing.pin_carry(after)
         loss, numbers, finite, checks = placing.pin_numbers((loss, numbers, finite, checks))
     if stops:
         status = jnp.concatenate([finite.astype(status.dtype)[None], checks])
     return loss, traced.layout.rows(numbers), after, status
-
-
-def _kept(status: jax.Array, before: list[Any], after: list[Any]) -> tuple[jax.Array, list[Any]]:
-    """Return the status with its place for the leaves, and the state before the last step where that is not finite."""
-    finite = status[0] > 0
-    none = jnp.zeros(len(after) - 1, bool)
-    spoiled = lax.cond(finite, lambda: none, lambda: spoiled_leaves(before[:-1], after[:-1]))
-    return jnp.concatenate([status, spoiled.astype(status.dtype)]), _select(finite, after, before)
 
 
 def _select(condition: jax.Array, values: list[Any], others: list[Any]) -> list[Any]:
@@ -343,7 +356,7 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> 
     def run(leaves: list[Any], key: jax.Array, count: Any, item: list[Any]) -> Any:
         # The same loop as that of ``fit``, so that it has the same bits.
         packing = packing_on_device(leaves) if packs else None
-        block = _block(traced, pattern, packing, stops=not traced.discards, keeps=False)
+        block = _block(traced, pattern, packing, stops=not traced.discards)
         held = packing.pack(leaves) if packing else leaves
         losses, _, held, status = block(held, key, traced.status, count, item, [])
         after = packing.unpack(held) if packing else held

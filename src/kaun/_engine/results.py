@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -13,9 +13,10 @@ from kaun._engine.batching import BlockBuffer
 from kaun._engine.inputs import StepInputs
 from kaun._engine.members import CODE, mean_of_members, none_left, of_members
 from kaun._engine.numbers import NumberLayout
-from kaun._engine.program import TracedStep
+from kaun._engine.program import Program, TracedStep, count_on_device
+from kaun._engine.together import Together
 
-__all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable"]
+__all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable", "state_after", "wait_for"]
 
 
 T = TypeVar("T")
@@ -45,9 +46,7 @@ class StepResults(NamedTuple):
         numbers: The other numbers, arrays with a row for each step.
         layout: Where in these each number is.
         status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0); the
-            ``checks`` of the last step that ran (``StepOutput``); and, where the loop keeps the state before each step,
-            for each leaf but the last, the number of steps, whether that step's update is why it is not finite. None
-            elsewhere.
+            ``checks`` of the last step that ran (``StepOutput``). None elsewhere.
         examples: The number of examples that each step learns from, an array with one number for each step where some
             rows fill a batch; None if it is unknown.
     """
@@ -63,9 +62,9 @@ class StepResults(NamedTuple):
     @property
     def failed(self) -> bool:
         """Whether a step is not finite; of an ensemble, whether one has no member left. Waits for the steps."""
-        if self.of_ensemble:
-            return self.finite_steps() < self.steps
-        return self.status is not None and bool(np.asarray(self.status)[0] <= 0)
+        if self.status is not None:
+            return bool(np.asarray(self.status)[0] <= 0)
+        return self.of_ensemble and self.finite_steps() < self.steps
 
     @property
     def of_ensemble(self) -> bool:
@@ -84,7 +83,7 @@ class StepResults(NamedTuple):
     def loss(self, i: int) -> Any:
         """The loss of step i of these, which it waits for."""
         # On the device, indexing it would be another dispatch.
-        if not self.of_ensemble:
+        if CODE not in self.layout.places:
             return np.asarray(self.losses)[i]
         return mean_of_members(_widened(self.losses)[i : i + 1], self.codes()[i : i + 1])[0]
 
@@ -131,6 +130,8 @@ class PendingDispatch(NamedTuple):
         pattern: For each array of an item whether it is stacked.
         shared: The arrays that are not, with one value for all items.
         stacked: Those that are. Their memory is used again once the dispatch is done.
+        again: ``state_after`` after its first arguments, where after a step that is not finite the state before it has
+            to be computed again; None elsewhere.
     """
 
     results: StepResults
@@ -138,6 +139,7 @@ class PendingDispatch(NamedTuple):
     pattern: tuple[bool, ...]
     shared: list[Any]
     stacked: list[Any]
+    again: Callable[[int], list[Any]] | None
 
     def item(self, i: int) -> StepInputs:
         """Return its item number ``i``, in memory that stays as it is."""
@@ -146,9 +148,25 @@ class PendingDispatch(NamedTuple):
         return self.inputs.with_leaves([tree.snapshot(leaf) for leaf in leaves])
 
 
+def state_after(traced: TracedStep, program: Program, arguments: Sequence[Any], steps: int) -> list[Any]:
+    """Return the state after the first steps of a dispatch, as the loop has it, by running these once more.
+
+    Args:
+        traced: The step.
+        program: What ran the dispatch.
+        arguments: What it was called with.
+        steps: How many steps.
+    """
+    held, key, status, _, *items = arguments
+    if steps == 0:
+        return held
+    count = count_on_device(steps)
+    count = count if traced.placing is None else traced.placing.put_everywhere(count)
+    return program.jitted(held, key, status, count, *items)[2]
+
+
 def examples_of(
     traced: TracedStep,
-    inputs: StepInputs,
     pattern: Sequence[bool],
     count: int,
     shared: Sequence[Any],
@@ -158,7 +176,6 @@ def examples_of(
 
     Args:
         traced: The step.
-        inputs: An item of the kind of its items.
         pattern: For each array of an item whether it is stacked.
         count: How many steps.
         shared: The arrays that are not.
@@ -166,7 +183,7 @@ def examples_of(
     """
     i = traced.row_mask
     if i is None:
-        return inputs.length(traced.row_axis)
+        return traced.examples
     before = sum(pattern[:i])
     rows = np.asarray(stacked[before] if pattern[i] else shared[i - before]).sum(axis=-1)
     rows = rows.max(axis=-1) if traced.row_axis else rows  # of the member with the most
@@ -179,8 +196,19 @@ def _widened(losses: Any) -> np.ndarray[Any, Any]:
     return losses if losses.dtype == np.float64 else losses.astype(np.float32)
 
 
-def readable(arrays: list[Any]) -> bool:
+def wait_for(results: StepResults | None, together: Together | None) -> None:
+    """Wait for a dispatch."""
+    if results is None:
+        return
+    if together is not None:
+        together.wait(results.losses)
+    results.losses.block_until_ready()
+
+
+def readable(arrays: list[Any], together: Together | None = None) -> bool:
     """Wait for arrays, and return whether all have values; a failed program leaves none, nor does donated memory."""
+    if together is not None and not together.readable(arrays):
+        return False
     try:
         jax.block_until_ready(arrays)
         return not any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)

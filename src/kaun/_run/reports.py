@@ -123,7 +123,7 @@ class ReportCaller:
         mode: ``on_nonfinite``: under ``"raise"`` a step that is not finite is discarded, and is the last one.
         pending_report_loss: The loss of the last step that was done if its report was interrupted, None otherwise. The
             report is then called for that step again.
-        interruptible: Returns a context in which a signal may interrupt the report.
+        interruptible: Returns a context in which a signal may interrupt the report; None where none may.
         passes: How the data are cut into passes, None where they are one.
         rate: The learning rate of every step, None where it is unknown or a step knows its own.
         windows: ``accumulate``, and under ``"skip"`` the number of updates before, as ``DiscardedSteps`` takes them.
@@ -134,6 +134,8 @@ class ReportCaller:
     Attributes:
         pending_report_loss: The loss of the step for which the report was called and did not return.
         numbers: What the report wants each step to compute, with the n of "every n steps" for each name.
+        wants: Returns whether the report of any process is to be called for a step.
+        takes_results: Whether ``ran`` is to be called.
 
     Raises:
         TypeError: If the report is not callable with three arguments, or not a valid report.
@@ -148,7 +150,7 @@ class ReportCaller:
         before: Any = 0,
         mode: str = "ignore",
         pending_report_loss: float | None = None,
-        interruptible: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        interruptible: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         passes: PassLength | None = None,
         rate: float | None = None,
         windows: tuple[int, int] = (1, 0),
@@ -161,6 +163,7 @@ class ReportCaller:
             _check_watched(report)
         self._together, self._is_best, self._save_best = together, is_best, save_best
         self.numbers = numbers_of(report) if together is None else together.numbers
+        self.wants: Callable[[int], bool] = self._wants_here if together is None else together.wanted
         self._report, self._rate = report, rate
         self._wants, self._block = member(report, "wants"), member(report, "block")
         self._begin, self._end = member(report, "begin"), member(report, "end")
@@ -171,6 +174,7 @@ class ReportCaller:
         self._next = time.monotonic() + _PATIENCE
         self._total, self._done, self._before, self._raises = total, done, before, mode == "raise"
         self._discarded = DiscardedSteps(*windows) if mode == "skip" else None
+        self.takes_results: bool = self._block is not None or self._discarded is not None
         self.pending_report_loss, self._interruptible = pending_report_loss, interruptible
         self._asked = self._wanted = done if pending_report_loss is None else done - 1
         self._clock = time.perf_counter()
@@ -198,10 +202,6 @@ class ReportCaller:
         while self._wanted <= done and self._asked < done + most:
             self._ask()
         return min(self._wanted - done, most) if self._wanted > done else most
-
-    def wants(self, step: int) -> bool:
-        """Return whether the report of any process is to be called for this step."""
-        return self._wants_here(step) if self._together is None else self._together.wanted(step)
 
     def next_call(self, done: int, most: int) -> tuple[int, bool]:
         """Return what ``ahead`` does, and whether the report of this process is then called."""
@@ -242,9 +242,12 @@ class ReportCaller:
             self._deliver(len(self._waiting))
         values, stops = None, False
         if self._together is None or self._wants_here(step):
-            self.pending_report_loss = float(loss)
-            with self._interruptible():
-                values, stops = self._call(step, self.pending_report_loss, state)
+            self.pending_report_loss = loss = float(loss)
+            if self._interruptible is None:
+                values, stops = self._call(step, loss, state)
+            else:
+                with self._interruptible():
+                    values, stops = self._call(step, loss, state)
             self.pending_report_loss = None
         best = bool(values) and self._is_best(step, values or {})
         if self._together is not None:
@@ -261,7 +264,8 @@ class ReportCaller:
             values, stops = self._report.call_all(step, loss, state)
             return values, bool(stops)
         try:
-            return check_returned(self._report, self._report(step, loss, state), state), False
+            value = self._report(step, loss, state)
+            return None if value is None else check_returned(self._report, value, state), False
         except EarlyStop:
             return None, True
 

@@ -93,7 +93,8 @@ class TrainingRun:
         """How many steps come next, up to a call of the report or a checkpoint; with several processes, in all."""
         if self.together is not None:
             return self.together.ahead(step)
-        return self.ahead(step, caller.ahead(step, loop.limit))
+        count = caller.ahead(step, loop.limit)
+        return count if self.saver is None else self.saver.ahead(step, count)
 
     def until_data_ends(self) -> contextlib.AbstractContextManager[Any]:
         """A block that also ends where the data of another process does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -60,6 +60,11 @@ class Signals:
             yield
         finally:
             self._interruptible = False
+
+    @property
+    def interruptible_or_none(self) -> Callable[[], contextlib.AbstractContextManager[None]] | None:
+        """``interruptible``, or None where no signal is handled."""
+        return self.interruptible if self._handlers else None
 
     def interruptible_items(self, items: Iterator[T]) -> Iterator[T]:
         """The same items; a signal may interrupt getting each."""

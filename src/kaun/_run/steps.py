@@ -41,7 +41,7 @@ def start_loop(
 ) -> tuple[ReportCaller, StepLoop]:
     """Return the caller of a run's report, and the loop that takes its steps, starting from its state."""
     state = run.take()
-    mode, pending, interruptible = settings.on_nonfinite, run.pending_report_loss, run.signals.interruptible
+    mode, pending, interruptible = settings.on_nonfinite, run.pending_report_loss, run.signals.interruptible_or_none
     rate = find_rate(settings.optimizer) if settings.accumulate == 1 else None
     inner, penalized = optimizer_state(settings, own_state(state.opt_state)), settings.penalty is not None
     windows = (settings.accumulate, int(inner.updates) if settings.accumulate > 1 and mode == "skip" else 0)
@@ -59,7 +59,8 @@ def start_loop(
     failure = failure if mode == "raise" else None
     carry, key = (state.vars, state.opt_state, state.step), state.key
     del state, trained, inner
-    hooks = (caller.ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
+    ran = caller.ran if caller.takes_results else None
+    hooks = (ran, caller.compiled, failure, run.done, run.on_trace, caller.compiling, caller.numbers)
     loop = StepLoop(programs, carry, key, ctx, *hooks, together=run.together)
     if run.together is not None:
         pending = None if run.pending_report_loss is None else run.done

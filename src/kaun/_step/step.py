@@ -83,6 +83,7 @@ def train_step(
     training: bool,
     discard: bool = True,
     wanted: Mapping[str, int] = _NO_NUMBERS,
+    clean: Any = None,
 ) -> StepOutput:
     """Run one training step: forward pass, loss, gradient, update.
 
@@ -96,6 +97,7 @@ def train_step(
         training: Whether the layers run in training mode.
         discard: Whether the step itself discards an update that is not finite. False where its caller does.
         wanted: The numbers that reports ask for, by name, with the n of "at every n-th step".
+        clean: Whether all elements of the carry are known to be finite, a bool scalar; None where that is not known.
 
     Returns:
         The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"`` or ``discard`` is
@@ -141,7 +143,7 @@ def train_step(
             return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
         one = Update(update, old, discards=discards)
-        done, norms = _update_now(settings, one, scale, gradient, given.value, step, wanted)
+        done, norms = _update_now(settings, one, scale, gradient, given.value, step, wanted, clean)
     numbers = _numbers(settings, done, given.value)
     numbers |= window_rates(settings.optimizer, before, done.new["opt_state"]) | given.numbers() | norms
     after, finite, checks = done.new["opt_state"], done.finite, done.checks
@@ -155,11 +157,11 @@ def train_step(
 
 def _update_now(
     settings: Settings, update: Update, scale: LossScale | None, gradient: Any, value: jax.Array, step: jax.Array,
-    wanted: Mapping[str, int],
+    wanted: Mapping[str, int], clean: Any,
 ) -> tuple[Outcome, dict[str, jax.Array]]:  # fmt: skip
     """Make the update of one item, unless it is not finite; with it return the numbers of ``layer_norms``."""
     watched, old = settings.on_nonfinite != "ignore", update.before
-    checks = update.checks(gradient, value.dtype) if watched else checks_of(gradient, old, old, value.dtype)
+    checks = update.checks(gradient, value.dtype, clean) if watched else checks_of(gradient, old, old, value.dtype)
     norm = jnp.sqrt(checks.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(scale, value, checks) if scale is not None else None
