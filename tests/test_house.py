@@ -34,6 +34,7 @@ ROWS = [
 WITHIN_A_ROW = {
     ("_messages", "errors"),
     ("_processes", "_jax"),
+    ("_processes", "_messages"),
     ("_processes", "errors"),
     ("rng", "_messages"),
     ("_kernels", "_jax"),
@@ -44,7 +45,19 @@ WITHIN_A_ROW = {
 # A class in some modules: the part that its other part inherits from names the whole, for the type checker alone.
 PARTS_OF_A_CLASS = {(f"data.{part}", "data.pipeline") for part in ("base", "placed", "sources")}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
-ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "ensemble", "evaluation", "metrics"}
+ROOMS = {
+    "_engine",
+    "_kernels",
+    "_loss",
+    "_processes",
+    "_run",
+    "_step",
+    "checkpoint",
+    "data",
+    "ensemble",
+    "evaluation",
+    "metrics",
+}
 
 # The vocabulary. A new name belongs here, in the docs and in the changelog.
 PUBLIC = {

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -28,12 +29,23 @@ def in_kaun(file: str) -> bool:
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that names the line of the user's code which called into kaun, also where JAX traces kaun."""
-    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    warnings.warn(message, category, stacklevel=_user_frame()[0])
+
+
+def user_line() -> str:
+    """The file and line of the user's code which called into kaun: ``train.py:31``."""
+    _, frame = _user_frame()
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _user_frame() -> tuple[int, FrameType | None]:
+    """The frame that called into kaun, and how many frames it is above the caller of this function."""
+    level, frame = 1, sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and (
         frame.f_code.co_filename.startswith(_SKIPPED) or frame.f_code.co_filename == _CONTEXTS
     ):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    return level, frame
 
 
 def locate(function: Any) -> str:
