@@ -36,7 +36,7 @@ def test_a_service_that_does_not_run_or_does_not_answer(monkeypatch):
         def key_value_set(self, *given):
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: Failed to send RPC\nand more")
 
-    monkeypatch.setattr(_processes, "coordination_client", Gone)
+    monkeypatch.setattr("kaun._processes.service.coordination_client", Gone)
     with pytest.raises(FailedElsewhere) as raised:
         channel.exchange("", repr)
     assert str(raised.value) == (

@@ -46,6 +46,32 @@ def test_keys_from_outside_any_scope_are_known_and_no_others(seed, n):
     assert not rng.unscoped(jax.random.split(outside[0])[1])
 
 
+def test_keys_of_a_scope_on_a_key_from_outside_any_scope_are_known():
+    outside = rng.next_key()
+    for key in (outside, jax.random.key_data(outside)):
+        with rng.scope(key):
+            inside = [rng.next_key() for _ in range(3)]
+            assert not rng.LentScope().scoped
+            with rng.scope(inside[1]), rng.scope(rng.next_key()):
+                deep = rng.next_key()
+            with rng.scope(0):
+                seeded = rng.next_key()
+                assert rng.LentScope().scoped
+            members = jax.random.split(rng.next_key(), 2)
+            rng.remember_unscoped(members)
+        assert all(map(rng.unscoped, [*inside, deep, members])) and not rng.unscoped(seeded)
+    with rng.scope(jax.random.key(7)):
+        assert not rng.unscoped(rng.next_key())
+    with rng.scope(7):  # a key that is concrete inside of what JAX traces
+        key = rng.next_key()
+    jax.jit(lambda: drawn_inside(key))()
+
+
+def drawn_inside(key):
+    with rng.scope(key):
+        return rng.next_key()
+
+
 @pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
 def test_a_key_of_another_kind_is_from_no_scope_of_the_process(kind):
     rng.next_key()

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import jax
@@ -90,12 +90,23 @@ frames_hidden = _FramesHidden()
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that names the line of the user's code which called into kaun, also where JAX traces kaun."""
-    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    warnings.warn(message, category, stacklevel=_user_frame()[0])
+
+
+def user_line() -> str:
+    """The file and line of the user's code which called into kaun: ``train.py:31``."""
+    _, frame = _user_frame()
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _user_frame() -> tuple[int, FrameType | None]:
+    """The frame that called into kaun, and how many frames it is above the caller of this function."""
+    level, frame = 1, sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and (
         frame.f_code.co_filename.startswith(_SKIPPED) or frame.f_code.co_filename == _CONTEXTS
     ):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    return level, frame
 
 
 def locate(function: Any) -> str:

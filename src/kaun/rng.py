@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -45,6 +46,7 @@ _current: ContextVar[_Scope | None] = ContextVar("kaun_rng_scope", default=None)
 _process_scope: _Scope | None = None
 _process_lock = threading.Lock()
 _derived: set[bytes] = set()  # keys that ``remember_unscoped`` took
+_unscoped_scopes: deque[_Scope] = deque(maxlen=1000)  # the newest whose key was itself drawn outside of all scopes
 
 
 @contextlib.contextmanager
@@ -74,7 +76,10 @@ def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
         >>> a == b
         Array(True, dtype=bool)
     """
-    token = _current.set(_Scope(_as_key(seed_or_key)))
+    opened = _Scope(_as_key(seed_or_key))
+    if not isinstance(seed_or_key, int) and _is_unscoped(opened):
+        _unscoped_scopes.append(opened)
+    token = _current.set(opened)
     try:
         yield
     finally:
@@ -214,7 +219,7 @@ class LentScope:
     Attributes:
         key: The scope's key.
         first: The count of the first key that the function draws.
-        scoped: Whether it is a scope, and not the keys outside of all.
+        scoped: Whether it is a scope, and not the keys outside of all, or a scope on one of these.
 
     Examples:
         >>> import jax
@@ -233,7 +238,7 @@ class LentScope:
     """
 
     def __init__(self) -> None:
-        self.scoped: bool = _current.get() is not None
+        self.scoped: bool = (current := _current.get()) is not None and current not in _unscoped_scopes
         self._outer = _current.get() or _process_wide()
         self._drawn = 0
         self.key: jax.Array = self._outer.key
@@ -270,8 +275,9 @@ def counts() -> dict[str, tuple[str, int]]:
 def unscoped(key: jax.Array) -> bool:
     """Whether ``next_key`` drew this key outside of all scopes in this process, so that another run cannot draw it.
 
-    The keys drawn are not stored: they are a function of the process-wide key and a count, and are computed again.
-    Those of the members of an ensemble are, by ``remember_unscoped``.
+    A scope on such a key, ``rng.scope(rng.next_key())``, counts as none. The keys drawn are not stored: they are a
+    function of the key of their scope and a count, and are computed again. Those of the members of an ensemble are, by
+    ``remember_unscoped``.
 
     Args:
         key: A typed key, or an array of them, of which one is enough.
@@ -280,18 +286,25 @@ def unscoped(key: jax.Array) -> bool:
         >>> from kaun import rng
         >>> with rng.scope(0):
         ...     key = rng.next_key()
-        >>> rng.unscoped(key), rng.unscoped(rng.next_key())
-        (False, True)
+        >>> with rng.scope(rng.next_key()):
+        ...     inside = rng.next_key()
+        >>> rng.unscoped(key), rng.unscoped(rng.next_key()), rng.unscoped(inside)
+        (False, True, True)
     """
     wanted = np.asarray(jax.random.key_data(key))  # in all processes, where it lies on the devices of several
     if not _derived.isdisjoint(_bytes_of(wanted)):
         return True
-    if _process_scope is None:
-        return False
+    scopes = [] if _process_scope is None else [_process_scope, *_unscoped_scopes]
     # A power of two, so that few programs are compiled. More than the newest count, because of two threads that draw at
     # once the second may have written its count first.
-    count = 1 << (_process_scope.newest + 64).bit_length()
-    return bool(_is_among(_process_scope.key, jnp.arange(count), wanted))
+    counts = (jnp.arange(1 << (each.newest + 64).bit_length()) for each in scopes)
+    return any(bool(_is_among(each.key, count, wanted)) for each, count in zip(scopes, counts, strict=False))
+
+
+def _is_unscoped(opened: _Scope) -> bool:
+    """Whether the key of a scope was drawn outside of all scopes; inside of what JAX traces it is not looked at."""
+    drawn = _process_scope is not None or _derived
+    return bool(drawn) and opened.trace is None and not is_traced(opened.key) and unscoped(opened.key)
 
 
 def remember_unscoped(keys: jax.Array) -> None:
@@ -308,7 +321,8 @@ def remember_unscoped(keys: jax.Array) -> None:
         >>> rng.unscoped(keys), rng.unscoped(keys[1])
         (True, True)
     """
-    if _current.get() is None and not is_traced(keys):
+    current = _current.get()
+    if (current is None or current in _unscoped_scopes) and not is_traced(keys):
         _derived.update(_bytes_of(np.asarray(jax.random.key_data(keys))))
 
 

@@ -389,10 +389,10 @@ class Trainer(Generic[In, Out]):
         self._evaluated.check(state)
         return export_model(functools.partial(eval_step, self._settings), state, x, check_context(ctx), platforms)
 
-    def _runner(self, entry: str, state: TrainState) -> Callable[[StepInputs], Any]:
+    def _runner(self, entry: str, state: TrainState) -> Callable[..., Any]:
         self._evaluated.check(state)
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
-        return lambda inputs: self._programs.run(entry, structure, leaves, state.key, inputs)
+        return lambda inputs, ready=None: self._programs.run(entry, structure, leaves, state.key, inputs, ready)
 
 
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:

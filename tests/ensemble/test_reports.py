@@ -134,6 +134,10 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(tmp_path, at):
     finished = fitted(reports.all_of(history, reports.every(at, lambda step, loss, state: None)), checkpoints=runs)
     assert host(finished) == host(uninterrupted)
     assert host(runs.load(START, at="newest").member(1)) == host(uninterrupted.member(1))
+    with rng.scope(0):
+        other = MANY.init(learning_rate=RATES.at[1:].mul(2))
+    with pytest.raises(kaun.errors.ResumeMismatch, match=r"rate\[1\] was 0\.05, is 0\.1, and 2 more of 4 differ\."):
+        MANY.fit(other, TRAIN.epochs(STEPS), checkpoints=runs, report=reports.history(), stop=BELOW)
     with pytest.raises(kaun.errors.ResumeMismatch, match=r"the compiled step"):
         MANY.fit(START, TRAIN.epochs(STEPS), checkpoints=runs, report=reports.history())
 

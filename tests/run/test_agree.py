@@ -5,7 +5,6 @@ import types
 import jax
 import pytest
 
-from kaun import _processes
 from kaun._run import agree
 from kaun.errors import FailedElsewhere
 
@@ -24,7 +23,7 @@ class Service:
 
 def test_a_wait_for_devices_ends_where_another_process_has_failed_or_after_the_time(monkeypatch):
     service = Service()
-    monkeypatch.setattr(_processes, "coordination_client", lambda: service)
+    monkeypatch.setattr("kaun._processes.service.coordination_client", lambda: service)
     monkeypatch.setattr(agree, "_PATIENCE", 0.001)
     monkeypatch.setenv("KAUN_TIMEOUT", "0.01")
     never = types.SimpleNamespace(is_ready=lambda: False)
@@ -46,15 +45,15 @@ def test_a_wait_for_devices_ends_where_another_process_has_failed_or_after_the_t
     assert again.value is raised.value
 
     together = waits()
-    name = f"kaun/fit/{next(agree._numbers) - 1}/left/1"
+    name = f"kaun/{together._channel._name}/left/1"
     monkeypatch.setenv("KAUN_TIMEOUT", "60")
-    service.left[name] = '["OSError: disk full", 4]'  # it has not dispatched what this one waits for
+    service.left[name] = '["OSError: disk full", 4, false, 1]'  # it has not dispatched what this one waits for
     with pytest.raises(FailedElsewhere, match=r"process 0 ends too: OSError: disk full\. The traceback"):
         together.wait(never)
 
     together = waits()
-    name = f"kaun/fit/{next(agree._numbers) - 1}/left/1"
-    service.left[name] = '["OSError: disk full", 8]'  # it has, and the devices go on
+    name = f"kaun/{together._channel._name}/left/1"
+    service.left[name] = '["OSError: disk full", 8, false, 1]'  # it has, and the devices go on
     ready = iter([False] * 5 + [True])
     together.wait(types.SimpleNamespace(is_ready=lambda: next(ready)))
     assert not together.broken

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from kaun._run import signals
 from kaun._run.signals import Signals
 
 
@@ -152,7 +153,18 @@ def test_what_is_ignored_or_handled_by_the_user_is_left_alone(name):
 def test_sigterm_is_left_to_the_service_of_jax(monkeypatch):
     from jax._src import distributed
 
-    monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", object())
+    class Manager:
+        def reached_sync_point(self, step):
+            return step == 3
+
+    monkeypatch.setattr(distributed.global_state, "preemption_sync_manager", Manager())
+    monkeypatch.setattr(distributed.global_state, "client", object())
+    monkeypatch.setattr(signals, "_passed_on", threading.Event())
     with Signals(wanted=True):
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    # The service passes one SIGTERM on. The next one, in a later fit, is taken as in one process.
+    assert [signals.preempted(turn) for turn in (2, 3, 3)] == [False, True, False]
+    with pytest.raises(SystemExit) as caught, Signals(wanted=True):
+        send()
+    assert caught.value.code == 143

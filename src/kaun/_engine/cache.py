@@ -85,8 +85,14 @@ class ProgramCache:
                 self._table.popitem(last=False)
             return found
 
-    def run(self, entry: str, structure: Any, leaves: list[Any], key: jax.Array, inputs: StepInputs) -> Any:
-        """Return the model's output in evaluation mode (``"predict"``), or its metrics (``"evaluate"``)."""
+    def run(
+        self, entry: str, structure: Any, leaves: list[Any], key: jax.Array, inputs: StepInputs,
+        ready: Callable[[StepInputs], None] | None = None,
+    ) -> Any:  # fmt: skip
+        """Return the model's output in evaluation mode (``"predict"``), or its metrics (``"evaluate"``).
+
+        With a sharding ``ready`` is called once the program is compiled, before it runs.
+        """
         where = (entry, structure, inputs.key)
         leaves, key = place_carry(self.sharding, structure, leaves, key)
         placing = Placing.of(self.sharding, structure, leaves, inputs)
@@ -94,6 +100,9 @@ class ProgramCache:
         mesh, traced = explicit_mesh(leaves) or inputs.mesh, any_traced((*leaves, key, *inputs.leaves))
         if traced or placing is not None or mesh is None:
             item = inputs.owned() if traced or placing is None else placing.put_item(inputs.owned())
+            if ready is not None and placing is not None and not traced:
+                self.compile(program, entry, inputs, False, (leaves, key, item))
+                ready(inputs)
             return self.call(program, entry, inputs, False, (leaves, key, item))
         arguments = (to_automatic(leaves), *to_automatic([key]), inputs.owned())
         output, tree = jax.tree_util.tree_flatten(self.call(program, entry, inputs, False, arguments))

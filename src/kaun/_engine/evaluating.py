@@ -91,12 +91,17 @@ class EvaluationLoop:
         key: The run's key.
         take: Called with the results of a dispatch on the host: what ``programs.metrics`` gives for an item, with an
             axis of items in front.
+        ready: Called with an item on a mesh once its program is compiled, before it runs.
     """
 
-    def __init__(self, programs: ProgramCache, variables: Any, key: jax.Array, take: Callable[[Any], None]) -> None:
+    def __init__(
+        self, programs: ProgramCache, variables: Any, key: jax.Array, take: Callable[[Any], None],
+        ready: Callable[[StepInputs], None] | None = None,
+    ) -> None:  # fmt: skip
         leaves, self._structure = jax.tree_util.tree_flatten(variables)
         refuse_traced([*leaves, key], "evaluate")
         self._programs, self._leaves, self._key, self._take = programs, leaves, key, take
+        self._ready = ready
         # What lies on a mesh runs item by item, in the form in which it comes.
         self._alone = programs.sharding is not None or explicit_mesh(leaves) is not None
         self._dtypes = tuple([leaf.dtype for leaf in leaves])
@@ -114,7 +119,7 @@ class EvaluationLoop:
         refuse_traced(inputs.leaves, "evaluate")
         if self._alone or inputs.mesh is not None:
             self.flush()
-            results = self._programs.run("evaluate", self._structure, self._leaves, self._key, inputs)
+            results = self._programs.run("evaluate", self._structure, self._leaves, self._key, inputs, self._ready)
             vectors, structure = jax.tree_util.tree_flatten(results)
             self._dispatched(_Dispatch(vectors, structure, None))
             return

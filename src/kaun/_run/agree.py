@@ -11,21 +11,19 @@ With one process there is no ``Agreement``, and the loop asks for none.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from kaun._engine import StepInputs, StepLoop
-from kaun._jax import preemption_service_runs
 from kaun._messages import warn
-from kaun._processes import Channel, failed_elsewhere, this_process, timeout_of
+from kaun._processes import Call, Channel, failed_elsewhere, this_process, timeout_of
 from kaun._run.ballots import combine, packed, unpacked
-from kaun._run.same import check_begin, check_items, checksums
-from kaun._run.signals import Signals
+from kaun._run.same import check_begin, check_items
+from kaun._run.signals import Signals, preempted
+from kaun.data import checksums
 from kaun.errors import FailedElsewhere
 from kaun.sharding import Sharding
 from kaun.state import TrainState
@@ -38,7 +36,6 @@ _RARELY = 16
 _PATIENCE = 1.0  # seconds after which a process that waits for its devices asks whether another one has failed
 _ANSWER = 5.0  # seconds in which a process that runs notices that the devices of another have failed
 _SIGTERM = 128 + 15
-_numbers = itertools.count()
 
 
 class _Turns:
@@ -89,7 +86,9 @@ class Agreement:
 
     def __init__(self, processes: tuple[int, ...]) -> None:
         self._processes, self._me = processes, this_process()
-        self._channel = Channel(f"fit/{next(_numbers)}", processes, "the next steps of fit")
+        call = Call.new("fit", processes)
+        self._call = str(call)
+        self._channel = Channel(call.name, processes, "the next steps of fit", call=self._call)
         self.broken = self.due = False
         self._cause: BaseException | None = None  # why it is broken
         self._over: BaseException | None = None  # what ends the fit here, because of another process
@@ -114,7 +113,7 @@ class Agreement:
         Raises:
             ValueError: If they differ.
         """
-        found = self._vote({**facts, "began": True, "turns": _Turns.count})
+        found = self._vote({**facts, "began": True, "call": self._call, "turns": _Turns.count})
         self._raise_if_over()
         _Turns.count = found["turns"]
         check_begin(found["unlike"])
@@ -145,7 +144,7 @@ class Agreement:
         assert self._loop is not None
         self._raise_if_over()
         _Turns.count += 1
-        if preemption_service_runs() and multihost_utils.reached_preemption_sync_point(_Turns.count):
+        if preempted(_Turns.count):
             raise SystemExit(_SIGTERM)
         if self._loop.exhausted:  # the others may have more items than wait here
             self.end()
@@ -203,7 +202,7 @@ class Agreement:
             if self.certain and not compares:
                 return count
             self._compared.add(kind)
-            items = {"items": checksums(inputs, values())} if compares else {}
+            items = {"items": checksums(inputs.names(), values())} if compares else {}
             found = self._vote({"at": first - 1, "wait": count, **items})
             if found["unlike"]:
                 self._closed = True
@@ -290,7 +289,8 @@ class Agreement:
         if isinstance(error, jax.errors.JaxRuntimeError):
             self._break(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._channel.leave(what[:2000], -1 if self.broken or self._loop is None else self._loop.done)
+            at = -1 if self.broken or self._loop is None else self._loop.done
+            self._channel.leave(what[:2000], at, votes=not self.broken)
         try:
             self._vote(vote)
         except FailedElsewhere as missing:
@@ -315,7 +315,8 @@ class Agreement:
     def all_have(self, state: str, pending: float | None) -> tuple[bool, float | None]:
         """Whether all processes have the same state left, so that they can save it; called where one has failed.
 
-        Also returned is the ``pending`` of the first process, whose reports a checkpoint holds.
+        Also returned is the ``pending`` of the first process that has one: a call of the report is one of all
+        processes, so where it was interrupted in one, all repeat it.
 
         Args:
             state: Which state is left here.

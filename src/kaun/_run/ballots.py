@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kaun._run.same import differences, different_items
+from kaun._run.same import differences
+from kaun.data import different_items
 
 __all__ = ["combine", "packed", "unpacked"]
 
@@ -42,7 +43,8 @@ def combine(texts: dict[int, str]) -> str:
         "limit": first.get("limit"), "due": first.get("due", False), "best": first.get("best", False),
         "at": min(each("at"), default=0), "wait": min(each("wait"), default=0),
         "apart": len(set(each("at"))) > 1, "rescue": all(each("steps")),
-        "pending": first.get("pending"), "same": len(set(each("state"))) == 1 and len(each("state")) == len(ballots),
+        "pending": next(iter(each("pending")), None),
+        "same": len(set(each("state"))) == 1 and len(each("state")) == len(ballots),
         "end": _end(ballots), "ended": [process for process, waits in ended.items() if waits == min(each("wait"))],
         "unlike": [],
     }  # fmt: skip

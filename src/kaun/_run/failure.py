@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 
+import jax
+
 from kaun._engine import StepLoop
 from kaun._run.reports import ReportCaller
 from kaun._run.run import TrainingRun
@@ -37,7 +39,10 @@ def save_on_error(
                 run.together.fail(error)
             with suppress(Exception):
                 now()  # runs the steps whose items came before this
-                first = loop.failure() or error
+                found = loop.failure()
+                # Of two errors of the devices the first one stands: what is known of the other processes is its note.
+                if found is not None and not (_of_devices(found) and _of_devices(error)):
+                    first = found
                 if run.together is None or not run.together.broken:
                     hook.finish()
             _keep_state(first, run, loop, hook)
@@ -51,6 +56,10 @@ def save_on_error(
             error.add_note(f"Also, end() of a report raised {type(failed).__name__}: {failed}")
         raise
     _end(run, hook)
+
+
+def _of_devices(error: BaseException) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _end(run: TrainingRun, hook: ReportCaller) -> None:

@@ -25,6 +25,7 @@ from kaun._messages import plain, warn
 from kaun._run import digest
 from kaun._run.digest import Digester
 from kaun._run.generators import find_generators
+from kaun._run.hyperparameters import hyperparameters
 from kaun.checkpoint import BEST, Best, Directory, with_another_optimizer
 from kaun.data import Item, ResumableLoader, every_stage_of, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
@@ -33,14 +34,15 @@ from kaun.sharding import Sharding
 from kaun.state import TrainState, count_steps
 
 __all__ = [
-    "check_facts", "describe_data", "digest_item", "refuse_difference", "run_facts", "unscoped", "unscoped_run",
-    "warn_of_machine",
+    "HYPERPARAMETERS", "check_facts", "describe_data", "digest_item", "refuse_difference", "run_facts", "unscoped",
+    "unscoped_run", "warn_of_machine",
 ]  # fmt: skip
 
 Fact = dict[str, Any]
 
 _MOST_LEAVES = 1000
 _LISTED = 50
+HYPERPARAMETERS = "hyperparameters"
 _HEX = re.compile(r"-?(inf|0x[0-9a-f.]{1,40}p[+-]?[0-9]{1,4})|nan")  # float.hex()
 _AFFINITY = hasattr(os, "sched_getaffinity")
 
@@ -57,12 +59,13 @@ def run_facts(state: TrainState, data: Any, sharding: Sharding | None = None) ->
         sharding: Where the trainer puts the state, None if that stays where it is.
 
     Returns:
-        ``key``, ``start`` and ``data``, which must be the same in the process that resumes it, and ``machine``, of
-        which a difference is a warning.
+        ``key``, ``start``, ``hyperparameters`` and ``data``, which must be the same in the process that resumes it, and
+        ``machine``, of which a difference is a warning.
     """
     return {
         "key": np.asarray(jax.random.key_data(state.key)).tobytes().hex(),
         "start": count_steps(state),
+        HYPERPARAMETERS: hyperparameters(state),
         "data": describe_data(data),
         "machine": {
             "jax": jax.__version__, "python": platform.python_version(), "backend": jax.default_backend(),
@@ -114,6 +117,7 @@ def check_facts(directory: Directory, step: int, facts: Mapping[str, Any]) -> No
         "place": "place" in facts and isinstance(facts["place"], (dict, type(None))),
         "last": isinstance(facts.get("last"), (str, type(None))),
         "draws": _is_table(facts.get("draws", {}), str),
+        HYPERPARAMETERS: _is_table(facts.get(HYPERPARAMETERS, {}), (str, list)),
         BEST: _is_best(facts),
     }
     wrong = [name for name, is_right in forms.items() if not is_right]

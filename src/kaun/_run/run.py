@@ -20,7 +20,8 @@ from kaun._report import member
 from kaun._run.agree import Agreement, EndedElsewhere, agreement_of, processes_of
 from kaun._run.differences import differences
 from kaun._run.generators import captured_generators, global_states, refuse_draws
-from kaun._run.identity import check_facts, refuse_difference, run_facts, unscoped_run, warn_of_machine
+from kaun._run.hyperparameters import changed_hyperparameters
+from kaun._run.identity import HYPERPARAMETERS, check_facts, refuse_difference, run_facts, unscoped_run, warn_of_machine
 from kaun._run.position import resume_from
 from kaun._run.report_state import keeping, match_reports, report_kind, unpack_snapshot
 from kaun._run.reports import ReportCaller, check_best_is_measured
@@ -254,7 +255,10 @@ def _start_or_resume(
     saved = store.newest(state, functools.partial(_spoiled, state)) if watched else store.newest(state)
     if saved is not None:
         check_facts(directory, saved.step, saved.facts)
-    saver = CheckpointSaver(store, directory, facts, report, saved, _best(store, directory, saved))
+    own = (
+        facts if saved is None else facts | {HYPERPARAMETERS: saved.facts.get(HYPERPARAMETERS, facts[HYPERPARAMETERS])}
+    )
+    saver = CheckpointSaver(store, directory, own, report, saved, _best(store, directory, saved))
     run = TrainingRun(state if saved is None else saved.state, data, saver, together)
     if saved is not None:
         _resume(run, directory, saved, facts, report, exact=has_exact_length(data))
@@ -318,6 +322,9 @@ def _resume(
                 "name, trained = trainer.fit(state, train, checkpoints=runs)"
             )
         refuse_difference(directory, "key", done, [line])
+    kept = found.get(HYPERPARAMETERS)  # not there in a checkpoint of an older kaun
+    if changed := changed_hyperparameters(kept or {}, facts[HYPERPARAMETERS]):
+        refuse_difference(directory, "program", done, changed)
     lines, states = differences(found["data"], facts["data"], done, exact=exact), global_states()
     lines += [
         f"{name} has another state, and the loader draws its order from it: seed it at the same place of the script"

@@ -9,9 +9,11 @@ from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+from jax.experimental import multihost_utils
+
 from kaun._jax import preemption_service_runs
 
-__all__ = ["Signals", "note_interrupt"]
+__all__ = ["Signals", "note_interrupt", "preempted"]
 
 T = TypeVar("T")
 # SIGHUP comes when a terminal is closed, SIGUSR1 from Slurm (--signal=USR1@60). Windows has neither.
@@ -20,11 +22,31 @@ _HANDLED = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 _FREE = (signal.SIG_DFL, signal.default_int_handler)
 
 
+_passed_on = threading.Event()  # that JAX's service has passed a SIGTERM on, which it does once
+
+
+def preempted(turn: int) -> bool:
+    """Whether all processes end at this turn, because JAX's service has passed the SIGTERM of one of them on to all.
+
+    Args:
+        turn: A number that grows by one from call to call, the same in all processes.
+    """
+    if _takes_sigterm() and multihost_utils.reached_preemption_sync_point(turn):
+        _passed_on.set()
+        return True
+    return False
+
+
+def _takes_sigterm() -> bool:
+    return preemption_service_runs() and not _passed_on.is_set()
+
+
 class Signals:
     """Holds signals back until the code says that it can be interrupted; a second one interrupts at once.
 
     SIGINT becomes ``KeyboardInterrupt``, each other signal n ``SystemExit(128 + n)``. A signal that is ignored, or that
-    has a handler of the user or of JAX's distributed service, is left alone. Python handles signals in its main thread
+    has a handler of the user or of JAX's distributed service, is left alone; the latter takes the first SIGTERM of a
+    program, and its handler does nothing after that. Python handles signals in its main thread
     alone; in any other thread this does nothing. Outside of the ``with`` block the handlers are those from before.
 
     Args:
@@ -40,7 +62,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if self._wanted and threading.current_thread() is threading.main_thread():
-            theirs = {signal.SIGTERM} if preemption_service_runs() else set[signal.Signals]()
+            theirs = {signal.SIGTERM} if _takes_sigterm() else set[signal.Signals]()
             free = [each for each in _HANDLED if each not in theirs and signal.getsignal(each) in _FREE]
             self._handlers = {each: signal.signal(each, self._handle) for each in free}
         return self

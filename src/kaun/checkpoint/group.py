@@ -71,7 +71,7 @@ class Group:
         """Tell the other processes that this one does not come to their next meeting, because of an exception."""
         if self._channel is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone
-                self._channel.leave(_described(error))
+                self._channel.leave(_described(error), votes=True)
 
     def first(self, act: Callable[[], Any]) -> Any:
         """Do something in process 0 alone, and return its result, a JSON value, in all."""

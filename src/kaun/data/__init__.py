@@ -16,6 +16,10 @@ from kaun.data.access import rest_of as rest_of
 from kaun.data.access import resume_of as resume_of
 from kaun.data.access import stages_of as stages_of
 from kaun.data.access import with_rows as with_rows
+from kaun.data.alike import checksums as checksums
+from kaun.data.alike import different_items as different_items
+from kaun.data.alike import key_text as key_text
+from kaun.data.alike import stages_in_words as stages_in_words
 from kaun.data.arguments import checked_count as checked_count
 from kaun.data.chunks import Chunk as Chunk
 from kaun.data.chunks import RowGather as RowGather

@@ -252,7 +252,8 @@ class Ensemble(Generic[In, Out]):
                 return runner.predict(states, x, ctx=ctx)
             # The outputs of a pass are joined along axis 0, so that is where rows have to be meanwhile.
             rows_first = lambda output: jnp.moveaxis(output, 0, 1) if output.ndim > 1 else output[0]
-            rows = predict(lambda inputs: jax.tree_util.tree_map(rows_first, run(inputs)), x, check_context(ctx))
+            outputs = lambda inputs, ready: jax.tree_util.tree_map(rows_first, run(inputs, ready))
+            rows = predict(outputs, x, check_context(ctx))
             return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
         except BaseException as error:
             hide_frames(error)

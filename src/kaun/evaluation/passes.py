@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -19,7 +19,7 @@ from kaun.context import Context
 from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
 from kaun.evaluation.rows import RowMetrics
-from kaun.evaluation.together import in_step
+from kaun.evaluation.together import Pass, in_step
 from kaun.evaluation.totals import MemberTotals, Metric, MetricTotals, check_metrics, with_counts
 from kaun.metrics import run_ahead
 from kaun.sharding import Sharding
@@ -28,7 +28,7 @@ __all__ = ["evaluate", "evaluate_members", "predict", "predict_members"]
 
 
 def evaluate(
-    loop: Callable[[Callable[[Any], None]], EvaluationLoop],
+    loop: Callable[..., EvaluationLoop],
     data: Any,
     metrics: Any,
     ctx: Context | None,
@@ -37,7 +37,7 @@ def evaluate(
     """The metrics over all items of ``data``, by name; see ``Trainer.evaluate``.
 
     Args:
-        loop: Makes the loop that runs the items, of a function that takes its results.
+        loop: Makes the loop that runs the items, of a function that takes its results and ``Pass.ready``.
         data: Items ``(x, y)`` or ``(x, y, Context)``.
         metrics: Functions of predictions and targets, by name.
         ctx: The context of all items; an item's own context overrides its names.
@@ -45,10 +45,9 @@ def evaluate(
     """
     metrics = check_metrics("evaluate", metrics)
     totals, parts = MetricTotals(metrics), _parts_of_items(metrics, ctx)
-    running = loop(totals.take)
-    with _items_of(data, sharding) as items:
-        number = 0
-        for number, item in enumerate(items, start=1):
+    with _items_of(data, sharding) as taken:
+        number, running = 0, loop(totals.take, taken.ready)
+        for number, item in enumerate(taken.items, start=1):
             x, captured, own = parts(item, number)
             running.push(StepInputs(x, FrozenLoss.by_name(captured), own, "item"))
         running.finish()
@@ -83,8 +82,8 @@ def evaluate_members(
         x, captured, own = found
         return run(StepInputs(x, captured, own, "item"))
 
-    with _items_of(data if join is None else _side_by_side(data)) as items:
-        if not run_ahead(items, compute, totals.take):
+    with _items_of(data if join is None else _side_by_side(data)) as taken:
+        if not run_ahead(taken.items, compute, totals.take):
             raise empty_data("evaluate")
     return totals.results()
 
@@ -115,34 +114,32 @@ def _parts_of_items(
 
 
 @contextlib.contextmanager
-def _items_of(data: Any, sharding: Sharding | None = None) -> Generator[Iterable[Any]]:
-    """The items of data for ``evaluate``, with what is known of their rows."""
+def _items_of(data: Any, sharding: Sharding | None = None) -> Generator[Pass]:
+    """The pass over data of ``evaluate``; its items have what is known of their rows."""
     refuse_traced([jnp.zeros(())], "evaluate")
     expected = (
         f"evaluate expected data, a kaun.Data or an iterable of (x, y), received {tree.describe(data)}. "
         "To make them from arrays, write Data.batches((x, y), batch_size=256)."
     )
-    with open_items(with_rows(data), expected) as own, in_step(own, data, sharding, "evaluate") as items:
-        yield items
+    with open_items(with_rows(data), expected) as own, in_step(own, data, sharding, "evaluate") as taken:
+        yield taken
 
 
-def predict(
-    run: Callable[[StepInputs], Any], data: Data[Any], ctx: Context | None, sharding: Sharding | None = None
-) -> Any:
+def predict(run: Callable[..., Any], data: Data[Any], ctx: Context | None, sharding: Sharding | None = None) -> Any:
     """The outputs for all items of ``data``, concatenated along axis 0; see ``Trainer.predict``.
 
     Args:
-        run: Runs the compiled program for its inputs, and does not wait for it.
+        run: Runs the compiled program for its inputs, before that calls ``Pass.ready``, and does not wait for it.
         data: The model's inputs.
         ctx: The context of all items.
         sharding: Where the arrays of the trainer lie, also in other processes: each of them gets all outputs.
     """
     outputs = _Outputs(known_length(data))
 
-    def compute(item: Any, number: int) -> Any:
+    def compute(item: Any, number: int, ready: Callable[[StepInputs], None]) -> Any:
         x, rows = _with_rows(item)
         try:
-            output = run(StepInputs(x, None, _context(ctx, rows)))
+            output = run(StepInputs(x, None, _context(ctx, rows)), ready)
         except (TypeError, ValueError) as error:
             if isinstance(x, tuple):
                 error.add_note(
@@ -170,7 +167,7 @@ def predict_members(
     """
     outputs = [_Outputs(known_length(each)) for each in data]
 
-    def compute(items: Sequence[Any], number: int) -> Any:
+    def compute(items: Sequence[Any], number: int, ready: Any) -> Any:
         pairs = [_with_rows(item) for item in items]
         x, own = join([(x, _context(ctx, rows)) for x, rows in pairs])
         output = run(StepInputs(x, None, own))
@@ -196,11 +193,11 @@ def _side_by_side(data: Sequence[Data[Any]]) -> Data[Any]:
 
 
 def _outputs_of(
-    data: Any, compute: Callable[[Any, int], Any], take: Callable[[list[Any]], None], source: Any, sharding: Any
+    data: Any, compute: Callable[..., Any], take: Callable[[list[Any]], None], source: Any, sharding: Any
 ) -> None:
     own: Any = iter(data)
-    with contextlib.closing(own), in_step(own, source, sharding, "predict") as items:
-        if not run_ahead(items, compute, take):
+    with contextlib.closing(own), in_step(own, source, sharding, "predict") as taken:
+        if not run_ahead(taken.items, functools.partial(compute, ready=taken.ready), take):
             raise empty_data("predict")
 
 

@@ -1,29 +1,44 @@
-"""One pass over data in several processes: all of them take the same number of items, or none goes on."""
+"""One pass over data in several processes: all of them take the same items, or none goes on."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
-from kaun._processes import Channel, failed_elsewhere
-from kaun.data import has_exact_length, known_length, makes_items
+from kaun._engine import StepInputs
+from kaun._processes import Call, Channel
+from kaun.data import checksums, different_items, has_exact_length, known_length, makes_items, stages_in_words
 from kaun.sharding import Sharding
 
-__all__ = ["in_step"]
+__all__ = ["Pass", "in_step"]
 
-_numbers = itertools.count()
-_END = object()
+
+class Pass:
+    """A pass of one process over its data.
+
+    Args:
+        items: Its items.
+
+    Attributes:
+        items: As the argument.
+    """
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = items
+
+    def ready(self, inputs: StepInputs) -> None:
+        """Called with an item whose program is compiled, before it runs: here all that can fail alone has been done."""
 
 
 @contextlib.contextmanager
-def in_step(items: Iterable[Any], data: Any, sharding: Sharding | None, entry: str) -> Generator[Iterable[Any]]:
-    """The items of a pass, of which each process takes as many; one process alone gets them as they are.
+def in_step(items: Iterable[Any], data: Any, sharding: Sharding | None, entry: str) -> Generator[Pass]:
+    """A pass over data, in which each process takes as many items and runs the same programs.
 
-    A program that one process runs and another does not would never end. So they vote before each item, 1 ms for two
-    processes on one machine, unless the number of items is known and no code of the user makes them.
+    A program that one process runs and another does not would never end. So they vote before each program runs, 1 ms
+    for two processes on one machine; where the number of items is known and no code of the user makes them, before the
+    first of each kind.
 
     Args:
         items: An iterator over the data.
@@ -32,58 +47,96 @@ def in_step(items: Iterable[Any], data: Any, sharding: Sharding | None, entry: s
         entry: ``"evaluate"`` or ``"predict"``.
 
     Raises:
-        ValueError: If they have different numbers of items.
+        ValueError: If they have other data, or different numbers of items.
         FailedElsewhere: If another process fails, or does not come.
     """
     processes = () if sharding is None else sorted({device.process_index for device in sharding.mesh.devices.flat})
     if len(processes) < 2:
-        yield items
+        yield Pass(items)
         return
-    channel = Channel(f"{entry}/{next(_numbers)}", processes, f"the items of {entry}")
+    call = Call.new(entry, processes)
+    channel = Channel(call.name, processes, f"the items of {entry}", call=str(call))
     try:
-        yield _voted(iter(items), data, channel, entry)
+        yield _VotedPass(iter(items), data, channel, call)
     except BaseException as error:
         channel.leave(f"{type(error).__name__}: {error}"[:2000])
         raise
 
 
-def _voted(items: Iterator[Any], data: Any, channel: Channel, entry: str) -> Iterator[Any]:
-    certain = has_exact_length(data) and not makes_items(data)
-    lengths = _votes(channel, known_length(data) if certain else None)
-    if None not in lengths.values():
-        _check_lengths(lengths, entry)
-        yield from items
-        return
-    for count in itertools.count():
-        item, failed = _END, None
-        try:
-            item = next(items, _END)
-        except BaseException as error:
-            failed = error
-        votes = _votes(channel, item is not _END if failed is None else f"{type(failed).__name__}: {failed}"[:2000])
-        if failed is not None:
-            raise failed
-        for process, vote in votes.items():
-            if isinstance(vote, str):
-                raise failed_elsewhere(process, vote)
-        _check_lengths({process: count + vote for process, vote in votes.items()}, entry)
-        if item is _END:
+class _VotedPass(Pass):
+    """A pass in which several processes vote.
+
+    Args:
+        items: Its items.
+        data: What the user gave.
+        channel: Where the processes meet.
+        call: The call.
+    """
+
+    def __init__(self, items: Iterator[Any], data: Any, channel: Channel, call: Call) -> None:
+        super().__init__(self._counted(items))
+        self._channel, self._entry, self._call, self._data = channel, call.entry, str(call), data
+        self._certain = has_exact_length(data) and not makes_items(data)
+        self._kinds = set[Any]()
+        self._count = 0
+
+    def _counted(self, items: Iterator[Any]) -> Iterator[Any]:
+        length = known_length(self._data) if self._certain else None
+        found = self._votes({"length": length, "stages": stages_in_words(self._data)})
+        self._check_stages(found)
+        lengths = {process: vote["length"] for process, vote in found.items()}
+        self._certain = None not in lengths.values()
+        if self._certain:
+            self._check_counts(lengths)
+        for item in items:
+            self._count += 1
+            yield item
+        if not self._certain:
+            self._check_counts({process: vote["count"] for process, vote in self._votes({}).items()})
+
+    def ready(self, inputs: StepInputs) -> None:
+        """Vote on an item, whose values are compared if it is the first of its kind."""
+        known = inputs.key in self._kinds
+        if known and self._certain:
             return
-        yield item
+        self._kinds.add(inputs.key)
+        found = self._votes({} if known else {"items": checksums(inputs.names(), inputs.leaves)})
+        self._check_counts({process: vote["count"] for process, vote in found.items()})
+        items = {process: vote.get("items") for process, vote in found.items()}
+        if None in items.values() and len({each is None for each in items.values()}) > 1:
+            first = min(process for process, each in items.items() if each is not None)
+            raise self._differ(f"item {self._count} of process {first} has other shapes or another structure")
+        if not known and (difference := different_items(items)):
+            raise self._differ(f"of item {self._count}, {difference}")
 
+    def _votes(self, mine: Mapping[str, Any]) -> dict[int, Any]:
+        """What each process says, by its number."""
+        told = self._channel.exchange(json.dumps({"count": self._count, "call": self._call, **mine}), json.dumps)
+        return {int(process): json.loads(vote) for process, vote in json.loads(told).items()}
 
-def _votes(channel: Channel, mine: Any) -> dict[int, Any]:
-    """What each process says, a JSON value, by its number."""
-    told = channel.exchange(json.dumps(mine), json.dumps)
-    return {int(process): json.loads(vote) for process, vote in json.loads(told).items()}
+    def _check_stages(self, votes: Mapping[int, Any]) -> None:
+        number = min(votes)
+        stages = {process: " > ".join(vote["stages"])[:300] for process, vote in votes.items()}
+        for process, vote in votes.items():
+            if vote["stages"] != votes[number]["stages"]:
+                here = f"the stages of the data are {stages[process]} in process {process}, and {stages[number]} in"
+                calls = "; ".join(f"process {each} is in {found['call']}" for each, found in votes.items())
+                raise self._differ(f"{here} process {number} ({calls})")
 
+    def _check_counts(self, counts: Mapping[int, int]) -> None:
+        fewest = min(counts.values())
+        if len({*counts.values()}) > 1:
+            ended = [process for process, n in counts.items() if n == fewest]
+            raise ValueError(
+                f"{self._entry} expected as many items in each process, but the data of process "
+                f"{', '.join(map(str, ended))} ended after {fewest} items, and that of the others has more. Give every "
+                "process the same number of items; a loader that is split by process, with drop_last=True."
+            )
 
-def _check_lengths(lengths: Mapping[int, int], entry: str) -> None:
-    fewest = min(lengths.values())
-    if len({*lengths.values()}) > 1:
-        ended = [process for process, n in lengths.items() if n == fewest]
-        raise ValueError(
-            f"{entry} expected as many items in each process, but the data of process {', '.join(map(str, ended))} "
-            f"ended after {fewest} items, and that of the others has more. Give every process the same number of "
-            "items; a loader that is split by process, with drop_last=True."
+    def _differ(self, how: str) -> ValueError:
+        return ValueError(
+            f"{self._entry} expected the same data in each process: {how}. Every process makes the same calls, with "
+            "the same seed (rng.scope) and the same pipeline, of which it takes the rows of its devices. Where each "
+            "process holds arrays of its own, write\n"
+            "    Data.from_iterable(lambda: Data.batches((x, y), batch_size=64)).assemble(s)"
         )

@@ -293,5 +293,54 @@ def interrupted(process, number, report_in=None):
     return fit(Data.repeat(10**7, batch(0)), report)
 
 
+PAIRS = [(batch(i)[0], batch(i)[0][:, :2]) for i in range(3)]
+MSE = {"mse": losses.mse}
+
+
+def metric_fails(process, entry="evaluate", known=True):
+    """A metric, or the model's input, that fails in one process alone when it is traced; what an evaluation gives then."""
+    made, state = trainer()
+
+    def metric(predictions, targets):
+        if here(process):
+            raise ArithmeticError("no such class")
+        return losses.mse(predictions, targets)
+
+    data = Data.from_items(PAIRS) if known else Data.from_iterable(lambda: iter(PAIRS))
+    start, ended = time.monotonic(), ""
+    try:
+        if entry == "predict":
+            made.predict(state, data.map(lambda b: b[0][:, : 3 - here(process)]))
+        else:
+            made.evaluate(state, data, {"own": metric})
+    except Exception as error:
+        ended = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - start
+    return ended, seconds, made.evaluate(state, Data.from_items(PAIRS), MSE)
+
+
+def left_out(process, nested=False):
+    """A call that one process makes and the other leaves out; the other one comes to the next call, or to its report."""
+    made, state = trainer()
+    start, items = time.monotonic(), [batch(i) for i in range(4)]
+    report = reports.validate(made, PAIRS, MSE, 2) if nested and here(process) else None
+    try:
+        if here(process) and not nested:
+            made.evaluate(state, PAIRS, MSE)
+        made.fit(state, items, report=report)
+        ended = "returned"
+    except Exception as error:
+        ended = f"{type(error).__name__}: {error}"
+    return ended, time.monotonic() - start, made.evaluate(state, PAIRS, MSE)
+
+
+def evaluated_in_another_order():
+    """Two evaluations, of which each process makes the other one first."""
+    made, state = trainer()
+    arrays = [tuple(np.concatenate(each) for each in zip(*PAIRS[i:], strict=True)) for i in (0, 1)]
+    first = arrays[jax.process_index()]
+    return made.evaluate(state, Data.batches(first, 8), MSE)
+
+
 def limited(process):
     return fit(Data.repeat(10**7, batch(0)), reports.time_limit(minutes=0.01) if here(process) else None)

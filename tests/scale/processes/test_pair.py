@@ -3,6 +3,7 @@
 What is here runs in one pair of processes, because starting them costs seconds. ``test_ends.py`` has the rest.
 """
 
+import re
 import signal
 from pathlib import Path
 
@@ -98,8 +99,36 @@ def check_reports(pair, folder):
 
 def check_signals(pair):
     ends_all(pair, "signalled", 1, "KeyboardInterrupt: ", 70, at=70, number=int(signal.SIGINT))
-    how, other, step, _ = both(pair, "signalled", process=1, at=70, number=int(signal.SIGTERM))
-    assert how == other == "SystemExit: 143" and 70 <= step < 2000
+    for process in (1, 1, 0):  # JAX's service takes the first one alone
+        how, other, step, _ = both(pair, "signalled", process=process, at=70, number=int(signal.SIGTERM))
+        assert how == other == "SystemExit: 143" and 70 <= step < 2000
+
+
+def check_evaluations(pair):
+    """What one process alone meets in an evaluation ends the other one at once, and both can go on."""
+    for arguments in ({"process": 1}, {"process": 0, "known": False}, {"process": 1, "entry": "predict"}):
+        found = pair.run(SCENARIOS, "metric_fails", **arguments)
+        process = arguments["process"]
+        (own, _, scores), (other, seconds, same) = found[process], found[1 - process]
+        assert own.startswith("ValueError: " if "entry" in arguments else "ArithmeticError: no such class")
+        assert other.startswith(f"FailedElsewhere: Process {process} failed, so process {1 - process} ends too: {own}")
+        assert seconds < 15 and scores == same
+    refused = pair.run(SCENARIOS, "evaluated_in_another_order")
+    text = "evaluate expected the same data in each process: the stages of the data are Data.batches(arrays=float32[16, 3] "
+    assert all(text in each.text and "scenarios.py:" in each.text for each in refused)
+
+
+def check_calls_that_one_process_leaves_out(pair):
+    for nested in (False, True):
+        for process in (0, 1) if nested else (1,):
+            ends = pair.run(SCENARIOS, "left_out", process=process, nested=nested)
+            at = r" \(scenarios\.py:\d+, call \d+ of that process\)"
+            waits = {process: f"evaluate{at}", 1 - process: f"fit{at}"}
+            for me, (how, seconds, _) in enumerate(ends):
+                assert seconds < 15 and how.startswith("FailedElsewhere: ")
+                one, two = (rf"rocess {i} (waits )?in {waits[i]}" for i in (me, 1 - me))
+                assert re.search(f"{one}.* and p{two}|{two}.* and p{one}", how) and "each for the other one" in how
+            assert ends[0][2] == ends[1][2]
 
 
 def check_kill(pair):
@@ -127,5 +156,7 @@ def test_whatever_one_process_meets_ends_both_after_one_step(pair, tmp_path):
     check_ends(pair)
     check_differences(pair)
     check_reports(pair, tmp_path)
+    check_evaluations(pair)
+    check_calls_that_one_process_leaves_out(pair)
     check_signals(pair)
     check_kill(pair)
