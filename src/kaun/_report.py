@@ -331,7 +331,8 @@ def check_takes(where: str, what: str, f: Any, arguments: str) -> None:
     if isinstance(f, (list, tuple)):
         several = ", ".join(shown(each) for each in cast("Any", f))
         raise TypeError(
-            f"{where} expected one report, received a {type(f).__name__} of ({several}). Write reports.all_of(a, b)."
+            f"{where} expected {what}, callable as ({arguments}), received a {type(f).__name__} of {len(f)}: "
+            f"{several}. Write reports.all_of(a, b)."
         )
     if not callable(f):
         raise TypeError(

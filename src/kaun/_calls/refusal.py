@@ -92,8 +92,10 @@ def _no_argument(name: str, texts: Mapping[str, str], takes: str, key: str, valu
 
 def _takes(parameters: Mapping[str, inspect.Parameter]) -> str:
     """The parameters of a function as users see them, without annotations."""
-    plain = [p.replace(annotation=p.empty) for p in parameters.values() if p.name != "self"]
-    return str(inspect.Signature(plain))[1:-1]
+    simple = lambda value: value if isinstance(value, (bool, int, float, str, tuple, type(None))) else ...
+    own = [p.replace(annotation=p.empty) for p in parameters.values() if p.name != "self"]
+    plain = [p if p.default is p.empty else p.replace(default=simple(p.default)) for p in own]
+    return str(inspect.Signature(plain))[1:-1].replace("=Ellipsis", "=...")
 
 
 def _filled(text: str, name: str, value: Any) -> str:

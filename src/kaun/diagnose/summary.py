@@ -184,10 +184,8 @@ def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx
     """
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         received = tree.describe(trainer)
-        if isinstance(trainer, Layer):
-            trainer = "kaun.Trainer(model=model, optimizer=optax.adam(1e-3))"
-            raise TypeError(f"summary expected a kaun.Trainer, received a {received}. Write summary({trainer}, x).")
-        raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary(trainer, x).")
+        made = "kaun.Trainer(model=model, optimizer=optax.adam(1e-3))" if isinstance(trainer, Layer) else "trainer"
+        raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary({made}, x).")
     check_input(x)
     ctx = check_context(ctx) or Context()
     policy = parse_precision(trainer.precision)

@@ -188,7 +188,6 @@ class Ensemble(Generic[In, Out]):
             hide_frames(error)
             raise
 
-    @frames_hidden
     def fit(
         self,
         states: TrainState,
