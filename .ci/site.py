@@ -104,9 +104,9 @@ def notebooks() -> dict[str, str]:
 
 
 def prose(docstring: str) -> str:
-    """A docstring as Markdown: its indented lines are commands."""
-    commands = lambda found: f"```console\n{textwrap.dedent(found[0])}```\n"
-    return re.sub(r"(?m)(?:^    .*\n)+", commands, docstring + "\n")
+    """A docstring as Markdown: how to run it, and what is indented, stay as they are."""
+    kept = lambda found: f"```text\n{textwrap.dedent(found[0])}```\n"
+    return re.sub(r"(?m)^Run it with: .*\n(?: .*\n)*|(?:^    .*\n)+", kept, docstring + "\n")
 
 
 def root_page(file: str) -> str:

@@ -88,9 +88,9 @@ def test_the_page_of_a_notebook_has_code_outputs_pictures_and_the_notebook(site)
 
 
 def test_a_docstring_becomes_prose_and_commands(site):
-    assert site.prose("Some text.\n\n    python a.py\n    make b\n\nMore.") == (
-        "Some text.\n\n```console\npython a.py\nmake b\n```\n\nMore.\n"
-    )
+    text = "Some text.\n\nRun it with: python a.py\n         or: python a.py -x\n\n    make b\n\nMore."
+    kept = "```text\nRun it with: python a.py\n         or: python a.py -x\n```\n\n```text\nmake b\n```\n"
+    assert site.prose(text) == f"Some text.\n\n{kept}\nMore.\n"
 
 
 def test_getting_started_ends_with_links_to_all_pages():

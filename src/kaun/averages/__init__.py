@@ -1,9 +1,11 @@
 """Averaged weights: what ``Trainer(average=)`` keeps beside the weights that train, for evaluation.
 
-The average lives in the optimizer's state (``weights``), so checkpoints hold it, and a step that is discarded leaves it
-as it was. ``state.averaged`` reads it. ``rules`` are the values of ``average=``, and ``statistics`` recomputes the
-statistics of ``batch_norm`` for the averaged weights.
+The average lives in the optimizer's state, so checkpoints hold it, and a step that is discarded leaves it as it was.
+``state.averaged`` reads it.
 """
+
+# weights is the average in the optimizer's state, rules are the values of average=, and statistics recomputes the
+# statistics of batch_norm for the averaged weights.
 
 from kaun.averages.rules import ema as ema
 from kaun.averages.rules import from_optimizer as from_optimizer

@@ -1,9 +1,13 @@
 """Layers: ``Layer`` and ``Vars``, composition, and the catalogue of ready-made layers.
 
-Read ``core`` first, then ``containers`` and ``module``, which combine layers, and ``linear``, the simplest one. Layers
-check arguments with ``arguments`` and ``padding``, inputs with ``inputs``, and draw parameters with ``init``; ``path``
-is the place in the model for error messages.
+Images are channels-last, ``[batch, height, width, channels]``, and sequences ``[batch, length, channels]``; ``[...]``
+stands for any number of axes. A layer is described without weights: ``layer.init`` makes them. Layers are composed by
+``first >> second``, ``sequential``, ``residual``, ``repeat`` and ``module``.
 """
+
+# To read the code, begin with core, then containers and module, which combine layers, and linear, the simplest one.
+# Layers check arguments with arguments and padding, inputs with inputs, and draw parameters with init; path is the
+# place in the model for error messages.
 
 from typing import TYPE_CHECKING
 

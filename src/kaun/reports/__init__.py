@@ -1,8 +1,11 @@
 """Reports: what ``fit`` calls after its steps.
 
-The interface is ``Report``. ``compose`` combines reports and passes values between them. The loggers (``files``,
-``tensorboard``, ``wandb``, ``mlflow``) share ``log``; with ``history`` they share ``epochs``, the averages over a pass.
+The interface is ``Report``; a function ``(step, loss, state)`` is a report too. ``all_of`` combines reports, and passes
+the values that one measures to the others.
 """
+
+# compose combines reports. The loggers (files, tensorboard, wandb, mlflow) share log; with history they share epochs,
+# the averages over a pass.
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,9 @@
 """Where the arrays of a run lie on many devices: what ``Trainer(sharding=)`` takes.
 
-A ``Sharding`` is a value: a mesh, the mesh axes over which the rows of a batch lie, and a rule for the parameters. Read
-``core`` first. ``rules`` are the rules, and ``makers`` the functions that users call. Nothing here knows of steps.
+A ``Sharding`` is a value: a mesh, the mesh axes over which the rows of a batch lie, and a rule for the parameters.
 """
+
+# Read core first. rules are the rules, and makers the functions that users call. Nothing here knows of steps.
 
 from kaun.sharding.core import Sharding as Sharding
 from kaun.sharding.core import put as put
