@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kaun._engine.batching import capacity_of
@@ -279,7 +280,8 @@ def _block(
             running = status[0] > 0
             after = _select(running, after, before)
             last = jnp.where(running, last, status)
-        return pinned(loss[None], [row[None] for row in rows], after, last)
+        held = packing.pack(after) if packing else after
+        return pinned(loss[None], [row[None] for row in rows], held, last)
 
     def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         def unfinished(carried: Any) -> jax.Array:
@@ -300,12 +302,13 @@ def _block(
         status = status[: 1 + traced.checks] if stops else status
         start = (jnp.uint32(0), leaves, leaves if keeps else [], status, losses, tables)
         _, leaves, before, status, losses, tables = lax.while_loop(unfinished, body, start)
+        if packing:  # before ``_kept``, of whose operations XLA:CPU takes some 10 ms to compile each
+            leaves, before = packing.pack(leaves), packing.pack(before) if keeps else []
         if keeps:
-            status, leaves = _kept(status, before, leaves)
+            status, leaves = _kept(status, before, leaves, packing)
         return pinned(losses, tables, leaves, status)
 
-    def pinned(losses: Any, tables: list[Any], leaves: list[Any], status: Any) -> Any:
-        held = packing.pack(leaves) if packing else leaves
+    def pinned(losses: Any, tables: list[Any], held: list[Any], status: Any) -> Any:
         return (losses, tables, held, status) if placing is None else placing.pin_block(losses, tables, held, status)
 
     placing = traced.placing
@@ -325,12 +328,24 @@ def _run_step(traced: TracedStep, stops: bool, leaves: list[Any], key: jax.Array
     return loss, traced.layout.rows(numbers), after, status
 
 
-def _kept(status: jax.Array, before: list[Any], after: list[Any]) -> tuple[jax.Array, list[Any]]:
-    """Return the status with its place for the leaves, and the state before the last step where that is not finite."""
-    finite = status[0] > 0
-    none = jnp.zeros(len(after) - 1, bool)
-    spoiled = lax.cond(finite, lambda: none, lambda: spoiled_leaves(before[:-1], after[:-1]))
-    return jnp.concatenate([status, spoiled.astype(status.dtype)]), _select(finite, after, before)
+def _kept(
+    status: jax.Array, before: list[Any], after: list[Any], packing: Packing | None = None
+) -> tuple[jax.Array, list[Any]]:
+    """Return the status with its place for the leaves, and the state before the last step where that is not finite.
+
+    Args:
+        status: The status after the last step.
+        before: The state before that step.
+        after: The state after it.
+        packing: How these two are packed, None if they are not.
+    """
+
+    def spoiled() -> jax.Array:
+        return packing.spoiled(before, after)[:-1] if packing else spoiled_leaves(before[:-1], after[:-1])
+
+    finite, leaves = status[0] > 0, len(packing.layout if packing else after) - 1
+    found = lax.cond(finite, lambda: jnp.zeros(leaves, bool), spoiled)
+    return jnp.concatenate([status, found.astype(status.dtype)]), _select(finite, after, before)
 
 
 def _select(condition: jax.Array, values: list[Any], others: list[Any]) -> list[Any]:
@@ -358,8 +373,7 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> 
 
 def _all_finite(checks: int, dtype: Any) -> jax.Array:
     """Return the status of a run before its first step, on the device."""
-    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.ones(1 + checks, dtype)
+    return _on_device(np.ones(1 + checks, dtype))
 
 
 def count_on_device(count: int) -> jax.Array:
@@ -369,8 +383,13 @@ def count_on_device(count: int) -> jax.Array:
 
 
 def _count(count: int) -> jax.Array:
-    with jax.ensure_compile_time_eval():
-        return jnp.asarray(count, jnp.uint32)
+    return _on_device(np.uint32(count))
 
 
 _kept_count = functools.lru_cache(maxsize=2 * ROWS)(_count)
+
+
+def _on_device(value: Any) -> jax.Array:
+    """Return a NumPy value on the device, without a program, of which there would be one for each shape."""
+    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
+        return jax.device_put(value) if jax.sharding.get_abstract_mesh().empty else jnp.asarray(value)
