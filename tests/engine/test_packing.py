@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun._engine.packing import Packing, packing_of, unpack
+from kaun._engine.packing import Packing, _unpacked, packing_of, unpack
+from kaun._jax import signatures_of
 
 dtypes = st.sampled_from(["float32", "int32", "bfloat16", "bool", "uint8"])
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -26,8 +27,21 @@ def test_what_is_packed_is_unpacked(forms, seed):
     vectors = packing.pack([np.asarray(leaf) for leaf in leaves])
     assert all(type(v) is np.ndarray for v in vectors)
     assert len(vectors) == len({dtype for dtype, _ in forms}) and all(v.ndim == 1 for v in vectors)
-    back = unpack(packing, vectors)
+    back = unpack(packing, [jnp.asarray(v) for v in vectors])
     assert [(a.dtype, a.shape, a.tobytes()) for a in back] == [(a.dtype, a.shape, a.tobytes()) for a in leaves]
+
+
+def test_a_program_that_unpacks_is_compiled_once_the_host_has_done_it_often():
+    leaves = [jnp.arange(3.0), jnp.int32(7), jnp.ones((2, 5), jnp.bfloat16)]
+    packing, compiled = Packing(kinds(leaves)), []
+    for vectors in (packing.pack(leaves), jax.device_put(packing.pack(leaves), jax.devices()[0])):
+        for _ in range(6):
+            before = signatures_of(_unpacked)
+            back = unpack(packing, vectors)
+            compiled.append(signatures_of(_unpacked) - before)
+            assert [a.tobytes() for a in back] == [a.tobytes() for a in leaves]
+            assert {(a.committed, a.weak_type) for a in back} == {(vectors[0].committed, False)}
+    assert compiled == [0] * 8 + [1, 0, 0, 0]
 
 
 def test_layouts_are_values():

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kaun._engine.batching import capacity_of
@@ -371,8 +372,7 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> 
 
 def _all_finite(checks: int, dtype: Any) -> jax.Array:
     """Return the status of a run before its first step, on the device."""
-    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
-        return jnp.ones(1 + checks, dtype)
+    return _on_device(np.ones(1 + checks, dtype))
 
 
 def count_on_device(count: int) -> jax.Array:
@@ -382,8 +382,13 @@ def count_on_device(count: int) -> jax.Array:
 
 
 def _count(count: int) -> jax.Array:
-    with jax.ensure_compile_time_eval():
-        return jnp.asarray(count, jnp.uint32)
+    return _on_device(np.uint32(count))
 
 
 _kept_count = functools.lru_cache(maxsize=2 * ROWS)(_count)
+
+
+def _on_device(value: Any) -> jax.Array:
+    """Return a NumPy value on the device, without a program, of which there would be one for each shape."""
+    with jax.ensure_compile_time_eval():  # a step may be part of a function that the user compiles
+        return jax.device_put(value) if jax.sharding.get_abstract_mesh().empty else jnp.asarray(value)
