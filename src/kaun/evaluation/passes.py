@@ -93,12 +93,12 @@ def _parts_of_items(
     metrics: Mapping[str, Metric], ctx: Context | None
 ) -> Callable[[Any, int], tuple[Any, dict[str, Any], Context | None]]:
     """A function of an item and its number that gives input and targets, the captured metrics, and the context."""
-    of_rows = functools.cache(lambda: RowMetrics(metrics))
-
+    constant = [name for name, metric in metrics.items() if _is_constant(metric)]
+    of_rows = functools.cache(lambda: RowMetrics(metrics, constant))
     counting = {name: with_counts(metric) for name, metric in metrics.items()}
     # The metrics are captured again for each item, as a loss is: they may read what changes between two items. A
     # function of kaun's reads nothing that does.
-    fixed = _snapshots({name: counting[name] for name, metric in metrics.items() if _is_constant(metric)})
+    fixed = _snapshots({name: counting[name] for name in constant})
     changing = {name: metric for name, metric in counting.items() if name not in fixed}
 
     def parts(item: Any, number: int) -> tuple[Any, dict[str, Any], Context | None]:
