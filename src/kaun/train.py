@@ -387,7 +387,7 @@ class Trainer(Generic[In, Out]):
     def _runner(self, entry: str, state: TrainState) -> Callable[[StepInputs], Any]:
         self._evaluated.check(state)
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
-        return lambda inputs: self._programs.run(entry, structure, leaves, state.key, inputs)
+        return self._programs.runner(entry, structure, leaves, state.key)
 
 
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:

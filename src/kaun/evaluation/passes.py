@@ -238,21 +238,25 @@ class _Outputs:
     def __init__(self, length: int | None) -> None:
         self._length = length or 1
         self.structure: Any = None
+        self._checked: Any = None
         self._first: list[Any] = []
         self._buffers: list[Any] = []
         self._used: list[int] = []
 
     def check(self, output: Any, number: int, known: RowInfo | None) -> None:
         """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are checked."""
+        arrays, structure = jax.tree_util.tree_flatten(output)
+        size = None if known is None or known.mask is None else len(known.mask)
+        form = (structure, size, [(array.shape, array.dtype) for array in arrays])
+        if form == self._checked:
+            return
         leaves = tree.flatten(output)[0]
-        structure = jax.tree_util.tree_structure(output)
         scalar = next((path for path, leaf in leaves.items() if not leaf.shape), None)
         if scalar is not None:
             raise ValueError(
                 f"predict concatenates the outputs of a Data along axis 0, but the output{_at(scalar)} of item "
                 f"{number} is a scalar. Call predict for each item: [trainer.predict(state, x) for x in data]."
             )
-        size = None if known is None or known.mask is None else len(known.mask)
         other = next((path for path, leaf in leaves.items() if size not in (None, leaf.shape[0])), None)
         if other is not None:
             raise ValueError(
@@ -270,6 +274,7 @@ class _Outputs:
                 + ", ".join(f"{path or 'output'}: {tree.describe(leaf)}" for path, leaf in leaves.items())
                 + ". Pad the inputs to one shape, or call predict for each item."
             )
+        self._checked = form
 
     def take(self, batches: list[tuple[list[Any], RowInfo | None]]) -> None:
         """Read some outputs from the device, and append them without filled rows."""
