@@ -392,7 +392,7 @@ class Trainer(Generic[In, Out]):
     def _runner(self, entry: str, state: TrainState) -> Callable[..., Any]:
         self._evaluated.check(state)
         leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
-        return lambda inputs, ready=None: self._programs.run(entry, structure, leaves, state.key, inputs, ready)
+        return self._programs.runner(entry, structure, leaves, state.key)
 
 
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:

@@ -108,6 +108,30 @@ class ProgramCache:
         output, tree = jax.tree_util.tree_flatten(self.call(program, entry, inputs, False, arguments))
         return jax.tree_util.tree_unflatten(tree, to_explicit(output, [None] * len(output), mesh))
 
+    def runner(self, entry: str, structure: Any, leaves: list[Any], key: jax.Array) -> Callable[..., Any]:
+        """Return ``run`` of one state. What depends on the state, or on the kind of the inputs, is done once."""
+        usual = self.sharding is None and explicit_mesh(leaves) is None and not any_traced((*leaves, key))
+        programs: dict[Hashable, Program] = {}
+
+        def run(inputs: StepInputs, ready: Callable[[StepInputs], None] | None = None) -> Any:
+            program = programs.get(inputs.key)
+            if program is None or inputs.mesh is not None or not inputs.is_usual:
+                output = self.run(entry, structure, leaves, key, inputs, ready)
+                if usual:
+                    programs[inputs.key] = self.get((entry, structure, inputs.key))
+                return output
+            arguments, start = (leaves, key, inputs.owned()), time.perf_counter()
+            try:
+                output = program.jitted(*arguments)
+            except ValueError:
+                refuse_different_devices(entry, inputs, leaves, item_of(arguments, program.pattern))
+                raise
+            if program.was_called_anew():
+                self.log_moved(program, entry, inputs, False, arguments, start)
+            return output
+
+        return run
+
     def compile(
         self, program: Program, entry: str, inputs: StepInputs, training: bool, arguments: Sequence[Any],
         traced: Traced | None = None,

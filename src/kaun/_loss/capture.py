@@ -7,7 +7,6 @@ closures with equal keys share one compiled step, each with its own arrays.
 
 from __future__ import annotations
 
-import copy
 import functools
 import operator
 import types
@@ -73,8 +72,8 @@ class FrozenLoss:
 
     def with_arrays(self, arrays: list[Any]) -> FrozenLoss:
         """The same callable with other values in the place of what it captures."""
-        made = copy.copy(self)
-        made.arrays = arrays
+        made: FrozenLoss = object.__new__(FrozenLoss)  # copy.copy takes ten times as long
+        made.function, made.key, made.arrays, made._objects = self.function, self.key, arrays, self._objects
         return made
 
 

@@ -68,25 +68,28 @@ class LossKey:
         names: Every attribute name in the code.
     """
 
-    __slots__ = ("__weakref__", "names", "node")
+    __slots__ = ("__weakref__", "_identical", "names", "node")
 
     def __init__(self, node: KeyNode, names: frozenset[str]) -> None:
         self.node: KeyNode = node
         self.names: frozenset[str] = names
+        self._identical: list[ByIdentity] | None = None
 
     def objects(self) -> list[Any]:
         """The objects that are static by identity and still there."""
-        return [value for value in _objects(self.node) if value is not None]
+        if self._identical is None:  # looked for once: it is asked for each loss that is kept
+            self._identical = list(_identical(self.node))
+        return [value for token in self._identical if (value := token.get()) is not None]
 
 
-def _objects(node: Any) -> Iterator[Any]:
+def _identical(node: Any) -> Iterator[ByIdentity]:
     if isinstance(node, (tuple, frozenset)):
         for part in node:
-            yield from _objects(part)
+            yield from _identical(part)
     elif isinstance(node, ByIdentity):
-        yield node.get()
+        yield node
     elif isinstance(node, LossKey):
-        yield from _objects(node.node)
+        yield from _identical(node.node)
 
 
 _lock = threading.RLock()

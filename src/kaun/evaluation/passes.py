@@ -92,12 +92,12 @@ def _parts_of_items(
     metrics: Mapping[str, Metric], ctx: Context | None
 ) -> Callable[[Any, int], tuple[Any, dict[str, Any], Context | None]]:
     """A function of an item and its number that gives input and targets, the captured metrics, and the context."""
-    of_rows = functools.cache(lambda: RowMetrics(metrics))
-
+    constant = [name for name, metric in metrics.items() if _is_constant(metric)]
+    of_rows = functools.cache(lambda: RowMetrics(metrics, constant))
     counting = {name: with_counts(metric) for name, metric in metrics.items()}
     # The metrics are captured again for each item, as a loss is: they may read what changes between two items. A
     # function of kaun's reads nothing that does.
-    fixed = _snapshots({name: counting[name] for name, metric in metrics.items() if _is_constant(metric)})
+    fixed = _snapshots({name: counting[name] for name in constant})
     changing = {name: metric for name, metric in counting.items() if name not in fixed}
 
     def parts(item: Any, number: int) -> tuple[Any, dict[str, Any], Context | None]:
@@ -235,21 +235,25 @@ class _Outputs:
     def __init__(self, length: int | None) -> None:
         self._length = length or 1
         self.structure: Any = None
+        self._checked: Any = None
         self._first: list[Any] = []
         self._buffers: list[Any] = []
         self._used: list[int] = []
 
     def check(self, output: Any, number: int, known: RowInfo | None) -> None:
         """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are checked."""
+        arrays, structure = jax.tree_util.tree_flatten(output)
+        size = None if known is None or known.mask is None else len(known.mask)
+        form = (structure, size, [(array.shape, array.dtype) for array in arrays])
+        if form == self._checked:
+            return
         leaves = tree.flatten(output)[0]
-        structure = jax.tree_util.tree_structure(output)
         scalar = next((path for path, leaf in leaves.items() if not leaf.shape), None)
         if scalar is not None:
             raise ValueError(
                 f"predict concatenates the outputs of a Data along axis 0, but the output{_at(scalar)} of item "
                 f"{number} is a scalar. Call predict for each item: [trainer.predict(state, x) for x in data]."
             )
-        size = None if known is None or known.mask is None else len(known.mask)
         other = next((path for path, leaf in leaves.items() if size not in (None, leaf.shape[0])), None)
         if other is not None:
             raise ValueError(
@@ -267,6 +271,7 @@ class _Outputs:
                 + ", ".join(f"{path or 'output'}: {tree.describe(leaf)}" for path, leaf in leaves.items())
                 + ". Pad the inputs to one shape, or call predict for each item."
             )
+        self._checked = form
 
     def take(self, batches: list[tuple[list[Any], RowInfo | None]]) -> None:
         """Read some outputs from the device, and append them without filled rows."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from kaun import tree
+from kaun._loss import FrozenLoss
 from kaun._messages import locate
 from kaun.data import RowInfo
 from kaun.evaluation.totals import Metric, with_counts
@@ -25,10 +26,12 @@ class RowMetrics:
 
     Args:
         metrics: The functions of predictions and targets.
+        constant: The names of those that read nothing that may change between two batches.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Mapping[str, Metric], constant: Collection[str] = ()) -> None:
+        self._metrics, self._constant = metrics, constant
+        self._captured: dict[tuple[str, str], FrozenLoss] = {}
         self._bind = {name: _binder(metric) for name, metric in metrics.items()}
 
     def of(self, rows: RowInfo, targets: Any) -> dict[str, Metric] | None:
@@ -41,34 +44,51 @@ class RowMetrics:
         weighted = rows.weights is not None or counted is not rows.mask
         found: dict[str, Metric] = {}
         for name, bind in self._bind.items():
-            metric = bind(counted, rows.weights)
-            if metric is None and not weighted:
+            bound = bind(counted, rows.weights)
+            if bound is None and not weighted:
                 return None
-            if metric is None:
+            if bound is None:
                 raise TypeError(
                     f"evaluate of rows with weights, or with padding inside of them, expected metrics that take them; "
                     f"metric {name!r} {locate(self._metrics[name])} does not. Write def {name}(predictions, targets, "
                     "*, weights): return (weights * values).sum(), weights.sum()."
                 )
-            found[name] = metric
+            found[name] = self._metric(name, *bound)
         return found
 
+    def _metric(self, name: str, form: Metric, keyword: str, values: Host | None) -> Metric:
+        """A metric with the values of a batch's rows. One that is constant is captured once."""
+        if name not in self._constant or values is None:
+            return functools.partial(form, **{keyword: values})
+        captured = self._captured.get((name, keyword))
+        if captured is None:
+            captured = self._captured[name, keyword] = FrozenLoss(functools.partial(form, **{keyword: values}))
+            assert len(captured.arrays) == 1
+        return captured.with_arrays([values])
 
-def _binder(metric: Metric) -> Callable[[Host | None, Host | None], Metric | None]:
-    """The function that gives a metric what counts, a bool mask or None, and the weights or None; None if it cannot."""
+
+_Bound = tuple[Metric, str, Host | None]
+
+
+def _binder(metric: Metric) -> Callable[[Host | None, Host | None], _Bound | None]:
+    """The function of what counts, a bool mask or None, and the weights or None, which says how a metric takes them.
+
+    It returns the metric, the name of its argument for them, and what to pass; None if the metric takes none.
+    """
     counted = Counted.find(metric)
     if counted is not None:
         if "weights" not in row_arguments(counted.counts):
             return lambda mask, weights: None
         form = with_counts(metric)
-        return lambda mask, weights: functools.partial(form, weights=_product(mask, weights))
+        return lambda mask, weights: (form, "weights", _product(mask, weights))
     function, takes = parts_of(metric), row_arguments(parts_of(metric))
+    sums = functools.partial(_sums, function)
 
-    def bind(mask: Host | None, weights: Host | None) -> Metric | None:
+    def bind(mask: Host | None, weights: Host | None) -> _Bound | None:
         if weights is None and "where" in takes:
-            return functools.partial(_sums, function, where=mask)
+            return sums, "where", mask
         if "weights" in takes:
-            return functools.partial(_sums, function, weights=_product(mask, weights).astype(np.float32))
+            return sums, "weights", _product(mask, weights).astype(np.float32)
         return None
 
     return bind
