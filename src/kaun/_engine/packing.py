@@ -84,16 +84,17 @@ class MemberPacking:
         leaves: The leaves, or their shapes and dtypes, with the members along axis 0.
     """
 
-    _MOST = 256  # numbers of a member
+    MOST = 256  # numbers of a member
 
     def __init__(self, leaves: Sequence[Any]) -> None:
         self._kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
 
     @classmethod
-    def of(cls, leaves: Sequence[Any]) -> MemberPacking | None:
-        """Return the packing, None if the members are not small."""
+    def of(cls, state: Any) -> MemberPacking | None:
+        """Return the packing of the leaves of a state, None if the members are not small."""
+        leaves = jax.tree_util.tree_leaves(state)
         packs = not any(jnp.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in leaves)
-        return cls(leaves) if packs and sum(math.prod(leaf.shape[1:]) for leaf in leaves) <= cls._MOST else None
+        return cls(leaves) if packs and sum(math.prod(leaf.shape[1:]) for leaf in leaves) <= cls.MOST else None
 
     def pack(self, leaves: Sequence[Any]) -> list[Any]:
         """Return the matrices that hold these leaves."""

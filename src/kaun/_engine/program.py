@@ -123,9 +123,8 @@ class TracedStep:
 
     __slots__ = (
         "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "jaxpr", "layout",
-        "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows", "seconds",
-        "status",
-        "step", "wanted",
+        "looped", "loss", "members", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows",
+        "seconds", "status", "step", "wanted",
     )  # fmt: skip
 
     def __init__(
