@@ -157,16 +157,20 @@ def loss_of_each_step() -> Iterator[Row]:
 
 def transformers() -> Iterator[Row]:
     data = tokens()
-    alone, start = made(transformer(), None, optax.adam(1e-3))
-    x, loss = next(iter(data))
-    expected = float(alone.step(start, x, loss=loss)[0])
+    alone, now = made(transformer(), None, optax.adam(1e-3))
+    steps = []
+    for x, loss in data:
+        value, after = alone.step(now, x, loss=loss)
+        steps.append((now, x, loss, float(value)))
+        now = after
     for name, where in shardings().items():
         trainer, state = made(transformer(), where, optax.adam(1e-3))
         end, folded = trainer.fit(state, data), fold(trainer, state, data)
-        error = abs(float(trainer.step(state, x, loss=loss)[0]) - expected) / expected
+        found = [float(trainer.step(state, x, loss=loss)[0]) for state, x, loss, _ in steps]
+        error = max(abs(a - b) / b for a, (*_, b) in zip(found, steps, strict=True))
         fits = sum(c.where == "fit" for c in trainer.compilations)
         yield Row(
-            f"transformer, {name}: the loss is that of one device, and one program is compiled",
+            f"transformer, {name}: the loss of each step is that of one device, and one program is compiled",
             f"at most {TOLERANCE:g} relative, 1 program", f"{error:.1e}, {fits}", error <= TOLERANCE and fits == 1,
         )  # fmt: skip
         yield Row(f"transformer, {name}: fit is the fold of step", "equal bytes", *same(end, folded))
@@ -222,6 +226,32 @@ def programs() -> Iterator[Row]:
         yield Row(f"{name}: collectives of a step", bar, text, holds if many else None)
 
 
+def ensembles() -> Iterator[Row]:
+    """Two members on each device, which exchange nothing."""
+    x, y = rows_of(3 * BATCH)
+    data = Data.batches((x, y), BATCH).with_loss(losses.cross_entropy_sparse)
+    trainer, _ = made(perceptron(), None, optax.inject_hyperparams(optax.adam)(1e-2))
+    alone = kaun.Ensemble(trainer, 2 * count())
+    many = kaun.Ensemble(trainer, 2 * count(), sharding=sharding.members())
+    with rng.scope(0):
+        now = alone.init(learning_rate=np.geomspace(1e-3, 1e-1, 2 * count()))
+    placed, worst = many.make_state(now.vars).replace(opt_state=now.opt_state, key=now.key), 0.0
+    end, folded = many.fit(placed, data), fold(many, placed, data)
+    for item, loss in data:
+        value, after = alone.step(now, item, loss=loss)
+        found = many.step(now, item, loss=loss)[0]
+        worst, now = max(worst, float(np.abs(np.asarray(found) / np.asarray(value) - 1).max())), after
+    what = f"an ensemble of {2 * count()} members"
+    bar = f"at most {TOLERANCE:g} relative"
+    yield Row(f"{what}: the losses of each step are those on one device", bar, f"{worst:.1e}", worst <= TOLERANCE)
+    yield Row(f"{what}: fit is the fold of step", "equal bytes", *same(end, folded))
+    runner = many._runner(None, False)
+    exchanged = [collectives(compiled_of(runner, placed, 64, entry), least=0) for entry in ("step", "fit")]
+    none = exchanged == [{}, {}]
+    found = "none" if none else str(exchanged)
+    yield Row(f"{what}: collectives of a step", "none", found, none if count() > 1 else None)
+
+
 def memory() -> Iterator[Row]:
     _, state = made(perceptron(), sharding.fsdp(min_size=64), optax.adam(1e-3))
     carry = jax.tree.leaves((state.vars, state.opt_state))
@@ -271,7 +301,7 @@ def resumed() -> Iterator[Row]:
             end = again.fit(start, data, checkpoints=runs)
         leaves = zip(jax.tree.leaves(end.vars), jax.tree.leaves(whole.vars), strict=True)
         error = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in leaves)
-        warned = sum("place of the state" in str(warning.message) for warning in seen)
+        warned = sum("the state was on" in str(warning.message) for warning in seen)
         moved = where is None and count() > 1
         ends = error <= 1e-5 and warned == moved if where is None else error == 0 and not warned
         found = f"{same(saved.vars, begun.vars)[0]}, {error:.1e}, {warned}"
@@ -313,7 +343,12 @@ def compiled(
 ) -> Compiled:
     """A step, or a block of them that overwrites its state, of the perceptron or another model."""
     trainer, state = made(model or perceptron(), where, optax.adam(1e-3), **options)
-    x, y = rows_of(rows or 64 * count())
+    return compiled_of(trainer, state, rows or 64 * count(), entry)
+
+
+def compiled_of(trainer: Any, state: Any, rows: int, entry: str) -> Compiled:
+    """The same of a trainer and its state."""
+    x, y = rows_of(rows)
     inputs = StepInputs(x, lambda out: losses.cross_entropy_sparse(out, y), None)
     leaves, structure = jax.tree.flatten((state.vars, state.opt_state, state.step))
     traced = find_step(trainer._programs, structure, leaves, state.key, inputs, True)
@@ -332,16 +367,18 @@ def compiled(
     return Compiled(found.as_text(), found.memory_analysis(), flops, size)
 
 
-def collectives(program: Compiled) -> dict[str, int]:
+def collectives(program: Compiled, least: int = 64) -> dict[str, int]:
     """How often each kind occurs, those of a few numbers left out: the looks at the loss and the gradient's norm."""
-    large = lambda text: any(math.prod(map(int, shape.split(","))) > 64 for shape in SHAPE.findall(text))
+    large = lambda text: (
+        not least or any(math.prod(map(int, shape.split(","))) > least for shape in SHAPE.findall(text))
+    )
     kinds = [kind for text, kind in COLLECTIVES.findall(program.text) if large(text)]
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
 CHECKS: dict[str, Callable[[], Iterator[Row]]] = {
     "losses": loss_of_each_step, "transformer": transformers, "optimizers": optimizers, "init": fresh_states,
-    "programs": programs, "memory": memory, "work": work, "resume": resumed,
+    "programs": programs, "ensembles": ensembles, "memory": memory, "work": work, "resume": resumed,
 }  # fmt: skip
 
 

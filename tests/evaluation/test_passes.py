@@ -405,7 +405,7 @@ def test_outputs_are_read_some_later_too():
             self._read()
             return np.full((2, 3), self._value, np.float32)
 
-    def run(call):
+    def run(call, ready):
         k = len(pulled) - 1
         return jax.tree.unflatten(jax.tree.structure(0), [Rows(k, lambda: lags.append(len(pulled) - 1 - k))])
 

@@ -53,14 +53,18 @@ def test_processes_that_are_not_at_the_same_place_or_have_other_items_are_found(
 
 def test_what_a_fit_begins_with():
     begin = {"began": True, "key": "a", "step": 0, "done": 0, "data": ["Data.batches(n=4)"], "saves": False, "jax": "1"}
-    begin |= {"asks": False, "numbers": {"layer_norms": 6}, "total": 8, "turns": 3}
+    begin |= {"asks": False, "numbers": {"layer_norms": 6}, "total": 8, "turns": 3, "call": "fit (a.py:1)"}
     found = vote(begin, {**begin, "numbers": {"layer_norms": 4}, "asks": True, "turns": 5})
     assert (found["certain"], found["asks"], found["numbers"], found["turns"]) == (True, True, {"layer_norms": 2}, 5)
     assert vote(begin, {**begin, "total": 7})["certain"] is False
     assert vote({**begin, "total": None}, {**begin, "total": None})["certain"] is False
-    lines = vote(begin, {**begin, "key": "b", "data": ["Data.batches(n=4)", "Data.with_loss(f=...)"]})["unlike"]
+    lines = vote(
+        begin, {**begin, "call": "fit (a.py:9)", "key": "b", "data": ["Data.batches(n=4)", "Data.with_loss(f=...)"]}
+    )["unlike"]
     assert lines == [
         "the run's key is b in process 1, and a in process 0",
         "the stages of the data are Data.batches(n=4) > Data.with_loss(f=...) in process 1, and Data.batches(n=4) in "
         "process 0",
+        "process 0 is in fit (a.py:1)",
+        "process 1 is in fit (a.py:9)",
     ]

@@ -547,4 +547,4 @@ def test_a_fact_that_an_older_kaun_did_not_write_is_no_change_of_the_machine():
         identity.warn_of_machine({"jax": "0.10", "devices": 8}, now)
         assert not seen
         identity.warn_of_machine({"jax": "0.10", "devices": 2}, now)
-    assert "although devices was 2, is 8. It continues" in str(seen[0].message)
+    assert ":\n  the number of devices was 2, is 8\nIt continues" in str(seen[0].message)

@@ -433,7 +433,8 @@ def test_another_machine_is_a_warning(tmp_path, made, monkeypatch):
         patched.setattr(os, "sched_getaffinity", lambda _: range(99), raising=False)
         with pytest.raises(Killed):
             trainer.fit(state, train.epochs(3), report=killing(8), checkpoints=Directory(tmp_path))
-    with pytest.warns(UserWarning, match=r"resumed, although jax was 0.1, is .*cores was 99, is .*may differ"):
+    text = r"(?s)resumed under other conditions:\n  the version of JAX was 0.1, is .*\n  the number of cores was 99, is .*may"
+    with pytest.warns(UserWarning, match=text):
         assert same(trainer.fit(state, train.epochs(3), checkpoints=Directory(tmp_path)), expected)
 
 

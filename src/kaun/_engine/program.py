@@ -16,8 +16,9 @@ from jax import lax
 from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import digest_program, slow_in_loops
+from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout
-from kaun._engine.packing import Packing, in_place, packing_on_device
+from kaun._engine.packing import MemberPacking, Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
 from kaun._jax import calls_the_host, signatures_of
 from kaun._loss import trace_loss
@@ -104,6 +105,7 @@ class TracedStep:
         checks: How many checks a step returns (``StepOutput``).
         loss: The shape and dtype of a step's loss: a scalar, or an array [members].
         layout: Where a step's numbers beside its loss are in its results.
+        members: Whether it is the step of an ensemble.
         row_axis: The axis of an item's arrays along which its rows lie, 1 where axis 0 has the members of an ensemble.
         examples: How many rows an item has, None if that is unknown.
         row_mask: Which leaf of an item says which rows count, None if all do.
@@ -125,8 +127,8 @@ class TracedStep:
 
     __slots__ = (
         "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "examples", "jaxpr",
-        "layout", "looped", "loss", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask", "rows",
-        "seconds", "status", "step", "wanted", "watches",
+        "layout", "looped", "loss", "members", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask",
+        "rows", "seconds", "status", "step", "wanted", "watches",
     )  # fmt: skip
 
     def __init__(
@@ -136,6 +138,7 @@ class TracedStep:
         self.loss, numbers, _, _, checks = traced.out_info
         self.checks = checks.shape[0]
         self.layout = NumberLayout(numbers)
+        self.members = CODE in self.layout.places
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
@@ -309,17 +312,22 @@ def _block(
 
         def body(carried: Any) -> Any:
             i, leaves, status, losses, tables = carried
+            leaves = leaves if members is None else members.unpack(leaves)
             item = item_at(i, pattern, shared, stacked)
             loss, rows, leaves, status = run(leaves, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
             tables = [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
+            leaves = leaves if members is None else members.pack(leaves)
             return i + 1, leaves, status, losses, tables
 
         losses = jnp.zeros((length, *traced.loss.shape), traced.loss.dtype)
         tables = traced.layout.empty(length)
         leaves = packing.unpack(held) if packing else held
+        members = MemberPacking.of(leaves) if traced.members and placing is None else None
+        leaves = leaves if members is None else members.pack(leaves)
         start = (jnp.uint32(0), leaves, status, losses, tables)
         _, leaves, status, losses, tables = lax.while_loop(unfinished, body, start)
+        leaves = leaves if members is None else members.unpack(leaves)
         return pinned(losses, tables, leaves, status)
 
     def pinned(losses: Any, tables: list[Any], leaves: list[Any], status: Any) -> Any:

@@ -43,6 +43,12 @@ Fact = dict[str, Any]
 _MOST_LEAVES = 1000
 _LISTED = 50
 HYPERPARAMETERS = "hyperparameters"
+_MACHINE = {
+    "jax": "the version of JAX was {}, is {}", "python": "the version of Python was {}, is {}",
+    "backend": "the backend was {}, is {}", "devices": "the number of devices was {}, is {}",
+    "cores": "the number of cores was {}, is {}", "processes": "the number of processes was {}, is {}",
+    "the place of the state": "the state was {}; now it is {}",
+}  # fmt: skip
 _HEX = re.compile(r"-?(inf|0x[0-9a-f.]{1,40}p[+-]?[0-9]{1,4})|nan")  # float.hex()
 _AFFINITY = hasattr(os, "sched_getaffinity")
 
@@ -191,11 +197,12 @@ def refuse_difference(directory: Directory, what: str, step: int, lines: list[st
 def warn_of_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn where a run is resumed with another version, backend, number of devices or cores, or place of its state."""
     known = [name for name in now if name in before]  # a checkpoint of an older kaun has fewer
-    changed = [f"{name} was {before[name]}, is {now[name]}" for name in known if before[name] != now[name]]
+    changed = [_MACHINE[name].format(before[name], now[name]) for name in known if before[name] != now[name]]
     if changed:
+        listed = "".join(f"\n  {plain(line, 1000)}" for line in changed)
         warn(
-            f"A run is resumed, although {'; '.join(map(plain, changed))}. It continues from the same state, but its "
-            "results may differ in their last bits from those of a run without interruption."
+            f"A run is resumed under other conditions:{listed}\nIt continues from the same state. Its results may "
+            "differ in their last bits from those of a run without interruption."
         )
 
 

@@ -329,7 +329,7 @@ def _with_programs(
     settings, copy = settings_of(trainer), object.__new__(Trainer)
     for field in dataclasses.fields(trainer):
         object.__setattr__(copy, field.name, getattr(trainer, field.name))
-    train = functools.partial(train_members, settings, stop, size)
+    train = functools.partial(train_members, settings, stop, size, sharding is None)
     forward = functools.partial(eval_members, settings, size)
     scores = functools.partial(score_members, trace_metrics, size)
     if sharding is not None and size is not None:

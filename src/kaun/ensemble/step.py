@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng, tree
-from kaun._engine import CODE, LOST, NOT_FINITE, RUNS, STOPPED
+from kaun._engine import CODE, LOST, NOT_FINITE, RUNS, STOPPED, MemberPacking
 from kaun._loss import FrozenLoss, array_names, snapshot_loss, trace_function
 from kaun._messages import locate
 from kaun._step import Settings, StepOutput, eval_step, train_step
@@ -21,8 +22,6 @@ from kaun.context import Context
 from kaun.layers.core import Vars
 from kaun.metrics import CountedParts
 from kaun.state import Members
-
-_SMALL = 256  # numbers in the state of a member, up to which they are looked at together
 
 __all__ = ["Stop", "checked_stop", "eval_members", "members_axes", "score_members", "train_members"]
 
@@ -34,6 +33,7 @@ def train_members(
     settings: Settings,
     stop: Stop | None,
     size: int | None,
+    packs: bool,
     carry: tuple[Vars, Members, jax.Array],
     key: jax.Array,
     x: Any,
@@ -49,6 +49,7 @@ def train_members(
         settings: The trainer's settings.
         stop: Which losses stop a member, None for none.
         size: The number of members, where each has items of its own, along axis 0; None where all share the items.
+        packs: Whether the states of small members may be packed: not where the members lie on several devices.
         carry: Variables, optimizer state, number of steps.
         key: The keys of the members' runs.
         x: The model's input.
@@ -60,28 +61,32 @@ def train_members(
     """
     loss_key, arrays = loss.args  # pyright: ignore[reportFunctionMemberAccess]
 
-    def one(carry: Any, key: jax.Array, x: Any, ctx: Context, arrays: Sequence[Any]) -> StepOutput:
+    def one(carry: Any, key: jax.Array, x: Any, ctx: Context, arrays: Sequence[Any]) -> tuple[StepOutput, jax.Array]:
         of = functools.partial(loss.func, loss_key, arrays)  # pyright: ignore[reportFunctionMemberAccess]
         return _train_member(settings, stop, carry, key, x, ctx, of, training, wanted or {})
 
     names = {"x": x, "ctx": ctx, "loss": dict(zip(array_names(loss_key, len(arrays)), arrays, strict=True))}
     axes = functools.partial(members_axes, size, names)
-    return jax.vmap(one, (0, 0, axes(x), axes(ctx), axes(arrays)))(carry, key, x, ctx, arrays)
+    trained = jax.vmap(one, (0, 0, axes(x), axes(ctx), axes(arrays)))(carry, key, x, ctx, arrays)
+    return _settled(
+        settings.on_nonfinite,
+        stop is not None,
+        MemberPacking.of((carry[0], carry[1].inner, carry[2])) if packs else None,
+        carry,
+        *trained,
+    )
 
 
 def _train_member(
     settings: Settings, stop: Stop | None, carry: tuple[Vars, Members, jax.Array], key: jax.Array, x: Any,
     ctx: Context, loss: Callable[[Any], Any], training: bool, wanted: Mapping[str, int],
-) -> StepOutput:  # fmt: skip
-    """Run one step of a member, which keeps its state if it does not run, or if the step is to be discarded."""
+) -> tuple[StepOutput, jax.Array]:  # fmt: skip
+    """Run one step of a member as if it ran, and return with it whether its loss stops it."""
     vars, members, step = carry
-    mode, no, yes = settings.on_nonfinite, jnp.array(False), jnp.array(True)
-    before = (vars, members.inner, step)
-    # Under "raise" discarding is left to the selection below, which a member that does not run needs anyway.
-    joins = mode == "raise" and _is_small(before)
-    looks = dataclasses.replace(settings, on_nonfinite="ignore") if joins else settings
+    mode, before = settings.on_nonfinite, (vars, members.inner, step)
+    # Under "raise" a small member leaves discarding to ``_settled``, which a member that does not run needs anyway.
+    looks = dataclasses.replace(settings, on_nonfinite="ignore") if _settles(mode, before) else settings
     out = train_step(looks, before, key, x, ctx, loss, training, mode == "skip", wanted)
-    out = out._replace(finite=out.finite & ~_is_spoiled(before, out.carry)) if joins else out
     if taken := {"losses", CODE} & out.numbers.keys():
         raise TypeError(f"The loss of an ensemble returned {taken.pop()!r}, a name that is kaun's own. Rename it.")
     if parts := [name for name, number in out.numbers.items() if isinstance(number, CountedParts)]:
@@ -90,38 +95,68 @@ def _train_member(
             "reports would compute for all members together. Return a scalar or a losses.Mean(total, weight), and "
             "compute the metric with many.evaluate."
         )
-    nonfinite = members.nonfinite if mode == "raise" else no
-    stopped = members.stopped if stop is not None else no
+    return out, jnp.array(False) if stop is None else _stops(stop, key, out.loss)
+
+
+def _settled(
+    mode: str, can_stop: bool, packing: MemberPacking | None, carry: tuple[Vars, Members, jax.Array], out: StepOutput,
+    stops: jax.Array,
+) -> StepOutput:  # fmt: skip
+    """Return a step in which each member that does not run, or whose step is to be discarded, keeps its state.
+
+    Args:
+        mode: ``on_nonfinite``.
+        can_stop: Whether there is a ``stop``.
+        packing: How the state is packed here, None if it is not.
+        carry: The carry before the step.
+        out: The step of the members, as if all ran.
+        stops: Which members its loss stops.
+    """
+    vars, members, step = carry
+    before, after, raises = (vars, members.inner, step), out.carry, mode == "raise"
+    no = jnp.zeros_like(members.stopped)
+    nonfinite, stopped = members.nonfinite if raises else no, members.stopped if can_stop else no
+    finite = out.finite if raises else out.numbers["finite"] > 0 if mode == "skip" else ~no
+    if _settles(mode, before, axis=1):
+        finite &= ~_spoiled(before, after)
     runs = ~(nonfinite | stopped)
-    finite = out.finite if mode == "raise" else out.numbers["finite"] > 0 if mode == "skip" else yes
-    stops = no if stop is None else runs & (finite if mode == "raise" else yes) & _stops(stop, key, out.loss)
+    stops = runs & stops & (finite if raises else True)
     code = jnp.where(runs, jnp.where(finite, RUNS, NOT_FINITE), jnp.where(nonfinite, LOST, STOPPED))
-    numbers = {**out.numbers, CODE: code.astype(jnp.float32)}
-    after = out.carry
-    if mode == "raise" or stop is not None:
-        kept = runs & ~stops & (finite if mode == "raise" else yes)
-        after = jax.tree_util.tree_map(lambda new, old: jnp.where(kept, new, old), after, before)
-    ended = nonfinite | (runs & ~finite) if mode == "raise" else members.nonfinite
+    if raises or can_stop:
+        after = _select(packing, runs & ~stops & (finite if raises else True), after, before)
+    ended = nonfinite | (runs & ~finite) if raises else members.nonfinite
     vars, opt_state, step = after
-    return out._replace(numbers=numbers, carry=(vars, Members(stopped | stops, ended, opt_state), step))
+    after = vars, Members(stopped | stops, ended, opt_state), step
+    return out._replace(numbers={**out.numbers, CODE: code.astype(jnp.float32)}, carry=after)
 
 
-def _is_small(carry: Any) -> bool:
-    return sum(leaf.size for leaf in jax.tree_util.tree_leaves(carry)) <= _SMALL
+def _settles(mode: str, before: Any, axis: int = 0) -> bool:
+    """Whether what a step makes of a member is looked at by ``_settled``, and not by the step; ``axis`` as 1 of all."""
+    numbers = sum(math.prod(leaf.shape[axis:]) for leaf in jax.tree_util.tree_leaves(before))
+    return mode == "raise" and numbers <= MemberPacking.MOST
 
 
-def _is_spoiled(before: Any, after: Any) -> jax.Array:
-    """Return whether a step makes a leaf not finite that was finite before, as ``checks_of`` finds it."""
+def _select(packing: MemberPacking | None, kept: jax.Array, after: Any, before: Any) -> Any:
+    """Return the state after a step for the members that keep it, and that before it for the others."""
+    (new, structure), old = jax.tree_util.tree_flatten(after), jax.tree_util.tree_leaves(before)
+    if packing is None:
+        of = lambda leaf: kept.reshape(-1, *[1] * (leaf.ndim - 1))
+        return structure.unflatten([jnp.where(of(a), a, b) for a, b in zip(new, old, strict=True)])
+    pairs = zip(packing.pack(new), packing.pack(old), strict=True)
+    return structure.unflatten(packing.unpack([jnp.where(kept, a, b) for a, b in pairs]))
+
+
+def _spoiled(before: Any, after: Any) -> jax.Array:
+    """Return for each member whether a step makes a leaf not finite that was finite before, as ``checks_of`` finds."""
     states = [(vars, without_weights(opt_state)) for vars, opt_state, _ in (before, after)]
-    spoiled: dict[tuple[int, ...], jax.Array] = {}
-    for old, new in zip(*map(jax.tree_util.tree_leaves, states), strict=True):
-        if old is not new and jnp.issubdtype(old.dtype, jnp.inexact):
-            bad = jnp.isfinite(old) & ~jnp.isfinite(new)
-            spoiled[old.shape] = bad | spoiled[old.shape] if old.shape in spoiled else bad
-    # XLA:CPU sums rows of a few numbers one number after another. One product with ones for all members is faster: 256
-    # members with 17 parameters took 80 us a step with a sum for each leaf, and 61 us with this.
-    flags = jnp.concatenate([jnp.zeros(1, bool), *[bad.reshape(-1) for bad in spoiled.values()]]).astype(jnp.float32)
-    return flags @ jnp.ones(flags.shape) > 0
+    leaves = zip(*map(jax.tree_util.tree_leaves, states), strict=True)
+    pairs = [(old, new) for old, new in leaves if old is not new and jnp.issubdtype(old.dtype, jnp.inexact)]
+    old, new = (MemberPacking(each).pack(each) for each in zip(*pairs, strict=True))
+    return functools.reduce(jnp.logical_or, [_are_spoiled(*each) for each in zip(old, new, strict=True)])
+
+
+def _are_spoiled(old: jax.Array, new: jax.Array) -> jax.Array:
+    return (jnp.isfinite(old) & ~jnp.isfinite(new)).any(axis=0)
 
 
 def checked_stop(stop: Any) -> Stop:

@@ -214,6 +214,16 @@ def data():
         return Data.batches((x, y), batch_size=8, shuffle=True).with_loss(losses.mse)
 
 
+LOOKED = []
+
+
+def looked():
+    """The steps for which the report of a fit was called since this was asked before."""
+    found = [*LOOKED]
+    LOOKED.clear()
+    return found
+
+
 class Forgetting:
     """A report that cannot say in one process what it keeps after a step."""
 
@@ -241,6 +251,7 @@ def fit(folder, epochs=3, fails=None, dies=None, loose=None, by=1, forgets=None,
     stopper, history = reports.early_stopping("loss", mode="min", patience=100), reports.history()
 
     def look(step, loss, state):
+        LOOKED.append(step)
         if step == dies:
             do_not_wait_long()
         if step == dies and jax.process_index() == 1:

@@ -114,7 +114,9 @@ def check_fit(two, folder):
     failed = two.run(RUNS, "fit", folder=str(folder / "runs"), fails=7)
     assert failed[1][:2] == ("OSError: no such row", 7) and failed[0][0].startswith("FailedElsewhere: Process 1 failed")
     assert names(folder / "runs")[-1] == "step-00000007"
+    two.run(RUNS, "looked")
     assert two.run(RUNS, "fit", folder=str(folder / "runs")) == whole
+    assert two.run(RUNS, "looked") == [[*range(7, 13)]] * 2  # a call that fails in one process is repeated in all
     assert two.run(RUNS, "fit", folder=str(folder / "runs")) == whole  # it is finished
     for _ in range(2):  # the second time for the step of the checkpoint, which only process 0 would save again
         failed = two.run(RUNS, "fit", folder=str(folder / "again"), fails=7, by=0)

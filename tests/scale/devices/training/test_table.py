@@ -184,5 +184,11 @@ def test_a_transformer(kit, name):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6 * 12)
     trainer, state, data, end = trainers[1]
     assert len(trainer.compilations) == 1
+    (alone, now, *_), pairs = trainers[0], []
+    for item, loss in data:  # each step from one state, as the table says
+        value, after = alone.step(now, item, loss=loss)
+        pairs.append((float(trainer.step(now, item, loss=loss)[0]), float(value)))
+        now = after
+    np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-6)
     assert kit.content(end) == kit.content(kit.fold(trainer, state, data))
     assert kit.misplaced(trainer, end) == []
