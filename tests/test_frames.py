@@ -142,7 +142,9 @@ def test_a_cause_stays_where_it_has_lines_of_the_users(trained):
     with rng.scope(0):
         trainer = kaun.Trainer(model=layers.linear(3, 2), optimizer=Broken())
         error = raised(trainer.init)
-    assert isinstance(error.__cause__, KeyError) and [file.name for file in files(error.__cause__)] == ["test_frames.py"]
+    assert isinstance(error.__cause__, KeyError) and [file.name for file in files(error.__cause__)] == [
+        "test_frames.py"
+    ]
     lines = shown(error)
     assert len(lines) <= 30 and not [line for line in lines if str(SRC) in line]
 
@@ -150,7 +152,9 @@ def test_a_cause_stays_where_it_has_lines_of_the_users(trained):
 def test_a_context_without_lines_of_the_users_is_not_shown():
 
     for name, kept in (("kaun", False), ("user", True)):
-        code = compile("try: {}['x']\nexcept KeyError as e: failed = e", str(SRC / "tree.py" if name == "kaun" else name), "exec")
+        code = compile(
+            "try: {}['x']\nexcept KeyError as e: failed = e", str(SRC / "tree.py" if name == "kaun" else name), "exec"
+        )
         found = {}
         exec(code, found)
         error = ValueError("the sentence")
