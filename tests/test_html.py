@@ -166,3 +166,21 @@ def test_a_long_history_keeps_its_spikes():
     assert "1 to 50" in html and len(html) < 12_000
     history.block(10_001, {"loss": np.array([np.nan], np.float32)})
     assert "1 to 50" in history._repr_html_() and "loss nan" in repr(history)
+
+
+def test_states_of_optimizers_show_their_numbers_and_how_much_they_hold():
+    with rng.scope(0):
+        model, average = layers.linear(3, 2), averages.ema(0.9)
+        about = {"precision": "mixed_float16", "accumulate": 2, "average": average}
+        scaled = kaun.Trainer(model=model, optimizer=optax.sgd(0.1, momentum=0.9), **about).init().opt_state
+        members = kaun.Ensemble(kaun.Trainer(model=model, optimizer=optax.sgd(0.1)), 3).init().opt_state
+    assert repr(scaled) == "LossScale(scale=32768, good=0, inner=<40 numbers>)"
+    window = scaled.inner
+    assert repr(window) == (
+        "Window(position=0, items=0, weight=0, loss=0, gradient=<8 numbers>, updates=0, inner=<27 numbers>)"
+    )
+    assert repr(window.inner).startswith("AveragedWeights(rule=averages.ema(0.9), average=<8 numbers>, ")
+    assert repr(members).startswith("Members(stopped=bool[3], nonfinite=bool[3], inner=")
+    seen = []
+    jax.make_jaxpr(lambda scale: (seen.append(repr(scale)), scale)[1])(scaled)
+    assert seen == ["LossScale(scale=traced, good=traced, inner=<40 numbers>)"]
