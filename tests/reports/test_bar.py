@@ -1,5 +1,6 @@
 """The progress bar where there is little room, and in a notebook's cell."""
 
+import contextlib
 import fcntl
 import io
 import os
@@ -27,9 +28,12 @@ def terminal():
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         with os.fdopen(child, "w", encoding="utf-8") as stream:
             call(stream)
-            text = os.read(parent, 4096).decode()
+        text = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed, and all is read
+            while chunk := os.read(parent, 4096):
+                text += chunk
         os.close(parent)
-        return [line.rstrip() for line in text.split("\r") if line.strip()]
+        return [line.rstrip() for line in text.decode().split("\r") if line.strip()]
 
     return drawn
 
