@@ -19,7 +19,7 @@ SRC = ROOT / "src" / "kaun"
 # The floor plan: each package or module of the root, from the row that imports nothing of kaun to those that users call.
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
-    {"_cache", "_html", "_jax", "_kernels", "_messages", "_paths", "_processes", "errors", "rng", "tree"},
+    {"_cache", "_calls", "_html", "_jax", "_kernels", "_messages", "_paths", "_processes", "errors", "rng", "tree"},
     {"context", "grad", "losses", "sharding"},
     {"averages", "layers", "metrics"},
     {"_loss"},
@@ -32,6 +32,8 @@ ROWS = [
 ]
 # Modules of one row that stand on each other, which a row of single modules cannot avoid.
 WITHIN_A_ROW = {
+    ("_calls", "_messages"),
+    ("_calls", "tree"),
     ("_messages", "_jax"),
     ("_messages", "errors"),
     ("_processes", "_jax"),
@@ -46,7 +48,19 @@ WITHIN_A_ROW = {
 # A class in some modules: the part that its other part inherits from names the whole, for the type checker alone.
 PARTS_OF_A_CLASS = {(f"data.{part}", "data.pipeline") for part in ("base", "placed", "sources")}
 # Packages of kaun's own: nothing but what their __init__ lists is imported from outside.
-ROOMS = {"_engine", "_kernels", "_loss", "_run", "_step", "checkpoint", "data", "ensemble", "evaluation", "metrics"}
+ROOMS = {
+    "_calls",
+    "_engine",
+    "_kernels",
+    "_loss",
+    "_run",
+    "_step",
+    "checkpoint",
+    "data",
+    "ensemble",
+    "evaluation",
+    "metrics",
+}
 
 # The vocabulary. A new name belongs here, in the docs and in the changelog.
 PUBLIC = {
@@ -226,7 +240,7 @@ def test_functions_fit_on_a_screen():
 
 
 def test_fit_fits_on_half_a_screen():
-    (fit,) = [f for name, f in functions() if (name, f.name) == ("train", "fit")]
+    *_, fit = [f for name, f in functions() if (name, f.name) == ("train", "fit")]
     assert body_lines(fit) <= 30
 
 
@@ -446,8 +460,8 @@ def test_interop_is_imported_when_it_is_used(imported):
 
 
 def test_a_name_that_kaun_does_not_have_is_an_error_that_lists_those_it_has():
-    with pytest.raises(AttributeError, match=r"^module 'kaun' has no attribute 'fit'; it has Context, .*, summary\.$"):
-        importlib.import_module("kaun").fit  # noqa: B018
+    with pytest.raises(AttributeError, match=r"^module 'kaun' has no attribute 'fitt'. It has Context, .*, summary\.$"):
+        importlib.import_module("kaun").fitt  # noqa: B018
 
 
 def test_modules_name_nothing_optional_at_their_top():

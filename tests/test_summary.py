@@ -120,7 +120,8 @@ def test_it_draws_no_key_and_runs_nothing():
 
 def test_what_is_refused():
     with pytest.raises(
-        TypeError, match=r"summary expected a kaun\.Trainer, received Layer\. Write summary\(trainer, x\)"
+        TypeError,
+        match=r"summary expected a kaun\.Trainer, received Layer\. Write summary\(kaun\.Trainer\(model=model, .*\), x\)\.",
     ):
         kaun.summary(nested(), X)
     with pytest.raises(

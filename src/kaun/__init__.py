@@ -58,7 +58,9 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name not in _PLACES:
-            raise AttributeError(f"module 'kaun' has no attribute {name!r}; it has {', '.join(__all__)}.")
+            advice = importlib.import_module("kaun._calls").advice("kaun", name)
+            has = advice or f"It has {', '.join(__all__)}."
+            raise AttributeError(f"module 'kaun' has no attribute {name!r}. {has}")
         module = importlib.import_module(f"kaun.{_PLACES[name]}")
         value = module if _PLACES[name] == name else getattr(module, name)
         return globals().setdefault(name, value)

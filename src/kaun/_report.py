@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from kaun import tree
+from kaun._calls import shown
 from kaun._messages import locate, nearest_member
 from kaun.errors import EarlyStop
 from kaun.state import TrainState
@@ -327,6 +328,12 @@ def check_takes(where: str, what: str, f: Any, arguments: str) -> None:
     Raises:
         TypeError: If it does not.
     """
+    if isinstance(f, (list, tuple)):
+        several = ", ".join(shown(each) for each in cast("Any", f))
+        raise TypeError(
+            f"{where} expected {what}, callable as ({arguments}), received a {type(f).__name__} of {len(f)}: "
+            f"{several}. Write reports.all_of(a, b)."
+        )
     if not callable(f):
         raise TypeError(
             f"{where} expected {what}, callable as ({arguments}), received {f!r}. Write def report({arguments}): ..., "

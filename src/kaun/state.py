@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import jax
@@ -12,11 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html, tree
+from kaun._calls import MISSING, advice, wrong_fit
 from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars, vars_table
 
-__all__ = ["Members", "TrainState", "check_state", "count_steps", "own_state"]
+__all__ = [
+    "Members", "TrainState", "check_fit", "check_state", "check_training", "check_vars", "count_steps", "own_state",
+    "state_of",
+]  # fmt: skip
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
 _making = threading.RLock()
@@ -194,8 +198,8 @@ class TrainState:
     if not TYPE_CHECKING:  # the type checker knows the fields, and must not accept any other name
 
         def __getattr__(self, name: str) -> Any:
-            hint = f" Write state.vars.{name}." if name in ("params", "state", "dtype") else ""
-            raise AttributeError(f"TrainState has no {name!r}; it has vars, opt_state, step and key.{hint}")
+            text = f"TrainState has no {name!r}; it has vars, opt_state, step and key."
+            raise AttributeError(f"{text} {advice('TrainState', name)}".rstrip())
 
     def __dir__(self) -> list[str]:
         averaged = ["averaged"] if find_average(self.opt_state) is not None else []
@@ -260,3 +264,40 @@ def check_state(state: Any, where: str) -> None:
     if not isinstance(state, TrainState):
         fix = "trainer.make_state(vars)" if isinstance(state, Vars) else "trainer.init()"
         raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
+
+
+def check_fit(state: Any, data: Any, more: Sequence[Any], unknown: Mapping[str, Any]) -> None:
+    """Check that ``fit`` was called with a state and data, and no argument that it does not have.
+
+    Raises:
+        TypeError: If it was not.
+    """
+    if more or unknown or data is MISSING or isinstance(data, TrainState) or hasattr(state, "shape"):
+        raise wrong_fit((state, data, *more), unknown)
+    check_state(state, "fit")
+
+
+def check_vars(vars: Any, where: str) -> None:
+    """Check that a value is a ``Vars``.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(vars, Vars):
+        raise TypeError(f"{where} expected kaun.Vars, received {type(vars).__name__}. Write {where}(state.vars).")
+
+
+def check_training(training: Any) -> None:
+    """Check the argument ``training`` of ``step``.
+
+    Raises:
+        TypeError: If it is not a bool.
+    """
+    if not isinstance(training, (bool, np.bool_)):
+        raise TypeError(f"step expected training=True or training=False, received {training!r}.")
+
+
+def state_of(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
+    """Return the state of a loop's carry and key."""
+    vars, opt_state, step = carry
+    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html
+from kaun._calls import MISSING, frozen, shows_overload
 from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._messages import frames_hidden, hide_frames
@@ -41,7 +42,7 @@ from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, ne
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
 from kaun.sharding import Sharding
-from kaun.state import TrainState, check_state
+from kaun.state import TrainState, check_fit, check_state, check_training, check_vars, state_of
 
 if TYPE_CHECKING:
     from jax.export import Exported
@@ -52,6 +53,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+@frozen
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer(Generic[In, Out]):
     """A model paired with an optimizer. Everything else is a function of this value and a ``TrainState``.
@@ -117,25 +119,10 @@ class Trainer(Generic[In, Out]):
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         settings = make_settings(**given)
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
-        object.__setattr__(self, "_settings", settings)
         scaled = settings.policy is not None and settings.policy.scaled
         about: dict[str, Any] = {"on_nonfinite": self.on_nonfinite, "scaled": scaled, "sharding": self.sharding}
-        programs = ProgramCache(step, forward, trace_metrics, **about)
-        object.__setattr__(self, "_programs", programs)
-        object.__setattr__(self, "_evaluated", EvaluatedParams())
-        object.__setattr__(self, "_passes", RepeatedPasses())
-
-    def __copy__(self) -> Trainer[In, Out]:
-        return self
-
-    def __deepcopy__(self, _: Any) -> Trainer[In, Out]:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError(
-            "a Trainer cannot be pickled: its model and optimizer are closures. Pickle the function that builds the "
-            "trainer, and the state: pickle.dumps((build_trainer, state)); call build_trainer() in the other process."
-        )
+        vars(self).update(_settings=settings, _evaluated=EvaluatedParams(), _passes=RepeatedPasses())
+        vars(self)["_programs"] = ProgramCache(step, forward, trace_metrics, **about)
 
     def __repr__(self) -> str:
         return f"Trainer({', '.join(f'{name}={text}' for name, text in shown_arguments(self).items())})"
@@ -151,7 +138,6 @@ class Trainer(Generic[In, Out]):
         """What was compiled so far (the newest thousand): where, for which loss, why again, and in how many seconds."""
         return tuple(self._programs.compilations)
 
-    @frames_hidden
     def init(self, *, dtype: Any = DEFAULT_DTYPE) -> TrainState:
         """Return a fresh state: weights with keys from the RNG scope, then as ``make_state``.
 
@@ -161,9 +147,8 @@ class Trainer(Generic[In, Out]):
         Raises:
             TypeError, ValueError: As ``Layer.init`` and ``make_state``.
         """
-        return _state(*fresh_state(self._settings, dtype))
+        return state_of(*fresh_state(self._settings, dtype))
 
-    @frames_hidden
     def make_state(self, vars: Vars) -> TrainState:
         """Return a state with these variables, a fresh optimizer state, and one run key from the RNG scope.
 
@@ -173,10 +158,8 @@ class Trainer(Generic[In, Out]):
             TypeError: If ``vars`` is not a ``Vars``, a parameter is not floating, or the optimizer does not fit.
             ValueError: If the variables belong to another model (the message lists the leaves), or none of them trains.
         """
-        if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-            received = type(vars).__name__
-            raise TypeError(f"make_state expected kaun.Vars, received {received}. Write make_state(state.vars).")
-        return _state(fresh_carry(self._settings, vars), fresh_key(self._settings))
+        check_vars(vars, "make_state")
+        return state_of(fresh_carry(self._settings, vars), fresh_key(self._settings))
 
     def step(
         self, state: TrainState, x: Any, *, loss: Loss, training: bool = True, ctx: Context | None = None
@@ -204,8 +187,7 @@ class Trainer(Generic[In, Out]):
         """
         try:
             check_state(state, "step")
-            if not isinstance(training, (bool, np.bool_)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"step expected training=True or training=False, received {training!r}.")
+            check_training(training)
             inputs = StepInputs(x, check_loss(loss), check_context(ctx))
             if newest_pass.loss is not None and newest_pass.loss() is loss:
                 self._passes.check("step", newest_pass.take(), state.key, state.step)
@@ -213,12 +195,11 @@ class Trainer(Generic[In, Out]):
                 self._settings.penalty.refuse_changes()
             carry = state.vars, state.opt_state, state.step
             value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
-            return value, _state(carry, placed_key(self._settings, state.key))
+            return value, state_of(carry, placed_key(self._settings, state.key))
         except BaseException as error:
             hide_frames(error)
             raise
 
-    @frames_hidden
     def flush(self, state: TrainState) -> TrainState:
         """Return the state after the update of the items that wait in it; any other state is returned as it is.
 
@@ -241,15 +222,19 @@ class Trainer(Generic[In, Out]):
         check_state(state, "flush")
         return flush_state(self._settings, self._programs, state)
 
-    def fit(
-        self,
-        state: TrainState,
-        data: Iterable[tuple[Any, Loss] | tuple[Any, Loss, Context]],
-        *,
-        ctx: Context | None = None,
-        report: Report | ReportFunction | None = None,
-        checkpoints: Directory | None = None,
-    ) -> TrainState:
+    @overload
+    def fit(  # pyright: ignore[reportInconsistentOverload]
+        self, state: TrainState, data: Iterable[tuple[Any, Loss] | tuple[Any, Loss, Context]], *,
+        ctx: Context | None = None, report: Report | ReportFunction | None = None, checkpoints: Directory | None = None,
+    ) -> TrainState: ...  # fmt: skip
+
+    # One that takes all arguments can say what to write for wrong ones. A wrapper as for the other methods would be one
+    # more frame on the way to the loss, and would hold the state.
+    @shows_overload
+    def fit(  # noqa: D417
+        self, state: Any = MISSING, data: Any = MISSING, *more: Any,
+        ctx: Any = None, report: Any = None, checkpoints: Any = None, **unknown: Any,
+    ) -> TrainState:  # fmt: skip
         """Run a step for each item of the data, then ``flush``: the fold of ``step`` over it, bit for bit.
 
         Args:
@@ -276,7 +261,7 @@ class Trainer(Generic[In, Out]):
                 as its ``kaun_state``; where that one is lost, the newest that is left, and a note.
         """
         with frames_hidden:
-            check_state(state, "fit")
+            check_fit(state, data, more, unknown)
             # Inside of jit and scan all new arrays are traced; inside of grad and vmap, those made from its arguments.
             refuse_traced(jax.tree_util.tree_leaves((state, jnp.zeros(()))))
             with open_run(checkpoints, state, data, report, self.on_nonfinite, self.sharding) as run:
@@ -286,7 +271,7 @@ class Trainer(Generic[In, Out]):
                 del state  # where the caller does not hold it either, its memory is free once it is copied
                 caller, loop = start_loop(run, self._settings, self._programs, report, check_context(ctx))
                 self._passes.check_data(data, key, first)
-                now, step = lambda: _state(loop.carry(), loop.key), run.done
+                now, step = lambda: state_of(loop.carry(), loop.key), run.done
                 with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                     chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                     pending = caller.pending_report_loss
@@ -328,15 +313,10 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: If an input is of the wrong kind, a Data has no items, or its outputs differ in more
                 than axis 0.
         """
-        try:
-            check_state(state, "predict")
-            run, ctx = self._runner("predict", state), check_context(ctx)
-            return predict(run, x, ctx, self.sharding) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
-        except BaseException as error:
-            hide_frames(error)
-            raise
+        check_state(state, "predict")
+        run, ctx = self._runner("predict", state), check_context(ctx)
+        return predict(run, x, ctx, self.sharding) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
 
-    @frames_hidden
     def evaluate(
         self,
         state: TrainState,
@@ -385,7 +365,6 @@ class Trainer(Generic[In, Out]):
         start = functools.partial(EvaluationLoop, self._programs, (state.vars, state.step), state.key)
         return evaluate(start, data, metrics, check_context(ctx), self.sharding)
 
-    @frames_hidden
     def export(
         self, state: TrainState, x: Any, *, ctx: Context | None = None, platforms: Sequence[str] | None = None
     ) -> Exported:
@@ -419,8 +398,3 @@ class Trainer(Generic[In, Out]):
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:
     """Return the checked arguments of a trainer."""
     return trainer._settings  # pyright: ignore[reportPrivateUsage]
-
-
-def _state(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:
-    vars, opt_state, step = carry
-    return TrainState(vars=vars, opt_state=opt_state, step=step, key=key)

@@ -285,8 +285,8 @@ def test_a_stopper_says_what_it_holds():
     assert repr(stopper) == "<early_stopping('loss', mode='min', patience=3): no value yet, .best is empty>"
     trainer.fit(state, items, report=stopper)
     assert repr(stopper) == (
-        "<early_stopping('loss', mode='min', patience=3): best value 0.262144; .best is the state before the steps "
-        "whose mean loss this is, of step 3; since then 0 of 3 values without a better one>"
+        "<early_stopping('loss', mode='min', patience=3) of the training loss: best value 0.262144; .best is the state "
+        "before the steps whose mean loss this is, of step 3; since then 0 of 3 values without a better one>"
     )
     measured = reports.early_stopping("a", mode="max", patience=2)
     measured.observe(4, {"a": 0.5}, state)

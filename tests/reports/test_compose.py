@@ -467,7 +467,11 @@ def two(step, loss):
             TypeError,
             r"all_of expected a report as argument 1, .* which takes \(step, loss\)",
         ),
-        (lambda: reports.all_of([stop_at(1)]), TypeError, r"as argument 1, callable as .* received \[<function"),
+        (
+            lambda: reports.all_of([stop_at(1)]),
+            TypeError,
+            r"as argument 1, callable as .* received a list of 1: \w+\. Write reports\.all_of\(a, b\)\.",
+        ),
         (
             lambda: reports.each_epoch([1], stop_at(1)),
             TypeError,

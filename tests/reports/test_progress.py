@@ -339,6 +339,16 @@ def test_a_loss_that_is_measured_is_not_taken_for_that_of_the_training(clock):
     assert stream.getvalue().endswith("loss=1, valid_loss=0.25]\n")
 
 
+def test_a_result_is_called_valid_only_where_the_training_has_a_value_of_its_name(clock):
+    stream = io.StringIO()
+    report = reports.progress(file=stream)
+    report.begin(1, 4)
+    report.block(1, {"loss": np.array([1.0], np.float32), "accuracy": np.array([0.5], np.float32)})
+    report.observe(1, {"accuracy": 0.25, "f1": 0.75}, None)
+    report.end()
+    assert stream.getvalue().endswith("loss=1, valid_accuracy=0.25, f1=0.75]\n")
+
+
 def test_results_redraw_a_bar_that_is_due(terminal, clock):
     report = reports.progress(file=terminal.file)
     report.begin(1, 10)

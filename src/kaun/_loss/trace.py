@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -176,6 +177,11 @@ def trace_function(
             raise CaptureError(f"{where} {reason}") from None
         except UnforeseenError as error:
             raise CaptureError(f"{where} {error}") from None
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise  # it ran, and failed
+            _refuse_call(function, role, given)
+            raise
         finally:
             wrote = rebuilt.watch.restore()
         if wrote:
@@ -193,6 +199,20 @@ def trace_function(
     # What was looked at is what runs: the loss is not traced a second time.
     leaves = run_program(closed, jax.tree_util.tree_leaves(arguments))
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(out), leaves)
+
+
+def _refuse_call(function: Any, role: str, given: tuple[Any, ...]) -> None:
+    """Refuse a loss or a metric that cannot be called with what it is given."""
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError:
+        takes = ", ".join(p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty)
+        name = f"losses.{function.__name__}" if (function.__module__ or "").startswith("kaun.losses.") else "f"
+        called, fix = "(predictions, targets)", "Bind other arguments with functools.partial(f, ...)."
+        if role == "loss":
+            called = "the model's output alone"
+            fix = f"Write data.with_loss({name}) for items (x, y), or lambda output: {name}(output, y)."
+        raise TypeError(f"{role} {locate(function)} takes ({takes}), and is called with {called}. {fix}") from None
 
 
 def _refuse_constants(closed: Any, key: LossKey, where: str) -> None:

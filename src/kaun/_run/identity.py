@@ -28,6 +28,7 @@ from kaun._run.generators import find_generators
 from kaun.checkpoint import BEST, Best, Directory, with_another_optimizer
 from kaun.data import Item, ResumableLoader, every_stage_of, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
+from kaun.layers.core import Layer
 from kaun.sharding import Sharding
 from kaun.state import TrainState, count_steps
 
@@ -249,7 +250,7 @@ def _labels(loss: Any) -> Any:
     if isinstance(loss, types.FunctionType):
         reads = function_reads(loss)  # not the globals, which may change during a run
         held = [value for pairs in (reads.cells, reads.defaults, reads.keywords) for _, value in pairs]
-        return [_labels(value) if callable(value) else value for value in held]
+        return [_labels(value) if callable(value) and not isinstance(value, Layer) else value for value in held]
     return None if callable(loss) else loss
 
 

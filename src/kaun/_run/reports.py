@@ -95,9 +95,19 @@ def check_best_is_measured(name: str, report: Any) -> None:
 
 
 def _not_measured(who: str, name: str, measured: Iterable[str], more: str = "") -> ValueError:
+    names = frozenset(measured)
+    text = f"{who} {name!r}, which no report of this fit measures; measured names: "
+    text += f"{', '.join(map(repr, sorted(names))) or 'none'}."
+    plain = name.removeprefix("valid_").removeprefix("val_")
+    if plain != name:
+        code = f'early_stopping("{plain}", ...)' if who.startswith("A report") else f'best=("{plain}", ...)'
+        add = "" if plain in names else f', and reports.validate(trainer, valid, {{"{plain}": ...}}, each=train)'
+        return ValueError(
+            f'{text} A value has the name that validate was given; only columns and the bar add "valid_". Write '
+            f"{code}{add}."
+        )
     return ValueError(
-        f"{who} {name!r}, which no report of this fit measures; measured names: "
-        f"{', '.join(map(repr, sorted(measured))) or 'none'}.{more} Add a report that measures it: "
+        f"{text}{more} Add a report that measures it: "
         f'reports.all_of(reports.validate(trainer, valid, {{"{name}": ...}}, each=train), ...).'
     )
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from kaun import tree
+from kaun._calls import model_for, shown
 from kaun._step.precision import Policy
 from kaun.layers.core import Layer, Vars, abstract_vars
 
@@ -21,11 +22,16 @@ def check_model(model: Any) -> None:
         TypeError: If it is not a ``Layer``.
     """
     if not isinstance(model, Layer):
-        called = ". Did you forget to call it?" if callable(model) else "."
-        raise TypeError(
-            f"Trainer(model=...) expected a kaun Layer, received {model!r}{called} Write "
-            "model=layers.sequential([layers.linear(2, 1)])."
-        )
+        raise TypeError(f"Trainer(model=...) expected a kaun Layer, received {shown(model)}. {_advice(model)}")
+
+
+def _advice(model: Any) -> str:
+    if (advice := model_for(model)) is not None:
+        return f"{advice[0].upper()}{advice[1:]}."
+    if isinstance(model, (list, tuple)):
+        return "Write model=layers.sequential([...])."
+    called = "Did you forget to call it? " if callable(model) else ""
+    return f"{called}Write model=layers.sequential([layers.linear(2, 1)])."
 
 
 class VarsSpec:

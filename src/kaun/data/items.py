@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from kaun import tree
+from kaun._calls import foreign_function
 from kaun._loss import Loss
 from kaun.context import Context
 from kaun.data.arguments import function_text
 from kaun.data.collate import outline_of
+from kaun.data.convert import is_tensor
 from kaun.losses import parts_of
 
 __all__ = [
-    "Item", "LabelledItem", "check_context", "check_loss", "empty_data", "labelled", "loss_attacher", "not_data",
+    "Item", "LabelledItem", "check_context", "check_loss", "empty_data", "labelled", "loss_attacher", "loss_text",
+    "not_data",
 ]  # fmt: skip
 
 
@@ -50,7 +53,7 @@ class Item(NamedTuple):
                 return cls(item[0], cast("Loss", item[1]), ctx)
         raise TypeError(
             "fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item "
-            f"{step} is {_received(item)}. To make them from pairs (x, y), write data.with_loss(losses.mse)."
+            f"{step} is {_received(item)}. To make them from pairs (x, y), write {_with_loss(item)}."
         )
 
 
@@ -92,6 +95,17 @@ class LabelledItem(NamedTuple):
 def loss_attacher(f: Callable[..., Any]) -> Callable[[Any], Any]:
     """The function that attaches a loss to an item. For a loss of kaun it attaches the ``parts`` of that loss."""
     return functools.partial(_attach_loss, parts_of(f))
+
+
+def loss_text(f: Any) -> str:
+    """The name, file and line of a loss given to ``with_loss``.
+
+    Raises:
+        TypeError: If it is not callable, or belongs to a library that does not compute with JAX.
+    """
+    if (foreign := foreign_function(f, "losses")) is not None:
+        raise TypeError(f"with_loss expected a function (output, y) of JAX arrays, {foreign}")
+    return function_text("with_loss", f)
 
 
 def _attach_loss(f: Callable[[Any, Any], Any], item: Any) -> Any:
@@ -172,6 +186,13 @@ def check_context(ctx: Any) -> Context | None:
     if ctx is not None and not isinstance(ctx, Context):
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
     return ctx
+
+
+def _with_loss(item: Any) -> str:
+    """What makes items with a loss of those of a loader."""
+    parts = cast("Any", item) if isinstance(item, (tuple, list)) else [item]
+    data = "Data.from_iterable(loader)" if any(map(is_tensor, parts)) else "data"
+    return f"{data}.with_loss(losses.mse)"
 
 
 def _received(item: Any) -> str:

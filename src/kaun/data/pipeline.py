@@ -8,11 +8,12 @@ from typing import Any, TypeVar, overload
 import jax
 import numpy as np
 
+from kaun._calls import with_advice
 from kaun._loss import Loss
 from kaun.context import Context
 from kaun.data import arguments, buckets, collate, combine, nodes
 from kaun.data.arguments import checked_count, checked_weights, function_text
-from kaun.data.items import loss_attacher
+from kaun.data.items import loss_attacher, loss_text
 from kaun.data.local import stacked_rows
 from kaun.data.nodes import Node, StageSpec, every_stage
 from kaun.data.rows import Padding, loses_rows, own_rows, row_loss_attacher
@@ -27,6 +28,7 @@ U = TypeVar("U")
 X = TypeVar("X")
 
 
+@with_advice
 class Data(Sources[T]):
     """A lazy pipeline of items: immutable, iterated from the start by each ``for``, with ``len()`` where it is known.
 
@@ -236,7 +238,7 @@ class Data(Sources[T]):
             >>> [loss(x) for x, loss in data]
             [2.0]
         """
-        stage = f".with_loss({function_text('with_loss', f)})"
+        stage = f".with_loss({loss_text(f)})"
         rows = self._node.rows
         attach = row_loss_attacher(f, rows) if rows else loss_attacher(f)
         node = nodes.map_node(self._node, attach, stage, keeps_arrays=True, takes_rows=True)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html, rng, tree
+from kaun._calls import explained
 from kaun._engine import StepInputs, check_input, find_step
 from kaun._loss import Loss
-from kaun._messages import frames_hidden
 from kaun._step import abstract_vars, apply_model, parse_precision, trainable_part
 from kaun.context import Context
 from kaun.data import check_context, check_loss
@@ -159,7 +159,7 @@ class Summary:
         return lines
 
 
-@frames_hidden
+@explained("summary")
 def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx: Context | None = None) -> Summary:
     """Summarize a trainer's layers with their shapes and sizes, and the cost of a compiled step. Nothing is run.
 
@@ -184,7 +184,8 @@ def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx
     """
     if not isinstance(trainer, Trainer):  # pyright: ignore[reportUnnecessaryIsInstance]
         received = tree.describe(trainer)
-        raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary(trainer, x).")
+        made = "kaun.Trainer(model=model, optimizer=optax.adam(1e-3))" if isinstance(trainer, Layer) else "trainer"
+        raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary({made}, x).")
     check_input(x)
     ctx = check_context(ctx) or Context()
     policy = parse_precision(trainer.precision)

@@ -5,6 +5,9 @@ check arguments with ``arguments`` and ``padding``, inputs with ``inputs``, and 
 is the place in the model for error messages.
 """
 
+from typing import TYPE_CHECKING
+
+from kaun._calls import module_names
 from kaun.layers.activation import activation as activation
 from kaun.layers.activation import elu as elu
 from kaun.layers.activation import gelu as gelu
@@ -68,3 +71,6 @@ from kaun.layers.recurrent import rnn as rnn
 from kaun.layers.remat import remat as remat
 from kaun.layers.repeat import repeat as repeat
 from kaun.layers.upsample import upsample2d as upsample2d
+
+if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
+    __getattr__ = module_names(__name__)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._calls import explained
 from kaun.layers.arguments import accumulation_dtype, call_text, number
 from kaun.layers.core import Float, Layer
 from kaun.layers.function import stateless
@@ -24,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explained("layers.relu", "layers.activation")
 def relu() -> Layer[Float, Float]:
     """Make the layer ``max(x, 0)``, whose gradient at 0 is 0 (``jax.nn.relu``).
 
@@ -40,6 +42,7 @@ def relu() -> Layer[Float, Float]:
     return _elementwise("relu()", jax.nn.relu)
 
 
+@explained("layers.gelu", "layers.activation")
 def gelu(approximate: bool = True) -> Layer[Float, Float]:
     """Make the layer ``x * Phi(x)`` (Hendrycks and Gimpel, 2016), where ``Phi`` is the normal distribution function.
 
@@ -68,6 +71,7 @@ def _exact_gelu(x: jax.Array) -> jax.Array:
     return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
+@explained("layers.silu", "layers.activation")
 def silu() -> Layer[Float, Float]:
     """Make the layer ``x * sigmoid(x)``, also called swish (``jax.nn.silu``).
 
@@ -85,6 +89,7 @@ def silu() -> Layer[Float, Float]:
     return _elementwise("silu()", jax.nn.silu)
 
 
+@explained("layers.tanh", "layers.activation")
 def tanh() -> Layer[Float, Float]:
     """Make the layer ``tanh(x)``, between -1 and 1 (``jax.nn.tanh``).
 
@@ -102,6 +107,7 @@ def tanh() -> Layer[Float, Float]:
     return _elementwise("tanh()", jnp.tanh)
 
 
+@explained("layers.sigmoid", "layers.activation")
 def sigmoid() -> Layer[Float, Float]:
     """Make the layer ``1 / (1 + exp(-x))``, between 0 and 1 (``jax.nn.sigmoid``).
 
@@ -119,6 +125,7 @@ def sigmoid() -> Layer[Float, Float]:
     return _elementwise("sigmoid()", jax.nn.sigmoid)
 
 
+@explained("layers.leaky_relu", "layers.activation")
 def leaky_relu(slope: float = 0.01) -> Layer[Float, Float]:
     """Make the layer that is ``x`` where ``x >= 0``, and ``slope * x`` elsewhere (``jax.nn.leaky_relu``).
 
@@ -213,6 +220,7 @@ def mish() -> Layer[Float, Float]:
     return _elementwise("mish()", jax.nn.mish)
 
 
+@explained("layers.softmax", "layers.activation")
 def softmax() -> Layer[Float, Float]:
     """Make the layer ``exp(x) / sum(exp(x))`` over the last axis (``jax.nn.softmax``).
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._calls import explained
 from kaun._kernels import matmul
 from kaun.context import Context
 from kaun.layers.arguments import accumulation_dtype, along_last, call_text, fraction, positive, size
@@ -23,6 +24,7 @@ from kaun.layers.positions import rope as rotate
 __all__ = ["multi_head_attention"]
 
 
+@explained("layers.multi_head_attention")
 def multi_head_attention(
     embed_dim: int,
     num_heads: int,

@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._calls import explained
 from kaun.context import Context
 from kaun.layers.core import Float, Int, Layer, Vars, below, block_text, keys_text, must_be_layer, short_name
 from kaun.layers.path import at, here
@@ -25,6 +26,7 @@ def sequential(  # pyright: ignore[reportOverlappingOverload]
 def sequential(
     layers: Sequence[Layer[Int, Float] | Layer[Float, Float]] | Mapping[str, Layer[Int, Float] | Layer[Float, Float]],
 ) -> Layer[Int, Float]: ...
+@explained("layers.sequential")
 def sequential(layers: Any) -> Layer[Any, Any]:
     """Make the layer that applies each of ``layers`` in order.
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 
+from kaun._calls import explained
 from kaun._kernels import ConvConfig, convolve
 from kaun.context import Context
 from kaun.layers.arguments import AXES, accumulation_dtype, along_last, call_text, size, sizes
@@ -21,6 +22,7 @@ __all__ = ["conv1d", "conv2d", "conv3d", "on_images"]
 Kernel = Callable[[jax.Array, jax.Array, ConvConfig], jax.Array]
 
 
+@explained("layers.conv1d", "layers.conv")
 def conv1d(
     in_channels: int,
     out_channels: int,
@@ -79,6 +81,7 @@ def conv1d(
     )
 
 
+@explained("layers.conv2d", "layers.conv")
 def conv2d(
     in_channels: int,
     out_channels: int,
@@ -136,6 +139,7 @@ def conv2d(
     )
 
 
+@explained("layers.conv3d", "layers.conv")
 def conv3d(
     in_channels: int,
     out_channels: int,

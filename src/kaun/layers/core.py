@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import _html, rng, tree
+from kaun._calls import layer_for, shown, with_advice
 from kaun._messages import hide_frames, locate
 from kaun.context import Context
 from kaun.layers.arguments import float_dtype
@@ -134,6 +135,7 @@ class Apply(Protocol):
     def __call__(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]: ...
 
 
+@with_advice
 class Layer(Generic[In, Out]):
     """A model or a part of one: a pair of pure functions, ``init`` and ``apply``.
 
@@ -388,5 +390,4 @@ def block_text(head: str, children: Sequence[Layer[Any, Any]], left: str = "", r
 def must_be_layer(where: str, value: Any) -> None:
     """Raise TypeError if a value is not a ``Layer``."""
     if not isinstance(value, Layer):
-        hint = ". Did you forget to call it?" if callable(value) else "."
-        raise TypeError(f"{where} expected layers, received {value!r}{hint} For a plain function write layers.fn(f).")
+        raise TypeError(f"{where} expected layers, received {shown(value)}. {layer_for(value)}")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
+from kaun._calls import explained
 from kaun._kernels import bits_for, random_bits
 from kaun.context import Context
 from kaun.layers.arguments import call_text, fraction
@@ -19,6 +20,7 @@ from kaun.layers.path import here
 __all__ = ["drop", "drop_path", "dropout", "spatial_dropout"]
 
 
+@explained("layers.dropout")
 def dropout(rate: float) -> Layer[Float, Float]:
     """Make the layer that sets each number to zero with probability ``rate`` in training (Srivastava et al., 2014).
 

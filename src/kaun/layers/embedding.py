@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun._calls import explained
 from kaun._jax import is_traced
 from kaun.context import Context
 from kaun.layers.arguments import call_text, size
@@ -20,6 +21,7 @@ from kaun.layers.path import here
 __all__ = ["embedding"]
 
 
+@explained("layers.embedding")
 def embedding(
     vocab_size: int, embed_dim: int, scale: bool = True, *, weight_init: Initializer | None = None
 ) -> Layer[Int, Float]:

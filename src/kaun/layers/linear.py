@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from kaun._calls import explained
 from kaun._kernels import matmul
 from kaun.context import Context
 from kaun.layers.arguments import along_last, call_text, size
@@ -16,6 +17,7 @@ from kaun.layers.inputs import float_input
 __all__ = ["linear"]
 
 
+@explained("layers.linear")
 def linear(
     in_features: int,
     out_features: int,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._calls import explained
 from kaun.context import Context
 from kaun.layers.arguments import accumulation_dtype, along_last, call_text, fraction, positive, size
 from kaun.layers.core import Float, Layer, Vars
@@ -21,6 +22,7 @@ from kaun.layers.path import here
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
+@explained("layers.layer_norm")
 def layer_norm(dim: int, eps: float = 1e-5, bias: bool = True) -> Layer[Float, Float]:
     """Make the layer that normalizes the last axis to mean 0 and variance 1, then scales and shifts (Ba et al., 2016).
 
@@ -175,6 +177,7 @@ def instance_norm(num_channels: int, eps: float = 1e-5) -> Layer[Float, Float]:
     return Layer(init=_weight_and_bias(channels), apply=apply, name=name)
 
 
+@explained("layers.batch_norm")
 def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> Layer[Float, Float]:
     """Make the layer that normalizes each feature to mean 0 and variance 1 over the batch (Ioffe and Szegedy, 2015).
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._calls import explained
 from kaun._kernels import larger, largest_in_windows, taps, windows
 from kaun.layers.arguments import AXES, accumulation_dtype, call_text, sizes
 from kaun.layers.core import Float, Layer
@@ -25,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explained("layers.max_pool1d", "layers.pool")
 def max_pool1d(
     kernel_size: int, stride: int | None = None, padding: Literal["SAME", "VALID"] | int | tuple[int, int] = "VALID"
 ) -> Layer[Float, Float]:
@@ -54,6 +56,7 @@ def max_pool1d(
     return _max_pool(name, _windowing("max_pool1d", kernel_size, stride, padding, 1))
 
 
+@explained("layers.max_pool2d", "layers.pool")
 def max_pool2d(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] | None = None,
@@ -91,6 +94,7 @@ def max_pool2d(
     return _max_pool(name, _windowing("max_pool2d", kernel_size, stride, padding, 2))
 
 
+@explained("layers.avg_pool1d", "layers.pool")
 def avg_pool1d(
     kernel_size: int,
     stride: int | None = None,
@@ -126,6 +130,7 @@ def avg_pool1d(
     return _avg_pool(name, _windowing("avg_pool1d", kernel_size, stride, padding, 1), count_include_pad)
 
 
+@explained("layers.avg_pool2d", "layers.pool")
 def avg_pool2d(
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] | None = None,
@@ -211,6 +216,7 @@ def global_max_pool() -> Layer[Float, Float]:
     return _global("global_max_pool()", largest)
 
 
+@explained("layers.flatten", "layers.activation")
 def flatten() -> Layer[Float, Float]:
     """Make the layer that reshapes each item to a vector: ``[batch, ...]`` to ``[batch, product of the rest]``.
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import explained
 from kaun._jax import is_traced
 from kaun._kernels import lstm_states, matmul
 from kaun.context import Context
@@ -41,19 +42,15 @@ ORTHOGONAL: Initializer = _orthogonal
 
 @overload
 def lstm(
-    in_features: int,
-    hidden: int,
-    return_state: Literal[False] = False,
-    *,
-    weight_init: Initializer = ...,
-    recurrent_init: Initializer = ...,
-    bias_init: Initializer = ...,
-) -> Layer[Float, Float]: ...
+    in_features: int, hidden: int, return_state: Literal[False] = False, *, weight_init: Initializer = ...,
+    recurrent_init: Initializer = ..., bias_init: Initializer = ...,
+) -> Layer[Float, Float]: ...  # fmt: skip
 @overload
 def lstm(
     in_features: int, hidden: int, return_state: bool, *, weight_init: Initializer = ...,
     recurrent_init: Initializer = ..., bias_init: Initializer = ...,
 ) -> Layer[Any, Any]: ...  # fmt: skip
+@explained("layers.lstm", "layers.recurrent")
 def lstm(
     in_features: int,
     hidden: int,
@@ -116,6 +113,7 @@ def gru(
     in_features: int, hidden: int, return_state: bool, *, weight_init: Initializer = ...,
     recurrent_init: Initializer = ..., bias_init: Initializer = ...,
 ) -> Layer[Any, Any]: ...  # fmt: skip
+@explained("layers.gru", "layers.recurrent")
 def gru(
     in_features: int,
     hidden: int,
@@ -172,6 +170,7 @@ def rnn(
     in_features: int, hidden: int, return_state: bool, *, weight_init: Initializer = ...,
     recurrent_init: Initializer = ..., bias_init: Initializer = ...,
 ) -> Layer[Any, Any]: ...  # fmt: skip
+@explained("layers.rnn", "layers.recurrent")
 def rnn(
     in_features: int,
     hidden: int,

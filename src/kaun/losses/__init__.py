@@ -23,6 +23,9 @@ There the loss is NaN when an index, an integer label or a weight is out of rang
 clamped), and the gradient is that of the other rows; float labels are used as they are.
 """
 
+from typing import TYPE_CHECKING
+
+from kaun._calls import module_names
 from kaun.losses.binary import binary_cross_entropy as binary_cross_entropy
 from kaun.losses.binary import focal as focal
 from kaun.losses.binary import hinge as hinge
@@ -52,3 +55,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
+    __getattr__ = module_names(__name__)

@@ -1,5 +1,8 @@
 """Metrics of predictions against targets, and their exact values over batches."""
 
+from typing import TYPE_CHECKING
+
+from kaun._calls import module_names
 from kaun.metrics.classification import accuracy as accuracy
 from kaun.metrics.classification import binary_accuracy as binary_accuracy
 from kaun.metrics.classification import confusion_matrix as confusion_matrix
@@ -41,3 +44,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
+    __getattr__ = module_names(__name__)

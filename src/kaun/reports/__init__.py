@@ -4,6 +4,9 @@ The interface is ``Report``. ``compose`` combines reports and passes values betw
 ``tensorboard``, ``wandb``, ``mlflow``) share ``log``; with ``history`` they share ``epochs``, the averages over a pass.
 """
 
+from typing import TYPE_CHECKING
+
+from kaun._calls import module_names
 from kaun._report import Report as Report
 from kaun._report import ReportFunction as ReportFunction
 from kaun.reports.compose import all_of as all_of
@@ -30,3 +33,6 @@ from kaun.reports.validate import validate as validate
 from kaun.reports.wandb import wandb as wandb
 from kaun.reports.watch import Watch as Watch
 from kaun.reports.watch import watch as watch
+
+if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
+    __getattr__ = module_names(__name__)

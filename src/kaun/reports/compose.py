@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kaun._calls import explained
 from kaun._messages import locate
 from kaun._report import (
     Composite,
@@ -39,6 +40,7 @@ class ValuesOf(dict[str, float]):
         self.state = state
 
 
+@explained("reports.every")
 def every(n: int, f: Report | ReportFunction) -> Report:
     """Return the report that calls ``f`` after each ``n``-th step; ``fit`` does not wait for the device in between.
 
@@ -98,6 +100,7 @@ def all_of(*reports: Report | ReportFunction) -> Report:
     )
 
 
+@explained("reports.each_epoch")
 def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
     """Return the report that calls ``f(epoch, state)`` after each pass over ``train`` within one ``fit``.
 
@@ -120,6 +123,11 @@ def each_epoch(train: Sized, f: Callable[[int, TrainState], None]) -> Report:
         epoch 1
         epoch 2
     """
+    if isinstance(train, int):
+        raise TypeError(
+            f"each_epoch expected the pipeline of one epoch first, received {train!r}. Write each_epoch(train, f), "
+            f"where fit gets train.epochs(n); for each {train} steps every({train}, report)."
+        )
     check_takes("each_epoch", "a function", f, "epoch, state")
     return _EachEpoch(steps_of_a_pass("each_epoch", train, "every(steps_per_epoch, report)"), f)
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from kaun import _html, tree
+from kaun._calls import explained
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.errors import EarlyStop
@@ -19,6 +20,7 @@ from kaun.train import TrainState
 __all__ = ["EarlyStopping", "early_stopping"]
 
 
+@explained("reports.early_stopping")
 def early_stopping(
     monitor: str, *, mode: Literal["max", "min"], patience: int, min_delta: float = 0.0
 ) -> EarlyStopping:
@@ -29,12 +31,13 @@ def early_stopping(
     report, another, an exception. Only a better state is copied. With ``validate(..., of=f)`` it is ``f(state)``, such
     as ``state.averaged``.
 
-    If no report measures ``"loss"``, ``monitor="loss"`` is the training loss. A step computes the loss of the state
-    before it, so ``best`` is then the state before the step whose loss was best. In ``every(n, stopper)`` the value is
-    the mean loss of the n steps of a window, and the state is the one at the window's start. A step counts by its
-    weight: the number of examples of its batch, or the weight of a ``losses.Mean``. Steps that were skipped, and
-    batches that are masked as a whole, weigh 0; a window without any others has no value. A state is copied for each
-    window; without ``every`` that is each step, for which ``fit`` waits.
+    ``"loss"`` is the one that a report of the fit measures, and if none does the training loss: ``repr(stopper)`` says
+    which. A step computes the training loss of the state before it, so ``best`` is then the state before the step whose
+    loss was best. In ``every(n, stopper)`` the value is the mean loss of the n steps of a window, and the state is the
+    one at the window's start. A step counts by its weight: the number of examples of its batch, or the weight of a
+    ``losses.Mean``. Steps that were skipped, and batches that are masked as a whole, weigh 0; a window without any
+    others has no value. A state is copied for each window; without ``every`` that is each step, for which ``fit``
+    waits.
 
     Passed to a further fit of the same run, one that begins where the last one ended or later, it continues from where
     it was. A fit of another run, of another state or from an earlier step, begins without a best state.
@@ -106,7 +109,9 @@ class EarlyStopping(Report):
 
     watches: Collection[str]
     _held = "after the step at which it was measured"
+    _which = ""  # loss it is
 
+    @explained("reports.EarlyStopping")
     def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
         self.watches = frozenset({monitor})
         self._monitor, self._sign, self._patience, self._min_delta = monitor, sign, patience, min_delta
@@ -158,11 +163,11 @@ class EarlyStopping(Report):
                 f"best value {self.best_value:g}; .best is the state {self._held}, of step {self.best_step}; since "
                 f"then {self._waited} of {self._patience} values without a better one"
             )
-        return f"<early_stopping({self._monitor!r}, mode={mode!r}, patience={self._patience}): {held}>"
+        return f"<early_stopping({self._monitor!r}, mode={mode!r}, patience={self._patience}){self._which}: {held}>"
 
     def _repr_html_(self) -> str:
         mode = "max" if self._sign > 0 else "min"
-        shown: list[tuple[str, Any]] = [("watches", f"{self._monitor!r}, mode={mode!r}")]
+        shown: list[tuple[str, Any]] = [("watches", f"{self._monitor!r}{self._which}, mode={mode!r}")]
         if self._best is not None:
             shown += [("best value", self.best_value), (".best", f"the state {self._held}, of step {self.best_step}")]
         shown += [("values without a better one", f"{self._waited} of {self._patience}")]
@@ -245,6 +250,7 @@ class _TrainingLossStopping(EarlyStopping):
     ) -> None:  # fmt: skip
         super().begin(first_step, total, measured, every, state)
         self._measured = self._monitor in measured
+        self._which = f" of the {'validated' if self._measured else 'training'} loss"
         start = None if self._measured else state
         if not self._resumed:
             self._open_window(start)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from kaun._calls import explained
 from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues
@@ -25,14 +26,15 @@ LINE_SECONDS, LONGEST_LINE_SECONDS = 10.0, 600.0  # anywhere else
 QUIET_SECONDS, QUIET_STEPS = 10.0, 20  # without news, after which it asks for a step
 
 
+@explained("reports.progress")
 def progress(total: int | None = None, *, description: str | None = None, file: TextIO | None = None) -> Report:
     """Return the report that shows a tqdm bar: step, total if known, time, steps per second, the loss, and results.
 
-    Results are what other reports of one ``all_of`` measured last (``validate``), by name, a ``"loss"`` as
-    ``valid_loss``. Where ``fit`` gets ``train.epochs(n)`` the loss is the mean over the current pass so far, in which
-    each step counts by its weight, and otherwise that of the newest step; steps that weigh 0 are left out. While a
-    program compiles the bar says ``compiling``, afterwards how many seconds that took; they do not count in the steps
-    per second.
+    Results are what other reports of one ``all_of`` measured last (``validate``), by name; as ``valid_loss`` and the
+    like where the training has a value of that name. Where ``fit`` gets ``train.epochs(n)`` the loss is the mean over
+    the current pass so far, in which each step counts by its weight, and otherwise that of the newest step; steps that
+    weigh 0 are left out. While a program compiles the bar says ``compiling``, afterwards how many seconds that took;
+    they do not count in the steps per second.
 
     A terminal or a notebook gets a bar, redrawn about 10 times a second, of which a saved notebook keeps the last line;
     in a narrow terminal the loss stays. Anything else, a log file or a pipe, gets a
@@ -117,6 +119,7 @@ class _Fit:
         self._loss: float | None = None
         self._epoch, self._mean, self._weight = 1, 0.0, 0.0  # the pass that is running
         self._values: dict[str, float] = {}
+        self._names = {"loss"}  # of the training's values
         self._compiled, self._compiling = 0.0, False
         self._wanted: int | None = None
         self._drawn = monotonic()
@@ -133,6 +136,7 @@ class _Fit:
         return True
 
     def block(self, values: StepValues) -> None:
+        self._names |= values.keys()
         for number, part, _ in values.by_pass():
             if number != self._epoch:
                 self._epoch, self._mean, self._weight = number, 0.0, 0.0
@@ -179,7 +183,7 @@ class _Fit:
             self._drawn = monotonic()
 
     def _postfix(self) -> str:
-        measured = {"valid_loss" if name == "loss" else name: value for name, value in self._values.items()}
+        measured = {f"valid_{name}" if name in self._names else name: value for name, value in self._values.items()}
         named = ({} if self._loss is None else {"loss": self._loss}) | measured
         shown = [f"{name}={value:.4g}" for name, value in named.items()]
         if self._compiling:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kaun import _html, tree
+from kaun._calls import explained
 from kaun._messages import locate
 from kaun._report import Report
 from kaun._run import pack_results, unpack_results
@@ -24,6 +25,7 @@ from kaun.train import Trainer, TrainState
 __all__ = ["Validation", "validate"]
 
 
+@explained("reports.validate")
 def validate(
     trainer: Trainer[Any, Any] | Ensemble[Any, Any],
     data: Iterable[Any],

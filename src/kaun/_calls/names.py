@@ -1,0 +1,72 @@
+"""Names that a module or an object of kaun does not have, as other libraries have them: what to write."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from kaun._calls.renamed import ADVICE, RENAMED
+
+__all__ = ["advice", "call_of", "module_names", "no_attribute", "renamed"]
+
+
+def module_names(module: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a public package: an AttributeError that says what to write for a name."""
+    return lambda name: _raise(module, name)
+
+
+def _raise(module: str, name: str) -> Any:
+    short = module.removeprefix("kaun.")
+    raise no_attribute(f"module {module!r}", short, name, sys.modules[module])
+
+
+def no_attribute(owner: str, kind: str, name: str, module: Any = None) -> AttributeError:
+    """Return the exception for an attribute that something does not have.
+
+    Args:
+        owner: What has no such attribute, for the message.
+        kind: Its entry in ``ADVICE``.
+        name: The attribute.
+        module: The module, where it is one, whose names are searched for a near one.
+    """
+    head = f"{owner} has no attribute {name!r}"
+    if name.startswith("_"):
+        return AttributeError(head)
+    text = advice(kind, name)
+    if not text and module is not None and (found := renamed(kind, name, module)):
+        text = f"Write {kind}.{call_of(kind, found, getattr(module, found))}."
+    return AttributeError(f"{head}. {text}" if text else head)
+
+
+def advice(kind: str, name: str) -> str:
+    """Return what to write for a name that a kind of object or module does not have, "" if nothing is known."""
+    return ADVICE.get(kind, {}).get(name, "")
+
+
+def renamed(kind: str, name: str, module: Any) -> str | None:
+    """Return the name in a module that another library's name stands for, or a near one; None if there is none."""
+    names = [each for each in dir(module) if not each.startswith("_") and callable(getattr(module, each))]
+    known = {_plain(each): each for each in names}
+    plain = _plain(name)
+    found = RENAMED.get(kind, {}).get(plain) or known.get(plain)
+    if found is None:
+        found = known.get(next(iter(difflib.get_close_matches(plain, list(known), n=1, cutoff=0.8)), ""))
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name without what libraries write in different ways: MaxPool2D, max_pool2d, MSELoss, mse."""
+    plain = name.lower().replace("_", "")
+    return plain.removesuffix("loss") or plain
+
+
+def call_of(kind: str, name: str, function: Any) -> str:
+    """A call of a function with the arguments that it needs; of a loss or a metric the function itself."""
+    if kind in ("losses", "metrics"):
+        return name
+    parameters = inspect.signature(function).parameters.values()
+    needed = [p.name if p.kind is not p.KEYWORD_ONLY else f"{p.name}=..." for p in parameters if p.default is p.empty]
+    return f"{name}({', '.join(needed)})"
