@@ -3,9 +3,8 @@
 Run it with: python examples/digits.py           (half a minute; needs pip install ".[examples]")
          or: python examples/digits.py --epochs 5 --folder somewhere
 
-The script shows a progress bar and, after each epoch, the accuracy on 360 test images. Then it draws the curves of loss
-and accuracy, and test images with their predictions, saves the weights, and checks that the loaded weights predict the
-same.
+The script shows a progress bar and, after each epoch, the accuracy on 360 test images. Then it draws both curves and
+test images with their predictions, saves the weights, and checks that the loaded weights predict the same.
 """
 
 import argparse
@@ -65,14 +64,12 @@ def main(*, epochs=20, folder="demo-output", seed=0):
         trainer = kaun.Trainer(model=make_model(), optimizer=optax.adam(learning_rate))
         state = trainer.init(dtype=jnp.float32)
 
-    def print_accuracy(epoch, state):
-        accuracy = validation.latest["accuracy"]
-        tqdm.write(f"epoch {epoch:2}: {accuracy:.2%} of the test images are correct")  # print above the bar
+    def print_accuracy(epoch, state):  # above the bar
+        tqdm.write(f"epoch {epoch:2}: {validation.latest['accuracy']:.2%} of the test images are correct")
 
-    test = Data.batches((test_images, test_labels), batch_size=120)
+    test, history = Data.batches((test_images, test_labels), batch_size=120), reports.history()
     validation = reports.validate(trainer, test, {"accuracy": metrics.accuracy}, each=train)
-    history, print_each = reports.history(), reports.each_epoch(train, print_accuracy)
-    report = reports.all_of(validation, history, reports.progress(), print_each)
+    report = reports.all_of(validation, history, reports.progress(), reports.each_epoch(train, print_accuracy))
     state = trainer.fit(state, train.epochs(epochs), report=report)
 
     curve, sheet, weights = (folder / name for name in ("training.svg", "digits.png", "weights.safetensors"))

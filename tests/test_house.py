@@ -43,6 +43,7 @@ WITHIN_A_ROW = {
     ("_kernels", "_jax"),
     ("rng", "errors"),
     ("rng", "tree"),
+    ("tree", "_jax"),
     ("rng", "_jax"),
 }
 # A class in some modules: the part that its other part inherits from names the whole, for the type checker alone.

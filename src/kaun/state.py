@@ -40,6 +40,9 @@ class Members(NamedTuple):
     nonfinite: jax.Array
     inner: Any
 
+    def __repr__(self) -> str:
+        return tree.short_repr(self)
+
 
 def own_state(opt_state: Any) -> Any:
     """Return the optimizer's states of an ensemble without what it adds, and any other state as it is."""
@@ -212,9 +215,9 @@ class TrainState:
             return f"TrainState(vars={tree.describe(vars)}, step={tree.describe(step)})"
         size = tree.numbers_in(vars.params)
         if not isinstance(opt_state, Members):
-            return f"TrainState(step={_text_of(step)}, {size} parameters in {vars.dtype})"
+            return f"TrainState(step={tree.number_text(step)}, {size} parameters in {vars.dtype})"
         n = max(*np.shape(step), 1)
-        return f"TrainState({n} members, step={_text_of(step)}, {size // n} parameters each in {vars.dtype})"
+        return f"TrainState({n} members, step={tree.number_text(step)}, {size // n} parameters each in {vars.dtype})"
 
     def _repr_html_(self) -> str:
         vars, opt_state, _, _ = self.now()
@@ -235,19 +238,6 @@ class TrainState:
         new = cls(**dict(zip(_NAMES, children, strict=True)))
         object.__setattr__(new, "_kind", kind)
         return new
-
-
-def _text_of(step: Any) -> str:
-    """A number of steps, or the lowest and the highest; in words where it cannot be read without more work."""
-    if any_traced([step]):
-        return "traced"
-    if isinstance(step, jax.Array) and step.is_deleted():
-        return "deleted"
-    here = not isinstance(step, jax.Array) or step.is_fully_addressable or step.is_fully_replicated
-    if not (tree.is_array(step) and here):
-        return tree.describe(step)
-    steps = np.asarray(step)
-    return f"{steps.min()}" if steps.min() == steps.max() else f"{steps.min()} to {steps.max()}"
 
 
 def _of_member(leaf: Any, i: int) -> Any:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from kaun._jax import is_traced
+
 __all__ = [
     "bytes_in",
     "describe",
@@ -25,11 +27,13 @@ __all__ = [
     "is_real_scalar",
     "is_weak",
     "map_with_path",
+    "number_text",
     "numbers_in",
     "on_host",
     "path_name",
     "placement",
     "readable",
+    "short_repr",
     "snapshot",
     "strong",
 ]
@@ -136,6 +140,34 @@ def bytes_in(tree: Any) -> int:
     """How many bytes the arrays of a tree take, likewise."""
     leaves = [leaf for leaf in jax.tree_util.tree_leaves(tree) if hasattr(leaf, "dtype")]
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def number_text(array: Any) -> str:
+    """A number in an array, or the lowest and the highest of several; in words where it cannot be read right away."""
+    if is_traced(array):
+        return "traced"
+    if isinstance(array, jax.Array) and array.is_deleted():
+        return "deleted"
+    here = not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+    if not (is_array(array) and here and array.size) or is_key(array):
+        return describe(array)
+    numbers = np.asarray(array)
+    low, high = (f"{end:g}" if numbers.dtype.kind == "f" else f"{end}" for end in (numbers.min(), numbers.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def short_repr(record: Any) -> str:
+    """The repr of a named tuple with scalars as numbers, other arrays as shapes, and trees as how much they hold."""
+    shown: list[str] = []
+    for name, value in zip(record._fields, record, strict=True):
+        if getattr(value, "shape", None) == ():
+            shown.append(f"{name}={number_text(value)}")
+        elif is_array(value):
+            shown.append(f"{name}={describe(value)}")
+        else:
+            leaves = jax.tree_util.tree_leaves(value)
+            shown.append(f"{name}=<{numbers_in(value)} numbers>" if leaves else f"{name}={value!r}")
+    return f"{type(record).__name__}({', '.join(shown)})"
 
 
 def describe(value: Any) -> str:

@@ -13,9 +13,11 @@ import optax
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from kaun import Data, Trainer, layers, losses, reports, rng
+from kaun.diagnose import RateRange
 
 MODULE = importlib.import_module("kaun.reports.history")
 SETTINGS = settings(max_examples=40, deadline=None)
@@ -220,6 +222,27 @@ def test_plot_leaves_pyplot_alone(monkeypatch, tmp_path):
     monkeypatch.delattr(matplotlib, "pyplot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its import would be an error
     assert recorded([0.5]).plot(tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("made", ["history", *(pytest.param(n, marks=pytest.mark.slow) for n in ("watch", "lr_range"))])
+def test_plot_without_a_path_gives_the_figure_which_a_notebook_shows_once(monkeypatch, tmp_path, made):
+    if made == "history":
+        drawing = recorded(np.geomspace(2, 0.1, 30))
+    elif made == "watch":
+        drawing = reports.watch(every=1)
+        drawing.restore({"layers": ["0"], "steps": [1, 2], "values": np.ones((2, 3, 1))})
+    else:
+        drawing = RateRange(np.geomspace(1e-3, 1, 20), np.linspace(1, 2, 20), np.linspace(1, 2, 20), None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(matplotlib, "pyplot", raising=False)
+    # pyplot shows its own figures at the end of a cell: it must not know this one. Its import would be an error.
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    figure = drawing.plot()
+    assert isinstance(figure, Figure) and not list(tmp_path.iterdir())
+    png, shown = figure._repr_png_()
+    assert png.startswith(b"\x89PNG") and shown == {"width": round(figure.get_figwidth() * 100)}
+    assert drawing.plot(tmp_path / "now.svg") == tmp_path / "now.svg"
+    assert (tmp_path / "now.svg").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -15,8 +15,6 @@ import sys
 import termios
 import textwrap
 import threading
-import types
-import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -509,31 +507,6 @@ def test_tqdm_write_puts_text_above_the_bar(terminal, clock):
     assert above == ["accuracy 0.9"] * 2
     assert " 2/2 [" in bar
     assert after == ""
-
-
-def test_a_notebook_without_widgets_gets_the_plain_bar_silently(monkeypatch):
-
-    class ZMQInteractiveShell:
-        pass
-
-    class OutStream(io.StringIO):
-        __module__ = "ipykernel.iostream"
-
-    ipython = types.ModuleType("IPython")
-    ipython.get_ipython = ZMQInteractiveShell
-    for name in ("tqdm.autonotebook", "tqdm.notebook"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "IPython", ipython)
-    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", types.ModuleType("ipykernel.zmqshell"))
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    monkeypatch.setattr(sys, "stderr", OutStream())
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        drive(reports.progress(), [0.5] * 3, total=3)
-    assert warned == []
-    assert "\r100%|" in sys.stderr.getvalue()
-    for name in ("tqdm.autonotebook", "tqdm.notebook"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 SCRIPT = textwrap.dedent("""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kaun import tree
 from kaun._step.precision import Policy
 from kaun._step.watch import gradient_finite
 from kaun.layers.arguments import accumulation_dtype
@@ -43,6 +44,9 @@ class LossScale(NamedTuple):
     scale: jax.Array
     good: jax.Array
     inner: Any
+
+    def __repr__(self) -> str:
+        return tree.short_repr(self)
 
 
 def add_loss_scale(policy: Policy | None, opt_state: Any) -> Any:

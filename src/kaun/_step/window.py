@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from kaun import tree
 from kaun._loss import TracedLoss
 from kaun._step.loss_scale import LossScale, has_overflowed, inner_state
 from kaun._step.microbatches import batch_length
@@ -62,6 +63,9 @@ class Window(NamedTuple):
     gradient: Any
     updates: jax.Array
     inner: Any
+
+    def __repr__(self) -> str:
+        return tree.short_repr(self)
 
 
 class Item(NamedTuple):

@@ -57,6 +57,9 @@ class AveragedWeights(NamedTuple):
     statistics_at: jax.Array
     inner: Any
 
+    def __repr__(self) -> str:
+        return tree.short_repr(self)
+
 
 def add_average(rule: Average | None, opt_state: Any, params: Any, layer_state: Any) -> Any:
     """Return a fresh optimizer state as a trainer with this average keeps it.

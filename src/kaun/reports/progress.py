@@ -187,7 +187,7 @@ class _Fit:
         named = ({} if self._loss is None else {"loss": self._loss}) | measured
         shown = [f"{name}={value:.4g}" for name, value in named.items()]
         if self._compiling:
-            shown.append("compiling")
+            shown.insert(self._loss is not None, "compiling")
         elif self._compiled > 0:  # last, so that on a narrow terminal it is cut off first
             shown.append(f"compiled in {self._compiled:.1f} s")
         return ", ".join(shown)
@@ -261,17 +261,18 @@ def _tqdm() -> Any:
 def _overall(bar: Any) -> dict[str, Any]:
     """tqdm's ``format_dict``; the overall speed, which it shows at the end, leaves out the excluded time.
 
-    Where there are too few columns for what comes before the loss, bar, time and speed are left out.
+    Where there are too few columns for the loss after them, bar, time and speed are left out.
     """
     base: Any = super(type(bar), bar)
     shown: dict[str, Any] = base.format_dict
     steps, seconds = bar.n - bar.initial, shown["elapsed"] - bar.excluded
     if shown["rate"] is None and bar.excluded and steps and seconds > 0:
         shown["rate"] = steps / seconds
-    first = (shown["postfix"] or "").partition(", ")[0]  # the loss
+    until, compiling, _ = (shown["postfix"] or "").partition("compiling")
+    first = until + compiling if compiling else until.partition(", ")[0]  # the loss
     if shown["ncols"] and len(bar.format_meter(**{**shown, "ncols": 0, "postfix": first})) > shown["ncols"]:
         done = "{percentage:3.0f}% {n_fmt}/{total_fmt}" if shown["total"] else "{n_fmt}step"
-        shown["bar_format"] = "{desc}: " + done + "{postfix}"
+        shown["bar_format"] = ("{desc}: " if shown["prefix"] else "") + done + "{postfix}"
     return shown
 
 
