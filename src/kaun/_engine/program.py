@@ -145,7 +145,7 @@ class TracedStep:
         self.most = self.rows if self.looped and not self.can_raise else 1
         self.row_mask, self.row_axis, self.examples = inputs.row_mask, 0, inputs.examples
         self.capacity = min(capacity_of(inputs), self.most)
-        self.status = _all_finite(checks.shape[0], checks.dtype) if on_nonfinite == "raise" else None
+        self.status = _on_device(np.ones(1 + checks.shape[0], checks.dtype)) if on_nonfinite == "raise" else None
         self.watches = self.status is not None and not discards
         self.entries: set[str] = set()
         self.seconds = seconds
@@ -376,11 +376,6 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> 
         return losses[0], after
 
     return run
-
-
-def _all_finite(checks: int, dtype: Any) -> jax.Array:
-    """Return the status of a run before its first step, on the device."""
-    return _on_device(np.ones(1 + checks, dtype))
 
 
 def count_on_device(count: int) -> jax.Array:
