@@ -70,6 +70,14 @@ def test_half_precision(dtype):
     agree(slopes(matmul)(x, weight), slopes(jnp.matmul)(x, weight), tolerance=0.02)
 
 
+@pytest.mark.parametrize(("n", "m"), [(64, 128), (128, 64)])
+def test_the_gradient_copies_the_narrower_matrix(n, m):
+    x, weight, bar = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((256, n), (n, m), (256, m)))
+    slope = jax.make_jaxpr(lambda x, w, bar: jax.vjp(lambda w: matmul(x, w), w)[1](bar))(x, weight, bar)
+    copied = {eqn.invars[0].aval.size for eqn in slope.eqns if eqn.primitive.name == "reshape"}
+    assert 256 * 64 in copied and 256 * 128 not in copied
+
+
 def test_it_is_the_operator_where_that_is_best(monkeypatch):
     def plain(rows, n=128):
         x, weight = jax.ShapeDtypeStruct((2, rows // 2, n), "float32"), jax.ShapeDtypeStruct((n, n), "float32")
