@@ -259,7 +259,7 @@ def no_compile_cache():
     reset_cache()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def xla_flags():
-    """The options of XLA for these tests as a value of XLA_FLAGS, for the processes that they start."""
-    return " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS_OF_TEST[-1])
+    """The options of XLA for all tests but OF_USERS as a value of XLA_FLAGS, for the processes that tests start."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in options_for(""))

@@ -38,17 +38,18 @@ class Group:
         folder: For what they print.
         count: How many processes.
         devices: Simulated devices of each.
+        flags: More options of XLA, as in XLA_FLAGS.
         environment: More environment variables.
     """
 
-    def __init__(self, folder: Path, count: int = 2, devices: int = 2, **environment: str) -> None:
+    def __init__(self, folder: Path, count: int = 2, devices: int = 2, *, flags: str = "", **environment: str) -> None:
         self.log = folder / "log.txt"
         inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         paths = [str(SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         env = inherited | {
             "JAX_PLATFORMS": "cpu",
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "KAUN_TIMEOUT": "40",
         }
@@ -142,13 +143,13 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory):
+def pair(make_group):
     """Two processes of two devices each, for all tests whose scenarios leave both alive."""
-    with contextlib.closing(Group(tmp_path_factory.mktemp("pair"))) as group:
+    with contextlib.closing(make_group()) as group:
         yield group
 
 
 @pytest.fixture(scope="session")
-def make_group(tmp_path_factory):
+def make_group(tmp_path_factory, xla_flags):
     """Starts a group of its own for a test, which closes it."""
-    return lambda *args, **kwargs: Group(tmp_path_factory.mktemp("group"), *args, **kwargs)
+    return lambda *args, **kwargs: Group(tmp_path_factory.mktemp("group"), *args, flags=xla_flags, **kwargs)

@@ -7,8 +7,10 @@ import pickle
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+from jax._src import compiler
 
 
 def load(path):
@@ -31,6 +33,8 @@ def main(index, count, port, source, sent):
     # What a scenario prints goes to the log, beside the messages of gloo and JAX.
     sys.path.insert(0, str(Path(__file__).parent))
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+    # JAX writes the programs of process 0 alone into its compile cache, and finds those of no other process there.
+    compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
     modules = {}
     with os.fdopen(source, "rb") as calls, os.fdopen(sent, "wb") as answers:
         pickle.dump("ready", answers)
