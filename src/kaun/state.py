@@ -53,6 +53,10 @@ def own_state(opt_state: Any) -> Any:
 class TrainState:
     """Everything that a training run carries from step to step: an immutable pytree that stays valid forever.
 
+    No call of kaun changes a state, and its fields cannot be assigned. The dicts and lists of arrays in it are plain
+    ones, as JAX's pytrees are, and writing to them would change it: make another state in place of that,
+    ``state.replace(vars=state.vars.replace(params=params))``.
+
     The result of ``averaged`` is a state too. A ``step`` or ``fit`` from it starts from the averaged weights, with the
     unchanged optimizer state.
 

@@ -38,7 +38,7 @@ from kaun._step import (
 from kaun.averages.rules import Average
 from kaun.checkpoint import Directory
 from kaun.context import Context
-from kaun.data import Data, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
+from kaun.data import Data, Unknown, check_context, check_loss, chunks_of, empty_data, newest_pass, not_data, open_items
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
 from kaun.sharding import Sharding
@@ -292,13 +292,17 @@ class Trainer(Generic[In, Out]):
                 return caller.returned(last, last if stopped else self.flush(last))
 
     @overload
-    def predict(
-        self: Trainer[Any, Float], state: TrainState, x: jax.Array | np.ndarray[Any, Any], *, ctx: Context | None = None
-    ) -> jax.Array: ...
-
+    def predict(self, state: TrainState, x: Unknown, *, ctx: Context | None = None) -> Any: ...
     @overload
-    def predict(self, state: TrainState, x: Any, *, ctx: Context | None = None) -> Any: ...
-
+    def predict(  # pyright: ignore[reportOverlappingOverload]
+        self: Trainer[Any, Float], state: TrainState, x: Data[Any], *, ctx: Context | None = None
+    ) -> np.ndarray[Any, Any]: ...
+    @overload
+    def predict(self: Trainer[Any, Float], state: TrainState, x: Any, *, ctx: Context | None = None) -> jax.Array: ...
+    @overload
+    def predict(self, state: TrainState, x: Data[Any], *, ctx: Context | None = None) -> Any: ...
+    @overload
+    def predict(self: Trainer[Any, Out], state: TrainState, x: Any, *, ctx: Context | None = None) -> Out: ...
     def predict(self: Trainer[Any, Any], state: TrainState, x: Any, *, ctx: Context | None = None) -> Any:
         """Return the model's output in evaluation mode; changes nothing, and is the same each time.
 
@@ -318,13 +322,9 @@ class Trainer(Generic[In, Out]):
         return predict(run, x, ctx, self.sharding) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
 
     def evaluate(
-        self,
-        state: TrainState,
-        data: Iterable[tuple[Any, Any] | tuple[Any, Any, Context]],
-        metrics: Mapping[str, Callable[[Any, Any], Any]],
-        *,
-        ctx: Context | None = None,
-    ) -> dict[str, float]:
+        self, state: TrainState, data: Iterable[tuple[Any, Any] | tuple[Any, Any, Context]],
+        metrics: Mapping[str, Callable[[Any, Any], Any]], *, ctx: Context | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Return the metrics of the model in evaluation mode over all items of the data.
 
         Model and metrics run as one compiled program for each shape of a batch; sums are exact, on the host, some

@@ -11,7 +11,7 @@ from kaun import Data, losses
 words = Data.from_items(["a", "bc"])
 lengths: Data[str] = words.map(len)  # E: reportAssignmentType
 words.map(lambda w: w.shape)  # E: reportAttributeAccessIssue
-words.map(3)  # E: reportArgumentType
+words.map(3)  # E: reportCallIssue, reportArgumentType
 words.random_map(len)  # E: reportArgumentType
 words.batch("2")  # E: reportArgumentType
 words.epochs()  # E: reportCallIssue

@@ -82,3 +82,16 @@ runs = checkpoint.Directory("runs", best=("accuracy", "most"))  # E: reportArgum
 checkpoint.Directory("runs", best="accuracy")  # E: reportArgumentType
 runs.load(state, at="last")  # E: reportArgumentType
 runs.load_vars({"weight": x})  # E: reportArgumentType
+
+# Calls as other libraries have them: at run time each says what to write.
+trainer.fit(x, y, epochs=3)  # E: reportCallIssue
+trainer.fit(state, data, callbacks=[])  # E: reportCallIssue
+trainer.fit(data)  # E: reportCallIssue
+Trainer(model=model, optimizer=optax.adam(0.01), loss=losses.mse)  # E: reportCallIssue
+trainer(x)  # E: reportCallIssue
+model(x)  # E: reportCallIssue
+trainer.init(42)  # E: reportCallIssue
+trainer.save("run")  # E: reportAttributeAccessIssue
+squares = losses.MSELoss  # E: reportAttributeAccessIssue
+layers.Linear(2, 1)  # E: reportAttributeAccessIssue
+layers.linear(2, 1, activation="relu")  # E: reportCallIssue

@@ -95,3 +95,17 @@ assert_type(Data.folds(table, 2, 2, pad=True), list[tuple[Data[Any], Data[Any]]]
 pairs = Data.from_arrays(np.zeros((4, 2), np.float32), np.zeros(4, np.int32))
 for x, y in pairs.batch(2):
     shapes = (x.shape, y.shape)
+
+# A loss without annotations, in items that have a name; and results that are Any.
+repeated = Data.repeat(3, (matrix, lambda output: losses.mse(output, matrix)))
+closures = Data.batches((matrix, labels), 2).map(lambda b: (b[0], lambda output: losses.mse(output, b[1])))
+first_inputs: list[jax.Array] = [x for data in (repeated, closures) for x, _ in data]
+
+
+def anything(item: Any) -> Any:
+    return item
+
+
+assert_type(words.map(anything), Data[Any])
+assert_type(words.map(lambda word: (word, anything(word))), Data[tuple[str, Any]])
+assert_type(Data.repeat(3, unknown), Data[Any])

@@ -86,3 +86,12 @@ assert_type(layers.repeat(vision, 3, remat=True), Layer[Float, Float])
 assert_type(layers.parameter((1, 4)) >> layers.relu(), Layer[Any, Float])
 adapted = layers.lora(words, 2, where=lambda path: path.endswith("words.weight"))
 assert_type(layers.merge_lora(adapted, adapted.init()), Vars)
+
+# Lists that were put together, and layers of other kinds.
+hidden = [layers.linear(4, 4) for _ in range(2)]
+assert_type(layers.sequential(hidden), Layer[Float, Float])
+assert_type(layers.sequential([layers.embedding(10, 4), *hidden, layers.relu()]), Layer[Int, Float])
+both = [layers.embedding(10, 4), layers.linear(4, 2)]
+assert_type(layers.sequential(both), Layer[Int, Float])
+two_inputs = layers.module({"left": layers.linear(2, 2)}, pair)
+assert_type(layers.sequential([two_inputs, layers.fn(jnp.sin)]), Layer[Any, Any])

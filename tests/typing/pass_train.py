@@ -42,7 +42,9 @@ batches = Data.batches((x, y), batch_size=2, shuffle=True)
 train = batches.with_loss(losses.binary_cross_entropy)
 assert_type(trainer.predict(state, x), jax.Array)
 assert_type(trainer.predict(state, np.zeros((1, 2), np.float32), ctx=Context()), jax.Array)
-assert_type(trainer.predict(state, batches.map(lambda b: b[0])), Any)
+assert_type(trainer.predict(state, batches.map(lambda b: b[0])), np.ndarray[Any, Any])
+nothing: Any = x
+assert_type(trainer.predict(state, nothing), Any)
 assert_type(trainer.fit(state, train.epochs(2), report=report), TrainState)
 state = trainer.fit(state, train, ctx=Context(), report=reports.every(2, report))
 state = trainer.fit(state, train.epoch(1), report=reports.all_of(report, reports.history()))
@@ -62,6 +64,8 @@ def masked(logits: jax.Array) -> tuple[losses.Mean, dict[str, jax.Array | losses
 
 
 state = trainer.fit(state, [(x, masked)])
+two = losses.Mean(jnp.zeros(()), 4)
+print((two.total + two.total) / (two.weight + two.weight))
 
 # Any iterable will do.
 state = trainer.fit(state, [(x, lambda logits: losses.mse(logits, y))])
@@ -186,3 +190,15 @@ def load(runs: checkpoint.Directory) -> None:
 
 
 checkpoint.Directory("runs", every=100, best=("accuracy", "max"), forever=10_000, resume=1200)
+
+# A model of other kinds gives what its forward pass returns.
+
+
+def halves(m: layers.Module, x: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return m.left(x["left"]), x["right"]
+
+
+paired = Trainer(model=layers.module({"left": layers.linear(2, 2)}, halves), optimizer=optax.sgd(0.1))
+inputs = {"left": x, "right": x}
+assert_type(paired.predict(paired.init(), inputs), tuple[jax.Array, jax.Array])
+assert_type(paired.predict(paired.init(), Data.batches(inputs, 2)), Any)

@@ -47,5 +47,6 @@ from kaun.data.resumable import Check as Check
 from kaun.data.resumable import ResumableLoader as ResumableLoader
 from kaun.data.rows import RowInfo as RowInfo
 from kaun.data.rows import RowsItem as RowsItem
+from kaun.data.types import Unknown as Unknown
 
 __all__ = ["Data"]  # what users reach; the rest is for the other packages

@@ -65,7 +65,15 @@ class Data(Sources[T]):
         """
         return collate.stack_all(list(items))
 
-    def map(self, f: Callable[[T], U]) -> Data[U]:
+    @overload  # a result that is Any stays so
+    def map(self, f: Callable[[T], Unknown]) -> Data[Any]: ...
+    @overload
+    def map(self, f: Callable[[T], tuple[X, Unknown]]) -> Data[tuple[X, Any]]: ...
+    @overload
+    def map(self, f: Callable[[T], tuple[X, Loss]]) -> Data[tuple[X, Loss]]: ...
+    @overload
+    def map(self, f: Callable[[T], U]) -> Data[U]: ...
+    def map(self, f: Callable[[T], Any]) -> Data[Any]:
         """The items ``f(item)``: ``f`` is called once for each item, in order.
 
         Raises:
@@ -207,16 +215,12 @@ class Data(Sources[T]):
 
     @overload
     def with_loss(self: Data[Unknown], f: LossOfLabels) -> Data[Any]: ...
-
     @overload
     def with_loss(self: Data[tuple[X, Any]], f: LossOfLabels) -> Data[tuple[X, Loss]]: ...
-
     @overload
     def with_loss(self: Data[tuple[X, Any, Context]], f: LossOfLabels) -> Data[tuple[X, Loss, Context]]: ...
-
     @overload
     def with_loss(self, f: LossOfLabels) -> Data[Any]: ...
-
     def with_loss(self: Data[Any], f: LossOfLabels) -> Data[Any]:
         """The items that ``fit`` takes: ``(x, y)`` become ``(x, output -> f(output, y))``, ``(x, y, ctx)`` keep ctx.
 
@@ -239,8 +243,7 @@ class Data(Sources[T]):
             [2.0]
         """
         stage = f".with_loss({loss_text(f)})"
-        rows = self._node.rows
-        attach = row_loss_attacher(f, rows) if rows else loss_attacher(f)
+        attach = row_loss_attacher(f, self._node.rows) if self._node.rows else loss_attacher(f)
         node = nodes.map_node(self._node, attach, stage, keeps_arrays=True, takes_rows=True)
         return self._then(node, stage, f=f)
 
@@ -301,8 +304,7 @@ class Data(Sources[T]):
         checked = checked_weights("sample(weights, n)", weights, length, "item")
         draws = Draws("sample(weights, n)", checked)
         node = nodes.shuffle_node(self._node, n, lambda epoch: draws(epoch or 0, n))
-        stage = f".sample({collate.outline_of(checked)}, {n})"
-        return self._then(node, stage, weights=checked, n=n, key=draws.key)
+        return self._then(node, f".sample({collate.outline_of(checked)}, {n})", weights=checked, n=n, key=draws.key)
 
     def filter(self, f: Callable[[T], Any]) -> Data[T]:
         """The items for which ``f(item)`` is true.

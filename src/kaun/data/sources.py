@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 import jax
 import numpy as np
 
+from kaun._loss import Loss
 from kaun.data import collate, combine, nodes
 from kaun.data.arguments import (
     checked_batch_size,
@@ -61,35 +62,27 @@ class Sources(Placed[T]):
     @overload
     @classmethod
     def from_arrays(cls, a: Unknown, /) -> Data[Any]: ...
-
     @overload
     @classmethod
     def from_arrays(cls, a: jax.Array, /) -> Data[jax.Array]: ...
-
     @overload
     @classmethod
     def from_arrays(cls, a: Unknown, b: Unknown, /) -> Data[tuple[Any, Any]]: ...
-
     @overload
     @classmethod
     def from_arrays(cls, a: jax.Array, b: jax.Array, /) -> Data[tuple[jax.Array, jax.Array]]: ...
-
     @overload
     @classmethod
     def from_arrays(cls, a: Any, b: Any, /) -> Data[tuple[Any, Any]]: ...
-
     @overload
     @classmethod
     def from_arrays(cls, a: Any, b: Any, c: Any, /) -> Data[tuple[Any, Any, Any]]: ...
-
     @overload
     @classmethod
     def from_arrays(cls, a: Any, b: Any, c: Any, d: Any, /) -> Data[tuple[Any, Any, Any, Any]]: ...
-
     @overload
     @classmethod
     def from_arrays(cls, *arrays: Any) -> Data[Any]: ...
-
     @classmethod
     def from_arrays(cls, *arrays: Any) -> Data[Any]:
         """The rows of arrays along axis 0: tuples ``(x[i], y[i], ...)``, or plain ``x[i]`` of a single array.
@@ -132,8 +125,17 @@ class Sources(Placed[T]):
         stage = f"Data.from_fn({n}, {function_text('Data.from_fn', f)})"
         return cls._source(nodes.function_node(n, f, stage), stage, n=n, f=f)
 
+    @overload
     @classmethod
-    def repeat(cls, n: int, item: U) -> Data[U]:
+    def repeat(cls, n: int, item: Unknown) -> Data[Any]: ...
+    @overload
+    @classmethod
+    def repeat(cls, n: int, item: tuple[A, Loss]) -> Data[tuple[A, Loss]]: ...
+    @overload
+    @classmethod
+    def repeat(cls, n: int, item: U) -> Data[U]: ...
+    @classmethod
+    def repeat(cls, n: int, item: Any) -> Data[Any]:
         """The same object ``n`` times.
 
         Examples:

@@ -26,6 +26,8 @@ def sequential(  # pyright: ignore[reportOverlappingOverload]
 def sequential(
     layers: Sequence[Layer[Int, Float] | Layer[Float, Float]] | Mapping[str, Layer[Int, Float] | Layer[Float, Float]],
 ) -> Layer[Int, Float]: ...
+@overload
+def sequential(layers: Sequence[Layer[Any, Any]] | Mapping[str, Layer[Any, Any]]) -> Layer[Any, Any]: ...
 @explained("layers.sequential")
 def sequential(layers: Any) -> Layer[Any, Any]:
     """Make the layer that applies each of ``layers`` in order.

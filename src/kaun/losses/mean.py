@@ -17,7 +17,7 @@ from kaun import tree
 __all__ = ["LossFunction", "Mean", "parts_of", "row_arguments", "scalar_like", "wide", "with_parts"]
 
 P = ParamSpec("P")
-Scalar = jax.Array | np.generic | float
+Scalar = jax.Array | np.number[Any] | float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
