@@ -1,5 +1,6 @@
 """What is shown of an exception: the user's frames, the line of the call, and the message last; none of kaun's frames."""
 
+import dataclasses
 import traceback
 from pathlib import Path
 
@@ -201,3 +202,14 @@ def test_an_interrupt_says_where_the_state_is(trained):
             "sys.last_value.kaun_state."
         ]
         assert shown(error)[-1] == error.__notes__[0]
+
+
+def test_an_exception_that_refuses_new_attributes_stays_the_exception():
+    @dataclasses.dataclass(frozen=True)
+    class Refused(Exception):
+        path: str
+
+    error = raised(lambda: (_ for _ in ()).throw(Refused("a/b")))
+    BaseException.__setattr__(error, "__context__", KeyError("inside"))
+    kaun._messages.hide_frames(error)
+    assert "KeyError" not in "".join(shown(error)) and shown(error)[-1].endswith("Refused: a/b")

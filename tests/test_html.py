@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import kaun
-from kaun import Data, Vars, _html, averages, layers, losses, metrics, reports, rng
+from kaun import Data, Vars, _html, averages, layers, losses, metrics, reports, rng, sharding
 
 X, Y = np.ones((8, 3), np.float32), np.ones((8, 2), np.float32)
 EVIL = '<script>alert("x")</script>'
@@ -90,6 +90,9 @@ def test_reports_and_metrics_are_shown_as_they_are_written(tmp_path):
     }
     for value, pattern in shown.items():
         assert re.fullmatch(pattern, repr(value)), repr(value)
+    n = jax.device_count()
+    assert repr(sharding.data_parallel()) == f"Sharding(mesh(data={n}), rows=('data',), rule=everywhere)"
+    assert repr(sharding.fsdp(gather=True)).endswith(", gather='data')")
     tracker = metrics.Tracker()
     tracker.observe("loss", 1.0)
     assert repr(tracker) == "Tracker(loss: 1 values)"

@@ -65,13 +65,17 @@ def _hide(error: BaseException, hidden: Callable[[str], bool], seen: set[int]) -
     for trace in reversed(traces):
         if not hidden(trace.tb_frame.f_code.co_filename):
             kept = TracebackType(kept, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
-    error.__traceback__ = kept
+    error.with_traceback(kept)
     if notes := getattr(error, "__notes__", None):  # JAX's own note would hide the message, or what kaun adds to it
-        error.__notes__ = [note for note in notes if FRAMES_NOTE not in note]
+        _set(error, "__notes__", [note for note in notes if FRAMES_NOTE not in note])
     for linked in filter(None, (error.__cause__, error.__context__)):
         _hide(linked, hidden, seen)
     if error.__context__ is not None and error.__context__.__traceback__ is None:
-        error.__suppress_context__ = True  # it came and was handled inside, and says nothing of the user's code
+        # It came and was handled inside, and says nothing of the user's code.
+        _set(error, "__suppress_context__", True)
+
+
+_set = BaseException.__setattr__  # an exception that is a frozen dataclass has one that raises
 
 
 class _FramesHidden(contextlib.ContextDecorator):

@@ -37,11 +37,11 @@ def progress(total: int | None = None, *, description: str | None = None, file: 
     they do not count in the steps per second.
 
     A terminal or a notebook gets a bar, redrawn about 10 times a second, of which a saved notebook keeps the last line;
-    in a narrow terminal the loss stays. Anything else, a log file or a pipe, gets a
-    line after 10 seconds and then one every 10 seconds to 10 minutes, the longer the run the fewer. Both end with a
-    line for the last step. What is shown comes from finished blocks of steps; only if these bring nothing new does
-    ``fit`` wait for the device, at one step in twenty at most, or one in ten seconds. One ``progress()`` can be used
-    for several fits, also nested ones; each gets its own bar. ``TQDM_DISABLE=1`` in the environment silences it.
+    in a narrow terminal the loss stays. Anything else, a log file or a pipe, gets a line after 10 seconds and then one
+    every 10 seconds to 10 minutes, the longer the run the fewer. Both end with a line for the last step. What is shown
+    comes from finished blocks of steps; only if these bring nothing new does ``fit`` wait for the device, at one step
+    in twenty at most, or one in ten seconds. One ``progress()`` can be used for several fits, also nested ones; each
+    gets its own bar. ``TQDM_DISABLE=1`` in the environment silences it.
 
     In a terminal, a ``print`` in another report appears behind the bar; ``tqdm.tqdm.write(text)`` prints above it.
 

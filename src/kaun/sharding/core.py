@@ -85,6 +85,12 @@ class Sharding:
             check_axis(self.mesh, name)
         _check_once("rows", self.rows)
 
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+        rule = getattr(self.rule, "__name__", None) or repr(self.rule)
+        gather = "" if self.gather is None else f", gather={self.gather!r}"
+        return f"Sharding(mesh({axes}), rows={self.rows}, rule={rule}{gather})"
+
     @property
     def replicated(self) -> NamedSharding:
         """The placement of an array that each device has as a whole."""
