@@ -219,7 +219,7 @@ def programs() -> Iterator[Row]:
         texts = [", ".join(f"{n} {kind}" for kind, n in found.items()) or "none" for found in lists]
         text = texts[0] if lists[0] == lists[1] else f"{texts[0]}, and in a block {texts[1]}"
         # One gather for each array that is spread, and one reduction of all gradients, beside that of the look at them.
-        most = {"all-reduce": 1} if name == "DP" else {"all-gather": 5, "all-reduce": 2, "reduce-scatter": 5}
+        most = {"all-reduce": 1} if name == "DP" else {"all-gather": 5, "all-reduce": 1, "reduce-scatter": 5}
         few = all(n <= most[kind] for kind, n in lists[0].items() if kind in most) or not is_cpu
         holds = set(lists[0]) <= set(most) and lists[0] == lists[1] and few
         bar = f"{' or '.join(sorted(most))} alone, the same in a block of steps"

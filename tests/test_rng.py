@@ -59,6 +59,9 @@ def test_keys_of_a_scope_on_a_key_from_outside_any_scope_are_known():
                 assert rng.LentScope().scoped
             members = jax.random.split(rng.next_key(), 2)
             rng.remember_unscoped(members)
+            lent = rng.LentScope()  # as for an init that JAX compiles
+            inside.append(jax.jit(lent.inside(lambda: (rng.next_key(), rng.next_key())[1]))(lent.key, lent.first))
+            lent.give_back()
         assert all(map(rng.unscoped, [*inside, deep, members])) and not rng.unscoped(seeded)
     with rng.scope(jax.random.key(7)):
         assert not rng.unscoped(rng.next_key())

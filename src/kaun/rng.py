@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import secrets
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -22,9 +21,13 @@ __all__ = ["next_key", "scope"]
 
 
 class _Scope:
-    """A key and a counter. ``trace`` is the JAX trace in which the scope was opened, None outside of all traces."""
+    """A key and a counter.
 
-    __slots__ = ("counter", "key", "newest", "trace")
+    ``trace`` is the JAX trace in which the scope was opened, None outside of all traces; ``unscoped`` whether the key
+    was drawn outside of all scopes, so that the keys of this one count as drawn there too.
+    """
+
+    __slots__ = ("counter", "key", "newest", "trace", "unscoped")
 
     def __init__(self, key: jax.Array, counter: Iterator[Any] | None = None) -> None:
         self.key = key
@@ -32,6 +35,7 @@ class _Scope:
         self.counter: Iterator[Any] = itertools.count() if counter is None else counter
         self.newest = -1
         self.trace = _innermost_trace()
+        self.unscoped = False
 
 
 def _innermost_trace() -> Any:
@@ -46,7 +50,7 @@ _current: ContextVar[_Scope | None] = ContextVar("kaun_rng_scope", default=None)
 _process_scope: _Scope | None = None
 _process_lock = threading.Lock()
 _derived: set[bytes] = set()  # keys that ``remember_unscoped`` took
-_unscoped_scopes: deque[_Scope] = deque(maxlen=1000)  # the newest whose key was itself drawn outside of all scopes
+_MOST_DERIVED = 100_000
 
 
 @contextlib.contextmanager
@@ -77,8 +81,7 @@ def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
         Array(True, dtype=bool)
     """
     opened = _Scope(_as_key(seed_or_key))
-    if not isinstance(seed_or_key, int) and _is_unscoped(opened):
-        _unscoped_scopes.append(opened)
+    opened.unscoped = not isinstance(seed_or_key, int) and _is_unscoped(opened)
     token = _current.set(opened)
     try:
         yield
@@ -121,6 +124,8 @@ def next_key() -> jax.Array:
             "    with rng.scope(key): ...\n"
             "In the place of jax.checkpoint around a layer write layers.remat(layer)."
         )
+    if current.unscoped:
+        remember_unscoped(key)
     return key
 
 
@@ -203,6 +208,7 @@ class _LoopScope(_Scope):
     def __init__(self, outer: _Scope, iteration: jax.Array, index: list[int]) -> None:
         self._outer, self._iteration, self._index = outer, iteration, index
         self.counter, self.newest, self.trace = itertools.count(), -1, _innermost_trace()
+        self.unscoped = False
 
     @property
     def key(self) -> jax.Array:
@@ -238,8 +244,8 @@ class LentScope:
     """
 
     def __init__(self) -> None:
-        self.scoped: bool = (current := _current.get()) is not None and current not in _unscoped_scopes
         self._outer = _current.get() or _process_wide()
+        self.scoped: bool = _current.get() is not None and not self._outer.unscoped
         self._drawn = 0
         self.key: jax.Array = self._outer.key
         self.first: int = next(self._outer.counter)
@@ -263,6 +269,9 @@ class LentScope:
         """Move the lent scope on by the keys that the function drew when it was last run or traced; at least one."""
         for _ in range(self._drawn - 1):
             self._outer.newest = next(self._outer.counter)
+        if self._outer.unscoped:
+            counts = jnp.arange(self.first, self.first + max(self._drawn, 1))
+            remember_unscoped(jax.vmap(jax.random.fold_in, (None, 0))(self.key, counts))
 
 
 def counts() -> dict[str, tuple[str, int]]:
@@ -276,8 +285,8 @@ def unscoped(key: jax.Array) -> bool:
     """Whether ``next_key`` drew this key outside of all scopes in this process, so that another run cannot draw it.
 
     A scope on such a key, ``rng.scope(rng.next_key())``, counts as none. The keys drawn are not stored: they are a
-    function of the key of their scope and a count, and are computed again. Those of the members of an ensemble are, by
-    ``remember_unscoped``.
+    function of the process-wide key and a count, and are computed again. Those of a scope on one of them, and of the
+    members of an ensemble, are stored by ``remember_unscoped``.
 
     Args:
         key: A typed key, or an array of them, of which one is enough.
@@ -294,11 +303,12 @@ def unscoped(key: jax.Array) -> bool:
     wanted = np.asarray(jax.random.key_data(key))  # in all processes, where it lies on the devices of several
     if not _derived.isdisjoint(_bytes_of(wanted)):
         return True
-    scopes = [] if _process_scope is None else [_process_scope, *_unscoped_scopes]
+    if _process_scope is None:
+        return False
     # A power of two, so that few programs are compiled. More than the newest count, because of two threads that draw at
     # once the second may have written its count first.
-    counts = (jnp.arange(1 << (each.newest + 64).bit_length()) for each in scopes)
-    return any(bool(_is_among(each.key, count, wanted)) for each, count in zip(scopes, counts, strict=False))
+    count = 1 << (_process_scope.newest + 64).bit_length()
+    return bool(_is_among(_process_scope.key, jnp.arange(count), wanted))
 
 
 def _is_unscoped(opened: _Scope) -> bool:
@@ -308,7 +318,9 @@ def _is_unscoped(opened: _Scope) -> bool:
 
 
 def remember_unscoped(keys: jax.Array) -> None:
-    """Let ``unscoped`` find keys that were made of one drawn here outside of all scopes; in a scope do nothing.
+    """Let ``unscoped`` find keys that were made of one drawn here outside of all scopes; in other scopes do nothing.
+
+    At most 100,000 are stored.
 
     Args:
         keys: An array of typed keys.
@@ -322,7 +334,7 @@ def remember_unscoped(keys: jax.Array) -> None:
         (True, True)
     """
     current = _current.get()
-    if (current is None or current in _unscoped_scopes) and not is_traced(keys):
+    if (current is None or current.unscoped) and not is_traced(keys) and len(_derived) < _MOST_DERIVED:
         _derived.update(_bytes_of(np.asarray(jax.random.key_data(keys))))
 
 

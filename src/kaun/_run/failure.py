@@ -40,8 +40,10 @@ def save_on_error(
             with suppress(Exception):
                 now()  # runs the steps whose items came before this
                 found = loop.failure()
-                # Of two errors of the devices the first one stands: what is known of the other processes is its note.
-                if found is not None and not (_of_devices(found) and _of_devices(error)):
+                # Where the devices of other processes are gone, each dispatch in flight fails, with an error that does
+                # not name them. The first exception does, or has a note that does.
+                of_devices = isinstance(found, jax.errors.JaxRuntimeError)
+                if found is not None and not (of_devices and run.together is not None):
                     first = found
                 if run.together is None or not run.together.broken:
                     hook.finish()
@@ -56,10 +58,6 @@ def save_on_error(
             error.add_note(f"Also, end() of a report raised {type(failed).__name__}: {failed}")
         raise
     _end(run, hook)
-
-
-def _of_devices(error: BaseException) -> bool:
-    return isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _end(run: TrainingRun, hook: ReportCaller) -> None:

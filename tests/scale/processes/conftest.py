@@ -51,7 +51,7 @@ class Group:
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "KAUN_TIMEOUT": "40",
+            "KAUN_TIMEOUT": "120",
         }
         port = _free_port()
         self._ends: list[tuple[Any, Any]] = []

@@ -1,5 +1,6 @@
 """What the processes of a group run."""
 
+import dataclasses
 import functools
 import io
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 
 import kaun
-from kaun import Data, EarlyStop, _processes, layers, losses, reports, rng, sharding
+from kaun import Data, EarlyStop, _processes, averages, layers, losses, reports, rng, sharding
 
 
 def meet(times):
@@ -317,6 +318,35 @@ def metric_fails(process, entry="evaluate", known=True):
         ended = f"{type(error).__name__}: {error}"
     seconds = time.monotonic() - start
     return ended, seconds, made.evaluate(state, Data.from_items(PAIRS), MSE)
+
+
+def tool_fails(process, tool):
+    """What runs a fit or an evaluation of its own, and fails in one process alone."""
+    made, state = trainer()
+
+    def metric(predictions, targets):
+        if here(process):
+            raise ArithmeticError("no such class")
+        return losses.mse(predictions, targets)
+
+    loss = lambda output: metric(output, output)
+    items = [(batch(i)[0], loss) for i in range(12)]
+    start, ended = time.monotonic(), ""
+    try:
+        if tool == "lr_range":
+            kaun.lr_range(made, state, items, steps=10)
+        elif tool == "validate":
+            report = reports.validate(made, PAIRS, {"own": metric}, 2)
+            made.fit(state, [batch(i) for i in range(4)], report=report)
+        else:
+            averaged = dataclasses.replace(made, average=averages.ema(0.9))
+            failing = Data.from_iterable(loader(3, process, fails=1, what=ArithmeticError))
+            with rng.scope(0):
+                state = averaged.make_state(state.vars)
+            averages.update_statistics(averaged, state, failing)
+    except Exception as error:
+        ended = f"{type(error).__name__}: {error}"
+    return ended, time.monotonic() - start
 
 
 def left_out(process, nested=False):

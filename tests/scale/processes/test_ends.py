@@ -102,6 +102,16 @@ def test_steps_that_are_not_finite(group):
 
 
 @pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("tool", ["lr_range", "update_statistics", "validate"])
+def test_what_runs_a_fit_of_its_own_and_fails_in_one_process(group, process, tool):
+    ends = group.run(SCENARIOS, "tool_fails", process=process, tool=tool)
+    assert ends[process][0].startswith("ArithmeticError: no such ")
+    (ended, seconds) = ends[1 - process]
+    assert ended.startswith(f"FailedElsewhere: Process {process} failed, so process {1 - process} ends too: Arithm")
+    assert seconds < 15
+
+
+@pytest.mark.parametrize("process", [0, 1])
 def test_a_time_limit_in_one_process(group, process):
     how, other, step, _ = both(group, "limited", process=process)
     assert how == other == "returned" and step > 0
