@@ -33,7 +33,9 @@ MODULES = [
     "kaun", "kaun.averages", "kaun.checkpoint", "kaun.errors", "kaun.grad", "kaun.interop", "kaun.interop.safetensors",
     "kaun.layers", "kaun.losses", "kaun.metrics", "kaun.reports", "kaun.rng", "kaun.sharding",
 ]  # fmt: skip
-LARGE = ["kaun.Trainer", "kaun.Data", "kaun.Ensemble"]
+LARGE = ["kaun.Trainer", "kaun.Data", "kaun.Ensemble", "kaun.reports.Report"]
+# What fit calls is described once, in the interface `Report`, and left out of the reports that implement it.
+FILTERS = {"kaun.reports": ["!^_", "!^(begin|block|compiling|end|observe|restore|snapshot|wants)$"]}
 
 
 def public_names(module: str) -> list[str]:
@@ -62,10 +64,13 @@ def reference_of(module: str) -> str:
     large = [name for name in LARGE if name.rpartition(".")[0] == module]
     names = [name for name in public_names(module) if f"{module}.{name}" not in large]
     pages = [name for name in [*large, *MODULES] if name.rpartition(".")[0] == module]
+    filters = FILTERS.get(module)
     links = "".join(f"- [{name}]({name}.md)\n" for name in pages)
     return (
         f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
-        f"      members: {names}\n      summary: true\n\n" + (f"On pages of their own:\n\n{links}" if links else "")
+        f"      members: {names}\n      summary: true\n"
+        + (f"      filters: {filters}\n\n" if filters else "\n")
+        + (f"On pages of their own:\n\n{links}" if links else "")
     )
 
 
