@@ -5,14 +5,17 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+import kaun
+from kaun import layers, losses, rng
 from kaun._engine.inputs import StepInputs
-from kaun._engine.packing import Packing
-from kaun._engine.program import TracedStep, count_on_device
+from kaun._engine.packing import Packing, packing_of
+from kaun._engine.program import TracedStep, count_on_device, find_step
 
 KEY = jax.random.key(0)
 
@@ -27,6 +30,22 @@ def traced(step, leaves, inputs, mode="ignore"):
 
     jitted = jax.jit(whole)
     return TracedStep(jitted, jitted.trace(leaves, KEY, inputs.leaves), inputs, mode, True, 0.25)
+
+
+def test_a_tiny_step_is_so_cheap_that_xla_runs_it_in_the_calling_thread():
+    """XLA:CPU hands a program of 1000 or more operations to another thread, which costs more than such a step."""
+    x, y = jnp.ones((4, 2)), jnp.ones((4, 1))
+    with rng.scope(0):
+        model = layers.sequential([layers.linear(2, 4), layers.tanh(), layers.linear(4, 1)])
+        trainer = kaun.Trainer(model=model, optimizer=optax.adam(0.01))
+        state = trainer.init()
+    inputs = StepInputs(x, lambda out: losses.binary_cross_entropy(out, y), None)
+    leaves, structure = jax.tree.flatten((state.vars, state.opt_state, state.step))
+    traced = find_step(trainer._programs, structure, leaves, state.key, inputs, True)
+    packing = packing_of(leaves)
+    arguments = (packing.pack(leaves), state.key, traced.status, count_on_device(1), inputs.leaves, [])
+    program = traced.program("fit", (False, False), packing, clean=True)
+    assert program.jitted.lower(*arguments).compile().cost_analysis()["flops"] < 1000
 
 
 def inputs_of(*arrays):

@@ -58,9 +58,9 @@ def report(step, loss, state):
 
 # Data, report, how many warm steps are counted, the most calls for each of them.
 FORMS = {
-    "with_loss": (with_loss, None, 1000, 0.63),
-    "map": (mapped, None, 1000, 10),
-    "a report each step": (with_loss, report, 100, 78),
+    "with_loss": (with_loss, None, 1000, 0.55),
+    "map": (mapped, None, 1000, 7),
+    "a report each step": (with_loss, report, 100, 44),
 }
 
 

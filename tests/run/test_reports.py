@@ -333,8 +333,8 @@ def test_a_plain_report_after_each_step_costs_few_calls_and_one_that_wants_none_
         return (found[2] - found[1]) / 200
 
     plain = lambda step, loss, state: None
-    assert per_step(plain) <= 78
-    assert per_step(reports.all_of(plain, reports.every(10, plain))) <= 86.3
+    assert per_step(plain) <= 43.1
+    assert per_step(reports.all_of(plain, reports.every(10, plain))) <= 49.4
     # Both count by the dispatch, and a clock decides how many steps one has: the least of some fits is compared.
     least = lambda report: min(per_step(report) for _ in range(4))
     assert least(reports.Report()) <= least(reports.every(10**6, plain)) + 1

@@ -80,6 +80,22 @@ def test_the_state_on_the_exception_is_the_one_before_that_step(kind, report):
     assert {"left.weight", "left.bias"} <= set(caught.value.parameters)
 
 
+def test_what_is_not_finite_from_the_start_stays_so_and_all_else_is_looked_at():
+    """A fit looks at less of a small state that is finite when it begins: both kinds have the bits of ``step``."""
+    rate = lambda count: jnp.where(count < 4, 0.1, jnp.nan)
+    trainer, clean = trainer_of("raise", optimizer=optax.adam(rate))
+    adam, *rest = clean.opt_state
+    nu = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.inf), adam.nu)
+    assert len(jax.tree.leaves(nu)) == 4
+    for start in (clean, clean.replace(opt_state=(adam._replace(nu=nu), *rest))):
+        expected = start
+        for _ in range(4):
+            _, expected = trainer.step(expected, X, loss=loss)
+        with pytest.raises(NonFiniteLoss, match=r"The update of step 5 makes 'params.left.bias'") as caught:
+            trainer.fit(start, Data.repeat(7, (X, loss)))
+        assert same(caught.value.kaun_state, expected) and caught.value.parameters == ()
+
+
 @pytest.mark.filterwarnings("ignore:on_nonfinite=")
 @given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(1, 7))
 @settings(max_examples=15, deadline=None)

@@ -257,16 +257,21 @@ class BlockBuffer:
         self.count = slot + 1
         return True
 
-    def alone(self, inputs: StepInputs, patterns: Sequence[tuple[bool, ...]]) -> list[Any] | None:
-        """Return the leaves of an item that is a block for itself; None where it cannot be one.
+    def alone(self, inputs: StepInputs, pattern: Sequence[bool]) -> tuple[list[Any], list[Any]] | None:
+        """Return the leaves of an item that is a block for itself, as ``arguments`` does; None where it cannot be one.
 
         Args:
             inputs: The item.
-            patterns: Those of the blocks so far: a program that stacks nothing must be there.
+            pattern: Which leaves are stacked, as in the newest block.
         """
-        if self.count or inputs.key != self._key or self._padded or not patterns or any(patterns[-1]):
+        if self.count or inputs.key != self._key or self._padded:
             return None
-        return [c.single(a) for c, a in zip(self._columns, inputs.leaves, strict=True)]
+        columns = zip(self._columns, inputs.leaves, strict=True)
+        if not any(pattern):
+            return [column.single(leaf) for column, leaf in columns], []
+        for column, leaf in columns:
+            column.put(0, leaf)
+        return self.arguments(pattern)
 
     def room(self, sources: Mapping[int, RowGather], inputs: StepInputs) -> int:
         """Return how many items of a chunk one block can take."""

@@ -202,12 +202,14 @@ class StepLoop:
 
     def _runs_alone(self, inputs: StepInputs) -> bool:
         """Run an item at once, if the newest items were of its kind and none waits; return whether it was run."""
-        block = self._open if self._together is None else None
-        leaves = None if block is None else block.buffer.alone(inputs, block.traced.patterns)
-        if block is None or leaves is None:
+        if self._open is None or self._together is not None or not self._open.traced.patterns:
             return False
-        self._dispatch(block.traced, block.inputs, block.traced.patterns[-1], 1, leaves, [])
-        return True
+        buffer, traced, first = self._open
+        pattern = traced.patterns[-1]
+        leaves = buffer.alone(inputs, pattern)
+        if leaves is not None:
+            self._dispatch(traced, first, pattern, 1, *leaves)
+        return leaves is not None
 
     def trace(self, item: Any) -> None:
         """Trace the step for an item, and do not run it."""
