@@ -78,14 +78,15 @@ class Packing:
         return [held[d][start : start + math.prod(shape)].reshape(shape) for d, shape, start in self.layout]
 
     def spoiled(self, before: Sequence[Any], after: Sequence[Any]) -> jax.Array:
-        """Return for each leaf whether it is not finite in ``after`` where it was in ``before``, a vector of bool.
+        """Return ``spoiled_leaves`` of all leaves but the last, which counts the steps, from the vectors of two states.
 
-        As ``spoiled_leaves`` of the leaves, in two operations for each dtype and not one for each leaf.
+        That is two operations for each dtype, and not one for each leaf.
         """
-        found = jnp.zeros(len(self.layout), bool)
+        layout = self.layout[:-1]
+        found = jnp.zeros(len(layout), bool)
         for old, new in zip(before, after, strict=True):
             if jnp.issubdtype(old.dtype, jnp.inexact):
-                sizes = [math.prod(shape) * (dtype == old.dtype) for dtype, shape, _ in self.layout]
+                sizes = [math.prod(shape) * (dtype == old.dtype) for dtype, shape, _ in layout]
                 places = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
                 found = found.at[places].max(jnp.isfinite(old) & ~jnp.isfinite(new))
         return found

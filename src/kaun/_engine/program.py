@@ -341,7 +341,7 @@ def _kept(
     """
 
     def spoiled() -> jax.Array:
-        return packing.spoiled(before, after)[:-1] if packing else spoiled_leaves(before[:-1], after[:-1])
+        return packing.spoiled(before, after) if packing else spoiled_leaves(before[:-1], after[:-1])
 
     finite, leaves = status[0] > 0, len(packing.layout if packing else after) - 1
     found = lax.cond(finite, lambda: jnp.zeros(leaves, bool), spoiled)
