@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kaun
+from kaun import layers, rng
 from kaun._engine.packing import Packing, _unpacked, packing_of, unpack
 from kaun._jax import signatures_of
 
@@ -42,6 +45,21 @@ def test_a_program_that_unpacks_is_compiled_once_the_host_has_done_it_often():
             assert [a.tobytes() for a in back] == [a.tobytes() for a in leaves]
             assert {(a.committed, a.weak_type) for a in back} == {(vectors[0].committed, False)}
     assert compiled == [0] * 8 + [1, 0, 0, 0]
+
+
+def test_a_first_fit_of_a_small_state_compiles_one_program():
+    with rng.scope(0):
+        model = layers.linear(3, 7) >> layers.linear(7, 1)
+        trainer = kaun.Trainer(model=model, optimizer=optax.adam(0.1))
+        state = trainer.init()
+    names, data = [], [(np.ones((5, 3), np.float32), lambda out: (out**2).mean())]
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
+    try:
+        after = trainer.fit(state, data)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert packing_of(jax.tree.leaves((state.vars, state.opt_state, state.step))) is not None
+    assert names.count("/jax/core/compile/backend_compile_duration") == 1 and int(after.step) == 1
 
 
 def test_layouts_are_values():
