@@ -259,7 +259,7 @@ def trace_step(
         return out.loss, out.numbers, after, out.finite, out.checks
 
     start, jitted = time.perf_counter(), jax.jit(step)
-    clean = [jnp.array(False)] if on_nonfinite == "raise" and not discards else []
+    clean = [np.array(False)] if on_nonfinite == "raise" and not discards else []
     traced = jitted.trace(list(leaves), key, inputs.leaves, *clean)
     return TracedStep(jitted, traced, inputs, on_nonfinite, discards, time.perf_counter() - start)
 
