@@ -71,6 +71,9 @@ OF_USERS = (
     "tests/laws/test_fold.py::test_fit_is_the_fold_with_a_ragged_last_batch",
     "tests/laws/test_fold.py::test_steps_that_are_reported_from_the_start_are_the_fold_too",
     "tests/losses/test_mean.py",
+    # They train long: on this code they take half the time once it is in the cache.
+    "tests/models/test_bert.py::test_it_fills_in_what_is_masked",
+    "tests/models/test_ddpm.py::test_samples_are_distributed_as_the_data",
     "tests/test_docs.py::test_page[docs/exactness.md]",
 )
 CACHE_OPTIONS = (
