@@ -214,7 +214,10 @@ def test_sizes_and_a_layer_are_needed():
         layers.gru(3, 0)
     with pytest.raises(TypeError, match=r"rnn\(in_features=\.\.\.\) expected an int of at least 1, received '3'"):
         layers.rnn("3", 2)
-    with pytest.raises(TypeError, match=r"bidirectional expected layers, received .* Did you forget to call it\?"):
+    with pytest.raises(
+        TypeError,
+        match=r"bidirectional expected layers, received lstm\. Call it: layers\.lstm\(in_features, hidden\)\.$",
+    ):
         layers.bidirectional(layers.lstm)
     assert isinstance(layers.bidirectional(layers.rnn(2, 3)), Layer)
     with pytest.raises(

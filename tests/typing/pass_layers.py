@@ -95,3 +95,7 @@ both = [layers.embedding(10, 4), layers.linear(4, 2)]
 assert_type(layers.sequential(both), Layer[Int, Float])
 two_inputs = layers.module({"left": layers.linear(2, 2)}, pair)
 assert_type(layers.sequential([two_inputs, layers.fn(jnp.sin)]), Layer[Any, Any])
+
+# Functions without annotations.
+assert_type(layers.fn(lambda x: x.reshape(len(x), -1)), Layer[Any, Any])
+assert_type(layers.module({"a": layers.linear(2, 2)}, lambda m, x: (m.a(x), x)), Layer[Float, tuple[Any, jax.Array]])

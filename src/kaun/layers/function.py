@@ -19,7 +19,7 @@ __all__ = ["fn", "from_function", "stateless"]
 OFFERED = ("training", "ctx")
 
 
-def fn(f: Callable[..., Any], *, name: str | None = None) -> Layer[Any, Any]:
+def fn(f: Callable[[Any], Any], *, name: str | None = None) -> Layer[Any, Any]:
     """Make a layer without variables from a pure function of one argument.
 
     Args:
@@ -51,7 +51,7 @@ def stateless(name: str, f: Callable[..., Any]) -> Layer[Any, Any]:
     return Layer(init=init, apply=apply, name=name)
 
 
-def from_function(apply: Callable[..., Any], params: Any, *, name: str | None = None) -> Layer[Any, Any]:
+def from_function(apply: Callable[[Any, Any], Any], params: Any, *, name: str | None = None) -> Layer[Any, Any]:
     """Make the layer that computes ``apply(params, x)``, with initial parameters.
 
     Args:

@@ -39,6 +39,10 @@ def module(
 ) -> Layer[Int, Float]: ...
 @overload
 def module(
+    parts: Mapping[str, Parts], forward: Callable[[Module, jax.Array], Out], name: str | None = None
+) -> Layer[Float, Out]: ...
+@overload
+def module(
     parts: Mapping[str, Parts], forward: Callable[[Module, In], Out], name: str | None = None
 ) -> Layer[In, Out]: ...
 def module(parts: Any, forward: Any, name: str | None = None) -> Layer[Any, Any]:

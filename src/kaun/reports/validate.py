@@ -39,7 +39,9 @@ def validate(
     """Return the report that runs ``trainer.evaluate(state, data, metrics)`` after each pass, or every so many steps.
 
     In one ``all_of`` with others, its results are shown by ``progress``, kept by ``history`` and given to every report
-    that observes values; the order does not matter.
+    that observes values; the order does not matter. Everywhere a result has the name that it has in ``metrics``, also
+    for ``early_stopping``; only the bar and the columns of files add ``valid_`` where the training has a value of that
+    name.
 
     Args:
         trainer: The trainer whose ``fit`` gets the report; or the ``Ensemble``, of whose members the results are means.

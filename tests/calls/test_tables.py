@@ -1,0 +1,60 @@
+"""The tables of wrong calls: what they tell users to write exists, and what they call wrong does not."""
+
+import inspect
+import re
+
+import optax
+import pytest
+
+import kaun
+from kaun import averages, checkpoint, interop, layers, losses, metrics, reports, rng, sharding
+from kaun._calls.refusal import _filled
+from kaun._calls.renamed import ADVICE, RENAMED
+from kaun._calls.texts import CALLS, FIT, OF_ALL
+
+MODULES = {"layers": layers, "losses": losses, "metrics": metrics, "reports": reports, "averages": averages}
+MODULES |= {
+    "checkpoint": checkpoint,
+    "interop": interop,
+    "sharding": sharding,
+    "rng": rng,
+    "optax": optax,
+    "kaun": kaun,
+}
+MODULES |= {"Data": kaun.Data, "trainer": kaun.Trainer, "state": kaun.TrainState}
+SAID = [
+    *(_filled(text, "layers.linear", 3) for texts in (*CALLS.values(), FIT, OF_ALL) for text in texts.values()),
+    *(text for texts in ADVICE.values() for text in texts.values()),
+]
+FAMILIES = {
+    "layers.conv": layers.conv2d,
+    "layers.recurrent": layers.lstm,
+    "layers.pool": layers.max_pool2d,
+    "layers.activation": layers.relu,
+}
+FIELDS = {"optimizer", "model"}  # of a trainer, which are no attributes of its class
+
+
+def test_every_name_that_a_text_tells_to_write_exists():
+    found = {pair for text in SAID for pair in re.findall(r"(?<![\w.])(\w+)\.(\w+)", text) if pair[0] in MODULES}
+    assert len(found) > 60
+    assert not [f"{a}.{b}" for a, b in found if b not in FIELDS and not hasattr(MODULES[a], b)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_argument_is_not_one_of_the_function(name):
+    names = {"Trainer": kaun.Trainer, "Ensemble": kaun.Ensemble, "summary": kaun.summary, "Layer": kaun.Layer}
+    function = FAMILIES.get(name)
+    if function is None:
+        owner, _, method = name.rpartition(".")
+        function = getattr({**MODULES, **names}[owner], method) if owner else names[name]
+    checked = function.__init__ if inspect.isclass(function) else getattr(function, "__func__", function)
+    assert hasattr(checked, "__wrapped__")
+    taken = set(inspect.signature(function).parameters) - ({"batch_size"} if name == "Data.batches" else set())
+    assert not taken & CALLS[name].keys()
+
+
+def test_another_librarys_name_is_not_one_of_kaun_and_stands_for_one_that_is():
+    for module, table in RENAMED.items():
+        assert not [new for new in table.values() if not hasattr(MODULES[module], new)]
+        assert not [name for name in ADVICE.get(module, {}) if hasattr(MODULES[module], name)]
