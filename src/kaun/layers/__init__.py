@@ -5,10 +5,6 @@ stands for any number of axes. A layer is described without weights: ``layer.ini
 ``first >> second``, ``sequential``, ``residual``, ``repeat`` and ``module``.
 """
 
-# To read the code, begin with core, then containers and module, which combine layers, and linear, the simplest one.
-# Layers check arguments with arguments and padding, inputs with inputs, and draw parameters with init; path is the
-# place in the model for error messages.
-
 from kaun.layers.activation import activation as activation
 from kaun.layers.activation import elu as elu
 from kaun.layers.activation import gelu as gelu

@@ -4,9 +4,6 @@ The interface is ``Report``; a function ``(step, loss, state)`` is a report too.
 the values that one measures to the others.
 """
 
-# compose combines reports. The loggers (files, tensorboard, wandb, mlflow) share log; with history they share epochs,
-# the averages over a pass.
-
 from kaun._report import Report as Report
 from kaun._report import ReportFunction as ReportFunction
 from kaun.reports.compose import all_of as all_of
