@@ -1,7 +1,7 @@
 """What the loggers share: rows, one for each step, made of blocks and of what other reports measured.
 
-The loggers are ``files``, ``tensorboard``, ``wandb`` and ``mlflow``. With ``history`` they share ``epochs``, the averages
-over a pass.
+The loggers are ``files``, ``tensorboard``, ``wandb`` and ``mlflow``. With ``history`` they share ``epochs``, the
+averages over a pass.
 """
 
 from __future__ import annotations
