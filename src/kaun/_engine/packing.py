@@ -237,7 +237,7 @@ def unpack(packing: Packing, vectors: list[jax.Array]) -> list[Any]:
         return _unpacked(packing, vectors)
     packing.unpacked += 1
     leaves = packing.unpack([np.array(vector) for vector in vectors])
-    where = vectors[0].sharding if vectors[0].committed else None
+    where = vectors[0].sharding if getattr(vectors[0], "committed", False) else None
     return jax.device_put(leaves, where)
 
 
