@@ -23,6 +23,7 @@ import optax
 from kaun import Trainer, checkpoint, layers, rng
 from kaun.checkpoint import Store
 
+PARAMETERS = 10_000_000
 WHAT = ("blocked", "saved", "restored")
 Times = dict[str, float]
 
@@ -81,6 +82,16 @@ def must_be_equal(a: Any, b: Any) -> None:
         raise SystemExit("what came back is not what was saved")
 
 
+def installed() -> dict[str, Callable[[Any, Path], Times]]:
+    """kaun, and Orbax where it is installed."""
+    runners: dict[str, Callable[[Any, Path], Times]] = {"kaun": by_kaun}
+    if importlib.util.find_spec("orbax") is None:
+        print("orbax: skipped, orbax-checkpoint is not installed")
+    else:
+        runners["orbax"] = by_orbax
+    return runners
+
+
 def measure(runners: dict[str, Callable[[Any, Path], Times]], parameters: int, rounds: int) -> dict[str, list[Times]]:
     """The times of each runner in each round; one round before them is not counted."""
     state = state_of(parameters)
@@ -95,29 +106,29 @@ def measure(runners: dict[str, Callable[[Any, Path], Times]], parameters: int, r
     return found
 
 
+def ratio(found: dict[str, list[Times]], name: str, to: str, what: str) -> float:
+    """The median ratio of two runners' times within a round."""
+    return statistics.median(a[what] / b[what] for a, b in zip(found[name], found[to], strict=True))
+
+
 def table(found: dict[str, list[Times]]) -> list[str]:
     """Medians in seconds, and of the ratios to kaun within a round."""
     lines = [f"{'':10}" + "".join(f"{what:>22}" for what in WHAT)]
     for name, rounds in found.items():
         line = f"{name:10}"
         for what in WHAT:
-            ratio = statistics.median(a[what] / b[what] for a, b in zip(rounds, found["kaun"], strict=True))
-            line += f"{statistics.median(times[what] for times in rounds):12.3f} s ({ratio:.2f}x)".rjust(22)
+            times = ratio(found, name, "kaun", what)
+            line += f"{statistics.median(each[what] for each in rounds):12.3f} s ({times:.2f}x)".rjust(22)
         lines.append(line)
     return lines
 
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoints", description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=int, default=10_000_000)
+    parser.add_argument("--parameters", type=int, default=PARAMETERS)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(given)
-    runners: dict[str, Callable[[Any, Path], Times]] = {"kaun": by_kaun}
-    if importlib.util.find_spec("orbax") is None:
-        print("orbax: skipped, orbax-checkpoint is not installed")
-    else:
-        runners["orbax"] = by_orbax
-    print("\n".join(table(measure(runners, options.parameters, options.rounds))))
+    print("\n".join(table(measure(installed(), options.parameters, options.rounds))))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What is measured besides steps. A new one is one more function in ``EXTRAS``: from the rounds to a dict."""
 
+import importlib.util
+import json
 import os
 import statistics
 import subprocess
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.growth import growth
 from bench.launch import run_one
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,34 @@ print(capture_time())
 def seconds_of(code: str) -> float:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout)
+
+
+def found_by(module: str, call: str) -> dict[str, Any]:
+    """What a call of a module of the bench returns in its own process; what it prints besides is shown."""
+    code = f"import json\nfrom bench.{module} import *\nprint(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    *printed, last = done.stdout.splitlines()
+    print("\n".join(printed), flush=True)
+    return json.loads(last)
+
+
+def passes(rounds: int) -> dict[str, Any]:
+    """Microseconds of a batch of `evaluate` and `predict`, and of jitted loops written by hand."""
+    return found_by("passes", f"measure({3 * rounds})")
+
+
+def loaders(rounds: int) -> dict[str, Any]:
+    """Microseconds of a step of `fit` over loaders of PyTorch and grain, and of loops written by hand."""
+    missing = [name for name in ("torch", "grain") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"loaders: skipped, {', '.join(missing)} is not installed")
+        return {}
+    return found_by("loaders", f"measure({3 * rounds})")
+
+
+def checkpoints(rounds: int) -> dict[str, Any]:
+    """Seconds to save and restore a state of 120 MB, by kaun and by Orbax."""
+    return found_by("checkpoints", f"measure(installed(), PARAMETERS, {rounds + 2})")
 
 
 def importing(rounds: int) -> dict[str, Any]:
@@ -101,4 +132,8 @@ EXTRAS: dict[str, Callable[[int], dict[str, Any]]] = {
     "closures": closures,
     "cache": cache,
     "flag": flag,
+    "passes": passes,
+    "loaders": loaders,
+    "checkpoints": checkpoints,
+    "growth": growth,
 }

@@ -95,22 +95,25 @@ def cases(make):
         )  # fmt: skip
 
 
-def main(arguments: list[str]) -> None:
-    rounds = int(arguments[0]) if arguments else 15
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """By model and pass: the microseconds of a batch by kaun and by hand, and the ratio."""
+    found = {}
     for make in (xor, mlp, cnn):
         for name, number, by_kaun, by_hand in cases(make):
-            found = []
+            measured = []
             for i in range(rounds + 1):
                 times = {}
                 for run in (by_kaun, by_hand) if i % 2 else (by_hand, by_kaun):
                     start = time.perf_counter()
                     run()
                     times[run] = time.perf_counter() - start
-                found.append((times[by_kaun] / number, times[by_hand] / number))
-            ratio = statistics.median(a / b for a, b in found[1:])
-            a, b = (statistics.median(column) * 1e6 for column in zip(*found[1:], strict=True))
+                measured.append((times[by_kaun] / number, times[by_hand] / number))
+            ratio = statistics.median(a / b for a, b in measured[1:])
+            a, b = (statistics.median(column) * 1e6 for column in zip(*measured[1:], strict=True))
+            found[f"{make.__name__} {name}"] = {"kaun": a, "hand": b, "ratio": ratio}
             print(f"{make.__name__:4} {name:16} kaun {a:9.1f} us  by hand {b:9.1f} us  {ratio:.2f}", flush=True)
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    measure(int(sys.argv[1]) if len(sys.argv) > 1 else 15)

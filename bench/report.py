@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import results
+from bench import checkpoints, growth, results
 from bench.extras import FLAG
 from bench.results import BASE, ratio
 from bench.runners import RUNNERS
@@ -40,6 +40,28 @@ def warm(workload: str) -> Callable[[Results], float | None]:
 
 def extra(name: str, key: str) -> Callable[[Results], float | None]:
     return lambda found: found["extras"].get(name, {}).get(key)
+
+
+def slowest(name: str, start: str = "") -> Callable[[Results], float | None]:
+    """The largest ratio of an extra's rows whose names have this in them."""
+
+    def value(found: Results) -> float | None:
+        rows = rows_of_extra(found, name)
+        return max((row["ratio"] for key, row in rows.items() if start in key), default=None)
+
+    return value
+
+
+def to_orbax(what: str) -> Callable[[Results], float | None]:
+    def value(found: Results) -> float | None:
+        rows = rows_of_extra(found, "checkpoints")
+        return checkpoints.ratio(rows, "kaun", "orbax", what) if "orbax" in rows else None
+
+    return value
+
+
+def rows_of_extra(found: Results, name: str) -> dict[str, Any]:
+    return {key: row for key, row in found["extras"].get(name, {}).items() if key != "session"}
 
 
 # The performance targets of kaun: what is compared, the upper bound, the function for the measured value, and a
@@ -91,6 +113,15 @@ BARS: list[Bar] = [
         1.1,
         field("adam50m", "kaun-each", "peak"),
         "",
+    ),
+    *(
+        (f"`{name}`, the slowest of its rows below, relative to the loop by hand", 1.0, slowest("passes", name), "")
+        for name in ("evaluate", "predict")
+    ),
+    ("`fit` over a loader, the slowest of its rows below, relative to the loop by hand", 1.05, slowest("loaders"), ""),
+    *(
+        (f"checkpoint of 120 MB, {what}, relative to Orbax", bound, to_orbax(what), "")
+        for what, bound in (("blocked", 1 / 5), ("saved", 1 / 5), ("restored", 1 / 3))
     ),
 ]
 
@@ -162,6 +193,26 @@ interleaved in rounds.
 - "kaun's loop around the hand-written forward pass" has the same model as the hand-written loop, so it shows the effect
   of the loop. The rows above it also use kaun's layers."""
 
+GROWTH = """\
+A dense network (32 inputs, 8 outputs, float32, Adam) is trained while one of its sizes grows: the width of its hidden
+layers (128), their number (2), the rows of a batch (64), and the number of devices (1), which are simulated and share
+the cores of the machine. The loop by hand is jitted, donates its state, has the gradient's norm as a result and waits
+two steps behind, as kaun does. "Adds" is the median of the differences to it within a round; the band in the picture is
+between the quartiles. Memory is the peak of a process whose programs are compiled, beyond JAX alone; `step` keeps its
+argument, so it holds one state more."""
+
+PASSES = """\
+Against jitted loops that add up on the device and read once (`evaluate`) or read each output (`predict`). "Ragged" data
+have a last batch that is one row short, "padded" data the same rows with `pad=True`."""
+
+LOADERS = """\
+`fit` over the loaders of other libraries, in batches of 128 rows, against loops that iterate the same loader and train
+the same network."""
+
+CHECKPOINTS = """\
+A state of 120 MB, saved and restored in one process in turns. "Blocked" is the part of a save after which training
+continues. kaun's files have checksums, and its restore verifies them."""
+
 REPRODUCE = """\
 ## Run it
 
@@ -170,15 +221,18 @@ $ make bench
 $ make bench ALSO=torch
 $ make bench ARGS="--quick"
 $ make bench ARGS="--only cnn,gpt --runners kaun,nnx"
+$ make bench ARGS="--extras growth,checkpoints --only ''"
 ```
 
-The last command measures a part of the benchmarks and replaces the same part of the earlier results.
+The last two commands measure a part of the benchmarks and replace the same part of the earlier results.
 `python -m bench --help` lists all options. `python -m bench.report` writes this page again from the results."""
 
 
 def write(found: Results, page: Path = PAGE) -> None:
-    """Write the page, and its figure in the same folder."""
+    """Write the page, and its figures in the same folder."""
     picture = draw(found, page.with_name(PICTURE))
+    if grown := rows_of_extra(found, "growth"):
+        growth.draw(grown, page.with_name(growth.PICTURE))
     page.write_text("\n".join(lines_of(found, picture)) + "\n")
 
 
@@ -189,6 +243,7 @@ def lines_of(found: Results, picture: bool) -> Iterator[str]:
     if picture:
         yield from ("## Time per step against model width", "", f"![Time per step against model width]({PICTURE})", "")
         yield from (*width_rows(found), "")
+    yield from sections(found)
     yield from ("## Other costs", "", *others(found), "", "## What limits the speed", "", NOTES.read_text().strip(), "")
     yield REPRODUCE
 
@@ -201,6 +256,27 @@ def width_rows(found: Results) -> Iterator[str]:
     for n in WIDTHS:
         cells = (ratio(found, f"width{n}", name, BASE) for name in names if name != BASE)
         yield f"| {n} | " + " | ".join("" if value is None else f"{value:.2f}" for value in cells) + " |"
+
+
+def sections(found: Results) -> Iterator[str]:
+    """Yield the sections of the extras that have tables."""
+    if grown := rows_of_extra(found, "growth"):
+        yield from ("## Growth", "", GROWTH, "", f"![Time and memory against the sizes]({growth.PICTURE})", "")
+        yield from (*growth.rows(grown), "")
+    for name, title, unit in (("passes", "Evaluate and predict", "batch"), ("loaders", "Loaders", "step")):
+        if rows := rows_of_extra(found, name):
+            yield from (f"## {title}", "", PASSES if name == "passes" else LOADERS, "")
+            yield from (f"| | kaun, a {unit} | by hand | ratio |", "|---" * 4 + "|")
+            for key, row in rows.items():
+                yield f"| {key} | {row['kaun']:,.0f} us | {row['hand']:,.0f} us | {row['ratio']:.2f} |"
+            yield ""
+    if rows := rows_of_extra(found, "checkpoints"):
+        yield from ("## Checkpoints", "", CHECKPOINTS, "")
+        yield from ("| | " + " | ".join(checkpoints.WHAT) + " |", "|---" * (1 + len(checkpoints.WHAT)) + "|")
+        for key, times in rows.items():
+            cells = (f"{median(each[what] for each in times) * 1e3:,.0f} ms" for what in checkpoints.WHAT)
+            yield f"| {key} | " + " | ".join(cells) + " |"
+        yield ""
 
 
 def others(found: Results) -> Iterator[str]:

@@ -38,7 +38,6 @@ from kaun import Data, layers, losses, reports, rng, sharding
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = "1,2,4,8"
 LOOPS = ("control", "fit", "step")
-IN, WIDTH, OUT = 256, 256, 8
 TOLERANCE = 1e-4  # of the losses after a pass, relative
 
 Run = Callable[[], Any]
@@ -47,10 +46,11 @@ Times = dict[str, list[tuple[float, float]]]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The rows of a batch, and the steps of a pass."""
+    """The rows of a batch, the steps of a pass, and the widths of the dense layers, from input to output."""
 
     rows: int
     steps: int
+    widths: tuple[int, ...] = (256, 256, 256, 8)
 
 
 TASKS = {"blocks": Task(128, 96), "single": Task(2048, 12)}
@@ -68,13 +68,13 @@ class LastLoss(reports.Report):
         self.loss = values["loss"][-1]
 
 
-def loops_of(task: Task, where: sharding.Sharding) -> dict[str, Run]:
-    """The loops; each trains from the same state, and returns the loss of the last step."""
+def loops_of(task: Task, where: sharding.Sharding | None) -> dict[str, Run]:
+    """The loops, on one device without a placement; each trains from the same state, and returns the last loss."""
     g = np.random.default_rng(0)
-    x = g.normal(size=(task.steps * task.rows, IN)).astype(np.float32)
-    y = g.integers(0, OUT, task.steps * task.rows).astype(np.int32)
-    widths, optimizer = (IN, WIDTH, WIDTH, OUT), optax.adam(1e-3)
-    parts = [part for a, b in itertools.pairwise(widths) for part in (layers.linear(a, b), layers.relu())]
+    x = g.normal(size=(task.steps * task.rows, task.widths[0])).astype(np.float32)
+    y = g.integers(0, task.widths[-1], task.steps * task.rows).astype(np.int32)
+    optimizer = optax.adam(1e-3)
+    parts = [part for a, b in itertools.pairwise(task.widths) for part in (layers.linear(a, b), layers.relu())]
     with rng.scope(0):
         trainer = kaun.Trainer(model=layers.sequential(parts[:-1]), optimizer=optimizer, sharding=where)
         state = trainer.init()
@@ -96,7 +96,7 @@ def loops_of(task: Task, where: sharding.Sharding) -> dict[str, Run]:
     return {"hand": hand, "control": hand, "fit": fit, "step": step}
 
 
-def by_hand(task: Task, where: sharding.Sharding, optimizer: Any, state: Any, x: Any, y: Any) -> Run:
+def by_hand(task: Task, where: sharding.Sharding | None, optimizer: Any, state: Any, x: Any, y: Any) -> Run:
     def forward(params: Any, x: Any) -> Any:
         *hidden, last = (layer for layer in params if layer)
         for layer in hidden:
@@ -111,8 +111,10 @@ def by_hand(task: Task, where: sharding.Sharding, optimizer: Any, state: Any, x:
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value, optax.global_norm(gradient)
 
-    placed = where.of(state)
-    out = placed.vars.params, placed.opt_state, where.replicated, where.replicated
+    out = None
+    if where is not None:
+        placed = where.of(state)
+        out = placed.vars.params, placed.opt_state, where.replicated, where.replicated
     compiled = jax.jit(update, donate_argnums=(0, 1), out_shardings=out)
 
     def run() -> Any:
@@ -120,7 +122,7 @@ def by_hand(task: Task, where: sharding.Sharding, optimizer: Any, state: Any, x:
         waiting: list[Any] = []
         for i in range(task.steps):
             rows = slice(i * task.rows, (i + 1) * task.rows)
-            batch = jax.device_put((x[rows], y[rows]), where.spread)
+            batch = (x[rows], y[rows]) if where is None else jax.device_put((x[rows], y[rows]), where.spread)
             params, opt_state, value, _ = compiled(params, opt_state, *batch)
             wait(waiting, value)
         return value

@@ -30,6 +30,7 @@ from kaun.checkpoint.encoding import (
 )
 from kaun.checkpoint.group import new_group, several_processes
 from kaun.checkpoint.safetensors_header import (
+    Memory,
     Place,
     Take,
     UnreadDtype,
@@ -288,13 +289,13 @@ def read_arrays(
     Raises:
         ValueError: If the header is damaged, or an array is not what its kind of leaf is stored as.
     """
-    places = read_places(take, size)
+    places, memory = read_places(take, size), Memory(size)
     compared = places if wanted is None else [place for place in places if place.name.startswith(start)]
     differences = compare(compared, wanted, cast=cast)
     arrays: list[tuple[Place, np.ndarray[Any, Any]]] = []
     for place in places if not differences.lines else ():
         if place.name.startswith(start):
-            arrays.append((place, read_array(take, place)))
+            arrays.append((place, read_array(take, place, memory)))
         else:
             skip_array(take, place)
     return arrays, differences

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import queue
-import threading
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +15,7 @@ from kaun.checkpoint import files
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.manifest import FileDigest
 from kaun.checkpoint.safetensors_header import Short
+from kaun.checkpoint.workers import LANES, Workers
 from kaun.errors import ResumeMismatch
 
 __all__ = ["Damaged", "FileContent", "Source", "reading"]
@@ -31,39 +30,43 @@ class Damaged(ValueError):
 
 
 class _Digest:
-    """The SHA-256 of bytes as they are read or written, in a thread, since hashing releases the interpreter lock."""
+    """The SHA-256 of a file as it is read or written, made in threads, since hashing releases the interpreter lock.
 
-    def __init__(self, size: int, waiting: int = 0) -> None:
-        self._hash = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(waiting)
-        self._thread = threading.Thread(target=self._run, name="kaun-sha256", daemon=True)
-        # A thread takes longer to start than to hash fewer bytes than this.
-        self._threaded = size > _PIECE
-        if self._threaded:
-            self._thread.start()
+    Args:
+        size: How many bytes the file has.
+        piece: Of how many bytes a piece is, where the sum is that of the pieces' sums; None for one sum of all bytes.
+        waiting: How much may wait to be hashed until ``update`` waits, too; 0 for any number of pieces.
+    """
 
-    def _run(self) -> None:
-        while (data := self._queue.get()) is not None:
-            self._hash.update(data)
+    def __init__(self, size: int, piece: int | None, waiting: int = 0) -> None:
+        self._size, self._piece = size, piece
+        self._hashes = [hashlib.sha256()]
+        # A thread takes longer to start than to hash fewer bytes than this. One sum cannot be divided among threads.
+        lanes = 0 if size <= _PIECE else 1 if piece is None else LANES
+        self._workers = Workers(lanes, waiting)
+        self._room = piece or size
 
     def update(self, data: memoryview) -> None:
-        if self._threaded:
-            self._queue.put(data)
-        else:
-            self._hash.update(data)
+        while data:
+            if not self._room:
+                self._hashes.append(hashlib.sha256())
+                self._room = self._piece or self._size
+            part = data[: self._room]
+            self._workers.put(len(self._hashes), self._hashes[-1].update, part)
+            self._room -= len(part)
+            data = data[len(part) :]
 
     def finish(self) -> str:
-        if self._threaded:
-            self._queue.put(None)
-            self._thread.join()
-        return self._hash.hexdigest()
+        self._workers.finish()
+        if self._piece is None:
+            return self._hashes[0].hexdigest()
+        return hashlib.sha256(b"".join(each.digest() for each in self._hashes)).hexdigest()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
+        self._workers.__exit__()
 
 
 class FileContent:
@@ -73,22 +76,29 @@ class FileContent:
         size, pieces = files.serialize(leaves)
         self._data = np.empty(size, np.uint8)
         at = 0
-        for piece in pieces:
-            self._data[at : at + len(piece)] = piece
-            at += len(piece)
+        # Training waits for this, and one thread copies more slowly than memory is. Few pieces wait, because one may
+        # be of an array that was collected from several devices for this.
+        with Workers(LANES if size > _PIECE else 0, waiting=2) as workers:
+            for data in pieces:
+                for start in range(0, len(data), _PIECE):
+                    part = data[start : start + _PIECE]
+                    workers.put(at // _PIECE, np.copyto, self._data[at : at + len(part)], part)
+                    at += len(part)
+            workers.finish()
 
     def write(self, disk: Disk, path: Path) -> FileDigest:
         """Write the file, and return its size and its sum once it is on the disk."""
         size = self._data.size
+        piece = _PIECE if size > _PIECE else None
         file = disk.create(path)
         try:
-            with _Digest(size) as digest:
+            with _Digest(size, piece) as digest:
                 for at in range(0, size, _PIECE):
-                    piece = self._data[at : at + _PIECE].data
-                    digest.update(piece)
-                    disk.write(file, piece)
+                    part = self._data[at : at + _PIECE].data
+                    digest.update(part)
+                    disk.write(file, part)
                 disk.sync(file)
-                return FileDigest(size, digest.finish())
+                return FileDigest(size, digest.finish(), piece)
         finally:
             disk.close(file)
 
@@ -115,7 +125,7 @@ class Source:
         self._disk, self._record = disk, record
         self._file, size = disk.open(path)
         self.left: int = size
-        self._digest = _Digest(size, waiting=8)
+        self._digest = _Digest(size, record.piece, waiting=2)
 
     def __enter__(self) -> Self:
         if self.left != self._record.size:

@@ -17,18 +17,30 @@ from kaun.errors import ResumeMismatch
 
 __all__ = ["FILES", "VERSION", "FileDigest", "Manifest", "parse", "part_names", "read", "sealed"]
 
-VERSION = 2
-_ONE_FILE, _PARTS = 1, 2
+VERSION = 3
+_ONE_FILE, _PARTS, _PIECES = 1, 2, 3
 FILES = ("state.safetensors", "reports.safetensors")  # the second only if reports keep arrays
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _END = b'"}\n'
+_SMALLEST = 1 << 20  # bytes of a piece: a file has few
 
 
 class FileDigest(NamedTuple):
-    """The size of a file in bytes, and its SHA-256."""
+    """The size of a file in bytes, and its SHA-256.
+
+    Attributes:
+        size: The size.
+        sha256: The SHA-256 of all bytes or, with ``piece``, of the SHA-256s of the pieces one after the other.
+        piece: How many bytes each piece has, the last one fewer; None where the sum is that of all bytes.
+    """
 
     size: int
     sha256: str
+    piece: int | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """The entry of the file in a manifest."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class Manifest(NamedTuple):
@@ -57,10 +69,11 @@ def sealed(step: int, files: Mapping[str, FileDigest], text: str, *, parts: bool
         files: The files that were written, by name.
         text: The entries of ``reports`` and ``facts``, with ``parts`` also of ``leaves``, as JSON without the braces
             around them.
-        parts: Whether the files are parts, which an earlier kaun does not read.
+        parts: Whether the files are parts. An earlier kaun reads neither these nor sums of pieces.
     """
-    records = {name: record._asdict() for name, record in files.items()}
-    version = _PARTS if parts else _ONE_FILE
+    records = {name: record.entry() for name, record in files.items()}
+    in_pieces = any(record.piece is not None for record in files.values())
+    version = _PIECES if in_pieces else _PARTS if parts else _ONE_FILE
     about = strict_json.dumps({"kaun": version, "step": step, "files": records}, "manifest")
     raw = f'{about[:-1]},{text},"sha256":"'.encode()
     return raw + hashlib.sha256(raw).hexdigest().encode() + _END
@@ -109,7 +122,7 @@ def parse(raw: bytes) -> Manifest:
             f"a checkpoint of format {found['kaun']} was written by a newer kaun than this one, which reads formats up "
             f"to {VERSION}. Install the newer one."
         )
-    in_parts = found["kaun"] == _PARTS
+    in_parts = found["kaun"] == _PARTS or (found["kaun"] == _PIECES and "leaves" in found)
     objects = {"files", "reports", "facts"} | ({"leaves"} if in_parts else set())
     if found.keys() != {"kaun", "step", "sha256"} | objects or type(found["step"]) is not int:
         raise ValueError("its entries are not those of a manifest")
@@ -118,7 +131,7 @@ def parse(raw: bytes) -> Manifest:
     records = found["files"]
     one_file = FILES[0] in records and records.keys() <= set(FILES)
     known = records.keys() == set(part_names(len(records))) if in_parts else one_file
-    if not known or not all(map(_is_record, records.values())):
+    if not known or not all(_is_record(record, found["kaun"] == _PIECES) for record in records.values()):
         raise ValueError("its entries of files are not those of a manifest")
     files = {name: FileDigest(**record) for name, record in records.items()}
     leaves = _places(found["leaves"]) if in_parts else None
@@ -130,11 +143,13 @@ def part_names(count: int) -> list[str]:
     return [f"part-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _is_record(record: Any) -> bool:
-    if not isinstance(record, dict) or record.keys() != {"size", "sha256"}:
+def _is_record(record: Any, pieces: bool) -> bool:
+    optional = {"piece"} if pieces else set[str]()
+    if not isinstance(record, dict) or record.keys() - optional != {"size", "sha256"}:
         return False
-    size, digest = record["size"], record["sha256"]
-    return type(size) is int and size >= 0 and isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
+    size, digest, piece = record["size"], record["sha256"], record.get("piece", _SMALLEST)
+    whole = type(size) is int and size >= 0 and type(piece) is int and piece >= _SMALLEST
+    return whole and isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
 
 
 def _places(leaves: Mapping[str, Any]) -> dict[str, Place]:

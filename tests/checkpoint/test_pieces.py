@@ -1,0 +1,152 @@
+"""Large files: their sums are of pieces that several threads hash, older sums are read, and memory is shared in blocks."""
+
+import hashlib
+import json
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from kaun.checkpoint import disk as disks
+from kaun.checkpoint import manifest, one
+from kaun.checkpoint.parts import Share
+from kaun.checkpoint.safetensors_header import Memory
+from kaun.checkpoint.workers import Workers
+
+PIECE = 4 << 20
+
+
+def large_state(make, seed):
+    """Arrays that are larger and smaller than a piece, one that ends within it, and an empty one."""
+    sizes = [*(200_003 + i for i in range(9)), 1_200_001, 0, 1_048_576]
+    return make(seed).replace(opt_state=[np.arange(seed, n + seed, dtype=np.float32) for n in sizes])
+
+
+@pytest.fixture
+def written(disk, tmp_path, make):
+    """The folder of a checkpoint of 16.2 MB, and its manifest."""
+    one.Draft(7, large_state(make, 3), {"a": np.zeros(3)}, {}).write(disk, tmp_path / "step-00000007")
+    return tmp_path / "step-00000007", json.loads((tmp_path / "step-00000007" / one.MANIFEST).read_bytes())
+
+
+def seal(folder, records, parts="", version=None):
+    raw = manifest.sealed(7, records, f'{parts}"reports":{{}},"facts":{{}}', parts=bool(parts))
+    if version is not None:
+        raw = raw[: raw.rindex(b'"sha256":"') + 10].replace(b'"kaun":3', b'"kaun":%d' % version)
+        raw += hashlib.sha256(raw).hexdigest().encode() + b'"}\n'
+    (folder / one.MANIFEST).write_bytes(raw)
+
+
+def test_anyone_can_check_the_sum_of_the_pieces(written):
+    folder, about = written
+    raw = (folder / one.STATE).read_bytes()
+    sums = [hashlib.sha256(raw[at : at + PIECE]).digest() for at in range(0, len(raw), PIECE)]
+    expected = {"size": len(raw), "sha256": hashlib.sha256(b"".join(sums)).hexdigest(), "piece": PIECE}
+    assert about["kaun"] == 3 and len(sums) == 4
+    assert about["files"][one.STATE] == expected
+    assert about["files"][one.REPORTS].keys() == {"size", "sha256"}
+
+
+def test_it_comes_back_and_no_piece_may_be_damaged(written, disk, make, same):
+    folder, _ = written
+    found = one.read(disk, folder, 7, large_state(make, 4))
+    assert same(found.state, large_state(make, 3)) and found.reports["a"].tolist() == [0, 0, 0]
+    raw = bytearray((folder / one.STATE).read_bytes())
+    for at in (0, PIECE - 1, PIECE, 2 * PIECE + 5, len(raw) - 1):
+        raw[at] ^= 1
+        (folder / one.STATE).write_bytes(raw)
+        raw[at] ^= 1
+        for act in (lambda: one.verify(disk, folder, 7), lambda: one.read(disk, folder, 7, large_state(make, 4))):
+            with pytest.raises(one.Damaged, match=r"state\.safetensors: "):
+                act()
+
+
+def test_a_file_of_an_earlier_format_is_read_and_verified(written, disk, make, same):
+    folder, _ = written
+    raw = bytearray((folder / one.STATE).read_bytes())
+    seal(folder, {one.STATE: manifest.FileDigest(len(raw), hashlib.sha256(raw).hexdigest())})
+    assert b'{"kaun":1,' in (folder / one.MANIFEST).read_bytes()
+    assert same(one.read(disk, folder, 7, large_state(make, 4)).state, large_state(make, 3))
+    raw[-1] ^= 1
+    (folder / one.STATE).write_bytes(raw)
+    with pytest.raises(one.Damaged, match="their SHA-256 differs"):
+        one.verify(disk, folder, 7)
+
+
+@pytest.mark.parametrize(
+    ("piece", "version"), [(PIECE, 1), (0, None), (1000, None), (True, None), ("4194304", None), (4194304.0, None)]
+)
+def test_another_piece_is_refused(written, disk, piece, version):
+    folder, about = written
+    seal(folder, {one.STATE: manifest.FileDigest(**{**about["files"][one.STATE], "piece": piece})}, version=version)
+    with pytest.raises(one.Damaged, match="its entries of files are not those of a manifest"):
+        one.verify(disk, folder, 7)
+
+
+def test_parts_have_pieces_too(disk, tmp_path, make, same):
+    folder = tmp_path / "step-00000007"
+    one.Draft(7, large_state(make, 3), {}, {}, Share(0, 1)).write(disk, folder)
+    about = one.verify(disk, folder, 7)
+    assert about.leaves is not None and [record.piece for record in about.files.values()] == [PIECE]
+    assert b'{"kaun":3,' in (folder / one.MANIFEST).read_bytes()
+    assert same(one.read(disk, folder, 7, large_state(make, 4)).state, large_state(make, 3))
+
+
+def test_arrays_of_a_large_file_share_blocks_and_no_byte():
+    memory, sizes = Memory(40 << 20), [100, 4_000_000, 1, 0, 64, 4_000_000, 4_000_000, 4_000_000, 4_000_000, 4 << 20]
+    taken = [memory.take(size) for size in sizes]
+    for i, array in enumerate(taken):
+        array[:] = i
+    assert [array.size for array in taken] == sizes
+    assert all((array == i).all() for i, array in enumerate(taken))
+    assert all(array.ctypes.data % 64 == 0 for array in taken if array.size)
+    owners = [array.base.ctypes.data for array in taken]
+    assert len(set(owners)) == 3 and owners.count(owners[-1]) == 1  # two blocks, and one that is large enough
+    alone = [Memory(1 << 20).take(size) for size in (100, 200)]
+    assert alone[0].base is not alone[1].base
+
+
+def test_a_lane_keeps_its_order_and_an_error_is_raised_at_the_end():
+    done: list[int] = []
+    with Workers(2) as workers:
+        for i in range(100):
+            workers.put(2 * i, done.append, i)
+        workers.put(1, [].pop)
+        workers.put(1, done.append, 100)
+        with pytest.raises(IndexError, match="pop from empty list"):
+            workers.finish()
+    assert [i for i in done if i < 100] == list(range(100)) and 100 in done
+    with Workers(0) as workers:
+        workers.put(5, done.append, -1)
+        assert done[-1] == -1
+
+
+def test_where_no_thread_is_left_those_that_began_end(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def one_alone(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", one_alone)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Workers(2)
+    started[0].join(5)
+    assert not started[0].is_alive()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
+def test_the_disk_begins_before_it_is_waited_for(tmp_path, monkeypatch):
+    disk, begun = disks.Disk(), []
+    begin = disks.begin_sync
+    monkeypatch.setattr(disks, "begin_sync", lambda file: begun.append(begin(file)))
+    file = disk.create(tmp_path / "f")
+    disk.write(file, memoryview(bytes(1000)))
+    assert begun == []
+    disk.write(file, memoryview(bytes(2_000_000)))
+    assert begun == [True]
+    disk.close(file)
+    assert not begin(file)  # nothing is raised: `sync` reports what is wrong
