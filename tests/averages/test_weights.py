@@ -109,6 +109,18 @@ def test_an_average_in_float32_alone_stands_still_and_this_one_does_not():
     np.testing.assert_allclose(value_of(node, ONES)["w"], exact, rtol=6e-8)
 
 
+@pytest.mark.parametrize("rule", [RULE, averages.swa(start=1, every=2)])
+def test_the_average_of_a_mask_is_the_mask(rule):
+    move = jax.jit(lambda node, params: put_average(rule, node, node._replace(updates=node.updates + 1), params))
+    node = add_average(rule, (), [jnp.zeros(3)], {})
+    for number in range(1, 20):
+        params = [jnp.array([-np.inf, np.inf, number], jnp.float32)]
+        node = move(node, params)
+        if number in (1, 2, 19):
+            found = np.asarray(value_of(node, params)[0])
+            assert found[:2].tolist() == [-np.inf, np.inf] and 1 <= found[2] <= number
+
+
 @settings(max_examples=40)
 @example(decay=0.0, values=[1e-6], dtype=jnp.float16)  # below the smallest normal number
 @example(decay=0.0, values=[-6.1e-5], dtype=jnp.float16)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kaun
 from kaun import layers, rng
-from kaun._engine.packing import Packing, _unpacked, packing_of, unpack
+from kaun._engine.packing import MemberPacking, Packing, _unpacked, packing_of, unpack
 from kaun._jax import signatures_of
 
 dtypes = st.sampled_from(["float32", "int32", "bfloat16", "bool", "uint8"])
@@ -30,8 +30,7 @@ def test_what_is_packed_is_unpacked(forms, seed):
     vectors = packing.pack([np.asarray(leaf) for leaf in leaves])
     assert all(type(v) is np.ndarray for v in vectors)
     assert len(vectors) == len({dtype for dtype, _ in forms}) and all(v.ndim == 1 for v in vectors)
-    # A step that is not finite and the first of its fit has the vectors that the host made.
-    for held in ([jnp.asarray(v) for v in vectors], vectors):
+    for held in (vectors, [jnp.asarray(v) for v in vectors]):  # as before the first step, and as after it
         back = unpack(packing, held)
         assert [(a.dtype, a.shape, a.tobytes()) for a in back] == [(a.dtype, a.shape, a.tobytes()) for a in leaves]
 
@@ -81,3 +80,17 @@ def test_layouts_are_values():
 )
 def test_what_is_packed_at_all(leaves, packed):
     assert (packing_of(leaves) is not None) is packed
+
+
+def test_members_are_packed_along_their_axis_if_they_are_small():
+    g = np.random.default_rng(0)
+    shapes = [((3, 2, 4), np.float32), ((3,), bool), ((3, 1), np.float32), ((3,), np.int32), ((3, 5), np.int32)]
+    leaves = [g.integers(0, 2, shape).astype(dtype) for shape, dtype in shapes]
+    packing = MemberPacking.of(leaves)
+    matrices = packing.pack(leaves)
+    assert [(m.shape, m.dtype.name) for m in matrices] == [((9, 3), "float32"), ((1, 3), "bool"), ((6, 3), "int32")]
+    np.testing.assert_array_equal(matrices[2][1:, 2], leaves[4][2])
+    for found, leaf in zip(packing.unpack(matrices), leaves, strict=True):
+        np.testing.assert_array_equal(found, leaf)
+    assert MemberPacking.of([np.zeros((3, 255)), np.zeros(3)]) and MemberPacking.of([np.zeros((3, 257))]) is None
+    assert MemberPacking.of([jax.random.split(jax.random.key(0), 3)]) is None

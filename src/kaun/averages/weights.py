@@ -38,8 +38,9 @@ class AveragedWeights(NamedTuple):
             float32 parameter it has only the updates since the last join (``_JOINED``), and the average is
             ``(1 - weight) * earlier + average``. An update reads and writes this array alone, and what rounding takes
             from its small values is little of the average. For 235,000 parameters (``bench.averages``, mlp) a step
-            takes 1.04 to 1.06 times the CPU time of one without an average, and 1.06 to 1.08 times where each update
-            also writes what rounding loses. With ``from_optimizer`` it is ``()`` for each parameter that trains.
+            takes 1.02 times the CPU time of one without an average: of 2.1 ms an update takes 0.034, as fast as memory
+            allows, and a join 0.10 once in 16 updates. Where each update also writes what rounding loses, a step took
+            0.02 of its time more. With ``from_optimizer`` it is ``()`` for each parameter that trains.
         earlier: The average at the last join, for float32 parameters; ``()`` for others.
         weight: The weight of the updates since then, a float32 scalar; ``()`` with ``from_optimizer``.
         updates: The number of updates that the state has had, an int32 scalar.
@@ -255,12 +256,18 @@ def _values(weight: jax.Array, average: Any, earlier: Any) -> Any:
 
 @jax.jit
 def _read(known: jax.Array, values: Any, others: Any) -> Any:
-    """Return the values in the dtypes of others; the others where a value is None, and everywhere unless ``known``."""
+    """Return the values in the dtypes of others; the others where a value is None, and everywhere unless ``known``.
+
+    The others also where neither is finite: the average of a weight that is inf, as in a mask, is that weight, but was
+    computed from differences of inf.
+    """
 
     def pick(a: Any, b: jax.Array) -> jax.Array:
         if a is None:
             return b
-        return jnp.where(known, a if a.dtype == b.dtype else a.astype(b.dtype), b)
+        a = a if a.dtype == b.dtype else a.astype(b.dtype)
+        usable = jnp.isfinite(a) | jnp.isfinite(b) if jnp.issubdtype(b.dtype, jnp.inexact) else True
+        return jnp.where(known & usable, a, b)
 
     return jax.tree_util.tree_map(pick, values, others, is_leaf=lambda a: a is None)
 
