@@ -150,6 +150,17 @@ def test_a_cause_stays_where_it_has_lines_of_the_users(trained):
     assert len(lines) <= 30 and not [line for line in lines if str(SRC) in line]
 
 
+def test_exceptions_in_a_group_have_no_frames_of_kaun(trained):
+    trainer, state = trained
+
+    def report(step, loss, state):
+        raise ExceptionGroup("many", [raised(lambda: trainer.predict(state, NARROW)), KeyError("k")])
+
+    error = raised(lambda: trainer.fit(state, [(X, jnp.mean)], report=report))
+    assert str(error.exceptions[0]).startswith(WIDTH.partition(": ")[2])
+    assert not [file for file in (*files(error), *files(error.exceptions[0])) if is_own(file)], shown(error)
+
+
 def test_a_context_without_lines_of_the_users_is_not_shown():
 
     for name, kept in (("kaun", False), ("user", True)):

@@ -388,7 +388,11 @@ def test_a_state_is_an_immutable_pytree_that_says_what_it_is(made):
     with pytest.raises(AttributeError, match=r"TrainState has no 'params'.*Write state.vars.params"):
         state.params  # noqa: B018
     assert int(state.replace(step=jnp.int32(7)).step) == 7 and int(state.step) == 0
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'stepp'"):
+    given = state.replace(step=7).step
+    assert (given.dtype, given.weak_type, int(given)) == (jnp.int32, False, 7)
+    with pytest.raises(
+        TypeError, match=r"^TrainState has no field 'stepp'\. Its fields are vars, opt_state, step, key\.$"
+    ):
         state.replace(stepp=1)
     doubled = jax.tree.map(lambda a: a, state)
     assert isinstance(doubled, kaun.TrainState)

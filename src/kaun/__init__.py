@@ -1,6 +1,7 @@
 """kaun: a training loop for JAX that you can read as one equation and take apart at any line."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
@@ -58,9 +59,12 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name not in _PLACES:
-            advice = importlib.import_module("kaun._calls").advice("kaun", name)
-            has = advice or f"It has {', '.join(__all__)}."
-            raise AttributeError(f"module 'kaun' has no attribute {name!r}. {has}")
+            text = f"module 'kaun' has no attribute {name!r}"
+            # `from kaun import tree` asks for a module before it imports it.
+            if name.startswith("_") or importlib.util.find_spec(f"kaun.{name}") is not None:
+                raise AttributeError(text)
+            calls = importlib.import_module("kaun._calls")
+            raise AttributeError(f"{text}. {calls.advice('kaun', name) or calls.found_anywhere(name, __all__)}")
         module = importlib.import_module(f"kaun.{_PLACES[name]}")
         value = module if _PLACES[name] == name else getattr(module, name)
         return globals().setdefault(name, value)

@@ -71,8 +71,10 @@ def _hide(error: BaseException, hidden: Callable[[str], bool], seen: set[int]) -
     error.with_traceback(kept)
     if notes := getattr(error, "__notes__", None):  # JAX's own note would hide the message, or what kaun adds to it
         set_on(error, "__notes__", [note for note in notes if FRAMES_NOTE not in note])
-    for linked in filter(None, (error.__cause__, error.__context__)):
-        _hide(linked, hidden, seen)
+    grouped = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    for linked in (error.__cause__, error.__context__, *grouped):
+        if linked is not None:  # an exception may say that it is false
+            _hide(linked, hidden, seen)
     if error.__context__ is not None and error.__context__.__traceback__ is None:
         # It came and was handled inside, and says nothing of the user's code.
         set_on(error, "__suppress_context__", True)

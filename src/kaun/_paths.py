@@ -60,7 +60,7 @@ def saved_picture(where: str, figure: Any, path: str | os.PathLike[str] | None, 
     Args:
         where: The function that received the path, for messages.
         figure: The figure.
-        path: The file, whose format is its suffix, by default ``.png``; or None.
+        path: The file, whose format is its suffix, by default ``.png``; or None. Missing folders are made.
         writes: Whether this process writes the file.
     """
     if path is None:
@@ -68,6 +68,7 @@ def saved_picture(where: str, figure: Any, path: str | os.PathLike[str] | None, 
         return figure
     path = picture_path(where, path)
     if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     return path
 

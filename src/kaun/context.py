@@ -40,6 +40,8 @@ class Context(Mapping[str, Any]):
     __slots__ = ("_values",)
 
     def __init__(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
+        if values is not None and not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Context expected names, received {tree.describe(values)}. Write Context(name=array).")
         merged = {**(values or {}), **named}
         wrong = [name for name in merged if not isinstance(name, str)]  # pyright: ignore[reportUnnecessaryIsInstance]
         if wrong:

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import MISSING, advice, wrong_fit
+from kaun._calls import MISSING, advice, shown, wrong_fit, wrong_step
 from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars, vars_table
 
 __all__ = [
-    "Members", "TrainState", "check_fit", "check_state", "check_training", "check_vars", "count_steps", "own_state",
-    "state_of",
+    "Members", "TrainState", "check_fit", "check_state", "check_step", "check_training", "check_vars",
+    "count_steps", "own_state", "state_of",
 ]  # fmt: skip
 
 Fields = tuple[Vars, Any, jax.Array, jax.Array]
@@ -189,8 +189,20 @@ class TrainState:
         return TrainState.tree_unflatten("averaged", (vars, *self.now()[1:]))
 
     def replace(self, **changes: Any) -> TrainState:
-        """Return this state with some of its fields replaced."""
+        """Return this state with some of its fields replaced; a ``step`` may be an int.
+
+        Raises:
+            TypeError: If a name is not that of a field, or ``vars`` is a dict or a list.
+        """
         fields: dict[str, Any] = dict(zip(_NAMES, self.now(), strict=True))
+        if wrong := [name for name in changes if name not in fields]:
+            text = advice("TrainState", f"replace({wrong[0]}=)") or f"Its fields are {', '.join(_NAMES)}."
+            raise TypeError(f"TrainState has no field {wrong[0]!r}. {text}")
+        if isinstance(changes.get("vars"), (dict, list)):
+            text = "Write state.replace(vars=state.vars.replace(params=params))."
+            raise TypeError(f"state.replace expected kaun.Vars for vars, received {shown(changes['vars'])}. {text}")
+        if isinstance(changes.get("step"), (int, np.integer)):
+            changes["step"] = jnp.asarray(changes["step"], jnp.int32)
         kind = None if "vars" in changes else self._kind
         new = TrainState(**{**fields, **changes})
         object.__setattr__(new, "_kind", kind)
@@ -266,8 +278,17 @@ def check_state(state: Any, where: str) -> None:
         TypeError: If it is not.
     """
     if not isinstance(state, TrainState):
-        fix = "trainer.make_state(vars)" if isinstance(state, Vars) else "trainer.init()"
-        raise TypeError(f"{where} expected a TrainState, received {type(state).__name__}. Make one with {fix}.")
+        received = shown(state) if isinstance(state, tuple) or tree.is_array(state) else type(state).__name__
+        raise TypeError(f"{where} expected a TrainState, received {received}. {_fix_of_state(state, where)}")
+
+
+def _fix_of_state(state: Any, where: str) -> str:
+    """What to write where something else was given as the state."""
+    if isinstance(state, tuple) or (tree.is_array(state) and np.ndim(state) == 0):
+        return "A step returns the loss and the state. Write loss, state = trainer.step(state, x, loss=loss_of_output)."
+    if tree.is_array(state):
+        return f"The state comes first. Write trainer.{where}(state, ...), with state = trainer.init()."
+    return f"Make one with {'trainer.make_state(vars)' if isinstance(state, Vars) else 'trainer.init()'}."
 
 
 def check_fit(state: Any, data: Any, more: Sequence[Any], unknown: Mapping[str, Any]) -> None:
@@ -279,6 +300,20 @@ def check_fit(state: Any, data: Any, more: Sequence[Any], unknown: Mapping[str, 
     if more or unknown or data is MISSING or isinstance(data, TrainState) or hasattr(state, "shape"):
         raise wrong_fit((state, data, *more), unknown)
     check_state(state, "fit")
+
+
+def check_step(state: Any, x: Any, loss: Any, more: Sequence[Any], unknown: Mapping[str, Any], training: Any) -> None:
+    """Check that ``step`` was called with a state, an input and a loss, and no argument that it does not have.
+
+    Raises:
+        TypeError: If it was not.
+    """
+    if more or unknown or x is MISSING or loss is MISSING:
+        raise wrong_step((state, x, *more), loss, unknown)
+    if not isinstance(state, TrainState):  # here, because a call in each step costs 0.05 us
+        check_state(state, "step")
+    if type(training) is not bool:
+        check_training(training)
 
 
 def check_vars(vars: Any, where: str) -> None:

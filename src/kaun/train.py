@@ -42,7 +42,7 @@ from kaun.data import Data, Unknown, check_context, check_loss, chunks_of, empty
 from kaun.evaluation import evaluate, export_model, predict, trace_metrics
 from kaun.layers.core import Float, Layer, Vars
 from kaun.sharding import Sharding
-from kaun.state import TrainState, check_fit, check_state, check_training, check_vars, state_of
+from kaun.state import TrainState, check_fit, check_state, check_step, check_vars, state_of
 
 if TYPE_CHECKING:
     from jax.export import Exported
@@ -116,8 +116,7 @@ class Trainer(Generic[In, Out]):
     _passes: RepeatedPasses = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
-        settings = make_settings(**given)
+        settings = make_settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init})
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         scaled = settings.policy is not None and settings.policy.scaled
         about: dict[str, Any] = {"on_nonfinite": self.on_nonfinite, "scaled": scaled, "sharding": self.sharding}
@@ -161,9 +160,15 @@ class Trainer(Generic[In, Out]):
         check_vars(vars, "make_state")
         return state_of(fresh_carry(self._settings, vars), fresh_key(self._settings))
 
-    def step(
+    @overload
+    def step(  # pyright: ignore[reportInconsistentOverload]
         self, state: TrainState, x: Any, *, loss: Loss, training: bool = True, ctx: Context | None = None
-    ) -> tuple[jax.Array, TrainState]:
+    ) -> tuple[jax.Array, TrainState]: ...
+    @shows_overload
+    def step(  # noqa: D417
+        self, state: Any = MISSING, x: Any = MISSING, *more: Any,
+        loss: Any = MISSING, training: Any = True, ctx: Any = None, **unknown: Any,
+    ) -> tuple[jax.Array, TrainState]:  # fmt: skip
         """Run one training step.
 
         Computes the forward pass, differentiates the loss with respect to the parameters, applies the optimizer, and
@@ -174,8 +179,7 @@ class Trainer(Generic[In, Out]):
             x: The model's input, an array or any pytree of arrays.
             loss: A function from the model's output to a scalar or a ``losses.Mean``, or to a pair of that and a dict
                 of others, or of ``metrics.Counted`` parts, by name, for reports. It may be a fresh closure each time.
-            training: False runs the model in evaluation mode (no dropout, running statistics used and kept), and still
-                differentiates and updates.
+            training: False runs the model as in ``predict`` (no dropout, running statistics kept), and still updates.
             ctx: A Context for the layers.
 
         Returns:
@@ -186,8 +190,7 @@ class Trainer(Generic[In, Out]):
             TypeError, ValueError: If the input, the loss or ``training`` is of the wrong kind.
         """
         try:
-            check_state(state, "step")
-            check_training(training)
+            check_step(state, x, loss, more, unknown, training)
             inputs = StepInputs(x, check_loss(loss), check_context(ctx))
             if newest_pass.loss is not None and newest_pass.loss() is loss:
                 self._passes.check("step", newest_pass.take(), state.key, state.step)
@@ -212,10 +215,9 @@ class Trainer(Generic[In, Out]):
 
         Examples:
             >>> import jax.numpy as jnp, optax, kaun
-            >>> from kaun import layers, losses
+            >>> from kaun import layers
             >>> trainer = kaun.Trainer(model=layers.linear(1, 1), optimizer=optax.sgd(0.1), accumulate=4)
-            >>> state = trainer.init()
-            >>> _, after = trainer.step(state, jnp.ones((8, 1)), loss=lambda out: losses.mse(out, jnp.ones((8, 1))))
+            >>> _, after = trainer.step(trainer.init(), jnp.ones((8, 1)), loss=lambda out: (out**2).mean())
             >>> int(after.opt_state.updates), int(trainer.flush(after).opt_state.updates)
             (0, 1)
         """
@@ -228,8 +230,7 @@ class Trainer(Generic[In, Out]):
         ctx: Context | None = None, report: Report | ReportFunction | None = None, checkpoints: Directory | None = None,
     ) -> TrainState: ...  # fmt: skip
 
-    # One that takes all arguments can say what to write for wrong ones. A wrapper as for the other methods would be one
-    # more frame on the way to the loss, and would hold the state.
+    # A wrapper, as other methods have, would be one more frame on the way to the loss, and would hold the state.
     @shows_overload
     def fit(  # noqa: D417
         self, state: Any = MISSING, data: Any = MISSING, *more: Any,
@@ -276,10 +277,9 @@ class Trainer(Generic[In, Out]):
                     chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
                     pending = caller.pending_report_loss
                     stopped = pending is not None and caller.wants(step) and caller.stops_at(step, pending, now)
-                    ahead = lambda: run.next_steps(step, caller, loop)
                     with run.until_data_ends():
-                        while not stopped and (count := loop.push(chunks, step + 1, ahead())):
-                            step += count
+                        while not stopped and (n := loop.push(chunks, step + 1, run.next_steps(step, caller, loop))):
+                            step += n
                             if caller.wants(step):
                                 loop.flush()
                                 stopped = caller.stops_at(step, loop.loss, now)

@@ -41,6 +41,8 @@ def names():
     data = Data.batches((X, Y), 4)
     known = {"kaun": kaun, "layers": layers, "losses": losses, "metrics": metrics, "reports": reports, "Data": Data}
     known |= {"jax": jax, "jnp": jnp, "of_library": of_library, "function_of": function_of, "Wanting": Wanting}
+    known |= {"np": np, "history": reports.history()}
+    known |= {"stopper": reports.early_stopping("loss", mode="min", patience=1)}
     known |= {"x": X, "y": Y, "data": data, "train": data.with_loss(losses.mse), "optimizer": trainer.optimizer}
     return known | {"trainer": trainer, "model": trainer.model, "state": trainer.init()}
 
@@ -87,6 +89,28 @@ CALLS = {
     "cross_entropy_sparse(output, y).",
     "trainer.step(state, x, loss=lambda output, target: output)": "takes (output, target), and is called with the model's "
     "output alone. Write data.with_loss(f) for items (x, y), or lambda output: f(output, y).",
+    "trainer.fit(state, (x, y))": "item 1 is float32[8, 2]. For one pair write [(x, loss)]; for arrays x and y write "
+    "Data.batches((x, y), batch_size=32).with_loss(losses.mse).",
+    "trainer.fit(state, [(x, jnp.mean, {'mask': x})])": "function, dict). Write (x, loss, Context(name=array)).",
+    "trainer.fit(state, train, ctx=kaun.Context(x))": "Context expected names, received float32[8, 2]. Write Context(name=array).",
+    # step.
+    "trainer.step(state, x, y)": "step expected a state, an input and loss=, received (TrainState, float32[8, 2], float32[8, "
+    "1]). Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
+    "trainer.step(x, loss=jnp.mean)": "received (float32[8, 2], loss=mean). Write loss, state = trainer.step(state, x, loss=",
+    "trainer.step(state, x)": "received (TrainState, float32[8, 2]). Write loss, state = trainer.step(state, x, loss=",
+    "trainer.step(state, x, loss_fn=jnp.mean)": "received (TrainState, float32[8, 2], loss_fn=mean). Write loss, state = ",
+    "trainer.step(state, x, loss=jnp.mean, key=3)": "step has no argument key=: the state has the key: the randomness of a step",
+    "trainer.step(state, x, loss=jnp.mean, trainin=False)": "step has no argument trainin=: write training=False.",
+    "trainer.step(state, x, loss=jnp.mean, zz=3)": "its arguments are (state, x, *, loss, training=True, ctx=None).",
+    "trainer.step((jnp.ones(()), state), x, loss=jnp.mean)": "received (float32[], TrainState). A step returns the loss and the "
+    "state. Write loss, state = trainer.step(state, x, loss=loss_of_output).",
+    "trainer.step(jnp.ones(()), x, loss=jnp.mean)": "received float32[]. A step returns the loss and the state.",
+    "trainer.predict(x, state)": "received float32[8, 2]. The state comes first. Write trainer.predict(state, ...), with state = "
+    "trainer.init().",
+    "state.replace(params={})": "TrainState has no field 'params'. Write state.replace(vars=state.vars.replace(params=params)).",
+    "state.replace(zz=1)": "Its fields are vars, opt_state, step, key.",
+    "state.replace(vars=state.vars.params)": "state.replace expected kaun.Vars for vars, received dict. Write state.replace(vars="
+    "state.vars.replace(params=params)).",
     # A trainer.
     "kaun.Trainer(model=model, optimizer=optimizer, loss=losses.mse)": "Trainer has no argument loss=: the loss belongs to "
     "the items of the data. Write data.with_loss(losses.mse).",
@@ -100,12 +124,15 @@ CALLS = {
     "vars = model.apply(vars, x).",
     "trainer.init(42)": "Trainer.init: too many positional arguments; the seed is that of the RNG scope. Write\n    with rng."
     "scope(42):\n        state = trainer.init()",
+    "trainer.init(jnp.float32)": "state = trainer.init()\nA dtype has a name: trainer.init(dtype=jnp.float32)",
     "trainer.init(seed=7)": "Trainer.init has no argument seed=: the seed is that of the RNG scope. Write\n    with rng.scope(7):",
     "trainer.predict(x)": "Trainer.predict: missing a required argument: 'x'; the state comes first. Write trainer.predict("
     "state, x).",
     "trainer.evaluate(x, y)": "it takes a state, the data and the metrics. Write trainer.evaluate(state, Data.batches((x, y), "
     'batch_size=256), {"accuracy": metrics.accuracy}).',
     "kaun.summary(model, x)": "received Layer. Write summary(kaun.Trainer(model=model, optimizer=optax.adam(1e-3)), x).",
+    "kaun.summary(trainer, (None, 2))": "received the shape (None, 2). Write kaun.summary(trainer, jax.ShapeDtypeStruct((32, 2), "
+    "jnp.float32)), with the axis of the batch.",
     "kaun.summary(trainer)": "summary: missing a required argument: 'x'; it takes a trainer and an input",
     "kaun.Ensemble(trainer)": "it takes a trainer and how many members. Write kaun.Ensemble(trainer, 8).",
     "kaun.Ensemble(trainer, 2).fit(state, train, epochs=3)": "Ensemble.fit has no argument epochs=: the data say how many",
@@ -113,6 +140,8 @@ CALLS = {
     "Data.batches(x, y, batch_size=4)": "the arrays are one argument. Write Data.batches((x, y), batch_size=32).",
     "Data.from_arrays(x, y, batch_size=4)": "its items are rows. Write Data.batches((x, y), batch_size=4).",
     "Data(x, y)": "Data is made by its class methods: Data.batches((x, y), batch_size=64) for arrays",
+    "Data.repeat((x, jnp.mean), 3)": "expected an int for n, received (float32[8, 2], mean). Write Data.repeat(n, item), in this "
+    "order.",
     "data.repeat(3)": "it repeats one item, Data.repeat(1000, (x, loss)). For several passes write data.epochs(n).",
     "data.shuffle(1000)": "it takes no buffer size: rows come from all the data. Write data.shuffle().",
     "data.with_loss(of_library('torch.nn.modules.loss', 'CrossEntropyLoss'))": "of PyTorch, which does not compute with JAX. "
@@ -129,6 +158,11 @@ CALLS = {
     "fit gets train.epochs(n); for each 2 steps every(2, report).",
     "reports.early_stopping('loss', patience=3)": "it needs mode= and patience=. Write reports.early_stopping(\"loss\", mode=",
     "reports.EarlyStopping('loss', patience=3)": "its function makes it. Write stopper = reports.early_stopping(",
+    "kaun.checkpoint.Directory('runs', save_best_only=True)": "checkpoint.Directory has no argument save_best_only=: write best="
+    '("accuracy", "max"), with the name of a value that a report measures.',
+    "kaun.checkpoint.Directory()": "it takes the folder, and all else by name. Write checkpoint.Directory(",
+    "losses.cross_entropy_sparse(x, np.array(['a', 'b'] * 4))": "cross_entropy_sparse expected numbers for indices, received "
+    "str32[8]. For class indices of other values write classes, indices = np.unique(indices, return_inverse=True).",
     # Layers.
     "layers.linear(2, 4, activation='relu')": "an activation is a layer. Write layers.sequential([layers.linear(...), "
     "layers.relu()]).",
@@ -148,6 +182,11 @@ CALLS = {
     "layers.embedding(num_embeddings=9, embedding_dim=3)": "write vocab_size=9.\nlayers.embedding has no argument embedding_dim=: "
     "write embed_dim=3.",
     "layers.conv2d(1, 8, strides=2)": "layers.conv2d has no argument strides=: write stride=2.",
+    "layers.conv2d(1, 8, kernel=3)": "layers.conv2d has no argument kernel=: write kernel_size=3.",
+    "layers.sequential([model, 'relu'])": "received 'relu'. Write layers.relu().",
+    "layers.sequential([('a', model)])": 'Names are the keys of a dict. Write layers.sequential({"hidden": a, "out": b}).',
+    "layers.sequential([[model]])": "Write its layers in the same list, or layers.sequential([...]) in place of it.",
+    "layers.sequential([model, None])": "received None. Leave it out.",
     "layers.relu(x)": "layers.relu: too many positional arguments; it makes a layer, and the model applies it.",
     # Models of other libraries.
     "kaun.Trainer(model=of_library('flax.nnx.module'), optimizer=optimizer)": "received Dense. Write model=interop.flax_nnx("
@@ -176,9 +215,26 @@ NAMES = {
     "state.save": "it has vars, opt_state, step and key. Write checkpoint.save(path, state).",
     "state.params": "Write state.vars.params.",
     "model.parameters": "A model has no parameters itself: those of a state are state.vars.params.",
+    "data.with_los": "'Data' object has no attribute 'with_los'. Write data.with_loss.",
+    "data.zz": "'Data' object has no attribute 'zz'",
+    "trainer.predit": "Write trainer.predict.",
+    "model.aply": "Write model.apply.",
+    "history.history": "Write history.losses, of each step, history.epochs, their averages, or history.results.",
+    "history.los": "Write history.losses.",
+    "stopper.best_state": "'EarlyStopping' object has no attribute 'best_state'. Write stopper.best.",
     "data.cache": "Arrays in memory need none.",
     "kaun.fit": "module 'kaun' has no attribute 'fit'. Write trainer = kaun.Trainer(model=model, optimizer=optimizer), state",
     "kaun.nn": "Write kaun.layers.",
+    "kaun.Linear": "module 'kaun' has no attribute 'Linear'. Write layers.linear(in_features, out_features).",
+    "kaun.MSELoss": "Write losses.mse.",
+    "kaun.ReduceLROnPlateau": "The optimizer does it: optax.chain(",
+    "kaun.Trianer": "Write kaun.Trainer.",
+    "kaun.zz": "It has Context, Data, EarlyStop,",
+    "kaun.interop.keras": "There is no adapter for its models: write the model with kaun.layers, and copy its weights",
+    "kaun.interop.nnx": "Write interop.flax_nnx(module).",
+    "kaun.checkpoint.CheckpointManager": "Write checkpoint.Directory(path).",
+    "kaun.sharding.ddp": "Write sharding.data_parallel().",
+    "kaun.averages.EMA": "Write averages.ema(decay).",
     "layers.Linear": "module 'kaun.layers' has no attribute 'Linear'. Write layers.linear(in_features, out_features).",
     "layers.dense": "Write layers.linear(in_features, out_features).",
     "layers.Conv2D": "Write layers.conv2d(in_channels, out_channels).",
@@ -223,7 +279,7 @@ def test_a_name_that_is_not_there_says_what_to_write(name, names):
         eval(name, names)
     assert NAMES[name] in str(caught.value)
     assert len(shown(caught.value).splitlines()) <= 30
-    assert not hasattr(names[owner], attribute)
+    assert not hasattr(eval(owner, names), attribute)
 
 
 def test_signatures_are_the_true_ones():

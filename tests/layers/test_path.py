@@ -32,8 +32,29 @@ def test_the_innermost_layer_is_noted_once_and_only_where_the_message_does_not_s
         (np.ones((2, 3), np.int32), {}, TypeError, r"dense expected float\[..., channels\], received int32\[2, 3\]"),
         (jnp.ones((2, 3)), {"dtype": jnp.bfloat16}, TypeError, r"the parameters are bfloat16.*astype\(jnp.bfloat16\)"),
         (jnp.ones((2, 3)), {"ndim": 4}, ValueError, ": it has 2 axes instead of 4"),
+        (jnp.ones((2, 3)), {"ndim": 4, "features": 3}, ValueError, r": it has 2 axes instead of 4\.$"),
+        (jnp.ones((4, 4, 3)), {"ndim": 4, "features": 3}, ValueError, r"of 4\. For one example write x\[None\]\.$"),
+        (
+            jnp.ones((2, 4, 4)),
+            {"ndim": 4, "features": 1},
+            ValueError,
+            r"of 4\. For a single channel without an axis write x\[\.\.\., None\]\.$",
+        ),
+        (
+            jnp.ones((4, 4, 1)),
+            {"ndim": 4, "features": 1},
+            ValueError,
+            r"For one example write x\[None\], for a single channel without an axis x\[\.\.\., None\]\.$",
+        ),
+        (
+            jnp.ones((2, 3, 8, 8)),
+            {"ndim": 4, "features": 3},
+            ValueError,
+            r"the last axis has size 8, not 3\. Axis 1 has size 3: if these are the channels, put them last, "
+            r"x\.transpose\(0, 2, 3, 1\)\.$",
+        ),
         (jnp.ones(()), {}, ValueError, ": it has 0 axes instead of one or more"),
-        (jnp.ones((2, 3)), {"features": 5}, ValueError, "the last axis has size 3, not 5"),
+        (jnp.ones((2, 3)), {"features": 5}, ValueError, "the last axis has size 3, not 5. Make the layer with 3 input"),
         ([1.0], {}, TypeError, "dense expected an array, received list"),
     ],
 )

@@ -171,8 +171,8 @@ def test_window(monkeypatch, tmp_path, recorded_steps, asked, window):
     seen = []
     figure = MODULE._figure
     monkeypatch.setattr(MODULE, "_figure", lambda *arguments: seen.append(arguments[2]) or figure(*arguments))
-    recorded(np.linspace(2, 1, recorded_steps)).plot(tmp_path / "loss.png", window=asked)
-    assert seen == [window]
+    recorded(np.linspace(2, 1, recorded_steps)).plot(tmp_path / "missing/loss.png", window=asked)
+    assert seen == [window] and (tmp_path / "missing/loss.png").exists()
 
 
 def test_plot_writes_a_picture_with_both_colours(tmp_path):

@@ -9,6 +9,7 @@ from kaun._calls.foreign import foreign_function as foreign_function
 from kaun._calls.foreign import layer_for as layer_for
 from kaun._calls.foreign import model_for as model_for
 from kaun._calls.names import advice as advice
+from kaun._calls.names import found_anywhere as found_anywhere
 from kaun._calls.names import module_names as module_names
 from kaun._calls.names import no_attribute as no_attribute
 from kaun._calls.refusal import MISSING as MISSING
@@ -16,5 +17,6 @@ from kaun._calls.refusal import explained as explained
 from kaun._calls.refusal import shown as shown
 from kaun._calls.refusal import shows_overload as shows_overload
 from kaun._calls.refusal import wrong_fit as wrong_fit
+from kaun._calls.refusal import wrong_step as wrong_step
 from kaun._calls.values import frozen as frozen
 from kaun._calls.values import with_advice as with_advice

@@ -57,6 +57,14 @@ def layer_for(value: Any) -> str:
     """Return what to write for something that is given where a layer is expected."""
     if (advice := model_for(value)) is not None:
         return f"{advice[0].upper()}{advice[1:].replace('model=', '')}."
+    if isinstance(value, str) and value in _ACTIVATIONS:
+        return f"Write layers.{value}()."
+    if isinstance(value, tuple):
+        return 'Names are the keys of a dict. Write layers.sequential({"hidden": a, "out": b}).'
+    if isinstance(value, list):
+        return "Write its layers in the same list, or layers.sequential([...]) in place of it."
+    if value is None:
+        return "Leave it out."
     name = getattr(value, "__name__", "")
     home = (getattr(value, "__module__", None) or "").split(".")
     layers = sys.modules.get("kaun.layers")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kaun._calls.renamed import ADVICE, RENAMED
 
-__all__ = ["advice", "call_of", "module_names", "no_attribute", "renamed"]
+__all__ = ["advice", "call_of", "found_anywhere", "module_names", "no_attribute", "renamed"]
+
+# What programs call an object of a class.
+_CALLED = {"EarlyStopping": "stopper", "Ensemble": "many", "Layer": "model", "TrainState": "state"}
 
 
 def module_names(module: str) -> Callable[[str], Any]:
@@ -30,15 +34,36 @@ def no_attribute(owner: str, kind: str, name: str, module: Any = None) -> Attrib
         owner: What has no such attribute, for the message.
         kind: Its entry in ``ADVICE``.
         name: The attribute.
-        module: The module, where it is one, whose names are searched for a near one.
+        module: The module or the class, whose names are searched for a near one.
     """
     head = f"{owner} has no attribute {name!r}"
     if name.startswith("_"):
         return AttributeError(head)
     text = advice(kind, name)
-    if not text and module is not None and (found := renamed(kind, name, module)):
+    if not text and inspect.isclass(module):
+        near = difflib.get_close_matches(name, [each for each in dir(module) if not each.startswith("_")], n=1)
+        text = f"Write {_CALLED.get(kind, kind.lower())}.{near[0]}." if near else ""
+    elif not text and module is not None and (found := renamed(kind, name, module)):
         text = f"Write {kind}.{call_of(kind, found, getattr(module, found))}."
     return AttributeError(f"{head}. {text}" if text else head)
+
+
+def found_anywhere(name: str, names: Sequence[str]) -> str:
+    """Return what to write for a name that ``kaun`` itself does not have, where one of its packages has it.
+
+    Args:
+        name: The name.
+        names: The names that ``kaun`` has.
+    """
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+        return f"Write kaun.{near[0]}."
+    for kind in ("layers", "losses", "metrics", "reports"):
+        module = importlib.import_module(f"kaun.{kind}")
+        if text := advice(kind, name):
+            return text
+        if found := renamed(kind, name, module):
+            return f"Write {kind}.{call_of(kind, found, getattr(module, found))}."
+    return f"It has {', '.join(names)}."
 
 
 def advice(kind: str, name: str) -> str:

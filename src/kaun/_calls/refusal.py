@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_overloads
 
 from kaun import tree
-from kaun._calls.texts import CALLS, FIT, FIT_TAKES, OF_ALL
+from kaun._calls.texts import CALLS, FIT, FIT_TAKES, OF_ALL, STEP, STEP_TAKES
 from kaun._messages import hide_frames, nearest_member
 
-__all__ = ["MISSING", "explained", "shown", "shows_overload", "wrong_fit"]
+__all__ = ["MISSING", "explained", "shown", "shows_overload", "wrong_fit", "wrong_step"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,7 +85,9 @@ def _no_argument(name: str, texts: Mapping[str, str], takes: str, key: str, valu
     """Say that a function which takes other arguments has none of a name."""
     text = texts.get(key) or (OF_ALL.get(key, "") if name.startswith("layers.") else "")
     if not text:
-        near = nearest_member(key, tuple(re.findall(r"(\w+)(?:=|,|$)", takes)))
+        names = re.findall(r"(\w+)(?:=|,|$)", takes)
+        longer = [each for each in names if each.startswith(f"{key}_")]  # `kernel` of `kernel_size`
+        near = nearest_member(key, tuple(names)) or (longer[0] if len(longer) == 1 else None)
         text = f"write {near}={{value}}" if near else f"its arguments are ({takes})"
     return f"{name} has no argument {key}=: {_filled(text, name, value)}"
 
@@ -157,6 +159,22 @@ def wrong_fit(given: Sequence[Any], unknown: Mapping[str, Any]) -> TypeError:
     return TypeError(
         f"fit expected a state, and data of items (x, loss), received ({call}). Write{program}{''.join(rest)}"
     )
+
+
+def wrong_step(given: Sequence[Any], loss: Any, unknown: Mapping[str, Any]) -> TypeError:
+    """Return the exception for a call of ``step`` with other arguments than it has.
+
+    Args:
+        given: The positional arguments, ``MISSING`` where one is missing.
+        loss: The argument ``loss``, likewise.
+        unknown: The arguments by name that it does not have.
+    """
+    given = [value for value in given if value is not MISSING]
+    if len(given) == 2 and loss is not MISSING and hasattr(type(given[0]), "opt_state"):
+        return TypeError("\n".join(_no_argument("step", STEP, STEP_TAKES, *each) for each in unknown.items()))
+    named = {**({} if loss is MISSING else {"loss": loss}), **unknown}
+    call = ", ".join([*map(shown, given), *(f"{key}={shown(value)}" for key, value in named.items())])
+    return TypeError(f"step expected a state, an input and loss=, received ({call}). {STEP['']}")
 
 
 def _is_array(value: Any) -> bool:

@@ -56,6 +56,20 @@ RENAMED: dict[str, dict[str, str]] = {
         "callbacklist": "all_of",
         "compose": "all_of", "evaluation": "validate", "validation": "validate", "learningratemonitor": "learning_rate",
     },
+    "averages": {
+        "exponentialmovingaverage": "ema", "movingaverage": "ema", "averagedmodel": "swa", "swamodel": "swa",
+        "stochasticweightaveraging": "swa", "updatebn": "update_statistics",
+    },
+    "checkpoint": {
+        "checkpointmanager": "Directory", "checkpointer": "Directory", "modelcheckpoint": "Directory",
+        "restore": "load", "restorecheckpoint": "load", "loadweights": "load", "savecheckpoint": "save",
+        "saveweights": "save", "dump": "save",
+    },
+    "interop": {"nnx": "flax_nnx", "flax": "linen", "eqx": "equinox", "hk": "haiku"},
+    "sharding": {
+        "ddp": "data_parallel", "dp": "data_parallel", "distributeddataparallel": "data_parallel",
+        "pmap": "data_parallel", "replicate": "data_parallel", "fullyshardeddataparallel": "fsdp", "zero": "fsdp",
+    },
 }  # fmt: skip
 
 _SAVE = "Write checkpoint.save(path, state)"
@@ -67,6 +81,11 @@ _STATE_PARAMS = "A model has no parameters itself: those of a state are state.va
 
 _NO_INPUT = "A model has no input layer: each layer says its sizes. Write layers.linear(in_features, out_features)."
 _BLOCKS = "Write the block with layers.module, and layers.repeat(block, n) for n of them."
+
+_NO_ADAPTER = (
+    "There is no adapter for its models: write the model with kaun.layers, and copy its weights, "
+    "vars = interop.safetensors.into(model.init(), interop.safetensors.load(path), rules)."
+)
 
 _CROSS_ENTROPY = (
     "Write losses.cross_entropy_sparse for class indices, losses.cross_entropy for one-hot rows; both take logits."
@@ -138,7 +157,30 @@ ADVICE: dict[str, dict[str, str]] = {
         "rng": "Write state.key.",
         "ema": "Write state.averaged, with Trainer(average=averages.ema(0.999)).",
         "members": "Write state.member(i).",
+        "replace(params=)": "Write state.replace(vars=state.vars.replace(params=params)).",
+        "replace(state=)": "Write state.replace(vars=state.vars.replace(state=state)).",
     },
+    "History": {
+        "history": "Write history.losses, of each step, history.epochs, their averages, or history.results.",
+        "loss": "Write history.losses.",
+        "train_loss": "Write history.losses.",
+        "val_loss": "Write history.results, what reports.validate measured.",
+        "epoch": "Write history.epochs.",
+        "params": "A history has numbers alone: history.losses, history.epochs and history.results.",
+        "show": "Write history.plot().",
+        "model": "A history has numbers alone: the state is what fit returns.",
+    },
+    "EarlyStopping": {
+        "best_state": "Write stopper.best.",
+        "best_weights": "Write stopper.best.",
+        "restore_best_weights": "Write state = stopper.best after fit.",
+        "best_score": "Write stopper.best_value.",
+        "best_epoch": "Write stopper.best.step.",
+        "best_step": "Write stopper.best.step.",
+        "stopped_epoch": "The state that fit returned says it: state.step.",
+        "early_stop": "The state that fit returned says where it ended: state.step.",
+    },
+    "interop": {"torch": _NO_ADAPTER, "pytorch": _NO_ADAPTER, "keras": _NO_ADAPTER, "tensorflow": _NO_ADAPTER},
     "Layer": {
         "()": "Its weights are those of a state. Write trainer.predict(state, x), or y, vars = model.apply(vars, x).",
         "parameters": _STATE_PARAMS,

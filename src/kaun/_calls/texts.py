@@ -5,7 +5,7 @@ The argument "" stands for too many or too few positional ones. In a text, {valu
 
 from __future__ import annotations
 
-__all__ = ["CALLS", "FIT", "FIT_TAKES", "OF_ALL"]
+__all__ = ["CALLS", "FIT", "FIT_TAKES", "OF_ALL", "STEP", "STEP_TAKES"]
 
 _SEED = "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        state = trainer.init()"
 _LOSS = "the loss belongs to the items of the data. Write data.with_loss(losses.mse)"
@@ -121,11 +121,36 @@ _TRAINER: dict[str, str] = {
     "params": "a state has the parameters. Write trainer.make_state(vars)",
 }
 
+STEP_TAKES = "state, x, *, loss, training=True, ctx=None"
+
+_OF_OUTPUT = "write loss=, a function of the output: lambda output: losses.mse(output, y)"
+STEP: dict[str, str] = {
+    "": "Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
+    "y": _OF_OUTPUT,
+    "loss_fn": _OF_OUTPUT,
+    "criterion": _OF_OUTPUT,
+    "labels": _OF_OUTPUT,
+    "targets": _OF_OUTPUT,
+    "train": "write training={value}",
+    "context": "write ctx=Context(name=array)",
+    "metrics": "the loss may return a pair of its value and a dict of other scalars, for reports",
+    "seed": "the state has the key: the randomness of a step is a function of state.key and state.step. Leave it out",
+    "key": "the state has the key: the randomness of a step is a function of state.key and state.step. Leave it out",
+    "rng": "the state has the key: the randomness of a step is a function of state.key and state.step. Leave it out",
+}
+"""The arguments of ``step`` in other libraries; "" is a whole sentence."""
+
 _DATA = "the arrays are one argument. Write Data.batches((x, y), batch_size=32)"
 
 CALLS: dict[str, dict[str, str]] = {
     "Trainer": _TRAINER,
-    "Trainer.init": {"": _SEED, "seed": _SEED, "key": _SEED, "rng": _SEED, "rngs": _SEED},
+    "Trainer.init": {
+        "": f"{_SEED}\nA dtype has a name: trainer.init(dtype=jnp.float32)",
+        "seed": _SEED,
+        "key": _SEED,
+        "rng": _SEED,
+        "rngs": _SEED,
+    },
     "Trainer.make_state": {
         "": "it takes the variables alone. Write trainer.make_state(vars)",
         "params": "it takes variables. Write trainer.make_state(state.vars.replace(params=params))",
@@ -204,6 +229,18 @@ CALLS: dict[str, dict[str, str]] = {
     },
     "reports.EarlyStopping": {
         "": "its function makes it. Write stopper = reports.early_stopping(\"loss\", mode=\"min\", patience=5)",
+    },
+    "checkpoint.Directory": {
+        "": "it takes the folder, and all else by name. Write checkpoint.Directory(\"runs/digits\", every=500)",
+        "save_best_only": 'write best=("accuracy", "max"), with the name of a value that a report measures',
+        "monitor": 'write best=({value}, "max")',
+        "max_to_keep": "write keep={value}",
+        "save_top_k": "write keep={value}",
+        "save_total_limit": "write keep={value}",
+        "save_freq": "write every={value}",
+        "save_interval_steps": "write every={value}",
+        "every_n_train_steps": "write every={value}",
+        "save_weights_only": "a checkpoint has all of the state. Leave it out, and read directory.load_vars(like)",
     },
     "layers.sequential": {
         "": "the layers are one list. Write layers.sequential([a, b])",

@@ -34,7 +34,7 @@ def with_advice(cls: C) -> C:
     """Decorate a class: making it and its methods explain wrong calls, and it wrong attributes and being called."""
 
     def missing(self: Any, name: str) -> NoReturn:
-        raise no_attribute(f"{cls.__name__!r} object", cls.__name__, name)
+        raise no_attribute(f"{cls.__name__!r} object", cls.__name__, name, cls)
 
     def call(self: Any, _: Any = None, /, **__: Any) -> NoReturn:
         raise TypeError(f"{cls.__name__!r} object is not callable. {advice(cls.__name__, '()')}")

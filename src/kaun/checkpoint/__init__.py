@@ -10,6 +10,9 @@ resumes it.
 # behind load and load_vars. A run uses store, which opening locks and tests first; listed says which checkpoints are
 # kept, best which one is the best, and folders finds them by their names. Every file operation is in disk.
 
+from typing import TYPE_CHECKING
+
+from kaun._calls import module_names
 from kaun.checkpoint.best import BEST as BEST
 from kaun.checkpoint.best import BRANCH as BRANCH
 from kaun.checkpoint.best import FOREVER as FOREVER
@@ -35,3 +38,7 @@ __all__ = ["Directory", "ResumeMismatch", "load", "save"]  # what users reach; t
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
+    __getattr__ = module_names(__name__)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, cast
 
+from kaun._calls import explained
 from kaun._messages import frames_hidden, warn
 from kaun.checkpoint import arguments, one
 from kaun.checkpoint.disk import Disk
@@ -81,6 +82,7 @@ class Directory:
     best: tuple[str, Literal["min", "max"]] | None
     forever: int | None
 
+    @explained("checkpoint.Directory")
     def __init__(
         self,
         path: str | os.PathLike[str],

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from kaun import tree
+from kaun._calls import shown
 from kaun._messages import locate
 
 __all__ = [
@@ -36,7 +37,9 @@ def checked_count(where: str, name: str, value: Any, least: int, fix: str = "") 
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{where} expected an int for {name}, received {value!r}. Write {name}=int(...).")
+        other = callable(value) or isinstance(value, (tuple, list, dict))
+        fix = f"Write {where}, in this order" if other else f"Write {name}=int(...)"
+        raise TypeError(f"{where} expected an int for {name}, received {shown(value)}. {fix}.")
     if number < least:
         raise ValueError(f"{where} expected {name} to be at least {least}, received {value!r}.{fix and ' ' + fix}")
     return number

@@ -53,7 +53,7 @@ class Item(NamedTuple):
                 return cls(item[0], cast("Loss", item[1]), ctx)
         raise TypeError(
             "fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item "
-            f"{step} is {_received(item)}. To make them from pairs (x, y), write {_with_loss(item)}."
+            f"{step} is {_received(item)}. {_fix(item)}."
         )
 
 
@@ -186,6 +186,18 @@ def check_context(ctx: Any) -> Context | None:
     if ctx is not None and not isinstance(ctx, Context):
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
     return ctx
+
+
+def _fix(item: Any) -> str:
+    """What to write for what is not an item with a loss."""
+    if not isinstance(item, (tuple, list)):
+        return (
+            "For one pair write [(x, loss)]; for arrays x and y write Data.batches((x, y), batch_size=32)"
+            ".with_loss(losses.mse)"
+        )
+    if len(cast("Any", item)) == 3 and Item.is_training_item(item):
+        return "Write (x, loss, Context(name=array))"
+    return f"To make them from pairs (x, y), write {_with_loss(item)}"
 
 
 def _with_loss(item: Any) -> str:

@@ -186,6 +186,12 @@ def summary(trainer: Trainer[Any, Any], x: Any, loss: Loss | None = None, *, ctx
         received = tree.describe(trainer)
         made = "kaun.Trainer(model=model, optimizer=optax.adam(1e-3))" if isinstance(trainer, Layer) else "trainer"
         raise TypeError(f"summary expected a kaun.Trainer, received {received}. Write summary({made}, x).")
+    if isinstance(x, (tuple, list)) and all(n is None or isinstance(n, int) for n in x):
+        shape = tuple(n or 32 for n in x)
+        raise TypeError(
+            f"summary expected an input, received the shape {tuple(x)}. Write kaun.summary(trainer, "
+            f"jax.ShapeDtypeStruct({shape}, jnp.float32)), with the axis of the batch."
+        )
     check_input(x)
     ctx = check_context(ctx) or Context()
     policy = parse_precision(trainer.precision)

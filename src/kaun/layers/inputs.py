@@ -49,13 +49,33 @@ def float_input(
         )
     if (ndim is not None and x.ndim != ndim) or x.ndim == 0:
         wanted = ndim or "one or more"
-        raise ValueError(f"{here(name)} expected {expected}, {received}: it has {x.ndim} axes instead of {wanted}.")
+        fix = _missing_axis(x, features) if ndim is not None and x.ndim == ndim - 1 else ""
+        raise ValueError(
+            f"{here(name)} expected {expected}, {received}: it has {x.ndim} axes instead of {wanted}.{fix}"
+        )
     if features is not None and x.shape[-1] != features:
         raise ValueError(
             f"{here(name)} expected {expected}, {received}: the last axis has size {x.shape[-1]}, not {features}. "
-            f"Make the layer with {x.shape[-1]} input features, or the layer before it with {features} output features."
+            f"{_other_features(x, features, ndim)}"
         )
     return x
+
+
+def _missing_axis(x: jax.Array, features: int | None) -> str:
+    """What to write for an input with one axis too few."""
+    one, image = "For one example write x[None]", "for a single channel without an axis x[..., None]"
+    if features is None or features == 1 == x.shape[-1]:
+        return f" {one}, {image}."
+    return f" {one}." if features == x.shape[-1] else f" {image[0].upper()}{image[1:].replace('x[', 'write x[')}."
+
+
+def _other_features(x: jax.Array, features: int, ndim: int | None) -> str:
+    """What to write for an input whose last axis has another size than ``features``."""
+    if ndim is not None and ndim > 2 and x.shape[1] == features:
+        order = ", ".join(map(str, (0, *range(2, ndim), 1)))
+        return f"Axis 1 has size {features}: if these are the channels, put them last, x.transpose({order})."
+    size = x.shape[-1]
+    return f"Make the layer with {size} input features, or the layer before it with {features} output features."
 
 
 def int_input(name: str, x: Any, *, layout: str = "...") -> jax.Array:

@@ -36,6 +36,11 @@ def as_array(where: str, name: str, value: Any) -> jax.Array:
             f"{where} expected {name} without a mask, received a masked {tree.describe(value)}: masked elements would "
             f"count. Leave them out: keep = ~np.ma.getmaskarray({name}), then index both arrays with keep."
         )
+    if value.dtype.kind in "OSU":
+        raise TypeError(
+            f"{where} expected numbers for {name}, received {tree.describe(value)}. For class indices of other values "
+            f"write classes, {name} = np.unique({name}, return_inverse=True)."
+        )
     # A copy, because on a CPU JAX reads the memory of a NumPy array after this call has returned.
     return jnp.asarray(tree.snapshot(value))
 

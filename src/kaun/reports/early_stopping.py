@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import explained
+from kaun._calls import explained, with_advice
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.errors import EarlyStop
@@ -92,6 +92,7 @@ def early_stopping(
     return kind(monitor, 1.0 if mode == "max" else -1.0, patience, float(min_delta))
 
 
+@with_advice
 class EarlyStopping(Report):
     """The best state so far, by a value; made by ``early_stopping(...)``. See there.
 

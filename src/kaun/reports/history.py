@@ -12,6 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from kaun import _html
+from kaun._calls import with_advice
 from kaun._messages import optional_package
 from kaun._paths import saved_picture
 from kaun._processes import is_first
@@ -49,6 +50,7 @@ def history() -> History:
     return History()
 
 
+@with_advice
 class History(Report):
     """The losses recorded so far; made by ``history()``. See there.
 
@@ -139,8 +141,8 @@ class History(Report):
         same steps.
 
         Args:
-            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``. By
-                default none is written.
+            path: The file to write; the suffix is the format (``.png``, ``.svg``, ``.pdf``), default ``.png``. Missing
+                folders are made. By default none is written.
             log: Whether the loss axis is logarithmic; losses of 0 or less are then left out. Default False.
             window: The number of steps around one whose median is drawn, rounded up to an odd number; default a
                 twentieth of the run, at least 5.
