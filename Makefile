@@ -71,7 +71,7 @@ docs: $(VENV)/.dev
 
 suite: $(VENV)/.dev
 	$(PYTEST) --durations 10 $(TESTS) $(ARGS)
-	$(if $(TESTS)$(ARGS),,$(DEVICES) $(PYTEST) tests/scale/devices)
+	$(if $(TESTS)$(ARGS),,$(DEVICES) $(RUN) -m pytest -q tests/scale/devices)
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --durations 10 -m "slow or hypothesis" --hypothesis-profile=full $(ARGS)
