@@ -27,6 +27,7 @@ ROOT_PAGES = {
     "LICENSE": "license.md",
     "SECURITY.md": "security.md",
 }
+FOLDERS = {"examples": "examples/index.md"}
 # The modules with public names; each is a page of the reference. The names of `kaun` itself are on one page but for the
 # classes with many methods.
 MODULES = [
@@ -121,8 +122,8 @@ def root_page(file: str) -> str:
 
 def page_of(file: str) -> str:
     """The page of a file of the repository that is named from its root."""
-    if file in ROOT_PAGES:
-        return ROOT_PAGES[file]
+    if page := ROOT_PAGES.get(file) or FOLDERS.get(file):
+        return page
     path, suffix = posixpath.splitext(file.removeprefix("docs/"))
     return path + (".md" if suffix in (".ipynb", ".py") else suffix)
 

@@ -43,7 +43,7 @@ def test_every_name_that_a_text_tells_to_write_exists():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_wrong_argument_is_not_one_of_the_function(name):
-    names = {"Trainer": kaun.Trainer, "Ensemble": kaun.Ensemble, "summary": kaun.summary, "Layer": kaun.Layer}
+    names = {"Trainer": kaun.Trainer, "Ensemble": kaun.Ensemble, "summary": kaun.summary}
     function = FAMILIES.get(name)
     if function is None:
         owner, _, method = name.rpartition(".")

@@ -109,7 +109,6 @@ CALLS = {
     "kaun.summary(trainer)": "summary: missing a required argument: 'x'; it takes a trainer and an input",
     "kaun.Ensemble(trainer)": "it takes a trainer and how many members. Write kaun.Ensemble(trainer, 8).",
     "kaun.Ensemble(trainer, 2).fit(state, train, epochs=3)": "Ensemble.fit has no argument epochs=: the data say how many",
-    "model.init(3)": "Layer.init: too many positional arguments; keys are those of the RNG scope. Write\n    with rng.scope(42):",
     # Data and reports.
     "Data.batches(x, y, batch_size=4)": "the arrays are one argument. Write Data.batches((x, y), batch_size=32).",
     "Data.from_arrays(x, y, batch_size=4)": "its items are rows. Write Data.batches((x, y), batch_size=4).",

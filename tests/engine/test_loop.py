@@ -115,8 +115,8 @@ def test_blocks_grow_up_to_the_capacity(programs):
     blocks = []
     run = StepLoop(programs, (ONE, jnp.int32(0)), jax.random.key(0), None, lambda ran: blocks.append(ran.steps))
     run._limit = 1024
-    for i in range(600):
-        push(run, np.full((1000,), i, np.float32), mean)
+    # An item for which alone there is room is run at once.
+    run.push((Chunk((np.full((1000,), i, np.float32), mean), 1, {}) for i in range(600)), 1, 600)
     run.flush()
     assert max(blocks) == 128 and sum(blocks) == 600
     assert [c.why for c in programs.compilations] == ["first"]

@@ -156,9 +156,6 @@ CALLS: dict[str, dict[str, str]] = {
         "input_shape": "it takes an input. Write kaun.summary(trainer, jax.ShapeDtypeStruct(shape, jnp.float32))",
         "input_size": "it takes an input. Write kaun.summary(trainer, jax.ShapeDtypeStruct(shape, jnp.float32))",
     },
-    "Layer.init": {
-        "": "keys are those of the RNG scope. Write\n    with rng.scope(42):\n        vars = model.init()",
-    },
     "Data.batches": {
         "": _DATA,
         "batch_size": _DATA,

@@ -174,7 +174,8 @@ class StepLoop:
     def push(self, chunks: Iterator[Chunk], first: int, room: int) -> int:
         """Take items until there are ``room`` steps or no more items, and run them now or with later ones.
 
-        Returns how many there were; ``first`` is the number of the first step, for messages.
+        Returns how many there were; ``first`` is the number of the first step, for messages. Where there is room for
+        one step alone, it is run at once if the newest one had an item of its kind.
         """
         count = 0
         self._room = 0 if self.exhausted else room

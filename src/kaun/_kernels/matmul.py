@@ -16,13 +16,16 @@ __all__ = ["matmul"]
 # Multiply-adds, and rows, below which the transposed copies cost more than the faster kernel saves.
 _LARGE = 2**20
 _ROWS = 256
+# Columns of the input above which its copy costs more: 4096 rows of 512 for 512 outputs take 1.2 times as long with it.
+_NARROW = 128
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Return ``x @ weight``.
 
     On a CPU, where the product is large, the gradient with respect to the weight is computed in another layout than
-    JAX's own: 1.2 to 1.7 times as fast, and equal except for rounding. All derivatives work.
+    JAX's own: a step of two such layers around a gelu takes 0.74 of the CPU time (768 rows, 128 to 512 to 128, jax
+    0.10.2). It is equal except for rounding. All derivatives work.
 
     Args:
         x: ``[..., n]``.
@@ -59,11 +62,13 @@ def _derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any])
         # XLA turns a plain product into one of a transposed matrix, for which it has a slower kernel. Here the copy is
         # separate, and that of the narrower matrix: the input, or else the cotangent and the weight's gradient. A copy
         # of the wide cotangent of a gelu, computed while it was written, took a third of nanoGPT's step.
-        if weight_dot.shape[0] <= weight_dot.shape[1]:
-            parts.append(lax.dot_general(_transposed(x), weight_dot, (((0,), (0,)), ((), ()))))
-        else:
+        if weight_dot.shape[0] > weight_dot.shape[1]:
             flipped = lax.dot_general(_transposed(weight_dot), x, (((1,), (1,)), ((), ())))
             parts.append(_transposed(flipped))
+        elif weight_dot.shape[0] > _NARROW:
+            parts.append(x @ weight_dot)
+        else:
+            parts.append(lax.dot_general(_transposed(x), weight_dot, (((0,), (0,)), ((), ()))))
     return _matmul(x, weight), functools.reduce(operator.add, parts)
 
 

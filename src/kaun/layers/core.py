@@ -1,4 +1,9 @@
-"""``Layer`` (a pair of pure functions, ``init`` and ``apply``), ``Vars`` (a model's variables), and composition."""
+"""``Layer`` (a pair of pure functions, ``init`` and ``apply``), ``Vars`` (a model's variables), and composition.
+
+To read the code of this package, begin here, then read ``containers`` and ``module``, which combine layers, and
+``linear``, the simplest one. Layers check arguments with ``arguments`` and ``padding``, inputs with ``inputs``, and
+draw parameters with ``init``; ``path`` is the place in the model for error messages.
+"""
 
 from __future__ import annotations
 

@@ -233,12 +233,17 @@ class _TrainingLossStopping(EarlyStopping):
         self.__name__ = "EarlyStopping"  # in checkpoints
         self.watches = ()
         self._measured = False  # whether another report of this fit measures it
+        self._known = False  # whether that is known: in a fit, and after one
         self._resumed = False
         self._open_window(None)
 
     def _open_window(self, start: TrainState | None) -> None:
         self._start = start
         self._mean, self._weight, self._count = 0.0, 0.0, 0  # of the losses, with their weights, and all steps
+
+    @property
+    def _which(self) -> str:
+        return f" of the {'validated' if self._measured else 'training'} loss" if self._known else ""
 
     @property
     def _held(self) -> str:
@@ -250,7 +255,7 @@ class _TrainingLossStopping(EarlyStopping):
     ) -> None:  # fmt: skip
         super().begin(first_step, total, measured, every, state)
         self._measured = self._monitor in measured
-        self._which = f" of the {'validated' if self._measured else 'training'} loss"
+        self._known = True
         start = None if self._measured else state
         if not self._resumed:
             self._open_window(start)
@@ -292,4 +297,5 @@ class _TrainingLossStopping(EarlyStopping):
         super().restore(values)
         self._mean, self._weight, self._count = saved_values(self, values, "mean", "weight", "count")
         self._start, self._resumed = values.get("start"), True
+        self._known = self._known or "measured" in values
         self._measured = bool(values.get("measured", self._measured))  # no fit begins where the run is finished

@@ -312,12 +312,12 @@ def _figure(
     axes.plot(steps[centres], medians, color=STRONG, linewidth=2, label=f"median of {window} steps")
     if points := _points(results, "loss"):
         axes.plot(*points, color=MEASURED, linewidth=2, marker="o", markersize=3, label="validation loss")
-    _finish(axes, xlabel="step", ylabel="loss")
+    _finish(axes, xlabel="" if names else "step", ylabel="loss")
     axes.legend(frameon=False, loc="upper right")  # matplotlib searches "best" for seconds where there are many points
     for i, name in enumerate(names):
         below = figure.add_subplot(grid[1 + i // ACROSS, i % ACROSS], sharex=axes)
         below.plot(*_points(results, name) or ((), ()), color=STRONG, marker="o", markersize=3)
-        _finish(below, title=name)
+        _finish(below, title=name, xlabel="step" if i // ACROSS == lines - 1 else "")
     return figure
 
 

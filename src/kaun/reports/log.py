@@ -1,4 +1,8 @@
-"""What the loggers share: rows, one for each step, made of blocks and of what other reports measured."""
+"""What the loggers share: rows, one for each step, made of blocks and of what other reports measured.
+
+The loggers are ``files``, ``tensorboard``, ``wandb`` and ``mlflow``. With ``history`` they share ``epochs``, the
+averages over a pass.
+"""
 
 from __future__ import annotations
 
