@@ -74,6 +74,7 @@ OF_USERS = (
     # They train long: on this code they take half the time once it is in the cache.
     "tests/models/test_bert.py::test_it_fills_in_what_is_masked",
     "tests/models/test_ddpm.py::test_samples_are_distributed_as_the_data",
+    "tests/models/test_lenet.py::test_digits_are_read",
     "tests/test_docs.py::test_page[docs/exactness.md]",
 )
 CACHE_OPTIONS = (

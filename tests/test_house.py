@@ -270,7 +270,7 @@ def exports(module):
         return set(module.__all__)
     nodes = parsed(Path(module.__file__)).body
     aliases = [a for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names]
-    return {alias.asname for alias in aliases if alias.asname}
+    return {alias.asname for alias in aliases if alias.asname and not alias.asname.startswith("_")}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
