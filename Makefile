@@ -48,7 +48,7 @@ help:
 	@echo "make faults       the part of test-slow with kills, power losses and damage; about half an hour"
 	@echo "make test-interop models and loaders of other libraries, beside their own loops"
 	@echo "make test-pretrained  GPT-2 and a sentence encoder against transformers, with real weights"
-	@echo "make lint         ruff, basedpyright and a build of the documentation site"
+	@echo "make lint         ruff, basedpyright, the types of public names and a build of the documentation site"
 	@echo "make docs         the documentation site, in build/site"
 	@echo "make bench        time per step, beside hand-written loops and other libraries; about an hour"
 	@echo "make raises       raise statements that no test reaches"
@@ -63,6 +63,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m basedpyright --pythonpath $(RUN)
+	$(RUN) -m pytest -q -m slow tests/test_typing.py
 	$(SITE)
 
 docs: $(VENV)/.dev
@@ -71,7 +72,7 @@ docs: $(VENV)/.dev
 
 suite: $(VENV)/.dev
 	$(PYTEST) --durations 10 $(TESTS) $(ARGS)
-	$(if $(TESTS)$(ARGS),,$(DEVICES) $(PYTEST) tests/scale/devices)
+	$(if $(TESTS)$(ARGS),,$(DEVICES) $(RUN) -m pytest -q tests/scale/devices)
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --durations 10 -m "slow or hypothesis" --hypothesis-profile=full $(ARGS)

@@ -121,14 +121,14 @@ def test_a_full_cache_loses_its_oldest_files(root, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"6", "7", "8", "9"}
 
 
-def test_the_short_form_is_a_quarter_of_the_examples(root):
+def test_the_short_form_is_an_eighth_of_the_examples(root):
     assert [root.examples(n, "full") for n in (3, 40)] == [3, 40]
-    assert [root.examples(n, "short") for n in (3, 6, 20, 40, 100)] == [3, 5, 5, 10, 25]
+    assert [root.examples(n, "short") for n in (2, 6, 20, 40, 100)] == [2, 3, 3, 5, 12]
 
 
 @given(st.integers())
 @settings(max_examples=40)
 def test_it_holds_for_this_one(n):
     stated = test_it_holds_for_this_one._hypothesis_internal_use_settings
-    assert stated.max_examples == {"short": 10, "full": 40}[settings.get_current_profile_name()]
+    assert stated.max_examples == {"short": 5, "full": 40}[settings.get_current_profile_name()]
     assert stated.deadline is None and stated.print_blob and not stated.derandomize

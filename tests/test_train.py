@@ -132,13 +132,22 @@ def test_dtypes_of_init(made):
     assert {a.dtype for a in jax.tree.leaves(half.vars)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 # In float16 an eps of 1e-8 is 0, and in bfloat16 a b2 of 0.999 is 1: both end in nan.
+def plain():
+    return optax.adam(1e-2, eps=1e-3)
+
+
+def injected():
+    return optax.inject_hyperparams(optax.adamw)(1e-2, b2=0.9, eps=1e-3)
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("dtype", "make"),
     [
-        lambda: optax.adam(1e-2, eps=1e-3),
-        lambda: optax.inject_hyperparams(optax.adamw)(1e-2, b2=0.9, eps=1e-3),
+        (jnp.bfloat16, injected),
+        (jnp.float16, plain),
+        pytest.param(jnp.bfloat16, plain, marks=pytest.mark.slow),
+        pytest.param(jnp.float16, injected, marks=pytest.mark.slow),
     ],
 )
 def test_models_in_half_precision_train_and_keep_their_dtypes(dtype, make):

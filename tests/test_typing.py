@@ -68,6 +68,7 @@ def test_programs_pass_and_fail_as_they_say(results):
     assert (sorted(found - marked), sorted(marked - found)) == ([], [])
 
 
+@pytest.mark.slow  # `make lint` runs it: five seconds of CPU of the type checker
 def test_every_public_name_has_a_known_type():
     """Types that come from packages without annotations, such as optax, are not kaun's."""
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--verifytypes", "kaun", "--ignoreexternal"]

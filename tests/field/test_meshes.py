@@ -226,7 +226,8 @@ SHORT = "not 40000 and (fold or rows)"
 
 
 @pytest.mark.skipif(len(jax.devices()) > 1, reason="is this test's own process")
-@pytest.mark.parametrize("chosen", [SHORT, pytest.param("not devices", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the short form is tests/scale/devices, on meshes of eight devices with explicit axes
+@pytest.mark.parametrize("chosen", [SHORT, "not devices"])
 def test_the_same_on_four_devices(chosen):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", __file__, "-k", chosen]

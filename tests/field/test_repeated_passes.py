@@ -49,16 +49,32 @@ def steps(trainer, state, train):
 ENTRIES = {"fit": fit, "step": steps}
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("make", [
-    batches, noisy, lambda: batches().prefetch(1), lambda: batches().map(lambda b: b),
-    lambda: Data.from_items([(X, _mean)] * 3).shuffle(),
-], ids=["batches", "random_map", "prefetch", "map", "items"])  # fmt: skip
-def test_a_loop_over_epochs_warns_once(entry, make):
+PASSES = {
+    "batches": batches,
+    "random_map": noisy,
+    "prefetch": lambda: batches().prefetch(1),
+    "map": lambda: batches().map(lambda b: b),
+    "items": lambda: Data.from_items([(X, _mean)] * 3).shuffle(),
+}
+IN_SHORT = {
+    *(("fit", name) for name in ("batches", "map", "random_map", "items")),
+    ("step", "batches"),
+    ("step", "prefetch"),
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "made"),
+    [
+        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.slow)
+        for case in itertools.product(ENTRIES, PASSES)
+    ],
+)
+def test_a_loop_over_epochs_warns_once(entry, made):
     """`for _ in range(3): state = trainer.fit(state, train)`, as in other libraries: 3 epochs in one order."""
     trainer, state = fresh()
     with rng.scope(7):
-        train = make()
+        train = PASSES[made]()
     train_on = ENTRIES[entry]
     state = train_on(trainer, state, train)
     with pytest.warns(UserWarning, match=f"{entry} {TEXT}") as caught:

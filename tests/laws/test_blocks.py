@@ -182,7 +182,13 @@ def test_an_exception_of_a_loss_comes_at_its_item(bad):
 RAGGED = {"arrays", "float64 and int64", "jax arrays", "list", "prefetched"}  # another shape, which compiles again
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
+# The others come to the loop as one of these does.
+LONG = {"closures", "float64 and int64", "jax arrays", "jax list", "prefetched"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in sorted(SOURCES)]
+)
 def test_one_program_for_blocks_of_any_size(name):
     with rng.scope(7):
         trainer = kaun.Trainer(model=layers.linear(5, 3), optimizer=optax.sgd(1e-2))
@@ -207,8 +213,15 @@ def foreign():
     return Layer(init=init, apply=apply, name="foreign")
 
 
-@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-@pytest.mark.parametrize("large", [False, True], ids=["kept out of loops", "too large for a stack"])
+@pytest.mark.parametrize(
+    ("large", "of"),
+    [
+        pytest.param(False, np.asarray, id="kept out of loops-numpy"),
+        pytest.param(True, jnp.asarray, id="too large for a stack-jax"),
+        pytest.param(False, jnp.asarray, id="kept out of loops-jax", marks=pytest.mark.slow),
+        pytest.param(True, np.asarray, id="too large for a stack-numpy", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_not_stacked_is_right_too(of, large):
     rows = np.random.default_rng(2).normal(size=(700, 1300) if large else (24, 2, 16, 16)).astype(np.float32)
     labels = np.random.default_rng(3).integers(0, 3, len(rows)).astype(np.int32)

@@ -23,13 +23,13 @@ OPTIONS = {
 }
 # batch_norm that trains cannot be computed in parts.
 CASES = [
-    ("norms", "trainable"),
     ("norms", "all"),
     ("mlp", "microbatches"),
     ("wide", "trainable"),
     *(
         pytest.param(model, option, marks=pytest.mark.slow)
         for model, option in [
+            ("norms", "trainable"),
             ("norms", "biases"),
             ("norms", "bfloat16"),
             ("norms", "float16"),

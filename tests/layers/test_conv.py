@@ -261,7 +261,9 @@ def test_volumes_are_sums_over_the_planes_of_the_kernel():
     np.testing.assert_allclose(y, np.stack(expected, 1) + np.asarray(variables.params["bias"]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [layers.conv1d, layers.conv2d, layers.conv3d])
+@pytest.mark.parametrize(
+    "make", [layers.conv2d, *(pytest.param(f, marks=pytest.mark.slow) for f in (layers.conv1d, layers.conv3d))]
+)
 def test_depthwise_layers_keep_the_size_of_their_input(make):
     axes = {"conv1d": 1, "conv2d": 2, "conv3d": 3}[make.__name__]
     layer = make(64, 64, 3, groups=64, bias=False)

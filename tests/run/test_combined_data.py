@@ -112,8 +112,15 @@ class ByGlobal:
         return iter([np.full((2, 1), i, np.float32) for i in np.random.permutation(6)])
 
 
-@pytest.mark.parametrize("kill", [2, 3, 7])
-@pytest.mark.parametrize("kind", ["after rows", "mixed"])
+@pytest.mark.parametrize(
+    ("kind", "kill"),
+    [
+        ("after rows", 3),
+        ("mixed", 2),
+        ("mixed", 7),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("after rows", 2), ("after rows", 7), ("mixed", 3)]),
+    ],
+)
 def test_a_loader_that_is_opened_late_draws_its_order_from_a_state_that_is_compared(tmp_path, made, kind, kill):
     def make(seed=0):
         np.random.seed(seed)

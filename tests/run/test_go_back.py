@@ -210,8 +210,13 @@ LEAVES, PROGRAM = (
     ("before", "optimizer", "text"),
     [
         (optax.adam, lambda rate: optax.adam(optax.constant_schedule(rate)), LEAVES),
-        (optax.adam, lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)), LEAVES),
-        (optax.adam, lambda rate: optax.sgd(rate, momentum=0.9), LEAVES),
+        pytest.param(
+            optax.adam,
+            lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),
+            LEAVES,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(optax.adam, lambda rate: optax.sgd(rate, momentum=0.9), LEAVES, marks=pytest.mark.slow),
         # Without any array in the states of both.
         (optax.sgd, lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate)), PROGRAM),
     ],

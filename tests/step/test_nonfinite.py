@@ -1,6 +1,7 @@
 """Steps that are not finite: they change nothing, in ``step`` and in every form of ``fit``."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +62,19 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+WATCHES = {"none": None, "third": reports.every(3, lambda *_: None), "all": lambda *_: None}
+IN_SHORT = {("packed", "none"), ("packed", "third"), ("in place", "third"), ("straight", "all")}
+
+
 @pytest.mark.parametrize(
-    "report", [None, reports.every(3, lambda *_: None), lambda *_: None], ids=["none", "third", "all"]
+    ("kind", "watch"),
+    [
+        pytest.param(*case, marks=() if case in IN_SHORT else pytest.mark.slow)
+        for case in itertools.product(MODELS, WATCHES)
+    ],
 )
-def test_the_state_on_the_exception_is_the_one_before_that_step(kind, report):
+def test_the_state_on_the_exception_is_the_one_before_that_step(kind, watch):
+    report = WATCHES[watch]
     trainer, state = trainer_of("raise", MODELS[kind] and MODELS[kind]())
     xs = [X * k for k in range(1, 8)] + [BAD] + [X] * 5 + [BAD]
     with pytest.raises(

@@ -143,10 +143,22 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def pair(make_group):
-    """Two processes of two devices each, for all tests whose scenarios leave both alive."""
-    with contextlib.closing(make_group()) as group:
-        yield group
+def pairs():
+    """All that `pair` has started."""
+    with contextlib.ExitStack() as stack:
+        yield stack, []
+
+
+@pytest.fixture
+def pair(make_group, pairs):
+    """Two processes of two devices each, the same for all tests until one of them has ended.
+
+    Starting them costs seconds. The test that kills one lies in the last file of the short form, test_votes.py.
+    """
+    stack, started = pairs
+    if not started or any(process.poll() is not None for process in started[-1].processes):
+        started.append(stack.enter_context(contextlib.closing(make_group())))
+    return started[-1]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The long form of ``test_pair.py``: each failure in each process, on one and four devices, and each point of a kill."""
+"""The long form of ``test_votes.py``: each failure in each process, on one and four devices, and each point of a kill."""
 
 import contextlib
 import signal

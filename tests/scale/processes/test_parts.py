@@ -53,7 +53,6 @@ def check_saved_and_resumed(two, folder):
     assert names(path / "step-00000001") == ["manifest.json", "reports.safetensors", "state.safetensors"]
     assert two.run(RUNS, "run", folder=str(path), steps=3)[1][0] == 1
     assert parts_runs.run(path, 4) == (3, whole)
-    return whole
 
 
 def check_one_file(two, folder):
@@ -93,17 +92,21 @@ def check_other_refusals(two, folder):
     assert "choose a directory on a file system that all of them share" in found[1].text
 
 
-def test_checkpoints_of_two_processes(make_group, tmp_path):
-    """In one pair of processes, because starting them costs seconds; the last check kills one of them."""
+def test_checkpoints_of_two_processes(pair, tmp_path):
+    check_saved_and_resumed(pair, fresh(tmp_path, "a"))
+    check_one_file(pair, fresh(tmp_path, "b"))
+    check_failing_disk(pair, fresh(tmp_path, "c"))
+    check_other_refusals(pair, fresh(tmp_path, "d"))
+    check_fit(pair, fresh(tmp_path, "f"))
+
+
+@pytest.mark.slow  # test_votes.py has the short form of a process that is killed
+def test_a_process_killed_after_its_part_leaves_the_step_before(make_group, tmp_path):
+    _, whole = parts_runs.run(tmp_path / "whole", 4)
     with contextlib.closing(make_group()) as two:
-        whole = check_saved_and_resumed(two, fresh(tmp_path, "a"))
-        check_one_file(two, fresh(tmp_path, "b"))
-        check_failing_disk(two, fresh(tmp_path, "c"))
-        check_other_refusals(two, fresh(tmp_path, "d"))
-        check_fit(two, fresh(tmp_path, "f"))
-        saved, said = kill(two, fresh(tmp_path, "e"), "after its part", 1)
-        assert saved == 1 and "Process 1 did not come to the checkpoints in '" in said
-    found = Directory(tmp_path / "e" / "runs").load(parts_runs.start(1))
+        saved, said = kill(two, tmp_path, "after its part", 1)
+    assert saved == 1 and "Process 1 did not come to the checkpoints in '" in said
+    found = Directory(tmp_path / "runs").load(parts_runs.start(1))
     assert found.step == 1 and parts_runs.digest(found) != whole
 
 
@@ -231,13 +234,6 @@ def test_killed_at_a_point_of_a_save(make_group, pair, tmp_path, point, killed):
     assert saved == 2 if point == "after it has its name" or (point in OF_THE_FIRST and killed == 1) else saved == 1
     assert pair.run(RUNS, "run", folder=str(tmp_path / "runs"), steps=4, keep=2) == [(saved, whole)] * 2
     assert names(tmp_path / "runs") == ["step-00000002", "step-00000003", "step-00000004"]
-
-
-@pytest.fixture(scope="module")
-def pair(make_group):
-    """Two processes that all tests here leave alive."""
-    with contextlib.closing(make_group()) as group:
-        yield group
 
 
 def wait_for(file):
