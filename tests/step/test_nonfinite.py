@@ -186,6 +186,26 @@ def test_the_first_failure_is_raised_whatever_comes_after():
     assert called == [1], "a report is not called for a discarded step"
 
 
+class Counter:
+    """Python code that a compiled step calls."""
+
+    calls = 0
+
+    def __call__(self, value):
+        Counter.calls += 1
+        return value
+
+
+def test_a_step_that_calls_the_host_is_run_once_where_it_is_not_finite():
+    trainer, state = trainer_of("raise", layers.linear(3, 1), optax.sgd(0.1))
+    shape, fixed = jax.ShapeDtypeStruct((), np.float32), jax.lax.stop_gradient
+    called = lambda out: loss(out) + 0 * jax.pure_callback(Counter(), shape, fixed(out.sum()))
+    data = [(x, called) for x in (X, BAD, X)]
+    with pytest.raises(NonFiniteLoss, match="The loss is nan at step 2; "):
+        trainer.fit(state, data)
+    assert Counter.calls == 2
+
+
 class Blocks:
     def __init__(self):
         self.values = {}

@@ -30,21 +30,28 @@ class FailedStep(NamedTuple):
         carry: The carry before the step.
         key: The run's key.
         inputs: Its item.
+        calls_the_host: Whether it calls Python or foreign code, which may have effects.
     """
 
     carry: Any
     key: jax.Array
     inputs: StepInputs
+    calls_the_host: bool = False
 
     @classmethod
-    def of(cls, carry: Any, key: jax.Array, inputs: StepInputs) -> FailedStep:
+    def of(cls, carry: Any, key: jax.Array, inputs: StepInputs, calls_the_host: bool) -> FailedStep:
         """Return the step on the mesh on which it ran: its inputs are on automatic axes."""
         leaves, structure = jax.tree_util.tree_flatten((carry, key))
         carry, key = jax.tree_util.tree_unflatten(structure, to_automatic(leaves))
-        return cls(carry, key, inputs)
+        return cls(carry, key, inputs, calls_the_host)
 
     def refused(self, settings: Settings) -> ValueError | None:
-        """Return the error of a layer or loss of kaun that refuses the values of the item, None if all take them."""
+        """Return the error of a layer or loss of kaun that refuses the values of the item, None if all take them.
+
+        A step that calls the host is not run once more for that: None.
+        """
+        if self.calls_the_host:
+            return None
         x, arrays, ctx = self.inputs.split(self.inputs.leaves)
 
         def loss(output: Any) -> Any:
@@ -115,7 +122,7 @@ def last_member_error(
     vars, members, steps = failed.carry
     leaves = [leaf[i] if row_axis and np.ndim(leaf) else leaf for leaf in failed.inputs.leaves]
     carry = jax.tree_util.tree_map(lambda leaf: leaf[i], (vars, members.inner, steps))
-    own = FailedStep(carry, failed.key[i], failed.inputs.with_leaves(leaves))
+    own = FailedStep(carry, failed.key[i], failed.inputs.with_leaves(leaves), failed.calls_the_host)
     refused = own.refused(settings)
     advice = "Try smaller learning rates; look at that item's input and labels."
     if refused is not None:

@@ -355,7 +355,7 @@ class StepLoop:
         # The items stay until their steps are known to be finite: the exception for one that is not has its item.
         again = functools.partial(state_after, traced, program, arguments) if traced.watches else None
         items = (pattern, shared, stacked, again) if self._error_for is not None else ((), [], [], None)
-        self._in_flight.append(PendingDispatch(results, inputs, *items))
+        self._in_flight.append(PendingDispatch(results, inputs, traced.can_raise, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
         if self._together is not None:
@@ -383,7 +383,8 @@ class StepLoop:
             self._take()
             before, spoiled = state_before(dispatch, i, self._carry[1], self._packing, self._programs.sharding)
             self._carry, why = (True, before, self._carry[2]), np.concatenate([why, spoiled])
-        failed = FailedStep.of(self.carry(), self._key, placed_inputs(self._programs.sharding, dispatch.item(i)))
+        item = placed_inputs(self._programs.sharding, dispatch.item(i))
+        failed = FailedStep.of(self.carry(), self._key, item, dispatch.calls_the_host)
         raise self._error_for(self._failed_step, float(results.loss(i)), why, failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:

@@ -127,6 +127,7 @@ class PendingDispatch(NamedTuple):
     Attributes:
         results: What it gives.
         inputs: An item of the kind of its items.
+        calls_the_host: Whether its steps call the host.
         pattern: For each array of an item whether it is stacked.
         shared: The arrays that are not, with one value for all items.
         stacked: Those that are. Their memory is used again once the dispatch is done.
@@ -136,6 +137,7 @@ class PendingDispatch(NamedTuple):
 
     results: StepResults
     inputs: StepInputs
+    calls_the_host: bool
     pattern: tuple[bool, ...]
     shared: list[Any]
     stacked: list[Any]
