@@ -204,11 +204,56 @@ def test_an_interrupt_says_where_the_state_is(trained):
         assert shown(error)[-1] == error.__notes__[0]
 
 
-def test_an_exception_that_refuses_new_attributes_stays_the_exception():
-    @dataclasses.dataclass(frozen=True)
-    class Refused(Exception):
-        path: str
+@dataclasses.dataclass(frozen=True)
+class Refused(Exception):
+    path: str
 
+
+def test_an_exception_that_refuses_attributes_leaves_fit_as_it_is(trained):
+    trainer, state = trained
+
+    def report(step, loss, state):
+        raise refused
+
+    def load(i):
+        raise refused
+
+    def items():
+        yield X, jnp.mean
+        raise refused
+
+    for data, given, step in (
+        (Data.repeat(3, (X, jnp.mean)), report, 1),
+        (Data.from_fn(3, load), None, 0),
+        (items(), None, 1),
+    ):
+        refused = Refused("a/b")
+        error = raised(lambda data=data, given=given: trainer.fit(state, data, report=given))
+        assert error is refused and int(error.kaun_state.step) == step
+        assert files(error)[-1] == Path(__file__)
+        where = "In the data pipeline's Data.from_fn(3, load (test_frames.py"
+        assert [note.split(":")[0] for note in getattr(error, "__notes__", ())] == [where] * (step == 0)
+
+
+def test_a_scope_does_not_replace_an_exception_and_can_decorate():
+    @rng.scope(0)
+    def draw(depth=0):
+        return draw(1) if depth == 0 else rng.next_key()
+
+    assert draw() == draw()
+    for refused in (Refused("a"), StopIteration(3), kaun.EarlyStop()):
+        error = raised(lambda refused=refused: _in_scope(refused))
+        assert error is refused and [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)] == [
+            "raised", "<lambda>", "_in_scope",
+        ]  # fmt: skip
+
+
+def _in_scope(error):
+    with rng.scope(0):
+        raise error
+
+
+def test_an_exception_that_refuses_new_attributes_stays_the_exception():
     error = raised(lambda: (_ for _ in ()).throw(Refused("a/b")))
     BaseException.__setattr__(error, "__context__", KeyError("inside"))
     kaun._messages.hide_frames(error)

@@ -10,14 +10,17 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 
 from kaun._jax import FRAMES_NOTE, hides_frames_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # With the separator: a package named kaun_models beside this one is the user's.
 _SKIPPED = tuple(str(Path(file).parent) + os.sep for file in (__file__, jax.__file__))
@@ -67,15 +70,56 @@ def _hide(error: BaseException, hidden: Callable[[str], bool], seen: set[int]) -
             kept = TracebackType(kept, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
     error.with_traceback(kept)
     if notes := getattr(error, "__notes__", None):  # JAX's own note would hide the message, or what kaun adds to it
-        _set(error, "__notes__", [note for note in notes if FRAMES_NOTE not in note])
+        set_on(error, "__notes__", [note for note in notes if FRAMES_NOTE not in note])
     for linked in filter(None, (error.__cause__, error.__context__)):
         _hide(linked, hidden, seen)
     if error.__context__ is not None and error.__context__.__traceback__ is None:
         # It came and was handled inside, and says nothing of the user's code.
-        _set(error, "__suppress_context__", True)
+        set_on(error, "__suppress_context__", True)
 
 
-_set = BaseException.__setattr__  # an exception that is a frozen dataclass has one that raises
+set_on = BaseException.__setattr__
+"""``setattr`` of an exception; that of a class which is a frozen dataclass raises another exception."""
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """``error.add_note(text)``, likewise."""
+    set_on(error, "__notes__", [*getattr(error, "__notes__", ()), text])
+
+
+def contextmanager(function: Callable[P, Generator[T]]) -> Callable[P, Block[T]]:
+    """``contextlib.contextmanager``, which sets attributes of each exception and so replaces one that refuses them."""
+
+    @functools.wraps(function)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Block[T]:
+        return Block(lambda: function(*args, **kwargs))
+
+    return make
+
+
+class Block(contextlib.ContextDecorator, contextlib.AbstractContextManager[T, None], Generic[T]):
+    """A block whose begin and end are those of a generator: see ``contextmanager``."""
+
+    def __init__(self, make: Callable[[], Generator[T]]) -> None:
+        self._make, self._generator = make, make()
+
+    def _recreate_cm(self) -> Block[T]:
+        return Block(self._make)  # a decorated function may be called again, also by itself
+
+    def __enter__(self) -> T:
+        return next(self._generator)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            next(self._generator, None)
+            return
+        try:
+            self._generator.throw(error)
+        except BaseException as raised:
+            # Python makes a RuntimeError of a StopIteration that leaves a generator.
+            if raised is not error and not (isinstance(error, StopIteration) and raised.__cause__ is error):
+                raise
+            error.with_traceback(trace)
 
 
 class _FramesHidden(contextlib.ContextDecorator):

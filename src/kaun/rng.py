@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun._jax import is_traced, trace_of
+from kaun._messages import contextmanager
 
 __all__ = ["next_key", "scope"]
 
@@ -53,7 +54,7 @@ _derived: set[bytes] = set()  # keys that ``remember_unscoped`` took
 _MOST_DERIVED = 100_000
 
 
-@contextlib.contextmanager
+@contextmanager
 def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
     """Open a scope in which ``next_key`` (and so ``Layer.init``, ``Trainer.init``, ``Data.shuffle``) is reproducible.
 
@@ -154,7 +155,7 @@ def carry_scope() -> Callable[[], AbstractContextManager[None]]:
     outer = _current.get() or _process_wide()
     readable = _innermost_trace() is outer.trace
 
-    @contextlib.contextmanager
+    @contextmanager
     def inside() -> Generator[None, None, None]:
         token = _current.set(_Scope(outer.key, outer.counter) if readable else outer)
         try:
@@ -189,7 +190,7 @@ def loop_scope() -> Callable[[jax.Array], AbstractContextManager[None]]:
     readable = _innermost_trace() is outer.trace
     index: list[int] = []
 
-    @contextlib.contextmanager
+    @contextmanager
     def inside(iteration: jax.Array) -> Generator[None, None, None]:
         token = _current.set(_LoopScope(outer, iteration, index) if readable else outer)
         try:

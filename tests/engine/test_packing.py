@@ -30,8 +30,9 @@ def test_what_is_packed_is_unpacked(forms, seed):
     vectors = packing.pack([np.asarray(leaf) for leaf in leaves])
     assert all(type(v) is np.ndarray for v in vectors)
     assert len(vectors) == len({dtype for dtype, _ in forms}) and all(v.ndim == 1 for v in vectors)
-    back = unpack(packing, [jnp.asarray(v) for v in vectors])
-    assert [(a.dtype, a.shape, a.tobytes()) for a in back] == [(a.dtype, a.shape, a.tobytes()) for a in leaves]
+    for held in (vectors, [jnp.asarray(v) for v in vectors]):  # as before the first step, and as after it
+        back = unpack(packing, held)
+        assert [(a.dtype, a.shape, a.tobytes()) for a in back] == [(a.dtype, a.shape, a.tobytes()) for a in leaves]
 
 
 def test_a_program_that_unpacks_is_compiled_once_the_host_has_done_it_often():

@@ -170,7 +170,7 @@ def test_a_layer_that_changes_the_structure_of_its_state_is_refused_as_without()
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((jnp.sin,), r"remat expected layers, received .* For a plain function write layers\.fn\(f\)\."),
+        ((jnp.sin,), r"remat expected layers, received sin\. For a plain function write layers\.fn\(jnp\.sin\)\."),
         ((layers.relu(), "dots"), r"remat\(policy=\.\.\.\) expected None or a function of jax\.checkpoint_policies, received 'dots'\. Write policy=jax"),
     ],
 )  # fmt: skip

@@ -231,13 +231,13 @@ def _packing_of_kinds(kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> Packing
     return Packing(kinds) if size <= _MOST_BYTES else None
 
 
-def unpack(packing: Packing, vectors: list[jax.Array]) -> list[Any]:
+def unpack(packing: Packing, vectors: Sequence[Any]) -> list[Any]:
     """Return ``packing.unpack(vectors)``; the leaves have their own memory, whatever is done to the vectors."""
     if packing.unpacked >= _BY_HOST:
         return _unpacked(packing, vectors)
     packing.unpacked += 1
     leaves = packing.unpack([np.array(vector) for vector in vectors])
-    where = vectors[0].sharding if vectors[0].committed else None
+    where = vectors[0].sharding if getattr(vectors[0], "committed", False) else None  # as packed, they are of NumPy
     return jax.device_put(leaves, where)
 
 

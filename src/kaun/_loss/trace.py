@@ -16,7 +16,7 @@ from kaun._loss import describe
 from kaun._loss.rebuild import Rebuilt
 from kaun._loss.walk import LossKey
 from kaun._loss.watch import UnforeseenError
-from kaun._messages import locate
+from kaun._messages import add_note, locate
 from kaun.errors import CaptureError
 from kaun.grad import check_scalar
 from kaun.losses import Mean
@@ -85,9 +85,10 @@ def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> TracedLoss:
     try:
         return trace_function(key, arrays, (output,), check, "loss")
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        error.add_note(
+        add_note(
+            error,
             f"In loss {locate(function)}. A compiled loss sees shapes and dtypes, not numbers: write "
-            "jnp.where(c, a, b) for an if, jnp for np, and read numbers in report(step, loss, state)."
+            "jnp.where(c, a, b) for an if, jnp for np, and read numbers in report(step, loss, state).",
         )
         raise
 

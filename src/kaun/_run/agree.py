@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from kaun._engine import StepInputs, StepLoop
-from kaun._messages import warn
+from kaun._messages import add_note, contextmanager, warn
 from kaun._processes import Call, Channel, failed_elsewhere, this_process, timeout_of
 from kaun._run.ballots import combine, packed, unpacked
 from kaun._run.same import check_begin, check_items
@@ -48,7 +48,7 @@ class EndedElsewhere(Exception):
     """The data of another process has ended, so the fit ends in this one too; raised and caught inside of fit."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def agreement_of(processes: tuple[int, ...]) -> Generator[Agreement | None]:
     """The agreement of a fit in these processes, None where it is one; an exception in the block is told to all."""
     if len(processes) < 2:
@@ -294,7 +294,7 @@ class Agreement:
         try:
             self._vote(vote)
         except FailedElsewhere as missing:
-            error.add_note(f"Also, {missing}")
+            add_note(error, f"Also, {missing}")
         self._closed, self._over = True, None
         if isinstance(error, jax.errors.JaxRuntimeError):
             self._call_the_roll(error)
@@ -307,9 +307,10 @@ class Agreement:
             time.sleep(0.1)
             silent = [process for process in silent if self._channel.why_left(process) is None]
         if silent:
-            error.add_note(
+            add_note(
+                error,
                 f"Also, process {', '.join(map(str, silent))} does not answer. It has probably ended, which makes the "
-                "devices of the others fail, and its own output says why."
+                "devices of the others fail, and its own output says why.",
             )
 
     def all_have(self, state: str, pending: float | None) -> tuple[bool, float | None]:

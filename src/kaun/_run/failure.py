@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import jax
 
 from kaun._engine import StepLoop
+from kaun._messages import add_note, contextmanager, set_on
 from kaun._run.reports import ReportCaller
 from kaun._run.run import TrainingRun
 from kaun._run.signals import note_interrupt
@@ -55,7 +56,7 @@ def save_on_error(
         try:
             _end(run, hook)
         except Exception as failed:
-            error.add_note(f"Also, end() of a report raised {type(failed).__name__}: {failed}")
+            add_note(error, f"Also, end() of a report raised {type(failed).__name__}: {failed}")
         raise
     _end(run, hook)
 
@@ -65,7 +66,7 @@ def _end(run: TrainingRun, hook: ReportCaller) -> None:
         hook.end()
     except BaseException as error:
         if run.now is not None:
-            error.kaun_state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+            set_on(error, "kaun_state", run.now())
         raise
 
 
@@ -74,18 +75,19 @@ def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: Re
     assert run.now is not None
     found = loop.recover()
     if found == "newest":
-        error.kaun_state = state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+        state = run.now()
+        set_on(error, "kaun_state", state)
         there, pending = True, hook.pending_report_loss
         if run.saver is not None and run.together is not None:
             there, pending = run.together.all_have(str(loop.done), pending)
         note_interrupt(error, f"after step {loop.done}")
         if not there:
-            error.add_note(f"Also, no checkpoint of step {loop.done} was written, because not all processes have it.")
+            add_note(error, f"Also, no checkpoint of step {loop.done} was written, because not all processes have it.")
         elif run.saver is not None:
             try:
                 run.saver.save(loop.done, state, pending_report_loss=pending)
             except Exception as failed:
-                error.add_note(f"Also, no checkpoint of step {loop.done} was written: {failed}")
+                add_note(error, f"Also, no checkpoint of step {loop.done} was written: {failed}")
         return
     # Not saved: the reports may have the values of later steps already.
     lost = "The compiled step failed, and the newest states were lost with the memory given to it. "
@@ -97,13 +99,14 @@ def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: Re
             saved = run.saver.newest(like)
     if saved is not None and (found == "lost" or saved.step >= loop.done):
         error.kaun_state, run.now = saved.state, lambda: saved.state  # pyright: ignore[reportAttributeAccessIssue]
-        error.add_note(f"{lost}kaun_state is that of the newest checkpoint, after step {saved.step}.")
+        add_note(error, f"{lost}kaun_state is that of the newest checkpoint, after step {saved.step}.")
     elif found == "held":
-        error.kaun_state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
-        error.add_note(f"{lost}kaun_state is the newest that was held elsewhere, after step {loop.done}.")
+        set_on(error, "kaun_state", run.now())
+        add_note(error, f"{lost}kaun_state is the newest that was held elsewhere, after step {loop.done}.")
     else:
         run.now = None
-        error.add_note(
+        add_note(
+            error,
             f"{lost}No earlier one is left, so there is no kaun_state. Write fit(..., checkpoints=checkpoint.Directory("
-            '"runs/digits", every=500)), or hold the state that you pass to fit.'
+            '"runs/digits", every=500)), or hold the state that you pass to fit.',
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._engine import StepInputs, StepLoop, TracedStep
-from kaun._messages import warn
+from kaun._messages import add_note, contextmanager, set_on, warn
 from kaun._processes import is_first
 from kaun._report import member
 from kaun._run.agree import Agreement, EndedElsewhere, agreement_of, processes_of
@@ -186,7 +185,7 @@ def _state_on_error(run: TrainingRun) -> Generator[None]:
         yield
     except BaseException as error:
         if run.now is not None and not hasattr(error, "kaun_state"):
-            error.kaun_state = run.now()  # pyright: ignore[reportAttributeAccessIssue]
+            set_on(error, "kaun_state", run.now())
             note_interrupt(error, "after the last step")
         raise
     finally:
@@ -211,7 +210,7 @@ def _closed(store: Store) -> Generator[None]:
         try:
             store.close()
         except Exception as failed:
-            error.add_note(f"Also, the last checkpoint was not written: {failed}")
+            add_note(error, f"Also, the last checkpoint was not written: {failed}")
         raise
     store.close()
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from jax.experimental import multihost_utils
 
 from kaun._jax import preemption_service_runs
+from kaun._messages import contextmanager, set_on
 
 __all__ = ["Signals", "note_interrupt", "preempted"]
 
@@ -72,7 +73,7 @@ class Signals:
         if self._received is not None and not self._raised and error is None:
             self._raise()  # it came after the last block that it may interrupt, and nothing is half done now
 
-    @contextlib.contextmanager
+    @contextmanager
     def interruptible(self) -> Generator[None]:
         """A block that a signal may interrupt anywhere; one that came before interrupts it at its start."""
         self._interruptible = True
@@ -125,4 +126,4 @@ def note_interrupt(error: BaseException, when: str) -> None:
         # Of nested fits the outermost one's state is on the exception.
         notes = [note for note in getattr(error, "__notes__", ()) if "kaun_state" not in note]
         where = "err.kaun_state, or at the next prompt sys.last_value.kaun_state"
-        error.__notes__ = [*notes, f"The state {when} is this exception's kaun_state: {where}."]
+        set_on(error, "__notes__", [*notes, f"The state {when} is this exception's kaun_state: {where}."])

@@ -10,6 +10,7 @@ import numpy as np
 
 from kaun._engine import ProgramCache, StepLoop, error_of, last_member_error, run_flush
 from kaun._jax import is_traced
+from kaun._messages import set_on
 from kaun._report import Report, ReportFunction
 from kaun._run.notices import warn_of_open_window
 from kaun._run.reports import ReportCaller
@@ -134,6 +135,6 @@ def flush_state(settings: Settings, programs: ProgramCache, state: TrainState) -
         window = optimizer_state(settings, state.opt_state)
         trained = trainable_part(settings.trainable, state.vars.params)
         error = flush_error(trained, state.vars, window, int(state.step), np.asarray(checks))
-        error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        set_on(error, "kaun_state", state)
         raise error
     return TrainState(vars=vars, opt_state=opt_state, step=step, key=placed_key(settings, state.key))

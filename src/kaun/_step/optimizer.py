@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from kaun import tree
-from kaun._messages import locate
+from kaun._messages import contextmanager, locate
 from kaun._step.rate import find_rate
 from kaun.averages.weights import AveragedWeights
 
@@ -271,7 +270,7 @@ def _updates(
     return optimizer.update(gradient, opt_state, params, **{name: extra[name] for name in _extra_names(optimizer)})
 
 
-@contextlib.contextmanager
+@contextmanager
 def _as_optax_expects() -> Generator[None]:
     """Allow promotion inside: optax multiplies its counts with floats, so under strict promotion even adam raises."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

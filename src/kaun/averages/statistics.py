@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from kaun import rng, tree
-from kaun._messages import frames_hidden
+from kaun._messages import frames_hidden, set_on
 from kaun.averages.weights import is_average
 from kaun.context import Context
 from kaun.errors import NonFiniteLoss
@@ -85,10 +85,10 @@ def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: 
         after = still.fit(begin.replace(step=averaged.step, key=averaged.key), _statistics_items(data), ctx=ctx)
     except NonFiniteLoss as error:
         own = _nonfinite(error)
-        own.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        set_on(own, "kaun_state", state)
         raise own from error.__cause__
     except BaseException as error:
-        error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        set_on(error, "kaun_state", state)
         raise
 
     def update(node: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 
+from kaun._messages import add_note, contextmanager
 from kaun.data import convert, libraries
 from kaun.data.items import Item
 from kaun.data.resumable import SKIPPED, ResumableLoader
@@ -25,7 +25,7 @@ def known_length(data: Any) -> int | None:
         return None
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
     """An iterator over the data, closed at the end if it was made here.
 
@@ -105,7 +105,7 @@ def open_loader(source: Any, stage: str) -> Callable[[int | None, int], Iterator
                     yield found
                 count += 1
         except Exception as error:
-            error.add_note(f"In the data pipeline's {stage}, item {count} (counted from 0).")
+            add_note(error, f"In the data pipeline's {stage}, item {count} (counted from 0).")
             raise
         if had_items and not count:
             raise RuntimeError(

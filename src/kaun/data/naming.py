@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kaun._messages import add_note
+
 __all__ = ["note_where", "noting_where"]
 
 
@@ -28,4 +30,4 @@ def note_where(error: Exception, stage: str, i: int) -> None:
             f"StopIteration in {stage}, item {i}: it would silently end the pipeline at this item. An iterator in "
             "your function has no item left: call next(iterator, default), or use an iterator with enough items."
         ) from error
-    error.add_note(f"In the data pipeline's {stage}, item {i} (counted from 0).")
+    add_note(error, f"In the data pipeline's {stage}, item {i} (counted from 0).")

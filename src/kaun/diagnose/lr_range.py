@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from kaun import rng, tree
-from kaun._messages import frames_hidden, locate, optional_package
+from kaun._messages import frames_hidden, locate, optional_package, set_on
 from kaun._paths import saved_picture
 from kaun._processes import is_first
 from kaun._report import Report
@@ -170,11 +170,11 @@ def lr_range(
     except NonFiniteLoss as error:
         if not report.losses:
             own = _nonfinite(error)
-            own.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+            set_on(own, "kaun_state", state)
             raise own from error.__cause__
         report.diverged |= not report.full
     except BaseException as error:
-        error.kaun_state = state  # pyright: ignore[reportAttributeAccessIssue]
+        set_on(error, "kaun_state", state)
         raise
     taken = len(report.losses)
     if taken < steps and not report.diverged and (report.items < steps * trainer.accumulate or not taken):

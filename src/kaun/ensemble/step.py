@@ -15,7 +15,7 @@ import numpy as np
 from kaun import rng, tree
 from kaun._engine import CODE, LOST, NOT_FINITE, RUNS, STOPPED, MemberPacking
 from kaun._loss import FrozenLoss, array_names, snapshot_loss, trace_function
-from kaun._messages import locate
+from kaun._messages import add_note, locate
 from kaun._step import Settings, StepOutput, eval_step, train_step
 from kaun.averages.weights import without_weights
 from kaun.context import Context
@@ -190,9 +190,10 @@ def _stops(stop: Stop, key: jax.Array, loss: jax.Array) -> jax.Array:
         with rng.scope(key):
             return trace_function(stop.key, stop.arrays, (loss,), check, "stop")
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        error.add_note(
+        add_note(
+            error,
             f"In stop {locate(stop.function)}. It is compiled: write stop=lambda loss: loss < 0.05, and for an `and` "
-            "of two conditions (loss > 0) & (loss < 0.05)."
+            "of two conditions (loss > 0) & (loss < 0.05).",
         )
         raise
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._engine import check_input
+from kaun._messages import add_note
 from kaun._step import batch_length
 from kaun.context import Context
 from kaun.state import TrainState
@@ -68,8 +69,9 @@ def export_model(
         named = ctx or Context()
         rows = [name for name in named if np.shape(named[name])[:1] == (length,)]
         if rows:
-            error.add_note(
+            add_note(
+                error,
                 f"In export: {', '.join(f'ctx[{name!r}]' for name in rows)} of length {length}, as x has, counts as "
-                "having a row for each example. If it has not, give export an x of another length."
+                "having a row for each example. If it has not, give export an x of another length.",
             )
         raise

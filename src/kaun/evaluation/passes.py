@@ -15,6 +15,7 @@ import numpy as np
 from kaun import tree
 from kaun._engine import EvaluationLoop, StepInputs, refuse_traced
 from kaun._loss import FrozenLoss, is_library, snapshot_loss
+from kaun._messages import add_note, contextmanager
 from kaun.context import Context
 from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
@@ -113,7 +114,7 @@ def _parts_of_items(
     return parts
 
 
-@contextlib.contextmanager
+@contextmanager
 def _items_of(data: Any, sharding: Sharding | None = None) -> Generator[Pass]:
     """The pass over data of ``evaluate``; its items have what is known of their rows."""
     refuse_traced([jnp.zeros(())], "evaluate")
@@ -142,9 +143,10 @@ def predict(run: Callable[..., Any], data: Data[Any], ctx: Context | None, shard
             output = run(StepInputs(x, None, _context(ctx, rows)), ready)
         except (TypeError, ValueError) as error:
             if isinstance(x, tuple):
-                error.add_note(
+                add_note(
+                    error,
                     "predict expects data whose items are the model's inputs. For pairs (x, y) write "
-                    "trainer.predict(state, data.map(lambda b: b[0]))."
+                    "trainer.predict(state, data.map(lambda b: b[0])).",
                 )
             raise
         outputs.check(output, number, rows)
@@ -220,7 +222,7 @@ def _snapshots(metrics: Mapping[str, Metric]) -> dict[str, Any]:
         try:
             captured[name] = snapshot_loss(metric)
         except CaptureError as error:
-            error.add_note(f"In metric {name!r}, which evaluate compiles as a step compiles its loss.")
+            add_note(error, f"In metric {name!r}, which evaluate compiles as a step compiles its loss.")
             raise
     return captured
 

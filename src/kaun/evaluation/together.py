@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from kaun._engine import StepInputs
+from kaun._messages import contextmanager
 from kaun._processes import Call, Channel
 from kaun.data import checksums, different_items, has_exact_length, known_length, makes_items, stages_in_words
 from kaun.sharding import Sharding
@@ -32,7 +32,7 @@ class Pass:
         """Called with an item whose program is compiled, before it runs: here all that can fail alone has been done."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def in_step(items: Iterable[Any], data: Any, sharding: Sharding | None, entry: str) -> Generator[Pass]:
     """A pass over data, in which each process takes as many items and runs the same programs.
 

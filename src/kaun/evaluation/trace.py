@@ -9,7 +9,7 @@ import jax
 
 from kaun import rng
 from kaun._loss import parts, subject, trace_function
-from kaun._messages import locate
+from kaun._messages import add_note, locate
 from kaun.evaluation import totals
 
 
@@ -37,13 +37,14 @@ def trace_metrics(key: Any, arrays: Sequence[Any], draw: jax.Array, output: Any,
             with rng.scope(draw):
                 found[name] = trace_function(inner, own, (output, targets), check, metric)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-            error.add_note(
+            add_note(
+                error,
                 f"In {where}. A compiled metric sees shapes and dtypes, not numbers: write jnp.where(c, a, b) for an "
-                "if, and jnp for np. What only NumPy can compute takes the predictions: trainer.predict(state, data)."
+                "if, and jnp for np. What only NumPy can compute takes the predictions: trainer.predict(state, data).",
             )
             raise
         except Exception as error:
             if where not in str(error):
-                error.add_note(f"In {where}.")
+                add_note(error, f"In {where}.")
             raise
     return totals.PackedMetrics.of(found)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
+from kaun._messages import contextmanager
 from kaun.interop.keywords import SWITCHES
 from kaun.layers.path import here, is_frozen
 
@@ -62,7 +62,7 @@ def run_in_evaluation(
         return call(*bound.args, **bound.kwargs)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _fields_in_evaluation(module: Any) -> Generator[None]:
     before = {name: vars(module)[name] for name in _SWITCHES if isinstance(vars(module).get(name), bool)}
     for name in before:

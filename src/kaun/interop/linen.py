@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kaun import rng, tree
-from kaun._messages import optional_package
+from kaun._messages import add_note, optional_package
 from kaun.context import Context
 from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
 from kaun.interop.keywords import (
@@ -188,9 +188,10 @@ class _Adapter:
             with self.flax.intercept_methods(self.refuse_dropout):
                 return run(rngs=_keys())
         except self.errors.ModifyScopeVariableError as error:
-            error.add_note(
+            add_note(
+                error,
                 f"{self.name} was run in evaluation mode, where its state may not change. Give its __call__ a "
-                "keyword argument for the mode, train: bool, and write nn.BatchNorm(use_running_average=not train)."
+                "keyword argument for the mode, train: bool, and write nn.BatchNorm(use_running_average=not train).",
             )
             raise
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable
 from types import CodeType, FrameType
 from typing import Any
 
+from kaun._messages import add_note, contextmanager
 from kaun.layers.path import Part, WatchPart, here, watching_parts
 
 __all__ = ["by_identity", "naming_parts"]
@@ -36,7 +37,7 @@ def by_identity(modules: Callable[[], Iterable[tuple[Path, Any]]]) -> Find:
     return lambda module: known().get(id(module), (None, None))[0]
 
 
-@contextlib.contextmanager
+@contextmanager
 def naming_parts(
     name: str,
     base: type,
@@ -71,7 +72,7 @@ def naming_parts(
             innermost = part_of(traceback.tb_frame) or innermost
             traceback = traceback.tb_next
         if innermost is not None and repr(innermost.path) not in str(err):
-            err.add_note(f"In the part {innermost.path!r}, a {innermost.kind}, of {here(name)}.")
+            add_note(err, f"In the part {innermost.path!r}, a {innermost.kind}, of {here(name)}.")
         raise
 
 
@@ -83,7 +84,7 @@ def _is_call(code: CodeType, kind: type, base: type) -> bool:
     return getattr(inspect.unwrap(getattr(kind, name, None)), "__code__", None) is code  # pyright: ignore
 
 
-@contextlib.contextmanager
+@contextmanager
 def _calls_seen(
     part_of: Callable[[FrameType], Part | None], output: Callable[[Any], Any], watch: WatchPart
 ) -> Generator[None, None, None]:

@@ -11,7 +11,7 @@ stands for any number of axes. A layer is described without weights: ``layer.ini
 
 from typing import TYPE_CHECKING
 
-from kaun._calls import module_names
+from kaun._calls import module_names as _module_names
 from kaun.layers.activation import activation as activation
 from kaun.layers.activation import elu as elu
 from kaun.layers.activation import gelu as gelu
@@ -77,4 +77,4 @@ from kaun.layers.repeat import repeat as repeat
 from kaun.layers.upsample import upsample2d as upsample2d
 
 if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
-    __getattr__ = module_names(__name__)
+    __getattr__ = _module_names(__name__)

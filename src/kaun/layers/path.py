@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+
+from kaun._messages import add_note, contextmanager, set_on
 
 __all__ = [
     "Part", "WatchPart", "at", "frozen_layers", "here", "is_frozen", "origin", "path", "slices_of", "watched",
@@ -40,7 +41,7 @@ _watch: ContextVar[Watch | None] = ContextVar("kaun_layer_watch", default=None)
 _watch_part: ContextVar[WatchPart | None] = ContextVar("kaun_watch_of_parts", default=None)
 
 
-@contextlib.contextmanager
+@contextmanager
 def at(key: str) -> Generator[None, None, None]:
     """Inside this context, error messages add ``key`` to the path in the model, and so do names in a profile."""
     token = _path.set((*_path.get(), key))
@@ -50,20 +51,21 @@ def at(key: str) -> Generator[None, None, None]:
     except Exception as err:
         path = ".".join(_path.get())
         if not hasattr(err, "kaun_layer"):  # the innermost layer is named
-            err.kaun_layer = path  # pyright: ignore[reportAttributeAccessIssue]
+            set_on(err, "kaun_layer", path)
             if isinstance(err, RecursionError):
-                err.add_note(
+                add_note(
+                    err,
                     f"The model nests {len(_path.get())} layers deep. A long chain is sequential([a, b, ...]), not "
-                    "a >> b >> ..., which is one layer inside another for each >>."
+                    "a >> b >> ..., which is one layer inside another for each >>.",
                 )
             elif repr(path) not in str(err):
-                err.add_note(f"In the model's layer {path!r}.")
+                add_note(err, f"In the model's layer {path!r}.")
         raise
     finally:
         _path.reset(token)
 
 
-@contextlib.contextmanager
+@contextmanager
 def frozen_layers(leaves: Sequence[Any]) -> Generator[None, None, None]:
     """Inside this context, a layer whose parameters are all among these arrays is applied in evaluation mode."""
     token = _frozen.set(frozenset(map(id, leaves)))
@@ -81,7 +83,7 @@ def is_frozen(params: Any) -> bool:
     return bool(leaves) and all(origin(leaf) in known for leaf in leaves)
 
 
-@contextlib.contextmanager
+@contextmanager
 def slices_of(stacked: Any, slices: Any) -> Generator[None, None, None]:
     """Inside this context, an array of ``slices`` counts as the array of ``stacked`` that a loop takes it from."""
     pairs = zip(*map(jax.tree_util.tree_leaves, (slices, stacked)), strict=True)
@@ -97,7 +99,7 @@ def origin(leaf: Any) -> int:
     return _origins.get().get(id(leaf), id(leaf))
 
 
-@contextlib.contextmanager
+@contextmanager
 def watched(watch: Watch) -> Generator[None, None, None]:
     """Inside this context, a layer is applied by ``watch(layer, vars, run)``, which returns what ``run()`` does."""
     token = _watch.set(watch)
@@ -112,7 +114,7 @@ def watching() -> Watch | None:
     return _watch.get()
 
 
-@contextlib.contextmanager
+@contextmanager
 def watched_parts(watch: WatchPart) -> Generator[None, None, None]:
     """Inside this context, ``watch(part)`` is called when a part begins to run, and what it returns with the output."""
     token = _watch_part.set(watch)

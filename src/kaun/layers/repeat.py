@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import textwrap
 from collections.abc import Generator
 from contextvars import ContextVar
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
+from kaun._messages import contextmanager
 from kaun.context import Context
 from kaun.layers.arguments import flag, size
 from kaun.layers.core import Layer, Vars, must_be_layer
@@ -92,7 +92,7 @@ def repeat(layer: Layer[Same, Same], n: int, remat: bool = False) -> Layer[Same,
     return Layer(init=init, apply=apply, name=f"repeat(\n{textwrap.indent(layer.name, '  ')},\n{options})")
 
 
-@contextlib.contextmanager
+@contextmanager
 def one_copy() -> Generator[None, None, None]:
     """Inside this context, ``init`` of ``repeat`` makes the variables of one copy, without an axis of copies."""
     token = _one_copy.set(True)

@@ -25,7 +25,7 @@ clamped), and the gradient is that of the other rows; float labels are used as t
 
 from typing import TYPE_CHECKING
 
-from kaun._calls import module_names
+from kaun._calls import module_names as _module_names
 from kaun.losses.binary import binary_cross_entropy as binary_cross_entropy
 from kaun.losses.binary import focal as focal
 from kaun.losses.binary import hinge as hinge
@@ -58,4 +58,4 @@ def __dir__() -> list[str]:
 
 
 if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
-    __getattr__ = module_names(__name__)
+    __getattr__ = _module_names(__name__)

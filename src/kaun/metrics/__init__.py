@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kaun._calls import module_names
+from kaun._calls import module_names as _module_names
 from kaun.metrics.classification import accuracy as accuracy
 from kaun.metrics.classification import binary_accuracy as binary_accuracy
 from kaun.metrics.classification import confusion_matrix as confusion_matrix
@@ -47,4 +47,4 @@ def __dir__() -> list[str]:
 
 
 if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
-    __getattr__ = module_names(__name__)
+    __getattr__ = _module_names(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 
 from kaun import tree
 from kaun._jax import any_traced
-from kaun._messages import locate
+from kaun._messages import add_note, locate
 from kaun.metrics import classification, counts, ranking, regression
 from kaun.metrics.parts import merge, on_host, outline, settle
 from kaun.metrics.weights import nothing_to_average
@@ -205,7 +205,7 @@ def result_of(where: str, counted: Counted, sums: Any) -> Any:
     try:
         result = counted.result(sums)
     except Exception as error:
-        error.add_note(f"In {where}.")
+        add_note(error, f"In {where}.")
         raise
     if not tree.is_real(result):
         raise TypeError(
@@ -224,9 +224,10 @@ def result_or_nan(where: str, parts: CountedParts) -> Any:
             raise
         return math.nan
     except jax.errors.UnexpectedTracerError as error:
-        error.add_note(
+        add_note(
+            error,
             "The result of a metric is computed on the host, after the step, and cannot read an array that the loss "
-            'captures. Return that array among the counts: {"total": total, "scale": scale}.'
+            'captures. Return that array among the counts: {"total": total, "scale": scale}.',
         )
         raise
 

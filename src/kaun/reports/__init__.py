@@ -9,7 +9,7 @@ the values that one measures to the others.
 
 from typing import TYPE_CHECKING
 
-from kaun._calls import module_names
+from kaun._calls import module_names as _module_names
 from kaun._report import Report as Report
 from kaun._report import ReportFunction as ReportFunction
 from kaun.reports.compose import all_of as all_of
@@ -38,4 +38,4 @@ from kaun.reports.watch import Watch as Watch
 from kaun.reports.watch import watch as watch
 
 if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
-    __getattr__ = module_names(__name__)
+    __getattr__ = _module_names(__name__)
