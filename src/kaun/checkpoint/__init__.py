@@ -12,7 +12,7 @@ resumes it.
 
 from typing import TYPE_CHECKING
 
-from kaun._calls import module_names
+from kaun._calls import module_names as _module_names
 from kaun.checkpoint.best import BEST as BEST
 from kaun.checkpoint.best import BRANCH as BRANCH
 from kaun.checkpoint.best import FOREVER as FOREVER
@@ -41,4 +41,4 @@ def __dir__() -> list[str]:
 
 
 if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
-    __getattr__ = module_names(__name__)
+    __getattr__ = _module_names(__name__)

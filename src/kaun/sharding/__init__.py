@@ -7,7 +7,7 @@ A ``Sharding`` is a value: a mesh, the mesh axes over which the rows of a batch 
 
 from typing import TYPE_CHECKING
 
-from kaun._calls import module_names
+from kaun._calls import module_names as _module_names
 from kaun.sharding.core import Sharding as Sharding
 from kaun.sharding.core import put as put
 from kaun.sharding.makers import by_path as by_path
@@ -17,4 +17,4 @@ from kaun.sharding.makers import members as members
 from kaun.sharding.makers import mesh as mesh
 
 if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
-    __getattr__ = module_names(__name__)
+    __getattr__ = _module_names(__name__)
