@@ -153,7 +153,7 @@ def test_the_state_that_is_left_when_a_program_fails_is_explicit():
 
 
 @pytest.mark.filterwarnings("ignore:.*every device does all the work")
-@pytest.mark.parametrize("placed", ["state", "batch"])
+@pytest.mark.parametrize("placed", ["state", pytest.param("batch", marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_is_explained(small, placed):
     """Labels of -100 on a mesh: `kaun.explain(trainer, error)` mixed arrays on two meshes, and JAX refused them."""
     y = jnp.where(jnp.arange(40) == 5, -100, np.asarray(small.y))
