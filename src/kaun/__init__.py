@@ -1,7 +1,6 @@
 """kaun: a training loop for JAX that you can read as one equation and take apart at any line."""
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from kaun.state import TrainState as TrainState
     from kaun.train import Trainer as Trainer
 else:
+    import importlib.util
+
     # Where each name comes from, a module from itself. Nothing is imported before it is used.
     _PLACES = {
         **{name: name for name in __all__ if name[0].islower() and name[0] != "_"},
