@@ -389,3 +389,8 @@ def test_a_real_interrupt_at_any_moment_leaves_a_valid_state(run):
             assert as_bytes(held) == known[step]
         _, after = trainer.step(held, *[next(iter(data))[0]], loss=next(iter(data))[1])
         assert int(after.step) == step + 1
+
+
+def test_a_state_of_numpy_arrays_is_taken_as_any_other(run):
+    trainer, state, data, folded, _ = run
+    assert as_bytes(trainer.fit(jax.device_get(state), data)) == folded[-1]

@@ -100,6 +100,7 @@ class StepLoop:
         self._failed_step: int | None = None
         self._counts_discarded = 0  # 1 where a discarded step is counted in the arrays all the same
         leaves, self._structure = jax.tree_util.tree_flatten(carry)
+        leaves = [a if isinstance(a, jax.Array) else jax.device_put(a) for a in leaves]  # of NumPy by jax.device_get
         given, placed = leaves, programs.sharding is not None
         self._place = functools.partial(place_carry, programs.sharding, self._structure)
         self._mesh: Any = None if placed else explicit_mesh(leaves)  # that of the state or of an item
