@@ -4,11 +4,12 @@
 resumes it.
 """
 
-# files saves and loads one tree, one a checkpoint, which is a folder with checksums, parts one whose state lies on the
-# devices of several processes. encoding makes arrays of leaves and puts them back on their devices, hashed writes and
-# reads a file with the threads of workers, group is what processes do together. directory is what users make, with arguments checked and reading
-# behind load and load_vars. A run uses store, which opening locks and tests first; listed says which checkpoints are
-# kept, best which one is the best, and folders finds them by their names. Every file operation is in disk.
+# files saves and loads one tree, one a checkpoint, which is a folder with checksums, parts one whose state lies on
+# the devices of several processes. encoding makes arrays of leaves and puts them back on their devices, hashed writes
+# and reads a file with the threads of workers, group is what processes do together. directory is what users make,
+# with arguments checked and reading behind load and load_vars. A run uses store, which opening locks and tests first;
+# listed says which checkpoints are kept, best which one is the best, and folders finds them by their names. Every
+# file operation is in disk.
 
 from kaun.checkpoint.best import BEST as BEST
 from kaun.checkpoint.best import BRANCH as BRANCH
