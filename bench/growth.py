@@ -2,8 +2,10 @@
 
 A dense network is trained with Adam by a loop written by hand around a jitted step, by ``step`` and by ``fit``; see
 ``bench.scale`` for the loops. One size at a time grows from a common base. For each size one process runs the loops in
-turn, and one process for each loop finds how much memory it takes. The results are an extra of the bench, and the page
-and its picture are written again from all results.
+turn, and one process for each loop finds how much memory it takes. What kaun adds is shown twice: as the time of the
+thread that calls, which other programs on the machine change little, and as the Python functions called in each step,
+which nothing changes. The results are an extra of the bench, and the page and its picture are written again from all
+results.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from bench.one import peak_memory
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = "performance-growth.svg"
 LOOPS = {"hand": "by hand", "step": "step", "fit": "fit"}
-STEPS = 32
+STEPS, FEW = 96, 32  # of the data, and of a pass that is timed
 IN, OUT = 32, 8
 
 
@@ -37,9 +39,9 @@ class Size:
 
 
 AXES = {
-    "width": (32, 128, 512, 1024),
+    "width": (32, 128, 512),
     "depth": (1, 2, 4, 8, 16),
-    "batch": (8, 64, 512, 2048),
+    "batch": (8, 64, 512),
     "devices": (1, 2, 4, 8),
 }
 
@@ -58,16 +60,41 @@ def loops_at(size: Size) -> dict[str, Any]:
     return {name: found[name] for name in LOOPS}
 
 
-def times(size: Size, rounds: int) -> dict[str, list[float]]:
-    """The microseconds of a step by each loop in each round. The first two rounds compile."""
-    loops, found = loops_at(size), {name: [] for name in LOOPS}
+def times(size: Size, rounds: int) -> dict[str, Any]:
+    """Of each loop, the microseconds of a step in each round, by the clock and of the calling thread, and the calls.
+
+    The first two rounds compile.
+    """
+    loops = loops_at(size)
+    found: dict[str, Any] = {name: {"clock": [], "thread": []} for name in LOOPS}
     for number in range(rounds + 2):
         for name in list(loops)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            float(loops[name]())
+            clock, thread = time.perf_counter(), time.thread_time()
+            float(loops[name](FEW))
+            spent = {"clock": time.perf_counter() - clock, "thread": time.thread_time() - thread}
             if number > 1:
-                found[name].append((time.perf_counter() - start) / STEPS * 1e6)
+                for what, seconds in spent.items():
+                    found[name][what].append(seconds / FEW * 1e6)
+    for name, run in loops.items():
+        run(STEPS)  # `fit` of more steps may compile once more
+        found[name]["calls"] = (calls(run, STEPS) - calls(run, FEW)) / (STEPS - FEW)
     return found
+
+
+def calls(run: Any, steps: int) -> int:
+    """How many Python functions so many steps call."""
+    count = 0
+
+    def see(frame: Any, event: str, given: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(see)
+    try:
+        run(steps)
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def memory(size: Size, loop: str) -> float:
@@ -77,9 +104,9 @@ def memory(size: Size, loop: str) -> float:
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     before = peak_memory()
     run = loops_at(size)[loop]
-    run()
+    run(FEW)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is held now
-    run()
+    run(FEW)
     return peak_memory() - before
 
 
@@ -101,37 +128,35 @@ def growth(rounds: int) -> dict[str, Any]:
     for size in dict.fromkeys(size_at(axis, value) for axis, values in AXES.items() for value in values):
         known[size] = {"times": in_process(size, "times", 3 * rounds)}
         known[size]["memory"] = {name: in_process(size, name, 0) for name in LOOPS} if has_peak else {}
-        print(f"{size}: {cells(known[size])}", flush=True)
+        print(f"{size}: {', '.join(row(known[size]))}", flush=True)
     return {axis: {str(value): known[size_at(axis, value)] for value in values} for axis, values in AXES.items()}
 
 
 def microseconds(point: dict[str, Any], name: str) -> float:
-    return statistics.median(point["times"][name])
+    return statistics.median(point["times"][name]["clock"])
 
 
-def overheads(point: dict[str, Any], name: str) -> list[float]:
-    """The quartiles of the microseconds that a loop's step takes longer than that of the loop by hand, in a round."""
-    pairs = zip(point["times"][name], point["times"]["hand"], strict=True)
+def added(point: dict[str, Any], name: str) -> list[float]:
+    """The quartiles of the microseconds that a loop's step takes the calling thread more than the loop by hand."""
+    pairs = zip(point["times"][name]["thread"], point["times"]["hand"]["thread"], strict=True)
     return statistics.quantiles((a - b for a, b in pairs), n=4)
 
 
-def cells(point: dict[str, Any]) -> str:
-    """A point in words, for those who wait."""
-    found = [f"{name} {microseconds(point, name):,.0f} us" for name in LOOPS]
-    found += [f"{name} {overheads(point, name)[1]:+,.0f} us" for name in ("step", "fit")]
-    return ", ".join([*found, *(f"{name} {mb:.0f} MB" for name, mb in point["memory"].items())])
+def row(point: dict[str, Any]) -> list[str]:
+    """A point in words."""
+    found = [f"{microseconds(point, name):,.0f} us" for name in LOOPS]
+    found += [f"{added(point, name)[1]:+,.0f} us" for name in ("step", "fit")]
+    found += [f"{point['times'][name]['calls']:,.1f}" for name in LOOPS]
+    return found + [f"{point['memory'][name]:,.0f} MB" if point["memory"] else "" for name in LOOPS]
 
 
 def rows(found: dict[str, Any]) -> list[str]:
     """The table of the page."""
-    head = ["", "by hand", "`step`", "`fit`", "`step` adds", "`fit` adds", "memory by hand", "`step`", "`fit`"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    three = ["by hand", "`step`", "`fit`"]
+    head = [*three, "`step` adds", "`fit` adds", *(f"{what} {name}" for what in ("calls", "memory") for name in three)]
+    lines = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
     for axis in AXES:
-        for value, point in found[axis].items():
-            middle = [f"{microseconds(point, name):,.0f} us" for name in LOOPS]
-            middle += [f"{overheads(point, name)[1]:+,.0f} us" for name in ("step", "fit")]
-            middle += [f"{point['memory'][name]:,.0f} MB" if point["memory"] else "" for name in LOOPS]
-            lines.append(f"| {axis} {value} | " + " | ".join(middle) + " |")
+        lines += [f"| {axis} {value} | " + " | ".join(row(point)) + " |" for value, point in found[axis].items()]
     return lines
 
 
@@ -143,26 +168,28 @@ def draw(found: dict[str, Any], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "kaun", "svg.fonttype": "none"}):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(12, 8), layout="constrained")
-        grid = figure.subplots(3, len(AXES), sharex="col", sharey="row")
+        figure = Figure(figsize=(12, 10), layout="constrained")
+        grid = figure.subplots(4, len(AXES), sharex="col", sharey="row")
         for (axis, values), column in zip(AXES.items(), grid.T, strict=True):
             draw_axis(axis, values, [found[axis][str(value)] for value in values], column)
-        for axes, label in zip(grid[:, 0], ("microseconds per step", "added to the loop by hand", "MB"), strict=True):
+        labels = ("microseconds per step", "added, microseconds", "Python calls per step", "MB")
+        for axes, label in zip(grid[:, 0], labels, strict=True):
             axes.set_ylabel(label)
         grid[0, 0].legend()
         figure.savefig(path, metadata={"Date": None})
 
 
 def draw_axis(axis: str, values: Any, points: list[dict[str, Any]], column: Any) -> None:
-    time_of, added, held = column
+    time_of, more, called, held = column
     for i, (name, label) in enumerate(LOOPS.items()):
         style = {"label": label, "color": f"C{i}", "linewidth": 3 if name == "fit" else 1.5, "marker": "o"}
         time_of.loglog(values, [microseconds(point, name) for point in points], **style)
+        low, middle, high = zip(*(added(point, name) for point in points), strict=True)
+        more.plot(values, middle, **style)
+        more.fill_between(values, low, high, color=f"C{i}", alpha=0.2)
+        called.loglog(values, [point["times"][name]["calls"] for point in points], **style)
         if all(point["memory"] for point in points):
             held.plot(values, [point["memory"][name] for point in points], **style)
-        low, middle, high = zip(*(overheads(point, name) for point in points), strict=True)
-        added.plot(values, middle, **style)
-        added.fill_between(values, low, high, color=f"C{i}", alpha=0.2)
     for axes in column:
         axes.set_xscale("log")
         axes.set_xticks(values, map(str, values), minor=False)

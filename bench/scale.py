@@ -40,7 +40,7 @@ DEVICES = "1,2,4,8"
 LOOPS = ("control", "fit", "step")
 TOLERANCE = 1e-4  # of the losses after a pass, relative
 
-Run = Callable[[], Any]
+Run = Callable[..., Any]
 Times = dict[str, list[tuple[float, float]]]
 
 
@@ -69,7 +69,10 @@ class LastLoss(reports.Report):
 
 
 def loops_of(task: Task, where: sharding.Sharding | None) -> dict[str, Run]:
-    """The loops, on one device without a placement; each trains from the same state, and returns the last loss."""
+    """The loops, on one device without a placement; each trains from the same state, and returns the last loss.
+
+    They may be given the number of steps, if not all.
+    """
     g = np.random.default_rng(0)
     x = g.normal(size=(task.steps * task.rows, task.widths[0])).astype(np.float32)
     y = g.integers(0, task.widths[-1], task.steps * task.rows).astype(np.int32)
@@ -80,14 +83,14 @@ def loops_of(task: Task, where: sharding.Sharding | None) -> dict[str, Run]:
         state = trainer.init()
     data = Data.batches((x, y), task.rows).with_loss(losses.cross_entropy_sparse)
 
-    def fit() -> Any:
+    def fit(steps: int = task.steps) -> Any:
         report = LastLoss()
-        trainer.fit(state, data, report=report)
+        trainer.fit(state, data if steps == task.steps else data.take(steps), report=report)
         return report.loss
 
-    def step() -> Any:
+    def step(steps: int = task.steps) -> Any:
         now, waiting = state, []
-        for item, loss in data:
+        for item, loss in itertools.islice(data, steps):
             value, now = trainer.step(now, item, loss=loss)
             wait(waiting, value)
         return value
@@ -117,10 +120,10 @@ def by_hand(task: Task, where: sharding.Sharding | None, optimizer: Any, state: 
         out = placed.vars.params, placed.opt_state, where.replicated, where.replicated
     compiled = jax.jit(update, donate_argnums=(0, 1), out_shardings=out)
 
-    def run() -> Any:
+    def run(steps: int = task.steps) -> Any:
         params, opt_state = jax.tree.map(lambda a: a.copy(), (state.vars.params, state.opt_state))
         waiting: list[Any] = []
-        for i in range(task.steps):
+        for i in range(steps):
             rows = slice(i * task.rows, (i + 1) * task.rows)
             batch = (x[rows], y[rows]) if where is None else jax.device_put((x[rows], y[rows]), where.spread)
             params, opt_state, value, _ = compiled(params, opt_state, *batch)

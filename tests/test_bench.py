@@ -189,7 +189,9 @@ ORBAX = {"kaun": 0.25, "orbax": 1.0}
 
 
 def grown(value):
-    times = {"hand": [10.0 * value] * 3, "step": [10.0 * value + i for i in (39, 40, 41)], "fit": [9.0 * value] * 3}
+    calls = {"hand": 3.0, "step": 82.0, "fit": 5.25}
+    thread = {"hand": [10.0] * 3, "step": [49.0, 50.0, 51.0], "fit": [8.0] * 3}
+    times = {name: {"clock": [10.0 * value] * 3, "thread": thread[name], "calls": calls[name]} for name in calls}
     return {"times": times, "memory": {"hand": 100.0, "step": 102.0, "fit": 101.0}}
 
 
@@ -210,7 +212,7 @@ def test_the_page_of_recorded_results(tmp_path):
         "| checkpoint of 120 MB, saved, relative to Orbax | 0.20 | 0.25 | **not met** |  |",
         "| xor predict even | 3 us | 4 us | 1.25 |",
         "| orbax | 1,000 ms | 1,000 ms | 1,000 ms |",
-        "| depth 16 | 160 us | 200 us | 144 us | +40 us | -16 us | 100 MB | 102 MB | 101 MB |",
+        "| depth 16 | 160 us | 160 us | 160 us | +40 us | -2 us | 3.0 | 82.0 | 5.2 | 100 MB | 102 MB | 101 MB |",
         "- Capturing a new loss closure: 3.5 us (median of 1,000).",
         "  - First step of cnn: 3.00 s in the process that fills the cache, 2.00 s in the next.",
         "  - xor, **kaun**, no report: 5.0 us per step without it, 1.4 us with it.",
@@ -219,9 +221,24 @@ def test_the_page_of_recorded_results(tmp_path):
     assert "](performance-width.svg)" in text
     pictures = [tmp_path / name for name in ("performance-width.svg", "performance-growth.svg")]
     first = [picture.read_bytes() for picture in pictures]
-    assert all(raw.startswith(b"<?xml") and len(raw) < 150_000 for raw in first)
+    assert all(raw.startswith(b"<?xml") and len(raw) < 200_000 for raw in first)
     report.write(recorded(), page)
     assert [picture.read_bytes() for picture in pictures] == first
+
+
+def test_calls_of_a_step_and_what_kaun_adds():
+    growth = module("growth")
+    step = lambda: (lambda: None)()
+
+    def run(steps):
+        for _ in range(steps):
+            step()
+
+    assert growth.calls(run, 5) - growth.calls(run, 1) == 8
+    point = grown(16)
+    point["times"]["step"]["thread"] = [15.0, 90.0, 40.0]  # the slow round of another program
+    assert growth.added(point, "step")[1] == 30
+    assert growth.size_at("depth", 8) == growth.Size(width=128, depth=8, batch=64, devices=1)
 
 
 def test_every_bar_is_measured():
