@@ -109,6 +109,7 @@ class Block(contextlib.ContextDecorator, contextlib.AbstractContextManager[T, No
         return Block(self._make)  # a decorated function may be called again, also by itself
 
     def __enter__(self) -> T:
+        del self._make  # it holds the arguments, of which a state may be all that keeps much memory
         return next(self._generator)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:

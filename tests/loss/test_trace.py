@@ -36,6 +36,32 @@ def test_value_and_gradient_are_those_of_a_plain_call():
         np.testing.assert_allclose(gradient, reference, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o: (o > 1).mean(dtype=jnp.float32),
+        lambda o: jnp.float32(1),
+        lambda o: losses.Mean(jnp.round(jax.lax.stop_gradient(o)).sum(), 2),
+        lambda o: (jax.lax.stop_gradient(o).mean(), {"seen": o.mean()}),
+    ],
+)
+def test_a_loss_without_a_gradient_is_refused(loss):
+    with pytest.raises(
+        TypeError, match=r"loss `<lambda>` \(test_trace\.py:\d+\) has no gradient: no parameter would train"
+    ):
+        compiled(loss, jnp.array([3.0, 0.5]))
+    key, arrays = capture.capture_loss(loss)
+    with rng.scope(0):  # where nothing is differentiated, it has a value
+        assert jnp.isfinite(trace_loss(key, arrays, jnp.array([3.0, 0.5])).value)
+
+
+def test_a_loss_that_has_a_gradient_in_a_part_of_the_output_alone_is_not_refused():
+    for loss in (lambda o: jax.checkpoint(jnp.sum)(o), lambda o: jax.jit(jnp.max)(o), lambda o: 0 * o.sum()):
+        compiled(loss, jnp.array([3.0, 0.5]))
+    mask = jnp.array([1, 0])
+    compiled(lambda o: jax.lax.scan(lambda c, v: (c + v, None), jnp.float32(0), jnp.where(mask, o, 0))[0], jnp.ones(2))
+
+
 def test_the_python_of_a_loss_runs_once_for_a_trace(capsys):
     def loss(o):
         print("traced")

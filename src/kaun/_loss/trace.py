@@ -16,7 +16,7 @@ from kaun._loss import describe
 from kaun._loss.rebuild import Rebuilt
 from kaun._loss.walk import LossKey
 from kaun._loss.watch import UnforeseenError
-from kaun._messages import add_note, locate
+from kaun._messages import add_note, in_kaun, locate
 from kaun.errors import CaptureError
 from kaun.grad import check_scalar
 from kaun.losses import Mean
@@ -83,7 +83,7 @@ def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> TracedLoss:
     function = describe.subject(key)
     check = functools.partial(_with_scalars, function)
     try:
-        return trace_function(key, arrays, (output,), check, "loss")
+        traced = trace_function(key, arrays, (output,), check, "loss")
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         add_note(
             error,
@@ -91,6 +91,22 @@ def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> TracedLoss:
             "jnp.where(c, a, b) for an if, jnp for np, and read numbers in report(step, loss, state).",
         )
         raise
+    _refuse_no_gradient(traced.value, output, function)
+    return traced
+
+
+def _refuse_no_gradient(value: jax.Array, output: Any, function: Any) -> None:
+    # While JAX differentiates, what depends on the parameters is a tracer of another class than what does not.
+    if in_kaun(getattr(getattr(function, "__code__", None), "co_filename", "")):
+        return  # update_statistics trains nothing
+    kinds = {type(leaf) for leaf in jax.tree_util.tree_leaves(output) if is_traced(leaf)}
+    if kinds and type(value) not in kinds:
+        raise TypeError(
+            f"loss {locate(function)} has no gradient: no parameter would train. It does not depend on the model's "
+            "output, or only through argmax, round, a comparison, a cast to integers or stop_gradient. Write a loss "
+            "that is smooth in the output, such as losses.cross_entropy_sparse(logits, labels), and measure the other "
+            "with reports.validate or as a scalar beside it: lambda out: (loss(out), {'accuracy': accuracy(out)})."
+        )
 
 
 def _with_scalars(function: Any, returned: Any) -> TracedLoss:

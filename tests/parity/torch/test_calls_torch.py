@@ -3,10 +3,11 @@
 import numpy as np
 import optax
 import pytest
-import torch
 
 import kaun
 from kaun import Data, layers, losses
+
+torch = pytest.importorskip("torch")
 
 X, Y = np.ones((4, 2), np.float32), np.ones((4, 1), np.float32)
 
