@@ -162,6 +162,11 @@ def test_an_error_of_the_evaluation_comes_with_the_state(made, data):
             r"validate iterates its data many times, but received list_iterator\. Pass a kaun\.Data",
         ),
         ({"data": 3}, TypeError, r"received int\. Pass a kaun\.Data or a list; for a generator write Data"),
+        (
+            {"data": (np.ones((4, 2)), np.ones(4))},
+            TypeError,
+            r"validate expected data of items \(x, y\), received arrays float64\[4, 2\], float64\[4\]\. Write Data\.batches\(\(x, y\), batch_size=256\)\.$",
+        ),
         ({"metrics": [metrics.f1]}, TypeError, r"validate expected metrics as a dict"),
         ({"metrics": {}}, ValueError, r"validate expected at least one metric"),
         (

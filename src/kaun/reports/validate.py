@@ -85,6 +85,11 @@ def validate(
             f"validate iterates its data many times, but received {tree.describe(data)}. Pass a kaun.Data or a list; "
             "for a generator write Data.from_items(list(generator))."
         )
+    if isinstance(data, (tuple, list)) and data and all(map(tree.is_array, data)):  # items would be rows of x
+        raise TypeError(
+            f"validate expected data of items (x, y), received arrays {', '.join(map(tree.describe, data))}. "
+            "Write Data.batches((x, y), batch_size=256)."
+        )
     if isinstance(each, (bool, float, str)) or not isinstance(each, (int, Sized)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"validate expected each as the pipeline of one epoch or a number of steps, received {each!r}. Write "
