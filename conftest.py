@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -271,6 +272,21 @@ def no_compile_cache():
     yield
     jax.config.update("jax_enable_compilation_cache", before)
     reset_cache()
+
+
+@pytest.fixture(scope="session")
+def module_at():
+    """A function from the path of a file that is in no package to its module, the same one each time."""
+
+    @functools.cache
+    def load(path):
+        name = f"{path.parent.name}_{path.stem}"  # not the stem alone: .ci/site.py is not Python's site
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

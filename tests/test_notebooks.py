@@ -1,10 +1,8 @@
 """Each notebook of docs/notebooks runs, and its stored outputs are what it gives now."""
 
 import doctest
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -15,20 +13,13 @@ NOTEBOOKS = sorted(ROOT.glob("docs/notebooks/*.ipynb"))
 NEAR = 0.05  # numbers with a decimal point depend on the version of JAX and on the machine
 
 
-def module_at(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def notebooks():
+def notebooks(module_at):
     return module_at(ROOT / ".ci" / "notebooks.py")
 
 
 @pytest.fixture(scope="module")
-def docs():
+def docs(module_at):
     return module_at(ROOT / "tests" / "test_docs.py")
 
 

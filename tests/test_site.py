@@ -3,7 +3,6 @@
 `make lint` builds the site, with each warning of MkDocs as an error: a link, an anchor or a page that is missing.
 """
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -15,20 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 
-def module_at(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def site():
+def site(module_at):
     return module_at(ROOT / ".ci" / "site.py")
 
 
 @pytest.fixture(scope="module")
-def public():
+def public(module_at):
     return module_at(ROOT / "tests" / "test_house.py").PUBLIC
 
 

@@ -90,7 +90,10 @@ def add_note(error: BaseException, text: str) -> None:
 
 
 def contextmanager(function: Callable[P, Generator[T]]) -> Callable[P, Block[T]]:
-    """``contextlib.contextmanager``, which sets attributes of each exception and so replaces one that refuses them."""
+    """``contextlib.contextmanager``, which sets attributes of each exception and so replaces one that refuses them.
+
+    A generator that is decorated raises what was thrown into it, or another exception: none of kaun's swallows one.
+    """
 
     @functools.wraps(function)
     def make(*args: P.args, **kwargs: P.kwargs) -> Block[T]:

@@ -85,6 +85,14 @@ def test_l2_is_the_weight_decay_of_optax():
     close(state.vars.params, same.vars.params)
 
 
+def test_it_trains_beside_a_loss_without_a_gradient():
+    trainer, state = made(squares)
+    _, after = trainer.step(state, X, loss=lambda out: (out > 0).mean(dtype=jnp.float32))
+    for path, slope in SLOPES[squares](state.vars.params).items():
+        expected = np.asarray(state.vars.params[path]) - 0.1 * np.asarray(slope)
+        np.testing.assert_allclose(after.vars.params[path], expected, rtol=1e-6, atol=0)
+
+
 def test_it_is_not_part_of_an_evaluation():
     trainer, state = made(absolute)
     found = trainer.evaluate(state, [(X, Y)], {"loss": losses.mse, "error": metrics.mean_absolute_error})

@@ -246,7 +246,7 @@ def trace_step(
     """
     split, loss_key = inputs.split, inputs.loss_key
     # A condition around the update of a small state would change its last bits against a loop written by hand. There
-    # the state before the step is computed again (``FailedDispatch``).
+    # the state before the step is computed again (``state_after``).
     discards = discards or in_place(leaves)
 
     def step(leaves: list[Any], key: jax.Array, item: list[Any], *clean: jax.Array) -> Any:

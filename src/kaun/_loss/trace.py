@@ -68,17 +68,19 @@ class TracedLoss(NamedTuple):
         return own | {n: Weighted(v, self.weights.get(n)) for n, v in self.scalars.items()} | self.parts
 
 
-def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> TracedLoss:
+def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any, *, needs_gradient: bool = True) -> TracedLoss:
     """The loss of a model's output, with every array that the loss captures given from outside.
 
     Args:
         key: The loss as ``capture_loss`` gave it.
         arrays: What it captures, traced.
         output: The model's output, any pytree.
+        needs_gradient: Whether it is refused if it has no gradient, where JAX differentiates it; a penalty has its own.
 
     Raises:
         CaptureError: If it reads an array that it was not given, or writes to something that it captures.
-        TypeError, ValueError: If it does not return a real floating scalar, or a ``losses.Mean`` of scalars.
+        TypeError, ValueError: If it does not return a real floating scalar, or a ``losses.Mean`` of scalars, or
+            has no gradient and needs one.
     """
     function = describe.subject(key)
     check = functools.partial(_with_scalars, function)
@@ -91,7 +93,8 @@ def trace_loss(key: LossKey, arrays: Sequence[Any], output: Any) -> TracedLoss:
             "jnp.where(c, a, b) for an if, jnp for np, and read numbers in report(step, loss, state).",
         )
         raise
-    _refuse_no_gradient(traced.value, output, function)
+    if needs_gradient:
+        _refuse_no_gradient(traced.value, output, function)
     return traced
 
 

@@ -98,7 +98,8 @@ def _keep_state(error: BaseException, run: TrainingRun, loop: StepLoop, hook: Re
         with suppress(Exception):
             saved = run.saver.newest(like)
     if saved is not None and (found == "lost" or saved.step >= loop.done):
-        error.kaun_state, run.now = saved.state, lambda: saved.state  # pyright: ignore[reportAttributeAccessIssue]
+        set_on(error, "kaun_state", saved.state)
+        run.now = lambda: saved.state
         add_note(error, f"{lost}kaun_state is that of the newest checkpoint, after step {saved.step}.")
     elif found == "held":
         set_on(error, "kaun_state", run.now())

@@ -79,7 +79,7 @@ def train_step(
     key: jax.Array,
     x: Any,
     ctx: Context,
-    loss: Callable[[Any], TracedLoss],
+    loss: Callable[..., TracedLoss],
     training: bool,
     discard: bool = True,
     wanted: Mapping[str, int] = _NO_NUMBERS,
@@ -117,7 +117,7 @@ def train_step(
         with rng.scope(step_key), parts.frozen_layers():
             about = (x, ctx, vars.state, step_key, settings.sharding)
             output, layer_state = run_in_parts(settings.microbatches, model, *about)
-            given = alone = loss(output)
+            given = alone = loss(output, needs_gradient=settings.penalty is None)
         if settings.penalty is not None:
             given = settings.penalty.add(alone, parts.whole(params), step_key)
         value = given.value if settings.accumulate == 1 else alone.value
