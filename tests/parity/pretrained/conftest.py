@@ -14,8 +14,6 @@ import kaun
 from kaun import rng
 from kaun.interop import safetensors
 
-from ...models.conftest import load
-
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[2] / "examples"
 
@@ -58,15 +56,15 @@ def gpt2(family):
 
 
 @pytest.fixture(scope="session")
-def minilm():
-    return load(EXAMPLES / "minilm.py")
+def minilm(module_at):
+    return module_at(EXAMPLES / "minilm.py")
 
 
 @pytest.fixture(scope="session")
-def record():
+def record(module_at):
     for package in ("torch", "transformers"):
         pytest.importorskip(package)
-    return load(HERE / "record.py")
+    return module_at(HERE / "record.py")
 
 
 @pytest.fixture
