@@ -9,9 +9,12 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from kaun._calls import explained
+
 __all__ = ["cache"]
 
 
+@explained("kaun.cache")
 def cache(path: str | os.PathLike[str]) -> None:
     """Keep compiled programs in a folder, from where a later process takes them instead of compiling them.
 

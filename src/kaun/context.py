@@ -8,11 +8,13 @@ from typing import Any
 import jax
 
 from kaun import tree
+from kaun._calls import explained_methods
 from kaun.errors import MissingContext
 
 __all__ = ["Context"]
 
 
+@explained_methods
 @jax.tree_util.register_pytree_with_keys_class
 class Context(Mapping[str, Any]):
     """An immutable mapping of named arrays for one forward pass.

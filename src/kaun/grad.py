@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import public
 from kaun._messages import locate
 
 __all__ = ["grad", "value_and_grad"]
 
 
+@public
 def value_and_grad(f: Callable[[Any], Any], params: Any, has_aux: bool = False) -> Any:
     """Evaluate ``f`` and its gradient at ``params``.
 
@@ -45,6 +47,7 @@ def value_and_grad(f: Callable[[Any], Any], params: Any, has_aux: bool = False) 
     return _value_and_grad("value_and_grad", f, params, has_aux)
 
 
+@public
 def grad(f: Callable[[Any], Any], params: Any) -> Any:
     """Evaluate the gradient of ``f`` at ``params``.
 

@@ -10,7 +10,7 @@ import kaun
 from kaun import averages, checkpoint, interop, layers, losses, metrics, reports, rng, sharding
 from kaun._calls.refusal import _filled
 from kaun._calls.renamed import ADVICE, RENAMED
-from kaun._calls.texts import CALLS, FIT, OF_ALL, STEP
+from kaun._calls.texts import CALLS, FIT, STEP
 
 MODULES = {"layers": layers, "losses": losses, "metrics": metrics, "reports": reports, "averages": averages}
 MODULES |= {
@@ -23,7 +23,7 @@ MODULES |= {
 }
 MODULES |= {"Data": kaun.Data, "trainer": kaun.Trainer, "state": kaun.TrainState}
 SAID = [
-    *(_filled(text, "layers.linear", 3) for texts in (*CALLS.values(), FIT, STEP, OF_ALL) for text in texts.values()),
+    *(_filled(text, "layers.linear", 3, "a, b") for texts in (*CALLS.values(), FIT, STEP) for text in texts.values()),
     *(text for texts in ADVICE.values() for text in texts.values()),
 ]
 FAMILIES = {

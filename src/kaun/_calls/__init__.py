@@ -14,9 +14,12 @@ from kaun._calls.names import module_names as module_names
 from kaun._calls.names import no_attribute as no_attribute
 from kaun._calls.refusal import MISSING as MISSING
 from kaun._calls.refusal import explained as explained
+from kaun._calls.refusal import is_explained as is_explained
+from kaun._calls.refusal import public as public
 from kaun._calls.refusal import shown as shown
 from kaun._calls.refusal import shows_overload as shows_overload
 from kaun._calls.refusal import wrong_fit as wrong_fit
 from kaun._calls.refusal import wrong_step as wrong_step
+from kaun._calls.values import explained_methods as explained_methods
 from kaun._calls.values import frozen as frozen
 from kaun._calls.values import with_advice as with_advice

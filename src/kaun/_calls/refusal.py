@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast, get_overloads
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_overloads
 
 from kaun import tree
-from kaun._calls.texts import CALLS, FIT, FIT_TAKES, OF_ALL, STEP, STEP_TAKES
+from kaun._calls.texts import CALLS, FIT, FIT_TAKES, STEP, STEP_TAKES
 from kaun._messages import hide_frames, nearest_member
 
-__all__ = ["MISSING", "explained", "shown", "shows_overload", "wrong_fit", "wrong_step"]
+__all__ = ["MISSING", "explained", "is_explained", "public", "shown", "shows_overload", "wrong_fit", "wrong_step"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,31 +32,59 @@ def explained(name: str, family: str = "") -> Callable[[F], F]:
         name: The function as users write it, ``"layers.linear"``.
         family: The entry of ``CALLS``, by default the name.
     """
-    texts = CALLS.get(family or name, {})
 
     def decorate(function: F) -> F:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                try:
-                    return function(*args, **kwargs)
-                except TypeError as error:
-                    refused = _refusal(name, texts, function, args, kwargs) if _is_refused(error) else None
-                    if refused is None:
-                        raise
-                raise refused
-            except BaseException as error:
-                hide_frames(error)
-                raise
-
-        return cast("F", call)
+        # The function is a global of the wrapper and not in a cell: to ``kaun._loss`` a library's function is static
+        # by identity only if it captures nothing. Losses and metrics are captured at each step.
+        code = _call.__code__.replace(co_name=function.__name__)
+        refused = functools.partial(_refusal, name, family or name, function)
+        scope = {**_NAMES, "_function": function, "_refused": refused}
+        return cast("F", functools.wraps(function)(types.FunctionType(code, scope, function.__name__)))
 
     return decorate
+
+
+def public(function: F) -> F:
+    """Decorate a public function as ``explained`` does, under its name in the package in which it is defined."""
+    return explained(f"{function.__module__.split('.')[1]}.{function.__name__}")(function)
+
+
+if TYPE_CHECKING:  # these two are in the globals of each decorated function
+    _function: Callable[..., Any]
+    _refused: Callable[[Sequence[Any], Mapping[str, Any]], TypeError | None]
+
+
+def _call(*args: Any, **kwargs: Any) -> Any:
+    """The code of every decorated function."""
+    try:
+        try:
+            return _function(*args, **kwargs)  # noqa: F821
+        except TypeError as error:
+            refused = _refused(args, kwargs) if _is_refused(error) else None  # noqa: F821
+            if refused is None:
+                raise
+        raise refused
+    except BaseException as error:
+        hide_frames(error)
+        raise
 
 
 def _is_refused(error: TypeError) -> bool:
     """Whether a call failed before its function began to run: then the traceback has no frame of it."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is None
+
+
+_NAMES: dict[str, Any] = {
+    "__name__": __name__,
+    "__builtins__": builtins,
+    "_is_refused": _is_refused,
+    "hide_frames": hide_frames,
+}
+
+
+def is_explained(function: Any) -> bool:
+    """Whether a function reports wrong calls itself: by ``explained``, or as one that ``shows_overload``."""
+    return "_refused" in function.__globals__ or hasattr(function, "__signature__")
 
 
 def shows_overload(function: F) -> F:
@@ -64,9 +94,11 @@ def shows_overload(function: F) -> F:
 
 
 def _refusal(
-    name: str, texts: Mapping[str, str], function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    name: str, entry: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> TypeError | None:
     """Return the exception for arguments that do not fit a function, None if they do."""
+    package = name.partition(".")[0]
+    texts = {**(CALLS.get(package, {}) if package.islower() else {}), **CALLS.get(entry, {})}
     parameters = inspect.signature(function).parameters
     try:
         inspect.signature(function).bind(*args, **kwargs)
@@ -74,8 +106,8 @@ def _refusal(
         unknown = {key: value for key, value in kwargs.items() if key not in parameters}
         if not unknown:
             twice = next((key for key in kwargs if str(error).endswith(f"values for argument {key!r}")), "")
-            text = texts.get(twice) or texts.get("", f"its arguments are ({_takes(parameters)})")
-            return TypeError(f"{name}: {error}; {_filled(text, name, next(iter(args[1:] or args), None))}")
+            text, given = texts.get(twice) or texts.get("", ""), next(iter(args[1:] or args), None)
+            return TypeError(f"{name}: {error}; {_filled(text, name, given, _takes(parameters))}")
         takes = _takes(parameters)
         return TypeError("\n".join(_no_argument(name, texts, takes, *each) for each in unknown.items()))
     return None
@@ -83,26 +115,27 @@ def _refusal(
 
 def _no_argument(name: str, texts: Mapping[str, str], takes: str, key: str, value: Any) -> str:
     """Say that a function which takes other arguments has none of a name."""
-    text = texts.get(key) or (OF_ALL.get(key, "") if name.startswith("layers.") else "")
+    text = texts.get(key, "")
     if not text:
         names = re.findall(r"(\w+)(?:=|,|$)", takes)
         longer = [each for each in names if each.startswith(f"{key}_")]  # `kernel` of `kernel_size`
         near = nearest_member(key, tuple(names)) or (longer[0] if len(longer) == 1 else None)
-        text = f"write {near}={{value}}" if near else f"its arguments are ({takes})"
-    return f"{name} has no argument {key}=: {_filled(text, name, value)}"
+        text = f"write {near}={{value}}" if near else ""
+    return f"{name} has no argument {key}=: {_filled(text, name, value, takes)}"
 
 
 def _takes(parameters: Mapping[str, inspect.Parameter]) -> str:
     """The parameters of a function as users see them, without annotations."""
     simple = lambda value: value if isinstance(value, (bool, int, float, str, tuple, type(None))) else ...
-    own = [p.replace(annotation=p.empty) for p in parameters.values() if p.name != "self"]
+    own = [p.replace(annotation=p.empty) for p in parameters.values() if p.name not in ("self", "cls")]
     plain = [p if p.default is p.empty else p.replace(default=simple(p.default)) for p in own]
     return str(inspect.Signature(plain))[1:-1].replace("=Ellipsis", "=...")
 
 
-def _filled(text: str, name: str, value: Any) -> str:
+def _filled(text: str, name: str, value: Any, takes: str) -> str:
+    text = text or ("its arguments are ({takes})" if takes else "it takes no argument")
     seed = value if isinstance(value, int) else 42
-    text = text.format(value=shown(value), seed=seed, name=name, layer=_activation(value))
+    text = text.format(value=shown(value), seed=seed, name=name, takes=takes, layer=_activation(value))
     return text if "\n" in text else f"{text}."
 
 

@@ -5,7 +5,10 @@ The argument "" stands for too many or too few positional ones. In a text, {valu
 
 from __future__ import annotations
 
-__all__ = ["CALLS", "FIT", "FIT_TAKES", "OF_ALL", "STEP", "STEP_TAKES"]
+from kaun._calls.layer_texts import DEVICE, LAYERS
+from kaun._calls.measure_texts import MEASURES
+
+__all__ = ["CALLS", "FIT", "FIT_TAKES", "STEP", "STEP_TAKES"]
 
 _SEED = "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        state = trainer.init()"
 _LOSS = "the loss belongs to the items of the data. Write data.with_loss(losses.mse)"
@@ -13,8 +16,6 @@ _MEASURE = (
     'metrics are given to evaluate. Write trainer.evaluate(state, data, {{"accuracy": metrics.accuracy}}), or during '
     'fit reports.validate(trainer, valid, {{"accuracy": metrics.accuracy}}, each=train)'
 )
-_ACTIVATION = "an activation is a layer. Write layers.sequential([{name}(...), {layer}])"
-_BIAS = "write bias={value}"
 _SHUFFLED = "the order belongs to the data. Write Data.batches((x, y), batch_size=32, shuffle=True)"
 _BATCHED = "the data make the batches. Write Data.batches((x, y), batch_size={value})"
 _ITEMS = "it is a part of the data. Write trainer.fit(state, Data.batches((x, y), batch_size=32).with_loss(losses.mse))"
@@ -24,12 +25,6 @@ _VALIDATE = (
     'a report validates. Write report=reports.validate(trainer, valid, {{"loss": losses.mse}}, each=train), with '
     "valid = Data.batches((x, y), batch_size=256)"
 )
-_DEVICE = "arrays lie on JAX's default device. Write Trainer(..., sharding=sharding.data_parallel()) for several"
-_LAST = (
-    "data are channels-last, [batch, height, width, channels]. Write x.transpose(0, 2, 3, 1) for images from PyTorch"
-)
-_RATE = "write rate={value}, or layers.dropout({value})"
-_BATCH_FIRST = "x is [batch, length, channels] always. Leave it out"
 
 FIT_TAKES = "state, data, *, ctx=None, report=None, checkpoints=None"
 
@@ -114,9 +109,9 @@ _TRAINER: dict[str, str] = {
     "ema": "write average=averages.ema(0.999)",
     "regularizer": "write penalty=, a function of the parameters",
     "regularization": "write penalty=, a function of the parameters",
-    "device": _DEVICE,
-    "devices": _DEVICE,
-    "accelerator": _DEVICE,
+    "device": DEVICE,
+    "devices": DEVICE,
+    "accelerator": DEVICE,
     "freeze": 'write trainable=lambda path: path.startswith("head")',
     "params": "a state has the parameters. Write trainer.make_state(vars)",
 }
@@ -171,7 +166,21 @@ CALLS: dict[str, dict[str, str]] = {
     },
     "Trainer.export": {"": "it takes the state and an input, for its shapes. Write trainer.export(state, x)"},
     "Trainer.flush": {"": "it takes the state. Write state = trainer.flush(state)"},
-    "Ensemble.fit": FIT,
+    "Ensemble.fit": {"": "it takes the states and the data. Write states = many.fit(states, data)", **FIT},
+    "Ensemble.step": {
+        **STEP,
+        "": "a loss is a function of the output. Write loss, states = many.step(states, x, loss=lambda output: "
+        "losses.mse(output, y))",
+    },
+    "Ensemble.init": {
+        "": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        states = many.init()\n"
+        "A dtype has a name: many.init(dtype=jnp.float32)",
+    },
+    "Ensemble.predict": {"": "the states come first. Write many.predict(states, x)"},
+    "Ensemble.evaluate": {
+        "": "it takes the states, the data and the metrics. Write many.evaluate(states, data, "
+        '{{"accuracy": metrics.accuracy}})',
+    },
     "Ensemble": {
         "": "it takes a trainer and how many members. Write kaun.Ensemble(trainer, 8)",
         "model": "it takes a trainer. Write kaun.Ensemble(kaun.Trainer(model=model, optimizer=optimizer), 8)",
@@ -192,6 +201,44 @@ CALLS: dict[str, dict[str, str]] = {
         "weights": "write sample_weights=",
         "sampler": "write Data.from_arrays(x, y).sample(weights, n).batch(32)",
     },
+    "Data.from_items": {"": "the items are one list. Write Data.from_items([a, b])"},
+    "Data.from_fn": {"": "it takes how many items there are, and a function of their number. Write Data.from_fn(n, f)"},
+    "Data.from_iterable": {
+        "": "it takes a loader, or a function that makes one. Write Data.from_iterable(loader)",
+        "batch_size": "write Data.from_iterable(loader).batch({value})",
+    },
+    "Data.folds": {
+        "": "it takes the arrays, how many folds, and the size of a batch. Write Data.folds((x, y), 5, batch_size=32)",
+        "n_splits": "write k={value}",
+        "random_state": "the order is that of the RNG scope. Write with rng.scope({seed}): around it",
+    },
+    "Data.stack": {"": "the items are one list. Write Data.stack([a, b])"},
+    "Data.map": {
+        "": "it takes a function of an item. Write data.map(lambda item: ...)",
+        "num_parallel_calls": "write data.map(f).prefetch(n): a thread reads ahead",
+        "num_proc": "write data.map(f).prefetch(n): a thread reads ahead",
+        "batched": "write data.map_batch(n, f)",
+    },
+    "Data.map_batch": {"": "it takes the size of a batch and a function of a list. Write data.map_batch(32, f)"},
+    "Data.filter": {"": "it takes a function of an item to a bool. Write data.filter(lambda item: ...)"},
+    "Data.random_map": {"": "it takes a function of a key and an item. Write data.random_map(lambda key, item: ...)"},
+    "Data.batch": {
+        "": "it takes the size of a batch. Write data.batch(32)",
+        "batch_size": "write data.batch({value})",
+        "drop_remainder": "write drop_last={value}",
+    },
+    "Data.take": {"": "it takes how many items. Write data.take(10)"},
+    "Data.skip": {"": "it takes how many items. Write data.skip(10)"},
+    "Data.prefetch": {
+        "": "it takes how many items. Write data.prefetch(2)",
+        "buffer_size": "write data.prefetch({value})",
+    },
+    "Data.epoch": {"": "it takes the number of a pass, from 0. Write data.epoch(e), or data.epochs(3) for several"},
+    "Data.bucket": {
+        "": "it takes the length of a row, the edges and the size of a batch. Write data.bucket(lambda row: "
+        "len(row[0]), [16, 32], batch_size=8)",
+    },
+    "Data.sample": {"": "it takes the weights and how many items to draw. Write data.sample(weights, n)"},
     "Data.from_arrays": {
         "batch_size": "its items are rows. Write Data.batches((x, y), batch_size={value})",
         "shuffle": "write Data.from_arrays(x, y).shuffle()",
@@ -205,30 +252,11 @@ CALLS: dict[str, dict[str, str]] = {
         "seed": "the order is that of the RNG scope. Write\n    with rng.scope({seed}):\n        data = data.shuffle()",
     },
     "Data.with_loss": {"": "it takes the loss alone, a function (output, y). Write data.with_loss(losses.mse)"},
-    "Data.epochs": {"": "it takes the number of passes. Write data.epochs(3)"},
-    "reports.each_epoch": {
-        "": "it takes the pipeline of one epoch and a function. Write reports.each_epoch(train, lambda epoch, state: "
-        "print(epoch))",
-    },
-    "reports.every": {"": "it takes a number of steps and a report. Write reports.every(100, report)"},
-    "reports.early_stopping": {
-        "": 'it needs mode= and patience=. Write reports.early_stopping("loss", mode="min", patience=5)',
-        "restore_best_weights": "the best state is kept always. Write state = stopper.best after fit",
-        "metric": "write monitor={value}",
-        "verbose": "it shows nothing. Leave it out, and print(stopper) after fit",
-        "baseline": "there is none. Write raise kaun.EarlyStop in a report of your own",
-    },
-    "reports.validate": {
-        "": 'it takes four arguments. Write reports.validate(trainer, valid, {{"loss": losses.mse}}, each=train)',
-        "every": "write each={value}",
-        "steps": "write each={value}",
-    },
-    "reports.progress": {
-        "desc": "write description={value}",
-        "epochs": "it counts steps, and knows their number from the data. Leave it out",
-    },
-    "reports.EarlyStopping": {
-        "": "its function makes it. Write stopper = reports.early_stopping(\"loss\", mode=\"min\", patience=5)",
+    "Data.epochs": {
+        "": "it takes the number of passes. Write data.epochs(3)",
+        "n_epochs": "write data.epochs({value})",
+        "num_epochs": "write data.epochs({value})",
+        "count": "write data.epochs({value})",
     },
     "checkpoint.Directory": {
         "": "it takes the folder, and all else by name. Write checkpoint.Directory(\"runs/digits\", every=500)",
@@ -242,96 +270,7 @@ CALLS: dict[str, dict[str, str]] = {
         "every_n_train_steps": "write every={value}",
         "save_weights_only": "a checkpoint has all of the state. Leave it out, and read directory.load_vars(like)",
     },
-    "layers.sequential": {
-        "": "the layers are one list. Write layers.sequential([a, b])",
-        "name": "layers have no names of their own. Write layers.sequential({{\"hidden\": a, \"out\": b}}) for paths",
-    },
-    "layers.linear": {
-        "": "it takes both sizes. Write layers.linear(in_features, out_features)",
-        "units": "it takes both sizes. Write layers.linear(in_features, {value})",
-        "features": "it takes both sizes. Write layers.linear(in_features, {value})",
-        "input_shape": "it takes both sizes. Write layers.linear(in_features, out_features)",
-        "input_dim": "it takes both sizes. Write layers.linear({value}, out_features)",
-        "in_dim": "write in_features={value}",
-        "out_dim": "write out_features={value}",
-        "kernel_initializer": "write weight_init=, one of jax.nn.initializers",
-        "kernel_init": "write weight_init=, one of jax.nn.initializers",
-        "kernel_regularizer": "the trainer has it. Write Trainer(..., penalty=f), with f a function of the parameters",
-    },
-    "layers.dropout": {"": "it takes the rate. Write layers.dropout(0.1)", "p": _RATE, "drop_rate": _RATE},
-    "layers.embedding": {
-        "": "it takes both sizes. Write layers.embedding(vocab_size, embed_dim)",
-        "num_embeddings": "write vocab_size={value}",
-        "input_dim": "write vocab_size={value}",
-        "embedding_dim": "write embed_dim={value}",
-        "output_dim": "write embed_dim={value}",
-        "features": "write embed_dim={value}",
-        "padding_idx": "mask the loss instead. Write losses.cross_entropy_sparse(..., ignore_index={value})",
-    },
-    "layers.conv": {
-        "": "it takes both numbers of channels. Write {name}(in_channels, out_channels, kernel_size=3)",
-        "filters": "it takes both numbers of channels. Write {name}(in_channels, {value})",
-        "features": "it takes both numbers of channels. Write {name}(in_channels, {value})",
-        "strides": "write stride={value}",
-        "dilation_rate": "write dilation={value}",
-        "data_format": _LAST,
-        "padding_mode": "padding is with zeros. Pad x with jnp.pad in layers.fn",
-    },
-    "layers.batch_norm": {
-        "": "it takes the number of features. Write layers.batch_norm(num_features)",
-        "affine": "scale and shift are parameters always. Leave it out, or Trainer(..., trainable=) freezes them",
-        "epsilon": "write eps={value}",
-        "use_running_average": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
-    },
-    "layers.layer_norm": {
-        "": "it takes the size of the last axis. Write layers.layer_norm(dim)",
-        "normalized_shape": "write dim={value}",
-        "epsilon": "write eps={value}",
-    },
-    "layers.recurrent": {
-        "": "it takes both sizes. Write {name}(in_features, hidden)",
-        "input_size": "write in_features={value}",
-        "hidden_size": "write hidden={value}",
-        "units": "it takes both sizes. Write {name}(in_features, {value})",
-        "batch_first": _BATCH_FIRST,
-        "return_sequences": "it returns all steps. For the last one write {name}(...) >> layers.fn(lambda y: y[:, -1])",
-        "num_layers": "write layers.sequential([{name}(...), {name}(...)])",
-        "bidirectional": "write layers.bidirectional({name}(...))",
-    },
-    "layers.multi_head_attention": {
-        "": "it takes the size and the heads. Write layers.multi_head_attention(embed_dim, num_heads)",
-        "dim": "write embed_dim={value}",
-        "d_model": "write embed_dim={value}",
-        "key_dim": "write head_dim={value}",
-        "batch_first": _BATCH_FIRST,
-        "causal": "write is_causal={value}",
-        "mask": 'the Context has it. Write ctx=Context(attention_mask=mask)',
-    },
-    "layers.pool": {
-        "": "it takes the size of the window. Write {name}(2)",
-        "pool_size": "write kernel_size={value}",
-        "strides": "write stride={value}",
-    },
-    "layers.activation": {
-        "": "it makes a layer, and the model applies it. Write layers.sequential([..., {name}()]), or jax.nn on arrays",
-        "inplace": "nothing is in place. Leave it out",
-        "dim": "it is the last axis. Leave it out",
-        "axis": "it is the last axis. Leave it out",
-        "negative_slope": "write slope={value}",
-    },
+    **LAYERS,
+    **MEASURES,
 }  # fmt: skip
 """By function; ``layers.conv`` and the like stand for a family."""
-
-OF_ALL: dict[str, str] = {
-    "activation": _ACTIVATION,
-    "use_bias": _BIAS,
-    "name": 'layers have no names of their own. Write layers.sequential({{"hidden": a, "out": b}}) for paths',
-    "dtype": "the variables have it. Write trainer.init(dtype={value})",
-    "device": _DEVICE,
-    "training": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
-    "train": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
-    "deterministic": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
-    "rngs": "keys are those of the RNG scope. Write with rng.scope(42): around trainer.init()",
-    "key": "keys are those of the RNG scope. Write with rng.scope(42): around trainer.init()",
-}
-"""Arguments that are wrong in any layer."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import types
+from collections.abc import Iterable
 from typing import Any, NoReturn, TypeVar
 
 from kaun._calls.names import advice, no_attribute
-from kaun._calls.refusal import explained
+from kaun._calls.refusal import explained, is_explained
 from kaun._calls.texts import CALLS
+from kaun._messages import frames_hidden
 
-__all__ = ["frozen", "with_advice"]
+__all__ = ["explained_methods", "frozen", "with_advice"]
 
 C = TypeVar("C", bound=type)
 
@@ -17,9 +20,11 @@ C = TypeVar("C", bound=type)
 def frozen(cls: C) -> C:
     """Decorate a frozen dataclass: it refuses changes and pickling, and is its own copy; then as ``with_advice``."""
 
+    @frames_hidden
     def changed(self: Any, name: str, *_: Any) -> NoReturn:
         raise AttributeError(f"{cls.__name__} is immutable: {advice(cls.__name__, '=').format(name=name)}")
 
+    @frames_hidden
     def reduced(self: Any) -> NoReturn:
         raise TypeError(advice(cls.__name__, "pickle"))
 
@@ -30,22 +35,43 @@ def frozen(cls: C) -> C:
     return with_advice(cls)
 
 
-def with_advice(cls: C) -> C:
-    """Decorate a class: making it and its methods explain wrong calls, and it wrong attributes and being called."""
+def explained_methods(cls: C) -> C:
+    """Decorate a class as ``with_advice`` does; also, all its public methods explain wrong calls."""
+    _explain(cls, ["__init__", *(name for name in dir(cls) if not name.startswith("_"))])
+    return with_advice(cls)
 
+
+def _explain(cls: type, names: Iterable[str]) -> None:
+    """Decorate those methods of a class that kaun defines and that do not report wrong calls themselves."""
+    for name in names:
+        held: Any = inspect.getattr_static(cls, name)
+        method = held.__func__ if isinstance(held, (classmethod, staticmethod)) else held
+        if not isinstance(method, types.FunctionType) or not method.__module__.startswith("kaun."):
+            continue
+        if not is_explained(method):
+            decorated = explained(_entry(cls, name))(inspect.unwrap(method))  # its decorators hide frames, as this one
+            setattr(cls, name, decorated if method is held else type(held)(decorated))
+
+
+def _entry(cls: type, name: str) -> str:
+    """The name of a method in ``CALLS``: as users write the class, most of them with its module."""
+    package = cls.__module__.split(".")[1]
+    whole = f"{package}.{cls.__name__}" if package in ("checkpoint", "metrics", "reports") else cls.__name__
+    return whole if name == "__init__" else f"{whole}.{name}"
+
+
+def with_advice(cls: C) -> C:
+    """Decorate a class: it explains wrong calls that have an entry in ``CALLS``, wrong attributes and being called."""
+
+    @frames_hidden
     def missing(self: Any, name: str) -> NoReturn:
         raise no_attribute(f"{cls.__name__!r} object", cls.__name__, name, cls)
 
+    @frames_hidden
     def call(self: Any, _: Any = None, /, **__: Any) -> NoReturn:
         raise TypeError(f"{cls.__name__!r} object is not callable. {advice(cls.__name__, '()')}")
 
-    for name in ["__init__", *dir(cls)]:
-        entry = cls.__name__ if name == "__init__" else f"{cls.__name__}.{name}"
-        if entry in CALLS:
-            method: Any = inspect.getattr_static(cls, name)
-            of_class = isinstance(method, classmethod)
-            decorated = explained(entry)(method.__func__ if of_class else method)
-            setattr(cls, name, classmethod(decorated) if of_class else decorated)
+    _explain(cls, [name for name in ["__init__", *dir(cls)] if _entry(cls, name) in CALLS])
     cls.__getattr__ = missing
     if advice(cls.__name__, "()"):
         cls.__call__ = call

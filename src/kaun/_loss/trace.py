@@ -197,9 +197,7 @@ def trace_function(
             raise CaptureError(f"{where} {reason}") from None
         except UnforeseenError as error:
             raise CaptureError(f"{where} {error}") from None
-        except TypeError as error:
-            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-                raise  # it ran, and failed
+        except TypeError:
             _refuse_call(function, role, given)
             raise
         finally:
@@ -224,9 +222,13 @@ def trace_function(
 def _refuse_call(function: Any, role: str, given: tuple[Any, ...]) -> None:
     """Refuse a loss or a metric that cannot be called with what it is given."""
     try:
-        inspect.signature(function).bind(*given)
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*given)
     except TypeError:
-        takes = ", ".join(p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty)
+        takes = ", ".join(p.name for p in signature.parameters.values() if p.default is p.empty)
         name = f"losses.{function.__name__}" if (function.__module__ or "").startswith("kaun.losses.") else "f"
         called, fix = "(predictions, targets)", "Bind other arguments with functools.partial(f, ...)."
         if role == "loss":

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import public
 
 __all__ = ["Average", "Ema", "FromOptimizer", "Swa", "check_average", "ema", "from_optimizer", "swa"]
 
@@ -72,6 +73,7 @@ class FromOptimizer:
 Average = Ema | Swa | FromOptimizer
 
 
+@public
 def ema(decay: float) -> Ema:
     """Make the exponential moving average: after each update ``decay * average + (1 - decay) * params``.
 
@@ -112,6 +114,7 @@ def ema(decay: float) -> Ema:
     return Ema(float(decay))
 
 
+@public
 def swa(*, start: int, every: int) -> Swa:
     """Make the mean of the parameters after the updates ``start``, ``start + every``, ..., counted from 1.
 
@@ -148,6 +151,7 @@ def swa(*, start: int, every: int) -> Swa:
     return Swa(int(start), int(every))
 
 
+@public
 def from_optimizer(f: Callable[[Any, Any], Any]) -> FromOptimizer:
     """Use the average that the optimizer itself keeps, as ``optax.contrib.schedule_free`` does; no other is kept.
 

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 from kaun import rng, tree
-from kaun._messages import frames_hidden, set_on
+from kaun._calls import public
+from kaun._messages import set_on
 from kaun.averages.weights import is_average
 from kaun.context import Context
 from kaun.errors import NonFiniteLoss
@@ -33,7 +34,7 @@ class _Trainer(Protocol):
     def make_state(self) -> Callable[..., Any]: ...
 
 
-@frames_hidden
+@public
 def update_statistics(trainer: _Trainer, state: S, data: Iterable[Any], *, ctx: Context | None = None) -> S:
     """Return a state whose ``.averaged`` has the statistics of ``batch_norm`` that its weights give on this data.
 

@@ -10,8 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, cast
 
-from kaun._calls import explained
-from kaun._messages import frames_hidden, warn
+from kaun._calls import explained_methods
+from kaun._messages import warn
 from kaun.checkpoint import arguments, one
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.folders import scan
@@ -28,6 +28,7 @@ _OURS = re.compile(r"(step|damaged)-[0-9].*|lock", re.IGNORECASE)  # lock: of ea
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows reserves
 
 
+@explained_methods
 @dataclass(frozen=True, init=False)
 class Directory:
     """A folder for the checkpoints of one run; pass it to ``fit`` as ``checkpoints=``.
@@ -82,7 +83,6 @@ class Directory:
     best: tuple[str, Literal["min", "max"]] | None
     forever: int | None
 
-    @explained("checkpoint.Directory")
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -162,7 +162,6 @@ class Directory:
             warn(f"{str(self.path)!r}: checkpoints that this kaun cannot read are left out:\n  " + "\n  ".join(newer))
         return sorted(sound)
 
-    @frames_hidden
     def load(self, like: TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> TrainState:
         """Return the state of a checkpoint, for example for ``predict`` after training.
 
@@ -195,7 +194,6 @@ class Directory:
         read = lambda disk, found, verified: one.read(disk, found.path, found.step, like, verified=verified).state
         return load_from("load", self.path, at, group_for(self.path, like), read)
 
-    @frames_hidden
     def load_vars(self, like: Vars | TrainState, at: Literal["newest", "best"] | SupportsIndex = "newest") -> Vars:
         """Return the variables of a checkpoint, whatever the optimizer of its run was.
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from kaun._calls import public
 from kaun._jax import is_traced
-from kaun._messages import frames_hidden
 from kaun._paths import local_path
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.encoding import (
@@ -57,7 +57,7 @@ T = TypeVar("T")
 _PIECE = 16 << 20
 
 
-@frames_hidden
+@public
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Write a pytree as one safetensors file, whose keys are the readable paths of the leaves: ``0.weight``.
 
@@ -151,7 +151,7 @@ def _write_in_first(where: str, target: Path, pieces: Iterable[memoryview]) -> N
     group.gather(act)
 
 
-@frames_hidden
+@public
 def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
     """Return the tree of a safetensors file in the structure of a template, every leaf exactly as it was saved.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -53,7 +54,8 @@ def checked_sequence(where: str, items: Any) -> Any:
     """
     _refuse_frame(where, items)
     held: Any = tuple(cast("list[Any]", items)) if isinstance(items, list) else items
-    if isinstance(held, Mapping) or not (hasattr(held, "__len__") and hasattr(held, "__getitem__")):
+    by_index = hasattr(held, "__len__") and hasattr(held, "__getitem__") and not hasattr(held, "_stages")
+    if isinstance(held, Mapping) or not by_index:
         raise TypeError(
             f"{where} expected a sequence (a list, or anything with len() and [i]), received {type(items).__name__}. "
             "Use Data.from_items(list(items)), or Data.from_iterable(loader) for a loader."
@@ -176,15 +178,44 @@ def _refuse_frame(where: str, value: Any) -> None:
     )
 
 
-def function_text(where: str, f: Any) -> str:
+def function_text(where: str, f: Any, takes: str = "") -> str:
     """The name, file and line of a function.
 
+    Args:
+        where: The method of Data.
+        f: What was given.
+        takes: The arguments with which it will be called; "" where that is not checked.
+
     Raises:
-        TypeError: If it is not callable.
+        TypeError: If it is not callable, or not with these arguments.
     """
     if not callable(f):
-        raise TypeError(f"{where} expected a function, received {f!r}. Pass the function itself, {where}(f), not f(x).")
+        raise TypeError(
+            f"{where} expected a function, received {shown(f)}. Pass the function itself, {where}(f), not f(x)."
+        )
+    if takes:
+        _check_takes(where, f, takes)
     return locate(f).replace("`", "")
+
+
+def _check_takes(where: str, f: Any, takes: str) -> None:
+    """Refuse a function that cannot be called with these arguments before it is called with the first item."""
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*takes.split(", "))
+    except TypeError:
+        *first, last = takes.split(", ")
+        call = where if where.startswith("Data.") else f"data.{where}"
+        fix = f"{call}(lambda {takes}: ...)"
+        if last == "item" and len(signature.parameters) > len(first) + 1:
+            fix = f"{call}(lambda {takes}: f({', '.join([*first, '*item'])})): an item (x, y) is one argument"
+        own = ", ".join(signature.parameters)
+        raise TypeError(
+            f"{where} calls its function with ({takes}), and {locate(f)} takes ({own}). Write {fix}."
+        ) from None
 
 
 def no_index(where: str, pipeline: str) -> TypeError:

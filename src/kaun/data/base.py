@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 from kaun import _html
+from kaun._calls import no_attribute
+from kaun._messages import frames_hidden
 from kaun.data import arguments
 from kaun.data.nodes import Node, StageSpec
 from kaun.data.passes import as_generator, watch_of
@@ -19,7 +21,17 @@ __all__ = ["Pipeline"]
 T = TypeVar("T", covariant=True)
 
 
-class Pipeline(Generic[T]):
+class _Names(type):
+    """The class of ``Data``: what to write for a class method that it does not have."""
+
+    if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
+
+        @frames_hidden
+        def __getattr__(cls, name: str) -> Any:
+            raise no_attribute(f"type object {cls.__name__!r}", "Data", name, cls)
+
+
+class Pipeline(Generic[T], metaclass=_Names):
     """The part of ``Data`` that iterates a pipeline and keeps it as it is."""
 
     __slots__ = ("__weakref__", "_node", "_stages")
@@ -47,11 +59,24 @@ class Pipeline(Generic[T]):
             raise loses_rows(where, node.rows, f"{fix}, or leave sample_weights out")
         return (item.rows.real(item.item) for item in node.open(None, 0)) if node.rows else self
 
+    @frames_hidden
     def __len__(self) -> int:
         if self._node.length is None:
             raise arguments.no_length(repr(self))
         return self._node.length
 
+    if not TYPE_CHECKING:
+
+        @frames_hidden
+        def __getitem__(self, key: Any) -> NoReturn:
+            fix = "list(data.skip(a).take(b - a))" if isinstance(key, slice) else f"next(iter(data.skip({key!r})))"
+            raise TypeError(f"A pipeline is iterated: its items have no index. Write {fix}.")
+
+        @frames_hidden
+        def __add__(self, other: Any) -> NoReturn:
+            raise TypeError(f"Data + {type(other).__name__}: pipelines are not added. Write Data.concat(a, b).")
+
+    @frames_hidden
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Data is immutable; each method returns a new one, data = data.map(f), not .{name} =.")
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 import jax
 import numpy as np
 
-from kaun._calls import with_advice
+from kaun._calls import explained_methods
 from kaun._loss import Loss
 from kaun.context import Context
 from kaun.data import arguments, buckets, collate, combine, nodes
@@ -28,7 +28,7 @@ U = TypeVar("U")
 X = TypeVar("X")
 
 
-@with_advice
+@explained_methods
 class Data(Sources[T]):
     """A lazy pipeline of items: immutable, iterated from the start by each ``for``, with ``len()`` where it is known.
 
@@ -83,7 +83,7 @@ class Data(Sources[T]):
             >>> list(Data.from_items([1, 2]).map(lambda x: -x))
             [-1, -2]
         """
-        stage = f".map({function_text('map', f)})"
+        stage = f".map({function_text('map', f, 'item')})"
         return self._then(nodes.map_node(self._node, f, stage), stage, f=f)
 
     def random_map(self, f: Callable[[jax.Array, T], U]) -> Data[U]:
@@ -108,7 +108,7 @@ class Data(Sources[T]):
             >>> list(noisy) == list(noisy), list(noisy.epoch(0)) == list(noisy.epoch(1))
             (True, False)
         """
-        stage = f".random_map({function_text('random_map', f)})"
+        stage = f".random_map({function_text('random_map', f, 'key, item')})"
         self._refuse_pieces("random_map(f)", "Random numbers of a part of a batch would be others with more processes")
         key = draw_key("random_map(f)")
         return self._then(nodes.random_map_node(self._node, f, key, stage), stage, f=f, key=key)
@@ -141,7 +141,7 @@ class Data(Sources[T]):
         """
         n, drop_last = checked_count("map_batch(n, f)", "n", n, 1), bool(drop_last)
         self._refuse_rows("map_batch(n, f)")
-        stage = f".map_batch({n}, {function_text('map_batch', f)}{', drop_last=True' * drop_last})"
+        stage = f".map_batch({n}, {function_text('map_batch', f, 'items')}{', drop_last=True' * drop_last})"
         return self._then(nodes.group_node(self._node, n, f, drop_last, stage), stage, n=n, f=f, drop_last=drop_last)
 
     def bucket(
@@ -322,7 +322,7 @@ class Data(Sources[T]):
             >>> list(Data.from_items([1, 2, 3, 4]).filter(lambda x: x % 2 == 0))
             [2, 4]
         """
-        stage = f".filter({function_text('filter', f)})"
+        stage = f".filter({function_text('filter', f, 'item')})"
         self._refuse_pieces("filter(f)", "Processes would keep different batches")
         return self._then(combine.filter_node(self._node, f, stage), stage, f=f)
 

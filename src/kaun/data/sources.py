@@ -122,7 +122,7 @@ class Sources(Placed[T]):
             [0, 1, 4, 9]
         """
         n = checked_count("Data.from_fn(n, f)", "n", n, 0)
-        stage = f"Data.from_fn({n}, {function_text('Data.from_fn', f)})"
+        stage = f"Data.from_fn({n}, {function_text('Data.from_fn', f, 'i')})"
         return cls._source(nodes.function_node(n, f, stage), stage, n=n, f=f)
 
     @overload

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from kaun import tree
+from kaun._calls import explained
 from kaun._engine import (
     LAYER,
     Event,
@@ -25,7 +26,6 @@ from kaun._engine import (
     source_of,
     trace_step,
 )
-from kaun._messages import frames_hidden
 from kaun._step import Settings, state_paths, train_step
 from kaun.errors import NonFiniteLoss
 from kaun.layers.path import path as path_here
@@ -82,7 +82,7 @@ class Explanation:
         return self.text
 
 
-@frames_hidden
+@explained("kaun.explain")
 def explain(trainer: Trainer[Any, Any], error: BaseException) -> Explanation:
     """Say which operation made a step not finite, in which line and layer, and for which rows of the batch.
 

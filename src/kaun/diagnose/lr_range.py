@@ -17,7 +17,8 @@ import numpy as np
 import optax
 
 from kaun import rng, tree
-from kaun._messages import frames_hidden, locate, optional_package, set_on
+from kaun._calls import explained
+from kaun._messages import locate, optional_package, set_on
 from kaun._paths import saved_picture
 from kaun._processes import is_first
 from kaun._report import Report
@@ -99,7 +100,7 @@ class RateRange:
         return saved_picture("lr_range(...).plot", figure, path, writes=is_first())
 
 
-@frames_hidden
+@explained("kaun.lr_range")
 def lr_range(
     trainer: Trainer[Any, Any],
     state: TrainState,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import with_advice
+from kaun._calls import explained_methods
 from kaun._engine import Compilation, ProgramCache
 from kaun._loss import Loss
 from kaun._messages import frames_hidden, hide_frames
@@ -40,7 +40,7 @@ Out = TypeVar("Out")
 _MOST_STOPS = 16
 
 
-@with_advice
+@explained_methods
 @dataclasses.dataclass(frozen=True)
 class Ensemble(Generic[In, Out]):
     """Many members of one trainer that train at once: seeds, a sweep of hyperparameters, or folds of cross-validation.

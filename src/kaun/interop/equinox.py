@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from kaun import rng, tree
+from kaun._calls import public
 from kaun._messages import optional_package
 from kaun.context import Context
 from kaun.interop.frozen import FrozenParts, check_unchanged
@@ -29,6 +30,7 @@ __all__ = ["equinox"]
 Path = tuple[Any, ...]
 
 
+@public
 def equinox(
     module: Any,
     state: Any = None,

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from kaun import rng, tree
+from kaun._calls import public
 from kaun.layers.core import Layer, Vars
 
 __all__ = ["export"]
@@ -19,6 +20,7 @@ class Exports(Protocol):
     def export(self, vars: Vars) -> Any: ...
 
 
+@public
 def export(layer: Layer[Any, Any], vars: Vars) -> Any:
     """Return an object of the other library with the values of ``vars``, in the mode that the module was passed in.
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from kaun import rng, tree
+from kaun._calls import public
 from kaun._messages import optional_package
 from kaun.context import Context
 from kaun.interop.frozen import check_unchanged
@@ -24,6 +25,7 @@ _MODES = ("deterministic", "use_running_average")  # the attributes that module.
 _RATES = ("rate", "dropout_rate")
 
 
+@public
 def flax_nnx(module: Any, *, method: Any = None) -> Layer[Any, Any]:
     """Make a layer of a Flax NNX module; its initial values are those of the module.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kaun import rng, tree
+from kaun._calls import public
 from kaun._messages import optional_package, warn
 from kaun.context import Context
 from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
@@ -20,6 +21,7 @@ from kaun.layers.path import here
 __all__ = ["haiku"]
 
 
+@public
 def haiku(transformed: Any, sample: Any, *, ctx: Context | None = None) -> Layer[Any, Any]:
     """Make a layer of a function that ``hk.transform`` or ``hk.transform_with_state`` made pure.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kaun import rng, tree
+from kaun._calls import public
 from kaun._messages import add_note, optional_package
 from kaun.context import Context
 from kaun.interop.frozen import FrozenParts, frozen_error, run_in_evaluation
@@ -29,6 +30,7 @@ from kaun.layers.path import here
 __all__ = ["linen"]
 
 
+@public
 def linen(
     module: Any,
     sample: Any,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kaun import tree
+from kaun._calls import explained
 from kaun._messages import quoted
 
 __all__ = [
@@ -62,6 +63,7 @@ class Rule:
         return self.call
 
 
+@explained("interop.safetensors.rename")
 def rename(pattern: str, template: str) -> Rule:
     """Make a rule that renames weights.
 
@@ -87,6 +89,7 @@ def rename(pattern: str, template: str) -> Rule:
     return _rule(f"rename({pattern!r}, {template!r})", pattern, (template,), _same, _same)
 
 
+@explained("interop.safetensors.transpose")
 def transpose(pattern: str, axes: Sequence[int] | None = None) -> Rule:
     """Make a rule that permutes the axes of weights, as ``np.transpose`` does.
 
@@ -114,6 +117,7 @@ def transpose(pattern: str, axes: Sequence[int] | None = None) -> Rule:
     return _rule(call, pattern, (pattern,), change, undo, needed=True)
 
 
+@explained("interop.safetensors.split")
 def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int] | None = None) -> Rule:
     """Make a rule that splits a weight into several, such as a joint projection to queries, keys and values.
 
@@ -150,6 +154,7 @@ def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int
     return _rule(call, pattern, tuple(templates), change, functools.partial(_joined, call, axis))
 
 
+@explained("interop.safetensors.stack")
 def stack(pattern: str, template: str) -> Rule:
     """Make a rule that stacks the weights of numbered layers into one array with a new first axis.
 
@@ -186,6 +191,7 @@ def stack(pattern: str, template: str) -> Rule:
     return dataclasses.replace(rule, index=name)
 
 
+@explained("interop.safetensors.copy")
 def copy(pattern: str, template: str) -> Rule:
     """Make a rule that gives weights a second name, for a model that has the array twice.
 
@@ -214,6 +220,7 @@ def copy(pattern: str, template: str) -> Rule:
     return _rule(call, pattern, (pattern, template), _twice, functools.partial(_once, call))
 
 
+@explained("interop.safetensors.drop")
 def drop(pattern: str) -> Rule:
     """Make a rule that removes weights which the model does not use.
 

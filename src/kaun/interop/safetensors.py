@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._messages import frames_hidden, plain, quoted
+from kaun._calls import explained
+from kaun._messages import plain, quoted
 from kaun._paths import local_path
 from kaun.checkpoint import write_safetensors
 from kaun.interop.mapping import COMPARED, LONGEST, mapped, unmapped, unmatched
@@ -27,7 +28,7 @@ __all__ = ["Rule", "copy", "drop", "into", "load", "rename", "save", "split", "s
 _LISTED = 20  # lines of each kind in an error
 
 
-@frames_hidden
+@explained("interop.safetensors.load")
 def load(path: str | os.PathLike[str]) -> dict[str, Array]:
     """Read the arrays of a safetensors file, or of a folder of the Hugging Face hub.
 
@@ -79,7 +80,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Array]:
     return weights
 
 
-@frames_hidden
+@explained("interop.safetensors.into")
 def into(
     vars: Vars, weights: Mapping[str, Any], mapping: Sequence[Rule] = (), *, strict: bool = True, cast: bool = False
 ) -> Vars:
@@ -136,7 +137,7 @@ def into(
     return vars.replace(params=tree.map_with_path(put, vars.params), state=tree.map_with_path(put, vars.state))
 
 
-@frames_hidden
+@explained("interop.safetensors.save")
 def save(
     path: str | os.PathLike[str], vars: Vars, mapping: Sequence[Rule] = (), *, like: Mapping[str, Any] | None = None
 ) -> None:

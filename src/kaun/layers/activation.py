@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
-from kaun._calls import explained
+from kaun._calls import explained, public
 from kaun.layers.arguments import accumulation_dtype, call_text, number
 from kaun.layers.core import Float, Layer
 from kaun.layers.function import stateless
@@ -147,6 +147,7 @@ def leaky_relu(slope: float = 0.01) -> Layer[Float, Float]:
     return _elementwise(call_text(leaky_relu, slope=slope), lambda x: jax.nn.leaky_relu(x, slope))
 
 
+@public
 def elu(alpha: float = 1.0) -> Layer[Float, Float]:
     """Make the layer that is ``x`` where ``x > 0``, and ``alpha * (exp(x) - 1)`` elsewhere (``jax.nn.elu``).
 
@@ -169,6 +170,7 @@ def elu(alpha: float = 1.0) -> Layer[Float, Float]:
     return _elementwise(call_text(elu, alpha=alpha), lambda x: jax.nn.elu(x, alpha))
 
 
+@public
 def selu() -> Layer[Float, Float]:
     """Make the layer ``1.0507 * elu(x, alpha=1.6733)`` (Klambauer et al., 2017; ``jax.nn.selu``).
 
@@ -186,6 +188,7 @@ def selu() -> Layer[Float, Float]:
     return _elementwise("selu()", jax.nn.selu)
 
 
+@public
 def softplus() -> Layer[Float, Float]:
     """Make the layer ``log(1 + exp(x))``, a smooth relu (``jax.nn.softplus``).
 
@@ -203,6 +206,7 @@ def softplus() -> Layer[Float, Float]:
     return _elementwise("softplus()", jax.nn.softplus)
 
 
+@public
 def mish() -> Layer[Float, Float]:
     """Make the layer ``x * tanh(softplus(x))`` (Misra, 2019; ``jax.nn.mish``).
 
@@ -240,6 +244,7 @@ def softmax() -> Layer[Float, Float]:
     return _elementwise("softmax()", _in_full(jax.nn.softmax))
 
 
+@public
 def log_softmax() -> Layer[Float, Float]:
     """Make the layer ``x - log(sum(exp(x)))`` over the last axis (``jax.nn.log_softmax``).
 
@@ -259,6 +264,7 @@ def log_softmax() -> Layer[Float, Float]:
     return _elementwise("log_softmax()", _in_full(jax.nn.log_softmax))
 
 
+@public
 def glu() -> Layer[Float, Float]:
     """Make the layer ``a * sigmoid(b)``, where ``a, b`` are the halves of the last axis (Dauphin et al., 2017).
 
@@ -278,6 +284,7 @@ def glu() -> Layer[Float, Float]:
     return _gated("glu()", lambda a, b: a * jax.nn.sigmoid(b))
 
 
+@public
 def swiglu() -> Layer[Float, Float]:
     """Make the layer ``silu(a) * b``, where ``a, b`` are the halves of the last axis (Shazeer, 2020).
 
@@ -298,6 +305,7 @@ def swiglu() -> Layer[Float, Float]:
     return _gated("swiglu()", _wide(lambda a, b: jax.nn.silu(a) * b))
 
 
+@public
 def activation(f: Callable[[jax.Array], Any]) -> Layer[Float, Float]:
     """Make a layer of a function of one floating array, which keeps shape and dtype.
 

@@ -9,7 +9,7 @@ from typing import Any, cast, overload
 import jax.numpy as jnp
 
 from kaun import tree
-from kaun._calls import explained
+from kaun._calls import explained, public
 from kaun.context import Context
 from kaun.layers.core import Float, Int, Layer, Vars, below, block_text, keys_text, must_be_layer, short_name
 from kaun.layers.path import at, here
@@ -86,6 +86,7 @@ def sequential(layers: Any) -> Layer[Any, Any]:
     return Layer(init=init, apply=apply, name=f"sequential({parts_text(joined(children))})")
 
 
+@public
 def residual(inner: Layer[Float, Float]) -> Layer[Float, Float]:
     """Make the layer ``x + inner(x)``.
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 
 from kaun import tree
+from kaun._calls import public
 from kaun._kernels import ConvConfig, convolve_transposed
 from kaun.context import Context
 from kaun.layers.arguments import AXES, along_last, call_text, size, sizes
@@ -21,6 +22,7 @@ from kaun.layers.path import here
 __all__ = ["conv_transpose1d", "conv_transpose2d"]
 
 
+@public
 def conv_transpose1d(
     in_channels: int,
     out_channels: int,
@@ -81,6 +83,7 @@ def conv_transpose1d(
     )  # fmt: skip
 
 
+@public
 def conv_transpose2d(
     in_channels: int,
     out_channels: int,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import _html, rng, tree
-from kaun._calls import layer_for, shown, with_advice
+from kaun._calls import layer_for, public, shown, with_advice
 from kaun._messages import hide_frames, locate
 from kaun.context import Context
 from kaun.layers.arguments import float_dtype
@@ -275,6 +275,7 @@ class Layer(Generic[In, Out]):
         return _html.preformatted(self.name)
 
 
+@public
 def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
     """Make the layer that applies ``first``, then ``second``; ``first >> second`` is the same.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._calls import public
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars
@@ -19,6 +20,7 @@ __all__ = ["fn", "from_function", "stateless"]
 OFFERED = ("training", "ctx")
 
 
+@public
 def fn(f: Callable[[Any], Any], *, name: str | None = None) -> Layer[Any, Any]:
     """Make a layer without variables from a pure function of one argument.
 
@@ -51,6 +53,7 @@ def stateless(name: str, f: Callable[..., Any]) -> Layer[Any, Any]:
     return Layer(init=init, apply=apply, name=name)
 
 
+@public
 def from_function(apply: Callable[[Any, Any], Any], params: Any, *, name: str | None = None) -> Layer[Any, Any]:
     """Make the layer that computes ``apply(params, x)``, with initial parameters.
 

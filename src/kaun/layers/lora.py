@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
+from kaun._calls import public
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.arguments import positive, size
@@ -22,6 +23,7 @@ __all__ = ["is_lora", "lora", "merge_lora"]
 _SCALE, _MODE, _DISTRIBUTION = 1 / 3, "fan_in", "uniform"
 
 
+@public
 def lora(model: Layer[Any, Any], rank: int, where: Callable[[str], Any], alpha: float | None = None) -> Layer[Any, Any]:
     """Make the model with low-rank adapters of some weights (LoRA, Hu et al., 2021).
 
@@ -115,6 +117,7 @@ class _Adapted:
         return plain.replace(params=tree.map_with_path(added, plain.params))
 
 
+@public
 def is_lora(path: str) -> bool:
     """Return whether a path is that of an adapter of ``layers.lora``, for ``Trainer(trainable=layers.is_lora)``.
 
@@ -136,6 +139,7 @@ def is_lora(path: str) -> bool:
     return path.rpartition(".")[2] in ("lora_a", "lora_b")
 
 
+@public
 def merge_lora(model: Layer[Any, Any], vars: Vars) -> Vars:
     """Return variables of the plain model: its weights with the adapters added to them.
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar, cast, overload
 import jax
 
 from kaun import tree
+from kaun._calls import public
 from kaun._jax import current_trace
 from kaun._messages import locate
 from kaun.context import Context
@@ -45,6 +46,7 @@ def module(
 def module(
     parts: Mapping[str, Parts], forward: Callable[[Module, In], Out], name: str | None = None
 ) -> Layer[In, Out]: ...
+@public
 def module(parts: Any, forward: Any, name: str | None = None) -> Layer[Any, Any]:
     """Make a layer from named layers and a function that applies them.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
-from kaun._calls import explained
+from kaun._calls import explained, public
 from kaun.context import Context
 from kaun.layers.arguments import accumulation_dtype, along_last, call_text, fraction, positive, size
 from kaun.layers.core import Float, Layer, Vars
@@ -56,6 +56,7 @@ def layer_norm(dim: int, eps: float = 1e-5, bias: bool = True) -> Layer[Float, F
     return Layer(init=_weight_and_bias(dim) if bias else _weight(dim), apply=apply, name=name)
 
 
+@public
 def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
     """Make the layer that divides the last axis by its root mean square, then scales (Zhang and Sennrich, 2019).
 
@@ -89,6 +90,7 @@ def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
     return Layer(init=_weight(dim), apply=apply, name=name)
 
 
+@public
 def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[Float, Float]:
     """Make the layer that normalizes each group of channels of each item to mean 0 and variance 1 (Wu and He, 2018).
 
@@ -137,6 +139,7 @@ def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[F
     return Layer(init=_weight_and_bias(channels), apply=apply, name=name)
 
 
+@public
 def instance_norm(num_channels: int, eps: float = 1e-5) -> Layer[Float, Float]:
     """Make the layer that normalizes each channel of each item to mean 0 and variance 1 (Ulyanov et al., 2016).
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kaun._calls import public
 from kaun.context import Context
 from kaun.layers.arguments import size
 from kaun.layers.core import Float, Layer, Vars
@@ -16,6 +17,7 @@ from kaun.layers.init import Initializer, init_param
 __all__ = ["parameter"]
 
 
+@public
 def parameter(shape: int | Sequence[int], *, init: Initializer = jax.nn.initializers.zeros) -> Layer[Any, Float]:
     """Make the layer that ignores its input and returns its parameter, an array of this shape in the model's dtype.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
-from kaun._calls import explained
+from kaun._calls import explained, public
 from kaun._kernels import larger, largest_in_windows, taps, windows
 from kaun.layers.arguments import AXES, accumulation_dtype, call_text, sizes
 from kaun.layers.core import Float, Layer
@@ -171,6 +171,7 @@ def avg_pool2d(
     return _avg_pool(name, _windowing("avg_pool2d", kernel_size, stride, padding, 2), count_include_pad)
 
 
+@public
 def global_avg_pool() -> Layer[Float, Float]:
     """Make the layer that takes the mean over all axes but the first and the last, ``[batch, ..., channels]``.
 
@@ -191,6 +192,7 @@ def global_avg_pool() -> Layer[Float, Float]:
     return _global("global_avg_pool()", lambda z: z.astype(accumulation_dtype(z.dtype)).mean(1))
 
 
+@public
 def global_max_pool() -> Layer[Float, Float]:
     """Make the layer that takes the maximum over all axes but the first and the last, ``[batch, ..., channels]``.
 

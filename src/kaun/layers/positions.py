@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import public
 from kaun._jax import is_traced
 from kaun.context import Context
 from kaun.layers.arguments import accumulation_dtype, along_last, call_text, positive, size
@@ -21,6 +22,7 @@ from kaun.layers.path import here
 __all__ = ["positions", "positions_of", "rope", "sinusoidal_positions"]
 
 
+@public
 def rope(
     x: Any,
     theta: float = 10000.0,
@@ -94,6 +96,7 @@ def rope(
     return turned.astype(x.dtype)
 
 
+@public
 def positions(max_length: int, dim: int, *, weight_init: Initializer | None = None) -> Layer[Float, Float]:
     """Make the layer that adds a learned vector to each position of a sequence.
 
@@ -146,6 +149,7 @@ def positions(max_length: int, dim: int, *, weight_init: Initializer | None = No
     return Layer(init=init, apply=apply, name=name)
 
 
+@public
 def sinusoidal_positions(dim: int) -> Layer[Float, Float]:
     """Make the layer that adds sines and cosines of each position to a sequence (Vaswani et al., 2017, 3.5).
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._calls import explained
+from kaun._calls import explained, public
 from kaun._jax import is_traced
 from kaun._kernels import lstm_states, matmul
 from kaun.context import Context
@@ -211,6 +211,7 @@ def rnn(
     return _recurrent("rnn", name, functools.partial(_run, _rnn_cell), 1, 1, in_features, hidden, return_state, inits)
 
 
+@public
 def bidirectional(layer: Layer[Any, Any]) -> Layer[Any, Any]:
     """Make the layer that reads a sequence in both directions and concatenates the outputs along the last axis.
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 
 from kaun import rng
+from kaun._calls import public
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars, block_text, must_be_layer
 
@@ -17,6 +18,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+@public
 def remat(inner: Layer[In, Out], policy: Callable[..., Any] | None = None) -> Layer[In, Out]:
     """Make the layer that computes ``inner`` again in the backward pass, to save memory (Chen et al., 2016).
 

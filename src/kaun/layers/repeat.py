@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
+from kaun._calls import public
 from kaun._messages import contextmanager
 from kaun.context import Context
 from kaun.layers.arguments import flag, size
@@ -24,6 +25,7 @@ Same = TypeVar("Same")
 _one_copy: ContextVar[bool] = ContextVar("kaun_one_copy", default=False)
 
 
+@public
 def repeat(layer: Layer[Same, Same], n: int, remat: bool = False) -> Layer[Same, Same]:
     """Make the layer that applies ``n`` copies of ``layer`` one after the other, in a loop (``jax.lax.scan``).
 

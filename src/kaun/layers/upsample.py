@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kaun._calls import public
 from kaun.layers.arguments import AXES, accumulation_dtype, call_text, sizes
 from kaun.layers.core import Float, Layer
 from kaun.layers.function import stateless
@@ -16,6 +17,7 @@ from kaun.layers.inputs import float_input
 __all__ = ["upsample2d"]
 
 
+@public
 def upsample2d(scale: int | Sequence[int], method: Literal["nearest", "bilinear"] = "nearest") -> Layer[Float, Float]:
     """Make the layer that enlarges images ``[batch, height, width, channels]`` of any floating dtype.
 

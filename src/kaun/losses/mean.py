@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import explained
 
 __all__ = ["LossFunction", "Mean", "parts_of", "row_arguments", "scalar_like", "wide", "with_parts"]
 
@@ -150,18 +151,16 @@ class LossFunction(Protocol[P]):
 
 
 def with_parts(parts: Callable[P, Mean]) -> Callable[[Callable[P, jax.Array]], LossFunction[P]]:
-    """Make a function the ``parts`` of the loss that it decorates.
-
-    Both are plain functions without a closure: to ``kaun._loss`` a library function is static by identity only if it
-    captures nothing.
-    """
+    """Make a function the ``parts`` of the loss that it decorates; both explain wrong calls."""
 
     def attach(function: Callable[P, jax.Array]) -> LossFunction[P]:
-        loss, inner = cast("Any", function), cast("Any", parts)
-        loss.parts, inner.loss = parts, function
-        parts.__qualname__ = f"{loss.__qualname__}.parts"  # by which it is pickled, and named in messages
-        parts.__doc__ = f"The ``losses.Mean`` of ``losses.{loss.__name__}``, of the same arguments."
-        return cast("LossFunction[P]", loss)
+        parts.__qualname__ = f"{function.__qualname__}.parts"  # by which it is pickled, and named in messages
+        parts.__doc__ = f"The ``losses.Mean`` of ``losses.{function.__name__}``, of the same arguments."
+        name = f"losses.{function.__name__}"
+        loss = cast("Any", explained(name, "losses")(function))
+        inner = cast("Any", explained(f"{name}.parts", "losses")(parts))
+        loss.parts, inner.loss = inner, loss
+        return loss
 
     return attach
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kaun._calls import public
 from kaun.losses.checks import Array
 from kaun.metrics import counts
 from kaun.metrics.counts import Average, Matrix, Score
@@ -24,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@public
 def accuracy(predictions: Array, targets: Array, *, weights: Array | None = None) -> Score:
     """Return the share of rows whose predicted class is the target.
 
@@ -52,6 +54,7 @@ def accuracy(predictions: Array, targets: Array, *, weights: Array | None = None
     return counts.share(counts.class_share("accuracy", predictions, targets, weights))
 
 
+@public
 def binary_accuracy(
     predictions: Array, targets: Array, threshold: float = 0.5, *, weights: Array | None = None
 ) -> Score:
@@ -80,6 +83,7 @@ def binary_accuracy(
     return counts.share(binary_counts(predictions, targets, threshold, weights=weights))
 
 
+@public
 def precision(
     predictions: Array,
     targets: Array,
@@ -122,6 +126,7 @@ def precision(
     return _score("precision", predictions, targets, average, num_classes, weights)
 
 
+@public
 def recall(
     predictions: Array,
     targets: Array,
@@ -158,6 +163,7 @@ def recall(
     return _score("recall", predictions, targets, average, num_classes, weights)
 
 
+@public
 def f1(
     predictions: Array,
     targets: Array,
@@ -195,6 +201,7 @@ def f1(
     return _score("f1", predictions, targets, average, num_classes, weights)
 
 
+@public
 def top_k_accuracy(k: int) -> Callable[..., Score]:
     """Return the metric that is the share of rows whose target is among the classes with the ``k`` largest scores.
 
@@ -226,6 +233,7 @@ def top_k_accuracy(k: int) -> Callable[..., Score]:
     return functools.partial(top_k_share, k=int(k))
 
 
+@public
 def confusion_matrix(
     predictions: Array, targets: Array, *, num_classes: int | None = None, weights: Array | None = None
 ) -> Matrix:
@@ -257,6 +265,7 @@ def confusion_matrix(
     return counts.matrix(matrix_counts(predictions, targets, num_classes=num_classes, weights=weights))
 
 
+@public
 def mean_iou(
     predictions: Array, targets: Array, *, num_classes: int | None = None, weights: Array | None = None
 ) -> Score:

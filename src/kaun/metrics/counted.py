@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from kaun import tree
+from kaun._calls import explained_methods
 from kaun._jax import any_traced
 from kaun._messages import add_note, locate
 from kaun.metrics import classification, counts, ranking, regression
@@ -21,6 +22,7 @@ from kaun.metrics.weights import nothing_to_average
 __all__ = ["Counted", "CountedParts", "gives_array", "result_of", "result_or_nan"]
 
 
+@explained_methods
 @dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Counted:
     """A metric in two parts, so that its value over many batches is that of all their rows together.

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from kaun._calls import public
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, equal_shapes, floats, zeros_and_ones
 from kaun.metrics.counts import Score
@@ -16,6 +17,7 @@ from kaun.metrics.weights import blank, check_weights, nothing_to_average, own_v
 __all__ = ["auc", "auc_of", "average_precision", "average_precision_of", "ranks"]
 
 
+@public
 def auc(predictions: Array, targets: Array, *, weights: Array | None = None) -> Score:
     """Return the area under the receiver operating characteristic curve.
 
@@ -48,6 +50,7 @@ def auc(predictions: Array, targets: Array, *, weights: Array | None = None) -> 
     return auc_of(ranks("auc", predictions, targets, weights=weights))
 
 
+@public
 def average_precision(predictions: Array, targets: Array, *, weights: Array | None = None) -> Score:
     """Return the mean of the precision at the score of each row with target 1.
 

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from kaun import tree
+from kaun._calls import public
 from kaun._jax import any_traced
 from kaun.losses.checks import Array, as_array, class_indices, equal_shapes, floats, index_shape
 from kaun.metrics.counts import Score
@@ -28,6 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@public
 def rmse(predictions: Array, targets: Array, *, weights: Array | None = None) -> Score:
     """Return the root of the mean squared error over rows, averaged over columns.
 
@@ -57,6 +59,7 @@ def rmse(predictions: Array, targets: Array, *, weights: Array | None = None) ->
     return rmse_of(squared_errors(predictions, targets, weights=weights))
 
 
+@public
 def mean_absolute_error(predictions: Array, targets: Array, *, weights: Array | None = None) -> Score:
     """Return the mean of the absolute errors over rows, averaged over columns.
 
@@ -83,6 +86,7 @@ def mean_absolute_error(predictions: Array, targets: Array, *, weights: Array | 
     return mean_of_columns(absolute_errors(predictions, targets, weights=weights))
 
 
+@public
 def r2(predictions: Array, targets: Array, *, weights: Array | None = None) -> Score:
     """Return the coefficient of determination: the share of the targets' variance that is predicted.
 
@@ -112,6 +116,7 @@ def r2(predictions: Array, targets: Array, *, weights: Array | None = None) -> S
     return r2_of(moments(predictions, targets, weights=weights))
 
 
+@public
 def perplexity(predictions: Array, targets: Array, *, weights: Array | None = None) -> Score:
     """Return the exponential of the mean negative log likelihood of the targets.
 

@@ -9,8 +9,9 @@ from typing import Any, cast
 import jax
 
 from kaun import tree
+from kaun._calls import explained_methods, public
 from kaun._jax import is_traced
-from kaun._messages import frames_hidden, locate
+from kaun._messages import locate
 from kaun.losses import Mean
 from kaun.metrics.counted import Counted, CountedParts, result_of
 from kaun.metrics.sums import DelayedReader, MetricSums, Ratio, add_results, run_ahead
@@ -21,7 +22,7 @@ __all__ = ["Tracker", "evaluate", "evaluate_many"]
 _UNREAD = 2048
 
 
-@frames_hidden
+@public
 def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     """Compute the mean of a function's results over the items of ``data``, summed exactly on the host.
 
@@ -51,7 +52,7 @@ def evaluate(f: Callable[[Any], Any], data: Iterable[Any]) -> float:
     return _means("evaluate", f, data)[""]
 
 
-@frames_hidden
+@public
 def evaluate_many(f: Callable[[Any], dict[str, Any]], data: Iterable[Any]) -> dict[str, float]:
     """Compute the means of several named results over the items of ``data``, in one pass.
 
@@ -77,6 +78,7 @@ def evaluate_many(f: Callable[[Any], dict[str, Any]], data: Iterable[Any]) -> di
     return _means("evaluate_many", f, data)
 
 
+@explained_methods
 class Tracker:
     """Running means of named scalars, summed exactly on the host.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kaun._calls import explained
+from kaun._calls import explained, public
 from kaun._messages import locate
 from kaun._report import (
     Composite,
@@ -75,6 +75,7 @@ def every(n: int, f: Report | ReportFunction) -> Report:
     return _Every(n, f)
 
 
+@public
 def all_of(*reports: Report | ReportFunction) -> Report:
     """Return the report that calls each of ``reports`` in the given order, after the steps that it wants.
 

@@ -112,7 +112,6 @@ class EarlyStopping(Report):
     _held = "after the step at which it was measured"
     _which = ""  # loss it is
 
-    @explained("reports.EarlyStopping")
     def __init__(self, monitor: str, sign: float, patience: int, min_delta: float) -> None:
         self.watches = frozenset({monitor})
         self._monitor, self._sign, self._patience, self._min_delta = monitor, sign, patience, min_delta

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
+from kaun._calls import public
 from kaun._paths import local_path
 from kaun._report import Report
 from kaun.checkpoint import Disk
@@ -24,6 +25,7 @@ _LINE = re.compile(rb'\{"step": (\d+)[,}]')
 _CELLS = re.compile(rb"(\d+),")
 
 
+@public
 def jsonl(path: str | os.PathLike[str], *, epochs: bool = False) -> Report:
     """Return the report that writes a file with a JSON object for each step: ``{"step": 1, "loss": 0.5, ...}``.
 
@@ -66,6 +68,7 @@ def jsonl(path: str | os.PathLike[str], *, epochs: bool = False) -> Report:
     return Log(_JsonLines(_path("jsonl", path)), epochs)
 
 
+@public
 def csv(path: str | os.PathLike[str], *, epochs: bool = False) -> Report:
     """Return the report that writes a table with a line for each step, as comma-separated values under a line of names.
 

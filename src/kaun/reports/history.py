@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from kaun import _html
-from kaun._calls import with_advice
+from kaun._calls import public, with_advice
 from kaun._messages import optional_package
 from kaun._paths import saved_picture
 from kaun._processes import is_first
@@ -30,6 +30,7 @@ ACROSS = 4  # curves of results in one row
 PALE, STRONG, MEASURED = "#a9c6e8", "#1f5fa8", "#c8501e"
 
 
+@public
 def history() -> History:
     """Return the report that records the loss of every step without making ``fit`` wait for any.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun._calls import public
 from kaun._messages import locate, warn
 from kaun._report import Report
 from kaun._run import saved_values
@@ -25,6 +26,7 @@ _COUNTING = ("ScaleByScheduleState", "InjectHyperparamsState", "InjectStatefulHy
 _WINDOWS = ("Window", "MultiStepsState")
 
 
+@public
 def learning_rate(schedule: Callable[[Any], Any]) -> Report:
     """Return the report that adds ``"learning_rate"``, the learning rate of each step, to the blocks of other reports.
 

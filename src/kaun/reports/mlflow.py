@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from kaun._calls import public
 from kaun._messages import optional_package, warn
 from kaun._report import Report
 from kaun.reports.log import Log, Row
@@ -20,6 +21,7 @@ LONGEST = 240  # characters of a name: MLflow takes 250, and a number may be add
 _ILLEGAL = re.compile(r"[^\w\-. /]")
 
 
+@public
 def mlflow(
     experiment: str = "Default",
     *,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kaun._calls import public
 from kaun._messages import optional_package
 from kaun._paths import picture_path
 from kaun._processes import is_first
@@ -24,6 +25,7 @@ FIRST, SECONDS = 2.0, 10.0  # until the first picture, and from one to the next
 SHARE = 20  # a picture takes at most this part of the time
 
 
+@public
 def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
     """Return the report that keeps a picture of the run up to date: ``history().plot(path)``, redrawn during the fit.
 

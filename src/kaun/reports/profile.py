@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from kaun._calls import public
 from kaun._messages import warn
 from kaun._paths import local_path
 from kaun._processes import is_first
@@ -22,6 +23,7 @@ ANNOTATION = "train"  # the name of a step in the trace
 _FIX = "Write profile(path, steps=(100, 110))."
 
 
+@public
 def profile(path: str | os.PathLike[str], steps: tuple[int, int] = (100, 110)) -> Profile:
     """Return the report that traces some steps with JAX's profiler: what runs when, on the host and on the device.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kaun import tree
+from kaun._calls import public
 from kaun._messages import optional_package
 from kaun._report import Report
 from kaun.state import count_steps
@@ -14,6 +15,7 @@ from kaun.train import TrainState
 __all__ = ["prune"]
 
 
+@public
 def prune(trial: Any, name: str) -> Report:
     """Return the report that gives a measured value to an Optuna trial, and ends the fit where the trial is pruned.
 

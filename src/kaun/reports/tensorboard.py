@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kaun._calls import public
 from kaun._messages import optional_package
 from kaun._paths import local_path
 from kaun._report import Report
@@ -19,6 +20,7 @@ from kaun.reports.log import Log, Row
 __all__ = ["tensorboard"]
 
 
+@public
 def tensorboard(folder: str | os.PathLike[str], *, epochs: bool = False) -> Report:
     """Return the report that writes scalars for TensorBoard, with tensorboardX, which needs no TensorFlow.
 

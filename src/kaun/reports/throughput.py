@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from kaun._calls import public
 from kaun._report import Report
 
 __all__ = ["throughput"]
 
 
+@public
 def throughput(
     *, tokens: int | str | None = None, flops: float | None = None, peak_flops: float | None = None
 ) -> Report:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
+from kaun._calls import public
 from kaun._report import Report
 from kaun._run import saved_values
 from kaun.errors import EarlyStop
@@ -15,6 +16,7 @@ from kaun.train import TrainState
 __all__ = ["time_limit"]
 
 
+@public
 def time_limit(minutes: float) -> Report:
     """Return the report that ends the fit after the first step, or block of steps, that is done after the time limit.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kaun._calls import public
 from kaun._messages import optional_package
 from kaun._report import Report
 from kaun.reports.log import Log, Row
@@ -12,6 +13,7 @@ from kaun.reports.log import Log, Row
 __all__ = ["wandb"]
 
 
+@public
 def wandb(*, run: Any = None, epochs: bool = False, **settings: Any) -> Report:
     """Return the report that logs to Weights & Biases.
 

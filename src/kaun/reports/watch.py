@@ -10,6 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from kaun import _html
+from kaun._calls import public
 from kaun._messages import optional_package
 from kaun._paths import saved_picture
 from kaun._processes import is_first
@@ -24,6 +25,7 @@ TITLES = ("norm of the gradient", "norm of the weights", "norm of the update ove
 LISTED = 12  # layers in a legend
 
 
+@public
 def watch(every: int = 100) -> Watch:
     """Return the report that records, by layer, the norms of gradient, weights and update at every n-th step.
 

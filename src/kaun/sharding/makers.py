@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from kaun._calls import public
 from kaun.sharding.core import Sharding, check_axis, check_sharding
 from kaun.sharding.rules import ByMember, ByPath, Fsdp, everywhere
 
@@ -17,6 +18,7 @@ __all__ = ["by_path", "data_parallel", "fsdp", "members", "mesh"]
 AxisNames = str | Sequence[str]
 
 
+@public
 def data_parallel(mesh: Mesh | None = None, *, rows: AxisNames | None = None) -> Sharding:
     """Make a sharding with the whole state on each device, and the rows of a batch spread over the devices.
 
@@ -39,6 +41,7 @@ def data_parallel(mesh: Mesh | None = None, *, rows: AxisNames | None = None) ->
     return Sharding(whole.mesh, whole.mesh.axis_names if rows is None else _names(rows))
 
 
+@public
 def fsdp(
     mesh: Mesh | None = None,
     *,
@@ -78,6 +81,7 @@ def fsdp(
     return Sharding(whole.mesh, (axis,) if rows is None else _names(rows), rule, axis if gather else None)
 
 
+@public
 def by_path(
     specs: Mapping[str, PartitionSpec],
     mesh: Mesh,
@@ -132,6 +136,7 @@ def by_path(
     return Sharding(whole.mesh, _names(rows), ByPath(tuple(specs.items()), rest), gather)
 
 
+@public
 def members(mesh: Mesh | None = None, *, axis: str | None = None) -> Sharding:
     """Make a sharding for a ``kaun.Ensemble``, with the members spread over the devices.
 
@@ -172,6 +177,7 @@ def _one_axis(maker: str, mesh: Mesh, axis: str | None) -> str:
     return axis
 
 
+@public
 def mesh(**axes: int) -> Mesh:
     """Make a mesh of all devices with named axes, such as ``mesh(data=-1, model=4)``.
 
