@@ -32,7 +32,9 @@ ROWS = [
 ]
 # Modules of one row that stand on each other, which a row of single modules cannot avoid.
 WITHIN_A_ROW = {
+    ("_cache", "_calls"),
     ("_calls", "_messages"),
+    ("rng", "_calls"),
     ("_calls", "tree"),
     ("_messages", "_jax"),
     ("_messages", "errors"),

@@ -60,12 +60,11 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name not in _PLACES:
-            text = f"module 'kaun' has no attribute {name!r}"
             # `from kaun import tree` asks for a module before it imports it.
             if name.startswith("_") or importlib.util.find_spec(f"kaun.{name}") is not None:
-                raise AttributeError(text)
-            calls = importlib.import_module("kaun._calls")
-            raise AttributeError(f"{text}. {calls.advice('kaun', name) or calls.found_anywhere(name, __all__)}")
+                raise AttributeError(f"module 'kaun' has no attribute {name!r}")
+            with importlib.import_module("kaun._messages").frames_hidden:
+                importlib.import_module("kaun._calls").refuse_name(name, __all__)
         module = importlib.import_module(f"kaun.{_PLACES[name]}")
         value = module if _PLACES[name] == name else getattr(module, name)
         return globals().setdefault(name, value)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from kaun._calls import explained
+from kaun._calls import explained, shown
 
 __all__ = ["cache"]
 
@@ -49,5 +49,7 @@ def _folder(path: Any) -> Path:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
     if not isinstance(path, str) or not path:
-        raise TypeError(f'cache expected the path of a folder, received {path!r}. Write kaun.cache("~/.cache/kaun").')
+        raise TypeError(
+            f'cache expected the path of a folder, received {shown(path)}. Write kaun.cache("~/.cache/kaun").'
+        )
     return Path(path).expanduser().absolute()

@@ -21,6 +21,7 @@ from kaun._jax import FRAMES_NOTE, hides_frames_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # With the separator: a package named kaun_models beside this one is the user's.
 _SKIPPED = tuple(str(Path(file).parent) + os.sep for file in (__file__, jax.__file__))
@@ -128,6 +129,45 @@ class Block(contextlib.ContextDecorator, contextlib.AbstractContextManager[T, No
             error.with_traceback(trace)
 
 
+class UserBlock(Block[T]):
+    """A block that users open. If it goes away and was never entered, it warns, at the line of the call.
+
+    Args:
+        make: As for ``Block``.
+        text: Gives the call as users write it.
+        caller: The frame of the call.
+    """
+
+    _line: tuple[str, int, dict[str, Any]] | None = None
+
+    def __init__(self, make: Callable[[], Generator[T]], text: Callable[[], str], caller: FrameType) -> None:
+        super().__init__(make)
+        self._text = text
+        self._line = caller.f_code.co_filename, caller.f_lineno, caller.f_globals
+
+    def __enter__(self) -> T:
+        self._line = None
+        with frames_hidden:
+            return super().__enter__()
+
+    def __call__(self, function: F) -> F:
+        self._line = None
+        return super().__call__(function)
+
+    def __repr__(self) -> str:
+        return f"<{self._text()}, which is open inside of a with statement>"
+
+    def __del__(self) -> None:
+        if self._line is not None and not sys.is_finalizing():
+            (file, line, names), call = self._line, self._text()
+            text = (
+                f"{call} without `with` changes nothing: what is drawn after it is not reproducible. Write\n"
+                f"    with {call}:\n        state = trainer.init()"
+            )
+            registry = names.setdefault("__warningregistry__", {})
+            warnings.warn_explicit(text, UserWarning, file, line, names.get("__name__"), registry)
+
+
 class _FramesHidden(contextlib.ContextDecorator):
     """``hide_frames`` for a block or a function in which two calls more do not count."""
 
@@ -151,6 +191,11 @@ def user_line() -> str:
     """The file and line of the user's code which called into kaun: ``train.py:31``."""
     _, frame = _user_frame()
     return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def user_frame() -> FrameType | None:
+    """The frame of the user's code which called into kaun."""
+    return _user_frame()[1]
 
 
 def _user_frame() -> tuple[int, FrameType | None]:

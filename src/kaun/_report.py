@@ -261,7 +261,7 @@ def member(report: Any, name: str) -> Callable[..., Any] | None:
     if taken is None:
         raise TypeError(
             f"`{name}` of the report {locate(report)} must be a method that takes ({_PARAMETERS[name]}), or the first "
-            f"of these arguments, received {method!r}. Write def {name}(self{''.join(f', {p}' for p in parameters)})."
+            f"of these arguments, received {shown(method)}. Write def {name}({', '.join(['self', *parameters])})."
         )
     return method if taken == len(parameters) else lambda *arguments: method(*arguments[:taken])
 
@@ -311,7 +311,7 @@ def check_report(report: Any, where: str, what: str = "a report") -> None:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"`numbers` of the report {locate(report)} must have a number of steps of at least 1 for {name!r}, "
-                f"received {n!r}. Write numbers = {{{name!r}: 100}}."
+                f"received {shown(n)}. Write numbers = {{{name!r}: 100}}."
             )
     own = {name for name in _PARAMETERS if (method := member(report, name)) and not _is_default(method, name)}
     if "snapshot" in own and "restore" not in own:
@@ -336,7 +336,8 @@ def check_takes(where: str, what: str, f: Any, arguments: str) -> None:
         )
     if not callable(f):
         raise TypeError(
-            f"{where} expected {what}, callable as ({arguments}), received {f!r}. Write def report({arguments}): ..., "
+            f"{where} expected {what}, callable as ({arguments}), received {shown(f)}. Write def "
+            f"report({arguments}): ..., "
             "or use kaun.reports."
         )
     try:

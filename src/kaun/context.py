@@ -8,13 +8,12 @@ from typing import Any
 import jax
 
 from kaun import tree
-from kaun._calls import explained_methods
+from kaun._calls import explained, shown
 from kaun.errors import MissingContext
 
 __all__ = ["Context"]
 
 
-@explained_methods
 @jax.tree_util.register_pytree_with_keys_class
 class Context(Mapping[str, Any]):
     """An immutable mapping of named arrays for one forward pass.
@@ -47,9 +46,10 @@ class Context(Mapping[str, Any]):
         merged = {**(values or {}), **named}
         wrong = [name for name in merged if not isinstance(name, str)]  # pyright: ignore[reportUnnecessaryIsInstance]
         if wrong:
-            raise TypeError(f"Context names are strings, received {wrong[0]!r}. Write Context(name=array).")
+            raise TypeError(f"Context names are strings, received {shown(wrong[0])}. Write Context(name=array).")
         object.__setattr__(self, "_values", dict(sorted(merged.items())))
 
+    @explained("Context.set")
     def set(self, name: str, value: Any) -> Context:
         """Return a Context in which ``name`` has this value; the other names keep theirs."""
         return Context({**self._values, name: value})

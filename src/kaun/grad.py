@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import locate
 
 __all__ = ["grad", "value_and_grad"]
@@ -136,7 +136,7 @@ def _check_leaves(where: str, params: Any) -> None:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     if not leaves:
         raise ValueError(
-            f"{where} expected floating arrays in params, received {params!r}: there is nothing to differentiate."
+            f"{where} expected floating arrays in params, received {shown(params)}: there is nothing to differentiate."
         )
     wrong = [(tree.path_name(path), leaf) for path, leaf in leaves if not _is_floating(leaf)]
     if not wrong:

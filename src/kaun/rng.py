@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
@@ -15,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun._calls import public
 from kaun._jax import is_traced, trace_of
-from kaun._messages import contextmanager
+from kaun._messages import Block, UserBlock, contextmanager
 
 __all__ = ["next_key", "scope"]
 
@@ -54,23 +57,24 @@ _derived: set[bytes] = set()  # keys that ``remember_unscoped`` took
 _MOST_DERIVED = 100_000
 
 
-@contextmanager
-def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
+@public
+def scope(seed_or_key: int | jax.Array) -> Block[None]:
     """Open a scope in which ``next_key`` (and so ``Layer.init``, ``Trainer.init``, ``Data.shuffle``) is reproducible.
 
     Scopes nest: an inner scope neither reads nor advances the outer one. Each thread has its own scopes. Do not
-    ``yield`` inside a scope: until the generator is resumed, the code that consumes it would draw from its scope.
+    ``yield`` inside a scope: until the generator is resumed, the code that consumes it would draw from its scope. A
+    call without ``with`` changes nothing, and issues a warning.
 
     Args:
         seed_or_key: An integer seed (0 to 2**32 - 1), a typed key (``jax.random.key``) or a legacy uint32 key
             (``jax.random.PRNGKey``).
 
-    Yields:
-        None.
+    Returns:
+        A context manager, which also decorates functions.
 
     Raises:
-        TypeError: If the argument is neither a seed nor a key.
-        ValueError: If the seed is outside 0 to 2**32 - 1.
+        TypeError: If the argument is neither a seed nor a key, when the scope is opened.
+        ValueError: If the seed is outside 0 to 2**32 - 1, likewise.
 
     Examples:
         >>> from kaun import rng
@@ -81,6 +85,12 @@ def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
         >>> a == b
         Array(True, dtype=bool)
     """
+    call = lambda: f"rng.scope({seed_or_key if isinstance(seed_or_key, int) else 'key'})"
+    frame = sys._getframe(2)  # the frame between is that of `public`  # pyright: ignore[reportPrivateUsage]
+    return UserBlock(functools.partial(_open, seed_or_key), call, frame)
+
+
+def _open(seed_or_key: Any) -> Generator[None]:
     opened = _Scope(_as_key(seed_or_key))
     opened.unscoped = not isinstance(seed_or_key, int) and _is_unscoped(opened)
     token = _current.set(opened)
@@ -90,6 +100,7 @@ def scope(seed_or_key: int | jax.Array) -> Generator[None, None, None]:
         _current.reset(token)
 
 
+@public
 def next_key() -> jax.Array:
     """Return the next key of the innermost scope.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import MISSING, advice, shown, wrong_fit, wrong_step
+from kaun._calls import MISSING, advice, explained, shown, wrong_fit, wrong_step
 from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars, vars_table
@@ -142,6 +142,7 @@ class TrainState:
         of = jax.vmap(averaged_vars) if isinstance(self.opt_state, Members) else averaged_vars
         return self.with_averaged(of(own_state(self.opt_state), self.vars))
 
+    @explained("TrainState.member")
     def member(self, i: int) -> TrainState:
         """Return the state of one member of an ensemble, an ordinary state of its trainer.
 
@@ -188,6 +189,7 @@ class TrainState:
         """Return this state with averaged variables."""
         return TrainState.tree_unflatten("averaged", (vars, *self.now()[1:]))
 
+    @explained("TrainState.replace")
     def replace(self, **changes: Any) -> TrainState:
         """Return this state with some of its fields replaced; a ``step`` may be an int.
 

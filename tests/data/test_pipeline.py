@@ -976,7 +976,10 @@ def test_pickling_says_what_to_pickle_instead(protocol: int):
 
 
 def test_repr_shows_the_chain():
-    line = square.__code__.co_firstlineno
+    def numbered(item):
+        return item
+
+    line = numbered.__code__.co_firstlineno
     assert repr(Data.from_items([1, 2]).shuffle().take(1)) == "Data.from_items(2 items).shuffle().take(1)"
     assert repr(Data.repeat(3, (np.zeros(2), square))) == "Data.repeat(3, (float64[2], function))"
     assert repr(Data.from_arrays(np.zeros(2))) == "Data.from_arrays(float64[2])"
@@ -986,13 +989,13 @@ def test_repr_shows_the_chain():
     )
     long = (
         Data.batches({"x": np.zeros((4, 2)), "y": np.zeros(4)}, 2, shuffle=True, drop_last=True)
-        .map(square)
+        .map(numbered)
         .epochs(3)
         .prefetch(2)
     )
     assert repr(long).splitlines() == [
         "Data.batches({'x': float64[4, 2], 'y': float64[4]}, batch_size=2, shuffle=True, drop_last=True)",
-        f"  .map(square (test_pipeline.py:{line}))",
+        f"  .map(numbered (test_pipeline.py:{line}))",
         "  .epochs(3)",
         "  .prefetch(2)",
     ]

@@ -9,12 +9,13 @@ from kaun._calls.foreign import foreign_function as foreign_function
 from kaun._calls.foreign import layer_for as layer_for
 from kaun._calls.foreign import model_for as model_for
 from kaun._calls.names import advice as advice
-from kaun._calls.names import found_anywhere as found_anywhere
 from kaun._calls.names import module_names as module_names
 from kaun._calls.names import no_attribute as no_attribute
+from kaun._calls.names import refuse_name as refuse_name
 from kaun._calls.refusal import MISSING as MISSING
 from kaun._calls.refusal import explained as explained
 from kaun._calls.refusal import is_explained as is_explained
+from kaun._calls.refusal import is_refused as is_refused
 from kaun._calls.refusal import public as public
 from kaun._calls.refusal import shown as shown
 from kaun._calls.refusal import shows_overload as shows_overload

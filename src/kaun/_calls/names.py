@@ -5,26 +5,53 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import opcode
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from kaun._calls.renamed import ADVICE, RENAMED
+from kaun._messages import frames_hidden, user_frame
 
-__all__ = ["advice", "call_of", "found_anywhere", "module_names", "no_attribute", "renamed"]
+__all__ = ["advice", "call_of", "module_names", "no_attribute", "refuse_name", "renamed"]
 
 # What programs call an object of a class.
-_CALLED = {"EarlyStopping": "stopper", "Ensemble": "many", "Layer": "model", "TrainState": "state"}
+_CALLED = {"Directory": "runs", "EarlyStopping": "stopper", "Ensemble": "many", "Layer": "model", "TrainState": "state"}
 
 
 def module_names(module: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a public package: an AttributeError that says what to write for a name."""
-    return lambda name: _raise(module, name)
+    """Return the ``__getattr__`` of a public package: an exception that says what to write for a name."""
+
+    @frames_hidden
+    def missing(name: str) -> NoReturn:
+        short = module.removeprefix("kaun.")
+        error = no_attribute(f"module {module!r}", short, name, sys.modules[module])
+        raise error if name.startswith("_") else _of_import(module, name, error)
+
+    return missing
 
 
-def _raise(module: str, name: str) -> Any:
-    short = module.removeprefix("kaun.")
-    raise no_attribute(f"module {module!r}", short, name, sys.modules[module])
+def refuse_name(name: str, names: Sequence[str]) -> NoReturn:
+    """Raise the exception for a name that ``kaun`` itself does not have: what to write.
+
+    Args:
+        name: The name.
+        names: The names that ``kaun`` has.
+    """
+    text = advice("kaun", name) or _found_anywhere(name, names)
+    raise _of_import("kaun", name, AttributeError(f"module 'kaun' has no attribute {name!r}. {text}"))
+
+
+def _of_import(module: str, name: str, error: AttributeError) -> Exception:
+    """The exception for a name that a module does not have: an ImportError where ``from module import name`` asks.
+
+    Python makes an ImportError of an AttributeError there, and leaves its text out.
+    """
+    frame = user_frame()
+    if frame is None or frame.f_code.co_code[frame.f_lasti] != opcode.opmap["IMPORT_FROM"]:
+        return error
+    _, _, text = str(error).partition(f"has no attribute {name!r}")
+    return ImportError(f"cannot import name {name!r} from {module!r}{text}", name=module)
 
 
 def no_attribute(owner: str, kind: str, name: str, module: Any = None) -> AttributeError:
@@ -48,7 +75,7 @@ def no_attribute(owner: str, kind: str, name: str, module: Any = None) -> Attrib
     return AttributeError(f"{head}. {text}" if text else head)
 
 
-def found_anywhere(name: str, names: Sequence[str]) -> str:
+def _found_anywhere(name: str, names: Sequence[str]) -> str:
     """Return what to write for a name that ``kaun`` itself does not have, where one of its packages has it.
 
     Args:

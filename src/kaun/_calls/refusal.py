@@ -14,7 +14,17 @@ from kaun import tree
 from kaun._calls.texts import CALLS, FIT, FIT_TAKES, STEP, STEP_TAKES
 from kaun._messages import hide_frames, nearest_member
 
-__all__ = ["MISSING", "explained", "is_explained", "public", "shown", "shows_overload", "wrong_fit", "wrong_step"]
+__all__ = [
+    "MISSING",
+    "explained",
+    "is_explained",
+    "is_refused",
+    "public",
+    "shown",
+    "shows_overload",
+    "wrong_fit",
+    "wrong_step",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,7 +70,7 @@ def _call(*args: Any, **kwargs: Any) -> Any:
         try:
             return _function(*args, **kwargs)  # noqa: F821
         except TypeError as error:
-            refused = _refused(args, kwargs) if _is_refused(error) else None  # noqa: F821
+            refused = _refused(args, kwargs) if is_refused(error) else None  # noqa: F821
             if refused is None:
                 raise
         raise refused
@@ -69,15 +79,18 @@ def _call(*args: Any, **kwargs: Any) -> Any:
         raise
 
 
-def _is_refused(error: TypeError) -> bool:
-    """Whether a call failed before its function began to run: then the traceback has no frame of it."""
-    return error.__traceback__ is not None and error.__traceback__.tb_next is None
+def is_refused(error: TypeError) -> bool:
+    """Whether the call in this frame failed before its function ran: the traceback has no frame but a decorator's."""
+    trace = error.__traceback__
+    if trace is None or trace.tb_next is None:
+        return trace is not None
+    return trace.tb_next.tb_next is None and "_refused" in trace.tb_next.tb_frame.f_globals
 
 
 _NAMES: dict[str, Any] = {
     "__name__": __name__,
     "__builtins__": builtins,
-    "_is_refused": _is_refused,
+    "is_refused": is_refused,
     "hide_frames": hide_frames,
 }
 
@@ -103,7 +116,8 @@ def _refusal(
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
-        unknown = {key: value for key, value in kwargs.items() if key not in parameters}
+        named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        unknown = {key: value for key, value in kwargs.items() if key not in named}
         if not unknown:
             twice = next((key for key in kwargs if str(error).endswith(f"values for argument {key!r}")), "")
             text, given = texts.get(twice) or texts.get("", ""), next(iter(args[1:] or args), None)

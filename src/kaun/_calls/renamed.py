@@ -160,6 +160,27 @@ ADVICE: dict[str, dict[str, str]] = {
         "replace(params=)": "Write state.replace(vars=state.vars.replace(params=params)).",
         "replace(state=)": "Write state.replace(vars=state.vars.replace(state=state)).",
     },
+    "Vars": {
+        "weight": "Write vars.params, and in it the path of the layer.",
+        "weights": "Write vars.params.",
+        "parameters": "Write vars.params.",
+        "batch_stats": "Write vars.state.",
+    },
+    "Directory": {
+        "restore": "Write runs.load(like=trainer.init()).",
+        "save": "fit saves. Write trainer.fit(state, data, checkpoints=runs), or checkpoint.save(path, state).",
+        "latest_step": "Write runs.steps()[-1].",
+        "all_steps": "Write runs.steps().",
+        "best_step": 'Write runs.load(like, at="best").step.',
+    },
+    "Tracker": {
+        "update": 'Write tracker.observe("loss", loss).',
+        "add": 'Write tracker.observe("loss", loss).',
+        "log": 'Write tracker.observe("loss", loss).',
+        "compute": 'Write tracker.mean("loss").',
+        "result": 'Write tracker.mean("loss").',
+        "avg": 'Write tracker.mean("loss").',
+    },
     "Ensemble": {
         "members": "Write [states.member(i) for i in range(many.n)].",
         "models": "Its members share one model, many.trainer.model; their weights are states.member(i).vars.",

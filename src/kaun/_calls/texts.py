@@ -188,6 +188,7 @@ CALLS: dict[str, dict[str, str]] = {
     "summary": {
         "": "it takes a trainer and an input, for its shapes. Write kaun.summary(trainer, x)",
         "input_shape": "it takes an input. Write kaun.summary(trainer, jax.ShapeDtypeStruct(shape, jnp.float32))",
+        "depth": "it shows all layers. Leave it out",
         "input_size": "it takes an input. Write kaun.summary(trainer, jax.ShapeDtypeStruct(shape, jnp.float32))",
     },
     "Data.batches": {
@@ -201,6 +202,70 @@ CALLS: dict[str, dict[str, str]] = {
         "weights": "write sample_weights=",
         "sampler": "write Data.from_arrays(x, y).sample(weights, n).batch(32)",
     },
+    "Layer": {
+        "": "its arguments have names. Write Layer(init=init, apply=apply)",
+        "forward": "write apply=, a function (vars, x, *, training, ctx) -> (y, vars)",
+        "params": "init makes them. Write def init(*, dtype): return Vars(params=params, state={{}}, dtype=dtype)",
+    },
+    "Layer.init": {
+        "": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()\n"
+        "A dtype has a name: model.init(dtype=jnp.float32)",
+        "seed": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()",
+        "key": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()",
+        "rngs": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()",
+        "input_shape": "layers know their sizes. Leave it out",
+        "x": "layers know their sizes. Leave it out",
+    },
+    "Layer.apply": {
+        "": "it takes variables and an input, and returns both. Write y, vars = model.apply(vars, x)",
+        "train": "write training={value}",
+        "deterministic": "write training=False, the default",
+        "mutable": "it returns the variables with the new state always. Leave it out",
+        "rngs": "keys are those of the RNG scope. Write with rng.scope({seed}): around the call",
+        "key": "keys are those of the RNG scope. Write with rng.scope({seed}): around the call",
+        "context": "write ctx=Context(name=array)",
+    },
+    "Vars": {"": "write Vars(params={{...}}, state={{}}, dtype=jnp.float32)"},
+    "Vars.replace": {"": "what is replaced has a name. Write vars.replace(params=params)"},
+    "TrainState.replace": {"": "what is replaced has a name. Write state.replace(vars=vars)"},
+    "TrainState.member": {"": "it takes the number of a member. Write states.member(0)"},
+    "Context.set": {"": "it takes a name and an array. Write ctx.set(\"name\", array)"},
+    "rng.scope": {
+        "": "it takes one seed or key. Write\n    with rng.scope({seed}):\n        state = trainer.init()",
+        "seed": "write rng.scope({value})",
+        "key": "write rng.scope(key)",
+    },
+    "rng.next_key": {
+        "": "it gives one key of the scope. Write jax.random.split(rng.next_key(), n) for n of them",
+    },
+    "checkpoint.save": {
+        "": "the path comes first. Write checkpoint.save(\"state.safetensors\", state)",
+        "overwrite": "a file of that name is replaced. Leave it out",
+        "force": "a file of that name is replaced. Leave it out",
+    },
+    "checkpoint.load": {
+        "": "it takes the path and a tree of the same structure. Write checkpoint.load(path, like=trainer.init())",
+        "target": "write like={value}",
+        "item": "write like={value}",
+        "strict": "it is strict always, in shapes, dtypes and names. Leave it out",
+    },
+    "checkpoint.Directory.load": {"": "it takes a state of the same structure. Write runs.load(like=trainer.init())"},
+    "averages.ema": {
+        "": "it takes the decay. Write Trainer(average=averages.ema(0.999))",
+        "beta": "write averages.ema({value})",
+        "alpha": "write averages.ema({value})",
+        "momentum": "write averages.ema({value})",
+    },
+    "averages.swa": {"": "its arguments have names. Write averages.swa(start=1000, every=100)"},
+    "averages.update_statistics": {
+        "": "it takes a trainer, a state and data. Write averages.update_statistics(trainer, state, data)",
+    },
+    "kaun.lr_range": {"": "it takes a trainer, a state and data. Write kaun.lr_range(trainer, state, data)"},
+    "kaun.explain": {
+        "": "it takes the trainer and the exception. Write\n    except kaun.NonFiniteLoss as error:\n        "
+        "print(kaun.explain(trainer, error))",
+    },
+    "kaun.cache": {"": "it takes a folder. Write kaun.cache(\"~/.cache/kaun\")"},
     "Data.from_items": {"": "the items are one list. Write Data.from_items([a, b])"},
     "Data.from_fn": {"": "it takes how many items there are, and a function of their number. Write Data.from_fn(n, f)"},
     "Data.from_iterable": {

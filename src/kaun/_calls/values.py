@@ -37,7 +37,8 @@ def frozen(cls: C) -> C:
 
 def explained_methods(cls: C) -> C:
     """Decorate a class as ``with_advice`` does; also, all its public methods explain wrong calls."""
-    _explain(cls, ["__init__", *(name for name in dir(cls) if not name.startswith("_"))])
+    # A tree_ method is called by JAX, for each step.
+    _explain(cls, ["__init__", *(name for name in dir(cls) if not name.startswith(("_", "tree_")))])
     return with_advice(cls)
 
 

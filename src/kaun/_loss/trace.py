@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
+from kaun._calls import is_refused
 from kaun._jax import constants_in, is_traced, run_program
 from kaun._loss import describe
 from kaun._loss.rebuild import Rebuilt
@@ -197,8 +198,9 @@ def trace_function(
             raise CaptureError(f"{where} {reason}") from None
         except UnforeseenError as error:
             raise CaptureError(f"{where} {error}") from None
-        except TypeError:
-            _refuse_call(function, role, given)
+        except TypeError as error:
+            if is_refused(error):
+                _refuse_call(function, role, given)
             raise
         finally:
             wrote = rebuilt.watch.restore()

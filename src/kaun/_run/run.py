@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
+from kaun._calls import shown
 from kaun._engine import StepInputs, StepLoop, TracedStep
 from kaun._messages import add_note, contextmanager, set_on, warn
 from kaun._processes import is_first
@@ -219,7 +220,7 @@ def _check_resumable(checkpoints: Any, state: TrainState, data: Any) -> None:
     """Refuse what another process could not resume."""
     if not isinstance(checkpoints, Directory):
         raise TypeError(
-            f"fit(checkpoints=...) expected a checkpoint.Directory, received {checkpoints!r}. Write "
+            f"fit(checkpoints=...) expected a checkpoint.Directory, received {shown(checkpoints)}. Write "
             'checkpoints=checkpoint.Directory("runs/digits", every=500).'
         )
     if jax.process_count() > 1 and not processes_with(state):

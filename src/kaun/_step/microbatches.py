@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from kaun import rng, tree
+from kaun._calls import shown
 from kaun.context import Context
 from kaun.sharding.core import Sharding, spread_rows
 
@@ -27,7 +28,7 @@ def check_count(name: str, count: Any) -> None:
         ValueError: If it is below 1.
     """
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
-        raise TypeError(f"Trainer({name}=...) expected an int of at least 1, received {count!r}. Write {name}=4.")
+        raise TypeError(f"Trainer({name}=...) expected an int of at least 1, received {shown(count)}. Write {name}=4.")
     if count < 1:
         raise ValueError(f"Trainer({name}=...) expected an int of at least 1, received {count}. Write {name}=4.")
 

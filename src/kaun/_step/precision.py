@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kaun._calls import shown
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars
 
@@ -76,12 +77,12 @@ def parse_precision(precision: Any) -> Policy | None:
         return None
     fix = 'Write precision="params=float32,compute=bfloat16,output=float32", or "mixed_bfloat16" for short.'
     if not isinstance(precision, str):
-        raise TypeError(f"Trainer(precision=...) expected a string, received {precision!r}. {fix}")
+        raise TypeError(f"Trainer(precision=...) expected a string, received {shown(precision)}. {fix}")
     pairs = [part.partition("=") for part in SHORT.get(precision, precision).replace(" ", "").split(",")]
     if sorted(name for name, _, _ in pairs) != sorted(NAMES):
         raise ValueError(
             f"Trainer(precision=...) expected params, compute and output, each once, or one of "
-            f"{', '.join(map(repr, SHORT))}, received {precision!r}. {fix}"
+            f"{', '.join(map(repr, SHORT))}, received {shown(precision)}. {fix}"
         )
     return Policy(**{name: _dtype(precision, name, value, fix) for name, _, value in pairs})
 
@@ -94,7 +95,7 @@ def _dtype(precision: str, name: str, value: str, fix: str) -> Any:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
         x64 = " (it needs JAX's x64 mode, which is off)" if dtype == jnp.float64 else ""
         raise ValueError(
-            f"Trainer(precision={precision!r}) expected a floating dtype as {name}, received {value!r}{x64}. {fix}"
+            f"Trainer(precision={precision!r}) expected a floating dtype as {name}, received {shown(value)}{x64}. {fix}"
         )
     return dtype
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from kaun import tree
+from kaun._calls import shown
 from kaun._messages import locate
 from kaun.layers.core import Vars
 from kaun.layers.path import frozen_layers
@@ -27,7 +28,7 @@ def check_trainable(trainable: Any) -> None:
     if trainable is not None and not callable(trainable):
         raise TypeError(
             "Trainer(trainable=...) expected a function (path) -> bool that is True for parameters that train, "
-            f'received {trainable!r}. Write trainable=lambda path: path.startswith("head.").'
+            f'received {shown(trainable)}. Write trainable=lambda path: path.startswith("head.").'
         )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._calls import public
+from kaun._calls import public, shown
 
 __all__ = ["Average", "Ema", "FromOptimizer", "Swa", "check_average", "ema", "from_optimizer", "swa"]
 
@@ -105,7 +105,7 @@ def ema(decay: float) -> Ema:
         Array([[5.]], dtype=float32)
     """
     if isinstance(decay, bool) or not tree.is_real_scalar(decay):
-        raise TypeError(f"averages.ema expected decay as a number, received {decay!r}. Write averages.ema(0.999).")
+        raise TypeError(f"averages.ema expected decay as a number, received {shown(decay)}. Write averages.ema(0.999).")
     if not 0 <= float(decay) < 1:
         raise ValueError(
             f"averages.ema expected a decay of at least 0 and below 1, received {decay}. It is the weight of the old "
@@ -177,7 +177,7 @@ def from_optimizer(f: Callable[[Any, Any], Any]) -> FromOptimizer:
     """
     if not callable(f):
         raise TypeError(
-            f"averages.from_optimizer expected a function (opt_state, params) -> params, received {f!r}. Write "
+            f"averages.from_optimizer expected a function (opt_state, params) -> params, received {shown(f)}. Write "
             "averages.from_optimizer(optax.contrib.schedule_free_eval_params)."
         )
     return FromOptimizer(f)
@@ -193,5 +193,5 @@ def check_average(average: Any) -> None:
         called = ". Did you forget to call it?" if callable(average) else "."
         raise TypeError(
             "Trainer(average=...) expected averages.ema(decay), averages.swa(start=, every=) or "
-            f"averages.from_optimizer(f), received {average!r}{called} Write average=averages.ema(0.999)."
+            f"averages.from_optimizer(f), received {shown(average)}{called} Write average=averages.ema(0.999)."
         )

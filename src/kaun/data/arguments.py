@@ -42,7 +42,7 @@ def checked_count(where: str, name: str, value: Any, least: int, fix: str = "") 
         fix = f"Write {where}, in this order" if other else f"Write {name}=int(...)"
         raise TypeError(f"{where} expected an int for {name}, received {shown(value)}. {fix}.")
     if number < least:
-        raise ValueError(f"{where} expected {name} to be at least {least}, received {value!r}.{fix and ' ' + fix}")
+        raise ValueError(f"{where} expected {name} to be at least {least}, received {shown(value)}.{fix and ' ' + fix}")
     return number
 
 

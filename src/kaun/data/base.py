@@ -59,10 +59,10 @@ class Pipeline(Generic[T], metaclass=_Names):
             raise loses_rows(where, node.rows, f"{fix}, or leave sample_weights out")
         return (item.rows.real(item.item) for item in node.open(None, 0)) if node.rows else self
 
-    @frames_hidden
     def __len__(self) -> int:
         if self._node.length is None:
-            raise arguments.no_length(repr(self))
+            with frames_hidden:
+                raise arguments.no_length(repr(self))
         return self._node.length
 
     if not TYPE_CHECKING:

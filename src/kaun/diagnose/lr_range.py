@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from kaun import rng, tree
-from kaun._calls import explained
+from kaun._calls import explained, shown
 from kaun._messages import locate, optional_package, set_on
 from kaun._paths import saved_picture
 from kaun._processes import is_first
@@ -348,11 +348,11 @@ def _too_few(data: Iterable[Any], found: int, items: int) -> ValueError:
 def _check_range(low: Any, high: Any, steps: Any) -> None:
     for name, value in (("low", low), ("high", high)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"lr_range expected {name} as a learning rate, received {value!r}. Write {name}=1e-3.")
+            raise TypeError(f"lr_range expected {name} as a learning rate, received {shown(value)}. Write {name}=1e-3.")
     if not 0 < low < high < math.inf:
         raise ValueError(f"lr_range expected 0 < low < high, received {low} and {high}. Write low=1e-7, high=10.0.")
     if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"lr_range expected steps as an int, received {steps!r}. Write steps=100.")
+        raise TypeError(f"lr_range expected steps as an int, received {shown(steps)}. Write steps=100.")
     if steps < 10:
         raise ValueError(f"lr_range expected at least 10 steps, received {steps}. Write steps=100.")
 

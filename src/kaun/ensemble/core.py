@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import explained_methods
+from kaun._calls import explained_methods, shown
 from kaun._engine import Compilation, ProgramCache
 from kaun._loss import Loss
 from kaun._messages import frames_hidden, hide_frames
@@ -88,7 +88,7 @@ class Ensemble(Generic[In, Out]):
             )
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
             raise TypeError(
-                f"Ensemble expected the number of members as an int, received {n!r}. Write Ensemble(trainer, 8)."
+                f"Ensemble expected the number of members as an int, received {shown(n)}. Write Ensemble(trainer, 8)."
             )
         if n < 1:
             raise ValueError(f"Ensemble expected at least 1 member, received {n}. Write Ensemble(trainer, 8).")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import losses, tree
-from kaun._calls import foreign_function
+from kaun._calls import foreign_function, shown
 from kaun._engine import Packing
 from kaun.metrics import BatchMean, Counted, Counts, MetricSums, Part, Ratio, result_of
 
@@ -36,7 +36,7 @@ def check_metrics(where: str, metrics: Any) -> dict[str, Metric]:
         )
     for name, metric in metrics.items():
         if not isinstance(name, str):
-            raise TypeError(f'{where} expected names of metrics as strings, received {name!r}. Write "{name}".')
+            raise TypeError(f'{where} expected names of metrics as strings, received {shown(name)}. Write "{name}".')
         if (foreign := foreign_function(metric, "metrics")) is not None:
             raise TypeError(f"{where} expected the metric {name!r} to be a function of JAX arrays, {foreign}")
         if not callable(metric):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
+from kaun._calls import shown
 from kaun.context import Context
 from kaun.layers.path import here
 
@@ -73,7 +74,7 @@ def check_method(method: Any, where: str) -> Any:
     """
     if method is not None and not isinstance(method, str) and not callable(method):
         raise TypeError(
-            f"{where}(method=...) expected the name of a method or a function (module, x), received {method!r}. "
+            f"{where}(method=...) expected the name of a method or a function (module, x), received {shown(method)}. "
             'Write method="encode", or method=lambda module, x: module.encode(x).'
         )
     return method

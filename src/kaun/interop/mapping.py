@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from kaun import tree
+from kaun._calls import shown
 from kaun._messages import quoted
 from kaun.interop.rules import Array, Rule, expression, filled, group_name, placeholders
 
@@ -57,7 +58,7 @@ def _check_weights(call: str, weights: Any) -> None:
         raise TypeError(f"{call} expected arrays by name, received {type(weights).__name__}. Write {fix}.")
     for name in cast("Mapping[Any, Any]", weights):
         if not isinstance(name, str):
-            raise TypeError(f"{call} expected names that are strings, received {name!r}. Write {str(name)!r}.")
+            raise TypeError(f"{call} expected names that are strings, received {shown(name)}. Write {str(name)!r}.")
 
 
 def _check_rules(mapping: Any, where: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kaun import tree
-from kaun._calls import explained
+from kaun._calls import explained, shown
 from kaun._messages import quoted
 
 __all__ = [
@@ -139,7 +139,9 @@ def split(pattern: str, into: Sequence[str], axis: int = -1, sizes: Sequence[int
     """
     if isinstance(into, str) or not isinstance(into, Sequence):  # pyright: ignore
         one = repr(into) if isinstance(into, str) else "template"  # pyright: ignore
-        raise TypeError(f"split(pattern, into) expected a list of templates, received {into!r}. Write [{one}, ...].")
+        raise TypeError(
+            f"split(pattern, into) expected a list of templates, received {shown(into)}. Write [{one}, ...]."
+        )
     templates, (axis,) = list(into), _ints("split(axis=...)", [axis], "axis=0")
     given = None if sizes is None else [*_ints("split(sizes=...)", sizes, "sizes=[4, 2]")]
     if not templates:
@@ -245,7 +247,7 @@ def _ints(call: str, values: Any, like: str) -> tuple[int, ...]:
             raise TypeError
         return tuple(operator.index(value) for value in values)
     except TypeError:
-        raise TypeError(f"{call} expected ints, received {values!r}. Write {like}, for example.") from None
+        raise TypeError(f"{call} expected ints, received {shown(values)}. Write {like}, for example.") from None
 
 
 def _rule(

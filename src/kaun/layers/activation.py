@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
-from kaun._calls import explained, public
+from kaun._calls import explained, public, shown
 from kaun.layers.arguments import accumulation_dtype, call_text, number
 from kaun.layers.core import Float, Layer
 from kaun.layers.function import stateless
@@ -326,7 +326,9 @@ def activation(f: Callable[[jax.Array], Any]) -> Layer[Float, Float]:
         (3, 4)
     """
     if not callable(f):
-        raise TypeError(f"activation expected a function of one array, received {f!r}. Write activation(jax.nn.relu6).")
+        raise TypeError(
+            f"activation expected a function of one array, received {shown(f)}. Write activation(jax.nn.relu6)."
+        )
     if getattr(f, "__module__", None) == __name__ and f.__name__ in __all__:
         raise TypeError(
             f"activation expected a function of one array, received layers.{f.__name__}, which makes a layer. Write "

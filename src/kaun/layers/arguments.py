@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun._calls import shown
+
 __all__ = [
     "AXES", "accumulation_dtype", "along_last", "call_text", "flag", "float_dtype", "fraction", "number", "positive",
     "size", "sizes",
@@ -35,7 +37,7 @@ def size(layer: str, what: str, value: Any, least: int = 1) -> int:
         count = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{layer}({what}=...) expected an int of at least {least}, received {value!r}. "
+            f"{layer}({what}=...) expected an int of at least {least}, received {shown(value)}. "
             "Write a whole number; if it is computed, divide with //."
         ) from None
     if count < least:
@@ -70,7 +72,7 @@ def positive(layer: str, what: str, value: Any) -> float:
     """
     found = _real(layer, what, value, "above 0")
     if not 0 < found < math.inf:
-        raise ValueError(f"{layer}({what}=...) expected a finite number above 0, received {found!r}.")
+        raise ValueError(f"{layer}({what}=...) expected a finite number above 0, received {shown(found)}.")
     return found
 
 
@@ -83,7 +85,7 @@ def number(layer: str, what: str, value: Any) -> float:
     """
     found = _real(layer, what, value, "that is finite")
     if not math.isfinite(found):
-        raise ValueError(f"{layer}({what}=...) expected a finite number, received {found!r}.")
+        raise ValueError(f"{layer}({what}=...) expected a finite number, received {shown(found)}.")
     return found
 
 
@@ -97,7 +99,7 @@ def fraction(layer: str, what: str, value: Any) -> float:
     found = _real(layer, what, value, "in [0, 1)")
     if not 0 <= found < 1:
         hint = f" Write {what}={found / 100:g} for {found:g} percent." if 1 < found < 100 else ""
-        raise ValueError(f"{layer}({what}=...) expected a number in [0, 1), received {found!r}.{hint}")
+        raise ValueError(f"{layer}({what}=...) expected a number in [0, 1), received {shown(found)}.{hint}")
     return found
 
 
@@ -109,7 +111,7 @@ def flag(layer: str, what: str, value: Any) -> bool:
     """
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f"{layer}({what}=...) expected True or False, received {value!r}. Write {what}=True or {what}=False."
+            f"{layer}({what}=...) expected True or False, received {shown(value)}. Write {what}=True or {what}=False."
         )
     return bool(value)
 
@@ -137,7 +139,7 @@ def float_dtype(dtype: Any) -> Any:
 def _real(layer: str, what: str, value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"{layer}({what}=...) expected a number {where}, received {value!r}. Write {what}=0.1, for example."
+            f"{layer}({what}=...) expected a number {where}, received {shown(value)}. Write {what}=0.1, for example."
         )
     return float(value)
 

@@ -9,7 +9,7 @@ from typing import Any, cast, overload
 import jax.numpy as jnp
 
 from kaun import tree
-from kaun._calls import explained, public
+from kaun._calls import explained, public, shown
 from kaun.context import Context
 from kaun.layers.core import Float, Int, Layer, Vars, below, block_text, keys_text, must_be_layer, short_name
 from kaun.layers.path import at, here
@@ -58,7 +58,7 @@ def sequential(layers: Any) -> Layer[Any, Any]:
         ['hidden', 'out']
     """
     if isinstance(layers, Layer):
-        raise TypeError(f"sequential expected a list of layers, received {layers!r}. Write sequential([...]).")
+        raise TypeError(f"sequential expected a list of layers, received {shown(layers)}. Write sequential([...]).")
     named = isinstance(layers, Mapping)
     children: dict[Any, Any] = dict(cast("Mapping[Any, Any]", layers) if named else enumerate(layers))
     if not children:

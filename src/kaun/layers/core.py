@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from kaun import _html, rng, tree
-from kaun._calls import layer_for, public, shown, with_advice
-from kaun._messages import hide_frames, locate
+from kaun._calls import explained_methods, layer_for, public, shown
+from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.arguments import float_dtype
 from kaun.layers.path import at, here, is_frozen, watching
@@ -63,6 +63,7 @@ Mid = TypeVar("Mid")
 Out = TypeVar("Out")
 
 
+@explained_methods
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vars:
@@ -140,7 +141,7 @@ class Apply(Protocol):
     def __call__(self, vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]: ...
 
 
-@with_advice
+@explained_methods
 class Layer(Generic[In, Out]):
     """A model or a part of one: a pair of pure functions, ``init`` and ``apply``.
 
@@ -179,7 +180,7 @@ class Layer(Generic[In, Out]):
     def __init__(self, *, init: Init, apply: Apply, name: str = "layer") -> None:
         for what, function in (("init", init), ("apply", apply)):
             if not callable(function):
-                raise TypeError(f"Layer({what}=...) expected a function, received {function!r}.")
+                raise TypeError(f"Layer({what}=...) expected a function, received {shown(function)}.")
         object.__setattr__(self, "_init", init)
         object.__setattr__(self, "_apply", apply)
         object.__setattr__(self, "name", name)
@@ -194,17 +195,13 @@ class Layer(Generic[In, Out]):
             TypeError: If ``dtype`` is not floating, or the function ``init`` does not return a ``Vars``.
             ValueError: If ``dtype`` is float64 and JAX runs without x64.
         """
-        try:
-            made = self._init(dtype=float_dtype(dtype))
-            if not isinstance(made, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(
-                    f"init of layer {here(self.name)} must return kaun.Vars, received {type(made).__name__} from "
-                    f"{locate(self._init)}. Write: return Vars(params={{...}}, state={{}}, dtype=dtype)."
-                )
-            return made
-        except BaseException as error:
-            hide_frames(error)
-            raise
+        made = self._init(dtype=float_dtype(dtype))
+        if not isinstance(made, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"init of layer {here(self.name)} must return kaun.Vars, received {type(made).__name__} from "
+                f"{locate(self._init)}. Write: return Vars(params={{...}}, state={{}}, dtype=dtype)."
+            )
+        return made
 
     def apply(self, vars: Vars, x: Any, /, *, training: bool = False, ctx: Context | None = None) -> tuple[Any, Vars]:
         """Run the forward pass.
@@ -223,25 +220,23 @@ class Layer(Generic[In, Out]):
         Raises:
             TypeError: If ``vars`` is not a ``Vars``, or the function ``apply`` does not return ``(y, vars)``.
         """
-        try:
-            if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(
-                    f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
-                    "model.init(...) returns, or a trainer's state.vars."
-                )
-            training = training and not is_frozen(vars.params)
-            watch, ctx = watching(), Context() if ctx is None else ctx
-            run = lambda: self._apply(vars, x, training=training, ctx=ctx)
-            result = run() if watch is None else watch(self, vars, run)
-            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):
-                raise TypeError(
-                    f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
-                    f"{locate(self._apply)}. Write: return y, vars."
-                )
-            return result
-        except BaseException as error:
-            hide_frames(error)
-            raise
+        if not isinstance(vars, Vars):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"apply of layer {here(self.name)} expected kaun.Vars, received {type(vars).__name__}. Pass what "
+                "model.init(...) returns, or a trainer's state.vars."
+            )
+        training = training and not is_frozen(vars.params)
+        watch, ctx = watching(), Context() if ctx is None else ctx
+        if watch is None:
+            result = self._apply(vars, x, training=training, ctx=ctx)
+        else:
+            result = watch(self, vars, lambda: self._apply(vars, x, training=training, ctx=ctx))
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Vars)):
+            raise TypeError(
+                f"apply of layer {here(self.name)} must return (y, vars), received {type(result).__name__} from "
+                f"{locate(self._apply)}. Write: return y, vars."
+            )
+        return result
 
     def __rshift__(self: Layer[In, Mid], other: Layer[Mid, Out]) -> Layer[In, Out]:
         return compose(self, other)

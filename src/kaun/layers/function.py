@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import tree
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars
@@ -37,7 +37,7 @@ def fn(f: Callable[[Any], Any], *, name: str | None = None) -> Layer[Any, Any]:
         >>> model = layers.linear(2, 4) >> layers.fn(jnp.sin)
     """
     if not callable(f):
-        raise TypeError(f"fn expected a function of one argument, received {f!r}.")
+        raise TypeError(f"fn expected a function of one argument, received {shown(f)}.")
     return stateless(name or f"fn({getattr(f, '__name__', type(f).__name__)})", f)
 
 
@@ -80,7 +80,7 @@ def from_function(apply: Callable[[Any, Any], Any], params: Any, *, name: str | 
     """
     if not callable(apply):
         raise TypeError(
-            f"from_function expected a function (params, x) -> output, received {apply!r}. "
+            f"from_function expected a function (params, x) -> output, received {shown(apply)}. "
             "Write layers.from_function(lambda params, x: x @ params['w'], {'w': w})."
         )
     name = name or f"from_function({getattr(apply, '__name__', type(apply).__name__)})"

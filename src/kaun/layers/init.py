@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
+from kaun._calls import shown
 
 Initializer = Callable[..., Any]
 """A function ``(key, shape, dtype) -> array``, as those of ``jax.nn.initializers``."""
@@ -49,7 +50,7 @@ def _drawn(layer: str, what: str, initializer: Initializer, key: Any, shape: tup
     wanted = f"float array {jnp.dtype(dtype).name}{list(shape)}"
     fix = f"Write {what}=jax.nn.initializers.normal(0.02), or a function (key, shape, dtype) -> array."
     if not callable(initializer):
-        raise TypeError(f"{layer}({what}=...) expected an initializer, received {initializer!r}. {fix}")
+        raise TypeError(f"{layer}({what}=...) expected an initializer, received {shown(initializer)}. {fix}")
     made = initializer(rng.next_key() if key is None else key, shape, dtype)
     if callable(made):
         # jax.nn.initializers has both kinds: zeros is an initializer, glorot_uniform() makes one.

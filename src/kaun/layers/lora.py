@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import locate
 from kaun.context import Context
 from kaun.layers.arguments import positive, size
@@ -68,7 +68,7 @@ def lora(model: Layer[Any, Any], rank: int, where: Callable[[str], Any], alpha: 
     scale = (rank if alpha is None else positive("lora", "alpha", alpha)) / rank
     if not callable(where):
         raise TypeError(
-            f"lora(where=...) expected a function (path) -> bool, received {where!r}. Write "
+            f"lora(where=...) expected a function (path) -> bool, received {shown(where)}. Write "
             'where=lambda path: path.endswith("q_proj.weight").'
         )
     chosen = _chosen(model, where)
@@ -134,7 +134,8 @@ def is_lora(path: str) -> bool:
     """
     if not isinstance(path, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f"is_lora expected the path of a parameter, received {path!r}. Write Trainer(trainable=layers.is_lora)."
+            f"is_lora expected the path of a parameter, received {shown(path)}. Write "
+            "Trainer(trainable=layers.is_lora)."
         )
     return path.rpartition(".")[2] in ("lora_a", "lora_b")
 

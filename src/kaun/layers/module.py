@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar, cast, overload
 import jax
 
 from kaun import tree
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._jax import current_trace
 from kaun._messages import locate
 from kaun.context import Context
@@ -87,7 +87,7 @@ def module(parts: Any, forward: Any, name: str | None = None) -> Layer[Any, Any]
         ((1, 8, 8, 4), ['conv', 'norm', 'out'])
     """
     if not isinstance(parts, Mapping):
-        raise TypeError(f"module expected a dict of layers by name, received {parts!r}. Write {{'name': layer}}.")
+        raise TypeError(f"module expected a dict of layers by name, received {shown(parts)}. Write {{'name': layer}}.")
     head = "module" if name is None else name
     children = _checked(head, parts)
     _check_forward(head, forward, children)
@@ -265,7 +265,7 @@ def _check_forward(head: str, forward: Any, parts: dict[str, Any]) -> None:
     """Check that forward is a function of two arguments which can, and does, call the parts."""
     fix = "Write module(parts, forward) with def forward(m, x): return m.conv(x)."
     if not callable(forward):
-        raise TypeError(f"{head} expected a function (m, x) -> y, received {forward!r}. {fix}")
+        raise TypeError(f"{head} expected a function (m, x) -> y, received {shown(forward)}. {fix}")
     try:
         inspect.signature(forward).bind(None, None)
     except TypeError as error:

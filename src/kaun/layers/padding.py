@@ -9,6 +9,7 @@ import jax
 from jax import lax
 
 from kaun import tree
+from kaun._calls import shown
 from kaun.layers.arguments import AXES, size
 from kaun.layers.path import here
 
@@ -38,7 +39,7 @@ def padding_of(head: str, padding: Any, axes: int, words: Sequence[str] = ("SAME
         flat = len(pairs) == axes > 1 and not any(isinstance(p, Sequence) for p in pairs)
         like = tuple((p, p) for p in pairs) if flat else (1, 1) if axes == 1 else ((1, 1),) * axes
         raise TypeError(
-            f"{head}(padding=...) expected {_forms(axes, words)}, received {padding!r}. Write padding={like!r}."
+            f"{head}(padding=...) expected {_forms(axes, words)}, received {shown(padding)}. Write padding={like!r}."
         )
     return tuple((size(head, "padding", low, 0), size(head, "padding", high, 0)) for low, high in pairs)
 
@@ -61,7 +62,8 @@ def _word(head: str, padding: str, axes: int, words: Sequence[str]) -> str:
         if padding.upper() in words:
             hint = f' Write padding="{padding.upper()}".'
         raise ValueError(
-            f"{head}(padding=...) expected {_forms(axes, words)}, received {padding!r}.{hint} For padding with other "
+            f"{head}(padding=...) expected {_forms(axes, words)}, received {shown(padding)}.{hint} For "
+            "padding with other "
             'numbers than zeros put layers.fn(lambda x: jnp.pad(x, ...)) before it and write padding="VALID".'
         )
     return padding

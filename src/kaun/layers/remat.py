@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 
 from kaun import rng
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun.context import Context
 from kaun.layers.core import Layer, Vars, block_text, must_be_layer
 
@@ -49,7 +49,8 @@ def remat(inner: Layer[In, Out], policy: Callable[..., Any] | None = None) -> La
     must_be_layer("remat", inner)
     if policy is not None and not callable(policy):
         raise TypeError(
-            f"remat(policy=...) expected None or a function of jax.checkpoint_policies, received {policy!r}. Write "
+            "remat(policy=...) expected None or a function of jax.checkpoint_policies, received "
+            f"{shown(policy)}. Write "
             "policy=jax.checkpoint_policies.dots_saveable."
         )
 

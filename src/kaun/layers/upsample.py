@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun.layers.arguments import AXES, accumulation_dtype, call_text, sizes
 from kaun.layers.core import Float, Layer
 from kaun.layers.function import stateless
@@ -45,7 +45,8 @@ def upsample2d(scale: int | Sequence[int], method: Literal["nearest", "bilinear"
     scales = sizes("upsample2d", "scale", scale, 2)
     if method not in ("nearest", "bilinear"):
         raise ValueError(
-            f"upsample2d(method=...) expected 'nearest' or 'bilinear', received {method!r}. For other methods write "
+            f"upsample2d(method=...) expected 'nearest' or 'bilinear', received {shown(method)}. For other "
+            "methods write "
             "layers.fn(lambda x: jax.image.resize(x, shape, method))."
         )
     name = call_text(upsample2d, scale=scale, method=method)

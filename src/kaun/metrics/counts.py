@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from kaun import tree
+from kaun._calls import shown
 from kaun.losses.checks import as_array, class_indices, equal_shapes, floats, index_shape, not_empty, zeros_and_ones
 from kaun.metrics.parts import RowValues, as_floats, settle
 from kaun.metrics.weights import Weights, blank, check_weights, nothing_to_average
@@ -164,7 +165,7 @@ def matrix(counts: Any, **settings: Any) -> Matrix:
 def check_average(where: str, average: Any) -> None:
     """Raise ValueError for an unknown average."""
     if average not in get_args(Average):
-        raise ValueError(f'{where} expected average="macro", "micro" or "weighted", received {average!r}.')
+        raise ValueError(f'{where} expected average="macro", "micro" or "weighted", received {shown(average)}.')
 
 
 def averaged(counts: Any, average: str, of: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Score:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kaun._calls import explained, public
+from kaun._calls import explained, public, shown
 from kaun._messages import locate
 from kaun._report import (
     Composite,
@@ -66,7 +66,7 @@ def every(n: int, f: Report | ReportFunction) -> Report:
         100: 0.250
     """
     if isinstance(n, bool) or not isinstance(n, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"every expected a number of steps as an int, received {n!r}. Write every(100, report).")
+        raise TypeError(f"every expected a number of steps as an int, received {shown(n)}. Write every(100, report).")
     if n < 1:
         raise ValueError(f"every expected a number of steps of at least 1, received {n}. Write every(100, report).")
     check_report(f, "every")

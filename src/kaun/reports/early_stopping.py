@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import explained, with_advice
+from kaun._calls import explained, shown, with_advice
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
 from kaun.errors import EarlyStop
@@ -73,19 +73,19 @@ def early_stopping(
     """
     if not isinstance(monitor, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f'early_stopping expected monitor as a name, received {monitor!r}. Write early_stopping("accuracy", '
+            f'early_stopping expected monitor as a name, received {shown(monitor)}. Write early_stopping("accuracy", '
             'mode="max", patience=5).'
         )
     if mode not in ("max", "min"):
         raise ValueError(
-            f'early_stopping expected mode "max" (more is better) or "min" (less is better), received {mode!r}.'
+            f'early_stopping expected mode "max" (more is better) or "min" (less is better), received {shown(mode)}.'
         )
     if isinstance(patience, bool) or not isinstance(patience, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"early_stopping expected patience as a number of values, an int, received {patience!r}.")
+        raise TypeError(f"early_stopping expected patience as a number of values, an int, received {shown(patience)}.")
     if patience < 1:
         raise ValueError(f"early_stopping expected a patience of at least 1 value, received {patience}.")
     if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"early_stopping expected min_delta as a float, received {min_delta!r}.")
+        raise TypeError(f"early_stopping expected min_delta as a float, received {shown(min_delta)}.")
     if not 0 <= min_delta < math.inf:
         raise ValueError(f"early_stopping expected a min_delta of at least 0, and finite, received {min_delta}.")
     kind = _TrainingLossStopping if monitor == "loss" else EarlyStopping

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._paths import local_path
 from kaun._report import Report
 from kaun.checkpoint import Disk
@@ -107,7 +107,7 @@ def csv(path: str | os.PathLike[str], *, epochs: bool = False) -> Report:
 
 def _path(where: str, path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f'{where} expected the path of a file, received {path!r}. Write {where}("run.{where}").')
+        raise TypeError(f'{where} expected the path of a file, received {shown(path)}. Write {where}("run.{where}").')
     return local_path(where, path).absolute()
 
 

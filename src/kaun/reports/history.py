@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from kaun import _html
-from kaun._calls import public, with_advice
+from kaun._calls import public, shown, with_advice
 from kaun._messages import optional_package
 from kaun._paths import saved_picture
 from kaun._processes import is_first
@@ -286,7 +286,7 @@ def _checked_window(window: int | None, recorded: int) -> int:
     if window is None:
         return max(5, recorded // 20) | 1
     if isinstance(window, bool) or not isinstance(window, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"history.plot expected window as a number of steps, an int, received {window!r}.")
+        raise TypeError(f"history.plot expected window as a number of steps, an int, received {shown(window)}.")
     if window < 1:
         raise ValueError(f"history.plot expected a window of at least 1 step, received {window}.")
     return window | 1

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import locate, warn
 from kaun._report import Report
 from kaun._run import saved_values
@@ -60,7 +60,7 @@ def learning_rate(schedule: Callable[[Any], Any]) -> Report:
     """
     if not callable(schedule):
         raise TypeError(
-            f"learning_rate expected a schedule, a function of the count of updates, received {schedule!r}. For a "
+            f"learning_rate expected a schedule, a function of the count of updates, received {shown(schedule)}. For a "
             "constant rate write learning_rate(optax.constant_schedule(1e-3))."
         )
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import optional_package
 from kaun._paths import picture_path
 from kaun._processes import is_first
@@ -57,7 +57,7 @@ def plot(path: str | os.PathLike[str], *, log: bool = False) -> Report:
         ['loss.png']
     """
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f'plot expected the path of a picture, received {path!r}. Write plot("loss.png").')
+        raise TypeError(f'plot expected the path of a picture, received {shown(path)}. Write plot("loss.png").')
     optional_package("reports.plot", "matplotlib", "plot")
     return _Plot(picture_path("plot", path).absolute(), log)
 

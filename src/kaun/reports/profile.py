@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import warn
 from kaun._paths import local_path
 from kaun._processes import is_first
@@ -63,12 +63,12 @@ def profile(path: str | os.PathLike[str], steps: tuple[int, int] = (100, 110)) -
         'perfetto_trace.json.gz'
     """
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f'profile expected the path of a folder, received {path!r}. Write profile("trace").')
+        raise TypeError(f'profile expected the path of a folder, received {shown(path)}. Write profile("trace").')
     pair: Any = steps
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(type(step) is not int for step in pair):
-        raise TypeError(f"profile expected the first and the last step, two ints, received {steps!r}. {_FIX}")
+        raise TypeError(f"profile expected the first and the last step, two ints, received {shown(steps)}. {_FIX}")
     if not 1 <= steps[0] <= steps[1]:
-        raise ValueError(f"profile expected steps from 1, the first before the last, received {steps!r}. {_FIX}")
+        raise ValueError(f"profile expected steps from 1, the first before the last, received {shown(steps)}. {_FIX}")
     return Profile(local_path("profile", path).absolute(), *steps)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from kaun._calls import explained
+from kaun._calls import explained, shown
 from kaun._processes import is_first
 from kaun._report import Report
 from kaun._run import StepValues
@@ -64,7 +64,9 @@ def progress(total: int | None = None, *, description: str | None = None, file: 
         digits: 100% 200/200 [00:00<00:00, ...step/s, loss=0.25]
     """
     if total is not None and (isinstance(total, bool) or not isinstance(total, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"progress expected a number of steps as total, an int, received {total!r}: progress(1000).")
+        raise TypeError(
+            f"progress expected a number of steps as total, an int, received {shown(total)}: progress(1000)."
+        )
     if total is not None and total < 0:
         raise ValueError(f"progress expected a total of at least 0 steps, received {total}: progress(1000).")
     return _Progress(total, description, file)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kaun import tree
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import optional_package
 from kaun._report import Report
 from kaun.state import count_steps
@@ -48,7 +48,9 @@ def prune(trial: Any, name: str) -> Report:
             'Write def objective(trial): ... reports.prune(trial, "accuracy") ...; study.optimize(objective).'
         )
     if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f'prune expected the name of a measured value, received {name!r}. Write prune(trial, "loss").')
+        raise TypeError(
+            f'prune expected the name of a measured value, received {shown(name)}. Write prune(trial, "loss").'
+        )
     return _Prune(trial, name)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import optional_package
 from kaun._paths import local_path
 from kaun._report import Report
@@ -54,7 +54,9 @@ def tensorboard(folder: str | os.PathLike[str], *, epochs: bool = False) -> Repo
     """
     optional_package("reports.tensorboard", "tensorboardX", "tensorboard")
     if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f'tensorboard expected the path of a folder, received {folder!r}. Write tensorboard("run").')
+        raise TypeError(
+            f'tensorboard expected the path of a folder, received {shown(folder)}. Write tensorboard("run").'
+        )
     return Log(_TensorBoard(local_path("tensorboard", folder).absolute()), epochs)
 
 

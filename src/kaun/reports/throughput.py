@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._report import Report
 
 __all__ = ["throughput"]
@@ -52,16 +52,17 @@ def throughput(
     if not (isinstance(tokens, (str, type(None))) or type(tokens) is int):
         raise TypeError(
             f"throughput expected tokens as the number of tokens of an example, an int, or the name of a scalar that "
-            f"the loss returns, received {tokens!r}. Write throughput(tokens=512)."
+            f"the loss returns, received {shown(tokens)}. Write throughput(tokens=512)."
         )
     for name, value in (("flops", flops), ("peak_flops", peak_flops)):
         if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"throughput expected {name} as a number, received {value!r}. Write {name}=1e12.")
+            raise TypeError(f"throughput expected {name} as a number, received {shown(value)}. Write {name}=1e12.")
     for name, value in (("tokens", tokens), ("flops", flops), ("peak_flops", peak_flops)):
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             example = "512" if name == "tokens" else "1e12"
             raise ValueError(
-                f"throughput expected {name} to be a finite number above 0, received {value!r}. Write {name}={example}."
+                f"throughput expected {name} to be a finite number above 0, received {shown(value)}. Write "
+                f"{name}={example}."
             )
     if (flops is None) != (peak_flops is None) or (tokens is None and flops is None):
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._report import Report
 from kaun._run import saved_values
 from kaun.errors import EarlyStop
@@ -38,7 +38,9 @@ def time_limit(minutes: float) -> Report:
         False
     """
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"time_limit expected a number of minutes, received {minutes!r}. Write time_limit(minutes=90).")
+        raise TypeError(
+            f"time_limit expected a number of minutes, received {shown(minutes)}. Write time_limit(minutes=90)."
+        )
     if not 0 < minutes < math.inf:
         raise ValueError(
             f"time_limit expected a finite number of minutes above 0, received {minutes}. Write time_limit(minutes=90)."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import explained
+from kaun._calls import explained, shown
 from kaun._messages import locate
 from kaun._report import Report
 from kaun._run import pack_results, unpack_results
@@ -92,7 +92,7 @@ def validate(
         )
     if isinstance(each, (bool, float, str)) or not isinstance(each, (int, Sized)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f"validate expected each as the pipeline of one epoch or a number of steps, received {each!r}. Write "
+            f"validate expected each as the pipeline of one epoch or a number of steps, received {shown(each)}. Write "
             "each=train, where fit gets train.epochs(n), or each=1000."
         )
     if isinstance(each, int) and each < 1:
@@ -101,7 +101,8 @@ def validate(
         raise TypeError(f"ctx expected a kaun.Context, received {type(ctx).__name__}. Write Context(name=array).")
     if of is not None and not callable(of):
         raise TypeError(
-            f"validate expected of as a function from a state to the one that is evaluated, received {of!r}. Write "
+            "validate expected of as a function from a state to the one that is evaluated, received "
+            f"{shown(of)}. Write "
             "of=lambda s: s.averaged."
         )
     steps = each if isinstance(each, int) else steps_of_a_pass("validate", each, "each=steps_per_epoch")

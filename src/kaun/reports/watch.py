@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from kaun import _html
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._messages import optional_package
 from kaun._paths import saved_picture
 from kaun._processes import is_first
@@ -60,7 +60,7 @@ def watch(every: int = 100) -> Watch:
         (array([ 5, 10, 15, 20]), ('0', '2'), (4, 2))
     """
     if isinstance(every, bool) or not isinstance(every, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"watch expected a number of steps as an int, received {every!r}. Write watch(every=100).")
+        raise TypeError(f"watch expected a number of steps as an int, received {shown(every)}. Write watch(every=100).")
     if every < 1:
         raise ValueError(f"watch expected a number of steps of at least 1, received {every}. Write watch(every=100).")
     return Watch(every)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kaun import tree
+from kaun._calls import shown
 from kaun.sharding.rules import ByMember, ByPath, Rule, Shape, everywhere
 
 __all__ = [
@@ -72,11 +73,12 @@ class Sharding:
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"sharding expected a jax.sharding.Mesh, received {self.mesh!r}. Write mesh=sharding.mesh(data=-1)."
+                f"sharding expected a jax.sharding.Mesh, received {shown(self.mesh)}. Write "
+                "mesh=sharding.mesh(data=-1)."
             )
         if not callable(self.rule):
             raise TypeError(
-                f"Sharding(rule=...) expected a function (path, shape) -> PartitionSpec, received {self.rule!r}. "
+                f"Sharding(rule=...) expected a function (path, shape) -> PartitionSpec, received {shown(self.rule)}. "
                 "Use sharding.fsdp() or sharding.by_path({pattern: spec}, mesh)."
             )
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -215,7 +217,7 @@ def check_sharding(sharding: Any, where: str = "Trainer(sharding=...)") -> None:
         called = ". Did you forget to call it?" if callable(sharding) and not is_mesh else "."
         given = "mesh" if is_mesh else ""
         raise TypeError(
-            f"{where} expected a kaun.sharding.Sharding, received {sharding!r}{called} Write "
+            f"{where} expected a kaun.sharding.Sharding, received {shown(sharding)}{called} Write "
             f"sharding.data_parallel({given}), or sharding.fsdp({given})."
         )
     if sharding is not None and isinstance(sharding.rule, ByMember):

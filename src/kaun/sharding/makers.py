@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun.sharding.core import Sharding, check_axis, check_sharding
 from kaun.sharding.rules import ByMember, ByPath, Fsdp, everywhere
 
@@ -76,7 +76,9 @@ def fsdp(
     whole = Sharding(_all_devices() if mesh is None else mesh)
     axis = _one_axis("fsdp", whole.mesh, axis)
     if isinstance(min_size, bool) or not isinstance(min_size, (int, np.integer)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"sharding.fsdp(min_size=...) expected a number of elements, an int, received {min_size!r}.")
+        raise TypeError(
+            f"sharding.fsdp(min_size=...) expected a number of elements, an int, received {shown(min_size)}."
+        )
     rule = Fsdp(axis, whole.mesh.shape[axis], min_size)
     return Sharding(whole.mesh, (axis,) if rows is None else _names(rows), rule, axis if gather else None)
 
@@ -113,13 +115,14 @@ def by_path(
     whole = Sharding(mesh)
     if not isinstance(specs, Mapping) or not specs:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f"sharding.by_path expected a dict of patterns and specs, received {specs!r}. Write "
+            f"sharding.by_path expected a dict of patterns and specs, received {shown(specs)}. Write "
             'by_path({"*.weight": PartitionSpec(None, "model")}, mesh).'
         )
     for pattern, spec in specs.items():
         if not isinstance(spec, PartitionSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"sharding.by_path expected a jax.sharding.PartitionSpec for {pattern!r}, received {spec!r}. Write "
+                f"sharding.by_path expected a jax.sharding.PartitionSpec for {pattern!r}, received "
+                f"{shown(spec)}. Write "
                 'PartitionSpec(None, "model"), with a mesh axis or None for each axis of the parameter.'
             )
         for entry in spec:
