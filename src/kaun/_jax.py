@@ -22,9 +22,8 @@ __all__ = [
 ]  # fmt: skip
 
 HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])  # call Python or foreign code
-_CALLS = frozenset(
-    ["jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"]
-)
+_CALL_NAMES = "jit pjit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call"
+_CALLS = frozenset(_CALL_NAMES.split())
 _FOLDER = jax.__file__.removesuffix("__init__.py")
 FRAMES_NOTE = "JAX has removed its internal frames"  # in JAX's note to exceptions
 
@@ -32,8 +31,7 @@ FRAMES_NOTE = "JAX has removed its internal frames"  # in JAX's note to exceptio
 def is_traced(value: Any) -> bool:
     """Return whether a value is traced, so that its numbers cannot be read.
 
-    ``jax.core.Tracer`` is the only way to tell: a traced array is a ``jax.Array`` too. JAX documents the class, but not
-    the module in which it lies.
+    A traced array is a ``jax.Array`` too. JAX documents ``jax.core.Tracer``, but not the module in which it lies.
     """
     return isinstance(value, jax.core.Tracer)
 
@@ -268,13 +266,15 @@ class Operation:
 
     Attributes:
         name: The name of its primitive: ``"log"``.
+        results: How many results it has.
     """
 
-    __slots__ = ("_equation", "name")
+    __slots__ = ("_equation", "name", "results")
 
     def __init__(self, equation: Any) -> None:
         self._equation = equation
         self.name: str = equation.primitive.name
+        self.results: int = len(equation.outvars)
 
     @property
     def key(self) -> int:

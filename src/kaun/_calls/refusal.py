@@ -161,13 +161,18 @@ def _activation(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in one word: numbers and texts as Python writes them, shape and dtype of arrays, the type of others."""
+    """A value in one word: numbers and texts as Python writes them, shape and dtype of arrays, names, types of others.
+
+    A repr may be many lines, and that of a function has its address.
+    """
     if isinstance(value, (bool, int, float, str, type(None))):
         text = repr(value)
         return text if len(text) <= 40 else "..."
     if isinstance(value, (list, tuple)):
         inside = ", ".join(shown(inner) for inner in cast("Sequence[Any]", value)[:4])
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    if hasattr(type(value), "apply") and isinstance(getattr(value, "name", None), str):  # a Layer
+        return value.name.splitlines()[0].rstrip("([{")
     name = getattr(value, "__name__", None)
     return name if isinstance(name, str) else tree.describe(value)
 

@@ -20,6 +20,7 @@ from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout
 from kaun._engine.packing import MemberPacking, Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
+from kaun._engine.probabilities import warn_of_probabilities
 from kaun._jax import calls_the_host, signatures_of
 from kaun._loss import trace_loss
 from kaun._step import match_state
@@ -261,6 +262,7 @@ def trace_step(
     start, jitted = time.perf_counter(), jax.jit(step)
     clean = [np.array(False)] if on_nonfinite == "raise" and not discards else []
     traced = jitted.trace(list(leaves), key, inputs.leaves, *clean)
+    warn_of_probabilities(traced.jaxpr, len(leaves) + 1 + len(inputs.leaves) + len(clean))
     return TracedStep(jitted, traced, inputs, on_nonfinite, discards, time.perf_counter() - start)
 
 

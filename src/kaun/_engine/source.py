@@ -15,7 +15,7 @@ from kaun._loss import is_library
 from kaun._messages import in_kaun
 from kaun._step import train_step
 
-__all__ = ["LAYER", "Source", "source_of"]
+__all__ = ["LAYER", "Source", "line_of", "source_of"]
 
 LAYER = "layer<{}>"
 """The form of the names of scopes that say which layer an operation is in."""
@@ -62,6 +62,12 @@ def source_of(event: Event, replay: Replay, *, derivative: bool = False) -> Sour
     first = _derived_operation(last, replay) if derivative else last
     derivative = derivative and (first is not last or "transpose(" in last.scopes)
     return Source(first.name, derivative, file, line, *_part(event.operations))
+
+
+def line_of(operation: Operation) -> str:
+    """Return the user's file and line of an operation of the step, "" where it is in no code of the user."""
+    own = [frame for frame in _frames([operation]) if not _is_library(frame.file)]
+    return f"{Path(own[-1].file).name}:{own[-1].line}" if own else ""
 
 
 def _part(operations: Sequence[Operation]) -> tuple[str | None, str]:
