@@ -69,8 +69,8 @@ def scope(seed_or_key: int | jax.Array) -> Block[None]:
         seed_or_key: An integer seed (0 to 2**32 - 1), a typed key (``jax.random.key``) or a legacy uint32 key
             (``jax.random.PRNGKey``).
 
-    Returns:
-        A context manager, which also decorates functions.
+    Yields:
+        None. It also decorates functions.
 
     Raises:
         TypeError: If the argument is neither a seed nor a key, when the scope is opened.

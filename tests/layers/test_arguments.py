@@ -154,8 +154,8 @@ def test_spell_leaves_out_what_has_its_default():
         (lambda: layers.conv2d(3, 8, bias=None), r"conv2d\(bias=\.\.\.\) expected True or False, received None"),
         (lambda: layers.multi_head_attention(8, 2, is_causal="yes"), r"multi_head_attention\(is_causal=\.\.\.\) expected True"),
         (lambda: layers.repeat(layers.relu(), 2, remat=3), r"repeat\(remat=\.\.\.\) expected True or False, received 3\. Write remat=True"),
-        (lambda: layers.conv2d(3, 8, np.array([3, 3])), r"conv2d\(kernel_size=\.\.\.\) expected an int of at least 1, received array"),
-        (lambda: layers.max_pool2d(2, jnp.array([1, 1])), r"max_pool2d\(stride=\.\.\.\) expected an int of at least 1, received Array"),
+        (lambda: layers.conv2d(3, 8, np.array([3, 3])), r"conv2d\(kernel_size=\.\.\.\) expected an int of at least 1, received int64\[2\]"),
+        (lambda: layers.max_pool2d(2, jnp.array([1, 1])), r"max_pool2d\(stride=\.\.\.\) expected an int of at least 1, received int32\[2\]"),
     ],
 )  # fmt: skip
 def test_options_of_another_kind(make, text):

@@ -239,7 +239,7 @@ CALLS: dict[str, dict[str, str]] = {
         "": "it gives one key of the scope. Write jax.random.split(rng.next_key(), n) for n of them",
     },
     "checkpoint.save": {
-        "": "the path comes first. Write checkpoint.save(\"state.safetensors\", state)",
+        "": "the path comes first. Write checkpoint.save(\"digits.safetensors\", state)",
         "overwrite": "a file of that name is replaced. Leave it out",
         "force": "a file of that name is replaced. Leave it out",
     },
