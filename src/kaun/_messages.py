@@ -154,6 +154,12 @@ class UserBlock(Block[T]):
         self._line = None
         return super().__call__(function)
 
+    def __copy__(self) -> UserBlock[T]:
+        return self
+
+    def __deepcopy__(self, _: Any) -> UserBlock[T]:
+        return self
+
     def __repr__(self) -> str:
         return f"<{self._text()}, which is open inside of a with statement>"
 

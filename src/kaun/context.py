@@ -9,6 +9,7 @@ import jax
 
 from kaun import tree
 from kaun._calls import explained, shown
+from kaun._messages import frames_hidden
 from kaun.errors import MissingContext
 
 __all__ = ["Context"]
@@ -42,11 +43,13 @@ class Context(Mapping[str, Any]):
 
     def __init__(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         if values is not None and not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"Context expected names, received {tree.describe(values)}. Write Context(name=array).")
+            with frames_hidden:
+                raise TypeError(f"Context expected names, received {tree.describe(values)}. Write Context(name=array).")
         merged = {**(values or {}), **named}
         wrong = [name for name in merged if not isinstance(name, str)]  # pyright: ignore[reportUnnecessaryIsInstance]
         if wrong:
-            raise TypeError(f"Context names are strings, received {shown(wrong[0])}. Write Context(name=array).")
+            with frames_hidden:
+                raise TypeError(f"Context names are strings, received {shown(wrong[0])}. Write Context(name=array).")
         object.__setattr__(self, "_values", dict(sorted(merged.items())))
 
     @explained("Context.set")

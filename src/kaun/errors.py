@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = [
     "CaptureError", "EarlyStop", "FailedElsewhere", "Locked", "MissingContext", "NonFiniteLoss", "RecompilationWarning",
-    "ResumeMismatch",
+    "ResumeMismatch", "Unavailable",
 ]  # fmt: skip
 
 
@@ -191,4 +191,17 @@ class Locked(RuntimeError):
         ...     except kaun.errors.Locked as error:
         ...         print("in use by another fit of this process" in str(error))
         True
+    """
+
+
+class Unavailable(RuntimeError, ValueError, AttributeError):
+    """An attribute has no value here or yet, such as ``stopper.best`` before a value was measured.
+
+    As it is an AttributeError, ``hasattr`` is False there, and ``inspect.getmembers`` and debuggers leave it out.
+
+    Examples:
+        >>> from kaun import reports
+        >>> stopper = reports.early_stopping("accuracy", mode="max", patience=2)
+        >>> hasattr(stopper, "best")
+        False
     """

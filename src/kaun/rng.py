@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun._jax import is_traced, trace_of
 from kaun._messages import Block, UserBlock, contextmanager
 
@@ -375,7 +375,7 @@ def _as_key(seed_or_key: Any) -> jax.Array:
         return jax.random.key(seed_or_key) if traced else _from_seed(int(seed_or_key))
     if isinstance(seed_or_key, int) and not isinstance(seed_or_key, bool):
         return _from_seed(seed_or_key)
-    received = f"{dtype}{list(shape)}" if dtype is not None else repr(seed_or_key)
+    received = f"{dtype}{list(shape)}" if dtype is not None else shown(seed_or_key)
     raise TypeError(
         f"rng.scope expected an integer seed or a single JAX key, received {received}. "
         "Use rng.scope(42) or rng.scope(jax.random.key(42))."

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import MISSING, advice, explained, shown, wrong_fit, wrong_step
+from kaun._calls import MISSING, advice, explained, refuse_property, shown, wrong_fit, wrong_step
 from kaun._jax import any_traced
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars, vars_table
@@ -134,7 +134,7 @@ class TrainState:
         of ``averages.update_statistics``.
 
         Raises:
-            ValueError: If the state is not one of a ``Trainer(average=)``.
+            Unavailable: If the state is not one of a ``Trainer(average=)``.
             TypeError: If the function of ``averages.from_optimizer`` fails, or returns other shapes.
         """
         if self.is_averaged:
@@ -216,6 +216,7 @@ class TrainState:
     if not TYPE_CHECKING:  # the type checker knows the fields, and must not accept any other name
 
         def __getattr__(self, name: str) -> Any:
+            refuse_property(self, name)
             text = f"TrainState has no {name!r}; it has vars, opt_state, step and key."
             raise AttributeError(f"{text} {advice('TrainState', name)}".rstrip())
 
@@ -335,7 +336,7 @@ def check_training(training: Any) -> None:
         TypeError: If it is not a bool.
     """
     if not isinstance(training, (bool, np.bool_)):
-        raise TypeError(f"step expected training=True or training=False, received {training!r}.")
+        raise TypeError(f"step expected training=True or training=False, received {shown(training)}.")
 
 
 def state_of(carry: tuple[Vars, Any, jax.Array], key: jax.Array) -> TrainState:

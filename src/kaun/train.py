@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -20,7 +21,7 @@ from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, 
 from kaun._loss import Loss
 from kaun._messages import frames_hidden, hide_frames
 from kaun._report import Report, ReportFunction
-from kaun._run import RepeatedPasses, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
+from kaun._run import Repeats, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
 from kaun._step import (
     DEFAULT_DTYPE,
     EvaluatedParams,
@@ -64,19 +65,16 @@ class Trainer(Generic[In, Out]):
             ``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``) receive ``value``, ``grad`` and ``value_fn``.
         on_nonfinite: What to do when a step's loss or gradient is not finite, or an element of the state is not that
             was finite before. ``"raise"`` (default) discards the step, and ``fit`` raises ``NonFiniteLoss``; ``"skip"``
-            discards it and continues; ``"ignore"`` applies it. A discarded step changes ``state.step`` alone. ``step``
-            never raises.
+            discards it; ``"ignore"`` applies it. A discarded step changes ``state.step`` alone. ``step`` never raises.
         trainable: Whether the parameter at a path (``"0.weight"``) trains; by default all do. The others are neither
             differentiated nor in the optimizer's state. A layer, or any part of the model, whose parameters are all
             frozen runs as in ``predict`` and keeps its state.
         precision: The dtypes of parameters, computation and output, such as
             ``"params=float32,compute=bfloat16,output=float32"``, or for short ``"mixed_bfloat16"`` and
-            ``"mixed_float16"``. By default nothing is cast. Computation in float16 scales the loss: ``opt_state`` is
-            then a ``LossScale``.
+            ``"mixed_float16"``. By default nothing is cast. In float16 the loss is scaled, by a ``LossScale``.
         microbatches: In how many parts a step computes each batch, of any length, to save memory. Default 1.
-        accumulate: How many items make one update, that of one batch with all their rows: a loss that is a scalar
-            counts by its number of examples, a ``losses.Mean`` by its weight. ``opt_state`` is then a ``Window``, and
-            ``state.step`` counts items. Default 1.
+        accumulate: How many items make one update, as one batch: a scalar loss counts by its number of examples, a
+            ``losses.Mean`` by its weight. ``state.step`` counts items, and ``opt_state`` is a ``Window``. Default 1.
         average: An average of the weights that train, kept in ``opt_state`` and read as ``state.averaged``, such as
             ``averages.ema(0.999)``. Default none.
         penalty: A function of all parameters (``vars.params``) to a floating scalar, which is added to the loss; its
@@ -113,14 +111,14 @@ class Trainer(Generic[In, Out]):
     _settings: Settings = dataclasses.field(init=False, repr=False, compare=False)
     _programs: ProgramCache = dataclasses.field(init=False, repr=False, compare=False)
     _evaluated: EvaluatedParams = dataclasses.field(init=False, repr=False, compare=False)
-    _passes: RepeatedPasses = dataclasses.field(init=False, repr=False, compare=False)
+    _repeats: Repeats = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         settings = make_settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init})
         step, forward = functools.partial(train_step, settings), functools.partial(eval_step, settings)
         scaled = settings.policy is not None and settings.policy.scaled
         about: dict[str, Any] = {"on_nonfinite": self.on_nonfinite, "scaled": scaled, "sharding": self.sharding}
-        vars(self).update(_settings=settings, _evaluated=EvaluatedParams(), _passes=RepeatedPasses())
+        vars(self).update(_settings=settings, _evaluated=EvaluatedParams(), _repeats=Repeats())
         vars(self)["_programs"] = ProgramCache(step, forward, trace_metrics, **about)
 
     def __repr__(self) -> str:
@@ -193,12 +191,13 @@ class Trainer(Generic[In, Out]):
             check_step(state, x, loss, more, unknown, training)
             inputs = StepInputs(x, check_loss(loss), check_context(ctx))
             if newest_pass.loss is not None and newest_pass.loss() is loss:
-                self._passes.check("step", newest_pass.take(), state.key, state.step)
+                self._repeats.passes.check("step", newest_pass.take(), state.key, state.step)
             if self._settings.penalty is not None:
                 self._settings.penalty.refuse_changes()
-            carry = state.vars, state.opt_state, state.step
-            value, carry = run_step(self._programs, carry, state.key, inputs, bool(training))
-            return value, state_of(carry, placed_key(self._settings, state.key))
+            vars, opt_state, step, key = state.now()
+            value, carry = run_step(self._programs, (vars, opt_state, step), key, inputs, bool(training))
+            after = state_of(carry, placed_key(self._settings, key))
+            return value, self._repeats.states.returned("step", state, after)
         except BaseException as error:
             hide_frames(error)
             raise
@@ -268,10 +267,10 @@ class Trainer(Generic[In, Out]):
             with open_run(checkpoints, state, data, report, self.on_nonfinite, self.sharding) as run:
                 if run.finished:
                     return finished_state(run, self._settings, self._programs, data, check_context(ctx))
-                key, first = state.key, state.step
+                key, first, given = state.key, state.step, weakref.ref(state)
                 del state  # where the caller does not hold it either, its memory is free once it is copied
                 caller, loop = start_loop(run, self._settings, self._programs, report, check_context(ctx))
-                self._passes.check_data(data, key, first)
+                self._repeats.passes.check_data(data, key, first)
                 now, step = lambda: state_of(loop.carry(), loop.key), run.done
                 with save_on_error(run, loop, now, caller), open_items(run.data, not_data(data)) as items:
                     chunks = run.interruptible_items(chunks_of(run.data, items, loop.room))
@@ -289,7 +288,8 @@ class Trainer(Generic[In, Out]):
                         raise empty_data("fit")
                     flush_and_save(run, loop, now, caller, ended="stopped" if stopped else "data")
                 last = now()
-                return caller.returned(last, last if stopped else self.flush(last))
+                after = caller.returned(last, last if stopped else self.flush(last))
+                return self._repeats.states.returned("fit", given(), after, checkpoints, report)
 
     @overload
     def predict(self, state: TrainState, x: Unknown, *, ctx: Context | None = None) -> Any: ...
@@ -377,8 +377,8 @@ class Trainer(Generic[In, Out]):
             state: The state whose variables become part of the program, which runs on one device wherever they lie.
             x: An input, for shapes and dtypes. Arrays as long as its first array along axis 0 have a row for each
                 example.
-            ctx: A Context, likewise; its arrays are an input of the program. One that is as long as the batch by chance
-                counts as having a row for each example: give an x of another length.
+            ctx: A Context, likewise; its arrays are an input of the program. For one that is as long as the batch by
+                chance give an x of another length.
             platforms: Where it can run (``"cpu"``, ``"cuda"``, ``"tpu"``). By default where this process runs.
 
         Raises:

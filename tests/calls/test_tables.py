@@ -52,7 +52,9 @@ def test_a_wrong_argument_is_not_one_of_the_function(name):
     checked = function.__init__ if inspect.isclass(function) else getattr(function, "__func__", function)
     assert hasattr(checked, "__wrapped__")
     parameters = inspect.signature(function).parameters
-    taken = {name for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL} - ({"batch_size"} if name == "Data.batches" else set())
+    taken = {name for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL} - (
+        {"batch_size"} if name == "Data.batches" else set()
+    )
     assert not taken & CALLS[name].keys()
 
 

@@ -12,7 +12,7 @@ from kaun._calls.refusal import explained, is_explained
 from kaun._calls.texts import CALLS
 from kaun._messages import frames_hidden
 
-__all__ = ["explained_methods", "frozen", "with_advice"]
+__all__ = ["explained_methods", "frozen", "refuse_property", "with_advice"]
 
 C = TypeVar("C", bound=type)
 
@@ -33,6 +33,12 @@ def frozen(cls: C) -> C:
     for name, method in {**same, **refused}.items():
         setattr(cls, name, method)
     return with_advice(cls)
+
+
+def refuse_property(self: Any, name: str) -> None:
+    """Raise what a property raised, an AttributeError, for which Python calls ``__getattr__``."""
+    if isinstance(held := getattr(type(self), name, None), property):
+        held.__get__(self)
 
 
 def explained_methods(cls: C) -> C:
@@ -66,6 +72,7 @@ def with_advice(cls: C) -> C:
 
     @frames_hidden
     def missing(self: Any, name: str) -> NoReturn:
+        refuse_property(self, name)
         raise no_attribute(f"{cls.__name__!r} object", cls.__name__, name, cls)
 
     @frames_hidden

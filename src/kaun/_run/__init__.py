@@ -7,7 +7,7 @@ checkpoint is due and which step is the best. ``reports`` calls the report with 
 """
 
 from kaun._run.failure import save_on_error as save_on_error
-from kaun._run.repeats import RepeatedPasses as RepeatedPasses
+from kaun._run.repeats import Repeats as Repeats
 from kaun._run.report_state import keeping as keeping
 from kaun._run.report_state import match_reports as match_reports
 from kaun._run.report_state import pack_results as pack_results

@@ -1,8 +1,9 @@
-"""A warning for a loop over epochs in Python that trains in one order."""
+"""Warnings for loops that repeat what they meant to continue: one random pass, and one state."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +12,27 @@ import jax
 import numpy as np
 
 from kaun._jax import any_traced
-from kaun._messages import warn
+from kaun._messages import user_line, warn
 from kaun.data import random_passes, stages_of
+from kaun.state import TrainState
 
-__all__ = ["RepeatedPasses"]
+__all__ = ["Repeats"]
 
 _MOST = 64
 _WARNED = 1 << 62  # no step is beyond it
+
+
+class Repeats:
+    """What one trainer was given again.
+
+    Attributes:
+        passes: The random passes.
+        states: The states.
+    """
+
+    def __init__(self) -> None:
+        self.passes = RepeatedPasses()
+        self.states = RepeatedStates()
 
 
 class RepeatedPasses:
@@ -61,3 +76,83 @@ class RepeatedPasses:
                 "in each epoch write trainer.fit(state, train.epochs(3)), or take pass e as train.epoch(e):\n"
                 f"    {loop}"
             )
+
+
+class RepeatedStates:
+    """Which state one trainer was given last, and what became of the states that it returned for it."""
+
+    def __init__(self) -> None:
+        self._newest = 0  # the id of that state
+        self._warned = False
+        self._lock = threading.Lock()
+        self._forget(None, "")
+
+    def _forget(self, given: TrainState | None, line: str) -> None:
+        self._given = None if given is None else weakref.ref(given)
+        self._line, self._calls, self._returned = line, 1, list[_Returned]()
+
+    def returned(self, entry: str, given: TrainState | None, after: TrainState, *seen: Any) -> TrainState:
+        """Return the state to return, and warn, once, where a loop drops it.
+
+        That is where the same state was given in three calls of one line in a row, and what one of them returned is
+        gone, and was never read. All other uses of one state many times are right.
+
+        Args:
+            entry: ``"fit"`` or ``"step"``.
+            given: The state before; None if it is gone.
+            after: The state after.
+            *seen: What else may have seen the states: a report, checkpoints.
+        """
+        if id(given) != self._newest or given is None or not all(map(_only_shows, seen)):
+            self._newest = id(given)
+            return after
+        return self._again(entry, given, after)
+
+    def _again(self, entry: str, given: TrainState, after: TrainState) -> TrainState:
+        if self._warned:
+            return after
+        line, returned = user_line(), _Returned(after)
+        with self._lock:
+            if self._given is None or self._given() is not given or self._line != line:
+                self._forget(given, line)
+            self._calls += 1
+            self._warned = self._calls > 2 and any(each.is_dropped for each in self._returned)
+            self._returned = [*self._returned[-1:], returned]
+            calls = self._calls
+        if self._warned:
+            call = "trainer.fit(state, data)" if entry == "fit" else "trainer.step(state, x, loss=loss)"
+            result = "state" if entry == "fit" else "value, state"
+            warn(
+                f"{entry} was given the same state {calls} times in a row, and the states that it returned were not "
+                f"used: a state never changes, so each call began at the same place. Write {result} = {call}. In a "
+                "measurement wait for the state, jax.block_until_ready(state)."
+            )
+        return returned.state()
+
+
+def _only_shows(seen: Any) -> bool:
+    return seen is None or getattr(seen, "only_shows", False) is True
+
+
+class _Returned:
+    """A state that was returned, whose fields are made when they are first read, so that this is known."""
+
+    def __init__(self, after: TrainState) -> None:
+        self._read = False
+        self._made: TrainState | None = TrainState.later(lambda: self._of(after))
+        self._alive = weakref.ref(self._made)
+
+    def _of(self, after: TrainState) -> TrainState:
+        self._read = True
+        return after
+
+    def state(self) -> TrainState:
+        """The state; it is given away once."""
+        made, self._made = self._made, None
+        assert made is not None
+        return made
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether it is gone and was not read."""
+        return self._made is None and self._alive() is None and not self._read

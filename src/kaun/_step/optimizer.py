@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from kaun import tree
+from kaun._calls import shown
 from kaun._messages import contextmanager, locate
 from kaun._step.rate import find_rate
 from kaun.averages.weights import AveragedWeights
@@ -51,7 +52,7 @@ def check_optimizer(optimizer: Any) -> None:
         called = ". Did you forget to call it?" if callable(optimizer) else "."
         raise TypeError(
             "Trainer(optimizer=...) expected an object with init and update, as optax's have, received "
-            f"{optimizer!r}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
+            f"{shown(optimizer)}, which has no {' and no '.join(missing)}{called} Write optimizer=optax.adam(1e-3)."
         )
 
 

@@ -143,7 +143,7 @@ def swa(*, start: int, every: int) -> Swa:
         True
     """
     for name, value in (("start", start), ("every", every)):
-        fix = f"received {name}={value!r}. Write averages.swa(start=1000, every=100)."
+        fix = f"received {name}={shown(value)}. Write averages.swa(start=1000, every=100)."
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"averages.swa expected numbers of updates as ints, {fix}")
         if value < 1:

@@ -13,6 +13,7 @@ from jax import lax
 from kaun import tree
 from kaun._messages import locate
 from kaun.averages.rules import Average, Ema, FromOptimizer, Swa
+from kaun.errors import Unavailable
 
 __all__ = [
     "AveragedWeights", "add_average", "averaged_vars", "find_average", "is_average", "put_average", "take_average",
@@ -227,12 +228,12 @@ def averaged_vars(opt_state: Any, vars: Any) -> Any:
         vars: The ``Vars`` of the weights that train.
 
     Raises:
-        ValueError: If the state has no average.
+        Unavailable: If the state has no average.
         TypeError: If the function of ``from_optimizer`` returns other shapes.
     """
     node = find_average(opt_state)
     if node is None:
-        raise ValueError(
+        raise Unavailable(
             "state.averaged: this state has no average of its weights. Write Trainer(..., average=averages.ema(0.999)) "
             "and make the state with that trainer: trainer.init(), or trainer.make_state(state.vars)."
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
+from kaun._calls import shown
 from kaun._paths import local_path
 
 __all__ = ["check_accept", "check_best", "check_every", "check_forever", "check_keep", "check_path", "check_resume"]
@@ -93,7 +94,7 @@ def check_best(best: object) -> tuple[str, str] | None:
     if not isinstance(best, (tuple, list)) or len(best) != 2 or not isinstance(best[0], str):
         raise TypeError(
             "checkpoint.Directory: best expected a pair of the name of a value and 'min' or 'max', received "
-            f"{best!r:.60}. Write best=('accuracy', 'max')."
+            f"{shown(best)}. Write best=('accuracy', 'max')."
         )
     name, mode = best
     if mode not in _MODES:

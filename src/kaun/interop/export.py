@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from kaun import rng, tree
-from kaun._calls import public
+from kaun._calls import public, shown
 from kaun.layers.core import Layer, Vars
 
 __all__ = ["export"]
@@ -59,7 +59,7 @@ def export(layer: Layer[Any, Any], vars: Vars) -> Any:
     adapter = getattr(getattr(layer, "_apply", None), "__self__", None)
     if not isinstance(adapter, Exports):
         raise TypeError(
-            f"export expected a layer that interop made (flax_nnx, linen, equinox, haiku), received {layer!r}. "
+            f"export expected a layer that interop made (flax_nnx, linen, equinox, haiku), received {shown(layer)}. "
             "If it is part of a composition, export that part with its own variables: interop.export(part, "
             'vars.replace(params=vars.params["left"], state=vars.state["left"])).'
         )

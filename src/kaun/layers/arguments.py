@@ -125,7 +125,12 @@ def float_dtype(dtype: Any) -> Any:
     """
     if dtype is None:  # NumPy takes None as float64
         raise TypeError("init(dtype=...) expected a floating dtype, received None. Use dtype=jnp.float32.")
-    wanted = jnp.dtype(dtype)
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"init(dtype=...) expected a floating dtype, received {shown(dtype)}. Use dtype=jnp.float32."
+        ) from None
     if not jnp.issubdtype(wanted, jnp.floating):
         raise TypeError(f"init(dtype=...) expected a floating dtype, received {wanted.name}. Use dtype=jnp.float32.")
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:

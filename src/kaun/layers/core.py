@@ -57,6 +57,7 @@ class Int(_Array):
 
 
 _LISTED = 4  # arrays, in the repr of a Vars
+_MOST_LINES = 60  # of the repr of a layer
 
 In = TypeVar("In")
 Mid = TypeVar("Mid")
@@ -154,7 +155,7 @@ class Layer(Generic[In, Out]):
         name: The name in ``repr`` and in error messages. Default: ``"layer"``.
 
     Attributes:
-        name: The name.
+        name: The name. The repr has at most 60 lines of it.
 
     Raises:
         TypeError: If ``init`` or ``apply`` is not callable.
@@ -264,10 +265,15 @@ class Layer(Generic[In, Out]):
         return ["apply", "init", "name"]
 
     def __repr__(self) -> str:
-        return self.name
+        lines = self.name.splitlines()
+        left = len(lines) - _MOST_LINES
+        if left > 0:  # the middle of a long one is left out, as NumPy does
+            half = _MOST_LINES // 2
+            lines[half:-half] = [f"  ... {left} lines more: print(model.name), or kaun.summary(trainer, x) ..."]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return _html.preformatted(self.name)
+        return _html.preformatted(repr(self))
 
 
 @public

@@ -165,6 +165,9 @@ class CountedParts:
     def __init__(self, counted: Counted, counts: Any) -> None:
         self.counted, self.counts = counted, counts
 
+    def __repr__(self) -> str:
+        return f"{self.counted!r}.parts(...)"
+
     def __add__(self, other: Any) -> CountedParts:
         """Return the parts of the rows of both; ValueError for parts of another metric or of other shapes."""
         if not isinstance(other, CountedParts):

@@ -13,7 +13,7 @@ from kaun import _html, tree
 from kaun._calls import explained, shown, with_advice
 from kaun._report import Report
 from kaun._run import StepValues, saved_values
-from kaun.errors import EarlyStop
+from kaun.errors import EarlyStop, Unavailable
 from kaun.state import count_steps
 from kaun.train import TrainState
 
@@ -135,10 +135,10 @@ class EarlyStopping(Report):
         of the states, that had this loss.
 
         Raises:
-            RuntimeError: If there was no value yet; so do ``best_value`` and ``best_step``.
+            Unavailable: If there was no value yet; so do ``best_value`` and ``best_step``.
         """
         if self._best is None:
-            raise RuntimeError(
+            raise Unavailable(
                 f"early_stopping has no best state: {self._monitor!r} was not measured yet, or was always NaN. "
                 "Pass the report to fit, and measure earlier: reports.validate(..., each=100)."
             )

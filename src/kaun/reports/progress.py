@@ -73,6 +73,8 @@ def progress(total: int | None = None, *, description: str | None = None, file: 
 
 
 class _Progress(Report):
+    only_shows = True  # read by RepeatedStates
+
     def __init__(self, total: int | None, description: str | None, file: TextIO | None) -> None:
         self._total = total
         self._description = description
