@@ -14,6 +14,7 @@ import numpy as np
 from kaun import _html, tree
 from kaun._calls import MISSING, advice, explained, refuse_property, shown, wrong_fit, wrong_step
 from kaun._jax import any_traced
+from kaun._messages import frames_hidden
 from kaun.averages.weights import averaged_vars, find_average
 from kaun.layers.core import Vars, vars_table
 
@@ -215,6 +216,7 @@ class TrainState:
 
     if not TYPE_CHECKING:  # the type checker knows the fields, and must not accept any other name
 
+        @frames_hidden
         def __getattr__(self, name: str) -> Any:
             refuse_property(self, name)
             text = f"TrainState has no {name!r}; it has vars, opt_state, step and key."

@@ -88,6 +88,11 @@ MEASURES: dict[str, dict[str, str]] = {
         "path": "it keeps values in memory. Write reports.jsonl({value}) or reports.csv({value}) for a file",
         "every": "it keeps each step. Leave it out",
     },
+    "reports.History.plot": {
+        "": "it takes the path of a picture, or none. Write history.plot(\"loss.svg\"), in a notebook history.plot()",
+        "metric": "it shows all that was measured. Leave it out",
+        "smooth": "write window={value}",
+    },
     "reports.csv": {
         "": _PATH,
         "filename": "write reports.csv({value})",

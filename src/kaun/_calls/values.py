@@ -76,8 +76,11 @@ def with_advice(cls: C) -> C:
         raise no_attribute(f"{cls.__name__!r} object", cls.__name__, name, cls)
 
     @frames_hidden
-    def call(self: Any, _: Any = None, /, **__: Any) -> NoReturn:
+    def call(self: Any, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{cls.__name__!r} object is not callable. {advice(cls.__name__, '()')}")
+
+    # What takes functions finds that it takes no argument, and refuses it.
+    call.__signature__ = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)])
 
     _explain(cls, [name for name in ["__init__", *dir(cls)] if _entry(cls, name) in CALLS])
     cls.__getattr__ = missing

@@ -325,7 +325,7 @@ def activation(f: Callable[[jax.Array], Any]) -> Layer[Float, Float]:
         >>> model.apply(model.init(dtype=jnp.float32), jnp.ones((3, 2)))[0].shape
         (3, 4)
     """
-    if not callable(f):
+    if not callable(f) or isinstance(f, Layer):
         raise TypeError(
             f"activation expected a function of one array, received {shown(f)}. Write activation(jax.nn.relu6)."
         )

@@ -36,6 +36,8 @@ def fn(f: Callable[[Any], Any], *, name: str | None = None) -> Layer[Any, Any]:
         >>> from kaun import layers
         >>> model = layers.linear(2, 4) >> layers.fn(jnp.sin)
     """
+    if isinstance(f, Layer):
+        raise TypeError(f"fn expected a function of one argument, received the layer {shown(f)}. Use it as it is.")
     if not callable(f):
         raise TypeError(f"fn expected a function of one argument, received {shown(f)}.")
     return stateless(name or f"fn({getattr(f, '__name__', type(f).__name__)})", f)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from kaun._messages import locate
 from kaun._report import Report
 from kaun._run import pack_results, unpack_results
 from kaun.context import Context
+from kaun.data import Item, stages_of
 from kaun.ensemble import Ensemble
 from kaun.evaluation import check_metrics
 from kaun.metrics import gives_array
@@ -90,6 +91,11 @@ def validate(
             f"validate expected data of items (x, y), received arrays {', '.join(map(tree.describe, data))}. "
             "Write Data.batches((x, y), batch_size=256)."
         )
+    if _has_losses(data):
+        raise TypeError(
+            "validate expected data of items (x, y), received items with a loss, which are for fit. Write "
+            'validate(trainer, valid, {"loss": losses.mse}, each=train), with valid as it is before with_loss.'
+        )
     if isinstance(each, (bool, float, str)) or not isinstance(each, (int, Sized)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"validate expected each as the pipeline of one epoch or a number of steps, received {shown(each)}. Write "
@@ -117,6 +123,14 @@ def validate(
     else:
         evaluate = trainer.evaluate
     return Validation(evaluate, data, checked, steps, of, ctx)
+
+
+def _has_losses(data: Any) -> bool:
+    """Whether the items of some data have a loss, as far as is known before any is made."""
+    if isinstance(data, (tuple, list)):
+        return any(map(Item.is_training_item, cast("Any", data)[:1]))
+    names = [stage.name for stage in stages_of(data)]
+    return "Data.with_loss" in names and not {"Data.map", "Data.map_batch"} & {*names[names.index("Data.with_loss") :]}
 
 
 class Validation(Report):
