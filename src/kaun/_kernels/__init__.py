@@ -3,7 +3,6 @@
 from kaun._kernels.conv import ConvConfig as ConvConfig
 from kaun._kernels.conv import convolve as convolve
 from kaun._kernels.conv import convolve_transposed as convolve_transposed
-from kaun._kernels.lstm import lstm_states as lstm_states
 from kaun._kernels.matmul import matmul as matmul
 from kaun._kernels.memory import aligned_empty as aligned_empty
 from kaun._kernels.pool import larger as larger
@@ -12,3 +11,8 @@ from kaun._kernels.pool import taps as taps
 from kaun._kernels.pool import windows as windows
 from kaun._kernels.random_bits import bits_for as bits_for
 from kaun._kernels.random_bits import random_bits as random_bits
+from kaun._kernels.recurrent import GRU as GRU
+from kaun._kernels.recurrent import LSTM as LSTM
+from kaun._kernels.recurrent import RNN as RNN
+from kaun._kernels.recurrent import Cell as Cell
+from kaun._kernels.recurrent import recurrence as recurrence

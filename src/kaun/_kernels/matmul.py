@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-__all__ = ["matmul"]
+__all__ = ["matmul", "matmul_tangent"]
 
 # Multiply-adds, and rows, below which the transposed copies cost more than the faster kernel saves.
 _LARGE = 2**20
@@ -40,12 +41,32 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
         >>> matmul(jnp.ones((2, 5, 3)), jnp.ones((3, 4))).shape
         (2, 5, 4)
     """
+    return _of_matrices(_matmul, x, weight)
+
+
+def matmul_tangent(x: jax.Array, weight_dot: jax.Array) -> jax.Array:
+    """Return ``x @ weight_dot``, as the derivative of ``matmul`` computes it: for rules of other derivatives.
+
+    It is linear in ``weight_dot``, and only the derivative with respect to that runs on the fast kernel.
+
+    Args:
+        x: ``[..., n]``.
+        weight_dot: ``[n, m]``, the tangent of a weight.
+
+    Returns:
+        ``[..., m]``.
+    """
+    return _of_matrices(_by_tangent, x, weight_dot)
+
+
+def _of_matrices(product: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product of all rows of ``x``, a plain one where they are few or no matrix of a CPU."""
     rows = math.prod(x.shape[:-1])
     if type(rows) is not int:
         return x @ weight  # a batch of any length, for jax.export
     if jax.default_backend() != "cpu" or rows < _ROWS or rows * math.prod(weight.shape) < _LARGE:
         return x @ weight
-    return _matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
+    return product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
 
 
 @jax.custom_jvp
@@ -59,20 +80,23 @@ def _derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any])
     if not isinstance(x_dot, SymbolicZero):
         parts.append(x_dot @ weight)
     if not isinstance(weight_dot, SymbolicZero):
-        # XLA turns a plain product into one of a transposed matrix, for which it has a slower kernel. Here the copy is
-        # separate, and that of the narrower matrix: the input, or else the cotangent and the weight's gradient. A copy
-        # of the wide cotangent of a gelu, computed while it was written, took a third of nanoGPT's step.
-        if weight_dot.shape[0] > weight_dot.shape[1]:
-            flipped = lax.dot_general(_transposed(weight_dot), x, (((1,), (1,)), ((), ())))
-            parts.append(_transposed(flipped))
-        elif weight_dot.shape[0] > _NARROW:
-            parts.append(x @ weight_dot)
-        else:
-            parts.append(lax.dot_general(_transposed(x), weight_dot, (((0,), (0,)), ((), ()))))
+        parts.append(_by_tangent(x, weight_dot))
     return _matmul(x, weight), functools.reduce(operator.add, parts)
 
 
 _matmul.defjvp(_derivative, symbolic_zeros=True)
+
+
+def _by_tangent(x: jax.Array, weight_dot: jax.Array) -> jax.Array:
+    # XLA turns a plain product into one of a transposed matrix, for which it has a slower kernel. Here the copy is
+    # separate, and that of the narrower matrix: the input, or else the cotangent and the weight's gradient. A copy
+    # of the wide cotangent of a gelu, computed while it was written, took a third of nanoGPT's step.
+    if weight_dot.shape[0] > weight_dot.shape[1]:
+        flipped = lax.dot_general(_transposed(weight_dot), x, (((1,), (1,)), ((), ())))
+        return _transposed(flipped)
+    if weight_dot.shape[0] > _NARROW:
+        return x @ weight_dot
+    return lax.dot_general(_transposed(x), weight_dot, (((0,), (0,)), ((), ())))
 
 
 def _transposed(a: jax.Array) -> jax.Array:

@@ -6,8 +6,6 @@ precision the gates are computed in float32.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Literal, cast, overload
 
 import jax
@@ -17,7 +15,7 @@ import numpy as np
 from kaun import tree
 from kaun._calls import explained, public
 from kaun._jax import is_traced
-from kaun._kernels import lstm_states, matmul
+from kaun._kernels import GRU, LSTM, RNN, Cell, matmul, recurrence
 from kaun.context import Context
 from kaun.layers.arguments import accumulation_dtype, along_last, call_text, size
 from kaun.layers.core import Float, Layer, Vars, below, block_text, must_be_layer
@@ -28,8 +26,6 @@ from kaun.layers.path import at, here
 __all__ = ["bidirectional", "gru", "lstm", "rnn"]
 
 States = tuple[jax.Array, ...]
-Cell = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Run = Callable[[jax.Array, jax.Array, jax.Array, States, jax.Array | None], tuple[jax.Array, States]]
 
 
 def _orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -95,7 +91,7 @@ def lstm(
     """
     name = call_text(lstm, in_features=in_features, hidden=hidden, return_state=return_state)
     inits = (weight_init, recurrent_init, bias_init)
-    return _recurrent("lstm", name, _run_lstm, 4, 2, in_features, hidden, return_state, inits)
+    return _recurrent("lstm", name, LSTM, 4, 2, in_features, hidden, return_state, inits)
 
 
 @overload
@@ -152,7 +148,7 @@ def gru(
     """
     name = call_text(gru, in_features=in_features, hidden=hidden, return_state=return_state)
     inits = (weight_init, recurrent_init, bias_init)
-    return _recurrent("gru", name, functools.partial(_run, _gru_cell), 3, 1, in_features, hidden, return_state, inits)
+    return _recurrent("gru", name, GRU, 3, 1, in_features, hidden, return_state, inits)
 
 
 @overload
@@ -208,7 +204,7 @@ def rnn(
     """
     name = call_text(rnn, in_features=in_features, hidden=hidden, return_state=return_state)
     inits = (weight_init, recurrent_init, bias_init)
-    return _recurrent("rnn", name, functools.partial(_run, _rnn_cell), 1, 1, in_features, hidden, return_state, inits)
+    return _recurrent("rnn", name, RNN, 1, 1, in_features, hidden, return_state, inits)
 
 
 @public
@@ -261,42 +257,8 @@ def bidirectional(layer: Layer[Any, Any]) -> Layer[Any, Any]:
     return Layer(init=init, apply=apply, name=name)
 
 
-def _run_lstm(
-    inputs: jax.Array, weight: jax.Array, bias: jax.Array, start: States, keep: jax.Array | None
-) -> tuple[jax.Array, States]:
-    h, c = start
-    if inputs.shape[0] == 0:
-        return jnp.zeros((0, *h.shape), h.dtype), start
-    y, c = lstm_states(inputs + along_last(bias, 3), weight, h, c, keep)
-    return y, (y[-1], c)
-
-
-def _gru_cell(x: jax.Array, h: jax.Array, before: jax.Array) -> jax.Array:
-    (xr, xz, xn), (hr, hz, hn) = jnp.split(x, 3, axis=-1), jnp.split(h, 3, axis=-1)
-    z = jax.nn.sigmoid(xz + hz)
-    return (1 - z) * jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn) + z * before
-
-
-def _rnn_cell(x: jax.Array, h: jax.Array, before: jax.Array) -> jax.Array:
-    return jnp.tanh(x + h)
-
-
-def _run(
-    cell: Cell, inputs: jax.Array, weight: jax.Array, bias: jax.Array, start: States, keep: jax.Array | None
-) -> tuple[jax.Array, States]:
-    def step(before: jax.Array, at: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
-        x, keep = at
-        h = (before.astype(weight.dtype) @ weight).astype(x.dtype) + along_last(bias, 2)
-        after = cell(x, h, before)
-        after = after if keep is None else jnp.where(keep, after, before)
-        return after, after
-
-    end, y = jax.lax.scan(step, start[0], (inputs, keep))
-    return y, (end,)
-
-
 def _recurrent(
-    kind: str, name: str, run: Run, gates: int, states: int, in_features: int, hidden: int, return_state: bool,
+    kind: str, name: str, cell: Cell, gates: int, states: int, in_features: int, hidden: int, return_state: bool,
     inits: tuple[Initializer, Initializer, Initializer],
 ) -> Layer[Any, Any]:  # fmt: skip
     features, width = size(kind, "in_features", in_features), size(kind, "hidden", hidden)
@@ -317,7 +279,10 @@ def _recurrent(
         # The product with the input has no recurrence: one for all positions, which are the first axis from here on.
         inputs = (matmul(x.swapaxes(0, 1), p["weight_ih"]) + along_last(p["bias_ih"], 3)).astype(wide)
         keep = None if lengths is None else (jnp.arange(x.shape[1])[:, None] < lengths[None])[:, :, None]
-        y, end = run(inputs, p["weight_hh"], p["bias_hh"].astype(wide), tuple(a.astype(wide) for a in start), keep)
+        start = tuple(a.astype(wide) for a in start)
+        y, end = jnp.zeros((0, *start[0].shape), wide), start
+        if x.shape[1]:
+            y, end = recurrence(cell, inputs, p["weight_hh"], p["bias_hh"].astype(wide), start, keep)
         y = (y if keep is None else jnp.where(keep, y, 0.0)).astype(vars.dtype).swapaxes(0, 1)
         end = tuple(a.astype(vars.dtype) for a in end)
         return ((y, end if states > 1 else end[0]) if return_state else y), vars
