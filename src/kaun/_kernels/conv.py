@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from kaun._kernels.winograd import is_worthwhile, winograd, winograd_tangent
+
 __all__ = ["ConvConfig", "convolve", "convolve_transposed"]
 
 # The images that one convolution for the gradient of a weight takes.
@@ -132,6 +134,9 @@ def _volumes(x: jax.Array, weight: jax.Array, config: ConvConfig, groups: int) -
 
 
 def _dense(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
+    if _is_wide(x, weight, config):
+        return _wide(x, weight, config)
+
     @jax.custom_jvp
     def convolved(x: jax.Array, weight: jax.Array) -> jax.Array:
         if x.shape[3] == 1 and math.prod(weight.shape[:2]) <= 16:
@@ -148,6 +153,27 @@ def _dense(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
         if not isinstance(weight_dot, SymbolicZero):
             parts.append(_along_weight(x, weight_dot, config))
         return convolved(x, weight), functools.reduce(operator.add, parts)
+
+    convolved.defjvp(derivative, symbolic_zeros=True)
+    return convolved(x, weight)
+
+
+def _is_wide(x: jax.Array, weight: jax.Array, config: ConvConfig) -> bool:
+    if {*config.stride, *config.dilation} != {1} or type(x.shape[0]) is not int or any(jax.typeof(x).sharding.spec):
+        return False
+    return is_worthwhile(x.shape, weight.shape, config.padding)
+
+
+def _wide(x: jax.Array, weight: jax.Array, config: ConvConfig) -> jax.Array:
+    (rows, columns) = config.padding
+
+    @jax.custom_jvp
+    def convolved(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return winograd(x, weight, (rows, columns))
+
+    def derivative(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+        given = [None if isinstance(tangent, SymbolicZero) else tangent for tangent in tangents]
+        return convolved(*primals), winograd_tangent(*primals, given[0], given[1], (rows, columns))
 
     convolved.defjvp(derivative, symbolic_zeros=True)
     return convolved(x, weight)
