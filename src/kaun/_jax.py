@@ -113,10 +113,9 @@ def run_program(closed: Any, arguments: Sequence[Any]) -> list[Any]:
 
 
 def programs_in(closed: Any) -> Iterator[Any]:
-    """Yield a traced program (a closed jaxpr, or a jaxpr) and all programs inside it.
+    """Yield a traced program (a closed jaxpr, or a jaxpr) and all programs inside it, in parameters of its equations.
 
-    Loops, branches and jitted functions keep their bodies in the parameters of their equations. JAX has no public walk
-    over them, and the fields of jaxprs are not public API.
+    JAX has no public walk over them, and the fields of jaxprs are not public API.
     """
     yield closed
     for equation in getattr(closed, "jaxpr", closed).eqns:
@@ -147,10 +146,10 @@ def _equations_in(closed: Any) -> Iterator[Any]:
 
 
 def primitives_in(closed: Any) -> set[str]:
-    """Return the names of the operations of a traced program and of all programs inside it.
+    """Return the names of the operations of a traced program and of all programs inside it, which JAX may change.
 
-    The names decide which operations are costly, and which call the host: of these a ``pure_callback`` has no effect by
-    which JAX's public API would tell. The names of primitives are not public API.
+    They decide which operations are costly, and which call the host: of these a ``pure_callback`` has no effect by
+    which JAX's public API would tell.
     """
     return {equation.primitive.name for equation in _equations_in(closed)}
 
@@ -211,8 +210,7 @@ class Convolution(NamedTuple):
     Attributes:
         layout: Where input, kernel and output have batch or output features, features, and space, as tuples of axes.
         batch_groups: The number of groups into which the batch is split.
-        kernel: The shape of the kernel.
-        output: The shape of the output.
+        kernel, output: Their shapes.
     """
 
     layout: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -222,11 +220,7 @@ class Convolution(NamedTuple):
 
 
 def convolutions_in(closed: Any) -> Iterator[Convolution]:
-    """Yield the convolutions of a traced program and of all programs inside it.
-
-    Whether XLA:CPU runs a convolution slowly inside a loop depends on its layout, which only the equation's parameters
-    state.
-    """
+    """Yield the convolutions of a traced program. Their layouts decide whether XLA:CPU runs them slowly in a loop."""
     for equation in _equations_in(closed):
         if equation.primitive is lax.conv_general_dilated_p:
             axes, groups = equation.params["dimension_numbers"], equation.params["batch_group_count"]
@@ -259,10 +253,9 @@ class Frame(NamedTuple):
 
 
 class Operation:
-    """An equation of a traced program, with its place in the user's code.
+    """An equation of a traced program, with its place in the user's code. The fields of equations are not public API.
 
-    ``jax.debug_nans`` names one operation too, but stops at values that never reach the result, and says nothing of a
-    loop's inside. The fields of equations are not public API.
+    ``jax.debug_nans`` names one too, but stops at values that never reach the result, and not inside a loop.
 
     Attributes:
         name: The name of its primitive: ``"log"``.
@@ -296,14 +289,19 @@ class Operation:
     @property
     def called(self) -> Any:
         """The program of an equation that runs one once, such as a jitted function; else None."""
-        params = self._equation.params
-        return params.get("jaxpr", params.get("call_jaxpr")) if self.name in _CALLS else None
+        parts = self._equation.params
+        return parts.get("jaxpr", parts.get("call_jaxpr")) if self.name in _CALLS else None
 
     @property
     def file(self) -> str:
         """The file of the function that is called, where that is known."""
         info = getattr(getattr(self.called, "jaxpr", self.called), "debug_info", None)
         return str(getattr(info, "func_src_info", "") or "").rpartition(" at ")[2].rpartition(":")[0]
+
+    @property
+    def dot_dimensions(self) -> Any:
+        """The axes that a product of arrays sums over, and those of batches, as ``lax.dot_general`` takes them."""
+        return self._equation.params["dimension_numbers"] if self.name == "dot_general" else None
 
     @property
     def branches(self) -> Sequence[Any]:
@@ -334,11 +332,12 @@ class Operation:
         return body, constants, carried, reversed(order) if self._equation.params["reverse"] else order
 
     def run(self, values: Sequence[Any]) -> list[Any]:
-        """Return its results for these operands, computed now."""
-        params = self._equation.primitive.get_bind_params(self._equation.params)
-        with self._equation.ctx.manager:
-            found = self._equation.primitive.bind(*values, **params)
-        return list(found) if self._equation.primitive.multiple_results else [found]
+        """Return its results for these operands, computed now; traced, they keep its place and names."""
+        of, primitive, sources = self._equation, self._equation.primitive, sys.modules["jax._src.source_info_util"]
+        names = sources.current_name_stack() + of.source_info.name_stack
+        with sources.user_context(of.source_info.traceback, name_stack=names), of.ctx.manager:
+            found = primitive.bind(*values, **primitive.get_bind_params(of.params))
+        return list(found) if primitive.multiple_results else [found]
 
 
 def evaluate(
@@ -356,7 +355,7 @@ def evaluate(
         closed: The program, a closed jaxpr or a jaxpr.
         arguments: Its arguments.
         constant: Makes a value of a constant of the program.
-        apply: Gives the results of an equation for its operands.
+        apply: Gives the results of an equation.
         groups: Numbers of results. They are yielded group by group, and only what a group needs runs before it. By
             default one group of all.
     """

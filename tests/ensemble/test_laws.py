@@ -11,6 +11,8 @@ import pytest
 
 import kaun
 from kaun import Data, averages, layers, losses, rng
+from kaun._engine import options, program
+from kaun._jax import primitives_in
 
 G = np.random.default_rng(0)
 X = G.normal(size=(10, 3)).astype(np.float32)
@@ -252,3 +254,25 @@ def test_arguments_are_checked():
         many.step(start, X, loss=lambda out: (losses.mse(out, Y), {"mean": parts(out, jnp.zeros(10, jnp.int32))}))
     with pytest.raises(TypeError, match=r"The loss of an ensemble returned 'losses', a name that is kaun's own"):
         many.step(start, X, loss=lambda out: (losses.mse(out, Y), {"losses": jnp.float32(1)}))
+
+
+def test_products_of_small_members_are_sums_and_those_of_large_ones_are_not():
+    def operations(many, states):
+        x, loss = next(iter(EVEN))
+        return primitives_in(jax.make_jaxpr(lambda states: many.step(states, x, loss=loss))(states))
+
+    assert "dot_general" not in operations(*made())
+    large = lambda: layers.linear(3, 32) >> layers.tanh() >> layers.linear(32, 2)
+    assert "dot_general" in operations(*made(large))
+
+
+def test_programs_of_small_members_are_compiled_with_their_own_options(monkeypatch):
+    assert options.accepts_member_options(), "XLA has no such option any more: see _engine/options.py"
+    unknown = {**options.LOOP_OPTIONS, "xla_cpu_of_no_version": ""}
+    monkeypatch.setattr(options, "MEMBER_OPTIONS", unknown)
+    assert not options.accepts_member_options.__wrapped__()
+    monkeypatch.setattr(program, "MEMBER_OPTIONS", unknown)
+    many, states = made(functools.partial(layers.linear, 3, 2))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_cpu_of_no_version'"):
+        many.fit(states, EVEN)
+    many.trainer.fit(many.trainer.init(), EVEN)

@@ -18,6 +18,7 @@ from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import digest_program, slow_in_loops
 from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout
+from kaun._engine.options import LOOP_OPTIONS, MEMBER_OPTIONS, accepts_member_options
 from kaun._engine.packing import MemberPacking, Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
 from kaun._engine.probabilities import warn_of_probabilities
@@ -26,7 +27,7 @@ from kaun._loss import trace_loss
 from kaun._step import match_state
 
 __all__ = [
-    "LOOP_OPTIONS", "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "find_step", "item_at",
+    "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "find_step", "item_at",
     "pattern_for", "trace_step",
 ]  # fmt: skip
 
@@ -34,9 +35,6 @@ __all__ = [
 # it runs each dispatch on another thread, which costs more than its steps.
 ROWS = 128
 _COUNT_BYTES = 1 << 24  # of the counts of a dispatch: metrics may count rows, and a batch may have millions
-# XLA would move what does not depend on the item out of the loop, fuse it in another way there, and so change the last
-# bit depending on whether items are stacked. The numbers must not depend on that.
-LOOP_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class Program:
@@ -127,19 +125,20 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries", "examples", "jaxpr",
-        "layout", "looped", "loss", "members", "most", "on_nonfinite", "patterns", "placing", "row_axis", "row_mask",
-        "rows", "seconds", "status", "step", "wanted", "watches",
+        "_digest", "_has_small_members", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries",
+        "examples", "jaxpr", "layout", "looped", "loss", "members", "most", "on_nonfinite", "patterns", "placing",
+        "row_axis", "row_mask", "rows", "seconds", "status", "step", "wanted", "watches",
     )  # fmt: skip
 
     def __init__(
         self, step: Any, traced: Any, inputs: StepInputs, on_nonfinite: str, discards: bool, seconds: float
     ) -> None:
         self.step, self.jaxpr, self.on_nonfinite, self.discards = step, traced.jaxpr, on_nonfinite, discards
-        self.loss, numbers, _, _, checks = traced.out_info
+        self.loss, numbers, after, _, checks = traced.out_info
         self.checks = checks.shape[0]
         self.layout = NumberLayout(numbers)
         self.members = CODE in self.layout.places
+        self._has_small_members = self.members and MemberPacking.of(after) is not None and accepts_member_options()
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
@@ -194,7 +193,8 @@ class TracedStep:
                 run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
-                found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=LOOP_OPTIONS)
+                options = MEMBER_OPTIONS if self._has_small_members and self.placing is None else LOOP_OPTIONS
+                found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=options)
                 self._programs[key] = found
             return found
 

@@ -9,6 +9,7 @@ from kaun._kernels.pool import larger as larger
 from kaun._kernels.pool import largest_in_windows as largest_in_windows
 from kaun._kernels.pool import taps as taps
 from kaun._kernels.pool import windows as windows
+from kaun._kernels.products import with_summed_products as with_summed_products
 from kaun._kernels.random_bits import bits_for as bits_for
 from kaun._kernels.random_bits import random_bits as random_bits
 from kaun._kernels.recurrent import GRU as GRU
