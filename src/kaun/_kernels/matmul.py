@@ -45,6 +45,11 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
         return x @ weight  # a batch of any length, for jax.export
     if jax.default_backend() != "cpu" or rows < _ROWS or rows * math.prod(weight.shape) < _LARGE:
         return x @ weight
+    return _large_matmul(x, weight)
+
+
+@jax.jit  # traced and differentiated once for all products of a shape
+def _large_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     return _matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
 
 
