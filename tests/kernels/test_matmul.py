@@ -92,3 +92,12 @@ def test_it_is_the_operator_where_that_is_best(monkeypatch):
     assert plain(8, n=4096), "few rows do not pay for two copies of the whole weight"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert plain(256)
+
+
+def test_products_of_one_shape_are_traced_and_differentiated_once(monkeypatch):
+    calls = []
+    transposed = MODULE._transposed
+    monkeypatch.setattr(MODULE, "_transposed", lambda a: calls.append(a.shape) or transposed(a))
+    x, weight = jax.ShapeDtypeStruct((272, 120), "float32"), jax.ShapeDtypeStruct((120, 120), "float32")
+    jax.make_jaxpr(jax.grad(lambda w, x: matmul(matmul(matmul(x, w), w), w).sum()))(weight, x)
+    assert 1 <= len(calls) <= 2, "with and without a derivative of the input"
