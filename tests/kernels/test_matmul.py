@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kaun._jax import programs_in
 from kaun._kernels import matmul
 
 MODULE = importlib.import_module("kaun._kernels.matmul")  # whose name in the package is the function
@@ -75,8 +76,9 @@ def test_half_precision(dtype):
 def test_the_gradient_copies_the_narrower_matrix_if_any(n, m):
     x, weight, bar = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((512, n), (n, m), (512, m)))
     slope = jax.make_jaxpr(lambda x, w, bar: jax.vjp(lambda w: matmul(x, w), w)[1](bar))(x, weight, bar)
-    copied = {eqn.invars[0].aval.size for eqn in slope.eqns if eqn.primitive.name == "transpose"}
-    changed = {eqn.invars[0].aval.size for eqn in slope.eqns if eqn.primitive.name == "reshape"} & copied
+    equations = [eqn for program in programs_in(slope) for eqn in getattr(program, "jaxpr", program).eqns]
+    copied = {eqn.invars[0].aval.size for eqn in equations if eqn.primitive.name == "transpose"}
+    changed = {eqn.invars[0].aval.size for eqn in equations if eqn.primitive.name == "reshape"} & copied
     assert 512 * 128 not in changed and 512 * 256 not in changed
     assert (512 * 64 in changed) == (n != m)
 
@@ -90,3 +92,12 @@ def test_it_is_the_operator_where_that_is_best(monkeypatch):
     assert plain(8, n=4096), "few rows do not pay for two copies of the whole weight"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert plain(256)
+
+
+def test_products_of_one_shape_are_traced_and_differentiated_once(monkeypatch):
+    calls = []
+    transposed = MODULE._transposed
+    monkeypatch.setattr(MODULE, "_transposed", lambda a: calls.append(a.shape) or transposed(a))
+    x, weight = jax.ShapeDtypeStruct((272, 120), "float32"), jax.ShapeDtypeStruct((120, 120), "float32")
+    jax.make_jaxpr(jax.grad(lambda w, x: matmul(matmul(matmul(x, w), w), w).sum()))(weight, x)
+    assert 1 <= len(calls) <= 2, "with and without a derivative of the input"

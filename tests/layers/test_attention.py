@@ -1,6 +1,7 @@
 """Attention against a plain softmax in NumPy, and its masks; test_attention_options has what is asked for by options."""
 
 import functools
+import importlib
 import math
 
 import jax
@@ -353,3 +354,25 @@ def test_repr():
     assert repr(layers.multi_head_attention(8, 4)) == "multi_head_attention(8, 4)"
     layer = layers.multi_head_attention(8, 4, 2, dropout=0.1, is_causal=True, rope=True)
     assert repr(layer) == "multi_head_attention(8, 4, num_kv_heads=2, dropout=0.1, is_causal=True, rope=True)"
+
+
+def test_layers_of_one_shape_are_traced_once_and_dropout_draws_in_each(monkeypatch):
+    module, calls = importlib.import_module("kaun.layers.attention"), []
+    run = module._attend_to
+    monkeypatch.setattr(module, "_attend_to", lambda *of: calls.append(of) or run(*of))
+    x = jax.ShapeDtypeStruct((3, 7, EMBED), jnp.float32)  # a shape of no other test
+
+    def count(rate, layer_count=3):
+        calls.clear()
+        model = layers.sequential([layers.multi_head_attention(EMBED, HEADS, dropout=rate)] * layer_count)
+        vars = filled(model)
+
+        def score(params, x):
+            with rng.scope(0):
+                return model.apply(vars.replace(params=params), x, training=True)[0].sum()
+
+        jax.make_jaxpr(jax.grad(score))(vars.params, x)
+        return len(calls)
+
+    assert count(0.0) == 1
+    assert count(0.5) == 3

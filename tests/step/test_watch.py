@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from kaun import _jax
+from kaun._step import watch
 from kaun._step.watch import Update, check_names, checks_of, gradient_finite, spoiled_leaves
 
 PARAMS = {"a": jnp.ones(3), "b": [jnp.ones((2, 2), jnp.bfloat16)]}
@@ -78,3 +80,44 @@ def test_an_update_is_made_or_discarded(factor, discards):
         assert after["params"]["a"].tolist() == [1.0] * 3 and after["opt_state"]["count"] == 1
     else:
         assert np.isnan(after["params"]["a"]).all() and after["opt_state"]["count"] == 2
+
+
+def test_leaves_of_one_shape_are_looked_at_by_one_program(monkeypatch):
+    traced = []
+    look = watch._sound_elements
+    monkeypatch.setattr(watch, "_sound_elements", lambda *of: traced.append(of[0].shape) or look(*of))
+    params = {name: jnp.ones(shape) for name, shape in {"a": 19, "b": (19, 23), "c": 19, "d": (19, 23)}.items()}
+    before = tree_of(params, params, (params, params))
+    after = jax.tree.map(lambda leaf: leaf + 1, before)
+    program = jax.make_jaxpr(lambda after: checks_of(params, before, after, jnp.float32))(after)
+    assert traced == [(19,)] * 4 + [(19, 23)] * 4, "of a parameter, a layer's state and two moments"
+    assert sum(equation.primitive.name == "jit" for equation in program.eqns) >= 4
+
+
+def test_an_update_that_is_made_twice_is_one_program_and_traced_once():
+    calls = []
+
+    def function(state):
+        calls.append(state)
+        return tree_of({"a": PARAMS["a"] * 0.5}, (), {"count": state["count"] + 1})
+
+    def step(count):
+        update = Update(function, tree_of({"a": PARAMS["a"]}, (), {"count": count}), discards=True)
+        return update.made(jnp.isfinite(update.checks({"a": PARAMS["a"]}, jnp.float32).sum()))
+
+    program = jax.make_jaxpr(step)(0)
+    operations = [equation for part in _jax.programs_in(program) for equation in getattr(part, "jaxpr", part).eqns]
+    made = [id(equation.params["jaxpr"]) for equation in operations if equation.params.get("name") == "function"]
+    assert len(calls) == 1 and len(made) == 2 and len(set(made)) == 1
+
+
+def test_a_large_leaf_is_looked_at_in_one_pass_and_stored_once():
+    def of(weight, slope):
+        slope = jnp.tanh(slope)
+        update = [tree_of({"weight": each}) for each in (weight, weight - 0.1 * slope)]
+        return checks_of({"weight": slope}, *update, jnp.float32)
+
+    arrays = [jnp.ones((256, 128))] * 2
+    text = jax.jit(of).lower(*arrays).compile().as_text()
+    made = [line for line in text[text.index("\nENTRY") :].splitlines() if "= f32[256,128]" in line]
+    assert sum("parameter(" not in line for line in made) <= 1

@@ -66,6 +66,11 @@ def _of_matrices(product: Callable[..., jax.Array], x: jax.Array, weight: jax.Ar
         return x @ weight  # a batch of any length, for jax.export
     if jax.default_backend() != "cpu" or rows < _ROWS or rows * math.prod(weight.shape) < _LARGE:
         return x @ weight
+    return _large(product, x, weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced and differentiated once for all products of a shape
+def _large(product: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) -> jax.Array:
     return product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
 
 

@@ -255,7 +255,8 @@ def _attend(
     if rate > 0 or q.dtype == jnp.float16 or jax.default_backend() == "cpu":
         # JAX's function has no dropout; on XLA:CPU it fails to compile for float16 because of the precision that it
         # requests, and takes 1.4 times as long.
-        y = _softmax_attention(q, k, v, keep, added, is_causal=is_causal, scale=scale, rate=rate)
+        run = _softmax_attention if rate > 0 else _jitted_attention
+        y = run(q, k, v, keep, added, is_causal=is_causal, scale=scale, rate=rate)
     else:
         # It promotes bfloat16 to float32, which the user may have forbidden.
         with jax.numpy_dtype_promotion("standard"):
@@ -307,6 +308,10 @@ def _softmax_attention(
         part = q[:, :, :, first:last], k[:, :, :visible], v[:, :, :visible]
         parts.append(_attend_to(*part, allowed, block(added), scale, rate))
     return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, head)
+
+
+# Without dropout, which draws a key: traced and differentiated once for all layers of a shape.
+_jitted_attention = jax.jit(_softmax_attention, static_argnames=("is_causal", "scale", "rate"))
 
 
 def _attend_to(
