@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kaun._engine.inputs import StepInputs, is_number
 from kaun._jax import any_traced
-from kaun.sharding.core import Sharding, item_placement, put, refuse_set_mesh, spread_rows, state_placements
+from kaun._processes import wait_for_devices
+from kaun.sharding.core import Sharding, item_placement, processes_of, put, refuse_set_mesh, spread_rows, state_placements
 from kaun.sharding.rules import ByMember
 
 __all__ = ["Placing", "place_carry", "placed_inputs", "wait_on_cpu"]
@@ -75,7 +76,7 @@ class Placing:
             wait: Waits for the block before where devices cannot hold two, and raises if another process has ended.
         """
         held, key, status, count, shared, stacked = arguments
-        wait_on_cpu(self._sharding, held, wait)
+        wait_on_cpu(self._sharding, held, wait=wait)
         if status is not None:
             status = self.put_everywhere(status)
         items = self.put_item(shared, pattern), self.put_item(stacked, pattern, stacked=True)
@@ -147,15 +148,25 @@ class Placing:
         return jax.tree_util.tree_map(pin, output)
 
 
-def wait_on_cpu(sharding: Sharding | None, arrays: Any, wait: Callable[[], None] = lambda: None) -> None:
+def wait_on_cpu(
+    sharding: Sharding | None, arrays: Any, entry: str = "", wait: Callable[[], None] = lambda: None
+) -> None:
     """Wait for what is still computed for some arrays, where the devices are parts of one CPU.
 
     There the programs of all devices share the threads of one pool, and one that waits for the others in a collective
     operation keeps its thread. Two programs at a time can wait for each other's threads for ever: three steps that were
     dispatched at once on 8 devices of 2 cores were aborted by XLA after 40 seconds.
+
+    Args:
+        sharding: Where they lie.
+        arrays: A pytree of arrays.
+        entry: The single call that computes them, whose failure in another process ends the wait.
+        wait: Waits for what is computed before, in its own way.
     """
     if sharding is not None and sharding.mesh.size > 1 and sharding.mesh.devices.flat[0].platform == "cpu":
         wait()
+        if entry and sharding.mesh.is_multi_process:
+            wait_for_devices(entry.split()[0], processes_of(sharding, ()), arrays)
         jax.block_until_ready(arrays)
 
 

@@ -45,13 +45,14 @@ class Program:
         function: The function.
         jitted: The same, jitted.
         compiled: Whether it was compiled.
+        ready: Whether it may run in a single call: it was compiled, and in several processes in all of them.
         pattern: For each array of an item whether it is stacked, where a block of items is passed.
         stacks: How the items of a block are passed, in words.
         places: Where state and items lay for which it was compiled, in words by name.
         lock: Held while it is compiled.
     """
 
-    __slots__ = ("_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "stacks")
+    __slots__ = ("_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "ready", "stacks")
 
     def __init__(
         self, function: Callable[..., Any], pattern: tuple[bool, ...] = (), stacks: str = "", **options: Any
@@ -59,7 +60,7 @@ class Program:
         self.function = function
         self.jitted = jax.jit(function, **options)
         self.pattern, self.stacks = pattern, stacks
-        self.compiled = False
+        self.compiled = self.ready = False
         self.places: list[dict[str, str]] = []
         self.divides = False
         self._signatures = 0
