@@ -239,6 +239,6 @@ class ProgramCache:
 
         def placed(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
             output = run(leaves, key, placing.pin_item(given))
-            return placing.pin_output(output) if entry == "predict" else placing.pin_numbers(output)
+            return placing.pin_output(output) if entry == "predict" else placing.pin_results(output)
 
         return Program(placed)

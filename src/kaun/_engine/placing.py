@@ -110,7 +110,7 @@ class Placing:
         """
         packed = len(held) != len(self._carry)
         held = self.pin_everywhere(held) if packed else self.pin_carry(held)
-        return *self.pin_numbers((losses, tables), axis=-1), held, self.pin_everywhere(status)
+        return *self.pin_results((losses, tables), axis=-1), held, self.pin_everywhere(status)
 
     def pin_everywhere(self, value: Any) -> Any:
         """Return a pytree of arrays in a program, on all devices: what the host reads."""
@@ -132,15 +132,17 @@ class Placing:
 
         return jax.tree_util.tree_map(pin, value)
 
+    def pin_results(self, value: Any, axis: int = 0) -> Any:
+        """Return the numbers that a program gives to the host: as ``pin_numbers``, where each process can read them."""
+        return self.pin_everywhere(value) if self._sharding.mesh.is_multi_process else self.pin_numbers(value, axis)
+
     def pin_output(self, output: Any) -> Any:
         """Return a model's output in a program: spread where it has the batch's rows, on all devices elsewhere.
 
         With several processes it is on all devices, because each of them may read it.
         """
-        if self._members is not None:
-            return self.pin_numbers(output)
-        if self._sharding.mesh.is_multi_process:
-            return self.pin_everywhere(output)
+        if self._members is not None or self._sharding.mesh.is_multi_process:
+            return self.pin_results(output)
 
         def pin(leaf: Any) -> Any:
             return lax.with_sharding_constraint(leaf, item_placement(self._sharding, leaf.shape, self._length)[0])
