@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun import tree
 from kaun._jax import is_traced, trace_of
 from kaun._messages import contextmanager
 

@@ -141,11 +141,13 @@ def put(leaf: Any, where: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array):
         if leaf.committed and leaf.sharding == where:
             return leaf
-        if where.is_fully_addressable or not leaf.is_fully_addressable:
+        if where.is_fully_addressable:
             return jax.device_put(leaf, where)
         if tree.is_key(leaf):  # device_put refuses typed keys onto devices of other processes
             words = put(jax.random.key_data(leaf), where)
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        if not leaf.is_fully_addressable:
+            return jax.device_put(leaf, where)
     elif where.is_fully_addressable:
         return jax.device_put(leaf, where)
     # device_put would compare the values over all processes, by a collective operation for each array.
