@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -80,11 +81,15 @@ class Placing:
         if status is not None:
             status = self.put_everywhere(status)
         items = self.put_item(shared, pattern), self.put_item(stacked, pattern, stacked=True)
-        return held, key, status, self.put_everywhere(count), *items
+        return held, key, status, count, *items
 
     def put_everywhere(self, value: Any) -> Any:
         """Return an array on all devices."""
         return put(value, self._sharding.replicated)
+
+    def count(self, steps: int) -> jax.Array:
+        """Return a number of steps on all devices. To put one there costs 0.5 ms on 8 devices, so they are kept."""
+        return _kept_count(self._sharding.replicated, steps)
 
     def pin_item(self, item: Sequence[Any]) -> list[Any]:
         """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA.
@@ -170,6 +175,11 @@ def wait_on_cpu(
         if entry and sharding.mesh.is_multi_process:
             wait_for_devices(entry.split()[0], processes_of(sharding, ()), arrays)
         jax.block_until_ready(arrays)
+
+
+@functools.lru_cache(maxsize=512)
+def _kept_count(where: NamedSharding, steps: int) -> jax.Array:
+    return put(np.uint32(steps), where)
 
 
 @functools.lru_cache(maxsize=64)

@@ -379,8 +379,10 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> 
     return run
 
 
-def count_on_device(count: int) -> jax.Array:
+def count_on_device(count: int, placing: Placing | None = None) -> jax.Array:
     """Return a number of steps on the device, unsigned: an index that may be negative costs two operations more."""
+    if placing is not None:
+        return placing.count(count)
     # Under jax.set_mesh an array is placed on that mesh, and must not be kept for later.
     return _kept_count(count) if jax.sharding.get_abstract_mesh().empty else _count(count)
 

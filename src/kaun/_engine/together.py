@@ -56,9 +56,7 @@ def agreed(
     if not count:
         together.dispatched()
     if count != wanted:
-        counted = count_on_device(count)
-        counted = counted if traced.placing is None else traced.placing.put_everywhere(counted)
-        arguments = (*arguments[:3], counted, *arguments[4:])
+        arguments = (*arguments[:3], count_on_device(count, traced.placing), *arguments[4:])
     return count, arguments
 
 
