@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import islice
 from typing import Any
 
-__all__ = ["Part", "curve", "document", "facts", "folded", "preformatted", "table"]
+__all__ = ["Part", "curve", "document", "facts", "folded", "preformatted", "table", "trainer"]
 
 _MOST = 100  # rows of a table: a page with thousands of them scrolls slowly, and notebooks are saved with all of them
 _WIDTH, _HEIGHT = 480, 80  # of a curve
@@ -23,6 +23,13 @@ class Part(str):
 def document(title: str, *parts: Part) -> str:
     """A value as HTML: what it is, and parts made by the other functions."""
     return f'<div style="color:inherit"><div><b>{escape(title)}</b></div>{"".join(parts)}</div>'
+
+
+def trainer(arguments: Mapping[str, Any], model: str, seconds: Sequence[float]) -> str:
+    """A trainer as HTML: its arguments by name, its model in words, and the seconds of each compilation."""
+    shown = {**arguments, "model": preformatted(model)}
+    shown["compiled"] = f"{len(seconds)} programs in {sum(seconds):.1f} s (trainer.compilations)"
+    return document("Trainer", facts(shown.items()))
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> Part:

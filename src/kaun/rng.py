@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaun import tree
 from kaun._calls import public, shown
 from kaun._jax import is_traced, trace_of
 from kaun._messages import Block, UserBlock, contextmanager
@@ -312,7 +313,7 @@ def unscoped(key: jax.Array) -> bool:
         >>> rng.unscoped(key), rng.unscoped(rng.next_key()), rng.unscoped(inside)
         (False, True, True)
     """
-    wanted = np.asarray(jax.random.key_data(key))  # in all processes, where it lies on the devices of several
+    wanted = np.asarray(tree.readable(jax.random.key_data(key)))  # in all processes, where it lies on the devices of several
     if not _derived.isdisjoint(_bytes_of(wanted)):
         return True
     if _process_scope is None:

@@ -273,7 +273,7 @@ def _of_member(leaf: Any, i: int) -> Any:
 
 def count_steps(state: TrainState) -> int:
     """Return ``state.step``; of an ensemble, that of the member with the most steps. Waits for it."""
-    return int(np.asarray(state.step).max())
+    return int(np.asarray(tree.readable(state.step)).max())
 
 
 def check_state(state: Any, where: str) -> None:

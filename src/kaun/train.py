@@ -19,7 +19,7 @@ from kaun import _html
 from kaun._calls import MISSING, frozen, shows_overload
 from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
 from kaun._loss import Loss
-from kaun._messages import frames_hidden, hide_frames
+from kaun._messages import frames_hidden
 from kaun._report import Report, ReportFunction
 from kaun._run import Repeats, finished_state, flush_and_save, flush_state, open_run, save_on_error, start_loop
 from kaun._step import (
@@ -125,10 +125,7 @@ class Trainer(Generic[In, Out]):
         return f"Trainer({', '.join(f'{name}={text}' for name, text in shown_arguments(self).items())})"
 
     def _repr_html_(self) -> str:
-        shown = {**shown_arguments(self), "model": _html.preformatted(self.model.name)}
-        seconds = sum(each.seconds for each in self.compilations)
-        shown["compiled"] = f"{len(self.compilations)} programs in {seconds:.1f} s (trainer.compilations)"
-        return _html.document("Trainer", _html.facts(shown.items()))
+        return _html.trainer(shown_arguments(self), self.model.name, [each.seconds for each in self.compilations])
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
@@ -199,7 +196,7 @@ class Trainer(Generic[In, Out]):
             after = state_of(carry, placed_key(self._settings, key))
             return value, self._repeats.states.returned("step", state, after)
         except BaseException as error:
-            hide_frames(error)
+            self._programs.failed("step", state, error)
             raise
 
     def flush(self, state: TrainState) -> TrainState:
@@ -309,17 +306,20 @@ class Trainer(Generic[In, Out]):
         Args:
             state: The state whose variables are used.
             x: The model's input, an array or any pytree of arrays; or a ``Data`` of such inputs, whose outputs are
-                NumPy arrays, concatenated along axis 0 without filled rows, whole in each process. From pairs write
-                ``data.map(lambda b: b[0])``.
+                NumPy arrays, concatenated along axis 0 without filled rows. From pairs write ``data.map(lambda b: b[0])``.
             ctx: A Context for the layers.
 
         Raises:
             TypeError, ValueError: If an input is of the wrong kind, a Data has no items, or its outputs differ in more
                 than axis 0.
         """
-        check_state(state, "predict")
-        run, ctx = self._runner("predict", state), check_context(ctx)
-        return predict(run, x, ctx, self.sharding) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
+        try:
+            check_state(state, "predict")
+            run, ctx = self._runner("predict", state), check_context(ctx)
+            return predict(run, x, ctx, self.sharding) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
+        except BaseException as error:
+            self._programs.failed("predict", state, error)
+            raise
 
     def evaluate(
         self, state: TrainState, data: Iterable[tuple[Any, Any] | tuple[Any, Any, Context]],

@@ -16,8 +16,11 @@ from kaun._engine.inputs import StepInputs
 from kaun._engine.log import Compilation, CompilationLog
 from kaun._engine.placing import Placing, place_carry, wait_on_cpu
 from kaun._engine.program import Program, Traced
+from kaun._engine.together import check_same_call
 from kaun._jax import any_traced
-from kaun.sharding.core import Sharding
+from kaun._messages import hide_frames
+from kaun._processes import tell_failure
+from kaun.sharding.core import Sharding, processes_of
 
 
 class ProgramCache:
@@ -103,6 +106,7 @@ class ProgramCache:
             if ready is not None and placing is not None and not traced:
                 self.compile(program, entry, inputs, False, (leaves, key, item))
                 ready(inputs)
+                program.ready = True
             return self.call(program, entry, inputs, False, (leaves, key, item))
         arguments = (to_automatic(leaves), *to_automatic([key]), inputs.owned())
         output, tree = jax.tree_util.tree_flatten(self.call(program, entry, inputs, False, arguments))
@@ -169,19 +173,27 @@ class ProgramCache:
         leaves, key = arguments[:2]
         if any_traced((*leaves, key, *inputs.leaves)):
             return program.function(*arguments)
-        if not program.compiled:
+        if not program.ready:
             self.compile(program, entry, inputs, training, arguments, traced)
+            check_same_call(entry.split()[0], processes_of(self.sharding, leaves), inputs)
+            program.ready = True
         start = time.perf_counter()
         try:
             wait_on_cpu(self.sharding, leaves)
             results = program.jitted(*arguments)
-            wait_on_cpu(self.sharding, results)
+            wait_on_cpu(self.sharding, results, entry)
         except ValueError:
             refuse_different_devices(entry, inputs, leaves, item_of(arguments, program.pattern))
             raise
         if program.was_called_anew():
             self.log_moved(program, entry, inputs, training, arguments, start, traced)
         return results
+
+    def failed(self, entry: str, state: Any, error: BaseException) -> None:
+        """Hide kaun's frames in an exception that ends a call, and tell it to the processes over which the state lies."""
+        processes = () if any_traced(jax.tree_util.tree_leaves(state)) else processes_of(self.sharding, state)
+        tell_failure(entry, processes, error)
+        hide_frames(error)
 
     def log_moved(
         self, program: Program, entry: str, inputs: StepInputs, training: bool, arguments: Sequence[Any], start: float,
@@ -227,6 +239,6 @@ class ProgramCache:
 
         def placed(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
             output = run(leaves, key, placing.pin_item(given))
-            return placing.pin_output(output) if entry == "predict" else placing.pin_numbers(output)
+            return placing.pin_output(output) if entry == "predict" else placing.pin_results(output)
 
         return Program(placed)

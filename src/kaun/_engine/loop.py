@@ -52,9 +52,9 @@ def run_step(
         return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
     traced = find_step(programs, structure, leaves, key, inputs, training)
     entry = "step" if on_one_device(leaves) else "step unpacked"
-    program, count, item = traced.program(entry, (False,) * len(inputs.leaves)), count_on_device(1), inputs.owned()
-    if traced.placing is not None and not any_traced((*leaves, key, *item)):
-        count, item = traced.placing.put_everywhere(count), traced.placing.put_item(item)
+    program, item = traced.program(entry, (False,) * len(inputs.leaves)), inputs.owned()
+    placing = None if traced.placing is None or any_traced((*leaves, key, *item)) else traced.placing
+    count, item = count_on_device(1, placing), item if placing is None else placing.put_item(item)
     loss, leaves = programs.call(program, entry, inputs, training, (leaves, key, count, item), traced)
     return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
@@ -318,7 +318,7 @@ class StepLoop:
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
         status = put_with(traced.status, held[0]) if results is None else results.status
         first = self._first_step if results is None else results.first + results.steps
-        arguments = (held, self._key, status, count_on_device(count), shared, stacked)
+        arguments = (held, self._key, status, count_on_device(count, traced.placing), shared, stacked)
         if traced.placing is not None:
             arguments = traced.placing.put_block(arguments, pattern, lambda: wait_for(results, self._together))
         if not program.compiled:

@@ -178,8 +178,8 @@ def all_finite(vectors: Sequence[Any]) -> bool:
 
 
 def put_with(value: Any, leaf: Any) -> Any:
-    """Return an array where a leaf lies, on all its devices, if the leaf was put there; elsewhere as it is."""
-    if not getattr(leaf, "committed", False):
+    """Return an array where a leaf lies, on all its devices, if the leaf was put there; elsewhere, and None, as it is."""
+    if value is None or not getattr(leaf, "committed", False):
         return value
     where: Any = _everywhere(leaf.sharding)
     # Onto devices of other processes device_put compares the values over all of them, and one may not come here.

@@ -44,13 +44,14 @@ class Program:
         function: The function.
         jitted: The same, jitted.
         compiled: Whether it was compiled.
+        ready: Whether it may run in a single call: it was compiled, and in several processes in all of them.
         pattern: For each array of an item whether it is stacked, where a block of items is passed.
         stacks: How the items of a block are passed, in words.
         places: Where state and items lay for which it was compiled, in words by name.
         lock: Held while it is compiled.
     """
 
-    __slots__ = ("_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "stacks")
+    __slots__ = ("_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "ready", "stacks")
 
     def __init__(
         self, function: Callable[..., Any], pattern: tuple[bool, ...] = (), stacks: str = "", **options: Any
@@ -58,7 +59,7 @@ class Program:
         self.function = function
         self.jitted = jax.jit(function, **options)
         self.pattern, self.stacks = pattern, stacks
-        self.compiled = False
+        self.compiled = self.ready = False
         self.places: list[dict[str, str]] = []
         self.divides = False
         self._signatures = 0
@@ -380,8 +381,10 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> 
     return run
 
 
-def count_on_device(count: int) -> jax.Array:
+def count_on_device(count: int, placing: Placing | None = None) -> jax.Array:
     """Return a number of steps on the device, unsigned: an index that may be negative costs two operations more."""
+    if placing is not None:
+        return placing.count(count)
     # Under jax.set_mesh an array is placed on that mesh, and must not be kept for later.
     return _kept_count(count) if jax.sharding.get_abstract_mesh().empty else _count(count)
 

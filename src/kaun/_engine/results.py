@@ -162,9 +162,7 @@ def state_after(traced: TracedStep, program: Program, arguments: Sequence[Any], 
     held, key, status, _, *items = arguments
     if steps == 0:
         return held
-    count = count_on_device(steps)
-    count = count if traced.placing is None else traced.placing.put_everywhere(count)
-    return program.jitted(held, key, status, count, *items)[2]
+    return program.jitted(held, key, status, count_on_device(steps, traced.placing), *items)[2]
 
 
 def examples_of(

@@ -1,14 +1,16 @@
-"""What a loop asks where the steps of several processes are one: the part of their agreement that it needs."""
+"""What loops and single calls ask where the steps of several processes are one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from kaun._engine.inputs import StepInputs
 from kaun._engine.program import TracedStep, count_on_device
+from kaun._processes import meet
+from kaun.data import checksums, different_items
 
-__all__ = ["Together", "agreed"]
+__all__ = ["Together", "agreed", "check_same_call"]
 
 
 class Together(Protocol):
@@ -54,7 +56,29 @@ def agreed(
     if not count:
         together.dispatched()
     if count != wanted:
-        counted = count_on_device(count)
-        counted = counted if traced.placing is None else traced.placing.put_everywhere(counted)
-        arguments = (*arguments[:3], counted, *arguments[4:])
+        arguments = (*arguments[:3], count_on_device(count, traced.placing), *arguments[4:])
     return count, arguments
+
+
+def check_same_call(entry: str, processes: Sequence[int], inputs: StepInputs) -> None:
+    """Come together in a call whose program is new, and check that all processes make the same one.
+
+    Args:
+        entry: What is called.
+        processes: The numbers of the processes.
+        inputs: The inputs of the call.
+
+    Raises:
+        FailedElsewhere: As ``meet``.
+        ValueError: If their inputs differ.
+    """
+    if len(processes) < 2:
+        return
+    found = meet(entry, processes, {"items": checksums(inputs.names(), inputs.leaves)})
+    if difference := different_items({process: facts["items"] for process, facts in found.items() if facts}):
+        raise ValueError(
+            f"{entry} expected the same arrays in each process: {difference}. Every process makes the same calls, with "
+            "the same seed (rng.scope) and whole batches, of which it takes the rows of its devices. Where each process "
+            "holds rows of its own, join them first:\n"
+            "    ((x, y),) = Data.from_items([(x, y)]).assemble(trainer.sharding)"
+        )

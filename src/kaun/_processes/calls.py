@@ -10,9 +10,12 @@ from typing import NamedTuple
 import jax
 
 from kaun._messages import user_line
-from kaun._processes.service import client_of_all
+from kaun._processes.service import client_of_all, tell_at_exit
 
-__all__ = ["Call", "Waits", "calls_of", "count_as", "has_given", "leave", "note_given", "waits_at"]
+__all__ = [
+    "Call", "Waits", "calls_of", "count_as", "failure_of", "has_given", "leave", "note_failure", "note_given",
+    "waits_at",
+]  # fmt: skip
 
 _calls: Counter[tuple[int, ...]] = Counter()  # how many calls some processes have made together
 _given: dict[str, int] = {}  # to how many meetings of a channel this process has given its value
@@ -27,23 +30,26 @@ class Call(NamedTuple):
         processes: Their numbers.
         number: The how many-th call of these processes it is.
         line: The file and line of the user's code.
+        kind: What the others must call too for the processes to meet, by default the same ``entry``.
     """
 
     entry: str
     processes: tuple[int, ...]
     number: int
     line: str
+    kind: str = ""
 
     @classmethod
-    def new(cls, entry: str, processes: Sequence[int]) -> Call:
+    def new(cls, entry: str, processes: Sequence[int], kind: str = "") -> Call:
         """Return the next call."""
+        tell_at_exit()
         _calls[tuple(processes)] += 1
-        return cls(entry, tuple(processes), _calls[tuple(processes)], user_line())
+        return cls(entry, tuple(processes), _calls[tuple(processes)], user_line(), kind)
 
     @property
     def name(self) -> str:
         """The name of its channel."""
-        return f"{self.entry}/{'-'.join(map(str, self.processes))}/{self.number}"
+        return f"{self.kind or self.entry}/{_words(self.processes)}/{self.number}"
 
     def __str__(self) -> str:
         return f"{self.entry} ({self.line}, call {self.number} of that process)"
@@ -74,6 +80,26 @@ def leave(name: str, me: int, why: str, processes: Sequence[int], at: int = -1, 
     told = json.dumps([why, at, votes, _calls[tuple(processes)]])
     _given[name] = _given.get(name, 0) if votes else _LEFT_OUT
     client_of_all().key_value_set(f"kaun/{name}/left/{me}", told, True)
+
+
+def note_failure(call: Call, why: str) -> None:
+    """Leave a note for the others, whatever they call, that a call has failed in this process."""
+    place = f"kaun/failed/{_words(call.processes)}/{call.number}/{jax.process_index()}"
+    client_of_all().key_value_set(place, f"={why}", True)
+
+
+def failure_of(processes: Sequence[int], number: int, process: int) -> str | None:
+    """Why a call has failed in another process, None where it has not; it is counted here too."""
+    try:
+        found = client_of_all().key_value_try_get(f"kaun/failed/{_words(processes)}/{number}/{process}")
+    except jax.errors.JaxRuntimeError:
+        return None
+    count_as(processes, number)
+    return found[1:]
+
+
+def _words(processes: Sequence[int]) -> str:
+    return "-".join(map(str, processes))
 
 
 class Waits(NamedTuple):

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from kaun._processes.calls import Waits, calls_of, count_as, has_given, leave, note_given, waits_at
+from kaun._processes.calls import Call, Waits, calls_of, count_as, failure_of, has_given, leave, note_given, waits_at
 from kaun._processes.failures import came_late, crossed, failed_elsewhere, missing, unreachable
-from kaun._processes.service import client_of_all, timeout_of
+from kaun._processes.service import client_of_all, end_of, timeout_of
 
 __all__ = ["Channel", "barrier"]
 
@@ -39,7 +39,7 @@ class Channel:
         processes: Their numbers; None for all processes of the program.
         what: What they meet for, in messages.
         timeout: The seconds of ``timeout_of``.
-        call: The call in which they meet, in words; by default ``what``.
+        call: The call in which they meet, None outside of one.
 
     Attributes:
         processes: Their numbers.
@@ -47,12 +47,17 @@ class Channel:
 
     def __init__(
         self, name: str, processes: Sequence[int] | None = None, what: str = "", timeout: float | None = None,
-        call: str = "",
+        call: Call | None = None,
     ) -> None:  # fmt: skip
         self.processes: Sequence[int] = range(jax.process_count()) if processes is None else processes
         self._name, self._what, self._timeout = name, what or name, timeout
-        self._call = call or self._what
+        self._call, self._number = str(call or self._what), 0 if call is None else call.number
         self._me, self._meetings = jax.process_index(), 0
+
+    @classmethod
+    def of(cls, call: Call, what: str) -> Channel:
+        """Return the channel of a call; see the arguments of the class."""
+        return cls(call.name, call.processes, what, call=call)
 
     def exchange(self, value: str, combine: Callable[[dict[int, str]], str]) -> str:
         """Give the other processes a value, and return what the first of them made of the values of all.
@@ -114,7 +119,9 @@ class Channel:
         try:
             why, at, votes, calls = json.loads(client_of_all().key_value_try_get(f"kaun/{self._name}/left/{process}"))
         except jax.errors.JaxRuntimeError:  # not there; or the service is gone, which the next meeting says
-            return None
+            why = failure_of(self.processes, self._number, process) if self._number else None
+            why = why or end_of(process)
+            return None if why is None else (why, -1, False)
         count_as(self.processes, calls)
         return why, at, votes
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import os
+import sys
 from typing import Any
 
 import jax
 
 from kaun._jax import coordination_client
 
-__all__ = ["client_of_all", "is_first", "this_process", "timeout_of", "told_before"]
+__all__ = ["client_of_all", "end_of", "is_first", "tell_at_exit", "this_process", "timeout_of", "told_before"]
 
 _TIMEOUT = 600.0
 
@@ -58,6 +62,30 @@ def client_of_all() -> Any:
             "distributed service does not run. Make jax.distributed.initialize() the first line of the script."
         )
     return client
+
+
+@functools.cache
+def tell_at_exit() -> None:
+    """Tell the other processes when this one ends, so that they need not wait for it; asked for once.
+
+    Python runs this before JAX's own end, in which the process waits for the others.
+    """
+    atexit.register(_tell_end)
+
+
+def _tell_end() -> None:
+    error = getattr(sys, "last_value", None)  # that of the traceback which Python has just printed
+    why = "it has ended" if error is None else f"it ended with {type(error).__name__}: {error}"
+    with contextlib.suppress(RuntimeError):
+        client_of_all().key_value_set(f"kaun/ended/{jax.process_index()}", why[:2000], True)
+
+
+def end_of(process: int) -> str | None:
+    """How another process has ended, None where it has not said that it does."""
+    try:
+        return client_of_all().key_value_try_get(f"kaun/ended/{process}")
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def told_before(name: str, value: str) -> dict[int, str]:

@@ -19,21 +19,18 @@ import jax
 
 from kaun._engine import StepInputs, StepLoop
 from kaun._messages import add_note, contextmanager, warn
-from kaun._processes import Call, Channel, failed_elsewhere, this_process, timeout_of
+from kaun._processes import Call, Channel, failed_elsewhere, this_process, timeout_of, wait_until_ready
 from kaun._run.ballots import combine, packed, unpacked
 from kaun._run.same import check_begin, check_items
 from kaun._run.signals import Signals, preempted
 from kaun.data import checksums
 from kaun.errors import FailedElsewhere
-from kaun.sharding import Sharding
-from kaun.state import TrainState
 
-__all__ = ["Agreement", "EndedElsewhere", "agreement_of", "processes_of"]
+__all__ = ["Agreement", "EndedElsewhere", "agreement_of"]
 
 _EVERY = 1000  # steps after which items are compared again
 _GROWING = 8  # turns at the start of a fit, in which blocks grow
 _RARELY = 16
-_PATIENCE = 1.0  # seconds after which a process that waits for its devices asks whether another one has failed
 _ANSWER = 5.0  # seconds in which a process that runs notices that the devices of another have failed
 _SIGTERM = 128 + 15
 
@@ -62,15 +59,6 @@ def agreement_of(processes: tuple[int, ...]) -> Generator[Agreement | None]:
         raise
 
 
-def processes_of(sharding: Sharding | None, state: TrainState) -> tuple[int, ...]:
-    """The numbers of the processes over which a state lies or will lie."""
-    if jax.process_count() == 1:
-        return ()
-    leaves = jax.tree_util.tree_leaves(state)
-    devices = sharding.mesh.devices.flat if sharding else {device for leaf in leaves for device in leaf.devices()}
-    return tuple(sorted({device.process_index for device in devices}))
-
-
 class Agreement:
     """The votes of one fit.
 
@@ -88,7 +76,7 @@ class Agreement:
         self._processes, self._me = processes, this_process()
         call = Call.new("fit", processes)
         self._call = str(call)
-        self._channel = Channel(call.name, processes, "the next steps of fit", call=self._call)
+        self._channel = Channel.of(call, "the next steps of fit")
         self.broken = self.due = False
         self._cause: BaseException | None = None  # why it is broken
         self._over: BaseException | None = None  # what ends the fit here, because of another process
@@ -223,14 +211,7 @@ class Agreement:
         Raises:
             FailedElsewhere: In that case.
         """
-        pause, start = 2e-5, time.monotonic()
-        asked = start
-        while not array.is_ready():
-            time.sleep(pause)
-            pause, now = min(2 * pause, 1e-3), time.monotonic()
-            if now - asked > _PATIENCE:
-                asked = now
-                self._check_others(now - start)
+        wait_until_ready([array], self._check_others)
 
     def readable(self, arrays: list[Any]) -> bool:
         """Whether arrays have values, or will have them: after a failure of the devices they may never."""

@@ -27,7 +27,7 @@ from kaun._run.digest import Digester
 from kaun._run.generators import find_generators
 from kaun._run.hyperparameters import hyperparameters
 from kaun.checkpoint import BEST, Best, Directory, with_another_optimizer
-from kaun.data import Item, ResumableLoader, every_stage_of, known_length, loader_facts, stages_of
+from kaun.data import Item, ResumableLoader, every_stage_of, key_text, known_length, loader_facts, stages_of
 from kaun.errors import ResumeMismatch
 from kaun.layers.core import Layer
 from kaun.sharding import Sharding
@@ -69,7 +69,7 @@ def run_facts(state: TrainState, data: Any, sharding: Sharding | None = None) ->
         ``machine``, of which a difference is a warning.
     """
     return {
-        "key": np.asarray(jax.random.key_data(state.key)).tobytes().hex(),
+        "key": key_text(state.key),
         "start": count_steps(state),
         HYPERPARAMETERS: hyperparameters(state),
         "data": describe_data(data),

@@ -6,6 +6,7 @@ from collections import Counter, deque
 
 import numpy as np
 
+from kaun import tree
 from kaun._engine import StepResults
 from kaun._messages import warn
 from kaun._step import state_nodes
@@ -115,7 +116,7 @@ def warn_of_open_window(state: TrainState) -> None:
     """Warn after a fit whose optimizer holds gradients that no update used."""
     for name, (function, argument, counter) in _WINDOWS.items():
         count = max(
-            [int(np.asarray(getattr(node, counter)).max()) for node in state_nodes(state.opt_state, name)], default=0
+            [int(np.asarray(tree.readable(getattr(node, counter))).max()) for node in state_nodes(state.opt_state, name)], default=0
         )
         if count:
             items = "item" if count == 1 else f"{count} items"

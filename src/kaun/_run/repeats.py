@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from kaun import tree
 from kaun._jax import any_traced
 from kaun._messages import user_line, warn
-from kaun.data import random_passes, stages_of
+from kaun.data import key_text, random_passes, stages_of
 from kaun.state import TrainState
 
 __all__ = ["Repeats"]
@@ -58,7 +59,7 @@ class RepeatedPasses:
         found = None if any_traced((key, step)) else random_passes(stages)
         if found is None:
             return
-        run, count = (*found, np.asarray(jax.random.key_data(key)).tobytes()), int(np.asarray(step).max())
+        run, count = (*found, key_text(key)), int(np.asarray(tree.readable(step)).max())
         with self._lock:
             first = self._first.setdefault(run, count)
             if first < count:

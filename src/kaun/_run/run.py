@@ -17,7 +17,7 @@ from kaun._engine import StepInputs, StepLoop, TracedStep
 from kaun._messages import add_note, contextmanager, set_on, warn
 from kaun._processes import is_first
 from kaun._report import member
-from kaun._run.agree import Agreement, EndedElsewhere, agreement_of, processes_of
+from kaun._run.agree import Agreement, EndedElsewhere, agreement_of
 from kaun._run.differences import differences
 from kaun._run.generators import captured_generators, global_states, refuse_draws
 from kaun._run.hyperparameters import changed_hyperparameters
@@ -30,7 +30,7 @@ from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals, note_interrupt
 from kaun.checkpoint import Best, Directory, Saved, Store, group_for, processes_with
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
-from kaun.sharding import Sharding, put
+from kaun.sharding import Sharding, processes_of, put
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
+from kaun import tree
 from kaun._report import numbers_of
 from kaun._run.identity import unscoped_run
 from kaun._run.position import makes_items
@@ -53,7 +55,8 @@ def begin_facts(state: TrainState, data: Iterable[Any], report: Any, done: int, 
     total = known_length(data)
     certain = total is not None and has_exact_length(data) and not makes_items(data)
     return {
-        "key": key_text(state.key), "step": int(state.step), "done": done, "data": stages_in_words(data),
+        "key": key_text(state.key), "step": np.asarray(tree.readable(state.step)).tolist(), "done": done,
+        "data": stages_in_words(data),
         "saves": saves, "jax": jax.__version__,
         "asks": report is not None or saves, "numbers": {} if report is None else numbers_of(report),
         "total": total if certain else None,

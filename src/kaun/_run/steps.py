@@ -11,6 +11,7 @@ import numpy as np
 from kaun._engine import ProgramCache, StepLoop, error_of, last_member_error, run_flush
 from kaun._jax import is_traced
 from kaun._messages import set_on
+from kaun._processes import failures_told
 from kaun._report import Report, ReportFunction
 from kaun._run.notices import warn_of_open_window
 from kaun._run.reports import ReportCaller
@@ -28,6 +29,7 @@ from kaun._step import (
 )
 from kaun.context import Context
 from kaun.data import not_data, open_items
+from kaun.sharding import processes_of
 from kaun.state import Members, TrainState, own_state
 
 __all__ = ["finished_state", "flush_and_save", "flush_state", "start_loop"]
@@ -130,7 +132,10 @@ def flush_state(settings: Settings, programs: ProgramCache, state: TrainState) -
     if settings.penalty is not None:
         settings.penalty.refuse_changes()
     carry = (state.vars, state.opt_state, state.step)
-    (vars, opt_state, step), checks = run_flush(programs, functools.partial(flush_window, settings), carry, state.key)
+    with failures_told("flush", processes_of(programs.sharding, state)):
+        (vars, opt_state, step), checks = run_flush(
+            programs, functools.partial(flush_window, settings), carry, state.key
+        )
     if settings.on_nonfinite == "raise" and not is_traced(checks) and not np.isfinite(np.asarray(checks)).all():
         window = optimizer_state(settings, state.opt_state)
         trained = trainable_part(settings.trainable, state.vars.params)

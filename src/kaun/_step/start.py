@@ -16,10 +16,11 @@ from jax import lax
 
 from kaun import rng
 from kaun._jax import Operation, any_traced, constants_in, evaluate
+from kaun._processes import failures_told, meet
 from kaun._step.settings import Carry, Settings
 from kaun._step.step import init_carry
 from kaun.layers.core import Vars
-from kaun.sharding.core import Sharding, put, refuse_set_mesh
+from kaun.sharding.core import Sharding, processes_of, put, refuse_set_mesh
 
 __all__ = ["fresh_carry", "fresh_key", "fresh_state", "placed_key"]
 
@@ -42,23 +43,26 @@ def fresh_state(settings: Settings, dtype: Any) -> tuple[Carry, jax.Array]:
     lent = rng.LentScope()
     _refuse_unscoped(settings.sharding, "init", scoped=lent.scoped)
     made = lent.inside(lambda: (init_carry(settings, settings.model.init(dtype=dtype)), rng.next_key()))
-    found = _in_pieces(settings.sharding, made, lent.key, jnp.uint32(lent.first))
-    if found is None:
-        vars, key = lent.inside(lambda: (settings.model.init(dtype=dtype), rng.next_key()))(lent.key, lent.first)
-        found = fresh_carry(settings, vars), placed_key(settings, key)
+    with failures_told("init", processes_of(settings.sharding, ())):
+        found = _in_pieces("init", settings.sharding, made, lent.key, jnp.uint32(lent.first))
+        if found is None:
+            vars, key = lent.inside(lambda: (settings.model.init(dtype=dtype), rng.next_key()))(lent.key, lent.first)
+            found = fresh_carry(settings, vars, "init"), placed_key(settings, key)
     lent.give_back()
     return found
 
 
-def fresh_carry(settings: Settings, vars: Vars) -> Carry:
+def fresh_carry(settings: Settings, vars: Vars, entry: str = "make_state") -> Carry:
     """Return ``init_carry`` of some variables, placed as the sharding says."""
     if settings.sharding is None or _is_traced():
         return init_carry(settings, vars)
     refuse_set_mesh()
-    found = _in_pieces(settings.sharding, functools.partial(init_carry, settings), vars)
-    if found is None:  # the error is that of init_carry, if there is one
-        found = init_carry(settings, vars)
-        found = jax.tree_util.tree_map(put, found, settings.sharding.of(found))
+    with failures_told(entry, processes := processes_of(settings.sharding, ())):
+        found = _in_pieces(entry, settings.sharding, functools.partial(init_carry, settings), vars)
+        if found is None:  # the error is that of init_carry, if there is one
+            found = init_carry(settings, vars)
+            meet(entry, processes, {})
+            found = jax.tree_util.tree_map(put, found, settings.sharding.of(found))
     return found
 
 
@@ -72,7 +76,7 @@ def fresh_key(settings: Settings) -> jax.Array:
 
 def _refuse_unscoped(sharding: Sharding, entry: str, *, scoped: bool) -> None:
     """Refuse keys that each of several processes has drawn for itself."""
-    count = len({device.process_index for device in sharding.mesh.devices.flat})
+    count = len(processes_of(sharding, ()))
     if count > 1 and not scoped:
         raise ValueError(
             f"{entry} makes a state in {count} processes, and drew its keys outside an rng scope, where each process "
@@ -89,8 +93,11 @@ def _is_traced() -> bool:
     return any_traced([jnp.zeros(())])
 
 
-def _in_pieces(sharding: Sharding, make: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what ``make`` returns, each array made where it will lie; None where JAX cannot trace it."""
+def _in_pieces(entry: str, sharding: Sharding, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``make`` returns, each array made where it will lie; None where JAX cannot trace it.
+
+    Other processes make their parts, so they meet before in ``entry``, whether JAX can trace it or not.
+    """
     try:
         closed, shapes = jax.make_jaxpr(make, return_shape=True)(*arguments)
     except Exception:
@@ -98,6 +105,7 @@ def _in_pieces(sharding: Sharding, make: Callable[..., Any], *arguments: Any) ->
     if sum(getattr(constant, "nbytes", 0) for constant in constants_in(closed)) > _MOST_CONSTANTS:
         return None
     where = sharding.of(shapes)
+    meet(entry, processes_of(sharding, ()), {})
     if arguments and isinstance(arguments[0], Vars):
         arguments = jax.tree_util.tree_map(put, arguments, (where[0],))
     leaves = jax.tree_util.tree_leaves(arguments)

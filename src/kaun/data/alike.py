@@ -43,7 +43,7 @@ def _ends(array: Any) -> str:
 
 def key_text(key: Any) -> str:
     """The words of a typed key."""
-    return np.asarray(jax.random.key_data(key)).tobytes().hex()
+    return np.asarray(tree.readable(jax.random.key_data(key))).tobytes().hex()
 
 
 def checksums(names: Sequence[str], values: Sequence[Any]) -> dict[str, tuple[str, int]]:

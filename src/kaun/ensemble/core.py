@@ -246,13 +246,15 @@ class Ensemble(Generic[In, Out]):
             run = cast("Any", runner)._runner("predict", states)
             if are_pipelines("predict", x, per_member):
                 pipelines = check_pipelines("predict", cast("Sequence[Any]", x), self.n)
-                return predict_members(run, pipelines, check_context(ctx), functools.partial(stack, what="x"))
+                return predict_members(
+                    run, pipelines, check_context(ctx), functools.partial(stack, what="x"), self.sharding
+                )
             if not isinstance(x, Data):
                 return runner.predict(states, x, ctx=ctx)
             # The outputs of a pass are joined along axis 0, so that is where rows have to be meanwhile.
             rows_first = lambda output: jnp.moveaxis(output, 0, 1) if output.ndim > 1 else output[0]
             outputs = lambda inputs, ready: jax.tree_util.tree_map(rows_first, run(inputs, ready))
-            rows = predict(outputs, x, check_context(ctx))
+            rows = predict(outputs, x, check_context(ctx), self.sharding)
             return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
         except BaseException as error:
             hide_frames(error)
@@ -285,7 +287,7 @@ class Ensemble(Generic[In, Out]):
         join = None
         if are_pipelines("evaluate", data, per_member):
             data, join = check_pipelines("evaluate", cast("Sequence[Any]", data), self.n), _joined_metrics
-        return evaluate_members(run, data, metrics, check_context(ctx), self.n, join)
+        return evaluate_members(run, data, metrics, check_context(ctx), self.n, join, self.sharding)
 
     def _check(self, states: TrainState, entry: str) -> None:
         """Check that states are those of such an ensemble."""

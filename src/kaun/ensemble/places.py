@@ -45,7 +45,8 @@ def place_states(sharding: Sharding | None, states: TrainState) -> TrainState:
     """Return states whose members lie on their devices."""
     if sharding is None:
         return states
-    return jax.tree_util.tree_map(put, states, sharding.of(states))
+    placed = jax.tree_util.tree_map(put, states, sharding.of(states))
+    return placed.replace(key=put(states.key, sharding.replicated))  # as each step takes it
 
 
 def with_member_items(sharding: Sharding) -> Sharding:

@@ -82,7 +82,7 @@ def _train_member(
     """Run one step of a member as if it ran, and return with it whether its loss stops it."""
     vars, members, step = carry
     mode, before = settings.on_nonfinite, (vars, members.inner, step)
-    # Under "raise" a small member leaves discarding to ``_settled``, which a member that does not run needs anyway.
+    # A small member leaves discarding to ``_settled``, which a member that does not run needs anyway.
     looks = dataclasses.replace(settings, on_nonfinite="ignore") if _settles(mode, before) else settings
     out = train_step(looks, before, key, x, ctx, loss, training, mode == "skip", wanted)
     if taken := {"losses", CODE} & out.numbers.keys():
@@ -112,26 +112,34 @@ def _settled(
     """
     vars, members, step = carry
     before, after, raises = (vars, members.inner, step), out.carry, mode == "raise"
-    no = jnp.zeros_like(members.stopped)
+    no, numbers = jnp.zeros_like(members.stopped), dict(out.numbers)
     nonfinite, stopped = members.nonfinite if raises else no, members.stopped if can_stop else no
-    finite = out.finite if raises else out.numbers["finite"] > 0 if mode == "skip" else ~no
-    if _settles(mode, before, axis=1):
-        finite &= ~_spoiled(before, after)
+    settles = _settles(mode, before, axis=1)
+    finite = kept = out.finite if raises or settles else numbers["finite"] > 0 if mode == "skip" else ~no
+    if settles:
+        spoiled = out.finite & _spoiled(before, after)
+        finite = kept = out.finite & ~spoiled
+        if not raises:  # an overflow, for which the loss scale was too large, is no update and changes the scale
+            numbers["finite"] = numbers.get("finite", out.finite.astype(jnp.float32)) * (1 - 2 * spoiled)
+            numbers["grad_norm"] = jnp.where(spoiled, jnp.nan, numbers["grad_norm"])
+            finite = numbers["finite"] > 0
     runs = ~(nonfinite | stopped)
     stops = runs & stops & (finite if raises else True)
     code = jnp.where(runs, jnp.where(finite, RUNS, NOT_FINITE), jnp.where(nonfinite, LOST, STOPPED))
-    if raises or can_stop:
-        after = _select(packing, runs & ~stops & (finite if raises else True), after, before)
+    if raises or can_stop or settles:
+        changes = runs & ~stops
+        vars, opt_state, steps = _select(packing, changes & kept if raises or settles else changes, after, before)
+        after = vars, opt_state, steps if raises else step + changes  # a step that is skipped is counted
     ended = nonfinite | (runs & ~finite) if raises else members.nonfinite
     vars, opt_state, step = after
     after = vars, Members(stopped | stops, ended, opt_state), step
-    return out._replace(numbers={**out.numbers, CODE: code.astype(jnp.float32)}, carry=after)
+    return out._replace(numbers={**numbers, CODE: code.astype(jnp.float32)}, carry=after)
 
 
 def _settles(mode: str, before: Any, axis: int = 0) -> bool:
     """Whether what a step makes of a member is looked at by ``_settled``, and not by the step; ``axis`` as 1 of all."""
     numbers = sum(math.prod(leaf.shape[axis:]) for leaf in jax.tree_util.tree_leaves(before))
-    return mode == "raise" and numbers <= MemberPacking.MOST
+    return mode != "ignore" and numbers <= MemberPacking.MOST
 
 
 def _select(packing: MemberPacking | None, kept: jax.Array, after: Any, before: Any) -> Any:

@@ -58,33 +58,36 @@ def evaluate(
 
 
 def evaluate_members(
-    run: Callable[[StepInputs], Any],
+    run: Callable[..., Any],
     data: Any,
     metrics: Any,
     ctx: Context | None,
     size: int,
     join: Callable[[Sequence[Any]], Any] | None,
+    sharding: Sharding | None,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The metrics of each member of an ensemble over all items of ``data``, by name, with the members along axis 0.
 
     Args:
-        run: As for ``evaluate``; what it gives has the members along axis 0.
+        run: Runs the compiled program for its inputs, before that calls ``Pass.ready``; what it gives has the members
+            along axis 0.
         data: As for ``evaluate``, or with ``join`` a pipeline for each member.
         metrics: As for ``evaluate``.
         ctx: As for ``evaluate``.
         size: The number of members.
         join: Makes one (input, metrics, context) of those of the members; None where they share the items.
+        sharding: Where the members lie, also in other processes.
     """
     metrics = check_metrics("evaluate", metrics)
     totals, parts = MemberTotals(metrics, size), _parts_of_items(metrics, ctx)
 
-    def compute(item: Any, number: int) -> Any:
+    def compute(item: Any, number: int, ready: Callable[[StepInputs], None]) -> Any:
         found = parts(item, number) if join is None else join([parts(one, number) for one in item])
         x, captured, own = found
-        return run(StepInputs(x, captured, own, "item"))
+        return run(StepInputs(x, captured, own, "item"), ready)
 
-    with _items_of(data if join is None else _side_by_side(data)) as taken:
-        if not run_ahead(taken.items, compute, totals.take):
+    with _items_of(data if join is None else _side_by_side(data), sharding) as taken:
+        if not run_ahead(taken.items, functools.partial(compute, ready=taken.ready), totals.take):
             raise empty_data("evaluate")
     return totals.results()
 
@@ -157,22 +160,24 @@ def predict(run: Callable[..., Any], data: Data[Any], ctx: Context | None, shard
 
 
 def predict_members(
-    run: Callable[[StepInputs], Any], data: Sequence[Data[Any]], ctx: Context | None, join: Callable[..., Any]
-) -> list[Any]:
+    run: Callable[..., Any], data: Sequence[Data[Any]], ctx: Context | None, join: Callable[..., Any],
+    sharding: Sharding | None,
+) -> list[Any]:  # fmt: skip
     """The outputs of each member of an ensemble for the items of its own pipeline, as ``predict`` gives them.
 
     Args:
-        run: Runs the compiled program, whose outputs have the members along axis 0.
+        run: As for ``evaluate_members``.
         data: The inputs of each member.
         ctx: The context of all items.
         join: Makes one (input, context) of those of the members.
+        sharding: As for ``evaluate_members``.
     """
     outputs = [_Outputs(known_length(each)) for each in data]
 
     def compute(items: Sequence[Any], number: int, ready: Any) -> Any:
         pairs = [_with_rows(item) for item in items]
         x, own = join([(x, _context(ctx, rows)) for x, rows in pairs])
-        output = run(StepInputs(x, None, own))
+        output = run(StepInputs(x, None, own), ready)
         leaves = jax.tree_util.tree_leaves(output)
         own_output = jax.tree_util.tree_map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), output)
         for each, (_, rows) in zip(outputs, pairs, strict=True):
@@ -185,7 +190,8 @@ def predict_members(
             for i, (each, rows) in enumerate(zip(outputs, known, strict=True)):
                 each.take([([leaf[i] for leaf in held], rows)])
 
-    _outputs_of(_side_by_side(data), compute, take, data, None)
+    joined = _side_by_side(data)
+    _outputs_of(joined, compute, take, joined, sharding)
     return [jax.tree_util.tree_unflatten(each.structure, each.rows()) for each in outputs]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from kaun._engine import StepInputs
 from kaun._messages import contextmanager
-from kaun._processes import Call, Channel
+from kaun._processes import Call, Channel, mark_told
 from kaun.data import checksums, different_items, has_exact_length, known_length, makes_items, stages_in_words
-from kaun.sharding import Sharding
+from kaun.sharding.core import Sharding, processes_of
 
 __all__ = ["Pass", "in_step"]
 
@@ -50,16 +50,17 @@ def in_step(items: Iterable[Any], data: Any, sharding: Sharding | None, entry: s
         ValueError: If they have other data, or different numbers of items.
         FailedElsewhere: If another process fails, or does not come.
     """
-    processes = () if sharding is None else sorted({device.process_index for device in sharding.mesh.devices.flat})
+    processes = () if sharding is None else processes_of(sharding, ())
     if len(processes) < 2:
         yield Pass(items)
         return
     call = Call.new(entry, processes)
-    channel = Channel(call.name, processes, f"the items of {entry}", call=str(call))
+    channel = Channel.of(call, f"the items of {entry}")
     try:
         yield _VotedPass(iter(items), data, channel, call)
     except BaseException as error:
         channel.leave(f"{type(error).__name__}: {error}"[:2000])
+        mark_told(error)
         raise
 
 

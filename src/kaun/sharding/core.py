@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kaun import tree
 from kaun._calls import shown
+from kaun._jax import is_traced
 from kaun.sharding.rules import ByMember, ByPath, Rule, Shape, everywhere
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "check_sharding",
     "gathered",
     "item_placement",
+    "processes_of",
     "put",
     "spread_rows",
     "state_placements",
@@ -141,11 +143,13 @@ def put(leaf: Any, where: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array):
         if leaf.committed and leaf.sharding == where:
             return leaf
-        if where.is_fully_addressable or not leaf.is_fully_addressable:
+        if where.is_fully_addressable:
             return jax.device_put(leaf, where)
         if tree.is_key(leaf):  # device_put refuses typed keys onto devices of other processes
             words = put(jax.random.key_data(leaf), where)
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        if not leaf.is_fully_addressable:
+            return jax.device_put(leaf, where)
     elif where.is_fully_addressable:
         return jax.device_put(leaf, where)
     # device_put would compare the values over all processes, by a collective operation for each array.
@@ -197,6 +201,20 @@ def item_placement(sharding: Sharding, shape: Shape, length: int | None) -> tupl
     rows = bool(sharding.rows) and bool(shape) and shape[0] == length
     count = math.prod(sharding.mesh.shape[name] for name in sharding.rows)
     return sharding.spread if rows and shape[0] % count == 0 else sharding.replicated, rows
+
+
+def processes_of(sharding: Sharding | None, arrays: Any) -> tuple[int, ...]:
+    """Return the numbers of the processes over which arrays lie, or will lie; none in a program of one process.
+
+    Args:
+        sharding: Where they will lie, None where they stay.
+        arrays: A pytree of arrays; others, and those that are traced, lie nowhere.
+    """
+    if jax.process_count() == 1:
+        return ()
+    leaves = [leaf for leaf in jax.tree_util.tree_leaves(arrays) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
+    found = sharding.mesh.devices.flat if sharding else {device for leaf in leaves for device in leaf.devices()}
+    return tuple(sorted({device.process_index for device in found}))
 
 
 def spread_rows(sharding: Sharding | None, leaf: jax.Array) -> jax.Array:
