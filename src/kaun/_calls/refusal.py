@@ -168,6 +168,8 @@ def shown(value: Any) -> str:
     if isinstance(value, (bool, int, float, str, type(None))):
         text = repr(value)
         return text if len(text) <= 40 else "..."
+    if isinstance(value, dict) and not value:
+        return "{}"
     if isinstance(value, (list, tuple)):
         inside = ", ".join(shown(inner) for inner in cast("Sequence[Any]", value)[:4])
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
