@@ -21,12 +21,13 @@ def test_exceptions_are_of_the_kinds_that_users_catch():
     assert issubclass(errors.ResumeMismatch, ValueError)
     assert issubclass(errors.Locked, RuntimeError)
     assert issubclass(errors.FailedElsewhere, RuntimeError)
+    assert issubclass(errors.Unavailable, AttributeError) and issubclass(errors.Unavailable, (RuntimeError, ValueError))
 
 
 def test_every_exception_and_warning_of_the_package_that_leaves_it_is_here():
     # Internal: the callers put them into words, RefusedError as a CaptureError, the others as a ValueError of one file.
-    # EndedElsewhere ends the loop of fit, which returns.
-    internal = {"Damaged", "EndedElsewhere", "RefusedError", "Short", "TooLarge", "UnreadDtype"}
+    # EndedElsewhere ends the loop of fit, which returns; _FoundError a walk over a program.
+    internal = {"Damaged", "EndedElsewhere", "RefusedError", "Short", "TooLarge", "UnreadDtype", "_FoundError"}
     defined = {}
     for path in sorted(Path(kaun.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -77,7 +77,7 @@ PUBLIC = {
     "kaun.checkpoint": {"Directory", "ResumeMismatch", "load", "save"},
     "kaun.errors": {
         "CaptureError", "EarlyStop", "FailedElsewhere", "Locked", "MissingContext", "NonFiniteLoss",
-        "RecompilationWarning", "ResumeMismatch",
+        "RecompilationWarning", "ResumeMismatch", "Unavailable",
     },
     "kaun.grad": {"grad", "value_and_grad"},
     "kaun.interop": {"equinox", "export", "flax_nnx", "haiku", "linen", "safetensors"},

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from kaun._jax import is_traced
 
 __all__ = [
+    "abbreviated",
     "bytes_in",
     "describe",
     "difference",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _LISTED = 20  # paths, in a message
+_MOST_LINES = 60  # of a repr
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -79,6 +81,15 @@ def false_for_all(call: str, kind: str, function: str, paths: Sequence[str], fix
         f"{call} expected a function that is True for some of the model's {kind}, received {function}, which is False "
         f"for all of them. The paths are{listed}{more}\nWrite {fix}, for example."
     )
+
+
+def abbreviated(text: str, whole: str) -> str:
+    """A text of many lines without those in the middle, as NumPy abbreviates arrays; ``whole`` says what shows all."""
+    lines = text.splitlines()
+    left = len(lines) - _MOST_LINES
+    if left > 0:
+        lines[_MOST_LINES // 2 : -_MOST_LINES // 2] = [f"  ... {left} lines more: {whole} ..."]
+    return "\n".join(lines)
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:

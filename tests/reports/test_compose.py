@@ -447,7 +447,7 @@ def two(step, loss):
             "every expected a number of steps as an int, received True. Write",
         ),
         (lambda: reports.every(2.0, two), TypeError, r"as an int, received 2\.0\. Write every\(100, report\)\."),
-        (lambda: reports.every(two, 2), TypeError, r"as an int, received <function two"),
+        (lambda: reports.every(two, 2), TypeError, r"as an int, received two\."),
         (lambda: reports.every(0, two), ValueError, "every expected a number of steps of at least 1, received 0"),
         (lambda: reports.every(-5, two), ValueError, "of at least 1, received -5"),
         (

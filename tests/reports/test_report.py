@@ -131,7 +131,7 @@ def test_a_method_may_take_fewer_arguments_and_gets_the_first_ones():
         (
             {"observe": lambda self, step, values, state, more: None},
             r"`observe` of the report `Mine` must be a method that takes \(step, values, state\), or the first of these "
-            r"arguments, received <.*\. Write def observe\(self, step, values, state\)\.",
+            r"arguments, received <lambda>\. Write def observe\(self, step, values, state\)\.",
         ),
         ({"end": lambda self, error: None}, r"`end` .* takes \(\), .*Write def end\(self\)\."),
         ({"wants": True}, r"`wants` .* takes \(step\), .* received True\. Write def wants\(self, step\)\."),

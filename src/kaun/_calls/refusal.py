@@ -168,11 +168,14 @@ def shown(value: Any) -> str:
     if isinstance(value, (bool, int, float, str, type(None))):
         text = repr(value)
         return text if len(text) <= 40 else "..."
+    if isinstance(value, dict) and not value:
+        return "{}"
     if isinstance(value, (list, tuple)):
         inside = ", ".join(shown(inner) for inner in cast("Sequence[Any]", value)[:4])
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
-    if hasattr(type(value), "apply") and isinstance(getattr(value, "name", None), str):  # a Layer
-        return value.name.splitlines()[0].rstrip("([{")
+    layer: Any = getattr(value, "name", None) if hasattr(type(value), "apply") else None
+    if isinstance(layer, str) and layer:
+        return layer.splitlines()[0].rstrip("([{")
     name = getattr(value, "__name__", None)
     return name if isinstance(name, str) else tree.describe(value)
 

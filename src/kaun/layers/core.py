@@ -57,7 +57,6 @@ class Int(_Array):
 
 
 _LISTED = 4  # arrays, in the repr of a Vars
-_MOST_LINES = 60  # of the repr of a layer
 
 In = TypeVar("In")
 Mid = TypeVar("Mid")
@@ -265,12 +264,7 @@ class Layer(Generic[In, Out]):
         return ["apply", "init", "name"]
 
     def __repr__(self) -> str:
-        lines = self.name.splitlines()
-        left = len(lines) - _MOST_LINES
-        if left > 0:  # the middle of a long one is left out, as NumPy does
-            half = _MOST_LINES // 2
-            lines[half:-half] = [f"  ... {left} lines more: print(model.name), or kaun.summary(trainer, x) ..."]
-        return "\n".join(lines)
+        return tree.abbreviated(self.name, "print(model.name), or kaun.summary(trainer, x)")
 
     def _repr_html_(self) -> str:
         return _html.preformatted(repr(self))
@@ -296,9 +290,10 @@ def compose(first: Layer[In, Mid], second: Layer[Mid, Out]) -> Layer[In, Out]:
     """
     must_be_layer("compose", first)
     must_be_layer("compose", second)
+    made: Any = cast("Any", Layer.init).__wrapped__  # one frame less for each layer of a long chain
 
     def init(*, dtype: Any) -> Vars:
-        left, right = first.init(dtype=dtype), second.init(dtype=dtype)
+        left, right = made(first, dtype=dtype), made(second, dtype=dtype)
         return Vars(
             params={"left": left.params, "right": right.params},
             state={"left": left.state, "right": right.state},
