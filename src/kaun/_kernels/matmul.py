@@ -96,7 +96,7 @@ def _by_tangent(x: jax.Array, weight_dot: jax.Array) -> jax.Array:
         return _transposed(flipped)
     if weight_dot.shape[0] > _NARROW:
         return x @ weight_dot
-    return lax.dot_general(_transposed(x), weight_dot, (((0,), (0,)), ((), ())))
+    return lax.dot_general(_transposed(lax.optimization_barrier(x)), weight_dot, (((0,), (0,)), ((), ())))
 
 
 def _transposed(a: jax.Array) -> jax.Array:
