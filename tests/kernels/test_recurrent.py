@@ -1,59 +1,110 @@
-"""The recurrence of an LSTM compared with a plain loop: values and derivatives of both orders."""
+"""Recurrences compared with plain loops: values and derivatives of both orders."""
+
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kaun._kernels import lstm_states
+from kaun._kernels import GRU, LSTM, RNN, recurrence
 
+MATMUL = importlib.import_module("kaun._kernels.matmul")  # whose name in the package is the function
 LENGTH, BATCH, WIDTH = 4, 3, 2
-SHAPES = [(LENGTH, BATCH, 4 * WIDTH), (WIDTH, 4 * WIDTH), (BATCH, WIDTH), (BATCH, WIDTH)]
 KEEP = np.arange(LENGTH)[:, None, None] < np.array([4, 2, 0])[None, :, None]
+close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-def drawn(seed):
+def lstm(h, x, p):
+    i, f, g, o = jnp.split(x + p, 4, axis=-1)
+    c = jax.nn.sigmoid(f) * h[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+
+def gru(h, x, p):
+    (xr, xz, xn), (pr, pz, pn) = jnp.split(x, 3, axis=-1), jnp.split(p, 3, axis=-1)
+    z = jax.nn.sigmoid(xz + pz)
+    return ((1 - z) * jnp.tanh(xn + jax.nn.sigmoid(xr + pr) * pn) + z * h[0],)
+
+
+def rnn(h, x, p):
+    return (jnp.tanh(x + p),)
+
+
+# The cell, the same in plain operations, its gates and its states.
+CELLS = {"lstm": (LSTM, lstm, 4, 2), "gru": (GRU, gru, 3, 1), "rnn": (RNN, rnn, 1, 1)}
+
+
+def drawn(kind, seed):
+    *_, gates, states = CELLS[kind]
     random = np.random.default_rng(seed)
-    return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in SHAPES]
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    wide = gates * WIDTH
+    return draw(LENGTH, BATCH, wide), draw(WIDTH, wide), draw(wide), tuple(draw(BATCH, WIDTH) for _ in range(states))
 
 
-def plain(inputs, weight, h, c, keep):
-    def step(before, at):
-        (h, c), (x, moves) = before, at
-        i, f, g, o = jnp.split(x + h @ weight, 4, axis=-1)
-        after = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h, c = jnp.where(moves, jax.nn.sigmoid(o) * jnp.tanh(after), h), jnp.where(moves, after, c)
-        return (h, c), h
+def both(kind, keep=None):
+    """The recurrence, and a plain loop."""
+    ours, cell = CELLS[kind][:2]
+    moves = np.ones_like(KEEP) if keep is None else keep
 
-    (_, c), y = jax.lax.scan(step, (h, c), (inputs, np.ones_like(KEEP) if keep is None else keep))
-    return y, c
+    def plain(inputs, weight, bias, start):
+        def step(before, at):
+            after = cell(before, at[0], before[0] @ weight + bias[None])
+            after = tuple(jnp.where(at[1], a, b) for a, b in zip(after, before, strict=True))
+            return after, after[0]
+
+        end, y = jax.lax.scan(step, start, (inputs, moves))
+        return y, end
+
+    return lambda *a: recurrence(ours, *a, keep), plain
 
 
-def everything(f, keep, *arguments):
-    f = lambda *a, f=f: f(*a, keep)
-    bars, directions = (jnp.cos(arguments[0][..., :WIDTH]), jnp.sin(arguments[2])), tuple(map(jnp.sin, arguments))
+def everything(f, *arguments):
+    bars = jnp.cos(arguments[0][..., :WIDTH]), jax.tree.map(jnp.sin, arguments[3])
+    directions = jax.tree.map(jnp.sin, arguments)
     slopes = lambda *a: jax.vjp(f, *a)[1](bars)
     return f(*arguments), slopes(*arguments), jax.jvp(f, arguments, directions), jax.jvp(slopes, arguments, directions)
 
 
-@pytest.mark.parametrize("keep", [pytest.param(None, marks=pytest.mark.slow), pytest.param(KEEP, id="lengths")])
-def test_values_and_derivatives_are_those_of_a_plain_loop(keep):
-    ours, expected = (jax.jit(everything, static_argnums=0)(f, keep, *drawn(0)) for f in (lstm_states, plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), ours, expected)
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
-def test_a_derivative_with_respect_to_each_argument_alone():
-    given = drawn(1)
+@pytest.mark.parametrize(
+    ("kind", "keep"),
+    [("lstm", KEEP), slow("lstm", None), ("gru", KEEP), slow("gru", None), slow("rnn", KEEP), slow("rnn", None)],
+)
+def test_values_and_derivatives_are_those_of_a_plain_loop(kind, keep):
+    ours, expected = (jax.jit(everything, static_argnums=0)(f, *drawn(kind, 0)) for f in both(kind, keep))
+    jax.tree.map(close, ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", slow("rnn")])
+def test_a_derivative_with_respect_to_each_argument_alone(kind):
+    given = drawn(kind, 1)
 
     def slopes(f):
-        value = lambda i, a: sum((b**2).sum() for b in f(*given[:i], a, *given[i + 1 :], None))
+        value = lambda i, a: sum((b**2).sum() for b in jax.tree.leaves(f(*given[:i], a, *given[i + 1 :])))
         return [jax.grad(value, argnums=1)(i, a) for i, a in enumerate(given)]
 
-    ours, expected = (jax.jit(slopes, static_argnums=0)(f) for f in (lstm_states, plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), ours, expected)
+    jax.tree.map(close, *(jax.jit(slopes, static_argnums=0)(f) for f in both(kind)))
+
+
+def test_the_gradient_of_the_weight_is_one_product_on_the_fast_kernel(monkeypatch):
+    arguments = drawn("gru", 3)
+    slope = lambda f: jax.jit(jax.grad(lambda w: (f(arguments[0], w, *arguments[2:])[0] ** 2).sum()))
+    seen = []
+    transposed = MATMUL._transposed
+    monkeypatch.setattr(MATMUL, "_ROWS", 0)
+    monkeypatch.setattr(MATMUL, "_LARGE", 0)
+    monkeypatch.setattr(MATMUL, "_transposed", lambda a: seen.append(a.shape) or transposed(a))
+    ours, expected = (slope(f)(arguments[1]) for f in both("gru"))
+    close(ours, expected)
+    assert seen == [(LENGTH * BATCH, WIDTH)]
 
 
 def test_under_vmap():
-    value = lambda f: jax.jit(jax.vmap(jax.grad(lambda w, x: (f(x, w, *drawn(2)[2:], None)[0] ** 2).sum())))
-    inputs, weights = (jnp.stack([drawn(seed)[i] for seed in range(2)]) for i in range(2))
-    np.testing.assert_allclose(value(lstm_states)(weights, inputs), value(plain)(weights, inputs), rtol=2e-5, atol=2e-6)
+    inputs, weights = (jnp.stack([drawn("lstm", seed)[i] for seed in range(2)]) for i in range(2))
+    rest = drawn("lstm", 2)[2:]
+    value = lambda f: jax.jit(jax.vmap(jax.grad(lambda w, x: (f(x, w, *rest)[0] ** 2).sum())))
+    close(*(value(f)(weights, inputs) for f in both("lstm")))

@@ -60,7 +60,7 @@ def matmul_tangent(x: jax.Array, weight_dot: jax.Array) -> jax.Array:
 
 
 def _of_matrices(product: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product of all rows of ``x``, a plain one where they are few or no matrix of a CPU."""
+    """The product of all rows of ``x``: a plain one on other devices than a CPU, and where it is small."""
     rows = math.prod(x.shape[:-1])
     if type(rows) is not int:
         return x @ weight  # a batch of any length, for jax.export
@@ -101,7 +101,9 @@ def _by_tangent(x: jax.Array, weight_dot: jax.Array) -> jax.Array:
         return _transposed(flipped)
     if weight_dot.shape[0] > _NARROW:
         return x @ weight_dot
-    return lax.dot_general(_transposed(x), weight_dot, (((0,), (0,)), ((), ())))
+    # The barrier makes the copy one of the stored input. Without it XLA composes the copy with the transpose before it:
+    # 0.79 ms instead of 0.27 for the outputs of an LSTM (2048 rows of 128, jax 0.10.2).
+    return lax.dot_general(_transposed(lax.optimization_barrier(x)), weight_dot, (((0,), (0,)), ((), ())))
 
 
 def _transposed(a: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ def _derivative(cell: Cell, primals: tuple[Any, ...], tangents: tuple[Any, ...])
 
     end, (y, slopes) = lax.scan(step, start, (x, keep))
     x_dot, weight_dot, bias_dot, start_dot, _ = tangents
-    product_dot = jnp.zeros_like(inputs) if isinstance(bias_dot, SymbolicZero) else bias_dot + jnp.zeros_like(inputs)
+    product_dot = jnp.broadcast_to(_instantiated(bias, bias_dot), inputs.shape)
     if not isinstance(weight_dot, SymbolicZero):
         earlier = jnp.concatenate([start[0][None], y[:-1]]).astype(weight.dtype)
         product_dot = product_dot + matmul_tangent(earlier, weight_dot).astype(inputs.dtype)
