@@ -45,7 +45,10 @@ def test_a_tiny_step_is_so_cheap_that_xla_runs_it_in_the_calling_thread():
     packing = packing_of(leaves)
     arguments = (packing.pack(leaves), state.key, traced.status, count_on_device(1), inputs.leaves, [])
     program = traced.program("fit", (False, False), packing, clean=True)
-    assert program.jitted.lower(*arguments).compile().cost_analysis()["flops"] < 1000
+    compiled = program.jitted.lower(*arguments).compile()
+    assert compiled.cost_analysis()["flops"] < 1000
+    before_the_loop = compiled.as_text().split("\nENTRY")[1].splitlines()
+    assert not [line for line in before_the_loop if "broadcast" in line and f"= f32[{traced.rows}" in line], "no zeros"
 
 
 def inputs_of(*arrays):

@@ -48,6 +48,19 @@ def test_a_gradient_that_is_not_finite_is_told_from_an_update_that_is_not():
     assert np.isnan(jnp.sqrt(update.sum())) and np.isnan(jnp.sqrt(gradient.sum()))
 
 
+def test_a_large_gradient_that_is_not_finite_is_told_from_an_update_that_is_not():
+    gradient, before = {"a": np.ones((64, 64), np.float32)}, tree_of({"a": np.ones((64, 64), np.float32)})
+    spoilt = tree_of({"a": np.ones((64, 64), np.float32)})
+    spoilt["params"]["a"][3, 5] = np.inf
+    of = lambda gradient, after: float(checks_of(gradient, before, after, jnp.float32)[0])
+    assert of(gradient, jax.tree.map(np.copy, before)) == 64 * 64 and of(gradient, spoilt) == -np.inf
+    for value in (np.inf, -np.inf, np.nan):
+        for place in ((3, 5), (3, 6)):
+            bad = {"a": gradient["a"].copy()}
+            bad["a"][place] = value
+            assert not of(bad, spoilt) < np.inf and not of(bad, jax.tree.map(np.copy, before)) < np.inf
+
+
 def test_leaves_that_an_update_spoils():
     before = [jnp.array([1.0, -jnp.inf]), jnp.array([1.0, -jnp.inf]), jnp.int32(1), jnp.float32(jnp.inf)]
     after = [jnp.array([1.0, jnp.nan]), jnp.array([jnp.nan, -jnp.inf]), jnp.int32(2), jnp.float32(1)]

@@ -14,9 +14,10 @@ from kaun._engine.packing import Packing
 from kaun._loss import Weighted
 from kaun.metrics import CountedParts
 
-__all__ = ["NumberLayout"]
+__all__ = ["NumberLayout", "unwritten"]
 
 _LOSS_WEIGHT = "loss_weight"
+_CONSTANT = 1 << 12  # elements
 
 
 class NumberLayout:
@@ -69,12 +70,12 @@ class NumberLayout:
         return rows + self._packing.pack(leaves) if leaves else rows
 
     def empty(self, length: int) -> list[jax.Array]:
-        """Return zeroed tables and vectors for the numbers of ``length`` steps."""
-        tables = [jnp.zeros((length, len(keys), *self._shape), dtype) for dtype, keys in self._tables.items()]
+        """Return tables and vectors for the numbers of ``length`` steps, to be written."""
+        tables = [unwritten((length, len(keys), *self._shape), dtype) for dtype, keys in self._tables.items()]
         sizes: dict[Any, int] = {}
         for dtype, shape, _ in self._packing.layout:
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-        return tables + [jnp.zeros((length, size), dtype) for dtype, size in sizes.items()]
+        return tables + [unwritten((length, size), dtype) for dtype, size in sizes.items()]
 
     def columns(self, results: Sequence[Any], steps: int) -> dict[str, np.ndarray[Any, Any]]:
         """Wait for the steps, and return the scalars of the first ``steps`` of them by name."""
@@ -95,6 +96,17 @@ class NumberLayout:
             for dtype, shape, start in self._packing.layout
         ]
         return jax.tree_util.tree_unflatten(self._structure, leaves)
+
+
+def unwritten(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Return an array that a loop fills before it is read.
+
+    Zeros would be a kernel, which XLA:CPU compiles in some 10 ms. A constant is copied, unless all of it is one value.
+    """
+    size = math.prod(shape)
+    if not 1 < size <= _CONSTANT:
+        return jnp.zeros(shape, dtype)
+    return jnp.asarray((np.arange(size) == 0).astype(dtype).reshape(shape))
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[Any, Any]:

@@ -17,7 +17,7 @@ from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays
 from kaun._engine.jaxpr import digest_program, slow_in_loops
 from kaun._engine.members import CODE
-from kaun._engine.numbers import NumberLayout
+from kaun._engine.numbers import NumberLayout, unwritten
 from kaun._engine.options import LOOP_OPTIONS, MEMBER_OPTIONS, accepts_member_options
 from kaun._engine.packing import MemberPacking, Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
@@ -323,7 +323,7 @@ def _block(
             leaves = leaves if members is None else members.pack(leaves)
             return i + 1, leaves, status, losses, tables
 
-        losses = jnp.zeros((length, *traced.loss.shape), traced.loss.dtype)
+        losses = unwritten((length, *traced.loss.shape), traced.loss.dtype)
         tables = traced.layout.empty(length)
         leaves = packing.unpack(held) if packing else held
         members = MemberPacking.of(leaves) if traced.members and placing is None else None

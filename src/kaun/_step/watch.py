@@ -16,6 +16,7 @@ from kaun._jax import HOST_CALLS, primitives_in
 
 __all__ = ["Outcome", "Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
 
+_LARGE = 1 << 12  # elements of a leaf
 # Operations that cost too much to run twice, and those that call the host.
 _ONCE = HOST_CALLS | {
     "cholesky", "conv_general_dilated", "cumsum", "debug_print", "dot_general", "eig", "eigh", "fft",
@@ -135,11 +136,15 @@ def _check_of_leaf(leaf: jax.Array, mirrors: Sequence[tuple[Any, Any]], clean: A
     square = jnp.square(leaf.astype(dtype))
     if mirrors:
         # One pass over a parameter, its gradient and what mirrors it finds both. A pass for each array would compute
-        # the update again in each: for 200,000 parameters of Adam that took 0.27 ms more than this. Where the square
-        # is not finite it stays, and by a selection: XLA:CPU takes a sum of two arrays apart, and stores both before
-        # it reduces them.
+        # the update again in each: for 200,000 parameters of Adam that took 0.27 ms more than this.
         good = functools.reduce(operator.and_, [_sound_elements(old, new, clean) for old, new in mirrors])
-        square = jnp.where(good | ~(square < jnp.inf), square, -jnp.inf)
+        if leaf.size < _LARGE:
+            square = square + jnp.where(good, 0, -jnp.inf).astype(dtype)
+        else:
+            # Where the square is not finite it stays. XLA:CPU takes a sum of two large arrays apart, and stores both
+            # before it reduces them. A tiny step has no room for the further operations: XLA counts them to decide on
+            # which thread the step runs.
+            square = jnp.where(good | ~(square < jnp.inf), square, -jnp.inf)
     # A sum over all axes and not a dot of vectors, which would first transpose a transposed product.
     return square.sum()
 
