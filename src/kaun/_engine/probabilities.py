@@ -42,17 +42,16 @@ class _FoundError(Exception):
     """It was found, which ends the walk; the only argument says what."""
 
 
-def warn_of_probabilities(jaxpr: Any, inputs: int) -> None:
+def warn_of_probabilities(jaxpr: Any) -> None:
     """Warn if a step takes the logarithm of the softmax of a softmax, or of the sigmoid of a sigmoid.
 
     This is what a cross entropy computes of a model that ends with a softmax, and nothing else does it on purpose.
 
     Args:
         jaxpr: The traced step.
-        inputs: How many inputs it has.
     """
     try:
-        _walk(jaxpr, [None] * inputs)
+        _walk(jaxpr, [None] * len(jaxpr.in_avals))
     except _FoundError as found:
         (mark,) = found.args
         kind = mark.kind

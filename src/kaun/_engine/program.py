@@ -263,7 +263,7 @@ def trace_step(
     start, jitted = time.perf_counter(), jax.jit(step)
     clean = [np.array(False)] if on_nonfinite == "raise" and not discards else []
     traced = jitted.trace(list(leaves), key, inputs.leaves, *clean)
-    warn_of_probabilities(traced.jaxpr, len(leaves) + 1 + len(inputs.leaves) + len(clean))
+    warn_of_probabilities(traced.jaxpr)
     return TracedStep(jitted, traced, inputs, on_nonfinite, discards, time.perf_counter() - start)
 
 
