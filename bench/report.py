@@ -304,7 +304,7 @@ def others(found: Results) -> Iterator[str]:
             where = f"{cold:.2f} s in the process that fills the cache, {again:.2f} s in the next"
             yield f"  - First step of {name}: {where}."
     yield "- XLA reads its flags when a process starts; kaun does not set any. One flag changes loops over little data"
-    yield "  and so affects very small models:"
+    yield "  and so affects very small models. `compiler_options` of `jax.jit`, for one program, do not take it:"
     yield f"\n  ```text\n  XLA_FLAGS={FLAG} python train.py\n  ```\n"
     for name, times in have.get("flag", {}).items():
         if name != "session":

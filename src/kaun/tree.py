@@ -228,6 +228,8 @@ def snapshot(value: Any) -> Any:
     XLA reads NumPy memory after a call has returned, so a later write would change a step already dispatched. With
     ``jnp.array(copy=True)`` in place of ``np.array`` later writes were still seen. A masked array keeps its mask.
     """
+    if type(value) is np.ndarray:
+        return np.array(value)
     if isinstance(value, np.ma.MaskedArray):
         return value.copy()
     return np.array(value) if isinstance(value, np.ndarray) else value
@@ -243,9 +245,14 @@ def readable(value: Any) -> Any:
 
     Then it is put on all devices, and each process has to call this for the same array. Any other value is returned.
     """
-    if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
+    if _process_count() == 1 or not isinstance(value, jax.Array):
+        return value
+    if value.is_fully_addressable or value.is_fully_replicated:
         return value
     return _everywhere(cast("Any", value.sharding).mesh)(value)
+
+
+_process_count = functools.cache(jax.process_count)  # asked for each array that is read; it cannot change
 
 
 @functools.lru_cache(maxsize=64)

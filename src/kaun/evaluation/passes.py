@@ -138,12 +138,14 @@ def predict(run: Callable[..., Any], data: Data[Any], ctx: Context | None, shard
         ctx: The context of all items.
         sharding: Where the arrays of the trainer lie, also in other processes: each of them gets all outputs.
     """
-    outputs = _Outputs(known_length(data))
+    outputs, checked = _Outputs(known_length(data)), (None, None)
 
     def compute(item: Any, number: int, ready: Callable[[StepInputs], None]) -> Any:
+        nonlocal checked
         x, rows = _with_rows(item)
         try:
-            output = run(StepInputs(x, None, _context(ctx, rows)), ready)
+            inputs = StepInputs(x, None, _context(ctx, rows))
+            output = run(inputs, ready)
         except (TypeError, ValueError) as error:
             if isinstance(x, tuple):
                 add_note(
@@ -152,7 +154,10 @@ def predict(run: Callable[..., Any], data: Data[Any], ctx: Context | None, shard
                     "trainer.predict(state, data.map(lambda b: b[0])).",
                 )
             raise
-        outputs.check(output, number, rows)
+        kind = (inputs.key, _padded_size(rows))
+        if kind != checked:  # outputs of one program have one form
+            outputs.check(output, number, rows)
+            checked = kind
         return jax.tree_util.tree_leaves(output), rows
 
     _outputs_of(with_rows(data), compute, outputs.take, data, sharding)
@@ -218,6 +223,11 @@ def _context(ctx: Context | None, rows: RowInfo | None) -> Context | None:
     return ctx if rows is None or rows.ctx is None else (ctx or Context()).merge(rows.ctx)
 
 
+def _padded_size(rows: RowInfo | None) -> int | None:
+    """How many rows a batch has with those that fill it, None if none may be filled."""
+    return None if rows is None or rows.mask is None else len(rows.mask)
+
+
 def _is_constant(metric: Any) -> bool:
     return type(metric) is types.FunctionType and metric.__closure__ is None and is_library(metric.__module__ or "")
 
@@ -251,7 +261,7 @@ class _Outputs:
     def check(self, output: Any, number: int, known: RowInfo | None) -> None:
         """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are checked."""
         arrays, structure = jax.tree_util.tree_flatten(output)
-        size = None if known is None or known.mask is None else len(known.mask)
+        size = _padded_size(known)
         form = (structure, size, [(array.shape, array.dtype) for array in arrays])
         if form == self._checked:
             return
