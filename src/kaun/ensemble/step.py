@@ -131,7 +131,11 @@ def _settled(
     if raises or can_stop or settles:
         changes = runs & ~stops
         vars, opt_state, steps = _select(packing, changes & kept if raises or settles else changes, after, before)
-        after = vars, opt_state, steps if raises else jnp.where(changes, step + 1, step)  # a step that is skipped is counted
+        after = (
+            vars,
+            opt_state,
+            steps if raises else jnp.where(changes, step + 1, step),
+        )  # a step that is skipped is counted
     ended = nonfinite | (runs & ~finite) if raises else members.nonfinite
     vars, opt_state, step = after
     after = vars, Members(stopped | stops, ended, opt_state), step
