@@ -306,7 +306,7 @@ class Trainer(Generic[In, Out]):
         Args:
             state: The state whose variables are used.
             x: The model's input, an array or any pytree of arrays; or a ``Data`` of such inputs, whose outputs are
-                NumPy arrays, concatenated along axis 0 without filled rows. From pairs write ``data.map(lambda b: b[0])``.
+                NumPy arrays, concatenated along axis 0 without filled rows. Of pairs pass ``data.map(lambda b: b[0])``.
             ctx: A Context for the layers.
 
         Raises:

@@ -45,6 +45,24 @@ def folded(many, states, data=TRAIN, **options):
     return states
 
 
+def averaging():
+    """A layer that keeps a running mean of its input."""
+
+    def apply(vars, x, *, training, ctx=None):
+        return x, vars.replace(state={"mean": 0.9 * vars.state["mean"] + 0.1 * x.mean(0)}) if training else vars
+
+    init = lambda *, dtype: layers.Vars({}, {"mean": jnp.zeros(2, dtype)}, dtype)
+    middle = layers.Layer(init=init, apply=apply, name="averaging")
+    return layers.sequential([layers.linear(3, 2), middle, layers.linear(2, 1)])
+
+
+def test_members_that_may_be_skipped_keep_the_bits_of_a_running_statistic():
+    many, states = made(averaging, optax.sgd(0.05), on_nonfinite="skip")
+    arrays = [np.random.default_rng(1).normal(size=(160, n)).astype(np.float32) for n in (3, 1)]
+    train = Data.batches(tuple(arrays), 8).with_loss(losses.mse)
+    assert host(many.fit(states, train)) == host(folded(many, states, train))
+
+
 def close(a, b, atol=2e-6):
     for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(np.asarray(u, np.float64), np.asarray(v, np.float64), atol=atol, rtol=2e-5)

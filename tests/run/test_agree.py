@@ -24,7 +24,7 @@ class Service:
 def test_a_wait_for_devices_ends_where_another_process_has_failed_or_after_the_time(monkeypatch):
     service = Service()
     monkeypatch.setattr("kaun._processes.service.coordination_client", lambda: service)
-    monkeypatch.setattr(agree, "_PATIENCE", 0.001)
+    monkeypatch.setattr("kaun._processes.single._PATIENCE", 0.001)
     monkeypatch.setenv("KAUN_TIMEOUT", "0.01")
     never = types.SimpleNamespace(is_ready=lambda: False)
 

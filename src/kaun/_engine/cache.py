@@ -190,7 +190,7 @@ class ProgramCache:
         return results
 
     def failed(self, entry: str, state: Any, error: BaseException) -> None:
-        """Hide kaun's frames in an exception that ends a call, and tell it to the processes over which the state lies."""
+        """Hide kaun's frames in an exception that ends a call, and tell it to the other processes of the state."""
         processes = () if any_traced(jax.tree_util.tree_leaves(state)) else processes_of(self.sharding, state)
         tell_failure(entry, processes, error)
         hide_frames(error)

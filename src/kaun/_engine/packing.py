@@ -178,7 +178,7 @@ def all_finite(vectors: Sequence[Any]) -> bool:
 
 
 def put_with(value: Any, leaf: Any) -> Any:
-    """Return an array where a leaf lies, on all its devices, if the leaf was put there; elsewhere, and None, as it is."""
+    """Return an array where a leaf lies, on all its devices, if it was put there; else as it is. So is None."""
     if value is None or not getattr(leaf, "committed", False):
         return value
     where: Any = _everywhere(leaf.sharding)

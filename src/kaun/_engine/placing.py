@@ -18,7 +18,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kaun._engine.inputs import StepInputs, is_number
 from kaun._jax import any_traced
 from kaun._processes import wait_for_devices
-from kaun.sharding.core import Sharding, item_placement, processes_of, put, refuse_set_mesh, spread_rows, state_placements
+from kaun.sharding.core import (
+    Sharding,
+    item_placement,
+    processes_of,
+    put,
+    refuse_set_mesh,
+    spread_rows,
+    state_placements,
+)
 from kaun.sharding.rules import ByMember
 
 __all__ = ["Placing", "place_carry", "placed_inputs", "wait_on_cpu"]

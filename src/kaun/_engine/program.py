@@ -44,14 +44,16 @@ class Program:
         function: The function.
         jitted: The same, jitted.
         compiled: Whether it was compiled.
-        ready: Whether it may run in a single call: it was compiled, and in several processes in all of them.
+        ready: Whether it was compiled in all processes, so that a single call may run it.
         pattern: For each array of an item whether it is stacked, where a block of items is passed.
         stacks: How the items of a block are passed, in words.
         places: Where state and items lay for which it was compiled, in words by name.
         lock: Held while it is compiled.
     """
 
-    __slots__ = ("_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "ready", "stacks")
+    __slots__ = (
+        "_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "ready", "stacks",
+    )  # fmt: skip
 
     def __init__(
         self, function: Callable[..., Any], pattern: tuple[bool, ...] = (), stacks: str = "", **options: Any
@@ -59,9 +61,8 @@ class Program:
         self.function = function
         self.jitted = jax.jit(function, **options)
         self.pattern, self.stacks = pattern, stacks
-        self.compiled = self.ready = False
+        self.compiled = self.ready = self.divides = False
         self.places: list[dict[str, str]] = []
-        self.divides = False
         self._signatures = 0
         self.lock = threading.RLock()  # a loss may itself train
 
@@ -383,10 +384,9 @@ def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> 
 
 def count_on_device(count: int, placing: Placing | None = None) -> jax.Array:
     """Return a number of steps on the device, unsigned: an index that may be negative costs two operations more."""
-    if placing is not None:
-        return placing.count(count)
     # Under jax.set_mesh an array is placed on that mesh, and must not be kept for later.
-    return _kept_count(count) if jax.sharding.get_abstract_mesh().empty else _count(count)
+    kept = _kept_count if jax.sharding.get_abstract_mesh().empty else _count
+    return kept(count) if placing is None else placing.count(count)
 
 
 def _count(count: int) -> jax.Array:

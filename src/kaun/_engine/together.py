@@ -78,7 +78,7 @@ def check_same_call(entry: str, processes: Sequence[int], inputs: StepInputs) ->
     if difference := different_items({process: facts["items"] for process, facts in found.items() if facts}):
         raise ValueError(
             f"{entry} expected the same arrays in each process: {difference}. Every process makes the same calls, with "
-            "the same seed (rng.scope) and whole batches, of which it takes the rows of its devices. Where each process "
+            "the same seed (rng.scope) and whole batches, of which it takes the rows of its devices. Where each one "
             "holds rows of its own, join them first:\n"
             "    ((x, y),) = Data.from_items([(x, y)]).assemble(trainer.sharding)"
         )

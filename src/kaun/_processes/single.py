@@ -1,8 +1,9 @@
-"""Calls of ``step``, ``predict`` and the like, which meet once for each program, and what other processes see of a failure.
+"""Calls of ``step``, ``predict`` and the like: the processes meet once for each program, and see a failure in another.
 
 A program that one process runs and another does not would never end. So processes meet where a program is new, when all
 that can fail in one of them alone has been done: tracing and compiling. Later calls cost nothing more. A process in
-which a call fails leaves a note with the number of that call, and the others find it where they wait for it.
+which a call fails leaves a note with the number of that call, and the others find it where they wait: at a meeting, or
+for their devices. A tiny program on one device of a CPU runs inside of the call, which then waits as long as gloo does.
 """
 
 from __future__ import annotations

@@ -115,9 +115,8 @@ class DiscardedSteps:
 def warn_of_open_window(state: TrainState) -> None:
     """Warn after a fit whose optimizer holds gradients that no update used."""
     for name, (function, argument, counter) in _WINDOWS.items():
-        count = max(
-            [int(np.asarray(tree.readable(getattr(node, counter))).max()) for node in state_nodes(state.opt_state, name)], default=0
-        )
+        counts = [getattr(node, counter) for node in state_nodes(state.opt_state, name)]
+        count = max([int(np.asarray(tree.readable(each)).max()) for each in counts], default=0)
         if count:
             items = "item" if count == 1 else f"{count} items"
             warn(

@@ -30,7 +30,8 @@ from kaun._run.saver import CheckpointSaver
 from kaun._run.signals import Signals, note_interrupt
 from kaun.checkpoint import Best, Directory, Saved, Store, group_for, processes_with
 from kaun.data import Chunk, PassLength, has_exact_length, known_length, pass_length, stages_of
-from kaun.sharding import Sharding, processes_of, put
+from kaun.sharding import Sharding, put
+from kaun.sharding.core import processes_of
 from kaun.state import TrainState
 
 __all__ = ["TrainingRun", "open_run"]

@@ -29,7 +29,7 @@ from kaun._step import (
 )
 from kaun.context import Context
 from kaun.data import not_data, open_items
-from kaun.sharding import processes_of
+from kaun.sharding.core import processes_of
 from kaun.state import Members, TrainState, own_state
 
 __all__ = ["finished_state", "flush_and_save", "flush_state", "start_loop"]

@@ -120,7 +120,7 @@ def _settled(
         spoiled = out.finite & _spoiled(before, after)
         finite = kept = out.finite & ~spoiled
         if not raises:  # an overflow, for which the loss scale was too large, is no update and changes the scale
-            numbers["finite"] = numbers.get("finite", out.finite.astype(jnp.float32)) * (1 - 2 * spoiled)
+            numbers["finite"] = jnp.where(spoiled, -1, numbers.get("finite", out.finite.astype(jnp.float32)))
             numbers["grad_norm"] = jnp.where(spoiled, jnp.nan, numbers["grad_norm"])
             finite = numbers["finite"] > 0
     runs = ~(nonfinite | stopped)
@@ -129,7 +129,11 @@ def _settled(
     if raises or can_stop or settles:
         changes = runs & ~stops
         vars, opt_state, steps = _select(packing, changes & kept if raises or settles else changes, after, before)
-        after = vars, opt_state, steps if raises else step + changes  # a step that is skipped is counted
+        after = (
+            vars,
+            opt_state,
+            steps if raises else jnp.where(changes, step + 1, step),
+        )  # a step that is skipped is counted
     ended = nonfinite | (runs & ~finite) if raises else members.nonfinite
     vars, opt_state, step = after
     after = vars, Members(stopped | stops, ended, opt_state), step

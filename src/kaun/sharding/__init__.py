@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from kaun._calls import module_names as _module_names
 from kaun.sharding.core import Sharding as Sharding
-from kaun.sharding.core import processes_of as processes_of
 from kaun.sharding.core import put as put
 from kaun.sharding.makers import by_path as by_path
 from kaun.sharding.makers import data_parallel as data_parallel

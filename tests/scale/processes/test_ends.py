@@ -1,12 +1,18 @@
 """The long form of ``test_votes.py``: each failure in each process, on one and four devices, and each point of a kill."""
 
 import contextlib
+import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 SCENARIOS = str(Path(__file__).with_name("scenarios.py"))
+SINGLE = str(Path(__file__).with_name("single_scenarios.py"))
 pytestmark = pytest.mark.slow
 
 
@@ -147,3 +153,81 @@ def test_four_devices_each(make_group):
     with contextlib.closing(make_group(devices=4)) as group:
         assert both(group, "plain", n=12)[:3] == ("returned", "returned", 12)
         ends_all(group, "data_fails", 1, "ValueError: no such file", 7, at=7)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("entry", ["step", "predict", "no input", "init", "flush"])
+def test_single_calls_that_fail_in_one_process(group, process, entry):
+    found = group.run(SINGLE, "call_fails", process=process, entry=entry)
+    (own, _, after), (other, seconds, same) = found[process], found[1 - process]
+    assert "only here" in own or entry in ("predict", "no input")
+    assert other.startswith(f"FailedElsewhere: Process {process} failed, so process {1 - process} ends too: {own[:60]}")
+    assert seconds < 15 and after == same
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_single_call_that_one_process_leaves_out(group, process):
+    ends = group.run(SINGLE, "one_predicts", process=process)
+    assert all("waits in predict (single_scenarios.py:" in how and seconds < 15 for how, seconds, _ in ends)
+    assert ends[0][2] == ends[1][2]
+
+
+def test_a_program_that_is_new_in_one_process_alone_and_one_that_fails_there(make_group):
+    with contextlib.closing(
+        make_group()
+    ) as group:  # at the end the devices of process 0 wait on for those of process 1
+        (found, _, after), (other, _, same) = group.run(SINGLE, "steps_differ", what="programs")
+        assert len(found) == len(other) == 3 and after == same
+        (how, seconds), (own, _) = group.run(SINGLE, "fails_later", process=1)
+        assert how.startswith(f"FailedElsewhere: Process 1 failed, so process 0 ends too: {own[:40]}") and seconds < 15
+
+
+@pytest.mark.parametrize("mode", ["skip", "ignore"])
+def test_steps_that_are_not_finite_and_go_on(group, mode):
+    first, second = group.run(SINGLE, "discards", mode=mode)
+    assert first == second and first[0] == first[1] and first[2:] == (3, mode == "skip")
+
+
+def test_an_ensemble_over_both_processes(group):
+    first, second = group.run(SINGLE, "ensemble")
+    assert first == second
+    same, seen, mse, own, shape, alone, member, lost = first
+    assert same and len(seen) == 4 and mse == own and (shape, alone, member) == ((4, 16, 2), (16, 2), (3, 2))
+    assert lost.startswith("NonFiniteLoss: No member of the ensemble is finite any more.")
+
+
+@pytest.mark.parametrize("how", ["raise KeyError(2)", "sys.exit()"])
+def test_a_process_that_ends_outside_of_kaun(tmp_path, how):
+    """The other one learns of it in its next call, and does not wait for a time limit."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    script = tmp_path / "train.py"
+    script.write_text(ENDS.format(port=port, how=how))
+    flags = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "KAUN_TIMEOUT": "100"}
+    env = os.environ | flags | {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
+    start = time.monotonic()
+    started = [
+        subprocess.Popen([sys.executable, str(script), str(rank)], env=env, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    texts = [process.communicate(timeout=90)[1] for process in started]
+    what = "it ended with KeyError: 2" if "Key" in how else "it has ended"
+    assert f"FailedElsewhere: Process 1 failed, so process 0 ends too: {what}." in texts[0], texts
+    assert time.monotonic() - start < 80
+
+
+ENDS = """
+import sys
+import jax
+rank = int(sys.argv[1])
+jax.distributed.initialize("127.0.0.1:{port}", 2, rank)
+import numpy as np, optax, kaun
+from kaun import layers, rng, sharding
+with rng.scope(0):
+    trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1), sharding=sharding.data_parallel())
+    state = trainer.init()
+if rank:
+    {how}
+trainer.fit(state, [(np.ones((4, 2), np.float32), lambda output: output.mean())])
+"""

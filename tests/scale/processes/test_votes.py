@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 SCENARIOS = str(Path(__file__).with_name("scenarios.py"))
+SINGLE = str(Path(__file__).with_name("single_scenarios.py"))
 
 
 def both(pair, name, **arguments):
@@ -131,6 +132,27 @@ def check_calls_that_one_process_leaves_out(pair):
             assert ends[0][2] == ends[1][2]
 
 
+def check_single_calls(pair):
+    """A step or predict(state, x) that fails in one process alone ends the other one's at once, and both can go on."""
+    for process, entry in ((1, "step"), (0, "predict"), (0, "no input")):
+        found = pair.run(SINGLE, "call_fails", process=process, entry=entry)
+        (own, _, after), (other, seconds, same) = found[process], found[1 - process]
+        assert own.startswith(
+            {"step": "ArithmeticError: only here", "predict": "ValueError: linear(3, 2)"}.get(entry, "TypeError: x ")
+        )
+        assert other.startswith(
+            f"FailedElsewhere: Process {process} failed, so process {1 - process} ends too: {own}"[:-1]
+        )
+        assert seconds < 15 and after == same
+    text = (
+        "ValueError: step expected the same arrays in each process: the float32[12, 3] of x has other values in process 1 "
+        "than in process 0. Every process makes the same calls, with the same seed (rng.scope) and whole batches, of which "
+        "it takes the rows of its devices. Where each one holds rows of its own, join them first:\n"
+        "    ((x, y),) = Data.from_items([(x, y)]).assemble(trainer.sharding)"
+    )
+    assert [how for how, _, _ in pair.run(SINGLE, "steps_differ", what="values")] == [text, text]
+
+
 def check_kill(pair):
     pair.begin(SCENARIOS, "killed", process=1, at=300, timeout=2)
     ((how, step, _, _),) = pair.results(among=[0])
@@ -158,5 +180,6 @@ def test_whatever_one_process_meets_ends_both_after_one_step(pair, tmp_path):
     check_reports(pair, tmp_path)
     check_evaluations(pair)
     check_calls_that_one_process_leaves_out(pair)
+    check_single_calls(pair)
     check_signals(pair)
     check_kill(pair)
