@@ -83,7 +83,7 @@ def test_the_gradient_keeps_image_and_kernel_and_not_their_transforms():
 
 def test_shapes_decide_where_it_is_used():
     same = ((1, 1), (1, 1))
-    assert is_worthwhile((32, 16, 16, 128), (3, 3, 128, 128), same)
+    assert is_worthwhile((32, 16, 16, 96), (3, 3, 96, 128), same)
     assert not is_worthwhile((32, 32, 32, 64), (3, 3, 64, 128), same)  # few channels
     assert not is_worthwhile((32, 16, 16, 128), (5, 5, 128, 128), same)
     assert not is_worthwhile((8, 4, 4, 512), (3, 3, 512, 512), same)  # few tiles

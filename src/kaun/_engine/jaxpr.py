@@ -60,8 +60,7 @@ def _slow_work(conv: Convolution) -> int:
 def is_heavy(jaxpr: Any) -> bool:
     """Return whether a step takes so long that steps gain nothing from sharing a dispatch, by its products alone.
 
-    Alone, a step needs one program and not another one for stacked items, whose compilation took ResNet-18 5 s and
-    300 MB, and Python handles Ctrl-C after each step.
+    Alone, a step needs one program, and not another one for stacked items; Python handles Ctrl-C after each step.
     """
     return multiply_adds_in(jaxpr) >= _HEAVY
 
