@@ -19,7 +19,20 @@ SRC = ROOT / "src" / "kaun"
 # The floor plan: each package or module of the root, from the row that imports nothing of kaun to those that users call.
 # Imports run from a row to those above it in this list; packages of one row do not import each other.
 ROWS = [
-    {"_cache", "_calls", "_html", "_jax", "_kernels", "_messages", "_paths", "_processes", "errors", "rng", "tree"},
+    {
+        "_cache",
+        "_calls",
+        "_html",
+        "_jax",
+        "_jax_work",
+        "_kernels",
+        "_messages",
+        "_paths",
+        "_processes",
+        "errors",
+        "rng",
+        "tree",
+    },
     {"context", "grad", "losses", "sharding"},
     {"averages", "layers", "metrics"},
     {"_loss"},
@@ -37,6 +50,7 @@ WITHIN_A_ROW = {
     ("rng", "_calls"),
     ("_calls", "tree"),
     ("_messages", "_jax"),
+    ("_jax_work", "_jax"),
     ("_messages", "errors"),
     ("_processes", "_jax"),
     ("_processes", "_messages"),

@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import kaun
-from kaun import _jax
+from kaun import _jax, _jax_work
 
 SRC = Path(kaun.__file__).parent
 # What is not public API, or not covered by JAX's promise of stability, by the name under which it is reached.
@@ -38,14 +38,14 @@ def test_nothing_else_uses_what_is_not_public():
     found = {
         f"{path.relative_to(SRC)}: {match.group()}"
         for path in SRC.rglob("*.py")
-        if path.name != "_jax.py"
+        if path.name not in ("_jax.py", "_jax_work.py")
         for match in PRIVATE.finditer(code_of(path))
     }
     assert not found
 
 
 def test_every_function_gives_its_reason():
-    for name in set(_jax.__all__) - {"Convolution", "Frame", "HOST_CALLS"}:
+    for name in set(_jax.__all__) - {"Frame", "HOST_CALLS"}:
         doc = getattr(_jax, name).__doc__
         assert len(doc.split("\n\n")) > 1 or ":" in doc, name
 
@@ -128,8 +128,19 @@ def test_convolutions_are_found_with_their_layouts(inside):
         conv = lambda: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return lax.fori_loop(0, 2, lambda i, a: a + conv(), jnp.zeros((2, 8, 8, 4))) if inside else conv()
 
-    (conv,) = _jax.convolutions_in(jax.make_jaxpr(f)(x, w))
+    (conv,) = _jax_work.convolutions_in(jax.make_jaxpr(f)(x, w))
     assert conv == (((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)), 1, (3, 3, 3, 4), (2, 8, 8, 4))
+
+
+def test_multiply_adds_are_counted():
+    x, w, weight = jnp.ones((2, 8, 8, 3)), jnp.ones((5, 7)), jnp.ones((3, 3, 3, 4))
+
+    def f(x, w, weight):
+        y = lax.conv_general_dilated(x, weight, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        turns = lax.scan(lambda c, _: (jax.jit(jnp.matmul)(w, w.T) + c, None), jnp.zeros((5, 5)), length=10)[0]
+        return y, turns, w @ w.T
+
+    assert _jax_work.multiply_adds_in(jax.make_jaxpr(f)(x, w, weight)) == 2 * 6 * 6 * 4 * 27 + 11 * 5 * 5 * 7
 
 
 def test_the_block_cipher_is_that_of_jaxs_keys():

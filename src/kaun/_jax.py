@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
-from jax import lax
 
 __all__ = [
-    "FRAMES_NOTE", "HOST_CALLS", "Convolution", "Frame", "Operation", "any_traced", "calls_the_host", "children_of",
-    "constants_in", "convolutions_in", "coordination_client", "current_trace", "evaluate", "hides_frames_of",
+    "FRAMES_NOTE", "HOST_CALLS", "Frame", "Operation", "any_traced", "calls_the_host", "children_of",
+    "constants_in", "coordination_client", "current_trace", "evaluate", "hides_frames_of",
     "is_jitted", "is_traced", "preemption_service_runs", "primitives_in", "programs_in", "run_program", "signatures_of",
     "threefry_2x32", "trace_of", "without_placements",
 ]  # fmt: skip
@@ -202,30 +201,6 @@ def _without_moves(jaxpr: Any, bare: Callable[[Any], Any]) -> Any:
             params = {name: _OF_CALLS.get(name, bare(value)) for name, value in equation.params.items()}
             equations.append(equation.replace(invars=operands, params=params))
     return jaxpr.replace(eqns=equations, outvars=list(map(read, jaxpr.outvars)))
-
-
-class Convolution(NamedTuple):
-    """A convolution of a traced program.
-
-    Attributes:
-        layout: Where input, kernel and output have batch or output features, features, and space, as tuples of axes.
-        batch_groups: The number of groups into which the batch is split.
-        kernel, output: Their shapes.
-    """
-
-    layout: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    batch_groups: int
-    kernel: tuple[int, ...]
-    output: tuple[int, ...]
-
-
-def convolutions_in(closed: Any) -> Iterator[Convolution]:
-    """Yield the convolutions of a traced program. Their layouts decide whether XLA:CPU runs them slowly in a loop."""
-    for equation in _equations_in(closed):
-        if equation.primitive is lax.conv_general_dilated_p:
-            axes, groups = equation.params["dimension_numbers"], equation.params["batch_group_count"]
-            layout = (tuple(axes.lhs_spec), tuple(axes.rhs_spec), tuple(axes.out_spec))
-            yield Convolution(layout, groups, equation.invars[1].aval.shape, equation.outvars[0].aval.shape)
 
 
 def threefry_2x32(key: tuple[jax.Array, jax.Array], counts: tuple[jax.Array, jax.Array]) -> list[jax.Array]:

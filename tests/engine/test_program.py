@@ -176,3 +176,20 @@ def test_convolutions_of_other_libraries_are_kept_out_of_loops():
     assert np.asarray(after).tobytes() == np.asarray(other).tobytes()
     text = step.program("fit", (False,)).jitted.lower([w], KEY, OPEN, count_on_device(1), [x], []).as_text()
     assert "while" not in text
+
+
+def long(turns):
+    """A step of ``turns`` products with 2**18 multiply-adds."""
+
+    def run(leaves, key, given):
+        (w,), (x,) = leaves, given
+        return x.sum(), [lax.scan(lambda w, _: (w @ x, None), w, length=turns)[0]]
+
+    return run
+
+
+def test_a_step_that_takes_long_shares_no_dispatch():
+    x, w = np.ones((64, 64), np.float32), jnp.ones((64, 64))
+    shared, alone = (traced(long(turns), [w], inputs_of(x)) for turns in (2**15 - 1, 2**15))
+    assert shared.capacity > 1 and alone.capacity == alone.most == 1
+    assert alone.looped, "with the bits that it would have among others"

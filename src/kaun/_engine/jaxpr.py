@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from typing import Any
 
@@ -11,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._jax import Convolution, constants_in, convolutions_in, without_placements
+from kaun._jax import constants_in, without_placements
+from kaun._jax_work import Convolution, convolutions_in, multiply_adds_in
 
-__all__ = ["digest_program", "slow_in_loops"]
+__all__ = ["digest_program", "is_heavy", "slow_in_loops"]
 
 # Multiply-adds of a whole program that cost, on the slow path, no more than the dispatch that a loop saves.
 _NEGLIGIBLE = 2**16
+# Multiply-adds of a step that hide what a dispatch costs (0.1 ms): XLA:CPU makes 1e11 in a second on two cores.
+_HEAVY = 2**33
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -52,7 +54,15 @@ def _slow_work(conv: Convolution) -> int:
     images, kernel = (0, last, *range(1, last)), (last, last - 1, *range(last - 1))
     if conv.layout == (images, kernel, images) and conv.batch_groups == 1:
         return 0
-    return math.prod(conv.output) * math.prod(conv.kernel) // max(conv.kernel[conv.layout[1][0]], 1)
+    return conv.multiply_adds
+
+
+def is_heavy(jaxpr: Any) -> bool:
+    """Return whether a step takes so long that steps gain nothing from sharing a dispatch, by its products alone.
+
+    Alone, a step needs one program, and not another one for stacked items; Python handles Ctrl-C after each step.
+    """
+    return multiply_adds_in(jaxpr) >= _HEAVY
 
 
 def digest_program(closed: Any) -> str:

@@ -15,7 +15,7 @@ from jax import lax
 
 from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays
-from kaun._engine.jaxpr import digest_program, slow_in_loops
+from kaun._engine.jaxpr import digest_program, is_heavy, slow_in_loops
 from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout, unwritten
 from kaun._engine.options import LOOP_OPTIONS, MEMBER_OPTIONS, accepts_member_options
@@ -144,7 +144,8 @@ class TracedStep:
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
-        self.most = self.rows if self.looped and not self.can_raise else 1
+        alone = self.can_raise or not self.looped or (jax.default_backend() == "cpu" and is_heavy(traced.jaxpr))
+        self.most = 1 if alone else self.rows
         self.row_mask, self.row_axis, self.examples = inputs.row_mask, 0, inputs.examples
         self.capacity = min(capacity_of(inputs), self.most)
         self.status = _on_device(np.ones(1 + checks.shape[0], checks.dtype)) if on_nonfinite == "raise" else None

@@ -28,6 +28,13 @@ def test_conv2d_with_a_padding_of_numbers(options):
     compare(layers.conv2d(4, 8, **options), normal(0, IMAGE), function)
 
 
+def test_conv2d_of_wide_channels():
+    def function(p, x):
+        return F.conv2d(x.movedim(-1, 1), p["weight"].permute(3, 2, 0, 1), p["bias"], padding=1).movedim(1, -1)
+
+    compare(layers.conv2d(96, 128), normal(0, (4, 8, 7, 96)), function)
+
+
 @pytest.mark.parametrize("options", [
     {}, {"padding": 2, "stride": (2, 1, 3)}, {"padding": "VALID", "groups": 4, "bias": False},
     {"kernel_size": (1, 3, 2), "dilation": (1, 2, 1), "groups": 2, "padding": 1},

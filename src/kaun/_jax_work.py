@@ -1,0 +1,77 @@
+"""Convolutions and matrix products of a traced program, whose equations are not part of JAX's public API."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jax import lax
+
+from kaun._jax import programs_in
+
+__all__ = ["Convolution", "convolutions_in", "multiply_adds_in"]
+
+
+class Convolution(NamedTuple):
+    """A convolution of a traced program.
+
+    Attributes:
+        layout: Where input, kernel and output have batch or output features, features, and space, as tuples of axes.
+        batch_groups: The number of groups into which the batch is split.
+        kernel: The shape of the kernel.
+        output: The shape of the output.
+    """
+
+    layout: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    batch_groups: int
+    kernel: tuple[int, ...]
+    output: tuple[int, ...]
+
+    @property
+    def multiply_adds(self) -> int:
+        """How many multiply-adds it has."""
+        return math.prod(self.output) * math.prod(self.kernel) // max(self.kernel[self.layout[1][0]], 1)
+
+
+def convolutions_in(closed: Any) -> Iterator[Convolution]:
+    """Yield the convolutions of a traced program and of all programs inside it.
+
+    Whether XLA:CPU runs a convolution slowly inside a loop depends on its layout, which only the equation's parameters
+    state.
+    """
+    for program in programs_in(closed):
+        for equation in getattr(program, "jaxpr", program).eqns:
+            if equation.primitive is lax.conv_general_dilated_p:
+                yield _convolution(equation)
+
+
+def multiply_adds_in(closed: Any) -> int:
+    """Return the multiply-adds of a traced program's convolutions and matrix products; a condition counts all branches.
+
+    XLA counts operations only after lowering, and those of a ``scan`` once.
+    """
+    total = 0
+    for equation in getattr(closed, "jaxpr", closed).eqns:
+        if equation.primitive is lax.conv_general_dilated_p:
+            total += _convolution(equation).multiply_adds
+        elif equation.primitive is lax.dot_general_p:
+            (summed, _), _ = equation.params["dimension_numbers"]
+            left, output = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += math.prod(output) * math.prod([left[axis] for axis in summed])
+        inner = sum(map(multiply_adds_in, _programs_of(equation)))
+        total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    return total
+
+
+def _programs_of(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(getattr(part, "jaxpr", part), "eqns"):
+                yield part
+
+
+def _convolution(equation: Any) -> Convolution:
+    axes, groups = equation.params["dimension_numbers"], equation.params["batch_group_count"]
+    layout = (tuple(axes.lhs_spec), tuple(axes.rhs_spec), tuple(axes.out_spec))
+    return Convolution(layout, groups, equation.invars[1].aval.shape, equation.outvars[0].aval.shape)
