@@ -247,13 +247,7 @@ def threefry_2x32(key: tuple[jax.Array, jax.Array], counts: tuple[jax.Array, jax
 
 
 class Frame(NamedTuple):
-    """A call in Python code that led to an operation.
-
-    Attributes:
-        file: The file of the code.
-        line: The line.
-        offset: The place in the bytecode, which tells the calls of one line apart.
-    """
+    """A call in Python code that led to an operation; by the place in the bytecode, the calls of one line differ."""
 
     file: str
     line: int
@@ -304,6 +298,12 @@ class Operation:
         """The file of the function that is called, where that is known."""
         info = getattr(getattr(self.called, "jaxpr", self.called), "debug_info", None)
         return str(getattr(info, "func_src_info", "") or "").rpartition(" at ")[2].rpartition(":")[0]
+
+    @property
+    def form(self) -> tuple[list[Any], int, Any]:
+        """Shapes and dtypes of its results; the elements of its first operand; the exponent of an ``integer_pow``."""
+        equation, first = self._equation, self._equation.invars[:1]
+        return [out.aval for out in equation.outvars], sum(a.aval.size for a in first), equation.params.get("y")
 
     @property
     def branches(self) -> Sequence[Any]:
