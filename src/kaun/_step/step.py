@@ -166,17 +166,16 @@ def _update_now(
 ) -> tuple[Outcome, dict[str, jax.Array]]:  # fmt: skip
     """Make the update of one item, unless it is not finite; with it return the numbers of ``layer_norms``."""
     watched, old = settings.on_nonfinite != "ignore", update.before
-    proof: Any = update.proof(gradient) if left is not None else None
-    if proof is not None:
+    if left is not None and (proof := update.proof(gradient)) is not None:
         checks, left = update.proved_checks(gradient, value.dtype, proof, left)
     else:
+        left = None
         checks = update.checks(gradient, value.dtype, clean) if watched else checks_of(gradient, old, old, value.dtype)
     norm = jnp.sqrt(checks.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(scale, value, checks) if scale is not None else None
     kept = finite if watched else jnp.array(True) if overflowed is None else ~overflowed
     norms, kept = layer_norms(old["params"], lambda: update.after()["params"], checks, step, kept, wanted)
-    left = None if proof is None else left
     return Outcome(update.made(kept), checks, norm, finite, kept, overflowed, left), norms
 
 

@@ -21,6 +21,7 @@ from kaun.errors import ResumeMismatch
 __all__ = ["Damaged", "FileContent", "Source", "reading"]
 
 _PIECE = 4 << 20
+_LARGE = 1 << 20
 # The errors of a file that is missing or is something else, and of a disk that cannot read it.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
 
@@ -70,33 +71,37 @@ class _Digest:
 
 
 class FileContent:
-    """The bytes of a safetensors file, copied to memory that nothing else writes to."""
+    """The bytes of a safetensors file, in memory that nobody writes to.
+
+    Large JAX arrays on the CPU are not copied: they cannot change, and JAX does not give away memory that NumPy views.
+    For a state of 120 MB a copy takes longer than all else for which training waits, because its memory is new.
+    """
 
     def __init__(self, leaves: Mapping[str, Any]) -> None:
-        size, pieces = files.serialize(leaves)
-        self._data = np.empty(size, np.uint8)
-        at = 0
-        # Training waits for this, and one thread copies more slowly than memory is. Few pieces wait, because one may
-        # be of an array that was collected from several devices for this.
-        with Workers(LANES if size > _PIECE else 0, waiting=2) as workers:
-            for data in pieces:
-                for start in range(0, len(data), _PIECE):
-                    part = data[start : start + _PIECE]
-                    workers.put(at // _PIECE, np.copyto, self._data[at : at + len(part)], part)
-                    at += len(part)
-            workers.finish()
+        own = {name: leaf.copy() if isinstance(leaf, np.ndarray) else leaf for name, leaf in leaves.items()}
+        self._size, pieces = files.serialize(own)
+        self._parts: list[memoryview] = []
+        small = bytearray()
+        for data in pieces:
+            if len(data) < _LARGE:  # that of a small state may be memory which its caller shares with NumPy
+                small += data
+                continue
+            self._parts += [memoryview(small), data]
+            small = bytearray()
+        self._parts.append(memoryview(small))
 
     def write(self, disk: Disk, path: Path) -> FileDigest:
         """Write the file, and return its size and its sum once it is on the disk."""
-        size = self._data.size
+        size = self._size
         piece = _PIECE if size > _PIECE else None
         file = disk.create(path)
         try:
             with _Digest(size, piece) as digest:
-                for at in range(0, size, _PIECE):
-                    part = self._data[at : at + _PIECE].data
-                    digest.update(part)
-                    disk.write(file, part)
+                for data in self._parts:
+                    for at in range(0, len(data), _PIECE):
+                        part = data[at : at + _PIECE]
+                        digest.update(part)
+                        disk.write(file, part)
                 disk.sync(file)
                 return FileDigest(size, digest.finish(), piece)
         finally:

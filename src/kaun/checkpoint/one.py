@@ -63,7 +63,7 @@ class Saved(NamedTuple):
 
 
 class Draft:
-    """A checkpoint in memory, ready to be written. All arrays are copied, so the arguments may change afterwards.
+    """A checkpoint in memory, ready to be written. The arguments may change afterwards: what can is copied.
 
     Args:
         step: The run's step.
