@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,15 +47,19 @@ class _Digest:
         self._workers = Workers(lanes, waiting)
         self._room = piece or size
 
-    def update(self, data: memoryview) -> None:
+    def update(self, data: memoryview, read: Callable[[int, memoryview], None] | None = None, at: int = 0) -> None:
+        """Hash the next bytes; where ``read`` is given, after it has read them from the byte ``at`` of the file on."""
         while data:
             if not self._room:
                 self._hashes.append(hashlib.sha256())
                 self._room = self._piece or self._size
             part = data[: self._room]
-            self._workers.put(len(self._hashes), self._hashes[-1].update, part)
+            if read is None:
+                self._workers.put(len(self._hashes), self._hashes[-1].update, part)
+            else:
+                self._workers.put(len(self._hashes), _fill, read, at, part, self._hashes[-1])
             self._room -= len(part)
-            data = data[len(part) :]
+            data, at = data[len(part) :], at + len(part)
 
     def finish(self) -> str:
         self._workers.finish()
@@ -63,11 +67,20 @@ class _Digest:
             return self._hashes[0].hexdigest()
         return hashlib.sha256(b"".join(each.digest() for each in self._hashes)).hexdigest()
 
+    def stop(self) -> None:
+        """Wait for the threads."""
+        self._workers.stop()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._workers.__exit__()
+
+
+def _fill(read: Callable[[int, memoryview], None], at: int, part: memoryview, digest: Any) -> None:
+    read(at, part)
+    digest.update(part)
 
 
 class FileContent:
@@ -128,9 +141,9 @@ class Source:
 
     def __init__(self, disk: Disk, path: Path, record: FileDigest) -> None:
         self._disk, self._record = disk, record
-        self._file, size = disk.open(path)
-        self.left: int = size
-        self._digest = _Digest(size, record.piece, waiting=2)
+        self._file, self._size = disk.open(path)
+        self.left: int = self._size
+        self._digest = _Digest(self._size, record.piece, waiting=2)
 
     def __enter__(self) -> Self:
         if self.left != self._record.size:
@@ -139,17 +152,28 @@ class Source:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._digest.__exit__()
+        self._digest.stop()  # they may still read from the file
         self._disk.close(self._file)
 
     def take(self, into: memoryview) -> None:
         """Read the next bytes, as many as the memory holds."""
         for at in range(0, len(into), _PIECE):
             piece = into[at : at + _PIECE]
-            if self._disk.read(self._file, piece) < len(piece):
-                raise Short("it ends early")
+            self._read(self._size - self.left, piece)
             self._digest.update(piece)
+            self.left -= len(piece)
+
+    def take_later(self, into: memoryview) -> None:
+        """As ``take``, but the bytes are there only when ``finish`` returns: the threads that hash them read them.
+
+        Most of reading is copying into new memory, which takes several times as long as to hash it.
+        """
+        self._digest.update(into, self._read, self._size - self.left)
         self.left -= len(into)
+
+    def _read(self, at: int, into: memoryview) -> None:
+        if self._disk.read_at(self._file, at, into) < len(into):
+            raise Short("it ends early")
 
     def finish(self) -> None:
         """Read what is left, and raise ValueError unless all bytes are those that were written."""
