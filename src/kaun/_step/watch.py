@@ -25,6 +25,9 @@ _ONCE = HOST_CALLS | {
 }  # fmt: skip
 
 
+_LARGE = 1 << 22  # elements
+
+
 class Outcome(NamedTuple):
     """A step whose loss, gradient and update were looked at.
 
@@ -198,15 +201,28 @@ def _marks(
             counts.append(((new >= int(bounds[0])) & (new <= int(bounds[1]))).all())
     sums = [jnp.zeros((), dtype)]
     for slot in slots.values():
-        # Never nan: one slot is looked at after the other, so that the memory of one is enough for all.
-        one = jnp.where(jnp.isnan(sums[-1]), jnp.nan, jnp.ones((), dtype))
-        within, sound = jnp.array(True), jnp.array(True)
-        for old, new, (low, high) in slot:
-            within &= (new >= low * one) & (new <= high * one)
-            sound &= _sound_elements(old, new, None)
-        # One selection for them all: for one of each XLA would store the state after the update.
-        sums.append(jnp.where(within, 0, jnp.where(sound, 1, -jnp.inf)).astype(dtype).sum())
+        sums.append(_mark(slot, sums[-1]) if slot else sums[0])
     return jnp.stack(sums[1:]), counts
+
+
+def _mark(slot: Sequence[tuple[jax.Array, jax.Array, tuple[float, float]]], earlier: jax.Array) -> jax.Array:
+    """Return the mark of leaves of one shape, of what they are before and after, and their bounds.
+
+    By operations of ``jax.lax``: those of ``jax.numpy`` take several times as long to trace.
+    """
+    outside: list[Any] = []
+    spoiled: list[Any] = []
+    for old, new, bounds in slot:
+        low, high = (jnp.asarray(bound, new.dtype) for bound in bounds)
+        if not outside and new.size > _LARGE:
+            # Never nan: one slot is looked at after the other, so that the memory of one is enough for all.
+            high = lax.select(lax.ne(earlier, earlier), lax.full_like(high, jnp.nan), high)
+        outside.append(lax.ne(new, lax.clamp(low, new, high)))
+        spoiled.append(lax.bitwise_and(lax.is_finite(old), lax.bitwise_not(lax.is_finite(new))))
+    # One selection for them all: for one of each XLA would store the state after the update.
+    some = lax.convert_element_type(functools.reduce(lax.bitwise_or, outside), earlier.dtype)
+    bad = functools.reduce(lax.bitwise_or, spoiled)
+    return lax.select(bad, lax.full_like(some, -jnp.inf), some).sum()
 
 
 def check_names(before: dict[str, Any]) -> list[str]:
