@@ -199,16 +199,19 @@ def _marks(
             )
         elif bounds is not None and new.dtype != bool:
             counts.append(((new >= int(bounds[0])) & (new <= int(bounds[1]))).all())
-    sums = [jnp.zeros((), dtype)]
+    nothing = earlier = jnp.zeros((), dtype)
+    sums: list[jax.Array] = []
     for slot in slots.values():
-        sums.append(_mark(slot, sums[-1]) if slot else sums[0])
-    return jnp.stack(sums[1:]), counts
+        sums.append(_mark(slot, earlier) if slot else nothing)
+        earlier = sums[-1] if slot and slot[0][1].size > _LARGE else earlier
+    return jnp.stack(sums), counts
 
 
 def _mark(slot: Sequence[tuple[jax.Array, jax.Array, tuple[float, float]]], earlier: jax.Array) -> jax.Array:
     """Return the mark of leaves of one shape, of what they are before and after, and their bounds.
 
-    By operations of ``jax.lax``: those of ``jax.numpy`` take several times as long to trace.
+    ``earlier`` is that of the last large ones. By operations of ``jax.lax``: those of ``jax.numpy`` take longer to
+    trace.
     """
     outside: list[Any] = []
     spoiled: list[Any] = []
