@@ -214,13 +214,7 @@ def threefry_2x32(key: tuple[jax.Array, jax.Array], counts: tuple[jax.Array, jax
 
 
 class Frame(NamedTuple):
-    """A call in Python code that led to an operation.
-
-    Attributes:
-        file: The file of the code.
-        line: The line.
-        offset: The place in the bytecode, which tells the calls of one line apart.
-    """
+    """A call in Python code that led to an operation; by the place in the bytecode, the calls of one line differ."""
 
     file: str
     line: int
@@ -277,6 +271,12 @@ class Operation:
     def dot_dimensions(self) -> Any:
         """The axes that a product of arrays sums over, and those of batches, as ``lax.dot_general`` takes them."""
         return self._equation.params["dimension_numbers"] if self.name == "dot_general" else None
+
+    @property
+    def form(self) -> tuple[list[Any], int, Any]:
+        """Shapes and dtypes of its results; the elements of its first operand; the exponent of an ``integer_pow``."""
+        equation, first = self._equation, self._equation.invars[:1]
+        return [out.aval for out in equation.outvars], sum(a.aval.size for a in first), equation.params.get("y")
 
     @property
     def branches(self) -> Sequence[Any]:

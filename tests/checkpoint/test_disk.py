@@ -37,6 +37,18 @@ def test_reading_goes_on_where_it_stopped(tmp_path):
     disk.close(file)
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_reading_at_a_place(tmp_path, monkeypatch, missing):
+    if missing:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    (tmp_path / "f").write_bytes(b"abcdef")
+    file, _ = disk.open(tmp_path / "f")
+    last, first = bytearray(4), bytearray(2)
+    assert (disk.read_at(file, 3, memoryview(last)), disk.read_at(file, 0, memoryview(first))) == (3, 2)
+    assert (last, first) == (b"def\0", b"ab")
+    disk.close(file)
+
+
 def test_without_readv_the_bytes_are_the_same(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "readv", raising=False)
     test_reading_goes_on_where_it_stopped(tmp_path)

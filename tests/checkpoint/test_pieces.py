@@ -5,11 +5,14 @@ import json
 import sys
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kaun.checkpoint import disk as disks
 from kaun.checkpoint import manifest, one
+from kaun.checkpoint.hashed import FileContent
 from kaun.checkpoint.parts import Share
 from kaun.checkpoint.safetensors_header import Memory
 from kaun.checkpoint.workers import Workers
@@ -150,3 +153,44 @@ def test_the_disk_begins_before_it_is_waited_for(tmp_path, monkeypatch):
     assert begun == [True]
     disk.close(file)
     assert not begin(file)  # nothing is raised: `sync` reports what is wrong
+
+
+def test_a_draft_of_large_arrays_is_of_them_as_they_were(written, disk, tmp_path, make):
+    folder, _ = written
+    state = large_state(make, 3)
+    arrays = [a if i == 9 else jnp.asarray(a) for i, a in enumerate(state.opt_state)]
+    draft = one.Draft(7, state.replace(opt_state=arrays), {"a": np.zeros(3)}, {})
+    for array in arrays:
+        if isinstance(array, np.ndarray):
+            array[:] = 9
+        else:
+            jax.jit(lambda a: a * 0 - 5, donate_argnums=0)(array).block_until_ready()
+    del array, arrays
+    draft.write(disk, tmp_path / "again")
+    assert (tmp_path / "again" / one.STATE).read_bytes() == (folder / one.STATE).read_bytes()
+
+
+def test_large_jax_arrays_are_not_copied_for_a_draft():
+    array = jnp.ones((1 << 19,))
+    content = FileContent({"a": array})
+    assert any(np.shares_memory(np.asarray(array), np.frombuffer(part, np.uint8)) for part in content._parts if part)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(5, one.Damaged), (13, PermissionError), (None, one.Damaged)],
+    ids=["EIO", "EACCES", "short"],
+)
+def test_what_a_thread_cannot_read(written, disk, make, number, expected):
+    folder, _ = written
+
+    class Broken(type(disk)):
+        def read_at(self, file, at, into):
+            if len(into) < 1000 or number is None:
+                return max(0, super().read_at(file, at, into) - (len(into) > 1000))
+            raise OSError(number, "no")
+
+    before = threading.active_count()
+    with pytest.raises(expected, match=r"no|ends early"):
+        one.read(Broken(), folder, 7, large_state(make, 4))
+    assert threading.active_count() == before

@@ -22,7 +22,7 @@ from kaun.data import Chunk
 ONE = jnp.float32(1)
 
 
-def simple_step(carry, key, x, ctx, loss, training, discard=True, clean=None):
+def simple_step(carry, key, x, ctx, loss, training, discard=True, clean=None, left=None):
     """A 'model' with one number: output x * w, update w - loss. Its number beside the loss is the sum of x."""
     w, count = carry
     with rng.scope(key):
@@ -244,7 +244,7 @@ def test_a_copy_is_other_memory_in_the_same_place(committed):
     np.testing.assert_array_equal(copied, array)
 
 
-def stopping(carry, key, x, ctx, loss, training, discard, clean=None):
+def stopping(carry, key, x, ctx, loss, training, discard, clean=None, left=None):
     """As ``simple_step``, but a step with an x of nan is not finite, which its norm shows too."""
     out = simple_step(carry, key, x, ctx, loss, training)
     if discard:
@@ -276,7 +276,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it(looking, size, leaves)
         return ArithmeticError(f"step {step}")
 
     def several(step):
-        def train_step(carry, *rest, clean=None):
+        def train_step(carry, *rest, clean=None, left=None):
             out = step((carry[0][0], carry[1]), *rest)
             return out._replace(carry=([out.carry[0]] * leaves, out.carry[1]))
 

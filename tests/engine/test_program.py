@@ -26,7 +26,7 @@ OPEN = None  # the status of a run that does not end at a step that is not finit
 def traced(step, leaves, inputs, mode="ignore"):
     def whole(leaves, key, item):
         loss, after = step(leaves, key, item)
-        return loss, {"twice": 2 * loss}, after, jnp.isfinite(loss), jnp.zeros(1)
+        return loss, {"twice": 2 * loss}, after, jnp.isfinite(loss), jnp.zeros(1), None
 
     jitted = jax.jit(whole)
     return TracedStep(jitted, jitted.trace(leaves, KEY, inputs.leaves), inputs, mode, True, 0.25)

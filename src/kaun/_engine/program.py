@@ -90,8 +90,8 @@ class TracedStep:
     """One training step as it was traced for inputs of one key, and the programs made of it.
 
     Args:
-        step: The jitted step, ``step(leaves, key, item) -> (loss, numbers, leaves, finite, checks)``; where it watches
-            a state that it does not itself restore, with a further argument ``clean`` (``train_step``).
+        step: The jitted step, ``(leaves, key, item) -> (loss, numbers, leaves, finite, checks, left)``; where one that
+            is not finite ends the run, with ``left`` (``train_step``), or ``clean`` if it does not discard.
         traced: What tracing it gave.
         inputs: The inputs for which it was traced.
         on_nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
@@ -103,6 +103,7 @@ class TracedStep:
         jaxpr: The traced program.
         on_nonfinite: As the argument.
         discards: As the argument.
+        proves: Whether it counts how many updates are proved to be finite.
         checks: How many checks a step returns (``StepOutput``).
         loss: The shape and dtype of a step's loss: a scalar, or an array [members].
         layout: Where a step's numbers beside its loss are in its results.
@@ -129,15 +130,15 @@ class TracedStep:
     __slots__ = (
         "_digest", "_has_small_members", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries",
         "examples", "jaxpr", "layout", "looped", "loss", "members", "most", "on_nonfinite", "patterns", "placing",
-        "row_axis", "row_mask", "rows", "seconds", "status", "step", "wanted", "watches",
+        "proves", "row_axis", "row_mask", "rows", "seconds", "status", "step", "wanted", "watches",
     )  # fmt: skip
 
     def __init__(
         self, step: Any, traced: Any, inputs: StepInputs, on_nonfinite: str, discards: bool, seconds: float
     ) -> None:
         self.step, self.jaxpr, self.on_nonfinite, self.discards = step, traced.jaxpr, on_nonfinite, discards
-        self.loss, numbers, after, _, checks = traced.out_info
-        self.checks = checks.shape[0]
+        self.loss, numbers, after, _, checks, left = traced.out_info
+        self.proves, self.checks = left is not None, checks.shape[0]
         self.layout = NumberLayout(numbers)
         self.members = CODE in self.layout.places
         self._has_small_members = self.members and MemberPacking.of(after) is not None and accepts_member_options()
@@ -150,8 +151,7 @@ class TracedStep:
         self.capacity = min(capacity_of(inputs), self.most)
         self.status = _on_device(np.ones(1 + checks.shape[0], checks.dtype)) if on_nonfinite == "raise" else None
         self.watches = self.status is not None and not discards
-        self.entries: set[str] = set()
-        self.seconds = seconds
+        self.entries, self.seconds = set[str](), seconds
         self.patterns: list[tuple[bool, ...]] = []
         self.wanted: Mapping[str, int] = {}
         self.placing: Placing | None = None
@@ -253,18 +253,18 @@ def trace_step(
     # the state before the step is computed again (``state_after``).
     discards = discards or in_place(leaves)
 
-    def step(leaves: list[Any], key: jax.Array, item: list[Any], *clean: jax.Array) -> Any:
+    def step(leaves: list[Any], key: jax.Array, item: list[Any], *known: jax.Array) -> Any:
         carry = jax.tree_util.tree_unflatten(structure, as_arrays(leaves))
         x, arrays, ctx = split(item)
         loss = functools.partial(trace_loss, loss_key, arrays)
-        known = {"clean": clean[0]} if clean else {}
-        out = train_step(carry, key, x, ctx, loss, training, discards, **known)
+        more = {"left" if discards else "clean": known[0]} if known else {}
+        out = train_step(carry, key, x, ctx, loss, training, discards, **more)
         after = jax.tree_util.tree_leaves(match_state(carry, out.carry))
-        return out.loss, out.numbers, after, out.finite, out.checks
+        return out.loss, out.numbers, after, out.finite, out.checks, out.left
 
     start, jitted = time.perf_counter(), jax.jit(step)
-    clean = [np.array(False)] if on_nonfinite == "raise" and not discards else []
-    traced = jitted.trace(list(leaves), key, inputs.leaves, *clean)
+    known = [np.float32(0) if discards else np.array(False)] if on_nonfinite == "raise" else []
+    traced = jitted.trace(list(leaves), key, inputs.leaves, *known)
     warn_of_probabilities(traced.jaxpr)
     return TracedStep(jitted, traced, inputs, on_nonfinite, discards, time.perf_counter() - start)
 
@@ -351,12 +351,15 @@ def _run_step(
     """Return the loss, the rows of other numbers, the leaves and the status after a step."""
     placing = traced.placing
     known = [jnp.array(clean)] if traced.watches else []
-    loss, numbers, after, finite, checks = traced.step(leaves, key, placing.pin_item(item) if placing else item, *known)
+    known = [(status[0] - 1).astype(jnp.float32)] if traced.proves else known
+    given = leaves, key, placing.pin_item(item) if placing else item, *known
+    loss, numbers, after, finite, checks, left = traced.step(*given)
     if placing is not None:
         after = placing.pin_carry(after)
         loss, numbers, finite, checks = placing.pin_numbers((loss, numbers, finite, checks))
     if stops:
-        status = jnp.concatenate([finite.astype(status.dtype)[None], checks])
+        code = finite.astype(status.dtype) if left is None else jnp.where(finite, 1 + left, 0).astype(status.dtype)
+        status = jnp.concatenate([code[None], checks])
     return loss, traced.layout.rows(numbers), after, status
 
 

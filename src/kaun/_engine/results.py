@@ -45,8 +45,8 @@ class StepResults(NamedTuple):
         losses: An array at least as long, of an ensemble [steps, members].
         numbers: The other numbers, arrays with a row for each step.
         layout: Where in these each number is.
-        status: Where a run ends at a step that is not finite: whether all steps so far are finite (1.0 or 0.0); the
-            ``checks`` of the last step that ran (``StepOutput``). None elsewhere.
+        status: Where a run ends at a step that is not finite: 0 if a step was not, else 1 and how many of the next
+            updates are proved to be finite; the ``checks`` of the last step that ran (``StepOutput``). None elsewhere.
         examples: The number of examples that each step learns from, an array with one number for each step where some
             rows fill a batch; None if it is unknown.
     """

@@ -2,9 +2,9 @@
 
 Read ``step`` first: forward pass, loss, gradient, update. ``settings`` has the arguments of a ``Trainer``, checked, and
 ``trainable``, ``precision`` with ``loss_scale``, ``microbatches``, ``window`` (of ``accumulate``) and ``penalty``
-implement one each. ``nonfinite``, ``watch`` and ``values`` together decide whether a step is finite, and say why not.
-``optimizer`` makes the update. ``rate`` and ``norms`` are numbers for reports: the learning rate of an optimizer made
-by optax, and norms by layer.
+implement one each. ``nonfinite``, ``watch``, ``ranges`` and ``values`` together decide whether a step is finite, and
+say why not. ``optimizer`` makes the update. ``rate`` and ``norms`` are numbers for reports: the learning rate of an
+optimizer made by optax, and norms by layer.
 """
 
 from kaun._step.evaluated import EvaluatedParams as EvaluatedParams

@@ -64,6 +64,7 @@ class StepOutput(NamedTuple):
         finite: Whether loss, gradient and update are finite, a bool scalar. An overflow for which the loss scale was
             too large counts as finite: it is discarded too, and changes the scale.
         checks: As ``checks_of`` returns them.
+        left: How many more updates are proved to be finite (``Update.proof``); None where nothing is proved.
     """
 
     loss: jax.Array
@@ -71,6 +72,7 @@ class StepOutput(NamedTuple):
     carry: Carry
     finite: jax.Array
     checks: jax.Array
+    left: jax.Array | None = None
 
 
 def train_step(
@@ -84,6 +86,7 @@ def train_step(
     discard: bool = True,
     wanted: Mapping[str, int] = _NO_NUMBERS,
     clean: Any = None,
+    left: Any = None,
 ) -> StepOutput:
     """Run one training step: forward pass, loss, gradient, update.
 
@@ -98,6 +101,8 @@ def train_step(
         discard: Whether the step itself discards an update that is not finite. False where its caller does.
         wanted: The numbers that reports ask for, by name, with the n of "at every n-th step".
         clean: Whether all elements of the carry are known to be finite, a bool scalar; None where that is not known.
+        left: How many updates are proved to be finite, this one among them, a float scalar; None where each is looked
+            at.
 
     Returns:
         The step's results. A step that is not finite is discarded, unless ``on_nonfinite="ignore"`` or ``discard`` is
@@ -142,8 +147,8 @@ def train_step(
             params, after = apply_update(settings.optimizer, gradient, opt_state, trained, given.value, value_fn)
             return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
-        one = Update(update, old, discards=discards)
-        done, norms = _update_now(settings, one, scale, gradient, given.value, step, wanted, clean)
+        one = Update(update, old, discards=discards, layer_state=layer_state)
+        done, norms = _update_now(settings, one, scale, gradient, given.value, step, wanted, clean, left)
     numbers = _numbers(settings, done, given.value)
     numbers |= window_rates(settings.optimizer, before, done.new["opt_state"]) | given.numbers() | norms
     after, finite, checks = done.new["opt_state"], done.finite, done.checks
@@ -152,22 +157,26 @@ def train_step(
         finite, checks = finite | done.overflowed, jnp.where(done.overflowed, 0, checks)
     after = put_average(settings.average, average, after, done.new["params"])
     vars_after = parts.joined(vars.replace(params=done.new["params"], state=done.new["state"]))
-    return StepOutput(given.value, numbers, (vars_after, after, step + 1), finite, checks)
+    return StepOutput(given.value, numbers, (vars_after, after, step + 1), finite, checks, done.left)
 
 
 def _update_now(
     settings: Settings, update: Update, scale: LossScale | None, gradient: Any, value: jax.Array, step: jax.Array,
-    wanted: Mapping[str, int], clean: Any,
+    wanted: Mapping[str, int], clean: Any, left: Any,
 ) -> tuple[Outcome, dict[str, jax.Array]]:  # fmt: skip
     """Make the update of one item, unless it is not finite; with it return the numbers of ``layer_norms``."""
     watched, old = settings.on_nonfinite != "ignore", update.before
-    checks = update.checks(gradient, value.dtype, clean) if watched else checks_of(gradient, old, old, value.dtype)
+    if left is not None and (proof := update.proof(gradient)) is not None:
+        checks, left = update.proved_checks(gradient, value.dtype, proof, left)
+    else:
+        left = None
+        checks = update.checks(gradient, value.dtype, clean) if watched else checks_of(gradient, old, old, value.dtype)
     norm = jnp.sqrt(checks.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(scale, value, checks) if scale is not None else None
     kept = finite if watched else jnp.array(True) if overflowed is None else ~overflowed
     norms, kept = layer_norms(old["params"], lambda: update.after()["params"], checks, step, kept, wanted)
-    return Outcome(update.made(kept), checks, norm, finite, kept, overflowed), norms
+    return Outcome(update.made(kept), checks, norm, finite, kept, overflowed, left), norms
 
 
 def _numbers(settings: Settings, done: Outcome, value: jax.Array) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jax import lax
 
 from kaun import tree
 from kaun._jax import HOST_CALLS, primitives_in
+from kaun._step.ranges import GRADIENT, Proof, prove
 
 __all__ = ["Outcome", "Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
 
@@ -25,6 +27,9 @@ _ONCE = HOST_CALLS | {
 }  # fmt: skip
 
 
+_LARGE = 1 << 22  # elements
+
+
 class Outcome(NamedTuple):
     """A step whose loss, gradient and update were looked at.
 
@@ -35,6 +40,7 @@ class Outcome(NamedTuple):
         finite: Whether loss, gradient and update are finite.
         kept: Whether the step is an update, or with ``accumulate`` its item is in the window.
         overflowed: Whether its loss scale was too large; None without one.
+        left: How many more updates are proved to be finite; None where nothing is proved.
     """
 
     new: dict[str, Any]
@@ -43,6 +49,7 @@ class Outcome(NamedTuple):
     finite: jax.Array
     kept: jax.Array
     overflowed: jax.Array | None
+    left: jax.Array | None = None
 
 
 class Update:
@@ -53,19 +60,25 @@ class Update:
         before: ``{"params": ..., "state": ..., "opt_state": ...}`` before it: the parameters that train, the layers'
             state and the optimizer's. ``function`` returns the same.
         discards: Whether ``made`` is to give back ``before`` where the step is not finite.
+        layer_state: The layers' state after the step; for ``proved_checks``.
 
     Attributes:
         before: As the argument.
     """
 
-    def __init__(self, function: Callable[[Any], Any], before: dict[str, Any], *, discards: bool) -> None:
+    def __init__(
+        self, function: Callable[[Any], Any], before: dict[str, Any], *, discards: bool, layer_state: Any = None
+    ) -> None:
+        self._layer_state = layer_state
         self._discards, self.before, self._after, self._branches = discards, before, None, False
+        self._closed: Any = None
         if not discards:
             self._after = function(before["opt_state"])
             return
         # Jitted, it is traced once and a single operation of the step wherever it is computed again.
         self._run: Any = jax.jit(function)
-        operations = primitives_in(self._run.trace(before["opt_state"]).jaxpr)
+        self._closed = self._run.trace(before["opt_state"]).jaxpr
+        operations = primitives_in(self._closed)
         self._branches = "cond" in operations
         if not operations.isdisjoint(_ONCE):
             self._after = self._run(before["opt_state"])
@@ -84,6 +97,35 @@ class Update:
             return checks_of(gradient, before, self._run(before["opt_state"]), loss_dtype)
         of = lambda state: checks_of(gradient, before, self._run(state), loss_dtype)
         return jax.vmap(of)(jax.tree_util.tree_map(lambda leaf: leaf[None], before["opt_state"]))[0]
+
+    def proof(self, gradient: Any) -> Proof | None:
+        """Return for how many updates in a row nobody has to look at each element, None where that is not known."""
+        if self._after is not None or self._branches:
+            return None
+        return prove(self._closed, self.before, gradient)
+
+    def proved_checks(
+        self, gradient: Any, loss_dtype: Any, proof: Proof, left: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return ``checks`` and how many updates after this one are proved to be finite.
+
+        Args:
+            gradient: The gradient of the loss.
+            loss_dtype: The dtype of the loss.
+            proof: What ``proof`` returned.
+            left: How many updates are proved to be finite, this one among them.
+        """
+        before = self.before
+        checks = checks_of(gradient, before, {**before, "state": self._layer_state}, loss_dtype)
+        proved = (left > 0) & (jnp.sqrt(checks.sum()) <= GRADIENT)
+
+        def look() -> tuple[jax.Array, jax.Array]:
+            marks, counts = _marks(gradient, before, self._run(before["opt_state"]), proof, checks.dtype)
+            begins = functools.reduce(jnp.logical_and, counts, (marks == 0).all())
+            return marks, jnp.where(begins, proof.steps, 0).astype(left.dtype)
+
+        marks, left = lax.cond(proved, lambda: (jnp.zeros_like(checks), left - 1), look)
+        return jnp.where(jnp.isneginf(marks) & (checks < jnp.inf), marks, checks), left
 
     def made(self, kept: jax.Array) -> dict[str, Any]:
         """Return what is after the update, or before it where the step is not kept and this update discards."""
@@ -152,6 +194,53 @@ def _check_of_leaf(leaf: jax.Array, mirrors: Sequence[tuple[Any, Any]], clean: A
 @functools.partial(jax.jit, static_argnames="dtype")
 def _check_of_other(old: jax.Array, new: jax.Array, clean: Any, *, dtype: Any) -> jax.Array:
     return jnp.where(_sound_elements(old, new, clean).all(), 0, -jnp.inf).astype(dtype)
+
+
+def _marks(
+    gradient: Any, before: dict[str, Any], after: dict[str, Any], proof: Proof, dtype: Any
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return what ``checks_of`` adds for an update: 0 where all is within a proof's bounds, more where it is finite.
+
+    With it, for each leaf that is not floating, whether it is within the bounds. The layers' state is not looked at.
+    """
+    slots: dict[Any, list[Any]] = {i: [] for i in range(len(jax.tree_util.tree_leaves(gradient)))}
+    counts: list[jax.Array] = []
+    leaves = zip(*map(jax.tree_util.tree_leaves, (before, after)), strict=True)
+    limits = itertools.chain(proof.bounds, itertools.repeat(None))
+    for (path, place, watched), (old, new), bounds in zip(_watched(gradient, before), leaves, limits, strict=False):
+        if watched:
+            slots.setdefault(path if place is None else place, []).extend(
+                [] if bounds is None else [(old, new, bounds)]
+            )
+        elif bounds is not None and new.dtype != bool:
+            counts.append(((new >= int(bounds[0])) & (new <= int(bounds[1]))).all())
+    nothing = earlier = jnp.zeros((), dtype)
+    sums: list[jax.Array] = []
+    for slot in slots.values():
+        sums.append(_mark(slot, earlier) if slot else nothing)
+        earlier = sums[-1] if slot and slot[0][1].size > _LARGE else earlier
+    return jnp.stack(sums), counts
+
+
+def _mark(slot: Sequence[tuple[jax.Array, jax.Array, tuple[float, float]]], earlier: jax.Array) -> jax.Array:
+    """Return the mark of leaves of one shape, of what they are before and after, and their bounds.
+
+    ``earlier`` is that of the last large ones. By operations of ``jax.lax``: those of ``jax.numpy`` take longer to
+    trace.
+    """
+    outside: list[Any] = []
+    spoiled: list[Any] = []
+    for old, new, bounds in slot:
+        low, high = (jnp.asarray(bound, new.dtype) for bound in bounds)
+        if not outside and new.size > _LARGE:
+            # Never nan: one slot is looked at after the other, so that the memory of one is enough for all.
+            high = lax.select(lax.ne(earlier, earlier), lax.full_like(high, jnp.nan), high)
+        outside.append(lax.ne(new, lax.clamp(low, new, high)))
+        spoiled.append(lax.bitwise_and(lax.is_finite(old), lax.bitwise_not(lax.is_finite(new))))
+    # One selection for them all: for one of each XLA would store the state after the update.
+    some = lax.convert_element_type(functools.reduce(lax.bitwise_or, outside), earlier.dtype)
+    bad = functools.reduce(lax.bitwise_or, spoiled)
+    return lax.select(bad, lax.full_like(some, -jnp.inf), some).sum()
 
 
 def check_names(before: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ _PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os
 _PIECE = 16 << 20
 _MANY = 1 << 20
 _SYNC_FILE_RANGE_WRITE = 2
+_SEEKING = threading.Lock()  # where the system cannot read from a place without moving to it
 
 
 class Entry(NamedTuple):
@@ -143,6 +145,17 @@ class Disk:
                 break
             if data is not None:
                 piece[:n] = data
+            got += n
+        return got
+
+    def read_at(self, file: int, at: int, into: memoryview) -> int:
+        """As ``read``, from a byte of the file on; several threads may read from one file."""
+        if not hasattr(os, "preadv"):
+            with _SEEKING:
+                self.seek(file, at)
+                return self.read(file, into)
+        got = 0
+        while got < len(into) and (n := os.preadv(file, [into[got : got + _PIECE]], at + got)):
             got += n
         return got
 

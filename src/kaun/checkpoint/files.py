@@ -275,7 +275,13 @@ def _replacing(where: str, target: Path, disk: Disk) -> Generator[int, None, Non
 
 
 def read_arrays(
-    take: Take, size: int, wanted: Mapping[str, Any] | None = None, *, cast: bool = False, start: str = ""
+    take: Take,
+    size: int,
+    wanted: Mapping[str, Any] | None = None,
+    *,
+    cast: bool = False,
+    start: str = "",
+    later: Take | None = None,
 ) -> tuple[list[tuple[Place, np.ndarray[Any, Any]]], Differences]:
     """The arrays of a file; none is read if their header shows that they do not match the template.
 
@@ -285,6 +291,7 @@ def read_arrays(
         wanted: The leaves of the template by name, None to read any.
         cast: Whether floating dtypes may differ.
         start: Only arrays whose names begin with this are returned and compared; the others are skipped.
+        later: As ``take``, for the arrays: it may return before their bytes are there.
 
     Raises:
         ValueError: If the header is damaged, or an array is not what its kind of leaf is stored as.
@@ -295,7 +302,7 @@ def read_arrays(
     arrays: list[tuple[Place, np.ndarray[Any, Any]]] = []
     for place in places if not differences.lines else ():
         if place.name.startswith(start):
-            arrays.append((place, read_array(take, place, memory)))
+            arrays.append((place, read_array(later or take, place, memory)))
         else:
-            skip_array(take, place)
+            skip_array(later or take, place)
     return arrays, differences

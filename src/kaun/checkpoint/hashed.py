@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from kaun.errors import ResumeMismatch
 __all__ = ["Damaged", "FileContent", "Source", "reading"]
 
 _PIECE = 4 << 20
+_LARGE = 1 << 20
 # The errors of a file that is missing or is something else, and of a disk that cannot read it.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
 
@@ -46,21 +47,29 @@ class _Digest:
         self._workers = Workers(lanes, waiting)
         self._room = piece or size
 
-    def update(self, data: memoryview) -> None:
+    def update(self, data: memoryview, read: Callable[[int, memoryview], None] | None = None, at: int = 0) -> None:
+        """Hash the next bytes; where ``read`` is given, after it has read them from the byte ``at`` of the file on."""
         while data:
             if not self._room:
                 self._hashes.append(hashlib.sha256())
                 self._room = self._piece or self._size
             part = data[: self._room]
-            self._workers.put(len(self._hashes), self._hashes[-1].update, part)
+            if read is None:
+                self._workers.put(len(self._hashes), self._hashes[-1].update, part)
+            else:
+                self._workers.put(len(self._hashes), _fill, read, at, part, self._hashes[-1])
             self._room -= len(part)
-            data = data[len(part) :]
+            data, at = data[len(part) :], at + len(part)
 
     def finish(self) -> str:
         self._workers.finish()
         if self._piece is None:
             return self._hashes[0].hexdigest()
         return hashlib.sha256(b"".join(each.digest() for each in self._hashes)).hexdigest()
+
+    def stop(self) -> None:
+        """Wait for the threads."""
+        self._workers.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -69,34 +78,43 @@ class _Digest:
         self._workers.__exit__()
 
 
+def _fill(read: Callable[[int, memoryview], None], at: int, part: memoryview, digest: Any) -> None:
+    read(at, part)
+    digest.update(part)
+
+
 class FileContent:
-    """The bytes of a safetensors file, copied to memory that nothing else writes to."""
+    """The bytes of a safetensors file, in memory that nobody writes to.
+
+    Large JAX arrays on the CPU are not copied: they cannot change, and JAX does not give away memory that NumPy views.
+    For a state of 120 MB a copy takes longer than all else for which training waits, because its memory is new.
+    """
 
     def __init__(self, leaves: Mapping[str, Any]) -> None:
-        size, pieces = files.serialize(leaves)
-        self._data = np.empty(size, np.uint8)
-        at = 0
-        # Training waits for this, and one thread copies more slowly than memory is. Few pieces wait, because one may
-        # be of an array that was collected from several devices for this.
-        with Workers(LANES if size > _PIECE else 0, waiting=2) as workers:
-            for data in pieces:
-                for start in range(0, len(data), _PIECE):
-                    part = data[start : start + _PIECE]
-                    workers.put(at // _PIECE, np.copyto, self._data[at : at + len(part)], part)
-                    at += len(part)
-            workers.finish()
+        own = {name: leaf.copy() if isinstance(leaf, np.ndarray) else leaf for name, leaf in leaves.items()}
+        self._size, pieces = files.serialize(own)
+        self._parts: list[memoryview] = []
+        small = bytearray()
+        for data in pieces:
+            if len(data) < _LARGE:  # that of a small state may be memory which its caller shares with NumPy
+                small += data
+                continue
+            self._parts += [memoryview(small), data]
+            small = bytearray()
+        self._parts.append(memoryview(small))
 
     def write(self, disk: Disk, path: Path) -> FileDigest:
         """Write the file, and return its size and its sum once it is on the disk."""
-        size = self._data.size
+        size = self._size
         piece = _PIECE if size > _PIECE else None
         file = disk.create(path)
         try:
             with _Digest(size, piece) as digest:
-                for at in range(0, size, _PIECE):
-                    part = self._data[at : at + _PIECE].data
-                    digest.update(part)
-                    disk.write(file, part)
+                for data in self._parts:
+                    for at in range(0, len(data), _PIECE):
+                        part = data[at : at + _PIECE]
+                        digest.update(part)
+                        disk.write(file, part)
                 disk.sync(file)
                 return FileDigest(size, digest.finish(), piece)
         finally:
@@ -123,9 +141,9 @@ class Source:
 
     def __init__(self, disk: Disk, path: Path, record: FileDigest) -> None:
         self._disk, self._record = disk, record
-        self._file, size = disk.open(path)
-        self.left: int = size
-        self._digest = _Digest(size, record.piece, waiting=2)
+        self._file, self._size = disk.open(path)
+        self.left: int = self._size
+        self._digest = _Digest(self._size, record.piece, waiting=2)
 
     def __enter__(self) -> Self:
         if self.left != self._record.size:
@@ -134,17 +152,28 @@ class Source:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._digest.__exit__()
+        self._digest.stop()  # they may still read from the file
         self._disk.close(self._file)
 
     def take(self, into: memoryview) -> None:
         """Read the next bytes, as many as the memory holds."""
         for at in range(0, len(into), _PIECE):
             piece = into[at : at + _PIECE]
-            if self._disk.read(self._file, piece) < len(piece):
-                raise Short("it ends early")
+            self._read(self._size - self.left, piece)
             self._digest.update(piece)
+            self.left -= len(piece)
+
+    def take_later(self, into: memoryview) -> None:
+        """As ``take``, but the bytes are there only when ``finish`` returns: the threads that hash them read them.
+
+        Most of reading is copying into new memory, which takes several times as long as to hash it.
+        """
+        self._digest.update(into, self._read, self._size - self.left)
         self.left -= len(into)
+
+    def _read(self, at: int, into: memoryview) -> None:
+        if self._disk.read_at(self._file, at, into) < len(into):
+            raise Short("it ends early")
 
     def finish(self) -> None:
         """Read what is left, and raise ValueError unless all bytes are those that were written."""

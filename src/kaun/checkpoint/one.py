@@ -63,7 +63,7 @@ class Saved(NamedTuple):
 
 
 class Draft:
-    """A checkpoint in memory, ready to be written. All arrays are copied, so the arguments may change afterwards.
+    """A checkpoint in memory, ready to be written. The arguments may change afterwards: what can is copied.
 
     Args:
         step: The run's step.
@@ -307,6 +307,6 @@ def _leaves(
 ) -> tuple[dict[str, Any], encoding.Differences]:
     """Verify a file, and return its leaves whose names have this start, and how they differ from the template."""
     with Source(disk, path, record) as source:
-        arrays, differences = files.read_arrays(source.take, source.left, wanted, start=start)
+        arrays, differences = files.read_arrays(source.take, source.left, wanted, start=start, later=source.take_later)
         source.finish()  # before anything is used, and also where leaves differ: the header may be what is damaged
     return {place.name: encoding.decode(place, array) for place, array in arrays}, differences

@@ -52,11 +52,15 @@ class Workers:
         else:
             act(*given)
 
-    def finish(self) -> None:
-        """Wait until all tasks are done, and raise the exception of one that failed."""
+    def stop(self) -> None:
+        """Wait until all tasks are done."""
         self.__exit__()
         for thread in self._threads:
             thread.join()
+
+    def finish(self) -> None:
+        """Wait until all tasks are done, and raise the exception of one that failed."""
+        self.stop()
         if self._failed is not None:
             raise self._failed
 
