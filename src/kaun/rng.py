@@ -313,9 +313,7 @@ def unscoped(key: jax.Array) -> bool:
         >>> rng.unscoped(key), rng.unscoped(rng.next_key()), rng.unscoped(inside)
         (False, True, True)
     """
-    wanted = np.asarray(
-        tree.readable(jax.random.key_data(key))
-    )  # in all processes, where it lies on the devices of several
+    wanted = np.asarray(tree.readable(jax.random.key_data(key)))  # in all processes, where it lies on all of them
     if not _derived.isdisjoint(_bytes_of(wanted)):
         return True
     if _process_scope is None:

@@ -120,7 +120,7 @@ def test_an_update_that_is_made_twice_is_one_program_and_traced_once():
 
     program = jax.make_jaxpr(step)(0)
     operations = [equation for part in _jax.programs_in(program) for equation in getattr(part, "jaxpr", part).eqns]
-    made = [id(equation.params["jaxpr"]) for equation in operations if equation.params.get("name") == "function"]
+    made = [id(equation.params["jaxpr"]) for equation in operations if equation.params.get("name") == "run"]
     assert len(calls) == 1 and len(made) == 2 and len(set(made)) == 1
 
 

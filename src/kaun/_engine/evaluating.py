@@ -15,10 +15,10 @@ from jax import lax
 from kaun._engine.batching import BlockBuffer, capacity_of, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh
-from kaun._engine.inputs import StepInputs, refuse_traced
+from kaun._engine.inputs import StepInputs, item_at, pattern_for, refuse_traced
 from kaun._engine.jaxpr import slow_in_loops
 from kaun._engine.options import LOOP_OPTIONS
-from kaun._engine.program import ROWS, Program, count_on_device, item_at, pattern_for
+from kaun._engine.program import ROWS, Program, count_on_device
 from kaun._engine.results import OpenBlock
 from kaun._jax import calls_the_host
 

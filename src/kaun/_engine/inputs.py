@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding
 
 from kaun import tree
@@ -21,7 +22,9 @@ from kaun._messages import locate
 from kaun.context import Context
 from kaun.data import Data, Item, is_tensor
 
-__all__ = ["StepInputs", "as_arrays", "check_input", "is_host", "is_number", "refuse_traced"]
+__all__ = [
+    "StepInputs", "as_arrays", "check_input", "is_host", "is_number", "item_at", "pattern_for", "refuse_traced",
+]  # fmt: skip
 
 _LEAF = jax.tree_util.tree_structure(0)
 _NO_CONTEXT = jax.tree_util.tree_structure(Context())
@@ -267,3 +270,26 @@ def _kind(a: Any) -> tuple[Any, ...]:
 
 def _describe(a: Any) -> str:
     return tree.describe(a) + (" (weak)" if tree.is_weak(a) else "")
+
+
+def pattern_for(patterns: list[tuple[bool, ...]], varying: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Return which leaves of a block to stack where some vary: as in an earlier block, where that is possible.
+
+    Args:
+        patterns: Those so far; a new one is appended.
+        varying: For each leaf whether it varies.
+    """
+    if patterns and patterns[-1] == varying:
+        return varying
+    for known in reversed(patterns):
+        if all(k or not v for k, v in zip(known, varying, strict=True)):
+            return known
+    patterns.append(varying)
+    return varying
+
+
+def item_at(i: Any, pattern: Sequence[bool], shared: Sequence[Any], stacked: Sequence[Any]) -> list[Any]:
+    """Return the leaves of item i of a block in a program, of those passed once and those stacked by a pattern."""
+    given = iter(shared)
+    sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
+    return [next(sliced if is_stacked else given) for is_stacked in pattern]

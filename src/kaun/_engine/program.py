@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from kaun._engine.batching import capacity_of
-from kaun._engine.inputs import StepInputs, as_arrays
+from kaun._engine.inputs import StepInputs, as_arrays, item_at, pattern_for
 from kaun._engine.jaxpr import digest_program, is_heavy, slow_in_loops
 from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout, unwritten
@@ -27,8 +27,7 @@ from kaun._loss import trace_loss
 from kaun._step import match_state
 
 __all__ = [
-    "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "find_step", "item_at",
-    "pattern_for", "trace_step",
+    "ROWS", "Program", "Traced", "TracedStep", "count_on_device", "find_step", "trace_step",
 ]  # fmt: skip
 
 # The most steps of one dispatch. With room for the losses of more, XLA:CPU estimates a tiny model to be so costly that
@@ -200,29 +199,6 @@ class TracedStep:
                 found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=options)
                 self._programs[key] = found
             return found
-
-
-def pattern_for(patterns: list[tuple[bool, ...]], varying: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Return which leaves of a block to stack where some vary: as in an earlier block, where that is possible.
-
-    Args:
-        patterns: Those so far; a new one is appended.
-        varying: For each leaf whether it varies.
-    """
-    if patterns and patterns[-1] == varying:
-        return varying
-    for known in reversed(patterns):
-        if all(k or not v for k, v in zip(known, varying, strict=True)):
-            return known
-    patterns.append(varying)
-    return varying
-
-
-def item_at(i: Any, pattern: Sequence[bool], shared: Sequence[Any], stacked: Sequence[Any]) -> list[Any]:
-    """Return the leaves of item i of a block in a program, of those passed once and those stacked by a pattern."""
-    given = iter(shared)
-    sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
-    return [next(sliced if is_stacked else given) for is_stacked in pattern]
 
 
 def trace_step(

@@ -13,21 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from kaun import tree
-from kaun._jax import HOST_CALLS, primitives_in
+from kaun._jax import HOST_CALLS, primitives_in, run_program
 from kaun._step.ranges import GRADIENT, Proof, prove
 
 __all__ = ["Outcome", "Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
 
 _LARGE = 1 << 12  # elements of a leaf
+_IN_TURN = 1 << 22  # those of a leaf that is looked at after the one before it
 # Operations that cost too much to run twice, and those that call the host.
 _ONCE = HOST_CALLS | {
     "cholesky", "conv_general_dilated", "cumsum", "debug_print", "dot_general", "eig", "eigh", "fft",
     "householder_product", "lu", "qr", "ragged_dot_general", "scan", "schur", "sort", "svd", "top_k",
     "triangular_solve", "tridiagonal", "tridiagonal_solve", "while",
 }  # fmt: skip
-
-
-_LARGE = 1 << 22  # elements
 
 
 class Outcome(NamedTuple):
@@ -75,10 +73,15 @@ class Update:
         if not discards:
             self._after = function(before["opt_state"])
             return
-        # Jitted, it is traced once and a single operation of the step wherever it is computed again.
-        self._run: Any = jax.jit(function)
-        self._closed = self._run.trace(before["opt_state"]).jaxpr
-        operations = primitives_in(self._closed)
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(before["opt_state"])
+        structure = jax.tree_util.tree_structure(shape)
+
+        @jax.jit  # a single operation of the step wherever it is computed again
+        def run(opt_state: Any) -> Any:
+            return structure.unflatten(run_program(closed, jax.tree_util.tree_leaves(opt_state)))
+
+        self._run, self._closed = run, closed
+        operations = primitives_in(closed)
         self._branches = "cond" in operations
         if not operations.isdisjoint(_ONCE):
             self._after = self._run(before["opt_state"])
@@ -218,7 +221,7 @@ def _marks(
     sums: list[jax.Array] = []
     for slot in slots.values():
         sums.append(_mark(slot, earlier) if slot else nothing)
-        earlier = sums[-1] if slot and slot[0][1].size > _LARGE else earlier
+        earlier = sums[-1] if slot and slot[0][1].size > _IN_TURN else earlier
     return jnp.stack(sums), counts
 
 
@@ -232,7 +235,7 @@ def _mark(slot: Sequence[tuple[jax.Array, jax.Array, tuple[float, float]]], earl
     spoiled: list[Any] = []
     for old, new, bounds in slot:
         low, high = (jnp.asarray(bound, new.dtype) for bound in bounds)
-        if not outside and new.size > _LARGE:
+        if not outside and new.size > _IN_TURN:
             # Never nan: one slot is looked at after the other, so that the memory of one is enough for all.
             high = lax.select(lax.ne(earlier, earlier), lax.full_like(high, jnp.nan), high)
         outside.append(lax.ne(new, lax.clamp(low, new, high)))
