@@ -331,9 +331,7 @@ def _is_unscoped(opened: _Scope) -> bool:
 
 
 def remember_unscoped(keys: jax.Array) -> None:
-    """Let ``unscoped`` find keys that were made of one drawn here outside of all scopes; in other scopes do nothing.
-
-    At most 100,000 are stored.
+    """Let ``unscoped`` find keys, at most 100,000, made of one drawn outside of all scopes; in others do nothing.
 
     Args:
         keys: An array of typed keys.
