@@ -13,7 +13,18 @@ from typing import Any
 
 import jax
 
-from kaun._processes.calls import Call, Waits, calls_of, count_as, failure_of, has_given, leave, note_given, waits_at
+from kaun._processes.calls import (
+    Call,
+    Waits,
+    calls_of,
+    count_as,
+    failure_of,
+    has_given,
+    leave,
+    note_failure,
+    note_given,
+    waits_at,
+)
 from kaun._processes.failures import came_late, crossed, failed_elsewhere, missing, unreachable
 from kaun._processes.service import client_of_all, end_of, timeout_of
 
@@ -43,6 +54,7 @@ class Channel:
 
     Attributes:
         processes: Their numbers.
+        came_late: Whether the others had left when this process came.
     """
 
     def __init__(
@@ -52,7 +64,8 @@ class Channel:
         self.processes: Sequence[int] = range(jax.process_count()) if processes is None else processes
         self._name, self._what, self._timeout = name, what or name, timeout
         self._call, self._number = str(call or self._what), 0 if call is None else call.number
-        self._me, self._meetings = jax.process_index(), 0
+        self._entry = "" if call is None else call.entry
+        self._me, self._meetings, self.came_late = jax.process_index(), 0, False
 
     @classmethod
     def of(cls, call: Call, what: str) -> Channel:
@@ -93,8 +106,14 @@ class Channel:
             if self._me in absent:
                 late, absent = [_LEFT], [self.processes[0]]
             left = self.why_left(absent[0])
-            error = came_late if any(late) else missing
-            raise failed_elsewhere(absent[0], left[0]) if left else error(absent, self._me, self._what, timeout)
+            if left:
+                raise failed_elsewhere(absent[0], left[0])
+            if not any(late):
+                raise missing(absent, self._me, self._what, timeout)
+            error, self.came_late = came_late(absent, self._me, self._what, timeout), True
+            if self._entry:  # the others are in their next call, or come to it, and this process does not
+                note_failure(Call.new(self._entry, self.processes), str(error))
+            raise error
         self._meetings += 1
         calls, _, answer = answer[1:].partition(" ")
         count_as(self.processes, int(calls))

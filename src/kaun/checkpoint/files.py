@@ -28,7 +28,7 @@ from kaun.checkpoint.encoding import (
     is_spread,
     restore,
 )
-from kaun.checkpoint.group import new_group, several_processes
+from kaun.checkpoint.group import Group, several_processes
 from kaun.checkpoint.safetensors_header import (
     Memory,
     Place,
@@ -136,7 +136,7 @@ def copy(where: str, target: Path, source: Path) -> None:
 
 def _write_in_first(where: str, target: Path, pieces: Iterable[memoryview]) -> None:
     """Write a file in process 0 of several. The others give it their shards, one leaf after the other."""
-    group = new_group("save", f"{where}, which every process has to call,")
+    group = Group("save", f"{where}, which every process has to call,")
     # Without it, a process that does not come would leave the others in an operation of the devices.
     group.gather(lambda: None)
 

@@ -15,14 +15,15 @@ from kaun._jax import coordination_client
 from kaun._processes import Channel, failed_elsewhere
 from kaun.errors import FailedElsewhere
 
-__all__ = ["ALONE", "Group", "group_for", "new_group", "processes_with", "several_processes"]
+__all__ = ["ALONE", "Group", "group_for", "processes_with", "several_processes"]
 
 
 class Group:
     """The processes of one program, or one process alone, for which nothing is exchanged.
 
     Args:
-        name: The name of the channel in which they meet; empty for one process alone.
+        name: What they write or read: they meet in the n-th channel of this name in each of them. Empty for one process
+            alone.
         what: What they meet for, in messages.
         processes: Their numbers; None for all processes of the program.
 
@@ -32,7 +33,7 @@ class Group:
     """
 
     def __init__(self, name: str = "", what: str = "", processes: Sequence[int] | None = None) -> None:
-        self._channel = Channel(name, processes, what) if name else None
+        self._name, self._channel = name, _next_channel(name, what, processes) if name else None
         members = [0] if self._channel is None else list(self._channel.processes)
         self.index: int = 0 if self._channel is None else members.index(jax.process_index())
         self.count: int = len(members)
@@ -58,6 +59,9 @@ class Group:
         try:
             found = self._channel.exchange(told, lambda values: json.dumps(sorted(values.items())))
         except FailedElsewhere as err:
+            if self._channel.came_late:  # the others have left it, and wait in the next one, or come to it
+                with contextlib.suppress(jax.errors.JaxRuntimeError):
+                    _next_channel(self._name, "", self._channel.processes).leave(str(err))
             raise failed or err from None
         if failed is not None:
             raise failed
@@ -91,10 +95,9 @@ def several_processes() -> bool:
     return coordination_client() is not None and jax.process_count() > 1
 
 
-def new_group(name: str, what: str, processes: Sequence[int] | None = None) -> Group:
-    """Some processes in a channel of their own: the n-th of this name in each of them. Arguments as of ``Group``."""
+def _next_channel(name: str, what: str, processes: Sequence[int] | None) -> Channel:
     _opened[name] += 1
-    return Group(f"checkpoint/{name}/{_opened[name]}", what, processes)
+    return Channel(f"checkpoint/{name}/{_opened[name]}", processes, what)
 
 
 def processes_with(tree: Any) -> list[int]:
@@ -113,4 +116,4 @@ def group_for(path: Path, tree: Any) -> Group:
     The processes on whose devices its arrays lie, if they are several; else this process alone.
     """
     processes = processes_with(tree)
-    return new_group(str(path), f"the checkpoints in {str(path)!r}", processes) if processes else ALONE
+    return Group(str(path), f"the checkpoints in {str(path)!r}", processes) if processes else ALONE

@@ -70,6 +70,11 @@ def check_one_file(two, folder):
         "Process 1 did not come to checkpoint.save, which every process has to call, within 3 s"
     )
     assert none is None and not (folder / "alone").exists()
+    # The next save is another one in each of them. It ends at once, in both, and they are together again.
+    late, other = two.run(RUNS, "save_in", folder=str(folder / "after"), wanted=[0, 1])[::-1]
+    assert late.kind == other.kind == "FailedElsewhere" and "came to checkpoint.save" in late.text
+    assert "Process 1 failed" in other.text and late.text[:40] in other.text
+    assert two.run(RUNS, "save_in", folder=str(folder / "after"), wanted=[0, 1]) == [None, None]
 
 
 def check_failing_disk(two, folder):
