@@ -102,9 +102,10 @@ def unwritten(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Return an array that a loop fills before it is read.
 
     Zeros would be a kernel, which XLA:CPU compiles in some 10 ms. A constant is copied, unless all of it is one value.
+    Under ``jax.set_mesh`` it would have no mesh.
     """
     size = math.prod(shape)
-    if not 1 < size <= _CONSTANT:
+    if not 1 < size <= _CONSTANT or not jax.sharding.get_abstract_mesh().empty:
         return jnp.zeros(shape, dtype)
     return jnp.asarray((np.arange(size) == 0).astype(dtype).reshape(shape))
 
