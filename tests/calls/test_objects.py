@@ -37,8 +37,9 @@ CALLS = {
     "many[0]": MEMBERS,
     "list(many)": MEMBERS,
     "trainer.fit(state, model)": "received Layer. To train on one batch many times, write Data.repeat(1000, (x, loss)).",
-    "reports.validate(trainer, state, {'mse': losses.mse}, each=2)": "received TrainState.",
-    "metrics.evaluate(print, state)": "Write metrics.evaluate(f, data).",
+    "reports.validate(trainer, state, {'mse': losses.mse}, each=2)": "received TrainState. Pass a kaun.Data or a list; for a generator write "
+    "Data.from_items(list(generator)).",
+    "metrics.evaluate(print, state)": "builtin_function_or_method and TrainState. Write evaluate(f, data).",
     "state.step += 1": "TrainState is immutable: use state = state.replace(step=...).",
     "state.vars.params = {}": "Vars is immutable: instead of .params = ..., make another one, vars = vars.replace(params=...).",
     "del state.vars.params": "instead of .params = ..., make another one, vars = vars.replace(params=...).",

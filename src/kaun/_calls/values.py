@@ -103,8 +103,9 @@ def refuse_items(cls: C) -> C:
         raise TypeError(f"{cls.__name__!r} object has no items. {text or advice(cls.__name__, '[]')}")
 
     if advice(cls.__name__, "[]"):
-        item.refuses = True
-        cls.__getitem__ = item  # a loop and unpacking call it too
+        refusing: Any = item
+        refusing.refuses = True  # read by has_items
+        cls.__getitem__ = refusing  # a loop and unpacking call it too
     return cls
 
 
