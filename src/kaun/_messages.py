@@ -177,7 +177,7 @@ class UserBlock(Block[T]):
         return self
 
     def __repr__(self) -> str:
-        return f"<{self._text()}, which is open inside of a with statement>"
+        return f"<{self._text()}, which changes nothing without `with {self._text()}:`>"
 
     def __del__(self) -> None:
         if self._line is not None and not sys.is_finalizing():

@@ -48,7 +48,7 @@ CALLS = {
     "Data.batches(x, 4, y)": "Data.batches expected shuffle to be a bool, received float32[8, 1]. The arrays are one argument: "
     "Data.batches((x, y), batch_size=64).",
     "Data.folds(x, 2, 4, y)": "Data.folds expected shuffle to be a bool, received float32[8, 1]. The arrays are one argument: "
-    "Data.folds((x, y), batch_size=64).",
+    "Data.folds((x, y), 5, batch_size=64).",
     "Data.zip([data, data])": "of a list of pipelines pass the pipelines, Data.zip(*sources).",
     "Data.mix(data, data)": "Make a Data of it first, Data.from_items(items) or Data.from_iterable(loader).",
     "losses.cross_entropy_sparse(x, y[:, 0].astype(int), class_weights={0: 1.0, 1: 5.0})": "received dict. Write jnp.asarray("

@@ -81,7 +81,7 @@ def test_scopes_that_are_entered_or_decorate_do_not_warn():
         with rng.scope(0):
             rng.next_key()
         later = rng.scope(1)
-        assert repr(later) == "<rng.scope(1), which is open inside of a with statement>"
+        assert repr(later) == "<rng.scope(1), which changes nothing without `with rng.scope(1):`>"
         with later:
             rng.next_key()
 

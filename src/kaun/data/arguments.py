@@ -79,7 +79,7 @@ def checked_batch_size(where: str, value: Any, *others: Any) -> int:
         if getattr(given, "ndim", 0) > 0:
             raise TypeError(
                 f"{where} expected {name}, received {tree.describe(given)}. The arrays are one argument: "
-                f"{where}((x, y), batch_size=64)."
+                f"{where}((x, y){', 5' if where.endswith('folds') else ''}, batch_size=64)."
             )
     return checked_count(where, "batch_size", value, 1)
 
