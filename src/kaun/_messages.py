@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -129,6 +130,9 @@ class Block(contextlib.ContextDecorator, contextlib.AbstractContextManager[T, No
             error.with_traceback(trace)
 
 
+_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+
+
 class UserBlock(Block[T]):
     """A block that users open. If it goes away and was never entered, it warns, at the line of the call.
 
@@ -148,10 +152,22 @@ class UserBlock(Block[T]):
     def __enter__(self) -> T:
         self._line = None
         with frames_hidden:
+            if not hasattr(self, "_make"):
+                call = self._text()
+                raise RuntimeError(
+                    f"{call} was entered before, and a block is entered once. Write `with {call}:` again."
+                )
             return super().__enter__()
 
     def __call__(self, function: F) -> F:
         self._line = None
+        if any(test(function) for test in _LATER):
+            with frames_hidden:
+                call = self._text()
+                raise TypeError(
+                    f"@{call} decorates {locate(function)}, a generator or a coroutine: its body runs after the call, "
+                    f"outside of the block. Write `with {call}:` in it, around what draws, without yield or await."
+                )
         return super().__call__(function)
 
     def __copy__(self) -> UserBlock[T]:
@@ -161,7 +177,7 @@ class UserBlock(Block[T]):
         return self
 
     def __repr__(self) -> str:
-        return f"<{self._text()}, which is open inside of a with statement>"
+        return f"<{self._text()}, which changes nothing without `with {self._text()}:`>"
 
     def __del__(self) -> None:
         if self._line is not None and not sys.is_finalizing():

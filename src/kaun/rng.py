@@ -11,14 +11,14 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._calls import public, shown
+from kaun._calls import module_names, public, shown
 from kaun._jax import is_traced, trace_of
 from kaun._messages import Block, UserBlock, contextmanager
 
@@ -56,6 +56,8 @@ _process_scope: _Scope | None = None
 _process_lock = threading.Lock()
 _derived: set[bytes] = set()  # keys that ``remember_unscoped`` took
 _MOST_DERIVED = 100_000
+if not TYPE_CHECKING:  # the type checker knows the names, and must not accept any other
+    __getattr__ = module_names(__name__)
 
 
 @public
@@ -74,8 +76,8 @@ def scope(seed_or_key: int | jax.Array) -> Block[None]:
         None. It also decorates functions.
 
     Raises:
-        TypeError: If the argument is neither a seed nor a key, when the scope is opened.
-        ValueError: If the seed is outside 0 to 2**32 - 1, likewise.
+        TypeError: If it is neither a seed nor a key, when it is opened; if it decorates a generator or a coroutine.
+        ValueError, RuntimeError: If the seed is outside 0 to 2**32 - 1, likewise; if it is entered twice.
 
     Examples:
         >>> from kaun import rng
@@ -318,8 +320,7 @@ def unscoped(key: jax.Array) -> bool:
         return True
     if _process_scope is None:
         return False
-    # A power of two, so that few programs are compiled. More than the newest count, because of two threads that draw at
-    # once the second may have written its count first.
+    # A power of two, so that few programs are compiled; above the newest count, which one of two threads writes late.
     count = 1 << (_process_scope.newest + 64).bit_length()
     return bool(_is_among(_process_scope.key, jnp.arange(count), wanted))
 

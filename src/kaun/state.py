@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import MISSING, advice, explained, refuse_property, shown, wrong_fit, wrong_step
+from kaun._calls import MISSING, advice, explained, refuse_items, refuse_property, shown, wrong_fit, wrong_step
 from kaun._jax import any_traced
 from kaun._messages import frames_hidden
 from kaun.averages.weights import averaged_vars, find_average
@@ -50,6 +50,7 @@ def own_state(opt_state: Any) -> Any:
     return opt_state.inner if isinstance(opt_state, Members) else opt_state
 
 
+@refuse_items
 @jax.tree_util.register_pytree_with_keys_class
 class TrainState:
     """Everything that a training run carries from step to step: an immutable pytree that stays valid forever.
@@ -211,6 +212,7 @@ class TrainState:
         object.__setattr__(new, "_kind", kind)
         return new
 
+    @frames_hidden
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"TrainState is immutable: use state = state.replace({name}=...).")
 

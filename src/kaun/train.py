@@ -194,7 +194,7 @@ class Trainer(Generic[In, Out]):
             vars, opt_state, step, key = state.now()
             value, carry = run_step(self._programs, (vars, opt_state, step), key, inputs, bool(training))
             after = state_of(carry, placed_key(self._settings, key))
-            return value, self._repeats.states.returned("step", state, after)
+            return value, self._repeats.states.returned("step", state if training else None, after)
         except BaseException as error:
             self._programs.failed("step", state, error)
             raise

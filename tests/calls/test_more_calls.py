@@ -199,7 +199,8 @@ CALLS = {
     "(num_groups, num_channels, eps=1e-05).",
     "layers.softmax(dim=1)": "layers.softmax has no argument dim=: it is the last axis. Leave it out.",
     "layers.lstm(4, 8, return_sequences=True)": "layers.lstm has no argument return_sequences=: it returns all "
-    "steps. For the last one write layers.lstm(...) >> layers.fn(lambda y: y[:, -1]).",
+    "steps. For the last one write layers.lstm(...) >> layers.fn(lambda y: y[:, -1]), and of padded rows take the state, "
+    "return_state=True.",
     "kaun.Trainer(model=model, optimizer=optax.adam)": "Trainer(optimizer=...) expected an object with init and "
     "update, as optax's have, received adam, which has no init and no update. Did you forget to call it? "
     "Write optimizer=optax.adam(1e-3).",

@@ -1,6 +1,7 @@
 """Calls that are legal, change nothing and are mistakes: each is a warning at its line, and right ones are none."""
 
 import functools
+import timeit
 import warnings
 
 import jax
@@ -48,12 +49,39 @@ def test_a_scope_without_with_warns_at_its_line():
     assert line == 1 and text.startswith("rng.scope(key) without `with`")
 
 
+def test_a_scope_is_entered_once_and_decorates_what_runs_in_the_call():
+    scope = rng.scope(3)
+    with scope:
+        pass
+    with pytest.raises(RuntimeError) as caught, scope:
+        pass
+    assert str(caught.value) == (
+        "rng.scope(3) was entered before, and a block is entered once. Write `with rng.scope(3):` again."
+    )
+
+    def items():
+        yield rng.next_key()
+
+    async def later():
+        return rng.next_key()
+
+    for function in (items, later):
+        line = function.__code__.co_firstlineno
+        with pytest.raises(TypeError) as caught:
+            rng.scope(3)(function)
+        assert str(caught.value) == (
+            f"@rng.scope(3) decorates `{function.__name__}` (test_silent.py:{line}), a generator or a coroutine: its body "
+            "runs after the call, outside of the block. Write `with rng.scope(3):` in it, around what draws, without "
+            "yield or await."
+        )
+
+
 def test_scopes_that_are_entered_or_decorate_do_not_warn():
     def right():
         with rng.scope(0):
             rng.next_key()
         later = rng.scope(1)
-        assert repr(later) == "<rng.scope(1), which is open inside of a with statement>"
+        assert repr(later) == "<rng.scope(1), which changes nothing without `with rng.scope(1):`>"
         with later:
             rng.next_key()
 
@@ -101,6 +129,9 @@ USED = {
     "results that are read": lambda t, s, d, kept: t.predict(t.fit(s, d), X),
     "results that are waited for": lambda t, s, d, kept: jax.block_until_ready(t.step(s, X, loss=of_mse)),
     "a report that sees them": lambda t, s, d, kept: t.fit(s, d, report=reports.history()),
+    "the best one that is kept": lambda t, s, d, kept: kept.append(t.fit(s, d)) if len(kept) < 2 else t.fit(s, d),
+    "the model in evaluation mode": lambda t, s, d, kept: t.step(s, X, loss=of_mse, training=False),
+    "timeit": lambda t, s, d, kept: timeit.repeat(lambda: t.fit(s, d), number=2, repeat=1),
     "fresh states": lambda t, s, d, kept: t.step(t.init(), X, loss=of_mse),
 }
 
@@ -143,6 +174,23 @@ def test_a_result_that_is_bound_again_is_dropped_too(trained):
     assert text.startswith("step was given the same state 4 times in a row") and line == 2
 
 
+def test_tests_of_pytest_are_not_a_loop(trained, monkeypatch):
+    trainer, state, data = fresh(trained)
+
+    def tests():
+        for i in range(5):
+            monkeypatch.setenv("PYTEST_CURRENT_TEST", f"test_module.py::test_it[{i}] (call)")
+            trainer.fit(state, data)
+
+    assert warned(tests) == []
+
+
+def test_once_a_state_is_used_nothing_is_looked_at(trained):
+    trainer, state, _ = fresh(trained)
+    kept = [trainer.step(state, X, loss=of_mse)[1] for _ in range(5)]
+    assert [after._make is None for after in kept] == [True, False, True, True, True]
+
+
 @pytest.mark.parametrize("form", USED)
 def test_states_that_are_used_do_not_warn(trained, form):
     trainer, state, data = fresh(trained)
@@ -183,6 +231,7 @@ TWICE = {
     "jax.nn.sigmoid": ([layers.activation(jax.nn.sigmoid)], functools.partial(losses.focal, labels=B), {}),
     "of optax": ([layers.softmax()], lambda o: optax.softmax_cross_entropy(o, Y).mean(), {}),
     "microbatches": ([layers.softmax()], sparse, {"microbatches": 2}),
+    "softmax of a sigmoid": ([layers.sigmoid()], sparse, {}),
     "half precision": ([layers.softmax()], sparse, {"precision": "mixed_bfloat16"}),
     "float16, windows": ([layers.sigmoid()], binary, {"precision": "mixed_float16", "accumulate": 2}),
     "remat": ([layers.remat(layers.softmax())], sparse, {}),
@@ -196,6 +245,7 @@ ONCE = {
         lambda o: dense(o) + binary(o),
         {},
     ),
+    "pairs of probabilities": ([layers.sigmoid()], lambda o: jnp.log1p(jnp.exp(o[:, 0] - o[:, 1])).mean(), {}),
     "log_softmax": ([layers.log_softmax()], sparse, {}),
     "attention": ([layers.fn(lambda z: z[:, None]), layers.multi_head_attention(3, 1), layers.flatten()], sparse, {}),
     "a temperature": ([layers.softmax(), layers.fn(lambda p: 10 * p)], sparse, {}),
@@ -217,10 +267,11 @@ def traced(last, loss, options):
 @pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow if f in LONG else ()) for f in TWICE])
 def test_a_softmax_of_a_softmax_is_a_warning(form):
     kind = "sigmoid" if "sigmoid" in form.split(",")[0] or "float16" in form else "softmax"
+    applied, other = ("softmax", "a sigmoid") if form == "softmax of a sigmoid" else (kind, "another one")
     ((text, _),) = warned(traced(*TWICE[form]))
-    names = {"softmax": "cross_entropy and cross_entropy_sparse", "sigmoid": "binary_cross_entropy and focal"}[kind]
+    names = {"softmax": "cross_entropy and cross_entropy_sparse", "sigmoid": "binary_cross_entropy and focal"}[applied]
     assert text == (
-        f"The loss applies a {kind} to the output of another one, layers.{kind}() or jax.nn.{kind}, so its gradients are "
+        f"The loss applies a {applied} to the output of {other}, layers.{kind}() or jax.nn.{kind}, so its gradients are "
         f"much too small: losses.{names} take logits. Leave the {kind} at the end of the model out, and for probabilities "
         f"write jax.nn.{kind}(trainer.predict(state, x))."
     )

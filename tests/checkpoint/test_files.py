@@ -490,11 +490,15 @@ def test_str_and_pathlike(tmp_path, kind):
     assert same(round_trip(path, {"w": jnp.ones(2)}), {"w": jnp.ones(2)})
 
 
-def test_arguments_the_wrong_way_round(file):
-    with pytest.raises(TypeError, match=r"checkpoint\.save\(path, tree\) expected a path first, received dict"):
-        checkpoint.save({"w": jnp.ones(2)}, file)
-    with pytest.raises(TypeError, match=r"checkpoint\.load\(path, like=tree\) expected a path first, received dict"):
-        checkpoint.load({"w": jnp.ones(2)}, file)
+@pytest.mark.parametrize(
+    ("call", "given"), [("save(path, tree)", "state"), ("load(path, like=tree)", "like=trainer.init()")]
+)
+def test_arguments_the_wrong_way_round(file, call, given):
+    name = call.partition("(")[0]
+    with pytest.raises(TypeError) as caught:
+        getattr(checkpoint, name)({"w": jnp.ones(2)}, file)
+    fix = f'Write checkpoint.{name}("digits.safetensors", {given}).'
+    assert str(caught.value) == f"checkpoint.{call} expected a path first, received dict. {fix}"
 
 
 def test_no_folder_is_made(tmp_path):

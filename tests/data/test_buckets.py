@@ -182,7 +182,7 @@ def bucket(*arguments, rows=ROWS):
 
 WRONG = [
     (lambda: bucket(length, [3, 5], 2), ValueError, r"expected rows of at most 5, the last edge, received 6 for row 2 "
-     r"\(counted from 0\)\. Write edges=\[3, 5, 6\], cut longer rows in map\(f\), or leave them out with filter\(f\)"),
+     r"\(counted from 0\)\. Write edges=\[3, 5, 6\], where no row is longer, cut longer rows in map\(f\), or leave them out with filter\(f\)"),
     (lambda: bucket(LENGTHS, [3, 5], 2), ValueError, r"at most 5, the last edge, received 6 for row 2"),
     (lambda: list(Data.from_iterable(ROWS).bucket(length, [5], 2)), ValueError, r"at most 5, .*received 6 for row 2"),
     (lambda: bucket(lambda row: 0, [5], 2), ValueError, r"lengths of at least 1, received 0 for row 0.*data\.filter"),

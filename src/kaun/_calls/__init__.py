@@ -23,5 +23,7 @@ from kaun._calls.refusal import wrong_fit as wrong_fit
 from kaun._calls.refusal import wrong_step as wrong_step
 from kaun._calls.values import explained_methods as explained_methods
 from kaun._calls.values import frozen as frozen
+from kaun._calls.values import has_items as has_items
+from kaun._calls.values import refuse_items as refuse_items
 from kaun._calls.values import refuse_property as refuse_property
 from kaun._calls.values import with_advice as with_advice

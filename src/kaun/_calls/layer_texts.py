@@ -78,7 +78,8 @@ LAYERS: dict[str, dict[str, str]] = {
         "hidden_size": "write hidden={value}",
         "units": "it takes both sizes. Write {name}(in_features, {value})",
         "batch_first": _BATCH_FIRST,
-        "return_sequences": "it returns all steps. For the last one write {name}(...) >> layers.fn(lambda y: y[:, -1])",
+        "return_sequences": "it returns all steps. For the last one write {name}(...) >> "
+        "layers.fn(lambda y: y[:, -1]), and of padded rows take the state, return_state=True",
         "num_layers": "write layers.sequential([{name}(...), {name}(...)])",
         "bidirectional": "write layers.bidirectional({name}(...))",
     },

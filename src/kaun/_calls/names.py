@@ -120,5 +120,6 @@ def call_of(kind: str, name: str, function: Any) -> str:
     if kind in ("losses", "metrics"):
         return name
     parameters = inspect.signature(function).parameters.values()
-    needed = [p.name if p.kind is not p.KEYWORD_ONLY else f"{p.name}=..." for p in parameters if p.default is p.empty]
+    kinds = {inspect.Parameter.KEYWORD_ONLY: "{}=...", inspect.Parameter.VAR_POSITIONAL: "a, b"}
+    needed = [kinds.get(p.kind, "{}").format(p.name) for p in parameters if p.default is p.empty]
     return f"{name}({', '.join(needed)})"

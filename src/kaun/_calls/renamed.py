@@ -53,8 +53,8 @@ RENAMED: dict[str, dict[str, str]] = {
         "csvlogger": "csv", "tensorboardlogger": "tensorboard", "wandblogger": "wandb", "mlflowlogger": "mlflow",
         "tqdm": "progress", "progbarlogger": "progress", "progressbar": "progress", "tqdmprogressbar": "progress",
         "lambdacallback": "every", "everyn": "every", "periodic": "every", "timer": "time_limit",
-        "callbacklist": "all_of",
-        "compose": "all_of", "evaluation": "validate", "validation": "validate", "learningratemonitor": "learning_rate",
+        "callbacklist": "all_of", "combine": "all_of", "compose": "all_of", "chain": "all_of", "all": "all_of",
+        "evaluation": "validate", "validation": "validate", "learningratemonitor": "learning_rate",
     },
     "averages": {
         "exponentialmovingaverage": "ema", "movingaverage": "ema", "averagedmodel": "swa", "swamodel": "swa",
@@ -75,6 +75,7 @@ RENAMED: dict[str, dict[str, str]] = {
 _SAVE = "Write checkpoint.save(path, state)"
 _LOAD = "Write state = checkpoint.load(path, like=trainer.init())"
 _OPTIMIZER = "An optimizer is one of optax, given to kaun.Trainer(model=model, optimizer=optax.adam(1e-3))."
+_STOPPING = 'Write reports.early_stopping("accuracy", mode="max", patience=5).'
 _SCOPE = "Randomness is that of a scope. Write with rng.scope(42): around what draws."
 _EVALUATION = "There is no mode to set: fit and step train, predict and evaluate do not."
 _STATE_PARAMS = "A model has no parameters itself: those of a state are state.vars.params."
@@ -141,6 +142,9 @@ ADVICE: dict[str, dict[str, str]] = {
         "replace": "Write dataclasses.replace(trainer, optimizer=optimizer).",
     },
     "TrainState": {
+        "[]": "fit returns the state alone, state = trainer.fit(state, data), and step two values, loss, state = "
+        "trainer.step(state, x, loss=loss_of_output). Of an ensemble, a member is states.member(i).",
+        "[str]": "Write state.vars.params, nested dicts and lists of arrays.",
         "save": f"{_SAVE}.",
         "load": f"{_LOAD}.",
         "restore": f"{_LOAD}.",
@@ -168,6 +172,8 @@ ADVICE: dict[str, dict[str, str]] = {
         "replace(state=)": "Write state.replace(vars=state.vars.replace(state=state)).",
     },
     "Vars": {
+        "[]": "Write vars.params, nested dicts and lists of arrays, or vars.state.",
+        "=": "instead of .{name} = ..., make another one, vars = vars.replace({name}=...).",
         "weight": "Write vars.params, and in it the path of the layer.",
         "weights": "Write vars.params.",
         "parameters": "Write vars.params.",
@@ -189,6 +195,7 @@ ADVICE: dict[str, dict[str, str]] = {
         "avg": 'Write tracker.mean("loss").',
     },
     "Ensemble": {
+        "[]": "Write [states.member(i) for i in range(many.n)] for the states of its members.",
         "members": "Write [states.member(i) for i in range(many.n)].",
         "models": "Its members share one model, many.trainer.model; their weights are states.member(i).vars.",
         "save": "Write checkpoint.save(path, states).",
@@ -216,6 +223,8 @@ ADVICE: dict[str, dict[str, str]] = {
     },
     "interop": {"torch": _NO_ADAPTER, "pytorch": _NO_ADAPTER, "keras": _NO_ADAPTER, "tensorflow": _NO_ADAPTER},
     "Layer": {
+        "[]": "It is a function, and its parts are not kept. Write parts = [a, b], model = layers.sequential(parts); "
+        "the parameters of the first one are state.vars.params[0].",
         "()": "Its weights are those of a state. Write trainer.predict(state, x), or y, vars = model.apply(vars, x).",
         "parameters": _STATE_PARAMS,
         "params": _STATE_PARAMS,
@@ -242,6 +251,8 @@ ADVICE: dict[str, dict[str, str]] = {
         "to": "Arrays lie on JAX's default device. Write Trainer(..., sharding=sharding.data_parallel()) for several.",
     },
     "Data": {
+        "load": "Load arrays first. Write Data.batches((x, y), batch_size=32).",
+        "read_csv": "Load arrays first. Write Data.batches((x, y), batch_size=32).",
         "cache": "Arrays in memory need none. Write Data.from_items(list(data)) to keep what a slow pipeline makes.",
         "padded_batch": "Write data.bucket(length, edges, batch_size), or Data.batches(..., pad=True).",
         "enumerate": "Write Data.zip(Data.from_items(range(n)), data).",
@@ -296,6 +307,9 @@ ADVICE: dict[str, dict[str, str]] = {
         "metric": "Write kaun.metrics.",
         "save": f"{_SAVE}.",
         "load": f"{_LOAD}.",
+        "EarlyStopping": _STOPPING,
+        "jit": "Write jax.jit. fit, step, predict and evaluate are compiled as they are.",
+        **dict.fromkeys(("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Lion"), _OPTIMIZER),
         "seed": _SCOPE,
         "manual_seed": _SCOPE,
         "set_seed": _SCOPE,
@@ -306,7 +320,12 @@ ADVICE: dict[str, dict[str, str]] = {
         "evaluate": 'Write trainer.evaluate(state, data, {"accuracy": metrics.accuracy}).',
         "predict": "Write trainer.predict(state, x).",
     },
+    "rng": {
+        **dict.fromkeys(("seed", "manual_seed", "set_seed", "default_rng"), _SCOPE),
+        **dict.fromkeys(("key", "PRNGKey", "split"), "Write rng.next_key(), and jax.random.split for several keys."),
+    },
     "layers": {
+        "Sequential": "Write layers.sequential([a, b]).",
         "Input": _NO_INPUT,
         "InputLayer": _NO_INPUT,
         "Identity": "Write layers.fn(lambda x: x).",

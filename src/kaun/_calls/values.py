@@ -12,7 +12,7 @@ from kaun._calls.refusal import explained, is_explained
 from kaun._calls.texts import CALLS
 from kaun._messages import frames_hidden
 
-__all__ = ["explained_methods", "frozen", "refuse_property", "with_advice"]
+__all__ = ["explained_methods", "frozen", "has_items", "refuse_items", "refuse_property", "with_advice"]
 
 C = TypeVar("C", bound=type)
 
@@ -21,16 +21,11 @@ def frozen(cls: C) -> C:
     """Decorate a frozen dataclass: it refuses changes and pickling, and is its own copy; then as ``with_advice``."""
 
     @frames_hidden
-    def changed(self: Any, name: str, *_: Any) -> NoReturn:
-        raise AttributeError(f"{cls.__name__} is immutable: {advice(cls.__name__, '=').format(name=name)}")
-
-    @frames_hidden
     def reduced(self: Any) -> NoReturn:
         raise TypeError(advice(cls.__name__, "pickle"))
 
     same: dict[str, Any] = {"__copy__": lambda self: self, "__deepcopy__": lambda self, _: self}
-    refused = {"__setattr__": changed, "__delattr__": changed, "__reduce__": reduced}
-    for name, method in {**same, **refused}.items():
+    for name, method in {**same, "__reduce__": reduced}.items():
         setattr(cls, name, method)
     return with_advice(cls)
 
@@ -68,7 +63,10 @@ def _entry(cls: type, name: str) -> str:
 
 
 def with_advice(cls: C) -> C:
-    """Decorate a class: it explains wrong calls that have an entry in ``CALLS``, wrong attributes and being called."""
+    """Decorate a class: it explains wrong calls that have an entry in ``CALLS``, wrong attributes, and what it is not.
+
+    That is a function, a container, or an object that changes, where there is an entry ``()``, ``[]`` or ``=``.
+    """
 
     @frames_hidden
     def missing(self: Any, name: str) -> NoReturn:
@@ -79,6 +77,10 @@ def with_advice(cls: C) -> C:
     def call(self: Any, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{cls.__name__!r} object is not callable. {advice(cls.__name__, '()')}")
 
+    @frames_hidden
+    def changed(self: Any, name: str, *_: Any) -> NoReturn:
+        raise AttributeError(f"{cls.__name__} is immutable: {advice(cls.__name__, '=').format(name=name)}")
+
     # What takes functions finds that it takes no argument, and refuses it.
     call.__signature__ = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)])
 
@@ -86,4 +88,28 @@ def with_advice(cls: C) -> C:
     cls.__getattr__ = missing
     if advice(cls.__name__, "()"):
         cls.__call__ = call
+    if advice(cls.__name__, "="):
+        for method in ("__setattr__", "__delattr__"):
+            setattr(cls, method, changed)
+    return refuse_items(cls)
+
+
+def refuse_items(cls: C) -> C:
+    """Decorate a class that is not a container: an index, a loop and unpacking say what to write, if it is known."""
+
+    @frames_hidden
+    def item(self: Any, key: Any) -> NoReturn:
+        text = advice(cls.__name__, "[str]" if isinstance(key, str) else "[]")
+        raise TypeError(f"{cls.__name__!r} object has no items. {text or advice(cls.__name__, '[]')}")
+
+    if advice(cls.__name__, "[]"):
+        refusing: Any = item
+        refusing.refuses = True  # read by has_items
+        cls.__getitem__ = refusing  # a loop and unpacking call it too
     return cls
+
+
+def has_items(value: Any) -> bool:
+    """Whether a value can be iterated: by ``__iter__``, or by an index that ``refuse_items`` did not make."""
+    by_index = getattr(type(value), "__getitem__", None)
+    return hasattr(value, "__iter__") or (by_index is not None and not hasattr(by_index, "refuses"))

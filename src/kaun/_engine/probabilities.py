@@ -39,7 +39,7 @@ Marks = list[_Mark | None]
 
 
 class _FoundError(Exception):
-    """It was found, which ends the walk; the only argument says what."""
+    """It was found, which ends the walk; the arguments are its mark, and what the loss applies to it."""
 
 
 def warn_of_probabilities(jaxpr: Any) -> None:
@@ -53,12 +53,13 @@ def warn_of_probabilities(jaxpr: Any) -> None:
     try:
         _walk(jaxpr, [None] * len(jaxpr.in_avals))
     except _FoundError as found:
-        (mark,) = found.args
+        mark, applied = found.args
         kind = mark.kind
         where = line_of(mark.operation) or f"layers.{kind}() or jax.nn.{kind}"
-        losses = "cross_entropy and cross_entropy_sparse" if kind == "softmax" else "binary_cross_entropy and focal"
+        losses = "cross_entropy and cross_entropy_sparse" if applied == "softmax" else "binary_cross_entropy and focal"
+        other = "another one" if applied == kind else f"a {kind}"
         warn(
-            f"The loss applies a {kind} to the output of another one, {where}, so its gradients are much too small: "
+            f"The loss applies a {applied} to the output of {other}, {where}, so its gradients are much too small: "
             f"losses.{losses} take logits. Leave the {kind} at the end of the model out, and for probabilities write "
             f"jax.nn.{kind}(trainer.predict(state, x))."
         )
@@ -92,11 +93,13 @@ def _result(operation: Operation, marks: Marks) -> _Mark | None:
     if mark is None:
         return None
     if ((name == "log" and mark.kind == "sum") or (name == "log1p" and mark.kind == "exp")) and mark.of:
-        raise _FoundError(mark.of)
+        raise _FoundError(mark.of, "softmax" if name == "log" else "sigmoid")
     if name == "reduce_sum" and mark.kind == "exp":
         return dataclasses.replace(mark, kind="sum")
     over, under = marks if name == "div" else (None, None)
     if over and under and under.kind == "sum" and over.operation.key == under.operation.key:
         return _Mark("softmax", operation)
-    keeps = name in _KEEPING or (name == "sub" and marks[0] is mark and mark.kind in ("softmax", "sigmoid"))
+    # The loss subtracts the maximum. A difference of two probabilities, as in a loss of pairs, is none.
+    shifts = name == "sub" and marks[0] is mark and marks[1] is None and mark.kind in ("softmax", "sigmoid")
+    keeps = name in _KEEPING or shifts
     return mark if keeps else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from kaun._calls import has_items
 from kaun.data import (
     Check,
     Data,
@@ -61,8 +62,7 @@ def resume_from(
     if isinstance(data, (list, tuple)):
         return data[n:] if n else data
     if not isinstance(data, Data):
-        is_iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
-        return ResumableLoader(source, position, n, check) if is_iterable else data
+        return ResumableLoader(source, position, n, check) if has_items(data) else data
     if resume is None and n and check is not None and makes_items(data):
         return rest_of(data, n, check)
     if resume is None:

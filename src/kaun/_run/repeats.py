@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -86,17 +88,19 @@ class RepeatedStates:
         self._newest = 0  # the id of that state
         self._warned = False
         self._lock = threading.Lock()
-        self._forget(None, "")
+        self._first: weakref.ref[TrainState] | None = None
+        self._forget(None, None)
 
-    def _forget(self, given: TrainState | None, line: str) -> None:
+    def _forget(self, given: TrainState | None, line: tuple[str, str | None] | None) -> None:
         self._given = None if given is None else weakref.ref(given)
-        self._line, self._calls, self._returned = line, 1, list[_Returned]()
+        self._line, self._calls, self._returned, self._used = line, 1, list[_Returned](), False
 
     def returned(self, entry: str, given: TrainState | None, after: TrainState, *seen: Any) -> TrainState:
         """Return the state to return, and warn, once, where a loop drops it.
 
-        That is where the same state was given in three calls of one line in a row, and what one of them returned is
-        gone, and was never read. All other uses of one state many times are right.
+        That is where the same state was given in three calls of one line in a row, and what they returned is gone, and
+        was never read. All other uses of one state many times are right; once one is seen, nothing more is looked at
+        for that state.
 
         Args:
             entry: ``"fit"`` or ``"step"``.
@@ -105,18 +109,25 @@ class RepeatedStates:
             *seen: What else may have seen the states: a report, checkpoints.
         """
         if id(given) != self._newest or given is None or not all(map(_only_shows, seen)):
-            self._newest = id(given)
+            self._newest, self._first = id(given), weakref.ref(after)
+            return after
+        if self._warned or (self._used and self._given is not None and self._given() is given):
             return after
         return self._again(entry, given, after)
 
     def _again(self, entry: str, given: TrainState, after: TrainState) -> TrainState:
-        if self._warned:
-            return after
-        line, returned = user_line(), _Returned(after)
+        # Each test of pytest is a program, as far as a loop is concerned.
+        line, returned = (user_line(), os.environ.get("PYTEST_CURRENT_TEST")), _Returned(after)
         with self._lock:
             if self._given is None or self._given() is not given or self._line != line:
+                if self._line is not None and self._line != line:
+                    self._first = None
                 self._forget(given, line)
             self._calls += 1
+            self._used = self._is_used() or (self._calls > 2 and _is_timed())
+            if self._used:
+                self._returned.clear()
+                return after
             self._warned = self._calls > 2 and any(each.is_dropped for each in self._returned)
             self._returned = [*self._returned[-1:], returned]
             calls = self._calls
@@ -130,6 +141,19 @@ class RepeatedStates:
             )
         return returned.state()
 
+    def _is_used(self) -> bool:
+        """Whether one of the returned states was read, or one is kept that a loop has had the time to drop."""
+        first = self._calls > 2 and self._first is not None and self._first() is not None
+        return first or any(each.read for each in self._returned) or any(r.is_kept for r in self._returned[:-1])
+
+
+def _is_timed() -> bool:
+    """Whether ``timeit`` repeats the call, in a program or in a notebook: a result is dropped there on purpose."""
+    frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code.co_filename not in ("<timeit-src>", "<magic-timeit>"):
+        frame = frame.f_back
+    return frame is not None
+
 
 def _only_shows(seen: Any) -> bool:
     return seen is None or getattr(seen, "only_shows", False) is True
@@ -139,12 +163,12 @@ class _Returned:
     """A state that was returned, whose fields are made when they are first read, so that this is known."""
 
     def __init__(self, after: TrainState) -> None:
-        self._read = False
+        self.read = False
         self._made: TrainState | None = TrainState.later(lambda: self._of(after))
         self._alive = weakref.ref(self._made)
 
     def _of(self, after: TrainState) -> TrainState:
-        self._read = True
+        self.read = True
         return after
 
     def state(self) -> TrainState:
@@ -154,6 +178,11 @@ class _Returned:
         return made
 
     @property
+    def is_kept(self) -> bool:
+        """Whether it is still there; one that was not given away yet is not."""
+        return self._made is None and self._alive() is not None
+
+    @property
     def is_dropped(self) -> bool:
         """Whether it is gone and was not read."""
-        return self._made is None and self._alive() is None and not self._read
+        return self._made is None and self._alive() is None and not self.read

@@ -210,7 +210,10 @@ def load(path: str | os.PathLike[str], like: T, *, cast: bool = False) -> T:
 
 def _as_path(path: Any, call: str) -> Path:
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"checkpoint.{call} expected a path first, received {type(path).__name__}.")
+        name = call.partition("(")[0]
+        given = "state" if name == "save" else "like=trainer.init()"
+        fix = f'Write checkpoint.{name}("digits.safetensors", {given}).'
+        raise TypeError(f"checkpoint.{call} expected a path first, received {type(path).__name__}. {fix}")
     return local_path(f"checkpoint.{call}", path)
 
 

@@ -63,18 +63,24 @@ def checked_sequence(where: str, items: Any) -> Any:
     return held
 
 
-def checked_batch_size(where: str, value: Any) -> int:
+def checked_batch_size(where: str, value: Any, *others: Any) -> int:
     """The number of rows of a batch.
 
+    Args:
+        where: The method of Data.
+        value: The number.
+        *others: The argument after it, ``shuffle``.
+
     Raises:
-        TypeError: If it is not an int, for example one of the arrays.
+        TypeError: If it is not an int, or one of both is an array.
         ValueError: If it is below 1.
     """
-    if getattr(value, "ndim", 0) > 0:
-        raise TypeError(
-            f"{where} expected batch_size to be an int, received {tree.describe(value)}. The arrays are one argument: "
-            f"{where}((x, y), batch_size=64)."
-        )
+    for name, given in zip(("batch_size to be an int", "shuffle to be a bool"), (value, *others), strict=False):
+        if getattr(given, "ndim", 0) > 0:
+            raise TypeError(
+                f"{where} expected {name}, received {tree.describe(given)}. The arrays are one argument: "
+                f"{where}((x, y){', 5' if where.endswith('folds') else ''}, batch_size=64)."
+            )
     return checked_count(where, "batch_size", value, 1)
 
 
@@ -109,8 +115,8 @@ def checked_pipelines(where: str, sources: Sequence[Any], kind: type) -> None:
         if not isinstance(source, kind):
             raise TypeError(
                 f"{where} expected pipelines, received {tree.describe(source)} as source {k} (counted from 0). Make a "
-                "Data of it first, Data.from_items(items) or Data.from_iterable(loader); of a list of pipelines pass "
-                "the pipelines, Data.concat(*sources)."
+                "Data of it first, Data.from_items(items) or Data.from_iterable(loader)"
+                + (f"; of a list of pipelines pass the pipelines, {where}." if "*" in where else ".")
             )
     if not sources:
         raise ValueError(f"{where} expected at least one pipeline, received none.")

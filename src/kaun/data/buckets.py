@@ -78,7 +78,8 @@ def _refused(i: int, length: int, edges: Sequence[int]) -> ValueError:
         )
     return ValueError(
         f"{WHERE} expected rows of at most {edges[-1]}, the last edge, received {length} for row {i} (counted from 0). "
-        f"Write edges={[*edges, length]}, cut longer rows in map(f), or leave them out with filter(f)."
+        f"Write edges={[*edges, length]}, where no row is longer, cut longer rows in map(f), or leave them out with "
+        "filter(f)."
     )
 
 

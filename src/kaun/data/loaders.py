@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from kaun._calls import has_items
 from kaun._messages import add_note, contextmanager
 from kaun.data import convert, libraries
 from kaun.data.items import Item
@@ -38,6 +39,8 @@ def open_items(data: Iterable[Any], expected: str) -> Generator[Iterator[Any]]:
         RuntimeError: If it would fork its workers.
     """
     libraries.refuse_forks(data, f"data ({type(data).__name__})")
+    if not has_items(data):
+        raise TypeError(expected)
     try:
         iterator = iter(data)
     except TypeError:

@@ -226,7 +226,7 @@ class Sources(Placed[T]):
             >>> [(batch["x"].shape, batch["y"].tolist()) for batch in data]
             [((2, 2), [0, 1]), ((2, 2), [2, 3]), ((1, 2), [4])]
         """
-        size, drop_last = checked_batch_size("Data.batches", batch_size), bool(drop_last)
+        size, drop_last = checked_batch_size("Data.batches", batch_size, shuffle), bool(drop_last)
         rows = collate.ArrayRows("Data.batches", arrays)
         orders = Orders("Data.batches(..., shuffle=True)", rows.length) if shuffle else None
         options = RowOptions.checked("Data.batches", pad, sample_weights, rows.length, drop_last=drop_last)
@@ -287,7 +287,7 @@ class Sources(Placed[T]):
             [[3, 4]] [[0, 1, 2]]
             [[0, 1, 2]] [[3, 4]]
         """
-        size = checked_batch_size("Data.folds", batch_size)
+        size = checked_batch_size("Data.folds", batch_size, shuffle)
         k = checked_count("Data.folds", "k", k, 2, "Write Data.folds(arrays, k=5, batch_size=64).")
         rows = collate.ArrayRows("Data.folds", arrays)
         options = RowOptions.checked("Data.folds", pad, sample_weights, rows.length)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from kaun import _html, rng, tree
 from kaun._calls import explained_methods, layer_for, public, shown
-from kaun._messages import locate
+from kaun._messages import frames_hidden, locate
 from kaun.context import Context
 from kaun.layers.arguments import float_dtype
 from kaun.layers.path import at, here, is_frozen, watching
@@ -238,9 +238,11 @@ class Layer(Generic[In, Out]):
             )
         return result
 
+    @frames_hidden
     def __rshift__(self: Layer[In, Mid], other: Layer[Mid, Out]) -> Layer[In, Out]:
         return compose(self, other)
 
+    @frames_hidden
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
             f"Layer is immutable: instead of .{name} = ..., make another layer, Layer(init=..., apply=...)."

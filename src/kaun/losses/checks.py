@@ -28,8 +28,9 @@ def as_array(where: str, name: str, value: Any) -> jax.Array:
     if isinstance(value, jax.Array):
         return value
     if not tree.is_array(value):
+        made = f"[{name}[i] for i in range(len({name}))]" if isinstance(value, dict) else name
         raise TypeError(
-            f"{where} expected an array for {name}, received {type(value).__name__}. Write jnp.asarray({name})."
+            f"{where} expected an array for {name}, received {type(value).__name__}. Write jnp.asarray({made})."
         )
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(

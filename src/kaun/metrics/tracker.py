@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 
 from kaun import tree
-from kaun._calls import explained_methods, public
+from kaun._calls import explained_methods, has_items, public
 from kaun._jax import is_traced
 from kaun._messages import locate
 from kaun.losses import Mean
@@ -157,7 +157,7 @@ class Tracker:
 
 
 def _means(where: str, f: Any, data: Any) -> dict[str, float]:
-    if not callable(f) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
+    if not callable(f) or not has_items(data):
         raise TypeError(
             f"{where} expected a function of an item and an iterable of items, received {tree.describe(f)} and "
             f"{tree.describe(data)}. Write {where}(f, data)."

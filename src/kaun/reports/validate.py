@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from kaun import _html, tree
-from kaun._calls import explained, shown
+from kaun._calls import explained, has_items, shown
 from kaun._messages import locate
 from kaun._report import Report
 from kaun._run import pack_results, unpack_results
@@ -81,7 +81,7 @@ def validate(
             f"validate expected a Trainer first, received {tree.describe(trainer)}. Write "
             "validate(trainer, data, metrics, each=train)."
         )
-    if isinstance(data, Iterator) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+    if isinstance(data, Iterator) or not has_items(data):
         raise TypeError(
             f"validate iterates its data many times, but received {tree.describe(data)}. Pass a kaun.Data or a list; "
             "for a generator write Data.from_items(list(generator))."
