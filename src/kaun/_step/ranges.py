@@ -396,5 +396,5 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(["convert_element_type", "copy", "copy_p", "stop_gradient"], _same),
     **dict.fromkeys(["broadcast_in_dim", "reshape", "rev", "slice", "squeeze", "transpose"], _same),
 }
-_MOVING = frozenset(["broadcast_in_dim", "concatenate", "reshape", "rev", "slice", "squeeze", "transpose"])
-_MOVING |= {"reduce_max", "reduce_min", "reduce_sum"}
+_MOVING = frozenset(["broadcast_in_dim", "concatenate", "reduce_max", "reduce_min", "reduce_sum", "reshape", "rev",
+                     "slice", "squeeze", "transpose"])  # fmt: skip
