@@ -229,6 +229,7 @@ TWICE = {
     "sigmoid": ([layers.sigmoid()], binary, {}),
     "jax.nn.softmax": ([layers.fn(jax.nn.softmax)], dense, {}),
     "jax.nn.sigmoid": ([layers.activation(jax.nn.sigmoid)], functools.partial(losses.focal, labels=B), {}),
+    "softmax, clipped": ([layers.softmax(), layers.fn(lambda p: jnp.clip(p, 1e-7, 1.0))], sparse, {}),
     "of optax": ([layers.softmax()], lambda o: optax.softmax_cross_entropy(o, Y).mean(), {}),
     "microbatches": ([layers.softmax()], sparse, {"microbatches": 2}),
     "softmax of a sigmoid": ([layers.sigmoid()], sparse, {}),
@@ -249,6 +250,10 @@ ONCE = {
     "log_softmax": ([layers.log_softmax()], sparse, {}),
     "attention": ([layers.fn(lambda z: z[:, None]), layers.multi_head_attention(3, 1), layers.flatten()], sparse, {}),
     "a temperature": ([layers.softmax(), layers.fn(lambda p: 10 * p)], sparse, {}),
+    "a difference": ([layers.softmax(), layers.fn(lambda p: p - p[:, ::-1])], sparse, {}),
+    "a score below another": ([layers.sigmoid()], lambda o: jax.nn.softplus(o[:4] - o[4:]).mean(), {}),
+    "one of two": ([layers.fn(lambda z: jnp.where(z > 0, z, jax.nn.softmax(z)))], sparse, {}),
+    "over examples": ([layers.softmax()], lambda o: -jax.nn.log_softmax(o, axis=0)[0].mean(), {}),
 }
 
 

@@ -1,5 +1,7 @@
 """Products of tiny matrices as sums along the models: their values, and which products stay as they are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,3 +60,14 @@ def test_gradients_keep_their_names_and_places():
 def test_long_products_and_other_dtypes_stay(terms, dtype):
     a, b = jnp.ones((MEMBERS, 4, terms), dtype), jnp.ones((MEMBERS, terms, 2), dtype)
     assert "dot_general" in primitives_in(summed(jax.vmap(jnp.matmul), a, b))
+
+
+def test_empty_products_and_those_of_another_dtype_stay():
+    rows = jax.ShapeDtypeStruct((2, 0), jnp.float32), jax.ShapeDtypeStruct((0, 3), jnp.float32)
+    empty = jax.eval_shape(lambda a, b: with_summed_products(jnp.matmul, a, b), *rows)
+    assert empty.shape == (2, 3)
+    none = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((0, 2), (2, 3))]
+    assert jax.eval_shape(lambda a, b: with_summed_products(jnp.matmul, a, b), *none).shape == (0, 3)
+    half = functools.partial(jnp.matmul, preferred_element_type=jnp.bfloat16)
+    ones = jnp.ones((2, 2))
+    assert jax.eval_shape(lambda a: with_summed_products(half, a, a), ones).dtype == jnp.bfloat16

@@ -17,6 +17,7 @@ from kaun._step.watch import Update
 
 PARAMS = {"b": jnp.zeros(2), "w": jnp.zeros((2, 3))}
 cosine = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, 100)
+each = lambda f: optax.stateless(lambda g, _: jax.tree.map(lambda a: -1e-9 * f(a), g))
 # The third power of a finite gradient may be infinite.
 cubes = optax.stateless(lambda g, _: jax.tree.map(lambda a: -1e-10 * a**3, g))
 
@@ -91,8 +92,25 @@ def test_updates_at_the_bounds_of_a_proof_are_finite(name):
         optax.sgd(1e30),
         optax.stateless(lambda g, p: jax.tree.map(lambda a: -jnp.log(a), g)),
         optax.sgd(lambda count: jnp.exp(count.astype(jnp.float32))),
+        each(lambda a: jnp.where((b := a * a) > 1, 1 / b[::-1], 0)),
+        each(lambda a: jnp.where((b := a * 2) > 1, 1 / jnp.sum(b), 0)),
+        each(lambda a: 1 / (1e25 * jnp.maximum(jnp.abs(a), 1e-40))),
+        each(lambda a: 1e-9 * jnp.maximum(jnp.abs(a), 1e-40) ** -0.6),
+        each(lambda a: a + jax.lax.reduce_max(a[:0], axes=range(a.ndim))),
     ],
-    ids=["eps of 0", "nan", "division by 0", "too large", "logarithm", "exponential"],
+    ids=[
+        "eps of 0",
+        "nan",
+        "division by 0",
+        "too large",
+        "logarithm",
+        "exponential",
+        "other elements",
+        "sum compared",
+        "rounded to 0",
+        "power of 0",
+        "largest of none",
+    ],
 )
 def test_nothing_is_proved_of_updates_that_may_not_be_finite(optimizer):
     assert proof_of(optimizer) is None

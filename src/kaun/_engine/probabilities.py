@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ __all__ = ["warn_of_probabilities"]
 # What leaves a distribution one, or only changes its dtype, shape, place or sign.
 _KEEPING_NAMES = """
     abs broadcast_in_dim convert_element_type copy copy_p expand_dims neg optimization_barrier pvary reduce_precision
-    reshape select_n sharding_constraint slice squeeze stop_gradient transpose
+    reshape sharding_constraint slice squeeze stop_gradient transpose
 """
 _KEEPING = frozenset(_KEEPING_NAMES.split())
 
@@ -25,14 +26,20 @@ class _Mark:
     """What is known of an array in a traced step.
 
     Attributes:
-        kind: ``"softmax"`` or ``"sigmoid"``; ``"exp"``, or ``"sum"`` of one along an axis.
+        kind: ``"softmax"`` or ``"sigmoid"``; the ``"max"`` of one; ``"exp"``, or ``"sum"`` of one along an axis;
+            ``"constant"``.
+        operation: The operation that made it; of a sum the exp; of a max the softmax; None of a constant.
         of: What the exp is that of, a softmax or a sigmoid; None for anything else.
-        operation: The operation that made it; of a sum the exp.
+        terms: The terms of a sum, or of that which a softmax is divided by; 0 of others.
     """
 
     kind: str
-    operation: Operation
+    operation: Operation | None
     of: _Mark | None = None
+    terms: int = 0
+
+
+_CONSTANT = _Mark("constant", None)
 
 
 Marks = list[_Mark | None]
@@ -43,7 +50,7 @@ class _FoundError(Exception):
 
 
 def warn_of_probabilities(jaxpr: Any) -> None:
-    """Warn if a step takes the logarithm of the softmax of a softmax, or of the sigmoid of a sigmoid.
+    """Warn if a step takes the logarithm of the softmax, or the sigmoid, of a softmax or a sigmoid.
 
     This is what a cross entropy computes of a model that ends with a softmax, and nothing else does it on purpose.
 
@@ -66,7 +73,7 @@ def warn_of_probabilities(jaxpr: Any) -> None:
 
 
 def _walk(program: Any, marks: Sequence[_Mark | None]) -> Marks:
-    return next(evaluate(program, marks, lambda _: None, _results))
+    return next(evaluate(program, marks, lambda _: _CONSTANT, _results))
 
 
 def _results(operation: Operation, marks: Marks) -> Marks:
@@ -85,21 +92,39 @@ def _results(operation: Operation, marks: Marks) -> Marks:
 
 
 def _result(operation: Operation, marks: Marks) -> _Mark | None:
-    name, mark = operation.name, next(filter(None, marks), None)
+    name, mark = operation.name, next((m for m in marks if m is not None and m is not _CONSTANT), None)
     if name == "exp":
         return _Mark("exp", operation, mark if mark and mark.kind in ("softmax", "sigmoid") else None)
     if name == "logistic":
         return _Mark("sigmoid", operation)
     if mark is None:
-        return None
-    if ((name == "log" and mark.kind == "sum") or (name == "log1p" and mark.kind == "exp")) and mark.of:
+        return _CONSTANT if name in _KEEPING and any(marks) else None
+    if mark.of is not None and _is_logarithm(name, mark, mark.of):
         raise _FoundError(mark.of, "softmax" if name == "log" else "sigmoid")
     if name == "reduce_sum" and mark.kind == "exp":
-        return dataclasses.replace(mark, kind="sum")
+        (kind,), elements, _ = operation.form
+        return dataclasses.replace(mark, kind="sum", terms=elements // max(1, math.prod(kind.shape)))
+    if name == "reduce_max" and mark.kind in ("softmax", "sigmoid"):
+        return dataclasses.replace(mark, kind="max")
     over, under = marks if name == "div" else (None, None)
-    if over and under and under.kind == "sum" and over.operation.key == under.operation.key:
-        return _Mark("softmax", operation)
-    # The loss subtracts the maximum. A difference of two probabilities, as in a loss of pairs, is none.
-    shifts = name == "sub" and marks[0] is mark and marks[1] is None and mark.kind in ("softmax", "sigmoid")
-    keeps = name in _KEEPING or shifts
-    return mark if keeps else None
+    if over and under and under.kind == "sum" and over.operation is under.operation:
+        return _Mark("softmax", operation, terms=under.terms)
+    if name == "sub":
+        return mark if marks[0] is mark and _shifts(mark, marks[1]) else None
+    if name in ("select_n", "max", "min"):
+        return mark if all(m is mark or m is _CONSTANT for m in marks[name == "select_n" :]) else None
+    return mark if name in _KEEPING else None
+
+
+def _is_logarithm(name: str, mark: _Mark, of: _Mark) -> bool:
+    """Whether an operation is the last one of a log-softmax, of a softmax over as many classes, or of a log-sigmoid."""
+    if name == "log":
+        return mark.kind == "sum" and of.terms in (0, mark.terms)
+    return name == "log1p" and mark.kind == "exp"
+
+
+def _shifts(mark: _Mark, other: _Mark | None) -> bool:
+    """Whether subtracting this changes neither softmax nor sigmoid: the maximum of the same, or a constant."""
+    if other is None or mark.kind not in ("softmax", "sigmoid"):
+        return False
+    return other is _CONSTANT or (other.kind == "max" and other.operation is mark.operation)

@@ -50,16 +50,22 @@ def _apply(operation: Operation, values: list[Any]) -> list[Any]:
     if operation.name in ("jit", "pjit"):
         return _run(operation.called, values)
     dimensions = operation.dot_dimensions
-    if dimensions is None or not _is_tiny(dimensions, *values):
+    if dimensions is None or operation.form[0][0].dtype != values[0].dtype or not _is_tiny(dimensions, *values):
         return operation.run(values)
     return [_summed(dimensions, *values)]
 
 
 def _is_tiny(dimensions: Any, a: jax.Array, b: jax.Array) -> bool:
-    """Whether a product in float32 or float64, which sums in its own dtype, has few terms, and is not a scalar."""
+    """Whether a product in float32 or float64 has few terms, and is neither empty nor a scalar."""
     terms = math.prod(a.shape[axis] for axis in dimensions[0][0])
     is_scalar = len(dimensions[0][0]) == a.ndim == b.ndim
-    return terms <= _MOST and a.dtype == b.dtype and a.dtype in (jnp.float32, jnp.float64) and not is_scalar
+    return (
+        a.size * b.size > 0
+        and terms <= _MOST
+        and a.dtype == b.dtype
+        and a.dtype in (jnp.float32, jnp.float64)
+        and not is_scalar
+    )
 
 
 def _summed(dimensions: Any, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from kaun._jax import Operation, evaluate, is_traced
 __all__ = ["GRADIENT", "Proof", "prove"]
 
 GRADIENT = 1e6  # the largest norm of a gradient for which updates are proved
-_PARAMS, _STATE, _SCALAR, _COUNT = 1e6, 1e13, 1e3, 1 << 29  # the largest numbers with which a proof begins
+_PARAMS, _STATE, _SCALAR, _COUNT = 1e6, 1e13, 1e3, 2.0**29  # the largest numbers with which a proof begins
 _REACHED = 1e24  # how large sums over steps may become
 _LARGEST = 1 << 20  # steps; in float32, their number is exact
 _FEWEST = 64  # fewer proved steps do not pay for the proof
@@ -184,9 +184,9 @@ def _checked(low: float, high: float, dtype: Any, ulps: int = 0) -> Range:
         whole = _unknown(dtype)
         return Range(low, high, dtype) if whole.low <= low and high <= whole.high else whole
     eps, tiny, largest = _limits(dtype)
-    if ulps:  # XLA may round the smallest numbers to 0
-        low, high = low - abs(low) * ulps * eps, high + abs(high) * ulps * eps
-        low, high = 0.0 if abs(low) < tiny else low, 0.0 if abs(high) < tiny else high
+    low, high = low - abs(low) * ulps * eps, high + abs(high) * ulps * eps
+    # XLA may round the smallest numbers to 0.
+    low, high = min(low, 0.0) if abs(low) < tiny else low, max(high, 0.0) if abs(high) < tiny else high
     largest /= _MARGIN
     return Range(low, high, dtype) if -largest < low and high < largest else _unknown(dtype)
 
@@ -255,6 +255,10 @@ def _same(operation: Operation, operands: Sequence[Range], dtype: Any) -> Range:
     return found._replace(base=r.base, less=r.less - rounding, more=r.more + rounding)
 
 
+def _most(operation: Operation, operands: Sequence[Range], dtype: Any) -> Range:
+    return _same(operation, operands, dtype) if operation.form[1] else _unknown(dtype)  # of nothing it is infinite
+
+
 def _product(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
     ends = [x * y for x in a for y in b]
     return min(ends), max(ends)
@@ -280,7 +284,7 @@ def _power(a: tuple[float, float], y: int) -> tuple[float, float] | None:
 def _any_power(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float] | None:
     if b[0] == b[1] == int(b[0]):
         return _power(a, int(b[0]))
-    if a[0] < 0 or (a[0] == 0 and b[0] < 0):
+    if a[0] < 0 or (a[0] < _SMALLEST and b[0] < 0):
         return None
     ends = [x**y for x in a for y in b]
     return min(ends), max(ends)
@@ -339,15 +343,17 @@ def _where(case: Range, which: Range, holds: bool) -> Range:
         return case
     below = _LESS[operation.name] == holds
     low, high = (value.low, constant.high) if below else (constant.low, value.high)
-    return _again(case, {id(value): value._replace(low=low, high=max(low, high))})
+    # What moves elements of an array brings in those for which the comparison is another.
+    moving = frozenset[str]() if operation.form[1] == 1 else _MOVING
+    return _again(case, {id(value): value._replace(low=low, high=max(low, high))}, moving)
 
 
-def _again(r: Range, given: dict[int, Range], depth: int = 8) -> Range:
-    """Return a range computed again with other ranges for some of the operands, by their ids."""
-    if r.made is None or not depth:
-        return given.get(id(r), r)
+def _again(r: Range, given: dict[int, Range], moving: frozenset[str], depth: int = 8) -> Range:
+    """Return a range computed again with other ranges for some operands, by ids; not past operations named moving."""
     if id(r) not in given:
-        operands = [_again(each, given, depth - 1) for each in r.made[1]]
+        if r.made is None or not depth or r.made[0].name in moving:
+            return r
+        operands = [_again(each, given, moving, depth - 1) for each in r.made[1]]
         same = all(a is b for a, b in zip(operands, r.made[1], strict=True))
         given[id(r)] = r if same else _apply(r.made[0], operands)[0]
     return given[id(r)]
@@ -379,16 +385,16 @@ _RULES: dict[str, Rule] = {
     "floor": _monotone(math.floor, ulps=0),
     "ceil": _monotone(math.ceil, ulps=0),
     "reduce_sum": _reduced_sum,
-    "reduce_max": _same,
-    "reduce_min": _same,
+    "reduce_max": _most,
+    "reduce_min": _most,
     "concatenate": _joins,
     "select_n": _selected,
     "lt": _compared(lambda a, b: a.high < b.low, lambda a, b: a.low >= b.high),
     "le": _compared(lambda a, b: a.high <= b.low, lambda a, b: a.low > b.high),
     "gt": _compared(lambda a, b: a.low > b.high, lambda a, b: a.high <= b.low),
     "ge": _compared(lambda a, b: a.low >= b.high, lambda a, b: a.high < b.low),
-    **dict.fromkeys(
-        ["broadcast_in_dim", "convert_element_type", "copy", "copy_p", "reshape", "rev", "slice", "squeeze",
-         "stop_gradient", "transpose"], _same,
-    ),
-}  # fmt: skip
+    **dict.fromkeys(["convert_element_type", "copy", "copy_p", "stop_gradient"], _same),
+    **dict.fromkeys(["broadcast_in_dim", "reshape", "rev", "slice", "squeeze", "transpose"], _same),
+}
+_MOVING = frozenset(["broadcast_in_dim", "concatenate", "reduce_max", "reduce_min", "reduce_sum", "reshape", "rev",
+                     "slice", "squeeze", "transpose"])  # fmt: skip

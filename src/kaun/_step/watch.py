@@ -124,7 +124,8 @@ class Update:
 
         def look() -> tuple[jax.Array, jax.Array]:
             marks, counts = _marks(gradient, before, self._run(before["opt_state"]), proof, checks.dtype)
-            begins = functools.reduce(jnp.logical_and, counts, (marks == 0).all())
+            # An overflow keeps the state before, and not the one that was looked at.
+            begins = functools.reduce(jnp.logical_and, counts, (marks == 0).all() & gradient_finite(checks))
             return marks, jnp.where(begins, proof.steps, 0).astype(left.dtype)
 
         marks, left = lax.cond(proved, lambda: (jnp.zeros_like(checks), left - 1), look)
