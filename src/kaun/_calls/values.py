@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import types
 from collections.abc import Iterable
@@ -79,7 +80,8 @@ def with_advice(cls: C) -> C:
 
     @frames_hidden
     def changed(self: Any, name: str, *_: Any) -> NoReturn:
-        raise AttributeError(f"{cls.__name__} is immutable: {advice(cls.__name__, '=').format(name=name)}")
+        text = advice(cls.__name__, "=").format(name=name)
+        raise dataclasses.FrozenInstanceError(f"{cls.__name__} is immutable: {text}")
 
     # What takes functions finds that it takes no argument, and refuses it.
     call.__signature__ = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)])
