@@ -121,7 +121,8 @@ def _refusal(
         if not unknown:
             twice = next((key for key in kwargs if str(error).endswith(f"values for argument {key!r}")), "")
             text, given = texts.get(twice) or texts.get("", ""), next(iter(args[1:] or args), None)
-            return TypeError(f"{name}: {error}; {_filled(text, name, given, _takes(parameters))}")
+            said = str(error).replace("keyword-only ", "")  # as Python 3.11 says it, and later ones do not
+            return TypeError(f"{name}: {said}; {_filled(text, name, given, _takes(parameters))}")
         takes = _takes(parameters)
         return TypeError("\n".join(_no_argument(name, texts, takes, *each) for each in unknown.items()))
     return None
