@@ -50,7 +50,7 @@ def test_values_and_derivatives_are_those_of_the_library(padding):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("shape", [(512, 16), (16, 512)])
+@pytest.mark.parametrize("shape", [(512, 16), pytest.param((16, 512), marks=pytest.mark.slow)])
 def test_rounding_is_within_twice_that_of_the_library(shape):
     # ReLU's outputs, as in a network; the larger sum is over the channels forwards and over the filters backwards.
     x, weight = jnp.maximum(normal(0, 4, 8, 8, shape[0]), 0), normal(1, 3, 3, *shape)
