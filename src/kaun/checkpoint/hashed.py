@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import zlib
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from kaun._messages import quoted
 from kaun.checkpoint import files
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.manifest import FileDigest
-from kaun.checkpoint.safetensors_header import Short
+from kaun.checkpoint.safetensors_header import Short, read_places
 from kaun.checkpoint.workers import LANES, Workers
 from kaun.errors import ResumeMismatch
 
@@ -22,6 +24,7 @@ __all__ = ["Damaged", "FileContent", "Source", "reading"]
 
 _PIECE = 4 << 20
 _LARGE = 1 << 20
+_LISTED = 3
 # The errors of a file that is missing or is something else, and of a disk that cannot read it.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
 
@@ -30,29 +33,45 @@ class Damaged(ValueError):
     """A checkpoint is not as it was written; the message says where."""
 
 
+class _Crc32:
+    """The CRC-32 of bytes, with the methods of a hash of ``hashlib``."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: memoryview) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def digest(self) -> bytes:
+        return self._value.to_bytes(4, "big")
+
+
 class _Digest:
-    """The SHA-256 of a file as it is read or written, made in threads, since hashing releases the interpreter lock.
+    """The sums of a file's pieces as it is read or written, made in threads: both hashes release the interpreter lock.
 
     Args:
         size: How many bytes the file has.
-        piece: Of how many bytes a piece is, where the sum is that of the pieces' sums; None for one sum of all bytes.
+        piece: Of how many bytes a piece is; None for one sum of all bytes.
+        make: Makes a hash for each piece.
+        lanes: How many threads hash at most. One sum cannot be divided among threads.
         waiting: How much may wait to be hashed until ``update`` waits, too; 0 for any number of pieces.
     """
 
-    def __init__(self, size: int, piece: int | None, waiting: int = 0) -> None:
-        self._size, self._piece = size, piece
-        self._hashes = [hashlib.sha256()]
-        # A thread takes longer to start than to hash fewer bytes than this. One sum cannot be divided among threads.
-        lanes = 0 if size <= _PIECE else 1 if piece is None else LANES
-        self._workers = Workers(lanes, waiting)
-        self._room = piece or size
+    def __init__(
+        self, size: int, piece: int | None, make: Callable[[], Any], *, lanes: int = 1, waiting: int = 0
+    ) -> None:
+        self._piece, self._make = piece or size, make
+        self._hashes = [make()]
+        # A thread takes longer to start than to hash fewer bytes than this.
+        self._workers = Workers(0 if size <= _PIECE else lanes if piece else 1, waiting)
+        self._room = self._piece
 
     def update(self, data: memoryview, read: Callable[[int, memoryview], None] | None = None, at: int = 0) -> None:
         """Hash the next bytes; where ``read`` is given, after it has read them from the byte ``at`` of the file on."""
         while data:
             if not self._room:
-                self._hashes.append(hashlib.sha256())
-                self._room = self._piece or self._size
+                self._hashes.append(self._make())
+                self._room = self._piece
             part = data[: self._room]
             if read is None:
                 self._workers.put(len(self._hashes), self._hashes[-1].update, part)
@@ -61,11 +80,10 @@ class _Digest:
             self._room -= len(part)
             data, at = data[len(part) :], at + len(part)
 
-    def finish(self) -> str:
+    def finish(self) -> list[bytes]:
+        """The sums of the pieces, once all are hashed."""
         self._workers.finish()
-        if self._piece is None:
-            return self._hashes[0].hexdigest()
-        return hashlib.sha256(b"".join(each.digest() for each in self._hashes)).hexdigest()
+        return [each.digest() for each in self._hashes]
 
     def stop(self) -> None:
         """Wait for the threads."""
@@ -103,22 +121,19 @@ class FileContent:
             small = bytearray()
         self._parts.append(memoryview(small))
 
-    def write(self, disk: Disk, path: Path) -> FileDigest:
-        """Write the file, and return its size and its sum once it is on the disk."""
-        size = self._size
-        piece = _PIECE if size > _PIECE else None
-        file = disk.create(path)
-        try:
-            with _Digest(size, piece) as digest:
-                for data in self._parts:
-                    for at in range(0, len(data), _PIECE):
-                        part = data[at : at + _PIECE]
-                        digest.update(part)
-                        disk.write(file, part)
-                disk.sync(file)
-                return FileDigest(size, digest.finish(), piece)
-        finally:
-            disk.close(file)
+    def write(self, disk: Disk, file: int) -> FileDigest:
+        """Write the bytes to an open file, and return their number and sums. They need not be on the disk yet."""
+        large = self._size > _PIECE
+        # One thread hashes, while this one writes and the program trains on the other processors: it hashes 4 GB a
+        # second, more than most disks write.
+        with _Digest(self._size, _PIECE if large else None, _Crc32 if large else hashlib.sha256) as digest:
+            for data in self._parts:
+                for at in range(0, len(data), _PIECE):
+                    part = data[at : at + _PIECE]
+                    digest.update(part)
+                    disk.write(file, part)
+            sums = b"".join(digest.finish()).hex()
+        return FileDigest(self._size, piece=_PIECE, crc32=sums) if large else FileDigest(self._size, sums)
 
 
 @contextlib.contextmanager
@@ -143,7 +158,8 @@ class Source:
         self._disk, self._record = disk, record
         self._file, self._size = disk.open(path)
         self.left: int = self._size
-        self._digest = _Digest(self._size, record.piece, waiting=2)
+        make = hashlib.sha256 if record.crc32 is None else _Crc32
+        self._digest = _Digest(self._size, record.piece, make, lanes=LANES, waiting=2)
 
     def __enter__(self) -> Self:
         if self.left != self._record.size:
@@ -179,5 +195,31 @@ class Source:
         """Read what is left, and raise ValueError unless all bytes are those that were written."""
         while self.left:
             self.take(memoryview(bytearray(min(_PIECE, self.left))))
-        if self._digest.finish() != self._record.sha256:
-            raise ValueError("its bytes are not those that were written: their SHA-256 differs")
+        sums, record = self._digest.finish(), self._record
+        if record.piece is None or record.crc32 is None:
+            found = sums[0] if record.piece is None else hashlib.sha256(b"".join(sums)).digest()
+            if found.hex() != record.sha256:
+                raise ValueError("its bytes are not those that were written: their SHA-256 differs")
+            return
+        wrong = {i for i, found in enumerate(sums) if found.hex() != record.crc32[8 * i : 8 * i + 8]}
+        if wrong:
+            where = self._describe(wrong, record.piece)
+            raise ValueError(f"its bytes are not those that were written: their CRC-32 differs in {where}")
+
+    def _describe(self, wrong: set[int], size: int) -> str:
+        """What lies in some pieces, each of this size, by the file's header where that can be read."""
+        at = 0
+
+        def take(into: memoryview) -> None:
+            nonlocal at
+            self._read(at, into)
+            at += len(into)
+
+        try:
+            places = read_places(take, self._size)
+        except ValueError:
+            return "its header"
+        parts = [("its header", 0, at), *((quoted(p.name), at + p.start, at + p.stop) for p in places)]
+        found = [what for what, a, b in parts if a < b and not wrong.isdisjoint(range(a // size, -(-b // size)))]
+        more = [f"{len(found) - _LISTED} more"] if len(found) > _LISTED else []
+        return " or ".join([", ".join(found[:_LISTED]), *more])

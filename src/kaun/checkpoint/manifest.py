@@ -17,26 +17,30 @@ from kaun.errors import ResumeMismatch
 
 __all__ = ["FILES", "VERSION", "FileDigest", "Manifest", "parse", "part_names", "read", "sealed"]
 
-VERSION = 3
-_ONE_FILE, _PARTS, _PIECES = 1, 2, 3
+VERSION = 4
+_ONE_FILE, _PARTS, _PIECES, _CRC32 = 1, 2, 3, 4
 FILES = ("state.safetensors", "reports.safetensors")  # the second only if reports keep arrays
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_CRCS = re.compile(r"[0-9a-f]*", re.ASCII)
 _END = b'"}\n'
 _SMALLEST = 1 << 20  # bytes of a piece: a file has few
 
 
 class FileDigest(NamedTuple):
-    """The size of a file in bytes, and its SHA-256.
+    """The size of a file in bytes, and its checksums: its SHA-256, or the CRC-32 of each of its pieces.
 
     Attributes:
         size: The size.
-        sha256: The SHA-256 of all bytes or, with ``piece``, of the SHA-256s of the pieces one after the other.
+        sha256: The SHA-256 of all bytes or, with ``piece``, as format 3 has it, of the SHA-256s of the pieces one after
+            the other. None where there is ``crc32``.
         piece: How many bytes each piece has, the last one fewer; None where the sum is that of all bytes.
+        crc32: The CRC-32 of each piece, eight hexadecimal digits one after the other; else None.
     """
 
     size: int
-    sha256: str
+    sha256: str | None = None
     piece: int | None = None
+    crc32: str | None = None
 
     def entry(self) -> dict[str, Any]:
         """The entry of the file in a manifest."""
@@ -72,8 +76,8 @@ def sealed(step: int, files: Mapping[str, FileDigest], text: str, *, parts: bool
         parts: Whether the files are parts. An earlier kaun reads neither these nor sums of pieces.
     """
     records = {name: record.entry() for name, record in files.items()}
-    in_pieces = any(record.piece is not None for record in files.values())
-    version = _PIECES if in_pieces else _PARTS if parts else _ONE_FILE
+    in_pieces = any(record.crc32 is not None for record in files.values())
+    version = _CRC32 if in_pieces else _PARTS if parts else _ONE_FILE
     about = strict_json.dumps({"kaun": version, "step": step, "files": records}, "manifest")
     raw = f'{about[:-1]},{text},"sha256":"'.encode()
     return raw + hashlib.sha256(raw).hexdigest().encode() + _END
@@ -122,7 +126,7 @@ def parse(raw: bytes) -> Manifest:
             f"a checkpoint of format {found['kaun']} was written by a newer kaun than this one, which reads formats up "
             f"to {VERSION}. Install the newer one."
         )
-    in_parts = found["kaun"] == _PARTS or (found["kaun"] == _PIECES and "leaves" in found)
+    in_parts = found["kaun"] == _PARTS or (found["kaun"] >= _PIECES and "leaves" in found)
     objects = {"files", "reports", "facts"} | ({"leaves"} if in_parts else set())
     if found.keys() != {"kaun", "step", "sha256"} | objects or type(found["step"]) is not int:
         raise ValueError("its entries are not those of a manifest")
@@ -131,7 +135,7 @@ def parse(raw: bytes) -> Manifest:
     records = found["files"]
     one_file = FILES[0] in records and records.keys() <= set(FILES)
     known = records.keys() == set(part_names(len(records))) if in_parts else one_file
-    if not known or not all(_is_record(record, found["kaun"] == _PIECES) for record in records.values()):
+    if not known or not all(_is_record(record, found["kaun"]) for record in records.values()):
         raise ValueError("its entries of files are not those of a manifest")
     files = {name: FileDigest(**record) for name, record in records.items()}
     leaves = _places(found["leaves"]) if in_parts else None
@@ -143,13 +147,19 @@ def part_names(count: int) -> list[str]:
     return [f"part-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _is_record(record: Any, pieces: bool) -> bool:
-    optional = {"piece"} if pieces else set[str]()
-    if not isinstance(record, dict) or record.keys() - optional != {"size", "sha256"}:
+def _is_record(record: Any, version: int) -> bool:
+    forms = [{"size", "sha256"}]
+    forms += [{"size", "sha256", "piece"}] if version == _PIECES else []
+    forms += [{"size", "crc32", "piece"}] if version == _CRC32 else []
+    if not isinstance(record, dict) or record.keys() not in forms:
         return False
-    size, digest, piece = record["size"], record["sha256"], record.get("piece", _SMALLEST)
-    whole = type(size) is int and size >= 0 and type(piece) is int and piece >= _SMALLEST
-    return whole and isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
+    size, piece = record["size"], record.get("piece", _SMALLEST)
+    if type(size) is not int or size < 0 or type(piece) is not int or piece < _SMALLEST:
+        return False
+    if "crc32" in record:
+        sums = record["crc32"]
+        return isinstance(sums, str) and len(sums) == 8 * -(-size // piece) and _CRCS.fullmatch(sums) is not None
+    return isinstance(record["sha256"], str) and _DIGEST.fullmatch(record["sha256"]) is not None
 
 
 def _places(leaves: Mapping[str, Any]) -> dict[str, Place]:
