@@ -38,7 +38,6 @@ from kaun.checkpoint.safetensors_header import (
     in_order,
     read_array,
     read_places,
-    skip_array,
     taker,
 )
 from kaun.tree import flatten, is_key
@@ -285,6 +284,7 @@ def read_arrays(
     cast: bool = False,
     start: str = "",
     later: Take | None = None,
+    skip: Callable[[int], None] | None = None,
 ) -> tuple[list[tuple[Place, np.ndarray[Any, Any]]], Differences]:
     """The arrays of a file; none is read if their header shows that they do not match the template.
 
@@ -293,8 +293,9 @@ def read_arrays(
         size: How many bytes the file has.
         wanted: The leaves of the template by name, None to read any.
         cast: Whether floating dtypes may differ.
-        start: Only arrays whose names begin with this are returned and compared; the others are skipped.
+        start: Only arrays whose names begin with this are returned and compared.
         later: As ``take``, for the arrays: it may return before their bytes are there.
+        skip: Skips so many bytes, those of the other arrays.
 
     Raises:
         ValueError: If the header is damaged, or an array is not what its kind of leaf is stored as.
@@ -306,6 +307,6 @@ def read_arrays(
     for place in places if not differences.lines else ():
         if place.name.startswith(start):
             arrays.append((place, read_array(later or take, place, memory)))
-        else:
-            skip_array(later or take, place)
+        elif skip is not None:
+            skip(place.stop - place.start)
     return arrays, differences

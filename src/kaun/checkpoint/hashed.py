@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,13 +18,14 @@ from kaun.checkpoint import files
 from kaun.checkpoint.disk import Disk
 from kaun.checkpoint.manifest import FileDigest
 from kaun.checkpoint.safetensors_header import Short, read_places
-from kaun.checkpoint.workers import LANES, Workers
+from kaun.checkpoint.workers import MOST, Workers
 from kaun.errors import ResumeMismatch
 
 __all__ = ["Damaged", "FileContent", "Source", "reading"]
 
 _PIECE = 4 << 20
 _LARGE = 1 << 20
+_SCRATCH = 1 << 20
 _LISTED = 3
 # The errors of a file that is missing or is something else, and of a disk that cannot read it.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
@@ -53,37 +55,50 @@ class _Digest:
         size: How many bytes the file has.
         piece: Of how many bytes a piece is; None for one sum of all bytes.
         make: Makes a hash for each piece.
-        lanes: How many threads hash at most. One sum cannot be divided among threads.
-        waiting: How much may wait to be hashed until ``update`` waits, too; 0 for any number of pieces.
+        threads: How many threads hash.
     """
 
-    def __init__(
-        self, size: int, piece: int | None, make: Callable[[], Any], *, lanes: int = 1, waiting: int = 0
-    ) -> None:
+    def __init__(self, size: int, piece: int | None, make: Callable[[], Any], threads: int) -> None:
         self._piece, self._make = piece or size, make
-        self._hashes = [make()]
-        # A thread takes longer to start than to hash fewer bytes than this.
-        self._workers = Workers(0 if size <= _PIECE else lanes if piece else 1, waiting)
-        self._room = self._piece
+        self._sums: list[bytes] = []
+        # A thread takes longer to start than to hash fewer bytes than this, and one sum cannot be divided among threads.
+        self._workers = Workers(threads if piece and size > _PIECE else 0)
+        self._parts, self._room = list[Callable[[Any], None]](), self._piece  # of the piece that is not complete
 
-    def update(self, data: memoryview, read: Callable[[int, memoryview], None] | None = None, at: int = 0) -> None:
-        """Hash the next bytes; where ``read`` is given, after it has read them from the byte ``at`` of the file on."""
-        while data:
+    def update(self, data: memoryview) -> None:
+        """Hash the next bytes."""
+        self.add(len(data), lambda digest, start, stop: digest.update(data[start:stop]))
+
+    def add(self, size: int, act: Callable[[Any, int, int], None]) -> None:
+        """Hash so many next bytes: ``act(digest, start, stop)`` updates the hash of a piece with a part of them."""
+        start = 0
+        while start < size:
+            stop = min(size, start + self._room)
+            self._parts.append(functools.partial(act, start=start, stop=stop))
+            self._room -= stop - start
+            start = stop
             if not self._room:
-                self._hashes.append(self._make())
-                self._room = self._piece
-            part = data[: self._room]
-            if read is None:
-                self._workers.put(len(self._hashes), self._hashes[-1].update, part)
-            else:
-                self._workers.put(len(self._hashes), _fill, read, at, part, self._hashes[-1])
-            self._room -= len(part)
-            data, at = data[len(part) :], at + len(part)
+                self._put()
+
+    def _put(self) -> None:
+        number, parts = len(self._sums), self._parts
+        self._sums.append(b"")
+        self._parts, self._room = [], self._piece
+
+        def hash_piece() -> None:
+            digest = self._make()
+            for part in parts:
+                part(digest)
+            self._sums[number] = digest.digest()
+
+        self._workers.put(hash_piece)
 
     def finish(self) -> list[bytes]:
         """The sums of the pieces, once all are hashed."""
+        if self._parts:
+            self._put()
         self._workers.finish()
-        return [each.digest() for each in self._hashes]
+        return self._sums
 
     def stop(self) -> None:
         """Wait for the threads."""
@@ -94,11 +109,6 @@ class _Digest:
 
     def __exit__(self, *_: object) -> None:
         self._workers.__exit__()
-
-
-def _fill(read: Callable[[int, memoryview], None], at: int, part: memoryview, digest: Any) -> None:
-    read(at, part)
-    digest.update(part)
 
 
 class FileContent:
@@ -124,9 +134,9 @@ class FileContent:
     def write(self, disk: Disk, file: int) -> FileDigest:
         """Write the bytes to an open file, and return their number and sums. They need not be on the disk yet."""
         large = self._size > _PIECE
-        # One thread hashes, while this one writes and the program trains on the other processors: it hashes 4 GB a
-        # second, more than most disks write.
-        with _Digest(self._size, _PIECE if large else None, _Crc32 if large else hashlib.sha256) as digest:
+        # One thread hashes while this one writes and the program trains: it hashes 4 GB a second, as fast as this one
+        # writes to the system's memory.
+        with _Digest(self._size, _PIECE if large else None, _Crc32 if large else hashlib.sha256, 1) as digest:
             for data in self._parts:
                 for at in range(0, len(data), _PIECE):
                     part = data[at : at + _PIECE]
@@ -159,7 +169,7 @@ class Source:
         self._file, self._size = disk.open(path)
         self.left: int = self._size
         make = hashlib.sha256 if record.crc32 is None else _Crc32
-        self._digest = _Digest(self._size, record.piece, make, lanes=LANES, waiting=2)
+        self._digest = _Digest(self._size, record.piece, make, MOST)
 
     def __enter__(self) -> Self:
         if self.left != self._record.size:
@@ -173,19 +183,37 @@ class Source:
 
     def take(self, into: memoryview) -> None:
         """Read the next bytes, as many as the memory holds."""
-        for at in range(0, len(into), _PIECE):
-            piece = into[at : at + _PIECE]
-            self._read(self._size - self.left, piece)
-            self._digest.update(piece)
-            self.left -= len(piece)
+        self._read(self._size - self.left, into)
+        self._digest.update(into)
+        self.left -= len(into)
 
     def take_later(self, into: memoryview) -> None:
         """As ``take``, but the bytes are there only when ``finish`` returns: the threads that hash them read them.
 
-        Most of reading is copying into new memory, which takes several times as long as to hash it.
+        Much of reading is copying into new memory, which takes as long as to hash it.
         """
-        self._digest.update(into, self._read, self._size - self.left)
+        at = self._size - self.left
+
+        def read(digest: Any, start: int, stop: int) -> None:
+            self._read(at + start, into[start:stop])
+            digest.update(into[start:stop])
+
+        self._digest.add(len(into), read)
         self.left -= len(into)
+
+    def skip(self, size: int) -> None:
+        """As ``take_later``, but the bytes are only hashed, in little memory that stays in the processor's cache."""
+        at = self._size - self.left
+
+        def read(digest: Any, start: int, stop: int) -> None:
+            memory = memoryview(bytearray(min(_SCRATCH, stop - start)))
+            for place in range(start, stop, _SCRATCH):
+                part = memory[: stop - place]
+                self._read(at + place, part)
+                digest.update(part)
+
+        self._digest.add(size, read)
+        self.left -= size
 
     def _read(self, at: int, into: memoryview) -> None:
         if self._disk.read_at(self._file, at, into) < len(into):
@@ -193,8 +221,7 @@ class Source:
 
     def finish(self) -> None:
         """Read what is left, and raise ValueError unless all bytes are those that were written."""
-        while self.left:
-            self.take(memoryview(bytearray(min(_PIECE, self.left))))
+        self.skip(self.left)
         sums, record = self._digest.finish(), self._record
         if record.piece is None or record.crc32 is None:
             found = sums[0] if record.piece is None else hashlib.sha256(b"".join(sums)).digest()

@@ -329,6 +329,8 @@ def _leaves(
 ) -> tuple[dict[str, Any], encoding.Differences]:
     """Verify a file, and return its leaves whose names have this start, and how they differ from the template."""
     with Source(disk, path, record) as source:
-        arrays, differences = files.read_arrays(source.take, source.left, wanted, start=start, later=source.take_later)
+        arrays, differences = files.read_arrays(
+            source.take, source.left, wanted, start=start, later=source.take_later, skip=source.skip
+        )
         source.finish()  # before anything is used, and also where leaves differ: the header may be what is damaged
     return {place.name: encoding.decode(place, array) for place, array in arrays}, differences

@@ -39,7 +39,6 @@ __all__ = [
     "read_index",
     "read_places",
     "read_safetensors",
-    "skip_array",
     "taker",
 ]
 
@@ -236,13 +235,6 @@ def read_array(take: Take, place: Place, memory: Memory) -> np.ndarray[Any, Any]
     except Short:
         raise Short(f"it ends within {quoted(place.name)}") from None
     return raw.view(place.dtype).reshape(place.shape)
-
-
-def skip_array(take: Take, place: Place) -> None:
-    """Read past the next array of a file, in pieces, each in its own memory: a thread may still hash the one before."""
-    size = place.stop - place.start
-    for at in range(0, size, _PIECE):
-        take(memoryview(bytearray(min(_PIECE, size - at))))
 
 
 def parse(text: bytes, size: int) -> list[Place]:

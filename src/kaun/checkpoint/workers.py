@@ -1,56 +1,57 @@
-"""Workers: threads that copy and hash bytes, for which Python does not hold its interpreter lock."""
+"""Workers: threads that read and hash bytes, for which Python does not hold its interpreter lock."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any, Self
 
-__all__ = ["LANES", "Workers"]
+__all__ = ["MOST", "Workers"]
 
-Task = tuple[Callable[..., Any], tuple[Any, ...]]
-
-LANES = min(4, os.cpu_count() or 1)  # four copy as fast as memory is, and hash 6 GB a second
+MOST = min(4, os.cpu_count() or 1)  # four copy as fast as memory is
 
 
 class Workers:
-    """Threads that do tasks, those of one lane in order. Without lanes each task is done when it is given.
+    """Threads that do tasks in any order. Without threads each task is done when it is given.
 
     Args:
-        lanes: How many threads.
-        waiting: How many tasks of a lane may wait until ``put`` waits, too; 0 for any number.
+        count: How many threads.
     """
 
-    def __init__(self, lanes: int, waiting: int = 0) -> None:
+    def __init__(self, count: int) -> None:
         self._failed: BaseException | None = None
-        self._queues: list[queue.Queue[Task | None]] = [queue.Queue(waiting) for _ in range(lanes)]
+        self._tasks: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         try:
-            for tasks in self._queues:
-                thread = threading.Thread(target=self._run, args=(tasks,), name="kaun-bytes", daemon=True)
+            for _ in range(count):
+                thread = threading.Thread(target=self._run, name="kaun-bytes", daemon=True)
                 thread.start()
                 self._threads.append(thread)
         except RuntimeError:  # the system has no thread left
             self.__exit__()
             raise
 
-    def _run(self, tasks: queue.Queue[Task | None]) -> None:
-        while (task := tasks.get()) is not None:
-            act, given = task
+    def _run(self) -> None:
+        while (act := self._tasks.get()) is not None:
+            self._do(act)
+            del act  # so that its memory is not kept until the next one comes
+
+    def _do(self, act: Callable[[], Any]) -> None:
+        if self._failed is None:
             try:
-                act(*given)
+                act()
             except BaseException as err:
                 self._failed = err
-            del act, given, task  # so that its memory is not kept until the next one comes
 
-    def put(self, lane: int, act: Callable[..., Any], *given: Any) -> None:
-        """Let a lane call a function with arguments; its number is taken modulo their count."""
-        if self._queues:
-            self._queues[lane % len(self._queues)].put((act, given))
+    def put(self, act: Callable[[], Any]) -> None:
+        """Let a thread call a function. After one that failed none is called."""
+        if self._threads:
+            self._tasks.put(act)
         else:
-            act(*given)
+            act()
 
     def stop(self) -> None:
         """Wait until all tasks are done."""
@@ -59,7 +60,10 @@ class Workers:
             thread.join()
 
     def finish(self) -> None:
-        """Wait until all tasks are done, and raise the exception of one that failed."""
+        """Do tasks that no thread has begun, wait for the others, and raise the exception of one that failed."""
+        with contextlib.suppress(queue.Empty):
+            while (act := self._tasks.get_nowait()) is not None:
+                self._do(act)
         self.stop()
         if self._failed is not None:
             raise self._failed
@@ -68,6 +72,6 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for thread, tasks in zip(self._threads, self._queues, strict=False):
+        for thread in self._threads:
             if thread.is_alive():
-                tasks.put(None)
+                self._tasks.put(None)
