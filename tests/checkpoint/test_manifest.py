@@ -107,7 +107,7 @@ def test_a_manifest_may_not_be_large(folder, make, damaged):
 
 
 def test_a_newer_format_is_neither_damage_nor_read(disk, folder, make):
-    forge(folder, lambda manifest: manifest.update(kaun=4, new={"x": 1}))
+    forge(folder, lambda manifest: manifest.update(kaun=5, new={"x": 1}))
     for act in (lambda: one.verify(disk, folder, 7), lambda: one.read(disk, folder, 7, make(4))):
-        with pytest.raises(ResumeMismatch, match=r"of format 4 was written by a newer kaun.*Install the newer one"):
+        with pytest.raises(ResumeMismatch, match=r"of format 5 was written by a newer kaun.*Install the newer one"):
             act()

@@ -1,9 +1,12 @@
 """Large files: their sums are of pieces that several threads hash, older sums are read, and memory is shared in blocks."""
 
+import functools
 import hashlib
 import json
+import re
 import sys
 import threading
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +14,14 @@ import numpy as np
 import pytest
 
 from kaun.checkpoint import disk as disks
-from kaun.checkpoint import manifest, one
+from kaun.checkpoint import manifest, one, strict_json
 from kaun.checkpoint.hashed import FileContent
 from kaun.checkpoint.parts import Share
 from kaun.checkpoint.safetensors_header import Memory
 from kaun.checkpoint.workers import Workers
 
 PIECE = 4 << 20
+TEXT = '"reports":{},"facts":{}'
 
 
 def large_state(make, seed):
@@ -33,21 +37,30 @@ def written(disk, tmp_path, make):
     return tmp_path / "step-00000007", json.loads((tmp_path / "step-00000007" / one.MANIFEST).read_bytes())
 
 
-def seal(folder, records, parts="", version=None):
-    raw = manifest.sealed(7, records, f'{parts}"reports":{{}},"facts":{{}}', parts=bool(parts))
-    if version is not None:
-        raw = raw[: raw.rindex(b'"sha256":"') + 10].replace(b'"kaun":3', b'"kaun":%d' % version)
-        raw += hashlib.sha256(raw).hexdigest().encode() + b'"}\n'
-    (folder / one.MANIFEST).write_bytes(raw)
+def seal(folder, records, version):
+    """A manifest of a format, whatever its records are."""
+    raw = manifest.sealed(7, {name: manifest.FileDigest(**record) for name, record in records.items()}, TEXT)
+    raw = re.sub(rb'"kaun":[0-9]', b'"kaun":%d' % version, raw[: raw.rindex(b'"sha256":"') + 10], count=1)
+    (folder / one.MANIFEST).write_bytes(raw + hashlib.sha256(raw).hexdigest().encode() + b'"}\n')
 
 
-def test_anyone_can_check_the_sum_of_the_pieces(written):
+def crcs(raw):
+    return [zlib.crc32(raw[at : at + PIECE]).to_bytes(4, "big").hex() for at in range(0, len(raw), PIECE)]
+
+
+def of_format(version, raw):
+    """The record of a large file in an earlier format."""
+    if version < 3:
+        return {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    sums = [hashlib.sha256(raw[at : at + PIECE]).digest() for at in range(0, len(raw), PIECE)]
+    return {"size": len(raw), "sha256": hashlib.sha256(b"".join(sums)).hexdigest(), "piece": PIECE}
+
+
+def test_anyone_can_check_the_sums_of_the_pieces(written):
     folder, about = written
     raw = (folder / one.STATE).read_bytes()
-    sums = [hashlib.sha256(raw[at : at + PIECE]).digest() for at in range(0, len(raw), PIECE)]
-    expected = {"size": len(raw), "sha256": hashlib.sha256(b"".join(sums)).hexdigest(), "piece": PIECE}
-    assert about["kaun"] == 3 and len(sums) == 4
-    assert about["files"][one.STATE] == expected
+    assert about["kaun"] == 4 and len(crcs(raw)) == 4
+    assert about["files"][one.STATE] == {"size": len(raw), "crc32": "".join(crcs(raw)), "piece": PIECE}
     assert about["files"][one.REPORTS].keys() == {"size", "sha256"}
 
 
@@ -56,20 +69,31 @@ def test_it_comes_back_and_no_piece_may_be_damaged(written, disk, make, same):
     found = one.read(disk, folder, 7, large_state(make, 4))
     assert same(found.state, large_state(make, 3)) and found.reports["a"].tolist() == [0, 0, 0]
     raw = bytearray((folder / one.STATE).read_bytes())
-    for at in (0, PIECE - 1, PIECE, 2 * PIECE + 5, len(raw) - 1):
+    state = [f"opt_state.{i}" for i in (0, 1, 11, 2, 3, 4, 5, 6, 7, 8, 9)]
+    where = {
+        9: ["header"],
+        PIECE - 1: ["their CRC-32 differs in its header", *state[:3]],
+        PIECE: ["their CRC-32 differs in 'opt_state.11", *state[3:6]],
+        2 * PIECE + 5: ["their CRC-32 differs in 'opt_state.5", *state[7:10]],
+        len(raw) - 1: [
+            "their CRC-32 differs in 'opt_state.9', 'vars.params.bias', 'vars.params.weight', 'key', 'step'"
+        ],
+    }
+    for at, texts in where.items():
         raw[at] ^= 1
         (folder / one.STATE).write_bytes(raw)
         raw[at] ^= 1
         for act in (lambda: one.verify(disk, folder, 7), lambda: one.read(disk, folder, 7, large_state(make, 4))):
-            with pytest.raises(one.Damaged, match=r"state\.safetensors: "):
+            with pytest.raises(one.Damaged, match=r"^state\.safetensors: ") as caught:
                 act()
+            assert all(text in str(caught.value) for text in texts)
 
 
-def test_a_file_of_an_earlier_format_is_read_and_verified(written, disk, make, same):
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_file_of_an_earlier_format_is_read_and_verified(written, disk, make, same, version):
     folder, _ = written
     raw = bytearray((folder / one.STATE).read_bytes())
-    seal(folder, {one.STATE: manifest.FileDigest(len(raw), hashlib.sha256(raw).hexdigest())})
-    assert b'{"kaun":1,' in (folder / one.MANIFEST).read_bytes()
+    seal(folder, {one.STATE: of_format(version, raw)}, version)
     assert same(one.read(disk, folder, 7, large_state(make, 4)).state, large_state(make, 3))
     raw[-1] ^= 1
     (folder / one.STATE).write_bytes(raw)
@@ -78,13 +102,34 @@ def test_a_file_of_an_earlier_format_is_read_and_verified(written, disk, make, s
 
 
 @pytest.mark.parametrize(
-    ("piece", "version"), [(PIECE, 1), (0, None), (1000, None), (True, None), ("4194304", None), (4194304.0, None)]
+    ("version", "change"),
+    [
+        *((3, {"piece": piece}) for piece in (0, 1000, True, "4194304", 4194304.0)),
+        (1, {}),
+        (4, {}),
+        (3, {"crc32": "0" * 32, "sha256": None}),
+        (4, {"crc32": "0" * 32}),
+        (4, {"crc32": "0" * 24, "sha256": None}),
+        (4, {"crc32": "0" * 31 + "X", "sha256": None}),
+        (4, {"crc32": 5, "sha256": None}),
+        (4, {"crc32": "0" * 32, "sha256": None, "piece": None}),
+    ],
 )
-def test_another_piece_is_refused(written, disk, piece, version):
-    folder, about = written
-    seal(folder, {one.STATE: manifest.FileDigest(**{**about["files"][one.STATE], "piece": piece})}, version=version)
+def test_another_record_is_refused(written, disk, version, change):
+    folder, _ = written
+    seal(folder, {one.STATE: of_format(3, (folder / one.STATE).read_bytes()) | change}, version)
     with pytest.raises(one.Damaged, match="its entries of files are not those of a manifest"):
         one.verify(disk, folder, 7)
+
+
+def test_the_sums_of_a_large_file_have_room_in_the_manifest(make, monkeypatch):
+    state, text = make(3).replace(opt_state=[np.zeros(16 << 20, np.uint8)]), "x" * 1000
+    used = len('"reports":{"a":""},"facts":{}') + len(text) + one._RECORDS
+    monkeypatch.setattr(strict_json, "LARGEST", used + 40)
+    one.Draft(7, state, {"a": text}, {})
+    monkeypatch.setattr(strict_json, "LARGEST", used + 20)
+    with pytest.raises(ValueError, match=r"take 1029 bytes as JSON, and at most"):
+        one.Draft(7, state, {"a": text}, {})
 
 
 def test_parts_have_pieces_too(disk, tmp_path, make, same):
@@ -92,7 +137,7 @@ def test_parts_have_pieces_too(disk, tmp_path, make, same):
     one.Draft(7, large_state(make, 3), {}, {}, Share(0, 1)).write(disk, folder)
     about = one.verify(disk, folder, 7)
     assert about.leaves is not None and [record.piece for record in about.files.values()] == [PIECE]
-    assert b'{"kaun":3,' in (folder / one.MANIFEST).read_bytes()
+    assert b'{"kaun":4,' in (folder / one.MANIFEST).read_bytes()
     assert same(one.read(disk, folder, 7, large_state(make, 4)).state, large_state(make, 3))
 
 
@@ -110,18 +155,24 @@ def test_arrays_of_a_large_file_share_blocks_and_no_byte():
     assert alone[0].base is not alone[1].base
 
 
-def test_a_lane_keeps_its_order_and_an_error_is_raised_at_the_end():
+def test_all_tasks_are_done_and_an_error_is_raised_at_the_end():
     done: list[int] = []
     with Workers(2) as workers:
         for i in range(100):
-            workers.put(2 * i, done.append, i)
-        workers.put(1, [].pop)
-        workers.put(1, done.append, 100)
+            workers.put(functools.partial(done.append, i))
+        workers.finish()
+    assert sorted(done) == list(range(100))
+    begun = threading.Event()
+    with Workers(1) as workers:
+        workers.put(begun.wait)
+        workers.put([].pop)
+        workers.put(functools.partial(done.append, 100))
+        begun.set()
         with pytest.raises(IndexError, match="pop from empty list"):
             workers.finish()
-    assert [i for i in done if i < 100] == list(range(100)) and 100 in done
+    assert 100 not in done  # what is left is not read where the file is damaged
     with Workers(0) as workers:
-        workers.put(5, done.append, -1)
+        workers.put(functools.partial(done.append, -1))
         assert done[-1] == -1
 
 

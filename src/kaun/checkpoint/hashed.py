@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,10 +22,12 @@ from kaun.errors import ResumeMismatch
 
 __all__ = ["Damaged", "FileContent", "Source", "reading"]
 
+Act = Callable[[Any, int, int], None]
+
 _PIECE = 4 << 20
 _LARGE = 1 << 20
 _SCRATCH = 1 << 20
-_LISTED = 3
+_LISTED = 5
 # The errors of a file that is missing or is something else, and of a disk that cannot read it.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO}
 
@@ -61,20 +62,21 @@ class _Digest:
     def __init__(self, size: int, piece: int | None, make: Callable[[], Any], threads: int) -> None:
         self._piece, self._make = piece or size, make
         self._sums: list[bytes] = []
-        # A thread takes longer to start than to hash fewer bytes than this, and one sum cannot be divided among threads.
+        # A thread takes longer to start than to hash fewer bytes than this. One sum cannot be divided among threads.
         self._workers = Workers(threads if piece and size > _PIECE else 0)
-        self._parts, self._room = list[Callable[[Any], None]](), self._piece  # of the piece that is not complete
+        self._parts: list[tuple[Act, int, int]] = []  # of the piece that is not complete
+        self._room = self._piece
 
     def update(self, data: memoryview) -> None:
         """Hash the next bytes."""
         self.add(len(data), lambda digest, start, stop: digest.update(data[start:stop]))
 
-    def add(self, size: int, act: Callable[[Any, int, int], None]) -> None:
+    def add(self, size: int, act: Act) -> None:
         """Hash so many next bytes: ``act(digest, start, stop)`` updates the hash of a piece with a part of them."""
         start = 0
         while start < size:
             stop = min(size, start + self._room)
-            self._parts.append(functools.partial(act, start=start, stop=stop))
+            self._parts.append((act, start, stop))
             self._room -= stop - start
             start = stop
             if not self._room:
@@ -87,8 +89,8 @@ class _Digest:
 
         def hash_piece() -> None:
             digest = self._make()
-            for part in parts:
-                part(digest)
+            for act, start, stop in parts:
+                act(digest, start, stop)
             self._sums[number] = digest.digest()
 
         self._workers.put(hash_piece)

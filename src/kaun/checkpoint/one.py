@@ -32,6 +32,7 @@ T = TypeVar("T")
 STATE, REPORTS = manifest.FILES
 MANIFEST = "manifest.json"
 _VARS, _OPT_STATE = "vars.", "opt_state"  # the names of their leaves in the state begin with these
+_RECORDS = 1 << 16  # bytes of a manifest for names and sizes of files
 _IN_PARTS = "reports."  # in parts, the names of arrays of reports begin with this; no field of a state has the name
 
 
@@ -99,7 +100,8 @@ class Draft:
             leaves |= {_IN_PARTS + name: value for name, value in held.items()}
             self._files = {share.file: FileContent(shards_of(leaves, share))}
             self._text = f'"leaves":{strict_json.dumps(leaves_of(leaves), "leaves")},{self._text}'
-        if len(self._text) > strict_json.LARGEST - 1000:
+        sums = sum(getattr(leaf, "nbytes", 8) for leaf in leaves.values()) >> 19  # eight digits for each 4 MiB
+        if len(self._text) > strict_json.LARGEST - _RECORDS - sums:
             raise ValueError(
                 f"the reports' values and the facts of a checkpoint take {len(self._text)} bytes as JSON, and at most "
                 f"{strict_json.LARGEST >> 20} MB can be stored. Keep arrays instead: np.asarray(values)."
