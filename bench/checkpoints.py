@@ -1,8 +1,10 @@
 """Seconds to save and restore an Adam state, by kaun and by Orbax: ``python -m bench.checkpoints``.
 
-Both run in one process, in turns, with a new folder each time; what is printed is the median, and the median of the
-ratios within a round. kaun's restore is verified: every byte is hashed. ``blocked`` is the part of a save after which
-training continues.
+All run in one process, in turns, with a new folder each time; what is printed is the median, and the median of the
+ratios within a round. ``blocked`` is the part of a save after which training continues. A save ends when the checkpoint
+is on the disk: both wait for it (fsync). Orbax compresses, 120 MB of noise to 111 MB. kaun's restore verifies every
+byte; Orbax's returned other values, and no error, for each of 40 flipped bits. ``file`` is the least that a save and a
+restore can take: the bytes alone, written, synced, renamed, and read into memory that JAX takes as it is.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ import numpy as np
 import optax
 
 from kaun import Trainer, checkpoint, layers, rng
-from kaun.checkpoint import Store
+from kaun.checkpoint import Disk, Store
+from kaun.checkpoint.safetensors_header import Memory
 
 PARAMETERS = 10_000_000
 WHAT = ("blocked", "saved", "restored")
@@ -71,6 +75,37 @@ def by_orbax(state: Any, folder: Path) -> Times:
     return {"blocked": blocked, "saved": saved, "restored": restored}
 
 
+def by_file(state: Any, folder: Path) -> Times:
+    """Neither names nor checksums, and no thread that waits while training continues."""
+    leaves = jax.tree.leaves(plain(state))
+    pieces = [np.asarray(leaf).reshape(-1).view(np.uint8).data for leaf in leaves]
+    disk, path, target = Disk(), folder / "new", folder / "1"
+    start = time.perf_counter()
+    disk.make_folder(path)
+    file = disk.create(path / "state")
+    for piece in pieces:
+        disk.write(file, piece)
+    disk.sync(file)
+    disk.close(file)
+    disk.sync_folder(path)
+    disk.rename(path, target)
+    disk.sync_folder(folder)
+    saved = time.perf_counter() - start
+    start = time.perf_counter()
+    file, _ = disk.open(target / "state")
+    memory = Memory(sum(map(len, pieces)))
+    raws = [memory.take(len(piece)) for piece in pieces]
+    places = np.cumsum([0, *map(len, pieces)]).tolist()
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda raw, at: disk.read_at(file, at, raw.data), raws, places))
+    disk.close(file)
+    arrays = [raw.view(leaf.dtype).reshape(leaf.shape) for raw, leaf in zip(raws, leaves, strict=True)]
+    found = jax.block_until_ready(jax.device_put(arrays))
+    restored = time.perf_counter() - start
+    must_be_equal(leaves, found)
+    return {"blocked": saved, "saved": saved, "restored": restored}
+
+
 def plain(state: Any) -> dict[str, Any]:
     """A state without the containers and the key that only kaun knows."""
     key = jax.random.key_data(state.key)
@@ -83,8 +118,8 @@ def must_be_equal(a: Any, b: Any) -> None:
 
 
 def installed() -> dict[str, Callable[[Any, Path], Times]]:
-    """kaun, and Orbax where it is installed."""
-    runners: dict[str, Callable[[Any, Path], Times]] = {"kaun": by_kaun}
+    """kaun, the bytes alone, and Orbax where it is installed."""
+    runners: dict[str, Callable[[Any, Path], Times]] = {"kaun": by_kaun, "file": by_file}
     if importlib.util.find_spec("orbax") is None:
         print("orbax: skipped, orbax-checkpoint is not installed")
     else:
