@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import json
+import queue
 import re
 import sys
 import threading
+import time
 import zlib
 
 import jax
@@ -101,25 +103,22 @@ def test_a_file_of_an_earlier_format_is_read_and_verified(written, disk, make, s
         one.verify(disk, folder, 7)
 
 
-@pytest.mark.parametrize(
-    ("version", "change"),
-    [
+def test_another_record_is_refused(written, disk):
+    folder, about = written
+    sums = about["files"][one.STATE]["crc32"]
+    crc = {"crc32": sums, "sha256": None}
+    record = of_format(3, (folder / one.STATE).read_bytes())
+    cases = [
         *((3, {"piece": piece}) for piece in (0, 1000, True, "4194304", 4194304.0)),
-        (1, {}),
-        (4, {}),
-        (3, {"crc32": "0" * 32, "sha256": None}),
-        (4, {"crc32": "0" * 32}),
-        (4, {"crc32": "0" * 24, "sha256": None}),
-        (4, {"crc32": "0" * 31 + "X", "sha256": None}),
-        (4, {"crc32": 5, "sha256": None}),
-        (4, {"crc32": "0" * 32, "sha256": None, "piece": None}),
-    ],
-)
-def test_another_record_is_refused(written, disk, version, change):
-    folder, _ = written
-    seal(folder, {one.STATE: of_format(3, (folder / one.STATE).read_bytes()) | change}, version)
-    with pytest.raises(one.Damaged, match="its entries of files are not those of a manifest"):
-        one.verify(disk, folder, 7)
+        *((1, {}), (4, {}), (3, crc), (4, {"crc32": sums}), (4, crc | {"piece": None})),
+        *((4, crc | {"crc32": other}) for other in (sums[:-8], sums[:-1] + "X", sums[:-1] + "\n", 5)),
+    ]
+    for version, change in cases:
+        seal(folder, {one.STATE: record | change}, version)
+        with pytest.raises(one.Damaged, match="its entries of files are not those of a manifest"):
+            one.verify(disk, folder, 7)
+    seal(folder, {one.STATE: record | crc}, 4)
+    one.verify(disk, folder, 7)
 
 
 def test_the_sums_of_a_large_file_have_room_in_the_manifest(make, monkeypatch):
@@ -174,6 +173,20 @@ def test_all_tasks_are_done_and_an_error_is_raised_at_the_end():
     with Workers(0) as workers:
         workers.put(functools.partial(done.append, -1))
         assert done[-1] == -1
+
+
+def test_each_thread_ends_whichever_takes_the_end_first(monkeypatch):
+    class Slow(queue.SimpleQueue):
+        def put(self, item):
+            super().put(item)
+            if item is None:
+                time.sleep(0.05)  # one thread takes it and ends meanwhile
+
+    monkeypatch.setattr(queue, "SimpleQueue", Slow)
+    stopping = threading.Thread(target=Workers(2).stop, daemon=True)
+    stopping.start()
+    stopping.join(5)
+    assert not stopping.is_alive()
 
 
 def test_where_no_thread_is_left_those_that_began_end(monkeypatch):

@@ -72,6 +72,5 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for thread in self._threads:
-            if thread.is_alive():
-                self._tasks.put(None)
+        for _ in self._threads:  # also for one that has ended: another one may take its None
+            self._tasks.put(None)
