@@ -183,8 +183,16 @@ def test_each_thread_ends_whichever_takes_the_end_first(monkeypatch):
                 time.sleep(0.05)  # one thread takes it and ends meanwhile
 
     monkeypatch.setattr(queue, "SimpleQueue", Slow)
-    stopping = threading.Thread(target=Workers(2).stop, daemon=True)
+    workers = Workers(2)
+    first, last = workers._threads
+    held = {first: threading.Event(), last: threading.Event()}
+    for _ in held:
+        workers.put(lambda: held[threading.current_thread()].wait())
+    held[last].set()
+    stopping = threading.Thread(target=workers.stop, daemon=True)
     stopping.start()
+    last.join(5)
+    held[first].set()
     stopping.join(5)
     assert not stopping.is_alive()
 
