@@ -71,6 +71,6 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for _ in self._threads:  # also for one that has ended: another one may take its None
             self._tasks.put(None)
