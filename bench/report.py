@@ -166,10 +166,15 @@ def bars(found: Results) -> list[str]:
 
 
 def headers(found: Results) -> Iterator[str]:
-    """Yield one line with machine and versions for each distinct machine and set of versions of the sessions."""
-    seen = dict.fromkeys((s["machine"], tuple(s["versions"].items())) for s in found["sessions"].values())
-    for machine, versions in seen:
-        yield f"Machine: {machine}; " + ", ".join(f"{name} {version}" for name, version in versions) + "."
+    """Yield one line for each machine of the sessions, with all the versions that were measured on it."""
+    seen: dict[str, dict[str, dict[str, None]]] = {}
+    for session in found["sessions"].values():
+        versions = seen.setdefault(session["machine"], {})
+        for name, version in session["versions"].items():
+            versions.setdefault(name, {})[version] = None
+    for machine, versions in seen.items():
+        named = (f"{name} {' and '.join(each)}" for name, each in versions.items())
+        yield f"Machine: {machine}; {', '.join(named)}."
 
 
 INTRODUCTION = """\

@@ -48,7 +48,13 @@ def test_what_was_compiled_is_kept_and_found_again(cached, compiled):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == jax.config.jax_compilation_cache_dir, "for processes of tests"
 
 
-@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: raw[::-1]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        *(pytest.param(damage, marks=pytest.mark.slow) for damage in (lambda raw: b"", lambda raw: raw[::-1])),
+    ],
+)
 def test_a_damaged_file_is_as_good_as_none(cached, compiled, damage):
     (path,) = compiled()
     path.write_bytes(damage(path.read_bytes()))

@@ -145,7 +145,7 @@ def injected():
     ("dtype", "make"),
     [
         (jnp.bfloat16, injected),
-        (jnp.float16, plain),
+        pytest.param(jnp.float16, plain, marks=pytest.mark.slow),
         pytest.param(jnp.bfloat16, plain, marks=pytest.mark.slow),
         pytest.param(jnp.float16, injected, marks=pytest.mark.slow),
     ],

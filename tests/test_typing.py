@@ -62,13 +62,14 @@ def expected(folder):
     return marks
 
 
+@pytest.mark.slow  # `make lint` runs it, as the two below: five seconds of CPU of the type checker
 def test_programs_pass_and_fail_as_they_say(results):
     found, marked = ({mark for mark in marks if mark[0] not in WRONG} for marks in results)
     assert len(marked) > 20
     assert (sorted(found - marked), sorted(marked - found)) == ([], [])
 
 
-@pytest.mark.slow  # `make lint` runs it: five seconds of CPU of the type checker
+@pytest.mark.slow
 def test_every_public_name_has_a_known_type():
     """Types that come from packages without annotations, such as optax, are not kaun's."""
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--verifytypes", "kaun", "--ignoreexternal"]
@@ -92,6 +93,7 @@ def test_programs_that_pass_also_run(path):
     runpy.run_path(str(path))
 
 
+@pytest.mark.slow
 def test_a_finding_without_a_mark_and_a_mark_without_a_finding_show(results):
     found, marked = ({mark for mark in marks if mark[0] in WRONG} for marks in results)
     assert found - marked == {

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from kaun.state import TrainState as TrainState
     from kaun.train import Trainer as Trainer
 else:
-    import importlib.util
+    import sys
 
     # Where each name comes from, a module from itself. Nothing is imported before it is used.
     _PLACES = {
@@ -60,8 +60,9 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name not in _PLACES:
-            # `from kaun import tree` asks for a module before it imports it.
-            if name.startswith("_") or importlib.util.find_spec(f"kaun.{name}") is not None:
+            # `from kaun import tree` asks for a module before it imports it, and while it does.
+            importing = sys._getframe(1).f_code.co_filename.startswith("<frozen importlib")
+            if importing or name.startswith("_") or f"kaun.{name}" in sys.modules:
                 raise AttributeError(f"module 'kaun' has no attribute {name!r}")
             with importlib.import_module("kaun._messages").frames_hidden:
                 importlib.import_module("kaun._calls").refuse_name(name, __all__)

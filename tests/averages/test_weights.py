@@ -173,7 +173,9 @@ def test_the_first_average_is_the_first_parameters_as_optax_debiases_it():
             assert host(state.averaged.vars) == host(state.vars)
 
 
-@pytest.mark.parametrize(("start", "every"), [(1, 1), (3, 2), (8, 5), (100, 1)])
+@pytest.mark.parametrize(
+    ("start", "every"), [(3, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((1, 1), (8, 5))), (100, 1)]
+)
 def test_swa_is_the_mean_of_the_updates_that_count(start, every):
     trainer, state = made(averages.swa(start=start, every=every))
     seen, found = [], []

@@ -1,6 +1,7 @@
 """Calls that Python, or kaun, refuses: each says what to write, in few lines. No program is compiled for it."""
 
 import inspect
+import sys
 import traceback
 
 import jax
@@ -280,6 +281,12 @@ def test_a_name_that_is_not_there_says_what_to_write(name, names):
     assert NAMES[name] in str(caught.value)
     assert len(shown(caught.value).splitlines()) <= 30
     assert not hasattr(eval(owner, names), attribute)
+
+
+def test_a_name_that_is_a_module_of_kaun_says_what_to_write_until_something_imports_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kaun.train")
+    with pytest.raises(AttributeError, match=r"Write state = trainer\.fit"):
+        kaun.__getattr__("train")
 
 
 def test_signatures_are_the_true_ones():

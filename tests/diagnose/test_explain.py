@@ -204,8 +204,12 @@ INSIDE = {
     "vmap": (jax.vmap(lambda x: jnp.log(-x)), "log", line_with("jax.vmap(lambda")),
 }
 
+INSIDE_LONG = ("while", "jit", "checkpoint")
 
-@pytest.mark.parametrize("kind", INSIDE)
+
+@pytest.mark.parametrize(
+    "kind", ["scan", "cond", "vmap", *(pytest.param(k, marks=pytest.mark.slow) for k in INSIDE_LONG)]
+)
 def test_programs_inside_the_step_are_entered(kind):
     f, operation, line = INSIDE[kind]
     forward = lambda x: jnp.nan_to_num(f(x)) + f(x) if kind == "while" else f(x)

@@ -38,7 +38,7 @@ def session(disk, path, state_of, done):
         store._lock.release()  # as the system does for the dead
 
 
-@pytest.mark.parametrize(("how", "short"), [("kill", 1), ("half", 2), ("error", 1)])
+@pytest.mark.parametrize(("how", "short"), [pytest.param("kill", 1, marks=pytest.mark.slow), ("half", 2), ("error", 1)])
 def test_stopped_at_every_operation(
     tmp_path, prepared, stopping, killed, quick_disk, state_of, bytes_of, cases, how, short
 ):

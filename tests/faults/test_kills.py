@@ -102,7 +102,7 @@ def operations(tmp_path_factory, prepared, stopping, kinds_of_operations, state_
     return disk.done
 
 
-@pytest.mark.parametrize(("how", "short"), [("kill", 2), ("half", 6), ("error", 2)])
+@pytest.mark.parametrize(("how", "short"), [("kill", 2), ("half", 6), pytest.param("error", 2, marks=pytest.mark.slow)])
 def test_stopped_at_every_operation(
     tmp_path, prepared, stopping, killed, quick_disk, state_of, bytes_of, operations, cases, how, short
 ):

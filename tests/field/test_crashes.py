@@ -61,7 +61,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["x", "captured", pytest.param("ctx", marks=pytest.mark.slow)])
 def test_a_typed_key_may_be_part_of_an_item(place):
     """A diffusion model takes its noise key with the batch: ``'PRNGKeyArray' object has no attribute 'weak_type'``."""
     model, item = PLACES[place]
@@ -204,7 +204,7 @@ WIDE = {
     ("name", "dtype"),
     [
         ("inject_hyperparams", jnp.bfloat16),
-        ("a float32 rate", jnp.bfloat16),
+        pytest.param("a float32 rate", jnp.bfloat16, marks=pytest.mark.slow),
         ("float32 moments", jnp.bfloat16),
         pytest.param("inject_hyperparams", jnp.float16, marks=pytest.mark.slow),
         pytest.param("a float32 rate", jnp.float16, marks=pytest.mark.slow),

@@ -56,8 +56,8 @@ LOADERS = {
 }  # fmt: skip
 
 
-# In the short form two loaders of a small model, and another one of a large model.
-SHORT = [("batches", None), ("one buffer", None), ("mapped", large)]
+# In the short form a loader of a small model, and another one of a large model.
+SHORT = [("one buffer", None), ("mapped", large)]
 CASES = [
     pytest.param(*case, marks=[] if case in SHORT else pytest.mark.slow)
     for case in [*((loader, None) for loader in LOADERS), ("mapped", large), ("one buffer", large)]

@@ -73,7 +73,7 @@ def test_float64_losses_norms_and_scalars_keep_their_digits(looped):
     np.testing.assert_allclose(blocks["grad_norm"], [1e-9 * item[0].mean() for item in items], rtol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["raise", "skip", "ignore"])
 def test_a_float64_loss_beyond_float32_is_finite(dtype, mode):
     """A likelihood in float64 begins at 7e39, with a gradient of 1e20: `step` did not train, and reports saw nothing.

@@ -107,6 +107,8 @@ def test_a_model_of_another_library_is_spread(make):
 @pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) > 1, reason="is this test's own process")
 def test_the_same_on_eight_devices():
+    for library in ("flax", "equinox", "haiku"):
+        pytest.importorskip(library)
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **flags}, check=False)

@@ -57,7 +57,7 @@ def final(kind, state):
     return state if kind == "lstm" else (state,)
 
 
-@every
+@pytest.mark.parametrize("kind", ["lstm", "rnn", pytest.param("gru", marks=pytest.mark.slow)])
 def test_values_with_lengths_row_by_row(kind):
     layer, variables = made(kind)
     (y, state), _ = layer.apply(variables, X, ctx=Context(lengths=LENGTHS))

@@ -79,8 +79,8 @@ def test_two_means_are_not_added(operate):
 
 
 FORMS = {"eager": lambda f: f, "jit": jax.jit}
-SHORT = [("eager", jnp.float32), ("jit", jnp.float16), ("jit", jnp.bfloat16)]
-LONG = [("jit", jnp.float32), ("eager", jnp.float16), ("eager", jnp.bfloat16)]
+SHORT = [("eager", jnp.float32), ("jit", jnp.bfloat16)]
+LONG = [("jit", jnp.float32), ("jit", jnp.float16), ("eager", jnp.float16), ("eager", jnp.bfloat16)]
 
 
 @pytest.mark.parametrize(("form", "dtype"), [*SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)])

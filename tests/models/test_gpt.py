@@ -13,7 +13,7 @@ TEXT = "the quick brown fox jumps over the lazy dog; "
 @pytest.fixture(scope="module")
 def trained(family):
     sizes = {"n_positions": 16, "n_embd": 32, "n_layer": 1}
-    return family("gpt").main(steps=250, prompt="the quick", count=7, text=TEXT * 80, **sizes)
+    return family("gpt").main(steps=180, prompt="the quick", count=7, text=TEXT * 80, **sizes)
 
 
 def test_it_writes_the_text_that_it_has_read(trained):

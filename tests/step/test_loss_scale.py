@@ -85,7 +85,7 @@ def test_gradients_too_small_for_float16_arrive():
     assert np.array_equal(unscaled.vars.params[0]["weight"], state.vars.params[0]["weight"])
 
 
-@pytest.mark.parametrize("mode", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize("mode", ["raise", "skip", pytest.param("ignore", marks=pytest.mark.slow)])
 def test_an_overflow_halves_the_scale_and_changes_nothing_else(mode):
     trainer, state = made(scale=2.0**24, on_nonfinite=mode, good=7)
     value, after = trainer.step(state, X, loss=mse)
@@ -95,7 +95,7 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else(mode):
     assert np.isfinite(value)
 
 
-@pytest.mark.parametrize("mode", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize("mode", ["raise", "ignore", pytest.param("skip", marks=pytest.mark.slow)])
 def test_a_fit_goes_on_until_the_scale_fits(mode):
     report = Rows()
     trainer, state = made(scale=2.0**24, on_nonfinite=mode)

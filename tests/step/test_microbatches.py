@@ -55,7 +55,7 @@ def test_it_must_be_a_count(count, error, received):
         made(count)
 
 
-@pytest.mark.parametrize("length", [1, 7, 10])
+@pytest.mark.parametrize("length", [1, 7, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_batch_of_any_length_is_the_same_step(length):
     found = []
     for count in (1, 4):

@@ -61,8 +61,16 @@ def plain():
     return state, jax.tree.map(lambda a, b: b - a, state.vars.params, after.vars.params), float(value)
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=["each", "accumulated"])
-@pytest.mark.parametrize("penalty", SLOPES)
+# One penalty for each of two steps, and another one for both; the other pairs are in the long form.
+EACH, ACCUMULATED = {}, {"accumulate": 2}
+PAIRS = [
+    pytest.param(penalty, options, id=f"{penalty}-{name}", marks=[] if short else pytest.mark.slow)
+    for number, penalty in enumerate(SLOPES)
+    for name, options, short in (("each", EACH, number != 1), ("accumulated", ACCUMULATED, number == 1))
+]
+
+
+@pytest.mark.parametrize(("penalty", "options"), PAIRS)
 def test_its_gradient_is_added_once_for_an_update(penalty, options, blocks):
     trainer, state = made(penalty, **options)
     _, update, loss = plain()
@@ -145,7 +153,7 @@ def test_a_penalty_draws_numbers_of_its_own(blocks):
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_penalty_whose_gradient_is_not_finite_is_named_as_gradient(accumulate):
     trainer, state = made(lambda p: optax.tree.norm(p["bias"]), accumulate=accumulate)
     with pytest.raises(

@@ -5,26 +5,17 @@ from __future__ import annotations
 __all__ = ["DEVICE", "LAYERS"]
 
 DEVICE = "arrays lie on JAX's default device. Write Trainer(..., sharding=sharding.data_parallel()) for several"
-_ACTIVATION = "an activation is a layer. Write layers.sequential([{name}(...), {layer}])"
-_BIAS = "write bias={value}"
-_LAST = (
-    "data are channels-last, [batch, height, width, channels]. Write x.transpose(0, 2, 3, 1) for images from PyTorch"
-)
-_RATE = "write rate={value}, or layers.dropout({value})"
 _BATCH_FIRST = "x is [batch, length, channels] always. Leave it out"
 
 LAYERS: dict[str, dict[str, str]] = {
     "layers": {
-        "activation": _ACTIVATION,
-        "use_bias": _BIAS,
+        "activation": "an activation is a layer. Write layers.sequential([{name}(...), {layer}])",
+        "use_bias": "write bias={value}",
         "name": 'layers have no names of their own. Write layers.sequential({{"hidden": a, "out": b}}) for paths',
         "dtype": "the variables have it. Write trainer.init(dtype={value})",
         "device": DEVICE,
-        "training": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
-        "train": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
-        "deterministic": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
-        "rngs": "keys are those of the RNG scope. Write with rng.scope(42): around trainer.init()",
-        "key": "keys are those of the RNG scope. Write with rng.scope(42): around trainer.init()",
+        "training train deterministic": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
+        "rngs key": "keys are those of the RNG scope. Write with rng.scope(42): around trainer.init()",
     },
     "layers.sequential": {
         "": "the layers are one list. Write layers.sequential([a, b])",
@@ -32,33 +23,31 @@ LAYERS: dict[str, dict[str, str]] = {
     },
     "layers.linear": {
         "": "it takes both sizes. Write layers.linear(in_features, out_features)",
-        "units": "it takes both sizes. Write layers.linear(in_features, {value})",
-        "features": "it takes both sizes. Write layers.linear(in_features, {value})",
+        "units features": "it takes both sizes. Write layers.linear(in_features, {value})",
         "input_shape": "it takes both sizes. Write layers.linear(in_features, out_features)",
         "input_dim": "it takes both sizes. Write layers.linear({value}, out_features)",
         "in_dim": "write in_features={value}",
         "out_dim": "write out_features={value}",
-        "kernel_initializer": "write weight_init=, one of jax.nn.initializers",
-        "kernel_init": "write weight_init=, one of jax.nn.initializers",
+        "kernel_initializer kernel_init": "write weight_init=, one of jax.nn.initializers",
         "kernel_regularizer": "the trainer has it. Write Trainer(..., penalty=f), with f a function of the parameters",
     },
-    "layers.dropout": {"": "it takes the rate. Write layers.dropout(0.1)", "p": _RATE, "drop_rate": _RATE},
+    "layers.dropout": {
+        "": "it takes the rate. Write layers.dropout(0.1)",
+        "p drop_rate": "write rate={value}, or layers.dropout({value})",
+    },
     "layers.embedding": {
         "": "it takes both sizes. Write layers.embedding(vocab_size, embed_dim)",
-        "num_embeddings": "write vocab_size={value}",
-        "input_dim": "write vocab_size={value}",
-        "embedding_dim": "write embed_dim={value}",
-        "output_dim": "write embed_dim={value}",
-        "features": "write embed_dim={value}",
+        "num_embeddings input_dim": "write vocab_size={value}",
+        "embedding_dim output_dim features": "write embed_dim={value}",
         "padding_idx": "mask the loss instead. Write losses.cross_entropy_sparse(..., ignore_index={value})",
     },
     "layers.conv": {
         "": "it takes both numbers of channels. Write {name}(in_channels, out_channels, kernel_size=3)",
-        "filters": "it takes both numbers of channels. Write {name}(in_channels, {value})",
-        "features": "it takes both numbers of channels. Write {name}(in_channels, {value})",
+        "filters features": "it takes both numbers of channels. Write {name}(in_channels, {value})",
         "strides": "write stride={value}",
         "dilation_rate": "write dilation={value}",
-        "data_format": _LAST,
+        "data_format": "data are channels-last, [batch, height, width, channels]. Write x.transpose(0, 2, 3, 1) for "
+        "images from PyTorch",
         "padding_mode": "padding is with zeros. Pad x with jnp.pad in layers.fn",
     },
     "layers.batch_norm": {
@@ -85,8 +74,7 @@ LAYERS: dict[str, dict[str, str]] = {
     },
     "layers.multi_head_attention": {
         "": "it takes the size and the heads. Write layers.multi_head_attention(embed_dim, num_heads)",
-        "dim": "write embed_dim={value}",
-        "d_model": "write embed_dim={value}",
+        "dim d_model": "write embed_dim={value}",
         "key_dim": "write head_dim={value}",
         "batch_first": _BATCH_FIRST,
         "causal": "write is_causal={value}",
@@ -100,8 +88,7 @@ LAYERS: dict[str, dict[str, str]] = {
     "layers.activation": {
         "": "it makes a layer, and the model applies it. Write layers.sequential([..., {name}()]), or jax.nn on arrays",
         "inplace": "nothing is in place. Leave it out",
-        "dim": "it is the last axis. Leave it out",
-        "axis": "it is the last axis. Leave it out",
+        "dim axis": "it is the last axis. Leave it out",
         "negative_slope": "write slope={value}",
     },
 }  # fmt: skip

@@ -4,56 +4,42 @@ from __future__ import annotations
 
 __all__ = ["MEASURES"]
 
-_LOGITS = "it takes logits always. Leave it out, and leave softmax and sigmoid out of the model"
-_MEAN = "a loss is the mean. For the sum write {name}.parts(...).total"
-_WEIGHTS = "write weights=, for each element or row"
-_MASK = "write where=, a bool mask"
-_LAST = "classes are the last axis. Leave it out"
 _COUNTED = "it follows from the arrays. Leave it out"
 _PATH = 'it writes a file. Write {name}("runs/log")'
 
 MEASURES: dict[str, dict[str, str]] = {
     "losses": {
         "": "the function is the loss itself, which data.with_loss({name}) takes; its arguments are ({takes})",
-        "reduction": _MEAN,
-        "reduce": _MEAN,
-        "size_average": _MEAN,
-        "from_logits": _LOGITS,
-        "logits": "its arguments are ({takes})",
+        "reduction reduce size_average": "a loss is the mean. For the sum write {name}.parts(...).total",
+        "from_logits": "it takes logits always. Leave it out, and leave softmax and sigmoid out of the model",
+        "logits input target": "its arguments are ({takes})",
         "weight": "write weights= for elements or rows; losses of classes take class_weights=, an array [classes]",
-        "sample_weight": _WEIGHTS,
+        "sample_weight": "write weights=, for each element or row",
         "class_weight": "losses of classes take class_weights=, an array [classes]",
-        "mask": _MASK,
-        "axis": _LAST,
-        "dim": _LAST,
+        "mask": "write where=, a bool mask",
+        "axis dim": "classes are the last axis. Leave it out",
         "num_classes": _COUNTED,
         "beta": "write delta={value}",
         "name": "values have the names of the dict. Write {{\"mse\": losses.mse}} in evaluate and validate",
-        "y_true": "the model's output comes first. Its arguments are ({takes})",
-        "y_pred": "the model's output comes first. Its arguments are ({takes})",
-        "input": "its arguments are ({takes})",
-        "target": "its arguments are ({takes})",
+        "y_true y_pred": "the model's output comes first. Its arguments are ({takes})",
+    },
+    "losses.Mean": {
+        "": "it takes two sums. Write losses.Mean((values * weights).sum(), weights.sum()), or "
+        "losses.mse.parts(output, y)",
     },
     "metrics": {
         "": "the function is the metric itself, as in trainer.evaluate(state, data, {{\"name\": {name}}}); its "
         "arguments are ({takes})",
-        "sample_weight": "write weights=, for each row",
-        "sample_weights": "write weights=, for each row",
+        "sample_weight sample_weights": "write weights=, for each row",
         "normalize": "it is the share always. Multiply it by the number of rows",
-        "num_classes": _COUNTED,
+        "num_classes multiclass labels": _COUNTED,
         "task": "metrics.accuracy takes classes, metrics.binary_accuracy scores of yes and no. Leave it out",
-        "multiclass": _COUNTED,
-        "labels": _COUNTED,
         "pos_label": "for class 1 of two write a function of your own around metrics.Counted",
-        "k": "write metrics.top_k_accuracy({value})",
-        "topk": "write metrics.top_k_accuracy({value})",
+        "k topk": "write metrics.top_k_accuracy({value})",
         "squared": "write metrics.rmse for the root, losses.mse without it",
         "name": "values have the names of the dict. Write {{\"name\": {name}}} in evaluate and validate",
-        "y_true": "the model's output comes first. Its arguments are ({takes})",
-        "y_pred": "the model's output comes first. Its arguments are ({takes})",
-        "y_score": "the model's output comes first. Its arguments are ({takes})",
-        "preds": "its arguments are ({takes})",
-        "target": "its arguments are ({takes})",
+        "y_true y_pred y_score": "the model's output comes first. Its arguments are ({takes})",
+        "preds target": "its arguments are ({takes})",
         "device": "arrays stay where they are. Leave it out",
     },
     "metrics.top_k_accuracy": {
@@ -79,8 +65,7 @@ MEASURES: dict[str, dict[str, str]] = {
     },
     "reports": {
         "verbose": "leave it out; what it shows is that of its repr, print(report)",
-        "log_every_n_steps": "write reports.every({value}, report)",
-        "every_n_steps": "write reports.every({value}, report)",
+        "log_every_n_steps every_n_steps": "write reports.every({value}, report)",
         "epoch": "write reports.each_epoch(train, f) for a function of the epoch",
     },
     "reports.history": {
@@ -101,8 +86,7 @@ MEASURES: dict[str, dict[str, str]] = {
     "reports.jsonl": {"": _PATH, "filename": "write reports.jsonl({value})"},
     "reports.tensorboard": {
         "": "it takes a folder. Write reports.tensorboard(\"runs/digits\")",
-        "log_dir": "write reports.tensorboard({value})",
-        "logdir": "write reports.tensorboard({value})",
+        "log_dir logdir": "write reports.tensorboard({value})",
         "histogram_freq": "norms by layer are those of reports.watch(every=100). Leave it out",
     },
     "reports.wandb": {"": "settings have names, those of wandb.init. Write reports.wandb(project={value})"},
@@ -118,7 +102,7 @@ MEASURES: dict[str, dict[str, str]] = {
     "reports.plot": {
         "": "it takes the path of a picture. Write reports.plot(\"curves.svg\"), or history.plot() after fit",
     },
-    "reports.all_of": {"reports": "write reports.all_of(a, b)", "callbacks": "write reports.all_of(a, b)"},
+    "reports.all_of": {"reports callbacks": "write reports.all_of(a, b)"},
     "reports.each_epoch": {
         "": "it takes the pipeline of one epoch and a function. Write reports.each_epoch(train, lambda epoch, state: "
         "print(epoch))",
@@ -133,8 +117,7 @@ MEASURES: dict[str, dict[str, str]] = {
     },
     "reports.validate": {
         "": 'it takes four arguments. Write reports.validate(trainer, valid, {{"loss": losses.mse}}, each=train)',
-        "every": "write each={value}",
-        "steps": "write each={value}",
+        "every steps": "write each={value}",
     },
     "reports.progress": {
         "desc": "write description={value}",

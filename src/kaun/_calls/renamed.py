@@ -2,139 +2,110 @@
 
 from __future__ import annotations
 
-__all__ = ["ADVICE", "RENAMED"]
+from collections.abc import Mapping
+
+__all__ = ["ADVICE", "RENAMED", "spread", "spread_all"]
+
+
+def spread(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return a table with an entry for each name, of one in which names that share a text are one key."""
+    return {name: text for names, text in texts.items() for name in names.split(" ")}
+
+
+def spread_all(tables: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    return {kind: spread(texts) for kind, texts in tables.items()}
+
 
 # In lower case, without underscores and a "loss" at the end: names that differ in more than that.
-RENAMED: dict[str, dict[str, str]] = {
+RENAMED = spread_all({
     "layers": {
-        "dense": "linear", "densegeneral": "linear", "fullyconnected": "linear", "lazylinear": "linear",
-        "mlp": "linear",
-        "conv": "conv2d", "convtranspose": "conv_transpose2d", "conv1dtranspose": "conv_transpose1d",
-        "conv2dtranspose": "conv_transpose2d", "swish": "silu", "embed": "embedding",
-        "batchnorm1d": "batch_norm", "batchnorm2d": "batch_norm", "batchnorm3d": "batch_norm",
-        "batchnormalization": "batch_norm", "layernormalization": "layer_norm", "rmsnormalization": "rms_norm",
-        "groupnormalization": "group_norm", "instancenorm1d": "instance_norm", "instancenorm2d": "instance_norm",
-        "instancenormalization": "instance_norm", "spatialdropout1d": "spatial_dropout",
-        "spatialdropout2d": "spatial_dropout", "dropout1d": "spatial_dropout", "dropout2d": "spatial_dropout",
-        "droppath": "drop_path", "stochasticdepth": "drop_path", "simplernn": "rnn", "lstmcell": "lstm",
-        "grucell": "gru", "optimizedlstmcell": "lstm", "attention": "multi_head_attention",
-        "multiheadattention": "multi_head_attention", "multiheaddotproductattention": "multi_head_attention",
-        "maxpooling1d": "max_pool1d", "maxpooling2d": "max_pool2d", "maxpool": "max_pool2d", "avgpool": "avg_pool2d",
-        "averagepooling1d": "avg_pool1d", "averagepooling2d": "avg_pool2d", "adaptiveavgpool1d": "global_avg_pool",
-        "adaptiveavgpool2d": "global_avg_pool", "globalaveragepooling1d": "global_avg_pool",
-        "globalaveragepooling2d": "global_avg_pool", "globalmaxpooling1d": "global_max_pool",
-        "globalmaxpooling2d": "global_max_pool", "adaptivemaxpool2d": "global_max_pool", "upsample": "upsample2d",
-        "upsampling2d": "upsample2d", "lambda": "fn", "identity": "fn", "modulelist": "module", "moduledict": "module",
-        "list": "sequential", "chain": "sequential", "serial": "sequential", "rotaryembedding": "rope",
-        "positionalencoding": "sinusoidal_positions", "positionalembedding": "positions",
+        "dense densegeneral fullyconnected lazylinear mlp": "linear", "conv": "conv2d",
+        "convtranspose conv2dtranspose": "conv_transpose2d", "conv1dtranspose": "conv_transpose1d", "swish": "silu",
+        "embed": "embedding", "batchnorm1d batchnorm2d batchnorm3d batchnormalization": "batch_norm",
+        "layernormalization": "layer_norm", "rmsnormalization": "rms_norm", "groupnormalization": "group_norm",
+        "instancenorm1d instancenorm2d instancenormalization": "instance_norm",
+        "spatialdropout1d spatialdropout2d dropout1d dropout2d": "spatial_dropout",
+        "droppath stochasticdepth": "drop_path", "simplernn": "rnn", "lstmcell optimizedlstmcell": "lstm",
+        "grucell": "gru", "attention multiheadattention multiheaddotproductattention": "multi_head_attention",
+        "maxpooling1d": "max_pool1d", "maxpooling2d maxpool": "max_pool2d", "avgpool averagepooling2d": "avg_pool2d",
+        "averagepooling1d": "avg_pool1d",
+        "adaptiveavgpool1d adaptiveavgpool2d globalaveragepooling1d globalaveragepooling2d": "global_avg_pool",
+        "globalmaxpooling1d globalmaxpooling2d adaptivemaxpool2d": "global_max_pool",
+        "upsample upsampling2d": "upsample2d", "lambda identity": "fn", "modulelist moduledict": "module",
+        "list chain serial": "sequential", "rotaryembedding": "rope", "positionalencoding": "sinusoidal_positions",
+        "positionalembedding": "positions",
     },
     "losses": {
-        "l2": "mse", "squarederror": "mse", "meansquarederror": "mse", "l1": "mae", "absoluteerror": "mae",
-        "meanabsoluteerror": "mae", "smoothl1": "huber", "crossentropy": "cross_entropy_sparse",
-        "sparsecategoricalcrossentropy": "cross_entropy_sparse", "nll": "cross_entropy_sparse",
-        "softmaxcrossentropywithintegerlabels": "cross_entropy_sparse", "categoricalcrossentropy": "cross_entropy",
-        "softmaxcrossentropy": "cross_entropy", "bce": "binary_cross_entropy", "bcewithlogits": "binary_cross_entropy",
-        "binarycrossentropywithlogits": "binary_cross_entropy", "sigmoidbinarycrossentropy": "binary_cross_entropy",
-        "binarycrossentropy": "binary_cross_entropy", "binaryfocalcrossentropy": "focal", "sigmoidfocal": "focal",
-        "kldiv": "kl_divergence", "kl": "kl_divergence", "kldivergence": "kl_divergence",
-        "cosineembedding": "cosine_distance", "cosinesimilarity": "cosine_distance", "hingeembedding": "hinge",
-        "tripletmargin": "triplet", "ntxent": "info_nce", "poisson": "poisson_nll", "logcosh": "log_cosh",
+        "l2 squarederror meansquarederror": "mse", "l1 absoluteerror meanabsoluteerror": "mae", "smoothl1": "huber",
+        "crossentropy sparsecategoricalcrossentropy nll softmaxcrossentropywithintegerlabels": "cross_entropy_sparse",
+        "categoricalcrossentropy softmaxcrossentropy": "cross_entropy",
+        "bce bcewithlogits binarycrossentropywithlogits sigmoidbinarycrossentropy binarycrossentropy":
+            "binary_cross_entropy",
+        "binaryfocalcrossentropy sigmoidfocal": "focal", "kldiv kl kldivergence": "kl_divergence",
+        "cosineembedding cosinesimilarity": "cosine_distance", "hingeembedding": "hinge", "tripletmargin": "triplet",
+        "ntxent": "info_nce", "poisson": "poisson_nll", "logcosh": "log_cosh",
     },
     "metrics": {
-        "accuracyscore": "accuracy", "sparsecategoricalaccuracy": "accuracy", "categoricalaccuracy": "accuracy",
-        "multiclassaccuracy": "accuracy", "f1score": "f1", "fbetascore": "f1", "precisionscore": "precision",
-        "recallscore": "recall", "rocaucscore": "auc", "auroc": "auc", "rocauc": "auc",
-        "averageprecisionscore": "average_precision", "topkcategoricalaccuracy": "top_k_accuracy",
-        "sparsetopkcategoricalaccuracy": "top_k_accuracy", "topkaccuracyscore": "top_k_accuracy", "r2score": "r2",
-        "rootmeansquarederror": "rmse", "mae": "mean_absolute_error", "jaccardscore": "mean_iou", "iou": "mean_iou",
-        "jaccardindex": "mean_iou", "confusionmatrix": "confusion_matrix", "mean": "Tracker", "average": "Tracker",
+        "accuracyscore sparsecategoricalaccuracy categoricalaccuracy multiclassaccuracy": "accuracy",
+        "f1score fbetascore": "f1", "precisionscore": "precision", "recallscore": "recall",
+        "rocaucscore auroc rocauc": "auc", "averageprecisionscore": "average_precision",
+        "topkcategoricalaccuracy sparsetopkcategoricalaccuracy topkaccuracyscore": "top_k_accuracy", "r2score": "r2",
+        "rootmeansquarederror": "rmse", "mae": "mean_absolute_error", "jaccardscore iou jaccardindex": "mean_iou",
+        "confusionmatrix": "confusion_matrix", "mean average": "Tracker",
     },
     "reports": {
         "csvlogger": "csv", "tensorboardlogger": "tensorboard", "wandblogger": "wandb", "mlflowlogger": "mlflow",
-        "tqdm": "progress", "progbarlogger": "progress", "progressbar": "progress", "tqdmprogressbar": "progress",
-        "lambdacallback": "every", "everyn": "every", "periodic": "every", "timer": "time_limit",
-        "callbacklist": "all_of", "combine": "all_of", "compose": "all_of", "chain": "all_of", "all": "all_of",
-        "evaluation": "validate", "validation": "validate", "learningratemonitor": "learning_rate",
+        "tqdm progbarlogger progressbar tqdmprogressbar": "progress", "lambdacallback everyn periodic": "every",
+        "timer": "time_limit", "callbacklist combine compose chain all": "all_of", "evaluation validation": "validate",
+        "learningratemonitor": "learning_rate",
     },
     "averages": {
-        "exponentialmovingaverage": "ema", "movingaverage": "ema", "averagedmodel": "swa", "swamodel": "swa",
-        "stochasticweightaveraging": "swa", "updatebn": "update_statistics",
+        "exponentialmovingaverage movingaverage": "ema", "averagedmodel swamodel stochasticweightaveraging": "swa",
+        "updatebn": "update_statistics",
     },
     "checkpoint": {
-        "checkpointmanager": "Directory", "checkpointer": "Directory", "modelcheckpoint": "Directory",
-        "restore": "load", "restorecheckpoint": "load", "loadweights": "load", "savecheckpoint": "save",
-        "saveweights": "save", "dump": "save",
+        "checkpointmanager checkpointer modelcheckpoint": "Directory", "restore restorecheckpoint loadweights": "load",
+        "savecheckpoint saveweights dump": "save",
     },
     "interop": {"nnx": "flax_nnx", "flax": "linen", "eqx": "equinox", "hk": "haiku"},
     "sharding": {
-        "ddp": "data_parallel", "dp": "data_parallel", "distributeddataparallel": "data_parallel",
-        "pmap": "data_parallel", "replicate": "data_parallel", "fullyshardeddataparallel": "fsdp", "zero": "fsdp",
+        "ddp dp distributeddataparallel pmap replicate": "data_parallel", "fullyshardeddataparallel zero": "fsdp",
     },
-}  # fmt: skip
+})  # fmt: skip
 
 _SAVE = "Write checkpoint.save(path, state)"
 _LOAD = "Write state = checkpoint.load(path, like=trainer.init())"
 _OPTIMIZER = "An optimizer is one of optax, given to kaun.Trainer(model=model, optimizer=optax.adam(1e-3))."
-_STOPPING = 'Write reports.early_stopping("accuracy", mode="max", patience=5).'
 _SCOPE = "Randomness is that of a scope. Write with rng.scope(42): around what draws."
 _EVALUATION = "There is no mode to set: fit and step train, predict and evaluate do not."
-_STATE_PARAMS = "A model has no parameters itself: those of a state are state.vars.params."
 
-_NO_INPUT = "A model has no input layer: each layer says its sizes. Write layers.linear(in_features, out_features)."
-_BLOCKS = "Write the block with layers.module, and layers.repeat(block, n) for n of them."
-
-_NO_ADAPTER = (
-    "There is no adapter for its models: write the model with kaun.layers, and copy its weights, "
-    "vars = interop.safetensors.into(model.init(), interop.safetensors.load(path), rules)."
-)
-
-_CROSS_ENTROPY = (
-    "Write losses.cross_entropy_sparse for class indices, losses.cross_entropy for one-hot rows; both take logits."
-)
-_BINARY = "Write losses.binary_cross_entropy, which takes logits: leave the sigmoid out of the model."
-
-ADVICE: dict[str, dict[str, str]] = {
+ADVICE = spread_all({
     "Trainer": {
-        "()": "Write trainer.predict(state, x).",
+        "() apply forward": "Write trainer.predict(state, x).",
         "=": "write trainer = dataclasses.replace(trainer, {name}=...). It compiles its own programs.",
         "pickle": "a Trainer cannot be pickled: its model and optimizer are closures. Pickle the function that builds "
         "the trainer, and the state: pickle.dumps((build_trainer, state)); call build_trainer() in the other process.",
-        "save": f"{_SAVE}: the state has all that was trained.",
-        "save_model": f"{_SAVE}: the state has all that was trained.",
-        "save_weights": f"{_SAVE}: the state has all that was trained.",
+        "save save_model save_weights state_dict": f"{_SAVE}: the state has all that was trained.",
         "save_checkpoint": f"{_SAVE}, or during fit checkpoints=checkpoint.Directory(path).",
-        "load": f"{_LOAD}.",
-        "load_model": f"{_LOAD}.",
-        "load_weights": f"{_LOAD}.",
-        "restore": f"{_LOAD}.",
+        "load load_model load_weights restore": f"{_LOAD}.",
         "compile": "Nothing is compiled ahead. Write trainer = kaun.Trainer(model=model, optimizer=optax.adam(1e-3)), "
         "and data.with_loss(losses.mse).",
         "train": f"{_EVALUATION} Write state = trainer.fit(state, data).",
         "eval": f"{_EVALUATION} Write trainer.predict(state, x).",
-        "test": 'Write trainer.evaluate(state, data, {"accuracy": metrics.accuracy}).',
+        "test score": 'Write trainer.evaluate(state, data, {"accuracy": metrics.accuracy}).',
         "validate": 'Write trainer.evaluate(state, data, {"accuracy": metrics.accuracy}), or during fit '
         "reports.validate(...).",
-        "score": 'Write trainer.evaluate(state, data, {"accuracy": metrics.accuracy}).',
-        "train_step": "Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
-        "training_step": "Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
-        "train_on_batch": "Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
-        "update": "Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
-        "apply": "Write trainer.predict(state, x).",
-        "forward": "Write trainer.predict(state, x).",
+        "train_step training_step train_on_batch update":
+            "Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
         "predict_proba": "Write jax.nn.softmax(trainer.predict(state, x)).",
-        "partial_fit": "Write state = trainer.fit(state, data).",
-        "fit_transform": "Write state = trainer.fit(state, data).",
+        "partial_fit fit_transform": "Write state = trainer.fit(state, data).",
         "summary": "Write kaun.summary(trainer, x).",
         "history": "A report keeps it. Write report=(history := reports.history()) in fit.",
         "callbacks": "Reports are given to fit. Write trainer.fit(state, data, report=reports.all_of(a, b)).",
         "loss": "The loss belongs to the data. Write data.with_loss(losses.mse).",
-        "params": "A trainer has no parameters itself: those of a state are state.vars.params.",
-        "weights": "A trainer has no parameters itself: those of a state are state.vars.params.",
-        "parameters": "A trainer has no parameters itself: those of a state are state.vars.params.",
+        "params weights parameters": "A trainer has no parameters itself: those of a state are state.vars.params.",
         "state": "A trainer holds no state. Write state = trainer.init(), state = trainer.fit(state, data).",
-        "state_dict": f"{_SAVE}: the state has all that was trained.",
-        "lr": "The optimizer has it. Write dataclasses.replace(trainer, optimizer=optax.adam(1e-4)).",
-        "learning_rate": "The optimizer has it. Write dataclasses.replace(trainer, optimizer=optax.adam(1e-4)).",
+        "lr learning_rate": "The optimizer has it. Write dataclasses.replace(trainer, optimizer=optax.adam(1e-4)).",
         "zero_grad": "A step computes its own gradient: leave it out.",
         "backward": "A step computes the gradient. Write loss, state = trainer.step(state, x, loss=loss_of_output).",
         "to": "Arrays lie on JAX's default device. Write Trainer(..., sharding=sharding.data_parallel()) for several.",
@@ -146,23 +117,18 @@ ADVICE: dict[str, dict[str, str]] = {
         "trainer.step(state, x, loss=loss_of_output). Of an ensemble, a member is states.member(i).",
         "[str]": "Write state.vars.params, nested dicts and lists of arrays.",
         "save": f"{_SAVE}.",
-        "load": f"{_LOAD}.",
-        "restore": f"{_LOAD}.",
+        "load restore": f"{_LOAD}.",
         "state_dict": f"{_SAVE}, or read state.vars.params.",
-        "params": "Write state.vars.params.",
+        "params weights parameters": "Write state.vars.params.",
         "state": "Write state.vars.state.",
         "dtype": "Write state.vars.dtype.",
-        "weights": "Write state.vars.params.",
-        "parameters": "Write state.vars.params.",
         "apply_gradients": "Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
-        "apply_fn": "Write trainer.predict(state, x).",
-        "predict": "Write trainer.predict(state, x).",
+        "apply_fn predict": "Write trainer.predict(state, x).",
         "fit": "Write state = trainer.fit(state, data).",
         "loss": "fit's report receives the loss. Write report=(history := reports.history()), history.losses.",
         "history": "A report keeps it. Write report=(history := reports.history()) in fit.",
         "backward": "A step computes the gradient. Write loss, state = trainer.step(state, x, loss=loss_of_output).",
-        "eval": _EVALUATION,
-        "train": _EVALUATION,
+        "eval train": _EVALUATION,
         "tx": "The trainer has the optimizer: trainer.optimizer.",
         "optimizer": "The trainer has the optimizer, trainer.optimizer, and the state what it keeps, state.opt_state.",
         "rng": "Write state.key.",
@@ -175,8 +141,7 @@ ADVICE: dict[str, dict[str, str]] = {
         "[]": "Write vars.params, nested dicts and lists of arrays, or vars.state.",
         "=": "instead of .{name} = ..., make another one, vars = vars.replace({name}=...).",
         "weight": "Write vars.params, and in it the path of the layer.",
-        "weights": "Write vars.params.",
-        "parameters": "Write vars.params.",
+        "weights parameters": "Write vars.params.",
         "batch_stats": "Write vars.state.",
     },
     "Directory": {
@@ -187,12 +152,8 @@ ADVICE: dict[str, dict[str, str]] = {
         "best_step": 'Write runs.load(like, at="best").step.',
     },
     "Tracker": {
-        "update": 'Write tracker.observe("loss", loss).',
-        "add": 'Write tracker.observe("loss", loss).',
-        "log": 'Write tracker.observe("loss", loss).',
-        "compute": 'Write tracker.mean("loss").',
-        "result": 'Write tracker.mean("loss").',
-        "avg": 'Write tracker.mean("loss").',
+        "update add log": 'Write tracker.observe("loss", loss).',
+        "compute result avg": 'Write tracker.mean("loss").',
     },
     "Ensemble": {
         "[]": "Write [states.member(i) for i in range(many.n)] for the states of its members.",
@@ -203,8 +164,7 @@ ADVICE: dict[str, dict[str, str]] = {
     },
     "History": {
         "history": "Write history.losses, of each step, history.epochs, their averages, or history.results.",
-        "loss": "Write history.losses.",
-        "train_loss": "Write history.losses.",
+        "loss train_loss": "Write history.losses.",
         "val_loss": "Write history.results, what reports.validate measured.",
         "epoch": "Write history.epochs.",
         "params": "A history has numbers alone: history.losses, history.epochs and history.results.",
@@ -212,47 +172,40 @@ ADVICE: dict[str, dict[str, str]] = {
         "model": "A history has numbers alone: the state is what fit returns.",
     },
     "EarlyStopping": {
-        "best_state": "Write stopper.best.",
-        "best_weights": "Write stopper.best.",
+        "best_state best_weights": "Write stopper.best.",
         "restore_best_weights": "Write state = stopper.best after fit.",
         "best_score": "Write stopper.best_value.",
-        "best_epoch": "Write stopper.best.step.",
-        "best_step": "Write stopper.best.step.",
+        "best_epoch best_step": "Write stopper.best.step.",
         "stopped_epoch": "The state that fit returned says it: state.step.",
         "early_stop": "The state that fit returned says where it ended: state.step.",
     },
-    "interop": {"torch": _NO_ADAPTER, "pytorch": _NO_ADAPTER, "keras": _NO_ADAPTER, "tensorflow": _NO_ADAPTER},
+    "interop": {
+        "torch pytorch keras tensorflow": "There is no adapter for its models: write the model with kaun.layers, and "
+        "copy its weights, vars = interop.safetensors.into(model.init(), interop.safetensors.load(path), rules).",
+    },
     "Layer": {
         "[]": "It is a function, and its parts are not kept. Write parts = [a, b], model = layers.sequential(parts); "
         "the parameters of the first one are state.vars.params[0].",
         "()": "Its weights are those of a state. Write trainer.predict(state, x), or y, vars = model.apply(vars, x).",
-        "parameters": _STATE_PARAMS,
-        "params": _STATE_PARAMS,
-        "weights": _STATE_PARAMS,
-        "weight": _STATE_PARAMS,
-        "bias": _STATE_PARAMS,
-        "state_dict": _STATE_PARAMS,
-        "forward": "Write trainer.predict(state, x).",
-        "predict": "Write trainer.predict(state, x).",
+        "parameters params weights weight bias state_dict":
+            "A model has no parameters itself: those of a state are state.vars.params.",
+        "forward predict": "Write trainer.predict(state, x).",
         "fit": "Write trainer = kaun.Trainer(model=model, optimizer=optax.adam(1e-3)), state = trainer.init(), "
         "state = trainer.fit(state, data).",
         "compile": "Write trainer = kaun.Trainer(model=model, optimizer=optax.adam(1e-3)).",
         "summary": "Write kaun.summary(trainer, x).",
-        "train": _EVALUATION,
-        "eval": _EVALUATION,
+        "train eval": _EVALUATION,
         "save": f"{_SAVE}: a state has the weights.",
         "load": f"{_LOAD}.",
         "layers": "A model does not keep its layers: those of a sequential are the list that it was made of.",
         "zero_grad": "A step computes its own gradient: leave it out.",
         "cuda": "Arrays lie on JAX's default device, which is the GPU where JAX has one.",
-        "add": "A model does not change. Write layers.sequential([a, b]), or a >> b.",
-        "append": "A model does not change. Write layers.sequential([a, b]), or a >> b.",
+        "add append": "A model does not change. Write layers.sequential([a, b]), or a >> b.",
         "trainable": 'The trainer says what trains: Trainer(..., trainable=lambda path: path.startswith("head")).',
         "to": "Arrays lie on JAX's default device. Write Trainer(..., sharding=sharding.data_parallel()) for several.",
     },
     "Data": {
-        "load": "Load arrays first. Write Data.batches((x, y), batch_size=32).",
-        "read_csv": "Load arrays first. Write Data.batches((x, y), batch_size=32).",
+        "load read_csv": "Load arrays first. Write Data.batches((x, y), batch_size=32).",
         "cache": "Arrays in memory need none. Write Data.from_items(list(data)) to keep what a slow pipeline makes.",
         "padded_batch": "Write data.bucket(length, edges, batch_size), or Data.batches(..., pad=True).",
         "enumerate": "Write Data.zip(Data.from_items(range(n)), data).",
@@ -267,21 +220,18 @@ ADVICE: dict[str, dict[str, str]] = {
         "to": "Arrays go to the device in fit.",
         "loader": "A Data is iterated as it is: trainer.fit(state, data).",
         "from_generator": "Write Data.from_iterable(f), with f a function without arguments that makes the generator.",
-        "from_tensor_slices": "Write Data.from_arrays(x, y), or Data.batches((x, y), batch_size=32).",
+        "from_tensor_slices from_numpy": "Write Data.from_arrays(x, y), or Data.batches((x, y), batch_size=32).",
         "from_tensors": "Write Data.repeat(1, item).",
         "from_dataset": "Write Data.from_items(dataset) for one with len() and [i], Data.from_iterable(dataset) else.",
-        "from_torch": "Write Data.from_iterable(loader).",
-        "from_loader": "Write Data.from_iterable(loader).",
+        "from_torch from_loader": "Write Data.from_iterable(loader).",
         "from_list": "Write Data.from_items(items).",
-        "from_numpy": "Write Data.from_arrays(x, y), or Data.batches((x, y), batch_size=32).",
         "from_pandas": 'Write Data.batches((frame[["a"]].to_numpy(np.float32), frame["y"].to_numpy()), batch_size=32).',
         "from_dict": "Write Data.batches({\"x\": x, \"y\": y}, batch_size=32).",
         "range": "Write Data.from_items(range(n)).",
         "unbatch": "Write Data.from_arrays(x, y): its items are rows.",
         "window": "Write data.map_batch(n, f).",
         "cardinality": "Write len(data).",
-        "reduce": "Iterate it: for item in data.",
-        "numpy": "Iterate it: for item in data.",
+        "reduce numpy": "Iterate it: for item in data.",
         "shape": "A pipeline has items, not one array. Write next(iter(data)) for the first.",
         "collate": "Write Data.stack(items), or data.map_batch(n, f).",
         "train_test_split": "Split the arrays first, x[:n] and x[n:], or write Data.folds((x, y), k, batch_size).",
@@ -295,9 +245,7 @@ ADVICE: dict[str, dict[str, str]] = {
         "Module": "Write layers.module(parts, forward).",
         "Sequential": "Write layers.sequential([...]).",
         "nn": "Write kaun.layers.",
-        "optim": _OPTIMIZER,
-        "optimizers": _OPTIMIZER,
-        "optimizer": _OPTIMIZER,
+        "optim optimizers optimizer Adam AdamW SGD RMSprop Adagrad Lion": _OPTIMIZER,
         "DataLoader": "Write kaun.Data.batches((x, y), batch_size=32).",
         "Dataset": "Write kaun.Data.from_items(items).",
         "data": "Write kaun.Data.",
@@ -307,13 +255,9 @@ ADVICE: dict[str, dict[str, str]] = {
         "metric": "Write kaun.metrics.",
         "save": f"{_SAVE}.",
         "load": f"{_LOAD}.",
-        "EarlyStopping": _STOPPING,
+        "EarlyStopping": 'Write reports.early_stopping("accuracy", mode="max", patience=5).',
         "jit": "Write jax.jit. fit, step, predict and evaluate are compiled as they are.",
-        **dict.fromkeys(("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Lion"), _OPTIMIZER),
-        "seed": _SCOPE,
-        "manual_seed": _SCOPE,
-        "set_seed": _SCOPE,
-        "random": _SCOPE,
+        "seed manual_seed set_seed random": _SCOPE,
         "State": "Write kaun.TrainState.",
         "activations": "Activations are layers, layers.relu(), or functions of jax.nn.",
         "initializers": "Initializers are those of jax.nn.initializers.",
@@ -321,13 +265,13 @@ ADVICE: dict[str, dict[str, str]] = {
         "predict": "Write trainer.predict(state, x).",
     },
     "rng": {
-        **dict.fromkeys(("seed", "manual_seed", "set_seed", "default_rng"), _SCOPE),
-        **dict.fromkeys(("key", "PRNGKey", "split"), "Write rng.next_key(), and jax.random.split for several keys."),
+        "seed manual_seed set_seed default_rng": _SCOPE,
+        "key PRNGKey split": "Write rng.next_key(), and jax.random.split for several keys.",
     },
     "layers": {
         "Sequential": "Write layers.sequential([a, b]).",
-        "Input": _NO_INPUT,
-        "InputLayer": _NO_INPUT,
+        "Input InputLayer":
+            "A model has no input layer: each layer says its sizes. Write layers.linear(in_features, out_features).",
         "Identity": "Write layers.fn(lambda x: x).",
         "Lambda": "Write layers.fn(f).",
         "Reshape": "Write layers.fn(lambda x: x.reshape(len(x), 4, 4)).",
@@ -338,35 +282,26 @@ ADVICE: dict[str, dict[str, str]] = {
         "Normalization": "Normalize the arrays first, or write layers.fn(lambda x: (x - mean) / std).",
         "Model": "Write layers.sequential([...]), or layers.module(parts, forward).",
         "Parameter": "Write layers.parameter(shape).",
-        "Transformer": _BLOCKS,
-        "TransformerEncoder": _BLOCKS,
-        "TransformerEncoderLayer": _BLOCKS,
-        "GaussianNoise": "Write data.random_map(lambda key, item: ...) to augment.",
-        "RandomFlip": "Write data.random_map(lambda key, item: ...) to augment.",
+        "Transformer TransformerEncoder TransformerEncoderLayer":
+            "Write the block with layers.module, and layers.repeat(block, n) for n of them.",
+        "GaussianNoise RandomFlip": "Write data.random_map(lambda key, item: ...) to augment.",
     },
     "losses": {
-        "CrossEntropyLoss": _CROSS_ENTROPY,
-        "CrossEntropy": _CROSS_ENTROPY,
-        "NLLLoss": _CROSS_ENTROPY,
-        "nll_loss": _CROSS_ENTROPY,
-        "BCELoss": _BINARY,
-        "BinaryCrossentropy": _BINARY,
+        "CrossEntropyLoss CrossEntropy NLLLoss nll_loss": "Write losses.cross_entropy_sparse for class indices, "
+        "losses.cross_entropy for one-hot rows; both take logits.",
+        "BCELoss BinaryCrossentropy":
+            "Write losses.binary_cross_entropy, which takes logits: leave the sigmoid out of the model.",
     },
     "metrics": {
-        "mse": "A loss is a metric too: write losses.mse.",
-        "mean_squared_error": "A loss is a metric too: write losses.mse.",
-        "MeanSquaredError": "A loss is a metric too: write losses.mse.",
+        "mse mean_squared_error MeanSquaredError loss Loss": "A loss is a metric too: write losses.mse.",
         "log_loss": "A loss is a metric too: write losses.cross_entropy_sparse.",
-        "loss": "A loss is a metric too: write losses.mse.",
-        "Loss": "A loss is a metric too: write losses.mse.",
         "classification_report": "Write metrics.precision, metrics.recall and metrics.f1, or metrics.confusion_matrix.",
     },
     "reports": {
         "ModelCheckpoint": 'fit keeps checkpoints. Write trainer.fit(state, data, checkpoints='
         'checkpoint.Directory(path, best=("accuracy", "max"))).',
-        "checkpoint": "fit keeps checkpoints. Write trainer.fit(state, data, checkpoints=checkpoint.Directory(path)).",
-        "BackupAndRestore": "fit keeps checkpoints. Write trainer.fit(state, data, "
-        "checkpoints=checkpoint.Directory(path)).",
+        "checkpoint BackupAndRestore":
+            "fit keeps checkpoints. Write trainer.fit(state, data, checkpoints=checkpoint.Directory(path)).",
         "ReduceLROnPlateau": "The optimizer does it: optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau()).",
         "LearningRateScheduler": "The optimizer has it: optax.adam(optax.cosine_decay_schedule(1e-3, steps)).",
         "TerminateOnNaN": 'The trainer stops at the first: Trainer(..., on_nonfinite="raise"), the default.',
@@ -374,5 +309,5 @@ ADVICE: dict[str, dict[str, str]] = {
         "EarlyStop": "Write raise kaun.EarlyStop.",
         "TensorBoard": "Write reports.tensorboard(folder).",
     },
-}  # fmt: skip
+})  # fmt: skip
 """By kind of object or module, and by name; "()" stands for a call of it, "=" for an assignment, "pickle" for that."""

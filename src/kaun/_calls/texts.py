@@ -1,12 +1,14 @@
 """What to write in place of a call whose arguments Python refuses: by function, and by the argument.
 
-The argument "" stands for too many or too few positional ones. In a text, {value} is what was given.
+Names that share a text are one key, with spaces between them. The argument "" stands for too many or too few
+positional ones. In a text, {value} is what was given.
 """
 
 from __future__ import annotations
 
 from kaun._calls.layer_texts import DEVICE, LAYERS
 from kaun._calls.measure_texts import MEASURES
+from kaun._calls.renamed import spread, spread_all
 
 __all__ = ["CALLS", "FIT", "FIT_TAKES", "STEP", "STEP_TAKES"]
 
@@ -16,11 +18,8 @@ _MEASURE = (
     'metrics are given to evaluate. Write trainer.evaluate(state, data, {{"accuracy": metrics.accuracy}}), or during '
     'fit reports.validate(trainer, valid, {{"accuracy": metrics.accuracy}}, each=train)'
 )
-_SHUFFLED = "the order belongs to the data. Write Data.batches((x, y), batch_size=32, shuffle=True)"
 _BATCHED = "the data make the batches. Write Data.batches((x, y), batch_size={value})"
-_ITEMS = "it is a part of the data. Write trainer.fit(state, Data.batches((x, y), batch_size=32).with_loss(losses.mse))"
 _PASSES = "the data say how many passes there are. Write trainer.fit(state, data.epochs({value}))"
-_REPORT = "write report=, with reports.all_of(a, b) for several"
 _VALIDATE = (
     'a report validates. Write report=reports.validate(trainer, valid, {{"loss": losses.mse}}, each=train), with '
     "valid = Data.batches((x, y), batch_size=256)"
@@ -28,123 +27,86 @@ _VALIDATE = (
 
 FIT_TAKES = "state, data, *, ctx=None, report=None, checkpoints=None"
 
-FIT: dict[str, str] = {
-    "epochs": _PASSES,
-    "n_epochs": _PASSES,
-    "num_epochs": _PASSES,
-    "max_epochs": _PASSES,
-    "steps": "the data say how many steps there are. Write trainer.fit(state, data.take({value}))",
-    "max_steps": "the data say how many steps there are. Write trainer.fit(state, data.take({value}))",
-    "steps_per_epoch": "the data say how many steps there are. Write trainer.fit(state, data.take({value}))",
+FIT = spread({
+    "epochs n_epochs num_epochs max_epochs": _PASSES,
+    "steps max_steps steps_per_epoch":
+        "the data say how many steps there are. Write trainer.fit(state, data.take({value}))",
     "initial_epoch": "write trainer.fit(state, data.epochs(n).skip(steps)), or resume with checkpoints=",
     "batch_size": _BATCHED,
-    "shuffle": _SHUFFLED,
-    "validation_data": _VALIDATE,
-    "valid_data": _VALIDATE,
-    "val_data": _VALIDATE,
-    "eval_set": _VALIDATE,
-    "val_dataloaders": _VALIDATE,
+    "shuffle": "the order belongs to the data. Write Data.batches((x, y), batch_size=32, shuffle=True)",
+    "validation_data valid_data val_data eval_set val_dataloaders": _VALIDATE,
     "validation_split": "split the arrays first, x[:n] and x[n:]. Then " + _VALIDATE,
     "validation_freq": "write reports.validate(..., each=steps)",
-    "callbacks": _REPORT,
-    "callback": _REPORT,
-    "reports": _REPORT,
-    "verbose": "a report shows the progress. Write report=reports.progress()",
+    "callbacks callback reports": "write report=, with reports.all_of(a, b) for several",
+    "verbose progress_bar": "a report shows the progress. Write report=reports.progress()",
     "progress": "write report=reports.progress()",
-    "progress_bar": "a report shows the progress. Write report=reports.progress()",
     "metrics": _MEASURE,
-    "loss": _LOSS,
-    "loss_fn": _LOSS,
+    "loss loss_fn": _LOSS,
     "optimizer": "the trainer has it. Write kaun.Trainer(model=model, optimizer=optimizer)",
-    "learning_rate": "the optimizer has it. Write kaun.Trainer(model=model, optimizer=optax.adam({value}))",
-    "lr": "the optimizer has it. Write kaun.Trainer(model=model, optimizer=optax.adam({value}))",
+    "learning_rate lr": "the optimizer has it. Write kaun.Trainer(model=model, optimizer=optax.adam({value}))",
     "class_weight": "the loss takes it. Write data.with_loss(functools.partial(losses.cross_entropy_sparse, "
     "class_weights=weights)), with an array [classes]",
     "sample_weight": "the data have it. Write Data.batches((x, y), batch_size=32, sample_weights=weights)",
-    "checkpoint": "write checkpoints=checkpoint.Directory({value})",
-    "checkpoint_dir": "write checkpoints=checkpoint.Directory({value})",
-    "ckpt_path": "write checkpoints=checkpoint.Directory({value})",
+    "checkpoint checkpoint_dir ckpt_path": "write checkpoints=checkpoint.Directory({value})",
     "resume": "a directory resumes. Write checkpoints=checkpoint.Directory(path)",
     "context": "write ctx=Context(name=array)",
-    "seed": _SEED,
-    "key": _SEED,
-    "rng": _SEED,
+    "seed key rng": _SEED,
     "training": "fit trains always. Without an update write trainer.evaluate(state, data, metrics)",
     "accumulate_grad_batches": "write kaun.Trainer(..., accumulate={value})",
     "train": "the data are the second argument. Write trainer.fit(state, data)",
-    "x": _ITEMS,
-    "y": _ITEMS,
-}
+    "x y":
+        "it is a part of the data. Write trainer.fit(state, Data.batches((x, y), batch_size=32).with_loss(losses.mse))",
+})  # fmt: skip
 """The arguments of ``fit`` in Keras, Lightning and scikit-learn."""
 
 _TRAINER: dict[str, str] = {
     "": "its arguments have names, and both model and optimizer are needed. Write kaun.Trainer(model=model, "
     "optimizer=optax.adam(1e-3))",
-    "loss": _LOSS,
-    "loss_fn": _LOSS,
-    "criterion": _LOSS,
+    "loss loss_fn criterion": _LOSS,
     "metrics": _MEASURE,
-    "max_epochs": _PASSES,
-    "epochs": _PASSES,
+    "max_epochs epochs": _PASSES,
     "batch_size": _BATCHED,
     "callbacks": "fit takes reports. Write trainer.fit(state, data, report=reports.all_of(a, b))",
     "report": "fit takes reports. Write trainer.fit(state, data, report=report)",
     "logger": "fit takes reports. Write trainer.fit(state, data, report=reports.tensorboard(folder))",
     "checkpoints": "fit takes them. Write trainer.fit(state, data, checkpoints=checkpoint.Directory(path))",
-    "learning_rate": "the optimizer has it. Write optimizer=optax.adam({value})",
-    "lr": "the optimizer has it. Write optimizer=optax.adam({value})",
+    "learning_rate lr": "the optimizer has it. Write optimizer=optax.adam({value})",
     "lr_scheduler": "the optimizer has it. Write optimizer=optax.adam(optax.cosine_decay_schedule(1e-3, steps))",
     "schedule": "the optimizer has it. Write optimizer=optax.adam(schedule)",
     "weight_decay": "the optimizer has it. Write optimizer=optax.adamw(1e-3, weight_decay={value})",
-    "gradient_clip_val": "the optimizer clips. Write optimizer=optax.chain(optax.clip_by_global_norm({value}), "
+    "gradient_clip_val clip": "the optimizer clips. Write optimizer=optax.chain(optax.clip_by_global_norm({value}), "
     "optax.adam(1e-3))",
-    "clip": "the optimizer clips. Write optimizer=optax.chain(optax.clip_by_global_norm({value}), optax.adam(1e-3))",
-    "seed": _SEED,
-    "key": _SEED,
-    "rng": _SEED,
+    "seed key rng": _SEED,
     "dtype": "write trainer.init(dtype={value})",
     "mixed_precision": 'write precision="mixed_bfloat16"',
-    "accumulate_grad_batches": "write accumulate={value}",
-    "gradient_accumulation_steps": "write accumulate={value}",
+    "accumulate_grad_batches gradient_accumulation_steps": "write accumulate={value}",
     "ema": "write average=averages.ema(0.999)",
-    "regularizer": "write penalty=, a function of the parameters",
-    "regularization": "write penalty=, a function of the parameters",
-    "device": DEVICE,
-    "devices": DEVICE,
-    "accelerator": DEVICE,
+    "regularizer regularization": "write penalty=, a function of the parameters",
+    "device devices accelerator": DEVICE,
     "freeze": 'write trainable=lambda path: path.startswith("head")',
     "params": "a state has the parameters. Write trainer.make_state(vars)",
 }
 
 STEP_TAKES = "state, x, *, loss, training=True, ctx=None"
 
-_OF_OUTPUT = "write loss=, a function of the output: lambda output: losses.mse(output, y)"
-STEP: dict[str, str] = {
+STEP = spread({
     "": "Write loss, state = trainer.step(state, x, loss=lambda output: losses.mse(output, y)).",
-    "y": _OF_OUTPUT,
-    "loss_fn": _OF_OUTPUT,
-    "criterion": _OF_OUTPUT,
-    "labels": _OF_OUTPUT,
-    "targets": _OF_OUTPUT,
+    "y loss_fn criterion labels targets": "write loss=, a function of the output: lambda output: losses.mse(output, y)",
     "train": "write training={value}",
     "context": "write ctx=Context(name=array)",
     "metrics": "the loss may return a pair of its value and a dict of other scalars, for reports",
-    "seed": "the state has the key: the randomness of a step is a function of state.key and state.step. Leave it out",
-    "key": "the state has the key: the randomness of a step is a function of state.key and state.step. Leave it out",
-    "rng": "the state has the key: the randomness of a step is a function of state.key and state.step. Leave it out",
-}
+    "seed key rng":
+        "the state has the key: the randomness of a step is a function of state.key and state.step. Leave it out",
+})  # fmt: skip
 """The arguments of ``step`` in other libraries; "" is a whole sentence."""
 
 _DATA = "the arrays are one argument. Write Data.batches((x, y), batch_size=32)"
 
-CALLS: dict[str, dict[str, str]] = {
+CALLS = spread_all({
     "Trainer": _TRAINER,
     "Trainer.init": {
         "": f"{_SEED}\nA dtype has a name: trainer.init(dtype=jnp.float32)",
-        "seed": _SEED,
-        "key": _SEED,
-        "rng": _SEED,
-        "rngs": _SEED,
+        "seed key rng rngs": _SEED,
     },
     "Trainer.make_state": {
         "": "it takes the variables alone. Write trainer.make_state(vars)",
@@ -187,9 +149,9 @@ CALLS: dict[str, dict[str, str]] = {
     },
     "summary": {
         "": "it takes a trainer and an input, for its shapes. Write kaun.summary(trainer, x)",
-        "input_shape": "it takes an input. Write kaun.summary(trainer, jax.ShapeDtypeStruct(shape, jnp.float32))",
+        "input_shape input_size":
+            "it takes an input. Write kaun.summary(trainer, jax.ShapeDtypeStruct(shape, jnp.float32))",
         "depth": "it shows all layers. Leave it out",
-        "input_size": "it takes an input. Write kaun.summary(trainer, jax.ShapeDtypeStruct(shape, jnp.float32))",
     },
     "Data.batches": {
         "": _DATA,
@@ -210,19 +172,16 @@ CALLS: dict[str, dict[str, str]] = {
     "Layer.init": {
         "": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()\n"
         "A dtype has a name: model.init(dtype=jnp.float32)",
-        "seed": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()",
-        "key": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()",
-        "rngs": "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()",
-        "input_shape": "layers know their sizes. Leave it out",
-        "x": "layers know their sizes. Leave it out",
+        "seed key rngs":
+            "the seed is that of the RNG scope. Write\n    with rng.scope({seed}):\n        vars = model.init()",
+        "input_shape x": "layers know their sizes. Leave it out",
     },
     "Layer.apply": {
         "": "it takes variables and an input, and returns both. Write y, vars = model.apply(vars, x)",
         "train": "write training={value}",
         "deterministic": "write training=False, the default",
         "mutable": "it returns the variables with the new state always. Leave it out",
-        "rngs": "keys are those of the RNG scope. Write with rng.scope({seed}): around the call",
-        "key": "keys are those of the RNG scope. Write with rng.scope({seed}): around the call",
+        "rngs key": "keys are those of the RNG scope. Write with rng.scope({seed}): around the call",
         "context": "write ctx=Context(name=array)",
     },
     "Vars": {"": "write Vars(params={{...}}, state={{}}, dtype=jnp.float32)"},
@@ -240,21 +199,17 @@ CALLS: dict[str, dict[str, str]] = {
     },
     "checkpoint.save": {
         "": "the path comes first. Write checkpoint.save(\"digits.safetensors\", state)",
-        "overwrite": "a file of that name is replaced. Leave it out",
-        "force": "a file of that name is replaced. Leave it out",
+        "overwrite force": "a file of that name is replaced. Leave it out",
     },
     "checkpoint.load": {
         "": "it takes the path and a tree of the same structure. Write checkpoint.load(path, like=trainer.init())",
-        "target": "write like={value}",
-        "item": "write like={value}",
+        "target item": "write like={value}",
         "strict": "it is strict always, in shapes, dtypes and names. Leave it out",
     },
     "checkpoint.Directory.load": {"": "it takes a state of the same structure. Write runs.load(like=trainer.init())"},
     "averages.ema": {
         "": "it takes the decay. Write Trainer(average=averages.ema(0.999))",
-        "beta": "write averages.ema({value})",
-        "alpha": "write averages.ema({value})",
-        "momentum": "write averages.ema({value})",
+        "beta alpha momentum": "write averages.ema({value})",
     },
     "averages.swa": {"": "its arguments have names. Write averages.swa(start=1000, every=100)"},
     "averages.update_statistics": {
@@ -280,8 +235,7 @@ CALLS: dict[str, dict[str, str]] = {
     "Data.stack": {"": "the items are one list. Write Data.stack([a, b])"},
     "Data.map": {
         "": "it takes a function of an item. Write data.map(lambda item: ...)",
-        "num_parallel_calls": "write data.map(f).prefetch(n): a thread reads ahead",
-        "num_proc": "write data.map(f).prefetch(n): a thread reads ahead",
+        "num_parallel_calls num_proc": "write data.map(f).prefetch(n): a thread reads ahead",
         "batched": "write data.map_batch(n, f)",
     },
     "Data.map_batch": {"": "it takes the size of a batch and a function of a list. Write data.map_batch(32, f)"},
@@ -319,23 +273,17 @@ CALLS: dict[str, dict[str, str]] = {
     "Data.with_loss": {"": "it takes the loss alone, a function (output, y). Write data.with_loss(losses.mse)"},
     "Data.epochs": {
         "": "it takes the number of passes. Write data.epochs(3)",
-        "n_epochs": "write data.epochs({value})",
-        "num_epochs": "write data.epochs({value})",
-        "count": "write data.epochs({value})",
+        "n_epochs num_epochs count": "write data.epochs({value})",
     },
     "checkpoint.Directory": {
         "": "it takes the folder, and all else by name. Write checkpoint.Directory(\"runs/digits\", every=500)",
         "save_best_only": 'write best=("accuracy", "max"), with the name of a value that a report measures',
         "monitor": 'write best=({value}, "max")',
-        "max_to_keep": "write keep={value}",
-        "save_top_k": "write keep={value}",
-        "save_total_limit": "write keep={value}",
-        "save_freq": "write every={value}",
-        "save_interval_steps": "write every={value}",
-        "every_n_train_steps": "write every={value}",
+        "max_to_keep save_top_k save_total_limit": "write keep={value}",
+        "save_freq save_interval_steps every_n_train_steps": "write every={value}",
         "save_weights_only": "a checkpoint has all of the state. Leave it out, and read directory.load_vars(like)",
     },
     **LAYERS,
     **MEASURES,
-}  # fmt: skip
+})  # fmt: skip
 """By function; ``layers.conv`` and the like stand for a family."""

@@ -59,7 +59,7 @@ def _explain(cls: type, names: Iterable[str]) -> None:
 def _entry(cls: type, name: str) -> str:
     """The name of a method in ``CALLS``: as users write the class, most of them with its module."""
     package = cls.__module__.split(".")[1]
-    whole = f"{package}.{cls.__name__}" if package in ("checkpoint", "metrics", "reports") else cls.__name__
+    whole = f"{package}.{cls.__name__}" if package in ("checkpoint", "losses", "metrics", "reports") else cls.__name__
     return whole if name == "__init__" else f"{whole}.{name}"
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import tree
-from kaun._calls import explained
+from kaun._calls import explained, with_advice
 
 __all__ = ["LossFunction", "Mean", "parts_of", "row_arguments", "scalar_like", "wide", "with_parts"]
 
@@ -21,6 +21,7 @@ P = ParamSpec("P")
 Scalar = jax.Array | np.number[Any] | float
 
 
+@with_advice
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mean:
     """A weighted mean as its two sums, which a loss may return in place of a scalar.
