@@ -53,7 +53,8 @@ def normalize_batch(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float
 def _tangents(
     x: jax.Array, mean: jax.Array, inverse: jax.Array, weight: jax.Array, x_dot: Any, weight_dot: Any, bias_dot: Any
 ) -> Normalized:
-    centred, moved, scale = x.astype(mean.dtype) - _wide(mean, x), x_dot.astype(mean.dtype), inverse * weight
+    # Not the forward pass's difference: XLA would find the two equal, and keep that as well as the input.
+    centred, moved, scale = x.astype(mean.dtype) + _wide(-mean, x), x_dot.astype(mean.dtype), inverse * weight
     mean_dot, variance_dot = _mean(moved), 2 * _mean(centred * moved)
     # The sums over the gradient, which its transpose takes, are two: of the gradient, and of it times what is centred.
     of_centred = inverse * weight_dot - 0.5 * scale * inverse**2 * variance_dot
