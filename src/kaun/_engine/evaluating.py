@@ -17,7 +17,7 @@ from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh
 from kaun._engine.inputs import StepInputs, item_at, pattern_for, refuse_traced
 from kaun._engine.jaxpr import slow_in_loops
-from kaun._engine.options import LOOP_OPTIONS
+from kaun._engine.options import loop_options
 from kaun._engine.program import ROWS, Program, count_on_device
 from kaun._engine.results import OpenBlock
 from kaun._jax import calls_the_host
@@ -56,7 +56,7 @@ class TracedMetrics:
         self.entries: set[str] = set()
         self.wanted: Mapping[str, int] = {}
         self.seconds = time.perf_counter() - start
-        self._function, self._vectors = jitted, vectors
+        self._function, self._vectors, self._options = jitted, vectors, loop_options(traced.jaxpr)
         self._programs: dict[tuple[bool, ...], Program] = {}
 
     def program(self, pattern: tuple[bool, ...]) -> Program:
@@ -64,7 +64,7 @@ class TracedMetrics:
         if pattern not in self._programs:
             block = self._straight if self.capacity == 1 else self._looped(pattern)
             stacks = "stacked" if any(pattern) else "passed once"
-            self._programs[pattern] = Program(block, pattern, stacks, compiler_options=LOOP_OPTIONS)
+            self._programs[pattern] = Program(block, pattern, stacks, compiler_options=self._options)
         return self._programs[pattern]
 
     def _straight(self, leaves: Any, key: Any, count: Any, shared: list[Any], stacked: list[Any]) -> list[Any]:

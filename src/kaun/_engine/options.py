@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
-__all__ = ["LOOP_OPTIONS", "MEMBER_OPTIONS", "accepts_member_options"]
+from kaun._engine.jaxpr import is_heavy
+
+__all__ = ["LOOP_OPTIONS", "MEMBER_OPTIONS", "accepts_member_options", "loop_options"]
 
 # XLA would move what does not depend on the item out of the loop, fuse it in another way there, and so change the last
 # bit depending on whether items are stacked. The numbers must not depend on that.
@@ -15,13 +17,36 @@ LOOP_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-
 # XLA:CPU would give sums over few numbers of small members to a library (YNNPACK): 100 us for a sum that takes 0.7 us
 # in XLA's own code (256 members, 4 rows, JAX 0.10.2).
 MEMBER_OPTIONS = {**LOOP_OPTIONS, "xla_cpu_experimental_ynn_fusion_type": ""}
+# All that XLA:CPU gives to YNNPACK by default but convolutions, which run on one core there (JAX 0.10.2): those of
+# ResNet-18's 64 channels took 36 ms of one core, and take 32 ms of two together. Operations that keep all cores busy
+# gain nothing from running side by side, and need more memory for it: 523 MB in ResNet-18's step instead of 317.
+_HEAVY_OPTIONS = {
+    **LOOP_OPTIONS,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+
+
+def loop_options(jaxpr: Any) -> dict[str, Any]:
+    """Return the options for the loops over what was traced."""
+    heavy = jax.default_backend() == "cpu" and is_heavy(jaxpr) and _accepts_heavy_options()
+    return _HEAVY_OPTIONS if heavy else LOOP_OPTIONS
 
 
 @functools.cache
 def accepts_member_options() -> bool:
     """Return whether this version of XLA has all of ``MEMBER_OPTIONS``: one of them is an experimental one."""
+    return _accepts(MEMBER_OPTIONS)
+
+
+@functools.cache
+def _accepts_heavy_options() -> bool:
+    return _accepts(_HEAVY_OPTIONS)
+
+
+def _accepts(options: dict[str, Any]) -> bool:
     try:
-        jax.jit(lambda: 0, compiler_options=MEMBER_OPTIONS).lower().compile()
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

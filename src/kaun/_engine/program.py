@@ -18,7 +18,7 @@ from kaun._engine.inputs import StepInputs, as_arrays, item_at, pattern_for
 from kaun._engine.jaxpr import digest_program, is_heavy, slow_in_loops
 from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout, unwritten
-from kaun._engine.options import LOOP_OPTIONS, MEMBER_OPTIONS, accepts_member_options
+from kaun._engine.options import MEMBER_OPTIONS, accepts_member_options, loop_options
 from kaun._engine.packing import MemberPacking, Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
 from kaun._engine.probabilities import warn_of_probabilities
@@ -195,7 +195,8 @@ class TracedStep:
                 run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
-                options = MEMBER_OPTIONS if self._has_small_members and self.placing is None else LOOP_OPTIONS
+                small = self._has_small_members and self.placing is None
+                options = MEMBER_OPTIONS if small else loop_options(self.jaxpr)
                 found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=options)
                 self._programs[key] = found
             return found

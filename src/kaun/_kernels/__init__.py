@@ -1,5 +1,6 @@
 """Operations laid out so that XLA:CPU runs them on its fast kernels; on other devices they are JAX's own."""
 
+from kaun._kernels.batch_norm import normalize_batch as normalize_batch
 from kaun._kernels.conv import ConvConfig as ConvConfig
 from kaun._kernels.conv import convolve as convolve
 from kaun._kernels.conv import convolve_transposed as convolve_transposed

@@ -72,7 +72,7 @@ def winograd(x: jax.Array, weight: jax.Array, padding: Padding) -> jax.Array:
         Array([6., 9., 9.], dtype=float32)
     """
     sizes = _sizes(x, padding)
-    return _outputs(_products(_inputs(_padded(x, padding, sizes), sizes), _kernels(weight)), x.shape[0], sizes)
+    return _outputs(_products(_inputs(_padded(x, padding, sizes), sizes), weight), x.shape[0], sizes)
 
 
 def winograd_tangent(x: jax.Array, weight: jax.Array, x_dot: Any, weight_dot: Any, padding: Padding) -> jax.Array:
@@ -87,11 +87,11 @@ def winograd_tangent(x: jax.Array, weight: jax.Array, x_dot: Any, weight_dot: An
     def derivative(x: jax.Array, weight: jax.Array, x_dot: Any, weight_dot: Any) -> jax.Array:
         sums: Any = 0
         if weight_dot is not None:
-            sums = _products(_inputs(_padded(x, padding, sizes), sizes), _kernels(weight_dot))
+            sums = _products(_inputs(_padded(x, padding, sizes), sizes), weight_dot)
         if x_dot is not None:
             taps = _inputs_by_product(_padded(x_dot, padding, sizes), sizes)
             # In parts along the filters, over which the transpose sums.
-            parts = [lax.dot_general(taps, part, _BATCHED) for part in _parts(_kernels(weight), 2)]
+            parts = [lax.dot_general(taps, _kernels(part), _BATCHED) for part in _parts(weight, 3)]
             sums = sums + jnp.concatenate(parts, axis=2)
         return _outputs(sums, x.shape[0], sizes)
 
@@ -138,9 +138,10 @@ def _kernels(weight: jax.Array) -> jax.Array:
     return (_both(_KERNEL, weight) @ weight.reshape(9, -1)).reshape(16, *weight.shape[2:])
 
 
-def _products(inputs: jax.Array, kernels: jax.Array) -> jax.Array:
+def _products(inputs: jax.Array, weight: jax.Array) -> jax.Array:
     """Return the products at the 16 places, ``[16, tiles, filters]``, summed over the channels."""
-    pairs = zip(_parts(inputs, 2), _parts(kernels, 1), strict=True)
+    # Parts of the kernel, and not of its transform, which is larger.
+    pairs = zip(_parts(inputs, 2), map(_kernels, _parts(weight, 2)), strict=True)
     return functools.reduce(operator.add, [lax.dot_general(*pair, _BATCHED) for pair in pairs])
 
 

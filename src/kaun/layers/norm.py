@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kaun import tree
 from kaun._calls import explained, public
+from kaun._kernels import normalize_batch
 from kaun.context import Context
 from kaun.layers.arguments import accumulation_dtype, along_last, call_text, fraction, positive, size
 from kaun.layers.core import Float, Layer, Vars
@@ -232,23 +233,24 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=features)
-        state = vars.state
-        if training:
-            mean, var = _batch_statistics(name, x, ctx.get("row_mask"))
-            shares = (momentum, 1 - momentum)
-            if "statistics_rows" in ctx:
-                rows = ctx["statistics_rows"].astype(mean.dtype)
-                shares = rows / rows.sum()
-            state = {
-                "running_mean": _updated(state["running_mean"], mean, *shares),
-                "running_var": _updated(state["running_var"], var, *shares),
-            }
+        state, dtype, row_mask = vars.state, accumulation_dtype(x.dtype), ctx.get("row_mask")
+        if not training:
+            mean, var = (state[key].astype(dtype) for key in ("running_mean", "running_var"))
+            return _normalized(x, mean, var, eps, vars), vars
+        _check_count(name, x)
+        if row_mask is None:
+            weight, bias = (vars.params[key].astype(dtype) for key in ("weight", "bias"))
+            y, mean, var = normalize_batch(x, weight, bias, eps)
+            y = y.astype(vars.dtype)
         else:
-            mean, var = (state[key].astype(accumulation_dtype(x.dtype)) for key in ("running_mean", "running_var"))
-        z = jax.nn.standardize(
-            x.astype(mean.dtype), mean=along_last(mean, x.ndim), variance=along_last(var, x.ndim), epsilon=eps
-        )
-        return _scaled(z, vars), vars.replace(state=state) if training else vars
+            mean, var = _masked_statistics(name, x, row_mask)
+            y = _normalized(x, mean, var, eps, vars)
+        shares = (momentum, 1 - momentum)
+        if "statistics_rows" in ctx:
+            rows = ctx["statistics_rows"].astype(dtype)
+            shares = rows / rows.sum()
+        means, variances = _updated(state["running_mean"], mean, *shares), _updated(state["running_var"], var, *shares)
+        return y, vars.replace(state={"running_mean": means, "running_var": variances})
 
     return Layer(init=init, apply=apply, name=name)
 
@@ -281,7 +283,12 @@ def _scaled(z: jax.Array, vars: Vars) -> jax.Array:
     return z.astype(vars.dtype)
 
 
-def _batch_statistics(name: str, x: jax.Array, row_mask: Any) -> tuple[jax.Array, jax.Array]:
+def _normalized(x: jax.Array, mean: jax.Array, var: jax.Array, eps: float, vars: Vars) -> jax.Array:
+    mean, var = along_last(mean, x.ndim), along_last(var, x.ndim)
+    return _scaled(jax.nn.standardize(x.astype(mean.dtype), mean=mean, variance=var, epsilon=eps), vars)
+
+
+def _check_count(name: str, x: jax.Array) -> None:
     count = math.prod(x.shape[:-1])
     if count < 2:
         raise ValueError(
@@ -289,10 +296,10 @@ def _batch_statistics(name: str, x: jax.Array, row_mask: Any) -> tuple[jax.Array
             f"{count} for each: the output would not depend on the input. Drop a last batch of one example with "
             "Data.batches(..., drop_last=True), or use layers.layer_norm."
         )
-    z = x.astype(accumulation_dtype(x.dtype))
-    axes = tuple(range(x.ndim - 1))
-    if row_mask is None:
-        return jnp.mean(z, axis=axes), jnp.var(z, axis=axes)
+
+
+def _masked_statistics(name: str, x: jax.Array, row_mask: Any) -> tuple[jax.Array, jax.Array]:
+    z, axes = x.astype(accumulation_dtype(x.dtype)), tuple(range(x.ndim - 1))
     mask = jnp.asarray(row_mask)
     if mask.shape != x.shape[:1] or mask.dtype != jnp.bool_:
         raise ValueError(
@@ -301,7 +308,7 @@ def _batch_statistics(name: str, x: jax.Array, row_mask: Any) -> tuple[jax.Array
             "without pad=True."
         )
     mask = jnp.expand_dims(mask, tuple(range(1, x.ndim)))
-    total = jnp.maximum(mask.sum(), 1).astype(z.dtype) * (count // x.shape[0])
+    total = jnp.maximum(mask.sum(), 1).astype(z.dtype) * math.prod(x.shape[1:-1])
     mean = jnp.where(mask, z, 0).sum(axis=axes) / total
     centred = jnp.where(mask, z - along_last(mean, x.ndim), 0)
     return mean, (centred * centred).sum(axis=axes) / total
