@@ -61,21 +61,14 @@ class Placing:
         """Return the placements, None without a sharding."""
         return None if sharding is None else cls(sharding, structure, leaves, inputs)
 
-    def put_item(self, leaves: Sequence[Any], pattern: Sequence[bool] = (), *, stacked: bool = False) -> list[Any]:
-        """Return the arrays of an item on their devices.
-
-        Args:
-            leaves: The arrays.
-            pattern: Which arrays of an item are stacked; then ``leaves`` are those that are, or the others.
-            stacked: Whether the arrays are stacks: of a block's items, along a leading axis.
-        """
-        where = self._stack if stacked else [where for where, _ in self._item]
-        mine = [w for w, many in zip(where, pattern, strict=True) if many == stacked] if pattern else where
-        return [leaf if w is None else put(leaf, w) for leaf, w in zip(leaves, mine, strict=True)]
+    def put_item(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the arrays of an item on their devices."""
+        return _put_all(leaves, [where for where, _ in self._item])
 
     def put_block(
-        self, arguments: tuple[Any, ...], pattern: Sequence[bool], wait: Callable[[], None] = lambda: None
-    ) -> tuple[Any, ...]:
+        self, arguments: tuple[Any, ...], pattern: Sequence[bool], wait: Callable[[], None] = lambda: None, *,
+        fresh: bool = True,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Return the arguments of a program that runs the steps of a block, each on its devices.
 
         Args:
@@ -83,13 +76,17 @@ class Placing:
                 the items that are not stacked and those that are.
             pattern: For each array of an item whether it is stacked.
             wait: Waits for the block before where devices cannot hold two, and raises if another process has ended.
+            fresh: Whether the state is not that of the block before, and may still be computed when that is done.
         """
         held, key, status, count, shared, stacked = arguments
-        wait_on_cpu(self._sharding, held, wait=wait)
+        once = [where for (where, _), many in zip(self._item, pattern, strict=True) if not many]
+        behind = [where for where, many in zip(self._stack, pattern, strict=True) if many]
+        # What the host has is put while the block before runs. To move arrays between devices may take a program.
+        shared, stacked = _put_all(shared, once, of_host=True), _put_all(stacked, behind, of_host=True)
+        wait_on_cpu(self._sharding, held if fresh else (), wait=wait)
         if status is not None:
             status = self.put_everywhere(status)
-        items = self.put_item(shared, pattern), self.put_item(stacked, pattern, stacked=True)
-        return held, key, status, count, *items
+        return held, key, status, count, _put_all(shared, once), _put_all(stacked, behind)
 
     def put_everywhere(self, value: Any) -> Any:
         """Return an array on all devices."""
@@ -183,6 +180,12 @@ def wait_on_cpu(
         if entry and sharding.mesh.is_multi_process:
             wait_for_devices(entry.split()[0], processes_of(sharding, ()), arrays)
         jax.block_until_ready(arrays)
+
+
+def _put_all(leaves: Sequence[Any], places: Sequence[Any], *, of_host: bool = False) -> list[Any]:
+    """Return arrays on devices, those without a placement as they are; with ``of_host`` so are arrays of JAX."""
+    pairs = zip(leaves, places, strict=True)
+    return [a if w is None or (of_host and isinstance(a, jax.Array)) else put(a, w) for a, w in pairs]
 
 
 @functools.lru_cache(maxsize=512)
