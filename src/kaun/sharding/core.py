@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,12 +19,14 @@ from kaun.sharding.rules import ByMember, ByPath, Rule, Shape, everywhere
 
 __all__ = [
     "Sharding",
+    "Spread",
     "check_axis",
     "check_sharding",
     "gathered",
     "item_placement",
     "processes_of",
     "put",
+    "spread_params",
     "spread_rows",
     "state_placements",
 ]
@@ -170,6 +172,33 @@ def _state_placements(sharding: Sharding, structure: Any, shapes: tuple[Shape, .
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
     specs = [_spec(sharding.rule, params, path, shape) for path, shape in zip(paths, shapes, strict=True)]
     return tuple([_named(sharding.mesh, spec) for spec in specs])
+
+
+class Spread(NamedTuple):
+    """Where parameters lie of which some lie over several devices.
+
+    Attributes:
+        mesh: The devices.
+        specs: The spec of each parameter.
+        axes: The mesh axes over which each lies.
+    """
+
+    mesh: Mesh
+    specs: list[PartitionSpec]
+    axes: list[tuple[str, ...]]
+
+
+def spread_params(sharding: Sharding | None, params: Any, trained: Any) -> Spread | None:
+    """Return where the parameters that train lie in a program; None where each device has all of them whole."""
+    if sharding is None or isinstance(sharding.rule, ByMember):
+        return None
+    found = _specs(sharding, params)
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(trained)[0]]
+    specs = [_named(sharding.mesh, found[path][1]).spec for path in paths]
+    axes = [
+        tuple([n for entry in spec for n in (entry if isinstance(entry, tuple) else (entry,)) if n]) for spec in specs
+    ]
+    return Spread(sharding.mesh, specs, axes) if any(axes) else None
 
 
 def gathered(sharding: Sharding | None, vars: Any) -> Any:

@@ -77,10 +77,10 @@ def test_gathered_fsdp_has_one_gather_and_one_reduction_for_each_weight(kit, ent
     assert {kind for kind, _ in found} == {"all-gather", "all-reduce"}
     large = [(kind, size) for kind, sizes in found for size in sizes if size > max(BIASES)]
     assert sorted(large) == [(kind, size) for kind in ("all-gather", "all-reduce") for size in WEIGHTS]
-    # One reduction of all gradients. The norm of the reduced gradient, of which each device has a part, is summed after
-    # it, together with the loss.
+    # One reduction of all gradients. The norms of the reduced gradients, of which each device has a part, are summed
+    # after it in one vector, together with the loss.
     reductions = [sizes for kind, sizes in found if kind == "all-reduce"]
-    assert reductions == [(), tuple(sorted((*WEIGHTS, *BIASES), reverse=True))]
+    assert reductions == [(4,), tuple(sorted((*WEIGHTS, *BIASES), reverse=True))]
 
 
 @pytest.mark.slow
@@ -98,6 +98,8 @@ def test_each_device_has_its_part_of_the_state_and_donates_it(kit):
     assert compiled.state_bytes <= whole / 8 + 3 * small + 16
     memory = compiled.made.memory_analysis()
     assert compiled.state_bytes <= memory.alias_size_in_bytes <= compiled.state_bytes + 64
+    # The gradients are added over the devices first, then the norms of their parts, in one vector.
+    assert [sizes for kind, sizes in compiled.collectives if kind == "all-reduce"] == [(4,), (*WEIGHTS, *BIASES)]
 
 
 @pytest.mark.parametrize(
