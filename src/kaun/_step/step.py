@@ -23,12 +23,12 @@ from kaun._step.optimizer import apply_update, check_params, init_optimizer
 from kaun._step.precision import apply_model, cast_to_compute
 from kaun._step.settings import Carry, Settings
 from kaun._step.trainable import Partition, trainable_part
-from kaun._step.watch import Outcome, Update, gradient_finite
+from kaun._step.watch import Outcome, Update, checks_of, gradient_finite
 from kaun._step.window import Item, add_to_window, add_window, optimizer_state, window_rates
 from kaun.averages.weights import add_average, put_average, take_average
 from kaun.context import Context
 from kaun.layers.core import Vars
-from kaun.sharding.core import gathered, spread_params
+from kaun.sharding.core import added_gradient, gathered
 
 __all__ = ["StepOutput", "eval_step", "init_carry", "train_step"]
 
@@ -147,9 +147,9 @@ def train_step(
             params, after = apply_update(settings.optimizer, gradient, opt_state, trained, given.value, value_fn)
             return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
-        spread = spread_params(settings.sharding, vars.params, parts.vars.params)
-        one = Update(update, old, discards=discards, layer_state=layer_state, spread=spread)
-        done, norms = _update_now(settings, one, scale, gradient, given.value, step, wanted, clean, left)
+        one = Update(update, old, discards=discards, layer_state=layer_state)
+        added = added_gradient(settings.sharding, vars.params, gradient)
+        done, norms = _update_now(settings, one, scale, (gradient, added), given.value, step, wanted, clean, left)
     numbers = _numbers(settings, done, given.value)
     numbers |= window_rates(settings.optimizer, before, done.new["opt_state"]) | given.numbers() | norms
     after, finite, checks = done.new["opt_state"], done.finite, done.checks
@@ -162,16 +162,17 @@ def train_step(
 
 
 def _update_now(
-    settings: Settings, update: Update, scale: LossScale | None, gradient: Any, value: jax.Array, step: jax.Array,
+    settings: Settings, update: Update, scale: LossScale | None, gradients: Any, value: jax.Array, step: jax.Array,
     wanted: Mapping[str, int], clean: Any, left: Any,
 ) -> tuple[Outcome, dict[str, jax.Array]]:  # fmt: skip
     """Make the update of one item, unless it is not finite; with it return the numbers of ``layer_norms``."""
     watched, old = settings.on_nonfinite != "ignore", update.before
+    gradient, added = gradients
     if left is not None and (proof := update.proof(gradient)) is not None:
-        checks, left = update.proved_checks(gradient, value.dtype, proof, left)
+        checks, left = update.proved_checks(added, value.dtype, proof, left)
     else:
         left = None
-        checks = update.checks(gradient, value.dtype, clean, watched=watched)
+        checks = update.checks(gradient, value.dtype, clean) if watched else checks_of(added, old, old, value.dtype)
     norm = jnp.sqrt(checks.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(scale, value, checks) if scale is not None else None

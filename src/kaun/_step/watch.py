@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from kaun import tree
 from kaun._jax import HOST_CALLS, primitives_in, run_program
 from kaun._step.ranges import GRADIENT, Proof, prove
-from kaun.sharding.core import Spread
 
 __all__ = ["Outcome", "Update", "check_names", "checks_of", "gradient_finite", "spoiled_leaves"]
 
@@ -61,17 +59,15 @@ class Update:
             state and the optimizer's. ``function`` returns the same.
         discards: Whether ``made`` is to give back ``before`` where the step is not finite.
         layer_state: The layers' state after the step; for ``proved_checks``.
-        spread: Where the parameters lie, as ``spread_params`` returns it.
 
     Attributes:
         before: As the argument.
     """
 
     def __init__(
-        self, function: Callable[[Any], Any], before: dict[str, Any], *, discards: bool, layer_state: Any = None,
-        spread: Spread | None = None,
-    ) -> None:  # fmt: skip
-        self._layer_state, self._spread = layer_state, spread
+        self, function: Callable[[Any], Any], before: dict[str, Any], *, discards: bool, layer_state: Any = None
+    ) -> None:
+        self._layer_state = layer_state
         self._discards, self.before, self._after, self._branches = discards, before, None, False
         self._closed: Any = None
         if not discards:
@@ -90,20 +86,18 @@ class Update:
         if not operations.isdisjoint(_ONCE):
             self._after = self._run(before["opt_state"])
 
-    def checks(self, gradient: Any, loss_dtype: Any, clean: Any = None, *, watched: bool = True) -> jax.Array:
-        """Return ``checks_of`` the gradient and this update; of the gradient alone where it is not watched.
+    def checks(self, gradient: Any, loss_dtype: Any, clean: Any = None) -> jax.Array:
+        """Return ``checks_of`` the gradient and this update.
 
         An update is computed here for the check alone, and again where it is made: that costs one more pass over
         gradient and state, and no memory. A condition (``optax.MultiSteps``) would store what it returns; for a batch
         of one state it becomes a selection, which does not.
         """
         before = self.before
-        if not watched:
-            return checks_of(gradient, before, before, loss_dtype, spread=self._spread)
         if self._after is not None:
-            return checks_of(gradient, before, self._after, loss_dtype, clean, self._spread)
+            return checks_of(gradient, before, self._after, loss_dtype, clean)
         if not self._branches:
-            return checks_of(gradient, before, self._run(before["opt_state"]), loss_dtype, spread=self._spread)
+            return checks_of(gradient, before, self._run(before["opt_state"]), loss_dtype)
         of = lambda state: checks_of(gradient, before, self._run(state), loss_dtype)
         return jax.vmap(of)(jax.tree_util.tree_map(lambda leaf: leaf[None], before["opt_state"]))[0]
 
@@ -125,8 +119,7 @@ class Update:
             left: How many updates are proved to be finite, this one among them.
         """
         before = self.before
-        after = {**before, "state": self._layer_state}
-        checks = checks_of(gradient, before, after, loss_dtype, spread=self._spread)
+        checks = checks_of(gradient, before, {**before, "state": self._layer_state}, loss_dtype)
         proved = (left > 0) & (jnp.sqrt(checks.sum()) <= GRADIENT)
 
         def look() -> tuple[jax.Array, jax.Array]:
@@ -153,9 +146,8 @@ class Update:
 
 
 def checks_of(
-    gradient: Any, before: dict[str, Any], after: dict[str, Any], loss_dtype: Any, clean: Any = None,
-    spread: Spread | None = None,
-) -> jax.Array:  # fmt: skip
+    gradient: Any, before: dict[str, Any], after: dict[str, Any], loss_dtype: Any, clean: Any = None
+) -> jax.Array:
     """Return what tells whether gradient and update are finite, a vector of float32 (float64 where one is wider).
 
     First for each leaf of the gradient the sum of its squares: not finite where the leaf is not, and ``-inf`` where the
@@ -170,7 +162,6 @@ def checks_of(
         after: The same after it; the same object as ``before`` where no update is to be looked at.
         loss_dtype: The dtype of the loss.
         clean: Whether all elements before are known to be finite, a bool scalar; None where that is not known.
-        spread: Where the parameters lie, as ``spread_params`` returns it.
     """
     leaves = jax.tree_util.tree_leaves(gradient)
     widest = jnp.float64 if jnp.float64 in (loss_dtype, *[leaf.dtype for leaf in leaves]) else jnp.float32
@@ -181,32 +172,8 @@ def checks_of(
             mirrors[place].append((old, new))
         elif place is None:
             others.append(jnp.zeros((), widest) if old is new else _check_of_other(old, new, clean, dtype=widest))
-    pairs = list(zip(leaves, mirrors, strict=True))
-    if spread is not None:
-        return jnp.concatenate([_checks_of_spread(spread, pairs, clean, widest), *[other[None] for other in others]])
+    pairs = zip(leaves, mirrors, strict=True)
     return jnp.stack([*[_check_of_leaf(leaf, mirror, clean, dtype=widest) for leaf, mirror in pairs], *others])
-
-
-def _checks_of_spread(spread: Spread, pairs: Any, clean: Any, dtype: Any) -> jax.Array:
-    """Return the checks of parameters that lie over devices: of each device's part, then added in one operation.
-
-    Left to XLA each check would be added over the devices beside the next parameters' gradients, which it then does not
-    add in one operation either: of three layers under ``fsdp`` 4 in place of 2, each of which all devices wait for.
-    """
-
-    def parts(pairs: Any, clean: Any) -> jax.Array:
-        found = [_check_of_leaf(leaf, mirror, clean, dtype=dtype) for leaf, mirror in pairs]
-        for axes in dict.fromkeys(filter(None, spread.axes)):
-            places = [i for i, own in enumerate(spread.axes) if own == axes]
-            total = lax.psum(jnp.stack([found[i] for i in places]), axes)
-            for place, check in zip(places, total, strict=True):
-                found[place] = check
-        return jnp.stack(found)
-
-    everywhere = PartitionSpec()
-    given = [(spec, [(spec, spec)] * len(mirror)) for spec, (_, mirror) in zip(spread.specs, pairs, strict=True)]
-    mapped = jax.shard_map(parts, mesh=spread.mesh, in_specs=(given, everywhere), out_specs=everywhere)
-    return mapped(pairs, clean)
 
 
 # Jitted, both are traced once for all leaves of a shape.

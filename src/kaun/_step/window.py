@@ -27,7 +27,6 @@ from kaun._step.trainable import Partition
 from kaun._step.watch import Outcome, Update, checks_of
 from kaun.averages.weights import put_average, take_average
 from kaun.layers.arguments import accumulation_dtype
-from kaun.sharding.core import spread_params
 
 __all__ = [
     "Item",
@@ -149,8 +148,7 @@ def add_to_window(
     window, watched, yes = old["opt_state"], settings.on_nonfinite != "ignore", jnp.array(True)
     rolls_back = discards and settings.on_nonfinite == "raise"
     added = {**old, "state": item.layer_state, "opt_state": _with_item(window, item)}
-    spread = spread_params(settings.sharding, parts.whole(old["params"]), old["params"])
-    checks = checks_of(item.gradient, old, added if watched else old, value.dtype, spread=spread)
+    checks = checks_of(item.gradient, old, added if watched else old, value.dtype)
     finite = both_finite(value, jnp.sqrt(checks.sum()))
     overflowed = None if scale is None else has_overflowed(scale, value, checks)
     taken = yes if not discards else finite if watched or overflowed is None else ~overflowed
