@@ -42,10 +42,10 @@ class Placing:
         inputs: The inputs of the step.
     """
 
-    __slots__ = ("_carry", "_item", "_length", "_members", "_sharding", "_stack")
+    __slots__ = ("_carry", "_everywhere", "_item", "_length", "_members", "_sharding", "_stack")
 
     def __init__(self, sharding: Sharding, structure: Any, leaves: Sequence[Any], inputs: StepInputs) -> None:
-        self._sharding, self._length = sharding, inputs.examples
+        self._sharding, self._length, self._everywhere = sharding, inputs.examples, sharding.replicated
         # The mesh axis over which the members of an ensemble lie, None where this is the state of one model.
         self._members = sharding.rule.axis if isinstance(sharding.rule, ByMember) else None
         self._carry = state_placements(sharding, structure, leaves)
@@ -90,11 +90,11 @@ class Placing:
 
     def put_everywhere(self, value: Any) -> Any:
         """Return an array on all devices."""
-        return put(value, self._sharding.replicated)
+        return put(value, self._everywhere)
 
     def count(self, steps: int) -> jax.Array:
         """Return a number of steps on all devices. To put one there costs 0.5 ms on 8 devices, so they are kept."""
-        return _kept_count(self._sharding.replicated, steps)
+        return _kept_count(self._everywhere, steps)
 
     def pin_item(self, item: Sequence[Any]) -> list[Any]:
         """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA.
@@ -124,7 +124,7 @@ class Placing:
 
     def pin_everywhere(self, value: Any) -> Any:
         """Return a pytree of arrays in a program, on all devices: what the host reads."""
-        return jax.tree_util.tree_map(lambda leaf: lax.with_sharding_constraint(leaf, self._sharding.replicated), value)
+        return jax.tree_util.tree_map(lambda leaf: lax.with_sharding_constraint(leaf, self._everywhere), value)
 
     def pin_numbers(self, value: Any, axis: int = 0) -> Any:
         """Return losses and other numbers in a program, on all devices; those of members stay with their member.
