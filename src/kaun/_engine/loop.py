@@ -311,8 +311,7 @@ class StepLoop:
         self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
         stacked: list[Any],
     ) -> None:  # fmt: skip
-        fresh = not self._carry[0] or self._prepared[0] is not traced or self._prepared[1] != pattern
-        if fresh:
+        if fresh := not self._carry[0] or self._prepared[0] is not traced or self._prepared[1] != pattern:
             self._prepare(traced, pattern)
         (_, _, entry, program), (_, held, results) = self._prepared, self._carry
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.

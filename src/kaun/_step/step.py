@@ -129,8 +129,7 @@ def train_step(
         return value if scale is None else scale_loss(scale, value), (given, alone, parts.kept(layer_state))
 
     (_, (given, alone, layer_state)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
-    if scale is not None:
-        gradient = unscale(scale, gradient)
+    gradient = gradient if scale is None else unscale(scale, gradient)
     old = {"params": parts.vars.params, "state": vars.state, "opt_state": before}
     discards = scale is not None or (settings.on_nonfinite != "ignore" and discard)
     if settings.accumulate > 1:
