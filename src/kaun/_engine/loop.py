@@ -225,8 +225,7 @@ class StepLoop:
             return
         buffer, traced, inputs = self._open
         pattern = traced.pattern(buffer.varying)
-        count = buffer.count
-        self._dispatch(traced, inputs, pattern, count, *buffer.arguments(pattern))
+        self._dispatch(traced, inputs, pattern, buffer.count, *buffer.arguments(pattern))
 
     def carry(self) -> Any:
         """Return the state after the last step that was pushed, or before one that is not finite."""
@@ -285,7 +284,7 @@ class StepLoop:
             buffer.add(inputs)
             return
         most = buffer.room(rows, inputs) if rows else traced.most
-        leaves, once = inputs.owned(), (False,) * len(inputs.leaves)
+        leaves, once = [] if rows else inputs.owned(), (False,) * len(inputs.leaves)
         for start in range(0, count, most):
             n = min(most, count - start)
             if rows:
@@ -312,7 +311,7 @@ class StepLoop:
         self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
         stacked: list[Any],
     ) -> None:  # fmt: skip
-        if not self._carry[0] or self._prepared[0] is not traced or self._prepared[1] != pattern:
+        if fresh := not self._carry[0] or self._prepared[0] is not traced or self._prepared[1] != pattern:
             self._prepare(traced, pattern)
         (_, _, entry, program), (_, held, results) = self._prepared, self._carry
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
@@ -320,7 +319,8 @@ class StepLoop:
         first = self._first_step if results is None else results.first + results.steps
         arguments = (held, self._key, status, count_on_device(count, traced.placing), shared, stacked)
         if traced.placing is not None:
-            arguments = traced.placing.put_block(arguments, pattern, lambda: wait_for(results, self._together))
+            wait = functools.partial(wait_for, results, self._together)
+            arguments = traced.placing.put_block(arguments, pattern, wait, fresh=fresh)
         if not program.compiled:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))

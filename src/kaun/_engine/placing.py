@@ -42,10 +42,10 @@ class Placing:
         inputs: The inputs of the step.
     """
 
-    __slots__ = ("_carry", "_item", "_length", "_members", "_sharding", "_stack")
+    __slots__ = ("_carry", "_everywhere", "_item", "_length", "_members", "_sharding", "_stack")
 
     def __init__(self, sharding: Sharding, structure: Any, leaves: Sequence[Any], inputs: StepInputs) -> None:
-        self._sharding, self._length = sharding, inputs.examples
+        self._sharding, self._length, self._everywhere = sharding, inputs.examples, sharding.replicated
         # The mesh axis over which the members of an ensemble lie, None where this is the state of one model.
         self._members = sharding.rule.axis if isinstance(sharding.rule, ByMember) else None
         self._carry = state_placements(sharding, structure, leaves)
@@ -61,21 +61,14 @@ class Placing:
         """Return the placements, None without a sharding."""
         return None if sharding is None else cls(sharding, structure, leaves, inputs)
 
-    def put_item(self, leaves: Sequence[Any], pattern: Sequence[bool] = (), *, stacked: bool = False) -> list[Any]:
-        """Return the arrays of an item on their devices.
-
-        Args:
-            leaves: The arrays.
-            pattern: Which arrays of an item are stacked; then ``leaves`` are those that are, or the others.
-            stacked: Whether the arrays are stacks: of a block's items, along a leading axis.
-        """
-        where = self._stack if stacked else [where for where, _ in self._item]
-        mine = [w for w, many in zip(where, pattern, strict=True) if many == stacked] if pattern else where
-        return [leaf if w is None else put(leaf, w) for leaf, w in zip(leaves, mine, strict=True)]
+    def put_item(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the arrays of an item on their devices."""
+        return _put_all(leaves, [where for where, _ in self._item])
 
     def put_block(
-        self, arguments: tuple[Any, ...], pattern: Sequence[bool], wait: Callable[[], None] = lambda: None
-    ) -> tuple[Any, ...]:
+        self, arguments: tuple[Any, ...], pattern: Sequence[bool], wait: Callable[[], None] = lambda: None, *,
+        fresh: bool = True,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Return the arguments of a program that runs the steps of a block, each on its devices.
 
         Args:
@@ -83,21 +76,25 @@ class Placing:
                 the items that are not stacked and those that are.
             pattern: For each array of an item whether it is stacked.
             wait: Waits for the block before where devices cannot hold two, and raises if another process has ended.
+            fresh: Whether the state is not that of the block before, and may still be computed when that is done.
         """
         held, key, status, count, shared, stacked = arguments
-        wait_on_cpu(self._sharding, held, wait=wait)
+        once = [where for (where, _), many in zip(self._item, pattern, strict=True) if not many]
+        behind = [where for where, many in zip(self._stack, pattern, strict=True) if many]
+        # What the host has is put while the block before runs. To move arrays between devices may take a program.
+        shared, stacked = _put_all(shared, once, of_host=True), _put_all(stacked, behind, of_host=True)
+        wait_on_cpu(self._sharding, held if fresh else (), wait=wait)
         if status is not None:
             status = self.put_everywhere(status)
-        items = self.put_item(shared, pattern), self.put_item(stacked, pattern, stacked=True)
-        return held, key, status, count, *items
+        return held, key, status, count, _put_all(shared, once), _put_all(stacked, behind)
 
     def put_everywhere(self, value: Any) -> Any:
         """Return an array on all devices."""
-        return put(value, self._sharding.replicated)
+        return put(value, self._everywhere)
 
     def count(self, steps: int) -> jax.Array:
         """Return a number of steps on all devices. To put one there costs 0.5 ms on 8 devices, so they are kept."""
-        return _kept_count(self._sharding.replicated, steps)
+        return _kept_count(self._everywhere, steps)
 
     def pin_item(self, item: Sequence[Any]) -> list[Any]:
         """Return the arrays of an item in a program, their rows spread; those that do not divide are padded by XLA.
@@ -127,7 +124,7 @@ class Placing:
 
     def pin_everywhere(self, value: Any) -> Any:
         """Return a pytree of arrays in a program, on all devices: what the host reads."""
-        return jax.tree_util.tree_map(lambda leaf: lax.with_sharding_constraint(leaf, self._sharding.replicated), value)
+        return jax.tree_util.tree_map(lambda leaf: lax.with_sharding_constraint(leaf, self._everywhere), value)
 
     def pin_numbers(self, value: Any, axis: int = 0) -> Any:
         """Return losses and other numbers in a program, on all devices; those of members stay with their member.
@@ -183,6 +180,12 @@ def wait_on_cpu(
         if entry and sharding.mesh.is_multi_process:
             wait_for_devices(entry.split()[0], processes_of(sharding, ()), arrays)
         jax.block_until_ready(arrays)
+
+
+def _put_all(leaves: Sequence[Any], places: Sequence[Any], *, of_host: bool = False) -> list[Any]:
+    """Return arrays on devices, those without a placement as they are; with ``of_host`` so are arrays of JAX."""
+    pairs = zip(leaves, places, strict=True)
+    return [a if w is None or (of_host and isinstance(a, jax.Array)) else put(a, w) for a, w in pairs]
 
 
 @functools.lru_cache(maxsize=512)

@@ -95,7 +95,7 @@ class StepResults(NamedTuple):
         if self.of_ensemble:
             nobody = none_left(self.codes())
             return int(np.argmax(nobody)) if nobody.any() else self.steps
-        if "grad_norm" not in self.layout.places:
+        if "grad_norm" not in self.layout.places or (self.status is not None and not self.failed):
             return self.steps
         table, column = self.layout.places["grad_norm"]
         norms = np.asarray(self.numbers[table])[: self.steps, column]

@@ -28,7 +28,7 @@ from kaun._step.window import Item, add_to_window, add_window, optimizer_state, 
 from kaun.averages.weights import add_average, put_average, take_average
 from kaun.context import Context
 from kaun.layers.core import Vars
-from kaun.sharding.core import gathered
+from kaun.sharding.core import added_gradient, gathered
 
 __all__ = ["StepOutput", "eval_step", "init_carry", "train_step"]
 
@@ -129,8 +129,7 @@ def train_step(
         return value if scale is None else scale_loss(scale, value), (given, alone, parts.kept(layer_state))
 
     (_, (given, alone, layer_state)), gradient = jax.value_and_grad(objective, has_aux=True)(parts.vars.params)
-    if scale is not None:
-        gradient = unscale(scale, gradient)
+    gradient = gradient if scale is None else unscale(scale, gradient)
     old = {"params": parts.vars.params, "state": vars.state, "opt_state": before}
     discards = scale is not None or (settings.on_nonfinite != "ignore" and discard)
     if settings.accumulate > 1:
@@ -148,7 +147,8 @@ def train_step(
             return match_state(old, {"params": params, "state": layer_state, "opt_state": after})
 
         one = Update(update, old, discards=discards, layer_state=layer_state)
-        done, norms = _update_now(settings, one, scale, gradient, given.value, step, wanted, clean, left)
+        added = added_gradient(settings.sharding, vars.params, gradient)
+        done, norms = _update_now(settings, one, scale, (gradient, added), given.value, step, wanted, clean, left)
     numbers = _numbers(settings, done, given.value)
     numbers |= window_rates(settings.optimizer, before, done.new["opt_state"]) | given.numbers() | norms
     after, finite, checks = done.new["opt_state"], done.finite, done.checks
@@ -161,16 +161,17 @@ def train_step(
 
 
 def _update_now(
-    settings: Settings, update: Update, scale: LossScale | None, gradient: Any, value: jax.Array, step: jax.Array,
+    settings: Settings, update: Update, scale: LossScale | None, gradients: Any, value: jax.Array, step: jax.Array,
     wanted: Mapping[str, int], clean: Any, left: Any,
 ) -> tuple[Outcome, dict[str, jax.Array]]:  # fmt: skip
     """Make the update of one item, unless it is not finite; with it return the numbers of ``layer_norms``."""
     watched, old = settings.on_nonfinite != "ignore", update.before
+    gradient, added = gradients
     if left is not None and (proof := update.proof(gradient)) is not None:
-        checks, left = update.proved_checks(gradient, value.dtype, proof, left)
+        checks, left = update.proved_checks(added, value.dtype, proof, left)
     else:
         left = None
-        checks = update.checks(gradient, value.dtype, clean) if watched else checks_of(gradient, old, old, value.dtype)
+        checks = update.checks(gradient, value.dtype, clean) if watched else checks_of(added, old, old, value.dtype)
     norm = jnp.sqrt(checks.sum())
     finite = both_finite(value, norm)
     overflowed = has_overflowed(scale, value, checks) if scale is not None else None

@@ -13,7 +13,6 @@ from kaun._engine import StepInputs, find_step
 from kaun._engine.program import count_on_device
 
 ROWS, WIDTH = 512, 128
-MODEL = layers.sequential([layers.linear(WIDTH, 2 * WIDTH), layers.relu(), layers.linear(2 * WIDTH, WIDTH)])
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 SHAPE = re.compile(r"f32\[([\d,]*)\]")
 
@@ -21,12 +20,13 @@ SHAPE = re.compile(r"f32\[([\d,]*)\]")
 class Compiled:
     """A compiled program of a trainer, ``"step"`` or ``"fit"`` in blocks, and the state for it."""
 
-    def __init__(self, kit, name, entry="step", rows=ROWS, **options):
+    def __init__(self, kit, name, entry="step", rows=ROWS, width=WIDTH, **options):
         self.where = kit.sharding_of(name)
+        model = layers.sequential([layers.linear(width, 2 * width), layers.relu(), layers.linear(2 * width, width)])
         with rng.scope(0):
-            trainer = kaun.Trainer(model=MODEL, optimizer=optax.adam(1e-3), sharding=self.where, **options)
+            trainer = kaun.Trainer(model=model, optimizer=optax.adam(1e-3), sharding=self.where, **options)
             self.state = trainer.init()
-        x, y = np.ones((rows, WIDTH), np.float32), np.zeros((rows, WIDTH), np.float32)
+        x, y = np.ones((rows, width), np.float32), np.zeros((rows, width), np.float32)
         inputs = StepInputs(x, lambda output: losses.mse(output, y), None)
         carry = (self.state.vars, self.state.opt_state, self.state.step)
         leaves, structure = jax.tree.flatten(carry)
@@ -81,6 +81,16 @@ def test_gathered_fsdp_has_one_gather_and_one_reduction_for_each_weight(kit, ent
     # it, together with the loss.
     reductions = [sizes for kind, sizes in found if kind == "all-reduce"]
     assert reductions == [(), tuple(sorted((*WEIGHTS, *BIASES), reverse=True))]
+
+
+@pytest.mark.parametrize("width", [2 * WIDTH, pytest.param(WIDTH, marks=pytest.mark.slow)])
+def test_where_no_update_is_looked_at_fsdp_has_one_reduction(kit, width):
+    # Of a large state the next updates are proved to be finite. The norm is that of the whole gradient on each device.
+    options = {} if width > WIDTH else {"on_nonfinite": "ignore"}
+    found = Compiled(kit, "fsdp", "fit", width=width, **options).collectives
+    gradients = (*[2 * width * width] * 2, 2 * width, width)
+    assert [sizes for kind, sizes in found if kind == "all-reduce" and sizes] == [gradients]
+    assert sum(kind == "all-reduce" for kind, _ in found) == 1 + (width > WIDTH)  # the other where one is looked at
 
 
 @pytest.mark.slow
