@@ -51,7 +51,8 @@ class Program:
     """
 
     __slots__ = (
-        "_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "ready", "stacks",
+        "_count_signatures", "_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places",
+        "ready", "stacks",
     )  # fmt: skip
 
     def __init__(
@@ -62,12 +63,12 @@ class Program:
         self.pattern, self.stacks = pattern, stacks
         self.compiled = self.ready = self.divides = False
         self.places: list[dict[str, str]] = []
-        self._signatures = 0
+        self._count_signatures, self._signatures = signatures_of(self.jitted), 0
         self.lock = threading.RLock()  # a loss may itself train
 
     def was_called_anew(self) -> bool:
         """Return whether the last call was with arguments of another kind or place than those before."""
-        before, self._signatures = self._signatures, signatures_of(self.jitted)
+        before, self._signatures = self._signatures, self._count_signatures()
         return before != self._signatures
 
 
@@ -226,7 +227,7 @@ def trace_step(
     """
     split, loss_key = inputs.split, inputs.loss_key
     # A condition around the update of a small state would change its last bits against a loop written by hand. There
-    # the state before the step is computed again (``state_after``).
+    # the state before the step is computed again (``PendingDispatch.again``).
     discards = discards or in_place(leaves)
 
     def step(leaves: list[Any], key: jax.Array, item: list[Any], *known: jax.Array) -> Any:
