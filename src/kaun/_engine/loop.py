@@ -330,17 +330,20 @@ class StepLoop:
         if not self._in_place:
             self._earlier.append(before)
         first = self._first_step if before[2] is None else before[2].first + before[2].steps
-        # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
-        # two bytecodes, and must not come while the state is given away and the next one not stored.
         examples = traced.examples if traced.row_mask is None else examples_of(traced, pattern, count, shared, stacked)
         about = (first, count, traced, examples)
         start = time.perf_counter()
         try:
-            self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+            if self._in_place:
+                # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised
+                # between two bytecodes, and must not come while the state is given away and the next one not stored.
+                self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+                results = self._take()
+            else:
+                results = self._store(program.jitted(*arguments), about)
         except ValueError:
             refuse_different_devices(entry, inputs, arguments[0], item_of(arguments, pattern))
             raise
-        results = self._take()
         if program.was_called_anew():
             self._on_compile(self._programs.log_moved(program, entry, inputs, True, arguments, start, traced))
         if traced.can_raise:
@@ -362,11 +365,16 @@ class StepLoop:
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
         if self._result:
-            (losses, numbers, arrays, status), (first, count, traced, examples) = self._result[0]
-            results = StepResults(first, count, losses, numbers, traced.layout, status, examples)
-            self._carry = (True, arrays, results)
+            self._store(*self._result[0])
             self._result.clear()
         return self._carry[2]
+
+    def _store(self, gave: Any, about: tuple[int, int, TracedStep, Any]) -> StepResults:
+        """Store what a program gave as the state, and return its results."""
+        (losses, numbers, arrays, status), (first, count, traced, examples) = gave, about
+        results = StepResults(first, count, losses, numbers, traced.layout, status, examples)
+        self._carry = (True, arrays, results)
+        return results
 
     def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
