@@ -78,12 +78,11 @@ def is_jitted(value: Any) -> bool:
     return type(value).__name__ == "PjitFunction" and hasattr(value, "__wrapped__")
 
 
-def signatures_of(jitted: Any) -> Callable[[], int]:
-    """Return what gives for how many kinds and places of arguments a jitted function was called.
+signatures_of: Callable[[Any], int] = operator.methodcaller("_cache_size")
+"""A function in C that returns for how many kinds and places of arguments a jitted function was called.
 
-    Each place is compiled. It is asked after each dispatch, so the function is one in C.
-    """
-    return jitted._cache_size
+Each place is compiled. It is asked after each dispatch.
+"""
 
 
 def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:

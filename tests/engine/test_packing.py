@@ -40,9 +40,9 @@ def test_a_program_that_unpacks_is_compiled_once_the_host_has_done_it_often():
     packing, compiled = Packing(kinds(leaves)), []
     for vectors in (packing.pack(leaves), jax.device_put(packing.pack(leaves), jax.devices()[0])):
         for _ in range(6):
-            before = signatures_of(_unpacked)()
+            before = signatures_of(_unpacked)
             back = unpack(packing, vectors)
-            compiled.append(signatures_of(_unpacked)() - before)
+            compiled.append(signatures_of(_unpacked) - before)
             assert [a.tobytes() for a in back] == [a.tobytes() for a in leaves]
             assert {(a.committed, a.weak_type) for a in back} == {(vectors[0].committed, False)}
     assert compiled == [0] * 8 + [1, 0, 0, 0]

@@ -37,7 +37,6 @@ __all__ = ["StepLoop"]
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
 _BUFFERS = 4
-_NOTHING: tuple[None, list[Any], list[Any]] = (None, [], [])
 _Block = OpenBlock[TracedStep]
 
 
@@ -91,7 +90,7 @@ class StepLoop:
         leaves, self._key = self._place(leaves, self._key)
         self.key = self._key if placed else key
         self._given = None if self._mesh is None and not placed else [weakref.ref(a) for a in given]
-        # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
+        # Shapes and dtypes of the state: the arrays must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._find = functools.partial(find_step, programs, self._structure, self._kinds, self._key)
         self._packing, self._in_place = packing_of(leaves), in_place(leaves)
@@ -133,10 +132,10 @@ class StepLoop:
 
     @property
     def loss(self) -> Any:
-        """The loss of the last step that was run; waits for it, and raises as ``wait`` does."""
+        """The loss of the last step that was pushed; runs it, waits for it, and raises as ``wait`` does."""
+        self.flush()
         self.wait()
-        results = self._carry[2]
-        assert results is not None
+        results = self._take()
         if self._together is not None:
             wait_for(results, self._together)
         return results.loss(results.steps - 1)
@@ -191,15 +190,13 @@ class StepLoop:
             return False
         buffer, traced, first = self._open
         pattern = traced.patterns[-1]
-        leaves = buffer.alone(inputs, pattern)
-        if leaves is None:
+        if (leaves := buffer.alone(inputs, pattern)) is None:
             return False
         own, held, results = self._carry
-        if self._one is None or not own or self._prepared[0] is not traced or self._prepared[1] != pattern:
+        if not own or results is None or self._one is None or self._prepared[:2] != (traced, pattern):
             self._dispatch(traced, first, pattern, 1, *leaves)
         else:
-            arguments = (held, self._key, results.status, self._one, *leaves)  # pyright: ignore[reportOptionalMemberAccess]
-            self._launch(first, 1, arguments, *leaves)
+            self._launch(first, 1, (held, self._key, results.status, self._one, *leaves), *leaves)
         return True
 
     def trace(self, item: Any) -> None:
@@ -313,8 +310,7 @@ class StepLoop:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
         if self._together is not None:  # after all that can fail in one process alone
-            first = self._first_step if results is None else results.first + results.steps
-            waiting = first, count, inputs, pattern, shared, stacked
+            waiting = self.done + 1, count, inputs, pattern, shared, stacked
             count, arguments = agreed(self._together, waiting, arguments, traced)
             if not count:
                 return
@@ -330,8 +326,8 @@ class StepLoop:
         if not self._in_place:
             self._earlier.append(before)
         first = self._first_step if before[2] is None else before[2].first + before[2].steps
-        examples = traced.examples if traced.row_mask is None else examples_of(traced, pattern, count, shared, stacked)
-        about = (first, count, traced, examples)
+        rows = traced.examples if traced.row_mask is None else examples_of(traced, pattern, count, shared, stacked)
+        about = (first, count, traced, rows)
         start = time.perf_counter()
         try:
             if self._in_place:
@@ -355,8 +351,8 @@ class StepLoop:
         if self._on_dispatch is not None:
             self._on_dispatch(results)
         # The items stay until their steps are known to be finite: the exception for one that is not has its item.
-        kept = (arguments if traced.watches else None, shared, stacked) if self._error_for is not None else _NOTHING
-        self._in_flight.append(PendingDispatch(results, inputs, traced, program, *kept))
+        again, items = arguments if traced.watches else None, (shared, stacked) if self._error_for else ([], [])
+        self._in_flight.append(PendingDispatch(results, inputs, traced, program, again, *items))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
         if self._together is not None:

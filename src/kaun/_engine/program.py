@@ -51,8 +51,7 @@ class Program:
     """
 
     __slots__ = (
-        "_count_signatures", "_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places",
-        "ready", "stacks",
+        "_signatures", "compiled", "divides", "function", "jitted", "lock", "pattern", "places", "ready", "stacks",
     )  # fmt: skip
 
     def __init__(
@@ -63,12 +62,12 @@ class Program:
         self.pattern, self.stacks = pattern, stacks
         self.compiled = self.ready = self.divides = False
         self.places: list[dict[str, str]] = []
-        self._count_signatures, self._signatures = signatures_of(self.jitted), 0
+        self._signatures = 0
         self.lock = threading.RLock()  # a loss may itself train
 
     def was_called_anew(self) -> bool:
         """Return whether the last call was with arguments of another kind or place than those before."""
-        before, self._signatures = self._signatures, self._count_signatures()
+        before, self._signatures = self._signatures, signatures_of(self.jitted)
         return before != self._signatures
 
 
@@ -76,12 +75,10 @@ class Traced(Protocol):
     """What is traced once and compiled into several programs, as the log of compilations needs it.
 
     Attributes:
-        entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         wanted: The further numbers that reports ask for.
     """
 
-    entries: set[str]
     seconds: float
     wanted: Mapping[str, int]
 
@@ -120,7 +117,6 @@ class TracedStep:
         status: The status of a run in which all steps are finite (``StepResults``), None if runs do not end at one
             that is not.
         watches: Whether a run ends at a step that is not finite with the state after that step.
-        entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         patterns: The patterns of blocks so far.
         placing: Where the arrays lie, None without ``Trainer(sharding=)``.
@@ -128,7 +124,7 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_digest", "_has_small_members", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries",
+        "_digest", "_has_small_members", "_lock", "_programs", "can_raise", "capacity", "checks", "discards",
         "examples", "jaxpr", "layout", "looped", "loss", "members", "most", "on_nonfinite", "patterns", "placing",
         "proves", "row_axis", "row_mask", "rows", "seconds", "status", "step", "wanted", "watches",
     )  # fmt: skip
@@ -151,7 +147,7 @@ class TracedStep:
         self.capacity = min(capacity_of(inputs), self.most)
         self.status = _on_device(np.ones(1 + checks.shape[0], checks.dtype)) if on_nonfinite == "raise" else None
         self.watches = self.status is not None and not discards
-        self.entries, self.seconds = set[str](), seconds
+        self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
         self.wanted: Mapping[str, int] = {}
         self.placing: Placing | None = None

@@ -80,7 +80,7 @@ class LabelledItem(NamedTuple):
         if isinstance(item, (tuple, list)) and len(item) in (2, 3) and not callable(item[1]):
             ctx = item[2] if len(item) == 3 else None
             if ctx is None or isinstance(ctx, Context):
-                return cls(item[0], item[1], ctx)
+                return tuple.__new__(cls, (item[0], item[1], ctx))
         fix = (
             "This item is for fit: pass the pipeline without with_loss, whose items are (x, y)."
             if Item.is_training_item(item)
