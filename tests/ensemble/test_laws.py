@@ -11,7 +11,7 @@ import pytest
 
 import kaun
 from kaun import Data, averages, layers, losses, rng
-from kaun._engine import options, program
+from kaun._engine import options
 from kaun._jax import primitives_in
 
 G = np.random.default_rng(0)
@@ -289,7 +289,6 @@ def test_programs_of_small_members_are_compiled_with_their_own_options(monkeypat
     unknown = {**options.LOOP_OPTIONS, "xla_cpu_of_no_version": ""}
     monkeypatch.setattr(options, "MEMBER_OPTIONS", unknown)
     assert not options.accepts_member_options.__wrapped__()
-    monkeypatch.setattr(program, "MEMBER_OPTIONS", unknown)
     many, states = made(functools.partial(layers.linear, 3, 2))
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_cpu_of_no_version'"):
         many.fit(states, EVEN)

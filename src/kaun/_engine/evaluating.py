@@ -157,7 +157,7 @@ class EvaluationLoop:
             return
         buffer, traced, inputs = self._open
         count = buffer.count
-        if count == 1 and self._exact:
+        if count == 1 and self._exact and not traced.patterns:
             leaves, _ = buffer.arguments((False,) * len(inputs.leaves))
             self._run_alone(inputs.with_leaves(leaves))
             return
