@@ -73,8 +73,7 @@ class StepLoop:
         on_compiling: Callable[[str], None] = lambda where: None,
         wanted: Mapping[str, int] | None = None, together: Together | None = None,
     ) -> None:  # fmt: skip
-        self._together = together
-        self._programs, self._ctx = programs, ctx
+        self._together, self._programs, self._ctx = together, programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
         self._error_for, self._first_step = error_for, done + 1
@@ -110,8 +109,7 @@ class StepLoop:
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
         self.limit = self.own_limit = _BEGIN
-        self._room = 1
-        self.exhausted = False
+        self._room, self.exhausted = 1, False
 
     @property
     def waiting(self) -> int:
@@ -193,10 +191,11 @@ class StepLoop:
         if (leaves := buffer.alone(inputs, pattern)) is None:
             return False
         own, held, results = self._carry
-        if not own or results is None or self._one is None or self._prepared[:2] != (traced, pattern):
-            self._dispatch(traced, first, pattern, 1, *leaves)
-        else:
+        same = own and self._prepared[0] is traced and self._prepared[1] == pattern
+        if same and results is not None and self._one is not None:
             self._launch(first, 1, (held, self._key, results.status, self._one, *leaves), *leaves)
+        else:
+            self._dispatch(traced, first, pattern, 1, *leaves)
         return True
 
     def trace(self, item: Any) -> None:
@@ -352,7 +351,7 @@ class StepLoop:
             self._on_dispatch(results)
         # The items stay until their steps are known to be finite: the exception for one that is not has its item.
         again, items = arguments if traced.watches else None, (shared, stacked) if self._error_for else ([], [])
-        self._in_flight.append(PendingDispatch(results, inputs, traced, program, again, *items))
+        self._in_flight.append(tuple.__new__(PendingDispatch, (results, inputs, traced, program, again, *items)))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
         if self._together is not None:
@@ -368,7 +367,8 @@ class StepLoop:
     def _store(self, gave: Any, about: tuple[int, int, TracedStep, Any]) -> StepResults:
         """Store what a program gave as the state, and return its results."""
         (losses, numbers, arrays, status), (first, count, traced, examples) = gave, about
-        results = StepResults(first, count, losses, numbers, traced.layout, status, examples)
+        fields = first, count, losses, numbers, traced.layout, status, examples
+        results = tuple.__new__(StepResults, fields)  # StepResults(...) is a call in Python
         self._carry = (True, arrays, results)
         return results
 
