@@ -284,6 +284,12 @@ def test_products_of_small_members_are_sums_and_those_of_large_ones_are_not():
     assert "dot_general" in operations(*made(large))
 
 
+def test_only_few_small_members_are_kept_on_one_thread():
+    passes = lambda n: options.member_options(options.MemberPacking([jnp.zeros((n, 51))]))["xla_disable_hlo_passes"]
+    assert "cpu-parallel-task-assigner" in passes(256) and "cpu-parallel-task-assigner" not in passes(2048)
+    assert options.member_options(None) is options.LOOP_OPTIONS
+
+
 def test_programs_of_small_members_are_compiled_with_their_own_options(monkeypatch):
     assert options.accepts_member_options(), "XLA has no such option any more: see _engine/options.py"
     unknown = {**options.LOOP_OPTIONS, "xla_cpu_of_no_version": ""}
