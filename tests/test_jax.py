@@ -278,3 +278,10 @@ def test_without_placements():
     plain, placed = program(lambda x: x), program(lambda x: lax.with_sharding_constraint(x, everywhere))
     assert str(plain) != str(placed)
     assert str(_jax.without_placements(placed)) == str(_jax.without_placements(plain)) == str(plain)
+
+
+def test_arrays_of_one_kind_have_one_type():
+    a, b = jnp.ones((2, 3)), jax.device_put(np.zeros((2, 3), np.float32))
+    assert _jax.type_of(a) is _jax.type_of(b) and _jax.type_of(a) == jax.typeof(a)
+    others = jnp.ones((2, 3), jnp.int32), jnp.ones((3, 2)), jnp.asarray(1.0), jnp.asarray(1.0, jnp.float32)
+    assert others[2].weak_type and len({_jax.type_of(a), *map(_jax.type_of, others)}) == 5

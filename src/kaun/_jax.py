@@ -5,6 +5,7 @@ Nothing else in kaun uses such a part, so a new JAX release is a matter of this 
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ __all__ = [
     "FRAMES_NOTE", "HOST_CALLS", "Frame", "Operation", "any_traced", "calls_the_host", "children_of",
     "constants_in", "coordination_client", "current_trace", "evaluate", "hides_frames_of",
     "is_jitted", "is_traced", "preemption_service_runs", "primitives_in", "programs_in", "run_program", "signatures_of",
-    "threefry_2x32", "trace_of", "without_placements",
+    "threefry_2x32", "trace_of", "type_of", "without_placements",
 ]  # fmt: skip
 
 HOST_CALLS = frozenset(["pure_callback", "io_callback", "debug_callback", "ffi_call"])  # call Python or foreign code
@@ -53,6 +54,13 @@ def trace_of(value: Any) -> Any:
     return getattr(value, "_trace", None)
 
 
+type_of: Callable[[Any], Any] = operator.attrgetter("aval")
+"""A function in C from a JAX array to its type, the same object for arrays of one shape, dtype and placement.
+
+``jax.typeof`` returns it too, and takes eight times as long: it is asked for each array of each item.
+"""
+
+
 def current_trace() -> Any:
     """Return the current trace of JAX; each transformation (also vmap and grad) has its own.
 
@@ -70,9 +78,11 @@ def is_jitted(value: Any) -> bool:
     return type(value).__name__ == "PjitFunction" and hasattr(value, "__wrapped__")
 
 
-def signatures_of(jitted: Any) -> int:
-    """Return for how many kinds and places of arguments a jitted function was called: each place is compiled."""
-    return jitted._cache_size()
+signatures_of: Callable[[Any], int] = operator.methodcaller("_cache_size")
+"""A function in C that returns for how many kinds and places of arguments a jitted function was called.
+
+Each place is compiled. It is asked after each dispatch.
+"""
 
 
 def children_of(value: Any) -> tuple[Sequence[Any], Any] | None:

@@ -79,33 +79,29 @@ class TrainState:
         (2, 1)
     """
 
-    __slots__ = ("__weakref__", "_fields", "_kind", "_make")
-    _fields: Fields | None
+    __slots__ = ("__weakref__", "_fields", "_kind")
+    _fields: Fields | Callable[[], TrainState]  # or what makes the state that has them
     _kind: Literal["averaged"] | None  # static in the pytree
-    _make: Callable[[], TrainState] | None
 
     def __init__(self, *, vars: Vars, opt_state: Any, step: jax.Array, key: jax.Array) -> None:
         object.__setattr__(self, "_fields", (vars, opt_state, step, key))
         object.__setattr__(self, "_kind", None)
-        object.__setattr__(self, "_make", None)
 
     @classmethod
     def later(cls, make: Callable[[], TrainState]) -> TrainState:
         """Return the state that ``make`` returns, made when it is first read: most reports read none."""
         new = object.__new__(cls)
-        object.__setattr__(new, "_fields", None)
+        object.__setattr__(new, "_fields", make)
         object.__setattr__(new, "_kind", None)
-        object.__setattr__(new, "_make", make)
         return new
 
     def now(self) -> Fields:
         """Return all four fields, made if they were not yet."""
-        if self._fields is None:
+        if type(self._fields) is not tuple:
             # A report may have given the state to a thread that reads it while the loop continues.
             with _making:
-                if self._fields is None:
-                    assert self._make is not None
-                    object.__setattr__(self, "_fields", self._make().now())
+                if not isinstance(self._fields, tuple):
+                    object.__setattr__(self, "_fields", self._fields().now())
         return cast("Fields", self._fields)
 
     @property

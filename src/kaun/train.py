@@ -48,7 +48,7 @@ from kaun.state import TrainState, check_fit, check_state, check_step, check_var
 if TYPE_CHECKING:
     from jax.export import Exported
 
-__all__ = ["Trainer", "settings_of"]
+__all__ = ["LOOP", "Trainer", "settings_of"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -277,7 +277,6 @@ class Trainer(Generic[In, Out]):
                         while not stopped and (n := loop.push(chunks, step + 1, run.next_steps(step, caller, loop))):
                             step += n
                             if caller.wants(step):
-                                loop.flush()
                                 stopped = caller.stops_at(step, loop.loss, now)
                             if run.due(step) and not stopped:
                                 flush_and_save(run, loop, now, caller)
@@ -314,9 +313,9 @@ class Trainer(Generic[In, Out]):
                 than axis 0.
         """
         try:
-            check_state(state, "predict")
-            run, ctx = self._runner("predict", state), check_context(ctx)
-            return predict(run, x, ctx, self.sharding) if isinstance(x, Data) else run(StepInputs(x, None, ctx))
+            if isinstance(x, Data):
+                return predict(self._runner("predict", state, LOOP), x, check_context(ctx), self.sharding)
+            return self._runner("predict", state)(StepInputs(x, None, check_context(ctx)))
         except BaseException as error:
             self._programs.failed("predict", state, error)
             raise
@@ -360,10 +359,7 @@ class Trainer(Generic[In, Out]):
             >>> trainer.evaluate(state, data, {"rows": lambda p, y: (y.size, 1), "accuracy": metrics.accuracy})
             {'accuracy': 1.0, 'rows': 1.5}
         """
-        check_state(state, "evaluate")
-        self._evaluated.check(state)
-        start = functools.partial(EvaluationLoop, self._programs, (state.vars, state.step), state.key)
-        return evaluate(start, data, metrics, check_context(ctx), self.sharding)
+        return evaluate(self._runner("evaluate", state, LOOP), data, metrics, check_context(ctx), self.sharding)
 
     def export(
         self, state: TrainState, x: Any, *, ctx: Context | None = None, platforms: Sequence[str] | None = None
@@ -389,10 +385,14 @@ class Trainer(Generic[In, Out]):
         self._evaluated.check(state)
         return export_model(functools.partial(eval_step, self._settings), state, x, check_context(ctx), platforms)
 
-    def _runner(self, entry: str, state: TrainState) -> Callable[..., Any]:
+    def _runner(self, entry: str, state: TrainState, make: Callable[..., Any] = ProgramCache.runner) -> Any:
+        check_state(state, entry)
         self._evaluated.check(state)
-        leaves, structure = jax.tree_util.tree_flatten((state.vars, state.step))
-        return self._programs.runner(entry, structure, leaves, state.key)
+        return make(self._programs, (state.vars, state.step), state.key, entry)
+
+
+LOOP = functools.partial(functools.partial, EvaluationLoop)
+"""Makes, of the arguments of an ``EvaluationLoop``, what makes it of the rest of them."""
 
 
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:

@@ -88,7 +88,7 @@ def test_another_way_to_pass_equal_items_is_no_cause_for_a_warning():
     log = CompilationLog(8)
     for n in range(1, 8):
         log.add("fit", inputs_of(n), "stacked", True, 0.1)
-        log.add("fit", inputs_of(n), "passed once", True, 0.1, known=True)
+        log.add("fit", inputs_of(n), "passed once", True, 0.1)
     with pytest.warns(RecompilationWarning, match="fit has compiled 8 programs"):
         log.add("fit", inputs_of(8), "stacked", True, 0.1)
 

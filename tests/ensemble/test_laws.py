@@ -11,7 +11,7 @@ import pytest
 
 import kaun
 from kaun import Data, averages, layers, losses, rng
-from kaun._engine import options, program
+from kaun._engine import options
 from kaun._jax import primitives_in
 
 G = np.random.default_rng(0)
@@ -284,12 +284,16 @@ def test_products_of_small_members_are_sums_and_those_of_large_ones_are_not():
     assert "dot_general" in operations(*made(large))
 
 
+def test_only_few_small_members_are_kept_on_one_thread():
+    passes = lambda n: options.step_options(None, options.MemberPacking([jnp.zeros((n, 51))]))["xla_disable_hlo_passes"]
+    assert "cpu-parallel-task-assigner" in passes(256) and "cpu-parallel-task-assigner" not in passes(2048)
+
+
 def test_programs_of_small_members_are_compiled_with_their_own_options(monkeypatch):
     assert options.accepts_member_options(), "XLA has no such option any more: see _engine/options.py"
     unknown = {**options.LOOP_OPTIONS, "xla_cpu_of_no_version": ""}
     monkeypatch.setattr(options, "MEMBER_OPTIONS", unknown)
     assert not options.accepts_member_options.__wrapped__()
-    monkeypatch.setattr(program, "MEMBER_OPTIONS", unknown)
     many, states = made(functools.partial(layers.linear, 3, 2))
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_cpu_of_no_version'"):
         many.fit(states, EVEN)

@@ -21,7 +21,6 @@ from kaun import Context, Data, Layer, Vars, layers, losses, metrics, rng
 from kaun._engine import EvaluationLoop, StepInputs
 from kaun._loss import FrozenLoss, snapshot_loss
 from kaun.errors import CaptureError
-from kaun.evaluation import passes
 from kaun.evaluation.totals import PackedMetrics
 
 CLASSES = 4
@@ -140,7 +139,7 @@ def test_scalars_are_weighted_by_examples_and_pairs_by_their_count(two_heads, si
 def parts_of(trainer, state, batch, measured):
     """What the metrics give for a batch that is the only one, by name, with one row."""
     taken = []
-    loop = EvaluationLoop(trainer._programs, (state.vars, state.step), state.key, taken.append)
+    loop = EvaluationLoop(trainer._programs, (state.vars, state.step), state.key, "evaluate", taken.append)
     captured = FrozenLoss.by_name({name: snapshot_loss(metric) for name, metric in measured.items()})
     loop.push(StepInputs({"x": batch[0], "y": batch[1]}, captured, None, "item"))
     loop.finish()
@@ -381,7 +380,7 @@ def test_metrics_are_read_some_dispatches_later():
     def take(parts):
         dispatches.append((pushed, len(parts.vectors[0])))
 
-    loop = EvaluationLoop(trainer._programs, (state.vars, state.step), state.key, take)
+    loop = EvaluationLoop(trainer._programs, (state.vars, state.step), state.key, "evaluate", take)
     captured = FrozenLoss.by_name({"mse": snapshot_loss(losses.mse.parts)})
     x = np.ones((2, 1), np.float32)
     for _ in range(500):
@@ -393,28 +392,6 @@ def test_metrics_are_read_some_dispatches_later():
     assert sum(sizes) == 500 and sizes[:3] == [2, 2, 2] and max(sizes) <= 128 and during > 3
     behind = [at - sum(sizes[: i + 1]) for i, (at, _) in enumerate(dispatches)]
     assert min(behind[:during]) >= 2 and max(behind) <= 3 * 128
-
-
-def test_outputs_are_read_some_later_too():
-    pulled, lags = [], []
-
-    class Rows(Pending):
-        shape = (2, 3)
-
-        def __array__(self, *args, **kwargs):
-            self._read()
-            return np.full((2, 3), self._value, np.float32)
-
-    def run(call, ready):
-        k = len(pulled) - 1
-        return jax.tree.unflatten(jax.tree.structure(0), [Rows(k, lambda: lags.append(len(pulled) - 1 - k))])
-
-    data = Data.from_fn(50, lambda i: pulled.append(i) or np.float32(i))
-    found = passes.predict(run, data, None)
-    np.testing.assert_array_equal(
-        found, np.repeat(np.arange(50, dtype=np.float32), 2)[:, None] * np.ones((1, 3), np.float32)
-    )
-    assert len(lags) == 50 and min(lags[:40]) >= 8
 
 
 # predict over data.
@@ -447,6 +424,68 @@ def make_nested():
 
 nested = make_nested()
 trainer_whole = lambda state, x: nested[2].apply(state.vars, jnp.asarray(x))[0]
+
+
+def test_outputs_share_a_dispatch_and_are_read_some_later():
+    trainer, state, _ = nested
+    x = np.random.default_rng(0).normal(size=(300, 2, 3)).astype(np.float32)
+
+    def run(items):
+        lags, read, pushed = [], [], 0
+
+        def take(results):
+            read.append(results["out"][0])
+            lags.append((len(read[-1]), pushed - sum(map(len, read))))
+
+        made = EvaluationLoop(trainer._programs, (state.vars, state.step), state.key, "predict", take)
+        for item in items:
+            made.push(StepInputs(item, None, None))
+            pushed += 1
+        during = len(lags)
+        made.finish()
+        return np.concatenate(read), lags, during
+
+    together, lags, during = run(x)
+    assert sum(n for n, _ in lags) == 300 and [n for n, _ in lags[:3]] == [2, 2, 2] and 3 < len(lags) < 100
+    assert all(2 <= lag <= 3 * 128 for _, lag in lags[:during])
+    alone, lags, during = run(map(jnp.asarray, x[:40]))
+    assert lags[:during] == [(1, 15)] * (40 - 16), "arrays on a device are not stacked"
+    assert together[:40].tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("pad", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "part",
+    [
+        layers.gelu(),
+        pytest.param(layers.multi_head_attention(8, 2, is_causal=True), marks=pytest.mark.slow),
+        pytest.param(layers.lstm(8, 8), marks=pytest.mark.slow),
+        pytest.param(layers.conv1d(8, 8, 3), marks=pytest.mark.slow),
+    ],
+    ids=lambda part: getattr(part, "name", ""),
+)
+def test_outputs_of_layers_are_those_of_each_batch_bit_for_bit(part, pad):
+    with rng.scope(0):
+        model = layers.embedding(11, 8) >> layers.sequential(
+            [layers.layer_norm(8), part, layers.batch_norm(8), layers.linear(8, 5), layers.fn(jax.nn.softmax)]
+        )
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1))
+        state = trainer.init()
+    x = np.random.default_rng(1).integers(0, 11, (44 + pad, 6)).astype(np.int32)
+    found = trainer.predict(state, Data.batches(x, batch_size=4, pad=pad))
+    each = [trainer.predict(state, np.concatenate([x[i : i + 4]] * 4)[:4]) for i in range(0, len(x), 4)]
+    assert found.tobytes() == np.concatenate(each)[: len(x)].tobytes()
+
+
+def test_outputs_that_are_not_small_have_the_program_of_an_array():
+    with rng.scope(0):
+        model = layers.linear(2, 2) >> layers.fn(lambda x: jnp.tile(x, (1, 9000)))
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1))
+        state = trainer.init()
+    x = np.ones((2, 2), np.float32)
+    assert trainer.predict(state, Data.from_items([x] * 5)).shape == (10, 18000)
+    trainer.predict(state, x)
+    assert [c.where for c in trainer.compilations] == ["predict"]
 
 
 def test_predict_of_a_ragged_last_batch():

@@ -246,6 +246,19 @@ def test_forms_are_bounded(monkeypatch):
     assert max(len(forms) for _, forms in capture._forms.values()) == capture._MOST_FORMS
 
 
+def test_a_plain_function_may_get_defaults_and_attributes_later():
+    def loss(out, scale=1.0, *, shift=0.0):
+        return (out * scale + shift + getattr(loss, "more", 0.0)).sum()
+
+    keys = []
+    for defaults, keywords, attributes in (
+        (None, None, {}), ((2.0,), None, {}), (None, {"shift": 3.0}, {}), (None, None, {"more": 4.0}), (None, None, {}),
+    ):  # fmt: skip
+        loss.__defaults__, loss.__kwdefaults__, loss.__dict__ = defaults, keywords, attributes
+        keys.append(capture_loss(loss)[0])
+    assert keys[0] is keys[4] and len(set(keys[:4])) == 4
+
+
 def test_forms_keep_nothing_alive():
     import weakref
 

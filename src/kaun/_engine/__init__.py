@@ -20,13 +20,13 @@ from kaun._engine.inputs import check_input as check_input
 from kaun._engine.inputs import refuse_traced as refuse_traced
 from kaun._engine.log import Compilation as Compilation
 from kaun._engine.loop import StepLoop as StepLoop
-from kaun._engine.loop import run_step as run_step
 from kaun._engine.members import CODE as CODE
 from kaun._engine.members import LOST as LOST
 from kaun._engine.members import NOT_FINITE as NOT_FINITE
 from kaun._engine.members import RUNS as RUNS
 from kaun._engine.members import STOPPED as STOPPED
-from kaun._engine.options import accepts_member_options as accepts_member_options
+from kaun._engine.once import run_step as run_step
+from kaun._engine.options import sums_members as sums_members
 from kaun._engine.packing import MemberPacking as MemberPacking
 from kaun._engine.packing import Packing as Packing
 from kaun._engine.program import TracedStep as TracedStep

@@ -237,6 +237,7 @@ class BlockBuffer:
         self._key = inputs.key
         self._padded = inputs.row_mask is not None
         self._columns: list[_Column] = [_column(a, capacity, placed) for a in inputs.leaves]
+        self._on_device = all(isinstance(c, _Device) for c in self._columns)
         self._selective = [(i, c) for i, c in enumerate(self._columns) if c.selective]
 
     def add(self, inputs: StepInputs) -> bool:
@@ -266,6 +267,8 @@ class BlockBuffer:
         """
         if self.count or inputs.key != self._key or self._padded:
             return None
+        if self._on_device and True not in pattern:
+            return inputs.leaves, []
         columns = zip(self._columns, inputs.leaves, strict=True)
         if not any(pattern):
             return [column.single(leaf) for column, leaf in columns], []

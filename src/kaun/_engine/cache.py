@@ -112,8 +112,9 @@ class ProgramCache:
         output, tree = jax.tree_util.tree_flatten(self.call(program, entry, inputs, False, arguments))
         return jax.tree_util.tree_unflatten(tree, to_explicit(output, [None] * len(output), mesh))
 
-    def runner(self, entry: str, structure: Any, leaves: list[Any], key: jax.Array) -> Callable[..., Any]:
+    def runner(self, variables: Any, key: jax.Array, entry: str) -> Callable[..., Any]:
         """Return ``run`` of one state. What depends on the state, or on the kind of the inputs, is done once."""
+        leaves, structure = jax.tree_util.tree_flatten(variables)
         usual = self.sharding is None and explicit_mesh(leaves) is None and not any_traced((*leaves, key))
         programs: dict[Hashable, Program] = {}
 
@@ -154,13 +155,11 @@ class ProgramCache:
                 raise
             seconds = time.perf_counter() - start
             program.places.append(places_of(inputs, leaves, item))
-            known = traced is not None and entry in traced.entries
             if traced is not None:
                 seconds, traced.seconds = seconds + traced.seconds, 0.0
-                traced.entries.add(entry)
             program.compiled = True
         wanted = None if traced is None else traced.wanted
-        self._log.add(entry, inputs, program.stacks, training, seconds, wanted, places=program.places[0], known=known)
+        self._log.add(entry, inputs, program.stacks, training, seconds, wanted, places=program.places[0])
         program.divides = divides(made.jaxpr)
         self._warn(program, entry, inputs, leaves, item)
         return seconds
@@ -235,7 +234,7 @@ class ProgramCache:
     def _evaluation(self, entry: str, structure: Any, inputs: StepInputs, placing: Placing | None) -> Program:
         run = self.evaluation(entry, structure, inputs)
         if placing is None:
-            return Program(run)
+            return Program(run, stacks="one alone")
 
         def placed(leaves: list[Any], key: jax.Array, given: list[Any]) -> Any:
             output = run(leaves, key, placing.pin_item(given))

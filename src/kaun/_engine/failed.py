@@ -74,7 +74,6 @@ def state_before(
         sharding: Where they lie.
     """
     wait_on_cpu(sharding, after)
-    assert dispatch.again is not None
     before = dispatch.again(i)
     where: Any = {} if sharding is None else {"out_shardings": sharding.replicated}
     states = [unpack(packing, held) if packing else held for held in (before, after)]

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
 
 from kaun import tree
 from kaun._engine.explicit import explicit_mesh, to_automatic
-from kaun._jax import any_traced, is_traced
+from kaun._jax import any_traced, is_traced, type_of
 from kaun._loss import array_names, capture_loss, captures, subject
 from kaun._messages import locate
 from kaun.context import Context
-from kaun.data import Data, Item, is_tensor
+from kaun.data import Data, Item, is_explicit, is_tensor
 
 __all__ = [
     "StepInputs", "as_arrays", "check_input", "is_host", "is_number", "item_at", "pattern_for", "refuse_traced",
@@ -32,6 +31,10 @@ _NOT_NUMBERS = "OSUMmT"  # kinds of NumPy dtypes
 # Types seen to be JAX arrays of numbers; the class itself is not public, and isinstance of jax.Array takes 0.3 us.
 # Arrays of typed PRNG keys are of another class, which has no attribute weak_type, and traced ones have no sharding.
 _array_types: set[type] = set()
+# By the types in JAX's sense of arrays that are on no explicit axes: shape, dtype and whether that is weak. These are
+# attributes in Python, of which each takes longer than the look into a dict.
+_array_kinds: dict[Any, tuple[Any, ...]] = {}
+_MOST_KINDS = 1024
 
 
 class StepInputs:
@@ -84,9 +87,10 @@ class StepInputs:
         maybe_explicit, self.is_usual = False, True
         for a in leaves:
             if type(a) in known:
-                kinds.append((a.shape, a.dtype, a.weak_type))
-                if type(a.sharding) is NamedSharding:
-                    maybe_explicit = True
+                kind = _array_kinds.get(type_of(a))
+                if kind is None:
+                    kind, maybe_explicit = _kind_of_array(a), True
+                kinds.append(kind)
             elif type(a) is array:
                 kinds.append((a.shape, a.dtype))
             else:
@@ -260,6 +264,16 @@ def _not_numbers(value: Any, what: str) -> TypeError:
     return TypeError(
         f"{what}{f' at {path!r}' if path else ''} expected a NumPy or JAX array of numbers, received {received}. {fix}"
     )
+
+
+def _kind_of_array(a: Any) -> tuple[Any, ...]:
+    """The kind of a JAX array, kept by the array's type unless that has explicit axes."""
+    kind = a.shape, a.dtype, a.weak_type
+    if not is_explicit(a):
+        while len(_array_kinds) >= _MOST_KINDS:
+            _array_kinds.pop(next(iter(_array_kinds)), None)
+        _array_kinds[type_of(a)] = kind
+    return kind
 
 
 def _kind(a: Any) -> tuple[Any, ...]:

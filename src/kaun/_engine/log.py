@@ -48,14 +48,17 @@ class CompilationLog:
     def __init__(self, capacity: int) -> None:
         self.compilations: deque[Compilation] = deque(maxlen=1000)
         self._capacity = capacity
-        self._latest: OrderedDict[Hashable, tuple[dict[str, str], int]] = OrderedDict()
+        # What it was compiled for last, how often, and how items of each kind are passed.
+        self._latest: OrderedDict[Hashable, tuple[dict[str, str], int, dict[Hashable, set[str]]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(
         self, where: str, inputs: StepInputs, stacks: str, training: bool, seconds: float,
-        wanted: Mapping[str, int] | None = None, *, places: Mapping[str, str] | None = None, known: bool = False,
+        wanted: Mapping[str, int] | None = None, *, places: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         """Log a compilation, and warn once where one piece of code is compiled again and again.
+
+        A further program for items of a known kind, which are passed in another way, does not count.
 
         Args:
             where: As ``Compilation.where``.
@@ -65,14 +68,17 @@ class CompilationLog:
             seconds: How long it took.
             wanted: The numbers that reports ask for, by name, with the n of "at every n-th step".
             places: Where state and item lie, in words by name.
-            known: Whether there is a program for equal items already, which are passed in another way.
         """
         now = {**inputs.describe(), "training": str(training), _ITEMS: stacks}
         now |= {f"the reports' {name!r}": f"each {n}. step" for name, n in (wanted or {}).items()}
         now |= {_PLACE + name: place for name, place in (places or {}).items()}
+        kind = frozenset(now.items() - {(_ITEMS, stacks)})
         with self._lock:
-            before, count = self._latest.pop((where, inputs.subject), (None, 0))
-            self._latest[(where, inputs.subject)] = (now, count := count + (not known))
+            before, count, forms = self._latest.pop((where, inputs.subject), (None, 0, {}))
+            known = kind in forms and stacks not in forms[kind]
+            self._latest[(where, inputs.subject)] = (now, count := count + (not known), forms)
+            if count <= _MANY:
+                forms.setdefault(kind, set()).add(stacks)
             if len(self._latest) > self._capacity:
                 self._latest.popitem(last=False)
         why = "first" if before is None else _change(before, now)

@@ -20,43 +20,24 @@ import numpy as np
 from kaun._engine.batching import BlockBuffer, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.devices import item_of, refuse_different_devices
-from kaun._engine.explicit import explicit_mesh, explicit_sharding, run_explicit, to_automatic, to_explicit
+from kaun._engine.explicit import explicit_mesh, explicit_sharding, to_automatic, to_explicit
 from kaun._engine.failed import FailedStep, state_before
 from kaun._engine.inputs import StepInputs, refuse_traced
 from kaun._engine.members import CODE
-from kaun._engine.packing import all_finite, in_place, on_one_device, own_arrays, packing_of, put_with, unpack
+from kaun._engine.packing import all_finite, in_place, own_arrays, packing_of, put_with, unpack
 from kaun._engine.placing import place_carry, placed_inputs
 from kaun._engine.program import TracedStep, count_on_device, find_step
-from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable, state_after, wait_for
+from kaun._engine.results import OpenBlock, PendingDispatch, StepResults, examples_of, readable, wait_for
 from kaun._engine.together import Together, agreed
-from kaun._jax import any_traced
 from kaun.context import Context
 from kaun.data import Chunk, Item, RowGather
 
-__all__ = ["StepLoop", "run_step"]
+__all__ = ["StepLoop"]
 
 _BEGIN = 2  # the steps of the first blocks
 _IN_FLIGHT = 2
 _BUFFERS = 4
 _Block = OpenBlock[TracedStep]
-
-
-def run_step(
-    programs: ProgramCache, carry: Any, key: jax.Array, inputs: StepInputs, training: bool
-) -> tuple[jax.Array, Any]:
-    """Return the loss of one step and the carry after it; what was given stays as it is."""
-    leaves, structure = jax.tree_util.tree_flatten(carry)
-    leaves, key = place_carry(programs.sharding, structure, leaves, key)
-    mesh = explicit_mesh(leaves) or (inputs.mesh if programs.sharding is None else None)
-    if mesh is not None:
-        return run_explicit(functools.partial(run_step, programs, training=training), carry, key, inputs, mesh)
-    traced = find_step(programs, structure, leaves, key, inputs, training)
-    entry = "step" if on_one_device(leaves) else "step unpacked"
-    program, item = traced.program(entry, (False,) * len(inputs.leaves)), inputs.owned()
-    placing = None if traced.placing is None or any_traced((*leaves, key, *item)) else traced.placing
-    count, item = count_on_device(1, placing), item if placing is None else placing.put_item(item)
-    loss, leaves = programs.call(program, entry, inputs, training, (leaves, key, count, item), traced)
-    return loss, jax.tree_util.tree_unflatten(structure, leaves)
 
 
 class StepLoop:
@@ -92,8 +73,7 @@ class StepLoop:
         on_compiling: Callable[[str], None] = lambda where: None,
         wanted: Mapping[str, int] | None = None, together: Together | None = None,
     ) -> None:  # fmt: skip
-        self._together = together
-        self._programs, self._ctx = programs, ctx
+        self._together, self._programs, self._ctx = together, programs, ctx
         self._on_dispatch, self._on_trace, self._wanted = on_dispatch, on_trace, wanted
         self._on_compile, self._on_compiling = on_compile, on_compiling
         self._error_for, self._first_step = error_for, done + 1
@@ -109,7 +89,7 @@ class StepLoop:
         leaves, self._key = self._place(leaves, self._key)
         self.key = self._key if placed else key
         self._given = None if self._mesh is None and not placed else [weakref.ref(a) for a in given]
-        # Shapes and dtypes of the state: the arrays themselves must not be kept alive.
+        # Shapes and dtypes of the state: the arrays must not be kept alive.
         self._kinds = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in leaves]
         self._find = functools.partial(find_step, programs, self._structure, self._kinds, self._key)
         self._packing, self._in_place = packing_of(leaves), in_place(leaves)
@@ -123,13 +103,13 @@ class StepLoop:
         self._earlier: deque[tuple[bool, list[Any], StepResults | None]] = deque(maxlen=_IN_FLIGHT + 1)
         self._shared: tuple[list[weakref.ref[Any]], StepResults | None] = ([], None)
         self._prepared: tuple[Any, Any, str, Any] = (None, (), "", None)  # what ran last: the program, its key
+        self._one: jax.Array | None = None  # the number 1 on the device, once it has run a step alone
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()
         self._open: _Block | None = None
         self._in_flight: deque[PendingDispatch] = deque()
         self._finished = time.perf_counter()
         self.limit = self.own_limit = _BEGIN
-        self._room = 1
-        self.exhausted = False
+        self._room, self.exhausted = 1, False
 
     @property
     def waiting(self) -> int:
@@ -150,10 +130,10 @@ class StepLoop:
 
     @property
     def loss(self) -> Any:
-        """The loss of the last step that was run; waits for it, and raises as ``wait`` does."""
+        """The loss of the last step that was pushed; runs it, waits for it, and raises as ``wait`` does."""
+        self.flush()
         self.wait()
-        results = self._carry[2]
-        assert results is not None
+        results = self._take()
         if self._together is not None:
             wait_for(results, self._together)
         return results.loss(results.steps - 1)
@@ -208,10 +188,15 @@ class StepLoop:
             return False
         buffer, traced, first = self._open
         pattern = traced.patterns[-1]
-        leaves = buffer.alone(inputs, pattern)
-        if leaves is not None:
+        if (leaves := buffer.alone(inputs, pattern)) is None:
+            return False
+        own, held, results = self._carry
+        same = own and self._prepared[0] is traced and self._prepared[1] == pattern
+        if same and results is not None and self._one is not None:
+            self._launch(first, 1, (held, self._key, results.status, self._one, *leaves), *leaves)
+        else:
             self._dispatch(traced, first, pattern, 1, *leaves)
-        return leaves is not None
+        return True
 
     def trace(self, item: Any) -> None:
         """Trace the step for an item, and do not run it."""
@@ -305,7 +290,7 @@ class StepLoop:
         entry = "fit in place" if overwrites else "fit"
         program = traced.program(entry, pattern, self._packing, clean=self._clean)
         self._counts_discarded = int(traced.discards and CODE not in traced.layout.places)
-        self._prepared = traced, pattern, entry, program
+        self._prepared, self._one = (traced, pattern, entry, program), None
 
     def _dispatch(
         self, traced: TracedStep, inputs: StepInputs, pattern: tuple[bool, ...], count: int, shared: list[Any],
@@ -316,7 +301,6 @@ class StepLoop:
         (_, _, entry, program), (_, held, results) = self._prepared, self._carry
         # Where the first status lay elsewhere than the later ones, the program would be compiled twice.
         status = put_with(traced.status, held[0]) if results is None else results.status
-        first = self._first_step if results is None else results.first + results.steps
         arguments = (held, self._key, status, count_on_device(count, traced.placing), shared, stacked)
         if traced.placing is not None:
             wait = functools.partial(wait_for, results, self._together)
@@ -325,24 +309,36 @@ class StepLoop:
             self._on_compiling(entry.split()[0])
             self._on_compile(self._programs.compile(program, entry, inputs, True, arguments, traced))
         if self._together is not None:  # after all that can fail in one process alone
-            waiting = first, count, inputs, pattern, shared, stacked
+            waiting = self.done + 1, count, inputs, pattern, shared, stacked
             count, arguments = agreed(self._together, waiting, arguments, traced)
             if not count:
                 return
-        before = self._carry
+        self._launch(inputs, count, arguments, shared, stacked)
+        if count == 1 and traced.placing is None and jax.sharding.get_abstract_mesh().empty:
+            self._one = arguments[3]
+
+    def _launch(
+        self, inputs: StepInputs, count: int, arguments: tuple[Any, ...], shared: list[Any], stacked: list[Any]
+    ) -> None:
+        """Run the prepared program, store what it gives, and wait for the dispatch before the newest two."""
+        (traced, pattern, entry, program), before = self._prepared, self._carry
         if not self._in_place:
             self._earlier.append(before)
-        # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised between
-        # two bytecodes, and must not come while the state is given away and the next one not stored.
-        examples = traced.examples if traced.row_mask is None else examples_of(traced, pattern, count, shared, stacked)
-        about = (first, count, traced, examples)
+        first = self._first_step if before[2] is None else before[2].first + before[2].steps
+        rows = traced.examples if traced.row_mask is None else examples_of(traced, pattern, count, shared, stacked)
+        about = (first, count, traced, rows)
         start = time.perf_counter()
         try:
-            self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+            if self._in_place:
+                # One call into C from donating the old leaves to storing the new ones: a KeyboardInterrupt is raised
+                # between two bytecodes, and must not come while the state is given away and the next one not stored.
+                self._result.extend(zip(itertools.starmap(program.jitted, (arguments,)), (about,), strict=False))
+                results = self._take()
+            else:
+                results = self._store(program.jitted(*arguments), about)
         except ValueError:
             refuse_different_devices(entry, inputs, arguments[0], item_of(arguments, pattern))
             raise
-        results = self._take()
         if program.was_called_anew():
             self._on_compile(self._programs.log_moved(program, entry, inputs, True, arguments, start, traced))
         if traced.can_raise:
@@ -354,9 +350,8 @@ class StepLoop:
         if self._on_dispatch is not None:
             self._on_dispatch(results)
         # The items stay until their steps are known to be finite: the exception for one that is not has its item.
-        again = functools.partial(state_after, traced, program, arguments) if traced.watches else None
-        items = (pattern, shared, stacked, again) if self._error_for is not None else ((), [], [], None)
-        self._in_flight.append(PendingDispatch(results, inputs, traced.can_raise, *items))
+        again, items = arguments if traced.watches else None, (shared, stacked) if self._error_for else ([], [])
+        self._in_flight.append(tuple.__new__(PendingDispatch, (results, inputs, traced, program, again, *items)))
         if len(self._in_flight) > _IN_FLIGHT:
             self._pace(self._in_flight.popleft())
         if self._together is not None:
@@ -365,11 +360,17 @@ class StepLoop:
     def _take(self) -> Any:
         """Store the newest dispatch as the state, and return its results."""
         if self._result:
-            (losses, numbers, arrays, status), (first, count, traced, examples) = self._result[0]
-            results = StepResults(first, count, losses, numbers, traced.layout, status, examples)
-            self._carry = (True, arrays, results)
+            self._store(*self._result[0])
             self._result.clear()
         return self._carry[2]
+
+    def _store(self, gave: Any, about: tuple[int, int, TracedStep, Any]) -> StepResults:
+        """Store what a program gave as the state, and return its results."""
+        (losses, numbers, arrays, status), (first, count, traced, examples) = gave, about
+        fields = first, count, losses, numbers, traced.layout, status, examples
+        results = tuple.__new__(StepResults, fields)  # StepResults(...) is a call in Python
+        self._carry = (True, arrays, results)
+        return results
 
     def _check(self, dispatch: PendingDispatch) -> None:
         """Raise where a step of a dispatch is not finite. The state is then the one before that step."""
@@ -380,12 +381,12 @@ class StepLoop:
             return
         i = results.finite_steps()
         self._failed_step, why = results.first + i, results.why(i)
-        if dispatch.again is not None:
+        if dispatch.arguments is not None:
             self._take()
             before, spoiled = state_before(dispatch, i, self._carry[1], self._packing, self._programs.sharding)
             self._carry, why = (True, before, self._carry[2]), np.concatenate([why, spoiled])
         item = placed_inputs(self._programs.sharding, dispatch.item(i))
-        failed = FailedStep.of(self.carry(), self._key, item, dispatch.calls_the_host)
+        failed = FailedStep.of(self.carry(), self._key, item, dispatch.traced.can_raise)
         raise self._error_for(self._failed_step, float(results.loss(i)), why, failed)
 
     def _pace(self, dispatch: PendingDispatch) -> None:

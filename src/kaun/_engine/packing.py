@@ -88,12 +88,16 @@ class MemberPacking:
 
     Args:
         leaves: The leaves, or their shapes and dtypes, with the members along axis 0.
+
+    Attributes:
+        numbers: The numbers of all members together.
     """
 
     MOST = 256  # numbers of a member
 
     def __init__(self, leaves: Sequence[Any]) -> None:
         self._kinds = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        self.numbers = sum(math.prod(leaf.shape) for leaf in leaves)
 
     @classmethod
     def of(cls, state: Any) -> MemberPacking | None:

@@ -18,7 +18,7 @@ from kaun._engine.inputs import StepInputs, as_arrays, item_at, pattern_for
 from kaun._engine.jaxpr import digest_program, is_heavy, slow_in_loops
 from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout, unwritten
-from kaun._engine.options import MEMBER_OPTIONS, accepts_member_options, loop_options
+from kaun._engine.options import step_options
 from kaun._engine.packing import MemberPacking, Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
 from kaun._engine.probabilities import warn_of_probabilities
@@ -75,12 +75,10 @@ class Traced(Protocol):
     """What is traced once and compiled into several programs, as the log of compilations needs it.
 
     Attributes:
-        entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         wanted: The further numbers that reports ask for.
     """
 
-    entries: set[str]
     seconds: float
     wanted: Mapping[str, int]
 
@@ -107,6 +105,7 @@ class TracedStep:
         loss: The shape and dtype of a step's loss: a scalar, or an array [members].
         layout: Where a step's numbers beside its loss are in its results.
         members: Whether it is the step of an ensemble.
+        packing: How a loop packs its members, None if they are not small.
         row_axis: The axis of an item's arrays along which its rows lie, 1 where axis 0 has the members of an ensemble.
         examples: How many rows an item has, None if that is unknown.
         row_mask: Which leaf of an item says which rows count, None if all do.
@@ -119,7 +118,6 @@ class TracedStep:
         status: The status of a run in which all steps are finite (``StepResults``), None if runs do not end at one
             that is not.
         watches: Whether a run ends at a step that is not finite with the state after that step.
-        entries: The entries for which a program was compiled.
         seconds: How long tracing took, until the first program that is compiled takes it over.
         patterns: The patterns of blocks so far.
         placing: Where the arrays lie, None without ``Trainer(sharding=)``.
@@ -127,9 +125,9 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_digest", "_has_small_members", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries",
-        "examples", "jaxpr", "layout", "looped", "loss", "members", "most", "on_nonfinite", "patterns", "placing",
-        "proves", "row_axis", "row_mask", "rows", "seconds", "status", "step", "wanted", "watches",
+        "_digest", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "examples", "jaxpr", "layout",
+        "looped", "loss", "members", "most", "on_nonfinite", "packing", "patterns", "placing", "proves", "row_axis",
+        "row_mask", "rows", "seconds", "status", "step", "wanted", "watches",
     )  # fmt: skip
 
     def __init__(
@@ -140,7 +138,7 @@ class TracedStep:
         self.proves, self.checks = left is not None, checks.shape[0]
         self.layout = NumberLayout(numbers)
         self.members = CODE in self.layout.places
-        self._has_small_members = self.members and MemberPacking.of(after) is not None and accepts_member_options()
+        self.packing = MemberPacking.of(after) if self.members else None
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
@@ -150,7 +148,7 @@ class TracedStep:
         self.capacity = min(capacity_of(inputs), self.most)
         self.status = _on_device(np.ones(1 + checks.shape[0], checks.dtype)) if on_nonfinite == "raise" else None
         self.watches = self.status is not None and not discards
-        self.entries, self.seconds = set[str](), seconds
+        self.seconds = seconds
         self.patterns: list[tuple[bool, ...]] = []
         self.wanted: Mapping[str, int] = {}
         self.placing: Placing | None = None
@@ -195,8 +193,7 @@ class TracedStep:
                 run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
-                small = self._has_small_members and self.placing is None
-                options = MEMBER_OPTIONS if small else loop_options(self.jaxpr)
+                options = step_options(self.jaxpr, None if self.placing is not None else self.packing)
                 found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=options)
                 self._programs[key] = found
             return found
@@ -227,7 +224,7 @@ def trace_step(
     """
     split, loss_key = inputs.split, inputs.loss_key
     # A condition around the update of a small state would change its last bits against a loop written by hand. There
-    # the state before the step is computed again (``state_after``).
+    # the state before the step is computed again (``PendingDispatch.again``).
     discards = discards or in_place(leaves)
 
     def step(leaves: list[Any], key: jax.Array, item: list[Any], *known: jax.Array) -> Any:
@@ -305,7 +302,7 @@ def _block(
         losses = unwritten((length, *traced.loss.shape), traced.loss.dtype)
         tables = traced.layout.empty(length)
         leaves = packing.unpack(held) if packing else held
-        members = MemberPacking.of(leaves) if traced.members and placing is None else None
+        members = traced.packing if placing is None else None
         leaves = leaves if members is None else members.pack(leaves)
         start = (jnp.uint32(0), leaves, status, losses, tables)
         _, leaves, status, losses, tables = lax.while_loop(unfinished, body, start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -16,7 +16,7 @@ from kaun._engine.numbers import NumberLayout
 from kaun._engine.program import Program, TracedStep, count_on_device
 from kaun._engine.together import Together
 
-__all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable", "state_after", "wait_for"]
+__all__ = ["OpenBlock", "PendingDispatch", "StepResults", "examples_of", "readable", "wait_for"]
 
 
 T = TypeVar("T")
@@ -127,42 +127,36 @@ class PendingDispatch(NamedTuple):
     Attributes:
         results: What it gives.
         inputs: An item of the kind of its items.
-        calls_the_host: Whether its steps call the host.
-        pattern: For each array of an item whether it is stacked.
-        shared: The arrays that are not, with one value for all items.
-        stacked: Those that are. Their memory is used again once the dispatch is done.
-        again: ``state_after`` after its first arguments, where after a step that is not finite the state before it has
-            to be computed again; None elsewhere.
+        traced: The step that it runs.
+        program: The program that runs it.
+        arguments: What that was called with, where after a step that is not finite the state before it has to be
+            computed again; None elsewhere.
+        shared: The arrays of its items that have one value for all of them; none where no step ends the run.
+        stacked: The other ones, likewise. Their memory is used again once the dispatch is done.
     """
 
     results: StepResults
     inputs: StepInputs
-    calls_the_host: bool
-    pattern: tuple[bool, ...]
+    traced: TracedStep
+    program: Program
+    arguments: Sequence[Any] | None
     shared: list[Any]
     stacked: list[Any]
-    again: Callable[[int], list[Any]] | None
 
     def item(self, i: int) -> StepInputs:
         """Return its item number ``i``, in memory that stays as it is."""
         rows, given = iter(self.stacked), iter(self.shared)
-        leaves = [next(rows)[i] if stacked else next(given) for stacked in self.pattern]
+        leaves = [next(rows)[i] if stacked else next(given) for stacked in self.program.pattern]
         return self.inputs.with_leaves([tree.snapshot(leaf) for leaf in leaves])
 
-
-def state_after(traced: TracedStep, program: Program, arguments: Sequence[Any], steps: int) -> list[Any]:
-    """Return the state after the first steps of a dispatch, as the loop has it, by running these once more.
-
-    Args:
-        traced: The step.
-        program: What ran the dispatch.
-        arguments: What it was called with.
-        steps: How many steps.
-    """
-    held, key, status, _, *items = arguments
-    if steps == 0:
-        return held
-    return program.jitted(held, key, status, count_on_device(steps, traced.placing), *items)[2]
+    def again(self, steps: int) -> list[Any]:
+        """Return the state after the first steps, as the loop has it, by running these once more."""
+        assert self.arguments is not None
+        held, key, status, _, *items = self.arguments
+        if steps == 0:
+            return held
+        count = count_on_device(steps, self.traced.placing)
+        return self.program.jitted(held, key, status, count, *items)[2]
 
 
 def examples_of(

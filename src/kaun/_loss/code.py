@@ -21,7 +21,7 @@ from kaun._messages import locate
 from kaun.errors import CaptureError
 
 __all__ = [
-    "ALL_NAMES", "CONSTRUCTORS", "EMPTY_CELL", "PAYLOADS", "Chains", "CodeInfo", "attributes_of", "code_info",
+    "ALL_NAMES", "CONSTRUCTORS", "EMPTY_CELL", "PAYLOADS", "Chains", "CodeInfo", "Reads", "attributes_of", "code_info",
     "function_in", "function_reads", "instance_reads", "is_namespace", "is_transparent", "members_of", "methods_of",
     "module_reads", "names_read_of_class", "own_classes", "reads_all", "reads_by_name", "refuse_assignments",
     "slots_of",

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kaun._loss.code import EMPTY_CELL, CodeInfo, code_info, function_reads, is_transparent, refuse_assignments
+from kaun._loss.code import EMPTY_CELL, CodeInfo, Reads, code_info, function_reads, is_transparent, refuse_assignments
 from kaun._loss.origin import is_library, is_library_type
 from kaun._loss.walk import ARRAY, EMPTY, ByIdentity, Getter, Handler, KeyNode, RefusedError, Walk
 
@@ -126,6 +126,8 @@ def _transparent(walk: Walk, value: Any, at: int) -> KeyNode:
 
 # Functions
 
+_EXTRAS = operator.attrgetter("__defaults__", "__kwdefaults__", "__dict__")  # most functions have none
+
 
 def home_of(loss: Any, depth: int = 3) -> str:
     """The top-level package in which a loss was defined, "" for a library's."""
@@ -166,14 +168,10 @@ def _function_parts(walk: Walk, value: types.FunctionType, info: CodeInfo, at: i
     walk.same(info.code, walk.read(get("__code__"), at))
     closure = walk.read(get("__closure__"), at, type(value.__closure__))
     cells = tuple([(n, _cell(walk, n, v, i, closure, info)) for i, (n, v) in enumerate(reads.cells)])
-    held = walk.read(get("__defaults__"), at, type(value.__defaults__))
-    if value.__defaults__ is not None:
-        walk.read_equal(len, held, len(value.__defaults__))
-    defaults = tuple([(n, walk.named(n, v, item(i), held)) for i, (n, v) in enumerate(reads.defaults)])
-    held = walk.read(get("__kwdefaults__"), at, type(value.__kwdefaults__))
-    if value.__kwdefaults__ is not None:
-        walk.read_equal(tuple, held, tuple(value.__kwdefaults__))
-    keywords = tuple([(n, walk.named(n, v, item(n), held)) for n, v in reads.keywords])
+    plain = value.__defaults__ is None and value.__kwdefaults__ is None and not value.__dict__
+    if plain:
+        walk.read_equal(_EXTRAS, at, (None, None, {}))
+    defaults, keywords = ((), ()) if plain else _defaults(walk, value, reads, at)
     scope = walk.read(get("__globals__"), at, dict)
     if info.library:
         walk.same(value.__globals__, scope)
@@ -184,11 +182,24 @@ def _function_parts(walk: Walk, value: types.FunctionType, info: CodeInfo, at: i
         walk.read_equal(operator.methodcaller("isdisjoint", absent), keys, True)
     outside = tuple([(n, walk.named(n, v, item(n), scope, info.chains.get(n))) for n, v in reads.outside])
     module = str(value.__globals__.get("__name__") or "")
-    attributes = _function_attributes(walk, value, at)
+    attributes = () if plain else _function_attributes(walk, value, at)
     imports = _imports(walk, info, value.__globals__) if info.imports else ()
     return (
         "function", info, walk.strict, module, cells, defaults, keywords, outside, attributes, imports
     )  # fmt: skip
+
+
+def _defaults(walk: Walk, value: types.FunctionType, reads: Reads, at: int) -> tuple[KeyNode, KeyNode]:
+    """The nodes of a function's default values, positional and by keyword."""
+    get, item = operator.attrgetter, operator.itemgetter
+    held = walk.read(get("__defaults__"), at, type(value.__defaults__))
+    if value.__defaults__ is not None:
+        walk.read_equal(len, held, len(value.__defaults__))
+    defaults = tuple([(n, walk.named(n, v, item(i), held)) for i, (n, v) in enumerate(reads.defaults)])
+    held = walk.read(get("__kwdefaults__"), at, type(value.__kwdefaults__))
+    if value.__kwdefaults__ is not None:
+        walk.read_equal(tuple, held, tuple(value.__kwdefaults__))
+    return defaults, tuple([(n, walk.named(n, v, item(n), held)) for n, v in reads.keywords])
 
 
 def _cell(walk: Walk, name: str, content: Any, i: int, closure: int, info: CodeInfo) -> KeyNode:

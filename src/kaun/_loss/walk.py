@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from kaun._loss.code import Chains, CodeInfo
+from kaun._loss.origin import is_library_type
 
 __all__ = ["ARRAY", "EMPTY", "ByIdentity", "Handler", "KeyNode", "LossKey", "RefusedError", "Walk", "Warm", "loss_key"]
 
@@ -173,10 +174,12 @@ class Walk:
         """The node of a value that is read from an earlier one, by a function in C."""
         kind = type(value)
         known = self.handlers.get(kind)
-        at = self.read(get, parent, kind if known else None)
+        of_library = known is None and is_library_type(kind)
+        at = self.read(get, parent, kind if known or of_library else None)
         if known is None:
             known = self.classify(value)
-            self.same(kind, self.read(type, at))
+            if not of_library:  # a class of the user's is not kept alive
+                self.same(kind, self.read(type, at))
         return self.node(known, value, at, chains)
 
     def node(self, handler: Handler, value: Any, at: int, chains: Chains | None = None) -> KeyNode:

@@ -176,6 +176,8 @@ class ReportCaller:
         self._discarded = DiscardedSteps(*windows) if mode == "skip" else None
         self.takes_results: bool = self._block is not None or self._discarded is not None
         self.pending_report_loss, self._interruptible = pending_report_loss, interruptible
+        nothing_more = not isinstance(report, Composite) and not names_of(report, "measures") and self._block is None
+        self._is_function = nothing_more and together is None and interruptible is None
         self._asked = self._wanted = done if pending_report_loss is None else done - 1
         self._clock = time.perf_counter()
         self._seconds = 0.0  # of compilation since then
@@ -257,6 +259,20 @@ class ReportCaller:
         self._clock, self._seconds = time.perf_counter(), 0.0  # an evaluation does not count as part of a step
         return stops
 
+    def _calls_function(self, step: int, loss: Any, state: Any) -> bool:
+        """Do what ``stops`` does where nothing but a call comes of it."""
+        report: Any = self._report
+        self.pending_report_loss = loss = float(loss)
+        try:
+            value = report(step, loss, state)
+        except EarlyStop:
+            self.pending_report_loss = None
+            return True
+        if value is not None:
+            check_returned(report, value, state)
+        self.pending_report_loss = None
+        return False
+
     def _call(self, step: int, loss: float, state: Any) -> tuple[Mapping[str, float] | None, bool]:
         """Call the report, and return what it measured, and whether it raised EarlyStop."""
         assert self._report is not None
@@ -274,7 +290,7 @@ class ReportCaller:
         state = TrainState.later(now)
         kept = weakref.ref(state)
         try:
-            return self.stops(step, loss, state)
+            return self._calls_function(step, loss, state) if self._is_function else self.stops(step, loss, state)
         finally:
             del state
             outlives = kept()

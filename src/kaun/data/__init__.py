@@ -23,6 +23,7 @@ from kaun.data.alike import stages_in_words as stages_in_words
 from kaun.data.arguments import checked_count as checked_count
 from kaun.data.chunks import Chunk as Chunk
 from kaun.data.chunks import RowGather as RowGather
+from kaun.data.chunks import is_explicit as is_explicit
 from kaun.data.convert import as_arrays as as_arrays
 from kaun.data.convert import is_tensor as is_tensor
 from kaun.data.items import Item as Item

@@ -166,9 +166,12 @@ def item_chunks(item: Any, n: int) -> Chunks:
     """The same item ``n`` times."""
 
     def chunks(epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
+        chunk = Chunk(item, 1, _SAME)
         while start < n:
             count = limit(n - start)
-            yield Chunk(item, count, _SAME)
+            if count != chunk.n:
+                chunk = Chunk(item, count, _SAME)
+            yield chunk
             start += count
 
     return chunks

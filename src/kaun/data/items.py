@@ -50,7 +50,7 @@ class Item(NamedTuple):
         if isinstance(item, (tuple, list)) and len(item) in (2, 3) and callable(item[1]):
             ctx = item[2] if len(item) == 3 else None
             if ctx is None or isinstance(ctx, Context):
-                return cls(item[0], cast("Loss", item[1]), ctx)
+                return tuple.__new__(cls, (item[0], item[1], ctx))  # cls(...) is a call in Python
         raise TypeError(
             "fit expected items (x, loss) or (x, loss, Context), with loss a function of the model's output; item "
             f"{step} is {_received(item)}. {_fix(item)}."
@@ -80,7 +80,7 @@ class LabelledItem(NamedTuple):
         if isinstance(item, (tuple, list)) and len(item) in (2, 3) and not callable(item[1]):
             ctx = item[2] if len(item) == 3 else None
             if ctx is None or isinstance(ctx, Context):
-                return cls(item[0], item[1], ctx)
+                return tuple.__new__(cls, (item[0], item[1], ctx))
         fix = (
             "This item is for fit: pass the pipeline without with_loss, whose items are (x, y)."
             if Item.is_training_item(item)

@@ -73,8 +73,10 @@ class RowInfo(NamedTuple):
         Raises:
             ValueError: If the labels had a value for each position, and have another length now.
         """
+        if self.elements is None:
+            return self.mask
         shapes = [np.shape(leaf) for leaf in jax.tree_util.tree_leaves(labels)]
-        if self.elements is None or all(len(shape) < 2 for shape in shapes):
+        if all(len(shape) < 2 for shape in shapes):
             return self.mask
         if any(shape[:2] != self.elements.shape for shape in shapes):
             raise ValueError(
@@ -84,9 +86,19 @@ class RowInfo(NamedTuple):
             )
         return self.elements
 
+    @property
+    def has_filled(self) -> bool:
+        """Whether some rows of the item fill its batch."""
+        mask = self._own_mask
+        return mask is not None and not mask.all()
+
+    @property
+    def _own_mask(self) -> Host | None:
+        return self.mask if self.mask is None or self.piece is None else self.mask[self.piece.here]
+
     def real(self, value: Any) -> Any:
         """A tree of arrays without its filled rows: arrays as long as the batch are cut."""
-        mask = self.mask if self.mask is None or self.piece is None else self.mask[self.piece.here]
+        mask = self._own_mask
         if mask is None or mask.all():
             return value
         size, n = len(mask), int(mask.sum())

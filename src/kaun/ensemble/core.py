@@ -30,7 +30,7 @@ from kaun.evaluation import evaluate_members, predict, predict_members, trace_me
 from kaun.layers.core import Vars
 from kaun.sharding import Sharding
 from kaun.state import Members, TrainState, check_state
-from kaun.train import Trainer, settings_of
+from kaun.train import LOOP, Trainer, settings_of
 
 __all__ = ["Ensemble"]
 
@@ -243,18 +243,17 @@ class Ensemble(Generic[In, Out]):
         try:
             self._check(states, "predict")
             runner = self._runner(None, per_member)
-            run = cast("Any", runner)._runner("predict", states)
             if are_pipelines("predict", x, per_member):
                 pipelines = check_pipelines("predict", cast("Sequence[Any]", x), self.n)
+                run = cast("Any", runner)._runner("predict", states)
                 return predict_members(
                     run, pipelines, check_context(ctx), functools.partial(stack, what="x"), self.sharding
                 )
             if not isinstance(x, Data):
                 return runner.predict(states, x, ctx=ctx)
-            # The outputs of a pass are joined along axis 0, so that is where rows have to be meanwhile.
-            rows_first = lambda output: jnp.moveaxis(output, 0, 1) if output.ndim > 1 else output[0]
-            outputs = lambda inputs, ready: jax.tree_util.tree_map(rows_first, run(inputs, ready))
-            rows = predict(outputs, x, check_context(ctx), self.sharding)
+            # The outputs of a pass are joined along axis 0, so that is where rows are meanwhile.
+            loop = cast("Any", runner)._runner("predict", states, LOOP)
+            rows = predict(loop, x, check_context(ctx), self.sharding, of_members=True)
             return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
         except BaseException as error:
             hide_frames(error)

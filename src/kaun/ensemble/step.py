@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun import rng, tree
-from kaun._engine import CODE, LOST, NOT_FINITE, RUNS, STOPPED, MemberPacking, accepts_member_options
+from kaun._engine import CODE, LOST, NOT_FINITE, RUNS, STOPPED, MemberPacking, sums_members
 from kaun._kernels import with_summed_products
 from kaun._loss import FrozenLoss, array_names, snapshot_loss, trace_function
 from kaun._messages import add_note, locate
@@ -69,9 +69,10 @@ def train_members(
     names = {"x": x, "ctx": ctx, "loss": dict(zip(array_names(loss_key, len(arrays)), arrays, strict=True))}
     axes = functools.partial(members_axes, size, names)
     train, given = jax.vmap(one, (0, 0, axes(x), axes(ctx), axes(arrays))), (carry, key, x, ctx, arrays)
-    packing = MemberPacking.of((carry[0], carry[1].inner, carry[2])) if packs else None
-    sums = packing is not None and jax.default_backend() == "cpu" and accepts_member_options()
-    out, stops = with_summed_products(train, *given) if sums else train(*given)
+    small = MemberPacking.of(carry) if packs else None  # as the loop packs them
+    out, stops = with_summed_products(train, *given) if sums_members(small) else train(*given)
+    own = jax.tree_util.tree_leaves((carry[0], carry[1].inner, carry[2]))
+    packing = None if small is None else MemberPacking(own)
     return _settled(settings.on_nonfinite, stop is not None, packing, carry, out, stops)
 
 

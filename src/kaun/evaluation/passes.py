@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from kaun._messages import add_note, contextmanager
 from kaun.context import Context
 from kaun.data import Data, LabelledItem, RowInfo, RowsItem, empty_data, known_length, open_items, with_rows
 from kaun.errors import CaptureError
+from kaun.evaluation.outputs import Outputs, padded_size
 from kaun.evaluation.rows import RowMetrics
 from kaun.evaluation.together import Pass, in_step
 from kaun.evaluation.totals import MemberTotals, Metric, MetricTotals, check_metrics, with_counts
@@ -129,38 +131,52 @@ def _items_of(data: Any, sharding: Sharding | None = None) -> Generator[Pass]:
         yield taken
 
 
-def predict(run: Callable[..., Any], data: Data[Any], ctx: Context | None, sharding: Sharding | None = None) -> Any:
+def predict(
+    loop: Callable[..., EvaluationLoop], data: Data[Any], ctx: Context | None, sharding: Sharding | None = None, *,
+    of_members: bool = False,
+) -> Any:  # fmt: skip
     """The outputs for all items of ``data``, concatenated along axis 0; see ``Trainer.predict``.
 
     Args:
-        run: Runs the compiled program for its inputs, before that calls ``Pass.ready``, and does not wait for it.
+        loop: Makes the loop that runs the items, of a function that takes its results and ``Pass.ready``.
         data: The model's inputs.
         ctx: The context of all items.
         sharding: Where the arrays of the trainer lie, also in other processes: each of them gets all outputs.
+        of_members: Whether outputs have the members of an ensemble along axis 0. That is axis 1 of what is returned.
     """
-    outputs, checked = _Outputs(known_length(data)), (None, None)
+    outputs, checked, known = Outputs(known_length(data)), (None, None), deque[RowInfo | None]()
 
-    def compute(item: Any, number: int, ready: Callable[[StepInputs], None]) -> Any:
-        nonlocal checked
-        x, rows = _with_rows(item)
-        try:
-            inputs = StepInputs(x, None, _context(ctx, rows))
-            output = run(inputs, ready)
-        except (TypeError, ValueError) as error:
-            if isinstance(x, tuple):
-                add_note(
-                    error,
-                    "predict expects data whose items are the model's inputs. For pairs (x, y) write "
-                    "trainer.predict(state, data.map(lambda b: b[0])).",
-                )
-            raise
-        kind = (inputs.key, _padded_size(rows))
-        if kind != checked:  # outputs of one program have one form
-            outputs.check(output, number, rows)
-            checked = kind
-        return jax.tree_util.tree_leaves(output), rows
+    def take(results: Any) -> None:
+        arrays = jax.tree_util.tree_leaves(results)
+        if of_members:
+            arrays = [array.swapaxes(1, 2) for array in arrays]
+        outputs.take(arrays, [known.popleft() for _ in range(len(arrays[0]) if arrays else 0)])
 
-    _outputs_of(with_rows(data), compute, outputs.take, data, sharding)
+    own: Any = iter(with_rows(data))
+    with contextlib.closing(own), in_step(own, data, sharding, "predict") as taken:
+        number, running = 0, loop(take, taken.ready)
+        for number, item in enumerate(taken.items, start=1):
+            x, rows = _with_rows(item)
+            known.append(rows)
+            try:
+                inputs = StepInputs(x, None, _context(ctx, rows))
+                outline = running.push(inputs)
+            except (TypeError, ValueError) as error:
+                if isinstance(x, tuple):
+                    add_note(
+                        error,
+                        "predict expects data whose items are the model's inputs. For pairs (x, y) write "
+                        "trainer.predict(state, data.map(lambda b: b[0])).",
+                    )
+                raise
+            kind = (inputs.key, padded_size(rows))
+            if kind != checked:  # outputs of one program have one form
+                outline = jax.tree_util.tree_map(_rows_first, outline) if of_members else outline
+                outputs.check(outline, number, rows)
+                checked = kind
+        running.finish()
+    if not number:
+        raise empty_data("predict")
     return jax.tree_util.tree_unflatten(outputs.structure, outputs.rows())
 
 
@@ -177,7 +193,7 @@ def predict_members(
         join: Makes one (input, context) of those of the members.
         sharding: As for ``evaluate_members``.
     """
-    outputs = [_Outputs(known_length(each)) for each in data]
+    outputs = [Outputs(known_length(each)) for each in data]
 
     def compute(items: Sequence[Any], number: int, ready: Any) -> Any:
         pairs = [_with_rows(item) for item in items]
@@ -191,13 +207,19 @@ def predict_members(
 
     def take(batches: list[Any]) -> None:
         for leaves, known in batches:
-            held = [np.asarray(leaf) for leaf in leaves]
+            held = [tree.on_host(leaf) for leaf in leaves]
             for i, (each, rows) in enumerate(zip(outputs, known, strict=True)):
-                each.take([([leaf[i] for leaf in held], rows)])
+                each.take([leaf[i][None] for leaf in held], [rows])
 
     joined = _side_by_side(data)
     _outputs_of(joined, compute, take, joined, sharding)
     return [jax.tree_util.tree_unflatten(each.structure, each.rows()) for each in outputs]
+
+
+def _rows_first(output: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an output [members, rows, ...] with the rows in front; of a scalar without members."""
+    members, *rest = output.shape
+    return jax.ShapeDtypeStruct((*rest[:1], members, *rest[1:]) if rest else (), output.dtype)
 
 
 def _side_by_side(data: Sequence[Data[Any]]) -> Data[Any]:
@@ -223,11 +245,6 @@ def _context(ctx: Context | None, rows: RowInfo | None) -> Context | None:
     return ctx if rows is None or rows.ctx is None else (ctx or Context()).merge(rows.ctx)
 
 
-def _padded_size(rows: RowInfo | None) -> int | None:
-    """How many rows a batch has with those that fill it, None if none may be filled."""
-    return None if rows is None or rows.mask is None else len(rows.mask)
-
-
 def _is_constant(metric: Any) -> bool:
     return type(metric) is types.FunctionType and metric.__closure__ is None and is_library(metric.__module__ or "")
 
@@ -241,76 +258,3 @@ def _snapshots(metrics: Mapping[str, Metric]) -> dict[str, Any]:
             add_note(error, f"In metric {name!r}, which evaluate compiles as a step compiles its loss.")
             raise
     return captured
-
-
-class _Outputs:
-    """The outputs of a model for all items, concatenated along axis 0 on the host.
-
-    Args:
-        length: How many items there are, None if that is unknown.
-    """
-
-    def __init__(self, length: int | None) -> None:
-        self._length = length or 1
-        self.structure: Any = None
-        self._checked: Any = None
-        self._first: list[Any] = []
-        self._buffers: list[Any] = []
-        self._used: list[int] = []
-
-    def check(self, output: Any, number: int, known: RowInfo | None) -> None:
-        """Raise ValueError for an output that cannot follow those before it; only shapes and dtypes are checked."""
-        arrays, structure = jax.tree_util.tree_flatten(output)
-        size = _padded_size(known)
-        form = (structure, size, [(array.shape, array.dtype) for array in arrays])
-        if form == self._checked:
-            return
-        leaves = tree.flatten(output)[0]
-        scalar = next((path for path, leaf in leaves.items() if not leaf.shape), None)
-        if scalar is not None:
-            raise ValueError(
-                f"predict concatenates the outputs of a Data along axis 0, but the output{_at(scalar)} of item "
-                f"{number} is a scalar. Call predict for each item: [trainer.predict(state, x) for x in data]."
-            )
-        other = next((path for path, leaf in leaves.items() if size not in (None, leaf.shape[0])), None)
-        if other is not None:
-            raise ValueError(
-                f"predict cuts filled rows off the outputs of a padded Data, but the output{_at(other)} of item "
-                f"{number} has {leaves[other].shape[0]} rows for {size} of x: it is not known which are filled. Return "
-                "one row for each of x, or leave pad=True out."
-            )
-        rows = [(leaf.shape[1:], leaf.dtype) for leaf in leaves.values()]
-        if self.structure is None:
-            self.structure, self._first = structure, rows
-        if structure != self.structure or rows != self._first:
-            raise ValueError(
-                "predict concatenates the outputs of a Data along axis 0, but these of item "
-                f"{number} differ from those before in more than that axis: "
-                + ", ".join(f"{path or 'output'}: {tree.describe(leaf)}" for path, leaf in leaves.items())
-                + ". Pad the inputs to one shape, or call predict for each item."
-            )
-        self._checked = form
-
-    def take(self, batches: list[tuple[list[Any], RowInfo | None]]) -> None:
-        """Read some outputs from the device, and append them without filled rows."""
-        for leaves, known in batches:
-            if not self._buffers:
-                self._buffers = [np.empty((self._length * a.shape[0], *a.shape[1:]), a.dtype) for a in leaves]
-                self._used = [0] * len(leaves)
-            leaves = list(map(tree.on_host, leaves))
-            for i, new in enumerate(leaves if known is None else known.real(leaves)):
-                start, end = self._used[i], self._used[i] + len(new)
-                if end > len(self._buffers[i]):
-                    grown = np.empty((max(end, 2 * start), *new.shape[1:]), new.dtype)
-                    grown[:start] = self._buffers[i][:start]
-                    self._buffers[i] = grown
-                self._buffers[i][start:end] = new
-                self._used[i] = end
-
-    def rows(self) -> list[Any]:
-        """The arrays, without the space that was not filled."""
-        return [buffer[:used] for buffer, used in zip(self._buffers, self._used, strict=True)]
-
-
-def _at(path: str) -> str:
-    return f" at {path!r}" if path else ""
