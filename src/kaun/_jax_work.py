@@ -1,4 +1,4 @@
-"""Convolutions and matrix products of a traced program, whose equations are not part of JAX's public API."""
+"""Arrays, convolutions and products of a traced program, whose equations are not part of JAX's public API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax import lax
 
 from kaun._jax import programs_in
 
-__all__ = ["Convolution", "convolutions_in", "multiply_adds_in"]
+__all__ = ["Convolution", "arrays_in", "convolutions_in", "multiply_adds_in"]
 
 
 class Convolution(NamedTuple):
@@ -32,6 +32,17 @@ class Convolution(NamedTuple):
     def multiply_adds(self) -> int:
         """How many multiply-adds it has."""
         return math.prod(self.output) * math.prod(self.kernel) // max(self.kernel[self.layout[1][0]], 1)
+
+
+def arrays_in(closed: Any) -> Iterator[Any]:
+    """Yield shape and dtype of what a traced program and all programs inside it take and compute.
+
+    JAX tells of arguments and results alone; how large an array is that lies between them only the equations state.
+    """
+    for program in programs_in(closed):
+        inner = getattr(program, "jaxpr", program)
+        yield from (each.aval for each in (*inner.invars, *inner.constvars))
+        yield from (each.aval for equation in inner.eqns for each in equation.outvars)
 
 
 def convolutions_in(closed: Any) -> Iterator[Convolution]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["LOOP_OPTIONS", "MEMBER_OPTIONS", "accepts_member_options"]
+__all__ = ["LOOP_OPTIONS", "MEMBER_OPTIONS", "TINY_OPTIONS", "accepts_member_options", "accepts_tiny_options"]
 
 # XLA would move what does not depend on the item out of the loop, fuse it in another way there, and so change the last
 # bit depending on whether items are stacked. The numbers must not depend on that.
@@ -16,12 +16,27 @@ LOOP_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-
 # in XLA's own code (256 members, 4 rows, JAX 0.10.2).
 MEMBER_OPTIONS = {**LOOP_OPTIONS, "xla_cpu_experimental_ynn_fusion_type": ""}
 
+# XLA:CPU compiles each kernel in a context and a module of its own, in some 8 ms whatever it computes. Its older
+# emitters make one module of them all: the first step of xor takes 0.45 of the CPU time (JAX 0.10.2). In 0.12 they are
+# gone. Where arrays are larger than ``is_tiny`` allows, their kernels are slower: those of mlp by 1.4.
+TINY_OPTIONS = {**LOOP_OPTIONS, "xla_cpu_use_fusion_emitters": False}
+
 
 @functools.cache
 def accepts_member_options() -> bool:
     """Return whether this version of XLA has all of ``MEMBER_OPTIONS``: one of them is an experimental one."""
+    return _accepts(MEMBER_OPTIONS)
+
+
+@functools.cache
+def accepts_tiny_options() -> bool:
+    """Return whether this version of XLA has all of ``TINY_OPTIONS``."""
+    return _accepts(TINY_OPTIONS)
+
+
+def _accepts(options: dict[str, Any]) -> bool:
     try:
-        jax.jit(lambda: 0, compiler_options=MEMBER_OPTIONS).lower().compile()
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

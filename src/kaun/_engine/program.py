@@ -15,10 +15,16 @@ from jax import lax
 
 from kaun._engine.batching import capacity_of
 from kaun._engine.inputs import StepInputs, as_arrays, item_at, pattern_for
-from kaun._engine.jaxpr import digest_program, is_heavy, slow_in_loops
+from kaun._engine.jaxpr import digest_program, is_heavy, is_tiny, slow_in_loops
 from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout, unwritten
-from kaun._engine.options import LOOP_OPTIONS, MEMBER_OPTIONS, accepts_member_options
+from kaun._engine.options import (
+    LOOP_OPTIONS,
+    MEMBER_OPTIONS,
+    TINY_OPTIONS,
+    accepts_member_options,
+    accepts_tiny_options,
+)
 from kaun._engine.packing import MemberPacking, Packing, in_place, packing_on_device
 from kaun._engine.placing import Placing
 from kaun._engine.probabilities import warn_of_probabilities
@@ -127,9 +133,10 @@ class TracedStep:
     """
 
     __slots__ = (
-        "_digest", "_has_small_members", "_lock", "_programs", "can_raise", "capacity", "checks", "discards", "entries",
-        "examples", "jaxpr", "layout", "looped", "loss", "members", "most", "on_nonfinite", "patterns", "placing",
-        "proves", "row_axis", "row_mask", "rows", "seconds", "status", "step", "wanted", "watches",
+        "_digest", "_has_small_members", "_is_tiny", "_lock", "_programs", "can_raise", "capacity", "checks",
+        "discards", "entries", "examples", "jaxpr", "layout", "looped", "loss", "members", "most", "on_nonfinite",
+        "patterns", "placing", "proves", "row_axis", "row_mask", "rows", "seconds", "status", "step", "wanted",
+        "watches",
     )  # fmt: skip
 
     def __init__(
@@ -141,6 +148,7 @@ class TracedStep:
         self.layout = NumberLayout(numbers)
         self.members = CODE in self.layout.places
         self._has_small_members = self.members and MemberPacking.of(after) is not None and accepts_member_options()
+        self._is_tiny = jax.default_backend() == "cpu" and not self.members and is_tiny(traced.jaxpr)
         self.looped = jax.default_backend() != "cpu" or not slow_in_loops(traced.jaxpr)
         self.can_raise = calls_the_host(traced.jaxpr)
         self.rows = min(ROWS, max(1, _COUNT_BYTES // max(1, self.layout.bytes)))
@@ -195,10 +203,15 @@ class TracedStep:
                 run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
-                options = MEMBER_OPTIONS if self._has_small_members and self.placing is None else LOOP_OPTIONS
-                found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=options)
+                found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=self._options())
                 self._programs[key] = found
             return found
+
+    def _options(self) -> dict[str, Any]:
+        """Return XLA's options, the same for all programs of this step: others would change its last bits."""
+        if self._has_small_members and self.placing is None:
+            return MEMBER_OPTIONS
+        return TINY_OPTIONS if self._is_tiny and accepts_tiny_options() else LOOP_OPTIONS
 
 
 def trace_step(
