@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jax import lax
 
-from kaun._jax import programs_in
+from kaun._jax import primitives_in, programs_in
 
 __all__ = ["Convolution", "arrays_in", "convolutions_in", "multiply_adds_in"]
 
@@ -51,7 +51,7 @@ def convolutions_in(closed: Any) -> Iterator[Convolution]:
     Whether XLA:CPU runs a convolution slowly inside a loop depends on its layout, which only the equation's parameters
     state.
     """
-    for program in programs_in(closed):
+    for program in programs_in(closed) if "conv_general_dilated" in primitives_in(closed) else ():
         for equation in getattr(program, "jaxpr", program).eqns:
             if equation.primitive is lax.conv_general_dilated_p:
                 yield _convolution(equation)
