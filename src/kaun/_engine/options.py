@@ -16,10 +16,10 @@ LOOP_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "while-loop-invariant-
 # in XLA's own code (256 members, 4 rows, JAX 0.10.2).
 MEMBER_OPTIONS = {**LOOP_OPTIONS, "xla_cpu_experimental_ynn_fusion_type": ""}
 
-# XLA:CPU compiles each kernel in a context and a module that it makes for it, in some 8 ms whatever the kernel computes.
-# Its older emitters, which 0.12 does not have any more, make one module of all kernels: xor's first step takes 0.6 of the
-# CPU time with them (JAX 0.10.2). Taken apart for several threads, a module would give a loop other bits than its steps.
-# Where arrays are larger than ``is_tiny`` allows, these kernels are slower: a step of mlp takes 1.4 times as long.
+# XLA:CPU compiles each kernel in a context and a module made for it, in some 8 ms whatever the kernel computes. Its
+# older emitters, which are gone in 0.12, make one module of all kernels: the first step of xor takes 0.43 of the CPU
+# time with them (JAX 0.10.2). Taken apart for several threads, a module would give a loop other bits than its steps.
+# Where arrays are larger than ``is_tiny`` allows, their kernels are slower: a step of mlp takes 1.4 times as long.
 TINY_OPTIONS = {**LOOP_OPTIONS, "xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 
 
