@@ -106,6 +106,15 @@ def test_a_traced_program_runs_as_it_was_traced():
     assert calls == [1] and results[1] == 3
 
 
+def test_a_function_that_is_called_often_is_looked_at_once(monkeypatch):
+    inner = jax.jit(lambda x: jnp.sin(x) + 1)
+    closed = jax.make_jaxpr(lambda x: jax.lax.cond(x > 0, lambda: inner(inner(x)), lambda: inner(jnp.cos(x))))(1.0)
+    parts, looked_at = _jax._parts, []
+    monkeypatch.setattr(_jax, "_parts", lambda equation: looked_at.append(equation.primitive.name) or parts(equation))
+    assert {"sin", "cos", "cond", "add", "gt"} <= _jax.primitives_in(closed)
+    assert looked_at.count("sin") == 1
+
+
 def test_programs_inside_programs_are_found():
     closed = jax.make_jaxpr(inner_programs)(jnp.ones(3))
     programs = list(_jax.programs_in(closed))

@@ -5,6 +5,7 @@ Nothing else in kaun uses such a part, so a new JAX release is a matter of this 
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from collections import Counter
@@ -128,10 +129,8 @@ def programs_in(closed: Any) -> Iterator[Any]:
     """
     yield closed
     for equation in getattr(closed, "jaxpr", closed).eqns:
-        for value in equation.params.values():
-            for part in value if isinstance(value, (tuple, list)) else (value,):
-                if _is_program(part):
-                    yield from programs_in(part)
+        for part in _parts(equation):
+            yield from programs_in(part)
 
 
 def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
@@ -150,8 +149,12 @@ def constants_in(closed: Any, *, literals: bool = False) -> Iterator[Any]:
             yield from (value for value in values if getattr(value, "ndim", 0))
 
 
-def _equations_in(closed: Any) -> Iterator[Any]:
-    return (each for program in programs_in(closed) for each in getattr(program, "jaxpr", program).eqns)
+def _parts(equation: Any) -> Iterator[Any]:
+    """Yield the programs among the parameters of an equation."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if _is_program(part):
+                yield part
 
 
 def primitives_in(closed: Any) -> set[str]:
@@ -160,7 +163,17 @@ def primitives_in(closed: Any) -> set[str]:
     They decide which operations are costly, and which call the host: of these a ``pure_callback`` has no effect by
     which JAX's public API would tell.
     """
-    return {equation.primitive.name for equation in _equations_in(closed)}
+    found: set[str] = set()
+    seen: set[int] = set()  # a function that is called often is one program
+    programs = [closed]
+    while programs:
+        program = programs.pop()
+        program = getattr(program, "jaxpr", program)
+        if id(program) not in seen:
+            seen.add(id(program))
+            found |= {equation.primitive.name for equation in program.eqns}
+            programs += itertools.chain.from_iterable(map(_parts, program.eqns))
+    return found
 
 
 def calls_the_host(closed: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Convolutions and matrix products of a traced program, whose equations are not part of JAX's public API."""
+"""Arrays, convolutions and products of a traced program, whose equations are not part of JAX's public API."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from jax import lax
 
-from kaun._jax import programs_in
+from kaun._jax import primitives_in, programs_in
 
-__all__ = ["Convolution", "convolutions_in", "multiply_adds_in"]
+__all__ = ["Convolution", "arrays_in", "convolutions_in", "multiply_adds_in"]
 
 
 class Convolution(NamedTuple):
@@ -34,13 +34,24 @@ class Convolution(NamedTuple):
         return math.prod(self.output) * math.prod(self.kernel) // max(self.kernel[self.layout[1][0]], 1)
 
 
+def arrays_in(closed: Any) -> Iterator[Any]:
+    """Yield shape and dtype of what a traced program and all programs inside it take and compute.
+
+    JAX tells of arguments and results alone; how large an array is that lies between them only the equations state.
+    """
+    for program in programs_in(closed):
+        inner = getattr(program, "jaxpr", program)
+        yield from (each.aval for each in (*inner.invars, *inner.constvars))
+        yield from (each.aval for equation in inner.eqns for each in equation.outvars)
+
+
 def convolutions_in(closed: Any) -> Iterator[Convolution]:
     """Yield the convolutions of a traced program and of all programs inside it.
 
     Whether XLA:CPU runs a convolution slowly inside a loop depends on its layout, which only the equation's parameters
     state.
     """
-    for program in programs_in(closed):
+    for program in programs_in(closed) if "conv_general_dilated" in primitives_in(closed) else ():
         for equation in getattr(program, "jaxpr", program).eqns:
             if equation.primitive is lax.conv_general_dilated_p:
                 yield _convolution(equation)

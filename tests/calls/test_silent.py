@@ -12,7 +12,7 @@ import pytest
 
 import kaun
 from kaun import Data, layers, losses, reports, rng
-from kaun._engine import StepInputs
+from kaun._engine import StepInputs, probabilities
 from kaun._engine.program import find_step
 
 X, L = np.ones((8, 2), np.float32), np.zeros(8, np.int32)
@@ -302,3 +302,11 @@ def test_it_is_the_step_of_fit_and_of_an_ensemble_too():
 
     ((text, line),) = warned(fit)
     assert text.startswith("The loss applies a softmax to the output of another one") and line == 1
+
+
+def test_a_function_that_is_called_often_is_walked_once(monkeypatch):
+    twice, walked, walk = jax.jit(lambda x: 2 * x), [], probabilities.evaluate
+    closed = jax.make_jaxpr(lambda x: twice(twice(twice(x))))(1.0)
+    monkeypatch.setattr(probabilities, "evaluate", lambda *of: walked.append(of[0]) or walk(*of))
+    probabilities.warn_of_probabilities(closed)
+    assert len(walked) == 2

@@ -1,10 +1,60 @@
-"""The options with which loops are compiled: those of heavy steps."""
+"""With which options of XLA the programs of a step are compiled."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
 from jax import lax
 
-from kaun._engine import options
+import kaun
+from kaun import layers, losses, rng
+from kaun._engine import StepInputs, options, program
+from kaun._engine.jaxpr import is_tiny
+from kaun._engine.program import find_step
+
+FUNCTIONS = {
+    "256 elements": (lambda x: (jax.random.normal(jax.random.key(0), x.shape) + x).sum(), True),
+    "257 elements": (lambda x: jnp.pad(x, (0, 1)).sum(), False),
+    "many inside another program": (jax.jit(lambda x: jnp.outer(x, x).sum()), False),
+    "half precision": (lambda x: x.astype(jnp.float16).sum(), False),
+    "an operation that is computed in another way": (jnp.tan, False),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_program_is_tiny_by_its_largest_array(name):
+    function, expected = FUNCTIONS[name]
+    assert is_tiny(jax.make_jaxpr(function)(np.ones(256, np.float32))) == expected
+
+
+@pytest.mark.parametrize(("width", "tiny"), [(4, True), (64, False)])
+def test_all_programs_of_a_tiny_step_have_options_of_their_own(monkeypatch, width, tiny):
+    x, y = jnp.ones((8, 2)), jnp.ones((8, 1))
+    with rng.scope(0):
+        model = layers.linear(2, width) >> layers.tanh() >> layers.linear(width, 1)
+        trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.1))
+        state = trainer.init()
+    leaves, structure = jax.tree.flatten((state.vars, state.opt_state, state.step))
+    inputs = StepInputs(x, functools.partial(losses.mse, targets=y), None)
+    traced = find_step(trainer._programs, structure, leaves, state.key, inputs, True)
+    made = []
+    monkeypatch.setattr(program, "Program", lambda *of, compiler_options, **more: made.append(compiler_options))
+    for known in (True, False):
+        monkeypatch.setattr(options, "_accepts_tiny_options", lambda known=known: known)
+        for entry in ("step", "fit"):
+            traced._programs.clear()
+            traced.program(entry, (False, False))
+    expected = options._TINY_OPTIONS if tiny else options.LOOP_OPTIONS
+    assert made == [expected] * 2 + [options.LOOP_OPTIONS] * 2
+
+
+def test_options_that_this_version_of_xla_does_not_have_are_not_used(monkeypatch):
+    assert options._accepts_tiny_options() or jax.__version_info__ >= (0, 11)
+    monkeypatch.setattr(options, "_TINY_OPTIONS", {**options.LOOP_OPTIONS, "xla_cpu_of_no_version": ""})
+    assert not options._accepts_tiny_options.__wrapped__()
 
 
 def test_heavy_loops_give_no_convolution_to_ynnpack_and_take_the_order_of_least_memory(monkeypatch):

@@ -290,10 +290,10 @@ def test_only_few_small_members_are_kept_on_one_thread():
 
 
 def test_programs_of_small_members_are_compiled_with_their_own_options(monkeypatch):
-    assert options.accepts_member_options(), "XLA has no such option any more: see _engine/options.py"
+    assert options._accepts_member_options(), "XLA has no such option any more: see _engine/options.py"
     unknown = {**options.LOOP_OPTIONS, "xla_cpu_of_no_version": ""}
-    monkeypatch.setattr(options, "MEMBER_OPTIONS", unknown)
-    assert not options.accepts_member_options.__wrapped__()
+    monkeypatch.setattr(options, "_MEMBER_OPTIONS", unknown)
+    assert not options._accepts_member_options.__wrapped__()
     many, states = made(functools.partial(layers.linear, 3, 2))
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_cpu_of_no_version'"):
         many.fit(states, EVEN)

@@ -8,6 +8,7 @@ import pytest
 
 from kaun import _jax
 from kaun._step import watch
+from kaun._step.ranges import Proof
 from kaun._step.watch import Update, check_names, checks_of, gradient_finite, spoiled_leaves
 
 PARAMS = {"a": jnp.ones(3), "b": [jnp.ones((2, 2), jnp.bfloat16)]}
@@ -105,6 +106,15 @@ def test_leaves_of_one_shape_are_looked_at_by_one_program(monkeypatch):
     program = jax.make_jaxpr(lambda after: checks_of(params, before, after, jnp.float32))(after)
     assert traced == [(19,)] * 4 + [(19, 23)] * 4, "of a parameter, a layer's state and two moments"
     assert sum(equation.primitive.name == "jit" for equation in program.eqns) >= 4
+
+
+def test_leaves_of_one_shape_and_bounds_are_marked_by_one_program():
+    names = ["a", "b", "c"]
+    before = tree_of({name: jnp.ones(5) for name in names}, (), {name: jnp.ones(5) for name in names})
+    proof = Proof(9, ((0.0, 2.0),) * 6)  # the optimizer's state, then the parameters
+    program = jax.make_jaxpr(lambda after: watch._marks(before["params"], before, after, proof, jnp.float32))(before)
+    found = [equation.params["jaxpr"] for equation in program.eqns if equation.params.get("name") == "_mark"]
+    assert len(found) == 3 and len(set(map(id, found))) == 1
 
 
 def test_an_update_that_is_made_twice_is_one_program_and_traced_once():

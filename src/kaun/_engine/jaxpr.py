@@ -1,8 +1,9 @@
-"""What is read off a traced program (a jaxpr): whether it is slow in a loop, and a digest of it."""
+"""What is read off a traced program (a jaxpr): whether it is slow in a loop, heavy or tiny, and a digest of it."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from typing import Any
 
@@ -10,15 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaun._jax import constants_in, without_placements
-from kaun._jax_work import Convolution, convolutions_in, multiply_adds_in
+from kaun._jax import constants_in, primitives_in, without_placements
+from kaun._jax_work import Convolution, arrays_in, convolutions_in, multiply_adds_in
 
-__all__ = ["digest_program", "is_heavy", "slow_in_loops"]
+__all__ = ["digest_program", "is_heavy", "is_tiny", "slow_in_loops"]
 
 # Multiply-adds of a whole program that cost, on the slow path, no more than the dispatch that a loop saves.
 _NEGLIGIBLE = 2**16
 # Multiply-adds of a step that hide what a dispatch costs (0.1 ms): XLA:CPU makes 1e11 in a second on two cores.
 _HEAVY = 2**33
+# Elements of an array of which XLA:CPU's older kernels take no longer than its newer ones.
+_TINY = 256
+# Operations that the two compute in another way.
+_OTHERWISE = frozenset(["cbrt", "tan"])
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -63,6 +68,19 @@ def is_heavy(jaxpr: Any) -> bool:
     Alone, a step needs one program, and not another one for stacked items; Python handles Ctrl-C after each step.
     """
     return multiply_adds_in(jaxpr) >= _HEAVY
+
+
+def is_tiny(jaxpr: Any) -> bool:
+    """Return whether a program has only arrays of at most 256 elements, floating ones in float32.
+
+    XLA:CPU's older kernels then are as fast and as exact as its newer ones (``TINY_OPTIONS``).
+    """
+    small = all(math.prod(a.shape) <= _TINY and _is_plain(a.dtype) for a in arrays_in(jaxpr))
+    return small and _OTHERWISE.isdisjoint(primitives_in(jaxpr))
+
+
+def _is_plain(dtype: Any) -> bool:
+    return dtype == jnp.float32 or not jnp.issubdtype(dtype, jnp.inexact)
 
 
 def digest_program(closed: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def warn_of_probabilities(jaxpr: Any) -> None:
         jaxpr: The traced step.
     """
     try:
-        _walk(jaxpr, [None] * len(jaxpr.in_avals))
+        _walk({}, jaxpr, [None] * len(jaxpr.in_avals))
     except _FoundError as found:
         mark, applied = found.args
         kind = mark.kind
@@ -72,21 +73,28 @@ def warn_of_probabilities(jaxpr: Any) -> None:
         )
 
 
-def _walk(program: Any, marks: Sequence[_Mark | None]) -> Marks:
-    return next(evaluate(program, marks, lambda _: _CONSTANT, _results))
+def _walk(plain: dict[int, Marks], program: Any, marks: Sequence[_Mark | None]) -> Marks:
+    """Return the marks of a program's results; ``plain`` has those of programs without a softmax, by id."""
+    found = None if any(marks) else plain.get(id(program))
+    if found is None:
+        found = next(evaluate(program, marks, lambda _: _CONSTANT, functools.partial(_results, plain)))
+        # A function that is called often, as those of the optimizer, is walked once.
+        if not any(marks) and all(mark in (None, _CONSTANT) for mark in found):
+            plain[id(program)] = found
+    return found
 
 
-def _results(operation: Operation, marks: Marks) -> Marks:
+def _results(plain: dict[int, Marks], operation: Operation, marks: Marks) -> Marks:
     """The marks of the results of an operation, for those of its operands."""
     if operation.called is not None:
-        return _walk(operation.called, marks)
+        return _walk(plain, operation.called, marks)
     if operation.branches:
-        found = [_walk(branch, marks[1:]) for branch in operation.branches]
+        found = [_walk(plain, branch, marks[1:]) for branch in operation.branches]
         return found[0]
     if operation.while_parts is not None:
-        return _walk(operation.while_parts[2], marks[operation.while_parts[1] :])
+        return _walk(plain, operation.while_parts[2], marks[operation.while_parts[1] :])
     if operation.scan_parts is not None:
-        return _walk(operation.scan_parts[0], marks)
+        return _walk(plain, operation.scan_parts[0], marks)
     mark = _result(operation, marks) if any(marks) or operation.name in ("exp", "logistic") else None
     return [mark] * operation.results
 

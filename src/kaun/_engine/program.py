@@ -193,7 +193,8 @@ class TracedStep:
                 run = _one_step(self, pattern, packs=entry == "step") if entry.startswith("step") else run
                 donated = (0,) if entry == "fit in place" else ()
                 stacks = "stacked" if any(pattern) else "passed once"
-                options = step_options(self.jaxpr, None if self.placing is not None else self.packing)
+                packs = None if self.placing is not None else self.packing
+                options = step_options(self.jaxpr, packs, members=self.members)
                 found = Program(run, pattern, stacks, donate_argnums=donated, compiler_options=options)
                 self._programs[key] = found
             return found

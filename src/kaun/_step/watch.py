@@ -221,12 +221,21 @@ def _marks(
     nothing = earlier = jnp.zeros((), dtype)
     sums: list[jax.Array] = []
     for slot in slots.values():
-        sums.append(_mark(slot, earlier) if slot else nothing)
+        befores, afters, bounds = zip(*slot, strict=True) if slot else ((), (), ())
+        sums.append(_mark(befores, afters, earlier, bounds=bounds) if slot else nothing)
         earlier = sums[-1] if slot and slot[0][1].size > _IN_TURN else earlier
     return jnp.stack(sums), counts
 
 
-def _mark(slot: Sequence[tuple[jax.Array, jax.Array, tuple[float, float]]], earlier: jax.Array) -> jax.Array:
+# Jitted, it is traced once for all leaves of a shape.
+@functools.partial(jax.jit, static_argnames="bounds")
+def _mark(
+    befores: Sequence[jax.Array],
+    afters: Sequence[jax.Array],
+    earlier: jax.Array,
+    *,
+    bounds: tuple[tuple[float, float], ...],
+) -> jax.Array:
     """Return the mark of leaves of one shape, of what they are before and after, and their bounds.
 
     ``earlier`` is that of the last large ones. By operations of ``jax.lax``: those of ``jax.numpy`` take longer to
@@ -234,8 +243,8 @@ def _mark(slot: Sequence[tuple[jax.Array, jax.Array, tuple[float, float]]], earl
     """
     outside: list[Any] = []
     spoiled: list[Any] = []
-    for old, new, bounds in slot:
-        low, high = (jnp.asarray(bound, new.dtype) for bound in bounds)
+    for old, new, (lowest, highest) in zip(befores, afters, bounds, strict=True):
+        low, high = (jnp.asarray(bound, new.dtype) for bound in (lowest, highest))
         if not outside and new.size > _IN_TURN:
             # Never nan: one slot is looked at after the other, so that the memory of one is enough for all.
             high = lax.select(lax.ne(earlier, earlier), lax.full_like(high, jnp.nan), high)
