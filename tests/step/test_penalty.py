@@ -1,6 +1,7 @@
 """``Trainer(penalty=f)``: added to the loss of a step once, with the values that it captured when the trainer was made."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -61,17 +62,18 @@ def plain():
     return state, jax.tree.map(lambda a, b: b - a, state.vars.params, after.vars.params), float(value)
 
 
-# One penalty for each of two steps, and another one for both; the other pairs are in the long form.
-EACH, ACCUMULATED = {}, {"accumulate": 2}
+# Each penalty in one of the two forms; the other pairs are in the long form.
+FORMS = {"each": {}, "accumulated": {"accumulate": 2}}
+SHORT = {(squares, "each"), (absolute, "accumulated"), (ewc, "each")}
 PAIRS = [
-    pytest.param(penalty, options, id=f"{penalty}-{name}", marks=[] if short else pytest.mark.slow)
-    for number, penalty in enumerate(SLOPES)
-    for name, options, short in (("each", EACH, number != 1), ("accumulated", ACCUMULATED, number == 1))
+    pytest.param(*pair, id=f"{pair[0].__name__}-{pair[1]}", marks=[] if pair in SHORT else pytest.mark.slow)
+    for pair in itertools.product(SLOPES, FORMS)
 ]
 
 
-@pytest.mark.parametrize(("penalty", "options"), PAIRS)
-def test_its_gradient_is_added_once_for_an_update(penalty, options, blocks):
+@pytest.mark.parametrize(("penalty", "form"), PAIRS)
+def test_its_gradient_is_added_once_for_an_update(penalty, form, blocks):
+    options = FORMS[form]
     trainer, state = made(penalty, **options)
     _, update, loss = plain()
     end = trainer.fit(state, [(X, mse)] * options.get("accumulate", 1), report=blocks)

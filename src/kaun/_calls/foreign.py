@@ -66,7 +66,8 @@ def layer_for(value: Any) -> str:
     if value is None:
         return "Leave it out."
     name = getattr(value, "__name__", "")
-    home = (getattr(value, "__module__", None) or "").split(".")
+    # The ufuncs of NumPy 2.0 have no __module__.
+    home = (getattr(value, "__module__", None) or type(value).__module__).split(".")
     layers = sys.modules.get("kaun.layers")
     if home[:2] == ["kaun", "layers"] and callable(getattr(layers, name, None)):
         return f"Call it: layers.{call_of('layers', name, getattr(layers, name))}."

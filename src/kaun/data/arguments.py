@@ -34,7 +34,7 @@ def checked_count(where: str, name: str, value: Any, least: int, fix: str = "") 
         ValueError: If it is too small.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
