@@ -186,9 +186,9 @@ class StepLoop:
             if not inputs.is_usual:
                 refuse_traced(inputs.leaves)
             self._mesh = self._mesh or (inputs.mesh if self._programs.sharding is None else None)
-            if room == 1 == n and self._runs_alone(inputs):
+            if room == 1 == n and self._runs_alone(inputs, rows):
                 return 1
-            if self._open is None or n > 1 or not self._open.buffer.add(inputs):
+            if self._open is None or n > 1 or rows or not self._open.buffer.add(inputs):
                 self.flush()
                 block = self._blocks.pop(inputs.key, None)
                 block = block or self._new_block(inputs, self._find(inputs, True, self._wanted))
@@ -202,13 +202,13 @@ class StepLoop:
         self.exhausted = True  # an iterator need not end a second time
         return count
 
-    def _runs_alone(self, inputs: StepInputs) -> bool:
+    def _runs_alone(self, inputs: StepInputs, rows: Mapping[int, RowGather]) -> bool:
         """Run an item at once, if the newest items were of its kind and none waits; return whether it was run."""
         if self._open is None or self._together is not None or not self._open.traced.patterns:
             return False
         buffer, traced, first = self._open
         pattern = traced.patterns[-1]
-        leaves = buffer.alone(inputs, pattern)
+        leaves = buffer.alone(inputs, pattern, rows)
         if leaves is not None:
             self._dispatch(traced, first, pattern, 1, *leaves)
         return leaves is not None
@@ -281,11 +281,11 @@ class StepLoop:
         if len(self._blocks) > _BUFFERS:
             self._blocks.popitem(last=False)
         buffer, traced, _ = block
-        if count == 1:
+        if count == 1 and not rows:
             buffer.add(inputs)
             return
         most = buffer.room(rows, inputs) if rows else traced.most
-        leaves, once = inputs.owned(), (False,) * len(inputs.leaves)
+        leaves, once = [] if rows else inputs.owned(), (False,) * len(inputs.leaves)
         for start in range(0, count, most):
             n = min(most, count - start)
             if rows:
