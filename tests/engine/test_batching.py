@@ -162,3 +162,15 @@ def test_a_run_of_jax_arrays_is_gathered_on_the_device():
     _, (xs,) = buffer.arguments(buffer.varying)
     assert isinstance(xs, jax.Array) and xs.shape == (4, 2, 2)
     np.testing.assert_array_equal(xs[:3].reshape(6, 2), rows[np.array([5, 4, 3, 2, 1, 0])])
+
+
+def test_an_item_alone_is_its_rows_whatever_the_item_shows():
+    rows, shown = np.arange(20, dtype=np.float32).reshape(10, 2), np.zeros((2, 2), np.float32)
+    buffer = BlockBuffer(inputs_of(shown), 4)
+    for order in ([5, 4], [3, 0]):
+        run = {id(shown): RowGather(rows, np.array(order), 2)}
+        ((x,), nothing) = buffer.alone(inputs_of(shown), (False,), run)
+        np.testing.assert_array_equal(x, rows[order])
+        (no, (xs,)) = buffer.alone(inputs_of(shown), (True,), run)
+        np.testing.assert_array_equal(xs[0], rows[order])
+        assert not nothing and not no and x.ctypes.data % 64 == 0, "gathered into memory that XLA reads in place"

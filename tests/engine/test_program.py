@@ -13,9 +13,11 @@ from jax import lax
 
 import kaun
 from kaun import layers, losses, rng
+from kaun._engine import cache
 from kaun._engine.inputs import StepInputs
 from kaun._engine.packing import Packing, packing_of
 from kaun._engine.program import TracedStep, count_on_device, find_step
+from kaun._kernels import trim_heap
 
 KEY = jax.random.key(0)
 
@@ -193,3 +195,13 @@ def test_a_step_that_takes_long_shares_no_dispatch():
     shared, alone = (traced(long(turns), [w], inputs_of(x)) for turns in (2**15 - 1, 2**15))
     assert shared.capacity > 1 and alone.capacity == alone.most == 1
     assert alone.looped, "with the bits that it would have among others"
+
+
+def test_beside_a_large_state_the_memory_that_compiling_leaves_is_given_back(monkeypatch):
+    trainer = kaun.Trainer(model=layers.linear(2, 1), optimizer=optax.sgd(0.1))
+    state, trimmed = trainer.init(), []  # of 16 bytes, with the number of steps
+    monkeypatch.setattr(cache, "trim_heap", lambda: trimmed.append(trim_heap()))
+    for rows, large in ((1, 17), (2, 16), (2, 16)):
+        monkeypatch.setattr(cache, "_LARGE", large)
+        trainer.predict(state, np.zeros((rows, 2), np.float32))
+    assert len(trimmed) == 1, "once for each program"

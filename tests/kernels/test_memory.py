@@ -1,4 +1,7 @@
-"""Memory that XLA:CPU reads in place."""
+"""Memory that XLA:CPU reads in place, and memory that is given back."""
+
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kaun._kernels import aligned_empty
+from kaun._kernels import aligned_empty, trim_heap
+from kaun._kernels.memory import _malloc_trim
 
 
 @given(st.lists(st.integers(1, 40), max_size=3), st.sampled_from([np.float32, np.int8, np.float64, jnp.bfloat16]))
@@ -26,3 +30,14 @@ def test_jax_does_not_copy_them():
     made = aligned_empty((1000,), np.float32)
     made[:] = 1
     assert jax.device_put(made).unsafe_buffer_pointer() == made.ctypes.data
+
+
+@pytest.mark.skipif(_malloc_trim() is None, reason="the C library is not glibc")
+def test_memory_that_was_freed_is_given_back():
+    held = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    blocks = [bytearray(20_000) for _ in range(2000)]
+    last = bytearray(20_000)  # above the others, so that freeing those does not give them back
+    blocks.clear()
+    before = held()
+    trim_heap()
+    assert len(last) and before - held() > 20_000, "kilobytes"

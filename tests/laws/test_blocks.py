@@ -255,3 +255,20 @@ def test_a_user_may_write_to_arrays_between_items():
     for item in source():
         _, expected = trainer.step(expected, item[0], loss=item[1])
     assert raw(trainer.fit(state, source())) == raw(expected)
+
+
+def test_rows_are_read_after_the_report_of_the_step_before_them():
+    trainer = kaun.Trainer(model=layers.linear(1, 1, bias=False), optimizer=optax.sgd(0.0))
+    with rng.scope(0):
+        x, y = np.ones((12, 1), np.float32), np.zeros((12, 1), np.float32)
+        data = Data.batches((x, y), batch_size=2, shuffle=True).with_loss(losses.mse)
+        state = trainer.init()
+    seen = []
+
+    def report(step, loss, state):
+        seen.append(loss)
+        x[:] = step + 1
+
+    trainer.fit(state, data, report=report)
+    weight = state.vars.params["weight"].item()
+    np.testing.assert_allclose(seen, [(weight * k) ** 2 for k in range(1, 7)], rtol=1e-6)

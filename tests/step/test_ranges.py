@@ -190,5 +190,16 @@ def test_looking_at_large_leaves_takes_the_memory_of_one():
         return update.proved_checks(gradient, jnp.float32, update.proof(gradient), left)
 
     state = jax.eval_shape(optimizer.init, kinds)
-    lowered = jax.jit(look).lower(kinds, kinds, state, jax.ShapeDtypeStruct((), jnp.float32))
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * 4 * 2100**2
+    compiled = jax.jit(look).lower(kinds, kinds, state, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2100**2, "a byte of each element of one leaf"
+
+    zero = jnp.zeros((2100, 2100))
+    at = lambda value: dict.fromkeys("abc", zero) | {"b": zero.at[7, 3].set(value)}
+    momentum = lambda value: jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(at(value)))
+    look_at = lambda value, trace: map(np.asarray, compiled(at(value), at(0), momentum(trace), jnp.float32(0)))
+    checks, left = look_at(0, 0)
+    assert not checks.any() and left > 1000
+    checks, left = look_at(1e7, 0)
+    assert not checks.any() and left == 0, "finite, and outside of the bounds of the proof"
+    checks, left = look_at(-3.4e38, 3.4e38)
+    assert checks.tolist() == [0, -np.inf, 0] and left == 0

@@ -258,15 +258,21 @@ class BlockBuffer:
         self.count = slot + 1
         return True
 
-    def alone(self, inputs: StepInputs, pattern: Sequence[bool]) -> tuple[list[Any], list[Any]] | None:
+    def alone(
+        self, inputs: StepInputs, pattern: Sequence[bool], sources: Mapping[int, RowGather]
+    ) -> tuple[list[Any], list[Any]] | None:
         """Return the leaves of an item that is a block for itself, as ``arguments`` does; None where it cannot be one.
 
         Args:
             inputs: The item.
             pattern: Which leaves are stacked, as in the newest block.
+            sources: The rows of the item, as those of a chunk.
         """
         if self.count or inputs.key != self._key or self._padded:
             return None
+        if sources:
+            self.fill(inputs, sources, 0, 1)
+            return self.arguments(pattern)
         if self._on_device and True not in pattern:
             return inputs.leaves, []
         columns = zip(self._columns, inputs.leaves, strict=True)
@@ -285,7 +291,7 @@ class BlockBuffer:
         """Make the block of ``count`` items of a chunk, from its number ``start`` on."""
         for column, leaf in zip(self._columns, inputs.leaves, strict=True):
             rows = sources.get(id(leaf))
-            if rows is None or count == 1 == start + 1:
+            if rows is None or (count == 1 == start + 1 and isinstance(column, _Device)):  # the item has its own rows
                 column.put(0, leaf)
             else:
                 column.fill(rows, start, count)

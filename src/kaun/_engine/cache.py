@@ -14,13 +14,17 @@ from kaun._engine.devices import divides, item_of, places_of, refuse_different_d
 from kaun._engine.explicit import explicit_mesh, to_automatic, to_explicit
 from kaun._engine.inputs import StepInputs
 from kaun._engine.log import Compilation, CompilationLog
+from kaun._engine.packing import bytes_of
 from kaun._engine.placing import Placing, place_carry, wait_on_cpu
 from kaun._engine.program import Program, Traced
 from kaun._engine.together import check_same_call
 from kaun._jax import any_traced
+from kaun._kernels import trim_heap
 from kaun._messages import hide_frames
 from kaun._processes import tell_failure
 from kaun.sharding.core import Sharding, processes_of
+
+_LARGE = 1 << 26  # bytes of a state: beside a smaller one, the memory that compiling leaves matters less than its time
 
 
 class ProgramCache:
@@ -153,6 +157,8 @@ class ProgramCache:
             except ValueError:
                 refuse_different_devices(entry, inputs, leaves, item)
                 raise
+            if bytes_of(leaves) >= _LARGE:
+                trim_heap()
             seconds = time.perf_counter() - start
             program.places.append(places_of(inputs, leaves, item))
             if traced is not None:

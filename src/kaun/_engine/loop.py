@@ -166,9 +166,9 @@ class StepLoop:
             if not inputs.is_usual:
                 refuse_traced(inputs.leaves)
             self._mesh = self._mesh or (inputs.mesh if self._programs.sharding is None else None)
-            if room == 1 == n and self._runs_alone(inputs):
+            if room == 1 == n and self._runs_alone(inputs, rows):
                 return 1
-            if self._open is None or n > 1 or not self._open.buffer.add(inputs):
+            if self._open is None or n > 1 or rows or not self._open.buffer.add(inputs):
                 self.flush()
                 block = self._blocks.pop(inputs.key, None)
                 block = block or self._new_block(inputs, self._find(inputs, True, self._wanted))
@@ -182,13 +182,13 @@ class StepLoop:
         self.exhausted = True  # an iterator need not end a second time
         return count
 
-    def _runs_alone(self, inputs: StepInputs) -> bool:
+    def _runs_alone(self, inputs: StepInputs, rows: Mapping[int, RowGather]) -> bool:
         """Run an item at once, if the newest items were of its kind and none waits; return whether it was run."""
         if self._open is None or self._together is not None or not self._open.traced.patterns:
             return False
         buffer, traced, first = self._open
         pattern = traced.patterns[-1]
-        if (leaves := buffer.alone(inputs, pattern)) is None:
+        if (leaves := buffer.alone(inputs, pattern, rows)) is None:
             return False
         own, held, results = self._carry
         same = own and self._prepared[0] is traced and self._prepared[1] == pattern
@@ -265,7 +265,7 @@ class StepLoop:
         if len(self._blocks) > _BUFFERS:
             self._blocks.popitem(last=False)
         buffer, traced, _ = block
-        if count == 1:
+        if count == 1 and not rows:
             buffer.add(inputs)
             return
         most = buffer.room(rows, inputs) if rows else traced.most

@@ -19,6 +19,7 @@ __all__ = [
     "MemberPacking",
     "Packing",
     "all_finite",
+    "bytes_of",
     "copy",
     "in_place",
     "on_one_device",
@@ -201,7 +202,12 @@ def _everywhere(sharding: Sharding) -> Sharding:
 
 def in_place(leaves: Sequence[Any]) -> bool:
     """Return whether a loop overwrites the memory of its state; a small state is not worth it."""
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) > _SMALL
+    return bytes_of(leaves) > _SMALL
+
+
+def bytes_of(leaves: Sequence[Any]) -> int:
+    """Return how many bytes the elements of arrays have."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
 
 
 def copy(leaf: Any) -> Any:

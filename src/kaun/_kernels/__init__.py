@@ -6,6 +6,7 @@ from kaun._kernels.conv import convolve as convolve
 from kaun._kernels.conv import convolve_transposed as convolve_transposed
 from kaun._kernels.matmul import matmul as matmul
 from kaun._kernels.memory import aligned_empty as aligned_empty
+from kaun._kernels.memory import trim_heap as trim_heap
 from kaun._kernels.pool import larger as larger
 from kaun._kernels.pool import largest_in_windows as largest_in_windows
 from kaun._kernels.pool import taps as taps

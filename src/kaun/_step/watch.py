@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kaun import tree
@@ -250,9 +251,14 @@ def _mark(
             high = lax.select(lax.ne(earlier, earlier), lax.full_like(high, jnp.nan), high)
         outside.append(lax.ne(new, lax.clamp(low, new, high)))
         spoiled.append(lax.bitwise_and(lax.is_finite(old), lax.bitwise_not(lax.is_finite(new))))
-    # One selection for them all: for one of each XLA would store the state after the update.
-    some = lax.convert_element_type(functools.reduce(lax.bitwise_or, outside), earlier.dtype)
-    bad = functools.reduce(lax.bitwise_or, spoiled)
+    # One array for them all: for one of each XLA would store the state after the update.
+    some, bad = functools.reduce(lax.bitwise_or, outside), functools.reduce(lax.bitwise_or, spoiled)
+    if bad.size > _IN_TURN:  # XLA:CPU stores what it reduces: a byte of each element, and not a float
+        byte = functools.partial(lax.convert_element_type, new_dtype=np.uint8)
+        marks = lax.select(bad, lax.full_like(byte(bad), 2), byte(some))
+        mark = lax.reduce_or(marks, tuple(range(marks.ndim)))
+        some, bad = lax.eq(mark, np.uint8(1)), lax.ge(mark, np.uint8(2))
+    some = lax.convert_element_type(some, earlier.dtype)
     return lax.select(bad, lax.full_like(some, -jnp.inf), some).sum()
 
 

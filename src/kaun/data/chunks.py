@@ -47,9 +47,9 @@ class Chunk(NamedTuple):
     """Consecutive items that differ, if at all, in the contents of some arrays.
 
     Attributes:
-        item: The first of them.
+        item: The first of them, but for the contents of the arrays in ``rows``, which may be those of another one.
         n: How many they are.
-        rows: For each array of the first item that differs in the others, by its id, the rows of all of them.
+        rows: For each array of the item that differs in some of them, by its id, the rows of all of them.
     """
 
     item: Any
@@ -201,20 +201,24 @@ def row_chunks(
         n: Rows of a pass.
         length: Batches of a pass.
     """
-    # Rows are found again by the identity of the first item's arrays, and those on explicit axes are replaced by fit.
+    # Rows are found again by the identity of the item's arrays, and those on explicit axes are replaced by fit.
     alone = any(is_explicit(array) for array in arrays)
+    on_host = all(isinstance(array, np.ndarray) for array in arrays)
 
     def chunks(epoch: int | None, start: int, limit: Limit) -> Iterator[Chunk]:
-        rows = order(epoch)
+        rows, item = order(epoch), None
         while start < length:
             count = 1 if alone else limit(max(1, n // size - start))
-            first = take(batch_index(rows, start, size, n))
+            # One item stands for all: a gather into new memory and a copy from there take three times as long as one
+            # into the memory of the block.
+            stands = on_host and rows is not None and (start + 1) * size <= n
+            item = item if item is not None and stands else take(batch_index(rows, start, size, n))
             sources: dict[int, RowGather] = {}
-            if count > 1:
+            if count > 1 or stands:
                 index = slice(start * size, n) if rows is None else rows[start * size :]
-                leaves = zip(jax.tree_util.tree_leaves(first), arrays, strict=True)
+                leaves = zip(jax.tree_util.tree_leaves(item), arrays, strict=True)
                 sources = {id(a): RowGather(whole, index, size) for a, whole in leaves}
-            yield Chunk(first, count, sources)
+            yield Chunk(item, count, sources)
             start += count
 
     return chunks
