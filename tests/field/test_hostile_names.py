@@ -131,7 +131,7 @@ def newer(tmp_path):
 def test_a_checkpoint_of_a_newer_kaun_is_not_called_damaged(newer, capsys):
     """Two machines share a folder of runs, and one of them has an older kaun."""
     text = (
-        "a checkpoint of format 7 was written by a newer kaun than this one, which reads formats up to 3. Install the "
+        "a checkpoint of format 7 was written by a newer kaun than this one, which reads formats up to 4. Install the "
         "newer one."
     )
     with pytest.warns(UserWarning, match="checkpoints that this kaun cannot read are left out") as caught:
