@@ -33,6 +33,8 @@ CALLS = {
     "int32[8]: they are not broadcast. Make targets.shape equal predictions.shape.",
     "losses.mse(predictions=x, labels=y)": "losses.mse has no argument labels=: its arguments are (predictions, "
     "targets, *, weights=None, where=None).",
+    "losses.Mean(1.0, 2.0, reduction='sum')": "losses.Mean has no argument reduction=: a Mean is the quotient of its sums. "
+    "For a sum return its total.",
     "losses.Mean(1.0)": "losses.Mean: missing a required argument: 'weight'; it takes two sums. Write losses.Mean((values * "
     "weights).sum(), weights.sum()), or losses.mse.parts(output, y).",
     "losses.triplet(x, x)": "losses.triplet: missing a required argument: 'negative'; the function is the loss "

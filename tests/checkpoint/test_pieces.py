@@ -183,11 +183,18 @@ def test_each_thread_ends_whichever_takes_the_end_first(monkeypatch):
                 time.sleep(0.05)  # one thread takes it and ends meanwhile
 
     monkeypatch.setattr(queue, "SimpleQueue", Slow)
-    workers = Workers(2)
+    workers, begun = Workers(2), threading.Event()
+    held: dict[threading.Thread, threading.Event] = {}
+
+    def hold():
+        begun.wait()
+        held[threading.current_thread()].wait()
+
+    workers.put(hold)
+    workers.put(hold)
     first, last = workers._threads
-    held = {first: threading.Event(), last: threading.Event()}
-    for _ in held:
-        workers.put(lambda: held[threading.current_thread()].wait())
+    held |= {first: threading.Event(), last: threading.Event()}
+    begun.set()
     held[last].set()
     stopping = threading.Thread(target=workers.stop, daemon=True)
     stopping.start()
@@ -207,8 +214,24 @@ def test_where_no_thread_is_left_those_that_began_end(monkeypatch):
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", one_alone)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        Workers(2)
+    with pytest.raises(RuntimeError, match="can't start new thread"), Workers(2) as workers:
+        workers.put(int)
+        workers.put(int)
+    workers.stop()
+    assert len(started) == 1 and not started[0].is_alive()
+
+
+def test_a_thread_that_ctrl_c_interrupts_while_it_starts_ends(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), Workers(1) as workers:
+        workers.put(int)
     started[0].join(5)
     assert not started[0].is_alive()
 

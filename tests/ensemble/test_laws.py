@@ -63,6 +63,12 @@ def test_members_that_may_be_skipped_keep_the_bits_of_a_running_statistic():
     assert host(many.fit(states, train)) == host(folded(many, states, train))
 
 
+def test_members_that_are_not_packed_update_the_statistics_of_batch_norm_with_the_bits_of_fit():
+    # Their steps select the old state in the kernel of the update, and a fit does not.
+    many, states = made(lambda: layers.linear(3, 32) >> layers.batch_norm(32) >> layers.linear(32, 2), optax.sgd(0.1))
+    assert host(many.fit(states, EVEN)) == host(folded(many, states, EVEN))
+
+
 def close(a, b, atol=2e-6):
     for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(np.asarray(u, np.float64), np.asarray(v, np.float64), atol=atol, rtol=2e-5)

@@ -26,6 +26,7 @@ MEASURES: dict[str, dict[str, str]] = {
     "losses.Mean": {
         "": "it takes two sums. Write losses.Mean((values * weights).sum(), weights.sum()), or "
         "losses.mse.parts(output, y)",
+        "reduction reduce size_average": "a Mean is the quotient of its sums. For a sum return its total",
     },
     "metrics": {
         "": "the function is the metric itself, as in trainer.evaluate(state, data, {{\"name\": {name}}}); its "

@@ -18,21 +18,14 @@ class Workers:
     """Threads that do tasks in any order. Without threads each task is done when it is given.
 
     Args:
-        count: How many threads.
+        count: How many threads, at most one for each task.
     """
 
     def __init__(self, count: int) -> None:
+        self._count = count
         self._failed: BaseException | None = None
         self._tasks: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        try:
-            for _ in range(count):
-                thread = threading.Thread(target=self._run, name="kaun-bytes", daemon=True)
-                thread.start()
-                self._threads.append(thread)
-        except RuntimeError:  # the system has no thread left
-            self.__exit__()
-            raise
 
     def _run(self) -> None:
         while (act := self._tasks.get()) is not None:
@@ -48,16 +41,21 @@ class Workers:
 
     def put(self, act: Callable[[], Any]) -> None:
         """Let a thread call a function. After one that failed none is called."""
-        if self._threads:
-            self._tasks.put(act)
-        else:
+        if not self._count:
             act()
+            return
+        self._tasks.put(act)
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=self._run, name="kaun-bytes", daemon=True)
+            self._threads.append(thread)  # first, so that it gets its end also where Ctrl-C comes while it starts
+            thread.start()
 
     def stop(self) -> None:
         """Wait until all tasks are done."""
         self.__exit__()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # it has begun
+                thread.join()
 
     def finish(self) -> None:
         """Do tasks that no thread has begun, wait for the others, and raise the exception of one that failed."""

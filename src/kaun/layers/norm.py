@@ -245,11 +245,11 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
         else:
             mean, var = _masked_statistics(name, x, row_mask)
             y = _normalized(x, mean, var, eps, vars)
-        shares = (momentum, 1 - momentum)
+        keep: Any = momentum
         if "statistics_rows" in ctx:
             rows = ctx["statistics_rows"].astype(dtype)
-            shares = rows / rows.sum()
-        means, variances = _updated(state["running_mean"], mean, *shares), _updated(state["running_var"], var, *shares)
+            keep = rows[0] / rows.sum()
+        means, variances = _updated(state["running_mean"], mean, keep), _updated(state["running_var"], var, keep)
         return y, vars.replace(state={"running_mean": means, "running_var": variances})
 
     return Layer(init=init, apply=apply, name=name)
@@ -314,6 +314,7 @@ def _masked_statistics(name: str, x: jax.Array, row_mask: Any) -> tuple[jax.Arra
     return mean, (centred * centred).sum(axis=axes) / total
 
 
-def _updated(running: jax.Array, batch: jax.Array, keep: Any, share: Any) -> jax.Array:
-    # In the dtype that it had, so that the state has the same type after each step.
-    return (keep * running.astype(batch.dtype) + share * batch).astype(running.dtype)
+def _updated(running: jax.Array, batch: jax.Array, keep: Any) -> jax.Array:
+    # In the dtype that it had, so that the state has the same type after each step. With one product: of a sum of two
+    # XLA:CPU rounds the one or the other, depending on the kernel, and steps of an ensemble had other bits than a fit.
+    return (batch + keep * (running.astype(batch.dtype) - batch)).astype(running.dtype)
