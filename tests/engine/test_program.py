@@ -78,7 +78,7 @@ def step():
 def one_by_one(step, items):
     w, found = W, []
     for x in items:
-        loss, (w,) = step.program("step", (False, False)).jitted([w], KEY, count_on_device(1), [x, Y])
+        loss, (w,), _ = step.program("step", (False, False)).jitted([w], KEY, count_on_device(1), [x, Y])
         found.append(loss)
     return np.array(found).tobytes(), np.asarray(w).tobytes()
 
@@ -170,7 +170,7 @@ def test_convolutions_of_other_libraries_are_kept_out_of_loops():
     x, w = np.ones((4, 3, 16, 16), np.float32), jnp.full((8, 3, 3, 3), 0.1, jnp.float32)
     step = traced(foreign, [w], inputs_of(x))
     assert not step.looped and step.capacity == 1
-    loss, (after,) = step.program("step", (False,)).jitted([w], KEY, count_on_device(1), [x])
+    loss, (after,), _ = step.program("step", (False,)).jitted([w], KEY, count_on_device(1), [x])
     losses, _, (other,), _ = step.program("fit in place", (False,)).jitted(
         [w + 0], KEY, OPEN, count_on_device(1), [x], []
     )

@@ -488,6 +488,24 @@ def test_outputs_that_are_not_small_have_the_program_of_an_array():
     assert [c.where for c in trainer.compilations] == ["predict"]
 
 
+def test_predict_in_blocks_keeps_the_bits_of_a_sum_of_what_is_sliced():
+    """Where XLA fused the slice of an item with the sum, the last bits were others than those of one item."""
+    g = np.random.default_rng(0)
+    params = {"w": g.normal(size=(8, 2)).astype(np.float32), "b": g.normal(size=2).astype(np.float32)}
+
+    def apply(vars, x, *, training, ctx):
+        out = x["a"] @ vars.params["w"] + vars.params["b"][None, None]
+        return (2.7 / 72 * (out - x["c"])).sum((0, 1)), vars
+
+    init = lambda *, dtype: Vars(params=jax.tree.map(jnp.asarray, params), state={}, dtype=dtype)
+    trainer = kaun.Trainer(model=Layer(init=init, apply=apply), optimizer=optax.sgd(0.1))
+    state = trainer.init()
+    shapes = {"a": (8, 9, 8), "c": (8, 9, 2)}
+    items = [{name: g.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(9)]
+    each = np.concatenate([trainer.predict(state, x) for x in items])
+    assert trainer.predict(state, Data.from_items(items)).tobytes() == each.tobytes()
+
+
 def test_predict_of_a_ragged_last_batch():
     trainer, state, _ = nested
     x = np.random.default_rng(0).normal(size=(103, 3)).astype(np.float32)

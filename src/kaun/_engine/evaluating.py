@@ -84,17 +84,30 @@ class TracedEvaluation:
         return [array[None] for array in jax.tree_util.tree_leaves(self._function(leaves, key, shared))]
 
     def _looped(self, pattern: tuple[bool, ...]) -> Callable[..., list[Any]]:
-        # XLA fuses nothing over a barrier, so that what is inside has the operations of a program for one item.
-        apart: Callable[[Any], Any] = lax.optimization_barrier if self._exact else lambda arrays: arrays
+        def results(leaves: Any, key: Any, item: list[Any]) -> list[Any]:
+            return jax.tree_util.tree_leaves(self._function(leaves, key, item))
+
+        def put(tables: list[Any], rows: list[Any], i: Any) -> list[Any]:
+            return [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
 
         def run(leaves: Any, key: Any, count: Any, shared: list[Any], stacked: list[Any]) -> list[Any]:
             def body(i: Any, tables: list[Any]) -> list[Any]:
-                item = apart(item_at(i, pattern, shared, stacked))
-                rows = apart(jax.tree_util.tree_leaves(self._function(leaves, key, item)))
-                return [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
+                return put(tables, results(leaves, key, item_at(i, pattern, shared, stacked)), i)
 
-            tables = [jnp.zeros((self.capacity, *a.shape), a.dtype) for a in self._arrays]
-            return lax.fori_loop(jnp.uint32(0), count, body, tables)
+            # The loop carries an item and the results of the one before it. Sliced or stored where they are computed,
+            # they would be fused with that (XLA:CPU drops a barrier before it fuses), and have other bits.
+            def exact_body(i: Any, carried: Any) -> Any:
+                tables, item, rows = carried
+                following = item_at(i + 1, pattern, shared, stacked)
+                return put(tables, rows, lax.max(i, np.uint32(1)) - 1), following, results(leaves, key, item)
+
+            start, zeros = jnp.uint32(0), lambda a, *axes: jnp.zeros((*axes, *a.shape), a.dtype)
+            tables = [zeros(a, self.capacity) for a in self._arrays]
+            if not self._exact:
+                return lax.fori_loop(start, count, body, tables)
+            carried = tables, item_at(start, pattern, shared, stacked), list(map(zeros, self._arrays))
+            tables, _, rows = lax.fori_loop(start, count, exact_body, carried)
+            return put(tables, rows, count - 1)
 
         return run
 

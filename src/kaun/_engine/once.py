@@ -32,5 +32,5 @@ def run_step(
     program, item = traced.program(entry, (False,) * len(inputs.leaves)), inputs.owned()
     placing = None if traced.placing is None or any_traced((*leaves, key, *item)) else traced.placing
     count, item = count_on_device(1, placing), item if placing is None else placing.put_item(item)
-    loss, leaves = programs.call(program, entry, inputs, training, (leaves, key, count, item), traced)
+    loss, leaves, _ = programs.call(program, entry, inputs, training, (leaves, key, count, item), traced)
     return loss, jax.tree_util.tree_unflatten(structure, leaves)

@@ -176,8 +176,8 @@ class TracedStep:
 
         Args:
             entry: ``"fit"``; ``"fit in place"`` for one that overwrites its state's memory; ``"step"`` for one that
-                takes leaves, runs one step, and returns its loss and the leaves after it; ``"step unpacked"`` for one
-                of a state that must not be packed.
+                takes leaves, runs one step, and returns its loss, the leaves after it, and what keeps its bits those of
+                ``fit``; ``"step unpacked"`` for one of a state that must not be packed.
             pattern: For each leaf of an item whether it is stacked.
             packing: How the state is packed, None if it is not. For ``"step"`` the program packs it itself.
             clean: Whether all elements of the states that it is given are finite; it then need not look at them.
@@ -343,20 +343,22 @@ def _select(condition: jax.Array, values: list[Any], others: list[Any]) -> list[
 
 
 def _one_step(traced: TracedStep, pattern: tuple[bool, ...], *, packs: bool) -> Callable[..., Any]:
-    """Return the function that runs one step from leaves to leaves, and gives its loss."""
+    """Return the function that runs one step from leaves to leaves, as ``TracedStep.program`` says."""
 
     def run(leaves: list[Any], key: jax.Array, count: Any, item: list[Any]) -> Any:
         # The same loop as that of ``fit``, so that it has the same bits.
         packing = packing_on_device(leaves) if packs else None
         block = _block(traced, pattern, packing, stops=not traced.discards)
         held = packing.pack(leaves) if packing else leaves
-        losses, _, held, status = block(held, key, traced.status, count, item, [])
+        losses, tables, held, status = block(held, key, traced.status, count, item, [])
         after = packing.unpack(held) if packing else held
         if not traced.discards:
             after = [*_select(status[0] > 0, after[:-1], leaves[:-1]), after[-1]]  # the last one counts the steps
         if traced.placing is not None:
             after = traced.placing.pin_carry(after)
-        return losses[0], after
+        # XLA would leave out the norm of the gradient where nothing else needs it, and then fuse the update in another
+        # way: its bits would not be those of ``fit``.
+        return losses[0], after, tables if traced.on_nonfinite == "ignore" else []
 
     return run
 
