@@ -73,6 +73,7 @@ OF_USERS = (
     "tests/ensemble/test_laws.py::test_members_that_may_be_skipped_keep_the_bits_of_a_running_statistic",
     "tests/evaluation/test_passes.py::test_predict_in_blocks_keeps_the_bits_of_a_sum_of_what_is_sliced",
     "tests/laws/test_fold.py::test_a_step_of_ignore_keeps_the_norm_that_it_does_not_need",
+    "tests/laws/test_fold.py::test_fit_is_the_fold_for_targets_with_three_axes",
     "tests/laws/test_fold.py::test_fit_is_the_fold_with_a_ragged_last_batch",
     "tests/laws/test_fold.py::test_steps_that_are_reported_from_the_start_are_the_fold_too",
     "tests/losses/test_mean.py",

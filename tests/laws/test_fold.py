@@ -170,6 +170,18 @@ def test_items_may_bring_a_context_of_their_own(zoo):
     assert zoo.bytes(fitted) == zoo.bytes(expected)
 
 
+def test_fit_is_the_fold_for_targets_with_three_axes(zoo):
+    """Where XLA fused the slice of the targets with the sum of their errors, the bias had other last bits."""
+    trainer = kaun.Trainer(model=layers.linear(8, 2), optimizer=optax.sgd(0.01))
+    g = np.random.default_rng(0)
+    x, y = (g.normal(size=(40, 9, n)).astype(np.float32) for n in (8, 2))
+    with rng.scope(1):
+        state = trainer.init()
+        data = Data.batches((x, y), batch_size=8, shuffle=True).epochs(2).with_loss(losses.mse)
+    states, _ = zoo.fold(trainer, state, data)
+    assert zoo.bytes(trainer.fit(state, data)) == zoo.bytes(states[-1])
+
+
 def test_a_step_of_ignore_keeps_the_norm_that_it_does_not_need(zoo):
     """Without it XLA fused the bias's gradient with its momentum: the last bits of this model were others than fit's."""
     model = layers.sequential([layers.linear(4, 8000), layers.tanh(), layers.linear(8000, 1)])

@@ -287,26 +287,27 @@ def _block(
 
     def looped(held: list[Any], key: jax.Array, status: Any, count: Any, shared: list[Any], stacked: Any) -> Any:
         def unfinished(carried: Any) -> jax.Array:
-            i, _, status, _, _ = carried
+            i, _, status, _, _, _ = carried
             return (i < count) & (status[0] > 0) if stops else i < count
 
         def body(carried: Any) -> Any:
-            i, leaves, status, losses, tables = carried
+            # The item is carried, as that of ``step`` is: XLA would fuse a slice with what is computed of it, and the
+            # last bits would depend on whether items are stacked.
+            i, leaves, status, losses, tables, item = carried
             leaves = leaves if members is None else members.unpack(leaves)
-            item = item_at(i, pattern, shared, stacked)
             loss, rows, leaves, status = run(leaves, key, status, item)
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
             tables = [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
             leaves = leaves if members is None else members.pack(leaves)
-            return i + 1, leaves, status, losses, tables
+            return i + 1, leaves, status, losses, tables, item_at(i + 1, pattern, shared, stacked)
 
         losses = unwritten((length, *traced.loss.shape), traced.loss.dtype)
         tables = traced.layout.empty(length)
         leaves = packing.unpack(held) if packing else held
         members = traced.packing if placing is None else None
         leaves = leaves if members is None else members.pack(leaves)
-        start = (jnp.uint32(0), leaves, status, losses, tables)
-        _, leaves, status, losses, tables = lax.while_loop(unfinished, body, start)
+        start = (jnp.uint32(0), leaves, status, losses, tables, item_at(jnp.uint32(0), pattern, shared, stacked))
+        _, leaves, status, losses, tables, _ = lax.while_loop(unfinished, body, start)
         leaves = leaves if members is None else members.unpack(leaves)
         return pinned(losses, tables, leaves, status)
 
