@@ -16,7 +16,7 @@ from kaun import tree
 from kaun._engine.batching import BlockBuffer, capacity_of, next_limit
 from kaun._engine.cache import ProgramCache
 from kaun._engine.explicit import explicit_mesh
-from kaun._engine.inputs import StepInputs, is_host, item_at, pattern_for, refuse_traced
+from kaun._engine.inputs import StepInputs, is_host, joined, pattern_for, refuse_traced, rows_at
 from kaun._engine.jaxpr import slow_in_loops
 from kaun._engine.options import loop_options
 from kaun._engine.program import ROWS, Program, count_on_device
@@ -92,20 +92,20 @@ class TracedEvaluation:
 
         def run(leaves: Any, key: Any, count: Any, shared: list[Any], stacked: list[Any]) -> list[Any]:
             def body(i: Any, tables: list[Any]) -> list[Any]:
-                return put(tables, results(leaves, key, item_at(i, pattern, shared, stacked)), i)
+                return put(tables, results(leaves, key, joined(pattern, shared, rows_at(i, stacked))), i)
 
             # The loop carries an item and the results of the one before it. Sliced or stored where they are computed,
             # they would be fused with that (XLA:CPU drops a barrier before it fuses), and have other bits.
             def exact_body(i: Any, carried: Any) -> Any:
-                tables, item, rows = carried
-                following = item_at(i + 1, pattern, shared, stacked)
-                return put(tables, rows, lax.max(i, np.uint32(1)) - 1), following, results(leaves, key, item)
+                tables, item_rows, rows = carried
+                tables = put(tables, rows, lax.max(i, np.uint32(1)) - 1)
+                return tables, rows_at(i + 1, stacked), results(leaves, key, joined(pattern, shared, item_rows))
 
             start, zeros = jnp.uint32(0), lambda a, *axes: jnp.zeros((*axes, *a.shape), a.dtype)
             tables = [zeros(a, self.capacity) for a in self._arrays]
             if not self._exact:
                 return lax.fori_loop(start, count, body, tables)
-            carried = tables, item_at(start, pattern, shared, stacked), list(map(zeros, self._arrays))
+            carried = tables, rows_at(start, stacked), list(map(zeros, self._arrays))
             tables, _, rows = lax.fori_loop(start, count, exact_body, carried)
             return put(tables, rows, count - 1)
 

@@ -22,7 +22,8 @@ from kaun.context import Context
 from kaun.data import Data, Item, is_explicit, is_tensor
 
 __all__ = [
-    "StepInputs", "as_arrays", "check_input", "is_host", "is_number", "item_at", "pattern_for", "refuse_traced",
+    "StepInputs", "as_arrays", "check_input", "is_host", "is_number", "joined", "pattern_for", "refuse_traced",
+    "rows_at",
 ]  # fmt: skip
 
 _LEAF = jax.tree_util.tree_structure(0)
@@ -302,8 +303,12 @@ def pattern_for(patterns: list[tuple[bool, ...]], varying: tuple[bool, ...]) -> 
     return varying
 
 
-def item_at(i: Any, pattern: Sequence[bool], shared: Sequence[Any], stacked: Sequence[Any]) -> list[Any]:
-    """Return the leaves of item i of a block in a program, of those passed once and those stacked by a pattern."""
-    given = iter(shared)
-    sliced = (lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked)
+def rows_at(i: Any, stacked: Sequence[Any]) -> list[Any]:
+    """Return the stacked leaves of item i of a block in a program."""
+    return [lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacked]
+
+
+def joined(pattern: Sequence[bool], shared: Sequence[Any], rows: Sequence[Any]) -> list[Any]:
+    """Return the leaves of an item in a program, of those passed once and those of a stack's row by a pattern."""
+    given, sliced = iter(shared), iter(rows)
     return [next(sliced if is_stacked else given) for is_stacked in pattern]

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from kaun._engine.batching import capacity_of
-from kaun._engine.inputs import StepInputs, as_arrays, item_at, pattern_for
+from kaun._engine.inputs import StepInputs, as_arrays, joined, pattern_for, rows_at
 from kaun._engine.jaxpr import digest_program, is_heavy, slow_in_loops
 from kaun._engine.members import CODE
 from kaun._engine.numbers import NumberLayout, unwritten
@@ -291,22 +291,22 @@ def _block(
             return (i < count) & (status[0] > 0) if stops else i < count
 
         def body(carried: Any) -> Any:
-            # The item is carried, as that of ``step`` is: XLA would fuse a slice with what is computed of it, and the
-            # last bits would depend on whether items are stacked.
-            i, leaves, status, losses, tables, item = carried
+            # Rows are carried: XLA would fuse a slice with what is computed of it, and the last bits would depend on
+            # whether items are stacked.
+            i, leaves, status, losses, tables, item_rows = carried
             leaves = leaves if members is None else members.unpack(leaves)
-            loss, rows, leaves, status = run(leaves, key, status, item)
+            loss, rows, leaves, status = run(leaves, key, status, joined(pattern, shared, item_rows))
             losses = lax.dynamic_update_index_in_dim(losses, loss, i, 0)
             tables = [lax.dynamic_update_index_in_dim(*pair, i, 0) for pair in zip(tables, rows, strict=True)]
             leaves = leaves if members is None else members.pack(leaves)
-            return i + 1, leaves, status, losses, tables, item_at(i + 1, pattern, shared, stacked)
+            return i + 1, leaves, status, losses, tables, rows_at(i + 1, stacked)
 
         losses = unwritten((length, *traced.loss.shape), traced.loss.dtype)
         tables = traced.layout.empty(length)
         leaves = packing.unpack(held) if packing else held
         members = traced.packing if placing is None else None
         leaves = leaves if members is None else members.pack(leaves)
-        start = (jnp.uint32(0), leaves, status, losses, tables, item_at(jnp.uint32(0), pattern, shared, stacked))
+        start = (jnp.uint32(0), leaves, status, losses, tables, rows_at(0, stacked))
         _, leaves, status, losses, tables, _ = lax.while_loop(unfinished, body, start)
         leaves = leaves if members is None else members.unpack(leaves)
         return pinned(losses, tables, leaves, status)
