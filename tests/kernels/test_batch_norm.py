@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 from kaun import layers, rng
-from kaun._kernels import normalize_batch
+from kaun._kernels import batch_norm, normalize_batch
 
 EPS = 1e-2
+
+
+@pytest.fixture(autouse=True)
+def _all_are_large(monkeypatch):
+    monkeypatch.setattr(batch_norm, "_LARGE", 0)
 
 
 def plain(x, weight, bias):
@@ -43,6 +48,14 @@ def test_values_and_derivatives_are_those_of_the_plain_form():
             return [jax.jvp(loss(form), args, tangents) for form in (ours, plain)]
 
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *both(args, tangents))
+
+
+def test_small_ones_have_the_derivative_of_jax(monkeypatch):
+    x, weight, bias = arrays(0, jnp.float32)
+    names = lambda: str(jax.make_jaxpr(lambda *args: ours(*args))(x, weight, bias))
+    assert "custom_jvp_call" in names()
+    monkeypatch.setattr(batch_norm, "_LARGE", x.size + 1)
+    assert "custom_jvp_call" not in names()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
