@@ -170,16 +170,21 @@ def test_items_may_bring_a_context_of_their_own(zoo):
     assert zoo.bytes(fitted) == zoo.bytes(expected)
 
 
+def fit_and_fold(zoo, trainer, *arrays):
+    with rng.scope(1):
+        state = trainer.init()
+        data = Data.batches(arrays, batch_size=8, shuffle=True).epochs(2).with_loss(losses.mse)
+    states, _ = zoo.fold(trainer, state, data)
+    return zoo.bytes(trainer.fit(state, data)), zoo.bytes(states[-1])
+
+
 def test_fit_is_the_fold_for_targets_with_three_axes(zoo):
     """Where XLA fused the slice of the targets with the sum of their errors, the bias had other last bits."""
     trainer = kaun.Trainer(model=layers.linear(8, 2), optimizer=optax.sgd(0.01))
     g = np.random.default_rng(0)
     x, y = (g.normal(size=(40, 9, n)).astype(np.float32) for n in (8, 2))
-    with rng.scope(1):
-        state = trainer.init()
-        data = Data.batches((x, y), batch_size=8, shuffle=True).epochs(2).with_loss(losses.mse)
-    states, _ = zoo.fold(trainer, state, data)
-    assert zoo.bytes(trainer.fit(state, data)) == zoo.bytes(states[-1])
+    fitted, folded = fit_and_fold(zoo, trainer, x, y)
+    assert fitted == folded
 
 
 def test_a_step_of_ignore_keeps_the_norm_that_it_does_not_need(zoo):
@@ -188,11 +193,8 @@ def test_a_step_of_ignore_keeps_the_norm_that_it_does_not_need(zoo):
     trainer = kaun.Trainer(model=model, optimizer=optax.sgd(0.01, momentum=0.9), on_nonfinite="ignore")
     g = np.random.default_rng(0)
     x, y = (g.normal(size=(64, n)).astype(np.float32) for n in (4, 1))
-    with rng.scope(1):
-        state = trainer.init()
-        data = Data.batches((x, y), batch_size=8, shuffle=True).epochs(2).with_loss(losses.mse)
-    states, _ = zoo.fold(trainer, state, data)
-    assert zoo.bytes(trainer.fit(state, data)) == zoo.bytes(states[-1])
+    fitted, folded = fit_and_fold(zoo, trainer, x, y)
+    assert fitted == folded
 
 
 def test_inputs_and_outputs_may_be_any_pytree(zoo):

@@ -73,7 +73,7 @@ def is_heavy(jaxpr: Any) -> bool:
 def is_tiny(jaxpr: Any) -> bool:
     """Return whether a program has only arrays of at most 256 elements, floating ones in float32.
 
-    XLA:CPU's older kernels then are as fast and as exact as its newer ones (``TINY_OPTIONS``).
+    XLA:CPU's older kernels then are as fast and as exact as its newer ones.
     """
     small = all(math.prod(a.shape) <= _TINY and _is_plain(a.dtype) for a in arrays_in(jaxpr))
     return small and _OTHERWISE.isdisjoint(primitives_in(jaxpr))
