@@ -17,7 +17,7 @@ import numpy as np
 
 from kaun import _html
 from kaun._calls import MISSING, frozen, shows_overload
-from kaun._engine import Compilation, EvaluationLoop, ProgramCache, StepInputs, refuse_traced, run_step
+from kaun._engine import Compilation, ProgramCache, StepInputs, evaluation_loop, refuse_traced, run_step
 from kaun._loss import Loss
 from kaun._messages import frames_hidden
 from kaun._report import Report, ReportFunction
@@ -48,7 +48,7 @@ from kaun.state import TrainState, check_fit, check_state, check_step, check_var
 if TYPE_CHECKING:
     from jax.export import Exported
 
-__all__ = ["LOOP", "Trainer", "settings_of"]
+__all__ = ["Trainer", "settings_of"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -314,7 +314,7 @@ class Trainer(Generic[In, Out]):
         """
         try:
             if isinstance(x, Data):
-                return predict(self._runner("predict", state, LOOP), x, check_context(ctx), self.sharding)
+                return predict(self._runner("predict", state, evaluation_loop), x, check_context(ctx), self.sharding)
             return self._runner("predict", state)(StepInputs(x, None, check_context(ctx)))
         except BaseException as error:
             self._programs.failed("predict", state, error)
@@ -359,7 +359,9 @@ class Trainer(Generic[In, Out]):
             >>> trainer.evaluate(state, data, {"rows": lambda p, y: (y.size, 1), "accuracy": metrics.accuracy})
             {'accuracy': 1.0, 'rows': 1.5}
         """
-        return evaluate(self._runner("evaluate", state, LOOP), data, metrics, check_context(ctx), self.sharding)
+        return evaluate(
+            self._runner("evaluate", state, evaluation_loop), data, metrics, check_context(ctx), self.sharding
+        )
 
     def export(
         self, state: TrainState, x: Any, *, ctx: Context | None = None, platforms: Sequence[str] | None = None
@@ -389,10 +391,6 @@ class Trainer(Generic[In, Out]):
         check_state(state, entry)
         self._evaluated.check(state)
         return make(self._programs, (state.vars, state.step), state.key, entry)
-
-
-LOOP = functools.partial(functools.partial, EvaluationLoop)
-"""Makes, of the arguments of an ``EvaluationLoop``, what makes it of the rest of them."""
 
 
 def settings_of(trainer: Trainer[Any, Any]) -> Settings:

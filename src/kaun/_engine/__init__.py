@@ -10,6 +10,7 @@ window of ``accumulate``. A step that is not finite (``failed``) can be run agai
 
 from kaun._engine.cache import ProgramCache as ProgramCache
 from kaun._engine.evaluating import EvaluationLoop as EvaluationLoop
+from kaun._engine.evaluating import evaluation_loop as evaluation_loop
 from kaun._engine.failed import FailedStep as FailedStep
 from kaun._engine.failed import error_of as error_of
 from kaun._engine.failed import last_member_error as last_member_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
@@ -24,7 +25,7 @@ from kaun._engine.results import OpenBlock
 from kaun._jax import any_traced, calls_the_host
 from kaun._jax_work import multiply_adds_in
 
-__all__ = ["EvaluationLoop"]
+__all__ = ["EvaluationLoop", "evaluation_loop"]
 
 _BEGIN = 2  # the items of the first dispatch
 _IN_FLIGHT = 2
@@ -240,3 +241,10 @@ class _Dispatch(NamedTuple):
     arrays: list[Any]
     structure: Any
     items: int | None
+
+
+def evaluation_loop(
+    programs: ProgramCache, variables: Any, key: jax.Array, entry: Literal["evaluate", "predict"]
+) -> Callable[..., EvaluationLoop]:
+    """Return what makes an ``EvaluationLoop`` of these arguments and the others, as ``ProgramCache.runner`` does."""
+    return functools.partial(EvaluationLoop, programs, variables, key, entry)

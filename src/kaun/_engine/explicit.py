@@ -7,7 +7,6 @@ axes. Under ``jax.set_mesh`` nothing is changed: there users write for explicit 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kaun._jax import any_traced, is_traced
+from kaun.sharding.core import automatic_mesh
 
 __all__ = ["explicit_mesh", "explicit_sharding", "run_explicit", "to_automatic", "to_explicit"]
 
@@ -101,7 +101,7 @@ def run_explicit(run: Callable[..., Any], carry: Any, key: Any, inputs: Any, mes
 
 def _back(array: Any, mesh: Mesh) -> Any:
     sharding = array.sharding
-    if not isinstance(sharding, NamedSharding) or sharding.mesh != _twin(mesh):
+    if not isinstance(sharding, NamedSharding) or sharding.mesh != automatic_mesh(mesh):
         return array
     return _put(array, NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind))
 
@@ -113,9 +113,4 @@ def _put(array: Any, sharding: NamedSharding) -> Any:
 
 
 def _automatic(sharding: NamedSharding) -> NamedSharding:
-    return NamedSharding(_twin(sharding.mesh), sharding.spec, memory_kind=sharding.memory_kind)
-
-
-@functools.lru_cache(maxsize=64)
-def _twin(mesh: Any) -> Mesh:
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return NamedSharding(automatic_mesh(sharding.mesh), sharding.spec, memory_kind=sharding.memory_kind)

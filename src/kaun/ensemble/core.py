@@ -14,7 +14,7 @@ import numpy as np
 
 from kaun import _html, tree
 from kaun._calls import explained_methods, shown
-from kaun._engine import Compilation, ProgramCache
+from kaun._engine import Compilation, ProgramCache, evaluation_loop
 from kaun._loss import Loss
 from kaun._messages import frames_hidden, hide_frames
 from kaun._report import Report, ReportFunction
@@ -30,7 +30,7 @@ from kaun.evaluation import evaluate_members, predict, predict_members, trace_me
 from kaun.layers.core import Vars
 from kaun.sharding import Sharding
 from kaun.state import Members, TrainState, check_state
-from kaun.train import LOOP, Trainer, settings_of
+from kaun.train import Trainer, settings_of
 
 __all__ = ["Ensemble"]
 
@@ -252,7 +252,7 @@ class Ensemble(Generic[In, Out]):
             if not isinstance(x, Data):
                 return runner.predict(states, x, ctx=ctx)
             # The outputs of a pass are joined along axis 0, so that is where rows are meanwhile.
-            loop = cast("Any", runner)._runner("predict", states, LOOP)
+            loop = cast("Any", runner)._runner("predict", states, evaluation_loop)
             rows = predict(loop, x, check_context(ctx), self.sharding, of_members=True)
             return jax.tree_util.tree_map(lambda a: np.moveaxis(a, 1, 0), rows)
         except BaseException as error:

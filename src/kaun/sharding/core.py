@@ -20,6 +20,7 @@ from kaun.sharding.rules import ByMember, ByPath, Rule, Shape, everywhere
 __all__ = [
     "Sharding",
     "added_gradient",
+    "automatic_mesh",
     "check_axis",
     "check_sharding",
     "gathered",
@@ -85,7 +86,7 @@ class Sharding:
                 "Use sharding.fsdp() or sharding.by_path({pattern: spec}, mesh)."
             )
         object.__setattr__(self, "rows", tuple(self.rows))
-        object.__setattr__(self, "mesh", _automatic(self.mesh))
+        object.__setattr__(self, "mesh", automatic_mesh(self.mesh))
         for name in (*self.rows, *([] if self.gather is None else [self.gather])):
             check_axis(self.mesh, name)
         _check_once("rows", self.rows)
@@ -381,5 +382,7 @@ def _over_several(mesh: Mesh, entry: Any) -> Any:
     return None if not names else names[0] if len(names) == 1 else tuple(names)
 
 
-def _automatic(mesh: Mesh) -> Mesh:
+@functools.lru_cache(maxsize=64)
+def automatic_mesh(mesh: Any) -> Mesh:
+    """Return the mesh of the same devices with automatic axes."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
