@@ -10,7 +10,7 @@ from jax import lax
 
 from kaun._jax import primitives_in, programs_in
 
-__all__ = ["Convolution", "arrays_in", "convolutions_in", "multiply_adds_in"]
+__all__ = ["Convolution", "Product", "arrays_in", "convolutions_in", "multiply_adds_in", "products_in_scans"]
 
 
 class Convolution(NamedTuple):
@@ -32,6 +32,18 @@ class Convolution(NamedTuple):
     def multiply_adds(self) -> int:
         """How many multiply-adds it has."""
         return math.prod(self.output) * math.prod(self.kernel) // max(self.kernel[self.layout[1][0]], 1)
+
+
+class Product(NamedTuple):
+    """A matrix product of a traced program.
+
+    Attributes:
+        plain: Whether it is ``a @ b`` of two matrices, neither of them transposed.
+        multiply_adds: How many multiply-adds it has.
+    """
+
+    plain: bool
+    multiply_adds: int
 
 
 def arrays_in(closed: Any) -> Iterator[Any]:
@@ -67,12 +79,32 @@ def multiply_adds_in(closed: Any) -> int:
         if equation.primitive is lax.conv_general_dilated_p:
             total += _convolution(equation).multiply_adds
         elif equation.primitive is lax.dot_general_p:
-            (summed, _), _ = equation.params["dimension_numbers"]
-            left, output = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-            total += math.prod(output) * math.prod([left[axis] for axis in summed])
+            total += _product(equation).multiply_adds
         inner = sum(map(multiply_adds_in, _programs_of(equation)))
         total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
     return total
+
+
+def products_in_scans(closed: Any) -> Iterator[Product]:
+    """Yield the matrix products that a traced program and all programs inside it make at each step of a ``scan``."""
+    for equation in getattr(closed, "jaxpr", closed).eqns:
+        within = _products_in if equation.primitive.name == "scan" else products_in_scans
+        for program in _programs_of(equation):
+            yield from within(program)
+
+
+def _products_in(closed: Any) -> Iterator[Product]:
+    for program in programs_in(closed):
+        for equation in getattr(program, "jaxpr", program).eqns:
+            if equation.primitive is lax.dot_general_p:
+                yield _product(equation)
+
+
+def _product(equation: Any) -> Product:
+    (summed, of_right), (batch, _) = equation.params["dimension_numbers"]
+    left, right, output = (each.aval.shape for each in (*equation.invars, *equation.outvars))
+    plain = len(left) == len(right) == 2 and (summed, of_right, batch) == ((1,), (0,), ())
+    return Product(plain, math.prod(output) * math.prod([left[axis] for axis in summed]))
 
 
 def _programs_of(equation: Any) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from jax import lax
 import kaun
 from kaun import layers, losses, rng
 from kaun._engine import StepInputs, options, program
-from kaun._engine.jaxpr import is_tiny
+from kaun._engine.jaxpr import is_recurrent, is_tiny
 from kaun._engine.program import find_step
 
 FUNCTIONS = {
@@ -73,3 +73,47 @@ def test_heavy_loops_give_no_convolution_to_ynnpack_and_take_the_order_of_least_
     assert "ynn" not in jax.jit(convolved, compiler_options=heavy).lower(*args).compile().as_text()
     monkeypatch.setattr(options, "_accepts_heavy_options", lambda: False)
     assert options_for(256) is options.LOOP_OPTIONS
+
+
+def recurrent(kind, *, rows=32, hidden=128):
+    """The traced gradient of a recurrent layer, and of a loop over positions that is written by hand."""
+    cells = {"lstm": layers.lstm, "gru": layers.gru, "rnn": layers.rnn}
+    x, weight = jnp.zeros((rows, 3, 16)), jnp.zeros((hidden, 4 * hidden))
+    if kind == "by hand":
+        loop = lambda w: lax.scan(lambda h, _: ((h @ w)[:, :hidden], None), jnp.ones((rows, hidden)), None, length=3)
+        return jax.make_jaxpr(jax.grad(lambda w: loop(w)[0].sum()))(weight)
+    layer = cells[kind](16, hidden)
+    with rng.scope(0):
+        variables = layer.init(dtype=jnp.float32)
+    apply = lambda params: layer.apply(variables.replace(params=params), x, training=True, ctx=kaun.Context())[0]
+    return jax.make_jaxpr(jax.grad(lambda params: apply(params).sum()))(variables.params)
+
+
+def test_recurrences_that_are_large_enough_for_two_cores_give_no_product_to_ynnpack(monkeypatch):
+    assert options._accepts_recurrent_options(), "XLA has no such option any more: see _engine/options.py"
+    for kind, rows in (("lstm", 32), ("gru", 64), ("rnn", 128)):
+        assert options.loop_options(recurrent(kind, rows=rows)) is options._RECURRENT_OPTIONS, kind
+    product = jax.jit(lambda a: a @ a, compiler_options=options._RECURRENT_OPTIONS).lower(jnp.ones((64, 64))).compile()
+    assert "ynn" not in product.as_text()
+    for other in (
+        recurrent("lstm", rows=8),
+        recurrent("by hand"),
+        jax.make_jaxpr(lambda a: a @ a)(jnp.ones((512, 512))),
+    ):
+        assert options.loop_options(other) is options.LOOP_OPTIONS
+    heavy = recurrent("lstm", rows=512, hidden=1024)
+    assert options.loop_options(heavy) == options._HEAVY_OPTIONS | {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"
+    }
+    monkeypatch.setattr(options, "_accepts_recurrent_options", lambda: False)
+    assert options.loop_options(recurrent("lstm")) is options.LOOP_OPTIONS
+
+
+def test_layers_that_are_repeated_are_no_recurrence():
+    layer = layers.repeat(layers.sequential([layers.linear(128, 128), layers.relu()]), 3)
+    with rng.scope(0):
+        variables = layer.init(dtype=jnp.float32)
+    apply = lambda params: layer.apply(
+        variables.replace(params=params), jnp.ones((512, 128)), training=True, ctx=kaun.Context()
+    )[0]
+    assert not is_recurrent(jax.make_jaxpr(jax.grad(lambda params: apply(params).sum()))(variables.params))

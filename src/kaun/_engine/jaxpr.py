@@ -1,4 +1,4 @@
-"""What is read off a traced program (a jaxpr): whether it is slow in a loop, heavy or tiny, and a digest of it."""
+"""What is read off a traced program (a jaxpr): whether it is slow in a loop, recurrent, heavy or tiny; its digest."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaun._jax import constants_in, primitives_in, without_placements
-from kaun._jax_work import Convolution, arrays_in, convolutions_in, multiply_adds_in
+from kaun._jax_work import Convolution, arrays_in, convolutions_in, multiply_adds_in, products_in_scans
 
-__all__ = ["digest_program", "is_heavy", "is_tiny", "slow_in_loops"]
+__all__ = ["digest_program", "is_heavy", "is_recurrent", "is_tiny", "slow_in_loops"]
 
 # Multiply-adds of a whole program that cost, on the slow path, no more than the dispatch that a loop saves.
 _NEGLIGIBLE = 2**16
 # Multiply-adds of a step that hide what a dispatch costs (0.1 ms): XLA:CPU makes 1e11 in a second on two cores.
 _HEAVY = 2**33
+# Multiply-adds of a product that Eigen makes on two cores: of half as many, on one.
+_SHARED = 2**21
 # Elements of an array of which XLA:CPU's older kernels take no longer than its newer ones.
 _TINY = 256
 # Operations that the two compute in another way.
@@ -68,6 +70,15 @@ def is_heavy(jaxpr: Any) -> bool:
     Alone, a step needs one program, and not another one for stacked items; Python handles Ctrl-C after each step.
     """
     return multiply_adds_in(jaxpr) >= _HEAVY
+
+
+def is_recurrent(jaxpr: Any) -> bool:
+    """Return whether a step has loops with products that must wait for each other and are large enough for two cores.
+
+    The layers of ``repeat`` are a loop, too, but have products with batch axes or of transposed matrices.
+    """
+    products = list(products_in_scans(jaxpr))
+    return all(each.plain for each in products) and any(each.multiply_adds >= _SHARED for each in products)
 
 
 def is_tiny(jaxpr: Any) -> bool:

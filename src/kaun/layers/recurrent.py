@@ -277,12 +277,16 @@ def _recurrent(
         start = _start(name, given, states, (x.shape[0], width), vars.dtype)
         lengths, p, wide = _lengths(name, x, ctx), vars.params, accumulation_dtype(vars.dtype)
         # The product with the input has no recurrence: one for all positions, which are the first axis from here on.
-        inputs = (matmul(x.swapaxes(0, 1), p["weight_ih"]) + along_last(p["bias_ih"], 3)).astype(wide)
+        inputs, bias = matmul(x.swapaxes(0, 1), p["weight_ih"]), p["bias_hh"].astype(wide)
+        if cell.sums:
+            inputs, bias = inputs.astype(wide), p["bias_ih"].astype(wide) + bias
+        else:
+            inputs = (inputs + along_last(p["bias_ih"], 3)).astype(wide)
         keep = None if lengths is None else (jnp.arange(x.shape[1])[:, None] < lengths[None])[:, :, None]
         start = tuple(a.astype(wide) for a in start)
         y, end = jnp.zeros((0, *start[0].shape), wide), start
         if x.shape[1]:
-            y, end = recurrence(cell, inputs, p["weight_hh"], p["bias_hh"].astype(wide), start, keep)
+            y, end = recurrence(cell, inputs, p["weight_hh"], bias, start, keep)
         y = (y if keep is None else jnp.where(keep, y, 0.0)).astype(vars.dtype).swapaxes(0, 1)
         end = tuple(a.astype(vars.dtype) for a in end)
         return ((y, end if states > 1 else end[0]) if return_state else y), vars
