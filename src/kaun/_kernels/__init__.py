@@ -1,6 +1,8 @@
 """Operations laid out so that XLA:CPU runs them on its fast kernels; on other devices they are JAX's own."""
 
 from kaun._kernels.batch_norm import normalize_batch as normalize_batch
+from kaun._kernels.columns import columns_lost as columns_lost
+from kaun._kernels.columns import select_columns as select_columns
 from kaun._kernels.conv import ConvConfig as ConvConfig
 from kaun._kernels.conv import convolve as convolve
 from kaun._kernels.conv import convolve_transposed as convolve_transposed
