@@ -2,7 +2,6 @@
 
 from kaun._kernels.batch_norm import normalize_batch as normalize_batch
 from kaun._kernels.columns import columns_lost as columns_lost
-from kaun._kernels.columns import select_columns as select_columns
 from kaun._kernels.conv import ConvConfig as ConvConfig
 from kaun._kernels.conv import convolve as convolve
 from kaun._kernels.conv import convolve_transposed as convolve_transposed

@@ -14,7 +14,7 @@ import numpy as np
 
 from kaun import rng, tree
 from kaun._engine import CODE, LOST, NOT_FINITE, RUNS, STOPPED, MemberPacking, sums_members
-from kaun._kernels import columns_lost, select_columns, with_summed_products
+from kaun._kernels import columns_lost, with_summed_products
 from kaun._loss import FrozenLoss, array_names, snapshot_loss, trace_function
 from kaun._messages import add_note, locate
 from kaun._step import Settings, StepOutput, eval_step, train_step
@@ -154,7 +154,7 @@ def _select(packing: MemberPacking | None, kept: jax.Array, after: Any, before: 
         of = lambda leaf: kept.reshape(-1, *[1] * (leaf.ndim - 1))
         return structure.unflatten([jnp.where(of(a), a, b) for a, b in zip(new, old, strict=True)])
     pairs = zip(packing.pack(new), packing.pack(old), strict=True)
-    return structure.unflatten(packing.unpack([select_columns(kept, a, b) for a, b in pairs]))
+    return structure.unflatten(packing.unpack([jnp.where(kept, a, b) for a, b in pairs]))
 
 
 def _spoiled(before: Any, after: Any) -> jax.Array:
