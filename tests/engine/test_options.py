@@ -117,3 +117,21 @@ def test_layers_that_are_repeated_are_no_recurrence():
         variables.replace(params=params), jnp.ones((512, 128)), training=True, ctx=kaun.Context()
     )[0]
     assert not is_recurrent(jax.make_jaxpr(jax.grad(lambda params: apply(params).sum()))(variables.params))
+
+
+def test_a_step_with_products_on_all_cores_has_the_bits_of_fit():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(96, 3, 8)).astype(np.float32), random.integers(0, 4, 96)
+    with rng.scope(0):
+        last = layers.fn(lambda outputs: outputs[:, -1])
+        model = layers.sequential([layers.lstm(8, 128), last, layers.linear(128, 4)])
+        trainer = kaun.Trainer(model=model, optimizer=optax.adam(0.01))
+        state = trainer.init()
+    data = kaun.Data.batches((x, y), 32).with_loss(losses.cross_entropy_sparse)
+    folded, fitted = state, trainer.fit(state, data)
+    for item, loss in data:
+        _, folded = trainer.step(folded, item, loss=loss)
+    assert is_recurrent(recurrent("lstm"))
+    assert [a.tobytes() for a in map(np.asarray, jax.tree.leaves((fitted.vars, fitted.opt_state)))] == [
+        a.tobytes() for a in map(np.asarray, jax.tree.leaves((folded.vars, folded.opt_state)))
+    ]

@@ -256,7 +256,8 @@ def _tqdm() -> Any:
     """tqdm's bar class without the thread that monitors all bars: these are redrawn by their own clock."""
     from tqdm.std import TqdmDefaultWriteLock, tqdm  # pyright: ignore[reportAttributeAccessIssue]
 
-    bar: Any = type("Bar", (tqdm,), {"monitor_interval": 0, "excluded": 0.0, "format_dict": property(_overall)})
+    own = {"monitor_interval": 0, "excluded": 0.0, "format_dict": property(_overall), "__str__": _within_columns}
+    bar: Any = type("Bar", (tqdm,), own)
     # tqdm would make a lock for processes too, and with it fix multiprocessing's start method for the whole program.
     bar.set_lock(TqdmDefaultWriteLock.th_lock)
     return bar
@@ -274,10 +275,20 @@ def _overall(bar: Any) -> dict[str, Any]:
         shown["rate"] = steps / seconds
     until, compiling, _ = (shown["postfix"] or "").partition("compiling")
     first = until + compiling if compiling else until.partition(", ")[0]  # the loss
-    if shown["ncols"] and len(bar.format_meter(**{**shown, "ncols": 0, "postfix": first})) > shown["ncols"]:
+    least = len(bar.format_meter(**{**shown, "ncols": 0, "postfix": first})) + len("| ")  # and of the bar one character
+    if shown["ncols"] and least > shown["ncols"]:
         done = "{percentage:3.0f}% {n_fmt}/{total_fmt}" if shown["total"] else "{n_fmt}step"
         shown["bar_format"] = ("{desc}: " if shown["prefix"] else "") + done + "{postfix}"
     return shown
+
+
+def _within_columns(bar: Any) -> str:
+    """What is drawn; tqdm before 4.69 does not cut a line that has no bar in it."""
+    from tqdm.utils import disp_trim
+
+    base: Any = super(type(bar), bar)
+    line, columns = base.__str__(), bar.format_dict["ncols"]
+    return disp_trim(line, columns) if columns else line
 
 
 class _Nothing:
