@@ -150,7 +150,7 @@ def test_a_step_inside_of_jit_and_a_loss_that_is_gone_cost_nothing():
     assert newest_pass.loss is not None and newest_pass.loss() is loss
     items.close()
     del loss
-    assert newest_pass.loss is None
+    assert newest_pass.loss() is None
 
 
 def test_a_resumed_run_does_not_warn(tmp_path):

@@ -76,7 +76,8 @@ class _NewestPass:
     """The first item of the random pass that was opened last, for ``Trainer.step`` to look for.
 
     Attributes:
-        loss: A weak reference to the loss of that item, None where there is none or it is gone.
+        loss: A weak reference to the loss of that item, None where there is none. It calls nothing when the loss is
+            gone: a KeyboardInterrupt in such a call would be lost.
         stages: Those of the pipeline.
     """
 
@@ -88,7 +89,7 @@ class _NewestPass:
         """Look for this item from now on."""
         if Item.is_training_item(item):
             try:
-                self.loss, self.stages = weakref.ref(item[1], self._forget), stages
+                self.loss, self.stages = weakref.ref(item[1]), stages
             except TypeError:  # a bound method of C code, for example
                 self.loss = None
 
@@ -96,10 +97,6 @@ class _NewestPass:
         """The stages of the pipeline; the item is not looked for any more."""
         self.loss = None
         return self.stages
-
-    def _forget(self, loss: weakref.ref[Any]) -> None:
-        if self.loss is loss:
-            self.loss = None
 
 
 newest_pass: _NewestPass = _NewestPass()
