@@ -63,10 +63,8 @@ def convolutions_in(closed: Any) -> Iterator[Convolution]:
     Whether XLA:CPU runs a convolution slowly inside a loop depends on its layout, which only the equation's parameters
     state.
     """
-    for program in programs_in(closed) if "conv_general_dilated" in primitives_in(closed) else ():
-        for equation in getattr(program, "jaxpr", program).eqns:
-            if equation.primitive is lax.conv_general_dilated_p:
-                yield _convolution(equation)
+    if "conv_general_dilated" in primitives_in(closed):
+        yield from map(_convolution, _equations(closed, lax.conv_general_dilated_p))
 
 
 def multiply_adds_in(closed: Any) -> int:
@@ -88,16 +86,17 @@ def multiply_adds_in(closed: Any) -> int:
 def products_in_scans(closed: Any) -> Iterator[Product]:
     """Yield the matrix products that a traced program and all programs inside it make at each step of a ``scan``."""
     for equation in getattr(closed, "jaxpr", closed).eqns:
-        within = _products_in if equation.primitive.name == "scan" else products_in_scans
         for program in _programs_of(equation):
-            yield from within(program)
+            if equation.primitive.name == "scan":
+                yield from map(_product, _equations(program, lax.dot_general_p))
+            else:
+                yield from products_in_scans(program)
 
 
-def _products_in(closed: Any) -> Iterator[Product]:
+def _equations(closed: Any, primitive: Any) -> Iterator[Any]:
+    """Yield the equations of a primitive in a traced program and in all programs inside it."""
     for program in programs_in(closed):
-        for equation in getattr(program, "jaxpr", program).eqns:
-            if equation.primitive is lax.dot_general_p:
-                yield _product(equation)
+        yield from (each for each in getattr(program, "jaxpr", program).eqns if each.primitive is primitive)
 
 
 def _product(equation: Any) -> Product:
