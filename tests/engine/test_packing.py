@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import kaun
 from kaun import layers, rng
+from kaun._engine import options
 from kaun._engine.packing import MemberPacking, Packing, _unpacked, packing_of, unpack
 from kaun._jax import signatures_of
 
@@ -54,6 +55,7 @@ def test_a_first_fit_of_a_small_state_compiles_one_program():
         trainer = kaun.Trainer(model=model, optimizer=optax.adam(0.1))
         state = trainer.init()
     names, data = [], [(np.ones((5, 3), np.float32), lambda out: (out**2).mean())]
+    options._accepts_tiny_options()  # asked once in a process, by compiling an empty program
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
     try:
         after = trainer.fit(state, data)
