@@ -32,7 +32,7 @@ CALLS = {
     "losses.mse(x, labels)": "mse expected equal shapes, received predictions float32[8, 2] and targets "
     "int32[8]: they are not broadcast. Make targets.shape equal predictions.shape.",
     "losses.mse(predictions=x, labels=y)": "losses.mse has no argument labels=: its arguments are (predictions, "
-    "targets, *, weights=None, where=None).",
+    "targets, *, weights=None, where=None). Write losses.mse(predictions, targets).",
     "losses.Mean(1.0, 2.0, reduction='sum')": "losses.Mean has no argument reduction=: a Mean is the quotient of its sums. "
     "For a sum return its total.",
     "losses.Mean(1.0)": "losses.Mean: missing a required argument: 'weight'; it takes two sums. Write losses.Mean((values * "
@@ -177,7 +177,7 @@ CALLS = {
     "rng.next_key(3)": "rng.next_key: too many positional arguments; it gives one key of the scope. Write "
     "jax.random.split(rng.next_key(), n) for n of them.",
     "kaun.grad.grad(lambda p: p)": "grad.grad: missing a required argument: 'params'; its arguments are (f, "
-    "params).",
+    "params). Write grad.grad(f, params).",
     "checkpoint.Directory('runs').load()": "checkpoint.Directory.load: missing a required argument: 'like'; it "
     "takes a state of the same structure. Write runs.load(like=trainer.init()).",
     "checkpoint.save(state)": "checkpoint.save: missing a required argument: 'tree'; the path comes first. Write "
@@ -193,14 +193,38 @@ CALLS = {
     "averages.swa(start=1000, every=100).",
     "averages.update_statistics(state)": "averages.update_statistics: missing a required argument: 'state'; it "
     "takes a trainer, a state and data. Write averages.update_statistics(trainer, state, data).",
-    "layers.residual()": "layers.residual: missing a required argument: 'inner'; its arguments are (inner).",
+    "layers.residual()": "layers.residual: missing a required argument: 'inner'; its arguments are (inner). "
+    "Write layers.residual(inner).",
+    "layers.bidirectional(model, model)": "layers.bidirectional: too many positional arguments; its arguments are (layer). "
+    "Write layers.bidirectional(layer).",
+    "layers.mish(x)": "layers.mish: too many positional arguments; it makes a layer, and the model applies it. Write "
+    "layers.sequential([..., layers.mish()]), or jax.nn on arrays.",
+    "layers.elu(inplace=True)": "layers.elu has no argument inplace=: nothing is in place. Leave it out.",
+    "layers.relu(negative_slope=0.2)": "layers.relu has no argument negative_slope=: write layers.leaky_relu(slope=0.2).",
+    "layers.glu(dim=1)": "layers.glu has no argument dim=: it is the last axis. Leave it out.",
+    "layers.conv_transpose2d(3, 4, 3, strides=2)": "layers.conv_transpose2d has no argument strides=: write stride=2.",
+    "layers.drop_path(drop_prob=0.1)": "layers.drop_path has no argument drop_prob=: write rate=0.1, or layers.drop_path(0.1).",
+    "layers.spatial_dropout()": "layers.spatial_dropout: missing a required argument: 'rate'; it takes the rate. Write "
+    "layers.spatial_dropout(0.1).",
+    "layers.rms_norm(normalized_shape=4)": "layers.rms_norm has no argument normalized_shape=: write dim=4.",
+    "layers.group_norm(groups=2, channels=4)": "layers.group_norm has no argument groups=: write num_groups=2.\n"
+    "layers.group_norm has no argument channels=: write num_channels=4.",
+    "layers.instance_norm(3, affine=True)": "layers.instance_norm has no argument affine=: scale and shift are parameters "
+    "always. Leave it out, or Trainer(..., trainable=) freezes them.",
+    "layers.global_avg_pool(2)": "layers.global_avg_pool: too many positional arguments; it takes no argument. Write "
+    "layers.global_avg_pool().",
+    "layers.lora(model, r=4)": "layers.lora has no argument r=: write rank=4.",
+    "layers.upsample2d(scale_factor=2)": "layers.upsample2d has no argument scale_factor=: write scale=2.",
+    "layers.remat(model, model)": "remat(policy=...) expected None or a function of jax.checkpoint_policies, received "
+    "linear(2, 1). Write policy=jax.checkpoint_policies.dots_saveable.",
+    "kaun.sharding.mesh(4)": "sharding.mesh: too many positional arguments; its axes have names. Write sharding.mesh(data=4).",
     "layers.repeat(model)": "layers.repeat: missing a required argument: 'n'; its arguments are (layer, n, "
-    "remat=False).",
+    "remat=False). Write layers.repeat(layer, n).",
     "layers.fn(model)": "fn expected a function of one argument, received the layer linear(2, 1). Use it as it is.",
     "layers.activation(model)": "activation expected a function of one array, received linear(2, 1). Write "
     "activation(jax.nn.relu6).",
     "layers.group_norm(8)": "layers.group_norm: missing a required argument: 'num_channels'; its arguments are "
-    "(num_groups, num_channels, eps=1e-05).",
+    "(num_groups, num_channels, eps=1e-05). Write layers.group_norm(num_groups, num_channels).",
     "layers.softmax(dim=1)": "layers.softmax has no argument dim=: it is the last axis. Leave it out.",
     "layers.lstm(4, 8, return_sequences=True)": "layers.lstm has no argument return_sequences=: it returns all "
     "steps. For the last one write layers.lstm(...) >> layers.fn(lambda y: y[:, -1]), and of padded rows take the state, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["DEVICE", "LAYERS"]
 
 DEVICE = "arrays lie on JAX's default device. Write Trainer(..., sharding=sharding.data_parallel()) for several"
+_AFFINE = "scale and shift are parameters always. Leave it out, or Trainer(..., trainable=) freezes them"
 _BATCH_FIRST = "x is [batch, length, channels] always. Leave it out"
 
 LAYERS: dict[str, dict[str, str]] = {
@@ -32,8 +33,8 @@ LAYERS: dict[str, dict[str, str]] = {
         "kernel_regularizer": "the trainer has it. Write Trainer(..., penalty=f), with f a function of the parameters",
     },
     "layers.dropout": {
-        "": "it takes the rate. Write layers.dropout(0.1)",
-        "p drop_rate": "write rate={value}, or layers.dropout({value})",
+        "": "it takes the rate. Write {name}(0.1)",
+        "p drop_rate drop_prob": "write rate={value}, or {name}({value})",
     },
     "layers.embedding": {
         "": "it takes both sizes. Write layers.embedding(vocab_size, embed_dim)",
@@ -52,12 +53,24 @@ LAYERS: dict[str, dict[str, str]] = {
     },
     "layers.batch_norm": {
         "": "it takes the number of features. Write layers.batch_norm(num_features)",
-        "affine": "scale and shift are parameters always. Leave it out, or Trainer(..., trainable=) freezes them",
+        "affine": _AFFINE,
         "epsilon": "write eps={value}",
         "use_running_average": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
     },
+    "layers.lora": {"r": "write rank={value}"},
+    "layers.upsample2d": {"scale_factor": "write scale={value}"},
+    "layers.group_norm": {
+        "affine": _AFFINE,
+        "epsilon": "write eps={value}",
+    },
+    "layers.instance_norm": {
+        "": "it takes the number of channels. Write layers.instance_norm(num_channels)",
+        "num_features": "write num_channels={value}",
+        "affine": _AFFINE,
+        "epsilon": "write eps={value}",
+    },
     "layers.layer_norm": {
-        "": "it takes the size of the last axis. Write layers.layer_norm(dim)",
+        "": "it takes the size of the last axis. Write {name}(dim)",
         "normalized_shape": "write dim={value}",
         "epsilon": "write eps={value}",
     },
@@ -89,7 +102,7 @@ LAYERS: dict[str, dict[str, str]] = {
         "": "it makes a layer, and the model applies it. Write layers.sequential([..., {name}()]), or jax.nn on arrays",
         "inplace": "nothing is in place. Leave it out",
         "dim axis": "it is the last axis. Leave it out",
-        "negative_slope": "write slope={value}",
+        "negative_slope": "write layers.leaky_relu(slope={value})",
     },
 }  # fmt: skip
 """By function; ``layers`` stands for all of them, ``layers.conv`` and the like for a family."""

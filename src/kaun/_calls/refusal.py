@@ -133,7 +133,7 @@ def _no_argument(name: str, texts: Mapping[str, str], takes: str, key: str, valu
     text = texts.get(key, "")
     if not text:
         names = re.findall(r"(\w+)(?:=|,|$)", takes)
-        longer = [each for each in names if each.startswith(f"{key}_")]  # `kernel` of `kernel_size`
+        longer = [each for each in names if each.startswith(f"{key}_") or each.endswith(f"_{key}")]  # as `kernel_size`
         near = nearest_member(key, tuple(names)) or (longer[0] if len(longer) == 1 else None)
         text = f"write {near}={{value}}" if near else ""
     return f"{name} has no argument {key}=: {_filled(text, name, value, takes)}"
@@ -148,10 +148,21 @@ def _takes(parameters: Mapping[str, inspect.Parameter]) -> str:
 
 
 def _filled(text: str, name: str, value: Any, takes: str) -> str:
-    text = text or ("its arguments are ({takes})" if takes else "it takes no argument")
+    text = text or _plain(name, takes)
     seed = value if isinstance(value, int) else 42
     text = text.format(value=shown(value), seed=seed, name=name, takes=takes, layer=_activation(value))
     return text if "\n" in text else f"{text}."
+
+
+def _plain(name: str, takes: str) -> str:
+    """What is said of a function without a text of its own: its arguments, and a call with those that it needs."""
+    text = "its arguments are ({takes})" if takes else "it takes no argument"
+    if not name.islower() or "**" in takes:  # a method, whose object has another name
+        return text
+    positional, _, named = takes.partition("*, ")
+    needed = [part for part in positional.split(", ") if part.isidentifier()]
+    needed += [f"{part}=..." for part in named.split(", ") if part.isidentifier()]
+    return f"{text}. Write {{name}}({', '.join(needed)})" if needed or not takes else text
 
 
 def _activation(value: Any) -> str:

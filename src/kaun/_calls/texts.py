@@ -212,6 +212,7 @@ CALLS = spread_all({
         "beta alpha momentum": "write averages.ema({value})",
     },
     "averages.swa": {"": "its arguments have names. Write averages.swa(start=1000, every=100)"},
+    "sharding.mesh": {"": "its axes have names. Write sharding.mesh(data=4)"},
     "averages.update_statistics": {
         "": "it takes a trainer, a state and data. Write averages.update_statistics(trainer, state, data)",
     },

@@ -147,7 +147,7 @@ def leaky_relu(slope: float = 0.01) -> Layer[Float, Float]:
     return _elementwise(call_text(leaky_relu, slope=slope), lambda x: jax.nn.leaky_relu(x, slope))
 
 
-@public
+@explained("layers.elu", "layers.activation")
 def elu(alpha: float = 1.0) -> Layer[Float, Float]:
     """Make the layer that is ``x`` where ``x > 0``, and ``alpha * (exp(x) - 1)`` elsewhere (``jax.nn.elu``).
 
@@ -170,7 +170,7 @@ def elu(alpha: float = 1.0) -> Layer[Float, Float]:
     return _elementwise(call_text(elu, alpha=alpha), lambda x: jax.nn.elu(x, alpha))
 
 
-@public
+@explained("layers.selu", "layers.activation")
 def selu() -> Layer[Float, Float]:
     """Make the layer ``1.0507 * elu(x, alpha=1.6733)`` (Klambauer et al., 2017; ``jax.nn.selu``).
 
@@ -188,7 +188,7 @@ def selu() -> Layer[Float, Float]:
     return _elementwise("selu()", jax.nn.selu)
 
 
-@public
+@explained("layers.softplus", "layers.activation")
 def softplus() -> Layer[Float, Float]:
     """Make the layer ``log(1 + exp(x))``, a smooth relu (``jax.nn.softplus``).
 
@@ -206,7 +206,7 @@ def softplus() -> Layer[Float, Float]:
     return _elementwise("softplus()", jax.nn.softplus)
 
 
-@public
+@explained("layers.mish", "layers.activation")
 def mish() -> Layer[Float, Float]:
     """Make the layer ``x * tanh(softplus(x))`` (Misra, 2019; ``jax.nn.mish``).
 
@@ -244,7 +244,7 @@ def softmax() -> Layer[Float, Float]:
     return _elementwise("softmax()", _in_full(jax.nn.softmax))
 
 
-@public
+@explained("layers.log_softmax", "layers.activation")
 def log_softmax() -> Layer[Float, Float]:
     """Make the layer ``x - log(sum(exp(x)))`` over the last axis (``jax.nn.log_softmax``).
 
@@ -264,7 +264,7 @@ def log_softmax() -> Layer[Float, Float]:
     return _elementwise("log_softmax()", _in_full(jax.nn.log_softmax))
 
 
-@public
+@explained("layers.glu", "layers.activation")
 def glu() -> Layer[Float, Float]:
     """Make the layer ``a * sigmoid(b)``, where ``a, b`` are the halves of the last axis (Dauphin et al., 2017).
 
@@ -284,7 +284,7 @@ def glu() -> Layer[Float, Float]:
     return _gated("glu()", lambda a, b: a * jax.nn.sigmoid(b))
 
 
-@public
+@explained("layers.swiglu", "layers.activation")
 def swiglu() -> Layer[Float, Float]:
     """Make the layer ``silu(a) * b``, where ``a, b`` are the halves of the last axis (Shazeer, 2020).
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from kaun import tree
-from kaun._calls import public
+from kaun._calls import explained
 from kaun._kernels import ConvConfig, convolve_transposed
 from kaun.context import Context
 from kaun.layers.arguments import AXES, along_last, call_text, size, sizes
@@ -22,7 +22,7 @@ from kaun.layers.path import here
 __all__ = ["conv_transpose1d", "conv_transpose2d"]
 
 
-@public
+@explained("layers.conv_transpose1d", "layers.conv")
 def conv_transpose1d(
     in_channels: int,
     out_channels: int,
@@ -83,7 +83,7 @@ def conv_transpose1d(
     )  # fmt: skip
 
 
-@public
+@explained("layers.conv_transpose2d", "layers.conv")
 def conv_transpose2d(
     in_channels: int,
     out_channels: int,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kaun import rng, tree
-from kaun._calls import explained, public
+from kaun._calls import explained
 from kaun._kernels import bits_for, random_bits
 from kaun.context import Context
 from kaun.layers.arguments import call_text, fraction
@@ -49,7 +49,7 @@ def dropout(rate: float) -> Layer[Float, Float]:
     return _dropping(name, rate, lambda x: x.shape)
 
 
-@public
+@explained("layers.spatial_dropout", "layers.dropout")
 def spatial_dropout(rate: float) -> Layer[Float, Float]:
     """Make the layer that sets whole channels to zero with probability ``rate`` in training (Tompson et al., 2015).
 
@@ -85,7 +85,7 @@ def spatial_dropout(rate: float) -> Layer[Float, Float]:
     return _dropping(name, rate, shape)
 
 
-@public
+@explained("layers.drop_path", "layers.dropout")
 def drop_path(rate: float) -> Layer[Float, Float]:
     """Make the layer that sets whole items to zero with probability ``rate`` in training (Huang et al., 2016).
 

@@ -57,7 +57,7 @@ def layer_norm(dim: int, eps: float = 1e-5, bias: bool = True) -> Layer[Float, F
     return Layer(init=_weight_and_bias(dim) if bias else _weight(dim), apply=apply, name=name)
 
 
-@public
+@explained("layers.rms_norm", "layers.layer_norm")
 def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
     """Make the layer that divides the last axis by its root mean square, then scales (Zhang and Sennrich, 2019).
 

@@ -47,7 +47,7 @@ def remat(inner: Layer[In, Out], policy: Callable[..., Any] | None = None) -> La
         (8, 8)
     """
     must_be_layer("remat", inner)
-    if policy is not None and not callable(policy):
+    if policy is not None and (not callable(policy) or isinstance(policy, Layer)):
         raise TypeError(
             "remat(policy=...) expected None or a function of jax.checkpoint_policies, received "
             f"{shown(policy)}. Write "
