@@ -203,6 +203,8 @@ CALLS = {
     "layers.relu(negative_slope=0.2)": "layers.relu has no argument negative_slope=: write layers.leaky_relu(slope=0.2).",
     "layers.glu(dim=1)": "layers.glu has no argument dim=: it is the last axis. Leave it out.",
     "layers.conv_transpose2d(3, 4, 3, strides=2)": "layers.conv_transpose2d has no argument strides=: write stride=2.",
+    "layers.conv1d(3, 4, 3, data_format='NCW')": "layers.conv1d has no argument data_format=: data are channels-last, "
+    "[batch, ..., channels]. Write jnp.moveaxis(x, 1, -1) for data of PyTorch's layout.",
     "layers.drop_path(drop_prob=0.1)": "layers.drop_path has no argument drop_prob=: write rate=0.1, or layers.drop_path(0.1).",
     "layers.spatial_dropout()": "layers.spatial_dropout: missing a required argument: 'rate'; it takes the rate. Write "
     "layers.spatial_dropout(0.1).",

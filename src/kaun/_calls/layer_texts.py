@@ -47,8 +47,8 @@ LAYERS: dict[str, dict[str, str]] = {
         "filters features": "it takes both numbers of channels. Write {name}(in_channels, {value})",
         "strides": "write stride={value}",
         "dilation_rate": "write dilation={value}",
-        "data_format": "data are channels-last, [batch, height, width, channels]. Write x.transpose(0, 2, 3, 1) for "
-        "images from PyTorch",
+        "data_format": "data are channels-last, [batch, ..., channels]. Write jnp.moveaxis(x, 1, -1) for data of "
+        "PyTorch's layout",
         "padding_mode": "padding is with zeros. Pad x with jnp.pad in layers.fn",
     },
     "layers.batch_norm": {
