@@ -193,6 +193,10 @@ CALLS = {
     "averages.swa(start=1000, every=100).",
     "averages.update_statistics(state)": "averages.update_statistics: missing a required argument: 'state'; it "
     "takes a trainer, a state and data. Write averages.update_statistics(trainer, state, data).",
+    "trainer.fit(state, train, nonsense=1)": "fit has no argument nonsense=: its arguments are (state, data, *, ctx=None, "
+    "report=None, checkpoints=None).",
+    "trainer.step(state, x, loss=jnp.sum, nonsense=1)": "step has no argument nonsense=: its arguments are (state, x, *, "
+    "loss, training=True, ctx=None).",
     "layers.residual()": "layers.residual: missing a required argument: 'inner'; its arguments are (inner). "
     "Write layers.residual(inner).",
     "layers.bidirectional(model, model)": "layers.bidirectional: too many positional arguments; its arguments are (layer). "

@@ -5,7 +5,10 @@ from __future__ import annotations
 __all__ = ["DEVICE", "LAYERS"]
 
 DEVICE = "arrays lie on JAX's default device. Write Trainer(..., sharding=sharding.data_parallel()) for several"
-_AFFINE = "scale and shift are parameters always. Leave it out, or Trainer(..., trainable=) freezes them"
+_NORM = {
+    "affine": "scale and shift are parameters always. Leave it out, or Trainer(..., trainable=) freezes them",
+    "epsilon": "write eps={value}",
+}
 _BATCH_FIRST = "x is [batch, length, channels] always. Leave it out"
 
 LAYERS: dict[str, dict[str, str]] = {
@@ -53,21 +56,16 @@ LAYERS: dict[str, dict[str, str]] = {
     },
     "layers.batch_norm": {
         "": "it takes the number of features. Write layers.batch_norm(num_features)",
-        "affine": _AFFINE,
-        "epsilon": "write eps={value}",
+        **_NORM,
         "use_running_average": "the mode says it: fit trains, predict and evaluate do not. Leave it out",
     },
     "layers.lora": {"r": "write rank={value}"},
     "layers.upsample2d": {"scale_factor": "write scale={value}"},
-    "layers.group_norm": {
-        "affine": _AFFINE,
-        "epsilon": "write eps={value}",
-    },
+    "layers.group_norm": _NORM,
     "layers.instance_norm": {
         "": "it takes the number of channels. Write layers.instance_norm(num_channels)",
         "num_features": "write num_channels={value}",
-        "affine": _AFFINE,
-        "epsilon": "write eps={value}",
+        **_NORM,
     },
     "layers.layer_norm": {
         "": "it takes the size of the last axis. Write {name}(dim)",

@@ -157,7 +157,7 @@ def _filled(text: str, name: str, value: Any, takes: str) -> str:
 def _plain(name: str, takes: str) -> str:
     """What is said of a function without a text of its own: its arguments, and a call with those that it needs."""
     text = "its arguments are ({takes})" if takes else "it takes no argument"
-    if not name.islower() or "**" in takes:  # a method, whose object has another name
+    if "." not in name or not name.islower() or "**" in takes:  # a method, whose object has another name
         return text
     positional, _, named = takes.partition("*, ")
     needed = [part for part in positional.split(", ") if part.isidentifier()]

@@ -286,9 +286,9 @@ def _within_columns(bar: Any) -> str:
     """What is drawn; tqdm before 4.69 does not cut a line that has no bar in it."""
     from tqdm.utils import disp_trim
 
-    base: Any = super(type(bar), bar)
-    line, columns = base.__str__(), bar.format_dict["ncols"]
-    return disp_trim(line, columns) if columns else line
+    shown = bar.format_dict
+    line = bar.format_meter(**shown)
+    return disp_trim(line, shown["ncols"]) if shown["ncols"] else line
 
 
 class _Nothing:
