@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kaun import tree
 from kaun._calls import explained, public, shown
+from kaun._kernels import recomputed
 from kaun.layers.arguments import accumulation_dtype, call_text, number
 from kaun.layers.core import Float, Layer
 from kaun.layers.function import stateless
@@ -63,7 +64,7 @@ def gelu(approximate: bool = True) -> Layer[Float, Float]:
         ['-0.1587', '1.9545']
     """
     f = _wide(jax.nn.gelu) if approximate else _in_full(_exact_gelu)
-    return _elementwise(call_text(gelu, approximate=approximate), f)
+    return _elementwise(call_text(gelu, approximate=approximate), recomputed(f))
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
@@ -86,7 +87,7 @@ def silu() -> Layer[Float, Float]:
         >>> [f"{v:.3f}" for v in y]
         ['-0.269', '1.762']
     """
-    return _elementwise("silu()", jax.nn.silu)
+    return _elementwise("silu()", recomputed(jax.nn.silu))
 
 
 @explained("layers.tanh", "layers.activation")
@@ -167,7 +168,7 @@ def elu(alpha: float = 1.0) -> Layer[Float, Float]:
         ['-0.632', '2.000']
     """
     alpha = number("elu", "alpha", alpha)
-    return _elementwise(call_text(elu, alpha=alpha), lambda x: jax.nn.elu(x, alpha))
+    return _elementwise(call_text(elu, alpha=alpha), recomputed(lambda x: jax.nn.elu(x, alpha)))
 
 
 @explained("layers.selu", "layers.activation")
@@ -185,7 +186,7 @@ def selu() -> Layer[Float, Float]:
         >>> [f"{v:.3f}" for v in y]
         ['-1.111', '2.101']
     """
-    return _elementwise("selu()", jax.nn.selu)
+    return _elementwise("selu()", recomputed(jax.nn.selu))
 
 
 @explained("layers.softplus", "layers.activation")
@@ -371,6 +372,8 @@ def _wide(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _gated(name: str, f: Callable[[jax.Array, jax.Array], Any]) -> Layer[Float, Float]:
+    of_halves = recomputed(lambda x: f(*jnp.split(x, 2, axis=-1)))
+
     def gated(x: Any) -> Any:
         x = float_input(name, x)
         if x.shape[-1] % 2:
@@ -378,6 +381,6 @@ def _gated(name: str, f: Callable[[jax.Array, jax.Array], Any]) -> Layer[Float, 
                 f"{here(name)} expected float[..., 2 * n], received {tree.describe(x)}: the last axis has no halves. "
                 f"Make the layer before it with {2 * x.shape[-1]} output features for {x.shape[-1]} of this layer."
             )
-        return f(*jnp.split(x, 2, axis=-1))
+        return of_halves(x)
 
     return stateless(name, gated)

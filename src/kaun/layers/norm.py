@@ -6,6 +6,7 @@ In half precision all layers sum in float32; their output has the model's dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from kaun import tree
 from kaun._calls import explained, public
-from kaun._kernels import normalize_batch
+from kaun._kernels import normalize
 from kaun.context import Context
 from kaun.layers.arguments import accumulation_dtype, along_last, call_text, fraction, positive, size
 from kaun.layers.core import Float, Layer, Vars
@@ -52,7 +53,7 @@ def layer_norm(dim: int, eps: float = 1e-5, bias: bool = True) -> Layer[Float, F
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=dim)
-        return _scaled(_standardize(x, -1, eps), vars), vars
+        return _normal(x, vars, (x.ndim - 1,), eps), vars
 
     return Layer(init=_weight_and_bias(dim) if bias else _weight(dim), apply=apply, name=name)
 
@@ -85,8 +86,7 @@ def rms_norm(dim: int, eps: float = 1e-6) -> Layer[Float, Float]:
 
     def apply(vars: Vars, x: Any, /, *, training: bool, ctx: Context) -> tuple[Any, Vars]:
         x = float_input(name, x, vars.dtype, features=dim)
-        z = x.astype(accumulation_dtype(x.dtype))
-        return _scaled(z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + eps), vars), vars
+        return _normal(x, vars, (x.ndim - 1,), eps, is_centred=False), vars
 
     return Layer(init=_weight(dim), apply=apply, name=name)
 
@@ -135,7 +135,7 @@ def group_norm(num_groups: int, num_channels: int, eps: float = 1e-5) -> Layer[F
                 "Add one, x[None]."
             )
         split = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), groups, channels // groups)
-        return _scaled(_standardize(split, (1, 3), eps).reshape(x.shape), vars), vars
+        return _normal(split, vars, (1, 3), eps).reshape(x.shape), vars
 
     return Layer(init=_weight_and_bias(channels), apply=apply, name=name)
 
@@ -176,7 +176,7 @@ def instance_norm(num_channels: int, eps: float = 1e-5) -> Layer[Float, Float]:
                 f"{here(name)} expected [batch, ..., {channels}] with two or more places in between, received "
                 f"{tree.describe(x)}: the output would not depend on the input. Write layers.layer_norm({channels})."
             )
-        return _scaled(_standardize(x, tuple(range(1, x.ndim - 1)), eps), vars), vars
+        return _normal(x, vars, range(1, x.ndim - 1), eps), vars
 
     return Layer(init=_weight_and_bias(channels), apply=apply, name=name)
 
@@ -239,9 +239,8 @@ def batch_norm(num_features: int, momentum: float = 0.99, eps: float = 1e-5) -> 
             return _normalized(x, mean, var, eps, vars), vars
         _check_count(name, x)
         if row_mask is None:
-            weight, bias = (vars.params[key].astype(dtype) for key in ("weight", "bias"))
-            y, mean, var = normalize_batch(x, weight, bias, eps)
-            y = y.astype(vars.dtype)
+            y, mean, var = _normal_and_statistics(x, vars, range(x.ndim - 1), eps)
+            mean, var = mean.reshape(features), var.reshape(features)
         else:
             mean, var = _masked_statistics(name, x, row_mask)
             y = _normalized(x, mean, var, eps, vars)
@@ -269,23 +268,31 @@ def _weight_and_bias(dim: int) -> Any:
     return init
 
 
-def _standardize(x: jax.Array, axis: int | tuple[int, ...], eps: float) -> jax.Array:
-    z = x.astype(accumulation_dtype(x.dtype))
-    # By default it computes mean(x^2) - mean(x)^2, which loses precision where the mean is large against the variance.
-    variance = jnp.var(z, axis, keepdims=True)
-    return jax.nn.standardize(z, axis, jnp.mean(z, axis, keepdims=True), variance, eps)
+def _normal(x: jax.Array, vars: Vars, axes: Sequence[int], eps: float, *, is_centred: bool = True) -> jax.Array:
+    """``x`` normalized over ``axes``, then scaled and shifted, in the model's dtype."""
+    return _normal_and_statistics(x, vars, axes, eps, is_centred)[0]
 
 
-def _scaled(z: jax.Array, vars: Vars) -> jax.Array:
-    z = z * along_last(vars.params["weight"].astype(z.dtype), z.ndim)
+def _normal_and_statistics(
+    x: jax.Array, vars: Vars, axes: Sequence[int], eps: float, is_centred: bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def of_channels(key: str) -> jax.Array:
+        # The channels are the last axis, or the last two of a group norm.
+        vector = vars.params[key].astype(accumulation_dtype(x.dtype))
+        split = x.shape[-1:] if vector.size == x.shape[-1] else x.shape[-2:]
+        return jax.lax.expand_dims(vector.reshape(split), range(x.ndim - len(split)))
+
+    y, mean, variance = normalize(x, of_channels("weight"), axes, eps, is_centred)
     if "bias" in vars.params:
-        z = z + along_last(vars.params["bias"].astype(z.dtype), z.ndim)
-    return z.astype(vars.dtype)
+        y = y + of_channels("bias")
+    return y.astype(vars.dtype), mean, variance
 
 
 def _normalized(x: jax.Array, mean: jax.Array, var: jax.Array, eps: float, vars: Vars) -> jax.Array:
     mean, var = along_last(mean, x.ndim), along_last(var, x.ndim)
-    return _scaled(jax.nn.standardize(x.astype(mean.dtype), mean=mean, variance=var, epsilon=eps), vars)
+    z = jax.nn.standardize(x.astype(mean.dtype), mean=mean, variance=var, epsilon=eps)
+    weight, bias = (along_last(vars.params[key].astype(z.dtype), z.ndim) for key in ("weight", "bias"))
+    return (z * weight + bias).astype(vars.dtype)
 
 
 def _check_count(name: str, x: jax.Array) -> None:
