@@ -32,9 +32,9 @@ def normalize(x: jax.Array, weight: jax.Array, axes: Sequence[int], eps: float, 
     Examples:
         >>> import jax.numpy as jnp
         >>> from kaun._kernels import normalize
-        >>> y, mean, variance = normalize(jnp.array([[2.0], [4.0]]), jnp.array([[3.0]]), [0], 1e-6)
+        >>> y, mean, variance = normalize(jnp.array([[2.0], [4.0]]), jnp.array([[2.0]]), [0], 1e-6)
         >>> y.round(3).ravel(), mean.ravel(), variance.ravel()
-        (Array([-3.,  3.], dtype=float32), Array([3.], dtype=float32), Array([1.], dtype=float32))
+        (Array([-2.,  2.], dtype=float32), Array([3.], dtype=float32), Array([1.], dtype=float32))
     """
     form = _normalized if is_large(x) else _normalize
     return form(tuple(axes), eps, is_centred, x, weight)
