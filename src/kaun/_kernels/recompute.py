@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import jax
 
 __all__ = ["is_large", "recomputed"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 _LARGE = 1 << 16  # elements; for fewer, what JAX's own derivative keeps is no cost
 
 
 def is_large(x: jax.Array) -> bool:
-    """Whether what a gradient keeps beside ``x`` costs more than computing it again; never for a size of any value."""
+    """Whether what a gradient keeps beside ``x`` costs more than computing it again; not if its size is not known."""
     return type(x.size) is int and x.size >= _LARGE
 
 

@@ -276,23 +276,23 @@ def _normal(x: jax.Array, vars: Vars, axes: Sequence[int], eps: float, *, is_cen
 def _normal_and_statistics(
     x: jax.Array, vars: Vars, axes: Sequence[int], eps: float, is_centred: bool = True
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def of_channels(key: str) -> jax.Array:
-        # The channels are the last axis, or the last two of a group norm.
-        vector = vars.params[key].astype(accumulation_dtype(x.dtype))
-        split = x.shape[-1:] if vector.size == x.shape[-1] else x.shape[-2:]
-        return jax.lax.expand_dims(vector.reshape(split), range(x.ndim - len(split)))
-
-    y, mean, variance = normalize(x, of_channels("weight"), axes, eps, is_centred)
+    y, mean, variance = normalize(x, _of_channels("weight", vars, x), axes, eps, is_centred)
     if "bias" in vars.params:
-        y = y + of_channels("bias")
+        y = y + _of_channels("bias", vars, x)
     return y.astype(vars.dtype), mean, variance
+
+
+def _of_channels(key: str, vars: Vars, x: jax.Array) -> jax.Array:
+    """A parameter along the channels of ``x``, which are the last axis, or the last two of a group norm."""
+    vector = vars.params[key].astype(accumulation_dtype(x.dtype))
+    split = x.shape[-1:] if vector.size == x.shape[-1] else x.shape[-2:]
+    return jax.lax.expand_dims(vector.reshape(split), range(x.ndim - len(split)))
 
 
 def _normalized(x: jax.Array, mean: jax.Array, var: jax.Array, eps: float, vars: Vars) -> jax.Array:
     mean, var = along_last(mean, x.ndim), along_last(var, x.ndim)
     z = jax.nn.standardize(x.astype(mean.dtype), mean=mean, variance=var, epsilon=eps)
-    weight, bias = (along_last(vars.params[key].astype(z.dtype), z.ndim) for key in ("weight", "bias"))
-    return (z * weight + bias).astype(vars.dtype)
+    return (z * _of_channels("weight", vars, x) + _of_channels("bias", vars, x)).astype(vars.dtype)
 
 
 def _check_count(name: str, x: jax.Array) -> None:
